@@ -1,0 +1,49 @@
+# make quickstart   seven methods on digits, five seeds, a table: minutes on two CPU cores
+# make test         all tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-quick lint types check reproduce-cifar lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+setup: $(VENV)/.ready ## make the environment in .venv, from requirements.lock
+
+$(VENV)/.ready: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "kdbench needs Python 3.11 to 3.13; choose one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+quickstart: setup ## train the quickstart's cells, print and write the table
+	$(BIN)/kdbench run quickstart
+
+test: setup ## all tests
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-quick: setup ## tests without the slow ones
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+
+types: setup ## mypy
+	$(BIN)/mypy
+
+check: lint types test ## everything that CI checks
+
+reproduce-cifar: setup ## the CIFAR-10 comparison: AB, KD, FitNets, AT and the plain student, WRN-22-4 to WRN-16-2
+	$(BIN)/kdbench check ab_wrn
+	$(BIN)/kdbench run ab_wrn
+
+lock: setup ## renew requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \
+	  --no-annotate --output-file requirements.lock pyproject.toml
+
+clean: ## remove the environment and caches, keep runs and results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist

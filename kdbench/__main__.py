@@ -1,0 +1,4 @@
+from kdbench.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a card of each kind may say. Every unknown key is an error."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from kdbench.schedules import share
+
+
+def _share(text: str) -> str:
+    share(text)
+    return text
+
+
+def _target(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise ValueError("a target is written module:object")
+    return text
+
+
+def _point(name: str) -> str:
+    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|pooled", name):
+        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, or pooled")
+    return name
+
+
+Share = Annotated[str, AfterValidator(_share)]
+Target = Annotated[str, AfterValidator(_target)]
+PointName = Annotated[str, AfterValidator(_point)]
+Mode = Literal["train", "eval"]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, text is never taken for a number, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Named(BaseModel):
+    """A card's name with options for its target, beside each other: `{name: sgd, lr: 0.1}`."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Card(Strict):
+    paper: str | None = Field(None, description="key of a paper card")
+    note: str | None = Field(None, description="what a reader should know")
+
+
+class Normalization(Strict):
+    """Per-channel mean and standard deviation of pixel values in [0, 1]."""
+
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+
+
+class Augmentation(Strict):
+    """Random crop after padding, and mirror, per image (torchvision's RandomCrop and RandomHorizontalFlip)."""
+
+    padding: int = Field(0, ge=0)
+    mode: Literal["zero", "reflect"] = "zero"
+    flip: bool = False
+
+
+class ModelCard(Card):
+    target: Target
+    args: dict[str, Any] = {}
+    hooks: str = Field(description="key of a hooks card, or 'derived'")
+    examples: list[str] = Field([], description="names that a template key stands for")
+
+
+class HookCard(Card):
+    points: dict[PointName, str] = Field(description="hook point -> module path (its output), or input(path)")
+
+
+class LossCard(Card):
+    target: Target
+    inputs: list[Literal["student", "teacher", "labels", "index"]]
+    metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
+
+
+class ConnectorCard(Card):
+    target: Target
+    args: dict[str, Any] = {}
+
+
+class ScheduleCard(Card):
+    target: Target
+    args: dict[str, Any] = {}
+
+
+class OptimizerCard(Card):
+    target: Target
+    args: dict[str, Any] = {}
+
+
+class DatasetCard(Card):
+    target: Target
+    args: dict[str, Any] = {}
+    title: str
+    classes: int
+    channels: int
+    image_size: int
+    train: int
+    test: int
+    normalization: Normalization
+    licence: str | None = None
+    source: str | None = None
+
+
+class ProtocolCard(Card):
+    """Everything about training that is not the method: a method departs from it only visibly."""
+
+    follows: str | None = None
+    batch_size: int = Field(gt=0)
+    last_batch: Literal["keep", "drop"] = "keep"
+    augmentation: Augmentation = Augmentation()
+    normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
+    optimizer: Named
+    schedule: Named
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def one_budget(self) -> ProtocolCard:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("the budget is either 'epochs' or 'steps', exactly one of them")
+        return self
+
+
+class Weights(Strict):
+    file: str = Field(description="file name looked for in the weight folders, or a path")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    url: str | None = None
+    layout: str | None = Field(None, description="module:object that turns the file's state dict into ours")
+
+
+class TeacherCard(Card):
+    """A trained network: weights by hash, or a recipe that trains them."""
+
+    model: Named
+    data: Named
+    weights: Weights | None = None
+    recipe: str | None = None
+    normalization: Normalization | None = None
+    accuracy: float | None = Field(None, description="expected test accuracy in percent, checked after loading")
+    licence: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TeacherCard:
+        if (self.weights is None) == (self.recipe is None):
+            raise ValueError("a teacher has either 'weights' or the 'recipe' that trains them")
+        return self
+
+
+class TermCard(BaseModel):
+    """One loss term. The loss function's own options stand beside these keys."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    loss: str
+    hook: str | None = Field(None, description="hook point or group, on both networks")
+    student: str | None = Field(None, description="hook point or group of the student")
+    teacher: str | None = Field(None, description="hook point or group of the teacher")
+    connector: Named | None = None
+    weight: float = 1.0
+    weight_schedule: Named | None = Field(None, description="multiplies the weight over the stage")
+    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Modes(Strict):
+    teacher: Mode = "eval"
+    student: Mode = "train"
+
+
+class StageCard(Strict):
+    share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
+    extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
+    trains: list[Literal["student", "connectors"]] = ["student"]
+    losses: dict[str, TermCard]
+    optimizer: Named | None = None
+    schedule: Named | None = None
+    modes: Modes = Modes()
+
+
+class MethodCard(Card):
+    title: str
+    follows: str | None = Field(None, description="the source whose choices this card takes")
+    departs: list[str] = Field([], description="where paper, code and this card differ")
+    parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
+    stages: dict[str, StageCard]
+
+
+class PaperCard(Strict):
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str | None = None
+    arxiv: str | None = None
+
+
+KINDS: dict[str, type[BaseModel]] = {
+    "models": ModelCard, "hooks": HookCard, "losses": LossCard, "connectors": ConnectorCard, "methods": MethodCard,
+    "schedules": ScheduleCard, "optimizers": OptimizerCard, "datasets": DatasetCard, "teachers": TeacherCard,
+    "protocols": ProtocolCard, "papers": PaperCard,
+}

@@ -1,0 +1,45 @@
+"""The command `kdbench`. One file a command; nothing here imports torch before a recipe is known to be sound."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kdbench.cli import check, cp, ls, plot, run, schema, show, table
+from kdbench.errors import CellError, UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Run, compare and publish knowledge-distillation experiments.",
+    epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab")
+
+for module in (run, check, table, plot, ls, show, cp, schema):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, epilog=module.EXAMPLES)(module.command)
+
+
+@app.callback(invoke_without_command=True)
+def version(show_version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if show_version:
+        from kdbench import __version__
+
+        print(f"kdbench {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except CellError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

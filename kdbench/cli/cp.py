@@ -1,0 +1,29 @@
+"""`kdbench cp`: a shipped recipe as a file of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdbench.errors import UserError
+
+EXAMPLES = "Examples:  kdbench cp quickstart my.yaml   ·   kdbench cp ab_wrn ."
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe ('kdbench ls recipes').")],
+    destination: Annotated[Path, typer.Argument(help="File or folder.")] = Path("."),
+    force: Annotated[bool, typer.Option(help="Overwrite a file that exists.")] = False,
+) -> None:
+    """Copy a shipped recipe of this very version, to be edited."""
+    from kdbench.files import write_text
+    from kdbench.recipe.loading import find
+
+    source = find(recipe)
+    target = destination / source.name if destination.is_dir() else destination
+    if target.exists() and not force:
+        raise UserError(f"'{target}' exists", where="kdbench cp", hint="choose another name, or --force")
+    write_text(target, source.read_text(encoding="utf-8"))
+    print(f"{target}\n  run it:  kdbench run {target}")

@@ -1,0 +1,71 @@
+"""`kdbench ls`: what there is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+from kdbench.errors import UserError, did_you_mean
+
+EXAMPLES = "Examples:  kdbench ls   ·   kdbench ls methods   ·   kdbench ls teachers --registry my_cards"
+ALIASES = {"data": "datasets"}
+
+
+def command(
+    kind: Annotated[str | None, typer.Argument(help="methods, models, losses, data, teachers, recipes, protocols, …")] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """List cards of a KIND, or the kinds with their numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kdbench.cards import KINDS
+    from kdbench.recipe.loading import recipe_names
+    from kdbench.registry import Registry
+
+    cards = Registry(registry or ())
+    console = Console()
+    if kind is None:
+        table = Table("kind", "cards", "for example", box=None, header_style="bold")
+        for name in KINDS:
+            table.add_row(name, str(len(cards.keys(name))), ", ".join(cards.names(name)[:5]))
+        table.add_row("recipes", str(len(recipe_names())), ", ".join(recipe_names()[:5]))
+        console.print(table)
+        return
+    kind = ALIASES.get(kind, kind)
+    if kind == "recipes":
+        table = Table("recipe", "what it shows", box=None, header_style="bold")
+        for name in recipe_names():
+            table.add_row(name, headline(name))
+    elif kind in KINDS:
+        table = Table(kind, "what it is", "paper", box=None, header_style="bold")
+        for key in cards.keys(kind):
+            data = cards.tree(kind, cards.trees[kind][key].data.get("examples", [key])[0] if "{" in key else key).data
+            shown = key.replace("{", "<").replace("}", ">")
+            table.add_row(shown, about(data), str(data.get("paper", "")))
+    else:
+        raise UserError(f"unknown kind '{kind}'", where="kdbench ls", hint=did_you_mean(kind, [*KINDS, *ALIASES, "recipes"]))
+    console.print(table)
+
+
+def headline(name: str) -> str:
+    """First comment line of a recipe."""
+    from kdbench.recipe.loading import find
+
+    first = find(name).read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip()
+
+
+def about(data: dict[str, Any]) -> str:
+    """One line on a card."""
+    for key in ("title", "follows", "note", "target"):
+        if data.get(key):
+            text = str(data[key]).split("\n")[0]
+            return text if len(text) <= 90 else text[:87] + "…"
+    if "weights" in data:
+        return f"{data['model']['name']}, {data.get('accuracy', '?')} % on {data['data']['name']}"
+    if "points" in data:
+        return ", ".join(data["points"])
+    return ""

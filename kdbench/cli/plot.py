@@ -1,0 +1,21 @@
+"""`kdbench plot`: learning curves, agreement and final accuracies as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = "Examples:  kdbench plot runs/quickstart   ·   kdbench plot runs/ab_wrn --out figures"
+
+
+def command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the first folder).")] = None,
+) -> None:
+    """Draw learning curves, activation agreement (where a method logs it) and the final accuracies."""
+    from kdbench.cli.output import write_plots
+
+    for file in write_plots(folders, out or folders[0]):
+        print(file)

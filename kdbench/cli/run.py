@@ -1,0 +1,55 @@
+"""`kdbench run`: train what a recipe plans, then print and write its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
+from kdbench.errors import CellError
+
+EXAMPLES = (
+    "Examples:  kdbench run quickstart   ·   kdbench run recipes/ab_wrn.yaml   ·   "
+    "kdbench run ab_wrn seeds=1 epochs=20 --jobs 1   ·   kdbench run my.yaml method.temperature=2 --registry my_methods")
+
+
+def command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
+    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    registry: RegistryOption = None,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
+) -> None:
+    """Train every cell of RECIPE that is not finished yet, then print and write the table.
+
+    RECIPE is a file or the name of a shipped recipe ('kdbench ls recipes'). Further words KEY.PATH=VALUE override it.
+    The same command again goes on where it was stopped; finished cells are never run again.
+    """
+    from kdbench.cli.progress import listener
+    from kdbench.engine.runner import Options
+    from kdbench.engine.runner import run as run_plan
+    from kdbench.errors import UserError
+    from kdbench.recipe.planning import plan
+    from kdbench.registry import Registry
+
+    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
+    folders = tuple(registry or ())
+    planned = plan(recipe, Registry(folders), tuple(overrides or ()))
+    options = Options(runs=runs, jobs=jobs, threads=threads, device=device, data_roots=tuple(data or ()),
+                      download=download, registries=folders, checkpoint_seconds=checkpoint_seconds)
+    outcome = run_plan(planned, options, listener())
+    if outcome.finished:
+        from kdbench.cli.output import write_tables
+
+        write_tables(outcome.finished, outcome.folder)
+    if outcome.failed:
+        lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
+        raise CellError(f"{len(outcome.failed)} of {len(planned.cells)} cells failed; the others are finished\n{lines}")

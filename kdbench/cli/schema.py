@@ -1,0 +1,49 @@
+"""`kdbench schema`: the JSON schema of recipes, for editors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+
+EXAMPLES = "Examples:  kdbench schema   ·   kdbench schema recipe.schema.json"
+
+
+def command(
+    file: Annotated[Path | None, typer.Argument(help="Where to write it (printed where absent).")] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Write the JSON schema of recipes, with the names of all cards, so that an editor completes and checks them."""
+    from kdbench.files import write_text
+
+    text = json.dumps(build(registry or []), indent=1) + "\n"
+    if file is None:
+        print(text, end="")
+    else:
+        write_text(file, text)
+        print(f"{file}\n  first line of a recipe:  # yaml-language-server: $schema={file}")
+
+
+def build(registry: list[Path]) -> dict[str, Any]:
+    """The schema: the typed recipe's own, with short forms and card names."""
+    from kdbench.recipe.schema import Recipe
+    from kdbench.registry import Registry
+
+    cards = Registry(registry)
+    schema = Recipe.model_json_schema()
+    properties = schema["properties"]
+    for key, kind in (("data", "datasets"), ("teacher", "teachers"), ("student", "models"), ("protocol", "protocols"),
+                      ("method", "methods")):
+        names = {"anyOf": [{"enum": cards.names(kind)}, {"type": "string"}]}
+        properties[key] = {"anyOf": [names, {k: v for k, v in properties[key].items() if k != "default"}]}
+    properties["include"] = {"description": "recipe file or name to build on",
+                             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    methods = {"items": {"anyOf": [{"enum": cards.names("methods")}, {"type": "object"}]}, "type": "array"}
+    properties["compare"] = {**properties["compare"], "properties": {"method": methods}}
+    # A recipe with an include takes the rest from there.
+    schema.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,59 @@
+"""`kdbench show`: one card, with the options of its target, or one recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+from kdbench.errors import UserError, did_you_mean
+
+EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show models wrn_16_2   ·   kdbench show recipes ab_wrn"
+
+
+def command(
+    kind: Annotated[str, typer.Argument(help="Kind of card, or 'recipes'; or a name that only one kind has.")],
+    name: Annotated[str | None, typer.Argument(help="Key of the card.")] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Show a card as it is used (includes followed), where it stands, its target's options and its paper."""
+    from rich.console import Console
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    from kdbench.cards import KINDS
+    from kdbench.cli.ls import ALIASES
+    from kdbench.recipe.loading import dump, find
+    from kdbench.registry import Registry
+    from kdbench.signature import REQUIRED
+
+    cards = Registry(registry or ())
+    console = Console()
+    kind = ALIASES.get(kind, kind)
+    if kind == "recipes" and name:
+        console.print(Syntax(find(name).read_text(encoding="utf-8"), "yaml", background_color="default"))
+        return
+    if name is None:
+        found = [k for k in KINDS if kind in cards.names(k)]
+        if len(found) != 1:
+            raise UserError(f"'{kind}' is " + (f"a name in {', '.join(found)}" if found else "no card"), where="kdbench show",
+                            hint=f"say the kind first: kdbench show {found[0]} {kind}" if found else
+                            did_you_mean(kind, [n for k in KINDS for n in cards.names(k)]))
+        kind, name = found[0], kind
+    if kind not in KINDS:
+        raise UserError(f"unknown kind '{kind}'", where="kdbench show", hint=did_you_mean(kind, [*KINDS, "recipes"]))
+    card = cards.card(kind, name)
+    tree = cards.tree(kind, name)
+    console.print(f"[dim]# {tree.origin(())}[/dim]", highlight=False)
+    console.print(Syntax(dump({name: tree.data}), "yaml", background_color="default", word_wrap=True))
+    if hasattr(card, "target"):
+        table = Table("option", "type", "default", box=None, header_style="bold", title="options", title_justify="left")
+        for option in cards.settable(card.target, card).values():
+            table.add_row(option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default))
+        if table.row_count:
+            console.print(table)
+    paper = getattr(card, "paper", None)
+    if paper:
+        entry = cards.card("papers", paper)
+        console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.", highlight=False)

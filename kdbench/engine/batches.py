@@ -1,0 +1,113 @@
+"""A cell's data on its device, and the batch of every step as a function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdbench.cards import Normalization
+from kdbench.engine.timeline import Timeline
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.augment import Augmentation, normalize
+from kdbench.sources.images import ImageData
+from kdbench.sources.splits import subset, validation
+from kdbench.sources.streams import generator, permutation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input. Every method reads what it needs.
+
+    images: bytes [N, C, H, W] after augmentation, on the device; each network gets its own normalization of them.
+    labels: int64 [N]. index: int64 [N], position in the training set. view: int64 [N], which augmented view it is.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    view: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fixed set of images with labels, bytes [N, C, H, W] on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.labels), size):
+            yield self.images[start:start + size], self.labels[start:start + size]
+
+
+class Normalizer:
+    """Bytes -> float32 with one network's mean and deviation."""
+
+    def __init__(self, normalization: Normalization, device: torch.device) -> None:
+        self.mean = torch.tensor(normalization.mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(normalization.std, dtype=torch.float32, device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(images, self.mean, self.std)
+
+
+class Batches:
+    """Training, validation and test parts of one (data, protocol, seed), resident on a device.
+
+    Draws are addressed: an epoch's order by (seed, "order", epoch), its augmentation by (seed, "augmentation", epoch).
+    Steps of a budget on top of the protocol's use streams of their own, so that the others stay paired between methods.
+    """
+
+    def __init__(self, spec: CellSpec, data: ImageData, device: torch.device) -> None:
+        train, held_out = split(spec.data, data.train_labels, spec.seed)
+        self.train = Part(data.train_images[train].to(device), data.train_labels[train].to(device))
+        self.validation = Part(data.train_images[held_out].to(device), data.train_labels[held_out].to(device))
+        self.test = Part(data.test_images.to(device), data.test_labels.to(device))
+        self.seed, self.device = spec.seed, device
+        self.batch_size = spec.protocol.batch_size
+        chosen = spec.protocol.augmentation
+        self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
+        self._epoch: tuple[tuple[str, int], Tensor, Tensor] | None = None
+
+    def at(self, step: int, timeline: Timeline) -> Batch:
+        """The batch of a step."""
+        stream, number = ("extra/", step) if step < timeline.extra else ("", step - timeline.extra)
+        epoch, position = divmod(number, timeline.batches_per_epoch)
+        order, views = self._draws(stream, epoch)
+        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        index, view = order[part], views[part]
+        return Batch(self.augmentation.view(self.train.images[index], view), self.train.labels[index], index, view)
+
+    def _draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order and views of an epoch, on the device: int64 [images] each, drawn once an epoch."""
+        if self._epoch is None or self._epoch[0] != (stream, epoch):
+            n = len(self.train.labels)
+            order = permutation(n, self.seed, f"{stream}order", epoch)
+            draws = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+            views = self.augmentation.view_id(draws)
+            self._epoch = ((stream, epoch), order.to(self.device), views.to(self.device))
+        return self._epoch[1], self._epoch[2]
+
+
+def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the labelled training part and of the validation part: seeded, stratified, disjoint."""
+    split_seed = spec.split_seed if spec.split_seed is not None else seed
+    train, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
+    if spec.validation:
+        train, held_out = validation(labels, size=spec.validation, seed=split_seed)
+    if spec.fraction is not None or spec.per_class is not None:
+        chosen = subset(labels[train], fraction=spec.fraction, per_class=spec.per_class, seed=split_seed)
+        train = train[chosen]
+    return train, held_out
+
+
+def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData:
+    """The data set of a spec, checked against its card."""
+    from kdbench.engine.build import resolve
+
+    data: ImageData = resolve(spec.target)(roots=roots, download=download, cache=cache, **spec.options)
+    return data

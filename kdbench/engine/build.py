@@ -1,0 +1,215 @@
+"""From specs to modules: networks, connectors, loss terms. Every initial value is a function of (seed, stream)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.errors import UserError
+from kdbench.files import find_weights, sha256_of
+from kdbench.models.hooks import Extractor, expand, places
+from kdbench.recipe.schema import DataSpec, ModelSpec, StageSpec, TargetSpec, TermSpec
+from kdbench.schedules import Schedule
+from kdbench.sources.streams import address
+
+Shape = tuple[int, ...]
+
+
+def resolve(target: str) -> Any:
+    """The object that a target names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init") -> nn.Module:
+    """A network with initial values fixed by (seed, stream), or from the spec's weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(address(seed, stream))
+        try:
+            model: nn.Module = resolve(spec.target)(
+                **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
+                            f"{data.image_size}, {data.classes} classes): {error}",
+                            hint="'kdbench show models' lists what its options mean") from None
+    if spec.weights is not None:
+        load_weights(model, read_weights(_weight_file(spec)), spec.name, spec.weights)
+    return model
+
+
+def _weight_file(spec: ModelSpec) -> Path:
+    assert spec.weights is not None
+    file = find_weights(spec.weights)
+    if file is None:
+        raise UserError(f"there is no weight file '{spec.weights}'")
+    if spec.weights_sha256 is not None and sha256_of(file) != spec.weights_sha256:
+        raise UserError(f"the weight file '{file}' has changed since this run began")
+    return file
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a torch file (tensors only, nothing is executed)."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"the weight file cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}",
+                        where=str(file), hint="it must hold a state dict (.safetensors, or torch.save of tensors)") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:
+    """Load a state dict that must fit exactly."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise UserError(f"these weights do not fit '{name}': {' '.join(lines)}", where=where,
+                        hint="check the model's name and options; two networks of one name can differ") from None
+
+
+def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
+    shape = (data.channels, data.image_size, data.image_size)
+    return Extractor(model, places(model, spec.hooks, spec.name, shape), spec.name)
+
+
+def build_schedule(spec: TargetSpec | None) -> Schedule:
+    """A schedule; none stands for a constant."""
+    return Schedule(lambda progress: 1.0) if spec is None else resolve(spec.target)(**spec.options)
+
+
+def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    try:
+        optimizer: torch.optim.Optimizer = resolve(spec.target)(parameters, **spec.options)
+    except ValueError as error:
+        raise UserError(f"optimizer '{spec.name}': {error}") from None
+    return optimizer
+
+
+@dataclass
+class Layer:
+    """One pair of hook points of a loss term, with the connector between them and its weight."""
+
+    student: str
+    teacher: str
+    connector: nn.Module
+    weight: float
+
+
+class Term(nn.Module):
+    """One loss term of a stage: a function of captured values, its layers, and its own modules.
+
+    Calling it gives the unweighted sum over layers (weighted by layer); `weight_at` the term's factor.
+    """
+
+    def __init__(self, name: str, spec: TermSpec, student_shapes: Mapping[str, Shape],
+                 teacher_shapes: Mapping[str, Shape], place: str, seed: int) -> None:
+        super().__init__()
+        self.name, self.spec = name, spec
+        self.schedule = build_schedule(spec.weight_schedule)
+        with_teacher = "teacher" in spec.loss.inputs
+        students = expand([spec.student], student_shapes)
+        teachers = expand([spec.teacher], teacher_shapes) if with_teacher else students
+        if len(students) != len(teachers):
+            raise UserError(f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
+                            hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}")
+        weights = _layer_weights(spec, len(students), place)
+        self.connectors = nn.ModuleList()
+        self.functions = nn.ModuleList()
+        self.layers: list[Layer] = []
+        call = resolve(spec.loss.target)
+        self.call: Callable[..., Tensor] | None = None if inspect.isclass(call) else call
+        for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
+            shapes = (student_shapes[student], teacher_shapes[teacher] if with_teacher else ())
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
+                connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")
+                if self.call is None:
+                    self.functions.append(call(*(s for s in shapes if s), **spec.loss.options))
+            self.connectors.append(connector)
+            self.layers.append(Layer(student, teacher, connector, weight))
+        self.metrics = {name: resolve(target) for name, target in spec.loss.metrics.items()}
+
+    @property
+    def student_points(self) -> list[str]:
+        return [layer.student for layer in self.layers] if "student" in self.spec.loss.inputs else []
+
+    @property
+    def teacher_points(self) -> list[str]:
+        return [layer.teacher for layer in self.layers] if "teacher" in self.spec.loss.inputs else []
+
+    def weight_at(self, progress: float) -> float:
+        return self.spec.weight * self.schedule.factor(progress)
+
+    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor,
+                index: Tensor) -> Tensor:
+        """Sum over layers of layer weight × loss(inputs). Scalar."""
+        total: Tensor | None = None
+        for position, layer in enumerate(self.layers):
+            function = self.call or self.functions[position]
+            inputs = self._inputs(layer, student, teacher, labels, index)
+            value = function(*inputs, **(self.spec.loss.options if self.call else {}))
+            value = value if layer.weight == 1.0 else layer.weight * value
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The loss's metrics: metric -> student hook point -> value."""
+        return {
+            name: {layer.student: metric(layer.connector(student[layer.student]), teacher[layer.teacher])
+                   for layer in self.layers}
+            for name, metric in self.metrics.items()
+        }
+
+    def _inputs(self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor,
+                index: Tensor) -> list[Tensor]:
+        named = {"labels": labels, "index": index}
+        if "student" in self.spec.loss.inputs:
+            named["student"] = layer.connector(student[layer.student])
+        if "teacher" in self.spec.loss.inputs:
+            named["teacher"] = teacher[layer.teacher]
+        return [named[name] for name in self.spec.loss.inputs]
+
+
+def build_terms(stage_name: str, stage: StageSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape],
+                seed: int) -> nn.ModuleDict:
+    """All terms of a stage."""
+    return nn.ModuleDict({
+        name: Term(name, term, student, teacher, f"{stage_name}/{name}", seed) for name, term in stage.losses.items()})
+
+
+def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Module:
+    if spec.connector is None:
+        return nn.Identity()
+    try:
+        connector: nn.Module = resolve(spec.connector.target)(*shapes, **spec.connector.options)
+    except (UserError, ValueError) as error:
+        what = error.what if isinstance(error, UserError) else str(error)
+        raise UserError(f"{place}: connector '{spec.connector.name}' cannot bridge {shapes[0]} → {shapes[1]}: {what}",
+                        hint="choose other hook points, or a connector that changes the map's size "
+                             "('kdbench ls connectors')") from None
+    return connector
+
+
+def _layer_weights(spec: TermSpec, n: int, place: str) -> list[float]:
+    """Weights from the shallowest layer to the deepest."""
+    if spec.layer_weights == "equal":
+        return [1.0] * n
+    if spec.layer_weights == "halving":
+        return [0.5 ** (n - 1 - i) for i in range(n)]
+    if len(spec.layer_weights) != n:
+        raise UserError(f"{place}: {len(spec.layer_weights)} layer weights for {n} layers")
+    return list(spec.layer_weights)

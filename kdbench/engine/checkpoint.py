@@ -1,0 +1,43 @@
+"""Checkpoints: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.errors import CellError
+from kdbench.files import atomic
+
+NAME = "checkpoint.pt"
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the checkpoint of a cell. A full disk leaves the old one and ends the cell with a clear message."""
+    try:
+        with atomic(folder / NAME) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:
+        raise CellError(f"the checkpoint could not be written to {folder}: {error}") from None
+
+
+def load(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint of a cell, or None when there is none that can be used.
+
+    Args:
+        key: what must be equal for the state to fit (identity, teacher and data hashes); a checkpoint of another key
+            or a damaged file is set aside, and the cell begins anew.
+    """
+    file = folder / NAME
+    if not file.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        fits = state["key"] == key
+    except Exception:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
+        fits = False
+    if not fits:
+        file.replace(file.with_suffix(".unusable"))
+        return None
+    return state

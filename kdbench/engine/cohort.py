@@ -1,0 +1,153 @@
+"""The training loop: cells that share data, seed and teacher, side by side behind one teacher pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
+from kdbench.engine.evaluation import evaluate
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member, Teacher
+from kdbench.errors import CellError, UserError
+
+PROGRESS_SECONDS = 0.25
+
+
+@dataclass
+class Seat:
+    """A member's place in the cohort: its folder, its log, and why it left, if it did."""
+
+    member: Member
+    folder: Path
+    key: dict[str, Any]
+    log: MetricsLog
+    failure: str | None = None
+    recorded: bool = False
+
+    @property
+    def active(self) -> bool:
+        return self.failure is None and not self.member.finished
+
+
+@dataclass
+class Cohort:
+    """Members with one data order. A member that fails or is finished leaves the others untouched.
+
+    Args:
+        report: called with (seat, None) for progress and (seat, metrics) after an evaluation.
+        finish: called with a seat whose member is finished, to write its record.
+        stop: asked before every step; True ends the loop after a checkpoint.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    seats: list[Seat]
+    batches: Batches
+    teacher: Teacher | None
+    report: Callable[[Seat, dict[str, Any] | None], None]
+    finish: Callable[[Seat], None]
+    stop: Callable[[], bool]
+    checkpoint_seconds: float = 60.0
+    _reported: float = field(default=0.0, init=False)
+
+    def run(self) -> bool:
+        """Train all members to their end. False when stopped before that (everything is checkpointed)."""
+        saved = time.monotonic()
+        for seat in self.seats:
+            self._finish(seat)
+        while active := [seat for seat in self.seats if seat.active]:
+            # Members resume each from their own checkpoint: those that are behind catch up alone.
+            step = min(seat.member.step for seat in active)
+            now = [seat for seat in active if seat.member.step == step]
+            if self.stop():
+                self.save()
+                return False
+            self._step(now, step)
+            for seat in now:
+                self._after_step(seat)
+                self._finish(seat)
+            if time.monotonic() - saved >= self.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+        return True
+
+    def _step(self, seats: list[Seat], step: int) -> None:
+        begin = time.perf_counter()
+        batch = self.batches.at(step, seats[0].member.timeline)
+        points = list(dict.fromkeys(p for seat in seats for p in seat.member.teacher_points()))
+        values = self.teacher(batch.images, points) if self.teacher and points else {}
+        shared = time.perf_counter() - begin
+        for seat in seats:
+            begin = time.perf_counter()
+            with _failures(seat):
+                seat.member.train_step(batch, values)
+            seat.member.seconds += time.perf_counter() - begin + shared / len(seats)
+
+    def _after_step(self, seat: Seat) -> None:
+        member = seat.member
+        if seat.failure is None and member.step in member.timeline.evaluations:
+            with _failures(seat):
+                self._evaluate(seat)
+        if seat.failure is not None or time.monotonic() - self._reported >= PROGRESS_SECONDS:
+            self._reported = time.monotonic()
+            self.report(seat, None)
+
+    def _finish(self, seat: Seat) -> None:
+        if seat.failure is None and seat.member.finished and not seat.recorded:
+            seat.recorded = True
+            with _failures(seat):
+                self.finish(seat)
+
+    def _evaluate(self, seat: Seat) -> None:
+        member = seat.member
+        begin = time.perf_counter()
+        member.check_finite()
+        meter, member.meter = member.meter, type(member.meter)()
+        train = meter.result()
+        # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
+        span = member.timeline.spans[member.timeline.stage(member.step - 1)]
+        measured = evaluate(member, self.batches.test, self.batches.validation, self.teacher)
+        since = member.history[-1]["seconds"] if member.history else 0.0
+        entry = {
+            "step": member.step, "epoch": round(member.timeline.epochs(member.step), 4), "stage": span.name,
+            "lr": member.last_rate, "train": train, **measured,
+            "images_per_second": round(meter.images / max(member.seconds - since, 1e-9), 1),
+            "seconds": round(member.seconds, 4),
+        }
+        member.history.append(entry)
+        seat.log.append(entry)
+        member.evaluation_seconds += time.perf_counter() - begin
+        self.report(seat, entry)
+
+    def save(self) -> None:
+        """Write the checkpoints of all members that are still training."""
+        for seat in self.seats:
+            if seat.active:
+                with _failures(seat):
+                    checkpoint.save(seat.folder, {"key": seat.key, **seat.member.state()})
+
+
+class _failures:
+    """Turns an exception of one member into its failure; the others go on."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not isinstance(error, CellError | UserError | RuntimeError | ValueError | MemoryError):
+            return False
+        if isinstance(error, CellError | UserError):
+            self.seat.failure = str(error)
+        else:
+            import traceback
+
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            self.seat.failure = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+        return True

@@ -1,0 +1,104 @@
+"""What a cell will be, without training: models built, hook points and connectors tried, sizes and times measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from kdbench.engine.build import build_extractor, build_model, build_terms
+from kdbench.engine.finish import size_of
+from kdbench.engine.timeline import Timeline, timeline
+from kdbench.errors import UserError
+from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
+
+# Images in a timed batch: enough to fill the machine, few enough to be quick.
+TIMED = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network: parameters, FLOPs of one forward image (a multiply-add is two), seconds an image (0: not timed)."""
+
+    parameters: int
+    flops: int
+    forward: float = 0.0
+    training: float = 0.0
+
+
+def training_images(spec: DataSpec) -> int:
+    """Images of the labelled training part, as the card's counts give it."""
+    n = spec.train
+    if spec.validation:
+        n -= round(spec.validation * n) if spec.validation < 1 else int(spec.validation)
+    if spec.fraction is not None:
+        n = max(round(spec.fraction * n), spec.classes)
+    if spec.per_class is not None:
+        n = spec.per_class * spec.classes
+    return n
+
+
+def planned_timeline(spec: CellSpec) -> Timeline:
+    return timeline(spec, training_images(spec.data))
+
+
+def try_out(spec: CellSpec) -> None:
+    """Build a cell's networks (first weights only), its connectors and loss terms.
+
+    Raises:
+        UserError: a model that cannot be built, a hook point that does not exist, a pair that no connector can bridge.
+    """
+    data = spec.data
+    image = (data.channels, data.image_size, data.image_size)
+    shapes = build_extractor(build_model(_bare(spec.student), data), spec.student, data).shapes(image)
+    teacher = {}
+    if spec.teacher is not None:
+        model = spec.teacher.model
+        teacher = build_extractor(build_model(_bare(model), data), model, data).shapes(image)
+    for name, stage in spec.method.stages.items():
+        try:
+            build_terms(name, stage, shapes, teacher, spec.seed)
+        except UserError as error:
+            raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
+
+
+def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:
+    """Size of a model, and with `timed` its seconds an image: forward alone, and a whole training step."""
+    network = build_model(_bare(model), data).to(device)
+    size = size_of(network, data)
+    forward = training = 0.0
+    if timed:
+        images = torch.randn(TIMED, data.channels, data.image_size, data.image_size, device=device)
+        labels = torch.zeros(TIMED, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            F.cross_entropy(network(images), labels).backward()
+
+        def look() -> None:
+            with torch.no_grad():
+                network(images)
+
+        network.train()
+        training = _seconds(step, device) / TIMED
+        network.eval()
+        forward = _seconds(look, device) / TIMED
+    return Size(int(size["parameters"]), int(size["flops"]), forward, training)
+
+
+def _seconds(action: object, device: torch.device) -> float:
+    """Time of an action, the better of two after a warm-up."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        action()  # type: ignore[operator]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def _bare(model: ModelSpec) -> ModelSpec:
+    return model.model_copy(update={"weights": None})

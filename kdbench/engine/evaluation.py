@@ -1,0 +1,70 @@
+"""What is measured at an evaluation point: accuracy on the test (and validation) part, and the losses' own metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.batches import Part
+from kdbench.engine.member import PROBE_IMAGES, Member, Teacher, accuracy
+
+SLICE = {"cpu": 250, "cuda": 2000}
+
+
+def evaluate(member: Member, test: Part, validation: Part, teacher: Teacher | None) -> dict[str, Any]:
+    """Metrics of a member at its present step; its modes are as before afterwards.
+
+    Returns:
+        {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
+        "agreement": {hook point: share}, …one entry for every metric that a loss card declares}.
+    """
+    member.student.model.eval()
+    member.terms.eval()
+    result: dict[str, Any] = {"test": score(member, test)[0]}
+    if len(validation.labels):
+        result["validation"] = score(member, validation)[0]
+    if teacher is not None:
+        result |= probe(member, teacher, test)
+    member.set_modes()
+    return result
+
+
+@torch.no_grad()
+def score(member: Member, part: Part) -> tuple[dict[str, float], Tensor]:
+    """Accuracy in percent and mean cross-entropy on a part, and all its logits [N, classes]."""
+    all_logits = []
+    right = torch.zeros((), dtype=torch.int64, device=member.device)
+    loss = torch.zeros((), device=member.device)
+    for images, labels in part.slices(SLICE[member.device.type]):
+        logits, slice_right, slice_loss = accuracy(member, images, labels)
+        right, loss = right + slice_right, loss + slice_loss
+        all_logits.append(logits)
+    n = len(part.labels)
+    return {"accuracy": 100 * right.item() / n, "loss": loss.item() / n}, torch.cat(all_logits)
+
+
+@torch.no_grad()
+def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, float]]:
+    """Metrics of the loss terms so far, averaged over evenly spaced test images. Terms of past stages are measured
+    with their connectors as they were left: whether the student keeps what a first stage taught it is the question."""
+    seen = [span.name for span in member.timeline.spans if span.start < max(member.step, 1)]
+    terms = [term for name in seen for term in member.terms[name].values() if term.metrics]
+    if not terms:
+        return {}
+    stride = max(1, -(-len(test.labels) // PROBE_IMAGES))
+    part = Part(test.images[::stride], test.labels[::stride])
+    student_points = [point for term in terms for point in term.student_points]
+    teacher_points = [point for term in terms for point in term.teacher_points]
+    sums: dict[str, dict[str, Tensor]] = {}
+    for images, labels in part.slices(SLICE[member.device.type]):
+        student = member.student(member.normalizer(images), student_points)
+        values = teacher(images, teacher_points)
+        for term in terms:
+            for metric, points in term.measure(student, values).items():
+                for point, value in points.items():
+                    into = sums.setdefault(metric, {})
+                    into[point] = into.get(point, 0) + value * len(labels)
+    return {metric: {point: value.item() / len(part.labels) for point, value in points.items()}
+            for metric, points in sums.items()}

@@ -1,0 +1,145 @@
+"""What a finished cell leaves: weights without connectors, test logits, and the record that makes it count."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import kdbench
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
+from kdbench.engine.evaluation import score
+from kdbench.engine.member import Member
+from kdbench.engine.teachers import TeacherFile
+from kdbench.files import atomic, write_json
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.images import ImageData
+
+SCHEMA = 1
+LAST = 10
+
+
+def finish(member: Member, folder: Path, cell: dict[str, Any], batches: Batches, data: ImageData,
+           teacher: TeacherFile | None, teacher_model: nn.Module | None, compute: dict[str, Any]) -> dict[str, Any]:
+    """Write a finished member's files, its record last: a folder with a record is whole.
+
+    Args:
+        cell: the planned cell's names and axes, as the record shows them.
+        compute: device, threads, precision and so on.
+    Returns:
+        the record.
+    """
+    spec = member.spec
+    member.student.model.eval()
+    _, logits = score(member, batches.test)
+    with atomic(folder / "test_logits.safetensors") as temporary:
+        save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
+    with atomic(folder / "student.safetensors") as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in member.student.model.state_dict().items()}, temporary)
+    line = member.timeline
+    record = {
+        "schema": SCHEMA, "kdbench": kdbench.__version__, "status": "finished", "identity": spec.identity(),
+        "recipe": cell.pop("recipe"), "cell": cell,
+        "spec": spec.model_dump(mode="json", exclude_none=True),
+        "budget": {
+            "steps": line.total, "epochs": round(line.epochs(line.total), 4),
+            "extra_epochs": round(line.epochs(line.extra), 4), "batches_per_epoch": line.batches_per_epoch,
+            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans]},
+        "result": {
+            "test": summary(member.history, "test"),
+            "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
+            "agreement": member.history[-1].get("agreement", {})},
+        "teacher": None if teacher is None or spec.teacher is None else {
+            "name": spec.teacher.name, "sha256": teacher.sha256, "accuracy": teacher.accuracy},
+        "data": {
+            "name": data.name, "fingerprint": data.fingerprint, "train": len(batches.train.labels),
+            "validation": len(batches.validation.labels), "test": len(batches.test.labels),
+            "classes": len(data.classes), "origin": data.origin},
+        "models": {
+            "student": size_of(member.student.model, spec.data),
+            "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None},
+        "compute": {
+            **compute, "seconds": round(member.seconds + member.evaluation_seconds, 3),
+            "training_seconds": round(member.seconds, 3),
+            "images_per_second": round(line.total * min(spec.protocol.batch_size, len(batches.train.labels))
+                                       / max(member.seconds, 1e-9), 1)},
+        "seeds": streams(spec),
+        "git": git_state(),
+    }
+    write_json(folder / "record.json", record)
+    (folder / checkpoint.NAME).unlink(missing_ok=True)
+    return record
+
+
+def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    """Last, best, and mean of the last evaluations' accuracies on a part, in percent."""
+    points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
+    best_step, best = max(points, key=lambda point: (point[1], -point[0]))
+    tail = [accuracy for _, accuracy in points[-LAST:]]
+    return {"last": round(points[-1][1], 4), "best": round(best, 4), "best_step": best_step,
+            "mean_last": round(sum(tail) / len(tail), 4), "mean_last_of": len(tail)}
+
+
+def streams(spec: CellSpec) -> dict[str, Any]:
+    """The seed, and what each stream of draws begins with."""
+    split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
+    return {"seed": spec.seed, "split": split_seed,
+            "streams": ["init", "connectors", "order", "augmentation", "dropout"]}
+
+
+def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:
+    """Parameters, and floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
+    model.train(was_training)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "flops": counter.get_total_flops()}
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """Where and with what a cell was computed."""
+    import torchvision
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": device.type, "device_name": name, "threads": threads, "python": platform.python_version(),
+        "torch": torch.__version__, "torchvision": torchvision.__version__, "platform": platform.platform(terse=True),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+@cache
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that kdbench runs from, or None when it is installed."""
+    root = Path(kdbench.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain", "--", "kdbench", "registry"], cwd=root,
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

@@ -1,0 +1,222 @@
+"""One cell while it trains: its student, the terms of its stage, its optimizer, what it measured so far."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.engine.batches import Batch, Batches, Normalizer
+from kdbench.engine.build import Shape, Term, build_extractor, build_model, build_optimizer, build_schedule, build_terms
+from kdbench.engine.timeline import Timeline, timeline
+from kdbench.errors import CellError, UserError
+from kdbench.models.hooks import Extractor
+from kdbench.recipe.schema import CellSpec
+from kdbench.sources.streams import address
+
+# Agreement needs features of the teacher: it is measured on at most this many evenly spaced test images.
+PROBE_IMAGES = 2000
+
+
+class Teacher:
+    """A frozen network in eval mode, shared by all cells that learn from it."""
+
+    def __init__(self, extractor: Extractor, normalizer: Normalizer, shapes: Mapping[str, Shape]) -> None:
+        self.extractor, self.normalizer, self.shapes = extractor, normalizer, shapes
+        extractor.model.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, points: list[str]) -> dict[str, Tensor]:
+        """Values of hook points for bytes [N, C, H, W], without gradients."""
+        with torch.no_grad():
+            return self.extractor(self.normalizer(images), points)
+
+    def training_copy(self) -> Extractor:
+        """A copy that may run in train mode: the codes that do so let their teacher's statistics drift."""
+        model = copy.deepcopy(self.extractor.model).train()
+        return Extractor(model, self.extractor.places, self.extractor.model_name)
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last evaluation, on the device; nothing is read before `result`."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    images: int = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def result(self) -> dict[str, float]:
+        return {name: value.item() / max(self.steps, 1) for name, value in self.sums.items()}
+
+
+class Member:
+    """One cell in training. `step` is the number of optimizer steps done."""
+
+    def __init__(self, spec: CellSpec, batches: Batches, teacher: Teacher | None, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.timeline: Timeline = timeline(spec, len(batches.train.labels))
+        self.normalizer = Normalizer(spec.protocol.normalization, device)
+        student = build_model(spec.student, spec.data, spec.seed)
+        self.student: Extractor = build_extractor(student, spec.student, spec.data)
+        image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+        shapes = self.student.shapes(image_shape)
+        try:
+            self.terms = nn.ModuleDict({
+                name: build_terms(name, stage, shapes, teacher.shapes if teacher else {}, spec.seed)
+                for name, stage in spec.method.stages.items()})
+        except UserError as error:
+            raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
+        student.to(device)
+        self.terms.to(device)
+        self.step = 0
+        self.seconds = 0.0
+        self.evaluation_seconds = 0.0
+        self.last_rate = 0.0
+        self.meter = Meter()
+        self.history: list[dict[str, Any]] = []
+        self.own_teacher: Extractor | None = None
+        if teacher and any(stage.modes.teacher == "train" for stage in spec.method.stages.values()):
+            self.own_teacher = teacher.training_copy()
+            self.own_teacher.model.to(device)
+            self.teacher_normalizer = teacher.normalizer
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.enter(0)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.timeline.total
+
+    def enter(self, stage: int) -> None:
+        """Begin a stage: a new optimizer over what it trains, modes set, every other parameter frozen."""
+        self.stage_index = stage
+        self.span = self.timeline.spans[stage]
+        self.stage = self.spec.method.stages[self.span.name]
+        self.active: dict[str, Term] = dict(self.terms[self.span.name].items())  # type: ignore[operator, arg-type]
+        self.student.model.requires_grad_("student" in self.stage.trains)
+        self.terms.requires_grad_(False)
+        self.terms[self.span.name].requires_grad_("connectors" in self.stage.trains)
+        trained = [p for module in (self.student.model, self.terms[self.span.name]) for p in module.parameters()
+                   if p.requires_grad]
+        if not trained:
+            raise UserError(f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
+                            hint="add 'student' to the stage's 'trains'")
+        self.optimizer = build_optimizer(self.stage.optimizer, trained)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = build_schedule(self.stage.schedule)
+        self.student_points = _unique(point for term in self.active.values() for point in term.student_points)
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        """Modes of this stage; evaluation changes them and calls this again."""
+        self.student.model.train(self.stage.modes.student == "train")
+        for name, terms in self.terms.items():
+            terms.train(name == self.span.name and "connectors" in self.stage.trains)
+
+    def teacher_points(self) -> list[str]:
+        """What this member needs of the shared teacher at its present step."""
+        if self.own_teacher is not None and self.stage.modes.teacher == "train":
+            return []
+        return _unique(point for term in self.active.values() for point in term.teacher_points)
+
+    def train_step(self, batch: Batch, teacher: Mapping[str, Tensor]) -> None:
+        """One optimizer step."""
+        progress = (self.step - self.span.start) / self.span.steps
+        torch.manual_seed(address(self.spec.seed, "dropout", self.step))
+        if self.own_teacher is not None and self.stage.modes.teacher == "train":
+            teacher = self._own_teacher_values(batch)
+
+        student = self.student(self.normalizer(batch.images), self.student_points)
+        loss = torch.zeros((), device=self.device)
+        for name, term in self.active.items():
+            value = term(student, teacher, batch.labels, batch.index)
+            loss = loss + term.weight_at(progress) * value
+            self.meter.add(name, value)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._schedule(progress)
+        self.optimizer.step()
+
+        self.meter.add("loss", loss)
+        self.meter.steps += 1
+        self.meter.images += len(batch.labels)
+        self._watch(loss.detach())
+        self.step += 1
+        if self.step == self.span.stop and not self.finished:
+            self.enter(self.stage_index + 1)
+
+    def _schedule(self, progress: float) -> None:
+        factor = self.schedule.factor(progress)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        self.last_rate = self.optimizer.param_groups[0]["lr"]
+        before = (self.step - 1 - self.span.start) / self.span.steps
+        if any(before + 1e-9 < reset <= progress + 1e-9 for reset in self.schedule.resets):
+            self.optimizer.state.clear()
+
+    def _own_teacher_values(self, batch: Batch) -> dict[str, Tensor]:
+        assert self.own_teacher is not None and self.spec.teacher is not None
+        points = _unique(point for term in self.active.values() for point in term.teacher_points)
+        with torch.no_grad():
+            return self.own_teacher(self.teacher_normalizer(batch.images), points)
+
+    def _watch(self, loss: Tensor) -> None:
+        # Remembered on the device, read at the next evaluation: a step never waits for its own loss.
+        first = (self.bad_step < 0) & ~torch.isfinite(loss)
+        self.bad_step = torch.where(first, self.step, self.bad_step)
+
+    def check_finite(self) -> None:
+        """Raises CellError when a loss was not finite, naming step, stage and term."""
+        step = int(self.bad_step)
+        if step < 0:
+            return
+        bad = [name for name, value in self.meter.result().items() if value != value or abs(value) == float("inf")]
+        terms = ", ".join(name for name in bad if name != "loss") or "the sum"
+        name = self.timeline.spans[self.timeline.stage(step)].name
+        raise CellError(f"the loss was not finite at step {step}, stage '{name}', term {terms}; "
+                        "try a smaller learning rate or weight")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed member needs, as tensors and plain data."""
+        return {
+            "student": self.student.model.state_dict(), "terms": self.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds, "last_rate": self.last_rate,
+            "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher else None,
+            "meter": {"sums": self.meter.sums, "steps": self.meter.steps, "images": self.meter.images},
+            "bad_step": self.bad_step, "history": self.history,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.student.model.load_state_dict(state["student"])
+        self.terms.load_state_dict(state["terms"])
+        if self.own_teacher is not None:
+            self.own_teacher.model.load_state_dict(state["own_teacher"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.evaluation_seconds, self.last_rate = state["evaluation_seconds"], state["last_rate"]
+        if not self.finished:
+            self.enter(self.timeline.stage(self.step))
+            self.optimizer.load_state_dict(state["optimizer"])
+        meter = state["meter"]
+        sums = {name: value.to(self.device) for name, value in meter["sums"].items()}
+        self.meter = Meter(sums, meter["steps"], meter["images"])
+        self.bad_step = state["bad_step"].to(self.device)
+
+
+def accuracy(member: Member, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, count of right answers and summed cross-entropy of one slice, all on the device."""
+    logits = member.student(member.normalizer(images), ["logits"])["logits"]
+    right = (logits.argmax(dim=1) == labels).sum()
+    return logits, right, F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _unique(points: Any) -> list[str]:
+    return list(dict.fromkeys(points))

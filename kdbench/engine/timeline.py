@@ -1,0 +1,86 @@
+"""Where a cell's steps belong: the budget in steps, its stages, its evaluation points. Pure arithmetic."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+
+from kdbench.recipe.schema import CellSpec
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps [start, stop) of one stage."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def steps(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A cell's steps. `extra`: steps on top of the protocol's budget, which come first in the stages that have them."""
+
+    batches_per_epoch: int
+    spans: tuple[Span, ...]
+    extra: int
+    evaluations: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return self.spans[-1].stop
+
+    def stage(self, step: int) -> int:
+        """Index of the stage that a step belongs to."""
+        return bisect.bisect_right([span.stop for span in self.spans], step)
+
+    def epochs(self, steps: int) -> float:
+        return steps / self.batches_per_epoch
+
+
+def batches_per_epoch(images: int, batch_size: int, last_batch: str) -> int:
+    """Batches of one pass over the training set. A set smaller than a batch is one batch, whatever `last_batch` says."""
+    full = images // batch_size
+    return max(full, 1) if last_batch == "drop" else max(math.ceil(images / batch_size), 1)
+
+
+def timeline(spec: CellSpec, images: int) -> Timeline:
+    """The steps of a cell that trains on `images` images.
+
+    The protocol's budget is the total over all stages; shares are rounded to steps, at least one each; the stage
+    without a share takes the rest. Evaluation comes at even points, at the end of every stage and at the end.
+    """
+    per_epoch = batches_per_epoch(images, spec.protocol.batch_size, spec.protocol.last_batch)
+    if spec.protocol.steps is not None:
+        budget = spec.protocol.steps
+    else:
+        assert spec.protocol.epochs is not None
+        budget = max(round(spec.protocol.epochs * per_epoch), 1)
+    stages = spec.method.stages
+    lengths = {}
+    for name, stage in stages.items():
+        if stage.extra_epochs is not None:
+            lengths[name] = max(round(stage.extra_epochs * per_epoch), 1)
+        elif stage.share is not None:
+            lengths[name] = max(round(stage.share * budget), 1)
+    extra = sum(lengths[name] for name, stage in stages.items() if stage.extra_epochs is not None)
+    rest = [name for name in stages if name not in lengths]
+    if rest:
+        lengths[rest[0]] = max(budget + extra - sum(lengths.values()), 1)
+    spans, start = [], 0
+    for name in stages:
+        spans.append(Span(name, start, start + lengths[name]))
+        start += lengths[name]
+    total = start
+    if spec.evaluations == "epoch":
+        points = set(range(per_epoch, total + 1, per_epoch))
+    else:
+        points = {round(i * total / spec.evaluations) for i in range(1, max(spec.evaluations, 1) + 1)} if spec.evaluations else set()
+    points |= {span.stop for span in spans}
+    points.discard(0)
+    return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))

@@ -1,0 +1,41 @@
+"""The two ways in which kdbench says no."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can fix. Becomes one message and exit code 2, never a traceback.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: file and line, model and hook point, or command line.
+        hint: what to do about it.
+    """
+
+    def __init__(self, what: str, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  {self.hint}" if self.hint else head
+
+    def __reduce__(self) -> tuple[type, tuple[str, str | None, str | None]]:
+        return type(self), (self.what, self.where, self.hint)
+
+
+class CellError(Exception):
+    """A cell that cannot go on (a loss that is not finite, memory that ran out). The other cells continue; exit code 1."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known words, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+    return f"known: {shown}" if known else "nothing is known there"

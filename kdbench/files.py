@@ -1,0 +1,73 @@
+"""Files on disk: whole or absent, never half; hashed; found in the places where users keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def home() -> Path:
+    """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
+    if set_by_user := os.environ.get("KDBENCH_HOME"):
+        return Path(set_by_user)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdbench"
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,
+    finds the old file or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write JSON atomically, indented, keys in their own order. NaN is refused: it is not JSON."""
+    write_text(file, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def weight_folders() -> list[Path]:
+    """Where weight files are looked for, in order: `$KDBENCH_WEIGHTS` (several with ':'), ./weights, the cache."""
+    folders = [Path(part) for part in os.environ.get("KDBENCH_WEIGHTS", "").split(os.pathsep) if part]
+    return [*folders, Path("weights"), home() / "weights"]
+
+
+def find_weights(file: str) -> Path | None:
+    """A weight file by name in the weight folders, or by its own path; None when it is nowhere."""
+    if Path(file).is_file():
+        return Path(file)
+    for folder in weight_folders():
+        if (folder / file).is_file():
+            return folder / file
+    return None

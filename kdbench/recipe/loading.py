@@ -1,0 +1,122 @@
+"""From a recipe's file (or shipped name) and overrides to one checked tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.schema import Recipe
+from kdbench.registry import SHARE, written_out
+from kdbench.tree import Tree
+from kdbench.validation import fields_at, validated
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, as `kdbench run NAME` takes them."""
+    folder = SHARE / "recipes"
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+
+
+def find(recipe: str, base: Path | None = None) -> Path:
+    """File of a recipe given as a path (also relative to `base`) or as the name of a shipped one."""
+    candidates = [Path(recipe), SHARE / "recipes" / f"{recipe}.yaml"]
+    if base is not None:
+        candidates.insert(0, base / recipe)
+    for file in candidates:
+        if file.is_file():
+            return file
+    if recipe.endswith((".yaml", ".yml")):
+        name = Path(recipe).stem
+        raise UserError(f"there is no recipe file '{recipe}'",
+                        hint=f"shipped recipes: {did_you_mean(name, recipe_names())} ('kdbench ls recipes')")
+    raise UserError(f"there is no recipe '{recipe}'", hint=did_you_mean(recipe, recipe_names()))
+
+
+def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) -> Tree:
+    """A recipe as a tree: includes followed, overrides laid over it, short forms written out, every key known.
+
+    Args:
+        recipe: file, shipped name, or plain data.
+        overrides: texts `dotted.path=value`, the value in YAML.
+    """
+    if isinstance(recipe, dict):
+        tree = written_out(Tree.of(recipe, "recipe"))
+        _check_keys(tree)
+    else:
+        tree = _load_file(find(str(recipe)), ())
+    for text in overrides:
+        tree = override(tree, text)
+    return tree
+
+
+def typed(tree: Tree) -> Recipe:
+    """The typed form of a loaded recipe."""
+    return validated(Recipe, tree, "recipe")
+
+
+def override(tree: Tree, text: str) -> Tree:
+    """`tree` with one `dotted.path=value` laid over it."""
+    path_text, equals, value_text = text.partition("=")
+    where = f"command line, '{text}'"
+    if not equals or not path_text:
+        raise UserError("an override is written key.path=value", where=where, hint="for example: epochs=20")
+    value = Tree.parse(value_text, where).data if value_text.strip() else None
+    return put(tree, path_text, value, where)
+
+
+def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
+    """`tree` with a value laid over it at a dotted path. The first part must be a key of a recipe."""
+    path = tuple(dotted_path.split("."))
+    known = fields_at(Recipe, ())
+    if path[0] not in known:
+        raise UserError(f"unknown key '{path[0]}'", where=where, hint=did_you_mean(path[0], known))
+    if path[0] == "compare" and len(path) > 1:
+        path = ("compare", ".".join(path[1:]))
+    # Of two budgets, the later one holds.
+    other = {"epochs": "steps", "steps": "epochs"}.get(dotted_path)
+    if other and isinstance(tree.data, dict) and other in tree.data:
+        tree = Tree({k: v for k, v in tree.data.items() if k != other}, tree.origins)
+    value_tree = Tree.of(value, where)
+    inner: object = value
+    for key in reversed(path):
+        inner = {key: inner}
+    whole = Tree(inner, {path[:n]: where for n in range(len(path))} | {path + p: where for p in value_tree.origins})
+    return tree.merged(written_out(whole))
+
+
+def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
+    if file.resolve() in seen:
+        raise UserError("a recipe includes itself", where=str(file), hint="break the circle of 'include:'")
+    tree = Tree.read(file)
+    if not isinstance(tree.data, dict) or not tree.data:
+        raise UserError("a recipe is a mapping of keys to values", where=str(file))
+    tree = written_out(tree)
+    base = Tree({}, {})
+    includes = tree.data.get("include", [])
+    for name in [includes] if isinstance(includes, str) else includes:
+        if not isinstance(name, str):
+            raise UserError("'include' names recipes", where=tree.origin(("include",)))
+        try:
+            included = find(name, file.parent)
+        except UserError as error:
+            raise UserError(error.what, where=tree.origin(("include",)), hint=error.hint) from None
+        base = base.merged(_load_file(included, (*seen, file.resolve())))
+    own = Tree({k: v for k, v in tree.data.items() if k != "include"}, tree.origins)
+    _check_keys(own)
+    return base.merged(own) if base.data else own
+
+
+def _check_keys(tree: Tree) -> None:
+    """Top-level keys are checked before merging, so that a typo in an included file is found there."""
+    known = [*fields_at(Recipe, ()), "include"]
+    for key in tree.data:
+        if key not in known:
+            raise UserError(f"unknown key '{key}'", where=tree.origin((key,)), hint=did_you_mean(str(key), known))
+
+
+def dump(data: object) -> str:
+    """Plain data as YAML, in its own order."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)

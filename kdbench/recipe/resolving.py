@@ -1,0 +1,337 @@
+"""From one combination of a comparison to a resolved cell: every name looked up, every option typed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdbench.cards import MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.errors import UserError, did_you_mean
+from kdbench.files import find_weights, sha256_of, weight_folders
+from kdbench.recipe.loading import typed
+from kdbench.recipe.schema import (
+    CellSpec,
+    DataSpec,
+    LossSpec,
+    MethodSpec,
+    ModelSpec,
+    ProtocolSpec,
+    Recipe,
+    StageSpec,
+    TargetSpec,
+    TeacherSpec,
+    TermSpec,
+)
+from kdbench.registry import Registry, written_out
+from kdbench.schedules import share
+from kdbench.signature import check_options
+from kdbench.tree import Tree
+from kdbench.validation import validated
+
+# Keys of a method mapping in a recipe that are no parameters of the method.
+_METHOD_KEYS = ("name", "label", "stages")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe's tree for one combination of compared values.
+
+    `shared`: keys below `method` that were given for all compared methods; a method that lacks one ignores it.
+    """
+
+    tree: Tree
+    axes: dict[str, Any]
+    shared: frozenset[str] = frozenset()
+
+
+def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, set[str]]:
+    """The cell of a variant and a seed, and the parts of the recipe that mean nothing to it."""
+    tree = variant.tree
+    recipe = typed(tree)
+    data = _data(recipe, tree, registry)
+    card, protocol_tree = _protocol(recipe, tree, registry)
+    protocol = ProtocolSpec(
+        name=recipe.protocol["name"], batch_size=card.batch_size, last_batch=card.last_batch,
+        augmentation=card.augmentation, normalization=card.normalization or data.normalization,
+        epochs=card.epochs, steps=card.steps)
+    _check_channels(protocol.normalization, data, tree.origin(("protocol",)))
+    method, foreign = _method(variant, card, protocol_tree, registry)
+    student = _model(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
+    teacher = None
+    if _needs_teacher(method):
+        if recipe.teacher is None:
+            raise UserError(f"the method '{method.name}' needs a teacher", where=tree.origin(()),
+                            hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')")
+        teacher = _teacher(tree, registry)
+        _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
+    else:
+        foreign = foreign | {"teacher"}
+    for stage_name, stage in method.stages.items():
+        for term_name, term in stage.losses.items():
+            place = f"method '{method.name}', stage '{stage_name}', loss '{term_name}'"
+            if "student" in term.loss.inputs:
+                _check_point(term.student, student, place)
+            if teacher is not None and "teacher" in term.loss.inputs:
+                _check_point(term.teacher, teacher.model, place)
+    return CellSpec(data=data, teacher=teacher, student=student, method=method, protocol=protocol, seed=seed,
+                    evaluations=recipe.evaluations, precision=recipe.precision), foreign
+
+
+def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
+    choice = recipe.data
+    where = tree.origin(("data",))
+    card = registry.card("datasets", choice.name, where)
+    return DataSpec(
+        name=choice.name, target=card.target, options=card.args, classes=card.classes, channels=card.channels,
+        image_size=card.image_size, train=card.train, test=card.test, normalization=card.normalization, fraction=choice.fraction,
+        per_class=choice.per_class, validation=choice.validation, split_seed=choice.split_seed, root=choice.root)
+
+
+def _protocol(recipe: Recipe, tree: Tree, registry: Registry) -> tuple[ProtocolCard, Tree]:
+    """The protocol's card with the recipe's own fields laid over it, and its tree."""
+    given = tree.at("protocol")
+    name = given.data.get("name")
+    if not isinstance(name, str):
+        raise UserError("no protocol is named", where=tree.origin(("protocol",)), hint="add 'protocol: ab_official'")
+    card = registry.tree("protocols", name, given.origin(("name",)))
+    own = Tree({k: v for k, v in given.data.items() if k != "name"}, given.origins)
+    for budget in ("epochs", "steps"):
+        if getattr(recipe, budget) is not None:
+            own = own.merged(Tree({budget: tree.data[budget]}, {(budget,): tree.origin((budget,))}))
+    if "epochs" in own.data or "steps" in own.data:
+        card = Tree({k: v for k, v in card.data.items() if k not in ("epochs", "steps")}, card.origins)
+    merged = card.merged(own)
+    return validated(ProtocolCard, merged, f"protocol '{name}'"), merged
+
+
+def _method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
+            registry: Registry) -> tuple[MethodSpec, set[str]]:
+    """The resolved method, and the shared keys that it does not have."""
+    given = variant.tree.at("method")
+    name = given.data["name"]
+    tree = registry.tree("methods", name, given.origin(("name",)))
+    short = tree.data.get("parameters", {})
+    label = given.data.get("label") or tree.data.get("title", name)
+    foreign: set[str] = set()
+    for key, value in given.data.items():
+        origin = given.origin((key,))
+        if key in short:
+            target = tuple(short[key].split("."))
+            if not _exists(tree.data, target[:-1]):
+                raise UserError(f"method '{name}': the parameter '{key}' points to nothing: {short[key]}",
+                                where=tree.origin(("parameters", key)))
+            tree = tree.put(target, Tree.of(value, origin))
+            if f"method.{key}" in variant.axes:
+                label = f"{label}, {key} {value}"
+        elif key == "stages" and isinstance(value, dict):
+            stages = written_out(given.at("stages"))
+            absent = [stage for stage in stages.data if stage not in tree.data["stages"]]
+            if absent and key not in variant.shared:
+                raise UserError(f"method '{name}' has no stage '{absent[0]}'", where=stages.origin((absent[0],)),
+                                hint=did_you_mean(absent[0], tree.data["stages"]))
+            if absent:
+                foreign.add(key)
+            else:
+                tree = tree.put(("stages",), stages)
+        elif key in variant.shared:
+            foreign.add(key)
+        elif key not in _METHOD_KEYS:
+            raise UserError(f"unknown key '{key}' for method '{name}'", where=origin,
+                            hint=did_you_mean(key, [*short, "stages", "label"]))
+    card = validated(MethodCard, written_out(tree), f"method '{name}'")
+    defaults = {"optimizer": (protocol.optimizer, protocol_tree.at("optimizer")),
+                "schedule": (protocol.schedule, protocol_tree.at("schedule"))}
+    stages = {stage_name: _stage(stage, tree.at("stages", stage_name), defaults, registry,
+                                 f"stage '{stage_name}' of method '{name}'")
+              for stage_name, stage in card.stages.items()}
+    _check_shares(stages, tree, name)
+    return MethodSpec(name=name, label=label, stages=stages), foreign
+
+
+def _stage(card: StageCard, tree: Tree, defaults: dict[str, tuple[Named, Tree]], registry: Registry,
+           what: str) -> StageSpec:
+    if not card.losses:
+        raise UserError(f"{what} has no losses", where=tree.origin(()))
+    resolved = {}
+    for kind, (default, origin) in defaults.items():
+        own: Named | None = getattr(card, kind)
+        if own is None:
+            resolved[kind] = _named(f"{kind}s", default, origin, registry)
+        elif own.name == default.name:
+            # A stage that names the protocol's own optimizer changes only what it says.
+            merged = Named.model_validate(default.model_dump() | own.model_dump())
+            resolved[kind] = _named(f"{kind}s", merged, origin.merged(tree.at(kind)), registry)
+        else:
+            resolved[kind] = _named(f"{kind}s", own, tree.at(kind), registry)
+    losses = {name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
+              for name, term in card.losses.items()}
+    return StageSpec(
+        share=share(card.share) if card.share else None, extra_epochs=card.extra_epochs, trains=card.trains,
+        losses=losses, modes=card.modes, optimizer=resolved["optimizer"], schedule=resolved["schedule"])
+
+
+def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
+    loss = registry.card("losses", term.loss, tree.origin(("loss",)))
+    own_keys = tuple(TermCard.model_fields)
+    options = check_options(loss.target, term.options, registry.settable(loss.target, loss),
+                            lambda key: tree.origin((key,) if key else ()), what, own_keys)
+    if term.hook is not None and (term.student or term.teacher):
+        raise UserError(f"{what}: 'hook' means both networks; beside it 'student' and 'teacher' say it twice",
+                        where=tree.origin(("hook",)), hint="keep either 'hook', or 'student' and 'teacher'")
+    connector = schedule = None
+    if term.connector is not None:
+        if not {"student", "teacher"} <= set(loss.inputs):
+            raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
+        connector = _named("connectors", term.connector, tree.at("connector"), registry)
+    if term.weight_schedule is not None:
+        schedule = _named("schedules", term.weight_schedule, tree.at("weight_schedule"), registry)
+    return TermSpec(
+        loss=LossSpec(name=term.loss, target=loss.target, options=options, inputs=loss.inputs, metrics=loss.metrics),
+        student=term.hook or term.student or "logits", teacher=term.hook or term.teacher or "logits",
+        connector=connector, weight=term.weight, weight_schedule=schedule, layer_weights=term.layer_weights)
+
+
+def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpec:
+    given = Tree(named.model_dump(), tree.origins | {(): tree.origin(())})
+    target, options = registry.options(kind, named.name, given)
+    if kind == "schedules":
+        # Schedules are plain Python: trying one now tells a malformed share before anything is trained.
+        module, _, name = target.partition(":")
+        try:
+            getattr(importlib.import_module(module), name)(**options)
+        except ValueError as error:
+            raise UserError(f"schedule '{named.name}': {error}", where=tree.origin(())) from None
+    return TargetSpec(name=named.name, target=target, options=options)
+
+
+def _model(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None,
+           weights: str | None = None) -> ModelSpec:
+    name = tree.data["name"]
+    target, options = registry.options("models", name, tree, ignore=("name", "hooks", "weights"),
+                                       also_known=("hooks", "weights"))
+    card = registry.card("models", name)
+    points = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
+    sha256 = None
+    if weights is not None:
+        sha256 = _file_hash(_existing(weights, tree.origin(("weights",))))
+    return ModelSpec(name=name, target=target, options=options, hooks=hooks or points, weights=weights,
+                     weights_sha256=sha256)
+
+
+def _teacher(tree: Tree, registry: Registry) -> TeacherSpec:
+    given = tree.at("teacher")
+    if given.data.get("name") is None:
+        return _own_teacher(tree, given, registry)
+    name = given.data["name"]
+    where = given.origin(("name",))
+    card: TeacherCard = registry.card("teachers", name, where)
+    card_tree = registry.tree("teachers", name)
+    data = tree.data["data"]["name"]
+    if _classes(card.data.name, registry) != _classes(data, registry):
+        raise UserError(f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'", where=where,
+                        hint="choose a teacher of this data ('kdbench ls teachers')")
+    model = _model(card_tree.at("model"), registry)
+    normalization = card.normalization or registry.card("datasets", card.data.name).normalization
+    trained_by = None
+    if card.recipe is not None:
+        trained_by = _training_of(card.recipe, card_tree.origin(("recipe",)), registry, data_root=tree.data["data"].get("root"))
+        if trained_by.student.name != model.name or trained_by.student.options != model.options:
+            raise UserError(f"teacher '{name}': its recipe trains '{trained_by.student.name}', not '{model.name}'",
+                            where=card_tree.origin(("recipe",)))
+        normalization = card.normalization or trained_by.protocol.normalization
+    elif card.weights is not None and card.weights.url is None:
+        _existing(card.weights.file, where)
+    return TeacherSpec(name=name, model=model, normalization=normalization, weights=card.weights,
+                       trained_by=trained_by, accuracy=card.accuracy)
+
+
+def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
+    """A teacher that the recipe itself describes: a model and the user's own weights."""
+    choice = typed(tree).teacher
+    assert choice is not None and choice.weights is not None and choice.model is not None
+    file = _existing(choice.weights, given.origin(("weights",)))
+    digest = _file_hash(file)
+    weights = {"file": str(file), "sha256": digest}
+    normalization = choice.normalization or registry.card("datasets", tree.data["data"]["name"]).normalization
+    model = _model(given.at("model"), registry)
+    return TeacherSpec.model_validate({"name": file.stem, "model": model, "normalization": normalization,
+                                       "weights": weights})
+
+
+@functools.cache
+def _training_of(recipe: str, where: str, registry: Registry, data_root: str | None) -> CellSpec:
+    """The one cell of a teacher's own recipe."""
+    from kdbench.recipe.planning import plan
+
+    overrides = () if data_root is None else (f"data.root={data_root}",)
+    cells = plan(recipe, registry, overrides).cells
+    if len(cells) != 1:
+        raise UserError(f"a teacher's recipe has one cell; '{recipe}' has {len(cells)}", where=where)
+    return cells[0].spec
+
+
+def _existing(weights: str, where: str) -> Path:
+    file = find_weights(weights)
+    if file is None:
+        tried = ", ".join(str(folder) for folder in weight_folders())
+        raise UserError(f"there is no weight file '{weights}'", where=where,
+                        hint=f"tried it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it")
+    return file
+
+
+@functools.cache
+def _file_hash(file: Path) -> str:
+    return sha256_of(file)
+
+
+def _classes(data: str, registry: Registry) -> tuple[str, int]:
+    card = registry.card("datasets", data)
+    return data, card.classes
+
+
+def _needs_teacher(method: MethodSpec) -> bool:
+    return any("teacher" in term.loss.inputs for stage in method.stages.values() for term in stage.losses.values())
+
+
+def _check_point(point: str, model: ModelSpec, place: str) -> None:
+    """A hook point that a hooks card lacks is told now; derived points are known only once the model is built."""
+    if point == "logits" or model.hooks == "derived":
+        return
+    groups = {"layers", "layers.preact"}
+    if point not in {*model.hooks, *groups}:
+        raise UserError(f"{place}: '{model.name}' has no hook point '{point}'",
+                        hint=did_you_mean(point, [*model.hooks, *groups, "logits"]))
+
+
+def _check_channels(normalization: Any, data: DataSpec, where: str) -> None:
+    if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
+        raise UserError(f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of "
+                        f"'{data.name}'", where=where)
+
+
+def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:
+    rest = [s for s, stage in stages.items() if stage.share is None and stage.extra_epochs is None]
+    both = [s for s, stage in stages.items() if stage.share is not None and stage.extra_epochs is not None]
+    total = sum(stage.share or 0.0 for stage in stages.values())
+    where = tree.origin(("stages",))
+    if both:
+        raise UserError(f"method '{name}', stage '{both[0]}': 'share' and 'extra_epochs' exclude each other", where=where)
+    if len(rest) > 1:
+        raise UserError(f"method '{name}': the stages {rest} all lack a share", where=where,
+                        hint="exactly one stage may leave it out and take the rest")
+    if total > 1 + 1e-9 or (rest and total >= 1) or (not rest and abs(total - 1) > 1e-9):
+        raise UserError(f"method '{name}': the shares of its stages sum to {total:.0%}", where=where,
+                        hint="they sum to 100 %; one stage may leave its share out and take the rest")
+
+
+def _exists(data: Any, path: tuple[str, ...]) -> bool:
+    for key in path:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return isinstance(data, dict)
+
+

@@ -1,0 +1,206 @@
+"""The typed form of a recipe, and of the cells that it plans.
+
+`Recipe` is what a user writes (short forms written out). `CellSpec` is one cell with every card resolved: plain data
+that is hashed into the cell's identity, sent to worker processes and kept in the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kdbench.cards import Augmentation, Modes, Named, Normalization, Strict, Weights
+
+
+class DataChoice(Strict):
+    """Which data, and how much of its labelled training set."""
+
+    name: str = Field(description="key of a data card")
+    fraction: float | None = Field(None, gt=0, le=1, description="share of the training set, stratified by class")
+    per_class: int | None = Field(None, gt=0, description="training images of each class")
+    validation: float | int = Field(0, ge=0, description="images (or share below 1) split off the training set")
+    split_seed: int | None = Field(None, description="seed of subset and split; the cell's seed where absent")
+    root: str | None = Field(None, description="folder that holds the data")
+
+    @model_validator(mode="after")
+    def one_subset(self) -> DataChoice:
+        if self.fraction is not None and self.per_class is not None:
+            raise ValueError("'fraction' and 'per_class' exclude each other")
+        return self
+
+
+class TeacherChoice(Strict):
+    """A teacher card by name, or a network with the user's own weights."""
+
+    name: str | None = Field(None, description="key of a teacher card")
+    model: Named | None = None
+    weights: str | None = Field(None, description="file with a state dict (.safetensors, or .pt with weights only)")
+    normalization: Normalization | None = None
+
+    @model_validator(mode="after")
+    def one_form(self) -> TeacherChoice:
+        if self.name is None and (self.model is None or self.weights is None):
+            raise ValueError("a teacher is the name of a teacher card, or 'model' together with 'weights'")
+        if self.name is not None and (self.model is not None or self.weights is not None):
+            raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
+        return self
+
+
+class StudentChoice(Named):
+    """A model by name, with its own options, hook points (for models without a hooks card) and first weights."""
+
+    hooks: dict[str, str] | None = None
+    weights: str | None = Field(None, description="file with a state dict to start from")
+
+
+class Recipe(Strict):
+    """What a user writes. `compare` takes dotted paths of this very structure."""
+
+    title: str = Field("", description="shown above the table")
+    data: DataChoice
+    teacher: TeacherChoice | None = None
+    student: StudentChoice
+    protocol: dict[str, Any] = Field(description="a protocol card by name, with any of its fields beside it")
+    method: dict[str, Any] = Field({}, description="a method card by name, with any of its fields or parameters")
+    compare: dict[str, list[Any]] = Field({}, description="dotted recipe path -> the values to compare")
+    baseline: str | None = Field(None, description="method to which the table compares; the first one where absent")
+    seeds: int | list[int] = Field(1, description="a count, or the seeds themselves")
+    epochs: float | None = Field(None, gt=0, description="budget over all stages, in place of the protocol's")
+    steps: int | None = Field(None, gt=0, description="budget over all stages, in optimizer steps")
+    evaluations: int | Literal["epoch"] = Field(50, description="even points at which to test, or after every epoch")
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def one_budget(self) -> Recipe:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("the budget is either 'epochs' or 'steps'")
+        return self
+
+
+class Spec(BaseModel):
+    """Resolved plain data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetSpec(Spec):
+    """A registered thing with its options: what to call, and with what."""
+
+    name: str
+    target: str
+    options: dict[str, Any] = {}
+
+
+class DataSpec(TargetSpec):
+    classes: int
+    channels: int
+    image_size: int
+    train: int = Field(description="images of the whole training set")
+    test: int = Field(description="images of the test set")
+    normalization: Normalization
+    fraction: float | None = None
+    per_class: int | None = None
+    validation: float | int = 0
+    split_seed: int | None = None
+    root: str | None = None
+
+
+class ModelSpec(TargetSpec):
+    hooks: dict[str, str] | Literal["derived"]
+    weights: str | None = None
+    weights_sha256: str | None = None
+
+
+class LossSpec(TargetSpec):
+    inputs: list[str]
+    metrics: dict[str, str] = {}
+
+
+class TermSpec(Spec):
+    loss: LossSpec
+    student: str = "logits"
+    teacher: str = "logits"
+    connector: TargetSpec | None = None
+    weight: float = 1.0
+    weight_schedule: TargetSpec | None = None
+    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
+
+
+class StageSpec(Spec):
+    """`share` is a part of the steps in [0, 1]; None: what the others leave, or `extra_epochs` on top."""
+
+    share: float | None = None
+    extra_epochs: float | None = None
+    trains: list[Literal["student", "connectors"]] = ["student"]
+    losses: dict[str, TermSpec]
+    optimizer: TargetSpec
+    schedule: TargetSpec
+    modes: Modes = Modes()
+
+
+class MethodSpec(Spec):
+    name: str
+    label: str
+    stages: dict[str, StageSpec]
+
+
+class ProtocolSpec(Spec):
+    name: str
+    batch_size: int
+    last_batch: Literal["keep", "drop"]
+    augmentation: Augmentation
+    normalization: Normalization
+    epochs: float | None = None
+    steps: int | None = None
+
+
+class TeacherSpec(Spec):
+    name: str
+    model: ModelSpec
+    normalization: Normalization
+    weights: Weights | None = None
+    trained_by: CellSpec | None = None
+    accuracy: float | None = None
+
+
+class CellSpec(Spec):
+    """One cell: the unit that runs, resumes and is recorded."""
+
+    data: DataSpec
+    teacher: TeacherSpec | None = None
+    student: ModelSpec
+    method: MethodSpec
+    protocol: ProtocolSpec
+    seed: int
+    evaluations: int | Literal["epoch"] = 50
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def identity(self) -> str:
+        """sha256 over what affects the numbers: no labels, no folders, and no field that has its default (so that a new
+        field with a default reruns nothing)."""
+        return hashlib.sha256(json.dumps(_numbers(self), sort_keys=True).encode()).hexdigest()
+
+
+# Names for readers, and folders: they change no number. Files count by their sha256.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy"}
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        dropped = _NOT_NUMBERS | ({"name"} if not isinstance(value, TargetSpec) or value.target else set())
+        if isinstance(value, ModelSpec):
+            dropped = dropped | {"weights"}
+        result = {}
+        for name, field in type(value).model_fields.items():
+            part = getattr(value, name)
+            if name not in dropped and (field.is_required() or part != field.default):
+                result[name] = _numbers(part)
+        return result
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(part) for part in value]
+    return value

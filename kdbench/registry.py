@@ -1,0 +1,240 @@
+"""The index of cards: every YAML file below the registry folders, found by scanning, read once, checked when used.
+
+A file in a folder named after a kind (`methods/ab.yaml`) maps card keys to cards of that kind. A file directly in a
+registry folder maps kinds to such mappings, so that one file can carry a new method with its loss. User folders
+(`--registry DIR`) and installed packages (entry point group `kdbench.registry`) add to the built-in cards.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from kdbench.cards import KINDS
+from kdbench.errors import UserError, did_you_mean
+from kdbench.signature import Parameter, check_options, parameters
+from kdbench.tree import Tree, shown
+from kdbench.validation import validated
+
+C = TypeVar("C", bound=BaseModel)
+
+_PACKAGE = Path(__file__).parent
+# In a wheel, cards and recipes lie inside the package; in a checkout, beside it.
+SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
+
+# Keywords that the engine fills in for every model; recipes cannot.
+MODEL_KEYWORDS = ("classes", "channels", "image_size")
+
+# Keys under which a card's name may be written as plain text: `optimizer: sgd` means `optimizer: {name: sgd}`.
+_NAMED = {"optimizer", "schedule", "connector", "weight_schedule", "model", "student", "teacher", "data", "protocol",
+          "method"}
+
+
+class Registry:
+    """All cards of all kinds.
+
+    Args:
+        folders: further registry folders, in order. Each is added to `sys.path`, since its cards point at its modules.
+    """
+
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
+        self.trees: dict[str, dict[str, Tree]] = {kind: {} for kind in KINDS}
+        self.folders = [SHARE / "registry", *_installed()]
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"there is no registry folder '{folder}'", where="--registry")
+            self.folders.append(folder)
+            if str(folder.resolve()) not in sys.path:
+                sys.path.append(str(folder.resolve()))
+        for folder in self.folders:
+            self._scan(folder)
+
+    def _scan(self, folder: Path) -> None:
+        for file in sorted(folder.rglob("*.yaml")):
+            tree = Tree.read(file)
+            if not isinstance(tree.data, dict):
+                raise UserError("a registry file maps names to cards", where=shown(file))
+            if file.parent == folder:
+                for kind in tree.data:
+                    if kind not in KINDS:
+                        raise UserError(f"unknown kind of card '{kind}'", where=tree.origin((kind,)),
+                                        hint=did_you_mean(kind, KINDS))
+                    self._add(kind, tree.at(kind))
+            elif file.parent.name in KINDS:
+                self._add(file.parent.name, tree)
+            else:
+                raise UserError(f"unknown kind of card '{file.parent.name}'", where=shown(file),
+                                hint=did_you_mean(file.parent.name, KINDS))
+
+    def _add(self, kind: str, tree: Tree) -> None:
+        for key, card in (tree.data or {}).items():
+            if not isinstance(card, dict):
+                raise UserError(f"the card '{key}' is not a mapping", where=tree.origin((key,)))
+            if key in self.trees[kind]:
+                first = self.trees[kind][key].origin(())
+                raise UserError(f"there are two cards '{key}' in {kind}", where=tree.origin((key,)),
+                                hint=f"the first is at {first}; choose another key")
+            subtree = tree.at(key)
+            self.trees[kind][key] = subtree
+
+    def keys(self, kind: str) -> list[str]:
+        """Keys of a kind, templates as they stand (`wrn_{depth}_{width}`)."""
+        return sorted(self.trees[kind])
+
+    def names(self, kind: str) -> list[str]:
+        """Keys of a kind with templates replaced by their examples."""
+        result = []
+        for key in self.keys(kind):
+            result.extend(self.trees[kind][key].data.get("examples", []) if "{" in key else [key])
+        return result
+
+    def tree(self, kind: str, name: str, where: str | None = None) -> Tree:
+        """A card as a tree, `include` followed, short forms written out."""
+        return self._tree(kind, name, where, ())[0]
+
+    def card(self, kind: str, name: str, where: str | None = None) -> Any:
+        """A card of a kind as its typed form. UserError with the nearest names when there is none."""
+        tree = self.tree(kind, name, where)
+        return validated(KINDS[kind], tree, f"{kind[:-1] if kind != 'hooks' else 'hooks'} card '{name}'")
+
+    def fields(self, kind: str, name: str) -> dict[str, Any]:
+        """What a template key's fields stand for in a name: `wrn_16_2` -> {depth: 16, width: 2}."""
+        return self._tree(kind, name, None, ())[1]
+
+    def _tree(self, kind: str, name: str, where: str | None, seen: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
+        fields: dict[str, Any] = {}
+        if name in self.trees[kind] and "{" not in name:
+            tree = self.trees[kind][name]
+        else:
+            for key in self.keys(kind):
+                match = _match(key, name, self.trees[kind][key].data.get("target"))
+                if match is not None:
+                    tree, fields = self.trees[kind][key], match
+                    break
+            else:
+                raise UserError(f"unknown {singular(kind)} '{name}'", where=where,
+                                hint=did_you_mean(name, self.names(kind)))
+        tree = written_out(tree)
+        if "include" in tree.data:
+            base_name = tree.data["include"]
+            if not isinstance(base_name, str) or base_name == name or base_name in seen:
+                raise UserError("'include' names another card", where=tree.origin(("include",)))
+            base, _ = self._tree(kind, base_name, tree.origin(("include",)), (*seen, name))
+            own = Tree({k: v for k, v in tree.data.items() if k != "include"}, tree.origins)
+            tree = base.merged(own)
+        return tree, fields
+
+    def options(self, kind: str, name: str, given: Tree, ignore: Iterable[str] = ("name",),
+                also_known: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+        """Target and typed options of a named thing: the card's fixed args, a template's fields, and what is given.
+
+        Args:
+            given: the mapping in which the options stand; its keys in `ignore` are not options.
+        """
+        card = self.card(kind, name, given.origin(("name",)))
+        what = f"{singular(kind)} '{name}'"
+        tree = self.tree(kind, name)
+        known = self.settable(card.target, card)
+        fixed = getattr(card, "args", {})
+        with_origin = {key: tree.origin(("args", key)) for key in fixed}
+        options = fixed | self.fields(kind, name)
+        for key, value in given.data.items():
+            if key not in ignore:
+                options[key] = value
+                with_origin[key] = given.origin((key,))
+        return card.target, check_options(
+            card.target, options, known, lambda key: with_origin.get(key, given.origin(())), what, also_known)
+
+    def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
+        """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
+        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "samples", "params"}
+        taken |= set(getattr(card, "inputs", ()))
+        inputs = len(getattr(card, "inputs", ()))
+        known = list(parameters(target).values())
+        return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
+
+
+def singular(kind: str) -> str:
+    special = {"losses": "loss", "hooks": "hooks card", "datasets": "data set"}
+    return special.get(kind, kind[:-1])
+
+
+def written_out(tree: Tree) -> Tree:
+    """A tree with short forms written out: `optimizer: sgd` -> `{name: sgd}`, a list of named stages -> a mapping."""
+    origins = dict(tree.origins)
+
+    def walk(data: Any, path: tuple[str | int, ...]) -> Any:
+        if not isinstance(data, dict):
+            return data
+        result = {}
+        for key, value in data.items():
+            here = (*path, key)
+            # In a loss term, `student:` and `teacher:` are hook points, not networks.
+            if key in _NAMED and isinstance(value, str) and "loss" not in data and path[-1:] != ("modes",):
+                value = {"name": value}
+                origins[(*here, "name")] = tree.origin(here)
+            elif key == "connector" and isinstance(value, str):
+                value = {"name": value}
+                origins[(*here, "name")] = tree.origin(here)
+            elif key == "stages" and isinstance(value, list):
+                value = _stages_by_name(value, here, origins, tree)
+            result[key] = walk(value, here)
+        return result
+
+    return Tree(walk(tree.data, ()), origins)
+
+
+def _stages_by_name(stages: list[Any], path: tuple[str | int, ...], origins: dict[Any, str], tree: Tree) -> Any:
+    result = {}
+    for index, stage in enumerate(stages):
+        where = tree.origin((*path, index))
+        if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
+            raise UserError("every stage has a 'name'", where=where, hint="add 'name:'")
+        name = stage["name"]
+        if name in result:
+            raise UserError(f"two stages are called '{name}'", where=where, hint="give each its own name")
+        result[name] = {key: value for key, value in stage.items() if key != "name"}
+        n = len(path) + 1
+        moved = {(*path, name, *p[n:]): o for p, o in tree.origins.items() if p[:n] == (*path, index)}
+        origins.update(moved)
+    return result
+
+
+def _match(key: str, name: str, target: Any) -> dict[str, Any] | None:
+    """Fields of a template key that make it this name, or None."""
+    if "{" not in key:
+        return None
+    types = {p.name: p.type for p in parameters(target).values()} if isinstance(target, str) else {}
+    pattern = ""
+    for part in re.split(r"(\{\w+\})", key):
+        if part.startswith("{"):
+            field = part[1:-1]
+            pattern += rf"(?P<{field}>\d+)" if types.get(field) is int else rf"(?P<{field}>.+)"
+        else:
+            pattern += re.escape(part)
+    match = re.fullmatch(pattern, name)
+    if match is None:
+        return None
+    return {f: int(v) if types.get(f) is int else v for f, v in match.groupdict().items()}
+
+
+def _installed() -> list[Path]:
+    """Registry folders of installed packages. The entry point names a package whose folder holds the cards."""
+    folders = []
+    for point in importlib.metadata.entry_points(group="kdbench.registry"):
+        top, *rest = point.value.split(".")
+        spec = importlib.util.find_spec(top)
+        locations = list(spec.submodule_search_locations or []) if spec else []
+        folder = Path(locations[0]).joinpath(*rest) if locations else None
+        if folder is None or not folder.is_dir():
+            raise UserError(f"the entry point '{point.name}' names no folder: {point.value}", where="kdbench.registry",
+                            hint="reinstall or remove that package")
+        folders.append(folder)
+    return folders

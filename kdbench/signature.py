@@ -1,0 +1,155 @@
+"""What a target accepts, read from its source without importing it.
+
+Cards point at functions and classes by `module:object`. Their parameters, types and defaults stand in one place, the
+signature; reading it with `ast` lets a misspelt option be reported before torch (seconds of import) is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from kdbench.errors import UserError, did_you_mean
+
+REQUIRED = object()
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "tuple": tuple,
+                          "dict": dict, "None": None, "Literal": Literal}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword a target takes. `type` is None where the annotation is not a plain one (tensors, shapes)."""
+
+    name: str
+    type: Any
+    annotation: str
+    default: Any
+    positional: bool
+
+
+@functools.cache
+def parameters(target: str) -> dict[str, Parameter]:
+    """Parameters of a target by name, in order. Raises UserError when module or object cannot be found."""
+    module_name, _, object_name = target.partition(":")
+    file = source_file(module_name, target)
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UserError(f"not valid Python: {error.msg}", where=f"{file}:{error.lineno}") from None
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == object_name:
+            return _from_arguments(node.args, skip=0)
+        if isinstance(node, ast.ClassDef) and node.name == object_name:
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    return _from_arguments(item.args, skip=1)
+            return {}
+    names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
+
+
+def source_file(module_name: str, target: str) -> Path:
+    """File of a module, found without importing its parent packages."""
+    top, *rest = module_name.split(".")
+    spec = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
+    if spec is None or spec.origin is None:
+        raise UserError(f"target '{target}': there is no module '{top}'",
+                        hint="a target is module:object; the module must be importable or lie in the registry's folder")
+    if not rest:
+        return Path(spec.origin)
+    path = Path(spec.origin).parent.joinpath(*rest)
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    raise UserError(f"target '{target}': there is no module '{module_name}'",
+                    hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]))
+
+
+def check_options(target: str, options: dict[str, Any], known: dict[str, Parameter], where: Any, what: str,
+                  also_known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Options for a target, typed; numbers given as text, unknown names and missing ones are errors.
+
+    Args:
+        where: function from an option's name (or None) to "file:line".
+        known: the parameters that options may name (without tensors and shapes).
+        also_known: further keys allowed at the same place, for suggestions only.
+    """
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise UserError(f"unknown key '{name}' for {what}", where=where(name),
+                            hint=did_you_mean(name, [*known, *also_known]))
+        result[name] = _typed(value, known[name], where(name), what)
+    missing = [p.name for p in known.values() if p.default is REQUIRED and p.name not in result]
+    if missing:
+        raise UserError(f"{what} needs '{missing[0]}'", where=where(None), hint=f"add '{missing[0]}:'")
+    return result
+
+
+def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
+    if parameter.type is None:
+        return value
+    try:
+        # By way of JSON, where a list may stand for a tuple but text never for a number.
+        return TypeAdapter(parameter.type).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError):
+        hint = f"it must be {parameter.annotation}"
+        if isinstance(value, str) and parameter.type in (int, float):
+            hint += "; write a number without quotes"
+        raise UserError(f"'{parameter.name}' of {what} cannot be {value!r}", where=where, hint=hint) from None
+
+
+def _from_arguments(arguments: ast.arguments, skip: int) -> dict[str, Parameter]:
+    result = {}
+    positional = (arguments.posonlyargs + arguments.args)[skip:]
+    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    for argument, default in zip(positional, defaults, strict=False):
+        result[argument.arg] = _parameter(argument, default, positional=True)
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        result[argument.arg] = _parameter(argument, default, positional=False)
+    return result
+
+
+def _parameter(argument: ast.arg, default: ast.expr | None, positional: bool) -> Parameter:
+    text = ast.unparse(argument.annotation) if argument.annotation else ""
+    value: Any = REQUIRED
+    if default is not None:
+        try:
+            value = ast.literal_eval(default)
+        except ValueError:
+            value = ast.unparse(default)
+    return Parameter(argument.arg, _plain_type(argument.annotation), text, value, positional)
+
+
+def _plain_type(annotation: ast.expr | None) -> Any:
+    """The type an annotation stands for, or None. `float | Tensor` counts as float: a recipe can only write numbers."""
+    if annotation is None:
+        return None
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        parts = [part for part in _union(annotation) if ast.unparse(part).rpartition(".")[2] != "Tensor"]
+        types = [_plain_type(part) if ast.unparse(part) != "None" else type(None) for part in parts]
+        if any(t is None for t in types):
+            return None
+        return functools.reduce(lambda a, b: a | b, types)
+    names = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
+    if not names <= set(_TYPES):
+        return None
+    try:
+        return eval(ast.unparse(annotation), {"__builtins__": {}}, _TYPES)  # noqa: S307 - only the names of _TYPES
+    except (TypeError, NameError):
+        return None
+
+
+def _union(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _union(node.left) + _union(node.right)
+    return [node]

@@ -1,0 +1,167 @@
+"""YAML as plain data that remembers, for every node, the file and line it came from.
+
+Errors in a recipe or card can then say where they are, also after includes, card defaults and overrides were merged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+
+from kdbench.errors import UserError
+
+Path = tuple[str | int, ...]
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SCIENTIFIC = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
+
+
+class Tree:
+    """Nested dicts and lists with an origin ("file:line") for every path."""
+
+    def __init__(self, data: Any, origins: dict[Path, str]) -> None:
+        self.data = data
+        self.origins = origins
+
+    @classmethod
+    def read(cls, file: FilePath) -> Tree:
+        """Parse one YAML file (safe types only; a key given twice is an error, not a silent overwrite)."""
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot be read: {error}", where=shown(file)) from None
+        return cls.parse(text, shown(file))
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Tree:
+        """Parse YAML text; `source` names it in messages."""
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+            origins: dict[Path, str] = {(): f"{source}:1"}
+            data = _construct(node, (), source, origins) if node is not None else {}
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f":{mark.line + 1}" if mark else ""
+            raise UserError(
+                f"not valid YAML: {error.problem or error.context}", where=f"{source}{line}",
+                hint="check the indentation, the colons and the brackets of this line and the one above",
+            ) from None
+        except yaml.YAMLError as error:
+            raise UserError(f"not valid YAML: {error}", where=source) from None
+        return cls(data, origins)
+
+    @classmethod
+    def of(cls, data: Any, origin: str) -> Tree:
+        """A tree from plain data, all of one origin (the command line, Python)."""
+        return cls(data, {path: origin for path in walk(data)})
+
+    def origin(self, path: Path) -> str:
+        """Origin of a path, or of its nearest known ancestor."""
+        while path not in self.origins and path:
+            path = path[:-1]
+        return self.origins.get(path, "?")
+
+    def at(self, *path: str | int) -> Tree:
+        """The subtree below a path that exists."""
+        data = self.data
+        for key in path:
+            data = data[key]
+        n = len(path)
+        return Tree(data, {p[n:]: o for p, o in self.origins.items() if p[:n] == path} | {(): self.origin(path)})
+
+    def merged(self, over: Tree) -> Tree:
+        """This tree with another laid over it: mappings merge, everything else is replaced. A mapping that has a `name`
+        replaces a mapping of another name whole: the options of one optimizer say nothing to another."""
+        origins = dict(self.origins)
+        data = _merge(self.data, over.data, (), origins, over.origins)
+        return Tree(data, origins)
+
+    def put(self, path: Path, value: Tree) -> Tree:
+        """This tree with `value` laid over it at `path` (missing mappings on the way are made)."""
+        data: Any = value.data
+        for key in reversed(path):
+            data = {key: data}
+        origins = {path + p: o for p, o in value.origins.items()}
+        for n in range(len(path)):
+            origins.setdefault(path[:n], value.origin(()))
+        return self.merged(Tree(data, origins))
+
+
+def shown(file: FilePath) -> str:
+    """A path as the user would write it: relative where that is shorter."""
+    try:
+        relative = file.resolve().relative_to(FilePath.cwd())
+    except ValueError:
+        return str(file)
+    return str(relative)
+
+
+def walk(data: Any, path: Path = ()) -> Iterator[Path]:
+    """All paths of nested data, the root first."""
+    yield path
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from walk(value, (*path, key))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from walk(value, (*path, index))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str]) -> Any:
+    origins.setdefault(path, f"{source}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            where = f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError("a key must be a plain word", where=where)
+            key = key_node.value
+            if key == "<<":
+                raise UserError("YAML merge keys are not used here", where=where, hint="use 'include:' instead")
+            if key in result:
+                raise UserError(f"the key '{key}' stands twice in one mapping", where=where, hint="keep one of them")
+            origins[(*path, key)] = where
+            result[key] = _construct(value_node, (*path, key), source, origins)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*path, index), source, origins) for index, child in enumerate(node.value)]
+    try:
+        scalar = yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"not a value that YAML knows: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
+    # YAML 1.1 takes 1e-3 for text because it lacks the dot; nobody who writes it means text.
+    if isinstance(scalar, str) and not getattr(node, "style", None) and _SCIENTIFIC.match(scalar):
+        return float(scalar)
+    return scalar
+
+
+def _merge(base: Any, over: Any, path: Path, origins: dict[Path, str], over_origins: dict[Path, str]) -> Any:
+    both = isinstance(base, dict) and isinstance(over, dict)
+    if both and not ("name" in over and base.get("name", over["name"]) != over["name"]):
+        result = dict(base)
+        if path in over_origins and path not in origins:
+            origins[path] = over_origins[path]
+        for key, value in over.items():
+            if key in result:
+                result[key] = _merge(result[key], value, (*path, key), origins, over_origins)
+            else:
+                result[key] = value
+                _take(origins, over_origins, (*path, key))
+        return result
+    _take(origins, over_origins, path)
+    return over
+
+
+def _take(origins: dict[Path, str], over_origins: dict[Path, str], path: Path) -> None:
+    n = len(path)
+    for known in [p for p in origins if p[:n] == path]:
+        del origins[known]
+    origins.update({p: o for p, o in over_origins.items() if p[:n] == path})

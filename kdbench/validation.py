@@ -1,0 +1,84 @@
+"""Pydantic's findings as one kdbench message: what, file and line, what to do."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from kdbench.errors import UserError, did_you_mean
+from kdbench.tree import Path, Tree, dotted
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validated(model: type[M], tree: Tree, what: str) -> M:
+    """`tree` as an instance of `model`; the first finding in file order becomes a UserError."""
+    try:
+        return model.model_validate(tree.data)
+    except ValidationError as error:
+        findings = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", str(e["loc"])))
+        first = findings[0]
+        loc: Path = tuple(part for part in first["loc"] if _is_key(part, tree.data, first["loc"]))
+        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        text, hint = _explain(model, first, loc)
+        raise UserError(f"{what}: {text}{more}", where=tree.origin(loc), hint=hint) from None
+
+
+def _is_key(part: str | int, data: Any, loc: tuple[str | int, ...]) -> bool:
+    """Whether a part of pydantic's location is a key of ours, not the name of a type inside a union."""
+    return not (isinstance(part, str) and (part in {"[key]"} or "[" in part or part.startswith("function-")
+                                           or (part in {"int", "float", "str", "bool"} and part == loc[-1])))
+
+
+def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:
+    kind, value = finding["type"], finding.get("input")
+    if kind == "extra_forbidden":
+        known = fields_at(model, loc[:-1])
+        inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
+        return f"unknown key '{loc[-1]}'{inside}", did_you_mean(str(loc[-1]), known)
+    if kind == "missing":
+        inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
+        return f"the key '{loc[-1]}' is missing{inside}", f"add '{loc[-1]}:'"
+    message = finding["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    place = f"'{dotted(loc)}' " if loc else ""
+    if isinstance(value, str) and ("number" in message or "integer" in message):
+        return f"{place}cannot be the text {value!r}", f"{message}; write a number without quotes"
+    if isinstance(value, dict | list) or not loc:
+        return f"{place}is not right", message
+    return f"{place}cannot be {value!r}", message
+
+
+def fields_at(model: type[BaseModel], loc: Path) -> list[str]:
+    """Known keys of the (nested) model at a location; empty where keys are free."""
+    current: Any = model
+    for part in loc:
+        current = _step(current, part)
+    found = _model_in(current)
+    return list(found.model_fields) if found else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        if found := _model_in(argument):
+            return found
+    return None
+
+
+def _step(annotation: Any, part: str | int) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin is dict:
+        return typing.get_args(annotation)[1]
+    if origin is list:
+        return typing.get_args(annotation)[0]
+    for argument in (typing.get_args(annotation) if origin is not None and not isinstance(annotation, type) else ()):
+        if typing.get_origin(argument) in (dict, list):
+            return _step(argument, part)
+    found = _model_in(annotation)
+    if found and isinstance(part, str) and part in found.model_fields:
+        return found.model_fields[part].annotation
+    return None
