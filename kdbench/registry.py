@@ -171,7 +171,7 @@ def written_out(tree: Tree) -> Tree:
     origins = dict(tree.origins)
 
     def walk(data: Any, path: tuple[str | int, ...]) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or path[-1:] == ("parameters",):
             return data
         result = {}
         for key, value in data.items():

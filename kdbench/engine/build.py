@@ -174,6 +174,20 @@ class Term(nn.Module):
             for name, metric in self.metrics.items()
         }
 
+    def try_out(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
+        """Compute the term once on random values of the right shapes. UserError when it cannot be computed."""
+        self.eval()
+        values = [{point: torch.randn(2, *shape) for point, shape in shapes.items()} for shapes in (student, teacher)]
+        try:
+            with torch.no_grad():
+                self(*values, torch.tensor([0, classes - 1]), torch.tensor([0, 1]))
+        except (ValueError, TypeError, RuntimeError) as error:
+            pairs = ", ".join(f"{layer.student} {student.get(layer.student)} against {layer.teacher} "
+                              f"{teacher.get(layer.teacher)}" for layer in self.layers)
+            raise UserError(f"loss '{self.name}' ({self.spec.loss.name}) cannot be computed: {error}",
+                            hint=f"student against teacher: {pairs}; a connector can change channels and sizes "
+                                 "('kdbench ls connectors')") from None
+
     def _inputs(self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor,
                 index: Tensor) -> list[Tensor]:
         named = {"labels": labels, "index": index}
@@ -197,10 +211,10 @@ def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Mo
     try:
         connector: nn.Module = resolve(spec.connector.target)(*shapes, **spec.connector.options)
     except (UserError, ValueError) as error:
-        what = error.what if isinstance(error, UserError) else str(error)
+        what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
         raise UserError(f"{place}: connector '{spec.connector.name}' cannot bridge {shapes[0]} → {shapes[1]}: {what}",
-                        hint="choose other hook points, or a connector that changes the map's size "
-                             "('kdbench ls connectors')") from None
+                        hint=hint or "choose other hook points, or a connector that changes the map's size "
+                                     "('kdbench ls connectors')") from None
     return connector
 
 

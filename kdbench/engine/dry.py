@@ -59,7 +59,8 @@ def try_out(spec: CellSpec) -> None:
         teacher = build_extractor(build_model(_bare(model), data), model, data).shapes(image)
     for name, stage in spec.method.stages.items():
         try:
-            build_terms(name, stage, shapes, teacher, spec.seed)
+            for term in build_terms(name, stage, shapes, teacher, spec.seed).values():
+                term.try_out(shapes, teacher, data.classes)  # type: ignore[operator]
         except UserError as error:
             raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
 

@@ -135,7 +135,7 @@ def is_finished(folder: Path) -> bool:
 def _alone(folder: Path) -> Iterator[None]:
     """Only one run works in an output folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".run.lock")
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
@@ -184,7 +184,8 @@ def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Lis
     tasks: dict[str, dict[str, Any]] = {}
     for spec in specs:
         teacher = spec.teacher
-        key = json.dumps([spec.data.name, spec.data.root, teacher and teacher.name, teacher and teacher.weights is None])
+        given = teacher.weights.sha256 if teacher and teacher.weights else None
+        key = json.dumps([spec.data.name, spec.data.root, given])
         tasks.setdefault(key, {"task": "prepare", "spec": spec.model_dump(mode="json"), "teacher_folder": str(
             teacher_folder(teacher, options.runs)) if teacher else None, "threads": pool.cores})
     for task in tasks.values():

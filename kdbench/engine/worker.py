@@ -191,7 +191,7 @@ class Worker:
     def _lock(self, folder: Path) -> FileLock:
         """The right to write into a cell's folder. An orphan of a killed run holds it only until it has left."""
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / ".cell.lock")
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:

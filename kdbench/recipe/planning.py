@@ -74,8 +74,9 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
                         hint=did_you_mean(key, _parameters(cells.values(), registry)))
     for path in base.compare:
         if all(path not in cell.axes for cell in cells.values()):
-            raise UserError(f"no cell of this comparison depends on '{path}'", where=tree.origin(("compare", path)),
-                            hint="'kdbench show methods NAME' lists a method's parameters")
+            last = path.removeprefix("method.")
+            raise UserError(f"no method of this comparison has '{last}'", where=tree.origin(("compare", path)),
+                            hint=did_you_mean(last, _parameters(cells.values(), registry)))
     methods = list(dict.fromkeys(cell.spec.method.name for cell in cells.values()))
     if base.baseline is not None and base.baseline not in methods:
         raise UserError(f"the baseline '{base.baseline}' is not among the methods", where=tree.origin(("baseline",)),

@@ -58,14 +58,14 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         augmentation=card.augmentation, normalization=card.normalization or data.normalization,
         epochs=card.epochs, steps=card.steps)
     _check_channels(protocol.normalization, data, tree.origin(("protocol",)))
-    method, foreign = _method(variant, card, protocol_tree, registry)
-    student = _model(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
+    method, foreign = resolve_method(variant, card, protocol_tree, registry)
+    student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
     teacher = None
     if _needs_teacher(method):
         if recipe.teacher is None:
             raise UserError(f"the method '{method.name}' needs a teacher", where=tree.origin(()),
                             hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')")
-        teacher = _teacher(tree, registry)
+        teacher = teacher_spec(tree, registry)
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
     else:
         foreign = foreign | {"teacher"}
@@ -107,7 +107,7 @@ def _protocol(recipe: Recipe, tree: Tree, registry: Registry) -> tuple[ProtocolC
     return validated(ProtocolCard, merged, f"protocol '{name}'"), merged
 
 
-def _method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
+def resolve_method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
             registry: Registry) -> tuple[MethodSpec, set[str]]:
     """The resolved method, and the shared keys that it does not have."""
     given = variant.tree.at("method")
@@ -128,14 +128,14 @@ def _method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
                 label = f"{label}, {key} {value}"
         elif key == "stages" and isinstance(value, dict):
             stages = written_out(given.at("stages"))
-            absent = [stage for stage in stages.data if stage not in tree.data["stages"]]
+            known, absent = _applicable(stages, tree.data["stages"])
             if absent and key not in variant.shared:
-                raise UserError(f"method '{name}' has no stage '{absent[0]}'", where=stages.origin((absent[0],)),
-                                hint=did_you_mean(absent[0], tree.data["stages"]))
-            if absent:
-                foreign.add(key)
+                raise UserError(f"method '{name}' has no {absent[0]}", where=stages.origin(absent[1]),
+                                hint=did_you_mean(str(absent[1][-1]), absent[2]))
+            if known.data:
+                tree = tree.put(("stages",), known)
             else:
-                tree = tree.put(("stages",), stages)
+                foreign.add(key)
         elif key in variant.shared:
             foreign.add(key)
         elif key not in _METHOD_KEYS:
@@ -149,6 +149,33 @@ def _method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
               for stage_name, stage in card.stages.items()}
     _check_shares(stages, tree, name)
     return MethodSpec(name=name, label=label, stages=stages), foreign
+
+
+def _applicable(over: Tree, stages: dict[str, Any]) -> tuple[Tree, tuple[str, tuple[str, ...], list[str]] | None]:
+    """The part of an override of stages that a method has, and the first thing that it lacks: text, path, known names.
+
+    A loss term that is new to a stage needs its 'loss'; one without is an override of a term that is not there.
+    """
+    known: dict[str, Any] = {}
+    absent: tuple[str, tuple[str, ...], list[str]] | None = None
+    for stage, changes in over.data.items():
+        if stage not in stages:
+            absent = absent or (f"stage '{stage}'", (stage,), list(stages))
+            continue
+        terms = changes.get("losses") if isinstance(changes, dict) else None
+        if isinstance(terms, dict):
+            own = stages[stage].get("losses", {})
+            kept = {}
+            for term, change in terms.items():
+                if term in own or (isinstance(change, dict) and "loss" in change):
+                    kept[term] = change
+                else:
+                    absent = absent or (f"loss '{term}' in stage '{stage}'", (stage, "losses", term), list(own))
+            changes = {**changes, "losses": kept}
+            if not kept and len(changes) == 1:
+                continue
+        known[stage] = changes
+    return Tree(known, over.origins), absent
 
 
 def _stage(card: StageCard, tree: Tree, defaults: dict[str, tuple[Named, Tree]], registry: Registry,
@@ -203,11 +230,12 @@ def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpe
         try:
             getattr(importlib.import_module(module), name)(**options)
         except ValueError as error:
-            raise UserError(f"schedule '{named.name}': {error}", where=tree.origin(())) from None
+            shares = [key for key, value in options.items() if isinstance(value, list | str)]
+            raise UserError(f"schedule '{named.name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
     return TargetSpec(name=named.name, target=target, options=options)
 
 
-def _model(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None,
+def model_spec(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None,
            weights: str | None = None) -> ModelSpec:
     name = tree.data["name"]
     target, options = registry.options("models", name, tree, ignore=("name", "hooks", "weights"),
@@ -221,7 +249,8 @@ def _model(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None,
                      weights_sha256=sha256)
 
 
-def _teacher(tree: Tree, registry: Registry) -> TeacherSpec:
+def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True) -> TeacherSpec:
+    """The teacher that a recipe's tree names or describes."""
     given = tree.at("teacher")
     if given.data.get("name") is None:
         return _own_teacher(tree, given, registry)
@@ -233,16 +262,19 @@ def _teacher(tree: Tree, registry: Registry) -> TeacherSpec:
     if _classes(card.data.name, registry) != _classes(data, registry):
         raise UserError(f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'", where=where,
                         hint="choose a teacher of this data ('kdbench ls teachers')")
-    model = _model(card_tree.at("model"), registry)
+    model = model_spec(card_tree.at("model"), registry)
     normalization = card.normalization or registry.card("datasets", card.data.name).normalization
     trained_by = None
     if card.recipe is not None:
-        trained_by = _training_of(card.recipe, card_tree.origin(("recipe",)), registry, data_root=tree.data["data"].get("root"))
+        origin = card_tree.origin(("recipe",))
+        beside = Path(origin.rpartition(":")[0]).parent / card.recipe
+        trained_by = _training_of(str(beside) if beside.is_file() else card.recipe, origin, registry,
+                                  data_root=tree.data["data"].get("root"))
         if trained_by.student.name != model.name or trained_by.student.options != model.options:
             raise UserError(f"teacher '{name}': its recipe trains '{trained_by.student.name}', not '{model.name}'",
-                            where=card_tree.origin(("recipe",)))
+                            where=origin)
         normalization = card.normalization or trained_by.protocol.normalization
-    elif card.weights is not None and card.weights.url is None:
+    elif card.weights is not None and card.weights.url is None and weights_must_exist:
         _existing(card.weights.file, where)
     return TeacherSpec(name=name, model=model, normalization=normalization, weights=card.weights,
                        trained_by=trained_by, accuracy=card.accuracy)
@@ -256,7 +288,7 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     digest = _file_hash(file)
     weights = {"file": str(file), "sha256": digest}
     normalization = choice.normalization or registry.card("datasets", tree.data["data"]["name"]).normalization
-    model = _model(given.at("model"), registry)
+    model = model_spec(given.at("model"), registry)
     return TeacherSpec.model_validate({"name": file.stem, "model": model, "normalization": normalization,
                                        "weights": weights})
 

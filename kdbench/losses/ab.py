@@ -1,0 +1,58 @@
+"""Activation boundaries. Heo, Lee, Yun, Choi: Knowledge Transfer via Distillation of Activation Boundaries Formed by
+Hidden Neurons, AAAI 2019, arXiv 1811.03233."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, same_shape
+
+
+def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
+    """Squared hinge on the signs of the teacher's neurons, summed over all elements, divided by the batch size.
+
+    The paper's alternative loss ‖ρ(T) ∘ σ(μ - S) + (1 - ρ(T)) ∘ σ(μ + S)‖²₂ with ρ(t) = 1[t > 0] and σ = ReLU: with
+    y = +1 where t > 0 and -1 elsewhere (t = 0 counts as inactive), Σ max(0, μ - y s)² / N. Only the side of the
+    boundary matters, never the teacher's magnitude. Both tensors are taken *before* the ReLU.
+
+    A sum, so it grows with C·H·W: weights such as 3/1000 belong to this reduction and to CIFAR-sized maps.
+
+    Args:
+        student: [N, ...], after the connector.
+        teacher: same shape.
+        margin: μ > 0; 1 in every official script.
+
+    Returns:
+        Scalar, at least 0; 0 when every student neuron is beyond the margin on the teacher's side.
+
+    Raises:
+        ValueError: when the shapes differ, or the margin is not positive.
+    """
+    same_shape(student, teacher, "activation_boundary")
+    if not margin > 0:
+        raise ValueError(f"margin must be positive, not {margin}")
+    student = full(student)
+    shortfall = torch.where(teacher.detach() > 0, margin - student, margin + student)
+    return F.relu(shortfall).square().sum() / len(student)
+
+
+def activation_agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Share of neurons on the teacher's side of the boundary: 1 - mean(1[s > 0] XOR 1[t > 0]).
+
+    One minus the paper's activation transfer loss per neuron; 0 counts as inactive in both. The official script prints
+    it as "activation similarity".
+
+    Args:
+        student: [N, ...], after the connector.
+        teacher: same shape.
+
+    Returns:
+        Scalar in [0, 1], without gradient.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    same_shape(student, teacher, "activation_agreement")
+    return ((student > 0) == (teacher > 0)).float().mean()

@@ -1,0 +1,32 @@
+"""Cross-entropy with the labels: the loss of the plain student, and one term of most methods."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, shape
+
+
+def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-Σ_k q_k log softmax(student)_k, batch mean.
+
+    Args:
+        student: logits [N, K].
+        labels: class indices, int64 [N]; or soft targets [N, K], each row a distribution.
+        label_smoothing: ε in [0, 1]; q = (1 - ε) · target + ε / K.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: when the shapes do not fit, or ε lies outside [0, 1].
+    """
+    soft = labels.is_floating_point()
+    if student.ndim != 2 or len(student) == 0 or labels.shape != (student.shape if soft else student.shape[:1]):
+        raise ValueError("cross_entropy needs logits [N, K] with class indices [N] or soft targets [N, K]: "
+                         f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
+    student = full(student)
+    return F.cross_entropy(student, labels.to(student.dtype) if soft else labels, label_smoothing=label_smoothing)

@@ -1,0 +1,240 @@
+"""The record that a finished cell leaves, typed, and how records and their metrics are read back.
+
+Tables and plots are made from these files only. A field that this version does not know is kept; a damaged or foreign
+file is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdbench.errors import UserError
+
+SCHEMA = 1
+RECORD = "record.json"
+METRICS = "metrics.jsonl"
+Metric = Literal["last", "best", "mean_last"]
+
+
+class Part(BaseModel):
+    """A part of a record. Frozen; keeps what it does not know."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Cell(Part):
+    """Names of the cell and its place in the comparison."""
+
+    method: str
+    label: str
+    student: str
+    teacher: str | None = None
+    data: str
+    protocol: str
+    seed: int
+    axes: dict[str, Any] = Field({}, description="compared dotted recipe path -> this cell's value")
+    order: int | None = Field(None, description="place of its combination in the recipe")
+    baseline: str | None = Field(None, description="method to which the recipe compares")
+
+
+class StageSteps(Part):
+    name: str
+    steps: int = Field(ge=0)
+
+
+class Budget(Part):
+    """Optimizer steps and epochs over all stages; `extra_epochs` of them come on top of the protocol's budget."""
+
+    steps: int = Field(ge=0)
+    epochs: float = Field(ge=0)
+    extra_epochs: float = Field(0, ge=0)
+    stages: list[StageSteps] = []
+
+
+class Accuracies(Part):
+    """Accuracies of one part of the data, in percent: after the last step, best of all evaluations, mean of the last
+    `mean_last_of` evaluations."""
+
+    last: float = Field(ge=0, le=100)
+    best: float = Field(ge=0, le=100)
+    best_step: int = Field(ge=0)
+    mean_last: float = Field(ge=0, le=100)
+    mean_last_of: int = Field(ge=1)
+
+
+class Result(Part):
+    test: Accuracies
+    validation: Accuracies | None = None
+    agreement: dict[str, float] = Field({}, description="hook point -> share of equal activation signs in [0, 1]")
+
+
+class Teacher(Part):
+    name: str
+    sha256: str
+    accuracy: float | None = Field(None, ge=0, le=100)
+
+
+class Data(Part):
+    """Images in each part, as they were used (after a subset and a validation split)."""
+
+    name: str
+    fingerprint: str
+    train: int = Field(ge=0)
+    validation: int = Field(0, ge=0)
+    test: int = Field(ge=1)
+    classes: int = Field(ge=1)
+    origin: str = ""
+
+
+class Size(Part):
+    parameters: int = Field(ge=0)
+    flops: float = Field(ge=0)
+
+
+class Models(Part):
+    student: Size
+    teacher: Size | None = None
+
+
+class Compute(Part):
+    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation."""
+
+    device: str
+    device_name: str
+    threads: int = Field(ge=0)
+    precision: str
+    seconds: float = Field(ge=0)
+    training_seconds: float | None = Field(None, ge=0)
+    cohort_seconds: float | None = Field(None, ge=0)
+    images_per_second: float = Field(ge=0)
+    python: str
+    torch: str
+    torchvision: str = ""
+    platform: str = ""
+
+
+class Git(Part):
+    commit: str
+    dirty: bool = False
+
+
+class Record(Part):
+    """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it."""
+
+    schema_version: int = Field(alias="schema")
+    kdbench: str
+    status: str
+    identity: str
+    recipe: str
+    cell: Cell
+    spec: dict[str, Any] = {}
+    budget: Budget
+    result: Result
+    teacher: Teacher | None = None
+    data: Data
+    models: Models
+    compute: Compute
+    git: Git | None = None
+    folder: Path | None = Field(None, exclude=True, repr=False)
+
+    def accuracy(self, metric: Metric) -> float:
+        """Test accuracy in percent."""
+        return getattr(self.result.test, metric)
+
+    def plain(self) -> dict[str, Any]:
+        """The record as the plain data of its file."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def read_record(path: str | Path) -> Record:
+    """One record, from its file or from its cell's folder.
+
+    Raises:
+        UserError: absent, not JSON, of another program, of a newer kdbench, or damaged; names the file.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / RECORD
+    where = str(file)
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("there is no record", where=where, hint=f"give a folder that holds a {RECORD}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"this record is damaged: {error}", where=where,
+                        hint="remove its folder and run the cell again, or leave it out") from None
+    if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int) or "kdbench" not in plain:
+        raise UserError("this is no record of kdbench", where=where, hint="leave this folder out")
+    if plain["schema"] > SCHEMA:
+        raise UserError(f"this record has schema {plain['schema']}, made by kdbench {plain['kdbench']}; "
+                        f"this kdbench reads up to {SCHEMA}", where=where, hint="update kdbench")
+    try:
+        return Record.model_validate({**plain, "folder": file.parent})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UserError(f"this record is damaged: '{place}': {first['msg']}{more}", where=where,
+                        hint="remove its folder and run the cell again, or leave it out") from None
+
+
+def read_records(paths: Iterable[str | Path]) -> list[Record]:
+    """All records at or below the given folders and files, each file once: folders in the given order, and inside a
+    folder by path.
+
+    Raises:
+        UserError: a path that does not exist, no record at all, or a record that cannot be read.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    files: dict[Path, Path] = {}
+    for path in given:
+        if not path.exists():
+            raise UserError("there is no such folder", where=str(path), hint="give a folder with finished cells")
+        for file in sorted(path.rglob(RECORD)) if path.is_dir() else [path]:
+            files.setdefault(file.resolve(), file)
+    if not files:
+        raise UserError("no finished cell was found", where=", ".join(map(str, given)) or None,
+                        hint=f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them")
+    return [read_record(file) for file in files.values()]
+
+
+def unfinished(paths: Iterable[str | Path]) -> list[Path]:
+    """Folders of cells that began (they hold metrics) and have no record, at or below the given folders, by path."""
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    begun = {file.parent for path in given if path.is_dir() for file in path.rglob(METRICS)}
+    return sorted(folder for folder in begun if not (folder / RECORD).is_file())
+
+
+def metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps.
+
+    The last line of a cell that is not finished may be cut off and is then left out.
+
+    Raises:
+        UserError: absent or damaged; names file and line.
+    """
+    file = Path(folder) / METRICS
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file),
+                        hint=f"curves need the {METRICS} beside the record") from None
+    lines = text.splitlines()
+    if lines and not text.endswith("\n") and not (file.parent / RECORD).is_file():
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"this line is damaged: {error.msg}", where=f"{file}:{number}",
+                            hint="remove the cell's folder and run it again, or leave it out") from None
+        if not isinstance(entry, dict) or "step" not in entry:
+            raise UserError("this line is no evaluation of kdbench", where=f"{file}:{number}")
+        entries.append(entry)
+    return entries

@@ -1,0 +1,161 @@
+"""A data set in memory: images as bytes, in an order that does not depend on how it was stored."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger("kdbench")
+
+_LAYOUT = "1"
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A data set, each split sorted by (label, pixel bytes), so that an index means the same image everywhere.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        train_images, test_images: uint8 [N, C, H, W].
+        train_labels, test_labels: int64 [N], 0 … len(classes) - 1.
+        fingerprint: SHA-256 (hex) of the canonical bytes, see `fingerprint`.
+        origin: where it was read from, for the record.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    fingerprint: str
+    origin: str
+
+
+def canonical(name: str, classes: Iterable[str], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
+              origin: str) -> ImageData:
+    """Sort both splits (images uint8 [N, C, H, W], labels [N]) into canonical order and take the fingerprint."""
+    (train_images, train_labels), (test_images, test_labels) = _sorted(*train), _sorted(*test)
+    return ImageData(name, tuple(classes), train_images, train_labels, test_images, test_labels,
+                     fingerprint(train_images, train_labels, test_images, test_labels), origin)
+
+
+def fingerprint(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> str:
+    """SHA-256 (hex) over, for train then test: shape as text, labels (int64, little-endian), image bytes."""
+    total = hashlib.sha256()
+    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
+        total.update(f"{tuple(images.shape)}\n".encode())
+        total.update(labels.contiguous().numpy().astype("<i8", copy=False).data)
+        total.update(images.contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def moments(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (of the whole population) per channel of uint8 [N, C, H, W], on the scale [0, 1].
+
+    Exact: from the counts of the 256 byte values.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        counts = torch.zeros(256, dtype=torch.float64)
+        for part in images[:, channel].split(4096):
+            counts += torch.bincount(part.flatten(), minlength=256)
+        share = counts / counts.sum()
+        centre = (share * values).sum()
+        mean.append(centre.item())
+        std.append((share * (values - centre) ** 2).sum().sqrt().item())
+    return mean, std
+
+
+def cached(build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]],
+           variant: str = "") -> ImageData:
+    """What `build` returns, kept in `<cache>/<name>-<digest>.safetensors` and mapped into memory the next time.
+
+    Args:
+        listing: (name, bytes, modification time in ns) of every source file: any change of it builds anew.
+        variant: whatever else the result depends on.
+
+    A file that cannot be read, or whose content does not have its fingerprint, is built anew. A cache that cannot be
+    written is a warning: it only saves time.
+    """
+    digest = hashlib.sha256(json.dumps([_LAYOUT, variant, sorted(listing)]).encode()).hexdigest()[:32]
+    path = cache / f"{name}-{digest}.safetensors"
+    data = _load(path, name)
+    if data is None:
+        data = build()
+        try:
+            _save(path, data)
+        except (OSError, SafetensorError) as error:
+            log.warning("%s: the decoded images could not be kept for the next run (%s)", path, error)
+    return data
+
+
+def checked(data: ImageData, expected: str | None) -> ImageData:
+    """Compare the fingerprint with a card's. A difference goes into `origin` and is warned of once per process."""
+    if expected is None or data.fingerprint == expected:
+        return data
+    if (data.name, data.fingerprint) not in _warned:
+        _warned.add((data.name, data.fingerprint))
+        log.warning("%s from %s is not the published data set: its fingerprint is %s…, expected %s… (a lossy copy, or "
+                    "changed images). Results are recorded as such.", data.name, data.origin, data.fingerprint[:12],
+                    expected[:12])
+    return replace(data, origin=f"{data.origin}; not the published images (expected fingerprint {expected[:12]}…)")
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _sorted(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    pixels, of = images.contiguous().numpy(), labels.numpy()
+    order: list[int] = []
+    for label in np.unique(of):
+        members = np.flatnonzero(of == label)
+        keys = [image.tobytes() for image in pixels[members]]
+        order.extend(members[sorted(range(len(keys)), key=keys.__getitem__)])
+    index = np.array(order, dtype=np.int64)
+    return torch.from_numpy(pixels[index]), torch.from_numpy(of[index].astype(np.int64))
+
+
+def _load(path: Path, name: str) -> ImageData | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in _TENSORS}
+        data = ImageData(name, tuple(json.loads(about["classes"])), **tensors, fingerprint=about["fingerprint"],
+                         origin=about["origin"])
+        if fingerprint(*tensors.values()) == data.fingerprint:
+            return data
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, ValueError):
+        pass
+    log.warning("%s is damaged; the images are decoded again", path)
+    return None
+
+
+def _save(path: Path, data: ImageData) -> None:
+    """Write whole or not at all: a reader never sees a part, a full disk leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
+    try:
+        about = {"classes": json.dumps(data.classes), "fingerprint": data.fingerprint, "origin": data.origin}
+        save_file({key: getattr(data, key).contiguous() for key in _TENSORS}, temporary, metadata=about)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,47 @@
+"""Addressed randomness: every draw is a function of (seed, stream, index), whatever was drawn before it.
+
+The address becomes a SHA-256 digest of the text `kdbench/<seed>/<stream>/<index>`. `generator` seeds a torch generator
+with its first eight bytes. `words` and `permutation` use its first sixteen bytes as the key of a Philox 4x64-10
+counter generator, whose output is the same in every numpy version, and never ask numpy or torch for a distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def digest(seed: int, stream: str, index: int = 0) -> bytes:
+    """The 32 bytes that an address stands for; streams are names ("order"), the index is a step or an epoch."""
+    return hashlib.sha256(f"kdbench/{int(seed)}/{stream}/{int(index)}".encode()).digest()
+
+
+def address(seed: int, stream: str, index: int = 0) -> int:
+    """The seed, a 64-bit number, that an address gives to a torch generator."""
+    return int.from_bytes(digest(seed, stream, index)[:8], "little")
+
+
+def generator(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh torch generator for an address.
+
+    A CUDA generator uses all 64 bits of the seed; torch's CPU generator keeps the lower 32. Two addresses among
+    k then share their numbers with probability k² / 2³³, so an index per epoch (draw for the whole epoch at once) is
+    better than one per step.
+    """
+    result = torch.Generator(device=device)
+    result.manual_seed(address(seed, stream, index))
+    return result
+
+
+def words(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:
+    """n independent uniform 64-bit words, uint64 [n]. The first words do not depend on n."""
+    key = int.from_bytes(digest(seed, stream, index)[:16], "little")
+    return np.random.Philox(key=key).random_raw(n)
+
+
+def permutation(n: int, seed: int, stream: str, epoch: int = 0) -> Tensor:
+    """A uniform permutation of 0 … n - 1, int64 [n] on the CPU: the stable order of n random words."""
+    return torch.from_numpy(np.argsort(words(n, seed, stream, epoch), kind="stable"))
