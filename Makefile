@@ -24,7 +24,7 @@ quickstart: setup ## train the quickstart's cells, print and write the table
 	$(BIN)/kdbench run quickstart
 
 test: setup ## all tests
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 test-quick: setup ## tests without the slow ones
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'

@@ -46,6 +46,12 @@ def atomic(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written. Only for who holds the folder's lock."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 def write_text(file: Path, text: str) -> None:
     """Write text atomically."""
     with atomic(file) as temporary:

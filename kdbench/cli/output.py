@@ -1,0 +1,66 @@
+"""Tables on the terminal and as files, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdbench.results.tables import Table
+
+
+def write_tables(folders: list[Path], out: Path, title: str | None = None) -> None:
+    """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
+    from kdbench.results.record import read_records
+    from kdbench.results.tables import build
+
+    table = build(read_records(folders), title=title)
+    print_table(table)
+    files = [*write_files(table, out, folders), *write_plots(folders, out)]
+    print(f"written to {out}: {', '.join(file.name for file in files)}")
+
+
+def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
+    """table.md, table.csv, table.tex and records.csv in a folder."""
+    from kdbench.files import write_text
+    from kdbench.results.record import read_records
+    from kdbench.results.renderers import latex, markdown, records_csv, table_csv
+
+    texts = {"table.md": markdown(table), "table.csv": table_csv(table), "table.tex": latex(table),
+             "records.csv": records_csv(read_records(folders))}
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return [out / name for name in texts]
+
+
+def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
+    """Learning curves, agreement (where it was logged) and final accuracies as PNG."""
+    from kdbench.results.plots import draw
+    from kdbench.results.record import read_records
+
+    return draw(read_records(folders), out)
+
+
+def print_table(table: Table) -> None:
+    """The table on the terminal: what the Markdown file holds, in columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from kdbench.results.layout import layout
+
+    console = Console(highlight=False)
+    console.print(Text(table.title, style="bold"))
+    for grid in layout(table):
+        shown = RichTable(title=grid.caption or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, header in enumerate(grid.header):
+            shown.add_column(header, justify="left" if index == 0 else "right")
+        for row in grid.rows:
+            shown.add_row(*(Text(c.text + ("".join(c.marks) and " " + ",".join(c.marks)),
+                                 style="bold" if c.bold else "underline" if c.underline else "") for c in row))
+        console.print(shown)
+    for note in table.notes:
+        mark = f"{note.mark}: " if note.mark else ""
+        console.print(Text(f"  {mark}{note.text}", style="yellow" if note.warning else "dim"))

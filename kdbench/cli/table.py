@@ -29,4 +29,4 @@ def command(
     table = build(read_records(folders), baseline=baseline, metric=metric)
     print_table(table)
     if out is not None:
-        write_files(table, out)
+        write_files(table, out, folders)

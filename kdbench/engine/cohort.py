@@ -79,7 +79,8 @@ class Cohort:
         begin = time.perf_counter()
         batch = self.batches.at(step, seats[0].member.timeline)
         points = list(dict.fromkeys(p for seat in seats for p in seat.member.teacher_points()))
-        values = self.teacher(batch.images, points) if self.teacher and points else {}
+        precision = seats[0].member.spec.precision
+        values = self.teacher(batch.images, points, precision) if self.teacher and points else {}
         shared = time.perf_counter() - begin
         for seat in seats:
             begin = time.perf_counter()

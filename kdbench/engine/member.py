@@ -23,6 +23,11 @@ from kdbench.sources.streams import address
 PROBE_IMAGES = 2000
 
 
+def computing(precision: str, device: torch.device) -> torch.autocast:
+    """Context in which convolutions and products are computed in this precision; parameters stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
 class Teacher:
     """A frozen network in eval mode, shared by all cells that learn from it."""
 
@@ -30,9 +35,9 @@ class Teacher:
         self.extractor, self.normalizer, self.shapes = extractor, normalizer, shapes
         extractor.model.eval().requires_grad_(False)
 
-    def __call__(self, images: Tensor, points: list[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: list[str], precision: str = "float32") -> dict[str, Tensor]:
         """Values of hook points for bytes [N, C, H, W], without gradients."""
-        with torch.no_grad():
+        with torch.no_grad(), computing(precision, images.device):
             return self.extractor(self.normalizer(images), points)
 
     def training_copy(self) -> Extractor:
@@ -133,12 +138,13 @@ class Member:
         if self.own_teacher is not None and self.stage.modes.teacher == "train":
             teacher = self._own_teacher_values(batch)
 
-        student = self.student(self.normalizer(batch.images), self.student_points)
-        loss = torch.zeros((), device=self.device)
-        for name, term in self.active.items():
-            value = term(student, teacher, batch.labels, batch.index)
-            loss = loss + term.weight_at(progress) * value
-            self.meter.add(name, value)
+        with computing(self.spec.precision, self.device):
+            student = self.student(self.normalizer(batch.images), self.student_points)
+            loss = torch.zeros((), device=self.device)
+            for name, term in self.active.items():
+                value = term(student, teacher, batch.labels, batch.index)
+                loss = loss + term.weight_at(progress) * value
+                self.meter.add(name, value)
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -165,7 +171,7 @@ class Member:
     def _own_teacher_values(self, batch: Batch) -> dict[str, Tensor]:
         assert self.own_teacher is not None and self.spec.teacher is not None
         points = _unique(point for term in self.active.values() for point in term.teacher_points)
-        with torch.no_grad():
+        with torch.no_grad(), computing(self.spec.precision, self.device):
             return self.own_teacher(self.teacher_normalizer(batch.images), points)
 
     def _watch(self, loss: Tensor) -> None:

@@ -108,6 +108,7 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
         open_cells = [(cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"]
         if open_cells:
             with _Pool(options) as pool:
+                _try_out([cell.spec for cell, _ in open_cells], pool)
                 _teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
                 listener.begin(states, plan.title or plan.name)
                 try:
@@ -145,6 +146,15 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _try_out(specs: list[CellSpec], pool: _Pool) -> None:
+    """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
+    kinds = {spec.model_copy(update={"seed": 0}).identity(): spec for spec in specs}
+    task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
+    for event in pool.carry_out([task]):
+        if event["event"] == "failed":
+            raise _error(event)
 
 
 def _teachers(specs: list[CellSpec], options: Options, pool: _Pool, listener: Listener) -> None:
@@ -255,7 +265,7 @@ def _cohorts(cells: list[tuple[PlannedCell, CellState]]) -> list[list[tuple[Plan
         spec = cell.spec
         base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, spec.protocol.batch_size,
                            spec.protocol.last_batch, spec.protocol.augmentation.model_dump(), spec.protocol.epochs,
-                           spec.protocol.steps, [s.extra_epochs for s in spec.method.stages.values() if s.extra_epochs]])
+                           spec.protocol.steps, spec.precision, [s.extra_epochs for s in spec.method.stages.values() if s.extra_epochs]])
         teacher = json.dumps([spec.teacher.name, spec.teacher.normalization.model_dump()]) if spec.teacher else ""
         if not teacher:
             teacher = teachers.get(base, "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
@@ -29,12 +31,6 @@ class TeacherFile:
     file: Path
     sha256: str
     accuracy: float
-
-
-def folder_of(spec: TeacherSpec, runs: Path) -> Path:
-    """Folder of a teacher: its training's records, or its measured accuracy."""
-    identity = spec.trained_by.identity() if spec.trained_by else spec.weights.sha256  # type: ignore[union-attr]
-    return runs / "teachers" / f"{spec.name}-{identity[:8]}"
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -112,6 +108,15 @@ def accuracy_of(teacher: Teacher, data: ImageData, device: torch.device) -> floa
         logits = teacher(images, ["logits"])["logits"]
         right += int((logits.argmax(dim=1).cpu() == data.test_labels[start:start + size]).sum())
     return round(100 * right / len(data.test_labels), 4)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over all parameters and buffers of a network, names included."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any] | None:

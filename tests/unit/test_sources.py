@@ -555,7 +555,8 @@ def test_failed_write_leaves_nothing(kept, monkeypatch):
     file.unlink()
 
     def full_disk(tensors: dict, path: Path, metadata: dict) -> None:
-        Path(path).write_bytes(b"half")
+        assert path != file and path.parent == file.parent
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(images, "save_file", full_disk)

@@ -106,6 +106,7 @@ def test_labels_need_not_be_sorted():
 @pytest.mark.parametrize("sizes, fraction, expected", [
     ((100, 100, 100), 0.1, [10, 10, 10]),
     ((100,) * 10, 0.29, [29] * 10),          # 0.29 * 100 is 28.999… in binary
+    ((100, 100), 0.0725, [8, 7]),            # 14.5 images, 14.499… in binary; halves go up
     ((10, 20, 70), 0.25, [3, 5, 17]),        # quotas 2.5, 5, 17.5 of 25: one image left, equal remainders, lower class
     ((3, 97), 0.01, [1, 1]),                 # at least one per class, though 1 % is one image
     ((1, 2, 997), 0.5, [1, 1, 498]),         # quotas 0.5, 1, 498.5 of 500

@@ -1,0 +1,162 @@
+"""What a worker can be asked to do: try cells out, prepare data and teachers, train a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.dry import try_out
+from kdbench.engine.finish import finish, machine
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member, Teacher
+from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
+from kdbench.errors import CellError, UserError
+from kdbench.files import sweep
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.images import ImageData
+
+# How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
+LOCK_SECONDS = 60.0
+
+
+class Desk:
+    """Carries tasks out in one process.
+
+    Args:
+        emit: sends an event (keywords become its fields).
+        stopping: whether the run is being stopped; asked before every step.
+    """
+
+    def __init__(self, emit: Callable[..., None], stopping: Callable[[], bool]) -> None:
+        self.emit, self.stopping = emit, stopping
+        self.data: tuple[str, ImageData] | None = None
+
+    def carry_out(self, task: dict[str, Any]) -> None:
+        """Do a task. UserError and CellError say what went wrong with the whole of it."""
+        torch.set_num_threads(task["threads"])
+        # float32 means float32: TensorFloat-32 keeps ten bits of the mantissa.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        device = torch.device(task["device"])
+        if task["task"] == "try_out":
+            for spec in task["specs"]:
+                try_out(CellSpec.model_validate(spec))
+        elif task["task"] == "prepare":
+            self.prepare(CellSpec.model_validate(task["spec"]), task, device)
+        else:
+            self.train(task, device)
+
+    def prepare(self, spec: CellSpec, task: dict[str, Any], device: torch.device) -> None:
+        """Data in the cache and the teacher measured, so that later tasks find both."""
+        self.emit(event="doing", task=task["id"], text=f"data {spec.data.name}")
+        data = self._load(spec.data, task)
+        if spec.teacher is not None and spec.teacher.weights is not None:
+            self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
+            measured(spec.teacher, Path(task["teacher_folder"]), task["download"], spec.data, data, device)
+
+    def train(self, task: dict[str, Any], device: torch.device) -> None:
+        """Train a cohort. Members' failures are told as events; the others go on."""
+        cells = task["cells"]
+        specs = [CellSpec.model_validate(cell["spec"]) for cell in cells]
+        first = next((spec for spec in specs if spec.teacher is not None), specs[0])
+        with ExitStack() as locks:
+            for cell in cells:
+                locks.enter_context(_alone(Path(cell["folder"])))
+            data = self._load(first.data, task)
+            batches = Batches(first, data, device)
+            file, teacher = self._teacher(first, data, task, device)
+            before = fingerprint(teacher.extractor.model) if teacher else None
+            seats: dict[int, Seat] = {}
+            for cell, spec in zip(cells, specs, strict=True):
+                try:
+                    seats[cell["id"]] = _seat(spec, Path(cell["folder"]), batches, data, teacher, file, task, device)
+                except (UserError, CellError, RuntimeError) as error:
+                    self.emit(event="cell_failed", cell=cell["id"], message=str(error))
+            ids = {id(seat): cell_id for cell_id, seat in seats.items()}
+            names = {cell["id"]: cell["cell"] for cell in cells}
+
+            def report(seat: Seat, entry: dict[str, Any] | None) -> None:
+                for cell_id, other in seats.items():
+                    if other.active or other is seat:
+                        self._progress(cell_id, other)
+
+            def done(seat: Seat) -> None:
+                own = teacher if seat.member.spec.teacher is not None else None
+                if own is not None and fingerprint(own.extractor.model) != before:
+                    raise CellError("the frozen teacher changed while its students trained: a defect of the method's "
+                                    "loss, or of kdbench")
+                compute = {**machine(device, task["threads"]), "precision": seat.member.spec.precision, "cohort": len(seats)}
+                record = finish(seat.member, seat.folder, dict(names[ids[id(seat)]]), batches, data,
+                                file if own else None, own.extractor.model if own else None, compute)
+                seat.log.close()
+                self.emit(event="cell_finished", cell=ids[id(seat)], accuracy=record["result"]["test"]["last"],
+                          seconds=record["compute"]["seconds"])
+
+            Cohort(list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"]).run()
+            for seat in seats.values():
+                if seat.failure is not None:
+                    self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
+
+    def _progress(self, cell_id: int, seat: Seat) -> None:
+        if seat.failure is not None:
+            self.emit(event="cell_failed", cell=cell_id, message=seat.failure)
+            return
+        member = seat.member
+        self.emit(event="progress", cell=cell_id, step=member.step, total=member.timeline.total, stage=member.span.name,
+                  accuracy=member.history[-1]["test"]["accuracy"] if member.history else None)
+
+    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData:
+        """A data set; the last one is kept for the next task."""
+        roots = [spec.root] if spec.root else task["data_roots"]
+        key = f"{spec.name} {spec.options} {roots}"
+        if self.data is None or self.data[0] != key:
+            self.data = (key, load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"])))
+        return self.data[1]
+
+    def _teacher(self, spec: CellSpec, data: ImageData, task: dict[str, Any],
+                 device: torch.device) -> tuple[TeacherFile | None, Teacher | None]:
+        if spec.teacher is None:
+            return None, None
+        folder = Path(task["teacher_folder"])
+        file = (trained(folder) if spec.teacher.weights is None else
+                measured(spec.teacher, folder, task["download"], spec.data, data, device))
+        if file is None:
+            raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
+        return file, load_teacher(spec.teacher, spec.data, file.file, device)
+
+
+def _seat(spec: CellSpec, folder: Path, batches: Batches, data: ImageData, teacher: Teacher | None,
+          file: TeacherFile | None, task: dict[str, Any], device: torch.device) -> Seat:
+    """A cell's place in a cohort, from its checkpoint if there is one."""
+    own = teacher if spec.teacher is not None else None
+    key = {"identity": spec.identity(), "data": data.fingerprint, "threads": task["threads"], "device": device.type,
+           "teacher": file.sha256 if file and own else None}
+    member = Member(spec, batches, own, device)
+    state = checkpoint.load(folder, key)
+    if state is not None:
+        member.load_state(state)
+    return Seat(member, folder, key, MetricsLog(folder, member.history))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The right to write into a cell's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".cell.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"another process works in {folder}", hint="wait for it, or stop it") from None
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,146 @@
+"""A table as grids of text. Markdown, LaTeX and the terminal show the same grids, so they can never say different things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdbench.results.tables import Cell, Table, seeds_text
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One entry. `marks`: letters of the notes that belong to it."""
+
+    text: str
+    bold: bool = False
+    underline: bool = False
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The first column is text, aligned left; all others are numbers, aligned right. `rules`: indices of the rows that a
+    line separates from the row above. `headings`: rows that hold only a first entry, the title of the rows below."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Text, ...], ...]
+    rules: frozenset[int] = frozenset()
+    headings: frozenset[int] = frozenset()
+
+
+def layout(table: Table) -> list[Grid]:
+    """Accuracies (with the differences where there is one column), differences, and details."""
+    grids = [_single(table)] if len(table.columns) == 1 else [_accuracies(table), _differences(table)]
+    return [grid for grid in (*grids, _details(table)) if grid.rows]
+
+
+def accuracy(cell: Cell | None) -> str:
+    """Mean ± deviation, with the sign of a missing value where there is none."""
+    if cell is None:
+        return ABSENT
+    return f"{cell.mean:.2f}" if cell.deviation is None else f"{cell.mean:.2f} ± {cell.deviation:.2f}"
+
+
+def difference(cell: Cell | None) -> tuple[str, str, str, str]:
+    """Difference, its interval, its p value and the number of seeds needed, as texts."""
+    found = cell.difference if cell is not None else None
+    if found is None:
+        return ABSENT, ABSENT, ABSENT, ABSENT
+    interval = ABSENT if found.low is None or found.high is None else f"[{_signed(found.low)}, {_signed(found.high)}]"
+    p = ABSENT if found.p_holm is None else "<0.001" if found.p_holm < 0.001 else f"{found.p_holm:.3f}"
+    return _signed(found.mean), interval, p, seeds_text(found.seeds_needed) or ABSENT
+
+
+def common_suffix(points: tuple[str, ...]) -> str:
+    """".preact" of layer1.preact, layer2.preact; "" where they have none in common."""
+    suffixes = {point.partition(".")[2] for point in points}
+    suffix = suffixes.pop() if len(suffixes) == 1 else ""
+    return f".{suffix}" if suffix else ""
+
+
+def _single(table: Table) -> Grid:
+    rows = [(Text(f"teacher {teacher.name}"), Text(_percent(teacher.accuracies[0])), *[Text("")] * 5)
+            for teacher in table.teachers]
+    rules = frozenset({len(rows)} if rows else ())
+    for row in table.rows:
+        cell = row.cells[0]
+        compared = ("",) * 4 if row.is_baseline else difference(cell)
+        rows.append((Text(row.label), _entry(cell, accuracy(cell)), Text(str(cell.n) if cell else ABSENT),
+                     *map(Text, compared)))
+    header = ("method", _metric_header(table), "n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
+    if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
+        return Grid(_caption(table), header[:3], tuple(row[:3] for row in rows), rules)
+    return Grid(_caption(table), header, tuple(rows), rules)
+
+
+def _accuracies(table: Table) -> Grid:
+    rows = [(Text(f"teacher {teacher.name}"), *(Text(_percent(value)) for value in teacher.accuracies))
+            for teacher in table.teachers]
+    rules = frozenset({len(rows)} if rows else ())
+    rows += [(Text(row.label), *(_entry(cell, f"{accuracy(cell)} ({cell.n})" if cell else ABSENT) for cell in row.cells))
+             for row in table.rows]
+    return Grid(f"{_caption(table)}: {_metric_header(table)}, (n)", ("method", *(column.label for column in table.columns)),
+                tuple(rows), rules)
+
+
+def _differences(table: Table) -> Grid:
+    blocks = [[(Text(row.label), Text(str(cell.difference.n)), *map(Text, difference(cell)))
+               for row in table.rows
+               if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None]
+              for i in range(len(table.columns))]
+    header = ("method", "n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
+    return _blocks(table, f"Differences to {table.baseline}", header, blocks)
+
+
+def _details(table: Table) -> Grid:
+    suffix = common_suffix(table.agreement)
+    extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
+    header = ("method", *(["extra epochs"] if extra else []),
+              *(f"agreement {point.removesuffix(suffix)}" for point in table.agreement), "seconds")
+    blocks = [[(Text(row.label),
+                *([Text(f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0")] if extra else []),
+                *(Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
+                  for point in table.agreement),
+                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"))
+               for row in table.rows if (cell := row.cells[i]) is not None]
+              for i in range(len(table.columns))]
+    at = f" (at {suffix[1:]} of each layer)" if suffix else ""
+    return _blocks(table, f"Agreement with the teacher{at} and cost" if table.agreement else "Cost", header, blocks)
+
+
+def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[list[tuple[Text, ...]]]) -> Grid:
+    """One block of rows for each column of the table, headed by the column where there are several."""
+    rows: list[tuple[Text, ...]] = []
+    rules, headings = set(), set()
+    for column, block in zip(table.columns, blocks, strict=True):
+        if block and len(table.columns) > 1:
+            rules.add(len(rows))
+            headings.add(len(rows))
+            rows.append((Text(column.label), *[Text("")] * (len(header) - 1)))
+        rows += block
+    return Grid(caption, header, tuple(rows), frozenset(rules - {0}), frozenset(headings))
+
+
+def _entry(cell: Cell | None, text: str) -> Text:
+    return Text(text) if cell is None else Text(text, cell.best, cell.second, cell.marks)
+
+
+def _caption(table: Table) -> str:
+    return table.title or "Comparison"
+
+
+def _metric_header(table: Table) -> str:
+    return f"accuracy, {table.metric_label}"
+
+
+def _percent(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    """With a sign, the typographic minus; zero has none."""
+    text = f"{value:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")

@@ -1,0 +1,295 @@
+"""Tables as files: Markdown, LaTeX (booktabs) and CSV. Byte for byte the same from the same records, in any order."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdbench.results.comparison import compare, text
+from kdbench.results.layout import Grid, Text, layout
+from kdbench.results.record import Record
+from kdbench.results.tables import Note, Table, flat
+
+# What an article's page holds: ems of its \small across, and lines of \small down with room for the caption.
+TEXT_WIDTH = 37.5
+PAGE_LINES = 46
+PAGE_ROWS = 36
+
+
+def markdown(table: Table) -> str:
+    """GitHub Markdown: every grid, then the notes as a list. Ends with a newline."""
+    parts = [f"**{_md(table.title)}**" if table.title else ""]
+    for i, grid in enumerate(layout(table)):
+        if i:
+            parts.append(f"{_md(grid.caption)}:")
+        lines = [_md_row(map(_md, grid.header)), "|:--" + "|--:" * (len(grid.header) - 1) + "|"]
+        lines += [_md_row([f"*{_md(row[0].text)}*", *("" for _ in row[1:])] if n in grid.headings else map(_md_text, row))
+                  for n, row in enumerate(grid.rows)]
+        parts.append("\n".join(lines))
+    notes = [f"- {f'<sup>{note.mark}</sup> ' if note.mark else ''}{_md_note(note)}" for note in table.notes]
+    return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part) + "\n"
+
+
+def table_csv(table: Table) -> str:
+    """One line for every method and column of a table, with full precision. Ends with a newline."""
+    return _csv(flat(table))
+
+
+def records_csv(records: Iterable[Record]) -> str:
+    """The long form: one line for every record, whatever a table would leave out. Ends with a newline."""
+    rows = []
+    for record in compare(records).records:
+        cell, test, validation = record.cell, record.result.test, record.result.validation
+        teacher, compute, data = record.teacher, record.compute, record.data
+        rows.append({
+            "recipe": record.recipe, "method": cell.method, "label": cell.label, "student": cell.student,
+            "teacher": cell.teacher, "data": cell.data, "protocol": cell.protocol, "seed": cell.seed,
+            **{f"axis.{path}": text(value) for path, value in cell.axes.items()},
+            "last": test.last, "best": test.best, "best_step": test.best_step, "mean_last": test.mean_last,
+            "mean_last_of": test.mean_last_of, "validation_last": validation.last if validation else None,
+            "validation_best": validation.best if validation else None,
+            **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
+            "steps": record.budget.steps, "epochs": record.budget.epochs, "extra_epochs": record.budget.extra_epochs,
+            "teacher_accuracy": teacher.accuracy if teacher else None, "teacher_sha256": teacher.sha256 if teacher else None,
+            "train_images": data.train, "validation_images": data.validation, "test_images": data.test,
+            "data_fingerprint": data.fingerprint, "parameters": record.models.student.parameters,
+            "flops": record.models.student.flops, "device": compute.device, "device_name": compute.device_name,
+            "threads": compute.threads, "precision": compute.precision, "seconds": compute.seconds,
+            "training_seconds": compute.training_seconds, "images_per_second": compute.images_per_second,
+            "python": compute.python, "torch": compute.torch, "kdbench": record.kdbench,
+            "commit": record.git.commit if record.git else None, "dirty": record.git.dirty if record.git else None,
+            "identity": record.identity})
+    return _csv(rows)
+
+
+def latex(table: Table) -> str:
+    r"""LaTeX that compiles as it stands in an article with \usepackage{booktabs}; plain ASCII, nothing else needed.
+
+    Grids wider than the text are cut into panels that repeat the first column; what is longer than a page goes into
+    several floats, with the notes below the first grid.
+    """
+    title = table.title or "Comparison"
+    slug = re.sub(r"[^a-z0-9]+", "-", _ascii(table.title).lower()).strip("-") or "comparison"
+    first, *others = [[_Block(grid.caption, _tabular(panel), _height(panel)) for page in _pages(grid)
+                       for panel in _panels(page)] for grid in layout(table)]
+    notes = _Block(title, _notes(table.notes), sum(len(note.text) + 2 for note in table.notes) / 90)
+    total = sum(block.height for grid in (first, *others) for block in grid) + notes.height
+    blocks = [*first, *itertools.chain(*others), notes] if total <= PAGE_LINES else [
+        *first, notes, *itertools.chain(*others)]
+    floats: list[list[_Block]] = []
+    for block in blocks:
+        full = floats and sum(b.height for b in floats[-1]) + block.height > PAGE_LINES
+        apart = floats and total > PAGE_LINES and block.caption != floats[-1][-1].caption and block.caption != title
+        if not floats or full or apart:
+            floats.append([])
+        floats[-1].append(block)
+    lines = ["% needs \\usepackage{booktabs}"]
+    for number, several in enumerate(floats):
+        caption = several[0].caption
+        continued = " (continued)" if number and caption in (floats[number - 1][0].caption, title) else ""
+        shown = f"{title}{continued}" if caption == title else f"{title}: {caption}{continued}"
+        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{4pt}", f"\\caption{{{escape(shown)}.}}",
+                  f"\\label{{tab:{slug}{f'-{number}' if number else ''}}}"]
+        for i, block in enumerate(several):
+            if i and block.caption not in (several[i - 1].caption, title):
+                lines += ["", "\\medskip", escape(block.caption)]
+            lines += ["", "\\smallskip"] if i else []
+            lines += block.lines
+        lines.append("\\end{table}")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Part of a float. `height`: in lines of text, about."""
+
+    caption: str
+    lines: list[str]
+    height: float
+
+
+def _notes(notes: Sequence[Note]) -> list[str]:
+    shown = [f"{_superscript((note.mark,)) if note.mark else ''}{_latex_note(note)}." for note in notes]
+    return ["\\begin{minipage}{\\linewidth}\\raggedright\\footnotesize", *shown, "\\end{minipage}"]
+
+
+def escape(value: str) -> str:
+    """Any text as ASCII LaTeX for text mode. A character that LaTeX's standard fonts lack becomes its code point."""
+    return "".join(_escape_character(c) for c in unicodedata.normalize("NFC", value))
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", "`": r"\textasciigrave{}",
+    "\n": " ", "\t": " ", "\u00a0": "~", "\u2009": r"\,", "\u202f": r"\,",
+    "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "·": r"$\cdot$", "→": r"$\rightarrow$",
+    "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$", "⇒": r"$\Rightarrow$", "≤": r"$\leq$", "≥": r"$\geq$",
+    "≠": r"$\neq$", "≈": r"$\approx$", "∞": r"$\infty$", "∈": r"$\in$", "√": r"$\surd$", "∑": r"$\sum$",
+    "–": "--", "—": "---", "…": r"\ldots{}", "‘": "`", "’": "'", "“": "``", "”": "''", "„": ",,", "°": r"$^\circ$",
+    "²": "$^2$", "³": "$^3$", "¹": "$^1$", "½": "$1/2$", "µ": r"$\mu$", "†": r"\dag{}", "‡": r"\ddag{}", "§": r"\S{}",
+    "©": r"\copyright{}", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}", "Ø": r"\O{}", "œ": r"\oe{}",
+    "Œ": r"\OE{}", "ł": r"\l{}", "Ł": r"\L{}", "ı": r"\i{}", "å": r"\aa{}", "Å": r"\AA{}",
+}
+_ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"', "\u0304": "=", "\u0307": ".",
+            "\u030c": "v", "\u0306": "u", "\u030b": "H", "\u0327": "c", "\u0323": "d", "\u0331": "b"}
+_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψω",
+                  "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi "
+                  "chi psi omega".split(), strict=True)) | dict(zip("ΓΔΘΛΞΠΣΦΨΩ", (
+                      "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"), strict=True))
+
+
+def _escape_character(c: str) -> str:
+    if c in _SPECIAL:
+        return _SPECIAL[c]
+    if " " <= c <= "~":
+        return c
+    if c in _GREEK:
+        return f"$\\{_GREEK[c]}$"
+    parts = unicodedata.normalize("NFD", c)
+    if len(parts) == 2 and parts[0].isascii() and parts[0].isalpha() and parts[1] in _ACCENTS:
+        base = {"i": "\\i", "j": "\\j"}.get(parts[0], parts[0])
+        return f"\\{_ACCENTS[parts[1]]}{{{base}}}"
+    compatible = unicodedata.normalize("NFKD", c)
+    if compatible.isascii() and compatible.isprintable():
+        return "".join(map(_escape_character, compatible))
+    return f"[U+{ord(c):04X}]" if unicodedata.category(c) not in ("Cc", "Cf", "Mn") else ""
+
+
+def _ascii(value: str) -> str:
+    return unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode()
+
+
+def _pages(grid: Grid) -> Iterable[Grid]:
+    """The grid in pieces that fit a page, cut at its rules where it has any. A heading is never parted from its rows."""
+    blocks = sorted({0, *grid.rules, len(grid.rows)})
+    pieces: list[list[int]] = [[]]
+    for begin, end in itertools.pairwise(blocks):
+        if pieces[-1] and len(pieces[-1]) + end - begin > PAGE_ROWS:
+            pieces.append([])
+        for row in range(begin, end):
+            if len(pieces[-1]) >= PAGE_ROWS:
+                pieces.append([])
+            pieces[-1].append(row)
+    return [_part(grid, piece, range(len(grid.header))) for piece in pieces]
+
+
+def _panels(grid: Grid) -> Iterable[Grid]:
+    """The grid in pieces that fit the width of the text. Rows that have nothing to say in a piece are left out of it."""
+    widths = [max([max(map(_width, _header_lines(title))) if i else _width(title),
+                   *(_width(row[i].text) + 0.4 * len(row[i].marks) for n, row in enumerate(grid.rows)
+                     if n not in grid.headings)]) + 0.9 for i, title in enumerate(grid.header)]
+    chunks: list[list[int]] = [[0]]
+    for i in range(1, len(grid.header)):
+        if len(chunks[-1]) > 1 and sum(widths[j] for j in chunks[-1]) + widths[i] > TEXT_WIDTH:
+            chunks.append([0])
+        chunks[-1].append(i)
+    for chunk in chunks:
+        rows = [n for n, row in enumerate(grid.rows) if n in grid.headings or any(row[i].text for i in chunk[1:])]
+        yield _part(grid, rows, chunk)
+
+
+def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
+    """Some rows and columns of a grid. A rule stays above the first row that follows it."""
+    above = [sum(rule <= row for rule in grid.rules) for row in rows]
+    return Grid(grid.caption, tuple(grid.header[i] for i in columns),
+                tuple(tuple(grid.rows[n][i] for i in columns) for n in rows),
+                frozenset(k for k in range(1, len(rows)) if above[k] > above[k - 1]),
+                frozenset(k for k, n in enumerate(rows) if n in grid.headings))
+
+
+def _width(value: str) -> float:
+    """Width of a text in ems of Computer Modern, about."""
+    return sum(0.78 if c in "+−±→×mwMW<>" else 0.7 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5 if c != "%"
+               else 0.83 for c in value)
+
+
+def _header_lines(title: str) -> list[str]:
+    """A column's title, on two lines of about equal length where it is long."""
+    words = title.split(" ")
+    cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
+    return [title] if len(title) <= 8 or not cuts else list(min(cuts, key=lambda cut: max(map(len, cut))))
+
+
+def _height(grid: Grid) -> float:
+    """Height of a tabular with the space around it, in lines."""
+    return len(grid.rows) + max(len(_header_lines(title)) for title in grid.header[1:]) + 0.4 * len(grid.rules) + 2.2
+
+
+def _tabular(grid: Grid) -> list[str]:
+    columns = len(grid.header) - 1
+    titles = [_header_lines(title) for title in grid.header[1:]]
+    depth = max(map(len, titles))
+    lines = [f"\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
+    for level in range(depth):
+        first = escape(grid.header[0]) if level == depth - 1 else ""
+        # Shorter titles stand on the last line, next to their numbers.
+        shown = [escape(title[level - depth + len(title)]) if level >= depth - len(title) else "" for title in titles]
+        lines.append(" & ".join([first, *shown]) + r" \\")
+    lines.append("\\midrule")
+    for i, row in enumerate(grid.rows):
+        if i in grid.rules:
+            lines.append("\\midrule")
+        if i in grid.headings:
+            lines.append(f"\\multicolumn{{{columns + 1}}}{{l}}{{\\emph{{{escape(row[0].text)}}}}} \\\\")
+        else:
+            lines.append(" & ".join(_latex_text(cell) for cell in row) + r" \\")
+    return [*lines, "\\bottomrule", "\\end{tabular}"]
+
+
+def _latex_text(cell: Text) -> str:
+    shown = escape(cell.text)
+    if cell.bold:
+        shown = f"\\textbf{{\\boldmath {shown}}}"
+    elif cell.underline:
+        shown = f"\\underline{{{shown}}}"
+    # A row that began with a bracket would be taken for the length argument of the line break above it.
+    shown = f"{{{shown}}}" if shown.startswith("[") else shown
+    return shown + _superscript(cell.marks)
+
+
+def _superscript(marks: Sequence[str]) -> str:
+    return f"$^{{\\mathrm{{{','.join(marks)}}}}}$" if marks else ""
+
+
+def _latex_note(note: Note) -> str:
+    return f"\\textbf{{{escape(note.text)}}}" if note.warning else escape(note.text)
+
+
+def _md(value: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", value.replace("\n", " "))
+
+
+def _md_row(entries: Iterable[str]) -> str:
+    return "| " + " | ".join(entries) + " |"
+
+
+def _md_text(cell: Text) -> str:
+    shown = _md(cell.text)
+    if cell.bold:
+        shown = f"**{shown}**"
+    elif cell.underline:
+        shown = f"<u>{shown}</u>"
+    return shown + (f"<sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
+
+
+def _md_note(note: Note) -> str:
+    return f"**{_md(note.text)}**" if note.warning else _md(note.text)
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Columns in order of first appearance; a missing value is empty."""
+    fields = list(dict.fromkeys(field for row in rows for field in row))
+    # Columns of one kind (axis.…, agreement.…) stay together although rows bring them at different times.
+    kinds = list(dict.fromkeys(field.partition(".")[0] for field in fields))
+    fields.sort(key=lambda field: kinds.index(field.partition(".")[0]))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
