@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,10 +37,13 @@ def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
 
 def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
     """Learning curves, agreement (where it was logged) and final accuracies as PNG."""
-    from kdbench.results.plots import draw
+    from kdbench.results.plots import agreement, final_accuracies, learning_curves
     from kdbench.results.record import read_records
 
-    return draw(read_records(folders), out)
+    records = read_records(folders)
+    drawn = [learning_curves(records, out / "learning_curves.png"), agreement(records, out / "agreement.png"),
+             final_accuracies(records, out / "final_accuracies.png")]
+    return [file for file in drawn if file is not None]
 
 
 def print_table(table: Table) -> None:
@@ -51,7 +55,8 @@ def print_table(table: Table) -> None:
 
     from kdbench.results.layout import layout
 
-    console = Console(highlight=False)
+    # In a log or pipe there is no width to fit into.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(Text(table.title, style="bold"))
     for grid in layout(table):
         shown = RichTable(title=grid.caption or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,0 +1,1 @@
+"""Networks, their hook points, and the modules between two networks' features."""

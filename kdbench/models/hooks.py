@@ -1,38 +1,358 @@
-"""STUB"""
-from typing import NamedTuple
+"""Hook points: named places in a network, and the values found there.
+
+`stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits` mean the same for every model;
+`layers` and `layers.preact` stand for all of them in order. `layerK` is the output of stage K. `layerK.preact` is the
+tensor that enters the layer's last ReLU, signs and all: losses on activation boundaries need it before the ReLU has
+taken the negative half away.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kdbench.errors import UserError, did_you_mean
+from kdbench.models.dry import dry_call, dry_images, undisturbed
+
+LOGITS = "logits"
+
+# What a network can raise when its input does not suit it.
+UNSUITABLE = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError, AttributeError,
+              NotImplementedError, ZeroDivisionError)
+
+_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
+
+
 class Place(NamedTuple):
+    """A module's output, or its (first) input."""
+
     path: str
-    side: str
-def expand(names, available):
-    out=[]
-    for n in names:
-        if n=="layers": out+= [a for a in sorted(available) if a.startswith("layer") and not a.endswith("preact")]
-        elif n=="layers.preact": out+= [a for a in sorted(available) if a.endswith("preact")]
-        else: out.append(n)
-    return out
-def places(model, hooks, name, image_shape):
-    r={}
-    for k,v in hooks.items():
-        r[k]=Place(v[6:-1],"input") if v.startswith("input(") else Place(v,"output")
-    return r
+    side: Literal["input", "output"]
+
+    def __str__(self) -> str:
+        return f"input({self.path})" if self.side == "input" else self.path
+
+
+def parse_place(text: str) -> Place:
+    """`layer1.-1.relu` -> its output, `input(layer1.-1.relu)` -> its input."""
+    match = re.fullmatch(r"input\((.+)\)", text)
+    return Place(match[1], "input") if match else Place(text, "output")
+
+
+def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
+    """Hook points in the order asked for, groups replaced by their points in the order of layers.
+
+    Args:
+        names: hook points and groups (`layers`, `layers.preact`).
+        available: the points that a model has.
+        model_name: for messages.
+
+    Raises:
+        UserError: a point that the model lacks; a `.preact`, or the group of them, where a layer ends without a ReLU.
+    """
+    known = list(available)
+    whose = f"model '{model_name}'" if model_name else "the model"
+    result: list[str] = []
+    for name in names:
+        pattern = _GROUPS.get(name)
+        if pattern is None:
+            result.append(_existing(name, known, whose))
+            continue
+        members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
+        if name == "layers.preact":
+            for layer in expand(["layers"], known, model_name):
+                _existing(f"{layer}.preact", known, whose)
+        if not members:
+            raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
+        result += members
+    return result
+
+
+def places(model: nn.Module, hooks: Mapping[str, str] | Literal["derived"], model_name: str,
+           image_shape: tuple[int, int, int]) -> dict[str, Place]:
+    """Every hook point that a model has, without `logits`, in the order stem, layer1, layer1.preact, …, pooled.
+
+    Args:
+        hooks: hook point -> module path or `input(path)`, where a part of a path may be a negative index; or 'derived',
+            which finds stages, pre-activations and the classifier's input by looking at how the network runs. Derived
+            features of transformers may be tokens [N, T, C] or channels-last maps [N, H, W, C]; they come as they are.
+        image_shape: (channels, height, width).
+    """
+    if hooks == "derived":
+        from kdbench.models.derived import derived_places
+
+        return _in_order(derived_places(model, model_name, image_shape))
+    found = {}
+    for point, text in hooks.items():
+        if point == LOGITS:
+            raise UserError(f"model '{model_name}': 'logits' is what the model returns, and no place of its own")
+        place = parse_place(text)
+        path = _resolved(model, place.path)
+        if path is None:
+            raise UserError(f"hook point '{point}': model '{model_name}' has no module '{place.path}'",
+                            hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]))
+        found[point] = Place(path, place.side)
+    return _in_order(found)
+
+
 class Extractor:
-    def __init__(self, model, places, model_name):
-        self.model, self.places, self.model_name = model, places, model_name
-    def shapes(self, image_shape):
-        self.model.eval()
-        with torch.no_grad():
-            v=self(torch.zeros(2,*image_shape), [*self.places,"logits"])
-        self.model.train()
-        return {k:tuple(x.shape[1:]) for k,x in v.items()}
-    def __call__(self, images, points):
-        got={}; hs=[]
-        for p in points:
-            if p=="logits": continue
-            pl=self.places[p]; m=self.model.get_submodule(pl.path)
-            if pl.side=="output": hs.append(m.register_forward_hook(lambda m,i,o,p=p: got.__setitem__(p,o)))
-            else: hs.append(m.register_forward_pre_hook(lambda m,i,p=p: got.__setitem__(p,i[0])))
-        try: got["logits"]=self.model(images)
-        finally:
-            for h in hs: h.remove()
-        return got
+    """A network together with its hook points. Shares the network's modules, and owns none of its modes.
+
+    What a point gives is the value at the moment when the module produced it (or took it): points whose tensor the
+    network overwrites later are known from a dry forward, and copied. Of a module that runs several times in one
+    forward, the last time counts.
+    """
+
+    def __init__(self, model: nn.Module, places: Mapping[str, Place], model_name: str) -> None:
+        self.model, self.places, self.model_name = model, dict(places), model_name
+        self._behaviours: dict[str, _Behaviour] | None = None
+
+    def shapes(self, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all points and of `logits`, of one sample, by a dry forward of two images in eval mode.
+
+        Raises:
+            UserError: an image that the network cannot take; a point that is not reached, gives no tensor, or gives
+                values that are not finite.
+        """
+        with undisturbed(self.model, training=False):
+            run = _Run(self, list(self.places), checking=True)
+            try:
+                with run:
+                    logits = dry_call(self.model, dry_images(self.model, image_shape))
+            except UNSUITABLE as error:
+                size = "×".join(map(str, image_shape))
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise UserError(f"model '{self.model_name}' cannot take images of {size}: {reason}",
+                                hint="choose another model, or a data set with larger images") from None
+        values = {name: run.value(name) for name in self.places}
+        values[LOGITS] = self._logits(logits)
+        if not torch.isfinite(values[LOGITS]).all():
+            raise UserError(f"model '{self.model_name}' gives logits that are not finite",
+                            hint="check its weights for NaN")
+        return {name: tuple(value.shape[1:]) for name, value in values.items()}
+
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        """Run the network and return what was found at the points.
+
+        Unless `logits` are asked for, it runs no further than the last point: in train mode, batch norms behind that do
+        not see the batch.
+
+        Args:
+            images: [N, C, H, W].
+            points: hook points of this model (no groups), or `logits`.
+        """
+        for point in points:
+            if point != LOGITS and point not in self.places:
+                _existing(point, [*self.places, LOGITS], f"model '{self.model_name}'")
+        if not points:
+            return {}
+        if self._behaviours is None:
+            self._behaviours = self._study(images)
+        asked = list(dict.fromkeys(point for point in points if point != LOGITS))
+        run = _Run(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
+        logits: object = None
+        with run:
+            try:
+                logits = self.model(images)
+            except _Stop as stop:
+                if stop.run is not run:
+                    raise
+        values = {point: run.value(point) for point in asked}
+        if LOGITS in points:
+            values[LOGITS] = self._logits(logits)
+        return {point: values[point] for point in points}
+
+    def _study(self, images: Tensor) -> dict[str, _Behaviour]:
+        """How often each point is reached and whether its tensor is overwritten, in eval and in train mode."""
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        found = []
+        for training in (False, True):
+            try:
+                with undisturbed(self.model, training), _Run(self, list(self.places)) as run:
+                    dry_call(self.model, dry_images(self.model, shape).to(images.device))
+            except UNSUITABLE:
+                # The real run will say what is wrong, if anything is: networks exist that fail on noise only.
+                return dict.fromkeys(self.places, _Behaviour(calls=None, overwritten=True))
+            found.append({name: _Behaviour(run.calls[name], run.overwritten(name)) for name in self.places})
+        return {
+            name: _Behaviour(calm.calls if calm.calls == found[1][name].calls else None,
+                             calm.overwritten or found[1][name].overwritten)
+            for name, calm in found[0].items()}
+
+    def _logits(self, value: object) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise UserError(f"model '{self.model_name}' returns {_kind(value)}, not logits",
+                            hint="a model here returns one tensor [N, classes]")
+        return value
+
+
+@dataclass(frozen=True)
+class _Behaviour:
+    """What a network does with a point: in how many calls it is reached (None: it varies), and whether the tensor is
+    overwritten after that."""
+
+    calls: int | None
+    overwritten: bool
+
+
+@dataclass
+class _Found:
+    value: Tensor
+    # The tensor as the network holds it, and its version when it was found.
+    original: Tensor
+    version: int | None
+
+
+class _Stop(BaseException):
+    """Ends a forward when all that was asked for is found. No Exception: a network may catch those."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+
+class _Active(threading.local):
+    """The runs under way in this thread, innermost last. Hooks of all others are neutral."""
+
+    def __init__(self) -> None:
+        self.runs: list[_Run] = []
+
+
+_ACTIVE = _Active()
+
+
+@dataclass(eq=False)
+class _Run:
+    """One forward with hooks at some points. They are there inside its `with` only."""
+
+    extractor: Extractor
+    points: list[str]
+    behaviours: Mapping[str, _Behaviour] | None = None
+    stops: bool = False
+    checking: bool = False
+    calls: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.calls = dict.fromkeys(self.points, 0)
+        self._found: dict[str, _Found] = {}
+        self._waiting = set(self.points)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> _Run:
+        try:
+            for point in self.points:
+                self._attach(point, self.extractor.places[point])
+        except BaseException:
+            self._detach()
+            raise
+        _ACTIVE.runs.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _ACTIVE.runs.remove(self)
+        self._detach()
+
+    def value(self, point: str) -> Tensor:
+        """What was found at a point. UserError when it was not reached."""
+        found = self._found.get(point)
+        if found is None:
+            raise UserError(f"{self._where(point)} is not reached when the network runs",
+                            hint="choose a module that the network's forward calls")
+        if self.behaviours is not None and found.value is found.original and self.overwritten(point):
+            raise RuntimeError(f"{self._where(point)}: the network overwrote the value, but not so in its dry run")
+        return found.value
+
+    def overwritten(self, point: str) -> bool:
+        found = self._found.get(point)
+        return found is not None and found.version is not None and found.original._version != found.version
+
+    def _attach(self, point: str, place: Place) -> None:
+        path = _resolved(self.extractor.model, place.path)
+        if path is None:
+            raise UserError(f"hook point '{point}': model '{self.extractor.model_name}' has no module '{place.path}'")
+        module = self.extractor.model.get_submodule(path)
+
+        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(point, next(iter((*args, *kwargs.values())), None))
+
+        def on_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._take(point, output)
+
+        self._handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True) if place.side == "input"
+                             else module.register_forward_hook(on_output))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _take(self, point: str, value: object) -> None:
+        if _ACTIVE.runs[-1:] != [self]:
+            return
+        if not isinstance(value, Tensor):
+            raise UserError(f"{self._where(point)} gives {_kind(value)}, not a tensor",
+                            hint="choose a module inside or after it")
+        if self.checking and not torch.isfinite(value).all():
+            raise UserError(f"{self._where(point)} gives values that are not finite",
+                            hint="check the model's weights for NaN")
+        self.calls[point] += 1
+        behaviour = self.behaviours[point] if self.behaviours is not None else _Behaviour(None, False)
+        last = behaviour.calls == self.calls[point]
+        copy = behaviour.overwritten and (last or behaviour.calls is None)
+        version = None if value.is_inference() else value._version
+        self._found[point] = _Found(value.clone() if copy else value, value, version)
+        if last:
+            self._waiting.discard(point)
+            if self.stops and not self._waiting:
+                raise _Stop(self)
+
+    def _where(self, point: str) -> str:
+        return f"hook point '{point}' ({self.extractor.places[point]}) of model '{self.extractor.model_name}'"
+
+
+def _resolved(model: nn.Module, path: str) -> str | None:
+    """A path with negative indices replaced by names, or None when there is no such module."""
+    module, names = model, []
+    for part in path.split("."):
+        children = dict(module.named_children())
+        if re.fullmatch(r"-\d+", part) and len(children) >= -int(part):
+            part = list(children)[int(part)]
+        if part not in children:
+            return None
+        names.append(part)
+        module = children[part]
+    return ".".join(names)
+
+
+def _in_order(found: Mapping[str, Place]) -> dict[str, Place]:
+    def key(point: str) -> tuple[int, int, bool, str]:
+        match = re.fullmatch(r"layer(\d+)(\.preact)?", point)
+        group = 1 if match else {"stem": 0, "pooled": 2}.get(point, 3)
+        return group, int(match[1]) if match else 0, bool(match and match[2]), point
+
+    return {point: found[point] for point in sorted(found, key=key)}
+
+
+def _existing(point: str, known: Sequence[str], whose: str) -> str:
+    if point in known:
+        return point
+    layer, _, rest = point.partition(".")
+    if rest == "preact" and layer in known:
+        raise UserError(f"{whose} has no '{point}': {layer} does not end in a ReLU",
+                        hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'")
+    raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
+
+
+def _has(known: Sequence[str]) -> str:
+    return f"it has {', '.join(known)}" if known else "it has none"
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,19 +1,76 @@
-"""STUB"""
+"""Wide residual networks, in the pre-activation form. Zagoruyko and Komodakis, BMVC 2016."""
+
+from __future__ import annotations
+
 import torch
-from torch import nn
-from torch.nn import functional as F
-class B(nn.Module):
-    def __init__(s,i,o,st):
-        super().__init__(); s.bn1=nn.BatchNorm2d(i); s.conv1=nn.Conv2d(i,o,3,st,1,bias=False); s.bn2=nn.BatchNorm2d(o); s.conv2=nn.Conv2d(o,o,3,1,1,bias=False)
-        s.sc=None if i==o else nn.Conv2d(i,o,1,st,bias=False)
-    def forward(s,x):
-        a=F.relu(s.bn1(x)); y=s.conv2(F.relu(s.bn2(s.conv1(a)))); return y+(x if s.sc is None else s.sc(a))
-class W(nn.Module):
-    def __init__(s,d,k,c,ch):
-        super().__init__(); n=(d-4)//6; w=[16,16*k,32*k,64*k]; s.conv1=nn.Conv2d(ch,16,3,1,1,bias=False)
-        for j in range(3): setattr(s,f"block{j+1}",nn.Sequential(*[B(w[j] if i==0 else w[j+1],w[j+1],(2 if j else 1) if i==0 else 1) for i in range(n)]))
-        s.bn1=nn.BatchNorm2d(w[3]); s.fc=nn.Linear(w[3],c)
-    def forward(s,x):
-        x=s.block3(s.block2(s.block1(s.conv1(x)))); return s.fc(F.relu(s.bn1(x)).mean((2,3)))
-def wide_resnet(depth: int, width: int, *, classes: int, channels: int = 3, image_size: int = 32):
-    return W(depth,width,classes,channels)
+from torch import Tensor, nn
+
+from kdbench.errors import UserError
+from kdbench.models.arguments import blocks_per_stage, check_sizes
+
+
+class PreactivationBlock(nn.Module):
+    """Batch norm, ReLU, 3×3 convolution, twice, plus the shortcut: [N, C, H, W] -> [N, C', H/stride, W/stride].
+
+    Where the channels change, the shortcut is a 1×1 convolution of the activated input; else it is the input itself,
+    before batch norm and ReLU. He et al., ECCV 2016, figure 4e.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.relu1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu1(self.bn1(x))
+        branch = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
+        return branch + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """Images [N, channels, H, W] -> logits [N, classes]. Use `wide_resnet`."""
+
+    def __init__(self, blocks: int, width: int, classes: int, channels: int) -> None:
+        super().__init__()
+        widths = [16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.block1 = _stage(16, widths[0], blocks, stride=1)
+        self.block2 = _stage(widths[0], widths[1], blocks, stride=2)
+        self.block3 = _stage(widths[1], widths[2], blocks, stride=2)
+        self.bn1 = nn.BatchNorm2d(widths[2])
+        self.relu = nn.ReLU()
+        self.fc = nn.Linear(widths[2], classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(images))))
+        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(self.relu(self.bn1(x)), 1), 1))
+
+
+def wide_resnet(depth: int, width: int, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """WRN-depth-width as in the papers on distillation: 3×3 blocks in pairs, no dropout.
+
+    Convolutions begin as N(0, √(2 / (k² · out channels))), as in the code of AB (Heo et al., AAAI 2019).
+
+    Args:
+        depth: 6n + 4 layers, n blocks in each of three stages: 10, 16, 22, 28, 40, …
+        width: factor on the 16, 32 and 64 channels of the stages.
+        image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
+    """
+    check_sizes("a WRN", classes=classes, channels=channels, image_size=image_size)
+    if width < 1:
+        raise UserError(f"a WRN has a width of at least 1, not {width}")
+    return WideResNet(blocks_per_stage("a WRN", depth, per_block=2, outside=4), width, classes, channels)
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    first = PreactivationBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(PreactivationBlock(outputs, outputs, 1) for _ in range(blocks - 1)))

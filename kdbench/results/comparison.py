@@ -50,8 +50,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`cells`: (row label, column key) -> seed -> record. A cell to which an axis means nothing (the plain student, where
-    teachers are compared) stands in every column of that axis."""
+    """`cells`: (row label, column key) -> seed -> record. A cell to which an axis means nothing (the plain student,
+    where teachers are compared) stands in every column of that axis."""
 
     rows: tuple[Row, ...]
     axes: tuple[Axis, ...]
@@ -123,8 +123,8 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 
 def _order(record: Record) -> tuple[Any, ...]:
     cell = record.cell
-    return (record.recipe, cell.order if cell.order is not None else 0, cell.label, cell.method, cell.seed,
-            record.identity, record.result.test.last, str(record.folder), json.dumps(record.plain(), sort_keys=True))
+    return (record.recipe, cell.order if cell.order is not None else 0, cell.label, cell.method,
+            json.dumps(cell.axes, sort_keys=True), cell.seed, record.identity, record.result.test.last, str(record.folder), json.dumps(record.plain(), sort_keys=True))
 
 
 def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
@@ -151,13 +151,13 @@ def _rows(records: list[Record]) -> list[Row]:
         compared = {path: text(value) for path, value in record.cell.axes.items() if path.startswith("method.")}
         parts.append((record.cell.label, record.cell.method, tuple(sorted(compared.items()))))
     rows = []
-    for label, method, compared in parts:
+    for label, method, settings in parts:
         same = {other for other in parts if other[0] == label}
         added = []
         if len({other[1] for other in same}) > 1:
             added.append(method)
         if len({other[2] for other in same if other[1] == method}) > 1:
-            added += [f"{path.removeprefix('method.')} {value}" for path, value in compared]
+            added += [f"{path.removeprefix('method.')} {value}" for path, value in settings]
         rows.append(Row(method, f"{label} ({', '.join(added)})" if added else label))
     return rows
 
@@ -194,7 +194,8 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
         several: list[Key] = [()]
         for axis in axes:
             value = own[axis.path]
-            several = [(*key, (axis.path, v)) for key in several for v in ([value] if value is not None else axis.values)]
+            own_values = axis.values if value is None else (value,)
+            several = [(*key, (axis.path, v)) for key in several for v in own_values]
         keys.append(several)
     # A cell to which an axis means nothing stands only in columns that another cell has made.
     made = {several[0] for several in keys if len(several) == 1}
@@ -202,7 +203,7 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
 
 
 def _implied(record: Record, path: str) -> str | None:
-    """What a cell has on an axis that its recipe does not compare. None: nothing, such as a teacher of a plain student."""
+    """What a cell has on an axis that its recipe does not compare. None: nothing, such as a plain student's teacher."""
     cell, budget = record.cell, record.budget
     known: dict[str, Any] = {
         "student": cell.student, "teacher": cell.teacher, "data": cell.data, "protocol": cell.protocol,
@@ -263,7 +264,8 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     found = [(path, x, y) for path, x, y in differences(a.spec, b.spec) if not (drift and (x is None or y is None))]
     if not found and a.cell.seed != b.cell.seed:
         return
-    shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3]) + ("; …" if len(found) > 3 else "")
+    shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
+    shown += "; …" if len(found) > 3 else ""
     seeds = (f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}")
     raise UserError(
         f"two cells of '{row.label}', {seeds}, would stand in one place and are different experiments"

@@ -1,4 +1,4 @@
-"""A table as grids of text. Markdown, LaTeX and the terminal show the same grids, so they can never say different things."""
+"""A table as grids of text. Markdown, LaTeX and the terminal show the same grids, so that they agree."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Text:
-    """One entry. `marks`: letters of the notes that belong to it."""
+    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it."""
 
     text: str
     bold: bool = False
     underline: bool = False
+    tail: str = ""
     marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The first column is text, aligned left; all others are numbers, aligned right. `rules`: indices of the rows that a
-    line separates from the row above. `headings`: rows that hold only a first entry, the title of the rows below."""
+    """The first column is text, aligned left; all others are numbers, aligned right. `rules`: indices of the rows that
+    a line separates from the row above. `headings`: rows that hold only a first entry, the title of the rows below."""
 
     caption: str
     header: tuple[str, ...]
@@ -62,28 +63,32 @@ def common_suffix(points: tuple[str, ...]) -> str:
 
 
 def _single(table: Table) -> Grid:
-    rows = [(Text(f"teacher {teacher.name}"), Text(_percent(teacher.accuracies[0])), *[Text("")] * 5)
-            for teacher in table.teachers]
+    rows: list[tuple[Text, ...]] = [
+        (Text(f"teacher {teacher.name}"), Text(_percent(teacher.accuracies[0])), *[Text("")] * 5)
+        for teacher in table.teachers]
     rules = frozenset({len(rows)} if rows else ())
     for row in table.rows:
         cell = row.cells[0]
-        compared = ("",) * 4 if row.is_baseline else difference(cell)
-        rows.append((Text(row.label), _entry(cell, accuracy(cell)), Text(str(cell.n) if cell else ABSENT),
+        compared = ("", "", "", "") if row.is_baseline else difference(cell)
+        rows.append((Text(row.label), _entry(cell), Text(str(cell.n) if cell else ABSENT),
                      *map(Text, compared)))
-    header = ("method", _metric_header(table), "n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
+    header: tuple[str, ...] = (
+        "method", f"accuracy, {table.metric_label}", "n", f"difference to {table.baseline}", "95 % interval", "p",
+        "seeds needed")
     if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
-        return Grid(_caption(table), header[:3], tuple(row[:3] for row in rows), rules)
-    return Grid(_caption(table), header, tuple(rows), rules)
+        header, rows = header[:3], [row[:3] for row in rows]
+    return Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules)
 
 
 def _accuracies(table: Table) -> Grid:
-    rows = [(Text(f"teacher {teacher.name}"), *(Text(_percent(value)) for value in teacher.accuracies))
-            for teacher in table.teachers]
+    rows: list[tuple[Text, ...]] = [
+        (Text(f"teacher {teacher.name}"), *(Text(_percent(value)) for value in teacher.accuracies))
+        for teacher in table.teachers]
     rules = frozenset({len(rows)} if rows else ())
-    rows += [(Text(row.label), *(_entry(cell, f"{accuracy(cell)} ({cell.n})" if cell else ABSENT) for cell in row.cells))
+    rows += [(Text(row.label), *(_entry(cell, f" ({cell.n})" if cell else "") for cell in row.cells))
              for row in table.rows]
-    return Grid(f"{_caption(table)}: {_metric_header(table)}, (n)", ("method", *(column.label for column in table.columns)),
-                tuple(rows), rules)
+    return Grid(f"Accuracy, {table.metric_label}: mean ± deviation (n)",
+                ("method", *(column.label for column in table.columns)), tuple(rows), rules)
 
 
 def _differences(table: Table) -> Grid:
@@ -124,16 +129,8 @@ def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[li
     return Grid(caption, header, tuple(rows), frozenset(rules - {0}), frozenset(headings))
 
 
-def _entry(cell: Cell | None, text: str) -> Text:
-    return Text(text) if cell is None else Text(text, cell.best, cell.second, cell.marks)
-
-
-def _caption(table: Table) -> str:
-    return table.title or "Comparison"
-
-
-def _metric_header(table: Table) -> str:
-    return f"accuracy, {table.metric_label}"
+def _entry(cell: Cell | None, tail: str = "") -> Text:
+    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks)
 
 
 def _percent(value: float | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,14 @@ from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.record import Record
 from kdbench.results.tables import Note, Table, flat
 
-# What an article's page holds: ems of its \small across, and lines of \small down with room for the caption.
+# What an article's page holds: ems of its \small and \footnotesize across, and lines of \small down beside the caption.
 TEXT_WIDTH = 37.5
+SMALLER_WIDTH = 42.0
 PAGE_LINES = 46
 PAGE_ROWS = 36
+# Entries of the first column are broken at this many ems, titles of the others at this many characters.
+FIRST_WIDTH = 15.0
+TITLE_LENGTH = 14
 
 
 def markdown(table: Table) -> str:
@@ -29,8 +35,9 @@ def markdown(table: Table) -> str:
         if i:
             parts.append(f"{_md(grid.caption)}:")
         lines = [_md_row(map(_md, grid.header)), "|:--" + "|--:" * (len(grid.header) - 1) + "|"]
-        lines += [_md_row([f"*{_md(row[0].text)}*", *("" for _ in row[1:])] if n in grid.headings else map(_md_text, row))
-                  for n, row in enumerate(grid.rows)]
+        for n, row in enumerate(grid.rows):
+            heading = [f"*{_md(row[0].text)}*", *("" for _ in row[1:])]
+            lines.append(_md_row(heading if n in grid.headings else map(_md_text, row)))
         parts.append("\n".join(lines))
     notes = [f"- {f'<sup>{note.mark}</sup> ' if note.mark else ''}{_md_note(note)}" for note in table.notes]
     return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part) + "\n"
@@ -56,7 +63,8 @@ def records_csv(records: Iterable[Record]) -> str:
             "validation_best": validation.best if validation else None,
             **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
             "steps": record.budget.steps, "epochs": record.budget.epochs, "extra_epochs": record.budget.extra_epochs,
-            "teacher_accuracy": teacher.accuracy if teacher else None, "teacher_sha256": teacher.sha256 if teacher else None,
+            "teacher_accuracy": teacher.accuracy if teacher else None,
+            "teacher_sha256": teacher.sha256 if teacher else None,
             "train_images": data.train, "validation_images": data.validation, "test_images": data.test,
             "data_fingerprint": data.fingerprint, "parameters": record.models.student.parameters,
             "flops": record.models.student.flops, "device": compute.device, "device_name": compute.device_name,
@@ -76,33 +84,37 @@ def latex(table: Table) -> str:
     """
     title = table.title or "Comparison"
     slug = re.sub(r"[^a-z0-9]+", "-", _ascii(table.title).lower()).strip("-") or "comparison"
-    first, *others = [[_Block(grid.caption, _tabular(panel), _height(panel)) for page in _pages(grid)
-                       for panel in _panels(page)] for grid in layout(table)]
-    notes = _Block(title, _notes(table.notes), sum(len(note.text) + 2 for note in table.notes) / 90)
-    total = sum(block.height for grid in (first, *others) for block in grid) + notes.height
-    blocks = [*first, *itertools.chain(*others), notes] if total <= PAGE_LINES else [
-        *first, notes, *itertools.chain(*others)]
-    floats: list[list[_Block]] = []
-    for block in blocks:
-        full = floats and sum(b.height for b in floats[-1]) + block.height > PAGE_LINES
-        apart = floats and total > PAGE_LINES and block.caption != floats[-1][-1].caption and block.caption != title
-        if not floats or full or apart:
-            floats.append([])
-        floats[-1].append(block)
+    first, *others = [_grid_blocks(grid) for grid in layout(table)]
+    notes = _Block(first[0].caption, _notes(table.notes), sum(len(note.text) + 2 for note in table.notes) / 90)
+    rest = list(itertools.chain(*others))
+    floats = [[*first, *rest, notes]]
+    if sum(block.height for block in floats[0]) > PAGE_LINES:
+        floats = _floats([*first, notes, *rest])
     lines = ["% needs \\usepackage{booktabs}"]
-    for number, several in enumerate(floats):
-        caption = several[0].caption
-        continued = " (continued)" if number and caption in (floats[number - 1][0].caption, title) else ""
-        shown = f"{title}{continued}" if caption == title else f"{title}: {caption}{continued}"
-        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{4pt}", f"\\caption{{{escape(shown)}.}}",
+    for number, blocks in enumerate(floats):
+        caption = blocks[0].caption
+        continued = " (continued)" if number and caption == floats[number - 1][-1].caption else ""
+        shown = escape(f"{title}. {caption}{continued}.")
+        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{4pt}", f"\\caption{{{shown}}}",
                   f"\\label{{tab:{slug}{f'-{number}' if number else ''}}}"]
-        for i, block in enumerate(several):
-            if i and block.caption not in (several[i - 1].caption, title):
+        for i, block in enumerate(blocks):
+            if i and block.caption not in (blocks[i - 1].caption, caption):
                 lines += ["", "\\medskip", escape(block.caption)]
             lines += ["", "\\smallskip"] if i else []
             lines += block.lines
         lines.append("\\end{table}")
     return "\n".join(lines) + "\n"
+
+
+def _floats(blocks: Iterable[_Block]) -> list[list[_Block]]:
+    """Blocks by float: a new one for each caption, and where a page is full."""
+    floats: list[list[_Block]] = []
+    for block in blocks:
+        if (not floats or block.caption != floats[-1][-1].caption
+                or sum(other.height for other in floats[-1]) + block.height > PAGE_LINES):
+            floats.append([])
+        floats[-1].append(block)
+    return floats
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,13 @@ class _Block:
     caption: str
     lines: list[str]
     height: float
+
+
+def _grid_blocks(grid: Grid) -> list[_Block]:
+    """The grid in tabulars that fit the page, all of one font size."""
+    panels = [panel for page in _pages(grid) for panel in _panels(page)]
+    wide = any(_grid_width(panel) > TEXT_WIDTH for panel in panels)
+    return [_Block(grid.caption, _tabular(panel, "\\footnotesize" if wide else ""), _height(panel)) for panel in panels]
 
 
 def _notes(notes: Sequence[Note]) -> list[str]:
@@ -126,7 +145,8 @@ def escape(value: str) -> str:
 
 _SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''", "`": r"\textasciigrave{}",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
+    "`": r"\textasciigrave{}",
     "\n": " ", "\t": " ", "\u00a0": "~", "\u2009": r"\,", "\u202f": r"\,",
     "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "·": r"$\cdot$", "→": r"$\rightarrow$",
     "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$", "⇒": r"$\Rightarrow$", "≤": r"$\leq$", "≥": r"$\geq$",
@@ -138,10 +158,11 @@ _SPECIAL = {
 }
 _ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"', "\u0304": "=", "\u0307": ".",
             "\u030c": "v", "\u0306": "u", "\u030b": "H", "\u0327": "c", "\u0323": "d", "\u0331": "b"}
-_GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψω",
-                  "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi "
-                  "chi psi omega".split(), strict=True)) | dict(zip("ΓΔΘΛΞΠΣΦΨΩ", (
-                      "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"), strict=True))
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma",
+    "τ": "tau", "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta",
+    "Θ": "Theta", "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega"}
 
 
 def _escape_character(c: str) -> str:
@@ -166,7 +187,7 @@ def _ascii(value: str) -> str:
 
 
 def _pages(grid: Grid) -> Iterable[Grid]:
-    """The grid in pieces that fit a page, cut at its rules where it has any. A heading is never parted from its rows."""
+    """The grid in pieces that fit a page, cut at its rules where it has any, so that headings stay with their rows."""
     blocks = sorted({0, *grid.rules, len(grid.rows)})
     pieces: list[list[int]] = [[]]
     for begin, end in itertools.pairwise(blocks):
@@ -180,18 +201,29 @@ def _pages(grid: Grid) -> Iterable[Grid]:
 
 
 def _panels(grid: Grid) -> Iterable[Grid]:
-    """The grid in pieces that fit the width of the text. Rows that have nothing to say in a piece are left out of it."""
-    widths = [max([max(map(_width, _header_lines(title))) if i else _width(title),
-                   *(_width(row[i].text) + 0.4 * len(row[i].marks) for n, row in enumerate(grid.rows)
-                     if n not in grid.headings)]) + 0.9 for i, title in enumerate(grid.header)]
+    """The grid in pieces that fit the width of the text. Rows that say nothing in a piece are left out of it."""
+    widths = [_column_width(grid, i) for i in range(len(grid.header))]
     chunks: list[list[int]] = [[0]]
     for i in range(1, len(grid.header)):
-        if len(chunks[-1]) > 1 and sum(widths[j] for j in chunks[-1]) + widths[i] > TEXT_WIDTH:
+        if len(chunks[-1]) > 1 and sum(widths[j] for j in chunks[-1]) + widths[i] > SMALLER_WIDTH:
             chunks.append([0])
         chunks[-1].append(i)
     for chunk in chunks:
         rows = [n for n, row in enumerate(grid.rows) if n in grid.headings or any(row[i].text for i in chunk[1:])]
         yield _part(grid, rows, chunk)
+
+
+def _grid_width(grid: Grid) -> float:
+    return sum(_column_width(grid, i) for i in range(len(grid.header)))
+
+
+def _column_width(grid: Grid, i: int) -> float:
+    """Width of a column and the space beside it, in ems, about."""
+    entries = [_width(row[i].text) * (1.15 if row[i].bold else 1) + _width(row[i].tail) + 0.4 * len(row[i].marks)
+               for n, row in enumerate(grid.rows) if n not in grid.headings]
+    titles = _header_lines(grid.header[i]) if i else [grid.header[0]]
+    width = max([*map(_width, titles), *entries])
+    return (width if i else min(width, FIRST_WIDTH)) + 0.9
 
 
 def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
@@ -205,27 +237,30 @@ def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
 
 def _width(value: str) -> float:
     """Width of a text in ems of Computer Modern, about."""
-    return sum(0.78 if c in "+−±→×mwMW<>" else 0.7 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5 if c != "%"
-               else 0.83 for c in value)
+    return sum(0.8 if c in "+−±→×mwMW<>%" else 0.7 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5
+               for c in value)
 
 
 def _header_lines(title: str) -> list[str]:
-    """A column's title, on two lines of about equal length where it is long."""
-    words = title.split(" ")
-    cuts = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
-    return [title] if len(title) <= 8 or not cuts else list(min(cuts, key=lambda cut: max(map(len, cut))))
+    """A column's title, on lines of about equal length where it is long."""
+    def lines(length: int) -> list[str]:
+        return textwrap.wrap(title, length, break_long_words=False, break_on_hyphens=False) or [""]
+
+    few = max(len(lines(TITLE_LENGTH)), min(2, len(title.split())) if len(title) > 8 else 1)
+    return next(shown for length in range(1, len(title) + 2) if len(shown := lines(length)) <= few)
 
 
 def _height(grid: Grid) -> float:
     """Height of a tabular with the space around it, in lines."""
-    return len(grid.rows) + max(len(_header_lines(title)) for title in grid.header[1:]) + 0.4 * len(grid.rules) + 2.2
+    rows = sum(math.ceil(_width(row[0].text) / FIRST_WIDTH) for row in grid.rows)
+    return rows + max(len(_header_lines(title)) for title in grid.header[1:]) + 0.4 * len(grid.rules) + 2.2
 
 
-def _tabular(grid: Grid) -> list[str]:
+def _tabular(grid: Grid, size: str) -> list[str]:
     columns = len(grid.header) - 1
     titles = [_header_lines(title) for title in grid.header[1:]]
     depth = max(map(len, titles))
-    lines = [f"\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
+    lines = [f"{{{size}\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
     for level in range(depth):
         first = escape(grid.header[0]) if level == depth - 1 else ""
         # Shorter titles stand on the last line, next to their numbers.
@@ -238,8 +273,11 @@ def _tabular(grid: Grid) -> list[str]:
         if i in grid.headings:
             lines.append(f"\\multicolumn{{{columns + 1}}}{{l}}{{\\emph{{{escape(row[0].text)}}}}} \\\\")
         else:
-            lines.append(" & ".join(_latex_text(cell) for cell in row) + r" \\")
-    return [*lines, "\\bottomrule", "\\end{tabular}"]
+            first = _latex_text(row[0])
+            if _width(row[0].text) > FIRST_WIDTH:
+                first = f"\\parbox[t]{{{FIRST_WIDTH * (8 if size else 9):g}pt}}{{\\raggedright\\hangindent1em {first}\\strut}}"
+            lines.append(" & ".join([first, *map(_latex_text, row[1:])]) + r" \\")
+    return [*lines, "\\bottomrule", "\\end{tabular}}"]
 
 
 def _latex_text(cell: Text) -> str:
@@ -250,7 +288,7 @@ def _latex_text(cell: Text) -> str:
         shown = f"\\underline{{{shown}}}"
     # A row that began with a bracket would be taken for the length argument of the line break above it.
     shown = f"{{{shown}}}" if shown.startswith("[") else shown
-    return shown + _superscript(cell.marks)
+    return shown + escape(cell.tail) + _superscript(cell.marks)
 
 
 def _superscript(marks: Sequence[str]) -> str:
@@ -275,7 +313,7 @@ def _md_text(cell: Text) -> str:
         shown = f"**{shown}**"
     elif cell.underline:
         shown = f"<u>{shown}</u>"
-    return shown + (f"<sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
+    return shown + _md(cell.tail) + (f"<sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
 
 
 def _md_note(note: Note) -> str:

@@ -32,8 +32,8 @@ class Summary:
 class Paired:
     """Mean of the differences of equal seeds.
 
-    `deviation`, `low`, `high`, `p` are None with one pair; `low`, `high`, `p` also where all differences are equal, since
-    the t statistic has no meaning then.
+    `deviation`, `low`, `high`, `p` are None with one pair; `low`, `high`, `p` also where all differences are equal,
+    since the t statistic has no meaning then.
     """
 
     n: int
@@ -92,8 +92,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def power(effect: float, n: int, alpha: float = 0.05) -> float:
     """Power of the two-sided paired t test with n pairs: 1 − P(|T| ≤ critical) for T of the noncentral t distribution.
 
-    T = (Z + δ) / S with Z standard normal, δ = effect · √n and S² a χ² over its n − 1 degrees of freedom, so the power is
-    an integral over S. (Library functions for the distribution return NaN in places that are needed here.)
+    T = (Z + δ) / S with Z standard normal, δ = effect · √n and S² a χ² over its n − 1 degrees of freedom, so the power
+    is an integral over S. (Library functions for the distribution return NaN in places that are needed here.)
 
     Args:
         effect: mean of the differences divided by their deviation.
@@ -117,7 +117,8 @@ def _quadrature(points: int) -> tuple[np.ndarray, np.ndarray]:
     return nodes, weights
 
 
-def seeds_needed(mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05, cap: int = 1000) -> int | None:
+def seeds_needed(mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05,
+                 cap: int = 1000) -> int | None:
     """Smallest number of pairs with which the two-sided paired t test, without correction for several methods, would
     find a difference of this mean and deviation with the target power. None: more than `cap`.
 

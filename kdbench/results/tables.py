@@ -40,9 +40,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Cell:
-    """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one seed.
-    `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it. `agreement`: mean
-    over the seeds. `seconds`: mean training time of a seed."""
+    """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
+    seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
+    `agreement`: mean over the seeds. `seconds`: mean training time of a seed."""
 
     seeds: tuple[int, ...]
     values: tuple[float, ...]
@@ -81,7 +81,7 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence below the table. `mark`: letter by which cells refer to it. `warning`: the reader should not miss it."""
+    """A sentence below the table. `mark`: letter by which cells refer to it. `warning`: not to be missed."""
 
     text: str
     mark: str | None = None
@@ -124,14 +124,15 @@ def build(records: Iterable[Record], baseline: str | None = None, metric: Metric
     names = [str(folder) for folder in unfinished]
     names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
     marks: dict[str, str] = {}
-    rows = _rows(comparison, metric, marks)
+    differences, tests = _differences(comparison, metric)
+    rows = _rows(comparison, metric, differences, marks)
     teachers = _teachers(comparison)
     points = tuple(sorted({point for record in comparison.records for point in record.result.agreement}))
-    notes = [*_notes(comparison, rows, metric, points), *_missing(comparison, names)]
+    notes = [*_notes(comparison, rows, metric, tests, points), *_missing(comparison, names)]
     notes += [Note(said, mark) for said, mark in marks.items()]
     return Table(title if title is not None else _title(comparison), metric, metric_label(comparison.records, metric),
-                 comparison.baseline.label, tuple(axis.path for axis in comparison.axes), comparison.columns, teachers, rows,
-                 points, tuple(notes))
+                 comparison.baseline.label, tuple(axis.path for axis in comparison.axes), comparison.columns, teachers,
+                 rows, points, tuple(notes))
 
 
 def flat(table: Table) -> list[dict[str, Any]]:
@@ -184,8 +185,8 @@ def metric_label(records: Sequence[Record], metric: Metric) -> str:
     return f"mean of the last {_range(counts)} evaluations"
 
 
-def _rows(comparison: Comparison, metric: Metric, marks: dict[str, str]) -> tuple[Row, ...]:
-    differences = _differences(comparison, metric)
+def _rows(comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Difference],
+          marks: dict[str, str]) -> tuple[Row, ...]:
     by_column = [[_cell(comparison, label.label, column, metric, differences, marks) for label in comparison.rows]
                  for column in comparison.columns]
     ranked = [_ranked(cells) for cells in by_column]
@@ -194,9 +195,9 @@ def _rows(comparison: Comparison, metric: Metric, marks: dict[str, str]) -> tupl
         for i, row in enumerate(comparison.rows))
 
 
-def _differences(comparison: Comparison, metric: Metric) -> dict[tuple[str, Column], Difference]:
-    """Every method's difference to the baseline of its column, Holm's correction over all tests of the table. A cell that
-    stands in several columns beside the same baseline is one test."""
+def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str, Column], Difference], int]:
+    """Every method's difference to the baseline of its column, p values after Holm over all tests of the table, and the
+    number of these tests. A cell that stands in several columns beside the same baseline is one test."""
     found: dict[tuple[str, Column], statistics.Paired] = {}
     tests: dict[tuple[frozenset[str], frozenset[str]], float] = {}
     keys: dict[tuple[str, Column], tuple[frozenset[str], frozenset[str]]] = {}
@@ -213,7 +214,8 @@ def _differences(comparison: Comparison, metric: Metric) -> dict[tuple[str, Colu
             place = (row.label, column)
             found[place] = pair
             if pair.p is not None:
-                keys[place] = (frozenset(r.identity for r in own.values()), frozenset(r.identity for r in base.values()))
+                keys[place] = (frozenset(r.identity for r in own.values()),
+                               frozenset(r.identity for r in base.values()))
                 tests[keys[place]] = pair.p
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     result = {}
@@ -223,7 +225,7 @@ def _differences(comparison: Comparison, metric: Metric) -> dict[tuple[str, Colu
             needed = statistics.seeds_needed(pair.mean, pair.deviation, cap=CAP) or CAP + 1
         result[place] = Difference(pair.n, pair.mean, pair.low, pair.high, pair.p,
                                    adjusted[keys[place]] if place in keys else None, needed)
-    return result
+    return result, len(tests)
 
 
 def _cell(comparison: Comparison, label: str, column: Column, metric: Metric,
@@ -243,6 +245,8 @@ def _cell(comparison: Comparison, label: str, column: Column, metric: Metric,
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, label, axis.path)]:
         said.append(f"does not depend on {_list(free)}: the same runs in every such column")
     difference = differences.get((label, column))
+    if difference is not None and difference.n < summary.n:
+        said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
     if difference is not None and difference.n > 1 and difference.p is None:
         said.append("equal differences for all seeds: no spread, so no interval and no test")
     points = sorted({point for record in records for point in record.result.agreement})
@@ -293,7 +297,8 @@ def _title(comparison: Comparison) -> str:
     return ", ".join(part for part in (" → ".join(part for part in (teacher, student) if part), data) if part)
 
 
-def _notes(comparison: Comparison, rows: Sequence[Row], metric: Metric, points: Sequence[str]) -> list[Note]:
+def _notes(comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int,
+           points: Sequence[str]) -> list[Note]:
     records = comparison.records
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     counts = sorted({cell.n for cell in cells})
@@ -303,21 +308,21 @@ def _notes(comparison: Comparison, rows: Sequence[Row], metric: Metric, points: 
         f"mean ± sample deviation, n = {_range(counts)} seeds ({_list(seeds)})")
     notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
     differences = [cell.difference for cell in cells if cell.difference is not None]
-    tests = {(d.n, d.mean, d.p) for d in differences if d.p is not None}
     if differences:
         how = "" if not tests else (
-            f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {len(tests)} "
-            f"{'comparison' if len(tests) == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one such "
-            "test, were the seen difference and its deviation the true ones")
-        notes.append(Note(f"Differences are to {comparison.baseline.label}, paired by seed (same data order, augmentation "
-                          f"and initial student){how}"))
+            f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {tests} "
+            f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
+            "such test, were the seen difference and its deviation the true ones")
+        notes.append(Note(f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
+                          f"augmentation and initial student){how}"))
     if len(rows) > 1:
         notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
     notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
     if points:
         notes.append(Note("Agreement: share of equal activation signs of student (through its connector) and teacher, "
                           "after the last epoch"))
-    notes.append(Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes"))
+    notes.append(Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's "
+                      "passes"))
     notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
     return notes
 
@@ -355,8 +360,9 @@ def _said_data(record: Record) -> str:
 
 def _said_machine(record: Record) -> str:
     compute = record.compute
-    threads = f", {compute.threads} {'thread' if compute.threads == 1 else 'threads'}" if compute.device == "cpu" else ""
-    return f"{compute.device_name}{threads}"
+    if compute.device != "cpu":
+        return compute.device_name
+    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
 
 
 def _said_version(record: Record) -> str:

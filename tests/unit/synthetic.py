@@ -15,7 +15,8 @@ def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: 
     any entry, with two underscores for a dot."""
     names = {"label": method.upper(), "student": "wrn_16_2", "teacher": "wrn_22_4_cifar10", "data": "cifar10",
              "protocol": "ab_official", "axes": {"method": method}, "order": 0, "baseline": "ce", "recipe": "synthetic",
-             "best": min(100.0, last + 0.2), "mean_last": last - 0.05, "agreement": {}, "extra_epochs": 0.0, "epochs": 200.0}
+             "best": min(100.0, last + 0.2), "mean_last": last - 0.05, "agreement": {}, "extra_epochs": 0.0,
+             "epochs": 200.0}
     names |= {key: over.pop(key) for key in list(over) if key in names}
     epochs = names["epochs"] + names["extra_epochs"]
     teacher = names["teacher"]

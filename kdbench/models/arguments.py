@@ -1,0 +1,36 @@
+"""What every builder checks about its arguments."""
+
+from __future__ import annotations
+
+from kdbench.errors import UserError
+
+
+def check_sizes(model: str, *, classes: int, channels: int, image_size: int, smallest: int = 1) -> None:
+    """UserError when a network cannot be built for such data.
+
+    Args:
+        model: the network's name, for the message.
+        smallest: side of the smallest image, in pixels, on which every map keeps at least one pixel.
+    """
+    for name, value in (("classes", classes), ("channels", channels), ("image_size", image_size)):
+        if value < 1:
+            raise UserError(f"{model} needs at least 1 for '{name}', not {value}")
+    if image_size < smallest:
+        raise UserError(f"{model} needs images of at least {smallest}×{smallest} pixels, not {image_size}×{image_size}",
+                        hint="choose a network that shrinks its input less, such as wrn_16_1 or resnet20")
+
+
+def blocks_per_stage(model: str, depth: int, per_block: int, outside: int) -> int:
+    """Residual blocks in each of three stages: depth = 3 · per_block · blocks + outside.
+
+    Args:
+        per_block: layers with weights in one block.
+        outside: layers with weights outside the blocks.
+    """
+    period = 3 * per_block
+    blocks, rest = divmod(depth - outside, period)
+    if rest or blocks < 1:
+        near = [outside + period * n for n in range(max(blocks, 1), max(blocks, 1) + 2)]
+        raise UserError(f"{model} has a depth of {period}n + {outside}, not {depth}",
+                        hint=f"the nearest are {near[0]} and {near[1]}")
+    return blocks

@@ -1,0 +1,154 @@
+"""Hook points of networks that kdbench does not define, found by looking at how they run.
+
+Stages are those that a network declares itself (timm's `feature_info`). Where it declares none (torchvision), they are
+found from a trace: among the children of the one module in which most of the changes of resolution happen, the last one
+at each resolution ends a stage. A network that keeps its resolution (a plain transformer) has one stage a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.errors import UserError
+from kdbench.models.dry import dry_call, dry_images, undisturbed
+from kdbench.models.hooks import UNSUITABLE, Place
+
+# A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
+_SIDE = 256
+
+# Modules that end no stage: they summarize, drop or reshape what the stage gave.
+_NO_STAGE = re.compile(r"Pool\dd$|Flatten|Dropout|Identity|Permute")
+
+
+@dataclass
+class _Call:
+    path: str
+    module: nn.Module
+    output: Any
+
+
+def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> dict[str, Place]:
+    """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled.
+
+    UserError when no stages can be found, or the network cannot run on such images.
+    """
+    calls, logits = _trace(model, model_name, image_shape)
+    last = {call.path: call for call in calls}
+    stages = _declared_stages(model, last) or _stages_by_resolution(calls)
+    if not stages:
+        raise UserError(f"no stages could be found in model '{model_name}'",
+                        hint="name its hook points in the recipe, under the model's 'hooks'")
+    stem, layers = _split_stem(stages)
+    found = {"stem": Place(stem, "output")} if stem else {}
+    for number, path in enumerate(layers, start=1):
+        found[f"layer{number}"] = Place(path, "output")
+        relu = _final_relu(path, last)
+        if relu is not None:
+            found[f"layer{number}.preact"] = Place(relu, "input")
+    classifier = _classifier(calls, logits)
+    if classifier is not None:
+        found["pooled"] = Place(classifier, "input")
+    return found
+
+
+def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_Call], object]:
+    """All calls of modules in the order in which they end, with their outputs, and the network's own output."""
+    meta = {name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    large = (image_shape[0], max(_SIDE, image_shape[1]), max(_SIDE, image_shape[2]))
+    names = {module: name for name, module in model.named_modules()}
+    failure: Exception | None = None
+    # Without computing anything where that is possible; networks of a fixed size refuse the large image.
+    for shape, tensors in ((large, meta), (image_shape, meta), (image_shape, None)):
+        calls: list[_Call] = []
+
+        def note(module: nn.Module, args: Any, output: Any, calls: list[_Call] = calls) -> None:
+            calls.append(_Call(names[module], module, output))
+
+        handles = [module.register_forward_hook(note) for module in names]
+        try:
+            with undisturbed(model, training=False):
+                images = dry_images(model, shape)
+                return calls, dry_call(model, images.to("meta") if tensors else images, tensors)
+        except UNSUITABLE as error:
+            failure = error
+        finally:
+            for handle in handles:
+                handle.remove()
+    size = "×".join(map(str, image_shape))
+    reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+    raise UserError(f"model '{model_name}' cannot take images of {size}: {reason}",
+                    hint="choose another model, or a data set with larger images")
+
+
+def _declared_stages(model: nn.Module, last: dict[str, _Call]) -> list[str]:
+    info = getattr(model, "feature_info", None)
+    entries = getattr(info, "info", info)
+    if not isinstance(entries, list | tuple):
+        return []
+    paths = [str(entry.get("module")) for entry in entries if isinstance(entry, dict)]
+    paths = [path for path in paths if path in last and not _NO_STAGE.search(type(last[path].module).__name__)]
+    return paths if all(isinstance(last[path].output, Tensor) for path in paths) else []
+
+
+def _stages_by_resolution(calls: list[_Call]) -> list[str]:
+    children: dict[str, list[_Call]] = {}
+    for call in calls:
+        if call.path and _resolution(call) is not None:
+            children.setdefault(call.path.rpartition(".")[0], []).append(call)
+    if not children:
+        return []
+
+    def rank(parent: str) -> tuple[int, int]:
+        inside = children[parent]
+        kinds = Counter(type(call.module) for call in inside)
+        changes = Counter(kind for kind, _ in {_resolution(call) for call in inside})  # type: ignore[misc]
+        return max(changes.values()), max(kinds.values())
+
+    trunk = children[max(children, key=rank)]
+    inside = [call for call in trunk if not _NO_STAGE.search(type(call.module).__name__)]
+    ends = {_resolution(call): call.path for call in inside}
+    return list(ends.values()) if len(ends) > 1 else list(dict.fromkeys(call.path for call in inside))
+
+
+def _resolution(call: _Call) -> tuple[str, int] | None:
+    """Side of a square map (of whichever layout), or number of tokens. None for anything else, single pixels too."""
+    shape = tuple(call.output.shape) if isinstance(call.output, Tensor) else ()
+    if len(shape) == 4:
+        side = shape[2] if shape[2] == shape[3] else shape[1]
+        return ("map", side) if side > 1 else None
+    return ("tokens", shape[1]) if len(shape) == 3 else None
+
+
+def _split_stem(stages: list[str]) -> tuple[str | None, list[str]]:
+    """What comes before the first of the stages that are called alike is the stem: act1 | layer1 … layer4."""
+    kinds = [re.split(r"\d", path, maxsplit=1)[0] for path in stages]
+    first = kinds.index(Counter(kinds).most_common(1)[0][0])
+    return (stages[first - 1] if first else None), stages[first:]
+
+
+def _final_relu(stage: str, last: dict[str, _Call]) -> str | None:
+    """The ReLU inside a stage whose last output is the stage's own output."""
+    output = last[stage].output
+    for path, call in last.items():
+        inside = path == stage or path.startswith(f"{stage}.")
+        if inside and isinstance(call.module, nn.ReLU | nn.ReLU6) and call.output is output:
+            return path
+    return None
+
+
+def _classifier(calls: list[_Call], logits: object) -> str | None:
+    """The last module with weights of its own, if what it gives is what the network returns."""
+    for call in reversed(calls):
+        if any(True for _ in call.module.parameters(recurse=False)):
+            gives = call.output
+            same = gives is logits or (isinstance(call.module, nn.Conv2d) and isinstance(logits, Tensor)
+                                       and gives.numel() == logits.numel())
+            return call.path if same else None
+    return None

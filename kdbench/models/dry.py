@@ -1,0 +1,41 @@
+"""Running a network to look at it, leaving no trace: modes, buffers and random states are as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in train or eval mode, no gradients, random numbers that are put back; then everything as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    # Inference tensors carry no version counter, and dry runs read it.
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.no_grad():
+        try:
+            # Not model.train(): networks override it with side effects.
+            for module, _ in modes:
+                module.training = training
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def dry_call(model: nn.Module, images: Tensor, tensors: dict[str, Tensor] | None = None) -> object:
+    """The network's output with copies of its buffers in place of them, or with all the given tensors."""
+    if tensors is None:
+        tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return functional_call(model, tensors, (images,))
+
+
+def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = 2) -> Tensor:
+    """Noise [n, *image_shape] in the network's type and on its device, always the same values."""
+    values = torch.randn(n, *image_shape, generator=torch.Generator().manual_seed(0))
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return values if parameter is None else values.to(parameter.device, parameter.dtype)

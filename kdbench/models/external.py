@@ -1,0 +1,94 @@
+"""Networks of timm and torchvision, by their names there, without pretrained weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from kdbench.errors import UserError, did_you_mean
+from kdbench.models.arguments import check_sizes
+
+
+def timm_model(name: str, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """A network of timm: images [N, channels, image_size, image_size] -> logits [N, classes].
+
+    Nothing in it is changed; initial values are timm's own. Networks that are built for one size of image
+    (transformers) are built for this one.
+
+    Args:
+        name: as in `timm.list_models()`.
+    """
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model '{name}'", hint=did_you_mean(name, timm.list_models()))
+    check_sizes(f"'timm:{name}'", classes=classes, channels=channels, image_size=image_size)
+    create = functools.partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
+    try:
+        try:
+            return create(img_size=image_size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return create()
+    except (RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
+        raise _cannot(f"timm:{name}", channels, image_size, error) from None
+
+
+def torchvision_model(name: str, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """A classification network of torchvision: images [N, channels, image_size, image_size] -> logits [N, classes].
+
+    Initial values are torchvision's own. With other than 3 channels the first convolution is replaced by one for
+    these, normally distributed with the replaced one's mean and deviation. Vision transformers are built for this size
+    of image.
+
+    Args:
+        name: as in `torchvision.models.list_models(module=torchvision.models)`.
+    """
+    models = _library("torchvision.models")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"torchvision has no classification model '{name}'", hint=did_you_mean(name, known))
+    check_sizes(f"'torchvision:{name}'", classes=classes, channels=channels, image_size=image_size)
+    builder = models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": None, "num_classes": classes}
+    if "VisionTransformer" in str(inspect.signature(builder).return_annotation):
+        options["image_size"] = image_size
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers make the output in train mode a tuple.
+        options |= {"aux_logits": False, "init_weights": True}
+    try:
+        model: nn.Module = builder(**options)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise _cannot(f"torchvision:{name}", channels, image_size, error) from None
+    if channels != 3:
+        _change_channels(model, channels)
+    return model
+
+
+def _change_channels(model: nn.Module, channels: int) -> None:
+    path, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    settings = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    new = nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **settings)
+    nn.init.normal_(new.weight, old.weight.mean().item(), old.weight.std().item())
+    if old.bias is not None and new.bias is not None:
+        new.load_state_dict({"weight": new.weight, "bias": old.bias})
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"{package} cannot be imported: {error}", hint=f"install it: pip install {package}") from None
+
+
+def _cannot(name: str, channels: int, image_size: int, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"'{name}' cannot be built for images of {channels}×{image_size}×{image_size}: {reason}",
+                     hint="choose another model, or a data set with larger images")

@@ -1,0 +1,64 @@
+"""Every card and recipe is used for two steps a stage, so that nothing can be added untested."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from synthetic import member_of, shortened, train
+
+from kdbench.cards import KINDS
+from kdbench.engine.teachers import fingerprint
+from kdbench.recipe.checking import check_card
+from kdbench.recipe.loading import recipe_names
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+CARDS = [(kind, name) for kind in KINDS for name in REGISTRY.names(kind)]
+METHODS = REGISTRY.names("methods")
+CELLS = {f"{name}-{cell.slug}": cell.spec for name in recipe_names()
+         for cell in plan(name, REGISTRY, ("seeds=1",)).cells}
+
+
+@pytest.mark.parametrize(("kind", "name"), CARDS, ids=[f"{kind}-{name}" for kind, name in CARDS])
+def test_card_is_sound(kind: str, name: str) -> None:
+    check_card(REGISTRY, kind, name)
+
+
+def two_steps_a_stage(spec: CellSpec) -> None:
+    stages = len(spec.method.stages)
+    spec = shortened(spec, steps=2 * stages)
+    equal = {name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
+             for i, (name, stage) in enumerate(spec.method.stages.items())}
+    spec = spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal})})
+    member, batches, teacher = member_of(spec)
+    before = fingerprint(teacher.extractor.model) if teacher else None
+    for span in member.timeline.spans:
+        assert span.steps == 2
+        terms = member.terms[span.name]
+        connectors = {k: v.clone() for k, v in terms.state_dict().items()}
+        student = {k: v.clone() for k, v in member.student.model.state_dict().items()}
+        train(member, batches, teacher, 2)
+        trains = spec.method.stages[span.name].trains
+        changed = {k for k, v in terms.state_dict().items() if not torch.equal(v, connectors[k])}
+        if "connectors" in trains:
+            assert changed or not connectors, f"stage {span.name}: the connectors did not learn"
+        else:
+            assert not changed, f"stage {span.name}: {changed} changed although not trained"
+        assert any(not torch.equal(v, student[k]) for k, v in member.student.model.state_dict().items())
+    member.check_finite()
+    assert member.finished
+    if teacher:
+        assert fingerprint(teacher.extractor.model) == before, "the frozen teacher changed"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method: str) -> None:
+    recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": method}
+    two_steps_a_stage(plan(recipe, REGISTRY).cells[0].spec)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_recipe_trains(name: str) -> None:
+    two_steps_a_stage(CELLS[name])

@@ -1,0 +1,163 @@
+"""Plots: what is drawn, that labels stay apart, and that the same records give the same bytes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic import make, plain_record, write
+
+from kdbench.errors import UserError
+from kdbench.results import plots
+from kdbench.results.record import Record, read_records
+
+LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
+ALL = (plots.learning_curves, plots.agreement, plots.final_accuracies)
+
+
+def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, **over: Any) -> list[Record]:
+    """Finished cells with metrics: accuracy 80 + method + seed / 10 + epoch / 10, agreement for AB."""
+    for k, method in enumerate(methods):
+        for seed in range(seeds):
+            lines = [{"step": 391 * epoch, "epoch": float(epoch),
+                      "test": {"accuracy": 80 + k + seed / 10 + epoch / 10, "loss": 1.0},
+                      **({"agreement": {"layer1.preact": 0.5 + epoch / 100, "layer2.preact": 0.4 + epoch / 100}}
+                         if method == "ab" else {})} for epoch in range(4, 41, 4)]
+            last = lines[-1]["test"]["accuracy"]  # type: ignore[index]
+            write(folder / f"{method}-{seed}-{len(over)}-{over.get('student', '')}", plain_record(
+                method, seed, last, label=LABELS[method], order=k, **over), lines)
+    return read_records([folder])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """The figures that are saved."""
+    saved: list[Figure] = []
+    original = Figure.savefig
+
+    def keep(self: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(self)
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    yield saved
+
+
+def test_curves_are_means_over_seeds_with_bands(tmp_path: Path, figures: list[Figure]) -> None:
+    file = plots.learning_curves(run(tmp_path / "runs"), tmp_path / "curves.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    whole, end = figures[0].axes
+    lines = {line.get_label(): line for line in whole.get_lines()}
+    assert list(lines) == list(LABELS.values())
+    np.testing.assert_allclose(lines["KD"].get_xdata(), np.arange(4, 41, 4))
+    np.testing.assert_allclose(lines["KD"].get_ydata(), 81.1 + np.arange(4, 41, 4) / 10)
+    band = whole.collections[1].get_paths()[0].vertices
+    at_end = band[np.isclose(band[:, 0], 40), 1]
+    assert (at_end.min(), at_end.max()) == (pytest.approx(85.0), pytest.approx(85.2))
+    assert end.get_xlim()[0] > 25 and end.get_ylim()[0] > 82
+    assert len({line.get_color() for line in whole.get_lines()}) == 4
+    assert len({line.get_marker() for line in whole.get_lines()}) == 4
+    assert (whole.get_xlabel(), whole.get_ylabel()) == ("epoch", "test accuracy (%)")
+
+
+def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: list[Figure]) -> None:
+    assert plots.agreement(run(tmp_path / "runs"), tmp_path / "agreement.png") == tmp_path / "agreement.png"
+    assert [axis.get_title() for axis in figures[0].axes] == ["layer1.preact", "layer2.preact"]
+    for axis, start in zip(figures[0].axes, (0.5, 0.4), strict=True):
+        (line,) = axis.get_lines()
+        np.testing.assert_allclose(line.get_ydata(), start + np.arange(4, 41, 4) / 100)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["AB"]
+
+
+def test_no_agreement_is_no_file(tmp_path: Path) -> None:
+    assert plots.agreement(run(tmp_path / "runs", ("ce", "kd")), tmp_path / "agreement.png") is None
+    assert not (tmp_path / "agreement.png").exists()
+
+
+def test_every_seed_is_a_point(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.final_accuracies(run(tmp_path / "runs"), tmp_path / "final.png")
+    (axis,) = figures[0].axes
+    points = [line for line in axis.get_lines() if line.get_linestyle() == "None"]
+    np.testing.assert_allclose([line.get_xdata() for line in points],
+                               [[84 + k, 84.1 + k, 84.2 + k] for k in range(4)])
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(LABELS.values())
+    assert "teacher 95.50" in axis.get_title()
+
+
+def test_the_teacher_is_a_line_only_where_it_is_near(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.final_accuracies([make("kd", s, 95.0 + s / 10) for s in (0, 1)], tmp_path / "near.png")
+    assert "dashed: teacher 95.50" in figures[0].axes[0].get_title()
+    plots.final_accuracies([make("kd", s, 60.0 + s / 10) for s in (0, 1)], tmp_path / "far.png")
+    assert "dashed" not in figures[1].axes[0].get_title()
+    assert figures[1].axes[0].get_xlim()[1] < 70
+
+
+def test_one_seed_and_several_columns(tmp_path: Path, figures: list[Figure]) -> None:
+    run(tmp_path / "runs", seeds=1, student="wrn_16_2")
+    records = run(tmp_path / "runs", seeds=1, student="wrn_40_1")
+    for draw in ALL:
+        assert draw(records, tmp_path / f"{draw.__name__}.png") is not None
+    assert len(figures[0].axes) == 4 and len(figures[1].axes) == 4 and len(figures[2].axes) == 2
+
+
+def test_labels_do_not_overlap(tmp_path: Path, figures: list[Figure]) -> None:
+    run(tmp_path / "runs", student="wrn_16_2")
+    records = run(tmp_path / "runs", student="wrn_40_1")
+    for draw in ALL:
+        draw(records, tmp_path / f"{draw.__name__}.png")
+    for figure in figures:
+        page = figure.bbox
+        texts = [(t.get_text(), t.get_window_extent()) for axis in figure.axes for t in (
+            axis.title, axis.xaxis.label, axis.yaxis.label,
+            *[t for t in axis.get_xticklabels() + axis.get_yticklabels() if _inside(axis, t)]) if t.get_text()]
+        texts += [(t.get_text(), t.get_window_extent()) for legend in figure.legends for t in legend.get_texts()]
+        assert len(texts) > 10
+        for i, (a, box) in enumerate(texts):
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, a
+            for b, other in texts[:i]:
+                assert not box.overlaps(other), (a, b)
+
+
+def _inside(axis: Any, label: Any) -> bool:
+    """Whether a tick label is drawn: its tick lies within the axis' limits (and the axis shows its labels)."""
+    if not label.get_visible():
+        return False
+    x, y = label.get_position()
+    horizontal = label in axis.get_xticklabels()
+    low, high = sorted(axis.get_xlim() if horizontal else axis.get_ylim())
+    return bool(low <= (x if horizontal else y) <= high)
+
+
+def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
+    records = run(tmp_path / "runs")
+    for draw in ALL:
+        first = draw(records, tmp_path / "first.png")
+        random.Random(1).shuffle(records)
+        second = draw(records, tmp_path / "second.png")
+        assert first is not None and second is not None
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_users_matplotlib_settings_stay_out_and_stay_theirs(tmp_path: Path) -> None:
+    import matplotlib
+
+    records = run(tmp_path / "runs", ("kd",))
+    first = plots.final_accuracies(records, tmp_path / "first.png").read_bytes()
+    with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red"}):
+        assert plots.final_accuracies(records, tmp_path / "second.png").read_bytes() == first
+        assert matplotlib.rcParams["font.size"] == 31
+
+
+def test_a_record_without_metrics_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "cell", plain_record())
+    with pytest.raises(UserError, match="cannot be read") as error:
+        plots.learning_curves(read_records([tmp_path]), tmp_path / "curves.png")
+    assert error.value.where == str(tmp_path / "cell" / "metrics.jsonl")
+    with pytest.raises(UserError, match="no curve"):
+        plots.learning_curves([make()], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

@@ -1,0 +1,142 @@
+"""Records and metrics read back, and what is said of damaged and foreign files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import make, plain_record, write
+
+from kdbench.errors import UserError
+from kdbench.results.record import Record, metrics, read_record, read_records, unfinished
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    plain = plain_record("ab", 2, 94.1234, agreement={"layer1.preact": 0.83}, extra_epochs=30.0)
+    plain["result"]["validation"] = {"last": 93.0, "best": 93.5, "best_step": 5, "mean_last": 93.0, "mean_last_of": 10}
+    record = read_record(write(tmp_path / "cell", plain))
+    assert record.cell.method == "ab"
+    assert record.accuracy("last") == 94.1234
+    assert record.accuracy("mean_last") == 94.0734
+    assert record.result.agreement == {"layer1.preact": 0.83}
+    assert record.result.validation is not None and record.result.validation.best == 93.5
+    assert record.budget.extra_epochs == 30.0
+    assert record.folder == tmp_path / "cell"
+    written = json.loads(json.dumps(record.plain()))
+    assert {key: written[key] for key in plain} == plain | {"compute": {**plain["compute"], "cohort_seconds": None}}
+
+
+def test_a_field_of_a_later_version_is_kept(tmp_path: Path) -> None:
+    record = read_record(write(tmp_path / "cell", plain_record(result__calibration=0.02, novelty="x")))
+    assert record.plain()["novelty"] == "x"
+    assert record.plain()["result"]["calibration"] == 0.02
+
+
+def test_a_plain_student_has_no_teacher(tmp_path: Path) -> None:
+    record = read_record(write(tmp_path / "cell", plain_record("ce", teacher=None)))
+    assert record.teacher is None and record.cell.teacher is None
+
+
+def test_a_tree_is_read_once_in_the_given_order(tmp_path: Path) -> None:
+    for name in ("b/x", "b/a", "a/deep/er"):
+        write(tmp_path / name, plain_record(recipe=name))
+    found = read_records([tmp_path / "b", tmp_path / "a", tmp_path, tmp_path / "b" / "a" / "record.json"])
+    assert [record.recipe for record in found] == ["b/a", "b/x", "a/deep/er"]
+    assert [record.recipe for record in read_records(str(tmp_path / "a"))] == ["a/deep/er"]
+
+
+def damaged(**over: Any) -> str:
+    return json.dumps(plain_record(**over))
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ("", "damaged"), ('{"schema": 1, "kdb', "damaged"), ("[1, 2]", "no record of kdbench"),
+    ("{}", "no record of kdbench"), ('{"accuracy": 93.1}', "no record of kdbench"), ('{"schema": "1", "kdbench": "0.1.0"}', "no record of kdbench"),
+    ('{"schema": 1, "kdbench": "0.1.0"}', "'status'"), (damaged(schema=2), "schema 2.*reads up to 1"),
+    (damaged(result__test={}), "'result.test.last'"), (damaged(cell__seed="x"), "'cell.seed'"),
+    (damaged(budget__steps=None), "'budget.steps'"), (damaged(last=101.0), "'result.test.last'"),
+    (damaged(result__test__last=float("nan")), "'result.test.last'"), (damaged(data__test=-1), "'data.test'"),
+])
+def test_a_damaged_or_foreign_file_is_named(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "record.json").write_text(content, encoding="utf-8")
+    for read in (lambda: read_record(tmp_path), lambda: read_records([tmp_path])):
+        with pytest.raises(UserError, match=f"(?s){says}") as error:
+            read()
+        assert error.value.where == str(tmp_path / "record.json")
+        assert error.value.hint
+
+
+def test_a_binary_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="damaged"):
+        read_record(tmp_path)
+
+
+def test_absent_folders_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder") as error:
+        read_records([tmp_path / "absent"])
+    assert error.value.where == str(tmp_path / "absent")
+    with pytest.raises(UserError, match="no finished cell"):
+        read_records([tmp_path])
+    with pytest.raises(UserError, match="no finished cell"):
+        read_records([])
+    with pytest.raises(UserError, match="no record"):
+        read_record(tmp_path)
+
+
+def test_unfinished_cells_are_found(tmp_path: Path) -> None:
+    write(tmp_path / "whole", plain_record(), [{"step": 1}])
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert unfinished([tmp_path]) == [tmp_path / "begun"]
+    assert unfinished(tmp_path / "whole") == []
+
+
+def test_metrics_are_read(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0}},
+                                   {"step": 782, "agreement": {"layer1.preact": 0.7}}]
+    assert metrics(write(tmp_path / "cell", plain_record(), lines)) == lines
+
+
+def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_finished(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "te')
+    assert metrics(tmp_path) == [{"step": 1}]
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged") as error:
+        metrics(tmp_path)
+    assert error.value.where == f"{file}:2"
+
+
+@pytest.mark.parametrize("content", ['{"step": 1}\nnot json\n{"step": 3}\n', '{"step": 1}\n[3]\n',
+                                     '{"step": 1}\n{"a": 1}\n'])
+def test_damaged_metrics_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        metrics(tmp_path)
+    assert error.value.where == f"{tmp_path / 'metrics.jsonl'}:2"
+
+
+def test_absent_metrics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read") as error:
+        metrics(tmp_path)
+    assert error.value.where == str(tmp_path / "metrics.jsonl")
+
+
+def test_records_are_frozen() -> None:
+    record = make()
+    with pytest.raises(ValueError, match="frozen"):
+        record.kdbench = "9"  # type: ignore[misc]
+    assert isinstance(record, Record)
+
+
+def test_results_need_no_torch() -> None:
+    code = ("import sys, kdbench.results.record, kdbench.results.statistics, kdbench.results.tables, "
+            "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots\n"
+            "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,421 @@
+"""Tables from records: what stands where, what is said below, and the files made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import comparison, make
+
+from kdbench.errors import UserError
+from kdbench.results.layout import layout
+from kdbench.results.record import Record
+from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
+from kdbench.results.tables import Cell, Table, build, to_frame
+
+VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
+SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
+
+
+def cell(table: Table, row: str, column: int = 0) -> Cell:
+    found = next(r for r in table.rows if r.label == row).cells[column]
+    assert found is not None
+    return found
+
+
+def notes(table: Table) -> str:
+    return "\n".join(f"{note.mark or ''} {note.text}" for note in table.notes)
+
+
+def grid_of(students: list[str], fractions: list[float], **values: list[float]) -> list[Record]:
+    """A comparison over students and data fractions; the n-th column is n percent points better."""
+    records = []
+    for i, (student, fraction) in enumerate((s, f) for s in students for f in fractions):
+        for k, (method, several) in enumerate(values.items()):
+            for seed, value in enumerate(several):
+                axes = {"method": method, "student": student, "data.fraction": fraction}
+                records.append(make(method, seed, value + i, order=10 * k + i, axes=axes, student=student,
+                                    data__train=int(50000 * fraction), spec__data={"fraction": fraction}))
+    return records
+
+
+def test_means_deviations_and_differences() -> None:
+    table = build(comparison(VALUES))
+    assert [row.label for row in table.rows] == ["CE", "KD", "AB"]
+    assert [row.is_baseline for row in table.rows] == [True, False, False]
+    assert table.baseline == "CE"
+    assert len(table.columns) == 1 and table.axes == ()
+    kd = cell(table, "KD")
+    assert (kd.n, kd.seeds, kd.values) == (3, (0, 1, 2), (94.0, 94.1, 93.9))
+    assert kd.mean == pytest.approx(94.0) and kd.deviation == pytest.approx(0.1)
+    # Differences 0.5, 0.4, 0.3: mean 0.4, deviation 0.1, half width 4.3027 · 0.1 / √3, t = 6.9282 with 2 degrees of
+    # freedom, whose p is 1 − t / √(2 + t²) = 0.0202; AB: 1.1, 0.6, 1.0: mean 0.9, t = 5.8926, p = 0.0276.
+    kd_to_ce, ab_to_ce = kd.difference, cell(table, "AB").difference
+    assert kd_to_ce is not None and ab_to_ce is not None
+    assert (kd_to_ce.n, kd_to_ce.mean) == (3, pytest.approx(0.4))
+    assert (kd_to_ce.low, kd_to_ce.high) == (pytest.approx(0.4 - 0.24841, abs=1e-4), pytest.approx(0.64841, abs=1e-4))
+    assert kd_to_ce.p == pytest.approx(0.02020, abs=1e-5)
+    assert ab_to_ce.p == pytest.approx(0.02762, abs=1e-5)
+    assert kd_to_ce.p_holm == pytest.approx(2 * 0.02020, abs=2e-5)
+    assert ab_to_ce.p_holm == kd_to_ce.p_holm
+    assert cell(table, "CE").difference is None
+    assert "Holm over the 2 comparisons" in notes(table)
+
+
+def test_best_and_second_are_by_the_shown_mean() -> None:
+    table = build(comparison(VALUES | {"at": [94.001, 94.1, 93.9]}))
+    assert [cell(table, label).best for label in ("CE", "KD", "AB", "AT")] == [False, False, True, False]
+    assert [cell(table, label).second for label in ("CE", "KD", "AB", "AT")] == [False, True, False, True]
+    assert not cell(build(comparison({"kd": [90.0, 91.0]})), "KD").best
+
+
+def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
+    records = comparison(VALUES, best=95.0, mean_last=92.0)
+    assert cell(build(records), "KD").mean == pytest.approx(94.0)
+    best = build(records, metric="best")
+    assert cell(best, "KD").mean == 95.0
+    assert best.metric_label == "best test epoch (optimistic)"
+    assert best.notes[0].warning and "best test epoch (optimistic)" in best.notes[0].text
+    for text in (markdown(best), latex(best)):
+        assert "best test epoch (optimistic)" in " ".join(text.split())
+    assert "best test epoch (optimistic)" not in markdown(build(records))
+    tail = build(records, metric="mean_last")
+    assert cell(tail, "KD").mean == 92.0
+    assert tail.metric_label == "mean of the last 10 evaluations"
+
+
+def test_one_seed_has_no_interval_and_no_test() -> None:
+    table = build(comparison({"ce": [93.0], "kd": [94.0]}))
+    kd = cell(table, "KD")
+    assert kd.deviation is None and kd.difference is not None
+    assert (kd.difference.mean, kd.difference.low, kd.difference.p_holm, kd.difference.seeds_needed) == (
+        1.0, None, None, None)
+    assert "one seed, so no deviation, no interval and no test" in notes(table)
+    row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
+    assert row == "| KD | **94.00** | 1 | +1.00 | – | – | – |"
+
+
+def test_rows_follow_the_recipe_whatever_the_order_of_the_records() -> None:
+    records = comparison({"kd": [94.0, 94.1], "ce": [93.0, 93.3], "ab": [95.0, 95.2]})
+    for seed in range(5):
+        random.Random(seed).shuffle(records)
+        assert [row.label for row in build(records).rows] == ["KD", "CE", "AB"]
+
+
+def test_without_an_order_the_baseline_is_first_and_the_others_by_name() -> None:
+    records = [make(m, 0, 90.0, order=None, baseline="kd") for m in ("zz", "ab", "kd")]
+    assert [row.label for row in build(records).rows] == ["KD", "AB", "ZZ"]
+
+
+def test_the_baseline_is_the_asked_one_else_the_recipes_else_the_first() -> None:
+    records = comparison(VALUES, baseline="kd")
+    assert build(records).baseline == "KD"
+    assert build(records, baseline="ab").baseline == "AB"
+    assert build(records, baseline="AB").baseline == "AB"
+    assert build(comparison({"kd": [1.0], "ab": [2.0]}, baseline=None)).baseline == "KD"
+    with pytest.raises(UserError, match="'abb' is not among the methods") as error:
+        build(records, baseline="abb")
+    assert "'ab'" in (error.value.hint or "")
+    absent = build(comparison({"kd": [1.0], "ab": [2.0]}, baseline="ce"))
+    assert absent.baseline == "KD"
+    assert "baseline ce has no finished cell: differences are to KD" in notes(absent)
+
+
+def test_a_compared_parameter_makes_rows_and_one_label_of_two_methods_is_told_apart() -> None:
+    records = [make("kd", seed, 90 + t, label=f"KD, temperature {t}", axes={"method": "kd", "method.temperature": t})
+               for t in (2, 4) for seed in (0, 1)] + [make("ce", s, 89, axes={"method": "ce"}) for s in (0, 1)]
+    table = build(records)
+    assert {row.label for row in table.rows} == {"CE", "KD, temperature 2", "KD, temperature 4"}
+    assert len(table.columns) == 1
+    # A path without a short name is not part of the label.
+    records = [make("kd", 0, 90, label="KD", axes={"method": "kd", "method.stages.a.share": share}, spec__x=share)
+               for share in (0.1, 0.25)]
+    assert {row.label for row in build(records).rows} == {"KD (stages.a.share 0.1)", "KD (stages.a.share 0.25)"}
+    table = build([make("fitnets", 0, 90, label="F"), make("hint", 0, 91, label="F")])
+    assert {row.label for row in table.rows} == {"F (fitnets)", "F (hint)"}
+
+
+def test_other_axes_make_columns() -> None:
+    table = build(grid_of(["wrn_16_2", "wrn_16_1"], [0.5, 0.1], ce=[80, 80.5], kd=[81, 81.6]))
+    assert table.axes == ("student", "data.fraction")
+    assert [column.label for column in table.columns] == [
+        "wrn_16_2, fraction 0.1", "wrn_16_2, fraction 0.5", "wrn_16_1, fraction 0.1", "wrn_16_1, fraction 0.5"]
+    # The order of values: numbers by size, names by the recipe's order.
+    assert [round(cell(table, "KD", i).mean, 2) for i in range(4)] == [82.3, 81.3, 84.3, 83.3]
+    assert all(cell(table, "KD", i).best for i in range(4))
+    assert "Holm over the 4 comparisons" in notes(table)
+    frame = to_frame(table)
+    assert list(frame["student"].unique()) == ["wrn_16_2", "wrn_16_1"]
+    assert frame.loc[(frame.label == "KD") & (frame["data.fraction"] == "0.1") & (frame.student == "wrn_16_1"),
+                     "mean"].item() == pytest.approx(84.3)
+
+
+def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one_test() -> None:
+    records = [make("ce", s, 90 + s / 7, teacher=None, axes={"method": "ce"}) for s in range(3)]
+    records += [make("none", s, 90.5 + s / 5, teacher=None, axes={"method": "none"}, order=1) for s in range(3)]
+    records += [make("kd", s, 91 + s / 5, teacher=t, axes={"method": "kd", "teacher": t}, order=2)
+                for t in ("big", "huge") for s in range(3)]
+    table = build(records)
+    assert [column.label for column in table.columns] == ["big", "huge"]
+    assert cell(table, "CE", 0).values == cell(table, "CE", 1).values
+    assert [(t.name, t.accuracies) for t in table.teachers] == [("big", (95.5, None)), ("huge", (None, 95.5))]
+    assert "does not depend on teacher: the same runs in every such column" in notes(table)
+    assert "Holm over the 3 comparisons" in notes(table)
+
+
+def test_different_students_of_two_recipes_are_never_pooled() -> None:
+    records = comparison(VALUES) + comparison(VALUES, student="wrn_40_1", recipe="other")
+    table = build(records)
+    assert table.axes == ("student",)
+    assert cell(table, "KD", 0).n == cell(table, "KD", 1).n == 3
+    budgets = build(comparison(VALUES) + comparison(VALUES, epochs=20.0, recipe="other"))
+    assert [column.label for column in budgets.columns] == ["epochs 20", "epochs 200"]
+    protocols = build(comparison(VALUES) + comparison(VALUES, protocol="crd", recipe="other"))
+    assert protocols.axes == ("protocol",)
+    assert "Protocol: crd, 200 epochs (crd); ab_official, 200 epochs (ab_official)" in notes(protocols)
+
+
+def test_two_values_for_one_seed_are_refused() -> None:
+    spec: dict[str, Any] = {"protocol": {"batch_size": 128}}
+    a = make("kd", 0, 90.0, spec=spec, identity="a")
+    b = make("kd", 0, 91.0, spec={"protocol": {"batch_size": 64}}, identity="b")
+    with pytest.raises(UserError, match=r"'KD', seed 0.*protocol.batch_size \(128 and 64\)"):
+        build([a, b])
+    with pytest.raises(UserError, match=r"'KD', seeds 0 and 1.*protocol.batch_size"):
+        build([a, make("kd", 1, 91.0, spec={"protocol": {"batch_size": 64}}, identity="c")])
+    assert build([a, make("kd", 1, 91.0, spec=spec, identity="d")]).rows[0].cells[0] is not None
+
+
+def test_a_copy_of_a_cell_counts_once_and_is_told() -> None:
+    records = comparison(VALUES)
+    table = build([*records, *records[:2]])
+    assert cell(table, "CE").n == 3
+    assert "2 cells stand twice among the records: one is used" in notes(table)
+    other = make("ce", 0, 12.0, order=0, teacher=None)
+    assert other.identity == records[0].identity
+    assert "1 cell stands twice among the records; 1 of them with other results: one is used" in notes(
+        build([*records, other]))
+
+
+def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
+    records = comparison({"ce": [93.0, 93.2, 93.1], "kd": [94.0, 94.3], "ab": [95.0, 95.1, 95.3]})
+    table = build([*records, make("kd", 2, 1.0, status="failed", order=1)], unfinished=["runs/x/kd-seed2"])
+    kd = cell(table, "KD")
+    assert kd.n == 2 and len(kd.marks) == 1
+    marked = next(note for note in table.notes if note.mark == kd.marks[0])
+    assert marked.text == "2 of 3 seeds: no finished cell for seed 2"
+    assert cell(table, "AB").marks == ()
+    assert "Not finished and not in the table: runs/x/kd-seed2, KD, seed 2" in notes(table)
+    row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
+    assert f"<sup>{kd.marks[0]}</sup>" in row
+    several = build([record for record in grid_of(["a", "b"], [1.0], ce=[80, 81], kd=[81, 82])
+                     if not (record.cell.method == "kd" and record.cell.student == "b")])
+    assert several.rows[1].cells[1] is None
+    assert "–: no finished cell: KD (b)" in notes(several)
+
+
+def test_partly_common_seeds_are_told() -> None:
+    records = comparison({"ce": [93.0, 93.2, 93.1]}) + [make("kd", seed, 94 + seed / 10, order=1) for seed in (1, 2, 3)]
+    kd = cell(build(records), "KD")
+    assert kd.difference is not None and kd.difference.n == 2
+    assert "difference over the 2 of its seeds that CE has too" in notes(build(records))
+
+
+def test_equal_differences_have_no_test() -> None:
+    table = build(comparison({"ce": [93.0, 93.5], "kd": [94.0, 94.5]}))
+    assert "equal differences for all seeds" in notes(table)
+    assert cell(table, "KD").difference is not None and cell(table, "KD").difference.p is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("path", "value", "says"), [
+    ("compute__precision", "bfloat16", "Precision: float32 (CE); bfloat16 (KD)"),
+    ("compute__device_name", "Other CPU", "Machine: Model 7 Processor, 1 thread (CE); Other CPU, 1 thread (KD)"),
+    ("compute__threads", 4, "4 threads (KD)"),
+    ("data__fingerprint", "ee" * 32, "fingerprint eeeeeeeeeeee (KD)"),
+    ("kdbench", "0.2.0", "0.2.0, commit 0123456789ab, torch 2.11.0 (KD)"),
+    ("compute__torch", "2.12.0", "torch 2.12.0 (KD)"),
+    ("git__dirty", True, "with uncommitted changes"),
+])
+def test_mixed_values_are_said_with_the_rows_that_have_them(path: str, value: Any, says: str) -> None:
+    records = [make("ce", s, 90 + s) for s in (0, 1)]
+    records += [make("kd", s, 91 + s, order=1, **{path: value}) for s in (0, 1)]
+    warned = [note.text for note in build(records).notes if note.warning]
+    assert len(warned) == 1 and says in warned[0]
+    assert warned[0].startswith("Mixed within the table")
+
+
+def test_two_protocols_that_are_compared_side_by_side_are_columns() -> None:
+    records = [make("ce", 0, 90), make("kd", 0, 91, protocol="crd", order=1)]
+    table = build(records)
+    assert [column.label for column in table.columns] == ["ab_official", "crd"]
+    assert table.rows[0].cells[1] is None and table.rows[1].cells[0] is None
+
+
+def test_provenance_is_in_the_notes() -> None:
+    said = notes(build(comparison(VALUES)))
+    for part in ("n = 3 seeds (0, 1, 2)", "Protocol: ab_official, 200 epochs", "last epoch", "Precision: float32",
+                 "wrn_22_4_cifar10, 95.50 %, sha256 abababababab", "Model 7 Processor, 1 thread",
+                 "cifar10, 50,000 training, 10,000 test images, fingerprint cdcdcdcdcdcd",
+                 "kdbench 0.1.0, commit 0123456789ab"):
+        assert part in said
+    assert not any(note.warning for note in build(comparison(VALUES)).notes)
+
+
+def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
+    records = comparison({"ce": [93.0, 93.2]}) + [
+        make("ab_crd", s, 94.0 + s / 10, order=1, extra_epochs=30.0,
+             agreement={"layer1.preact": 0.80 + s / 100, "layer2.preact": 0.70}) for s in (0, 1)]
+    table = build(records)
+    ab = cell(table, "AB_CRD")
+    assert (ab.extra_epochs, ab.epochs) == (30.0, 230.0)
+    assert ab.agreement == {"layer1.preact": pytest.approx(0.805), "layer2.preact": pytest.approx(0.70)}
+    assert ab.seconds == 120.5
+    assert [(t.name, t.accuracies) for t in table.teachers] == [("wrn_22_4_cifar10", (95.5,))]
+    assert "trained 30 epochs beyond the protocol's budget" in notes(table)
+    assert "Mixed" not in notes(table)
+    text = markdown(table)
+    assert "| AB\\_CRD | +30 | 80.5 % | 70.0 % | 120 |" in text
+    assert "| teacher wrn\\_22\\_4\\_cifar10 | 95.50 |" in text
+    assert text.index("teacher wrn") < text.index("| CE")
+
+
+def test_no_records_is_an_error() -> None:
+    with pytest.raises(UserError, match="no records"):
+        build([])
+    with pytest.raises(UserError, match="no records"):
+        build([make(status="failed")])
+
+
+def test_files_are_the_same_bytes_from_the_same_records_in_any_order() -> None:
+    records = grid_of(["wrn_16_2", "wrn_16_1"], [0.1, 1.0], ce=[80, 81, 80.3], kd=[81, 81.9, 82], ab=[82, 82.5, 83])
+    expected = [render(build(records)) for render in (markdown, latex, table_csv)] + [records_csv(records)]
+    for seed in range(4):
+        random.Random(seed).shuffle(records)
+        assert [render(build(records)) for render in (markdown, latex, table_csv)] + [records_csv(records)] == expected
+
+
+def test_the_csv_file_has_full_precision_and_no_text_in_numbers() -> None:
+    rows = list(csv.DictReader(io.StringIO(table_csv(build(comparison({"ce": [93.0, 93.1], "kd": [94.0, 94.2]}))))))
+    assert [row["method"] for row in rows] == ["ce", "kd"]
+    kd = rows[1]
+    assert (kd["n"], kd["seeds"], kd["baseline"]) == ("2", "0 1", "False")
+    assert float(kd["mean"]) == pytest.approx(94.1) and float(kd["deviation"]) == pytest.approx(0.141421)
+    assert float(kd["difference"]) == pytest.approx(1.05)
+    assert float(kd["p"]) == pytest.approx(float(kd["p_holm"]))
+    assert rows[0]["difference"] == ""
+
+
+def test_the_long_csv_file_has_one_row_for_every_record() -> None:
+    records = comparison(VALUES, agreement={"layer1.preact": 0.5})
+    rows = list(csv.DictReader(io.StringIO(records_csv(records))))
+    assert len(rows) == 9
+    assert [(row["method"], row["seed"], float(row["last"])) for row in rows[3:6]] == [
+        ("kd", "0", 94.0), ("kd", "1", 94.1), ("kd", "2", 93.9)]
+    assert rows[0]["teacher"] == "" and rows[8]["teacher_sha256"] == "ab" * 32
+    assert rows[0]["agreement.layer1.preact"] == "0.5"
+    assert rows[0]["identity"] == records[0].identity
+
+
+def test_the_data_frame_has_the_rows_and_the_notes() -> None:
+    frame = to_frame(build(comparison(VALUES)))
+    assert list(frame["label"]) == ["CE", "KD", "AB"]
+    assert list(frame["mean"].round(2)) == [93.6, 94.0, 94.5]
+    assert any("Holm" in note for note in frame.attrs["notes"])
+
+
+def test_markdown_is_well_formed_with_special_characters() -> None:
+    records = comparison(VALUES)
+    records = [make("kd", r.cell.seed, r.accuracy("last"), label=SPECIAL, order=1) if r.cell.method == "kd" else r
+               for r in records]
+    text = markdown(build(records, title="a|b"))
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+    assert text.startswith("**a\\|b**\n") and text.endswith("\n") and not text.endswith("\n\n")
+
+
+def test_latex_is_ascii_and_bold_best_underlined_second() -> None:
+    text = latex(build(comparison(VALUES), title=SPECIAL))
+    assert text.isascii()
+    lines = text.splitlines()
+    assert next(line for line in lines if line.startswith("AB &")).split(" & ")[1] == (
+        r"\textbf{\boldmath 94.50 $\pm$ 0.17}")
+    assert next(line for line in lines if line.startswith("KD &")).split(" & ")[1] == r"\underline{94.00 $\pm$ 0.10}"
+    for need in ("\\toprule", "\\midrule", "\\bottomrule", "\\caption{", "\\label{tab:"):
+        assert need in text
+
+
+def test_escaping() -> None:
+    assert escape(r"50% of a_b & c#1 {x} \y ~z^2 $") == (
+        r"50\% of a\_b \& c\#1 \{x\} \textbackslash{}y \textasciitilde{}z\textasciicircum{}2 \$")
+    assert escape("é") == escape("e\u0301") == r"\'{e}"
+    assert escape("中") == "[U+4E2D]"
+    assert escape("a\x00b\u200bc") == "abc"
+
+
+def compiled(folder: Path, body: str) -> str:
+    """Compile an article that loads booktabs alone; its text. Any complaint about width or height fails."""
+    if shutil.which("pdflatex") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("pdflatex is not installed, and CI must not skip this")
+        pytest.skip("pdflatex is not installed")
+    (folder / "t.tex").write_text("\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body
+                                  + "\\end{document}\n", encoding="ascii")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=folder,
+                          capture_output=True, text=True, errors="replace", timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert not re.search(r"Overfull|Float too large|Missing character", done.stdout), done.stdout[-2000:]
+    if shutil.which("pdftotext") is None:
+        return ""
+    return subprocess.run(["pdftotext", "-layout", "t.pdf", "-"], cwd=folder, capture_output=True, text=True,
+                          check=True).stdout
+
+
+def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
+    records = [make(m, s, v, label=SPECIAL if m == "kd" else f"[{m}]", order=i, extra_epochs=30.0 * (m == "ab"),
+                    agreement={f"layer{k}.preact": 0.5 for k in (1, 2, 3)} if m == "ab" else {})
+               for i, (m, several) in enumerate(VALUES.items()) for s, v in enumerate(several)]
+    text = compiled(tmp_path, latex(build(records, title=SPECIAL)))
+    if text:
+        for shown in ("94.50 ± 0.17", "#$%&", "{}", "[ce]", "[U+4E2D]", "+0.40", "layer1"):
+            assert shown in text, text
+
+
+@pytest.mark.parametrize("size", ["wide", "long", "one seed"])
+def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None:
+    draws = random.Random(0)
+
+    def several(n: int) -> list[float]:
+        return [90 + draws.gauss(0, 0.3) for _ in range(n)]
+
+    if size == "wide":
+        methods = {f"method_{k}": several(3) for k in range(7)}
+        records = grid_of([f"student_{i}" for i in range(4)], [0.1, 1.0], **methods)
+    elif size == "long":
+        records = comparison({f"method_{k}": several(3) for k in range(70)}, agreement={
+            f"layer{i}.preact": 0.5 for i in range(1, 9)})
+    else:
+        records = comparison({"ce": several(1), "kd": several(1)})
+    table = build(records, baseline="method_0" if size != "one seed" else None)
+    text = compiled(tmp_path, latex(table))
+    if text:
+        for row in table.rows:
+            for found in row.cells:
+                assert found is not None and f"{found.mean:.2f}" in text
+
+
+def test_grids_are_rectangular() -> None:
+    for table in (build(comparison(VALUES)), build(grid_of(["a", "b"], [0.1, 1.0], ce=[80, 81], kd=[81, 82.5])),
+                  build(comparison({"kd": [90.0]}))):
+        grids = layout(table)
+        assert len(grids) == (2 if len(table.columns) == 1 else 3)
+        for grid in grids:
+            assert all(len(row) == len(grid.header) for row in grid.rows)
+            assert all(0 < rule < len(grid.rows) for rule in grid.rules)
