@@ -20,8 +20,14 @@ __version__ = "0.1.0"
 __all__ = ["load_student", "run", "table"]
 
 
-def run(recipe: str | Path | dict[str, Any], overrides: Iterable[str] | dict[str, Any] = (), *,
-        runs: str | Path = "runs", registries: Iterable[str | Path] = (), **options: Any) -> list[Record]:
+def run(
+    recipe: str | Path | dict[str, Any],
+    overrides: Iterable[str] | dict[str, Any] = (),
+    *,
+    runs: str | Path = "runs",
+    registries: Iterable[str | Path] = (),
+    **options: Any,
+) -> list[Record]:
     """Train every cell that a recipe plans and that is not finished yet.
 
     Args:

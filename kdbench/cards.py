@@ -122,7 +122,7 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = Augmentation(padding=0)
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named
@@ -213,7 +213,15 @@ class PaperCard(Strict):
 
 
 KINDS: dict[str, type[BaseModel]] = {
-    "models": ModelCard, "hooks": HookCard, "losses": LossCard, "connectors": ConnectorCard, "methods": MethodCard,
-    "schedules": ScheduleCard, "optimizers": OptimizerCard, "datasets": DatasetCard, "teachers": TeacherCard,
-    "protocols": ProtocolCard, "papers": PaperCard,
+    "models": ModelCard,
+    "hooks": HookCard,
+    "losses": LossCard,
+    "connectors": ConnectorCard,
+    "methods": MethodCard,
+    "schedules": ScheduleCard,
+    "optimizers": OptimizerCard,
+    "datasets": DatasetCard,
+    "teachers": TeacherCard,
+    "protocols": ProtocolCard,
+    "papers": PaperCard,
 }

@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class CellError(Exception):
-    """A cell that cannot go on (a loss that is not finite, memory that ran out). The other cells continue; exit code 1."""
+    """A cell that cannot go on (a loss that is not finite, a full disk). The other cells continue; exit code 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -33,8 +33,18 @@ SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 MODEL_KEYWORDS = ("classes", "channels", "image_size")
 
 # Keys under which a card's name may be written as plain text: `optimizer: sgd` means `optimizer: {name: sgd}`.
-_NAMED = {"optimizer", "schedule", "connector", "weight_schedule", "model", "student", "teacher", "data", "protocol",
-          "method"}
+_NAMED = {
+    "optimizer",
+    "schedule",
+    "connector",
+    "weight_schedule",
+    "model",
+    "student",
+    "teacher",
+    "data",
+    "protocol",
+    "method",
+}
 
 
 class Registry:
@@ -64,14 +74,18 @@ class Registry:
             if file.parent == folder:
                 for kind in tree.data:
                     if kind not in KINDS:
-                        raise UserError(f"unknown kind of card '{kind}'", where=tree.origin((kind,)),
-                                        hint=did_you_mean(kind, KINDS))
+                        raise UserError(
+                            f"unknown kind of card '{kind}'", where=tree.origin((kind,)), hint=did_you_mean(kind, KINDS)
+                        )
                     self._add(kind, tree.at(kind))
             elif file.parent.name in KINDS:
                 self._add(file.parent.name, tree)
             else:
-                raise UserError(f"unknown kind of card '{file.parent.name}'", where=shown(file),
-                                hint=did_you_mean(file.parent.name, KINDS))
+                raise UserError(
+                    f"unknown kind of card '{file.parent.name}'",
+                    where=shown(file),
+                    hint=did_you_mean(file.parent.name, KINDS),
+                )
 
     def _add(self, kind: str, tree: Tree) -> None:
         for key, card in (tree.data or {}).items():
@@ -79,8 +93,11 @@ class Registry:
                 raise UserError(f"the card '{key}' is not a mapping", where=tree.origin((key,)))
             if key in self.trees[kind]:
                 first = self.trees[kind][key].origin(())
-                raise UserError(f"there are two cards '{key}' in {kind}", where=tree.origin((key,)),
-                                hint=f"the first is at {first}; choose another key")
+                raise UserError(
+                    f"there are two cards '{key}' in {kind}",
+                    where=tree.origin((key,)),
+                    hint=f"the first is at {first}; choose another key",
+                )
             subtree = tree.at(key)
             self.trees[kind][key] = subtree
 
@@ -90,7 +107,7 @@ class Registry:
 
     def names(self, kind: str) -> list[str]:
         """Keys of a kind with templates replaced by their examples."""
-        result = []
+        result: list[str] = []
         for key in self.keys(kind):
             result.extend(self.trees[kind][key].data.get("examples", []) if "{" in key else [key])
         return result
@@ -119,8 +136,9 @@ class Registry:
                     tree, fields = self.trees[kind][key], match
                     break
             else:
-                raise UserError(f"unknown {singular(kind)} '{name}'", where=where,
-                                hint=did_you_mean(name, self.names(kind)))
+                raise UserError(
+                    f"unknown {singular(kind)} '{name}'", where=where, hint=did_you_mean(name, self.names(kind))
+                )
         tree = written_out(tree)
         if "include" in tree.data:
             base_name = tree.data["include"]
@@ -131,8 +149,9 @@ class Registry:
             tree = base.merged(own)
         return tree, fields
 
-    def options(self, kind: str, name: str, given: Tree, ignore: Iterable[str] = ("name",),
-                also_known: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    def options(
+        self, kind: str, name: str, given: Tree, ignore: Iterable[str] = ("name",), also_known: tuple[str, ...] = ()
+    ) -> tuple[str, dict[str, Any]]:
         """Target and typed options of a named thing: the card's fixed args, a template's fields, and what is given.
 
         Args:
@@ -150,7 +169,8 @@ class Registry:
                 options[key] = value
                 with_origin[key] = given.origin((key,))
         return card.target, check_options(
-            card.target, options, known, lambda key: with_origin.get(key, given.origin(())), what, also_known)
+            card.target, options, known, lambda key: with_origin.get(key, given.origin(())), what, also_known
+        )
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
@@ -176,11 +196,9 @@ def written_out(tree: Tree) -> Tree:
         result = {}
         for key, value in data.items():
             here = (*path, key)
-            # In a loss term, `student:` and `teacher:` are hook points, not networks.
-            if key in _NAMED and isinstance(value, str) and "loss" not in data and path[-1:] != ("modes",):
-                value = {"name": value}
-                origins[(*here, "name")] = tree.origin(here)
-            elif key == "connector" and isinstance(value, str):
+            # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
+            plain = key != "connector" and ("loss" in data or path[-1:] == ("modes",))
+            if key in _NAMED and isinstance(value, str) and not plain:
                 value = {"name": value}
                 origins[(*here, "name")] = tree.origin(here)
             elif key == "stages" and isinstance(value, list):
@@ -234,7 +252,10 @@ def _installed() -> list[Path]:
         locations = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(locations[0]).joinpath(*rest) if locations else None
         if folder is None or not folder.is_dir():
-            raise UserError(f"the entry point '{point.name}' names no folder: {point.value}", where="kdbench.registry",
-                            hint="reinstall or remove that package")
+            raise UserError(
+                f"the entry point '{point.name}' names no folder: {point.value}",
+                where="kdbench.registry",
+                hint="reinstall or remove that package",
+            )
         folders.append(folder)
     return folders

@@ -20,7 +20,7 @@ class Schedule(NamedTuple):
 
 
 def share(text: str) -> float:
-    """"30%" -> 0.3. Raises ValueError for anything else, or outside 0 % to 100 %."""
+    """ "30%" -> 0.3. Raises ValueError for anything else, or outside 0 % to 100 %."""
     if not isinstance(text, str) or not text.strip().endswith("%"):
         raise ValueError(f"a share is written like '30%', not {text!r}")
     value = float(text.strip()[:-1]) / 100

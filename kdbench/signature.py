@@ -21,8 +21,17 @@ from kdbench.errors import UserError, did_you_mean
 
 REQUIRED = object()
 
-_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "tuple": tuple,
-                          "dict": dict, "None": None, "Literal": Literal}
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "list": list,
+    "tuple": tuple,
+    "dict": dict,
+    "None": None,
+    "Literal": Literal,
+}
 
 
 @dataclass(frozen=True)
@@ -62,20 +71,30 @@ def source_file(module_name: str, target: str) -> Path:
     top, *rest = module_name.split(".")
     spec = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
     if spec is None or spec.origin is None:
-        raise UserError(f"target '{target}': there is no module '{top}'",
-                        hint="a target is module:object; the module must be importable or lie in the registry's folder")
+        raise UserError(
+            f"target '{target}': there is no module '{top}'",
+            hint="a target is module:object; the module must be importable or lie in the registry's folder",
+        )
     if not rest:
         return Path(spec.origin)
     path = Path(spec.origin).parent.joinpath(*rest)
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file():
             return file
-    raise UserError(f"target '{target}': there is no module '{module_name}'",
-                    hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]))
+    raise UserError(
+        f"target '{target}': there is no module '{module_name}'",
+        hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]),
+    )
 
 
-def check_options(target: str, options: dict[str, Any], known: dict[str, Parameter], where: Any, what: str,
-                  also_known: tuple[str, ...] = ()) -> dict[str, Any]:
+def check_options(
+    target: str,
+    options: dict[str, Any],
+    known: dict[str, Parameter],
+    where: Any,
+    what: str,
+    also_known: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Options for a target, typed; numbers given as text, unknown names and missing ones are errors.
 
     Args:
@@ -86,8 +105,9 @@ def check_options(target: str, options: dict[str, Any], known: dict[str, Paramet
     result: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:
-            raise UserError(f"unknown key '{name}' for {what}", where=where(name),
-                            hint=did_you_mean(name, [*known, *also_known]))
+            raise UserError(
+                f"unknown key '{name}' for {what}", where=where(name), hint=did_you_mean(name, [*known, *also_known])
+            )
         result[name] = _typed(value, known[name], where(name), what)
     missing = [p.name for p in known.values() if p.default is REQUIRED and p.name not in result]
     if missing:
@@ -144,7 +164,7 @@ def _plain_type(annotation: ast.expr | None) -> Any:
     if not names <= set(_TYPES):
         return None
     try:
-        return eval(ast.unparse(annotation), {"__builtins__": {}}, _TYPES)  # noqa: S307 - only the names of _TYPES
+        return eval(ast.unparse(annotation), {"__builtins__": {}}, _TYPES)
     except (TypeError, NameError):
         return None
 

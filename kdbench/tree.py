@@ -47,7 +47,8 @@ class Tree:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
             raise UserError(
-                f"not valid YAML: {error.problem or error.context}", where=f"{source}{line}",
+                f"not valid YAML: {error.problem or error.context}",
+                where=f"{source}{line}",
                 hint="check the indentation, the colons and the brackets of this line and the one above",
             ) from None
         except yaml.YAMLError as error:
@@ -57,7 +58,7 @@ class Tree:
     @classmethod
     def of(cls, data: Any, origin: str) -> Tree:
         """A tree from plain data, all of one origin (the command line, Python)."""
-        return cls(data, {path: origin for path in walk(data)})
+        return cls(data, dict.fromkeys(walk(data), origin))
 
     def origin(self, path: Path) -> str:
         """Origin of a path, or of its nearest known ancestor."""

@@ -28,8 +28,15 @@ def validated(model: type[M], tree: Tree, what: str) -> M:
 
 def _is_key(part: str | int, data: Any, loc: tuple[str | int, ...]) -> bool:
     """Whether a part of pydantic's location is a key of ours, not the name of a type inside a union."""
-    return not (isinstance(part, str) and (part in {"[key]"} or "[" in part or part.startswith("function-")
-                                           or (part in {"int", "float", "str", "bool"} and part == loc[-1])))
+    return not (
+        isinstance(part, str)
+        and (
+            part in {"[key]"}
+            or "[" in part
+            or part.startswith("function-")
+            or (part in {"int", "float", "str", "bool"} and part == loc[-1])
+        )
+    )
 
 
 def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:
@@ -75,7 +82,7 @@ def _step(annotation: Any, part: str | int) -> Any:
         return typing.get_args(annotation)[1]
     if origin is list:
         return typing.get_args(annotation)[0]
-    for argument in (typing.get_args(annotation) if origin is not None and not isinstance(annotation, type) else ()):
+    for argument in typing.get_args(annotation) if origin is not None and not isinstance(annotation, type) else ():
         if typing.get_origin(argument) in (dict, list):
             return _step(argument, part)
     found = _model_in(annotation)

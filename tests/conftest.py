@@ -33,11 +33,17 @@ def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 def kdbench(tmp_path: Path) -> Kdbench:
     """Runs the command in a fresh folder: `kdbench("run", "quickstart", code=0)` -> finished process."""
 
-    def call(*arguments: str | Path, code: int | None = 0, timeout: float = 300, cwd: Path | None = None,
-             **environment: str) -> subprocess.CompletedProcess[str]:
+    def call(
+        *arguments: str | Path, code: int | None = 0, timeout: float = 300, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "kdbench", *map(str, arguments)], cwd=cwd or tmp_path, capture_output=True, text=True,
-            timeout=timeout, env=os.environ | {"COLUMNS": "160"} | environment)
+            [sys.executable, "-m", "kdbench", *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=os.environ | {"COLUMNS": "160"} | environment,
+        )
         if code is not None:
             assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

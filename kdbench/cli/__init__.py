@@ -10,9 +10,13 @@ from kdbench.cli import check, cp, ls, plot, run, schema, show, table
 from kdbench.errors import CellError, UserError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="Run, compare and publish knowledge-distillation experiments.",
-    epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab")
+    epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab",
+)
 
 for module in (run, check, table, plot, ls, show, cp, schema):
     name = module.__name__.rpartition(".")[2]

@@ -13,6 +13,7 @@ from kdbench.cli.progress import clock
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import PlannedCell
+    from kdbench.recipe.schema import DataSpec, ModelSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 
@@ -49,13 +50,13 @@ def command(
             tried.add(key)
             try_out(cell.spec)
 
-    models = {}
+    models: dict[tuple[str, str, str], tuple[ModelSpec, DataSpec]] = {}
     for cell in planned.cells:
         teacher = cell.spec.teacher
         for role, model in (("student", cell.spec.student), ("teacher", teacher.model if teacher else None)):
             if model is not None:
                 models.setdefault((role, model.name, str(model.options)), (model, cell.spec.data))
-    sizes = {key: measure(*value, timed=time, device=device) for key, value in models.items()}
+    sizes = {key: measure(model, data, time, device) for key, (model, data) in models.items()}
 
     networks = Table("network", "role", "parameters", "MFLOPs an image", box=None, header_style="bold")
     for column in networks.columns[2:]:
@@ -94,8 +95,10 @@ def command(
 
     first = planned.cells[0].spec
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
-    console.print(f"data {first.data.name}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
-                  f"{first.precision}, baseline {planned.baseline}")
+    console.print(
+        f"data {first.data.name}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
+        f"{first.precision}, baseline {planned.baseline}"
+    )
     for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
@@ -104,5 +107,7 @@ def command(
     if time:
         workers = min(cores, len(planned.cells)) if device.type == "cpu" else max(torch.cuda.device_count(), 1)
         where = f"{workers} one-thread workers" if device.type == "cpu" else f"{workers} GPU(s)"
-        console.print(f"estimate for what is not finished: {clock(whole / workers)} on {where} "
-                      "(teacher passes counted for each cell; cells that share them take less)")
+        console.print(
+            f"estimate for what is not finished: {clock(whole / workers)} on {where} "
+            "(teacher passes counted for each cell; cells that share them take less)"
+        )

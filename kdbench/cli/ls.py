@@ -14,7 +14,9 @@ ALIASES = {"data": "datasets"}
 
 
 def command(
-    kind: Annotated[str | None, typer.Argument(help="methods, models, losses, data, teachers, recipes, protocols, …")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="methods, models, losses, data, teachers, recipes, protocols, …")
+    ] = None,
     registry: RegistryOption = None,
 ) -> None:
     """List cards of a KIND, or the kinds with their numbers."""
@@ -46,7 +48,9 @@ def command(
             shown = key.replace("{", "<").replace("}", ">")
             table.add_row(shown, about(data), str(data.get("paper", "")))
     else:
-        raise UserError(f"unknown kind '{kind}'", where="kdbench ls", hint=did_you_mean(kind, [*KINDS, *ALIASES, "recipes"]))
+        raise UserError(
+            f"unknown kind '{kind}'", where="kdbench ls", hint=did_you_mean(kind, [*KINDS, *ALIASES, "recipes"])
+        )
     console.print(table)
 
 

@@ -28,8 +28,12 @@ def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
     from kdbench.results.record import read_records
     from kdbench.results.renderers import latex, markdown, records_csv, table_csv
 
-    texts = {"table.md": markdown(table), "table.csv": table_csv(table), "table.tex": latex(table),
-             "records.csv": records_csv(read_records(folders))}
+    texts = {
+        "table.md": markdown(table),
+        "table.csv": table_csv(table),
+        "table.tex": latex(table),
+        "records.csv": records_csv(read_records(folders)),
+    }
     for name, text in texts.items():
         write_text(out / name, text)
     return [out / name for name in texts]
@@ -41,8 +45,11 @@ def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
     from kdbench.results.record import read_records
 
     records = read_records(folders)
-    drawn = [learning_curves(records, out / "learning_curves.png"), agreement(records, out / "agreement.png"),
-             final_accuracies(records, out / "final_accuracies.png")]
+    drawn = [
+        learning_curves(records, out / "learning_curves.png"),
+        agreement(records, out / "agreement.png"),
+        final_accuracies(records, out / "final_accuracies.png"),
+    ]
     return [file for file in drawn if file is not None]
 
 
@@ -63,8 +70,15 @@ def print_table(table: Table) -> None:
         for index, header in enumerate(grid.header):
             shown.add_column(header, justify="left" if index == 0 else "right")
         for row in grid.rows:
-            shown.add_row(*(Text(c.text + ("".join(c.marks) and " " + ",".join(c.marks)),
-                                 style="bold" if c.bold else "underline" if c.underline else "") for c in row))
+            shown.add_row(
+                *(
+                    Text(
+                        c.text + ("".join(c.marks) and " " + ",".join(c.marks)),
+                        style="bold" if c.bold else "underline" if c.underline else "",
+                    )
+                    for c in row
+                )
+            )
         console.print(shown)
     for note in table.notes:
         mark = f"{note.mark}: " if note.mark else ""

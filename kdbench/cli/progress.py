@@ -52,13 +52,17 @@ class _Base:
         self.before = float(sum(1 for c in cells if c.state == "finished"))
 
     def summary(self) -> str:
-        count = {state: sum(c.state == state for c in self.cells) for state in ("finished", "running", "waiting", "failed")}
+        count = {
+            state: sum(c.state == state for c in self.cells) for state in ("finished", "running", "waiting", "failed")
+        }
         known = [c.total for c in self.cells if c.total]
         before = self.before * (sum(known) / len(known) if known else 0)
         left = remaining(self.cells, time.monotonic() - self.started, before)
         failed = f", {count['failed']} failed" if count["failed"] else ""
-        return (f"{count['finished']}/{len(self.cells)} cells finished, {count['running']} running, "
-                f"{count['waiting']} waiting{failed}; about {clock(left)} left")
+        return (
+            f"{count['finished']}/{len(self.cells)} cells finished, {count['running']} running, "
+            f"{count['waiting']} waiting{failed}; about {clock(left)} left"
+        )
 
 
 class _Lines(_Base):
@@ -77,7 +81,11 @@ class _Lines(_Base):
     def update(self, cell: CellState) -> None:
         if cell.state in ("finished", "failed") and (cell.id, cell.state) not in self.shown:
             self.shown.add((cell.id, cell.state))
-            what = f"{cell.accuracy:.2f} % in {clock(cell.seconds)}" if cell.state == "finished" else f"failed: {cell.message}"
+            what = (
+                f"{cell.accuracy:.2f} % in {clock(cell.seconds)}"
+                if cell.state == "finished"
+                else f"failed: {cell.message}"
+            )
             print(f"{cell.label}: {what}   [{self.summary()}]", file=sys.stderr, flush=True)
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
@@ -91,8 +99,14 @@ class _Live(_Base):
 
     def begin(self, cells: list[CellState], title: str) -> None:
         super().begin(cells, title)
-        self.all = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"),
-                            TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+        self.all = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("cells"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
         self.task = self.all.add_task(title, total=len(cells), left="", completed=self._finished())
         self.live = Live(self._view(), console=Console(stderr=True), refresh_per_second=4, transient=True)
         self.live.start()
@@ -121,8 +135,13 @@ class _Live(_Base):
         for c in running[:16]:
             share = c.step / max(c.total, 1)
             bar = "━" * round(24 * share)
-            table.add_row(c.label, c.stage, Text(bar.ljust(24, "╌"), style="cyan"), f"{c.step}/{c.total}",
-                          f"{c.accuracy:.2f} %" if c.accuracy is not None else "–")
+            table.add_row(
+                c.label,
+                c.stage,
+                Text(bar.ljust(24, "╌"), style="cyan"),
+                f"{c.step}/{c.total}",
+                f"{c.accuracy:.2f} %" if c.accuracy is not None else "–",
+            )
         if not running:
             table.add_row(self.text)
         return Group(self.all, table)

@@ -12,14 +12,17 @@ from kdbench.errors import CellError
 
 EXAMPLES = (
     "Examples:  kdbench run quickstart   ·   kdbench run recipes/ab_wrn.yaml   ·   "
-    "kdbench run ab_wrn seeds=1 epochs=20 --jobs 1   ·   kdbench run my.yaml method.temperature=2 --registry my_methods")
+    "kdbench run ab_wrn seeds=1 epochs=20 --jobs 1   ·   kdbench run my.yaml method.temperature=2 --registry my_methods"
+)
 
 
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
-    jobs: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
     data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
@@ -43,8 +46,16 @@ def command(
         raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
     folders = tuple(registry or ())
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
-    options = Options(runs=runs, jobs=jobs, threads=threads, device=device, data_roots=tuple(data or ()),
-                      download=download, registries=folders, checkpoint_seconds=checkpoint_seconds)
+    options = Options(
+        runs=runs,
+        jobs=jobs,
+        threads=threads,
+        device=device,
+        data_roots=tuple(data or ()),
+        download=download,
+        registries=folders,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     outcome = run_plan(planned, options, listener())
     if outcome.finished:
         from kdbench.cli.output import write_tables

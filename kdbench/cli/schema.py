@@ -36,12 +36,19 @@ def build(registry: list[Path]) -> dict[str, Any]:
     cards = Registry(registry)
     schema = Recipe.model_json_schema()
     properties = schema["properties"]
-    for key, kind in (("data", "datasets"), ("teacher", "teachers"), ("student", "models"), ("protocol", "protocols"),
-                      ("method", "methods")):
+    for key, kind in (
+        ("data", "datasets"),
+        ("teacher", "teachers"),
+        ("student", "models"),
+        ("protocol", "protocols"),
+        ("method", "methods"),
+    ):
         names = {"anyOf": [{"enum": cards.names(kind)}, {"type": "string"}]}
         properties[key] = {"anyOf": [names, {k: v for k, v in properties[key].items() if k != "default"}]}
-    properties["include"] = {"description": "recipe file or name to build on",
-                             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    properties["include"] = {
+        "description": "recipe file or name to build on",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
     methods = {"items": {"anyOf": [{"enum": cards.names("methods")}, {"type": "object"}]}, "type": "array"}
     properties["compare"] = {**properties["compare"], "properties": {"method": methods}}
     # A recipe with an include takes the rest from there.

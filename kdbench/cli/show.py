@@ -9,7 +9,7 @@ import typer
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
 
-EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show models wrn_16_2   ·   kdbench show recipes ab_wrn"
+EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show recipes ab_wrn"
 
 
 def command(
@@ -37,9 +37,13 @@ def command(
     if name is None:
         found = [k for k in KINDS if kind in cards.names(k)]
         if len(found) != 1:
-            raise UserError(f"'{kind}' is " + (f"a name in {', '.join(found)}" if found else "no card"), where="kdbench show",
-                            hint=f"say the kind first: kdbench show {found[0]} {kind}" if found else
-                            did_you_mean(kind, [n for k in KINDS for n in cards.names(k)]))
+            raise UserError(
+                f"'{kind}' is " + (f"a name in {', '.join(found)}" if found else "no card"),
+                where="kdbench show",
+                hint=f"say the kind first: kdbench show {found[0]} {kind}"
+                if found
+                else did_you_mean(kind, [n for k in KINDS for n in cards.names(k)]),
+            )
         kind, name = found[0], kind
     if kind not in KINDS:
         raise UserError(f"unknown kind '{kind}'", where="kdbench show", hint=did_you_mean(kind, [*KINDS, "recipes"]))
@@ -50,7 +54,9 @@ def command(
     if hasattr(card, "target"):
         table = Table("option", "type", "default", box=None, header_style="bold", title="options", title_justify="left")
         for option in cards.settable(card.target, card).values():
-            table.add_row(option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default))
+            table.add_row(
+                option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
+            )
         if table.row_count:
             console.print(table)
     paper = getattr(card, "paper", None)

@@ -9,7 +9,7 @@ import typer
 
 from kdbench.errors import UserError, did_you_mean
 
-EXAMPLES = "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd   ·   kdbench table results/x --out results/x"
+EXAMPLES = "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables"
 METRICS = ("last", "best", "mean_last")
 
 
@@ -26,7 +26,7 @@ def command(
 
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))
-    table = build(read_records(folders), baseline=baseline, metric=metric)
+    table = build(read_records(folders), baseline=baseline, metric=metric)  # type: ignore[arg-type]
     print_table(table)
     if out is not None:
         write_files(table, out, folders)

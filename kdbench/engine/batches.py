@@ -41,7 +41,7 @@ class Part:
 
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.labels), size):
-            yield self.images[start:start + size], self.labels[start:start + size]
+            yield self.images[start : start + size], self.labels[start : start + size]
 
 
 class Normalizer:

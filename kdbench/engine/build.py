@@ -34,11 +34,14 @@ def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "i
         torch.manual_seed(address(seed, stream))
         try:
             model: nn.Module = resolve(spec.target)(
-                **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size)
+                **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
+            )
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
-                            f"{data.image_size}, {data.classes} classes): {error}",
-                            hint="'kdbench show models' lists what its options mean") from None
+            raise UserError(
+                f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
+                f"{data.image_size}, {data.classes} classes): {error}",
+                hint="'kdbench show models' lists what its options mean",
+            ) from None
     if spec.weights is not None:
         load_weights(model, read_weights(_weight_file(spec)), spec.name, spec.weights)
     return model
@@ -62,9 +65,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"the weight file cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}",
-                        where=str(file), hint="it must hold a state dict (.safetensors, or torch.save of tensors)") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
+        raise UserError(
+            f"the weight file cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where=str(file),
+            hint="it must hold a state dict (.safetensors, or torch.save of tensors)",
+        ) from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     return {key.removeprefix("module."): value for key, value in loaded.items()}
@@ -76,8 +82,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: s
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise UserError(f"these weights do not fit '{name}': {' '.join(lines)}", where=where,
-                        hint="check the model's name and options; two networks of one name can differ") from None
+        raise UserError(
+            f"these weights do not fit '{name}': {' '.join(lines)}",
+            where=where,
+            hint="check the model's name and options; two networks of one name can differ",
+        ) from None
 
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
@@ -114,8 +123,15 @@ class Term(nn.Module):
     Calling it gives the unweighted sum over layers (weighted by layer); `weight_at` the term's factor.
     """
 
-    def __init__(self, name: str, spec: TermSpec, student_shapes: Mapping[str, Shape],
-                 teacher_shapes: Mapping[str, Shape], place: str, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: TermSpec,
+        student_shapes: Mapping[str, Shape],
+        teacher_shapes: Mapping[str, Shape],
+        place: str,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.name, self.spec = name, spec
         self.schedule = build_schedule(spec.weight_schedule)
@@ -123,8 +139,10 @@ class Term(nn.Module):
         students = expand([spec.student], student_shapes)
         teachers = expand([spec.teacher], teacher_shapes) if with_teacher else students
         if len(students) != len(teachers):
-            raise UserError(f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
-                            hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}")
+            raise UserError(
+                f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
+                hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}",
+            )
         weights = _layer_weights(spec, len(students), place)
         self.connectors = nn.ModuleList()
         self.functions = nn.ModuleList()
@@ -153,8 +171,9 @@ class Term(nn.Module):
     def weight_at(self, progress: float) -> float:
         return self.spec.weight * self.schedule.factor(progress)
 
-    def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor,
-                index: Tensor) -> Tensor:
+    def forward(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, index: Tensor
+    ) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar."""
         total: Tensor | None = None
         for position, layer in enumerate(self.layers):
@@ -169,8 +188,10 @@ class Term(nn.Module):
     def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The loss's metrics: metric -> student hook point -> value."""
         return {
-            name: {layer.student: metric(layer.connector(student[layer.student]), teacher[layer.teacher])
-                   for layer in self.layers}
+            name: {
+                layer.student: metric(layer.connector(student[layer.student]), teacher[layer.teacher])
+                for layer in self.layers
+            }
             for name, metric in self.metrics.items()
         }
 
@@ -182,14 +203,19 @@ class Term(nn.Module):
             with torch.no_grad():
                 self(*values, torch.tensor([0, classes - 1]), torch.tensor([0, 1]))
         except (ValueError, TypeError, RuntimeError) as error:
-            pairs = ", ".join(f"{layer.student} {student.get(layer.student)} against {layer.teacher} "
-                              f"{teacher.get(layer.teacher)}" for layer in self.layers)
-            raise UserError(f"loss '{self.name}' ({self.spec.loss.name}) cannot be computed: {error}",
-                            hint=f"student against teacher: {pairs}; a connector can change channels and sizes "
-                                 "('kdbench ls connectors')") from None
+            pairs = ", ".join(
+                f"{layer.student} {student.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
+                for layer in self.layers
+            )
+            raise UserError(
+                f"loss '{self.name}' ({self.spec.loss.name}) cannot be computed: {error}",
+                hint=f"student against teacher: {pairs}; a connector can change channels and sizes "
+                "('kdbench ls connectors')",
+            ) from None
 
-    def _inputs(self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor,
-                index: Tensor) -> list[Tensor]:
+    def _inputs(
+        self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, index: Tensor
+    ) -> list[Tensor]:
         named = {"labels": labels, "index": index}
         if "student" in self.spec.loss.inputs:
             named["student"] = layer.connector(student[layer.student])
@@ -198,11 +224,13 @@ class Term(nn.Module):
         return [named[name] for name in self.spec.loss.inputs]
 
 
-def build_terms(stage_name: str, stage: StageSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape],
-                seed: int) -> nn.ModuleDict:
+def build_terms(
+    stage_name: str, stage: StageSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape], seed: int
+) -> nn.ModuleDict:
     """All terms of a stage."""
-    return nn.ModuleDict({
-        name: Term(name, term, student, teacher, f"{stage_name}/{name}", seed) for name, term in stage.losses.items()})
+    return nn.ModuleDict(
+        {name: Term(name, term, student, teacher, f"{stage_name}/{name}", seed) for name, term in stage.losses.items()}
+    )
 
 
 def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Module:
@@ -212,9 +240,11 @@ def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Mo
         connector: nn.Module = resolve(spec.connector.target)(*shapes, **spec.connector.options)
     except (UserError, ValueError) as error:
         what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
-        raise UserError(f"{place}: connector '{spec.connector.name}' cannot bridge {shapes[0]} → {shapes[1]}: {what}",
-                        hint=hint or "choose other hook points, or a connector that changes the map's size "
-                                     "('kdbench ls connectors')") from None
+        raise UserError(
+            f"{place}: connector '{spec.connector.name}' cannot bridge {shapes[0]} → {shapes[1]}: {what}",
+            hint=hint
+            or "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')",
+        ) from None
     return connector
 
 

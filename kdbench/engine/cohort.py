@@ -114,8 +114,12 @@ class Cohort:
         measured = evaluate(member, self.batches.test, self.batches.validation, self.teacher)
         since = member.history[-1]["seconds"] if member.history else 0.0
         entry = {
-            "step": member.step, "epoch": round(member.timeline.epochs(member.step), 4), "stage": span.name,
-            "lr": member.last_rate, "train": train, **measured,
+            "step": member.step,
+            "epoch": round(member.timeline.epochs(member.step), 4),
+            "stage": span.name,
+            "lr": member.last_rate,
+            "train": train,
+            **measured,
             "images_per_second": round(meter.images / max(member.seconds - since, 1e-9), 1),
             "seconds": round(member.seconds, 4),
         }

@@ -50,7 +50,7 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
     """Metrics of the loss terms so far, averaged over evenly spaced test images. Terms of past stages are measured
     with their connectors as they were left: whether the student keeps what a first stage taught it is the question."""
     seen = [span.name for span in member.timeline.spans if span.start < max(member.step, 1)]
-    terms = [term for name in seen for term in member.terms[name].values() if term.metrics]
+    terms: list[Any] = [term for name in seen for term in member.terms_of(name).values() if term.metrics]
     if not terms:
         return {}
     stride = max(1, -(-len(test.labels) // PROBE_IMAGES))
@@ -66,5 +66,7 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
                 for point, value in points.items():
                     into = sums.setdefault(metric, {})
                     into[point] = into.get(point, 0) + value * len(labels)
-    return {metric: {point: value.item() / len(part.labels) for point, value in points.items()}
-            for metric, points in sums.items()}
+    return {
+        metric: {point: value.item() / len(part.labels) for point, value in points.items()}
+        for metric, points in sums.items()
+    }

@@ -27,8 +27,16 @@ SCHEMA = 1
 LAST = 10
 
 
-def finish(member: Member, folder: Path, cell: dict[str, Any], batches: Batches, data: ImageData,
-           teacher: TeacherFile | None, teacher_model: nn.Module | None, compute: dict[str, Any]) -> dict[str, Any]:
+def finish(
+    member: Member,
+    folder: Path,
+    cell: dict[str, Any],
+    batches: Batches,
+    data: ImageData,
+    teacher: TeacherFile | None,
+    teacher_model: nn.Module | None,
+    compute: dict[str, Any],
+) -> dict[str, Any]:
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
@@ -46,31 +54,49 @@ def finish(member: Member, folder: Path, cell: dict[str, Any], batches: Batches,
         save_file({k: v.contiguous().cpu() for k, v in member.student.model.state_dict().items()}, temporary)
     line = member.timeline
     record = {
-        "schema": SCHEMA, "kdbench": kdbench.__version__, "status": "finished", "identity": spec.identity(),
-        "recipe": cell.pop("recipe"), "cell": cell,
+        "schema": SCHEMA,
+        "kdbench": kdbench.__version__,
+        "status": "finished",
+        "identity": spec.identity(),
+        "recipe": cell.pop("recipe"),
+        "cell": cell,
         "spec": spec.model_dump(mode="json", exclude_none=True),
         "budget": {
-            "steps": line.total, "epochs": round(line.epochs(line.total), 4),
-            "extra_epochs": round(line.epochs(line.extra), 4), "batches_per_epoch": line.batches_per_epoch,
-            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans]},
+            "steps": line.total,
+            "epochs": round(line.epochs(line.total), 4),
+            "extra_epochs": round(line.epochs(line.extra), 4),
+            "batches_per_epoch": line.batches_per_epoch,
+            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
+        },
         "result": {
             "test": summary(member.history, "test"),
             "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
-            "agreement": member.history[-1].get("agreement", {})},
-        "teacher": None if teacher is None or spec.teacher is None else {
-            "name": spec.teacher.name, "sha256": teacher.sha256, "accuracy": teacher.accuracy},
+            "agreement": member.history[-1].get("agreement", {}),
+        },
+        "teacher": None
+        if teacher is None or spec.teacher is None
+        else {"name": spec.teacher.name, "sha256": teacher.sha256, "accuracy": teacher.accuracy},
         "data": {
-            "name": data.name, "fingerprint": data.fingerprint, "train": len(batches.train.labels),
-            "validation": len(batches.validation.labels), "test": len(batches.test.labels),
-            "classes": len(data.classes), "origin": data.origin},
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "train": len(batches.train.labels),
+            "validation": len(batches.validation.labels),
+            "test": len(batches.test.labels),
+            "classes": len(data.classes),
+            "origin": data.origin,
+        },
         "models": {
             "student": size_of(member.student.model, spec.data),
-            "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None},
+            "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
+        },
         "compute": {
-            **compute, "seconds": round(member.seconds + member.evaluation_seconds, 3),
+            **compute,
+            "seconds": round(member.seconds + member.evaluation_seconds, 3),
             "training_seconds": round(member.seconds, 3),
-            "images_per_second": round(line.total * min(spec.protocol.batch_size, len(batches.train.labels))
-                                       / max(member.seconds, 1e-9), 1)},
+            "images_per_second": round(
+                line.total * min(spec.protocol.batch_size, len(batches.train.labels)) / max(member.seconds, 1e-9), 1
+            ),
+        },
         "seeds": streams(spec),
         "git": git_state(),
     }
@@ -84,15 +110,23 @@ def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
     points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
     best_step, best = max(points, key=lambda point: (point[1], -point[0]))
     tail = [accuracy for _, accuracy in points[-LAST:]]
-    return {"last": round(points[-1][1], 4), "best": round(best, 4), "best_step": best_step,
-            "mean_last": round(sum(tail) / len(tail), 4), "mean_last_of": len(tail)}
+    return {
+        "last": round(points[-1][1], 4),
+        "best": round(best, 4),
+        "best_step": best_step,
+        "mean_last": round(sum(tail) / len(tail), 4),
+        "mean_last_of": len(tail),
+    }
 
 
 def streams(spec: CellSpec) -> dict[str, Any]:
     """The seed, and what each stream of draws begins with."""
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
-    return {"seed": spec.seed, "split": split_seed,
-            "streams": ["init", "connectors", "order", "augmentation", "dropout"]}
+    return {
+        "seed": spec.seed,
+        "split": split_seed,
+        "streams": ["init", "connectors", "order", "augmentation", "dropout"],
+    }
 
 
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:
@@ -113,9 +147,15 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
-        "device": device.type, "device_name": name, "threads": threads, "python": platform.python_version(),
-        "torch": torch.__version__, "torchvision": torchvision.__version__, "platform": platform.platform(terse=True),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+        "device": device.type,
+        "device_name": name,
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "platform": platform.platform(terse=True),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 @cache
@@ -138,8 +178,13 @@ def git_state() -> dict[str, Any] | None:
         return None
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain", "--", "kdbench", "registry"], cwd=root,
-                                capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--", "kdbench", "registry"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

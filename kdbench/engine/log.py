@@ -47,7 +47,7 @@ class MetricsLog:
 
 
 def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of an entry as TensorBoard tags: train/loss, train/<term>, test/accuracy, agreement/layer1.preact …"""
+    """All numbers of an entry as TensorBoard tags: train/loss, train/<term>, test/accuracy, agreement/<point> …"""
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{key}/")

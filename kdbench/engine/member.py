@@ -74,9 +74,12 @@ class Member:
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = self.student.shapes(image_shape)
         try:
-            self.terms = nn.ModuleDict({
-                name: build_terms(name, stage, shapes, teacher.shapes if teacher else {}, spec.seed)
-                for name, stage in spec.method.stages.items()})
+            self.terms = nn.ModuleDict(
+                {
+                    name: build_terms(name, stage, shapes, teacher.shapes if teacher else {}, spec.seed)
+                    for name, stage in spec.method.stages.items()
+                }
+            )
         except UserError as error:
             raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
         student.to(device)
@@ -104,20 +107,30 @@ class Member:
         self.stage_index = stage
         self.span = self.timeline.spans[stage]
         self.stage = self.spec.method.stages[self.span.name]
-        self.active: dict[str, Term] = dict(self.terms[self.span.name].items())  # type: ignore[operator, arg-type]
+        self.active = self.terms_of(self.span.name)
         self.student.model.requires_grad_("student" in self.stage.trains)
         self.terms.requires_grad_(False)
         self.terms[self.span.name].requires_grad_("connectors" in self.stage.trains)
-        trained = [p for module in (self.student.model, self.terms[self.span.name]) for p in module.parameters()
-                   if p.requires_grad]
+        trained = [
+            p
+            for module in (self.student.model, self.terms[self.span.name])
+            for p in module.parameters()
+            if p.requires_grad
+        ]
         if not trained:
-            raise UserError(f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
-                            hint="add 'student' to the stage's 'trains'")
+            raise UserError(
+                f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
+                hint="add 'student' to the stage's 'trains'",
+            )
         self.optimizer = build_optimizer(self.stage.optimizer, trained)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = build_schedule(self.stage.schedule)
         self.student_points = _unique(point for term in self.active.values() for point in term.student_points)
         self.set_modes()
+
+    def terms_of(self, stage: str) -> dict[str, Term]:
+        """Loss terms of a stage by name."""
+        return dict(self.terms[stage].items())  # type: ignore[operator, arg-type]
 
     def set_modes(self) -> None:
         """Modes of this stage; evaluation changes them and calls this again."""
@@ -187,18 +200,25 @@ class Member:
         bad = [name for name, value in self.meter.result().items() if value != value or abs(value) == float("inf")]
         terms = ", ".join(name for name in bad if name != "loss") or "the sum"
         name = self.timeline.spans[self.timeline.stage(step)].name
-        raise CellError(f"the loss was not finite at step {step}, stage '{name}', term {terms}; "
-                        "try a smaller learning rate or weight")
+        raise CellError(
+            f"the loss was not finite at step {step}, stage '{name}', term {terms}; "
+            "try a smaller learning rate or weight"
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed member needs, as tensors and plain data."""
         return {
-            "student": self.student.model.state_dict(), "terms": self.terms.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds,
-            "evaluation_seconds": self.evaluation_seconds, "last_rate": self.last_rate,
+            "student": self.student.model.state_dict(),
+            "terms": self.terms.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "last_rate": self.last_rate,
             "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher else None,
             "meter": {"sums": self.meter.sums, "steps": self.meter.steps, "images": self.meter.images},
-            "bad_step": self.bad_step, "history": self.history,
+            "bad_step": self.bad_step,
+            "history": self.history,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:

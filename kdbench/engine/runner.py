@@ -65,6 +65,10 @@ class CellState:
     message: str = ""
 
 
+# A cell and its progress.
+Work = tuple[PlannedCell, CellState]
+
+
 class Listener(Protocol):
     """Is told what happens. `update` comes after every change."""
 
@@ -105,7 +109,9 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
         for state in states:
             if is_finished(state.folder):
                 state.state = "finished"
-        open_cells = [(cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"]
+        open_cells = [
+            (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
+        ]
         if open_cells:
             with _Pool(options) as pool:
                 _try_out([cell.spec for cell, _ in open_cells], pool)
@@ -119,7 +125,9 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
         else:
             listener.begin(states, plan.title or plan.name)
             listener.end()
-    return Outcome(folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"])
+    return Outcome(
+        folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
+    )
 
 
 def label(cell: PlannedCell) -> str:
@@ -140,8 +148,9 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        raise UserError(f"another run works in {folder}", hint="wait for it, stop it, or give another folder: --runs DIR"
-                        ) from None
+        raise UserError(
+            f"another run works in {folder}", hint="wait for it, stop it, or give another folder: --runs DIR"
+        ) from None
     try:
         yield
     finally:
@@ -192,12 +201,24 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
 def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Listener) -> None:
     """Data and teachers once in one process, so that several workers do not all fetch them."""
     tasks: dict[str, dict[str, Any]] = {}
-    for spec in specs:
+    prepared: set[str] = set()
+    for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
         given = teacher.weights.sha256 if teacher and teacher.weights else None
-        key = json.dumps([spec.data.name, spec.data.root, given])
-        tasks.setdefault(key, {"task": "prepare", "spec": spec.model_dump(mode="json"), "teacher_folder": str(
-            teacher_folder(teacher, options.runs)) if teacher else None, "threads": pool.cores})
+        data = json.dumps([spec.data.name, spec.data.root])
+        if given is None and data in prepared:
+            continue
+        prepared.add(data)
+        key = f"{data} {given}"
+        tasks.setdefault(
+            key,
+            {
+                "task": "prepare",
+                "spec": spec.model_dump(mode="json"),
+                "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
+                "threads": pool.cores,
+            },
+        )
     for task in tasks.values():
         for event in pool.carry_out([task]):
             if event["event"] == "doing":
@@ -206,8 +227,9 @@ def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Lis
                 raise _error(event)
 
 
-def _cells(plan: Plan, cells: list[tuple[PlannedCell, CellState]], options: Options, pool: _Pool,
-           listener: Listener) -> None:
+def _cells(
+    plan: Plan, cells: list[Work], options: Options, pool: _Pool, listener: Listener
+) -> None:
     states = {state.id: state for _, state in cells}
     cohorts = _balanced(_cohorts(cells), pool.jobs)
     busy = min(pool.jobs, len(cohorts))
@@ -215,11 +237,22 @@ def _cells(plan: Plan, cells: list[tuple[PlannedCell, CellState]], options: Opti
     for cohort in cohorts:
         teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
         threads = options.threads or max(1, pool.cores // busy)
-        tasks.append({
-            "task": "cohort", "threads": _kept_threads([state.folder for _, state in cohort], threads),
-            "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
-            "cells": [{"id": state.id, "folder": str(state.folder), "spec": cell.spec.model_dump(mode="json"),
-                       "cell": names(plan, cell)} for cell, state in cohort]})
+        tasks.append(
+            {
+                "task": "cohort",
+                "threads": _kept_threads([state.folder for _, state in cohort], threads),
+                "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
+                "cells": [
+                    {
+                        "id": state.id,
+                        "folder": str(state.folder),
+                        "spec": cell.spec.model_dump(mode="json"),
+                        "cell": names(plan, cell),
+                    }
+                    for cell, state in cohort
+                ],
+            }
+        )
     for event in pool.carry_out(tasks):
         kind = event["event"]
         if kind == "failed" and (event.get("user") or not event["cells"]):
@@ -250,36 +283,49 @@ def _fail(state: CellState, message: str, listener: Listener) -> None:
 def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
     """What a record says of its cell's place in the comparison."""
     spec = cell.spec
-    return {"recipe": plan.name, "method": spec.method.name, "label": spec.method.label, "student": spec.student.name,
-            "teacher": spec.teacher.name if spec.teacher else None, "data": spec.data.name,
-            "protocol": spec.protocol.name, "seed": spec.seed, "axes": cell.axes, "order": cell.order,
-            "baseline": plan.baseline}
+    return {
+        "recipe": plan.name,
+        "method": spec.method.name,
+        "label": spec.method.label,
+        "student": spec.student.name,
+        "teacher": spec.teacher.name if spec.teacher else None,
+        "data": spec.data.name,
+        "protocol": spec.protocol.name,
+        "seed": spec.seed,
+        "axes": cell.axes,
+        "order": cell.order,
+        "baseline": plan.baseline,
+    }
 
 
-def _cohorts(cells: list[tuple[PlannedCell, CellState]]) -> list[list[tuple[PlannedCell, CellState]]]:
+def _cohorts(cells: list[Work]) -> list[list[Work]]:
     """Cells that may train behind one teacher pass: the same data, seed, batches and teacher. A cell without a teacher
     goes along: it costs the others nothing."""
-    groups: dict[str, list[tuple[PlannedCell, CellState]]] = {}
-    teachers: dict[str, str] = {}
+    groups: dict[str, dict[str, list[Work]]] = {}
     for cell, state in cells:
         spec = cell.spec
-        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, spec.protocol.batch_size,
-                           spec.protocol.last_batch, spec.protocol.augmentation.model_dump(), spec.protocol.epochs,
-                           spec.protocol.steps, spec.precision, [s.extra_epochs for s in spec.method.stages.values() if s.extra_epochs]])
-        teacher = json.dumps([spec.teacher.name, spec.teacher.normalization.model_dump()]) if spec.teacher else ""
-        if not teacher:
-            teacher = teachers.get(base, "")
-        teachers.setdefault(base, teacher)
-        groups.setdefault(base + teacher, []).append((cell, state))
-    return list(groups.values())
+        extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
+        protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
+        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, spec.precision, extra])
+        teacher = spec.teacher
+        key = json.dumps([teacher.name, teacher.normalization.model_dump()]) if teacher else ""
+        groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
+    result = []
+    for by_teacher in groups.values():
+        alone = by_teacher.pop("", [])
+        first, *others = by_teacher.values() or [[]]
+        result += [[*alone, *first], *others]
+    return result
 
 
-def _balanced(cohorts: list[list[tuple[PlannedCell, CellState]]], jobs: int) -> list[list[tuple[PlannedCell, CellState]]]:
+def _balanced(
+    cohorts: list[list[Work]], jobs: int
+) -> list[list[Work]]:
     """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
     left = len(cohorts) % jobs
     if not left:
         return cohorts
-    whole, rest = cohorts[:len(cohorts) - left], cohorts[len(cohorts) - left:]
+    whole, rest = cohorts[: len(cohorts) - left], cohorts[len(cohorts) - left :]
     parts = []
     for cohort in rest:
         n = max(1, min(jobs // left, len(cohort)))
@@ -349,8 +395,14 @@ class _Pool:
         number = len(self.workers)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
         path = [str(folder.resolve()) for folder in self.options.registries]
-        worker = subprocess.Popen([sys.executable, "-m", "kdbench.engine.worker", *path], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment)
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "kdbench.engine.worker", *path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
         self.workers.append(worker)
         threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
 
@@ -398,9 +450,14 @@ class _Pool:
     def _send(self, number: int, task: dict[str, Any]) -> None:
         self._next += 1
         message = {
-            "id": self._next, "device": self.devices[number % len(self.devices)], "data_roots": self.options.roots(),
-            "download": self.options.download, "cache": str(home() / "cache"),
-            "checkpoint_seconds": self.options.checkpoint_seconds, **task}
+            "id": self._next,
+            "device": self.devices[number % len(self.devices)],
+            "data_roots": self.options.roots(),
+            "download": self.options.download,
+            "cache": str(home() / "cache"),
+            "checkpoint_seconds": self.options.checkpoint_seconds,
+            **task,
+        }
         stdin = self.workers[number].stdin
         assert stdin is not None
         stdin.write(json.dumps(message) + "\n")
@@ -409,8 +466,7 @@ class _Pool:
 
 def _gone(code: int) -> str:
     if code < 0:
-        return (f"the worker process was ended by signal {-code}"
-                + (" (often: not enough memory; try --jobs 1)" if code == -9 else ""))
+        return f"the worker process was ended by signal {-code}" + (
+            " (often: not enough memory; try --jobs 1)" if code == -9 else ""
+        )
     return f"the worker process ended with code {code}"
-
-

@@ -91,16 +91,36 @@ class Desk:
             def done(seat: Seat) -> None:
                 own = teacher if seat.member.spec.teacher is not None else None
                 if own is not None and fingerprint(own.extractor.model) != before:
-                    raise CellError("the frozen teacher changed while its students trained: a defect of the method's "
-                                    "loss, or of kdbench")
-                compute = {**machine(device, task["threads"]), "precision": seat.member.spec.precision, "cohort": len(seats)}
-                record = finish(seat.member, seat.folder, dict(names[ids[id(seat)]]), batches, data,
-                                file if own else None, own.extractor.model if own else None, compute)
+                    raise CellError(
+                        "the frozen teacher changed while its students trained: a defect of the method's "
+                        "loss, or of kdbench"
+                    )
+                compute = {
+                    **machine(device, task["threads"]),
+                    "precision": seat.member.spec.precision,
+                    "cohort": len(seats),
+                }
+                record = finish(
+                    seat.member,
+                    seat.folder,
+                    dict(names[ids[id(seat)]]),
+                    batches,
+                    data,
+                    file if own else None,
+                    own.extractor.model if own else None,
+                    compute,
+                )
                 seat.log.close()
-                self.emit(event="cell_finished", cell=ids[id(seat)], accuracy=record["result"]["test"]["last"],
-                          seconds=record["compute"]["seconds"])
+                self.emit(
+                    event="cell_finished",
+                    cell=ids[id(seat)],
+                    accuracy=record["result"]["test"]["last"],
+                    seconds=record["compute"]["seconds"],
+                )
 
-            Cohort(list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"]).run()
+            Cohort(
+                list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"]
+            ).run()
             for seat in seats.values():
                 if seat.failure is not None:
                     self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
@@ -110,8 +130,14 @@ class Desk:
             self.emit(event="cell_failed", cell=cell_id, message=seat.failure)
             return
         member = seat.member
-        self.emit(event="progress", cell=cell_id, step=member.step, total=member.timeline.total, stage=member.span.name,
-                  accuracy=member.history[-1]["test"]["accuracy"] if member.history else None)
+        self.emit(
+            event="progress",
+            cell=cell_id,
+            step=member.step,
+            total=member.timeline.total,
+            stage=member.span.name,
+            accuracy=member.history[-1]["test"]["accuracy"] if member.history else None,
+        )
 
     def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData:
         """A data set; the last one is kept for the next task."""
@@ -121,24 +147,41 @@ class Desk:
             self.data = (key, load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"])))
         return self.data[1]
 
-    def _teacher(self, spec: CellSpec, data: ImageData, task: dict[str, Any],
-                 device: torch.device) -> tuple[TeacherFile | None, Teacher | None]:
+    def _teacher(
+        self, spec: CellSpec, data: ImageData, task: dict[str, Any], device: torch.device
+    ) -> tuple[TeacherFile | None, Teacher | None]:
         if spec.teacher is None:
             return None, None
         folder = Path(task["teacher_folder"])
-        file = (trained(folder) if spec.teacher.weights is None else
-                measured(spec.teacher, folder, task["download"], spec.data, data, device))
+        file = (
+            trained(folder)
+            if spec.teacher.weights is None
+            else measured(spec.teacher, folder, task["download"], spec.data, data, device)
+        )
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
         return file, load_teacher(spec.teacher, spec.data, file.file, device)
 
 
-def _seat(spec: CellSpec, folder: Path, batches: Batches, data: ImageData, teacher: Teacher | None,
-          file: TeacherFile | None, task: dict[str, Any], device: torch.device) -> Seat:
+def _seat(
+    spec: CellSpec,
+    folder: Path,
+    batches: Batches,
+    data: ImageData,
+    teacher: Teacher | None,
+    file: TeacherFile | None,
+    task: dict[str, Any],
+    device: torch.device,
+) -> Seat:
     """A cell's place in a cohort, from its checkpoint if there is one."""
     own = teacher if spec.teacher is not None else None
-    key = {"identity": spec.identity(), "data": data.fingerprint, "threads": task["threads"], "device": device.type,
-           "teacher": file.sha256 if file and own else None}
+    key = {
+        "identity": spec.identity(),
+        "data": data.fingerprint,
+        "threads": task["threads"],
+        "device": device.type,
+        "teacher": file.sha256 if file and own else None,
+    }
     member = Member(spec, batches, own, device)
     state = checkpoint.load(folder, key)
     if state is not None:

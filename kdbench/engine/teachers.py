@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdbench.cards import Weights
 from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.evaluation import SLICE
 from kdbench.engine.member import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
-from kdbench.recipe.schema import DataSpec, TeacherSpec, Weights
+from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData
 
 # A card's accuracy is exact; other hardware may round a few images to the other side.
@@ -39,20 +40,27 @@ def locate(weights: Weights, download: bool) -> Path:
     if file is None:
         if weights.url is None or not download:
             tried = ", ".join(str(folder) for folder in weight_folders())
-            raise UserError(f"there is no weight file '{weights.file}'",
-                            hint=f"looked in {tried}; put it there, set KDBENCH_WEIGHTS, or allow the download"
-                            + (f" of {weights.url}" if weights.url else ""))
+            raise UserError(
+                f"there is no weight file '{weights.file}'",
+                hint=f"looked in {tried}; put it there, set KDBENCH_WEIGHTS, or allow the download"
+                + (f" of {weights.url}" if weights.url else ""),
+            )
         file = home() / "weights" / weights.file
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=weights.sha256, progress=False)
         except (OSError, RuntimeError) as error:
             tried = ", ".join(str(folder) for folder in weight_folders())
-            raise UserError(f"the weights could not be downloaded from {weights.url}: {error}",
-                            hint=f"get '{weights.file}' by hand and put it into one of: {tried}") from None
+            raise UserError(
+                f"the weights could not be downloaded from {weights.url}: {error}",
+                hint=f"get '{weights.file}' by hand and put it into one of: {tried}",
+            ) from None
     if sha256_of(file) != weights.sha256:
-        raise UserError(f"the weight file has another sha256 than its card says ({weights.sha256[:12]}…)",
-                        where=str(file), hint="it is damaged or another file: replace it")
+        raise UserError(
+            f"the weight file has another sha256 than its card says ({weights.sha256[:12]}…)",
+            where=str(file),
+            hint="it is damaged or another file: replace it",
+        )
     return file
 
 
@@ -69,14 +77,19 @@ def load_teacher(spec: TeacherSpec, data: DataSpec, file: Path, device: torch.de
     return Teacher(extractor, Normalizer(spec.normalization, device), shapes)
 
 
-def measured(spec: TeacherSpec, folder: Path, download: bool, data_spec: DataSpec, data: ImageData,
-             device: torch.device) -> TeacherFile:
+def measured(
+    spec: TeacherSpec, folder: Path, download: bool, data_spec: DataSpec, data: ImageData, device: torch.device
+) -> TeacherFile:
     """A teacher of given weights with its accuracy on the test part, measured once and kept beside the runs."""
     assert spec.weights is not None
     file = locate(spec.weights, download)
     kept = folder / "teacher.json"
-    key = {"sha256": spec.weights.sha256, "data": data.fingerprint, "model": spec.model.model_dump(mode="json"),
-           "normalization": spec.normalization.model_dump(mode="json")}
+    key = {
+        "sha256": spec.weights.sha256,
+        "data": data.fingerprint,
+        "model": spec.model.model_dump(mode="json"),
+        "normalization": spec.normalization.model_dump(mode="json"),
+    }
     found = _read(kept)
     if found is None or any(found.get(name) != value for name, value in key.items()):
         accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), data, device)
@@ -84,8 +97,11 @@ def measured(spec: TeacherSpec, folder: Path, download: bool, data_spec: DataSpe
     else:
         accuracy = found["accuracy"]
     if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TOLERANCE:
-        raise UserError(f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
-                        where=str(file), hint="check the data, the model's options and the normalization")
+        raise UserError(
+            f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
+            where=str(file),
+            hint="check the data, the model's options and the normalization",
+        )
     return TeacherFile(file, spec.weights.sha256, accuracy)
 
 
@@ -104,9 +120,9 @@ def accuracy_of(teacher: Teacher, data: ImageData, device: torch.device) -> floa
     right = 0
     size = SLICE[device.type]
     for start in range(0, len(data.test_labels), size):
-        images = data.test_images[start:start + size].to(device)
+        images = data.test_images[start : start + size].to(device)
         logits = teacher(images, ["logits"])["logits"]
-        right += int((logits.argmax(dim=1).cpu() == data.test_labels[start:start + size]).sum())
+        right += int((logits.argmax(dim=1).cpu() == data.test_labels[start : start + size]).sum())
     return round(100 * right / len(data.test_labels), 4)
 
 

@@ -44,7 +44,7 @@ class Timeline:
 
 
 def batches_per_epoch(images: int, batch_size: int, last_batch: str) -> int:
-    """Batches of one pass over the training set. A set smaller than a batch is one batch, whatever `last_batch` says."""
+    """Batches of one pass over the training set. A set smaller than a batch is one batch in any case."""
     full = images // batch_size
     return max(full, 1) if last_batch == "drop" else max(math.ceil(images / batch_size), 1)
 
@@ -80,7 +80,11 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     if spec.evaluations == "epoch":
         points = set(range(per_epoch, total + 1, per_epoch))
     else:
-        points = {round(i * total / spec.evaluations) for i in range(1, max(spec.evaluations, 1) + 1)} if spec.evaluations else set()
+        points = (
+            {round(i * total / spec.evaluations) for i in range(1, max(spec.evaluations, 1) + 1)}
+            if spec.evaluations
+            else set()
+        )
     points |= {span.stop for span in spans}
     points.discard(0)
     return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))

@@ -51,13 +51,21 @@ class Worker:
                 desk.carry_out(task)
                 self.emit(event="done", task=task["id"])
             except UserError as error:
-                self.emit(event="failed", task=task["id"], message=str(error),
-                          user={"what": error.what, "where": error.where, "hint": error.hint})
+                self.emit(
+                    event="failed",
+                    task=task["id"],
+                    message=str(error),
+                    user={"what": error.what, "where": error.where, "hint": error.hint},
+                )
             except CellError as error:
                 self.emit(event="failed", task=task["id"], message=str(error))
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
-                self.emit(event="failed", task=task["id"], message=f"{type(error).__name__}: {error}",
-                          trace=traceback.format_exc())
+                self.emit(
+                    event="failed",
+                    task=task["id"],
+                    message=f"{type(error).__name__}: {error}",
+                    trace=traceback.format_exc(),
+                )
 
     def _listen(self) -> None:
         for line in self.tasks:

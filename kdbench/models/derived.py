@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, in
     """
     calls, logits = _trace(model, model_name, image_shape)
     last = {call.path: call for call in calls}
-    stages = _declared_stages(model, last) or _stages_by_resolution(calls)
+    stages = _declared_stages(model, calls)
+    if stages is None:
+        stages = _stages_by_resolution(calls)
     if not stages:
         raise UserError(f"no stages could be found in model '{model_name}'",
                         hint="name its hook points in the recipe, under the model's 'hooks'")
@@ -87,14 +90,25 @@ def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int])
                     hint="choose another model, or a data set with larger images")
 
 
-def _declared_stages(model: nn.Module, last: dict[str, _Call]) -> list[str]:
+def _declared_stages(model: nn.Module, calls: list[_Call]) -> list[str] | None:
+    """Stages by `feature_info`, without such as only pool. None where the network declares none."""
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
-    if not isinstance(entries, list | tuple):
-        return []
-    paths = [str(entry.get("module")) for entry in entries if isinstance(entry, dict)]
-    paths = [path for path in paths if path in last and not _NO_STAGE.search(type(last[path].module).__name__)]
-    return paths if all(isinstance(last[path].output, Tensor) for path in paths) else []
+    if not isinstance(entries, list | tuple) or not entries:
+        return None
+    last = {call.path: call for call in calls}
+    stages = []
+    for entry in entries:
+        call = last.get(str(entry.get("module")))
+        if call is None or not isinstance(call.output, Tensor):
+            return []
+        if isinstance(call.module, nn.Identity):
+            # Declared for the sake of other variants of the family: the stage is the module before it.
+            same = [c for c in calls if c.output is call.output and not isinstance(c.module, nn.Identity)]
+            call = same[-1] if same else call
+        if not _NO_STAGE.search(type(call.module).__name__):
+            stages.append(call.path)
+    return stages
 
 
 def _stages_by_resolution(calls: list[_Call]) -> list[str]:
@@ -127,9 +141,9 @@ def _resolution(call: _Call) -> tuple[str, int] | None:
 
 
 def _split_stem(stages: list[str]) -> tuple[str | None, list[str]]:
-    """What comes before the first of the stages that are called alike is the stem: act1 | layer1 … layer4."""
-    kinds = [re.split(r"\d", path, maxsplit=1)[0] for path in stages]
-    first = kinds.index(Counter(kinds).most_common(1)[0][0])
+    """What comes before the longest run of stages that are called alike is the stem: act1 | layer1 … layer4."""
+    runs = [list(run) for _, run in groupby(stages, key=lambda path: re.split(r"\d", path, maxsplit=1)[0])]
+    first = stages.index(max(runs, key=len)[0])
     return (stages[first - 1] if first else None), stages[first:]
 
 
@@ -146,7 +160,8 @@ def _final_relu(stage: str, last: dict[str, _Call]) -> str | None:
 def _classifier(calls: list[_Call], logits: object) -> str | None:
     """The last module with weights of its own, if what it gives is what the network returns."""
     for call in reversed(calls):
-        if any(True for _ in call.module.parameters(recurse=False)):
+        # Not the network itself, which may have parameters too (a class token).
+        if call.path and any(True for _ in call.module.parameters(recurse=False)):
             gives = call.output
             same = gives is logits or (isinstance(call.module, nn.Conv2d) and isinstance(logits, Tensor)
                                        and gives.numel() == logits.numel())

@@ -42,8 +42,11 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
         known = registry.settable(card.target, card)
         for option in getattr(card, "args", {}):
             if option not in known:
-                raise UserError(f"unknown key '{option}' in 'args'", where=tree.origin(("args", option)),
-                                hint=did_you_mean(option, known))
+                raise UserError(
+                    f"unknown key '{option}' in 'args'",
+                    where=tree.origin(("args", option)),
+                    hint=did_you_mean(option, known),
+                )
 
 
 def _check_parameter(card: MethodCard, name: str, path: str, registry: Registry, where: str) -> None:
@@ -57,5 +60,6 @@ def _check_parameter(card: MethodCard, name: str, path: str, registry: Registry,
             known = [*TermCard.model_fields, *registry.settable(loss.target, loss)]
             parts = parts[2:]
     if len(parts) < 3 or parts[2] not in known:
-        raise UserError(f"the parameter '{name}' points to nothing: {path}", where=where,
-                        hint=did_you_mean(parts[-1], known))
+        raise UserError(
+            f"the parameter '{name}' points to nothing: {path}", where=where, hint=did_you_mean(parts[-1], known)
+        )

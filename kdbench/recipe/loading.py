@@ -30,8 +30,10 @@ def find(recipe: str, base: Path | None = None) -> Path:
             return file
     if recipe.endswith((".yaml", ".yml")):
         name = Path(recipe).stem
-        raise UserError(f"there is no recipe file '{recipe}'",
-                        hint=f"shipped recipes: {did_you_mean(name, recipe_names())} ('kdbench ls recipes')")
+        raise UserError(
+            f"there is no recipe file '{recipe}'",
+            hint=f"shipped recipes: {did_you_mean(name, recipe_names())} ('kdbench ls recipes')",
+        )
     raise UserError(f"there is no recipe '{recipe}'", hint=did_you_mean(recipe, recipe_names()))
 
 

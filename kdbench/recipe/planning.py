@@ -70,17 +70,26 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
             axes = {path: value for path, value in variant.axes.items() if not _is_foreign(path, foreign)}
             cells.setdefault(spec.identity(), PlannedCell(spec, axes, order))
     for key, where in unused.items():
-        raise UserError(f"no method of this comparison has '{key}'", where=where,
-                        hint=did_you_mean(key, _parameters(cells.values(), registry)))
+        raise UserError(
+            f"no method of this comparison has '{key}'",
+            where=where,
+            hint=did_you_mean(key, _parameters(cells.values(), registry)),
+        )
     for path in base.compare:
         if all(path not in cell.axes for cell in cells.values()):
             last = path.removeprefix("method.")
-            raise UserError(f"no method of this comparison has '{last}'", where=tree.origin(("compare", path)),
-                            hint=did_you_mean(last, _parameters(cells.values(), registry)))
+            raise UserError(
+                f"no method of this comparison has '{last}'",
+                where=tree.origin(("compare", path)),
+                hint=did_you_mean(last, _parameters(cells.values(), registry)),
+            )
     methods = list(dict.fromkeys(cell.spec.method.name for cell in cells.values()))
     if base.baseline is not None and base.baseline not in methods:
-        raise UserError(f"the baseline '{base.baseline}' is not among the methods", where=tree.origin(("baseline",)),
-                        hint=did_you_mean(base.baseline, methods))
+        raise UserError(
+            f"the baseline '{base.baseline}' is not among the methods",
+            where=tree.origin(("baseline",)),
+            hint=did_you_mean(base.baseline, methods),
+        )
     name = Path(str(recipe)).stem if not isinstance(recipe, dict) else "recipe"
     return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data)
 
@@ -95,8 +104,9 @@ def _combinations(base: Recipe, tree: Tree) -> list[dict[str, Any]]:
         if not values:
             raise UserError(f"'compare.{path}' has no values", where=where)
     if "method" not in base.compare and "name" not in base.method:
-        raise UserError("no method is named", where=tree.origin(()),
-                        hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'")
+        raise UserError(
+            "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
+        )
     return [dict(zip(base.compare, values, strict=True)) for values in itertools.product(*base.compare.values())]
 
 
@@ -134,8 +144,11 @@ def _parameters(cells: Iterable[PlannedCell], registry: Registry) -> set[str]:
 
 
 def _is_foreign(path: str, foreign: set[str]) -> bool:
-    return path.split(".")[0] in foreign or path in foreign or (
-        path.startswith("method.") and path.split(".")[1] in foreign)
+    return (
+        path.split(".")[0] in foreign
+        or path in foreign
+        or (path.startswith("method.") and path.split(".")[1] in foreign)
+    )
 
 
 def _name(value: Any) -> str:

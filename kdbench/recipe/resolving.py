@@ -54,17 +54,25 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
     data = _data(recipe, tree, registry)
     card, protocol_tree = _protocol(recipe, tree, registry)
     protocol = ProtocolSpec(
-        name=recipe.protocol["name"], batch_size=card.batch_size, last_batch=card.last_batch,
-        augmentation=card.augmentation, normalization=card.normalization or data.normalization,
-        epochs=card.epochs, steps=card.steps)
+        name=recipe.protocol["name"],
+        batch_size=card.batch_size,
+        last_batch=card.last_batch,
+        augmentation=card.augmentation,
+        normalization=card.normalization or data.normalization,
+        epochs=card.epochs,
+        steps=card.steps,
+    )
     _check_channels(protocol.normalization, data, tree.origin(("protocol",)))
     method, foreign = resolve_method(variant, card, protocol_tree, registry)
     student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
     teacher = None
     if _needs_teacher(method):
         if recipe.teacher is None:
-            raise UserError(f"the method '{method.name}' needs a teacher", where=tree.origin(()),
-                            hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')")
+            raise UserError(
+                f"the method '{method.name}' needs a teacher",
+                where=tree.origin(()),
+                hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')",
+            )
         teacher = teacher_spec(tree, registry)
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
     else:
@@ -76,8 +84,16 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
                 _check_point(term.student, student, place)
             if teacher is not None and "teacher" in term.loss.inputs:
                 _check_point(term.teacher, teacher.model, place)
-    return CellSpec(data=data, teacher=teacher, student=student, method=method, protocol=protocol, seed=seed,
-                    evaluations=recipe.evaluations, precision=recipe.precision), foreign
+    return CellSpec(
+        data=data,
+        teacher=teacher,
+        student=student,
+        method=method,
+        protocol=protocol,
+        seed=seed,
+        evaluations=recipe.evaluations,
+        precision=recipe.precision,
+    ), foreign
 
 
 def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
@@ -85,9 +101,21 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
     where = tree.origin(("data",))
     card = registry.card("datasets", choice.name, where)
     return DataSpec(
-        name=choice.name, target=card.target, options=card.args, classes=card.classes, channels=card.channels,
-        image_size=card.image_size, train=card.train, test=card.test, normalization=card.normalization, fraction=choice.fraction,
-        per_class=choice.per_class, validation=choice.validation, split_seed=choice.split_seed, root=choice.root)
+        name=choice.name,
+        target=card.target,
+        options=card.args,
+        classes=card.classes,
+        channels=card.channels,
+        image_size=card.image_size,
+        train=card.train,
+        test=card.test,
+        normalization=card.normalization,
+        fraction=choice.fraction,
+        per_class=choice.per_class,
+        validation=choice.validation,
+        split_seed=choice.split_seed,
+        root=choice.root,
+    )
 
 
 def _protocol(recipe: Recipe, tree: Tree, registry: Registry) -> tuple[ProtocolCard, Tree]:
@@ -107,8 +135,9 @@ def _protocol(recipe: Recipe, tree: Tree, registry: Registry) -> tuple[ProtocolC
     return validated(ProtocolCard, merged, f"protocol '{name}'"), merged
 
 
-def resolve_method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree,
-            registry: Registry) -> tuple[MethodSpec, set[str]]:
+def resolve_method(
+    variant: Variant, protocol: ProtocolCard, protocol_tree: Tree, registry: Registry
+) -> tuple[MethodSpec, set[str]]:
     """The resolved method, and the shared keys that it does not have."""
     given = variant.tree.at("method")
     name = given.data["name"]
@@ -121,17 +150,22 @@ def resolve_method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree
         if key in short:
             target = tuple(short[key].split("."))
             if not _exists(tree.data, target[:-1]):
-                raise UserError(f"method '{name}': the parameter '{key}' points to nothing: {short[key]}",
-                                where=tree.origin(("parameters", key)))
+                raise UserError(
+                    f"method '{name}': the parameter '{key}' points to nothing: {short[key]}",
+                    where=tree.origin(("parameters", key)),
+                )
             tree = tree.put(target, Tree.of(value, origin))
             if f"method.{key}" in variant.axes:
                 label = f"{label}, {key} {value}"
         elif key == "stages" and isinstance(value, dict):
-            stages = written_out(given.at("stages"))
-            known, absent = _applicable(stages, tree.data["stages"])
+            changes = written_out(given.at("stages"))
+            known, absent = _applicable(changes, tree.data["stages"])
             if absent and key not in variant.shared:
-                raise UserError(f"method '{name}' has no {absent[0]}", where=stages.origin(absent[1]),
-                                hint=did_you_mean(str(absent[1][-1]), absent[2]))
+                raise UserError(
+                    f"method '{name}' has no {absent[0]}",
+                    where=changes.origin(absent[1]),
+                    hint=did_you_mean(str(absent[1][-1]), absent[2]),
+                )
             if known.data:
                 tree = tree.put(("stages",), known)
             else:
@@ -139,14 +173,22 @@ def resolve_method(variant: Variant, protocol: ProtocolCard, protocol_tree: Tree
         elif key in variant.shared:
             foreign.add(key)
         elif key not in _METHOD_KEYS:
-            raise UserError(f"unknown key '{key}' for method '{name}'", where=origin,
-                            hint=did_you_mean(key, [*short, "stages", "label"]))
+            raise UserError(
+                f"unknown key '{key}' for method '{name}'",
+                where=origin,
+                hint=did_you_mean(key, [*short, "stages", "label"]),
+            )
     card = validated(MethodCard, written_out(tree), f"method '{name}'")
-    defaults = {"optimizer": (protocol.optimizer, protocol_tree.at("optimizer")),
-                "schedule": (protocol.schedule, protocol_tree.at("schedule"))}
-    stages = {stage_name: _stage(stage, tree.at("stages", stage_name), defaults, registry,
-                                 f"stage '{stage_name}' of method '{name}'")
-              for stage_name, stage in card.stages.items()}
+    defaults = {
+        "optimizer": (protocol.optimizer, protocol_tree.at("optimizer")),
+        "schedule": (protocol.schedule, protocol_tree.at("schedule")),
+    }
+    stages = {
+        stage_name: _stage(
+            stage, tree.at("stages", stage_name), defaults, registry, f"stage '{stage_name}' of method '{name}'"
+        )
+        for stage_name, stage in card.stages.items()
+    }
     _check_shares(stages, tree, name)
     return MethodSpec(name=name, label=label, stages=stages), foreign
 
@@ -178,8 +220,9 @@ def _applicable(over: Tree, stages: dict[str, Any]) -> tuple[Tree, tuple[str, tu
     return Tree(known, over.origins), absent
 
 
-def _stage(card: StageCard, tree: Tree, defaults: dict[str, tuple[Named, Tree]], registry: Registry,
-           what: str) -> StageSpec:
+def _stage(
+    card: StageCard, tree: Tree, defaults: dict[str, tuple[Named, Tree]], registry: Registry, what: str
+) -> StageSpec:
     if not card.losses:
         raise UserError(f"{what} has no losses", where=tree.origin(()))
     resolved = {}
@@ -193,32 +236,56 @@ def _stage(card: StageCard, tree: Tree, defaults: dict[str, tuple[Named, Tree]],
             resolved[kind] = _named(f"{kind}s", merged, origin.merged(tree.at(kind)), registry)
         else:
             resolved[kind] = _named(f"{kind}s", own, tree.at(kind), registry)
-    losses = {name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
-              for name, term in card.losses.items()}
+    losses = {
+        name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
+        for name, term in card.losses.items()
+    }
     return StageSpec(
-        share=share(card.share) if card.share else None, extra_epochs=card.extra_epochs, trains=card.trains,
-        losses=losses, modes=card.modes, optimizer=resolved["optimizer"], schedule=resolved["schedule"])
+        share=share(card.share) if card.share else None,
+        extra_epochs=card.extra_epochs,
+        trains=card.trains,
+        losses=losses,
+        modes=card.modes,
+        optimizer=resolved["optimizer"],
+        schedule=resolved["schedule"],
+    )
 
 
 def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
     loss = registry.card("losses", term.loss, tree.origin(("loss",)))
     own_keys = tuple(TermCard.model_fields)
-    options = check_options(loss.target, term.options, registry.settable(loss.target, loss),
-                            lambda key: tree.origin((key,) if key else ()), what, own_keys)
+    options = check_options(
+        loss.target,
+        term.options,
+        registry.settable(loss.target, loss),
+        lambda key: tree.origin((key,) if key else ()),
+        what,
+        own_keys,
+    )
     if term.hook is not None and (term.student or term.teacher):
-        raise UserError(f"{what}: 'hook' means both networks; beside it 'student' and 'teacher' say it twice",
-                        where=tree.origin(("hook",)), hint="keep either 'hook', or 'student' and 'teacher'")
+        raise UserError(
+            f"{what}: 'hook' means both networks; beside it 'student' and 'teacher' say it twice",
+            where=tree.origin(("hook",)),
+            hint="keep either 'hook', or 'student' and 'teacher'",
+        )
     connector = schedule = None
     if term.connector is not None:
         if not {"student", "teacher"} <= set(loss.inputs):
-            raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
+            raise UserError(
+                f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",))
+            )
         connector = _named("connectors", term.connector, tree.at("connector"), registry)
     if term.weight_schedule is not None:
         schedule = _named("schedules", term.weight_schedule, tree.at("weight_schedule"), registry)
     return TermSpec(
         loss=LossSpec(name=term.loss, target=loss.target, options=options, inputs=loss.inputs, metrics=loss.metrics),
-        student=term.hook or term.student or "logits", teacher=term.hook or term.teacher or "logits",
-        connector=connector, weight=term.weight, weight_schedule=schedule, layer_weights=term.layer_weights)
+        student=term.hook or term.student or "logits",
+        teacher=term.hook or term.teacher or "logits",
+        connector=connector,
+        weight=term.weight,
+        weight_schedule=schedule,
+        layer_weights=term.layer_weights,
+    )
 
 
 def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpec:
@@ -235,18 +302,21 @@ def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpe
     return TargetSpec(name=named.name, target=target, options=options)
 
 
-def model_spec(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None,
-           weights: str | None = None) -> ModelSpec:
+def model_spec(
+    tree: Tree, registry: Registry, hooks: dict[str, str] | None = None, weights: str | None = None
+) -> ModelSpec:
     name = tree.data["name"]
-    target, options = registry.options("models", name, tree, ignore=("name", "hooks", "weights"),
-                                       also_known=("hooks", "weights"))
+    target, options = registry.options(
+        "models", name, tree, ignore=("name", "hooks", "weights"), also_known=("hooks", "weights")
+    )
     card = registry.card("models", name)
-    points = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
+    points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
     sha256 = None
     if weights is not None:
         sha256 = _file_hash(_existing(weights, tree.origin(("weights",))))
-    return ModelSpec(name=name, target=target, options=options, hooks=hooks or points, weights=weights,
-                     weights_sha256=sha256)
+    return ModelSpec(
+        name=name, target=target, options=options, hooks=hooks or points, weights=weights, weights_sha256=sha256
+    )
 
 
 def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True) -> TeacherSpec:
@@ -260,24 +330,35 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
     card_tree = registry.tree("teachers", name)
     data = tree.data["data"]["name"]
     if _classes(card.data.name, registry) != _classes(data, registry):
-        raise UserError(f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'", where=where,
-                        hint="choose a teacher of this data ('kdbench ls teachers')")
+        raise UserError(
+            f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'",
+            where=where,
+            hint="choose a teacher of this data ('kdbench ls teachers')",
+        )
     model = model_spec(card_tree.at("model"), registry)
     normalization = card.normalization or registry.card("datasets", card.data.name).normalization
     trained_by = None
     if card.recipe is not None:
         origin = card_tree.origin(("recipe",))
         beside = Path(origin.rpartition(":")[0]).parent / card.recipe
-        trained_by = _training_of(str(beside) if beside.is_file() else card.recipe, origin, registry,
-                                  data_root=tree.data["data"].get("root"))
+        trained_by = _training_of(
+            str(beside) if beside.is_file() else card.recipe, origin, registry, data_root=tree.data["data"].get("root")
+        )
         if trained_by.student.name != model.name or trained_by.student.options != model.options:
-            raise UserError(f"teacher '{name}': its recipe trains '{trained_by.student.name}', not '{model.name}'",
-                            where=origin)
+            raise UserError(
+                f"teacher '{name}': its recipe trains '{trained_by.student.name}', not '{model.name}'", where=origin
+            )
         normalization = card.normalization or trained_by.protocol.normalization
     elif card.weights is not None and card.weights.url is None and weights_must_exist:
         _existing(card.weights.file, where)
-    return TeacherSpec(name=name, model=model, normalization=normalization, weights=card.weights,
-                       trained_by=trained_by, accuracy=card.accuracy)
+    return TeacherSpec(
+        name=name,
+        model=model,
+        normalization=normalization,
+        weights=card.weights,
+        trained_by=trained_by,
+        accuracy=card.accuracy,
+    )
 
 
 def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
@@ -289,8 +370,9 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     weights = {"file": str(file), "sha256": digest}
     normalization = choice.normalization or registry.card("datasets", tree.data["data"]["name"]).normalization
     model = model_spec(given.at("model"), registry)
-    return TeacherSpec.model_validate({"name": file.stem, "model": model, "normalization": normalization,
-                                       "weights": weights})
+    return TeacherSpec.model_validate(
+        {"name": file.stem, "model": model, "normalization": normalization, "weights": weights}
+    )
 
 
 @functools.cache
@@ -309,8 +391,11 @@ def _existing(weights: str, where: str) -> Path:
     file = find_weights(weights)
     if file is None:
         tried = ", ".join(str(folder) for folder in weight_folders())
-        raise UserError(f"there is no weight file '{weights}'", where=where,
-                        hint=f"tried it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it")
+        raise UserError(
+            f"there is no weight file '{weights}'",
+            where=where,
+            hint=f"tried it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it",
+        )
     return file
 
 
@@ -334,14 +419,18 @@ def _check_point(point: str, model: ModelSpec, place: str) -> None:
         return
     groups = {"layers", "layers.preact"}
     if point not in {*model.hooks, *groups}:
-        raise UserError(f"{place}: '{model.name}' has no hook point '{point}'",
-                        hint=did_you_mean(point, [*model.hooks, *groups, "logits"]))
+        raise UserError(
+            f"{place}: '{model.name}' has no hook point '{point}'",
+            hint=did_you_mean(point, [*model.hooks, *groups, "logits"]),
+        )
 
 
 def _check_channels(normalization: Any, data: DataSpec, where: str) -> None:
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
-        raise UserError(f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of "
-                        f"'{data.name}'", where=where)
+        raise UserError(
+            f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'",
+            where=where,
+        )
 
 
 def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:
@@ -350,13 +439,21 @@ def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:
     total = sum(stage.share or 0.0 for stage in stages.values())
     where = tree.origin(("stages",))
     if both:
-        raise UserError(f"method '{name}', stage '{both[0]}': 'share' and 'extra_epochs' exclude each other", where=where)
+        raise UserError(
+            f"method '{name}', stage '{both[0]}': 'share' and 'extra_epochs' exclude each other", where=where
+        )
     if len(rest) > 1:
-        raise UserError(f"method '{name}': the stages {rest} all lack a share", where=where,
-                        hint="exactly one stage may leave it out and take the rest")
+        raise UserError(
+            f"method '{name}': the stages {rest} all lack a share",
+            where=where,
+            hint="exactly one stage may leave it out and take the rest",
+        )
     if total > 1 + 1e-9 or (rest and total >= 1) or (not rest and abs(total - 1) > 1e-9):
-        raise UserError(f"method '{name}': the shares of its stages sum to {total:.0%}", where=where,
-                        hint="they sum to 100 %; one stage may leave its share out and take the rest")
+        raise UserError(
+            f"method '{name}': the shares of its stages sum to {total:.0%}",
+            where=where,
+            hint="they sum to 100 %; one stage may leave its share out and take the rest",
+        )
 
 
 def _exists(data: Any, path: tuple[str, ...]) -> bool:
@@ -365,5 +462,3 @@ def _exists(data: Any, path: tuple[str, ...]) -> bool:
             return False
         data = data[key]
     return isinstance(data, dict)
-
-

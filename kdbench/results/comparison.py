@@ -124,7 +124,8 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 def _order(record: Record) -> tuple[Any, ...]:
     cell = record.cell
     return (record.recipe, cell.order if cell.order is not None else 0, cell.label, cell.method,
-            json.dumps(cell.axes, sort_keys=True), cell.seed, record.identity, record.result.test.last, str(record.folder), json.dumps(record.plain(), sort_keys=True))
+            json.dumps(cell.axes, sort_keys=True), cell.seed, record.identity, record.result.test.last,
+            str(record.folder), json.dumps(record.plain(), sort_keys=True))
 
 
 def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:

@@ -31,6 +31,8 @@ LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2
 MARKER_SIZES = {"*": 8.5, "P": 6.5, "X": 6.5}
 MARKS_ON_CURVE = 7
 ACROSS = 3
+# A method this many times farther below the median than the best is above it is left out of the enlarged panel.
+FAR_BELOW = 3.0
 DPI = 160
 
 # Epochs and, for each seed, the values at them.
@@ -64,8 +66,8 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
             whole.set_ylabel("test accuracy (%)")
             name = f"{column.label}: " if comparison.axes else ""
             whole.set_title(f"{name}whole run")
-            end.set_title(f"{name}last quarter")
-            _zoom(end, list(by_row.values()))
+            below = _zoom(end, by_row)
+            end.set_title(f"{name}last quarter" + (f" (below: {', '.join(below)})" if below else ""))
         _legend(figure, comparison, axes)
         return _save(figure, file)
 
@@ -211,22 +213,27 @@ def _draw(axis: Axes, curve: Curve, look: tuple[str, str, Any], label: str) -> N
               markersize=MARKER_SIZES.get(marker, 5), label=label)
 
 
-def _zoom(axis: Axes, curves: Sequence[Curve]) -> None:
-    """Show the last quarter of the epochs and the values in it, bands included."""
+def _zoom(axis: Axes, curves: Mapping[Row, Curve]) -> list[str]:
+    """Show the last quarter of the epochs and the values in it, bands included. Methods that end far below most others
+    are left out, or the others could not be told apart; returns their labels."""
     if not curves:
-        return
-    end = max(epochs[-1] for epochs, _ in curves)
-    begin = min(0.75 * end, *(epochs[max(0, len(epochs) - 2)] for epochs, _ in curves))
+        return []
+    end = max(epochs[-1] for epochs, _ in curves.values())
+    begin = min(0.75 * end, *(epochs[max(0, len(epochs) - 2)] for epochs, _ in curves.values()))
     low, high = [], []
-    for epochs, values in curves:
+    for epochs, values in curves.values():
         late = values[:, epochs >= begin]
-        if late.size:
-            deviation = late.std(axis=0, ddof=1) if len(late) > 1 else 0
-            low.append((late.mean(axis=0) - deviation).min())
-            high.append((late.mean(axis=0) + deviation).max())
-    room = max(0.06 * (max(high) - min(low)), 0.05)
-    axis.set_xlim(begin - 0.02 * (end - begin), end + 0.02 * (end - begin))
-    axis.set_ylim(min(low) - room, max(high) + room)
+        deviation = late.std(axis=0, ddof=1) if len(late) > 1 else 0
+        low.append((late.mean(axis=0) - deviation).min())
+        high.append((late.mean(axis=0) + deviation).max())
+    final = {row: float(values[:, -1].mean()) for row, (_, values) in curves.items()}
+    middle = float(np.median(list(final.values())))
+    bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle))
+    room = max(0.06 * (max(high) - bottom), 0.05)
+    beside = 0.01 * end
+    axis.set_xlim(begin - beside, end + beside)
+    axis.set_ylim(bottom - room, max(high) + room)
+    return [row.label for row, value in final.items() if value < bottom - room]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from kdbench.results.tables import Note, Table, flat
 
 # What an article's page holds: ems of its \small and \footnotesize across, and lines of \small down beside the caption.
 TEXT_WIDTH = 37.5
-SMALLER_WIDTH = 42.0
+SMALLER_WIDTH = 40.5
 PAGE_LINES = 46
 PAGE_ROWS = 36
 # Entries of the first column are broken at this many ems, titles of the others at this many characters.
@@ -95,7 +95,7 @@ def latex(table: Table) -> str:
         caption = blocks[0].caption
         continued = " (continued)" if number and caption == floats[number - 1][-1].caption else ""
         shown = escape(f"{title}. {caption}{continued}.")
-        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{4pt}", f"\\caption{{{shown}}}",
+        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{shown}}}",
                   f"\\label{{tab:{slug}{f'-{number}' if number else ''}}}"]
         for i, block in enumerate(blocks):
             if i and block.caption not in (blocks[i - 1].caption, caption):
@@ -191,7 +191,7 @@ def _pages(grid: Grid) -> Iterable[Grid]:
     blocks = sorted({0, *grid.rules, len(grid.rows)})
     pieces: list[list[int]] = [[]]
     for begin, end in itertools.pairwise(blocks):
-        if pieces[-1] and len(pieces[-1]) + end - begin > PAGE_ROWS:
+        if pieces[-1] and end - begin <= PAGE_ROWS < len(pieces[-1]) + end - begin:
             pieces.append([])
         for row in range(begin, end):
             if len(pieces[-1]) >= PAGE_ROWS:
@@ -223,7 +223,7 @@ def _column_width(grid: Grid, i: int) -> float:
                for n, row in enumerate(grid.rows) if n not in grid.headings]
     titles = _header_lines(grid.header[i]) if i else [grid.header[0]]
     width = max([*map(_width, titles), *entries])
-    return (width if i else min(width, FIRST_WIDTH)) + 0.9
+    return (width if i else min(width, FIRST_WIDTH)) + 0.72
 
 
 def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
@@ -237,7 +237,7 @@ def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
 
 def _width(value: str) -> float:
     """Width of a text in ems of Computer Modern, about."""
-    return sum(0.8 if c in "+−±→×mwMW<>%" else 0.7 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5
+    return sum(0.8 if c in "+−±→×mw<>%" else 0.76 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5
                for c in value)
 
 
@@ -275,7 +275,8 @@ def _tabular(grid: Grid, size: str) -> list[str]:
         else:
             first = _latex_text(row[0])
             if _width(row[0].text) > FIRST_WIDTH:
-                first = f"\\parbox[t]{{{FIRST_WIDTH * (8 if size else 9):g}pt}}{{\\raggedright\\hangindent1em {first}\\strut}}"
+                width = FIRST_WIDTH * (8 if size else 9)
+                first = f"\\parbox[t]{{{width:g}pt}}{{\\raggedright\\hangindent1em {first}\\strut}}"
             lines.append(" & ".join([first, *map(_latex_text, row[1:])]) + r" \\")
     return [*lines, "\\bottomrule", "\\end{tabular}}"]
 

@@ -36,47 +36,137 @@ def planned(text: str, folder: Path, registry: Registry | None = None) -> None:
 # The mistakes that the leading framework lets pass or reports late and deep, carried over to recipes and cards:
 # (what is done, old text, new text, what the message must hold, line of the mistake).
 MISTAKES = [
-    ("the schedule's key is misspelt", "protocol: digits", "protocol: {name: digits, schedular: {name: cosine}}",
-     "unknown key 'schedular'|schedule", 4),
-    ("a stage's 'trains' is misspelt", "steps: 20", "steps: 20\nmethod: {stages: {classification: {trian: [student]}}}",
-     "unknown key 'trian'|trains", 6),
-    ("frozen parts are misspelt", "steps: 20", "steps: 20\nmethod: {stages: {classification: {mods: {teacher: eval}}}}",
-     "unknown key 'mods'|modes", 6),
-    ("a wrapper that does not exist", "protocol: digits", "protocol: digits\nwrapper: DistributedDataParalel",
-     "unknown key 'wrapper'", 5),
-    ("an optimizer's option is misspelt", "protocol: digits", "protocol: {name: digits, optimizer: {momentun: 0.9}}",
-     "unknown key 'momentun'|momentum", 4),
-    ("a hook key is misspelt", "steps: 20",
-     "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {hok: layer1}}}}}", "unknown key 'hok'|hook", 6),
-    ("the teacher's weights do not exist", "teacher: wrn_16_2_digits",
-     "teacher: {model: wrn_16_2, weights: nowhere.pt}", "no weight file 'nowhere.pt'|KDBENCH_WEIGHTS", 2),
-    ("milestones are one text", "protocol: digits", "protocol: {name: digits, schedule: {at: '60,120'}}",
-     "cannot be '60,120'|list[str]", 4),
-    ("milestones are no shares", "protocol: digits", "protocol: {name: digits, schedule: {at: ['60', '120']}}",
-     "written like '30%'", 4),
-    ("the optimizer of a second stage is misspelt", "steps: 20",
-     "steps: 20\nmethod: {stages: {classification: {optimiser: {lr: 0.01}}}}", "unknown key 'optimiser'|optimizer", 6),
-    ("a temperature is misspelt", "[ce, kd, ab]", "[{name: kd, temprature: 2}]", "unknown key 'temprature'|temperature",
-     7),
-    ("the learning rate is misspelt", "protocol: digits", "protocol: {name: digits, optimizer: {lrr: 0.1}}",
-     "unknown key 'lrr'|lr", 4),
-    ("a weight's key is misspelt", "steps: 20",
-     "steps: 20\nmethod: {stages: {classification: {losses: {kd: {wieght: 0.9}}}}}", "unknown key 'wieght'|weight", 6),
-    ("a number is quoted", "protocol: digits", "protocol: {name: digits, optimizer: {lr: '0.1'}}",
-     "cannot be '0.1'|without quotes", 4),
-    ("the data set is missing", "data: {name: digits, per_class: 10}\n", "", "the key 'data' is missing|add 'data:'", 1),
+    (
+        "the schedule's key is misspelt",
+        "protocol: digits",
+        "protocol: {name: digits, schedular: {name: cosine}}",
+        "unknown key 'schedular'|schedule",
+        4,
+    ),
+    (
+        "a stage's 'trains' is misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {classification: {trian: [student]}}}",
+        "unknown key 'trian'|trains",
+        6,
+    ),
+    (
+        "frozen parts are misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {classification: {mods: {teacher: eval}}}}",
+        "unknown key 'mods'|modes",
+        6,
+    ),
+    (
+        "a wrapper that does not exist",
+        "protocol: digits",
+        "protocol: digits\nwrapper: DistributedDataParalel",
+        "unknown key 'wrapper'",
+        5,
+    ),
+    (
+        "an optimizer's option is misspelt",
+        "protocol: digits",
+        "protocol: {name: digits, optimizer: {momentun: 0.9}}",
+        "unknown key 'momentun'|momentum",
+        4,
+    ),
+    (
+        "a hook key is misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {hok: layer1}}}}}",
+        "unknown key 'hok'|hook",
+        6,
+    ),
+    (
+        "the teacher's weights do not exist",
+        "teacher: wrn_16_2_digits",
+        "teacher: {model: wrn_16_2, weights: nowhere.pt}",
+        "no weight file 'nowhere.pt'|KDBENCH_WEIGHTS",
+        2,
+    ),
+    (
+        "milestones are one text",
+        "protocol: digits",
+        "protocol: {name: digits, schedule: {at: '60,120'}}",
+        "cannot be '60,120'|list[str]",
+        4,
+    ),
+    (
+        "milestones are no shares",
+        "protocol: digits",
+        "protocol: {name: digits, schedule: {at: ['60', '120']}}",
+        "written like '30%'",
+        4,
+    ),
+    (
+        "the optimizer of a second stage is misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {classification: {optimiser: {lr: 0.01}}}}",
+        "unknown key 'optimiser'|optimizer",
+        6,
+    ),
+    (
+        "a temperature is misspelt",
+        "[ce, kd, ab]",
+        "[{name: kd, temprature: 2}]",
+        "unknown key 'temprature'|temperature",
+        7,
+    ),
+    (
+        "the learning rate is misspelt",
+        "protocol: digits",
+        "protocol: {name: digits, optimizer: {lrr: 0.1}}",
+        "unknown key 'lrr'|lr",
+        4,
+    ),
+    (
+        "a weight's key is misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {classification: {losses: {kd: {wieght: 0.9}}}}}",
+        "unknown key 'wieght'|weight",
+        6,
+    ),
+    (
+        "a number is quoted",
+        "protocol: digits",
+        "protocol: {name: digits, optimizer: {lr: '0.1'}}",
+        "cannot be '0.1'|without quotes",
+        4,
+    ),
+    (
+        "the data set is missing",
+        "data: {name: digits, per_class: 10}\n",
+        "",
+        "the key 'data' is missing|add 'data:'",
+        1,
+    ),
     ("the student is missing", "student: wrn_10_1\n", "", "the key 'student' is missing", 1),
     ("the teacher is missing", "teacher: wrn_16_2_digits\n", "", "needs a teacher|add 'teacher:'", 1),
     ("the data set is misspelt", "name: digits", "name: digit", "unknown data set 'digit'|digits", 1),
     ("the data key is misspelt", "data:", "dta:", "unknown key 'dta'|data", 1),
-    ("a hook point does not exist", "steps: 20",
-     "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {hook: layer9}}}}}", "no hook point 'layer9'|layer", 6),
-    ("a loss does not exist", "steps: 20",
-     "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {loss: activation_bundary}}}}}",
-     "unknown loss 'activation_bundary'|activation_boundary", 6),
+    (
+        "a hook point does not exist",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {hook: layer9}}}}}",
+        "no hook point 'layer9'|layer",
+        6,
+    ),
+    (
+        "a loss does not exist",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {loss: activation_bundary}}}}}",
+        "unknown loss 'activation_bundary'|activation_boundary",
+        6,
+    ),
     ("no method is named", "compare:\n  method: [ce, kd, ab]\n", "", "no method is named|method: kd", 1),
-    ("the optimizer does not exist", "protocol: digits", "protocol: {name: digits, optimizer: {name: sdg, lr: 0.1}}",
-     "unknown optimizer 'sdg'|sgd", 4),
+    (
+        "the optimizer does not exist",
+        "protocol: digits",
+        "protocol: {name: digits, optimizer: {name: sdg, lr: 0.1}}",
+        "unknown optimizer 'sdg'|sgd",
+        4,
+    ),
     ("the model is misspelt", "student: wrn_10_1", "student: wrn10_1", "unknown model 'wrn10_1'|wrn_10_1", 3),
     ("the method is misspelt", "[ce, kd, ab]", "[ce, kd, abb]", "unknown method 'abb'|ab", 7),
     ("the budget is of the wrong type", "steps: 20", "steps: many", "'steps' cannot be|number", 5),
@@ -84,19 +174,35 @@ MISTAKES = [
     ("a key stands twice", "steps: 20", "steps: 20\nsteps: 30", "stands twice", 6),
     ("the protocol does not exist", "protocol: digits", "protocol: digit", "unknown protocol 'digit'|digits", 4),
     ("the test set's share is out of range", "per_class: 10", "fraction: 1.5", "less than or equal to 1", 1),
-    ("a compared path does not exist", "compare:", "compare:\n  studnet: [wrn_10_1]", "unknown path 'studnet'|student", 7),
-    ("a compared parameter exists in no method", "compare:", "compare:\n  method.margn: [1.0, 2.0]",
-     "has 'margn'|margin", 7),
+    (
+        "a compared path does not exist",
+        "compare:",
+        "compare:\n  studnet: [wrn_10_1]",
+        "unknown path 'studnet'|student",
+        7,
+    ),
+    (
+        "a compared parameter exists in no method",
+        "compare:",
+        "compare:\n  method.margn: [1.0, 2.0]",
+        "has 'margn'|margin",
+        7,
+    ),
     ("not YAML", "steps: 20", "steps: [20", "not valid YAML", 6),
-    ("an option of the connector is misspelt", "steps: 20",
-     "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {connector: {name: conv1x1_bn, bais: true}}}}}}",
-     "unknown key 'bais'", 6),
+    (
+        "an option of the connector is misspelt",
+        "steps: 20",
+        "steps: 20\nmethod: {stages: {boundaries: {losses: {boundary: {connector: {name: conv1x1_bn, bais: true}}}}}}",
+        "unknown key 'bais'",
+        6,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("what", "old", "new", "expected", "line"), MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistake_is_told_with_file_and_line(
-        what: str, old: str, new: str, expected: str, line: int, tmp_path: Path) -> None:
+    what: str, old: str, new: str, expected: str, line: int, tmp_path: Path
+) -> None:
     planned(RECIPE, tmp_path)
     assert RECIPE.count(old) >= 1
     text = RECIPE.replace(old, new, 1)
@@ -112,8 +218,12 @@ def test_mistake_is_told_with_file_and_line(
 def test_mistake_on_the_command_line_leaves_with_2_before_torch(tmp_path: Path) -> None:
     """Exit code 2, one message, no traceback; and torch, which takes seconds, was not imported for it."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("steps", "step"))
-    code = "import sys; from kdbench.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code, "run", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        "import sys; from kdbench.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "recipe.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: recipe.yaml:5: unknown key 'step'")
     assert "Traceback" not in done.stderr
@@ -155,9 +265,12 @@ def is_defined_here(path: tuple[str | int, ...], kind: str) -> bool:
     return parent in ("parameters", "metrics") or (parent in ("losses", "stages") and kind in ("methods", "recipes"))
 
 
-RECIPES = [(name, path) for name in recipe_names()
-           for path in keys_of(yaml.safe_load((SHARE / "recipes" / f"{name}.yaml").read_text()))
-           if not is_defined_here(path, "recipes")]
+RECIPES = [
+    (name, path)
+    for name in recipe_names()
+    for path in keys_of(yaml.safe_load((SHARE / "recipes" / f"{name}.yaml").read_text()))
+    if not is_defined_here(path, "recipes")
+]
 
 
 @pytest.mark.parametrize(("name", "path"), RECIPES, ids=lambda v: v if isinstance(v, str) else ".".join(map(str, v)))
@@ -170,9 +283,13 @@ def test_every_key_of_every_recipe_misspelt_is_an_error(name: str, path: tuple[s
     assert str(error.value)
 
 
-CARDS = [(kind, str(file.relative_to(SHARE)), path) for kind in KINDS
-         for file in sorted((SHARE / "registry" / kind).glob("*.yaml"))
-         for path in keys_of(yaml.safe_load(file.read_text())) if len(path) > 1 and not is_defined_here(path, kind)]
+CARDS = [
+    (kind, str(file.relative_to(SHARE)), path)
+    for kind in KINDS
+    for file in sorted((SHARE / "registry" / kind).glob("*.yaml"))
+    for path in keys_of(yaml.safe_load(file.read_text()))
+    if len(path) > 1 and not is_defined_here(path, kind)
+]
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +297,12 @@ def registry() -> Registry:
     return Registry()
 
 
-@pytest.mark.parametrize(("kind", "file", "path"), CARDS,
-                         ids=[f"{kind}-{'.'.join(map(str, path))}" for kind, _, path in CARDS])
+@pytest.mark.parametrize(
+    ("kind", "file", "path"), CARDS, ids=[f"{kind}-{'.'.join(map(str, path))}" for kind, _, path in CARDS]
+)
 def test_every_key_of_every_card_misspelt_is_an_error(
-        kind: str, file: str, path: tuple[str, ...], registry: Registry) -> None:
+    kind: str, file: str, path: tuple[str, ...], registry: Registry
+) -> None:
     from kdbench.tree import Tree
 
     data = yaml.safe_load((SHARE / file).read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from synthetic import member_of, shortened, train
+from tiny import member_of, shortened, train
 
 from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
@@ -17,8 +17,9 @@ from kdbench.registry import Registry
 REGISTRY = Registry()
 CARDS = [(kind, name) for kind in KINDS for name in REGISTRY.names(kind)]
 METHODS = REGISTRY.names("methods")
-CELLS = {f"{name}-{cell.slug}": cell.spec for name in recipe_names()
-         for cell in plan(name, REGISTRY, ("seeds=1",)).cells}
+CELLS = {
+    f"{name}-{cell.slug}": cell.spec for name in recipe_names() for cell in plan(name, REGISTRY, ("seeds=1",)).cells
+}
 
 
 @pytest.mark.parametrize(("kind", "name"), CARDS, ids=[f"{kind}-{name}" for kind, name in CARDS])
@@ -29,8 +30,10 @@ def test_card_is_sound(kind: str, name: str) -> None:
 def two_steps_a_stage(spec: CellSpec) -> None:
     stages = len(spec.method.stages)
     spec = shortened(spec, steps=2 * stages)
-    equal = {name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
-             for i, (name, stage) in enumerate(spec.method.stages.items())}
+    equal = {
+        name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
+        for i, (name, stage) in enumerate(spec.method.stages.items())
+    }
     spec = spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal})})
     member, batches, teacher = member_of(spec)
     before = fingerprint(teacher.extractor.model) if teacher else None
@@ -55,7 +58,13 @@ def two_steps_a_stage(spec: CellSpec) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method: str) -> None:
-    recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": method}
+    recipe = {
+        "data": "digits",
+        "teacher": "wrn_16_2_digits",
+        "student": "wrn_10_1",
+        "protocol": "digits",
+        "method": method,
+    }
     two_steps_a_stage(plan(recipe, REGISTRY).cells[0].spec)
 
 

@@ -41,12 +41,26 @@ def test_method_from_a_folder(kdbench: Kdbench, tmp_path: Path) -> None:
     write_method(methods)
     listed = kdbench("ls", "methods", "--registry", methods).stdout
     assert "cosine" in listed
-    kdbench("run", TINY / "recipes" / "tiny.yaml", "compare.method=[ce, cosine]", "steps=6", "evaluations=1",
-            "--registry", methods, "--registry", TINY / "registry", "--jobs", "1")
+    kdbench(
+        "run",
+        TINY / "recipes" / "tiny.yaml",
+        "compare.method=[ce, cosine]",
+        "steps=6",
+        "evaluations=1",
+        "--registry",
+        methods,
+        "--registry",
+        TINY / "registry",
+        "--jobs",
+        "1",
+    )
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "tiny").rglob("record.json")]
     assert {record["cell"]["method"] for record in records} == {"ce", "cosine"}
-    losses = [json.loads(line) for file in (tmp_path / "runs" / "tiny").glob("cosine*/metrics.jsonl")
-              for line in file.read_text().splitlines()]
+    losses = [
+        json.loads(line)
+        for file in (tmp_path / "runs" / "tiny").glob("cosine*/metrics.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     assert 0 <= losses[-1]["train"]["direction"] <= 2
 
 
@@ -67,6 +81,16 @@ def test_method_from_an_installed_package(kdbench: Kdbench, tmp_path: Path) -> N
     (info / "entry_points.txt").write_text("[kdbench.registry]\nmine = my_distillation\n")
     listed = kdbench("ls", "methods", PYTHONPATH=str(site)).stdout
     assert "cosine" in listed
-    kdbench("run", TINY / "recipes" / "tiny.yaml", "compare.method=[cosine]", "steps=6", "evaluations=1", "--jobs", "1",
-            "--registry", TINY / "registry", PYTHONPATH=str(site))
+    kdbench(
+        "run",
+        TINY / "recipes" / "tiny.yaml",
+        "compare.method=[cosine]",
+        "steps=6",
+        "evaluations=1",
+        "--jobs",
+        "1",
+        "--registry",
+        TINY / "registry",
+        PYTHONPATH=str(site),
+    )
     assert list((tmp_path / "runs" / "tiny").glob("cosine*/record.json"))

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at any moment goes on with the same command to bit-identical weights and the same record."""
+"""A run killed at any moment goes on with the same command, to bit-identical weights and the same record."""
 
 from __future__ import annotations
 
@@ -21,13 +21,31 @@ TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git"}
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    return ["run", str(HERE / "recipes" / "tiny.yaml"), "--registry", str(HERE / "registry"), "--runs", str(folder),
-            "--checkpoint-seconds", "0", "--jobs", "1", "--threads", "1", *more]
+    return [
+        "run",
+        str(HERE / "recipes" / "tiny.yaml"),
+        "--registry",
+        str(HERE / "registry"),
+        "--runs",
+        str(folder),
+        "--checkpoint-seconds",
+        "0",
+        "--jobs",
+        "1",
+        "--threads",
+        "1",
+        *more,
+    ]
 
 
 def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "kdbench", *arguments(folder, *more)], start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdbench", *arguments(folder, *more)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )
 
 
 def without_times(value: Any) -> Any:
@@ -42,9 +60,11 @@ def left_by(folder: Path) -> dict[str, Any]:
     for record in sorted(folder.rglob("record.json")):
         cell = record.parent
         found[cell.name] = {
-            "weights": (cell / "student.safetensors").read_bytes(), "logits": (cell / "test_logits.safetensors").read_bytes(),
+            "weights": (cell / "student.safetensors").read_bytes(),
+            "logits": (cell / "test_logits.safetensors").read_bytes(),
             "record": without_times(json.loads(record.read_text())),
-            "metrics": [without_times(json.loads(line)) for line in (cell / "metrics.jsonl").read_text().splitlines()]}
+            "metrics": [without_times(json.loads(line)) for line in (cell / "metrics.jsonl").read_text().splitlines()],
+        }
         assert not list(cell.glob("*.part")) and not list(cell.glob(".*.part"))
     return found
 
@@ -150,9 +170,12 @@ if moment:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "count"), [("write", 7), ("write", 25), ("replace", 11), ("stage", 1), ("record", 1),
-                                               ("record", 2)])
-def test_killed_at_bad_moments(moment: str, count: int, uninterrupted: tuple[dict[str, Any], float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moment", "count"), [("write", 7), ("write", 25), ("replace", 11), ("stage", 1), ("record", 1), ("record", 2)]
+)
+def test_killed_at_bad_moments(
+    moment: str, count: int, uninterrupted: tuple[dict[str, Any], float], tmp_path: Path
+) -> None:
     """Inside the write of a checkpoint, right after it took its place, at a switch of stages, before a record."""
     expected, _ = uninterrupted
     (tmp_path / "sitecustomize.py").write_text(KILLER)

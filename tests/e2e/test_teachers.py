@@ -12,17 +12,26 @@ from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 from kdbench.sources.cifar import cifar10
 
-PUBLISHED = {"resnet20_cifar10": 91.73, "resnet32_cifar10": 92.63, "resnet44_cifar10": 93.10, "resnet56_cifar10": 93.39,
-             "bss_resnet26_cifar10": 92.55}
+PUBLISHED = {
+    "resnet20_cifar10": 91.73,
+    "resnet32_cifar10": 92.63,
+    "resnet44_cifar10": 93.10,
+    "resnet56_cifar10": 93.39,
+    "bss_resnet26_cifar10": 92.55,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_accuracy_is_exactly_the_published_one(name: str, cifar10_root: Path, teacher_folder: Path, tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_is_exactly_the_published_one(
+    name: str, cifar10_root: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
-    spec = plan({"data": "cifar10", "teacher": name, "student": "resnet20", "protocol": "crd", "method": "kd"},
-                Registry()).cells[0].spec
+    spec = (
+        plan({"data": "cifar10", "teacher": name, "student": "resnet20", "protocol": "crd", "method": "kd"}, Registry())
+        .cells[0]
+        .spec
+    )
     data = cifar10(roots=[cifar10_root], download=False, cache=cifar10_root / "cache", **spec.data.options)
     assert spec.teacher is not None
     found = measured(spec.teacher, tmp_path, False, spec.data, data, torch.device("cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,26 @@ def test_curves_are_means_over_seeds_with_bands(tmp_path: Path, figures: list[Fi
     assert len({line.get_color() for line in whole.get_lines()}) == 4
     assert len({line.get_marker() for line in whole.get_lines()}) == 4
     assert (whole.get_xlabel(), whole.get_ylabel()) == ("epoch", "test accuracy (%)")
+
+
+def test_one_evaluation_and_methods_of_different_length(tmp_path: Path) -> None:
+    for method, epochs in (("ce", [1.0]), ("ab", [1.0, 50.0])):
+        write(tmp_path / "runs" / method, plain_record(method, agreement={}), [
+            {"step": int(epoch * 10), "epoch": epoch, "test": {"accuracy": 50.0}} for epoch in epochs])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.learning_curves(read_records([tmp_path / "runs" / "ce"]), tmp_path / "one.png")
+        plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "both.png")
+
+
+def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, figures: list[Figure]) -> None:
+    records = run(tmp_path / "runs")
+    for line in (tmp_path / "runs").glob("kd-*/metrics.jsonl"):
+        line.write_text(line.read_text().replace('"accuracy": 8', '"accuracy": 2'))
+    plots.learning_curves(records, tmp_path / "curves.png")
+    end = figures[0].axes[1]
+    assert end.get_title() == "last quarter (below: KD)"
+    assert end.get_ylim()[0] > 70 and figures[0].axes[0].get_ylim()[0] < 30
 
 
 def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: list[Figure]) -> None:

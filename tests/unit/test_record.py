@@ -46,6 +46,8 @@ def test_a_tree_is_read_once_in_the_given_order(tmp_path: Path) -> None:
         write(tmp_path / name, plain_record(recipe=name))
     found = read_records([tmp_path / "b", tmp_path / "a", tmp_path, tmp_path / "b" / "a" / "record.json"])
     assert [record.recipe for record in found] == ["b/a", "b/x", "a/deep/er"]
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert len(read_records([tmp_path / "link", tmp_path / "b"])) == 2
     assert [record.recipe for record in read_records(str(tmp_path / "a"))] == ["a/deep/er"]
 
 
@@ -55,7 +57,8 @@ def damaged(**over: Any) -> str:
 
 @pytest.mark.parametrize(("content", "says"), [
     ("", "damaged"), ('{"schema": 1, "kdb', "damaged"), ("[1, 2]", "no record of kdbench"),
-    ("{}", "no record of kdbench"), ('{"accuracy": 93.1}', "no record of kdbench"), ('{"schema": "1", "kdbench": "0.1.0"}', "no record of kdbench"),
+    ("{}", "no record of kdbench"), ('{"accuracy": 93.1}', "no record of kdbench"),
+    ('{"schema": "1", "kdbench": "0.1.0"}', "no record of kdbench"),
     ('{"schema": 1, "kdbench": "0.1.0"}', "'status'"), (damaged(schema=2), "schema 2.*reads up to 1"),
     (damaged(result__test={}), "'result.test.last'"), (damaged(cell__seed="x"), "'cell.seed'"),
     (damaged(budget__steps=None), "'budget.steps'"), (damaged(last=101.0), "'result.test.last'"),

@@ -75,6 +75,8 @@ def test_best_and_second_are_by_the_shown_mean() -> None:
     assert [cell(table, label).best for label in ("CE", "KD", "AB", "AT")] == [False, False, True, False]
     assert [cell(table, label).second for label in ("CE", "KD", "AB", "AT")] == [False, True, False, True]
     assert not cell(build(comparison({"kd": [90.0, 91.0]})), "KD").best
+    tied = build(comparison({"kd": [90.001, 91.0], "ab": [90.0, 91.0], "ce": [90.0, 90.8]}))
+    assert [cell(tied, label).best for label in ("KD", "AB", "CE")] == [True, True, False]
 
 
 def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
@@ -90,6 +92,15 @@ def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
     tail = build(records, metric="mean_last")
     assert cell(tail, "KD").mean == 92.0
     assert tail.metric_label == "mean of the last 10 evaluations"
+
+
+def test_entries_show_signs_and_small_p_values() -> None:
+    table = build(comparison({"ce": [90.0, 90.5, 91.0], "kd": [92.0, 92.501, 92.999], "ab": [89.9, 90.2, 90.98],
+                              "at": [90.001, 90.498, 91.001]}))
+    lines = {line.split(" | ")[0]: line for line in markdown(table).split("Cost")[0].splitlines()}
+    assert lines["| KD"] == "| KD | **92.50 ± 0.50** | 3 | +2.00 | \\[+2.00, +2.00\\] | \\<0.001 | 2 |"
+    assert lines["| AB"].split(" | ")[3] == "−0.14"
+    assert lines["| AT"].split(" | ")[3] == "0.00"
 
 
 def test_one_seed_has_no_interval_and_no_test() -> None:

@@ -18,8 +18,10 @@ def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
     generator = torch.Generator().manual_seed(seed)
     n = spec.classes * per_class
     shape = (n, spec.channels, spec.image_size, spec.image_size)
-    parts = [(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(n) % spec.classes)
-             for _ in range(2)]
+    parts = [
+        (torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(n) % spec.classes)
+        for _ in range(2)
+    ]
     return canonical(spec.name, [str(i) for i in range(spec.classes)], *parts, origin="made up")
 
 
@@ -27,8 +29,10 @@ def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None 
     """A cell with a budget of a few small steps on made-up data."""
     protocol = spec.protocol.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
     data = spec.data.model_copy(update={"fraction": None, "per_class": per_class, "validation": 0})
-    stages = {name: stage.model_copy(update={"extra_epochs": None, "share": 0.5}) if stage.extra_epochs else stage
-              for name, stage in spec.method.stages.items()}
+    stages = {
+        name: stage.model_copy(update={"extra_epochs": None, "share": 0.5}) if stage.extra_epochs else stage
+        for name, stage in spec.method.stages.items()
+    }
     method = spec.method.model_copy(update={"stages": stages})
     return spec.model_copy(update={"protocol": protocol, "data": data, "method": method, "evaluations": 1})
 
@@ -43,8 +47,9 @@ def untrained_teacher(spec: CellSpec) -> Teacher | None:
     return Teacher(extractor, Normalizer(spec.teacher.normalization, CPU), extractor.shapes(shape))
 
 
-def member_of(spec: CellSpec, data: ImageData | None = None,
-              teacher: Teacher | None = None) -> tuple[Member, Batches, Teacher | None]:
+def member_of(
+    spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None
+) -> tuple[Member, Batches, Teacher | None]:
     """A cell ready to train."""
     batches = Batches(spec, data or images(spec.data), CPU)
     teacher = teacher or untrained_teacher(spec)

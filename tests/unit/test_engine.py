@@ -1,0 +1,227 @@
+"""What the training engine promises: pairing, bit-equality, isolation, modes, and failures that name their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, images, member_of, shortened, train, untrained_teacher
+
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
+from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.evaluation import evaluate
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member, Teacher
+from kdbench.engine.teachers import fingerprint
+from kdbench.errors import CellError, UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+
+
+def cell(method: str | dict[str, Any], seed: int = 0, steps: int = 8, **more: Any) -> CellSpec:
+    spec = plan(RECIPE | more | {"method": method, "seeds": [seed]}, REGISTRY).cells[0].spec
+    return shortened(spec, steps)
+
+
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return fingerprint(a) == fingerprint(b)
+
+
+def test_cells_of_one_seed_are_paired() -> None:
+    """The same initial student, the same order and views, whatever the method draws."""
+    specs = [cell(method, protocol={"name": "digits", "augmentation": {"padding": 2, "mode": "zero", "flip": True}})
+             for method in ("ce", "kd", "ab", "fitnets")]
+    made = [member_of(spec) for spec in specs]
+    for member, batches, teacher in made[1:]:
+        assert same_state(member.student.model, made[0][0].student.model)
+        train(member, batches, teacher, 3)
+        for step in (0, 1, 5):
+            a, b = batches.at(step, member.timeline), made[0][1].at(step, made[0][0].timeline)
+            assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
+
+
+def test_another_seed_is_another_student_and_order() -> None:
+    (a, batches_a, _), (b, batches_b, _) = member_of(cell("ce", 0)), member_of(cell("ce", 1))
+    assert not same_state(a.student.model, b.student.model)
+    assert not torch.equal(batches_a.at(0, a.timeline).index, batches_b.at(0, b.timeline).index)
+
+
+def test_an_epoch_sees_every_image_once() -> None:
+    member, batches, _ = member_of(cell("ce"))
+    line = member.timeline
+    seen = torch.cat([batches.at(step, line).index for step in range(line.batches_per_epoch)])
+    assert sorted(seen.tolist()) == list(range(len(batches.train.labels)))
+    later = torch.cat([batches.at(line.batches_per_epoch + step, line).index for step in range(line.batches_per_epoch)])
+    assert sorted(later.tolist()) == sorted(seen.tolist()) and later.tolist() != seen.tolist()
+
+
+def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
+    spec = plan(RECIPE | {"method": "ab_crd", "epochs": 2}, REGISTRY).cells[0].spec
+    plain = plan(RECIPE | {"method": "ce", "epochs": 2}, REGISTRY).cells[0].spec
+    data = images(spec.data)
+    extra, base = Batches(spec, data, CPU), Batches(plain, data, CPU)
+    member, other = Member(spec, extra, untrained_teacher(spec), CPU), Member(plain, base, None, CPU)
+    assert member.timeline.extra > 0
+    a, b = extra.at(member.timeline.extra, member.timeline), base.at(0, other.timeline)
+    assert torch.equal(a.index, b.index)
+
+
+def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = lambda: False) -> list[Seat]:
+    data = images(specs[0].data)
+    batches = Batches(specs[0], data, CPU)
+    teacher = next((t for t in map(untrained_teacher, specs) if t), None)
+    seats = []
+    for i, spec in enumerate(specs):
+        member = Member(spec, batches, teacher if spec.teacher else None, CPU)
+        seats.append(Seat(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
+    Cohort(seats, batches, teacher, lambda seat, entry: None, lambda seat: None, stop).run()
+    return seats
+
+
+def test_a_cohort_gives_the_bits_of_its_cells_alone(tmp_path: Path) -> None:
+    """Members in different stages, with and without teacher, share one teacher pass and change nothing in each other."""
+    specs = [cell(method) for method in ("ce", "kd", "ab", "fitnets", "at", "hint")]
+    together = cohort_of(specs, tmp_path / "together")
+    for i, spec in enumerate(specs):
+        alone = cohort_of([spec], tmp_path / f"alone{i}")[0]
+        assert same_state(together[i].member.student.model, alone.member.student.model), spec.method.name
+        assert [e["test"] for e in together[i].member.history] == [e["test"] for e in alone.member.history]
+
+
+def test_a_member_that_fails_leaves_the_others_untouched(tmp_path: Path) -> None:
+    bad = cell("kd", protocol={"name": "digits", "optimizer": {"lr": 1.0e30}})
+    seats = cohort_of([bad, cell("kd")], tmp_path / "both")
+    assert seats[0].failure is not None and "not finite at step" in seats[0].failure
+    assert "stage 'training'" in seats[0].failure or "stage '" in seats[0].failure
+    assert seats[1].failure is None and seats[1].member.finished
+    alone = cohort_of([cell("kd")], tmp_path / "alone")[0]
+    assert same_state(seats[1].member.student.model, alone.member.student.model)
+
+
+@pytest.mark.parametrize("method", ["ab", "ab_teacher_train", "fitnets"])
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_state_goes_on_bit_identically(method: str, at: int, tmp_path: Path) -> None:
+    spec = cell({"name": method, "share": "50%"}, steps=8)
+    whole, batches, teacher = member_of(spec)
+    train(whole, batches, teacher, 8)
+    first, batches, teacher = member_of(spec)
+    train(first, batches, teacher, at)
+    checkpoint.save(tmp_path, {"key": {"a": 1}, **first.state()})
+    state = checkpoint.load(tmp_path, {"a": 1})
+    assert state is not None
+    second, batches, teacher = member_of(spec)
+    second.load_state(state)
+    train(second, batches, teacher, 8 - at)
+    assert same_state(second.student.model, whole.student.model)
+    assert second.meter.result() == whole.meter.result()
+
+
+def test_a_checkpoint_of_something_else_is_set_aside(tmp_path: Path) -> None:
+    member, _, _ = member_of(cell("ce"))
+    checkpoint.save(tmp_path, {"key": {"a": 1}, **member.state()})
+    assert checkpoint.load(tmp_path, {"a": 2}) is None
+    assert (tmp_path / "checkpoint.unusable").is_file()
+    (tmp_path / "checkpoint.pt").write_bytes(b"half of a file")
+    assert checkpoint.load(tmp_path, {"a": 1}) is None
+    assert checkpoint.load(tmp_path, {"a": 1}) is None
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member, _, _ = member_of(cell("ce"))
+    checkpoint.save(tmp_path, {"key": {}, **member.state()})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(state: object, file: Path) -> None:
+        file.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CellError, match="No space left"):
+        checkpoint.save(tmp_path, {"key": {}, **member.state()})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_evaluation_changes_nothing() -> None:
+    member, batches, teacher = member_of(cell("ab"))
+    train(member, batches, teacher, 2)
+    before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
+    measured = evaluate(member, batches.test, batches.validation, teacher)
+    assert set(measured) == {"test", "agreement"}
+    assert set(measured["agreement"]) == {"layer1.preact", "layer2.preact", "layer3.preact"}
+    assert all(0 <= share <= 1 for share in measured["agreement"].values())
+    assert [m.training for m in member.student.model.modules()] == modes
+    for name, value in member.student.model.state_dict().items():
+        assert torch.equal(value, before["student"][name])
+
+
+def test_a_stage_that_needs_features_runs_no_further() -> None:
+    """In AB's first stage the last layer's logits are not computed: the classifier gets no gradient."""
+    member, batches, teacher = member_of(cell({"name": "ab", "share": "50%"}))
+    train(member, batches, teacher, 1)
+    calls: list[int] = []
+    last = list(member.student.model.modules())[-1]
+    last.register_forward_hook(lambda *_: calls.append(1))
+    train(member, batches, teacher, 3)
+    assert not calls
+    train(member, batches, teacher, 1)
+    assert calls
+
+
+def test_learning_rate_and_momentum_resets() -> None:
+    spec = cell("ce", steps=10, protocol={
+        "name": "digits", "schedule": {"name": "multistep", "at": ["30%", "60%"], "gamma": 0.5, "reset_momentum": True}})
+    member, batches, teacher = member_of(spec)
+    rates, momenta = [], []
+    for _ in range(10):
+        seen = {id(state.get("momentum_buffer")) for state in member.optimizer.state.values()}
+        train(member, batches, teacher, 1)
+        rates.append(member.last_rate)
+        momenta.append(bool(seen & {id(state["momentum_buffer"]) for state in member.optimizer.state.values()}))
+    assert rates == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 4)
+    assert [i for i, kept in enumerate(momenta) if not kept] == [0, 3, 6]
+
+
+def test_weight_schedule_over_a_stage() -> None:
+    method = {"name": "kd", "stages": {name: {"losses": {"kd": {"weight": 2.0, "weight_schedule": {
+        "name": "linear", "start": 1.0, "end": 0.0}}}} for name in REGISTRY.card("methods", "kd").stages}}
+    member, _, _ = member_of(cell(method, steps=4))
+    term = member.active["kd"]
+    assert [term.weight_at(step / 4) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+def test_teacher_and_student_each_get_their_own_normalization() -> None:
+    spec = cell("kd")
+    assert spec.teacher is not None
+    other = spec.teacher.normalization.model_copy(update={"mean": [0.9], "std": [0.1]})
+    spec = spec.model_copy(update={"teacher": spec.teacher.model_copy(update={"normalization": other})})
+    member, batches, teacher = member_of(spec)
+    assert isinstance(teacher, Teacher)
+    got: dict[str, torch.Tensor] = {}
+    member.student.model.register_forward_pre_hook(lambda _, args: got.__setitem__("student", args[0]))
+    teacher.extractor.model.register_forward_pre_hook(lambda _, args: got.__setitem__("teacher", args[0]))
+    train(member, batches, teacher, 1)
+    pixels = batches.at(0, member.timeline).images.float() / 255
+    assert torch.allclose(got["teacher"], (pixels - 0.9) / 0.1, atol=1e-5)
+    own = spec.protocol.normalization
+    assert torch.allclose(got["student"], (pixels - own.mean[0]) / own.std[0], atol=1e-5)
+
+
+def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
+    from kdbench.engine.dry import try_out
+
+    method = {"name": "ab", "stages": {"boundaries": {"losses": {"boundary": {"connector": "conv1x1_bn"}}}}}
+    spec = plan(RECIPE | {"student": "vgg8", "data": "cifar10", "teacher": "wrn_22_4_cifar10", "protocol": "crd",
+                          "method": method}, REGISTRY).cells[0].spec
+    with pytest.raises(UserError) as error:
+        try_out(spec)
+    assert "boundaries/boundary" in str(error.value) or "layer" in str(error.value)

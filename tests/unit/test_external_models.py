@@ -1,0 +1,218 @@
+"""Networks of timm and torchvision: built by name, hook points found by looking at them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.errors import UserError
+from kdbench.models.external import timm_model, torchvision_model
+from kdbench.models.hooks import Extractor, Place, expand, places
+
+SIZE = 64
+
+# Per family: per-sample shapes of its layers for images of 64×64, by the family's published widths and strides; width
+# of its pooled features; layers that end in a ReLU or ReLU6; whether there is a stem before the layers.
+Family = tuple[list[tuple[int, ...]], int, list[int], bool]
+RESNET18: Family = ([(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)], 512, [1, 2, 3, 4], True)
+VGG11: Family = ([(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)], 4096, [1, 2, 3, 4, 5], False)
+TINY_SWIN: Family = ([(16, 16, 96), (8, 8, 192), (4, 4, 384), (2, 2, 768)], 768, [], False)
+MOBILENETV2 = [(16, 32, 32), (24, 16, 16), (32, 8, 8), (96, 4, 4), (320, 2, 2)]
+EFFICIENTNET = [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+DENSENET = [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (1024, 2, 2)]
+
+FAMILIES: dict[str, Family] = {
+    "timm:resnet18": RESNET18,
+    "timm:vgg11_bn": VGG11,
+    "timm:regnety_002": ([(24, 16, 16), (56, 8, 8), (152, 4, 4), (368, 2, 2)], 368, [1, 2, 3, 4], True),
+    "timm:convnext_atto": ([(40, 16, 16), (80, 8, 8), (160, 4, 4), (320, 2, 2)], 320, [], False),
+    "timm:efficientnet_b0": (EFFICIENTNET, 1280, [], False),
+    "timm:tf_efficientnetv2_b0": ([(16, 32, 32), (32, 16, 16), (48, 8, 8), (112, 4, 4), (192, 2, 2)], 1280, [], False),
+    "timm:mobilenetv2_100": (MOBILENETV2, 1280, [], False),
+    "timm:mobilenetv3_small_100": ([(16, 16, 16), (24, 8, 8), (48, 4, 4), (576, 2, 2)], 1024, [], True),
+    "timm:vit_tiny_patch16_224": ([(17, 192)] * 12, 192, [], False),
+    "timm:swin_tiny_patch4_window7_224": TINY_SWIN,
+    "timm:densenet121": (DENSENET, 1024, [4], True),
+    "timm:maxvit_tiny_tf_224": ([(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)], 512, [], True),
+    "timm:repvgg_a0": ([(48, 16, 16), (96, 8, 8), (192, 4, 4), (1280, 2, 2)], 1280, [1, 2, 3, 4], True),
+    "torchvision:resnet18": RESNET18,
+    "torchvision:vgg11_bn": VGG11,
+    "torchvision:mobilenet_v2": ([*MOBILENETV2[:4], (1280, 2, 2)], 1280, [5], False),
+    "torchvision:convnext_tiny": ([(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)], 768, [], False),
+    "torchvision:densenet121": (DENSENET, 1024, [], True),
+    "torchvision:efficientnet_b0": ([*EFFICIENTNET[:4], (1280, 2, 2)], 1280, [], False),
+    "torchvision:vit_b_16": ([(17, 768)] * 12, 768, [], False),
+    "torchvision:swin_t": TINY_SWIN,
+    "torchvision:shufflenet_v2_x0_5": ([(48, 8, 8), (96, 4, 4), (1024, 2, 2)], 1024, [3], True),
+}
+# Large enough to take seconds.
+HEAVY = {"timm:vgg11_bn", "torchvision:vgg11_bn", "torchvision:vit_b_16", "timm:maxvit_tiny_tf_224",
+         "torchvision:convnext_tiny", "torchvision:swin_t", "timm:swin_tiny_patch4_window7_224"}
+ALL = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in FAMILIES]
+
+
+def build(name: str, size: int = SIZE, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    library, _, rest = name.partition(":")
+    return {"timm": timm_model, "torchvision": torchvision_model}[library](
+        rest, **{"classes": 5, "image_size": size} | options)
+
+
+def randomize(model: nn.Module) -> None:
+    """Last batch norms of blocks begin as zero, which would make the sum with the shortcut never negative."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.5)
+
+
+def derived(name: str, size: int = SIZE) -> Extractor:
+    model = build(name, size)
+    randomize(model)
+    return Extractor(model, places(model, "derived", name, (3, size, size)), name)
+
+
+def images(n: int = 2, size: int = SIZE) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_derived_points(name: str) -> None:
+    layers, pooled, with_relu, stem = FAMILIES[name]
+    extractor = derived(name)
+    state = torch.get_rng_state()
+    shapes = extractor.shapes((3, SIZE, SIZE))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [shapes[layer] for layer in expand(["layers"], shapes)] == layers
+    assert [point for point in shapes if point.endswith(".preact")] == [f"layer{k}.preact" for k in with_relu]
+    assert shapes["pooled"] == (pooled,)
+    assert shapes["logits"] == (5,)
+    assert ("stem" in shapes) == stem
+
+    for training in (False, True):
+        extractor.model.train(training)
+        plain = copy.deepcopy(extractor.model)
+        torch.manual_seed(7)
+        expected = plain(images())
+        torch.manual_seed(7)
+        values = extractor(images(), list(shapes))
+        assert torch.equal(values["logits"], expected)
+        for number in with_relu:
+            preact, layer = values[f"layer{number}.preact"], values[f"layer{number}"]
+            assert preact.min() < 0
+            top = 6.0 if name == "torchvision:mobilenet_v2" else float("inf")
+            torch.testing.assert_close(preact.clamp(0, top), layer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:densenet121", "timm:mobilenetv2_100", "torchvision:resnet18",
+                                  "torchvision:mobilenet_v2", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("training", [False, True])
+def test_values_of_every_module_are_those_of_its_moment(name: str, training: bool) -> None:
+    """Every module of the network as a hook point, against hooks that copy everything at once."""
+    model = build(name, 32).train(training)
+    randomize(model)
+    watched = copy.deepcopy(model)
+    kept: dict[str, Tensor] = {}
+    overwritten: dict[str, Tensor] = {}
+    for path, module in watched.named_modules():
+        if path:
+            def keep(m: nn.Module, i: Any, out: Tensor, path: str = path) -> None:
+                kept[path], overwritten[path] = out.clone(), out
+
+            module.register_forward_hook(keep)
+    torch.manual_seed(7)
+    watched(images(4, 32))
+    torch.manual_seed(7)
+    values = Extractor(model, {path: Place(path, "output") for path in kept}, name)(images(4, 32), [*kept, "logits"])
+    assert any(not torch.equal(kept[path], overwritten[path]) for path in kept)
+    for path in kept:
+        assert torch.equal(values[path], kept[path]), path
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_points_are_the_same_at_every_size(name: str) -> None:
+    """At 8×8 the last stages all have one pixel; they stay apart."""
+    assert derived(name, 8).places == derived(name, 64).places
+    assert derived(name, 8).shapes((3, 8, 8))["layer4"] == (512, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:mobilenet_v2"])
+def test_derived_features_train_the_network(name: str) -> None:
+    extractor = derived(name, 32)
+    point = expand(["layers"], extractor.places)[2]
+    extractor(images(4, 32), [point])[point].square().sum().backward()
+    with_gradient = {path for path, p in extractor.model.named_parameters() if p.grad is not None}
+    assert any("conv1" in path or "features.0" in path for path in with_gradient)
+    assert not any(path.startswith(("fc", "classifier", "layer4", "features.18")) for path in with_gradient)
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:resnet18", "torchvision:squeezenet1_1"])
+def test_images_of_one_channel(name: str) -> None:
+    model = build(name, 32, channels=1)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+
+
+def test_a_replaced_first_convolution_keeps_its_scale() -> None:
+    first = build("torchvision:resnet18", 32, channels=1).conv1
+    assert first.weight.shape == (64, 1, 7, 7)
+    assert first.bias is None and first.stride == (2, 2) and first.padding == (3, 3)
+    # torchvision: N(0, √(2 / fan-out)).
+    assert first.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+
+
+def test_transformers_are_built_for_the_size() -> None:
+    assert build("timm:vit_tiny_patch16_224", 32)(images(2, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("library", "name", "message", "hint"), [
+    (timm_model, "resnet81", "timm has no model 'resnet81'", "resnet18"),
+    (timm_model, "hf-hub:timm/resnet18", "timm has no model", ""),
+    (torchvision_model, "resnet81", "torchvision has no classification model 'resnet81'", "resnet18"),
+    (torchvision_model, "fcn_resnet50", "torchvision has no classification model", "resnet50"),
+])
+def test_unknown_names_are_said(library: Any, name: str, message: str, hint: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        library(name, classes=5)
+    assert hint in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("torchvision:vit_b_16", 40), ("torchvision:squeezenet1_1", 8), ("timm:convnext_atto", 8)])
+def test_images_too_small_are_said(name: str, size: int) -> None:
+    with pytest.raises(UserError, match=rf"'{name}' cannot .*3×{size}×{size}"):
+        derived(name, size).shapes((3, size, size))
+
+
+def test_a_network_without_stages_is_said() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    with pytest.raises(UserError, match="no stages could be found in model 'net'"):
+        places(model, "derived", "net", (3, 2, 2))
+
+
+class Small(nn.Module):
+    """Any network of the user's own, with a constant that is no buffer and lies on one device only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(1, 8, 1, 1)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale.device != x.device:
+            raise RuntimeError("two devices")
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def test_networks_that_run_on_real_tensors_only() -> None:
+    found = places(Small(), "derived", "small", (3, 32, 32))
+    assert found == {
+        "layer1": Place("body.1", "output"), "layer1.preact": Place("body.1", "input"),
+        "layer2": Place("body.3", "output"), "layer2.preact": Place("body.3", "input"), "pooled": Place("head", "input")}
+    values = Extractor(Small().eval(), found, "small")(images(), list(found))
+    assert torch.equal(F.relu6(values["layer1.preact"]), values["layer1"])

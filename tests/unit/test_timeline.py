@@ -1,0 +1,59 @@
+"""Budgets, shares and evaluation points, counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdbench.engine.timeline import batches_per_epoch, timeline
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+
+
+def cell(method: str = "kd", **recipe: Any) -> CellSpec:
+    whole = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": method}
+    return plan(whole | recipe, REGISTRY).cells[0].spec
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "last", "expected"),
+    [(50000, 128, "keep", 391), (50000, 128, "drop", 390), (50000, 64, "keep", 782), (100, 128, "keep", 1),
+     (100, 128, "drop", 1), (128, 128, "keep", 1)],
+)
+def test_batches_per_epoch(images: int, batch: int, last: str, expected: int) -> None:
+    assert batches_per_epoch(images, batch, last) == expected
+
+
+def test_the_budget_is_the_total_over_all_stages() -> None:
+    one, two = timeline(cell("kd", epochs=200), 50000), timeline(cell("ab", epochs=200), 50000)
+    assert one.total == two.total == 200 * 782
+    assert [span.name for span in two.spans] == ["boundaries", "classification"]
+    assert two.spans[0].steps == round(0.1 * 200 * 782)
+    assert two.spans[1].stop == two.total
+
+
+def test_extra_epochs_come_on_top_and_first() -> None:
+    line = timeline(cell("ab_crd", epochs=240), 50000)
+    assert line.extra == 30 * 782
+    assert line.total == 270 * 782
+    assert line.spans[0].steps == 30 * 782
+
+
+def test_a_share_is_at_least_one_step() -> None:
+    line = timeline(cell("ab", steps=3), 100)
+    assert [span.steps for span in line.spans] == [1, 2]
+
+
+def test_stage_of_a_step() -> None:
+    line = timeline(cell("ab", steps=60), 100)
+    assert [line.stage(step) for step in (0, 5, 6, 59)] == [0, 0, 1, 1]
+
+
+def test_evaluations_are_even_and_include_the_end_of_every_stage() -> None:
+    line = timeline(cell("ab", steps=50, evaluations=4), 100)
+    assert line.evaluations == (5, 12, 25, 38, 50)
+    assert timeline(cell("kd", epochs=3, evaluations="epoch"), 100).evaluations == (2, 4, 6)
