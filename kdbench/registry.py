@@ -197,7 +197,7 @@ def written_out(tree: Tree) -> Tree:
         for key, value in data.items():
             here = (*path, key)
             # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
-            plain = key != "connector" and ("loss" in data or path[-1:] == ("modes",))
+            plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
             if key in _NAMED and isinstance(value, str) and not plain:
                 value = {"name": value}
                 origins[(*here, "name")] = tree.origin(here)

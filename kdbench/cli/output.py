@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.text import Text as RichText
+
+    from kdbench.results.layout import Text as Entry
     from kdbench.results.tables import Table
 
 
-def write_tables(folders: list[Path], out: Path, title: str | None = None) -> None:
+def write_tables(folders: list[Path], out: Path) -> None:
     """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
     from kdbench.results.record import read_records
     from kdbench.results.tables import build
 
-    table = build(read_records(folders), title=title)
+    table = build(read_records(folders))
     print_table(table)
     files = [*write_files(table, out, folders), *write_plots(folders, out)]
     print(f"written to {out}: {', '.join(file.name for file in files)}")
@@ -69,17 +72,19 @@ def print_table(table: Table) -> None:
         shown = RichTable(title=grid.caption or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, header in enumerate(grid.header):
             shown.add_column(header, justify="left" if index == 0 else "right")
-        for row in grid.rows:
-            shown.add_row(
-                *(
-                    Text(
-                        c.text + ("".join(c.marks) and " " + ",".join(c.marks)),
-                        style="bold" if c.bold else "underline" if c.underline else "",
-                    )
-                    for c in row
-                )
-            )
+        for index, row in enumerate(grid.rows):
+            if index in grid.rules:
+                shown.add_section()
+            shown.add_row(*(_entry(entry) for entry in row), style="bold" if index in grid.headings else None)
         console.print(shown)
     for note in table.notes:
         mark = f"{note.mark}: " if note.mark else ""
         console.print(Text(f"  {mark}{note.text}", style="yellow" if note.warning else "dim"))
+
+
+def _entry(entry: Entry) -> RichText:
+    from rich.text import Text as RichText
+
+    style = "bold" if entry.bold else "underline" if entry.underline else ""
+    marks = f" {','.join(entry.marks)}" if entry.marks else ""
+    return RichText.assemble((entry.text, style), entry.tail + marks)

@@ -60,7 +60,7 @@ def command(
     if outcome.finished:
         from kdbench.cli.output import write_tables
 
-        write_tables(outcome.finished, outcome.folder, planned.title or None)
+        write_tables(outcome.finished, outcome.folder)
     if outcome.failed:
         lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
         raise CellError(f"{len(outcome.failed)} of {len(planned.cells)} cells failed; the others are finished\n{lines}")

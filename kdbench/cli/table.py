@@ -21,12 +21,12 @@ def command(
 ) -> None:
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
-    from kdbench.results.record import read_records
+    from kdbench.results.record import read_records, unfinished
     from kdbench.results.tables import build
 
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))
-    table = build(read_records(folders), baseline=baseline, metric=metric)  # type: ignore[arg-type]
+    table = build(read_records(folders), baseline, metric, unfinished=unfinished(folders))  # type: ignore[arg-type]
     print_table(table)
     if out is not None:
         write_files(table, out, folders)

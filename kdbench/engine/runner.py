@@ -216,7 +216,7 @@ def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Lis
                 "task": "prepare",
                 "spec": spec.model_dump(mode="json"),
                 "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
-                "threads": pool.cores,
+                "threads": pool.threads,
             },
         )
     for task in tasks.values():
@@ -227,16 +227,14 @@ def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Lis
                 raise _error(event)
 
 
-def _cells(
-    plan: Plan, cells: list[Work], options: Options, pool: _Pool, listener: Listener
-) -> None:
+def _cells(plan: Plan, cells: list[Work], options: Options, pool: _Pool, listener: Listener) -> None:
     states = {state.id: state for _, state in cells}
     cohorts = _balanced(_cohorts(cells), pool.jobs)
     busy = min(pool.jobs, len(cohorts))
     tasks = []
     for cohort in cohorts:
         teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
-        threads = options.threads or max(1, pool.cores // busy)
+        threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
         tasks.append(
             {
                 "task": "cohort",
@@ -295,6 +293,7 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
         "axes": cell.axes,
         "order": cell.order,
         "baseline": plan.baseline,
+        "title": plan.title,
     }
 
 
@@ -318,9 +317,7 @@ def _cohorts(cells: list[Work]) -> list[list[Work]]:
     return result
 
 
-def _balanced(
-    cohorts: list[list[Work]], jobs: int
-) -> list[list[Work]]:
+def _balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
     """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
     left = len(cohorts) % jobs
     if not left:
@@ -357,6 +354,8 @@ class _Pool:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
+        self.threads = _omp_threads() or self.cores
         self.events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self.workers: list[subprocess.Popen[str]] = []
         self.devices: list[str] = []
@@ -393,7 +392,7 @@ class _Pool:
 
     def _start(self) -> None:
         number = len(self.workers)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.cores)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         path = [str(folder.resolve()) for folder in self.options.registries]
         worker = subprocess.Popen(
             [sys.executable, "-m", "kdbench.engine.worker", *path],
@@ -462,6 +461,12 @@ class _Pool:
         assert stdin is not None
         stdin.write(json.dumps(message) + "\n")
         stdin.flush()
+
+
+def _omp_threads() -> int:
+    """Threads that the user allows, 0 where nothing is said."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdigit() else 0
 
 
 def _gone(code: int) -> str:

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from kdbench.losses.checks import full, shape
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2,
-                       form: Literal["code", "paper"] = "code") -> Tensor:
+def attention_transfer(
+    student: Tensor, teacher: Tensor, p: float = 2, form: Literal["code", "paper"] = "code"
+) -> Tensor:
     """Distance of the activation-based attention maps of one pair of layers (the paper's equation 2).
 
     A map is Q = vec(Σ_c |A_c|^p), divided by its L2 norm, one unit vector of H·W elements a sample. The two forms:
@@ -37,8 +38,10 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float = 2,
         ValueError: when either is not [N, C, H, W], the batches differ, or p is below 1.
     """
     if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher) or len(student) == 0:
-        raise ValueError("attention_transfer needs maps [N, C, H, W] of one batch: "
-                         f"student {shape(student)}, teacher {shape(teacher)}")
+        raise ValueError(
+            "attention_transfer needs maps [N, C, H, W] of one batch: "
+            f"student {shape(student)}, teacher {shape(teacher)}"
+        )
     if not p >= 1:
         raise ValueError(f"p must be at least 1, not {p}")
     if form not in ("code", "paper"):

@@ -24,8 +24,10 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0.0)
     """
     soft = labels.is_floating_point()
     if student.ndim != 2 or len(student) == 0 or labels.shape != (student.shape if soft else student.shape[:1]):
-        raise ValueError("cross_entropy needs logits [N, K] with class indices [N] or soft targets [N, K]: "
-                         f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}")
+        raise ValueError(
+            "cross_entropy needs logits [N, K] with class indices [N] or soft targets [N, K]: "
+            f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}"
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
     student = full(student)

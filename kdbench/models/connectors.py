@@ -30,19 +30,25 @@ def conv1x1_bn(student_shape: Shape, teacher_shape: Shape, *, identity_if_equal:
     """
     _check_kinds(student_shape, teacher_shape)
     if student_shape[1:] != teacher_shape[1:]:
-        raise UserError(f"it keeps the map's size, {_size(student_shape)} is not {_size(teacher_shape)}",
-                        hint="'conv_bn' changes the size of maps too")
+        raise UserError(
+            f"it keeps the map's size, {_size(student_shape)} is not {_size(teacher_shape)}",
+            hint="'conv_bn' changes the size of maps too",
+        )
     inputs, outputs = student_shape[0], teacher_shape[0]
     if identity_if_equal and inputs == outputs:
         return nn.Identity()
-    layer = (nn.Linear(inputs, outputs, bias=False) if len(student_shape) == 1
-             else nn.Conv2d(inputs, outputs, kernel_size=1, bias=False))
+    layer = (
+        nn.Linear(inputs, outputs, bias=False)
+        if len(student_shape) == 1
+        else nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+    )
     nn.init.normal_(layer.weight, mean=0.0, std=math.sqrt(2.0 / outputs))
     return nn.Sequential(layer, _batch_norm(teacher_shape))
 
 
-def conv_bn_relu(student_shape: Shape, teacher_shape: Shape, *, relu: bool = True,
-                 identity_if_equal: bool = False) -> nn.Module:
+def conv_bn_relu(
+    student_shape: Shape, teacher_shape: Shape, *, relu: bool = True, identity_if_equal: bool = False
+) -> nn.Module:
     """The regressor of the usual CIFAR-100 tables: a convolution with bias that may change the size, batch norm, ReLU.
 
     3×3 with stride 2 where the student's map is twice as large, 4×4 transposed with stride 2 where it is half as large,
@@ -92,8 +98,10 @@ def _resizing(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
 def _valid(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
     kernel = (1 + student_shape[1] - teacher_shape[1], 1 + student_shape[2] - teacher_shape[2])
     if min(kernel) < 1:
-        raise UserError(f"it cannot enlarge a map of {_size(student_shape)} to {_size(teacher_shape)}",
-                        hint="choose a shallower hook point of the student or a deeper one of the teacher")
+        raise UserError(
+            f"it cannot enlarge a map of {_size(student_shape)} to {_size(teacher_shape)}",
+            hint="choose a shallower hook point of the student or a deeper one of the teacher",
+        )
     return nn.Conv2d(student_shape[0], teacher_shape[0], kernel_size=kernel)
 
 
@@ -104,13 +112,18 @@ def _batch_norm(shape: Shape) -> nn.Module:
 def _check_kinds(student_shape: Shape, teacher_shape: Shape) -> None:
     for whose, shape in (("student", student_shape), ("teacher", teacher_shape)):
         if len(shape) == 2:
-            raise UserError(f"the {whose}'s feature is a sequence of tokens {shape}; connectors here take maps "
-                            "(C, H, W) and vectors (C,)", hint="choose a hook point such as 'pooled'")
+            raise UserError(
+                f"the {whose}'s feature is a sequence of tokens {shape}; connectors here take maps "
+                "(C, H, W) and vectors (C,)",
+                hint="choose a hook point such as 'pooled'",
+            )
         if len(shape) not in (1, 3):
             raise UserError(f"the {whose}'s feature {shape} is neither a map (C, H, W) nor a vector (C,)")
     if len(student_shape) != len(teacher_shape):
-        raise UserError(f"one side is a map and the other a vector: {student_shape}, {teacher_shape}",
-                        hint="choose hook points of one kind on both networks")
+        raise UserError(
+            f"one side is a map and the other a vector: {student_shape}, {teacher_shape}",
+            hint="choose hook points of one kind on both networks",
+        )
 
 
 def _size(shape: Shape) -> str:

@@ -3,6 +3,8 @@
 Stages are those that a network declares itself (timm's `feature_info`). Where it declares none (torchvision), they are
 found from a trace: among the children of the one module in which most of the changes of resolution happen, the last one
 at each resolution ends a stage. A network that keeps its resolution (a plain transformer) has one stage a block.
+Only modules can be hooked: where a network applies a ReLU as a function (torchvision's densenet121, after its last
+stage), the layer is what came before it, and there is no pre-activation.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
-from kdbench.models.dry import dry_call, dry_images, undisturbed
-from kdbench.models.hooks import UNSUITABLE, Place
+from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
+from kdbench.models.hooks import Place
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -45,8 +47,10 @@ def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, in
     if stages is None:
         stages = _stages_by_resolution(calls)
     if not stages:
-        raise UserError(f"no stages could be found in model '{model_name}'",
-                        hint="name its hook points in the recipe, under the model's 'hooks'")
+        raise UserError(
+            f"no stages could be found in model '{model_name}'",
+            hint="name its hook points in the recipe, under the model's 'hooks'",
+        )
     stem, layers = _split_stem(stages)
     found = {"stem": Place(stem, "output")} if stem else {}
     for number, path in enumerate(layers, start=1):
@@ -62,8 +66,10 @@ def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, in
 
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_Call], object]:
     """All calls of modules in the order in which they end, with their outputs, and the network's own output."""
-    meta = {name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    meta = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     large = (image_shape[0], max(_SIDE, image_shape[1]), max(_SIDE, image_shape[2]))
     names = {module: name for name, module in model.named_modules()}
     failure: Exception | None = None
@@ -84,10 +90,8 @@ def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int])
         finally:
             for handle in handles:
                 handle.remove()
-    size = "×".join(map(str, image_shape))
-    reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-    raise UserError(f"model '{model_name}' cannot take images of {size}: {reason}",
-                    hint="choose another model, or a data set with larger images")
+    assert failure is not None
+    raise cannot_take(model_name, image_shape, failure)
 
 
 def _declared_stages(model: nn.Module, calls: list[_Call]) -> list[str] | None:
@@ -163,7 +167,8 @@ def _classifier(calls: list[_Call], logits: object) -> str | None:
         # Not the network itself, which may have parameters too (a class token).
         if call.path and any(True for _ in call.module.parameters(recurse=False)):
             gives = call.output
-            same = gives is logits or (isinstance(call.module, nn.Conv2d) and isinstance(logits, Tensor)
-                                       and gives.numel() == logits.numel())
+            same = gives is logits or (
+                isinstance(call.module, nn.Conv2d) and isinstance(logits, Tensor) and gives.numel() == logits.numel()
+            )
             return call.path if same else None
     return None

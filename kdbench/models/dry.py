@@ -9,6 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kdbench.errors import UserError
+
+# What a network can raise when its input does not suit it.
+UNSUITABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    NotImplementedError,
+    ZeroDivisionError,
+)
+
 
 @contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
@@ -39,3 +54,13 @@ def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = 2) 
     values = torch.randn(n, *image_shape, generator=torch.Generator().manual_seed(0))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return values if parameter is None else values.to(parameter.device, parameter.dtype)
+
+
+def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: Exception) -> UserError:
+    """What to raise when a network failed on images of this shape."""
+    size = "×".join(map(str, image_shape))
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(
+        f"model '{model_name}' cannot take images of {size}: {reason}",
+        hint="choose another model, or a data set with larger images",
+    )

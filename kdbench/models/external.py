@@ -90,5 +90,7 @@ def _library(name: str) -> Any:
 
 def _cannot(name: str, channels: int, image_size: int, error: Exception) -> UserError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(f"'{name}' cannot be built for images of {channels}×{image_size}×{image_size}: {reason}",
-                     hint="choose another model, or a data set with larger images")
+    return UserError(
+        f"'{name}' cannot be built for images of {channels}×{image_size}×{image_size}: {reason}",
+        hint="choose another model, or a data set with larger images",
+    )

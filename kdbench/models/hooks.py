@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdbench.errors import UserError, did_you_mean
-from kdbench.models.dry import dry_call, dry_images, undisturbed
+from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
 
 LOGITS = "logits"
-
-# What a network can raise when its input does not suit it.
-UNSUITABLE = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError, AttributeError,
-              NotImplementedError, ZeroDivisionError)
 
 _GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
 
@@ -75,8 +72,9 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
     return result
 
 
-def places(model: nn.Module, hooks: Mapping[str, str] | Literal["derived"], model_name: str,
-           image_shape: tuple[int, int, int]) -> dict[str, Place]:
+def places(
+    model: nn.Module, hooks: Mapping[str, str] | Literal["derived"], model_name: str, image_shape: tuple[int, int, int]
+) -> dict[str, Place]:
     """Every hook point that a model has, without `logits`, in the order stem, layer1, layer1.preact, …, pooled.
 
     Args:
@@ -96,8 +94,10 @@ def places(model: nn.Module, hooks: Mapping[str, str] | Literal["derived"], mode
         place = parse_place(text)
         path = _resolved(model, place.path)
         if path is None:
-            raise UserError(f"hook point '{point}': model '{model_name}' has no module '{place.path}'",
-                            hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]))
+            raise UserError(
+                f"hook point '{point}': model '{model_name}' has no module '{place.path}'",
+                hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]),
+            )
         found[point] = Place(path, place.side)
     return _in_order(found)
 
@@ -127,15 +127,13 @@ class Extractor:
                 with run:
                     logits = dry_call(self.model, dry_images(self.model, image_shape))
             except UNSUITABLE as error:
-                size = "×".join(map(str, image_shape))
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(f"model '{self.model_name}' cannot take images of {size}: {reason}",
-                                hint="choose another model, or a data set with larger images") from None
+                raise cannot_take(self.model_name, image_shape, error) from None
         values = {name: run.value(name) for name in self.places}
         values[LOGITS] = self._logits(logits)
         if not torch.isfinite(values[LOGITS]).all():
-            raise UserError(f"model '{self.model_name}' gives logits that are not finite",
-                            hint="check its weights for NaN")
+            raise UserError(
+                f"model '{self.model_name}' gives logits that are not finite", hint="check its weights for NaN"
+            )
         return {name: tuple(value.shape[1:]) for name, value in values.items()}
 
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
@@ -158,12 +156,8 @@ class Extractor:
         asked = list(dict.fromkeys(point for point in points if point != LOGITS))
         run = _Run(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
         logits: object = None
-        with run:
-            try:
-                logits = self.model(images)
-            except _Stop as stop:
-                if stop.run is not run:
-                    raise
+        with run, suppress(_Stop):
+            logits = self.model(images)
         values = {point: run.value(point) for point in asked}
         if LOGITS in points:
             values[LOGITS] = self._logits(logits)
@@ -182,14 +176,19 @@ class Extractor:
                 return dict.fromkeys(self.places, _Behaviour(calls=None, overwritten=True))
             found.append({name: _Behaviour(run.calls[name], run.overwritten(name)) for name in self.places})
         return {
-            name: _Behaviour(calm.calls if calm.calls == found[1][name].calls else None,
-                             calm.overwritten or found[1][name].overwritten)
-            for name, calm in found[0].items()}
+            name: _Behaviour(
+                calm.calls if calm.calls == found[1][name].calls else None,
+                calm.overwritten or found[1][name].overwritten,
+            )
+            for name, calm in found[0].items()
+        }
 
     def _logits(self, value: object) -> Tensor:
         if not isinstance(value, Tensor):
-            raise UserError(f"model '{self.model_name}' returns {_kind(value)}, not logits",
-                            hint="a model here returns one tensor [N, classes]")
+            raise UserError(
+                f"model '{self.model_name}' returns {_kind(value)}, not logits",
+                hint="a model here returns one tensor [N, classes]",
+            )
         return value
 
 
@@ -212,10 +211,6 @@ class _Found:
 
 class _Stop(BaseException):
     """Ends a forward when all that was asked for is found. No Exception: a network may catch those."""
-
-    def __init__(self, run: _Run) -> None:
-        super().__init__()
-        self.run = run
 
 
 class _Active(threading.local):
@@ -263,8 +258,10 @@ class _Run:
         """What was found at a point. UserError when it was not reached."""
         found = self._found.get(point)
         if found is None:
-            raise UserError(f"{self._where(point)} is not reached when the network runs",
-                            hint="choose a module that the network's forward calls")
+            raise UserError(
+                f"{self._where(point)} is not reached when the network runs",
+                hint="choose a module that the network's forward calls",
+            )
         if self.behaviours is not None and found.value is found.original and self.overwritten(point):
             raise RuntimeError(f"{self._where(point)}: the network overwrote the value, but not so in its dry run")
         return found.value
@@ -285,8 +282,11 @@ class _Run:
         def on_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._take(point, output)
 
-        self._handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True) if place.side == "input"
-                             else module.register_forward_hook(on_output))
+        self._handles.append(
+            module.register_forward_pre_hook(on_input, with_kwargs=True)
+            if place.side == "input"
+            else module.register_forward_hook(on_output)
+        )
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -297,11 +297,13 @@ class _Run:
         if _ACTIVE.runs[-1:] != [self]:
             return
         if not isinstance(value, Tensor):
-            raise UserError(f"{self._where(point)} gives {_kind(value)}, not a tensor",
-                            hint="choose a module inside or after it")
+            raise UserError(
+                f"{self._where(point)} gives {_kind(value)}, not a tensor", hint="choose a module inside or after it"
+            )
         if self.checking and not torch.isfinite(value).all():
-            raise UserError(f"{self._where(point)} gives values that are not finite",
-                            hint="check the model's weights for NaN")
+            raise UserError(
+                f"{self._where(point)} gives values that are not finite", hint="check the model's weights for NaN"
+            )
         self.calls[point] += 1
         behaviour = self.behaviours[point] if self.behaviours is not None else _Behaviour(None, False)
         last = behaviour.calls == self.calls[point]
@@ -311,7 +313,7 @@ class _Run:
         if last:
             self._waiting.discard(point)
             if self.stops and not self._waiting:
-                raise _Stop(self)
+                raise _Stop
 
     def _where(self, point: str) -> str:
         return f"hook point '{point}' ({self.extractor.places[point]}) of model '{self.extractor.model_name}'"
@@ -345,8 +347,10 @@ def _existing(point: str, known: Sequence[str], whose: str) -> str:
         return point
     layer, _, rest = point.partition(".")
     if rest == "preact" and layer in known:
-        raise UserError(f"{whose} has no '{point}': {layer} does not end in a ReLU",
-                        hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'")
+        raise UserError(
+            f"{whose} has no '{point}': {layer} does not end in a ReLU",
+            hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'",
+        )
     raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
 
 

@@ -25,7 +25,9 @@ class InvertedResidual(nn.Module):
         self.conv = nn.Sequential(
             *_conv_bn_relu(inputs, hidden, 1),
             *_conv_bn_relu(hidden, hidden, 3, stride, groups=hidden),
-            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+            nn.Conv2d(hidden, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +65,9 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.conv2(x), 1), 1))
 
 
-def mobilenet_v2(expansion: int = 6, width: float = 1.0, *, classes: int, channels: int = 3,
-                 image_size: int = 32) -> nn.Module:
+def mobilenet_v2(
+    expansion: int = 6, width: float = 1.0, *, classes: int, channels: int = 3, image_size: int = 32
+) -> nn.Module:
     """MobileNetV2 as in the CIFAR-100 tables that follow CRD (Tian, Krishnan, Isola, ICLR 2020): stride 16 in all,
     plain ReLU, channels rounded down, no dropout.
 
@@ -77,8 +80,10 @@ def mobilenet_v2(expansion: int = 6, width: float = 1.0, *, classes: int, channe
     """
     check_sizes("MobileNetV2", classes=classes, channels=channels, image_size=image_size, smallest=8)
     if expansion < 1 or int(16 * width) < 1:
-        raise UserError(f"MobileNetV2 cannot have expansion {expansion} and width {width}",
-                        hint="the expansion is at least 1, the width at least 1/16")
+        raise UserError(
+            f"MobileNetV2 cannot have expansion {expansion} and width {width}",
+            hint="the expansion is at least 1, the width at least 1/16",
+        )
     return MobileNetV2(expansion, width, classes, channels)
 
 

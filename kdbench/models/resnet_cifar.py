@@ -28,7 +28,7 @@ class PaddedShortcut(nn.Module):
         self.stride, self.before, self.after = stride, before, after
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.before, self.after))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 class BasicBlock(nn.Module):
@@ -60,8 +60,16 @@ class CifarResNet(nn.Module):
         init_linear: whether the classifier begins like the convolutions, else as torch's default.
     """
 
-    def __init__(self, blocks: int, widths: tuple[int, int, int, int], classes: int, channels: int, shortcut: Shortcut,
-                 init: Literal["fan_in", "fan_out"] = "fan_out", init_linear: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        widths: tuple[int, int, int, int],
+        classes: int,
+        channels: int,
+        shortcut: Shortcut,
+        init: Literal["fan_in", "fan_out"] = "fan_out",
+        init_linear: bool = False,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])

@@ -28,8 +28,11 @@ class Axis:
 
     def show(self, value: str) -> str:
         """A value as a column's label: names speak for themselves, numbers get the name of what they count."""
-        return value if self.path in ("student", "teacher", "data", "protocol") else (
-            f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}")
+        return (
+            value
+            if self.path in ("student", "teacher", "data", "protocol")
+            else (f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}")
+        )
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Comparison:
 
 
 def compare(records: Iterable[Record], baseline: str | None = None) -> Comparison:
-    """Arrange records in rows (methods, in the order of the recipe) and columns (combinations of everything else that
-    varies).
+    """Arrange finished records in rows (methods, in the order of the recipe) and columns (combinations of everything
+    else that varies).
 
     Args:
         baseline: key or label of the method to compare with; the recipe's own by default.
@@ -76,7 +79,7 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
     Raises:
         UserError: no records, an unknown baseline, or different experiments that would stand in one place.
     """
-    ordered, notes = _unique(sorted(records, key=_order))
+    ordered, notes = _unique(in_order(record for record in records if record.status == "finished"))
     if not ordered:
         raise UserError("there are no records to compare", hint="'kdbench run RECIPE' makes them")
     rows = _rows(ordered)
@@ -95,8 +98,14 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
     if not any(record.cell.order is not None for record in ordered):
         unique_rows = (chosen, *(row for row in sorted(unique_rows, key=lambda row: row.label) if row != chosen))
     return Comparison(
-        unique_rows, axes, columns, chosen, {place: dict(sorted(group.items())) for place, group in cells.items()},
-        tuple(ordered), tuple(notes + ([note] if note else [])))
+        unique_rows,
+        axes,
+        columns,
+        chosen,
+        {place: dict(sorted(group.items())) for place, group in cells.items()},
+        tuple(ordered),
+        tuple(notes + ([note] if note else [])),
+    )
 
 
 def text(value: Any) -> str:
@@ -121,11 +130,25 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
         yield path, a, b
 
 
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Records in the order of the recipe, the same whatever order they come in."""
+    return sorted(records, key=_order)
+
+
 def _order(record: Record) -> tuple[Any, ...]:
     cell = record.cell
-    return (record.recipe, cell.order if cell.order is not None else 0, cell.label, cell.method,
-            json.dumps(cell.axes, sort_keys=True), cell.seed, record.identity, record.result.test.last,
-            str(record.folder), json.dumps(record.plain(), sort_keys=True))
+    return (
+        record.recipe,
+        cell.order if cell.order is not None else 0,
+        cell.label,
+        cell.method,
+        json.dumps(cell.axes, sort_keys=True),
+        cell.seed,
+        record.identity,
+        record.result.test.last,
+        str(record.folder),
+        json.dumps(record.plain(), sort_keys=True),
+    )
 
 
 def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
@@ -165,16 +188,24 @@ def _rows(records: list[Record]) -> list[Row]:
 
 def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
     """The axes across, and for each record the columns in which it stands."""
-    declared = list(dict.fromkeys(
-        path for record in records for path in record.cell.axes if path.partition(".")[0] != "method"))
+    declared = list(
+        dict.fromkeys(path for record in records for path in record.cell.axes if path.partition(".")[0] != "method")
+    )
     by_recipe: dict[str, set[str]] = {}
     for record in records:
         by_recipe.setdefault(record.recipe, set()).update(record.cell.axes)
     # None: the axis means nothing to the cell. An axis that its recipe does not compare has a value all the same.
     values: list[dict[str, str | None]] = [
-        {path: text(record.cell.axes[path]) if path in record.cell.axes
-         else None if path in by_recipe[record.recipe] else _implied(record, path) for path in declared}
-        for record in records]
+        {
+            path: text(record.cell.axes[path])
+            if path in record.cell.axes
+            else None
+            if path in by_recipe[record.recipe]
+            else _implied(record, path)
+            for path in declared
+        }
+        for record in records
+    ]
     for path in ("student", "teacher", "data", "protocol", "epochs", "training images"):
         implied = [_implied(record, path) for record in records]
         apart: dict[tuple[str | None, ...], set[str]] = {}
@@ -207,8 +238,13 @@ def _implied(record: Record, path: str) -> str | None:
     """What a cell has on an axis that its recipe does not compare. None: nothing, such as a plain student's teacher."""
     cell, budget = record.cell, record.budget
     known: dict[str, Any] = {
-        "student": cell.student, "teacher": cell.teacher, "data": cell.data, "protocol": cell.protocol,
-        "epochs": round(budget.epochs - budget.extra_epochs, 3), "training images": record.data.train}
+        "student": cell.student,
+        "teacher": cell.teacher,
+        "data": cell.data,
+        "protocol": cell.protocol,
+        "epochs": round(budget.epochs - budget.extra_epochs, 3),
+        "training images": record.data.train,
+    }
     if path in known:
         return None if known[path] is None else text(known[path])
     value: Any = record.spec
@@ -229,8 +265,9 @@ def _sorted(values: Iterable[str]) -> list[str]:
 def _columns(axes: tuple[Axis, ...], keys: list[Key]) -> tuple[Column, ...]:
     places = {axis.path: axis for axis in axes}
     ordered = sorted(set(keys), key=lambda key: [places[path].values.index(value) for path, value in key])
-    return tuple(Column(key, ", ".join(places[path].show(value) for path, value in key) or "accuracy")
-                 for key in ordered)
+    return tuple(
+        Column(key, ", ".join(places[path].show(value) for path, value in key) or "accuracy") for key in ordered
+    )
 
 
 def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -> tuple[Row, str | None]:
@@ -240,19 +277,25 @@ def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -
                 return row, None
         matching = [row for row in rows if row.method == asked]
         if not matching:
-            raise UserError(f"the baseline '{asked}' is not among the methods", where="baseline",
-                            hint=did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows}))
+            raise UserError(
+                f"the baseline '{asked}' is not among the methods",
+                where="baseline",
+                hint=did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows}),
+            )
     else:
         named = list(dict.fromkeys(record.cell.baseline for record in records if record.cell.baseline is not None))
         if not named:
             return rows[0], None
         matching = [row for row in rows if row.method in named or row.label in named]
         if not matching:
-            return rows[0], (f"the recipe's baseline {', '.join(named)} has no finished cell: differences are to "
-                             f"{rows[0].label}")
+            return rows[0], (
+                f"the recipe's baseline {', '.join(named)} has no finished cell: differences are to {rows[0].label}"
+            )
         if len(named) > 1:
-            return matching[0], (f"the records name several baselines ({', '.join(sorted(named))}): differences are to "
-                                 f"{matching[0].label}")
+            return matching[0], (
+                f"the records name several baselines ({', '.join(sorted(named))}): differences are to "
+                f"{matching[0].label}"
+            )
     if len(matching) > 1:
         return matching[0], f"{len(matching)} rows are the method {matching[0].method}: the first is the baseline"
     return matching[0], None
@@ -267,12 +310,13 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
         return
     shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
     shown += "; …" if len(found) > 3 else ""
-    seeds = (f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}")
+    seeds = f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}"
     raise UserError(
         f"two cells of '{row.label}', {seeds}, would stand in one place and are different experiments"
         + (f": {shown}" if shown else ""),
         where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
-        hint="give the folders of one comparison, or take one of the two out")
+        hint="give the folders of one comparison, or take one of the two out",
+    )
 
 
 def _count(number: int, one: str, many: str) -> str:

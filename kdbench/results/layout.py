@@ -56,7 +56,7 @@ def difference(cell: Cell | None) -> tuple[str, str, str, str]:
 
 
 def common_suffix(points: tuple[str, ...]) -> str:
-    """".preact" of layer1.preact, layer2.preact; "" where they have none in common."""
+    """ ".preact" of layer1.preact, layer2.preact; "" where they have none in common."""
     suffixes = {point.partition(".")[2] for point in points}
     suffix = suffixes.pop() if len(suffixes) == 1 else ""
     return f".{suffix}" if suffix else ""
@@ -65,16 +65,22 @@ def common_suffix(points: tuple[str, ...]) -> str:
 def _single(table: Table) -> Grid:
     rows: list[tuple[Text, ...]] = [
         (Text(f"teacher {teacher.name}"), Text(_percent(teacher.accuracies[0])), *[Text("")] * 5)
-        for teacher in table.teachers]
+        for teacher in table.teachers
+    ]
     rules = frozenset({len(rows)} if rows else ())
     for row in table.rows:
         cell = row.cells[0]
         compared = ("", "", "", "") if row.is_baseline else difference(cell)
-        rows.append((Text(row.label), _entry(cell), Text(str(cell.n) if cell else ABSENT),
-                     *map(Text, compared)))
+        rows.append((Text(row.label), _entry(cell), Text(str(cell.n) if cell else ABSENT), *map(Text, compared)))
     header: tuple[str, ...] = (
-        "method", f"accuracy, {table.metric_label}", "n", f"difference to {table.baseline}", "95 % interval", "p",
-        "seeds needed")
+        "method",
+        f"accuracy, {table.metric_label}",
+        "n",
+        f"difference to {table.baseline}",
+        "95 % interval",
+        "p",
+        "seeds needed",
+    )
     if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
         header, rows = header[:3], [row[:3] for row in rows]
     return Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules)
@@ -83,19 +89,29 @@ def _single(table: Table) -> Grid:
 def _accuracies(table: Table) -> Grid:
     rows: list[tuple[Text, ...]] = [
         (Text(f"teacher {teacher.name}"), *(Text(_percent(value)) for value in teacher.accuracies))
-        for teacher in table.teachers]
+        for teacher in table.teachers
+    ]
     rules = frozenset({len(rows)} if rows else ())
-    rows += [(Text(row.label), *(_entry(cell, f" ({cell.n})" if cell else "") for cell in row.cells))
-             for row in table.rows]
-    return Grid(f"Accuracy, {table.metric_label}: mean ± deviation (n)",
-                ("method", *(column.label for column in table.columns)), tuple(rows), rules)
+    rows += [
+        (Text(row.label), *(_entry(cell, f" ({cell.n})" if cell else "") for cell in row.cells)) for row in table.rows
+    ]
+    return Grid(
+        f"Accuracy, {table.metric_label}: mean ± deviation (n)",
+        ("method", *(column.label for column in table.columns)),
+        tuple(rows),
+        rules,
+    )
 
 
 def _differences(table: Table) -> Grid:
-    blocks = [[(Text(row.label), Text(str(cell.difference.n)), *map(Text, difference(cell)))
-               for row in table.rows
-               if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None]
-              for i in range(len(table.columns))]
+    blocks = [
+        [
+            (Text(row.label), Text(str(cell.difference.n)), *map(Text, difference(cell)))
+            for row in table.rows
+            if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None
+        ]
+        for i in range(len(table.columns))
+    ]
     header = ("method", "n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
     return _blocks(table, f"Differences to {table.baseline}", header, blocks)
 
@@ -103,15 +119,28 @@ def _differences(table: Table) -> Grid:
 def _details(table: Table) -> Grid:
     suffix = common_suffix(table.agreement)
     extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
-    header = ("method", *(["extra epochs"] if extra else []),
-              *(f"agreement {point.removesuffix(suffix)}" for point in table.agreement), "seconds")
-    blocks = [[(Text(row.label),
+    header = (
+        "method",
+        *(["extra epochs"] if extra else []),
+        *(f"agreement {point.removesuffix(suffix)}" for point in table.agreement),
+        "seconds",
+    )
+    blocks = [
+        [
+            (
+                Text(row.label),
                 *([Text(f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0")] if extra else []),
-                *(Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
-                  for point in table.agreement),
-                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"))
-               for row in table.rows if (cell := row.cells[i]) is not None]
-              for i in range(len(table.columns))]
+                *(
+                    Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
+                    for point in table.agreement
+                ),
+                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"),
+            )
+            for row in table.rows
+            if (cell := row.cells[i]) is not None
+        ]
+        for i in range(len(table.columns))
+    ]
     at = f" (at {suffix[1:]} of each layer)" if suffix else ""
     return _blocks(table, f"Agreement with the teacher{at} and cost" if table.agreement else "Cost", header, blocks)
 

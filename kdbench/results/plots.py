@@ -52,9 +52,14 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
     """
     comparison = compare(records, baseline)
     log = _logs(comparison)
-    curves = {column: {row: curve for row in comparison.rows
-                       if (curve := _curve(comparison, row, column, log, _test_accuracy)) is not None}
-              for column in comparison.columns}
+    curves = {
+        column: {
+            row: curve
+            for row in comparison.rows
+            if (curve := _curve(comparison, row, column, log, _test_accuracy)) is not None
+        }
+        for column in comparison.columns
+    }
     with _style():
         figure, axes = _grid(len(comparison.columns) * 2, 2, (4.7, 3.2))
         for i, (column, by_row) in enumerate(curves.items()):
@@ -103,8 +108,9 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
         return _save(figure, file)
 
 
-def final_accuracies(records: Iterable[Record], file: str | Path, *, metric: Metric = "last",
-                     baseline: str | None = None) -> Path:
+def final_accuracies(
+    records: Iterable[Record], file: str | Path, *, metric: Metric = "last", baseline: str | None = None
+) -> Path:
     """Final test accuracy of every seed as a point, with mean and ± one deviation, one line for each method, one panel
     for each column. The teacher's accuracy is a dashed line where it is near, else it stands in the panel's title."""
     from matplotlib.ticker import MaxNLocator
@@ -113,8 +119,9 @@ def final_accuracies(records: Iterable[Record], file: str | Path, *, metric: Met
     rows = comparison.rows
     with _style():
         height = 0.9 + 0.36 * len(rows)
-        figure, axes = _grid(len(comparison.columns), ACROSS, (4.4 if len(comparison.columns) > 1 else 6.0, height),
-                             sharey=True)
+        figure, axes = _grid(
+            len(comparison.columns), ACROSS, (4.4 if len(comparison.columns) > 1 else 6.0, height), sharey=True
+        )
         for axis, column in zip(axes, comparison.columns, strict=False):
             everything = []
             for i, row in enumerate(rows):
@@ -130,8 +137,17 @@ def final_accuracies(records: Iterable[Record], file: str | Path, *, metric: Met
                     ends = [summary.mean - summary.deviation, summary.mean + summary.deviation]
                     axis.plot(ends, [i, i], color=colour, linewidth=5, alpha=0.25, solid_capstyle="butt", zorder=1)
                 axis.plot([summary.mean] * 2, [i - 0.28, i + 0.28], color=colour, linewidth=2, zorder=2)
-                axis.plot(values, i + offsets, linestyle="", marker=marker, color=colour, zorder=3,
-                          markersize=MARKER_SIZES.get(marker, 5), markeredgecolor="white", markeredgewidth=0.4)
+                axis.plot(
+                    values,
+                    i + offsets,
+                    linestyle="",
+                    marker=marker,
+                    color=colour,
+                    zorder=3,
+                    markersize=MARKER_SIZES.get(marker, 5),
+                    markeredgecolor="white",
+                    markeredgewidth=0.4,
+                )
             axis.xaxis.set_major_locator(MaxNLocator(6))
             axis.set_yticks(range(len(rows)), [row.label for row in rows])
             axis.set_ylim(len(rows) - 0.5, -0.5)
@@ -144,9 +160,14 @@ def final_accuracies(records: Iterable[Record], file: str | Path, *, metric: Met
 def _with_teacher(axis: Axes, comparison: Comparison, column: Column, values: Sequence[float], metric: Metric) -> str:
     """Draw the teacher's line if it is near the values; the panel's title."""
     title = [column.label if comparison.axes else metric_label(comparison.records, metric)]
-    found = sorted({(record.teacher.name, record.teacher.accuracy) for row in comparison.rows
-                    for record in comparison.cell(row, column).values()
-                    if record.teacher is not None and record.teacher.accuracy is not None})
+    found = sorted(
+        {
+            (record.teacher.name, record.teacher.accuracy)
+            for row in comparison.rows
+            for record in comparison.cell(row, column).values()
+            if record.teacher is not None and record.teacher.accuracy is not None
+        }
+    )
     if len(found) == 1 and values:
         accuracy = found[0][1]
         room = max(max(values) - min(values), 0.5)
@@ -163,8 +184,11 @@ def _logs(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     log = {}
     for record in comparison.records:
         if record.folder is None:
-            raise UserError("a record that was not read from a folder has no curve", where=record.identity[:8],
-                            hint="read records with kdbench.results.record.read_records")
+            raise UserError(
+                "a record that was not read from a folder has no curve",
+                where=record.identity[:8],
+                hint="read records with kdbench.results.record.read_records",
+            )
         log[record.identity] = metrics(record.folder)
     return log
 
@@ -177,20 +201,30 @@ def _at(point: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda entry: entry.get("agreement", {}).get(point)
 
 
-def _curve(comparison: Comparison, row: Row, column: Column, log: Mapping[str, list[dict[str, Any]]],
-           value: Callable[[Mapping[str, Any]], float | None]) -> Curve | None:
+def _curve(
+    comparison: Comparison,
+    row: Row,
+    column: Column,
+    log: Mapping[str, list[dict[str, Any]]],
+    value: Callable[[Mapping[str, Any]], float | None],
+) -> Curve | None:
     """The seeds' values at the evaluations that all of them have."""
     seeds = []
     for record in comparison.cell(row, column).values():
-        points = {entry["step"]: (entry.get("epoch", entry["step"]), float(v)) for entry in log[record.identity]
-                  if (v := value(entry)) is not None}
+        points = {
+            entry["step"]: (entry.get("epoch", entry["step"]), float(v))
+            for entry in log[record.identity]
+            if (v := value(entry)) is not None
+        }
         if points:
             seeds.append(points)
     steps = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
     if not steps:
         return None
-    return (np.array([seeds[0][step][0] for step in steps], dtype=float),
-            np.array([[points[step][1] for step in steps] for points in seeds]))
+    return (
+        np.array([seeds[0][step][0] for step in steps], dtype=float),
+        np.array([[points[step][1] for step in steps] for points in seeds]),
+    )
 
 
 def _look(comparison: Comparison, row: Row) -> tuple[str, str, Any]:
@@ -209,8 +243,16 @@ def _draw(axis: Axes, curve: Curve, look: tuple[str, str, Any], label: str) -> N
     every = max(1, math.ceil(len(epochs) / MARKS_ON_CURVE))
     # Markers begin at different places, so that they do not lie on each other.
     start = (MARKERS.index(marker) * every) // len(MARKERS)
-    axis.plot(epochs, mean, color=colour, linestyle=line, marker=marker, markevery=(start, every),
-              markersize=MARKER_SIZES.get(marker, 5), label=label)
+    axis.plot(
+        epochs,
+        mean,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markevery=(start, every),
+        markersize=MARKER_SIZES.get(marker, 5),
+        label=label,
+    )
 
 
 def _zoom(axis: Axes, curves: Mapping[Row, Curve]) -> list[str]:
@@ -243,11 +285,25 @@ def _style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({
-            "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.labelsize": 9, "legend.fontsize": 9,
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-            "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.5, "lines.markersize": 5,
-            "axes.formatter.useoffset": False, "text.parse_math": False})
+        matplotlib.rcParams.update(
+            {
+                "font.size": 9,
+                "axes.titlesize": 9,
+                "axes.titleweight": "bold",
+                "axes.labelsize": 9,
+                "legend.fontsize": 9,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "grid.color": "#dddddd",
+                "grid.linewidth": 0.6,
+                "axes.axisbelow": True,
+                "lines.linewidth": 1.5,
+                "lines.markersize": 5,
+                "axes.formatter.useoffset": False,
+                "text.parse_math": False,
+            }
+        )
         yield
 
 
@@ -276,8 +332,14 @@ def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown:
     width = figure.get_size_inches()[0]
     longest = max((len(label) for label in labels), default=1)
     across = max(1, min(len(labels), int(width / (0.075 * longest + 0.65))))
-    figure.legend([known[label] for label in labels], labels, loc="outside lower center", ncols=across, frameon=False,
-                  handlelength=3.2)
+    figure.legend(
+        [known[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=across,
+        frameon=False,
+        handlelength=3.2,
+    )
 
 
 def _save(figure: Figure, file: str | Path) -> Path:

@@ -40,6 +40,7 @@ class Cell(Part):
     axes: dict[str, Any] = Field({}, description="compared dotted recipe path -> this cell's value")
     order: int | None = Field(None, description="place of its combination in the recipe")
     baseline: str | None = Field(None, description="method to which the recipe compares")
+    title: str = Field("", description="the recipe's own")
 
 
 class StageSteps(Part):
@@ -166,21 +167,31 @@ def read_record(path: str | Path) -> Record:
     except FileNotFoundError:
         raise UserError("there is no record", where=where, hint=f"give a folder that holds a {RECORD}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"this record is damaged: {error}", where=where,
-                        hint="remove its folder and run the cell again, or leave it out") from None
+        raise UserError(
+            f"this record is damaged: {error}",
+            where=where,
+            hint="remove its folder and run the cell again, or leave it out",
+        ) from None
     if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int) or "kdbench" not in plain:
         raise UserError("this is no record of kdbench", where=where, hint="leave this folder out")
     if plain["schema"] > SCHEMA:
-        raise UserError(f"this record has schema {plain['schema']}, made by kdbench {plain['kdbench']}; "
-                        f"this kdbench reads up to {SCHEMA}", where=where, hint="update kdbench")
+        raise UserError(
+            f"this record has schema {plain['schema']}, made by kdbench {plain['kdbench']}; "
+            f"this kdbench reads up to {SCHEMA}",
+            where=where,
+            hint="update kdbench",
+        )
     try:
         return Record.model_validate({**plain, "folder": file.parent})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"this record is damaged: '{place}': {first['msg']}{more}", where=where,
-                        hint="remove its folder and run the cell again, or leave it out") from None
+        raise UserError(
+            f"this record is damaged: '{place}': {first['msg']}{more}",
+            where=where,
+            hint="remove its folder and run the cell again, or leave it out",
+        ) from None
 
 
 def read_records(paths: Iterable[str | Path]) -> list[Record]:
@@ -198,8 +209,11 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
         for file in sorted(path.rglob(RECORD)) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     if not files:
-        raise UserError("no finished cell was found", where=", ".join(map(str, given)) or None,
-                        hint=f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them")
+        raise UserError(
+            "no finished cell was found",
+            where=", ".join(map(str, given)) or None,
+            hint=f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them",
+        )
     return [read_record(file) for file in files.values()]
 
 
@@ -222,8 +236,9 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file),
-                        hint=f"curves need the {METRICS} beside the record") from None
+        raise UserError(
+            f"cannot be read: {error}", where=str(file), hint=f"curves need the {METRICS} beside the record"
+        ) from None
     lines = text.splitlines()
     if lines and not text.endswith("\n") and not (file.parent / RECORD).is_file():
         lines.pop()
@@ -232,8 +247,11 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"this line is damaged: {error.msg}", where=f"{file}:{number}",
-                            hint="remove the cell's folder and run it again, or leave it out") from None
+            raise UserError(
+                f"this line is damaged: {error.msg}",
+                where=f"{file}:{number}",
+                hint="remove the cell's folder and run it again, or leave it out",
+            ) from None
         if not isinstance(entry, dict) or "step" not in entry:
             raise UserError("this line is no evaluation of kdbench", where=f"{file}:{number}")
         entries.append(entry)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.results.comparison import compare, text
+from kdbench.results.comparison import in_order, text
 from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.record import Record
 from kdbench.results.tables import Note, Table, flat
@@ -51,28 +51,55 @@ def table_csv(table: Table) -> str:
 def records_csv(records: Iterable[Record]) -> str:
     """The long form: one line for every record, whatever a table would leave out. Ends with a newline."""
     rows = []
-    for record in compare(records).records:
+    for record in in_order(records):
         cell, test, validation = record.cell, record.result.test, record.result.validation
         teacher, compute, data = record.teacher, record.compute, record.data
-        rows.append({
-            "recipe": record.recipe, "method": cell.method, "label": cell.label, "student": cell.student,
-            "teacher": cell.teacher, "data": cell.data, "protocol": cell.protocol, "seed": cell.seed,
-            **{f"axis.{path}": text(value) for path, value in cell.axes.items()},
-            "last": test.last, "best": test.best, "best_step": test.best_step, "mean_last": test.mean_last,
-            "mean_last_of": test.mean_last_of, "validation_last": validation.last if validation else None,
-            "validation_best": validation.best if validation else None,
-            **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
-            "steps": record.budget.steps, "epochs": record.budget.epochs, "extra_epochs": record.budget.extra_epochs,
-            "teacher_accuracy": teacher.accuracy if teacher else None,
-            "teacher_sha256": teacher.sha256 if teacher else None,
-            "train_images": data.train, "validation_images": data.validation, "test_images": data.test,
-            "data_fingerprint": data.fingerprint, "parameters": record.models.student.parameters,
-            "flops": record.models.student.flops, "device": compute.device, "device_name": compute.device_name,
-            "threads": compute.threads, "precision": compute.precision, "seconds": compute.seconds,
-            "training_seconds": compute.training_seconds, "images_per_second": compute.images_per_second,
-            "python": compute.python, "torch": compute.torch, "kdbench": record.kdbench,
-            "commit": record.git.commit if record.git else None, "dirty": record.git.dirty if record.git else None,
-            "identity": record.identity})
+        rows.append(
+            {
+                "recipe": record.recipe,
+                "method": cell.method,
+                "label": cell.label,
+                "student": cell.student,
+                "teacher": cell.teacher,
+                "data": cell.data,
+                "protocol": cell.protocol,
+                "seed": cell.seed,
+                **{f"axis.{path}": text(value) for path, value in cell.axes.items()},
+                "last": test.last,
+                "best": test.best,
+                "best_step": test.best_step,
+                "mean_last": test.mean_last,
+                "mean_last_of": test.mean_last_of,
+                "validation_last": validation.last if validation else None,
+                "validation_best": validation.best if validation else None,
+                **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
+                "steps": record.budget.steps,
+                "epochs": record.budget.epochs,
+                "extra_epochs": record.budget.extra_epochs,
+                "teacher_accuracy": teacher.accuracy if teacher else None,
+                "teacher_sha256": teacher.sha256 if teacher else None,
+                "train_images": data.train,
+                "validation_images": data.validation,
+                "test_images": data.test,
+                "data_fingerprint": data.fingerprint,
+                "parameters": record.models.student.parameters,
+                "flops": record.models.student.flops,
+                "device": compute.device,
+                "device_name": compute.device_name,
+                "threads": compute.threads,
+                "precision": compute.precision,
+                "seconds": compute.seconds,
+                "training_seconds": compute.training_seconds,
+                "images_per_second": compute.images_per_second,
+                "python": compute.python,
+                "torch": compute.torch,
+                "kdbench": record.kdbench,
+                "commit": record.git.commit if record.git else None,
+                "dirty": record.git.dirty if record.git else None,
+                "status": record.status,
+                "identity": record.identity,
+            }
+        )
     return _csv(rows)
 
 
@@ -95,8 +122,12 @@ def latex(table: Table) -> str:
         caption = blocks[0].caption
         continued = " (continued)" if number and caption == floats[number - 1][-1].caption else ""
         shown = escape(f"{title}. {caption}{continued}.")
-        lines += ["\\begin{table}[tbp]", "\\centering\\small\\setlength{\\tabcolsep}{3pt}", f"\\caption{{{shown}}}",
-                  f"\\label{{tab:{slug}{f'-{number}' if number else ''}}}"]
+        lines += [
+            "\\begin{table}[tbp]",
+            "\\centering\\small\\setlength{\\tabcolsep}{3pt}",
+            f"\\caption{{{shown}}}",
+            f"\\label{{tab:{slug}{f'-{number}' if number else ''}}}",
+        ]
         for i, block in enumerate(blocks):
             if i and block.caption not in (blocks[i - 1].caption, caption):
                 lines += ["", "\\medskip", escape(block.caption)]
@@ -110,8 +141,11 @@ def _floats(blocks: Iterable[_Block]) -> list[list[_Block]]:
     """Blocks by float: a new one for each caption, and where a page is full."""
     floats: list[list[_Block]] = []
     for block in blocks:
-        if (not floats or block.caption != floats[-1][-1].caption
-                or sum(other.height for other in floats[-1]) + block.height > PAGE_LINES):
+        if (
+            not floats
+            or block.caption != floats[-1][-1].caption
+            or sum(other.height for other in floats[-1]) + block.height > PAGE_LINES
+        ):
             floats.append([])
         floats[-1].append(block)
     return floats
@@ -144,25 +178,124 @@ def escape(value: str) -> str:
 
 
 _SPECIAL = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    '"': "''",
     "`": r"\textasciigrave{}",
-    "\n": " ", "\t": " ", "\u00a0": "~", "\u2009": r"\,", "\u202f": r"\,",
-    "−": "$-$", "±": r"$\pm$", "×": r"$\times$", "÷": r"$\div$", "·": r"$\cdot$", "→": r"$\rightarrow$",
-    "←": r"$\leftarrow$", "↔": r"$\leftrightarrow$", "⇒": r"$\Rightarrow$", "≤": r"$\leq$", "≥": r"$\geq$",
-    "≠": r"$\neq$", "≈": r"$\approx$", "∞": r"$\infty$", "∈": r"$\in$", "√": r"$\surd$", "∑": r"$\sum$",
-    "–": "--", "—": "---", "…": r"\ldots{}", "‘": "`", "’": "'", "“": "``", "”": "''", "„": ",,", "°": r"$^\circ$",
-    "²": "$^2$", "³": "$^3$", "¹": "$^1$", "½": "$1/2$", "µ": r"$\mu$", "†": r"\dag{}", "‡": r"\ddag{}", "§": r"\S{}",
-    "©": r"\copyright{}", "ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}", "Ø": r"\O{}", "œ": r"\oe{}",
-    "Œ": r"\OE{}", "ł": r"\l{}", "Ł": r"\L{}", "ı": r"\i{}", "å": r"\aa{}", "Å": r"\AA{}",
+    "\n": " ",
+    "\t": " ",
+    "\u00a0": "~",
+    "\u2009": r"\,",
+    "\u202f": r"\,",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "÷": r"$\div$",
+    "·": r"$\cdot$",
+    "→": r"$\rightarrow$",
+    "←": r"$\leftarrow$",
+    "↔": r"$\leftrightarrow$",
+    "⇒": r"$\Rightarrow$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "≠": r"$\neq$",
+    "≈": r"$\approx$",
+    "∞": r"$\infty$",
+    "∈": r"$\in$",
+    "√": r"$\surd$",
+    "∑": r"$\sum$",
+    "–": "--",
+    "—": "---",
+    "…": r"\ldots{}",
+    "‘": "`",
+    "’": "'",
+    "“": "``",
+    "”": "''",
+    "„": ",,",
+    "°": r"$^\circ$",
+    "²": "$^2$",
+    "³": "$^3$",
+    "¹": "$^1$",
+    "½": "$1/2$",
+    "µ": r"$\mu$",
+    "†": r"\dag{}",
+    "‡": r"\ddag{}",
+    "§": r"\S{}",
+    "©": r"\copyright{}",
+    "ß": r"\ss{}",
+    "æ": r"\ae{}",
+    "Æ": r"\AE{}",
+    "ø": r"\o{}",
+    "Ø": r"\O{}",
+    "œ": r"\oe{}",
+    "Œ": r"\OE{}",
+    "ł": r"\l{}",
+    "Ł": r"\L{}",
+    "ı": r"\i{}",
+    "å": r"\aa{}",
+    "Å": r"\AA{}",
 }
-_ACCENTS = {"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0308": '"', "\u0304": "=", "\u0307": ".",
-            "\u030c": "v", "\u0306": "u", "\u030b": "H", "\u0327": "c", "\u0323": "d", "\u0331": "b"}
+_ACCENTS = {
+    "\u0300": "`",
+    "\u0301": "'",
+    "\u0302": "^",
+    "\u0303": "~",
+    "\u0308": '"',
+    "\u0304": "=",
+    "\u0307": ".",
+    "\u030c": "v",
+    "\u0306": "u",
+    "\u030b": "H",
+    "\u0327": "c",
+    "\u0323": "d",
+    "\u0331": "b",
+}
 _GREEK = {
-    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
-    "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "π": "pi", "ρ": "rho", "σ": "sigma",
-    "τ": "tau", "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Γ": "Gamma", "Δ": "Delta",
-    "Θ": "Theta", "Λ": "Lambda", "Ξ": "Xi", "Π": "Pi", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega"}
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "δ": "delta",
+    "ε": "epsilon",
+    "ζ": "zeta",
+    "η": "eta",
+    "θ": "theta",
+    "ι": "iota",
+    "κ": "kappa",
+    "λ": "lambda",
+    "μ": "mu",
+    "ν": "nu",
+    "ξ": "xi",
+    "π": "pi",
+    "ρ": "rho",
+    "σ": "sigma",
+    "τ": "tau",
+    "υ": "upsilon",
+    "φ": "phi",
+    "χ": "chi",
+    "ψ": "psi",
+    "ω": "omega",
+    "Γ": "Gamma",
+    "Δ": "Delta",
+    "Θ": "Theta",
+    "Λ": "Lambda",
+    "Ξ": "Xi",
+    "Π": "Pi",
+    "Σ": "Sigma",
+    "Φ": "Phi",
+    "Ψ": "Psi",
+    "Ω": "Omega",
+}
 
 
 def _escape_character(c: str) -> str:
@@ -219,8 +352,11 @@ def _grid_width(grid: Grid) -> float:
 
 def _column_width(grid: Grid, i: int) -> float:
     """Width of a column and the space beside it, in ems, about."""
-    entries = [_width(row[i].text) * (1.15 if row[i].bold else 1) + _width(row[i].tail) + 0.4 * len(row[i].marks)
-               for n, row in enumerate(grid.rows) if n not in grid.headings]
+    entries = [
+        _width(row[i].text) * (1.15 if row[i].bold else 1) + _width(row[i].tail) + 0.4 * len(row[i].marks)
+        for n, row in enumerate(grid.rows)
+        if n not in grid.headings
+    ]
     titles = _header_lines(grid.header[i]) if i else [grid.header[0]]
     width = max([*map(_width, titles), *entries])
     return (width if i else min(width, FIRST_WIDTH)) + 0.72
@@ -229,20 +365,25 @@ def _column_width(grid: Grid, i: int) -> float:
 def _part(grid: Grid, rows: Sequence[int], columns: Sequence[int]) -> Grid:
     """Some rows and columns of a grid. A rule stays above the first row that follows it."""
     above = [sum(rule <= row for rule in grid.rules) for row in rows]
-    return Grid(grid.caption, tuple(grid.header[i] for i in columns),
-                tuple(tuple(grid.rows[n][i] for i in columns) for n in rows),
-                frozenset(k for k in range(1, len(rows)) if above[k] > above[k - 1]),
-                frozenset(k for k, n in enumerate(rows) if n in grid.headings))
+    return Grid(
+        grid.caption,
+        tuple(grid.header[i] for i in columns),
+        tuple(tuple(grid.rows[n][i] for i in columns) for n in rows),
+        frozenset(k for k in range(1, len(rows)) if above[k] > above[k - 1]),
+        frozenset(k for k, n in enumerate(rows) if n in grid.headings),
+    )
 
 
 def _width(value: str) -> float:
     """Width of a text in ems of Computer Modern, about."""
-    return sum(0.8 if c in "+−±→×mw<>%" else 0.76 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5
-               for c in value)
+    return sum(
+        0.8 if c in "+−±→×mw<>%" else 0.76 if c.isupper() else 0.3 if c in " .,:;()[]ijltf'|" else 0.5 for c in value
+    )
 
 
 def _header_lines(title: str) -> list[str]:
     """A column's title, on lines of about equal length where it is long."""
+
     def lines(length: int) -> list[str]:
         return textwrap.wrap(title, length, break_long_words=False, break_on_hyphens=False) or [""]
 

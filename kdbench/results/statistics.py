@@ -105,8 +105,13 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
     low, high = max(0.0, 1 - 12 / math.sqrt(2 * freedom)), 1 + 12 / math.sqrt(2 * freedom)
     nodes, weights = _quadrature(400)
     s = low + (nodes + 1) / 2 * (high - low)
-    log_density = (math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
-                   + (freedom - 1) * np.log(s) - freedom * s**2 / 2)
+    log_density = (
+        math.log(2)
+        + freedom / 2 * math.log(freedom / 2)
+        - math.lgamma(freedom / 2)
+        + (freedom - 1) * np.log(s)
+        - freedom * s**2 / 2
+    )
     missed = np.exp(log_density) * (ndtr(critical * s - shift) - ndtr(-critical * s - shift))
     return 1 - float((weights * missed).sum()) * (high - low) / 2
 
@@ -117,8 +122,9 @@ def _quadrature(points: int) -> tuple[np.ndarray, np.ndarray]:
     return nodes, weights
 
 
-def seeds_needed(mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05,
-                 cap: int = 1000) -> int | None:
+def seeds_needed(
+    mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05, cap: int = 1000
+) -> int | None:
     """Smallest number of pairs with which the two-sided paired t test, without correction for several methods, would
     find a difference of this mean and deviation with the target power. None: more than `cap`.
 

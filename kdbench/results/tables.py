@@ -104,8 +104,14 @@ class Table:
     notes: tuple[Note, ...]
 
 
-def build(records: Iterable[Record], baseline: str | None = None, metric: Metric = "last", *, title: str | None = None,
-          unfinished: Sequence[str | Path] = ()) -> Table:
+def build(
+    records: Iterable[Record],
+    baseline: str | None = None,
+    metric: Metric = "last",
+    *,
+    title: str | None = None,
+    unfinished: Sequence[str | Path] = (),
+) -> Table:
     """The table of all records: rows are methods, columns the combinations of everything else that varies.
 
     Args:
@@ -120,7 +126,7 @@ def build(records: Iterable[Record], baseline: str | None = None, metric: Metric
         UserError: no finished record, an unknown baseline, or cells that cannot stand in one table.
     """
     given = list(records)
-    comparison = compare([record for record in given if record.status == "finished"], baseline)
+    comparison = compare(given, baseline)
     names = [str(folder) for folder in unfinished]
     names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
     marks: dict[str, str] = {}
@@ -130,9 +136,18 @@ def build(records: Iterable[Record], baseline: str | None = None, metric: Metric
     points = tuple(sorted({point for record in comparison.records for point in record.result.agreement}))
     notes = [*_notes(comparison, rows, metric, tests, points), *_missing(comparison, names)]
     notes += [Note(said, mark) for said, mark in marks.items()]
-    return Table(title if title is not None else _title(comparison), metric, metric_label(comparison.records, metric),
-                 comparison.baseline.label, tuple(axis.path for axis in comparison.axes), comparison.columns, teachers,
-                 rows, points, tuple(notes))
+    return Table(
+        title if title is not None else _title(comparison),
+        metric,
+        metric_label(comparison.records, metric),
+        comparison.baseline.label,
+        tuple(axis.path for axis in comparison.axes),
+        comparison.columns,
+        teachers,
+        rows,
+        points,
+        tuple(notes),
+    )
 
 
 def flat(table: Table) -> list[dict[str, Any]]:
@@ -143,20 +158,44 @@ def flat(table: Table) -> list[dict[str, Any]]:
             if cell is None:
                 continue
             d = cell.difference
-            teacher = next(((t.name, accuracy) for t in table.teachers if (accuracy := t.accuracies[
-                table.columns.index(column)]) is not None), (None, None))
-            result.append({
-                "method": row.method, "label": row.label, "baseline": row.is_baseline, **dict(column.key),
-                "metric": table.metric, "n": cell.n, "seeds": " ".join(map(str, cell.seeds)), "mean": _round(cell.mean),
-                "deviation": _round(cell.deviation), "rank": "best" if cell.best else "second" if cell.second else None,
-                "difference": _round(d.mean) if d else None, "difference_low": _round(d.low) if d else None,
-                "difference_high": _round(d.high) if d else None, "difference_n": d.n if d else None,
-                "p": _round(d.p, 9) if d else None, "p_holm": _round(d.p_holm, 9) if d else None,
-                "seeds_needed": seeds_text(d.seeds_needed) if d else None,
-                "steps": cell.steps, "epochs": _round(cell.epochs), "extra_epochs": _round(cell.extra_epochs),
-                **{f"agreement.{point}": _round(cell.agreement.get(point)) for point in table.agreement},
-                "seconds": _round(cell.seconds, 2), "images_per_second": _round(cell.images_per_second, 1),
-                "teacher": teacher[0], "teacher_accuracy": teacher[1], "marks": " ".join(cell.marks) or None})
+            teacher = next(
+                (
+                    (t.name, accuracy)
+                    for t in table.teachers
+                    if (accuracy := t.accuracies[table.columns.index(column)]) is not None
+                ),
+                (None, None),
+            )
+            result.append(
+                {
+                    "method": row.method,
+                    "label": row.label,
+                    "baseline": row.is_baseline,
+                    **dict(column.key),
+                    "metric": table.metric,
+                    "n": cell.n,
+                    "seeds": " ".join(map(str, cell.seeds)),
+                    "mean": _round(cell.mean),
+                    "deviation": _round(cell.deviation),
+                    "rank": "best" if cell.best else "second" if cell.second else None,
+                    "difference": _round(d.mean) if d else None,
+                    "difference_low": _round(d.low) if d else None,
+                    "difference_high": _round(d.high) if d else None,
+                    "difference_n": d.n if d else None,
+                    "p": _round(d.p, 9) if d else None,
+                    "p_holm": _round(d.p_holm, 9) if d else None,
+                    "seeds_needed": seeds_text(d.seeds_needed) if d else None,
+                    "steps": cell.steps,
+                    "epochs": _round(cell.epochs),
+                    "extra_epochs": _round(cell.extra_epochs),
+                    **{f"agreement.{point}": _round(cell.agreement.get(point)) for point in table.agreement},
+                    "seconds": _round(cell.seconds, 2),
+                    "images_per_second": _round(cell.images_per_second, 1),
+                    "teacher": teacher[0],
+                    "teacher_accuracy": teacher[1],
+                    "marks": " ".join(cell.marks) or None,
+                }
+            )
     return result
 
 
@@ -165,8 +204,12 @@ def to_frame(table: Table) -> pandas.DataFrame:
     import pandas
 
     frame = pandas.DataFrame(flat(table))
-    frame.attrs.update(title=table.title, metric=table.metric_label, baseline=table.baseline,
-                       notes=[f"{note.mark}: {note.text}" if note.mark else note.text for note in table.notes])
+    frame.attrs.update(
+        title=table.title,
+        metric=table.metric_label,
+        baseline=table.baseline,
+        notes=[f"{note.mark}: {note.text}" if note.mark else note.text for note in table.notes],
+    )
     return frame
 
 
@@ -185,14 +228,18 @@ def metric_label(records: Sequence[Record], metric: Metric) -> str:
     return f"mean of the last {_range(counts)} evaluations"
 
 
-def _rows(comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Difference],
-          marks: dict[str, str]) -> tuple[Row, ...]:
-    by_column = [[_cell(comparison, label.label, column, metric, differences, marks) for label in comparison.rows]
-                 for column in comparison.columns]
+def _rows(
+    comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Difference], marks: dict[str, str]
+) -> tuple[Row, ...]:
+    by_column = [
+        [_cell(comparison, label.label, column, metric, differences, marks) for label in comparison.rows]
+        for column in comparison.columns
+    ]
     ranked = [_ranked(cells) for cells in by_column]
     return tuple(
         Row(row.method, row.label, row == comparison.baseline, tuple(cells[i] for cells in ranked))
-        for i, row in enumerate(comparison.rows))
+        for i, row in enumerate(comparison.rows)
+    )
 
 
 def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str, Column], Difference], int]:
@@ -207,15 +254,20 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
             own = comparison.cell(row, column)
             if row == comparison.baseline:
                 continue
-            pair = statistics.paired({seed: r.accuracy(metric) for seed, r in own.items()},
-                                     {seed: r.accuracy(metric) for seed, r in base.items()}, CONFIDENCE)
+            pair = statistics.paired(
+                {seed: r.accuracy(metric) for seed, r in own.items()},
+                {seed: r.accuracy(metric) for seed, r in base.items()},
+                CONFIDENCE,
+            )
             if pair is None:
                 continue
             place = (row.label, column)
             found[place] = pair
             if pair.p is not None:
-                keys[place] = (frozenset(r.identity for r in own.values()),
-                               frozenset(r.identity for r in base.values()))
+                keys[place] = (
+                    frozenset(r.identity for r in own.values()),
+                    frozenset(r.identity for r in base.values()),
+                )
                 tests[keys[place]] = pair.p
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     result = {}
@@ -223,13 +275,20 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
         needed = None
         if pair.p is not None and pair.deviation is not None:
             needed = statistics.seeds_needed(pair.mean, pair.deviation, cap=CAP) or CAP + 1
-        result[place] = Difference(pair.n, pair.mean, pair.low, pair.high, pair.p,
-                                   adjusted[keys[place]] if place in keys else None, needed)
+        result[place] = Difference(
+            pair.n, pair.mean, pair.low, pair.high, pair.p, adjusted[keys[place]] if place in keys else None, needed
+        )
     return result, len(tests)
 
 
-def _cell(comparison: Comparison, label: str, column: Column, metric: Metric,
-          differences: Mapping[tuple[str, Column], Difference], marks: dict[str, str]) -> Cell | None:
+def _cell(
+    comparison: Comparison,
+    label: str,
+    column: Column,
+    metric: Metric,
+    differences: Mapping[tuple[str, Column], Difference],
+    marks: dict[str, str],
+) -> Cell | None:
     group = comparison.cells.get((label, column.key), {})
     if not group:
         return None
@@ -251,14 +310,25 @@ def _cell(comparison: Comparison, label: str, column: Column, metric: Metric,
         said.append("equal differences for all seeds: no spread, so no interval and no test")
     points = sorted({point for record in records for point in record.result.agreement})
     return Cell(
-        seeds=tuple(group), values=tuple(record.accuracy(metric) for record in records), n=summary.n, mean=summary.mean,
-        deviation=summary.deviation, best=False, second=False, difference=difference, steps=budget.steps,
-        epochs=budget.epochs, extra_epochs=budget.extra_epochs,
-        agreement={point: _mean([r.result.agreement[point] for r in records if point in r.result.agreement])
-                   for point in points},
+        seeds=tuple(group),
+        values=tuple(record.accuracy(metric) for record in records),
+        n=summary.n,
+        mean=summary.mean,
+        deviation=summary.deviation,
+        best=False,
+        second=False,
+        difference=difference,
+        steps=budget.steps,
+        epochs=budget.epochs,
+        extra_epochs=budget.extra_epochs,
+        agreement={
+            point: _mean([r.result.agreement[point] for r in records if point in r.result.agreement])
+            for point in points
+        },
         seconds=_mean([_seconds(record) for record in records]),
         images_per_second=_mean([record.compute.images_per_second for record in records]),
-        marks=tuple(marks.setdefault(text, _letter(len(marks))) for text in said))
+        marks=tuple(marks.setdefault(text, _letter(len(marks))) for text in said),
+    )
 
 
 def _ranked(cells: list[Cell | None]) -> list[Cell | None]:
@@ -266,9 +336,14 @@ def _ranked(cells: list[Cell | None]) -> list[Cell | None]:
     shown = sorted({round(cell.mean, 2) for cell in cells if cell is not None}, reverse=True)
     if sum(cell is not None for cell in cells) < 2:
         return cells
-    return [None if cell is None else replace(
-        cell, best=round(cell.mean, 2) == shown[0], second=len(shown) > 1 and round(cell.mean, 2) == shown[1])
-        for cell in cells]
+    return [
+        None
+        if cell is None
+        else replace(
+            cell, best=round(cell.mean, 2) == shown[0], second=len(shown) > 1 and round(cell.mean, 2) == shown[1]
+        )
+        for cell in cells
+    ]
 
 
 def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
@@ -280,12 +355,18 @@ def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
                 known = found.setdefault(record.teacher.name, {})
                 if known.get(column) is None:
                     known[column] = record.teacher.accuracy
-    return tuple(TeacherRow(name, tuple(by_column.get(column) for column in comparison.columns))
-                 for name, by_column in found.items())
+    return tuple(
+        TeacherRow(name, tuple(by_column.get(column) for column in comparison.columns))
+        for name, by_column in found.items()
+    )
 
 
 def _title(comparison: Comparison) -> str:
-    """Teacher → student, data; what varies across the columns is left out."""
+    """The recipe's title where all records have the same; else teacher → student, data, without what varies across the
+    columns."""
+    titles = {record.cell.title for record in comparison.records}
+    if len(titles) == 1 and "" not in titles:
+        return titles.pop()
     axes = {axis.path for axis in comparison.axes}
 
     def names(path: str, values: Iterable[str]) -> str:
@@ -297,40 +378,62 @@ def _title(comparison: Comparison) -> str:
     return ", ".join(part for part in (" → ".join(part for part in (teacher, student) if part), data) if part)
 
 
-def _notes(comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int,
-           points: Sequence[str]) -> list[Note]:
+def _notes(
+    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str]
+) -> list[Note]:
     records = comparison.records
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     counts = sorted({cell.n for cell in cells})
     label = metric_label(records, metric)
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
-    spread = "one seed, so no deviation, no interval and no test" if counts == [1] else (
-        f"mean ± sample deviation, n = {_range(counts)} seeds ({_list(seeds)})")
+    spread = (
+        "one seed, so no deviation, no interval and no test"
+        if counts == [1]
+        else (f"mean ± sample deviation, n = {_range(counts)} seeds ({_list(seeds)})")
+    )
     notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
     differences = [cell.difference for cell in cells if cell.difference is not None]
     if differences:
-        how = "" if not tests else (
-            f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {tests} "
-            f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
-            "such test, were the seen difference and its deviation the true ones")
-        notes.append(Note(f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
-                          f"augmentation and initial student){how}"))
+        how = (
+            ""
+            if not tests
+            else (
+                f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {tests} "
+                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
+                "such test, were the seen difference and its deviation the true ones"
+            )
+        )
+        notes.append(
+            Note(
+                f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
+                f"augmentation and initial student){how}"
+            )
+        )
     if len(rows) > 1:
         notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
     notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
     if points:
-        notes.append(Note("Agreement: share of equal activation signs of student (through its connector) and teacher, "
-                          "after the last epoch"))
-    notes.append(Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's "
-                      "passes"))
+        notes.append(
+            Note(
+                "Agreement: share of equal activation signs of student (through its connector) and teacher, "
+                "after the last epoch"
+            )
+        )
+    notes.append(
+        Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes")
+    )
     notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
     return notes
 
 
 def _missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
     notes = []
-    empty = [f"{row.label} ({column.label})" if comparison.axes else row.label for row in comparison.rows
-             for column in comparison.columns if not comparison.cell(row, column)]
+    empty = [
+        f"{row.label} ({column.label})" if comparison.axes else row.label
+        for row in comparison.rows
+        for column in comparison.columns
+        if not comparison.cell(row, column)
+    ]
     if empty:
         notes.append(Note(f"–: no finished cell: {_list(empty)}", warning=True))
     if unfinished:
@@ -354,8 +457,10 @@ def _said_teacher(record: Record) -> str | None:
 def _said_data(record: Record) -> str:
     data = record.data
     validation = f"{data.validation:,} validation, " if data.validation else ""
-    return (f"{data.name}, {data.train:,} training, {validation}{data.test:,} test images, "
-            f"fingerprint {data.fingerprint[:12]}")
+    return (
+        f"{data.name}, {data.train:,} training, {validation}{data.test:,} test images, "
+        f"fingerprint {data.fingerprint[:12]}"
+    )
 
 
 def _said_machine(record: Record) -> str:
@@ -417,8 +522,11 @@ def _is_free(comparison: Comparison, group: Mapping[int, Record], label: str, pa
     if not group:
         return False
     identity = next(iter(group.values())).identity
-    values = {dict(key)[path] for (row, key), other in comparison.cells.items()
-              if row == label and any(record.identity == identity for record in other.values())}
+    values = {
+        dict(key)[path]
+        for (row, key), other in comparison.cells.items()
+        if row == label and any(record.identity == identity for record in other.values())
+    }
     return len(values) > 1
 
 

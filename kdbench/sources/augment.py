@@ -107,8 +107,10 @@ class Augmentation:
         columns = torch.where(flip.bool(), w - 1 - columns, columns) + dx
         if self.mode == "reflect" and p:
             if p >= min(h, w):
-                raise UserError(f"reflect padding {p} does not fit images of {h}x{w} pixels",
-                                hint="it must be smaller than the image; use 'zero' or less padding")
+                raise UserError(
+                    f"reflect padding {p} does not fit images of {h}x{w} pixels",
+                    hint="it must be smaller than the image; use 'zero' or less padding",
+                )
             rows, columns = _reflected(rows - p, h), _reflected(columns - p, w)
         elif p:
             images, w = F.pad(images, (p, p, p, p)), w + 2 * p

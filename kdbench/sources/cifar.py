@@ -53,46 +53,146 @@ class Cifar:
 
 
 CIFAR10 = Cifar(
-    name="cifar10", batches="cifar-10-batches-py",
+    name="cifar10",
+    batches="cifar-10-batches-py",
     files={"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
-    names=("batches.meta", "label_names"), labels="labels",
+    names=("batches.meta", "label_names"),
+    labels="labels",
     classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    counts={"train": 50_000, "test": 10_000}, torchvision="CIFAR10",
+    counts={"train": 50_000, "test": 10_000},
+    torchvision="CIFAR10",
 )
 
 CIFAR100 = Cifar(
-    name="cifar100", batches="cifar-100-python",
-    files={"train": ("train",), "test": ("test",)}, names=("meta", "fine_label_names"), labels="fine_labels",
+    name="cifar100",
+    batches="cifar-100-python",
+    files={"train": ("train",), "test": ("test",)},
+    names=("meta", "fine_label_names"),
+    labels="fine_labels",
     classes=(
-        "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
-        "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
-        "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish",
-        "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion",
-        "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange",
-        "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine",
-        "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk",
-        "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank",
-        "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale",
-        "willow_tree", "wolf", "woman", "worm",
+        "apple",
+        "aquarium_fish",
+        "baby",
+        "bear",
+        "beaver",
+        "bed",
+        "bee",
+        "beetle",
+        "bicycle",
+        "bottle",
+        "bowl",
+        "boy",
+        "bridge",
+        "bus",
+        "butterfly",
+        "camel",
+        "can",
+        "castle",
+        "caterpillar",
+        "cattle",
+        "chair",
+        "chimpanzee",
+        "clock",
+        "cloud",
+        "cockroach",
+        "couch",
+        "crab",
+        "crocodile",
+        "cup",
+        "dinosaur",
+        "dolphin",
+        "elephant",
+        "flatfish",
+        "forest",
+        "fox",
+        "girl",
+        "hamster",
+        "house",
+        "kangaroo",
+        "keyboard",
+        "lamp",
+        "lawn_mower",
+        "leopard",
+        "lion",
+        "lizard",
+        "lobster",
+        "man",
+        "maple_tree",
+        "motorcycle",
+        "mountain",
+        "mouse",
+        "mushroom",
+        "oak_tree",
+        "orange",
+        "orchid",
+        "otter",
+        "palm_tree",
+        "pear",
+        "pickup_truck",
+        "pine_tree",
+        "plain",
+        "plate",
+        "poppy",
+        "porcupine",
+        "possum",
+        "rabbit",
+        "raccoon",
+        "ray",
+        "road",
+        "rocket",
+        "rose",
+        "sea",
+        "seal",
+        "shark",
+        "shrew",
+        "skunk",
+        "skyscraper",
+        "snail",
+        "snake",
+        "spider",
+        "squirrel",
+        "streetcar",
+        "sunflower",
+        "sweet_pepper",
+        "table",
+        "tank",
+        "telephone",
+        "television",
+        "tiger",
+        "tractor",
+        "train",
+        "trout",
+        "tulip",
+        "turtle",
+        "wardrobe",
+        "whale",
+        "willow_tree",
+        "wolf",
+        "woman",
+        "worm",
     ),
-    counts={"train": 50_000, "test": 10_000}, torchvision="CIFAR100",
+    counts={"train": 50_000, "test": 10_000},
+    torchvision="CIFAR100",
 )
 
 
-def cifar10(roots: list[Path], download: bool, cache: Path, *, mirrors: tuple[str, ...] = (),
-            fingerprint: str | None = None) -> ImageData:
+def cifar10(
+    roots: list[Path], download: bool, cache: Path, *, mirrors: tuple[str, ...] = (), fingerprint: str | None = None
+) -> ImageData:
     """CIFAR-10: 50,000 + 10,000 images [3, 32, 32], 10 classes. Arguments and errors: see `load`."""
     return load(CIFAR10, roots, download, cache, mirrors, fingerprint)
 
 
-def cifar100(roots: list[Path], download: bool, cache: Path, *, mirrors: tuple[str, ...] = (),
-             fingerprint: str | None = None) -> ImageData:
+def cifar100(
+    roots: list[Path], download: bool, cache: Path, *, mirrors: tuple[str, ...] = (), fingerprint: str | None = None
+) -> ImageData:
     """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 images [3, 32, 32]. Arguments and errors: see `load`."""
     return load(CIFAR100, roots, download, cache, mirrors, fingerprint)
 
 
-def load(cifar: Cifar, roots: list[Path], download: bool, cache: Path, mirrors: tuple[str, ...],
-         fingerprint: str | None) -> ImageData:
+def load(
+    cifar: Cifar, roots: list[Path], download: bool, cache: Path, mirrors: tuple[str, ...], fingerprint: str | None
+) -> ImageData:
     """Read one of the sets.
 
     Every root is searched, in order, for the batches folder, an image folder `<name>/{train,test}/<class>/*`, either of
@@ -116,8 +216,9 @@ def load(cifar: Cifar, roots: list[Path], download: bool, cache: Path, mirrors: 
         if source is not None:
             return checked(_read(cifar, source, cache), fingerprint)
     if not download:
-        raise UserError(f"{cifar.name} is not here, and downloading it is not allowed",
-                        hint=not_found(roots, _wanted(cifar)))
+        raise UserError(
+            f"{cifar.name} is not here, and downloading it is not allowed", hint=not_found(roots, _wanted(cifar))
+        )
     return checked(_read(cifar, _download(cifar, roots, cache, mirrors), cache), fingerprint)
 
 
@@ -162,23 +263,31 @@ def _check_listing(cifar: Cifar, found: Listing) -> None:
         missing = [name for name in cifar.classes if name not in classes]
         extra = [name for name in classes if name not in cifar.classes]
         if missing or extra:
-            problems = [f"{what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-                        for what, names in (("missing", missing), ("not of this set", extra)) if names]
-            raise UserError(f"the class folders are not those of {cifar.name} ({'; '.join(problems)})", where=here,
-                            hint="unpack the data set again, all parts of it")
+            problems = [
+                f"{what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+                for what, names in (("missing", missing), ("not of this set", extra))
+                if names
+            ]
+            raise UserError(
+                f"the class folders are not those of {cifar.name} ({'; '.join(problems)})",
+                where=here,
+                hint="unpack the data set again, all parts of it",
+            )
         each = total // len(cifar.classes)
         for name, files in classes.items():
             if len(files) != each:
-                raise UserError(f"{len(files)} images instead of {each}", where=f"{here}/{name}",
-                                hint="unpack the data set again")
+                raise UserError(
+                    f"{len(files)} images instead of {each}", where=f"{here}/{name}", hint="unpack the data set again"
+                )
 
 
 def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
     names_file = folder / cifar.names[0]
     names = _unpickled(names_file, cifar.names[1])
     if not isinstance(names, list) or sorted(names) != list(cifar.classes):
-        raise UserError(f"the class names are not those of {cifar.name}", where=str(names_file),
-                        hint="unpack the archive again")
+        raise UserError(
+            f"the class names are not those of {cifar.name}", where=str(names_file), hint="unpack the archive again"
+        )
     to_label = torch.tensor([cifar.classes.index(name) for name in names])
     parts = {}
     for split, total in cifar.counts.items():
@@ -188,8 +297,11 @@ def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
         each = total // len(cifar.classes)
         if (counts != each).any():
             c = int((counts != each).nonzero()[0])
-            raise UserError(f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}",
-                            where=str(folder), hint="unpack the archive again")
+            raise UserError(
+                f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}",
+                where=str(folder),
+                hint="unpack the archive again",
+            )
     return canonical(cifar.name, cifar.classes, parts["train"], parts["test"], f"pickled batches ({cifar.batches})")
 
 
@@ -198,21 +310,30 @@ def _batch(cifar: Cifar, file: Path) -> tuple[Tensor, Tensor]:
     data, labels = _unpickled(file, "data"), _unpickled(file, cifar.labels)
     whole = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
     if not whole or not isinstance(labels, list) or len(labels) != len(data):
-        raise UserError("not a batch of 32x32 images and their labels", where=str(file),
-                        hint="unpack the archive again")
+        raise UserError(
+            "not a batch of 32x32 images and their labels", where=str(file), hint="unpack the archive again"
+        )
     numbers = torch.tensor(labels, dtype=torch.int64)
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(cifar.classes):
-        raise UserError(f"labels outside 0 … {len(cifar.classes) - 1}", where=str(file),
-                        hint="unpack the archive again")
+        raise UserError(
+            f"labels outside 0 … {len(cifar.classes) - 1}", where=str(file), hint="unpack the archive again"
+        )
     return torch.from_numpy(np.ascontiguousarray(data)).view(-1, 3, 32, 32), numbers
 
 
 class _ArraysOnly(pickle.Unpickler):
     """A pickle can run code when it is read; this reads numpy arrays and plain values and refuses the rest."""
 
-    _KNOWN = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),
-              *((f"numpy.{core}.{module}", name) for core in ("core", "_core")
-                for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer")))}
+    _KNOWN = {
+        ("_codecs", "encode"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        *(
+            (f"numpy.{core}.{module}", name)
+            for core in ("core", "_core")
+            for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+        ),
+    }
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if (module_name, global_name) not in self._KNOWN:
@@ -226,10 +347,20 @@ def _unpickled(file: Path, key: str) -> Any:
             return _ArraysOnly(stream, encoding="latin1").load()[key]
     except (KeyError, TypeError):
         raise UserError(f"the file has no '{key}'", where=str(file), hint="unpack the archive again") from None
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, ImportError,
-            MemoryError, OverflowError) as error:
-        raise UserError(f"the file is damaged or cut short ({error})", where=str(file),
-                        hint="unpack the archive again") from None
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ImportError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise UserError(
+            f"the file is damaged or cut short ({error})", where=str(file), hint="unpack the archive again"
+        ) from None
 
 
 def _archive(cifar: Cifar) -> tuple[str, str, str]:
@@ -249,8 +380,11 @@ def _archived(cifar: Cifar, root: Path, cache: Path) -> Path | None:
     if not file.is_file():
         return None
     if not check_integrity(str(file), md5):
-        raise UserError("the archive is damaged: it does not have the official checksum", where=str(file),
-                        hint="download it again, or take it away")
+        raise UserError(
+            "the archive is damaged: it does not have the official checksum",
+            where=str(file),
+            hint="download it again, or take it away",
+        )
     return _unpack(cifar, file, cache)
 
 
@@ -268,8 +402,11 @@ def _unpack(cifar: Cifar, archive: Path, cache: Path) -> Path:
     except (OSError, tarfile.TarError) as error:
         # Another process may have been first.
         if not _is_batches(cifar, target):
-            raise UserError(f"the archive cannot be unpacked: {error}", where=str(target),
-                            hint="make room or permissions there, or choose another cache folder") from None
+            raise UserError(
+                f"the archive cannot be unpacked: {error}",
+                where=str(target),
+                hint="make room or permissions there, or choose another cache folder",
+            ) from None
     return target
 
 
@@ -289,9 +426,11 @@ def _download(cifar: Cifar, roots: Iterable[Path], cache: Path, mirrors: tuple[s
             failures.append(f"{url}: {error}")
             log.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)
     tried = "\n  ".join(failures)
-    raise UserError(f"{cifar.name} is not here and could not be downloaded",
-                    hint=f"{tried}\n  {not_found(roots, _wanted(cifar))}\n"
-                         "  Or name a copy of the archive: environment variable KDBENCH_CIFAR_MIRROR.")
+    raise UserError(
+        f"{cifar.name} is not here and could not be downloaded",
+        hint=f"{tried}\n  {not_found(roots, _wanted(cifar))}\n"
+        "  Or name a copy of the archive: environment variable KDBENCH_CIFAR_MIRROR.",
+    )
 
 
 def _own_mirror(file_name: str) -> list[str]:

@@ -24,8 +24,9 @@ def load(roots: list[Path], download: bool, cache: Path) -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits come with scikit-learn, which is not installed",
-                        hint="pip install scikit-learn") from None
+        raise UserError(
+            "the digits come with scikit-learn, which is not installed", hint="pip install scikit-learn"
+        ) from None
     raw = load_digits()
     levels = torch.from_numpy(raw.images).unsqueeze(1)
     images = (levels * (255 / 16)).round().to(torch.uint8)
@@ -33,5 +34,10 @@ def load(roots: list[Path], download: bool, cache: Path) -> ImageData:
     everything = canonical("digits", map(str, raw.target_names), (images, labels), (images[:0], labels[:0]), "")
     images, labels = everything.train_images, everything.train_labels
     train, test = validation(labels, size=_TEST, seed=0)
-    return canonical("digits", everything.classes, (images[train], labels[train]), (images[test], labels[test]),
-                     f"scikit-learn {importlib.metadata.version('scikit-learn')}")
+    return canonical(
+        "digits",
+        everything.classes,
+        (images[train], labels[train]),
+        (images[test], labels[test]),
+        f"scikit-learn {importlib.metadata.version('scikit-learn')}",
+    )

@@ -107,8 +107,11 @@ def read(found: Listing, name: str, channels: int, size: tuple[int, int] | None 
     for split in SPLITS:
         empty = [c for c in classes if not found.files[split].get(c)]
         if empty or not classes:
-            raise UserError(f"no images of class {', '.join(map(repr, empty))}" if empty else "no class folders",
-                            where=str(found.root / split), hint=f"images end in {', '.join(SUFFIXES)}")
+            raise UserError(
+                f"no images of class {', '.join(map(repr, empty))}" if empty else "no class folders",
+                where=str(found.root / split),
+                hint=f"images end in {', '.join(SUFFIXES)}",
+            )
     if size is None:
         size = _size(found.files["train"][classes[0]][0])
     parts = []
@@ -145,8 +148,10 @@ def decode(files: list[Path], channels: int, size: tuple[int, int]) -> Tensor:
 def not_found(roots: Iterable[Path], wanted: str) -> str:
     """The hint for data that no root has: what was looked for, where, and how to point kdbench to it."""
     tried = ", ".join(str(root) for root in roots) or "no folder is set"
-    return (f"looked for {wanted}\n  in: {tried}\n"
-            "  Say where the data are: recipe key `data.root`, option `--data DIR`, or the environment's KDBENCH_DATA.")
+    return (
+        f"looked for {wanted}\n  in: {tried}\n"
+        "  Say where the data are: recipe key `data.root`, option `--data DIR`, or the environment's KDBENCH_DATA."
+    )
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -167,11 +172,17 @@ def _size(file: Path) -> tuple[int, int]:
 def _pixels(file: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
     with _opened(file) as image:
         if (image.height, image.width) != size:
-            raise UserError(f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}",
-                            where=str(file), hint="all images of a data set have one size")
+            raise UserError(
+                f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}",
+                where=str(file),
+                hint="all images of a data set have one size",
+            )
         if image.mode not in _READABLE:
-            raise UserError(f"the image has pixels of type '{image.mode}', which do not fit into bytes",
-                            where=str(file), hint="save it with 8 bits a channel")
+            raise UserError(
+                f"the image has pixels of type '{image.mode}', which do not fit into bytes",
+                where=str(file),
+                hint="save it with 8 bits a channel",
+            )
         try:
             pixels = np.asarray(image if image.mode == _MODES[channels] else image.convert(_MODES[channels]))
         except (OSError, SyntaxError, ValueError, EOFError) as error:

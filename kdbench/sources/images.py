@@ -46,12 +46,21 @@ class ImageData:
     origin: str
 
 
-def canonical(name: str, classes: Iterable[str], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
-              origin: str) -> ImageData:
+def canonical(
+    name: str, classes: Iterable[str], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], origin: str
+) -> ImageData:
     """Sort both splits (images uint8 [N, C, H, W], labels [N]) into canonical order and take the fingerprint."""
     (train_images, train_labels), (test_images, test_labels) = _sorted(*train), _sorted(*test)
-    return ImageData(name, tuple(classes), train_images, train_labels, test_images, test_labels,
-                     fingerprint(train_images, train_labels, test_images, test_labels), origin)
+    return ImageData(
+        name,
+        tuple(classes),
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        fingerprint(train_images, train_labels, test_images, test_labels),
+        origin,
+    )
 
 
 def fingerprint(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> str:
@@ -82,8 +91,9 @@ def moments(images: Tensor) -> tuple[list[float], list[float]]:
     return mean, std
 
 
-def cached(build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]],
-           variant: str = "") -> ImageData:
+def cached(
+    build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]], variant: str = ""
+) -> ImageData:
     """What `build` returns, kept in `<cache>/<name>-<digest>.safetensors` and mapped into memory the next time.
 
     Args:
@@ -111,9 +121,14 @@ def checked(data: ImageData, expected: str | None) -> ImageData:
         return data
     if (data.name, data.fingerprint) not in _warned:
         _warned.add((data.name, data.fingerprint))
-        log.warning("%s from %s is not the published data set: its fingerprint is %s…, expected %s… (a lossy copy, or "
-                    "changed images). Results are recorded as such.", data.name, data.origin, data.fingerprint[:12],
-                    expected[:12])
+        log.warning(
+            "%s from %s is not the published data set: its fingerprint is %s…, expected %s… (a lossy copy, or "
+            "changed images). Results are recorded as such.",
+            data.name,
+            data.origin,
+            data.fingerprint[:12],
+            expected[:12],
+        )
     return replace(data, origin=f"{data.origin}; not the published images (expected fingerprint {expected[:12]}…)")
 
 
@@ -136,8 +151,13 @@ def _load(path: Path, name: str) -> ImageData | None:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in _TENSORS}
-        data = ImageData(name, tuple(json.loads(about["classes"])), **tensors, fingerprint=about["fingerprint"],
-                         origin=about["origin"])
+        data = ImageData(
+            name,
+            tuple(json.loads(about["classes"])),
+            **tensors,
+            fingerprint=about["fingerprint"],
+            origin=about["origin"],
+        )
         if fingerprint(*tensors.values()) == data.fingerprint:
             return data
     except FileNotFoundError:

@@ -42,8 +42,10 @@ def subset(labels: Tensor, *, fraction: float | None = None, per_class: int | No
             raise UserError(f"'per_class' cannot be {per_class!r}", hint="it is a number of images, at least 1")
         if per_class > sizes.min():
             small = int(sizes.argmin())
-            raise UserError(f"'per_class' is {per_class}, but class {int(present[small])} has {int(sizes[small])} "
-                            f"training images", hint=f"at most {int(sizes.min())} are possible here")
+            raise UserError(
+                f"'per_class' is {per_class}, but class {int(present[small])} has {int(sizes[small])} training images",
+                hint=f"at most {int(sizes.min())} are possible here",
+            )
         counts = np.full(len(sizes), per_class)
     else:
         raise UserError("a subset needs either 'fraction' or 'per_class', exactly one of them")
@@ -71,14 +73,18 @@ def validation(labels: Tensor, *, size: int | float, seed: int) -> tuple[Tensor,
     elif isinstance(size, int) and not isinstance(size, bool) and size > 0:
         total = size
     else:
-        raise UserError(f"the size of a validation split cannot be {size!r}",
-                        hint="it is a number of images, or a share between 0 and 1")
+        raise UserError(
+            f"the size of a validation split cannot be {size!r}",
+            hint="it is a number of images, or a share between 0 and 1",
+        )
     lowest, highest = len(sizes), int((sizes - 1).sum())
     if sizes.min() < 2:
         raise UserError(f"class {int(present[sizes.argmin()])} has one image, too few for a validation split")
     if not lowest <= total <= highest:
-        raise UserError(f"a validation split of {total} of {len(labels)} images leaves a class without images",
-                        hint=f"between {lowest} and {highest} images are possible here")
+        raise UserError(
+            f"a validation split of {total} of {len(labels)} images leaves a class without images",
+            hint=f"between {lowest} and {highest} images are possible here",
+        )
     chosen = _take(labels, present, _apportion(sizes, total, keep=1), seed, "validation")
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[chosen] = False
@@ -96,8 +102,9 @@ def _share(value: float, name: str, upper: int | None, n: int) -> int:
     """round(value · n), halves up, of a share in (0, 1) or, with `upper` = 1, in (0, 1]."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (0 < value < 1 or value == upper):
-        raise UserError(f"'{name}' cannot be {value!r}",
-                        hint=f"a share lies above 0 and {'is at most' if upper else 'below'} 1")
+        raise UserError(
+            f"'{name}' cannot be {value!r}", hint=f"a share lies above 0 and {'is at most' if upper else 'below'} 1"
+        )
     return math.floor(Fraction(str(value)) * n + Fraction(1, 2))
 
 

@@ -171,7 +171,7 @@ if moment:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "count"), [("write", 7), ("write", 25), ("replace", 11), ("stage", 1), ("record", 1), ("record", 2)]
+    ("moment", "count"), [("write", 7), ("write", 25), ("replace", 11), ("stage", 0), ("record", 1), ("record", 2)]
 )
 def test_killed_at_bad_moments(
     moment: str, count: int, uninterrupted: tuple[dict[str, Any], float], tmp_path: Path

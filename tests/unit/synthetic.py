@@ -13,31 +13,83 @@ from kdbench.results.record import Record
 def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: Any) -> dict[str, Any]:
     """A record as plain data. `over`: label, axes, order, student, teacher, …; a dotted path ("compute.precision") sets
     any entry, with two underscores for a dot."""
-    names = {"label": method.upper(), "student": "wrn_16_2", "teacher": "wrn_22_4_cifar10", "data": "cifar10",
-             "protocol": "ab_official", "axes": {"method": method}, "order": 0, "baseline": "ce", "recipe": "synthetic",
-             "best": min(100.0, last + 0.2), "mean_last": last - 0.05, "agreement": {}, "extra_epochs": 0.0,
-             "epochs": 200.0}
+    names = {
+        "label": method.upper(),
+        "student": "wrn_16_2",
+        "teacher": "wrn_22_4_cifar10",
+        "data": "cifar10",
+        "protocol": "ab_official",
+        "axes": {"method": method},
+        "order": 0,
+        "baseline": "ce",
+        "recipe": "synthetic",
+        "best": min(100.0, last + 0.2),
+        "mean_last": last - 0.05,
+        "agreement": {},
+        "extra_epochs": 0.0,
+        "epochs": 200.0,
+    }
     names |= {key: over.pop(key) for key in list(over) if key in names}
     epochs = names["epochs"] + names["extra_epochs"]
     teacher = names["teacher"]
     record: dict[str, Any] = {
-        "schema": 1, "kdbench": "0.1.0", "status": "finished", "identity": "", "recipe": names["recipe"],
-        "cell": {"method": method, **{key: names[key] for key in (
-            "label", "student", "teacher", "data", "protocol", "axes", "order", "baseline")}, "seed": seed},
+        "schema": 1,
+        "kdbench": "0.1.0",
+        "status": "finished",
+        "identity": "",
+        "recipe": names["recipe"],
+        "cell": {
+            "method": method,
+            **{
+                key: names[key]
+                for key in ("label", "student", "teacher", "data", "protocol", "axes", "order", "baseline")
+            },
+            "seed": seed,
+        },
         "spec": {"seed": seed, "data": {"name": names["data"]}, "method": {"name": method, "label": names["label"]}},
-        "budget": {"steps": int(391 * epochs), "epochs": epochs, "extra_epochs": names["extra_epochs"],
-                   "stages": [{"name": "classification", "steps": int(391 * epochs)}]},
-        "result": {"test": {"last": round(last, 4), "best": round(names["best"], 4), "best_step": 77000,
-                            "mean_last": round(names["mean_last"], 4), "mean_last_of": 10},
-                   "validation": None, "agreement": names["agreement"]},
+        "budget": {
+            "steps": int(391 * epochs),
+            "epochs": epochs,
+            "extra_epochs": names["extra_epochs"],
+            "stages": [{"name": "classification", "steps": int(391 * epochs)}],
+        },
+        "result": {
+            "test": {
+                "last": round(last, 4),
+                "best": round(names["best"], 4),
+                "best_step": 77000,
+                "mean_last": round(names["mean_last"], 4),
+                "mean_last_of": 10,
+            },
+            "validation": None,
+            "agreement": names["agreement"],
+        },
         "teacher": teacher and {"name": teacher, "sha256": "ab" * 32, "accuracy": 95.5},
-        "data": {"name": names["data"], "fingerprint": "cd" * 32, "train": 50000, "validation": 0, "test": 10000,
-                 "classes": 10, "origin": "official archive"},
+        "data": {
+            "name": names["data"],
+            "fingerprint": "cd" * 32,
+            "train": 50000,
+            "validation": 0,
+            "test": 10000,
+            "classes": 10,
+            "origin": "official archive",
+        },
         "models": {"student": {"parameters": 691674, "flops": 2.0e8}, "teacher": None},
-        "compute": {"device": "cpu", "device_name": "Model 7 Processor", "threads": 1, "precision": "float32",
-                    "seconds": 130.0, "training_seconds": 120.0 + seed, "images_per_second": 5100.0, "python": "3.12.1",
-                    "torch": "2.11.0", "torchvision": "0.26.0", "platform": "Linux"},
-        "git": {"commit": "0123456789abcdef", "dirty": False}}
+        "compute": {
+            "device": "cpu",
+            "device_name": "Model 7 Processor",
+            "threads": 1,
+            "precision": "float32",
+            "seconds": 130.0,
+            "training_seconds": 120.0 + seed,
+            "images_per_second": 5100.0,
+            "python": "3.12.1",
+            "torch": "2.11.0",
+            "torchvision": "0.26.0",
+            "platform": "Linux",
+        },
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+    }
     for path, value in over.items():
         inner = record
         *parents, leaf = path.split("__")
@@ -56,8 +108,11 @@ def make(method: str = "kd", seed: int = 0, last: float = 90.0, **over: Any) -> 
 
 def comparison(values: dict[str, list[float]], **over: Any) -> list[Record]:
     """Records of several methods: method -> accuracies of seeds 0, 1, …, in the order of the mapping."""
-    return [make(method, seed, last, order=order, **({"teacher": None} if method == "ce" else {}) | over)
-            for order, (method, several) in enumerate(values.items()) for seed, last in enumerate(several)]
+    return [
+        make(method, seed, last, order=order, **({"teacher": None} if method == "ce" else {}) | over)
+        for order, (method, several) in enumerate(values.items())
+        for seed, last in enumerate(several)
+    ]
 
 
 def write(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]] | None = None) -> Path:

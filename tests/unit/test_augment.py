@@ -69,8 +69,10 @@ def test_images_in_another_memory_layout():
     augmentation = Augmentation(4, "zero", True)
     images = random_images(20)
     draws = augmentation.draw(torch.Generator().manual_seed(2), 20)
-    assert torch.equal(augmentation.apply(images.contiguous(memory_format=torch.channels_last), draws),
-                       augmentation.apply(images, draws))
+    assert torch.equal(
+        augmentation.apply(images.contiguous(memory_format=torch.channels_last), draws),
+        augmentation.apply(images, draws),
+    )
 
 
 def test_nothing_to_do_leaves_the_images():
@@ -121,8 +123,9 @@ def test_same_distribution_as_torchvisions_random_transforms(mode):
     views = augmentation.view(image.expand(162, 1, 32, 32), torch.arange(162))
     number = {view.numpy().tobytes(): i for i, view in enumerate(views)}
     assert len(number) == 162
-    theirs = transforms.Compose([transforms.RandomCrop(32, padding=4, padding_mode=MODES[mode]),
-                                 transforms.RandomHorizontalFlip()])
+    theirs = transforms.Compose(
+        [transforms.RandomCrop(32, padding=4, padding_mode=MODES[mode]), transforms.RandomHorizontalFlip()]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         seen = [number[theirs(image[0]).numpy().tobytes()] for _ in range(6000)]
@@ -131,10 +134,14 @@ def test_same_distribution_as_torchvisions_random_transforms(mode):
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((-1, "zero", True), "padding cannot be -1"), ((4, "edge", True), "unknown padding mode 'edge'"),
-    ((4, "none", True), "'none' with padding 4"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((-1, "zero", True), "padding cannot be -1"),
+        ((4, "edge", True), "unknown padding mode 'edge'"),
+        ((4, "none", True), "'none' with padding 4"),
+    ],
+)
 def test_impossible_augmentations(arguments, message):
     with pytest.raises(UserError, match=message):
         Augmentation(*arguments)

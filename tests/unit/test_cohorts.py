@@ -32,8 +32,13 @@ def test_cells_of_one_seed_form_a_cohort_with_the_plain_student() -> None:
 
 @pytest.mark.parametrize(
     "compare",
-    [{"data.per_class": [5, 10]}, {"protocol.batch_size": [16, 32]}, {"steps": [10, 20]},
-     {"precision": ["float32", "bfloat16"]}, {"method": ["kd", "ab_crd"], "epochs": [2]}],
+    [
+        {"data.per_class": [5, 10]},
+        {"protocol.batch_size": [16, 32]},
+        {"steps": [10, 20]},
+        {"precision": ["float32", "bfloat16"]},
+        {"method": ["kd", "ab_crd"], "epochs": [2]},
+    ],
 )
 def test_cells_with_other_batches_do_not(compare: dict[str, list[Any]]) -> None:
     cohorts = _cohorts(work(compare={"method": ["kd"]} | compare))

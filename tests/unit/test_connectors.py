@@ -29,17 +29,25 @@ def kinds(module: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("connector", ALL)
-@pytest.mark.parametrize(("student", "teacher"), [((3, 4, 4), (5, 4, 4)), ((5, 4, 4), (3, 4, 4)), ((7,), (9,)),
-                                                  ((3, 1, 1), (5, 1, 1))])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((3, 4, 4), (5, 4, 4)), ((5, 4, 4), (3, 4, 4)), ((7,), (9,)), ((3, 1, 1), (5, 1, 1))]
+)
 def test_bridges_channels(connector, student, teacher):
     module = connector(student, teacher)
     assert module(torch.randn(6, *student)).shape == (6, *teacher)
 
 
-@pytest.mark.parametrize(("student", "teacher", "kernel"), [
-    ((3, 8, 8), (5, 4, 4), "Conv2d 3"), ((3, 4, 4), (5, 8, 8), "ConvTranspose2d 4"),
-    ((3, 8, 8), (5, 6, 7), "Conv2d 3 2"), ((3, 8, 8), (5, 8, 8), "Conv2d 1"),
-    ((3, 9, 9), (5, 4, 4), "Conv2d 6"), ((3, 8, 4), (5, 4, 4), "Conv2d 5 1")])
+@pytest.mark.parametrize(
+    ("student", "teacher", "kernel"),
+    [
+        ((3, 8, 8), (5, 4, 4), "Conv2d 3"),
+        ((3, 4, 4), (5, 8, 8), "ConvTranspose2d 4"),
+        ((3, 8, 8), (5, 6, 7), "Conv2d 3 2"),
+        ((3, 8, 8), (5, 8, 8), "Conv2d 1"),
+        ((3, 9, 9), (5, 4, 4), "Conv2d 6"),
+        ((3, 8, 4), (5, 4, 4), "Conv2d 5 1"),
+    ],
+)
 def test_regressor_of_the_usual_tables_resizes(student, teacher, kernel):
     module = conv_bn_relu(student, teacher)
     assert module(torch.randn(2, *student)).shape == (2, *teacher)
@@ -47,11 +55,15 @@ def test_regressor_of_the_usual_tables_resizes(student, teacher, kernel):
     assert type(module[0]).__name__ == name and module[0].kernel_size == (int(size[0]), int(size[-1]))
 
 
-@pytest.mark.parametrize(("student", "teacher", "with_relu", "without", "parameters"), [
-    ((3, 8, 8), (5, 4, 4), 85.32490728803967, 459.70595101742725, 150),
-    ((3, 4, 4), (5, 8, 8), 361.64880701599054, 1838.8238541017952, 255),
-    ((3, 8, 8), (5, 6, 7), 228.59559528381644, 1206.7280235403032, 105),
-    ((3, 4, 4), (5, 4, 4), 79.7033083215359, 459.70464334238005, 30)])
+@pytest.mark.parametrize(
+    ("student", "teacher", "with_relu", "without", "parameters"),
+    [
+        ((3, 8, 8), (5, 4, 4), 85.32490728803967, 459.70595101742725, 150),
+        ((3, 4, 4), (5, 8, 8), 361.64880701599054, 1838.8238541017952, 255),
+        ((3, 8, 8), (5, 6, 7), 228.59559528381644, 1206.7280235403032, 105),
+        ((3, 4, 4), (5, 4, 4), 79.7033083215359, 459.70464334238005, 30),
+    ],
+)
 def test_regressor_equals_repdistillers(student, teacher, with_relu, without, parameters):
     # HobbitLong/RepDistiller b84f547, models/util.py ConvReg, run in float64 with weights and input filled likewise:
     # sum of squares of the output, with and without its ReLU.
@@ -67,8 +79,11 @@ def test_relu_only_where_asked_for():
     images = torch.randn(4, 3, 4, 4)
     assert conv_bn_relu((3, 4, 4), (5, 4, 4))(images).min() >= 0
     assert kinds(conv_bn_relu((3, 4, 4), (5, 4, 4))) == ["Conv2d", "BatchNorm2d", "ReLU"]
-    for module in (conv_bn_relu((3, 4, 4), (5, 4, 4), relu=False), conv1x1_bn((3, 4, 4), (5, 4, 4)),
-                   conv((3, 4, 4), (5, 4, 4))):
+    for module in (
+        conv_bn_relu((3, 4, 4), (5, 4, 4), relu=False),
+        conv1x1_bn((3, 4, 4), (5, 4, 4)),
+        conv((3, 4, 4), (5, 4, 4)),
+    ):
         assert module(images).min() < 0
     assert not any(m.inplace for m in conv_bn_relu((3, 4, 4), (5, 4, 4)).modules() if isinstance(m, nn.ReLU))
 
@@ -122,16 +137,19 @@ def test_initial_values_come_from_the_default_generator_alone(connector):
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
-@pytest.mark.parametrize(("connector", "student", "teacher", "words"), [
-    *[(c, (16, 192), (16, 384), "tokens (16, 192)") for c in ALL],
-    *[(c, (8, 4, 4), (16, 384), "tokens (16, 384)") for c in ALL],
-    *[(c, (8, 4, 4), (8,), "vector: (8, 4, 4), (8,)") for c in ALL],
-    *[(c, (2, 8, 4, 4), (2, 8, 4, 4), "(2, 8, 4, 4)") for c in ALL],
-    (conv1x1_bn, (8, 4, 4), (8, 8, 8), "4×4 is not 8×8"),
-    (conv_bn_relu, (8, 4, 4), (8, 6, 6), "enlarge a map of 4×4 to 6×6"),
-    (conv_bn_relu, (8, 8, 2), (8, 4, 4), "enlarge a map of 8×2 to 4×4"),
-    (conv, (8, 4, 4), (8, 8, 8), "enlarge a map of 4×4 to 8×8"),
-])
+@pytest.mark.parametrize(
+    ("connector", "student", "teacher", "words"),
+    [
+        *[(c, (16, 192), (16, 384), "tokens (16, 192)") for c in ALL],
+        *[(c, (8, 4, 4), (16, 384), "tokens (16, 384)") for c in ALL],
+        *[(c, (8, 4, 4), (8,), "vector: (8, 4, 4), (8,)") for c in ALL],
+        *[(c, (2, 8, 4, 4), (2, 8, 4, 4), "(2, 8, 4, 4)") for c in ALL],
+        (conv1x1_bn, (8, 4, 4), (8, 8, 8), "4×4 is not 8×8"),
+        (conv_bn_relu, (8, 4, 4), (8, 6, 6), "enlarge a map of 4×4 to 6×6"),
+        (conv_bn_relu, (8, 8, 2), (8, 4, 4), "enlarge a map of 8×2 to 4×4"),
+        (conv, (8, 4, 4), (8, 8, 8), "enlarge a map of 4×4 to 8×8"),
+    ],
+)
 def test_what_cannot_be_bridged_is_said(connector, student, teacher, words):
     with pytest.raises(UserError) as error:
         connector(student, teacher)

@@ -38,8 +38,10 @@ def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def test_cells_of_one_seed_are_paired() -> None:
     """The same initial student, the same order and views, whatever the method draws."""
-    specs = [cell(method, protocol={"name": "digits", "augmentation": {"padding": 2, "mode": "zero", "flip": True}})
-             for method in ("ce", "kd", "ab", "fitnets")]
+    specs = [
+        cell(method, protocol={"name": "digits", "augmentation": {"padding": 2, "mode": "zero", "flip": True}})
+        for method in ("ce", "kd", "ab", "fitnets")
+    ]
     made = [member_of(spec) for spec in specs]
     for member, batches, teacher in made[1:]:
         assert same_state(member.student.model, made[0][0].student.model)
@@ -178,8 +180,14 @@ def test_a_stage_that_needs_features_runs_no_further() -> None:
 
 
 def test_learning_rate_and_momentum_resets() -> None:
-    spec = cell("ce", steps=10, protocol={
-        "name": "digits", "schedule": {"name": "multistep", "at": ["30%", "60%"], "gamma": 0.5, "reset_momentum": True}})
+    spec = cell(
+        "ce",
+        steps=10,
+        protocol={
+            "name": "digits",
+            "schedule": {"name": "multistep", "at": ["30%", "60%"], "gamma": 0.5, "reset_momentum": True},
+        },
+    )
     member, batches, teacher = member_of(spec)
     rates, momenta = [], []
     for _ in range(10):
@@ -192,8 +200,13 @@ def test_learning_rate_and_momentum_resets() -> None:
 
 
 def test_weight_schedule_over_a_stage() -> None:
-    method = {"name": "kd", "stages": {name: {"losses": {"kd": {"weight": 2.0, "weight_schedule": {
-        "name": "linear", "start": 1.0, "end": 0.0}}}} for name in REGISTRY.card("methods", "kd").stages}}
+    method = {
+        "name": "kd",
+        "stages": {
+            name: {"losses": {"kd": {"weight": 2.0, "weight_schedule": {"name": "linear", "start": 1.0, "end": 0.0}}}}
+            for name in REGISTRY.card("methods", "kd").stages
+        },
+    }
     member, _, _ = member_of(cell(method, steps=4))
     term = member.active["kd"]
     assert [term.weight_at(step / 4) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
@@ -220,8 +233,21 @@ def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
     from kdbench.engine.dry import try_out
 
     method = {"name": "ab", "stages": {"boundaries": {"losses": {"boundary": {"connector": "conv1x1_bn"}}}}}
-    spec = plan(RECIPE | {"student": "vgg8", "data": "cifar10", "teacher": "wrn_22_4_cifar10", "protocol": "crd",
-                          "method": method}, REGISTRY).cells[0].spec
+    spec = (
+        plan(
+            RECIPE
+            | {
+                "student": "vgg8",
+                "data": "cifar10",
+                "teacher": "wrn_22_4_cifar10",
+                "protocol": "crd",
+                "method": method,
+            },
+            REGISTRY,
+        )
+        .cells[0]
+        .spec
+    )
     with pytest.raises(UserError) as error:
         try_out(spec)
     assert "boundaries/boundary" in str(error.value) or "layer" in str(error.value)

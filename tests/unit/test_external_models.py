@@ -51,8 +51,15 @@ FAMILIES: dict[str, Family] = {
     "torchvision:shufflenet_v2_x0_5": ([(48, 8, 8), (96, 4, 4), (1024, 2, 2)], 1024, [3], True),
 }
 # Large enough to take seconds.
-HEAVY = {"timm:vgg11_bn", "torchvision:vgg11_bn", "torchvision:vit_b_16", "timm:maxvit_tiny_tf_224",
-         "torchvision:convnext_tiny", "torchvision:swin_t", "timm:swin_tiny_patch4_window7_224"}
+HEAVY = {
+    "timm:vgg11_bn",
+    "torchvision:vgg11_bn",
+    "torchvision:vit_b_16",
+    "timm:maxvit_tiny_tf_224",
+    "torchvision:convnext_tiny",
+    "torchvision:swin_t",
+    "timm:swin_tiny_patch4_window7_224",
+}
 ALL = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in FAMILIES]
 
 
@@ -60,7 +67,8 @@ def build(name: str, size: int = SIZE, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     library, _, rest = name.partition(":")
     return {"timm": timm_model, "torchvision": torchvision_model}[library](
-        rest, **{"classes": 5, "image_size": size} | options)
+        rest, **{"classes": 5, "image_size": size} | options
+    )
 
 
 def randomize(model: nn.Module) -> None:
@@ -109,8 +117,17 @@ def test_derived_points(name: str) -> None:
             torch.testing.assert_close(preact.clamp(0, top), layer, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["timm:resnet18", "timm:densenet121", "timm:mobilenetv2_100", "torchvision:resnet18",
-                                  "torchvision:mobilenet_v2", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:resnet18",
+        "timm:densenet121",
+        "timm:mobilenetv2_100",
+        "torchvision:resnet18",
+        "torchvision:mobilenet_v2",
+        "torchvision:shufflenet_v2_x0_5",
+    ],
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_values_of_every_module_are_those_of_its_moment(name: str, training: bool) -> None:
     """Every module of the network as a hook point, against hooks that copy everything at once."""
@@ -121,6 +138,7 @@ def test_values_of_every_module_are_those_of_its_moment(name: str, training: boo
     overwritten: dict[str, Tensor] = {}
     for path, module in watched.named_modules():
         if path:
+
             def keep(m: nn.Module, i: Any, out: Tensor, path: str = path) -> None:
                 kept[path], overwritten[path] = out.clone(), out
 
@@ -169,20 +187,24 @@ def test_transformers_are_built_for_the_size() -> None:
     assert build("timm:vit_tiny_patch16_224", 32)(images(2, 32)).shape == (2, 5)
 
 
-@pytest.mark.parametrize(("library", "name", "message", "hint"), [
-    (timm_model, "resnet81", "timm has no model 'resnet81'", "resnet18"),
-    (timm_model, "hf-hub:timm/resnet18", "timm has no model", ""),
-    (torchvision_model, "resnet81", "torchvision has no classification model 'resnet81'", "resnet18"),
-    (torchvision_model, "fcn_resnet50", "torchvision has no classification model", "resnet50"),
-])
+@pytest.mark.parametrize(
+    ("library", "name", "message", "hint"),
+    [
+        (timm_model, "resnet81", "timm has no model 'resnet81'", "resnet18"),
+        (timm_model, "hf-hub:timm/resnet18", "timm has no model", ""),
+        (torchvision_model, "resnet81", "torchvision has no classification model 'resnet81'", "resnet18"),
+        (torchvision_model, "fcn_resnet50", "torchvision has no classification model", "resnet50"),
+    ],
+)
 def test_unknown_names_are_said(library: Any, name: str, message: str, hint: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         library(name, classes=5)
     assert hint in (error.value.hint or "")
 
 
-@pytest.mark.parametrize(("name", "size"), [
-    ("torchvision:vit_b_16", 40), ("torchvision:squeezenet1_1", 8), ("timm:convnext_atto", 8)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("torchvision:vit_b_16", 40), ("torchvision:squeezenet1_1", 8), ("timm:convnext_atto", 8)]
+)
 def test_images_too_small_are_said(name: str, size: int) -> None:
     with pytest.raises(UserError, match=rf"'{name}' cannot .*3×{size}×{size}"):
         derived(name, size).shapes((3, size, size))
@@ -200,7 +222,9 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = torch.ones(1, 8, 1, 1)
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,7 +236,11 @@ class Small(nn.Module):
 def test_networks_that_run_on_real_tensors_only() -> None:
     found = places(Small(), "derived", "small", (3, 32, 32))
     assert found == {
-        "layer1": Place("body.1", "output"), "layer1.preact": Place("body.1", "input"),
-        "layer2": Place("body.3", "output"), "layer2.preact": Place("body.3", "input"), "pooled": Place("head", "input")}
+        "layer1": Place("body.1", "output"),
+        "layer1.preact": Place("body.1", "input"),
+        "layer2": Place("body.3", "output"),
+        "layer2.preact": Place("body.3", "input"),
+        "pooled": Place("head", "input"),
+    }
     values = Extractor(Small().eval(), found, "small")(images(), list(found))
     assert torch.equal(F.relu6(values["layer1.preact"]), values["layer1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,22 @@ AVAILABLE = ["stem", *(f"layer{k}{tail}" for k in (10, 2, 1) for tail in ("", ".
 def test_groups_are_in_the_order_of_layers() -> None:
     assert expand(["layers"], AVAILABLE) == ["layer1", "layer2", "layer10"]
     assert expand(["pooled", "layers.preact", "stem"], AVAILABLE) == [
-        "pooled", "layer1.preact", "layer2.preact", "layer10.preact", "stem"]
+        "pooled",
+        "layer1.preact",
+        "layer2.preact",
+        "layer10.preact",
+        "stem",
+    ]
 
 
-@pytest.mark.parametrize(("names", "message", "hint"), [
-    (["layer4"], "model 'net' has no hook point 'layer4'", "it has stem"),
-    (["layres"], "has no hook point 'layres'", "it has stem"),
-    (["pooled.preact"], "'pooled.preact': pooled does not end in a ReLU", "it has stem"),
-])
+@pytest.mark.parametrize(
+    ("names", "message", "hint"),
+    [
+        (["layer4"], "model 'net' has no hook point 'layer4'", "it has stem"),
+        (["layres"], "has no hook point 'layres'", "it has stem"),
+        (["pooled.preact"], "'pooled.preact': pooled does not end in a ReLU", "it has stem"),
+    ],
+)
 def test_unknown_points_are_said(names: list[str], message: str, hint: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         expand(names, AVAILABLE, "net")
@@ -109,8 +118,9 @@ def test_a_group_of_nothing_is_said() -> None:
 
 def test_places_resolve_negative_indices_and_sides() -> None:
     model = resnet(20, classes=5)
-    found = places(model, {"pooled": "input(linear)", "layer1.preact": "input(layer1.-1.relu2)", "layer1": "layer1"},
-                   "net", IMAGE)
+    found = places(
+        model, {"pooled": "input(linear)", "layer1.preact": "input(layer1.-1.relu2)", "layer1": "layer1"}, "net", IMAGE
+    )
     assert list(found) == ["layer1", "layer1.preact", "pooled"]
     assert found["layer1.preact"] == Place("layer1.2.relu2", "input")
 
@@ -123,11 +133,12 @@ def test_an_unknown_module_is_said(path: str) -> None:
 
 # --- the places of the cards
 
+
 @pytest.mark.parametrize("name", OWN)
 def test_cards_name_all_points(name: str) -> None:
     extractor = own(name)
-    layers = OWN[name][2]
-    expected = ["stem", *(f"layer{k}{tail}" for k in range(1, layers + 1) for tail in ("", ".preact")), "pooled", "logits"]
+    layers = [f"layer{k}{tail}" for k in range(1, OWN[name][2] + 1) for tail in ("", ".preact")]
+    expected = ["stem", *layers, "pooled", "logits"]
     shapes = extractor.shapes(IMAGE)
     assert list(shapes) == expected
     assert shapes["logits"] == (5,)
@@ -135,18 +146,56 @@ def test_cards_name_all_points(name: str) -> None:
     assert own(name).shapes((3, 8, 8)).keys() == shapes.keys()
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("wrn_16_2", {"stem": (16, 32, 32), "layer1.preact": (32, 32, 32), "layer2.preact": (64, 16, 16),
-                  "layer3.preact": (128, 8, 8), "layer3": (128, 8, 8), "pooled": (128,)}),
-    ("resnet8x4", {"stem": (32, 32, 32), "layer1": (64, 32, 32), "layer2": (128, 16, 16), "layer3": (256, 8, 8),
-                   "pooled": (256,)}),
-    ("vgg13", {"stem": (64, 32, 32), "layer1": (128, 16, 16), "layer2": (256, 8, 8), "layer3": (512, 4, 4),
-               "layer4": (512, 4, 4), "pooled": (512,)}),
-    # Half of the AB authors' 144, 192, 576 (and 1280) channels, except for what is not a multiple.
-    ("mobilenetv2_half", {"stem": (16, 16, 16), "layer1": (12, 16, 16), "layer1.preact": (72, 16, 16),
-                          "layer2.preact": (96, 8, 8), "layer3.preact": (288, 4, 4), "layer4.preact": (1280, 2, 2),
-                          "pooled": (1280,)}),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "wrn_16_2",
+            {
+                "stem": (16, 32, 32),
+                "layer1.preact": (32, 32, 32),
+                "layer2.preact": (64, 16, 16),
+                "layer3.preact": (128, 8, 8),
+                "layer3": (128, 8, 8),
+                "pooled": (128,),
+            },
+        ),
+        (
+            "resnet8x4",
+            {
+                "stem": (32, 32, 32),
+                "layer1": (64, 32, 32),
+                "layer2": (128, 16, 16),
+                "layer3": (256, 8, 8),
+                "pooled": (256,),
+            },
+        ),
+        (
+            "vgg13",
+            {
+                "stem": (64, 32, 32),
+                "layer1": (128, 16, 16),
+                "layer2": (256, 8, 8),
+                "layer3": (512, 4, 4),
+                "layer4": (512, 4, 4),
+                "pooled": (512,),
+            },
+        ),
+        # Half of the AB authors' 144, 192, 576 (and 1280) channels, except for what is not a multiple.
+        (
+            "mobilenetv2_half",
+            {
+                "stem": (16, 16, 16),
+                "layer1": (12, 16, 16),
+                "layer1.preact": (72, 16, 16),
+                "layer2.preact": (96, 8, 8),
+                "layer3.preact": (288, 4, 4),
+                "layer4.preact": (1280, 2, 2),
+                "pooled": (1280,),
+            },
+        ),
+    ],
+)
 def test_shapes(name: str, expected: dict[str, tuple[int, ...]]) -> None:
     shapes = own(name).shapes(IMAGE)
     assert {point: shapes[point] for point in expected} == expected
@@ -170,15 +219,16 @@ def test_wrn_preactivations_are_the_next_batch_norm(name: str) -> None:
     extractor.model.eval()
     values = extractor(images(), list(extractor.places))
     for layer, path in (("layer1", "block2.0.bn1"), ("layer2", "block3.0.bn1"), ("layer3", "bn1")):
-        norm = extractor.model.get_submodule(path)
-        by_hand = ((values[layer] - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
-                   * norm.weight[:, None, None] + norm.bias[:, None, None])
+        bn = extractor.model.get_submodule(path)
+        mean, var, weight, bias = (v[:, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+        by_hand = (values[layer] - mean) / (var + bn.eps).sqrt() * weight + bias
         torch.testing.assert_close(values[f"{layer}.preact"], by_hand)
         assert values[f"{layer}.preact"].min() < 0
     torch.testing.assert_close(values["pooled"], values["layer3.preact"].clamp(min=0).mean((2, 3)))
 
 
 # --- in-place operations
+
 
 def timm_resnet18() -> nn.Module:
     torch.manual_seed(0)
@@ -187,25 +237,24 @@ def timm_resnet18() -> nn.Module:
     return model
 
 
+def norm(y: Tensor, bn: nn.Module, training: bool) -> Tensor:
+    mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    return F.batch_norm(y, mean, var, bn.weight, bn.bias, training, 0.1, bn.eps)
+
+
 def block_by_hand(block: nn.Module, x: Tensor, training: bool, path: str) -> dict[str, Tensor]:
     """A basic block of timm or torchvision from torch's functions alone. Running statistics stay."""
-    def norm(y: Tensor, bn: nn.Module) -> Tensor:
-        return F.batch_norm(y, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, training, 0.1, bn.eps)
-
-    y = F.relu(norm(F.conv2d(x, block.conv1.weight, None, block.conv1.stride, 1), block.bn1))
-    y = norm(F.conv2d(y, block.conv2.weight, None, 1, 1), block.bn2)
+    y = F.relu(norm(F.conv2d(x, block.conv1.weight, None, block.conv1.stride, 1), block.bn1, training))
+    y = norm(F.conv2d(y, block.conv2.weight, None, 1, 1), block.bn2, training)
     shortcut = x
     if block.downsample is not None:
         conv, bn = block.downsample[0], block.downsample[1]
-        shortcut = norm(F.conv2d(x, conv.weight, None, conv.stride), bn)
+        shortcut = norm(F.conv2d(x, conv.weight, None, conv.stride), bn, training)
     return {f"{path}.bn2": y, f"{path}.sum": y + shortcut, f"{path}.out": F.relu(y + shortcut)}
 
 
 def resnet18_by_hand(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
-    def norm(y: Tensor, bn: nn.Module) -> Tensor:
-        return F.batch_norm(y, bn.running_mean.clone(), bn.running_var.clone(), bn.weight, bn.bias, training, 0.1, bn.eps)
-
-    x = F.max_pool2d(F.relu(norm(F.conv2d(x, model.conv1.weight, None, 2, 3), model.bn1)), 3, 2, 1)
+    x = F.max_pool2d(F.relu(norm(F.conv2d(x, model.conv1.weight, None, 2, 3), model.bn1, training)), 3, 2, 1)
     found: dict[str, Tensor] = {}
     for layer in ("layer1", "layer2", "layer3", "layer4"):
         for number in ("0", "1"):
@@ -226,8 +275,11 @@ def test_values_and_gradients_before_in_place_operations(build: Callable[[], nn.
     model = build()
     randomize(model)
     model.train(training)
-    points = {"a": Place("layer2.0.bn2", "output"), "b": Place("layer1.1.bn2", "output"),
-              "c": Place("layer3.1.act2" if hasattr(model, "act1") else "layer3.1.relu", "input")}
+    points = {
+        "a": Place("layer2.0.bn2", "output"),
+        "b": Place("layer1.1.bn2", "output"),
+        "c": Place("layer3.1.act2" if hasattr(model, "act1") else "layer3.1.relu", "input"),
+    }
     names = {"a": "layer2.0.bn2", "b": "layer1.1.bn2", "c": "layer3.1.sum"}
     by_hand = resnet18_by_hand(model, images(), training)
     values = Extractor(model, points, "net")(images(), ["a", "b", "c"])
@@ -235,8 +287,10 @@ def test_values_and_gradients_before_in_place_operations(build: Callable[[], nn.
     for point, name in names.items():
         assert values[point].min() < 0
         torch.testing.assert_close(values[point], by_hand[name])
-        ours, expected = (torch.autograd.grad(v.sigmoid().sum(), weights, retain_graph=True, allow_unused=True)
-                          for v in (values[point], by_hand[name]))
+        ours, expected = (
+            torch.autograd.grad(v.sigmoid().sum(), weights, retain_graph=True, allow_unused=True)
+            for v in (values[point], by_hand[name])
+        )
         assert [g is None for g in ours] == [g is None for g in expected]
         assert sum(g is not None for g in ours) >= 9
         for a, b in zip(ours, expected, strict=True):
@@ -313,6 +367,7 @@ def test_inference_mode() -> None:
 
 # --- extraction leaves the network alone
 
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", OWN)
 def test_logits_are_identical_with_and_without(name: str, training: bool) -> None:
@@ -334,7 +389,10 @@ def test_dry_forwards_leave_no_trace(name: str) -> None:
     for number, module in enumerate(extractor.model.modules()):
         module.training = number % 3 == 0
     modes = [module.training for module in extractor.model.modules()]
-    before = {path: (value, value.clone(), value._version) for path, value in extractor.model.state_dict(keep_vars=True).items()}
+    before = {
+        path: (value, value.clone(), value._version)
+        for path, value in extractor.model.state_dict(keep_vars=True).items()
+    }
     state = torch.get_rng_state()
     extractor.shapes(IMAGE)
     extractor._study(images())
@@ -394,11 +452,9 @@ class Repeats(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
-        try:
+        with suppress(Exception):
             for layer in self.layers:
                 x = self.relu(layer(x))
-        except Exception:
-            x = x * 0
         self.ran_after += 1
         return self.after(x)
 
@@ -499,6 +555,7 @@ def test_a_copy_of_an_extractor_is_independent() -> None:
 
 # --- errors
 
+
 class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -518,11 +575,14 @@ class Pair(nn.Module):
         return x, x
 
 
-@pytest.mark.parametrize(("path", "message"), [
-    ("pair", r"'layer1' \(pair\) of model 'odd' gives a tuple, not a tensor"),
-    ("never", r"'layer1' \(never\) of model 'odd' is not reached"),
-    ("nan", r"'layer1' \(nan\) of model 'odd' gives values that are not finite"),
-])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("pair", r"'layer1' \(pair\) of model 'odd' gives a tuple, not a tensor"),
+        ("never", r"'layer1' \(never\) of model 'odd' is not reached"),
+        ("nan", r"'layer1' \(nan\) of model 'odd' gives values that are not finite"),
+    ],
+)
 def test_bad_captures_name_model_and_place(path: str, message: str) -> None:
     model = Odd()
     extractor = Extractor(model, {"layer1": Place(path, "output")}, "odd")

@@ -38,21 +38,28 @@ def check_gradient(function, student: Tensor, *rest) -> None:
     assert gradcheck(lambda s: function(s, *rest), (student,))
 
 
-FEATURE_LOSSES = [losses.activation_boundary, losses.fitnets, losses.attention_transfer,
-                  lambda s, t: losses.attention_transfer(s, t, form="paper"),
-                  lambda s, t: losses.attention_transfer(s, t, p=3)]
+FEATURE_LOSSES = [
+    losses.activation_boundary,
+    losses.fitnets,
+    losses.attention_transfer,
+    lambda s, t: losses.attention_transfer(s, t, form="paper"),
+    lambda s, t: losses.attention_transfer(s, t, p=3),
+]
 LOGIT_LOSSES = [losses.kd, lambda s, t: losses.kd(s, t, temperature=2.0, scale=False)]
 
 
 class TestActivationBoundary:
-    @pytest.mark.parametrize(("student", "teacher", "value"), [
-        (0.25, 3.0, 0.75**2),      # active teacher: (1 - s)²
-        (-2.0, 0.1, 9.0),
-        (1.5, 7.0, 0.0),           # beyond the margin on the right side
-        (0.25, -3.0, 1.25**2),     # inactive teacher: (1 + s)²
-        (-1.5, -0.1, 0.0),
-        (0.25, 0.0, 1.25**2),      # zero counts as inactive
-    ])
+    @pytest.mark.parametrize(
+        ("student", "teacher", "value"),
+        [
+            (0.25, 3.0, 0.75**2),  # active teacher: (1 - s)²
+            (-2.0, 0.1, 9.0),
+            (1.5, 7.0, 0.0),  # beyond the margin on the right side
+            (0.25, -3.0, 1.25**2),  # inactive teacher: (1 + s)²
+            (-1.5, -0.1, 0.0),
+            (0.25, 0.0, 1.25**2),  # zero counts as inactive
+        ],
+    )
     def test_one_neuron(self, student, teacher, value):
         assert losses.activation_boundary(row(student), row(teacher)).item() == pytest.approx(value, abs=1e-15)
 
@@ -63,19 +70,23 @@ class TestActivationBoundary:
     def test_margin(self):
         assert losses.activation_boundary(row(0.5, 0.5), row(1.0, -1.0), margin=2.0).item() == 1.5**2 + 2.5**2
 
-    @pytest.mark.parametrize(("margin", "value"), [
-        (0.5, 81.62826027439566), (1.0, 131.22488602917775), (2.0, 280.49515630767456)])
+    @pytest.mark.parametrize(
+        ("margin", "value"), [(0.5, 81.62826027439566), (1.0, 131.22488602917775), (2.0, 280.49515630767456)]
+    )
     def test_official_code(self, margin, value):
         # AB_distillation, criterion_alternative_L2 / batch size, run; RepDistiller's ABLoss gives the same × 3/1000.
         assert losses.activation_boundary(*pair(2, 3, 4, 4), margin=margin).item() == pytest.approx(value, rel=1e-13)
 
     def test_three_layers_of_repdistiller(self):
         # RepDistiller, sum(ABLoss(3)(students, teachers)), run: weights 1/4, 1/2, 1 and 3/1000.
-        layers = [(wave(2, 4, 8, 8, step=0.7), wave(2, 4, 8, 8, step=1.3, start=0.5)),
-                  (wave(2, 6, 4, 4, step=0.9), wave(2, 6, 4, 4, step=1.1, start=0.2)),
-                  (wave(2, 8, 2, 2, step=0.3), wave(2, 8, 2, 2, step=1.7, start=1.0))]
-        total = sum(weight * losses.activation_boundary(s, t)
-                    for weight, (s, t) in zip([0.25, 0.5, 1.0], layers, strict=True))
+        layers = [
+            (wave(2, 4, 8, 8, step=0.7), wave(2, 4, 8, 8, step=1.3, start=0.5)),
+            (wave(2, 6, 4, 4, step=0.9), wave(2, 6, 4, 4, step=1.1, start=0.2)),
+            (wave(2, 8, 2, 2, step=0.3), wave(2, 8, 2, 2, step=1.7, start=1.0)),
+        ]
+        total = sum(
+            weight * losses.activation_boundary(s, t) for weight, (s, t) in zip([0.25, 0.5, 1.0], layers, strict=True)
+        )
         assert 0.003 * total.item() == pytest.approx(1.2143337659029352, rel=1e-13)
 
     def test_gradient_pushes_towards_the_teachers_side(self):
@@ -144,8 +155,9 @@ class TestKD:
         value = losses.kd(row(0.0, 0.0), row(math.log(3), 0.0), temperature=1.0).item()
         assert value == pytest.approx(0.130812, abs=1e-6)
 
-    @pytest.mark.parametrize(("temperature", "value"), [
-        (1.0, 5.260584477370484), (3.0, 12.461714163357577), (4.0, 14.300659406362191)])
+    @pytest.mark.parametrize(
+        ("temperature", "value"), [(1.0, 5.260584477370484), (3.0, 12.461714163357577), (4.0, 14.300659406362191)]
+    )
     def test_other_implementations(self, temperature, value):
         # RepDistiller DistillKL(T) and mdistiller kd_loss, run, equal to 1e-15.
         assert losses.kd(*logit_pair(), temperature=temperature).item() == pytest.approx(value, rel=1e-13)
@@ -247,8 +259,9 @@ class TestAttentionTransfer:
 
     def test_each_side_may_be_the_larger_one(self):
         student, teacher = wave(2, 3, 4, 8, step=0.7), wave(2, 5, 8, 4, step=1.3, start=0.5)
-        pooled = losses.attention_transfer(student.reshape(2, 3, 4, 4, 2).mean(-1),
-                                           teacher.reshape(2, 5, 4, 2, 4).mean(3))
+        pooled = losses.attention_transfer(
+            student.reshape(2, 3, 4, 4, 2).mean(-1), teacher.reshape(2, 5, 4, 2, 4).mean(3)
+        )
         assert losses.attention_transfer(student, teacher).item() == pytest.approx(pooled.item(), rel=1e-12)
 
     @pytest.mark.parametrize("form", ["code", "paper"])
@@ -326,8 +339,9 @@ class TestCrossEntropy:
         value = losses.cross_entropy(student, target).item()
         assert value == pytest.approx((losses.kd(student, teacher, temperature=1.0) + entropy).item(), rel=1e-12)
 
-    @pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.int64), torch.zeros(4, 10, dtype=torch.int64),
-                                        torch.zeros(4, 9)])
+    @pytest.mark.parametrize(
+        "labels", [torch.zeros(3, dtype=torch.int64), torch.zeros(4, 10, dtype=torch.int64), torch.zeros(4, 9)]
+    )
     def test_wrong_labels(self, labels):
         with pytest.raises(ValueError, match=r"student \[4, 10\], labels"):
             losses.cross_entropy(torch.zeros(4, 10), labels)
@@ -385,10 +399,12 @@ class TestEveryLoss:
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(loss(student.double(), teacher.double()).item(), rel=1e-4)
 
-    @pytest.mark.parametrize("loss", [losses.activation_boundary, losses.activation_agreement, losses.fitnets,
-                                      losses.kd])
-    @pytest.mark.parametrize(("student", "teacher"), [((4, 3), (4, 1)), ((4, 3), (1, 3)), ((4, 3), (4, 3, 1)),
-                                                      ((0, 3), (0, 3))])
+    @pytest.mark.parametrize(
+        "loss", [losses.activation_boundary, losses.activation_agreement, losses.fitnets, losses.kd]
+    )
+    @pytest.mark.parametrize(
+        ("student", "teacher"), [((4, 3), (4, 1)), ((4, 3), (1, 3)), ((4, 3), (4, 3, 1)), ((0, 3), (0, 3))]
+    )
     def test_wrong_shapes_name_both_and_nothing_broadcasts(self, loss, student, teacher):
         with pytest.raises(ValueError) as error:
             loss(torch.ones(student), torch.ones(teacher))

@@ -57,8 +57,10 @@ def test_first_stages_of_one_family_agree_and_come_first():
 
 
 def test_two_stage_methods_share_the_budget_alike():
-    shares = {REGISTRY.card("methods", name).stages[stage].share
-              for name, stage in (("ab", "boundaries"), ("ab_ce", "boundaries"), ("fitnets", "hints"))}
+    shares = {
+        REGISTRY.card("methods", name).stages[stage].share
+        for name, stage in (("ab", "boundaries"), ("ab_ce", "boundaries"), ("fitnets", "hints"))
+    }
     assert shares == {"10%"}
 
 

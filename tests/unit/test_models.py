@@ -22,11 +22,22 @@ Builder = Callable[..., nn.Module]
 
 # Millions of parameters for 10 classes, of the networks in GitHub bhheo/AB_distillation.
 WRN_MILLIONS = {
-    (10, 1): 0.078, (10, 4): 1.199, (16, 1): 0.175, (16, 2): 0.692, (16, 4): 2.749, (16, 8): 10.961, (22, 4): 4.299,
-    (22, 8): 17.158, (28, 1): 0.369, (28, 2): 1.468, (40, 1): 0.564, (40, 4): 8.949}
+    (10, 1): 0.078,
+    (10, 4): 1.199,
+    (16, 1): 0.175,
+    (16, 2): 0.692,
+    (16, 4): 2.749,
+    (16, 8): 10.961,
+    (22, 4): 4.299,
+    (22, 8): 17.158,
+    (28, 1): 0.369,
+    (28, 2): 1.468,
+    (40, 1): 0.564,
+    (40, 4): 8.949,
+}
 
 # What the authors' own code gives (bhheo/AB_distillation, bhheo/BSS_distillation, akamaster/pytorch_resnet_cifar10,
-# HobbitLong/RepDistiller) with the weights of `fill` for the image `waves`, in float64: classes, parameters, first logits.
+# HobbitLong/RepDistiller) with the weights of `fill` for the image `waves`, in float64: classes, parameters, logits.
 REFERENCE: dict[str, tuple[Builder, int, int, list[float]]] = {
     "wrn_10_1": (lambda **k: wide_resnet(10, 1, **k), 10, 77_850, [0.38224561, 1.3918821, -1.4821953]),
     "wrn_16_2": (lambda **k: wide_resnet(16, 2, **k), 10, 691_674, [1.0000967, -2.2958061, 2.1967336]),
@@ -106,8 +117,10 @@ def shortcut_of(model: nn.Module) -> nn.Module:
 
 def test_networks_of_one_name_differ_in_their_shortcuts() -> None:
     x = torch.rand(1, 16, 4, 4) + 1
-    filled = [(shortcut_of(build(20, classes=10))(x).abs().sum((0, 2, 3)) > 0).nonzero().flatten().tolist()
-              for build in (resnet, bss_resnet)]
+    filled = [
+        (shortcut_of(build(20, classes=10))(x).abs().sum((0, 2, 3)) > 0).nonzero().flatten().tolist()
+        for build in (resnet, bss_resnet)
+    ]
     assert filled == [list(range(8, 24)), list(range(16))]
     assert count(shortcut_of(crd_resnet(20, classes=10))) == 16 * 32 + 2 * 32
 
@@ -122,18 +135,21 @@ def test_small_images_train(name: str, channels: int, size: int) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("build", "options", "message"), [
-    (vgg, {"depth": 8, "image_size": 7}, "at least 8×8"),
-    (mobilenet_v2, {"image_size": 4}, "at least 8×8"),
-    (vgg, {"depth": 9}, "no VGG-9"),
-    (wide_resnet, {"depth": 17, "width": 2}, "6n \\+ 4"),
-    (wide_resnet, {"depth": 4, "width": 2}, "6n \\+ 4"),
-    (wide_resnet, {"depth": 16, "width": 0}, "at least 1"),
-    (resnet, {"depth": 21}, "6n \\+ 2"),
-    (resnet, {"depth": 20, "channels": 0}, "'channels'"),
-    (crd_resnet, {"depth": 8, "width": 0}, "at least 1"),
-    (mobilenet_v2, {"width": 0.01}, "width 0.01"),
-])
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (vgg, {"depth": 8, "image_size": 7}, "at least 8×8"),
+        (mobilenet_v2, {"image_size": 4}, "at least 8×8"),
+        (vgg, {"depth": 9}, "no VGG-9"),
+        (wide_resnet, {"depth": 17, "width": 2}, "6n \\+ 4"),
+        (wide_resnet, {"depth": 4, "width": 2}, "6n \\+ 4"),
+        (wide_resnet, {"depth": 16, "width": 0}, "at least 1"),
+        (resnet, {"depth": 21}, "6n \\+ 2"),
+        (resnet, {"depth": 20, "channels": 0}, "'channels'"),
+        (crd_resnet, {"depth": 8, "width": 0}, "at least 1"),
+        (mobilenet_v2, {"width": 0.01}, "width 0.01"),
+    ],
+)
 def test_impossible_arguments_are_said(build: Builder, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(classes=10, **options)
@@ -157,8 +173,10 @@ def test_nothing_is_overwritten(name: str) -> None:
     assert [path for path, out, version in given if out._version != version] == []
 
 
-@pytest.mark.parametrize("name, classifier", [
-    ("wrn_16_2", None), ("bss_resnet26", None), ("resnet8x4", None), ("vgg8", 0.01), ("mobilenetv2_half", 0.01)])
+@pytest.mark.parametrize(
+    "name, classifier",
+    [("wrn_16_2", None), ("bss_resnet26", None), ("resnet8x4", None), ("vgg8", 0.01), ("mobilenetv2_half", 0.01)],
+)
 def test_initial_deviations(name: str, classifier: float | None) -> None:
     torch.manual_seed(0)
     model = BUILDERS[name](classes=100)
@@ -178,15 +196,23 @@ def test_initial_deviations_of_option_a() -> None:
     assert model.get_submodule("linear").weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.05)
 
 
-@pytest.mark.parametrize(("file", "depth"), [
-    ("resnet20-12fca82f.th", 20), ("resnet32-d509ac18.th", 32), ("resnet44-014dd654.th", 44), ("resnet56-4bfd9763.th", 56)])
+@pytest.mark.parametrize(
+    ("file", "depth"),
+    [
+        ("resnet20-12fca82f.th", 20),
+        ("resnet32-d509ac18.th", 32),
+        ("resnet44-014dd654.th", 44),
+        ("resnet56-4bfd9763.th", 56),
+    ],
+)
 def test_public_weights_have_our_names(teacher_folder: Path, file: str, depth: int) -> None:
     state = torch.load(teacher_folder / file, map_location="cpu", weights_only=True)["state_dict"]
     state = {name.removeprefix("module."): value for name, value in state.items()}
     ours = resnet(depth, classes=10).state_dict()
     counters = {name for name in ours if name.endswith("num_batches_tracked")}
     assert {name: tuple(value.shape) for name, value in state.items()} == {
-        name: tuple(value.shape) for name, value in ours.items() if name not in counters}
+        name: tuple(value.shape) for name, value in ours.items() if name not in counters
+    }
     resnet(depth, classes=10).load_state_dict(state)
 
 
@@ -196,9 +222,17 @@ def test_public_bss_weights_have_our_names(teacher_folder: Path) -> None:
     bss_resnet(26, classes=10).load_state_dict(load_file(teacher_folder / "bss_resnet26_cifar10.safetensors"))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    ("wrn_22_4", 4_298_970), ("resnet110", 1_727_962), ("bss_resnet14", 172_506), ("crd_resnet20", 272_474),
-    ("vgg13", 9_416_010), ("mobilenetv2_half", 697_546)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("wrn_22_4", 4_298_970),
+        ("resnet110", 1_727_962),
+        ("bss_resnet14", 172_506),
+        ("crd_resnet20", 272_474),
+        ("vgg13", 9_416_010),
+        ("mobilenetv2_half", 697_546),
+    ],
+)
 def test_cards_build_what_their_names_say(name: str, parameters: int) -> None:
     """For 10 classes: the counts above less 90 classes' rows of the classifier."""
     registry = Registry()
@@ -213,3 +247,11 @@ def test_every_hooks_card_is_used() -> None:
     registry = Registry()
     used = {registry.trees["models"][key].data["hooks"] for key in registry.keys("models")}
     assert used - {"derived"} == set(registry.keys("hooks"))
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 1), (32, 4), (64, 4)])
+def test_vgg_pools_once_more_from_64_pixels_on(size: int, side: int) -> None:
+    model, sides = vgg(8, classes=4, image_size=size), []
+    model.get_submodule("block4").register_forward_hook(lambda m, i, out: sides.append(out.shape[-2:]))
+    model.eval()(torch.randn(1, 3, size, size))
+    assert sides == [(side, side)]

@@ -25,13 +25,25 @@ def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, 
     """Finished cells with metrics: accuracy 80 + method + seed / 10 + epoch / 10, agreement for AB."""
     for k, method in enumerate(methods):
         for seed in range(seeds):
-            lines = [{"step": 391 * epoch, "epoch": float(epoch),
-                      "test": {"accuracy": 80 + k + seed / 10 + epoch / 10, "loss": 1.0},
-                      **({"agreement": {"layer1.preact": 0.5 + epoch / 100, "layer2.preact": 0.4 + epoch / 100}}
-                         if method == "ab" else {})} for epoch in range(4, 41, 4)]
+            lines = [
+                {
+                    "step": 391 * epoch,
+                    "epoch": float(epoch),
+                    "test": {"accuracy": 80 + k + seed / 10 + epoch / 10, "loss": 1.0},
+                    **(
+                        {"agreement": {"layer1.preact": 0.5 + epoch / 100, "layer2.preact": 0.4 + epoch / 100}}
+                        if method == "ab"
+                        else {}
+                    ),
+                }
+                for epoch in range(4, 41, 4)
+            ]
             last = lines[-1]["test"]["accuracy"]  # type: ignore[index]
-            write(folder / f"{method}-{seed}-{len(over)}-{over.get('student', '')}", plain_record(
-                method, seed, last, label=LABELS[method], order=k, **over), lines)
+            write(
+                folder / f"{method}-{seed}-{len(over)}-{over.get('student', '')}",
+                plain_record(method, seed, last, label=LABELS[method], order=k, **over),
+                lines,
+            )
     return read_records([folder])
 
 
@@ -68,8 +80,11 @@ def test_curves_are_means_over_seeds_with_bands(tmp_path: Path, figures: list[Fi
 
 def test_one_evaluation_and_methods_of_different_length(tmp_path: Path) -> None:
     for method, epochs in (("ce", [1.0]), ("ab", [1.0, 50.0])):
-        write(tmp_path / "runs" / method, plain_record(method, agreement={}), [
-            {"step": int(epoch * 10), "epoch": epoch, "test": {"accuracy": 50.0}} for epoch in epochs])
+        write(
+            tmp_path / "runs" / method,
+            plain_record(method, agreement={}),
+            [{"step": int(epoch * 10), "epoch": epoch, "test": {"accuracy": 50.0}} for epoch in epochs],
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.learning_curves(read_records([tmp_path / "runs" / "ce"]), tmp_path / "one.png")
@@ -104,8 +119,7 @@ def test_every_seed_is_a_point(tmp_path: Path, figures: list[Figure]) -> None:
     plots.final_accuracies(run(tmp_path / "runs"), tmp_path / "final.png")
     (axis,) = figures[0].axes
     points = [line for line in axis.get_lines() if line.get_linestyle() == "None"]
-    np.testing.assert_allclose([line.get_xdata() for line in points],
-                               [[84 + k, 84.1 + k, 84.2 + k] for k in range(4)])
+    np.testing.assert_allclose([line.get_xdata() for line in points], [[84 + k, 84.1 + k, 84.2 + k] for k in range(4)])
     assert [label.get_text() for label in axis.get_yticklabels()] == list(LABELS.values())
     assert "teacher 95.50" in axis.get_title()
 
@@ -133,9 +147,17 @@ def test_labels_do_not_overlap(tmp_path: Path, figures: list[Figure]) -> None:
         draw(records, tmp_path / f"{draw.__name__}.png")
     for figure in figures:
         page = figure.bbox
-        texts = [(t.get_text(), t.get_window_extent()) for axis in figure.axes for t in (
-            axis.title, axis.xaxis.label, axis.yaxis.label,
-            *[t for t in axis.get_xticklabels() + axis.get_yticklabels() if _inside(axis, t)]) if t.get_text()]
+        texts = [
+            (t.get_text(), t.get_window_extent())
+            for axis in figure.axes
+            for t in (
+                axis.title,
+                axis.xaxis.label,
+                axis.yaxis.label,
+                *[t for t in axis.get_xticklabels() + axis.get_yticklabels() if _inside(axis, t)],
+            )
+            if t.get_text()
+        ]
         texts += [(t.get_text(), t.get_window_extent()) for legend in figure.legends for t in legend.get_texts()]
         assert len(texts) > 10
         for i, (a, box) in enumerate(texts):

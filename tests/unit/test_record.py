@@ -55,15 +55,25 @@ def damaged(**over: Any) -> str:
     return json.dumps(plain_record(**over))
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    ("", "damaged"), ('{"schema": 1, "kdb', "damaged"), ("[1, 2]", "no record of kdbench"),
-    ("{}", "no record of kdbench"), ('{"accuracy": 93.1}', "no record of kdbench"),
-    ('{"schema": "1", "kdbench": "0.1.0"}', "no record of kdbench"),
-    ('{"schema": 1, "kdbench": "0.1.0"}', "'status'"), (damaged(schema=2), "schema 2.*reads up to 1"),
-    (damaged(result__test={}), "'result.test.last'"), (damaged(cell__seed="x"), "'cell.seed'"),
-    (damaged(budget__steps=None), "'budget.steps'"), (damaged(last=101.0), "'result.test.last'"),
-    (damaged(result__test__last=float("nan")), "'result.test.last'"), (damaged(data__test=-1), "'data.test'"),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "damaged"),
+        ('{"schema": 1, "kdb', "damaged"),
+        ("[1, 2]", "no record of kdbench"),
+        ("{}", "no record of kdbench"),
+        ('{"accuracy": 93.1}', "no record of kdbench"),
+        ('{"schema": "1", "kdbench": "0.1.0"}', "no record of kdbench"),
+        ('{"schema": 1, "kdbench": "0.1.0"}', "'status'"),
+        (damaged(schema=2), "schema 2.*reads up to 1"),
+        (damaged(result__test={}), "'result.test.last'"),
+        (damaged(cell__seed="x"), "'cell.seed'"),
+        (damaged(budget__steps=None), "'budget.steps'"),
+        (damaged(last=101.0), "'result.test.last'"),
+        (damaged(result__test__last=float("nan")), "'result.test.last'"),
+        (damaged(data__test=-1), "'data.test'"),
+    ],
+)
 def test_a_damaged_or_foreign_file_is_named(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "record.json").write_text(content, encoding="utf-8")
     for read in (lambda: read_record(tmp_path), lambda: read_records([tmp_path])):
@@ -100,8 +110,10 @@ def test_unfinished_cells_are_found(tmp_path: Path) -> None:
 
 
 def test_metrics_are_read(tmp_path: Path) -> None:
-    lines: list[dict[str, Any]] = [{"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0}},
-                                   {"step": 782, "agreement": {"layer1.preact": 0.7}}]
+    lines: list[dict[str, Any]] = [
+        {"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0}},
+        {"step": 782, "agreement": {"layer1.preact": 0.7}},
+    ]
     assert metrics(write(tmp_path / "cell", plain_record(), lines)) == lines
 
 
@@ -115,8 +127,9 @@ def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_fin
     assert error.value.where == f"{file}:2"
 
 
-@pytest.mark.parametrize("content", ['{"step": 1}\nnot json\n{"step": 3}\n', '{"step": 1}\n[3]\n',
-                                     '{"step": 1}\n{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "content", ['{"step": 1}\nnot json\n{"step": 3}\n', '{"step": 1}\n[3]\n', '{"step": 1}\n{"a": 1}\n']
+)
 def test_damaged_metrics_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError) as error:
@@ -138,8 +151,10 @@ def test_records_are_frozen() -> None:
 
 
 def test_results_need_no_torch() -> None:
-    code = ("import sys, kdbench.results.record, kdbench.results.statistics, kdbench.results.tables, "
-            "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots\n"
-            "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])")
+    code = (
+        "import sys, kdbench.results.record, kdbench.results.statistics, kdbench.results.tables, "
+        "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots\n"
+        "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -90,8 +90,14 @@ def python2_pickle(batch: dict) -> bytes:
     return b"\x80\x02}(" + b"".join(text(k.encode()) + value_of(v) for k, v in batch.items()) + b"u."
 
 
-def load(spec: cifar.Cifar, *roots: Path, cache: Path, download: bool = False, mirrors: tuple[str, ...] = (),
-         fingerprint: str | None = None) -> ImageData:
+def load(
+    spec: cifar.Cifar,
+    *roots: Path,
+    cache: Path,
+    download: bool = False,
+    mirrors: tuple[str, ...] = (),
+    fingerprint: str | None = None,
+) -> ImageData:
     return cifar.load(spec, list(roots), download, cache, mirrors, fingerprint)
 
 
@@ -214,8 +220,10 @@ def test_batches_are_what_torchvision_reads(small, tmp_path, monkeypatch, refere
     monkeypatch.setattr(CIFAR10, "train_list", [with_md5(f"data_batch_{i}") for i in range(1, 6)])
     monkeypatch.setattr(CIFAR10, "test_list", [with_md5("test_batch")])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": with_md5("batches.meta")[1]})
-    for train, ours, labels in ((True, reference.train_images, reference.train_labels),
-                                (False, reference.test_images, reference.test_labels)):
+    for train, ours, labels in (
+        (True, reference.train_images, reference.train_labels),
+        (False, reference.test_images, reference.test_labels),
+    ):
         theirs = CIFAR10(str(tmp_path), train=train)
         pairs = sorted((y, x.transpose(2, 0, 1).tobytes()) for x, y in zip(theirs.data, theirs.targets, strict=True))
         assert [(int(y), x.numpy().tobytes()) for x, y in zip(ours, labels, strict=True)] == pairs
@@ -287,8 +295,10 @@ def test_real_cifar10_is_what_its_card_says(tmp_path):
     mean, std = images.moments(data.train_images)
     assert card["normalization"] == {"mean": [round(m, 4) for m in mean], "std": [round(s, 4) for s in std]}
     assert (len(data.train_labels), len(data.test_labels)) == (card["train"], card["test"])
-    pixels = {"train": (data.train_images.numpy(), data.train_labels.numpy()),
-              "test": (data.test_images.numpy(), data.test_labels.numpy())}
+    pixels = {
+        "train": (data.train_images.numpy(), data.train_labels.numpy()),
+        "test": (data.test_images.numpy(), data.test_labels.numpy()),
+    }
     write_batches(tmp_path / "b", cifar.CIFAR10, pixels)
     assert same(cifar.cifar10([tmp_path / "b"], False, tmp_path / "cache"), data)
 
@@ -339,12 +349,18 @@ def break_folder(place: Path, what: str) -> None:
         Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(first)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("one image less", "train/cat: 9 images instead of 10"), ("a class less", "test: .*missing: truck"),
-    ("a class more", "train: .*not of this set: zebra"), ("cut short", "train/cat/.*png: .*cut short"),
-    ("empty", "train/cat/.*png: .*damaged"), ("other size", "train/cat/.*png: .*32x31 pixels instead of 32x32"),
-    ("16 bits", "train/cat/.*png: .*do not fit into bytes"),
-])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("one image less", "train/cat: 9 images instead of 10"),
+        ("a class less", "test: .*missing: truck"),
+        ("a class more", "train: .*not of this set: zebra"),
+        ("cut short", "train/cat/.*png: .*cut short"),
+        ("empty", "train/cat/.*png: .*damaged"),
+        ("other size", "train/cat/.*png: .*32x31 pixels instead of 32x32"),
+        ("16 bits", "train/cat/.*png: .*do not fit into bytes"),
+    ],
+)
 def test_broken_image_folder(small, tmp_path, what, message):
     place = write_images(tmp_path / "cifar10", SMALL, small)
     break_folder(place, what)
@@ -361,12 +377,19 @@ class Harmful:
         return os.mkdir, (str(self.file),)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("file missing", "data_batch_3 missing"), ("cut short", "test_batch: .*damaged or cut short"),
-    ("no labels", "data_batch_2: the file has no 'labels'"), ("other shape", "data_batch_2: not a batch"),
-    ("label out of range", "data_batch_2: labels outside 0 … 9"), ("fewer images", "train: .* images of class"),
-    ("other names", "batches.meta: the class names are not those of cifar10"), ("harmful", "data_batch_2: .*mkdir"),
-])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("file missing", "data_batch_3 missing"),
+        ("cut short", "test_batch: .*damaged or cut short"),
+        ("no labels", "data_batch_2: the file has no 'labels'"),
+        ("other shape", "data_batch_2: not a batch"),
+        ("label out of range", "data_batch_2: labels outside 0 … 9"),
+        ("fewer images", "train: .* images of class"),
+        ("other names", "batches.meta: the class names are not those of cifar10"),
+        ("harmful", "data_batch_2: .*mkdir"),
+    ],
+)
 def test_broken_batches(small, tmp_path, what, message):
     place = write_batches(tmp_path, SMALL, small)
     second = place / "data_batch_2"
@@ -477,10 +500,15 @@ def test_mirrors_are_tried_in_order_and_must_have_the_checksum(archive, server, 
     assert not asked
 
 
-@pytest.mark.parametrize("value, expected", [
-    ("", []), ("http://host/a/", ["http://host/a/x.tar.gz"]), ("http://host/x.tar.gz", ["http://host/x.tar.gz"]),
-    ("http://host/y.tar.gz", []),
-])
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("", []),
+        ("http://host/a/", ["http://host/a/x.tar.gz"]),
+        ("http://host/x.tar.gz", ["http://host/x.tar.gz"]),
+        ("http://host/y.tar.gz", []),
+    ],
+)
 def test_own_mirror_is_an_archive_or_its_folder(monkeypatch, value, expected):
     monkeypatch.setenv("KDBENCH_CIFAR_MIRROR", value)
     assert cifar._own_mirror("x.tar.gz") == expected
@@ -596,10 +624,15 @@ def test_image_folder_transposes_to_channels_rows_columns(tmp_path):
     assert data.train_images[0].tolist() == pixels.transpose(2, 0, 1).tolist()
 
 
-@pytest.mark.parametrize("what, message", [
-    ("absent", "there is no image folder 'shapes'\n.*shapes/.*KDBENCH_DATA"), ("other size", "x.png: .*9x6 pixels in"),
-    ("class without test", "test: no images of class 'new'"), ("no classes", "train: no class folders"),
-])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("absent", "there is no image folder 'shapes'\n.*shapes/.*KDBENCH_DATA"),
+        ("other size", "x.png: .*9x6 pixels in"),
+        ("class without test", "test: no images of class 'new'"),
+        ("no classes", "train: no class folders"),
+    ],
+)
 def test_broken_image_folder_of_ones_own(tmp_path, what, message):
     if what == "no classes":
         for split in ("train", "test"):

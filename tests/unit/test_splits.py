@@ -103,15 +103,19 @@ def test_labels_need_not_be_sorted():
     assert counts(labels, splits.subset(labels, fraction=0.1, seed=0)) == [3, 5, 4]
 
 
-@pytest.mark.parametrize("sizes, fraction, expected", [
-    ((100, 100, 100), 0.1, [10, 10, 10]),
-    ((100,) * 10, 0.29, [29] * 10),          # 0.29 * 100 is 28.999… in binary
-    ((100, 100), 0.0725, [8, 7]),            # 14.5 images, 14.499… in binary; halves go up
-    ((10, 20, 70), 0.25, [3, 5, 17]),        # quotas 2.5, 5, 17.5 of 25: one image left, equal remainders, lower class
-    ((3, 97), 0.01, [1, 1]),                 # at least one per class, though 1 % is one image
-    ((1, 2, 997), 0.5, [1, 1, 498]),         # quotas 0.5, 1, 498.5 of 500
-    ((4, 6), 1.0, [4, 6]), ((4, 6), 1, [4, 6]),
-])
+@pytest.mark.parametrize(
+    "sizes, fraction, expected",
+    [
+        ((100, 100, 100), 0.1, [10, 10, 10]),
+        ((100,) * 10, 0.29, [29] * 10),  # 0.29 * 100 is 28.999… in binary
+        ((100, 100), 0.0725, [8, 7]),  # 14.5 images, 14.499… in binary; halves go up
+        ((10, 20, 70), 0.25, [3, 5, 17]),  # quotas 2.5, 5, 17.5 of 25: one image left, equal remainders, lower class
+        ((3, 97), 0.01, [1, 1]),  # at least one per class, though 1 % is one image
+        ((1, 2, 997), 0.5, [1, 1, 498]),  # quotas 0.5, 1, 498.5 of 500
+        ((4, 6), 1.0, [4, 6]),
+        ((4, 6), 1, [4, 6]),
+    ],
+)
 def test_fraction_keeps_proportions_by_largest_remainder(sizes, fraction, expected):
     labels = labels_of(*sizes)
     chosen = splits.subset(labels, fraction=fraction, seed=5)
@@ -128,13 +132,20 @@ def test_every_image_is_chosen_equally_often():
     assert 1e-3 < stats.chi2(48).sf(float(((times - 400) ** 2 / 400).sum()) / 0.8) < 1 - 1e-3
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({}, "either 'fraction' or 'per_class'"), ({"fraction": 0.1, "per_class": 1}, "exactly one"),
-    ({"fraction": 0.0}, "'fraction' cannot be 0.0"), ({"fraction": 1.5}, "cannot be 1.5"),
-    ({"fraction": float("nan")}, "cannot be nan"), ({"fraction": True}, "cannot be True"),
-    ({"per_class": 0}, "'per_class' cannot be 0"), ({"per_class": 2.5}, "cannot be 2.5"),
-    ({"per_class": 5}, "class 1 has 4 training images"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "either 'fraction' or 'per_class'"),
+        ({"fraction": 0.1, "per_class": 1}, "exactly one"),
+        ({"fraction": 0.0}, "'fraction' cannot be 0.0"),
+        ({"fraction": 1.5}, "cannot be 1.5"),
+        ({"fraction": float("nan")}, "cannot be nan"),
+        ({"fraction": True}, "cannot be True"),
+        ({"per_class": 0}, "'per_class' cannot be 0"),
+        ({"per_class": 2.5}, "cannot be 2.5"),
+        ({"per_class": 5}, "class 1 has 4 training images"),
+    ],
+)
 def test_impossible_subsets(arguments, message):
     with pytest.raises(UserError, match=message):
         splits.subset(labels_of(6, 4, 9), seed=0, **arguments)
@@ -148,8 +159,10 @@ def test_no_images():
 # --- validation
 
 
-@pytest.mark.parametrize("size, expected", [(20, [2, 4, 14]), (0.1, [2, 4, 14]), (3, [1, 1, 1]), (197, [19, 39, 139]),
-                                            (5, [1, 1, 3]), (0.025, [1, 1, 3])])
+@pytest.mark.parametrize(
+    "size, expected",
+    [(20, [2, 4, 14]), (0.1, [2, 4, 14]), (3, [1, 1, 1]), (197, [19, 39, 139]), (5, [1, 1, 3]), (0.025, [1, 1, 3])],
+)
 def test_validation_is_stratified_disjoint_and_complete(size, expected):
     labels = labels_of(20, 40, 140)
     train, held = splits.validation(labels, size=size, seed=0)
@@ -166,11 +179,20 @@ def test_validation_changes_with_its_seed_and_is_not_the_subset():
     assert not torch.equal(first, splits.subset(labels, per_class=10, seed=0))
 
 
-@pytest.mark.parametrize("sizes, size, message", [
-    ((5, 5), 1, "between 2 and 8"), ((5, 5), 9, "between 2 and 8"), ((5, 5), 0, "cannot be 0"),
-    ((5, 5), -3, "cannot be -3"), ((5, 5), 1.0, "'size' cannot be 1.0"), ((5, 5), True, "cannot be True"),
-    ((5, 5), 0.01, "between 2 and 8"), ((5, 1), 2, "class 1 has one image"), ((5, 5), "5", "cannot be '5'"),
-])
+@pytest.mark.parametrize(
+    "sizes, size, message",
+    [
+        ((5, 5), 1, "between 2 and 8"),
+        ((5, 5), 9, "between 2 and 8"),
+        ((5, 5), 0, "cannot be 0"),
+        ((5, 5), -3, "cannot be -3"),
+        ((5, 5), 1.0, "'size' cannot be 1.0"),
+        ((5, 5), True, "cannot be True"),
+        ((5, 5), 0.01, "between 2 and 8"),
+        ((5, 1), 2, "class 1 has one image"),
+        ((5, 5), "5", "cannot be '5'"),
+    ],
+)
 def test_impossible_validation_splits(sizes, size, message):
     with pytest.raises(UserError, match=message):
         splits.validation(labels_of(*sizes), size=size, seed=0)

@@ -42,8 +42,18 @@ def grid_of(students: list[str], fractions: list[float], **values: list[float]) 
         for k, (method, several) in enumerate(values.items()):
             for seed, value in enumerate(several):
                 axes = {"method": method, "student": student, "data.fraction": fraction}
-                records.append(make(method, seed, value + i, order=10 * k + i, axes=axes, student=student,
-                                    data__train=int(50000 * fraction), spec__data={"fraction": fraction}))
+                records.append(
+                    make(
+                        method,
+                        seed,
+                        value + i,
+                        order=10 * k + i,
+                        axes=axes,
+                        student=student,
+                        data__train=int(50000 * fraction),
+                        spec__data={"fraction": fraction},
+                    )
+                )
     return records
 
 
@@ -95,8 +105,16 @@ def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
 
 
 def test_entries_show_signs_and_small_p_values() -> None:
-    table = build(comparison({"ce": [90.0, 90.5, 91.0], "kd": [92.0, 92.501, 92.999], "ab": [89.9, 90.2, 90.98],
-                              "at": [90.001, 90.498, 91.001]}))
+    table = build(
+        comparison(
+            {
+                "ce": [90.0, 90.5, 91.0],
+                "kd": [92.0, 92.501, 92.999],
+                "ab": [89.9, 90.2, 90.98],
+                "at": [90.001, 90.498, 91.001],
+            }
+        )
+    )
     lines = {line.split(" | ")[0]: line for line in markdown(table).split("Cost")[0].splitlines()}
     assert lines["| KD"] == "| KD | **92.50 ± 0.50** | 3 | +2.00 | \\[+2.00, +2.00\\] | \\<0.001 | 2 |"
     assert lines["| AB"].split(" | ")[3] == "−0.14"
@@ -108,7 +126,11 @@ def test_one_seed_has_no_interval_and_no_test() -> None:
     kd = cell(table, "KD")
     assert kd.deviation is None and kd.difference is not None
     assert (kd.difference.mean, kd.difference.low, kd.difference.p_holm, kd.difference.seeds_needed) == (
-        1.0, None, None, None)
+        1.0,
+        None,
+        None,
+        None,
+    )
     assert "one seed, so no deviation, no interval and no test" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert row == "| KD | **94.00** | 1 | +1.00 | – | – | – |"
@@ -141,14 +163,19 @@ def test_the_baseline_is_the_asked_one_else_the_recipes_else_the_first() -> None
 
 
 def test_a_compared_parameter_makes_rows_and_one_label_of_two_methods_is_told_apart() -> None:
-    records = [make("kd", seed, 90 + t, label=f"KD, temperature {t}", axes={"method": "kd", "method.temperature": t})
-               for t in (2, 4) for seed in (0, 1)] + [make("ce", s, 89, axes={"method": "ce"}) for s in (0, 1)]
+    records = [
+        make("kd", seed, 90 + t, label=f"KD, temperature {t}", axes={"method": "kd", "method.temperature": t})
+        for t in (2, 4)
+        for seed in (0, 1)
+    ] + [make("ce", s, 89, axes={"method": "ce"}) for s in (0, 1)]
     table = build(records)
     assert {row.label for row in table.rows} == {"CE", "KD, temperature 2", "KD, temperature 4"}
     assert len(table.columns) == 1
     # A path without a short name is not part of the label.
-    records = [make("kd", 0, 90, label="KD", axes={"method": "kd", "method.stages.a.share": share}, spec__x=share)
-               for share in (0.1, 0.25)]
+    records = [
+        make("kd", 0, 90, label="KD", axes={"method": "kd", "method.stages.a.share": share}, spec__x=share)
+        for share in (0.1, 0.25)
+    ]
     assert {row.label for row in build(records).rows} == {"KD (stages.a.share 0.1)", "KD (stages.a.share 0.25)"}
     table = build([make("fitnets", 0, 90, label="F"), make("hint", 0, 91, label="F")])
     assert {row.label for row in table.rows} == {"F (fitnets)", "F (hint)"}
@@ -158,22 +185,30 @@ def test_other_axes_make_columns() -> None:
     table = build(grid_of(["wrn_16_2", "wrn_16_1"], [0.5, 0.1], ce=[80, 80.5], kd=[81, 81.6]))
     assert table.axes == ("student", "data.fraction")
     assert [column.label for column in table.columns] == [
-        "wrn_16_2, fraction 0.1", "wrn_16_2, fraction 0.5", "wrn_16_1, fraction 0.1", "wrn_16_1, fraction 0.5"]
+        "wrn_16_2, fraction 0.1",
+        "wrn_16_2, fraction 0.5",
+        "wrn_16_1, fraction 0.1",
+        "wrn_16_1, fraction 0.5",
+    ]
     # The order of values: numbers by size, names by the recipe's order.
     assert [round(cell(table, "KD", i).mean, 2) for i in range(4)] == [82.3, 81.3, 84.3, 83.3]
     assert all(cell(table, "KD", i).best for i in range(4))
     assert "Holm over the 4 comparisons" in notes(table)
     frame = to_frame(table)
     assert list(frame["student"].unique()) == ["wrn_16_2", "wrn_16_1"]
-    assert frame.loc[(frame.label == "KD") & (frame["data.fraction"] == "0.1") & (frame.student == "wrn_16_1"),
-                     "mean"].item() == pytest.approx(84.3)
+    assert frame.loc[
+        (frame.label == "KD") & (frame["data.fraction"] == "0.1") & (frame.student == "wrn_16_1"), "mean"
+    ].item() == pytest.approx(84.3)
 
 
 def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one_test() -> None:
     records = [make("ce", s, 90 + s / 7, teacher=None, axes={"method": "ce"}) for s in range(3)]
     records += [make("none", s, 90.5 + s / 5, teacher=None, axes={"method": "none"}, order=1) for s in range(3)]
-    records += [make("kd", s, 91 + s / 5, teacher=t, axes={"method": "kd", "teacher": t}, order=2)
-                for t in ("big", "huge") for s in range(3)]
+    records += [
+        make("kd", s, 91 + s / 5, teacher=t, axes={"method": "kd", "teacher": t}, order=2)
+        for t in ("big", "huge")
+        for s in range(3)
+    ]
     table = build(records)
     assert [column.label for column in table.columns] == ["big", "huge"]
     assert cell(table, "CE", 0).values == cell(table, "CE", 1).values
@@ -213,7 +248,8 @@ def test_a_copy_of_a_cell_counts_once_and_is_told() -> None:
     other = make("ce", 0, 12.0, order=0, teacher=None)
     assert other.identity == records[0].identity
     assert "1 cell stands twice among the records; 1 of them with other results: one is used" in notes(
-        build([*records, other]))
+        build([*records, other])
+    )
 
 
 def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
@@ -227,8 +263,13 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     assert "Not finished and not in the table: runs/x/kd-seed2, KD, seed 2" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert f"<sup>{kd.marks[0]}</sup>" in row
-    several = build([record for record in grid_of(["a", "b"], [1.0], ce=[80, 81], kd=[81, 82])
-                     if not (record.cell.method == "kd" and record.cell.student == "b")])
+    several = build(
+        [
+            record
+            for record in grid_of(["a", "b"], [1.0], ce=[80, 81], kd=[81, 82])
+            if not (record.cell.method == "kd" and record.cell.student == "b")
+        ]
+    )
     assert several.rows[1].cells[1] is None
     assert "–: no finished cell: KD (b)" in notes(several)
 
@@ -246,15 +287,18 @@ def test_equal_differences_have_no_test() -> None:
     assert cell(table, "KD").difference is not None and cell(table, "KD").difference.p is None  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("path", "value", "says"), [
-    ("compute__precision", "bfloat16", "Precision: float32 (CE); bfloat16 (KD)"),
-    ("compute__device_name", "Other CPU", "Machine: Model 7 Processor, 1 thread (CE); Other CPU, 1 thread (KD)"),
-    ("compute__threads", 4, "4 threads (KD)"),
-    ("data__fingerprint", "ee" * 32, "fingerprint eeeeeeeeeeee (KD)"),
-    ("kdbench", "0.2.0", "0.2.0, commit 0123456789ab, torch 2.11.0 (KD)"),
-    ("compute__torch", "2.12.0", "torch 2.12.0 (KD)"),
-    ("git__dirty", True, "with uncommitted changes"),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("compute__precision", "bfloat16", "Precision: float32 (CE); bfloat16 (KD)"),
+        ("compute__device_name", "Other CPU", "Machine: Model 7 Processor, 1 thread (CE); Other CPU, 1 thread (KD)"),
+        ("compute__threads", 4, "4 threads (KD)"),
+        ("data__fingerprint", "ee" * 32, "fingerprint eeeeeeeeeeee (KD)"),
+        ("kdbench", "0.2.0", "0.2.0, commit 0123456789ab, torch 2.11.0 (KD)"),
+        ("compute__torch", "2.12.0", "torch 2.12.0 (KD)"),
+        ("git__dirty", True, "with uncommitted changes"),
+    ],
+)
 def test_mixed_values_are_said_with_the_rows_that_have_them(path: str, value: Any, says: str) -> None:
     records = [make("ce", s, 90 + s) for s in (0, 1)]
     records += [make("kd", s, 91 + s, order=1, **{path: value}) for s in (0, 1)]
@@ -272,18 +316,32 @@ def test_two_protocols_that_are_compared_side_by_side_are_columns() -> None:
 
 def test_provenance_is_in_the_notes() -> None:
     said = notes(build(comparison(VALUES)))
-    for part in ("n = 3 seeds (0, 1, 2)", "Protocol: ab_official, 200 epochs", "last epoch", "Precision: float32",
-                 "wrn_22_4_cifar10, 95.50 %, sha256 abababababab", "Model 7 Processor, 1 thread",
-                 "cifar10, 50,000 training, 10,000 test images, fingerprint cdcdcdcdcdcd",
-                 "kdbench 0.1.0, commit 0123456789ab"):
+    for part in (
+        "n = 3 seeds (0, 1, 2)",
+        "Protocol: ab_official, 200 epochs",
+        "last epoch",
+        "Precision: float32",
+        "wrn_22_4_cifar10, 95.50 %, sha256 abababababab",
+        "Model 7 Processor, 1 thread",
+        "cifar10, 50,000 training, 10,000 test images, fingerprint cdcdcdcdcdcd",
+        "kdbench 0.1.0, commit 0123456789ab",
+    ):
         assert part in said
     assert not any(note.warning for note in build(comparison(VALUES)).notes)
 
 
 def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     records = comparison({"ce": [93.0, 93.2]}) + [
-        make("ab_crd", s, 94.0 + s / 10, order=1, extra_epochs=30.0,
-             agreement={"layer1.preact": 0.80 + s / 100, "layer2.preact": 0.70}) for s in (0, 1)]
+        make(
+            "ab_crd",
+            s,
+            94.0 + s / 10,
+            order=1,
+            extra_epochs=30.0,
+            agreement={"layer1.preact": 0.80 + s / 100, "layer2.preact": 0.70},
+        )
+        for s in (0, 1)
+    ]
     table = build(records)
     ab = cell(table, "AB_CRD")
     assert (ab.extra_epochs, ab.epochs) == (30.0, 230.0)
@@ -329,7 +387,10 @@ def test_the_long_csv_file_has_one_row_for_every_record() -> None:
     rows = list(csv.DictReader(io.StringIO(records_csv(records))))
     assert len(rows) == 9
     assert [(row["method"], row["seed"], float(row["last"])) for row in rows[3:6]] == [
-        ("kd", "0", 94.0), ("kd", "1", 94.1), ("kd", "2", 93.9)]
+        ("kd", "0", 94.0),
+        ("kd", "1", 94.1),
+        ("kd", "2", 93.9),
+    ]
     assert rows[0]["teacher"] == "" and rows[8]["teacher_sha256"] == "ab" * 32
     assert rows[0]["agreement.layer1.preact"] == "0.5"
     assert rows[0]["identity"] == records[0].identity
@@ -344,8 +405,10 @@ def test_the_data_frame_has_the_rows_and_the_notes() -> None:
 
 def test_markdown_is_well_formed_with_special_characters() -> None:
     records = comparison(VALUES)
-    records = [make("kd", r.cell.seed, r.accuracy("last"), label=SPECIAL, order=1) if r.cell.method == "kd" else r
-               for r in records]
+    records = [
+        make("kd", r.cell.seed, r.accuracy("last"), label=SPECIAL, order=1) if r.cell.method == "kd" else r
+        for r in records
+    ]
     text = markdown(build(records, title="a|b"))
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
@@ -357,7 +420,8 @@ def test_latex_is_ascii_and_bold_best_underlined_second() -> None:
     assert text.isascii()
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("AB &")).split(" & ")[1] == (
-        r"\textbf{\boldmath 94.50 $\pm$ 0.17}")
+        r"\textbf{\boldmath 94.50 $\pm$ 0.17}"
+    )
     assert next(line for line in lines if line.startswith("KD &")).split(" & ")[1] == r"\underline{94.00 $\pm$ 0.10}"
     for need in ("\\toprule", "\\midrule", "\\bottomrule", "\\caption{", "\\label{tab:"):
         assert need in text
@@ -365,7 +429,8 @@ def test_latex_is_ascii_and_bold_best_underlined_second() -> None:
 
 def test_escaping() -> None:
     assert escape(r"50% of a_b & c#1 {x} \y ~z^2 $") == (
-        r"50\% of a\_b \& c\#1 \{x\} \textbackslash{}y \textasciitilde{}z\textasciicircum{}2 \$")
+        r"50\% of a\_b \& c\#1 \{x\} \textbackslash{}y \textasciitilde{}z\textasciicircum{}2 \$"
+    )
     assert escape("é") == escape("e\u0301") == r"\'{e}"
     assert escape("中") == "[U+4E2D]"
     assert escape("a\x00b\u200bc") == "abc"
@@ -377,22 +442,41 @@ def compiled(folder: Path, body: str) -> str:
         if os.environ.get("CI") == "true":
             pytest.fail("pdflatex is not installed, and CI must not skip this")
         pytest.skip("pdflatex is not installed")
-    (folder / "t.tex").write_text("\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body
-                                  + "\\end{document}\n", encoding="ascii")
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=folder,
-                          capture_output=True, text=True, errors="replace", timeout=120)
+    (folder / "t.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body + "\\end{document}\n",
+        encoding="ascii",
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     assert not re.search(r"Overfull|Float too large|Missing character", done.stdout), done.stdout[-2000:]
     if shutil.which("pdftotext") is None:
         return ""
-    return subprocess.run(["pdftotext", "-layout", "t.pdf", "-"], cwd=folder, capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(
+        ["pdftotext", "-layout", "t.pdf", "-"], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
-    records = [make(m, s, v, label=SPECIAL if m == "kd" else f"[{m}]", order=i, extra_epochs=30.0 * (m == "ab"),
-                    agreement={f"layer{k}.preact": 0.5 for k in (1, 2, 3)} if m == "ab" else {})
-               for i, (m, several) in enumerate(VALUES.items()) for s, v in enumerate(several)]
+    records = [
+        make(
+            m,
+            s,
+            v,
+            label=SPECIAL if m == "kd" else f"[{m}]",
+            order=i,
+            extra_epochs=30.0 * (m == "ab"),
+            agreement={f"layer{k}.preact": 0.5 for k in (1, 2, 3)} if m == "ab" else {},
+        )
+        for i, (m, several) in enumerate(VALUES.items())
+        for s, v in enumerate(several)
+    ]
     text = compiled(tmp_path, latex(build(records, title=SPECIAL)))
     if text:
         for shown in ("94.50 ± 0.17", "#$%&", "{}", "[ce]", "[U+4E2D]", "+0.40", "layer1"):
@@ -410,8 +494,9 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
         methods = {f"method_{k}": several(3) for k in range(7)}
         records = grid_of([f"student_{i}" for i in range(4)], [0.1, 1.0], **methods)
     elif size == "long":
-        records = comparison({f"method_{k}": several(3) for k in range(70)}, agreement={
-            f"layer{i}.preact": 0.5 for i in range(1, 9)})
+        records = comparison(
+            {f"method_{k}": several(3) for k in range(70)}, agreement={f"layer{i}.preact": 0.5 for i in range(1, 9)}
+        )
     else:
         records = comparison({"ce": several(1), "kd": several(1)})
     table = build(records, baseline="method_0" if size != "one seed" else None)
@@ -423,8 +508,11 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
 
 
 def test_grids_are_rectangular() -> None:
-    for table in (build(comparison(VALUES)), build(grid_of(["a", "b"], [0.1, 1.0], ce=[80, 81], kd=[81, 82.5])),
-                  build(comparison({"kd": [90.0]}))):
+    for table in (
+        build(comparison(VALUES)),
+        build(grid_of(["a", "b"], [0.1, 1.0], ce=[80, 81], kd=[81, 82.5])),
+        build(comparison({"kd": [90.0]})),
+    ):
         grids = layout(table)
         assert len(grids) == (2 if len(table.columns) == 1 else 3)
         for grid in grids:

@@ -15,14 +15,26 @@ REGISTRY = Registry()
 
 
 def cell(method: str = "kd", **recipe: Any) -> CellSpec:
-    whole = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": method}
+    whole = {
+        "data": "digits",
+        "teacher": "wrn_16_2_digits",
+        "student": "wrn_10_1",
+        "protocol": "digits",
+        "method": method,
+    }
     return plan(whole | recipe, REGISTRY).cells[0].spec
 
 
 @pytest.mark.parametrize(
     ("images", "batch", "last", "expected"),
-    [(50000, 128, "keep", 391), (50000, 128, "drop", 390), (50000, 64, "keep", 782), (100, 128, "keep", 1),
-     (100, 128, "drop", 1), (128, 128, "keep", 1)],
+    [
+        (50000, 128, "keep", 391),
+        (50000, 128, "drop", 390),
+        (50000, 64, "keep", 782),
+        (100, 128, "keep", 1),
+        (100, 128, "drop", 1),
+        (128, 128, "keep", 1),
+    ],
 )
 def test_batches_per_epoch(images: int, batch: int, last: str, expected: int) -> None:
     assert batches_per_epoch(images, batch, last) == expected

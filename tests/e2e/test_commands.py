@@ -1,0 +1,271 @@
+"""The commands as a user types them, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Kdbench
+
+HERE = Path(__file__).parent
+TINY = [HERE / "recipes" / "tiny.yaml", "--registry", HERE / "registry"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two methods and two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kdbench",
+            "run",
+            *map(str, TINY),
+            "seeds=2",
+            "steps=12",
+            "evaluations=3",
+            "--jobs",
+            "2",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accuracy, last epoch" in done.stdout
+    return folder / "runs" / "tiny"
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves(finished: Path) -> None:
+    cells = [record.parent for record in finished.glob("*/record.json")]
+    assert len(cells) == 4
+    for name in (
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "records.csv",
+        "learning_curves.png",
+        "final_accuracies.png",
+        "agreement.png",
+    ):
+        assert (finished / name).stat().st_size > 100, name
+    for cell in cells:
+        names = {file.name for file in cell.iterdir()}
+        assert {"record.json", "metrics.jsonl", "student.safetensors", "test_logits.safetensors", "events"} <= names
+        assert "checkpoint.pt" not in names
+        record = json.loads((cell / "record.json").read_text())
+        assert record["budget"]["steps"] == 12
+        assert record["data"]["train"] == 100
+        assert record["teacher"]["accuracy"] > 0
+        assert str(Path.home()) not in (cell / "record.json").read_text()
+
+
+@pytest.mark.slow
+def test_tensorboard_has_every_term(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cell = next(finished.glob("ab-*seed0*"))
+    events = EventAccumulator(str(cell / "events"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/boundary",
+        "train/kd",
+        "test/accuracy",
+        "agreement/layer1.preact",
+        "lr",
+        "images_per_second",
+    } <= tags
+    lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    assert [e.value for e in events.Scalars("test/accuracy")] == pytest.approx([e["test"]["accuracy"] for e in lines])
+
+
+@pytest.mark.slow
+def test_table_from_records_alone(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    kdbench("table", finished, "--out", tmp_path / "again")
+    first, again = (finished / "table.csv").read_text(), (tmp_path / "again" / "table.csv").read_text()
+    assert first == again
+    assert "best test epoch" in kdbench("table", finished, "--metric", "best").stdout
+    wrong = kdbench("table", finished, "--baseline", "abb", code=2)
+    assert "'abb'" in wrong.stderr and "Traceback" not in wrong.stderr
+    kdbench("plot", finished, "--out", tmp_path / "plots")
+    assert (tmp_path / "plots" / "learning_curves.png").is_file()
+
+
+@pytest.mark.slow
+def test_python_api(finished: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    import kdbench
+    from kdbench.sources.augment import normalize
+    from kdbench.sources.digits import load
+
+    frame = kdbench.table([finished])
+    assert len(frame) == 2
+    cell = next(finished.glob("kd-*seed0*"))
+    student = kdbench.load_student(cell)
+    record = json.loads((cell / "record.json").read_text())
+    data = load(roots=[], download=False, cache=finished / "cache")
+    own = record["spec"]["protocol"]["normalization"]
+    with torch.no_grad():
+        logits = student(normalize(data.test_images, own["mean"], own["std"]))
+    kept = load_file(cell / "test_logits.safetensors")["logits"].float()
+    assert torch.allclose(logits, kept, atol=0.05)
+    right = (logits.argmax(1) == data.test_labels).float().mean().item() * 100
+    assert right == pytest.approx(record["result"]["test"]["last"], abs=0.2)
+
+
+@pytest.mark.slow
+def test_check_prints_the_plan_and_trains_nothing(kdbench: Kdbench, tmp_path: Path) -> None:
+    out = kdbench("check", *TINY).stdout
+    assert "2 cells" in out and "boundaries 6 + classification 54" in out
+    assert "parameters" in out and "estimate" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
+    assert "wrn_<depth>_<width>" in kdbench("ls", "models").stdout
+    for kind in ("methods", "losses", "data", "teachers", "recipes"):
+        assert len(kdbench("ls", kind).stdout.splitlines()) > 2
+    shown = kdbench("show", "methods", "ab").stdout
+    assert "boundaries" in shown and "Heo" in shown
+    assert "temperature" in kdbench("show", "losses", "kd").stdout
+    kdbench("cp", "quickstart", "mine.yaml")
+    assert (tmp_path / "mine.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
+    assert "exists" in kdbench("cp", "quickstart", "mine.yaml", code=2).stderr
+    schema = json.loads(kdbench("schema").stdout)
+    import jsonschema
+
+    for file in (ROOT / "recipes").rglob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "stps": 3}, schema)
+
+
+@pytest.mark.parametrize("command", ["run", "table", "ls", "show", "cp", "check", "plot", "schema"])
+def test_help_has_examples(command: str, kdbench: Kdbench) -> None:
+    assert f"kdbench {command}" in kdbench(command, "--help").stdout
+
+
+def test_schema_mistake_is_told_within_two_seconds(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("data: digits\nstudnet: wrn_10_1\nprotocol: digits\nmethod: ce\n")
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = kdbench("run", "bad.yaml", code=2)
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "bad.yaml:2: unknown key 'studnet'" in done.stderr
+    # The command's own processor time: other tests run beside this one.
+    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student=timm:resnet19", "resnet18"),
+        ("student={name: 'timm:resnet18', hooks: {layer9: nowhere}}", "nowhere"),
+        ("student=wrn_11_1", "11"),
+        ("student=timm:resnet18", "4 student layers against 3 teacher layers"),
+    ],
+)
+def test_what_only_a_built_model_can_tell_is_told_before_training(
+    override: str, expected: str, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    done = kdbench(
+        "run",
+        HERE / "recipes" / "tiny.yaml",
+        "--registry",
+        HERE / "registry",
+        override,
+        "compare.method=[ab]",
+        code=2,
+        timeout=120,
+    )
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_absent_data_says_where_it_was_looked_for(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    done = kdbench("run", "teachers/wrn_22_4_cifar10", "--no-download", "--data", "mine", "steps=2", code=2)
+    assert "cifar10" in done.stderr and "mine" in done.stderr and "KDBENCH_DATA" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_does_not_stop_the_others(kdbench: Kdbench, tmp_path: Path) -> None:
+    done = kdbench(
+        "run",
+        *TINY,
+        "steps=8",
+        "evaluations=2",
+        "compare.method=[ce, kd]",
+        "compare.protocol.optimizer.lr=[0.1, 1.0e30]",
+        "--jobs",
+        "1",
+        code=1,
+    )
+    assert "2 of 4 cells failed" in done.stderr and "not finite at step" in done.stderr
+    assert len(list((tmp_path / "runs" / "tiny").glob("*/record.json"))) == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_third_party_student(kdbench: Kdbench, tmp_path: Path) -> None:
+    """timm's ResNet-18 overwrites tensors in place; AB needs their signs."""
+    kdbench(
+        "run",
+        *TINY,
+        "student=timm:resnet18",
+        "compare.method=[ab]",
+        "steps=4",
+        "evaluations=1",
+        "--jobs",
+        "1",
+        "method.stages.boundaries.losses.boundary={hook: null, student: layer1.preact, teacher: layer3.preact}",
+    )
+    assert list((tmp_path / "runs").rglob("ab-*/record.json"))
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
+    """It carries registry and recipes."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    wheel = next(tmp_path.glob("*.whl"))
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import kdbench, sys; from kdbench.cli import main; print(kdbench.__file__, file=sys.stderr); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "ls", "recipes"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert str(site) in done.stderr
+    assert "quickstart" in done.stdout and "teachers/wrn_22_4_cifar10" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "ab_wrn", "seds=1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2 and "seeds" in done.stderr
