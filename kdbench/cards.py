@@ -27,6 +27,9 @@ def _point(name: str) -> str:
     return name
 
 
+# Names that stand for all hook points of one form, in the order of the layers.
+POINT_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
+
 Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(_point)]
@@ -70,9 +73,14 @@ class Augmentation(Strict):
     flip: bool = False
 
 
-class ModelCard(Card):
+class TargetCard(Card):
+    """A target with fixed options: connectors, schedules, optimizers."""
+
     target: Target
     args: dict[str, Any] = {}
+
+
+class ModelCard(TargetCard):
     hooks: str = Field(description="key of a hooks card, or 'derived'")
     examples: list[str] = Field([], description="names that a template key stands for")
 
@@ -87,24 +95,7 @@ class LossCard(Card):
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
 
 
-class ConnectorCard(Card):
-    target: Target
-    args: dict[str, Any] = {}
-
-
-class ScheduleCard(Card):
-    target: Target
-    args: dict[str, Any] = {}
-
-
-class OptimizerCard(Card):
-    target: Target
-    args: dict[str, Any] = {}
-
-
-class DatasetCard(Card):
-    target: Target
-    args: dict[str, Any] = {}
+class DatasetCard(TargetCard):
     title: str
     classes: int
     channels: int
@@ -216,10 +207,10 @@ KINDS: dict[str, type[BaseModel]] = {
     "models": ModelCard,
     "hooks": HookCard,
     "losses": LossCard,
-    "connectors": ConnectorCard,
+    "connectors": TargetCard,
     "methods": MethodCard,
-    "schedules": ScheduleCard,
-    "optimizers": OptimizerCard,
+    "schedules": TargetCard,
+    "optimizers": TargetCard,
     "datasets": DatasetCard,
     "teachers": TeacherCard,
     "protocols": ProtocolCard,

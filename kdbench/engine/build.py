@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
-from kdbench.recipe.schema import DataSpec, ModelSpec, StageSpec, TargetSpec, TermSpec
+from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule
 from kdbench.sources.streams import address
 
@@ -131,13 +131,14 @@ class Term(nn.Module):
         teacher_shapes: Mapping[str, Shape],
         place: str,
         seed: int,
+        names: tuple[str, str],
     ) -> None:
         super().__init__()
         self.name, self.spec = name, spec
         self.schedule = build_schedule(spec.weight_schedule)
         with_teacher = "teacher" in spec.loss.inputs
-        students = expand([spec.student], student_shapes)
-        teachers = expand([spec.teacher], teacher_shapes) if with_teacher else students
+        students = expand([spec.student], student_shapes, names[0])
+        teachers = expand([spec.teacher], teacher_shapes, names[1]) if with_teacher else students
         if len(students) != len(teachers):
             raise UserError(
                 f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
@@ -225,12 +226,24 @@ class Term(nn.Module):
 
 
 def build_terms(
-    stage_name: str, stage: StageSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape], seed: int
-) -> nn.ModuleDict:
-    """All terms of a stage."""
-    return nn.ModuleDict(
-        {name: Term(name, term, student, teacher, f"{stage_name}/{name}", seed) for name, term in stage.losses.items()}
-    )
+    spec: CellSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
+) -> dict[str, dict[str, Term]]:
+    """Loss terms of a cell: stage -> name -> term. Their first values are functions of the cell's seed.
+
+    Args:
+        student, teacher: shapes of all hook points, per image; none for a cell without a teacher.
+    """
+    names = (spec.student.name, spec.teacher.model.name if spec.teacher else "")
+    try:
+        return {
+            stage: {
+                name: Term(name, term, student, teacher, f"{stage}/{name}", spec.seed, names)
+                for name, term in card.losses.items()
+            }
+            for stage, card in spec.method.stages.items()
+        }
+    except UserError as error:
+        raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
 
 
 def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Module:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from kdbench.engine.build import build_extractor, build_model, build_terms
 from kdbench.engine.finish import size_of
 from kdbench.engine.timeline import Timeline, timeline
-from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
 
 # Images in a timed batch: enough to fill the machine, few enough to be quick.
@@ -57,12 +56,9 @@ def try_out(spec: CellSpec) -> None:
     if spec.teacher is not None:
         model = spec.teacher.model
         teacher = build_extractor(build_model(_bare(model), data), model, data).shapes(image)
-    for name, stage in spec.method.stages.items():
-        try:
-            for term in build_terms(name, stage, shapes, teacher, spec.seed).values():
-                term.try_out(shapes, teacher, data.classes)  # type: ignore[operator]
-        except UserError as error:
-            raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
+    for terms in build_terms(spec, shapes, teacher).values():
+        for term in terms.values():
+            term.try_out(shapes, teacher, data.classes)
 
 
 def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:

@@ -73,15 +73,8 @@ class Member:
         self.student: Extractor = build_extractor(student, spec.student, spec.data)
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = self.student.shapes(image_shape)
-        try:
-            self.terms = nn.ModuleDict(
-                {
-                    name: build_terms(name, stage, shapes, teacher.shapes if teacher else {}, spec.seed)
-                    for name, stage in spec.method.stages.items()
-                }
-            )
-        except UserError as error:
-            raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
+        terms = build_terms(spec, shapes, teacher.shapes if teacher else {})
+        self.terms = nn.ModuleDict({stage: nn.ModuleDict(by_name) for stage, by_name in terms.items()})
         student.to(device)
         self.terms.to(device)
         self.step = 0

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kdbench.cards import POINT_GROUPS
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
 
 LOGITS = "logits"
-
-_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
-
 
 class Place(NamedTuple):
     """A module's output, or its (first) input."""
@@ -58,7 +56,7 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
     whose = f"model '{model_name}'" if model_name else "the model"
     result: list[str] = []
     for name in names:
-        pattern = _GROUPS.get(name)
+        pattern = POINT_GROUPS.get(name)
         if pattern is None:
             result.append(_existing(name, known, whose))
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.cards import MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.cards import POINT_GROUPS, MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.recipe.loading import typed
@@ -417,11 +417,10 @@ def _check_point(point: str, model: ModelSpec, place: str) -> None:
     """A hook point that a hooks card lacks is told now; derived points are known only once the model is built."""
     if point == "logits" or model.hooks == "derived":
         return
-    groups = {"layers", "layers.preact"}
-    if point not in {*model.hooks, *groups}:
+    if point not in {*model.hooks, *POINT_GROUPS}:
         raise UserError(
             f"{place}: '{model.name}' has no hook point '{point}'",
-            hint=did_you_mean(point, [*model.hooks, *groups, "logits"]),
+            hint=did_you_mean(point, [*model.hooks, *POINT_GROUPS, "logits"]),
         )
 
 

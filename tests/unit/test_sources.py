@@ -269,9 +269,9 @@ def test_cifar100_by_the_same_code(tmp_path):
     assert (first.classes[1], first.classes[47], first.classes[99]) == ("aquarium_fish", "maple_tree", "worm")
 
 
-def test_real_images_in_both_forms(tmp_path):
+def test_real_images_in_both_forms(tmp_path, cifar10_root):
     """A few real images of every class, by link from the image folder and as batches."""
-    source = real_data()
+    source = cifar10_root / "cifar10"
     pixels_of: Splits = {}
     for split, each in (("train", 10), ("test", 2)):
         pixels, labels = [], []
@@ -288,8 +288,8 @@ def test_real_images_in_both_forms(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_cifar10_is_what_its_card_says(tmp_path):
-    source, card = real_data(), CARDS["cifar10"]
+def test_real_cifar10_is_what_its_card_says(tmp_path, cifar10_root):
+    source, card = cifar10_root / "cifar10", CARDS["cifar10"]
     data = cifar.cifar10([source], False, tmp_path / "cache", **card["args"])
     assert data.fingerprint == card["args"]["fingerprint"] and data.origin == "image folder (webp)"
     mean, std = images.moments(data.train_images)
@@ -301,16 +301,6 @@ def test_real_cifar10_is_what_its_card_says(tmp_path):
     }
     write_batches(tmp_path / "b", cifar.CIFAR10, pixels)
     assert same(cifar.cifar10([tmp_path / "b"], False, tmp_path / "cache"), data)
-
-
-def real_data() -> Path:
-    root = os.environ.get("KDBENCH_TEST_DATA")
-    if not root:
-        pytest.skip("set KDBENCH_TEST_DATA to the folder that has cifar10/{train,test}/<class>/*")
-    source = Path(root) / "cifar10"
-    if not (source / "train" / "airplane").is_dir():
-        pytest.skip(f"KDBENCH_TEST_DATA has no image folder: {source} is absent or has another form")
-    return source
 
 
 # --- CIFAR: what can be wrong
