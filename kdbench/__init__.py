@@ -78,8 +78,11 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
     return to_frame(build([*found, *(read_records(paths) if paths else [])], **options))
 
 
-def load_student(folder: str | Path) -> nn.Module:
+def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> nn.Module:
     """The trained network of a finished cell's folder, in eval mode, on the CPU.
+
+    Args:
+        registries: folders with the user's own models, if it is one of them.
 
     Its input is normalized as the record's protocol says (`record.spec["protocol"]["normalization"]`).
     """
@@ -88,7 +91,9 @@ def load_student(folder: str | Path) -> nn.Module:
     from kdbench.engine.build import build_model, load_weights, read_weights
     from kdbench.errors import UserError
     from kdbench.recipe.schema import DataSpec, ModelSpec
+    from kdbench.registry import Registry
 
+    Registry(Path(registry) for registry in registries)
     folder = Path(folder)
     if not (folder / "record.json").is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")

@@ -30,6 +30,8 @@ def _point(name: str) -> str:
 # Names that stand for all hook points of one form, in the order of the layers.
 POINT_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
 
+# What authors of methods call their stages and losses.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(_point)]
@@ -39,13 +41,13 @@ Mode = Literal["train", "eval"]
 class Strict(BaseModel):
     """Unknown keys are errors, text is never taken for a number, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Named(BaseModel):
     """A card's name with options for its target, beside each other: `{name: sgd, lr: 0.1}`."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     name: str
 
     @property
@@ -156,7 +158,7 @@ class TeacherCard(Card):
 class TermCard(BaseModel):
     """One loss term. The loss function's own options stand beside these keys."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     loss: str
     hook: str | None = Field(None, description="hook point or group, on both networks")
     student: str | None = Field(None, description="hook point or group of the student")
@@ -180,7 +182,7 @@ class StageCard(Strict):
     share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
     trains: list[Literal["student", "connectors"]] = ["student"]
-    losses: dict[str, TermCard]
+    losses: dict[Name, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None
     modes: Modes = Modes()
@@ -191,7 +193,7 @@ class MethodCard(Card):
     follows: str | None = Field(None, description="the source whose choices this card takes")
     departs: list[str] = Field([], description="where paper, code and this card differ")
     parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
-    stages: dict[str, StageCard]
+    stages: dict[Name, StageCard]
 
 
 class PaperCard(Strict):

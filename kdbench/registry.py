@@ -60,6 +60,8 @@ class Registry:
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"there is no registry folder '{folder}'", where="--registry")
+            if folder.resolve() in [known.resolve() for known in self.folders]:
+                continue
             self.folders.append(folder)
             if str(folder.resolve()) not in sys.path:
                 sys.path.append(str(folder.resolve()))
@@ -119,7 +121,12 @@ class Registry:
     def card(self, kind: str, name: str, where: str | None = None) -> Any:
         """A card of a kind as its typed form. UserError with the nearest names when there is none."""
         tree = self.tree(kind, name, where)
-        return validated(KINDS[kind], tree, f"{kind[:-1] if kind != 'hooks' else 'hooks'} card '{name}'")
+        card = validated(KINDS[kind], tree, f"{singular(kind)} card '{name}'")
+        for field, targets in (("target", [getattr(card, "target", None)]), ("metrics", getattr(card, "metrics", {}))):
+            for target in targets.values() if isinstance(targets, dict) else targets:
+                if target is not None:
+                    _check_target(target, tree.origin((field,)))
+        return card
 
     def fields(self, kind: str, name: str) -> dict[str, Any]:
         """What a template key's fields stand for in a name: `wrn_16_2` -> {depth: 16, width: 2}."""
@@ -181,8 +188,16 @@ class Registry:
         return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
 
 
+def _check_target(target: str, where: str) -> None:
+    """A target whose file and object can be found, without importing it."""
+    try:
+        parameters(target)
+    except UserError as error:
+        raise UserError(error.what, error.where or where, error.hint) from None
+
+
 def singular(kind: str) -> str:
-    special = {"losses": "loss", "hooks": "hooks card", "datasets": "data set"}
+    special = {"losses": "loss", "hooks": "hooks", "datasets": "data set"}
     return special.get(kind, kind[:-1])
 
 

@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.files import sha256_of
 
 REQUIRED = object()
 
@@ -87,6 +89,17 @@ def source_file(module_name: str, target: str) -> Path:
     )
 
 
+# Packages whose versions a record names: their files need no hash of their own.
+_KNOWN_PACKAGES = ("kdbench", "torch", "torchvision", "timm")
+
+
+@functools.cache
+def own_code_sha256(target: str) -> str | None:
+    """sha256 of the file that defines a target of the user's own; None for what kdbench and torch bring."""
+    module = target.partition(":")[0]
+    return None if module.split(".")[0] in _KNOWN_PACKAGES else sha256_of(source_file(module, target))
+
+
 def check_options(
     target: str,
     options: dict[str, Any],
@@ -116,6 +129,8 @@ def check_options(
 
 
 def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"'{parameter.name}' of {what} cannot be {value}", where=where, hint="it must be finite")
     if parameter.type is None:
         return value
     try:

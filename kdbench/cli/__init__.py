@@ -42,8 +42,9 @@ def main() -> None:
     except CellError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except OSError as error:
+        print(
+            f"error: {error}\n  check that the path exists and can be written, and that the disk is not full",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -93,6 +93,21 @@ def command(
             whole += seconds(cell) * (len(cells) - done)
         rows.add_row(*row, f"{done}/{len(cells)}")
 
+    terms = Table("method", "stage", "loss", "student", "teacher", "connector", "weight", box=None, header_style="bold")
+    for method in {cell.spec.method.label: cell.spec.method for cell in planned.cells}.values():
+        for stage_name, stage in method.stages.items():
+            for term_name, term in stage.losses.items():
+                reads = term.loss.inputs
+                terms.add_row(
+                    method.label,
+                    stage_name,
+                    f"{term_name} ({term.loss.name})",
+                    term.student if "student" in reads else "–",
+                    term.teacher if "teacher" in reads else "–",
+                    term.connector.name if term.connector else "–",
+                    f"{term.weight:g}",
+                )
+
     first = planned.cells[0].spec
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
@@ -103,6 +118,7 @@ def command(
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
     console.print(networks)
+    console.print(terms)
     console.print(rows)
     if time:
         workers = min(cores, len(planned.cells)) if device.type == "cpu" else max(torch.cuda.device_count(), 1)

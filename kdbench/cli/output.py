@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from kdbench.results.tables import Table
 
 
-def write_tables(folders: list[Path], out: Path) -> None:
+def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
     from kdbench.results.record import read_records
     from kdbench.results.tables import build
 
-    table = build(read_records(folders))
+    table = build(read_records(folders), unfinished=failed)
     print_table(table)
     files = [*write_files(table, out, folders), *write_plots(folders, out)]
     print(f"written to {out}: {', '.join(file.name for file in files)}")

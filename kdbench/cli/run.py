@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +44,7 @@ def command(
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
-    if device not in ("auto", "cpu", "cuda") and not device.startswith("cuda:"):
+    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
         raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
     folders = tuple(registry or ())
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
@@ -56,11 +58,17 @@ def command(
         registries=folders,
         checkpoint_seconds=checkpoint_seconds,
     )
-    outcome = run_plan(planned, options, listener())
+    try:
+        outcome = run_plan(planned, options, listener())
+    except KeyboardInterrupt:
+        print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     if outcome.finished:
         from kdbench.cli.output import write_tables
 
-        write_tables(outcome.finished, outcome.folder)
+        write_tables(outcome.finished, outcome.folder, [f"{s.label} (failed)" for s in outcome.failed])
     if outcome.failed:
         lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
-        raise CellError(f"{len(outcome.failed)} of {len(planned.cells)} cells failed; the others are finished\n{lines}")
+        raise CellError(
+            f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdbench.cards import Normalization
 from kdbench.engine.timeline import Timeline
+from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation, normalize
 from kdbench.sources.images import ImageData
@@ -110,4 +111,12 @@ def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) ->
     from kdbench.engine.build import resolve
 
     data: ImageData = resolve(spec.target)(roots=roots, download=download, cache=cache, **spec.options)
+    found = (len(data.classes), len(data.train_labels), len(data.test_labels), *data.train_images.shape[1:])
+    said = (spec.classes, spec.train, spec.test, spec.channels, spec.image_size, spec.image_size)
+    if found != said:
+        raise UserError(
+            f"the data set '{spec.name}' is not what its card says: {found} against {said} "
+            "(classes, training images, test images, channels, height, width)",
+            hint="correct the card, or the files",
+        )
     return data

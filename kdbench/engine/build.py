@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,10 @@ Shape = tuple[int, ...]
 def resolve(target: str) -> Any:
     """The object that a target names."""
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # noqa: BLE001 - a user's module can fail in any way when it is imported
+        raise UserError(f"target '{target}' cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init") -> nn.Module:
@@ -197,22 +202,35 @@ class Term(nn.Module):
         }
 
     def try_out(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
-        """Compute the term once on random values of the right shapes. UserError when it cannot be computed."""
+        """Compute the term once on random values of the right shapes.
+
+        Raises:
+            UserError: it cannot be computed, is no finite scalar, or does not depend on the student.
+        """
         self.eval()
-        values = [{point: torch.randn(2, *shape) for point, shape in shapes.items()} for shapes in (student, teacher)]
+        what = f"loss '{self.name}' ({self.spec.loss.target})"
+        s, t = ({p: torch.randn(2, *shape) for p, shape in shapes.items()} for shapes in (student, teacher))
+        for value in s.values():
+            value.requires_grad_()
         try:
-            with torch.no_grad():
-                self(*values, torch.tensor([0, classes - 1]), torch.tensor([0, 1]))
-        except (ValueError, TypeError, RuntimeError) as error:
+            result = self(s, t, torch.tensor([0, classes - 1]), torch.tensor([0, 1]))
+        except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
             pairs = ", ".join(
                 f"{layer.student} {student.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
                 for layer in self.layers
             )
             raise UserError(
-                f"loss '{self.name}' ({self.spec.loss.name}) cannot be computed: {error}",
+                f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
                 hint=f"student against teacher: {pairs}; a connector can change channels and sizes "
                 "('kdbench ls connectors')",
             ) from None
+        if not isinstance(result, Tensor) or result.dim():
+            given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise UserError(f"{what} returned {given}", hint="a loss returns a scalar tensor: take .mean() or .sum()")
+        if not torch.isfinite(result):
+            raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
+        if not result.requires_grad:
+            raise UserError(f"{what} does not depend on the student", hint="is the student's value detached?")
 
     def _inputs(
         self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, index: Tensor
@@ -223,6 +241,12 @@ class Term(nn.Module):
         if "teacher" in self.spec.loss.inputs:
             named["teacher"] = teacher[layer.teacher]
         return [named[name] for name in self.spec.loss.inputs]
+
+
+def where_raised(error: BaseException) -> str:
+    """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def build_terms(

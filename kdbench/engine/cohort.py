@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
+from kdbench.engine.build import where_raised
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
@@ -31,7 +33,7 @@ class Seat:
 
     @property
     def active(self) -> bool:
-        return self.failure is None and not self.member.finished
+        return self.failure is None and not self.recorded
 
 
 @dataclass
@@ -57,23 +59,35 @@ class Cohort:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         saved = time.monotonic()
-        for seat in self.seats:
-            self._finish(seat)
         while active := [seat for seat in self.seats if seat.active]:
-            # Members resume each from their own checkpoint: those that are behind catch up alone.
-            step = min(seat.member.step for seat in active)
-            now = [seat for seat in active if seat.member.step == step]
             if self.stop():
                 self.save()
                 return False
-            self._step(now, step)
-            for seat in now:
-                self._after_step(seat)
-                self._finish(seat)
+            if due := next((seat for seat in active if seat.member.evaluation_due), None):
+                with _failures(due):
+                    self._evaluate(due)
+            elif done := next((seat for seat in active if seat.member.finished), None):
+                with _failures(done):
+                    self.finish(done)
+                done.recorded = True
+            else:
+                # Members resume each from their own checkpoint: those that are behind catch up alone.
+                step = min(seat.member.step for seat in active)
+                now = [seat for seat in active if seat.member.step == step]
+                self._step(now, step)
+                self._tell(now)
             if time.monotonic() - saved >= self.checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
         return True
+
+    def _tell(self, seats: list[Seat]) -> None:
+        due = time.monotonic() - self._reported >= PROGRESS_SECONDS
+        for seat in seats:
+            if seat.failure is not None or due:
+                self._reported = time.monotonic()
+                self.report(seat, None)
+                due = False
 
     def _step(self, seats: list[Seat], step: int) -> None:
         begin = time.perf_counter()
@@ -87,21 +101,6 @@ class Cohort:
             with _failures(seat):
                 seat.member.train_step(batch, values)
             seat.member.seconds += time.perf_counter() - begin + shared / len(seats)
-
-    def _after_step(self, seat: Seat) -> None:
-        member = seat.member
-        if seat.failure is None and member.step in member.timeline.evaluations:
-            with _failures(seat):
-                self._evaluate(seat)
-        if seat.failure is not None or time.monotonic() - self._reported >= PROGRESS_SECONDS:
-            self._reported = time.monotonic()
-            self.report(seat, None)
-
-    def _finish(self, seat: Seat) -> None:
-        if seat.failure is None and seat.member.finished and not seat.recorded:
-            seat.recorded = True
-            with _failures(seat):
-                self.finish(seat)
 
     def _evaluate(self, seat: Seat) -> None:
         member = seat.member
@@ -146,13 +145,12 @@ class _failures:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if error is None or not isinstance(error, CellError | UserError | RuntimeError | ValueError | MemoryError):
+        if error is None or not isinstance(error, Exception):
             return False
         if isinstance(error, CellError | UserError):
             self.seat.failure = str(error)
-        else:
-            import traceback
-
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            self.seat.failure = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+            return True
+        trace_file = self.seat.folder / "error.txt"
+        trace_file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        self.seat.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {trace_file}"
         return True

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from kdbench.engine.build import build_extractor, build_model, build_terms
+from kdbench.engine.build import build_extractor, build_model, build_optimizer, build_terms
 from kdbench.engine.finish import size_of
 from kdbench.engine.timeline import Timeline, timeline
+from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
 
 # Images in a timed batch: enough to fill the machine, few enough to be quick.
@@ -44,21 +45,36 @@ def planned_timeline(spec: CellSpec) -> Timeline:
 
 
 def try_out(spec: CellSpec) -> None:
-    """Build a cell's networks (first weights only), its connectors and loss terms.
+    """Build a cell's networks (the teacher without its weights), its connectors, loss terms and optimizers.
 
     Raises:
         UserError: a model that cannot be built, a hook point that does not exist, a pair that no connector can bridge.
     """
     data = spec.data
     image = (data.channels, data.image_size, data.image_size)
-    shapes = build_extractor(build_model(_bare(spec.student), data), spec.student, data).shapes(image)
+    student = build_model(spec.student, data)
+    shapes = build_extractor(student, spec.student, data).shapes(image)
     teacher = {}
     if spec.teacher is not None:
         model = spec.teacher.model
         teacher = build_extractor(build_model(_bare(model), data), model, data).shapes(image)
-    for terms in build_terms(spec, shapes, teacher).values():
+    for name, terms in build_terms(spec, shapes, teacher).items():
+        stage = spec.method.stages[name]
+        trained = [*student.parameters()] if "student" in stage.trains else []
         for term in terms.values():
             term.try_out(shapes, teacher, data.classes)
+            if [*term.parameters()] and "connectors" not in stage.trains:
+                raise UserError(
+                    f"method '{spec.method.name}', stage '{name}': the loss '{term.name}' has parameters of its own, "
+                    "which this stage does not train",
+                    hint="write 'trains: [student, connectors]'",
+                )
+            trained += term.parameters() if "connectors" in stage.trains else []
+        if not trained:
+            raise UserError(
+                f"method '{spec.method.name}', stage '{name}': nothing to train", hint="add 'student' to its 'trains'"
+            )
+        build_optimizer(stage.optimizer, trained)
 
 
 def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:

@@ -61,11 +61,15 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
     for images, labels in part.slices(SLICE[member.device.type]):
         student = member.student(member.normalizer(images), student_points)
         values = teacher(images, teacher_points)
+        here: dict[str, dict[str, Tensor]] = {}
         for term in terms:
+            # Of two terms that measure one point, the later stage's counts.
             for metric, points in term.measure(student, values).items():
-                for point, value in points.items():
-                    into = sums.setdefault(metric, {})
-                    into[point] = into.get(point, 0) + value * len(labels)
+                here.setdefault(metric, {}).update(points)
+        for metric, points in here.items():
+            into = sums.setdefault(metric, {})
+            for point, value in points.items():
+                into[point] = into.get(point, 0) + value * len(labels)
     return {
         metric: {point: value.item() / len(part.labels) for point, value in points.items()}
         for metric, points in sums.items()

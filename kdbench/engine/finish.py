@@ -51,7 +51,7 @@ def finish(
     with atomic(folder / "test_logits.safetensors") as temporary:
         save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
     with atomic(folder / "student.safetensors") as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in member.student.model.state_dict().items()}, temporary)
+        save_file({k: v.detach().cpu().clone() for k, v in member.student.model.state_dict().items()}, temporary)
     line = member.timeline
     record = {
         "schema": SCHEMA,
@@ -93,9 +93,7 @@ def finish(
             **compute,
             "seconds": round(member.seconds + member.evaluation_seconds, 3),
             "training_seconds": round(member.seconds, 3),
-            "images_per_second": round(
-                line.total * min(spec.protocol.batch_size, len(batches.train.labels)) / max(member.seconds, 1e-9), 1
-            ),
+            "images_per_second": round(member.images / max(member.seconds, 1e-9), 1),
         },
         "seeds": streams(spec),
         "git": git_state(),

@@ -74,10 +74,17 @@ class Member:
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = self.student.shapes(image_shape)
         terms = build_terms(spec, shapes, teacher.shapes if teacher else {})
-        self.terms = nn.ModuleDict({stage: nn.ModuleDict(by_name) for stage, by_name in terms.items()})
+        # Prefixed, because a name like "training" is already an attribute of every module.
+        self.terms = nn.ModuleDict(
+            {
+                f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
+                for stage, by_name in terms.items()
+            }
+        )
         student.to(device)
         self.terms.to(device)
         self.step = 0
+        self.images = 0
         self.seconds = 0.0
         self.evaluation_seconds = 0.0
         self.last_rate = 0.0
@@ -88,12 +95,18 @@ class Member:
             self.own_teacher = teacher.training_copy()
             self.own_teacher.model.to(device)
             self.teacher_normalizer = teacher.normalizer
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_steps: dict[str, Tensor] = {}
         self.enter(0)
 
     @property
     def finished(self) -> bool:
         return self.step >= self.timeline.total
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether this step is an evaluation point that was not measured yet."""
+        measured = self.history[-1]["step"] if self.history else 0
+        return self.step != measured and self.step in self.timeline.evaluations
 
     def enter(self, stage: int) -> None:
         """Begin a stage: a new optimizer over what it trains, modes set, every other parameter frozen."""
@@ -103,13 +116,9 @@ class Member:
         self.active = self.terms_of(self.span.name)
         self.student.model.requires_grad_("student" in self.stage.trains)
         self.terms.requires_grad_(False)
-        self.terms[self.span.name].requires_grad_("connectors" in self.stage.trains)
-        trained = [
-            p
-            for module in (self.student.model, self.terms[self.span.name])
-            for p in module.parameters()
-            if p.requires_grad
-        ]
+        own = self.terms[f"stage:{self.span.name}"]
+        own.requires_grad_("connectors" in self.stage.trains)
+        trained = [p for module in (self.student.model, own) for p in module.parameters() if p.requires_grad]
         if not trained:
             raise UserError(
                 f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
@@ -123,13 +132,14 @@ class Member:
 
     def terms_of(self, stage: str) -> dict[str, Term]:
         """Loss terms of a stage by name."""
-        return dict(self.terms[stage].items())  # type: ignore[operator, arg-type]
+        terms: Any = self.terms[f"stage:{stage}"]
+        return {name.removeprefix("loss:"): term for name, term in terms.items()}
 
     def set_modes(self) -> None:
         """Modes of this stage; evaluation changes them and calls this again."""
         self.student.model.train(self.stage.modes.student == "train")
         for name, terms in self.terms.items():
-            terms.train(name == self.span.name and "connectors" in self.stage.trains)
+            terms.train(name == f"stage:{self.span.name}" and "connectors" in self.stage.trains)
 
     def teacher_points(self) -> list[str]:
         """What this member needs of the shared teacher at its present step."""
@@ -151,6 +161,7 @@ class Member:
                 value = term(student, teacher, batch.labels, batch.index)
                 loss = loss + term.weight_at(progress) * value
                 self.meter.add(name, value)
+                self._watch(name, value.detach())
 
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -160,7 +171,8 @@ class Member:
         self.meter.add("loss", loss)
         self.meter.steps += 1
         self.meter.images += len(batch.labels)
-        self._watch(loss.detach())
+        self.images += len(batch.labels)
+        self._watch("loss", loss.detach())
         self.step += 1
         if self.step == self.span.stop and not self.finished:
             self.enter(self.stage_index + 1)
@@ -180,22 +192,22 @@ class Member:
         with torch.no_grad(), computing(self.spec.precision, self.device):
             return self.own_teacher(self.teacher_normalizer(batch.images), points)
 
-    def _watch(self, loss: Tensor) -> None:
+    def _watch(self, name: str, value: Tensor) -> None:
         # Remembered on the device, read at the next evaluation: a step never waits for its own loss.
-        first = (self.bad_step < 0) & ~torch.isfinite(loss)
-        self.bad_step = torch.where(first, self.step, self.bad_step)
+        known = self.bad_steps.get(name, torch.full((), -1, dtype=torch.int64, device=self.device))
+        self.bad_steps[name] = torch.where((known < 0) & ~torch.isfinite(value), self.step, known)
 
     def check_finite(self) -> None:
         """Raises CellError when a loss was not finite, naming step, stage and term."""
-        step = int(self.bad_step)
-        if step < 0:
+        bad = {name: int(step) for name, step in self.bad_steps.items() if int(step) >= 0}
+        if not bad:
             return
-        bad = [name for name, value in self.meter.result().items() if value != value or abs(value) == float("inf")]
-        terms = ", ".join(name for name in bad if name != "loss") or "the sum"
-        name = self.timeline.spans[self.timeline.stage(step)].name
+        step = min(bad.values())
+        terms = ", ".join(name for name, at in bad.items() if at == step and name != "loss") or "the weighted sum"
+        stage = self.timeline.spans[self.timeline.stage(step)].name
         raise CellError(
-            f"the loss was not finite at step {step}, stage '{name}', term {terms}; "
-            "try a smaller learning rate or weight"
+            f"the loss was not finite at step {step}, stage '{stage}', term {terms}; "
+            + ("try a smaller learning rate or weight" if step else "look at the loss itself: nothing was trained yet")
         )
 
     def state(self) -> dict[str, Any]:
@@ -205,12 +217,13 @@ class Member:
             "terms": self.terms.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "images": self.images,
             "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "last_rate": self.last_rate,
             "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher else None,
             "meter": {"sums": self.meter.sums, "steps": self.meter.steps, "images": self.meter.images},
-            "bad_step": self.bad_step,
+            "bad_steps": self.bad_steps,
             "history": self.history,
         }
 
@@ -220,14 +233,15 @@ class Member:
         if self.own_teacher is not None:
             self.own_teacher.model.load_state_dict(state["own_teacher"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.images = state["images"]
         self.evaluation_seconds, self.last_rate = state["evaluation_seconds"], state["last_rate"]
+        self.enter(self.timeline.stage(min(self.step, self.timeline.total - 1)))
         if not self.finished:
-            self.enter(self.timeline.stage(self.step))
             self.optimizer.load_state_dict(state["optimizer"])
         meter = state["meter"]
         sums = {name: value.to(self.device) for name, value in meter["sums"].items()}
         self.meter = Meter(sums, meter["steps"], meter["images"])
-        self.bad_step = state["bad_step"].to(self.device)
+        self.bad_steps = {name: value.to(self.device) for name, value in state["bad_steps"].items()}
 
 
 def accuracy(member: Member, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

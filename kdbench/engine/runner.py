@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +15,15 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from kdbench.engine.pool import Pool
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, TeacherSpec
 
 RECORD = "record.json"
+# Says how a cell began, so that it goes on in the same way.
+BEGUN = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,15 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     listener = listener or Silent()
     folder = options.runs / plan.name
     with _alone(folder):
-        write_json(folder / "recipe.json", {"name": plan.name, "title": plan.title, "recipe": plan.recipe})
+        write_json(
+            folder / "recipe.json",
+            {
+                "name": plan.name,
+                "title": plan.title,
+                "recipe": plan.recipe,
+                "cells": [cell.slug for cell in plan.cells],
+            },
+        )
         states = [CellState(i, label(cell), folder / cell.slug) for i, cell in enumerate(plan.cells)]
         for state in states:
             if is_finished(state.folder):
@@ -113,7 +120,7 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
             (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
         ]
         if open_cells:
-            with _Pool(options) as pool:
+            with _pool(options) as pool:
                 _try_out([cell.spec for cell, _ in open_cells], pool)
                 _teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
                 listener.begin(states, plan.title or plan.name)
@@ -140,13 +147,23 @@ def is_finished(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
+def _pool(options: Options) -> Pool:
+    settings = {
+        "data_roots": options.roots(),
+        "download": options.download,
+        "cache": str(home() / "cache"),
+        "checkpoint_seconds": options.checkpoint_seconds,
+    }
+    return Pool(options.device, options.jobs, options.registries, settings)
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Only one run works in an output folder."""
+def _alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
+    """Only one run works in an output folder; another waits that many seconds for it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".run.lock")
     try:
-        lock.acquire(timeout=0.5)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(
             f"another run works in {folder}", hint="wait for it, stop it, or give another folder: --runs DIR"
@@ -157,7 +174,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _try_out(specs: list[CellSpec], pool: _Pool) -> None:
+def _try_out(specs: list[CellSpec], pool: Pool) -> None:
     """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
     kinds = {spec.model_copy(update={"seed": 0}).identity(): spec for spec in specs}
     task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
@@ -166,7 +183,7 @@ def _try_out(specs: list[CellSpec], pool: _Pool) -> None:
             raise _error(event)
 
 
-def _teachers(specs: list[CellSpec], options: Options, pool: _Pool, listener: Listener) -> None:
+def _teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
     """Train the teachers that have a recipe and no weights yet, each in a run of its own."""
     wanted: dict[str, TeacherSpec] = {}
     for spec in specs:
@@ -174,16 +191,17 @@ def _teachers(specs: list[CellSpec], options: Options, pool: _Pool, listener: Li
             wanted.setdefault(spec.teacher.trained_by.identity(), spec.teacher)
     for teacher in wanted.values():
         folder = teacher_folder(teacher, options.runs)
-        with _alone(folder):
+        # Another run may be training this very teacher: what it leaves is what this one needs.
+        with _alone(folder, wait=-1):
             if is_finished(folder):
                 continue
             assert teacher.trained_by is not None
             cell = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
             state = CellState(0, f"teacher {teacher.name}", folder)
             plan = Plan(f"teacher {teacher.name}", "", [cell], cell.spec.method.name)
+            _teachers([cell.spec], options, pool, listener)
             listener.begin([state], f"teacher {teacher.name}")
             try:
-                _teachers([cell.spec], options, pool, listener)
                 _prepare([cell.spec], options, pool, listener)
                 _cells(plan, [(cell, state)], options, pool, listener)
             finally:
@@ -198,7 +216,7 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     return runs / "teachers" / f"{spec.name}-{identity[:8]}"
 
 
-def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Listener) -> None:
+def _prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
     """Data and teachers once in one process, so that several workers do not all fetch them."""
     tasks: dict[str, dict[str, Any]] = {}
     prepared: set[str] = set()
@@ -227,7 +245,7 @@ def _prepare(specs: list[CellSpec], options: Options, pool: _Pool, listener: Lis
                 raise _error(event)
 
 
-def _cells(plan: Plan, cells: list[Work], options: Options, pool: _Pool, listener: Listener) -> None:
+def _cells(plan: Plan, cells: list[Work], options: Options, pool: Pool, listener: Listener) -> None:
     states = {state.id: state for _, state in cells}
     cohorts = _balanced(_cohorts(cells), pool.jobs)
     busy = min(pool.jobs, len(cohorts))
@@ -235,10 +253,13 @@ def _cells(plan: Plan, cells: list[Work], options: Options, pool: _Pool, listene
     for cohort in cohorts:
         teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
+        threads = _kept_threads(cohort[0][1].folder) or threads
+        for _, state in cohort:
+            write_json(state.folder / BEGUN, {"threads": threads})
         tasks.append(
             {
                 "task": "cohort",
-                "threads": _kept_threads([state.folder for _, state in cohort], threads),
+                "threads": threads,
                 "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
                 "cells": [
                     {
@@ -273,7 +294,7 @@ def _cells(plan: Plan, cells: list[Work], options: Options, pool: _Pool, listene
 
 
 def _fail(state: CellState, message: str, listener: Listener) -> None:
-    if state.state != "finished":
+    if state.state not in ("finished", "failed"):
         state.state, state.message = "failed", message
         listener.update(state)
 
@@ -305,9 +326,9 @@ def _cohorts(cells: list[Work]) -> list[list[Work]]:
         spec = cell.spec
         extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
         protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, spec.precision, extra])
-        teacher = spec.teacher
-        key = json.dumps([teacher.name, teacher.normalization.model_dump()]) if teacher else ""
+        kept = _kept_threads(state.folder)
+        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, spec.precision, extra, kept])
+        key = spec.teacher.identity() if spec.teacher else ""
         groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
     result = []
     for by_teacher in groups.values():
@@ -330,15 +351,12 @@ def _balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
     return whole + parts
 
 
-def _kept_threads(folders: list[Path], threads: int) -> int:
-    """Bits depend on the thread count: a cell that has begun goes on with the one that it began with."""
-    for folder in folders:
-        file = folder / "cell.json"
-        try:
-            threads = int(json.loads(file.read_text(encoding="utf-8"))["threads"])
-        except (OSError, ValueError, KeyError):
-            write_json(file, {"threads": threads})
-    return threads
+def _kept_threads(folder: Path) -> int | None:
+    """Threads with which a cell began, or None. Bits depend on them, so it goes on with as many."""
+    try:
+        return int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _error(event: dict[str, Any]) -> Exception:
@@ -346,132 +364,3 @@ def _error(event: dict[str, Any]) -> Exception:
     if user:
         return UserError(user["what"], user["where"], user["hint"])
     return CellError(event["message"] + ("\n" + event["trace"] if event.get("trace") else ""))
-
-
-class _Pool:
-    """Worker processes, started when they are needed, stopped with a checkpoint when the block ends."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
-        self.threads = _omp_threads() or self.cores
-        self.events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
-        self.workers: list[subprocess.Popen[str]] = []
-        self.devices: list[str] = []
-        self._next = 0
-
-    def __enter__(self) -> _Pool:
-        self._start()
-        ready = self._event()[1]
-        gpus = ready["cuda"]
-        if self.options.device == "cuda" and not gpus:
-            raise UserError("there is no CUDA device", where="--device", hint="use --device cpu or auto")
-        if self.options.device.startswith("cuda:"):
-            self.devices = [self.options.device]
-        elif gpus and self.options.device in ("auto", "cuda"):
-            self.devices = [f"cuda:{i}" for i in range(gpus)]
-        else:
-            self.devices = ["cpu"]
-        on_cpu = self.devices == ["cpu"]
-        self.jobs = self.options.jobs or (self.cores if on_cpu else len(self.devices))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        for worker in self.workers:
-            try:
-                assert worker.stdin is not None
-                worker.stdin.close()
-            except OSError:
-                pass
-        for worker in self.workers:
-            try:
-                worker.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-
-    def _start(self) -> None:
-        number = len(self.workers)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        path = [str(folder.resolve()) for folder in self.options.registries]
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "kdbench.engine.worker", *path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        self.workers.append(worker)
-        threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
-
-    def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            self.events.put((number, json.loads(line)))
-        self.events.put((number, {"event": "gone", "code": worker.wait()}))
-
-    def _event(self) -> tuple[int, dict[str, Any]]:
-        while True:
-            try:
-                return self.events.get(timeout=0.5)
-            except queue.Empty:
-                continue
-
-    def carry_out(self, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Hand the tasks out to the workers and yield their events until all are done."""
-        waiting = list(tasks)
-        assigned: dict[int, dict[str, Any]] = {}
-        while len(self.workers) < min(self.jobs, len(tasks)):
-            self._start()
-        idle = list(range(len(self.workers)))
-        while waiting or assigned:
-            while waiting and idle:
-                number = idle.pop(0)
-                task = waiting.pop(0)
-                self._send(number, task)
-                assigned[number] = task
-            number, event = self._event()
-            task = assigned.get(number, {})
-            cells = [cell["id"] for cell in task.get("cells", [])]
-            if event["event"] == "gone":
-                if number in assigned:
-                    del assigned[number]
-                    yield {"event": "failed", "cells": cells, "message": _gone(event["code"]), "user": None}
-                if len(assigned) == 0 and not idle and waiting:
-                    raise CellError(_gone(event["code"]))
-                continue
-            if event["event"] in ("done", "failed") and number in assigned:
-                del assigned[number]
-                idle.append(number)
-            yield {**event, "cells": cells}
-
-    def _send(self, number: int, task: dict[str, Any]) -> None:
-        self._next += 1
-        message = {
-            "id": self._next,
-            "device": self.devices[number % len(self.devices)],
-            "data_roots": self.options.roots(),
-            "download": self.options.download,
-            "cache": str(home() / "cache"),
-            "checkpoint_seconds": self.options.checkpoint_seconds,
-            **task,
-        }
-        stdin = self.workers[number].stdin
-        assert stdin is not None
-        stdin.write(json.dumps(message) + "\n")
-        stdin.flush()
-
-
-def _omp_threads() -> int:
-    """Threads that the user allows, 0 where nothing is said."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(first) if first.isdigit() else 0
-
-
-def _gone(code: int) -> str:
-    if code < 0:
-        return f"the worker process was ended by signal {-code}" + (
-            " (often: not enough memory; try --jobs 1)" if code == -9 else ""
-        )
-    return f"the worker process ended with code {code}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from kdbench.engine.dry import try_out
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
+from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep
@@ -24,7 +26,7 @@ from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.images import ImageData
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
-LOCK_SECONDS = 60.0
+LOCK_SECONDS = 2 * LEAVE_SECONDS
 
 
 class Desk:
@@ -70,6 +72,14 @@ class Desk:
         with ExitStack() as locks:
             for cell in cells:
                 locks.enter_context(_alone(Path(cell["folder"])))
+            # An orphan of a killed run may have finished a cell while this task waited for its folder.
+            for cell in [cell for cell in cells if (Path(cell["folder"]) / "record.json").is_file()]:
+                record = json.loads((Path(cell["folder"]) / "record.json").read_text(encoding="utf-8"))
+                self._finished(cell["id"], record)
+                specs.pop(cells.index(cell))
+                cells.remove(cell)
+            if not cells:
+                return
             data = self._load(first.data, task)
             batches = Batches(first, data, device)
             file, teacher = self._teacher(first, data, task, device)
@@ -78,8 +88,8 @@ class Desk:
             for cell, spec in zip(cells, specs, strict=True):
                 try:
                     seats[cell["id"]] = _seat(spec, Path(cell["folder"]), batches, data, teacher, file, task, device)
-                except (UserError, CellError, RuntimeError) as error:
-                    self.emit(event="cell_failed", cell=cell["id"], message=str(error))
+                except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
+                    self.emit(event="cell_failed", cell=cell["id"], message=str(error) or type(error).__name__)
             ids = {id(seat): cell_id for cell_id, seat in seats.items()}
             names = {cell["id"]: cell["cell"] for cell in cells}
 
@@ -111,12 +121,7 @@ class Desk:
                     compute,
                 )
                 seat.log.close()
-                self.emit(
-                    event="cell_finished",
-                    cell=ids[id(seat)],
-                    accuracy=record["result"]["test"]["last"],
-                    seconds=record["compute"]["seconds"],
-                )
+                self._finished(ids[id(seat)], record)
 
             Cohort(
                 list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"]
@@ -124,6 +129,10 @@ class Desk:
             for seat in seats.values():
                 if seat.failure is not None:
                     self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
+
+    def _finished(self, cell_id: int, record: dict[str, Any]) -> None:
+        accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
+        self.emit(event="cell_finished", cell=cell_id, accuracy=accuracy, seconds=seconds)
 
     def _progress(self, cell_id: int, seat: Seat) -> None:
         if seat.failure is not None:

@@ -16,10 +16,8 @@ import time
 import traceback
 from typing import IO, Any
 
+from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
-
-# A worker that was told to stop has this long for its checkpoints.
-LEAVE_SECONDS = 20.0
 
 
 class Worker:

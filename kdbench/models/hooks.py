@@ -25,6 +25,7 @@ from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, un
 
 LOGITS = "logits"
 
+
 class Place(NamedTuple):
     """A module's output, or its (first) input."""
 

@@ -66,6 +66,11 @@ def override(tree: Tree, text: str) -> Tree:
     if not equals or not path_text:
         raise UserError("an override is written key.path=value", where=where, hint="for example: epochs=20")
     value = Tree.parse(value_text, where).data if value_text.strip() else None
+    compared = tree.data.get("compare")
+    if isinstance(compared, dict) and path_text in compared:
+        # One value in place of the compared ones.
+        rest = {path: values for path, values in compared.items() if path != path_text}
+        tree = Tree({**tree.data, "compare": rest}, tree.origins)
     return put(tree, path_text, value, where)
 
 
@@ -77,10 +82,7 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
         raise UserError(f"unknown key '{path[0]}'", where=where, hint=did_you_mean(path[0], known))
     if path[0] == "compare" and len(path) > 1:
         path = ("compare", ".".join(path[1:]))
-    # Of two budgets, the later one holds.
-    other = {"epochs": "steps", "steps": "epochs"}.get(dotted_path)
-    if other and isinstance(tree.data, dict) and other in tree.data:
-        tree = Tree({k: v for k, v in tree.data.items() if k != other}, tree.origins)
+    tree = _without_other_budget(tree, {dotted_path})
     value_tree = Tree.of(value, where)
     inner: object = value
     for key in reversed(path):
@@ -98,9 +100,10 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
     tree = written_out(tree)
     base = Tree({}, {})
     includes = tree.data.get("include", [])
-    for name in [includes] if isinstance(includes, str) else includes:
+    names = includes if isinstance(includes, list) else [includes]
+    for name in names:
         if not isinstance(name, str):
-            raise UserError("'include' names recipes", where=tree.origin(("include",)))
+            raise UserError("'include' names a recipe, or a list of recipes", where=tree.origin(("include",)))
         try:
             included = find(name, file.parent)
         except UserError as error:
@@ -108,7 +111,13 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
         base = base.merged(_load_file(included, (*seen, file.resolve())))
     own = Tree({k: v for k, v in tree.data.items() if k != "include"}, tree.origins)
     _check_keys(own)
-    return base.merged(own) if base.data else own
+    return _without_other_budget(base, set(own.data)).merged(own) if base.data else own
+
+
+def _without_other_budget(tree: Tree, given: set[str]) -> Tree:
+    """Of 'epochs' and 'steps' the later one holds: `tree` without the one that `given` replaces by the other."""
+    replaced = {other for key, other in (("epochs", "steps"), ("steps", "epochs")) if key in given}
+    return Tree({k: v for k, v in tree.data.items() if k not in replaced}, tree.origins)
 
 
 def _check_keys(tree: Tree) -> None:

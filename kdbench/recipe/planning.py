@@ -64,10 +64,11 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
     unused = {key: tree.origin(("method", key)) for key in base.method if "method" in base.compare and key != "name"}
     for order, combination in enumerate(_combinations(base, tree)):
         variant = _variant(tree, combination)
+        first, foreign = resolve(variant, seeds[0], registry)
+        unused = {key: where for key, where in unused.items() if key in foreign}
+        axes = {path: value for path, value in variant.axes.items() if not _is_foreign(path, foreign)}
         for seed in seeds:
-            spec, foreign = resolve(variant, seed, registry)
-            unused = {key: where for key, where in unused.items() if key in foreign}
-            axes = {path: value for path, value in variant.axes.items() if not _is_foreign(path, foreign)}
+            spec = first.model_copy(update={"seed": seed})
             cells.setdefault(spec.identity(), PlannedCell(spec, axes, order))
     for key, where in unused.items():
         raise UserError(
@@ -83,6 +84,7 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
                 where=tree.origin(("compare", path)),
                 hint=did_you_mean(last, _parameters(cells.values(), registry)),
             )
+    _check_names(cells.values(), tree)
     methods = list(dict.fromkeys(cell.spec.method.name for cell in cells.values()))
     if base.baseline is not None and base.baseline not in methods:
         raise UserError(
@@ -94,6 +96,20 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
     return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data)
 
 
+def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
+    """Different cells need different names, or no table could tell them apart."""
+    seen: set[str] = set()
+    for cell in cells:
+        key = repr((cell.spec.method.label, cell.axes, cell.spec.seed))
+        if key in seen:
+            raise UserError(
+                f"two different cells are both called '{cell.spec.method.label}'",
+                where=tree.origin(("compare", "method")),
+                hint="give each a 'label'",
+            )
+        seen.add(key)
+
+
 def _combinations(base: Recipe, tree: Tree) -> list[dict[str, Any]]:
     known = [key for key in fields_at(Recipe, ()) if key not in ("compare", "seeds", "title", "baseline")]
     for path, values in base.compare.items():
@@ -103,6 +119,12 @@ def _combinations(base: Recipe, tree: Tree) -> list[dict[str, Any]]:
             raise UserError(f"'compare' has an unknown path '{path}'", where=where, hint=did_you_mean(first, known))
         if not values:
             raise UserError(f"'compare.{path}' has no values", where=where)
+    if "method" in base.compare and "name" in base.method:
+        raise UserError(
+            "a method is named beside the compared ones",
+            where=tree.origin(("method",)),
+            hint="either 'method:' or 'compare: {method: […]}'",
+        )
     if "method" not in base.compare and "name" not in base.method:
         raise UserError(
             "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
@@ -114,24 +136,28 @@ def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
     """The recipe of one combination. A compared method is put first: other paths may go into it."""
     axes: dict[str, Any] = {}
     shared: set[str] = set()
+    own: frozenset[str] = frozenset()
     if "method" in combination:
         where = tree.origin(("compare", "method"))
         value = combination["method"]
         given = written_out(Tree.of({"method": value}, where))
-        if not isinstance(given.data["method"], dict) or "name" not in given.data["method"]:
+        named = isinstance(given.data["method"], dict) and isinstance(given.data["method"].get("name"), str)
+        if not named:
             raise UserError(f"a compared method is a name, or a mapping with a 'name', not {value!r}", where=where)
         # What the recipe says of `method` without naming one holds for every compared method that has it.
         for_all = {key: v for key, v in tree.data.get("method", {}).items() if key != "name"}
         shared = {key for key in for_all if key not in given.data["method"]}
         tree = Tree({**tree.data, "method": for_all}, tree.origins).merged(given)
-        axes["method"] = value if isinstance(value, str) else value.get("label", value["name"])
+        extra = [f"{k} {v}" for k, v in given.data["method"].items() if k not in ("name", "label", "stages")]
+        axes["method"] = given.data["method"].get("label") or ", ".join([given.data["method"]["name"], *extra])
+        own = frozenset(given.data["method"])
     for path, value in combination.items():
         if path != "method":
             tree = put(tree, path, value, tree.origin(("compare", path)))
             axes[path] = value
             if path.startswith("method."):
                 shared.add(path.split(".")[1])
-    return Variant(tree, {path: axes[path] for path in combination}, frozenset(shared))
+    return Variant(tree, {path: axes[path] for path in combination}, frozenset(shared), own)
 
 
 def _parameters(cells: Iterable[PlannedCell], registry: Registry) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.cards import POINT_GROUPS, MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.cards import POINT_GROUPS, MethodCard, Named, Normalization, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.recipe.loading import typed
@@ -27,9 +27,12 @@ from kdbench.recipe.schema import (
 )
 from kdbench.registry import Registry, written_out
 from kdbench.schedules import share
-from kdbench.signature import check_options
+from kdbench.signature import check_options, own_code_sha256
 from kdbench.tree import Tree
 from kdbench.validation import validated
+
+# Teachers' recipes that are being planned, to notice a circle.
+_open: list[str] = []
 
 # Keys of a method mapping in a recipe that are no parameters of the method.
 _METHOD_KEYS = ("name", "label", "stages")
@@ -40,11 +43,13 @@ class Variant:
     """A recipe's tree for one combination of compared values.
 
     `shared`: keys below `method` that were given for all compared methods; a method that lacks one ignores it.
+    `own`: keys that stand beside this method's name in the comparison.
     """
 
     tree: Tree
     axes: dict[str, Any]
     shared: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
 
 
 def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, set[str]]:
@@ -63,7 +68,13 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         steps=card.steps,
     )
     _check_channels(protocol.normalization, data, tree.origin(("protocol",)))
-    method, foreign = resolve_method(variant, card, protocol_tree, registry)
+    if card.augmentation.mode == "reflect" and card.augmentation.padding >= data.image_size:
+        raise UserError(
+            f"reflect padding of {card.augmentation.padding} does not fit images of {data.image_size} pixels",
+            where=protocol_tree.origin(("augmentation", "padding")),
+            hint="it must be smaller than the image",
+        )
+    method, foreign, method_tree = resolve_method(variant, card, protocol_tree, registry)
     student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
     teacher = None
     if _needs_teacher(method):
@@ -80,10 +91,11 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
     for stage_name, stage in method.stages.items():
         for term_name, term in stage.losses.items():
             place = f"method '{method.name}', stage '{stage_name}', loss '{term_name}'"
+            where = _hook_origin(method_tree.at("stages", stage_name, "losses", term_name))
             if "student" in term.loss.inputs:
-                _check_point(term.student, student, place)
+                _check_point(term.student, student, place, where)
             if teacher is not None and "teacher" in term.loss.inputs:
-                _check_point(term.teacher, teacher.model, place)
+                _check_point(term.teacher, teacher.model, place, where)
     return CellSpec(
         data=data,
         teacher=teacher,
@@ -100,10 +112,24 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
     choice = recipe.data
     where = tree.origin(("data",))
     card = registry.card("datasets", choice.name, where)
+    held_out = choice.validation * card.train if choice.validation < 1 else choice.validation
+    left = card.train - held_out
+    if not isinstance(choice.validation, int) and choice.validation >= 1:
+        raise UserError(
+            f"'data.validation' is a share below 1 or a whole number of images, not {choice.validation}",
+            where=tree.origin(("data", "validation")),
+        )
+    if left < card.classes or (choice.per_class or 0) * card.classes > left:
+        raise UserError(
+            f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this",
+            where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
+            hint=f"after the validation split {left:.0f} images are left",
+        )
     return DataSpec(
         name=choice.name,
         target=card.target,
         options=card.args,
+        source_sha256=own_code_sha256(card.target),
         classes=card.classes,
         channels=card.channels,
         image_size=card.image_size,
@@ -137,13 +163,15 @@ def _protocol(recipe: Recipe, tree: Tree, registry: Registry) -> tuple[ProtocolC
 
 def resolve_method(
     variant: Variant, protocol: ProtocolCard, protocol_tree: Tree, registry: Registry
-) -> tuple[MethodSpec, set[str]]:
-    """The resolved method, and the shared keys that it does not have."""
+) -> tuple[MethodSpec, set[str], Tree]:
+    """The resolved method, the shared keys that it does not have, and its tree."""
     given = variant.tree.at("method")
     name = given.data["name"]
     tree = registry.tree("methods", name, given.origin(("name",)))
     short = tree.data.get("parameters", {})
-    label = given.data.get("label") or tree.data.get("title", name)
+    # Settings of one method in a comparison are told apart by what they set.
+    own = [f"{k} {v}" for k, v in given.data.items() if k in variant.own and k not in _METHOD_KEYS]
+    label = given.data.get("label") or ", ".join([tree.data.get("title", name), *own])
     foreign: set[str] = set()
     for key, value in given.data.items():
         origin = given.origin((key,))
@@ -190,7 +218,7 @@ def resolve_method(
         for stage_name, stage in card.stages.items()
     }
     _check_shares(stages, tree, name)
-    return MethodSpec(name=name, label=label, stages=stages), foreign
+    return MethodSpec(name=name, label=label, stages=stages), foreign, tree
 
 
 def _applicable(over: Tree, stages: dict[str, Any]) -> tuple[Tree, tuple[str, tuple[str, ...], list[str]] | None]:
@@ -278,7 +306,14 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
     if term.weight_schedule is not None:
         schedule = _named("schedules", term.weight_schedule, tree.at("weight_schedule"), registry)
     return TermSpec(
-        loss=LossSpec(name=term.loss, target=loss.target, options=options, inputs=loss.inputs, metrics=loss.metrics),
+        loss=LossSpec(
+            name=term.loss,
+            target=loss.target,
+            options=options,
+            source_sha256=own_code_sha256(loss.target),
+            inputs=loss.inputs,
+            metrics=loss.metrics,
+        ),
         student=term.hook or term.student or "logits",
         teacher=term.hook or term.teacher or "logits",
         connector=connector,
@@ -299,7 +334,7 @@ def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpe
         except ValueError as error:
             shares = [key for key, value in options.items() if isinstance(value, list | str)]
             raise UserError(f"schedule '{named.name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
-    return TargetSpec(name=named.name, target=target, options=options)
+    return TargetSpec(name=named.name, target=target, options=options, source_sha256=own_code_sha256(target))
 
 
 def model_spec(
@@ -315,7 +350,13 @@ def model_spec(
     if weights is not None:
         sha256 = _file_hash(_existing(weights, tree.origin(("weights",))))
     return ModelSpec(
-        name=name, target=target, options=options, hooks=hooks or points, weights=weights, weights_sha256=sha256
+        name=name,
+        target=target,
+        options=options,
+        source_sha256=own_code_sha256(target),
+        hooks=hooks or points,
+        weights=weights,
+        weights_sha256=sha256,
     )
 
 
@@ -324,6 +365,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
     given = tree.at("teacher")
     if given.data.get("name") is None:
         return _own_teacher(tree, given, registry)
+    own = given.data.get("normalization")
     name = given.data["name"]
     where = given.origin(("name",))
     card: TeacherCard = registry.card("teachers", name, where)
@@ -335,7 +377,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
             where=where,
             hint="choose a teacher of this data ('kdbench ls teachers')",
         )
-    model = model_spec(card_tree.at("model"), registry)
+    model = _teacher_model(card_tree.at("model"), registry)
     normalization = card.normalization or registry.card("datasets", card.data.name).normalization
     trained_by = None
     if card.recipe is not None:
@@ -354,7 +396,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
     return TeacherSpec(
         name=name,
         model=model,
-        normalization=normalization,
+        normalization=validated(Normalization, given.at("normalization"), "teacher") if own else normalization,
         weights=card.weights,
         trained_by=trained_by,
         accuracy=card.accuracy,
@@ -369,10 +411,20 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     digest = _file_hash(file)
     weights = {"file": str(file), "sha256": digest}
     normalization = choice.normalization or registry.card("datasets", tree.data["data"]["name"]).normalization
-    model = model_spec(given.at("model"), registry)
+    model = _teacher_model(given.at("model"), registry)
     return TeacherSpec.model_validate(
         {"name": file.stem, "model": model, "normalization": normalization, "weights": weights}
     )
+
+
+def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
+    if "weights" in tree.data:
+        raise UserError(
+            "a teacher's 'weights' stand beside its 'model', not inside",
+            where=tree.origin(("weights",)),
+            hint="move 'weights' one level up",
+        )
+    return model_spec(tree, registry, hooks=tree.data.get("hooks"))
 
 
 @functools.cache
@@ -380,8 +432,14 @@ def _training_of(recipe: str, where: str, registry: Registry, data_root: str | N
     """The one cell of a teacher's own recipe."""
     from kdbench.recipe.planning import plan
 
+    if recipe in _open:
+        raise UserError(f"the recipe '{recipe}' trains a teacher that it needs itself", where=where)
     overrides = () if data_root is None else (f"data.root={data_root}",)
-    cells = plan(recipe, registry, overrides).cells
+    _open.append(recipe)
+    try:
+        cells = plan(recipe, registry, overrides).cells
+    finally:
+        _open.remove(recipe)
     if len(cells) != 1:
         raise UserError(f"a teacher's recipe has one cell; '{recipe}' has {len(cells)}", where=where)
     return cells[0].spec
@@ -413,14 +471,21 @@ def _needs_teacher(method: MethodSpec) -> bool:
     return any("teacher" in term.loss.inputs for stage in method.stages.values() for term in stage.losses.values())
 
 
-def _check_point(point: str, model: ModelSpec, place: str) -> None:
+def _hook_origin(term: Tree) -> str:
+    """Where a term says its hook points."""
+    key = next((key for key in ("hook", "student", "teacher") if key in term.data), None)
+    return term.origin((key,) if key else ())
+
+
+def _check_point(point: str, model: ModelSpec, place: str, where: str) -> None:
     """A hook point that a hooks card lacks is told now; derived points are known only once the model is built."""
     if point == "logits" or model.hooks == "derived":
         return
     if point not in {*model.hooks, *POINT_GROUPS}:
         raise UserError(
             f"{place}: '{model.name}' has no hook point '{point}'",
-            hint=did_you_mean(point, [*model.hooks, *POINT_GROUPS, "logits"]),
+            where=where,
+            hint="it has: " + ", ".join([*model.hooks, *POINT_GROUPS, "logits"]),
         )
 
 
@@ -437,6 +502,17 @@ def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:
     both = [s for s, stage in stages.items() if stage.share is not None and stage.extra_epochs is not None]
     total = sum(stage.share or 0.0 for stage in stages.values())
     where = tree.origin(("stages",))
+    late = [
+        s
+        for i, s in enumerate(stages)
+        if stages[s].extra_epochs and i and not all(stage.extra_epochs for stage in list(stages.values())[:i])
+    ]
+    if late:
+        raise UserError(
+            f"method '{name}', stage '{late[0]}': stages with 'extra_epochs' come first",
+            where=where,
+            hint="their steps are on top of the budget, so that the others stay paired with other methods",
+        )
     if both:
         raise UserError(
             f"method '{name}', stage '{both[0]}': 'share' and 'extra_epochs' exclude each other", where=where

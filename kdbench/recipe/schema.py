@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import Augmentation, Modes, Named, Normalization, Strict, Weights
+from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, Strict, Weights
 
 
 class DataChoice(Strict):
@@ -70,7 +70,9 @@ class Recipe(Strict):
     seeds: int | list[int] = Field(1, description="a count, or the seeds themselves")
     epochs: float | None = Field(None, gt=0, description="budget over all stages, in place of the protocol's")
     steps: int | None = Field(None, gt=0, description="budget over all stages, in optimizer steps")
-    evaluations: int | Literal["epoch"] = Field(50, description="even points at which to test, or after every epoch")
+    evaluations: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
+        50, description="even points at which to test, or after every epoch"
+    )
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
@@ -92,6 +94,7 @@ class TargetSpec(Spec):
     name: str
     target: str
     options: dict[str, Any] = {}
+    source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
 
 
 class DataSpec(TargetSpec):
@@ -112,6 +115,14 @@ class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
+
+    def reading(self, points: set[str]) -> ModelSpec:
+        """This model with only those hook points (or members of groups) that are read."""
+        if isinstance(self.hooks, str):
+            return self
+        groups = [pattern for name, pattern in POINT_GROUPS.items() if name in points]
+        used = {p: at for p, at in self.hooks.items() if p in points or any(g.fullmatch(p) for g in groups)}
+        return self.model_copy(update={"hooks": used})
 
 
 class LossSpec(TargetSpec):
@@ -165,6 +176,10 @@ class TeacherSpec(Spec):
     trained_by: CellSpec | None = None
     accuracy: float | None = None
 
+    def identity(self) -> str:
+        """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""
+        return _digest(self.model_copy(update={"model": self.model.model_copy(update={"hooks": {}})}))
+
 
 class CellSpec(Spec):
     """One cell: the unit that runs, resumes and is recorded."""
@@ -179,28 +194,39 @@ class CellSpec(Spec):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def identity(self) -> str:
-        """sha256 over what affects the numbers: no labels, no folders, and no field that has its default (so that a new
-        field with a default reruns nothing)."""
-        return hashlib.sha256(json.dumps(_numbers(self), sort_keys=True).encode()).hexdigest()
+        """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
+        that has its default (so that a new field with a default, or a new hook point, reruns nothing)."""
+        terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
+        changes: dict[str, Any] = {"student": self.student.reading({term.student for term in terms})}
+        if self.teacher is not None:
+            model = self.teacher.model.reading({term.teacher for term in terms})
+            changes["teacher"] = self.teacher.model_copy(update={"model": model})
+        return _digest(self.model_copy(update=changes))
 
 
-# Names for readers, and folders: they change no number. Files count by their sha256.
-_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy"}
+# Names for readers, folders and addresses: they change no number. Files count by their sha256.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors"}
+
+
+def _digest(spec: Spec) -> str:
+    return hashlib.sha256(json.dumps(_numbers(spec), sort_keys=True).encode()).hexdigest()
 
 
 def _numbers(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        dropped = _NOT_NUMBERS | ({"name"} if not isinstance(value, TargetSpec) or value.target else set())
-        if isinstance(value, ModelSpec):
-            dropped = dropped | {"weights"}
+        dropped = _NOT_NUMBERS | ({"weights"} if isinstance(value, ModelSpec) else set())
+        # What a thing is called does not count where its target does.
+        dropped |= {"name"} if not isinstance(value, MethodSpec) else {"name", "label"}
         result = {}
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
-                result[name] = _numbers(part)
+                # Stages follow each other, and sums of losses round by their order.
+                ordered = name in ("stages", "losses") and isinstance(part, dict)
+                result[name] = [[key, _numbers(p)] for key, p in part.items()] if ordered else _numbers(part)
         return result
     if isinstance(value, dict):
-        return {key: _numbers(part) for key, part in value.items()}
+        return {key: _numbers(part) for key, part in value.items() if key not in _NOT_NUMBERS}
     if isinstance(value, list | tuple):
         return [_numbers(part) for part in value]
     return value

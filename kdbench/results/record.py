@@ -18,6 +18,7 @@ from kdbench.errors import UserError
 SCHEMA = 1
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
+RUN = "recipe.json"
 Metric = Literal["last", "best", "mean_last"]
 
 
@@ -206,7 +207,7 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
     for path in given:
         if not path.exists():
             raise UserError("there is no such folder", where=str(path), hint="give a folder with finished cells")
-        for file in sorted(path.rglob(RECORD)) if path.is_dir() else [path]:
+        for file in _records_below(path) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     if not files:
         raise UserError(
@@ -215,6 +216,15 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
             hint=f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them",
         )
     return [read_record(file) for file in files.values()]
+
+
+def _records_below(folder: Path) -> list[Path]:
+    """Records below a folder by path; of a run's folder, those of the cells that its last plan had."""
+    try:
+        cells = json.loads((folder / RUN).read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return sorted(folder.rglob(RECORD))
+    return sorted(file for cell in cells if (file := folder / cell / RECORD).is_file())
 
 
 def unfinished(paths: Iterable[str | Path]) -> list[Path]:

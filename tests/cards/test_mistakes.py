@@ -211,8 +211,7 @@ def test_mistake_is_told_with_file_and_line(
     message = str(error.value)
     for part in expected.split("|"):
         assert part in message, f"{what}: {message}"
-    if "hook point" not in message:
-        assert f"recipe.yaml:{line}" in message, f"{what}: {message}"
+    assert f"recipe.yaml:{line}" in message, f"{what}: {message}"
 
 
 def test_mistake_on_the_command_line_leaves_with_2_before_torch(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def two_steps_a_stage(spec: CellSpec) -> None:
     before = fingerprint(teacher.extractor.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2
-        terms = member.terms[span.name]
+        terms = member.terms[f"stage:{span.name}"]
         connectors = {k: v.clone() for k, v in terms.state_dict().items()}
         student = {k: v.clone() for k, v in member.student.model.state_dict().items()}
         train(member, batches, teacher, 2)

@@ -1,0 +1,160 @@
+"""Worker processes and the tasks that they share. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kdbench.errors import CellError, UserError
+
+# How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
+LEAVE_SECONDS = 120.0
+
+
+class Pool:
+    """Worker processes, started when they are needed, stopped with a checkpoint when the block ends.
+
+    A worker that dies (killed, out of memory) fails the task that it had; another takes its place for the rest.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        jobs: most workers at once; by default one for each core, or each GPU.
+        paths: folders that workers import users' modules from.
+        settings: fields that every task carries.
+    """
+
+    def __init__(self, device: str, jobs: int | None, paths: tuple[Path, ...], settings: dict[str, Any]) -> None:
+        self.device, self.paths, self.settings = device, paths, settings
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
+        self.threads = _omp_threads() or self.cores
+        self.jobs = jobs or self.cores
+        self._one_for_each_gpu = jobs is None
+        self.events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self.workers: dict[int, subprocess.Popen[str]] = {}
+        self.devices: list[str] = []
+        self._started = self._sent = 0
+
+    def __enter__(self) -> Pool:
+        try:
+            self._start()
+            _, ready = self.events.get()
+            if ready["event"] != "ready":
+                raise CellError(f"{_gone(ready.get('code', 1))} before it could begin; what it printed stands above")
+            self._choose_devices(ready["cuda"])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for worker in self.workers.values():
+            try:
+                assert worker.stdin is not None
+                worker.stdin.close()
+            except OSError:
+                pass
+        for worker in self.workers.values():
+            try:
+                worker.wait(timeout=LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+
+    def carry_out(self, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Hand the tasks out and yield the workers' events until all are done, with the cells of their task."""
+        waiting = list(tasks)
+        assigned: dict[int, dict[str, Any]] = {}
+        while waiting or assigned:
+            for number in [n for n in self.workers if n not in assigned]:
+                if waiting and self._send(number, waiting[0]):
+                    assigned[number] = waiting.pop(0)
+            if waiting and len(self.workers) < self.jobs:
+                self._start()
+                continue
+            number, event = self.events.get()
+            task = assigned.get(number, {})
+            cells = [cell["id"] for cell in task.get("cells", [])]
+            if event["event"] == "gone":
+                self.workers.pop(number, None)
+                if assigned.pop(number, None) is None:
+                    if event["code"] and self._died_idle():
+                        raise CellError(_gone(event["code"]))
+                    continue
+                event = {"event": "failed", "message": _gone(event["code"])}
+            elif event["event"] in ("done", "failed"):
+                assigned.pop(number, None)
+            yield {**event, "cells": cells}
+
+    def _died_idle(self) -> bool:
+        """Whether workers die without ever getting to work, so that starting more would go on for ever."""
+        return self._started > 3 * self.jobs + self._sent
+
+    def _choose_devices(self, gpus: int) -> None:
+        if self.device.startswith("cuda:"):
+            if int(self.device[5:]) >= gpus:
+                raise UserError(
+                    f"there is no device {self.device}", where="--device", hint=f"CUDA devices here: {gpus}"
+                )
+            self.devices = [self.device]
+        elif self.device == "cuda" and not gpus:
+            raise UserError("there is no CUDA device", where="--device", hint="use --device cpu or auto")
+        elif gpus and self.device in ("auto", "cuda"):
+            self.devices = [f"cuda:{i}" for i in range(gpus)]
+        else:
+            self.devices = ["cpu"]
+        if self._one_for_each_gpu and self.devices != ["cpu"]:
+            self.jobs = len(self.devices)
+
+    def _start(self) -> None:
+        number = self._started
+        self._started += 1
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in self.paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
+        )
+        self.workers[number] = worker
+        threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
+
+    def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            self.events.put((number, json.loads(line)))
+        self.events.put((number, {"event": "gone", "code": worker.wait()}))
+
+    def _send(self, number: int, task: dict[str, Any]) -> bool:
+        """Give a task to a worker. False when the worker is gone: its end arrives as an event."""
+        device = self.devices[number % len(self.devices)]
+        stdin = self.workers[number].stdin
+        assert stdin is not None
+        try:
+            stdin.write(json.dumps({"id": self._sent, "device": device, **self.settings, **task}) + "\n")
+            stdin.flush()
+        except OSError:
+            return False
+        self._sent += 1
+        return True
+
+
+def _omp_threads() -> int:
+    """Threads that the user allows, 0 where nothing is said."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(first) if first.isdigit() else 0
+
+
+def _gone(code: int) -> str:
+    if code < 0:
+        return f"the worker process was ended by signal {-code}" + (
+            " (often: not enough memory; try --jobs 1)" if code == -9 else ""
+        )
+    return f"the worker process ended with code {code}"

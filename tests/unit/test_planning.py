@@ -1,0 +1,182 @@
+"""Comparisons, overrides and identities: which cells a recipe plans, and what makes two cells the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdbench.engine.runner import CellState, _cohorts
+from kdbench.errors import UserError
+from kdbench.recipe.planning import Plan, plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+
+
+def planned(*overrides: str, registry: Registry = REGISTRY, **recipe: Any) -> Plan:
+    return plan(RECIPE | recipe, registry, overrides)
+
+
+def one(*overrides: str, **recipe: Any) -> CellSpec:
+    (cell,) = planned(*overrides, **({"method": "kd"} | recipe)).cells
+    return cell.spec
+
+
+def test_a_comparison_is_multiplied_out_and_seeds_stay_together() -> None:
+    cells = planned(compare={"method": ["ce", "kd"], "data.per_class": [5, 10]}, seeds=2).cells
+    assert [(c.spec.method.name, c.spec.data.per_class, c.spec.seed) for c in cells] == [
+        ("ce", 5, 0), ("ce", 5, 1), ("ce", 10, 0), ("ce", 10, 1), ("kd", 5, 0), ("kd", 5, 1), ("kd", 10, 0),
+        ("kd", 10, 1),
+    ]  # fmt: skip
+
+
+def test_a_method_that_lacks_a_parameter_is_one_cell() -> None:
+    cells = planned(compare={"method": ["ce", "kd"], "method.temperature": [1.0, 2.0, 4.0]}).cells
+    assert [c.spec.method.name for c in cells] == ["ce", "kd", "kd", "kd"]
+    assert cells[0].axes == {"method": "ce"}
+    assert [c.axes["method.temperature"] for c in cells[1:]] == [1.0, 2.0, 4.0]
+
+
+def test_the_plain_student_is_one_cell_whoever_teaches() -> None:
+    cells = planned(
+        data="cifar10",
+        teacher="resnet56_cifar10",
+        student="resnet20",
+        protocol="crd",
+        compare={"method": ["ce", "kd"], "teacher": ["wrn_22_4_cifar10"]},
+    ).cells
+    assert cells[0].spec.teacher is None and "teacher" not in cells[0].axes
+    assert cells[1].spec.teacher is not None
+
+
+def test_two_settings_of_a_method_are_told_apart() -> None:
+    cells = planned(compare={"method": [{"name": "kd", "temperature": 2.0}, {"name": "kd", "temperature": 8.0}]}).cells
+    assert [c.spec.method.label for c in cells] == ["KD, temperature 2.0", "KD, temperature 8.0"]
+    with pytest.raises(UserError, match="both called 'X'"):
+        planned(compare={"method": [{"name": "kd", "temperature": t, "label": "X"} for t in (2.0, 8.0)]})
+
+
+def test_an_override_replaces_what_was_compared() -> None:
+    cells = planned("method=kd", compare={"method": ["ce", "kd", "ab"]}).cells
+    assert [c.spec.method.name for c in cells] == ["kd"]
+
+
+def test_the_later_of_two_budgets_holds(tmp_path: Path) -> None:
+    assert one("epochs=3", steps=10).protocol.steps is None
+    (tmp_path / "base.yaml").write_text("data: digits\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nepochs: 5\n")
+    (tmp_path / "own.yaml").write_text("include: base.yaml\nsteps: 7\n")
+    assert plan(tmp_path / "own.yaml", REGISTRY).cells[0].spec.protocol.steps == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["method.temperature=2.0", "protocol.optimizer.lr=0.2", "data.per_class=5", "seeds=[1]", "steps=5",
+     "student=wrn_16_1", "protocol.augmentation.flip=true", "precision=bfloat16", "evaluations=3"],
+)  # fmt: skip
+def test_identity_changes_with_what_affects_numbers(change: str) -> None:
+    assert one(change).identity() != one().identity()
+
+
+@pytest.mark.parametrize("change", ["title=another", "data.root=/elsewhere", "method.label=mine", "baseline=kd"])
+def test_identity_does_not_change_with_names_and_folders(change: str) -> None:
+    assert one(change).identity() == one().identity()
+
+
+def test_identity_does_not_change_with_a_hook_point_that_nothing_reads() -> None:
+    spec = one(method="ab")
+    hooks = dict(spec.student.hooks)  # type: ignore[call-overload]
+    more = spec.student.model_copy(update={"hooks": hooks | {"layer9": "somewhere"}})
+    moved = spec.student.model_copy(update={"hooks": hooks | {"layer1.preact": "somewhere"}})
+    assert spec.model_copy(update={"student": more}).identity() == spec.identity()
+    assert spec.model_copy(update={"student": moved}).identity() != spec.identity()
+
+
+def test_identity_changes_with_the_order_of_stages() -> None:
+    spec = one(method="ab")
+    turned = spec.method.model_copy(update={"stages": dict(reversed(spec.method.stages.items()))})
+    assert spec.model_copy(update={"method": turned}).identity() != spec.identity()
+
+
+def test_identity_changes_with_the_code_of_a_users_loss(tmp_path: Path) -> None:
+    def identities(factor: int, folder: Path) -> dict[str, str]:
+        folder.mkdir()
+        (folder / f"mine{factor}.py").write_text(
+            f"def far(student, teacher):\n    return {factor} * (student - teacher).abs().mean()\n"
+        )
+        (folder / "mine.yaml").write_text(
+            f"losses: {{far: {{target: 'mine{factor}:far', inputs: [student, teacher]}}}}\n"
+            "methods: {mine: {title: mine, stages: [{name: training, losses: {far: {loss: far}}}]}}\n"
+        )
+        cells = planned(registry=Registry([folder]), compare={"method": ["kd", "mine"]}).cells
+        return {c.spec.method.name: c.spec.identity() for c in cells}
+
+    a, b = identities(1, tmp_path / "a"), identities(2, tmp_path / "b")
+    assert a["kd"] == b["kd"] == one().identity()
+    assert a["mine"] != b["mine"]
+
+
+def test_teachers_of_one_name_do_not_share_a_cohort(tmp_path: Path) -> None:
+    """Every student of kdbench lies in a file called student.safetensors."""
+    teachers = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "student.safetensors").write_bytes(name.encode())
+        teachers.append({"model": "wrn_16_2", "weights": str(tmp_path / name / "student.safetensors")})
+    cells = planned(method="kd", teacher=teachers[0], compare={"teacher": teachers}).cells
+    assert len(cells) == 2
+    assert len(_cohorts([(cell, CellState(i, "", tmp_path / str(i))) for i, cell in enumerate(cells)])) == 2
+
+
+def test_a_teachers_own_normalization_counts() -> None:
+    own = {"name": "wrn_16_2_digits", "normalization": {"mean": [0.5], "std": [0.5]}}
+    spec = one(teacher=own)
+    assert spec.teacher is not None and spec.teacher.normalization.mean == [0.5]
+    assert spec.identity() != one().identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("data.per_class=5000", "too few"), ("data.validation=5000", "too few"), ("data.validation=1.5", "below 1"),
+     ("evaluations=-1", "evaluations"), ("protocol.augmentation={padding: 9, mode: reflect}", "reflect padding"),
+     ("protocol.optimizer.lr=.inf", "finite")],
+)  # fmt: skip
+def test_what_cannot_be_is_told_before_anything_runs(change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        one(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("protocol.optimizer.lr=-1.0", "learning rate"),
+        ("method.stages.classification.trains=[connectors]", "nothing to train"),
+    ],
+)
+def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: str) -> None:
+    from kdbench.engine.dry import try_out
+
+    with pytest.raises(UserError, match=message):
+        try_out(one(change, method="ce"))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("(student @ teacher.T)", "returned shape"), ("1.0", "returned float"), ("teacher.mean()", "does not depend"),
+     ("(student - teacher).mean() * float('nan')", "gave nan"), ("no_such_name", "cannot be computed: NameError")],
+)  # fmt: skip
+def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, tmp_path: Path) -> None:
+    from kdbench.engine.dry import try_out
+
+    name = "loss_" + str(abs(hash(body)))
+    (tmp_path / f"{name}.py").write_text(f"def far(student, teacher):\n    return {body}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"losses: {{far: {{target: '{name}:far', inputs: [student, teacher]}}}}\n"
+        "methods: {mine: {title: mine, stages: [{name: training, losses: {forward: {loss: far}}}]}}\n"
+    )
+    (cell,) = planned(registry=Registry([tmp_path]), method="mine").cells
+    with pytest.raises(UserError, match=message):
+        try_out(cell.spec)
