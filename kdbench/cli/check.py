@@ -26,9 +26,9 @@ def command(
     time: Annotated[bool, typer.Option(help="Time a few steps of each network for an estimate.")] = True,
 ) -> None:
     """Resolve RECIPE, build its networks once, and print cells, stages, sizes and an estimate of time."""
-    from rich.console import Console
     from rich.table import Table
 
+    from kdbench.cli.console import console as page
     from kdbench.engine.runner import is_finished
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
@@ -39,7 +39,7 @@ def command(
 
     from kdbench.engine.dry import measure, planned_timeline, try_out
 
-    console = Console()
+    console = page()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)

@@ -20,15 +20,15 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """List cards of a KIND, or the kinds with their numbers."""
-    from rich.console import Console
     from rich.table import Table
 
     from kdbench.cards import KINDS
+    from kdbench.cli.console import console as page
     from kdbench.recipe.loading import recipe_names
     from kdbench.registry import Registry
 
     cards = Registry(registry or ())
-    console = Console()
+    console = page()
     if kind is None:
         table = Table("kind", "cards", "for example", box=None, header_style="bold")
         for name in KINDS:

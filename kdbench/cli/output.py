@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,14 +58,13 @@ def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
 def print_table(table: Table) -> None:
     """The table on the terminal: what the Markdown file holds, in columns."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    from kdbench.cli.console import console as page
     from kdbench.results.layout import layout
 
-    # In a log or pipe there is no width to fit into.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = page()
     console.print(Text(table.title, style="bold"))
     for grid in layout(table):
         shown = RichTable(title=grid.caption or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -18,21 +18,21 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Show a card as it is used (includes followed), where it stands, its target's options and its paper."""
-    from rich.console import Console
-    from rich.syntax import Syntax
     from rich.table import Table
 
     from kdbench.cards import KINDS
+    from kdbench.cli.console import console as page
+    from kdbench.cli.console import print_yaml
     from kdbench.cli.ls import ALIASES
     from kdbench.recipe.loading import dump, find
     from kdbench.registry import Registry
     from kdbench.signature import REQUIRED
 
     cards = Registry(registry or ())
-    console = Console()
+    console = page()
     kind = ALIASES.get(kind, kind)
     if kind == "recipes" and name:
-        console.print(Syntax(find(name).read_text(encoding="utf-8"), "yaml", background_color="default"))
+        print_yaml(find(name).read_text(encoding="utf-8"))
         return
     if name is None:
         found = [k for k in KINDS if kind in cards.names(k)]
@@ -50,7 +50,7 @@ def command(
     card = cards.card(kind, name)
     tree = cards.tree(kind, name)
     console.print(f"[dim]# {tree.origin(())}[/dim]", highlight=False)
-    console.print(Syntax(dump({name: tree.data}), "yaml", background_color="default", word_wrap=True))
+    print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
         table = Table("option", "type", "default", box=None, header_style="bold", title="options", title_justify="left")
         for option in cards.settable(card.target, card).values():
