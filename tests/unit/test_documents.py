@@ -1,0 +1,45 @@
+"""README and results say what the records say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from kdbench.results.record import read_records
+from kdbench.results.renderers import latex, markdown, table_csv
+from kdbench.results.tables import build
+
+TABLES = sorted(file.parent for file in (ROOT / "results").glob("*/table.md"))
+
+
+def test_the_readme_shows_the_quickstarts_own_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("table.md: begin -->")[2].partition("<!--")[0].split("\n")
+    rows = [line for line in shown if line.startswith("|")]
+    table = (ROOT / "results" / "quickstart" / "table.md").read_text(encoding="utf-8").split("\n")
+    assert len(rows) > 5
+    assert all(row in table for row in rows)
+
+
+@pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
+def test_every_committed_table_is_rebuilt_from_its_records(folder: Path) -> None:
+    table = build(read_records([folder]))
+    assert markdown(table) == (folder / "table.md").read_text(encoding="utf-8")
+    assert table_csv(table) == (folder / "table.csv").read_text(encoding="utf-8")
+    assert latex(table) == (folder / "table.tex").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
+    import re
+
+    for page in ("README.md", "CONTRIBUTING.md", "results/README.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
+            r"`((?:tests|kdbench|registry|recipes|results)/[\w./]+)", text
+        )
+        for name in named:
+            if "<" not in name:
+                found = (ROOT / page).parent / name
+                assert found.exists() or (ROOT / name.split("::")[0]).exists(), f"{page}: {name}"
