@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def blocks() -> dict[str, str]:
     """Code blocks of CONTRIBUTING.md whose first line names a file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     found = {}
-    for body in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.S):
+    for indented in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.S):
+        body = textwrap.dedent(indented)
         if match := re.match(r"# ([\w./]+\.(?:py|yaml))\n", body):
             found[match.group(1)] = body
     return found
@@ -74,7 +76,7 @@ def test_method_from_an_installed_package(kdbench: Kdbench, tmp_path: Path) -> N
     write_method(package)
     card = next(package.glob("*.yaml"))
     module = next(file.stem for file in package.glob("*.py") if file.stem != "__init__")
-    card.write_text(card.read_text().replace(f"{module}:", f"my_distillation.{module}:"))
+    card.write_text(card.read_text().replace(f"target: {module}:", f"target: my_distillation.{module}:"))
     info = site / "my_distillation-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-distillation\nVersion: 1.0\n")
