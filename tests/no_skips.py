@@ -1,4 +1,4 @@
-"""A pytest plug-in for continuous integration: a skipped test is a failed run, unless it needs an accelerator."""
+"""A pytest plug-in for continuous integration: a skipped test is a failed run, unless it needs a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ skipped: list[str] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.skipped and "CUDA" not in str(report.longrepr):
+    if report.skipped and "GPU" not in str(report.longrepr):
         skipped.append(f"{report.nodeid}: {report.longrepr[-1] if isinstance(report.longrepr, tuple) else ''}")
 
 
