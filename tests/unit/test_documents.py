@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from kdbench.cli.schema import build as build_schema
 from kdbench.results.record import read_records
 from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import build
@@ -32,7 +35,6 @@ def test_every_committed_table_is_rebuilt_from_its_records(folder: Path) -> None
 
 
 def test_every_file_that_the_documents_name_exists() -> None:
-    import re
 
     for page in ("README.md", "CONTRIBUTING.md", "results/README.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -43,3 +45,18 @@ def test_every_file_that_the_documents_name_exists() -> None:
             if "<" not in name:
                 found = (ROOT / page).parent / name
                 assert found.exists() or (ROOT / name.split("::")[0]).exists(), f"{page}: {name}"
+
+
+def test_the_editors_schema_is_up_to_date() -> None:
+
+    kept = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert kept == build_schema([]), "renew it: kdbench schema recipes/recipe.schema.json"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_begins_with_what_it_shows_its_command_and_its_schema(recipe: Path) -> None:
+    comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert "kdbench run" in comment[1]
+    assert "easured" in comment[2]
+    schema = comment[-1].partition("$schema=")[2]
+    assert (recipe.parent / schema).is_file()
