@@ -216,6 +216,9 @@ def written_out(tree: Tree) -> Tree:
             if key in _NAMED and isinstance(value, str) and not plain:
                 value = {"name": value}
                 origins[(*here, "name")] = tree.origin(here)
+            elif key == "compute" and not path and isinstance(value, str):
+                value = {"mode": value}
+                origins[(*here, "mode")] = tree.origin(here)
             elif key == "stages" and isinstance(value, list):
                 value = _stages_by_name(value, here, origins, tree)
             result[key] = walk(value, here)

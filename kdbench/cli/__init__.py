@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from kdbench.cli import check, cp, ls, plot, run, schema, show, table
+from kdbench.cli import check, cp, logits, ls, plot, run, schema, show, table
 from kdbench.errors import CellError, UserError
 
 app = typer.Typer(
@@ -21,6 +21,9 @@ app = typer.Typer(
 for module in (run, check, table, plot, ls, show, cp, schema):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
+
+
+app.add_typer(logits.app, name="logits")
 
 
 @app.callback(invoke_without_command=True)

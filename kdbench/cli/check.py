@@ -37,7 +37,8 @@ def command(
 
     import torch
 
-    from kdbench.engine.dry import measure, planned_timeline, try_out
+    from kdbench.engine.dry import measure, try_out
+    from kdbench.engine.timeline import planned_timeline
 
     console = page()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -109,10 +110,12 @@ def command(
                 )
 
     first = planned.cells[0].spec
+    fixed = first.compute.fixed()
+    computed = ", ".join(str(value) for value in fixed.values()) if len(fixed) == 3 else "as a short trial will choose"
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
         f"data {first.data.name}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
-        f"{first.precision}, baseline {planned.baseline}"
+        f"computed {computed}, baseline {planned.baseline}"
     )
     for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]

@@ -45,6 +45,8 @@ def build(registry: list[Path]) -> dict[str, Any]:
     ):
         names = {"anyOf": [{"enum": cards.names(kind)}, {"type": "string"}]}
         properties[key] = {"anyOf": [names, {k: v for k, v in properties[key].items() if k != "default"}]}
+    modes = {"enum": ["auto", "reference"]}
+    properties["compute"] = {"anyOf": [modes, {k: v for k, v in properties["compute"].items() if k != "default"}]}
     properties["include"] = {
         "description": "recipe file or name to build on",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],

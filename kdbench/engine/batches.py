@@ -65,6 +65,8 @@ class Batches:
 
     def __init__(self, spec: CellSpec, data: ImageData, device: torch.device) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
+        # Places of the training part's images in the whole training set.
+        self.positions = train.to(device)
         self.train = Part(data.train_images[train].to(device), data.train_labels[train].to(device))
         self.validation = Part(data.train_images[held_out].to(device), data.train_labels[held_out].to(device))
         self.test = Part(data.test_images.to(device), data.test_labels.to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kdbench.engine.build import where_raised
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
+from kdbench.engine.network import together
 from kdbench.errors import CellError, UserError
 
 PROGRESS_SECONDS = 0.25
@@ -59,6 +61,7 @@ class Cohort:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         saved = time.monotonic()
+        make_graphs([seat.member for seat in self.seats if seat.active], self.batches, self.teacher)
         while active := [seat for seat in self.seats if seat.active]:
             if self.stop():
                 self.save()
@@ -93,8 +96,7 @@ class Cohort:
         begin = time.perf_counter()
         batch = self.batches.at(step, seats[0].member.timeline)
         points = list(dict.fromkeys(p for seat in seats for p in seat.member.teacher_points()))
-        precision = seats[0].member.spec.precision
-        values = self.teacher(batch.images, points, precision) if self.teacher and points else {}
+        values = self.teacher.step(batch, points) if self.teacher and points else {}
         shared = time.perf_counter() - begin
         for seat in seats:
             begin = time.perf_counter()
@@ -133,6 +135,35 @@ class Cohort:
             if seat.active:
                 with _failures(seat):
                     checkpoint.save(seat.folder, {"key": seat.key, **seat.member.state()})
+
+
+def make_graphs(members: list[Member], batches: Batches, teacher: Teacher | None) -> None:
+    """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it."""
+    shape = (batches.batch_size, *batches.train.images.shape[1:])
+    by_student: dict[str, list[Member]] = {}
+    for member in members:
+        student = member.spec.student
+        by_student.setdefault(json.dumps([student.target, student.options], sort_keys=True), []).append(member)
+    for alike in by_student.values():
+        uses = together(member.student_uses() for member in alike)
+        for member in alike:
+            member.student.prepare(uses, shape, training=True)
+    if teacher is not None:
+        teacher.network.prepare(_teacher_uses(members, teacher), shape, training=False)
+
+
+def _teacher_uses(members: list[Member], teacher: Teacher) -> dict[frozenset[str], int]:
+    """Sets of hook points that will be asked of the teacher's network, and for how many steps yet."""
+    ends = sorted({span.stop for member in members for span in member.timeline.spans})
+    uses: dict[frozenset[str], int] = {}
+    begin = min((member.step for member in members), default=0)
+    for end in (end for end in ends if end > begin):
+        there = [member for member in members if begin < member.timeline.total]
+        points = frozenset(point for member in there for point in member.teacher_points(begin))
+        points -= {"logits"} if teacher.logits is not None else set()
+        uses[points] = uses.get(points, 0) + end - begin
+        begin = end
+    return uses
 
 
 class _failures:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from kdbench.engine.build import build_extractor, build_model, build_optimizer, build_terms
 from kdbench.engine.finish import size_of
-from kdbench.engine.timeline import Timeline, timeline
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
 
@@ -28,22 +27,6 @@ class Size:
     training: float = 0.0
 
 
-def training_images(spec: DataSpec) -> int:
-    """Images of the labelled training part, as the card's counts give it."""
-    n = spec.train
-    if spec.validation:
-        n -= round(spec.validation * n) if spec.validation < 1 else int(spec.validation)
-    if spec.fraction is not None:
-        n = max(round(spec.fraction * n), spec.classes)
-    if spec.per_class is not None:
-        n = spec.per_class * spec.classes
-    return n
-
-
-def planned_timeline(spec: CellSpec) -> Timeline:
-    return timeline(spec, training_images(spec.data))
-
-
 def try_out(spec: CellSpec) -> None:
     """Build a cell's networks (the teacher without its weights), its connectors, loss terms and optimizers.
 
@@ -57,7 +40,7 @@ def try_out(spec: CellSpec) -> None:
     teacher = {}
     if spec.teacher is not None:
         model = spec.teacher.model
-        teacher = build_extractor(build_model(_bare(model), data), model, data).shapes(image)
+        teacher = build_extractor(build_model(model.untrained(), data), model, data).shapes(image)
     for name, terms in build_terms(spec, shapes, teacher).items():
         stage = spec.method.stages[name]
         trained = [*student.parameters()] if "student" in stage.trains else []
@@ -79,7 +62,7 @@ def try_out(spec: CellSpec) -> None:
 
 def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:
     """Size of a model, and with `timed` its seconds an image: forward alone, and a whole training step."""
-    network = build_model(_bare(model), data).to(device)
+    network = build_model(model.untrained(), data).to(device)
     size = size_of(network, data)
     forward = training = 0.0
     if timed:
@@ -111,7 +94,3 @@ def _seconds(action: object, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times[1:])
-
-
-def _bare(model: ModelSpec) -> ModelSpec:
-    return model.model_copy(update={"weights": None})

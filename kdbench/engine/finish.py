@@ -51,7 +51,13 @@ def finish(
     with atomic(folder / "test_logits.safetensors") as temporary:
         save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
     with atomic(folder / "student.safetensors") as temporary:
-        save_file({k: v.detach().cpu().clone() for k, v in member.student.model.state_dict().items()}, temporary)
+        save_file(
+            {
+                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for k, v in member.student.model.state_dict().items()
+            },
+            temporary,
+        )
     line = member.timeline
     record = {
         "schema": SCHEMA,

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from kdbench.engine.batches import Batch, Batches, Normalizer
 from kdbench.engine.build import Shape, Term, build_extractor, build_model, build_optimizer, build_schedule, build_terms
+from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.logits import PartLogits
+from kdbench.engine.network import Network, autocast, memory_format
 from kdbench.engine.timeline import Timeline, timeline
 from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
@@ -23,27 +26,48 @@ from kdbench.sources.streams import address
 PROBE_IMAGES = 2000
 
 
-def computing(precision: str, device: torch.device) -> torch.autocast:
-    """Context in which convolutions and products are computed in this precision; parameters stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
 class Teacher:
-    """A frozen network in eval mode, shared by all cells that learn from it."""
+    """A frozen network in eval mode, shared by all cells that learn from it.
 
-    def __init__(self, extractor: Extractor, normalizer: Normalizer, shapes: Mapping[str, Shape]) -> None:
-        self.extractor, self.normalizer, self.shapes = extractor, normalizer, shapes
-        extractor.model.eval().requires_grad_(False)
+    Args:
+        shapes: of its hook points, per image.
+        logits: the table of its logits for the training part, where there is one.
+    """
 
-    def __call__(self, images: Tensor, points: list[str], precision: str = "float32") -> dict[str, Tensor]:
-        """Values of hook points for bytes [N, C, H, W], without gradients."""
-        with torch.no_grad(), computing(precision, images.device):
-            return self.extractor(self.normalizer(images), points)
+    def __init__(
+        self,
+        extractor: Extractor,
+        normalizer: Normalizer,
+        shapes: Mapping[str, Shape],
+        computing: Computing = REFERENCE,
+        logits: PartLogits | None = None,
+    ) -> None:
+        self.normalizer, self.shapes, self.computing, self.logits = normalizer, shapes, computing, logits
+        self.network = Network(extractor, computing, frozen=True)
+        self.network.model.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, points: list[str]) -> dict[str, Tensor]:
+        """Values of hook points for bytes [N, C, H, W], in float32, without gradients."""
+        with torch.no_grad():
+            return self.network(self.normalizer(images), points)
+
+    def step(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
+        """Values of hook points for a training batch, in the run's precision: logits from their table where there is
+        one, everything else from one pass that runs no further than it must."""
+        values = {}
+        if self.logits is not None and "logits" in points:
+            values["logits"] = self.logits.at(batch.index, batch.view)
+        rest = [point for point in points if point not in values]
+        if rest:
+            with torch.no_grad(), autocast(self.computing.precision, batch.images.device):
+                values |= self.network.step(self.normalizer(batch.images), rest)
+        return values
 
     def training_copy(self) -> Extractor:
         """A copy that may run in train mode: the codes that do so let their teacher's statistics drift."""
-        model = copy.deepcopy(self.extractor.model).train()
-        return Extractor(model, self.extractor.places, self.extractor.model_name)
+        extractor = self.network.extractor
+        model = copy.deepcopy(extractor.model).train()
+        return Extractor(model, extractor.places, extractor.model_name)
 
 
 @dataclass
@@ -65,14 +89,21 @@ class Meter:
 class Member:
     """One cell in training. `step` is the number of optimizer steps done."""
 
-    def __init__(self, spec: CellSpec, batches: Batches, teacher: Teacher | None, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    def __init__(
+        self,
+        spec: CellSpec,
+        batches: Batches,
+        teacher: Teacher | None,
+        device: torch.device,
+        computing: Computing = REFERENCE,
+    ) -> None:
+        self.spec, self.device, self.computing = spec, device, computing
         self.timeline: Timeline = timeline(spec, len(batches.train.labels))
         self.normalizer = Normalizer(spec.protocol.normalization, device)
         student = build_model(spec.student, spec.data, spec.seed)
-        self.student: Extractor = build_extractor(student, spec.student, spec.data)
+        extractor = build_extractor(student, spec.student, spec.data)
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
-        shapes = self.student.shapes(image_shape)
+        shapes = extractor.shapes(image_shape)
         terms = build_terms(spec, shapes, teacher.shapes if teacher else {})
         # Prefixed, because a name like "training" is already an attribute of every module.
         self.terms = nn.ModuleDict(
@@ -82,7 +113,10 @@ class Member:
             }
         )
         student.to(device)
+        self.student = Network(extractor, computing)
         self.terms.to(device)
+        # torch's stubs lack the overload with a memory format alone.
+        self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
         self.step = 0
         self.images = 0
         self.seconds = 0.0
@@ -90,9 +124,9 @@ class Member:
         self.last_rate = 0.0
         self.meter = Meter()
         self.history: list[dict[str, Any]] = []
-        self.own_teacher: Extractor | None = None
+        self.own_teacher: Network | None = None
         if teacher and any(stage.modes.teacher == "train" for stage in spec.method.stages.values()):
-            self.own_teacher = teacher.training_copy()
+            self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
             self.teacher_normalizer = teacher.normalizer
         self.bad_steps: dict[str, Tensor] = {}
@@ -141,11 +175,23 @@ class Member:
         for name, terms in self.terms.items():
             terms.train(name == f"stage:{self.span.name}" and "connectors" in self.stage.trains)
 
-    def teacher_points(self) -> list[str]:
-        """What this member needs of the shared teacher at its present step."""
-        if self.own_teacher is not None and self.stage.modes.teacher == "train":
+    def teacher_points(self, step: int | None = None) -> list[str]:
+        """What this member needs of the shared teacher at a step, by default its present one."""
+        stage = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
+        if self.own_teacher is not None and self.spec.method.stages[stage].modes.teacher == "train":
             return []
-        return _unique(point for term in self.active.values() for point in term.teacher_points)
+        return _unique(point for term in self.terms_of(stage).values() for point in term.teacher_points)
+
+    def student_uses(self) -> dict[frozenset[str], int]:
+        """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
+        uses: dict[frozenset[str], int] = {}
+        evaluated = set()
+        for span in self.timeline.spans:
+            points = frozenset(p for term in self.terms_of(span.name).values() for p in term.student_points)
+            uses[points] = uses.get(points, 0) + max(span.stop - max(self.step, span.start), 0)
+            if self.spec.method.stages[span.name].modes.student == "eval":
+                evaluated.add(points)
+        return {points: steps for points, steps in uses.items() if steps and points not in evaluated}
 
     def train_step(self, batch: Batch, teacher: Mapping[str, Tensor]) -> None:
         """One optimizer step."""
@@ -154,8 +200,8 @@ class Member:
         if self.own_teacher is not None and self.stage.modes.teacher == "train":
             teacher = self._own_teacher_values(batch)
 
-        with computing(self.spec.precision, self.device):
-            student = self.student(self.normalizer(batch.images), self.student_points)
+        with autocast(self.computing.precision, self.device):
+            student = self.student.step(self.normalizer(batch.images), self.student_points)
             loss = torch.zeros((), device=self.device)
             for name, term in self.active.items():
                 value = term(student, teacher, batch.labels, batch.index)
@@ -189,7 +235,7 @@ class Member:
     def _own_teacher_values(self, batch: Batch) -> dict[str, Tensor]:
         assert self.own_teacher is not None and self.spec.teacher is not None
         points = _unique(point for term in self.active.values() for point in term.teacher_points)
-        with torch.no_grad(), computing(self.spec.precision, self.device):
+        with torch.no_grad(), autocast(self.computing.precision, self.device):
             return self.own_teacher(self.teacher_normalizer(batch.images), points)
 
     def _watch(self, name: str, value: Tensor) -> None:

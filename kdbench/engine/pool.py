@@ -18,6 +18,43 @@ from kdbench.errors import CellError, UserError
 LEAVE_SECONDS = 120.0
 
 
+# Of the memory that is free, what workers plan with.
+SHARE = 0.85
+
+# A training step asks for the same large blocks again and again. By default the C library gives each back to the system
+# and gets fresh pages, cleared one by one, the next time; so told, it keeps them, in pages of 2 MB where it may.
+ALLOCATOR = {
+    "GLIBC_TUNABLES": ":".join(
+        (
+            "glibc.malloc.mmap_max=0",
+            "glibc.malloc.trim_threshold=1099511627776",
+            "glibc.malloc.top_pad=67108864",
+            "glibc.malloc.hugetlb=1",
+        )
+    )
+}
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that are free for new processes, within what a container allows."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+    groups = Path("/sys/fs/cgroup")
+    for folder, limit, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            free = min(free, max(left, 0))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
 class Pool:
     """Worker processes, started when they are needed, stopped with a checkpoint when the block ends.
 
@@ -48,7 +85,8 @@ class Pool:
             _, ready = self.events.get()
             if ready["event"] != "ready":
                 raise CellError(f"{_gone(ready.get('code', 1))} before it could begin; what it printed stands above")
-            self._choose_devices(ready["cuda"])
+            self._choose_devices(len(ready["cuda"]))
+            self.memory = self._memory(ready["cuda"])
         except BaseException:
             self.__exit__()
             raise
@@ -112,6 +150,15 @@ class Pool:
         if self._one_for_each_gpu and self.devices != ["cpu"]:
             self.jobs = len(self.devices)
 
+    def _memory(self, gpus: list[int]) -> float | None:
+        """Bytes that one worker may take, None where that is not known."""
+        if self.devices != ["cpu"]:
+            # Workers that share a GPU share its memory.
+            sharing = -(-self.jobs // len(self.devices))
+            return SHARE * min(gpus[int(device.partition(":")[2] or 0)] for device in self.devices) / sharing
+        free = available_memory()
+        return None if free is None else SHARE * free / self.jobs
+
     def _start(self) -> None:
         number = self._started
         self._started += 1
@@ -121,7 +168,7 @@ class Pool:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
+            env=ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads)},
         )
         self.workers[number] = worker
         threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()

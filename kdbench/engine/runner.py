@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,27 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from kdbench.engine import choosing
+from kdbench.engine.compute import Computing
 from kdbench.engine.pool import Pool
+from kdbench.engine.scheduling import (
+    BEGUN,
+    CellState,
+    Memories,
+    Work,
+    balanced,
+    cohorts_of,
+    fitting,
+    kept_threads,
+    kind,
+)
+from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
 from kdbench.recipe.planning import Plan, PlannedCell
-from kdbench.recipe.schema import CellSpec, TeacherSpec
+from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
 
 RECORD = "record.json"
-# Says how a cell began, so that it goes on in the same way.
-BEGUN = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -46,26 +58,6 @@ class Options:
         """Folders searched for data, in order."""
         from_env = [Path(part) for part in os.environ.get("KDBENCH_DATA", "").split(os.pathsep) if part]
         return [str(root) for root in (*self.data_roots, *from_env, Path("data"), home() / "data")]
-
-
-@dataclass
-class CellState:
-    """Progress of one cell, for whoever watches. `state`: waiting, running, finished, failed."""
-
-    id: int
-    label: str
-    folder: Path
-    state: str = "waiting"
-    step: int = 0
-    total: int = 0
-    stage: str = ""
-    accuracy: float | None = None
-    seconds: float = 0.0
-    message: str = ""
-
-
-# A cell and its progress.
-Work = tuple[PlannedCell, CellState]
 
 
 class Listener(Protocol):
@@ -121,12 +113,14 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
         ]
         if open_cells:
             with _pool(options) as pool:
-                _try_out([cell.spec for cell, _ in open_cells], pool)
+                memory = _try_out([cell.spec for cell, _ in open_cells], pool)
                 _teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
                 listener.begin(states, plan.title or plan.name)
                 try:
                     _prepare([cell.spec for cell, _ in open_cells], options, pool, listener)
-                    _cells(plan, open_cells, options, pool, listener)
+                    done = [state.folder for state in states if state.state == "finished"]
+                    computings = _computings(folder, open_cells, done, options, pool, listener)
+                    _cells(plan, open_cells, computings, memory, options, pool, listener)
                 finally:
                     listener.end()
         else:
@@ -135,6 +129,72 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     return Outcome(
         folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
     )
+
+
+@dataclass(frozen=True)
+class LogitTable:
+    """What is told of a table of teacher logits: its size, images done, and seconds that the rest takes."""
+
+    folder: Path
+    teacher: str
+    images: int
+    views: int
+    classes: int
+    bytes: int
+    done: int
+    seconds: float
+
+
+def fill_logits(
+    plan: Plan,
+    options: Options,
+    estimate: bool,
+    told: Callable[[LogitTable], None],
+    filled: Callable[[int, float], None],
+    listener: Listener,
+) -> None:
+    """Fill the tables of teacher logits that the cells of a plan can use; with `estimate` only tell what that takes.
+
+    Args:
+        told: is given every table before it is filled.
+        filled: is given images done and seconds of this call, now and then.
+    """
+    wanted: dict[str, Work] = {}
+    for i, cell in enumerate(plan.cells):
+        spec = cell.spec
+        terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
+        if spec.teacher is not None and any("teacher" in t.loss.inputs and t.teacher == "logits" for t in terms):
+            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, choosing.key(spec.compute)]
+            wanted.setdefault(str(parts), (cell, CellState(i, label(cell), options.runs / plan.name / cell.slug)))
+    if not wanted:
+        raise UserError("no method of this recipe reads its teacher's logits", where=plan.name)
+    folder = options.runs / plan.name
+    with _alone(folder), _pool(options) as pool:
+        specs = [cell.spec for cell, _ in wanted.values()]
+        _try_out(specs, pool)
+        _teachers(specs, options, pool, listener)
+        _prepare(specs, options, pool, listener)
+        everything = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(plan.cells)]
+        done = [state.folder for _, state in everything if is_finished(state.folder)]
+        computings = _computings(folder, everything, done, options, pool, listener)
+        for cell, _ in wanted.values():
+            assert cell.spec.teacher is not None
+            task = {
+                "task": "fill",
+                "spec": cell.spec.model_dump(mode="json"),
+                "computing": computings[choosing.key(cell.spec.compute)].plain(),
+                "estimate": estimate,
+                "teacher_folder": str(teacher_folder(cell.spec.teacher, options.runs)),
+                "threads": options.threads or pool.threads,
+            }
+            for event in pool.carry_out([task]):
+                if event["event"] == "failed":
+                    raise _error(event)
+                if event["event"] == "table":
+                    fields = {name: event[name] for name in ("images", "views", "classes", "bytes", "done", "seconds")}
+                    told(LogitTable(Path(event["folder"]), cell.spec.teacher.name, **fields))
+                elif event["event"] == "filled":
+                    filled(event["done"], event["seconds"])
 
 
 def label(cell: PlannedCell) -> str:
@@ -174,13 +234,17 @@ def _alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
         lock.release()
 
 
-def _try_out(specs: list[CellSpec], pool: Pool) -> None:
+def _try_out(specs: list[CellSpec], pool: Pool) -> Memories:
     """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
-    kinds = {spec.model_copy(update={"seed": 0}).identity(): spec for spec in specs}
+    kinds = {kind(spec): spec.model_copy(update={"seed": 0}) for spec in specs}
     task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
+    memory: Memories = {}
     for event in pool.carry_out([task]):
         if event["event"] == "failed":
             raise _error(event)
+        if event["event"] == "memory":
+            memory[event["key"]] = event["memory"]
+    return memory
 
 
 def _teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
@@ -203,7 +267,9 @@ def _teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Lis
             listener.begin([state], f"teacher {teacher.name}")
             try:
                 _prepare([cell.spec], options, pool, listener)
-                _cells(plan, [(cell, state)], options, pool, listener)
+                work: list[Work] = [(cell, state)]
+                computings = _computings(folder, work, [], options, pool, listener)
+                _cells(plan, work, computings, _try_out([cell.spec], pool), options, pool, listener)
             finally:
                 listener.end()
             if state.state != "finished":
@@ -245,22 +311,90 @@ def _prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: List
                 raise _error(event)
 
 
-def _cells(plan: Plan, cells: list[Work], options: Options, pool: Pool, listener: Listener) -> None:
+def _computings(
+    folder: Path, cells: list[Work], finished: list[Path], options: Options, pool: Pool, listener: Listener
+) -> dict[str, Computing]:
+    """How cells compute, by what their recipe leaves open: as this run began, else as a short trial finds fastest."""
+    result: dict[str, Computing] = {}
+    by_choice: dict[str, list[Work]] = {}
+    for cell, state in cells:
+        by_choice.setdefault(choosing.key(cell.spec.compute), []).append((cell, state))
+    for key, work in by_choice.items():
+        choice = work[0][0].spec.compute
+        found = choosing.kept(folder, choice) or choosing.of_records([f for f in finished if _chose(f, key)])
+        result[key] = found or _trial(folder, choice, work, options, pool, listener)
+    return result
+
+
+def _chose(folder: Path, key: str) -> bool:
+    """Whether a finished cell left the same things open."""
+    try:
+        spec = json.loads((folder / RECORD).read_text(encoding="utf-8"))["spec"]
+        return choosing.key(CellSpec.model_validate(spec).compute) == key
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _trial(
+    folder: Path, choice: ComputeChoice, cells: list[Work], options: Options, pool: Pool, listener: Listener
+) -> Computing:
+    """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
+    cohorts = balanced(cohorts_of(cells), pool.jobs)
+    busy = min(pool.jobs, len(cohorts))
+    steps = {state.id: planned_timeline(cell.spec).total for cell, state in cells}
+    largest = max(cohorts, key=lambda cohort: sum(steps[state.id] for _, state in cohort))
+    teacher_steps = sum(
+        max((steps[state.id] for cell, state in cohort if cell.spec.teacher is not None), default=0)
+        for cohort in cohorts
+    )
+    kinds = {kind(cell.spec): cell.spec for cell, _ in largest}
+    task = {
+        "task": "trial",
+        "specs": [spec.model_dump(mode="json") for spec in kinds.values()],
+        "work": {"student_steps": sum(steps.values()) / busy, "teacher_steps": teacher_steps / busy},
+        "threads": options.threads or max(1, min(pool.threads, pool.cores // busy)),
+        "teacher_folder": _teacher_folder_of(largest, options),
+    }
+    for event in pool.carry_out([task]):
+        if event["event"] == "doing":
+            listener.doing(event["text"])
+        elif event["event"] == "failed":
+            raise _error(event)
+        elif event["event"] == "chosen":
+            chosen = choosing.keep(folder, choice, event["computing"], event["why"], event["tried"])
+            listener.doing(f"cells in {chosen.name} ({event['why']})")
+    return chosen
+
+
+def _teacher_folder_of(cohort: list[Work], options: Options) -> str | None:
+    teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
+    return str(teacher_folder(teacher, options.runs)) if teacher else None
+
+
+def _cells(
+    plan: Plan,
+    cells: list[Work],
+    computings: dict[str, Computing],
+    memory: Memories,
+    options: Options,
+    pool: Pool,
+    listener: Listener,
+) -> None:
     states = {state.id: state for _, state in cells}
-    cohorts = _balanced(_cohorts(cells), pool.jobs)
+    cohorts = fitting(balanced(cohorts_of(cells), pool.jobs), memory, pool.memory)
     busy = min(pool.jobs, len(cohorts))
     tasks = []
     for cohort in cohorts:
-        teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
-        threads = _kept_threads(cohort[0][1].folder) or threads
+        threads = kept_threads(cohort[0][1].folder) or threads
         for _, state in cohort:
             write_json(state.folder / BEGUN, {"threads": threads})
         tasks.append(
             {
                 "task": "cohort",
                 "threads": threads,
-                "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
+                "computing": computings[choosing.key(cohort[0][0].spec.compute)].plain(),
+                "teacher_folder": _teacher_folder_of(cohort, options),
                 "cells": [
                     {
                         "id": state.id,
@@ -316,47 +450,6 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
         "baseline": plan.baseline,
         "title": plan.title,
     }
-
-
-def _cohorts(cells: list[Work]) -> list[list[Work]]:
-    """Cells that may train behind one teacher pass: the same data, seed, batches and teacher. A cell without a teacher
-    goes along: it costs the others nothing."""
-    groups: dict[str, dict[str, list[Work]]] = {}
-    for cell, state in cells:
-        spec = cell.spec
-        extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
-        protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-        kept = _kept_threads(state.folder)
-        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, spec.precision, extra, kept])
-        key = spec.teacher.identity() if spec.teacher else ""
-        groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
-    result = []
-    for by_teacher in groups.values():
-        alone = by_teacher.pop("", [])
-        first, *others = by_teacher.values() or [[]]
-        result += [[*alone, *first], *others]
-    return result
-
-
-def _balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
-    """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
-    left = len(cohorts) % jobs
-    if not left:
-        return cohorts
-    whole, rest = cohorts[: len(cohorts) - left], cohorts[len(cohorts) - left :]
-    parts = []
-    for cohort in rest:
-        n = max(1, min(jobs // left, len(cohort)))
-        parts += [cohort[i::n] for i in range(n)]
-    return whole + parts
-
-
-def _kept_threads(folder: Path) -> int | None:
-    """Threads with which a cell began, or None. Bits depend on them, so it goes on with as many."""
-    try:
-        return int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["threads"])
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _error(event: dict[str, Any]) -> Exception:

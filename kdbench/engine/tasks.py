@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from kdbench.engine import checkpoint
+from kdbench.engine import checkpoint, logits
 from kdbench.engine.batches import Batches, load_data
 from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.compute import Computing
 from kdbench.engine.dry import try_out
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.logit_files import table_at
 from kdbench.engine.member import Member, Teacher
+from kdbench.engine.memory import memory_of, peak_memory
+from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
+from kdbench.engine.trial import Work, choose
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep
 from kdbench.recipe.schema import CellSpec, DataSpec
@@ -48,21 +54,75 @@ class Desk:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         device = torch.device(task["device"])
-        if task["task"] == "try_out":
-            for spec in task["specs"]:
-                try_out(CellSpec.model_validate(spec))
-        elif task["task"] == "prepare":
-            self.prepare(CellSpec.model_validate(task["spec"]), task, device)
-        else:
-            self.train(task, device)
+        kinds = {
+            "try_out": self.try_out,
+            "prepare": self.prepare,
+            "trial": self.trial,
+            "fill": self.fill,
+            "cohort": self.train,
+        }
+        kinds[task["task"]](task, device)
 
-    def prepare(self, spec: CellSpec, task: dict[str, Any], device: torch.device) -> None:
+    def try_out(self, task: dict[str, Any], device: torch.device) -> None:
+        """Build every kind of cell once, and tell what memory it will take."""
+        for spec in map(CellSpec.model_validate, task["specs"]):
+            try_out(spec)
+            self.emit(event="memory", key=spec.identity(), memory=asdict(memory_of(spec)))
+
+    def prepare(self, task: dict[str, Any], device: torch.device) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""
+        spec = CellSpec.model_validate(task["spec"])
         self.emit(event="doing", task=task["id"], text=f"data {spec.data.name}")
         data = self._load(spec.data, task)
         if spec.teacher is not None and spec.teacher.weights is not None:
             self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
             measured(spec.teacher, Path(task["teacher_folder"]), task["download"], spec.data, data, device)
+
+    def trial(self, task: dict[str, Any], device: torch.device) -> None:
+        """Choose how to compute, by measuring on cells of one cohort."""
+        specs = [CellSpec.model_validate(spec) for spec in task["specs"]]
+        first = next((spec for spec in specs if spec.teacher is not None), specs[0])
+        data = self._load(first.data, task)
+        batches = Batches(first, data, device)
+        file = self._teacher_file(first, data, task, device)
+
+        def teacher(way: Computing) -> Teacher | None:
+            return self._teacher(first, file, data, batches, device, way)
+
+        choice = choose(
+            first.compute,
+            specs,
+            batches,
+            teacher,
+            Work(**task["work"]),
+            device,
+            lambda text: self.emit(event="doing", task=task["id"], text=text),
+        )
+        self.emit(event="chosen", computing=choice.computing.plain(), why=choice.why, tried=choice.tried)
+
+    def fill(self, task: dict[str, Any], device: torch.device) -> None:
+        """Fill a table of teacher logits, or with `estimate` only tell what that takes."""
+        spec = CellSpec.model_validate(task["spec"])
+        assert spec.teacher is not None
+        data = self._load(spec.data, task)
+        file = self._teacher_file(spec, data, task, device)
+        assert file is not None
+        teacher = load_teacher(spec.teacher, spec.data, file.file, device, Computing(**task["computing"]))
+        key = logits.table_key(spec.teacher, file.sha256, data, spec.protocol, teacher.computing.precision)
+        table = table_at(key, spec.teacher.name)
+        images, views, classes = table.shape
+        about = {"folder": str(table.folder), "images": images, "views": views, "classes": classes}
+        each = 0.0 if table.complete else logits.seconds_an_image(table, teacher, data, spec.protocol, device)
+        left = images - table.done
+        self.emit(event="table", **about, bytes=table.bytes, done=table.done, seconds=left * each)
+        if task["estimate"] or table.complete:
+            return
+
+        def tell(done: int, seconds: float) -> None:
+            self.emit(event="filled", **about, done=done, seconds=seconds)
+
+        if not logits.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
+            raise CellError("stopped; the same command goes on from here")
 
     def train(self, task: dict[str, Any], device: torch.device) -> None:
         """Train a cohort. Members' failures are told as events; the others go on."""
@@ -82,12 +142,16 @@ class Desk:
                 return
             data = self._load(first.data, task)
             batches = Batches(first, data, device)
-            file, teacher = self._teacher(first, data, task, device)
-            before = fingerprint(teacher.extractor.model) if teacher else None
+            computing = Computing(**task["computing"])
+            file = self._teacher_file(first, data, task, device)
+            teacher = self._teacher(first, file, data, batches, device, computing)
+            before = fingerprint(teacher.network.model) if teacher else None
             seats: dict[int, Seat] = {}
             for cell, spec in zip(cells, specs, strict=True):
                 try:
-                    seats[cell["id"]] = _seat(spec, Path(cell["folder"]), batches, data, teacher, file, task, device)
+                    seats[cell["id"]] = _seat(
+                        spec, Path(cell["folder"]), batches, data, teacher, file, task, device, computing
+                    )
                 except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
                     self.emit(event="cell_failed", cell=cell["id"], message=str(error) or type(error).__name__)
             ids = {id(seat): cell_id for cell_id, seat in seats.items()}
@@ -100,15 +164,16 @@ class Desk:
 
             def done(seat: Seat) -> None:
                 own = teacher if seat.member.spec.teacher is not None else None
-                if own is not None and fingerprint(own.extractor.model) != before:
+                if own is not None and fingerprint(own.network.model) != before:
                     raise CellError(
                         "the frozen teacher changed while its students trained: a defect of the method's "
                         "loss, or of kdbench"
                     )
                 compute = {
                     **machine(device, task["threads"]),
-                    "precision": seat.member.spec.precision,
+                    **_way(seat.member, own),
                     "cohort": len(seats),
+                    "peak_memory_bytes": peak_memory(device),
                 }
                 record = finish(
                     seat.member,
@@ -117,7 +182,7 @@ class Desk:
                     batches,
                     data,
                     file if own else None,
-                    own.extractor.model if own else None,
+                    own.network.model if own else None,
                     compute,
                 )
                 seat.log.close()
@@ -156,11 +221,11 @@ class Desk:
             self.data = (key, load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"])))
         return self.data[1]
 
-    def _teacher(
+    def _teacher_file(
         self, spec: CellSpec, data: ImageData, task: dict[str, Any], device: torch.device
-    ) -> tuple[TeacherFile | None, Teacher | None]:
+    ) -> TeacherFile | None:
         if spec.teacher is None:
-            return None, None
+            return None
         folder = Path(task["teacher_folder"])
         file = (
             trained(folder)
@@ -169,7 +234,46 @@ class Desk:
         )
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
-        return file, load_teacher(spec.teacher, spec.data, file.file, device)
+        return file
+
+    def _teacher(
+        self,
+        spec: CellSpec,
+        file: TeacherFile | None,
+        data: ImageData,
+        batches: Batches,
+        device: torch.device,
+        computing: Computing,
+    ) -> Teacher | None:
+        """The teacher of a cohort, with the table of its logits where there is one."""
+        if spec.teacher is None or file is None:
+            return None
+        teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
+        key = logits.table_key(spec.teacher, file.sha256, data, spec.protocol, computing.precision)
+        table = table_at(key, spec.teacher.name)
+        if table.complete:
+            values = logits.opened(table, teacher, data, spec.protocol, device)
+            teacher.logits = logits.PartLogits(values, batches.positions)
+        return teacher
+
+
+def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
+    """How a member was computed, as its record says it."""
+    way = member.computing
+    networks = [member.student, *([teacher.network] if teacher else [])]
+    return {
+        "precision": way.precision,
+        "layout": way.layout,
+        "compile": way.compile and any(network.graphs for network in networks),
+        "cuda_graphs": way.cuda_graphs,
+        "teacher_logits": "table" if teacher is not None and teacher.logits is not None else "computed",
+        "evaluation": "float32, eager",
+        **({"not_compiled": network.untraceable} if (network := _untraceable(networks)) else {}),
+    }
+
+
+def _untraceable(networks: list[Network]) -> Network | None:
+    return next((network for network in networks if network.untraceable), None)
 
 
 def _seat(
@@ -181,6 +285,7 @@ def _seat(
     file: TeacherFile | None,
     task: dict[str, Any],
     device: torch.device,
+    computing: Computing,
 ) -> Seat:
     """A cell's place in a cohort, from its checkpoint if there is one."""
     own = teacher if spec.teacher is not None else None
@@ -188,10 +293,11 @@ def _seat(
         "identity": spec.identity(),
         "data": data.fingerprint,
         "threads": task["threads"],
+        "computing": computing.plain(),
         "device": device.type,
         "teacher": file.sha256 if file and own else None,
     }
-    member = Member(spec, batches, own, device)
+    member = Member(spec, batches, own, device, computing)
     state = checkpoint.load(folder, key)
     if state is not None:
         member.load_state(state)

@@ -14,6 +14,7 @@ from torch import nn
 from kdbench.cards import Weights
 from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
+from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.evaluation import SLICE
 from kdbench.engine.member import Teacher
 from kdbench.errors import UserError
@@ -64,7 +65,9 @@ def locate(weights: Weights, download: bool) -> Path:
     return file
 
 
-def load_teacher(spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device) -> Teacher:
+def load_teacher(
+    spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
+) -> Teacher:
     """The frozen network, on its device, in eval mode."""
     model = build_model(spec.model, data)
     state = read_weights(file)
@@ -74,7 +77,7 @@ def load_teacher(spec: TeacherSpec, data: DataSpec, file: Path, device: torch.de
     extractor = build_extractor(model, spec.model, data)
     shapes = extractor.shapes((data.channels, data.image_size, data.image_size))
     model.to(device)
-    return Teacher(extractor, Normalizer(spec.normalization, device), shapes)
+    return Teacher(extractor, Normalizer(spec.normalization, device), shapes, computing)
 
 
 def measured(

@@ -6,7 +6,7 @@ import bisect
 import math
 from dataclasses import dataclass
 
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.schema import CellSpec, DataSpec
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,19 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     points |= {span.stop for span in spans}
     points.discard(0)
     return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))
+
+
+def training_images(spec: DataSpec) -> int:
+    """Images of the labelled training part, as the card's counts give it."""
+    n = spec.train
+    if spec.validation:
+        n -= round(spec.validation * n) if spec.validation < 1 else int(spec.validation)
+    if spec.fraction is not None:
+        n = max(round(spec.fraction * n), spec.classes)
+    if spec.per_class is not None:
+        n = spec.per_class * spec.classes
+    return n
+
+
+def planned_timeline(spec: CellSpec) -> Timeline:
+    return timeline(spec, training_images(spec.data))

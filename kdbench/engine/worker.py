@@ -42,7 +42,8 @@ class Worker:
 
         from kdbench.engine.tasks import Desk
 
-        self.emit(event="ready", cuda=torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        self.emit(event="ready", cuda=[torch.cuda.get_device_properties(i).total_memory for i in gpus])
         desk = Desk(self.emit, self.stopping.is_set)
         while (task := self.queue.get()) is not None:
             try:

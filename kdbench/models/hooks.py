@@ -162,6 +162,12 @@ class Extractor:
             values[LOGITS] = self._logits(logits)
         return {point: values[point] for point in points}
 
+    def overwritten(self, image_shape: tuple[int, int, int]) -> set[str]:
+        """Points whose tensor the network overwrites after it was produced."""
+        if self._behaviours is None:
+            self._behaviours = self._study(dry_images(self.model, image_shape))
+        return {name for name, behaviour in self._behaviours.items() if behaviour.overwritten}
+
     def _study(self, images: Tensor) -> dict[str, _Behaviour]:
         """How often each point is reached and whether its tensor is overwritten, in eval and in train mode."""
         shape = (images.shape[1], images.shape[2], images.shape[3])

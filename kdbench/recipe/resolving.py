@@ -104,7 +104,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         protocol=protocol,
         seed=seed,
         evaluations=recipe.evaluations,
-        precision=recipe.precision,
+        compute=recipe.compute,
     ), foreign
 
 

@@ -56,6 +56,27 @@ class StudentChoice(Named):
     weights: str | None = Field(None, description="file with a state dict to start from")
 
 
+class ComputeChoice(Strict):
+    """How networks are computed. What is left open is measured once for a run ("auto"), or plain ("reference")."""
+
+    mode: Literal["auto", "reference"] = Field(
+        default="auto",
+        description="for what is not said below: the fastest by a short trial, or float32, contiguous, eager",
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="of convolutions and products in training; parameters, losses and tests stay float32"
+    )
+    layout: Literal["contiguous", "channels_last"] | None = Field(
+        default=None, description="order of feature maps in memory"
+    )
+    compile: bool | None = Field(default=None, description="whether torch.compile makes a graph of each network")
+
+    def fixed(self) -> dict[str, Any]:
+        """What is settled without measuring."""
+        plain = {"precision": "float32", "layout": "contiguous", "compile": False} if self.mode == "reference" else {}
+        return plain | self.model_dump(exclude={"mode"}, exclude_none=True)
+
+
 class Recipe(Strict):
     """What a user writes. `compare` takes dotted paths of this very structure."""
 
@@ -73,7 +94,7 @@ class Recipe(Strict):
     evaluations: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
         50, description="even points at which to test, or after every epoch"
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
+    compute: ComputeChoice = Field(ComputeChoice(), description="auto, reference, or a mapping that fixes parts")
 
     @model_validator(mode="after")
     def one_budget(self) -> Recipe:
@@ -115,6 +136,10 @@ class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
+
+    def untrained(self) -> ModelSpec:
+        """This model with first weights."""
+        return self.model_copy(update={"weights": None})
 
     def reading(self, points: set[str]) -> ModelSpec:
         """This model with only those hook points (or members of groups) that are read."""
@@ -191,13 +216,15 @@ class CellSpec(Spec):
     protocol: ProtocolSpec
     seed: int
     evaluations: int | Literal["epoch"] = 50
-    precision: Literal["float32", "bfloat16"] = "float32"
+    compute: ComputeChoice = ComputeChoice()
 
     def identity(self) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
         that has its default (so that a new field with a default, or a new hook point, reruns nothing)."""
         terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
         changes: dict[str, Any] = {"student": self.student.reading({term.student for term in terms})}
+        # However it is said: what is fixed counts.
+        changes["compute"] = ComputeChoice(**self.compute.fixed())
         if self.teacher is not None:
             model = self.teacher.model.reading({term.teacher for term in terms})
             changes["teacher"] = self.teacher.model_copy(update={"model": model})

@@ -36,7 +36,7 @@ def two_steps_a_stage(spec: CellSpec) -> None:
     }
     spec = spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal})})
     member, batches, teacher = member_of(spec)
-    before = fingerprint(teacher.extractor.model) if teacher else None
+    before = fingerprint(teacher.network.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2
         terms = member.terms[f"stage:{span.name}"]
@@ -53,7 +53,7 @@ def two_steps_a_stage(spec: CellSpec) -> None:
     member.check_finite()
     assert member.finished
     if teacher:
-        assert fingerprint(teacher.extractor.model) == before, "the frozen teacher changed"
+        assert fingerprint(teacher.network.model) == before, "the frozen teacher changed"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -222,7 +222,7 @@ def test_teacher_and_student_each_get_their_own_normalization() -> None:
     assert isinstance(teacher, Teacher)
     got: dict[str, torch.Tensor] = {}
     member.student.model.register_forward_pre_hook(lambda _, args: got.__setitem__("student", args[0]))
-    teacher.extractor.model.register_forward_pre_hook(lambda _, args: got.__setitem__("teacher", args[0]))
+    teacher.network.model.register_forward_pre_hook(lambda _, args: got.__setitem__("teacher", args[0]))
     train(member, batches, teacher, 1)
     pixels = batches.at(0, member.timeline).images.float() / 255
     assert torch.allclose(got["teacher"], (pixels - 0.9) / 0.1, atol=1e-5)

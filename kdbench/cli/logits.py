@@ -1,0 +1,134 @@
+"""`kdbench logits`: fill, list and clear the tables of teacher logits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
+from kdbench.cli.progress import clock, listener
+from kdbench.errors import UserError, did_you_mean
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Tables of teacher logits: computed once for all views of all training images, used by every later run.",
+    epilog="Examples:  kdbench logits fill ab_wrn --estimate   ·   kdbench logits fill ab_wrn   ·   kdbench logits ls",
+)
+
+
+@app.command("fill")
+def fill(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only tell size and time.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
+    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    registry: RegistryOption = None,
+) -> None:
+    """Compute the logits of RECIPE's teacher for every view of every training image.
+
+    Methods that need only these (KD) then run no teacher, in every run with this teacher, data, augmentation and
+    precision. Size and time are told first. Stop it at any moment: the same command goes on from there.
+    """
+    from kdbench.engine.runner import LogitTable, Options, fill_logits
+    from kdbench.recipe.planning import plan
+    from kdbench.registry import Registry
+
+    folders = tuple(registry or ())
+    planned = plan(recipe, Registry(folders), tuple(overrides or ()))
+    options = Options(
+        runs=runs,
+        jobs=1,
+        threads=threads,
+        device=device,
+        data_roots=tuple(data or ()),
+        download=download,
+        registries=folders,
+    )
+    current: list[LogitTable] = []
+
+    def told(table: LogitTable) -> None:
+        current[:] = [table]
+        what = (
+            f"{table.teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
+            f"{table.bytes / 1e6:,.1f} MB in {table.folder}"
+        )
+        if table.done >= table.images:
+            print(f"{what}: already whole")
+        else:
+            so_far = f", {table.done / table.images:.0%} are there" if table.done else ""
+            print(f"{what}{so_far}: about {clock(table.seconds)} here", flush=True)
+
+    shown = 0.0
+
+    def filled(done: int, seconds: float) -> None:
+        nonlocal shown
+        table = current[0]
+        whole = done >= table.images
+        if whole or time.monotonic() - shown > (2 if sys.stderr.isatty() else 30):
+            shown = time.monotonic()
+            left = seconds / max(done - table.done, 1) * (table.images - done)
+            text = f"whole after {clock(seconds)}" if whole else f"{done / table.images:.1%}, about {clock(left)} left"
+            end = "\n" if whole or not sys.stderr.isatty() else "\r"
+            print(f"  {table.teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
+
+    try:
+        fill_logits(planned, options, estimate, told, filled, listener())
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is filled is kept; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command("ls")
+def ls() -> None:
+    """List the tables on this machine."""
+    from rich.table import Table
+
+    from kdbench.cli.console import console
+    from kdbench.engine.logit_files import tables, tables_folder
+
+    found = tables()
+    if not found:
+        print(f"no tables in {tables_folder()}; 'kdbench logits fill RECIPE' makes one")
+        return
+    shown = Table(
+        "table", "images × views × classes", "precision", "MB", "filled", "time", box=None, header_style="bold"
+    )
+    for table in found:
+        shown.add_row(
+            table.folder.name,
+            " × ".join(str(n) for n in table.shape),
+            table.key["precision"],
+            f"{table.bytes / 1e6:,.1f}",
+            "whole" if table.complete else f"{table.done / table.shape[0]:.1%}",
+            clock(table.seconds),
+        )
+    console().print(shown)
+
+
+@app.command("clear")
+def clear(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[TABLE]...", help="As 'kdbench logits ls' names them.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All tables of this machine.")] = False,
+) -> None:
+    """Remove tables. Runs that begin later compute their teacher again; no record is touched."""
+    from kdbench.engine import logit_files
+
+    known = {table.folder.name: table for table in logit_files.tables()}
+    if not names and not everything:
+        raise UserError("which tables?", where="kdbench logits clear", hint="name them, or say --all")
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"there is no table '{name}'", hint=did_you_mean(name, known))
+    for name in known if everything else names or ():
+        logit_files.clear(known[name])
+        print(f"removed {name} ({known[name].bytes / 1e6:,.1f} MB)")

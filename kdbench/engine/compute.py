@@ -1,0 +1,72 @@
+"""How networks are computed: precision, memory layout, compilation. Imports no torch.
+
+Plain float32, contiguous and eager is the reference; every other way is held to it by tests and by the trial that
+chooses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kdbench.recipe.schema import ComputeChoice
+
+# What a process holds before it has any data: Python and torch with its libraries.
+PROCESS = 700_000_000
+
+
+@dataclass(frozen=True)
+class Computing:
+    """A way to compute.
+
+    Attributes:
+        precision: "float32" or "bfloat16", of convolutions and products in training. Parameters, connectors' losses,
+            optimizer states and every test stay float32.
+        layout: "contiguous" or "channels_last", of images, feature maps and convolutions' weights.
+        compile: whether networks run as graphs made by torch.compile, where they can be traced.
+        cuda_graphs: whether those graphs are replayed as CUDA graphs.
+        worth: steps from which on a graph is worth its compilation; what is used for fewer runs eagerly.
+    """
+
+    precision: str = "float32"
+    layout: str = "contiguous"
+    compile: bool = False
+    cuda_graphs: bool = False
+    worth: int = 0
+
+    @property
+    def name(self) -> str:
+        """As people read it: "bfloat16, channels_last, compiled"."""
+        how = ["compiled"] if self.compile else []
+        return ", ".join([self.precision, self.layout, *how, *(["CUDA graphs"] if self.cuda_graphs else [])])
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+REFERENCE = Computing()
+
+
+def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool) -> list[Computing]:
+    """Sensible ways that a choice leaves open, from the plainest to the most demanding.
+
+    Args:
+        bfloat16: whether the hardware computes in it. Where it does not, only an explicit choice uses it.
+        compiler: whether torch.compile can work here.
+        cuda: whether on a CUDA device, where compiled networks are tried as CUDA graphs too.
+    """
+    fixed = choice.fixed()
+    precisions = [fixed["precision"]] if "precision" in fixed else ["float32", *(["bfloat16"] if bfloat16 else [])]
+    layouts = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
+    compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
+    ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]
+    graphs = [Computing(w.precision, w.layout, True, cuda_graphs=True) for w in ways if w.compile and cuda]
+    return [*ways, *graphs]
+
+
+def cohort_bytes(memories: Iterable[Mapping[str, int]]) -> int:
+    """Bytes that a worker needs for a cohort (fields of `memory.Memory`, as plain data): its members take turns."""
+    members = list(memories)
+    shared = max(m["data"] for m in members) + max(m["teacher"] for m in members)
+    return PROCESS + shared + sum(m["member"] for m in members) + max(m["step"] for m in members)

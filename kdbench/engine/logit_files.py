@@ -1,0 +1,95 @@
+"""Tables of teacher logits as files: where they lie, how far they are filled. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kdbench.errors import UserError
+from kdbench.files import home
+
+ABOUT = "table.json"
+VALUES = "logits.bin"
+# Bytes of a stored logit, by the precision in which it was computed.
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on disk. `key`: everything that its values depend on; `done`: images that are filled."""
+
+    folder: Path
+    name: str
+    key: dict[str, Any]
+    done: int
+    seconds: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(images, views, classes)."""
+        return self.key["images"], self.key["views"], self.key["classes"]
+
+    @property
+    def complete(self) -> bool:
+        return self.done >= self.key["images"]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * BYTES[self.key["precision"]]
+
+
+def table_at(key: dict[str, Any], name: str) -> Table:
+    """The table of a key, as far as it is filled."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    plain = re.sub(r"[^\w.-]", "_", name)
+    folder = tables_folder() / f"{plain}-{key['precision']}-{digest[:10]}"
+    return read(folder) or Table(folder, name, key, 0, 0.0)
+
+
+def tables_folder() -> Path:
+    return home() / "teacher_logits"
+
+
+def tables() -> list[Table]:
+    """All tables on this machine, whole or not, by name."""
+    found = (read(folder) for folder in sorted(tables_folder().glob("*")))
+    return [table for table in found if table is not None]
+
+
+def clear(table: Table) -> None:
+    """Remove a table. UserError when it is being filled."""
+    with alone(table.folder):
+        (table.folder / ABOUT).unlink(missing_ok=True)
+        shutil.rmtree(table.folder)
+
+
+def read(folder: Path) -> Table | None:
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return Table(folder, about["name"], about["key"], about["done"], about["seconds"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The right to change a table."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        raise UserError("another process fills this table", where=str(folder), hint="wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,213 @@
+"""The table of a teacher's logits: every view of every training image, computed once, looked up ever after.
+
+With a random crop and mirror an image has finitely many views (162 for a padding of 4), so all logits of CIFAR-10 fit
+in 0.16 GB. Methods that need nothing else of their teacher then run no teacher. A table is filled on purpose, used only
+when it is whole, and belongs to exactly one teacher, data set, normalization, augmentation and precision.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
+from kdbench.engine.network import autocast
+from kdbench.errors import UserError
+from kdbench.files import write_json
+from kdbench.recipe.schema import ProtocolSpec, TeacherSpec
+from kdbench.sources.augment import Augmentation
+from kdbench.sources.images import ImageData
+
+if TYPE_CHECKING:
+    from kdbench.engine.member import Teacher
+
+# Version of the layout on disk.
+LAYOUT = 1
+# Views in one pass while filling.
+PASS = {"cpu": 512, "cuda": 8192}
+# Views that are computed again when a table is opened, and how far they may be off, as a share of the largest logit:
+# the same views come in other batches, and convolutions round by those.
+SAMPLE = 32
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+# Time between two notes of how far filling has come.
+NOTE_SECONDS = 5.0
+
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PartLogits:
+    """A table's logits for the images of one training part.
+
+    Args:
+        logits: [images of the whole training set, views, classes].
+        positions: int64 [images of the part], their places in the whole.
+    """
+
+    def __init__(self, logits: Tensor, positions: Tensor) -> None:
+        self.logits, self.positions = logits, positions
+
+    def at(self, index: Tensor, view: Tensor) -> Tensor:
+        """Logits [N, classes] of views of the part's images, in the precision in which the teacher computed them."""
+        where, device = self.positions[index], index.device
+        if self.logits.device != device:
+            where, view = where.to(self.logits.device), view.to(self.logits.device)
+        return self.logits[where, view].to(device)
+
+
+def table_key(
+    teacher: TeacherSpec, sha256: str, data: ImageData, protocol: ProtocolSpec, precision: str
+) -> dict[str, Any]:
+    """What a table's values depend on."""
+    augmentation = _augmentation(protocol)
+    return {
+        "layout": LAYOUT,
+        "weights": sha256,
+        "model": [teacher.model.target, teacher.model.options],
+        "normalization": teacher.normalization.model_dump(mode="json"),
+        "data": data.fingerprint,
+        "augmentation": protocol.augmentation.model_dump(mode="json"),
+        "precision": precision,
+        "images": len(data.train_labels),
+        "views": augmentation.views,
+        "classes": len(data.classes),
+    }
+
+
+def opened(table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device) -> Tensor:
+    """Logits [images, views, classes] of a whole table, compared with the teacher on a sample of views.
+
+    Raises:
+        UserError: they are not what the teacher gives, or the file is damaged.
+    """
+    damaged = f"clear it ('kdbench logits clear {table.folder.name}') and fill it again, or run without it"
+    file = table.folder / VALUES
+    if not file.is_file() or file.stat().st_size != table.bytes:
+        raise UserError("this table of teacher logits is damaged: its file has another size", str(file), damaged)
+    logits = _mapped(table, "c")
+    images, views, _ = table.shape
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
+    at = torch.randint(images, (SAMPLE,), generator=generator)
+    view = torch.randint(views, (SAMPLE,), generator=generator)
+    pixels = _augmentation(protocol).view(data.train_images[at].to(device), view.to(device))
+    computed = _logits(teacher, pixels).float().cpu()
+    error = (logits[at, view].float() - computed).abs().max() / computed.abs().max().clamp(min=1e-12)
+    if not error <= TOLERANCE[table.key["precision"]]:
+        raise UserError(
+            f"this table of teacher logits is off by {error:.2g} of the largest logit on {SAMPLE} views",
+            str(file),
+            damaged,
+        )
+    if device.type == "cuda" and table.bytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
+        return logits.to(device)
+    return logits
+
+
+def fill(
+    table: Table,
+    teacher: Teacher,
+    data: ImageData,
+    protocol: ProtocolSpec,
+    device: torch.device,
+    tell: Callable[[int, float], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """Compute what is missing of a table. What was done before is kept, also when this process is killed.
+
+    Args:
+        tell: called with images done and seconds of this call, now and then.
+        stop: asked before every pass.
+
+    Returns:
+        whether the table is whole.
+
+    Raises:
+        UserError: the disk is too small, or another process fills this table.
+    """
+    table.folder.mkdir(parents=True, exist_ok=True)
+    with alone(table.folder):
+        table = read(table.folder) or table
+        _check_space(table)
+        images, views, _ = table.shape
+        together = max(1, PASS[device.type] // views)
+        all_views = torch.arange(views, device=device)
+        shape = (together * views, *data.train_images.shape[1:])
+        teacher.network.prepare({frozenset({"logits"}): -(-images // together)}, shape, training=False)
+        augmentation = _augmentation(protocol)
+        begin = noted = time.monotonic()
+        done, before = table.done, table.seconds
+        stored = _mapped(table, "r+" if (table.folder / VALUES).is_file() and done else "w+")
+        while done < images and not stop():
+            part = slice(done, min(done + together, images))
+            pixels = data.train_images[part].to(device)
+            n = len(pixels)
+            batch = augmentation.view(pixels.repeat_interleave(views, dim=0), all_views.repeat(n))
+            stored[part] = _logits(teacher, batch).to(stored.dtype).cpu().view(n, views, -1)
+            done += n
+            now = time.monotonic()
+            if now - noted >= NOTE_SECONDS or done >= images:
+                _note(table, done, before + now - begin)
+                noted = now
+                tell(done, now - begin)
+        if stop() and done < images:
+            _note(table, done, before + time.monotonic() - begin)
+    return done >= images
+
+
+def seconds_an_image(
+    table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
+) -> float:
+    """Time that all views of one training image take, the second of two passes."""
+    together = max(1, PASS[device.type] // table.shape[1])
+    views = torch.arange(table.shape[1], device=device)
+    pixels = data.train_images[:together].to(device)
+    batch = _augmentation(protocol).view(pixels.repeat_interleave(len(views), dim=0), views.repeat(len(pixels)))
+    taken = 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        _logits(teacher, batch).cpu()
+        taken = time.perf_counter() - begin
+    return taken / len(pixels)
+
+
+def _logits(teacher: Teacher, pixels: Tensor) -> Tensor:
+    with torch.no_grad(), autocast(teacher.computing.precision, pixels.device):
+        return teacher.network.step(teacher.normalizer(pixels), ["logits"])["logits"]
+
+
+def _augmentation(protocol: ProtocolSpec) -> Augmentation:
+    chosen = protocol.augmentation
+    return Augmentation(chosen.padding, chosen.mode, chosen.flip)
+
+
+def _mapped(table: Table, mode: str) -> Tensor:
+    """The file as a tensor [images, views, classes]: "c" to read, "r+" and "w+" to write."""
+    kind = _STORED[table.key["precision"]]
+    # numpy has no bfloat16: the same bits as integers.
+    bits = np.dtype("<i2" if kind.itemsize == 2 else "<i4")
+    array = np.memmap(table.folder / VALUES, dtype=bits, mode=mode, shape=table.shape)  # type: ignore[call-overload]
+    return torch.from_numpy(array).view(kind)
+
+
+def _note(table: Table, done: int, seconds: float) -> None:
+    """Say how far the table is filled, after its values are on the disk."""
+    with (table.folder / VALUES).open("rb+") as stream:
+        os.fsync(stream.fileno())
+    about = {"name": table.name, "key": table.key, "done": done, "seconds": round(seconds, 1)}
+    write_json(table.folder / ABOUT, about)
+
+
+def _check_space(table: Table) -> None:
+    free = shutil.disk_usage(table.folder).free
+    if table.done == 0 and free < table.bytes * 1.05:
+        raise UserError(
+            f"the table needs {table.bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left",
+            where=str(table.folder),
+            hint="make room, or set KDBENCH_HOME to a larger disk",
+        )

@@ -1,0 +1,129 @@
+"""How much memory cells take: predicted from one small forward pass, to split cohorts that would not fit."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from kdbench.engine.build import build_extractor, build_model, build_terms
+from kdbench.engine.evaluation import SLICE
+from kdbench.recipe.schema import CellSpec
+
+# Parameter, gradient, momentum.
+COPIES = 3
+# Kernels' scratch space and what the allocator keeps aside, as a share of activations.
+SCRATCH = 0.5
+# A forward pass without gradients holds about this many of its largest feature maps at once.
+MAPS = 4
+# Images in the pass that is measured.
+IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a cell takes: `data` and `teacher` are shared by a cohort, `member` is held all the time, `step` only
+    while its turn lasts."""
+
+    data: int
+    teacher: int
+    member: int
+    step: int
+
+
+def memory_of(spec: CellSpec) -> Memory:
+    """Predicted for float32 without compilation: other ways take less for activations."""
+    data = spec.data
+    shape = (data.channels, data.image_size, data.image_size)
+    batch = min(spec.protocol.batch_size, data.train)
+    student = build_model(spec.student, data)
+    extractor = build_extractor(student, spec.student, data)
+    shapes = extractor.shapes(shape)
+    teacher_bytes = 0
+    teacher_shapes = {}
+    if spec.teacher is not None:
+        model = build_model(spec.teacher.model.untrained(), data)
+        teacher = build_extractor(model, spec.teacher.model, data)
+        teacher_shapes = teacher.shapes(shape)
+        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE["cpu"])
+    terms = build_terms(spec, shapes, teacher_shapes)
+    read = {point for stage in terms.values() for term in stage.values() for point in term.teacher_points}
+    teacher_bytes += 4 * batch * sum(math.prod(teacher_shapes[point]) for point in read)
+    saved = 0
+    for stage in terms.values():
+        points = list(dict.fromkeys(p for term in stage.values() for p in term.student_points))
+        images = torch.randn(IMAGES, *shape)
+        with _Saved(student) as kept:
+            values = extractor(images, points)
+            targets = {name: torch.randn(IMAGES, *size) for name, size in teacher_shapes.items()}
+            labels = torch.zeros(IMAGES, dtype=torch.int64)
+            total = sum(term(values, targets, labels, labels) for term in stage.values())
+        assert isinstance(total, Tensor)
+        saved = max(saved, kept.bytes)
+    own = _bytes(student) + sum(_bytes(term) for stage in terms.values() for term in stage.values())
+    testing = MAPS * _largest_map(student, shape) * SLICE["cpu"]
+    images_bytes = (data.train + data.test) * math.prod(shape)
+    # The data set as it was read, and the parts of it on the device.
+    step = max(round((1 + SCRATCH) * saved * batch / IMAGES), testing)
+    return Memory(2 * images_bytes, teacher_bytes, COPIES * own, step)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process had so far, in bytes: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Saved:
+    """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.bytes = 0
+
+    def __enter__(self) -> _Saved:
+        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.known.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Bytes of the largest output of a module, of one image."""
+    largest = 0
+
+    def look(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, *shape))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return largest
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])

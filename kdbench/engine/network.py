@@ -1,0 +1,115 @@
+"""A network as the training step runs it: with hooks, or as compiled graphs made for what will be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.compute import Computing
+from kdbench.errors import CellError
+from kdbench.models.graph import Traced, Untraceable, traced
+from kdbench.models.hooks import Extractor
+
+# What will be asked of a network: sets of hook points, and for how many steps each.
+Uses = Mapping[frozenset[str], int]
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Context in which convolutions and products are computed in this precision; parameters stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def memory_format(computing: Computing) -> torch.memory_format:
+    return torch.channels_last if computing.layout == "channels_last" else torch.contiguous_format
+
+
+class Network:
+    """An extractor and the way it is computed.
+
+    Calling it runs the network with hooks, for any batch; `step` runs a full training batch, compiled where `prepare`
+    found that worth it. Both give the values of the same hook points.
+
+    Args:
+        extractor: its model is brought into the layout.
+        frozen: whether its weights stay as they are, so that a graph may hold them as constants.
+    """
+
+    def __init__(self, extractor: Extractor, computing: Computing, frozen: bool = False) -> None:
+        self.extractor, self.computing, self.frozen = extractor, computing, frozen
+        self.model = extractor.model
+        self.memory_format = memory_format(computing)
+        # torch's stubs lack the overload with a memory format alone.
+        self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.graphs: dict[frozenset[str], tuple[list[str], Callable[..., Any]]] = {}
+        self.batch_size = 0
+        self.untraceable: str | None = None
+
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        """Values of hook points for normalized images [N, C, H, W], as `Extractor` gives them."""
+        return self.extractor(images.contiguous(memory_format=self.memory_format), points)
+
+    def step(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        """The same for a batch of training."""
+        graph = self.graphs.get(frozenset(points)) if len(images) == self.batch_size else None
+        if graph is None:
+            return self(images, points)
+        names, call = graph
+        try:
+            values = call(images.contiguous(memory_format=self.memory_format))
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CellError(
+                f"torch.compile failed on '{self.extractor.model_name}': {reason}; run with compute.compile=false"
+            ) from None
+        found = dict(zip(names, values, strict=True))
+        return {point: found[point] for point in points}
+
+    def prepare(self, uses: Uses, batch: tuple[int, int, int, int], training: bool) -> None:
+        """Make the graphs for what will be asked, where compiling pays. They are compiled when they first run.
+
+        Args:
+            batch: shape of a full batch of training.
+            training: the mode in which the network will be.
+
+        Sets of points that end at the same place share the graph of their union: a network that is used by several
+        methods is compiled once for all of them, and no set makes it run further than it must.
+        """
+        self.graphs, self.batch_size, image_shape = {}, batch[0], batch[1:]
+        if not self.computing.compile:
+            return
+        try:
+            ends: dict[str, dict[frozenset[str], int]] = {}
+            for points, steps in uses.items():
+                if points:
+                    last = traced(self.extractor, points, training, image_shape).last
+                    ends.setdefault(last, {})[points] = steps
+            for sets in ends.values():
+                if sum(sets.values()) >= self.computing.worth:
+                    graph = traced(self.extractor, frozenset().union(*sets), training, image_shape)
+                    call = self._compiled(graph)
+                    self.graphs |= dict.fromkeys(sets, (graph.points, call))
+        except Untraceable as error:
+            self.graphs, self.untraceable = {}, str(error)
+
+    def _compiled(self, graph: Traced) -> Callable[..., Any]:
+        options: dict[str, Any] = {}
+        if self.computing.cuda_graphs:
+            options["triton.cudagraphs"] = True
+        elif self.frozen and next(self.model.parameters()).device.type == "cpu":
+            # Weights become constants, packed for the kernels once, with batch norms folded into convolutions.
+            options["freezing"] = True
+        return torch.compile(graph.module, dynamic=False, options=options or None)
+
+
+def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:
+    """The sum of what several users will ask."""
+    total: dict[frozenset[str], int] = {}
+    for one in uses:
+        for points, steps in one.items():
+            total[points] = total.get(points, 0) + steps
+    return total

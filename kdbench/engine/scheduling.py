@@ -1,0 +1,105 @@
+"""Which cells train side by side, and how cohorts are shared out among workers. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdbench.engine import choosing
+from kdbench.engine.compute import cohort_bytes
+from kdbench.recipe.planning import PlannedCell
+from kdbench.recipe.schema import CellSpec
+
+# Says how a cell began, so that it goes on in the same way.
+BEGUN = "cell.json"
+
+
+@dataclass
+class CellState:
+    """Progress of one cell, for whoever watches. `state`: waiting, running, finished, failed."""
+
+    id: int
+    label: str
+    folder: Path
+    state: str = "waiting"
+    step: int = 0
+    total: int = 0
+    stage: str = ""
+    accuracy: float | None = None
+    seconds: float = 0.0
+    message: str = ""
+
+
+# A cell and its progress.
+Work = tuple[PlannedCell, CellState]
+
+
+# What each kind of cell takes (fields of engine.memory.Memory), by the identity that it has with seed 0.
+Memories = dict[str, dict[str, int]]
+
+
+def kind(spec: CellSpec) -> str:
+    return spec.model_copy(update={"seed": 0}).identity()
+
+
+def cohorts_of(cells: list[Work]) -> list[list[Work]]:
+    """Cells that may train behind one teacher pass: the same data, seed, batches and teacher. A cell without a teacher
+    goes along: it costs the others nothing."""
+    groups: dict[str, dict[str, list[Work]]] = {}
+    for cell, state in cells:
+        spec = cell.spec
+        extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
+        protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
+        kept = kept_threads(state.folder)
+        compute = choosing.key(spec.compute)
+        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, compute, extra, kept])
+        key = spec.teacher.identity() if spec.teacher else ""
+        groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
+    result = []
+    for by_teacher in groups.values():
+        alone = by_teacher.pop("", [])
+        first, *others = by_teacher.values() or [[]]
+        result += [[*alone, *first], *others]
+    return result
+
+
+def balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
+    """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
+    left = len(cohorts) % jobs
+    if not left:
+        return cohorts
+    whole, rest = cohorts[: len(cohorts) - left], cohorts[len(cohorts) - left :]
+    parts = []
+    for cohort in rest:
+        n = max(1, min(jobs // left, len(cohort)))
+        parts += [cohort[i::n] for i in range(n)]
+    return whole + parts
+
+
+def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None) -> list[list[Work]]:
+    """The same cohorts, those that would need more than `limit` bytes split.
+
+    A cell that does not fit alone stays alone: what is predicted is not certain.
+    """
+    if limit is None:
+        return cohorts
+    result = []
+    for cohort in cohorts:
+        part: list[Work] = []
+        for work in cohort:
+            needed = [memory[kind(cell.spec)] for cell, _ in [*part, work]]
+            if part and cohort_bytes(needed) > limit:
+                result.append(part)
+                part = []
+            part = [*part, work]
+        result.append(part)
+    return result
+
+
+def kept_threads(folder: Path) -> int | None:
+    """Threads with which a cell began, or None. Bits depend on them, so it goes on with as many."""
+    try:
+        return int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError):
+        return None

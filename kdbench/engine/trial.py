@@ -1,0 +1,225 @@
+"""Choosing how to compute by measuring: a short trial of the sensible ways, on the comparison's own cells and data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.batches import Batches
+from kdbench.engine.cohort import make_graphs
+from kdbench.engine.compute import Computing, candidates
+from kdbench.engine.member import Member, Teacher
+from kdbench.errors import CellError, UserError
+from kdbench.recipe.schema import CellSpec, ComputeChoice
+
+T = TypeVar("T")
+
+# Below this many seconds of predicted work nothing is tried: the plainest way is taken.
+SHORT = 60.0
+# Below this many, compiling is not tried: it takes about a minute on CPUs.
+COMPILING = {"cpu": 600.0, "cuda": 180.0}
+# What a way must save against a plainer one, and what all trying may cost, as shares of the predicted work.
+GAIN = 0.05
+COST = 0.1
+# How far a way's first losses may be from the plainest way's.
+OFF = {"float32": 1e-3, "bfloat16": 0.05}
+# Cells of a cohort that are measured at most: they differ little, and all would take long.
+CELLS = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one worker has before it: steps of students, and steps with a teacher."""
+
+    student_steps: float
+    teacher_steps: float
+
+
+@dataclass
+class Tried:
+    """A way as it was measured: seconds of one student's step, of one teacher pass, and of compiling."""
+
+    computing: Computing
+    student: float = 0.0
+    teacher: float = 0.0
+    compiling: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    remark: str = ""
+
+    def seconds(self, work: Work) -> float:
+        return self.compiling + work.student_steps * self.student + work.teacher_steps * self.teacher
+
+    def plain(self, work: Work) -> dict[str, Any]:
+        measured = {
+            "student_step_seconds": round(self.student, 5),
+            "teacher_pass_seconds": round(self.teacher, 5),
+            "compiling_seconds": round(self.compiling, 1),
+            "predicted_seconds": round(self.seconds(work), 1),
+        }
+        return {"way": self.computing.name, **(measured if self.student else {}), "remark": self.remark}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way chosen, why, and what was measured."""
+
+    computing: Computing
+    why: str
+    tried: list[dict[str, Any]]
+
+
+def choose(
+    choice: ComputeChoice,
+    specs: Sequence[CellSpec],
+    batches: Batches,
+    teacher: Callable[[Computing], Teacher | None],
+    work: Work,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Choice:
+    """Measure the ways that a choice leaves open and take the fastest.
+
+    Args:
+        specs: cells of one cohort.
+        teacher: gives the cohort's teacher, freshly loaded, for a way to compute.
+        tell: is told what is being tried.
+
+    Raises:
+        UserError: what is asked for cannot be done here.
+    """
+    ways = candidates(choice, bfloat16_computes(device), compiler_works(device), device.type == "cuda")
+    if len(ways) == 1:
+        return Choice(_settled(ways[0]), "as the recipe says", [])
+    sample = [specs[i * (len(specs) - 1) // (CELLS - 1)] for i in range(CELLS)] if len(specs) > CELLS else specs
+    begin = time.monotonic()
+    tried: list[Tried] = []
+
+    def measured(way: Computing) -> Tried:
+        tell(f"trial of {way.name}")
+        one = _measure(way, sample, batches, teacher, device)
+        _compare(one, tried)
+        tried.append(one)
+        return one
+
+    best = measured(ways[0])
+    if best.remark:
+        raise CellError(f"the trial of {ways[0].name} failed: {best.remark}")
+    why = "the fastest that was measured"
+    for way in ways[1:]:
+        predicted = best.seconds(work)
+        if predicted < SHORT:
+            why = f"about {predicted:.0f} s of work for a worker: too short for a choice to matter"
+            break
+        if time.monotonic() - begin > COST * predicted:
+            why += "; trying more would have cost more than it could save"
+            break
+        if way.compile and not best.computing.compile and predicted < COMPILING[device.type]:
+            why += f"; about {predicted:.0f} s of work for a worker are too few to compile for"
+            break
+        if way.compile and (way.precision, way.layout) != (best.computing.precision, best.computing.layout):
+            continue
+        one = measured(way)
+        if not one.remark and one.seconds(work) < (1 - GAIN) * predicted:
+            best = one
+    plainest = next((one for one in tried if not one.computing.compile), None)
+    return Choice(_settled(best.computing, best, plainest), why, [one.plain(work) for one in tried])
+
+
+def _settled(way: Computing, compiled: Tried | None = None, eager: Tried | None = None) -> Computing:
+    """The way, with the number of steps from which a graph of it is worth its compilation."""
+    if not way.compile or compiled is None or eager is None:
+        return way
+    eager_step, step = eager.student + eager.teacher, compiled.student + compiled.teacher
+    return replace(way, worth=round(compiled.compiling / max(eager_step - step, 1e-9)))
+
+
+def _measure(
+    way: Computing,
+    specs: Sequence[CellSpec],
+    batches: Batches,
+    load: Callable[[Computing], Teacher | None],
+    device: torch.device,
+) -> Tried:
+    """Time a way on throw-away students. Whatever fails is its remark."""
+    one = Tried(way)
+    try:
+        teacher = load(way)
+        members = [_in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way)) for s in specs]
+        make_graphs(members, batches, teacher)
+        points = list(dict.fromkeys(p for member in members for p in member.teacher_points()))
+        batch = batches.at(0, members[0].timeline)
+        values: dict[str, Tensor] = {}
+        if teacher is not None and points:
+            values, first, one.teacher = _times(lambda: teacher.step(batch, points), device)
+            one.compiling += first - one.teacher
+        steps, losses = [], []
+        for member in members:
+
+            def step(member: Member = member) -> float:
+                member.train_step(batch, values)
+                return member.meter.result()["loss"]
+
+            loss, first, again = _times(step, device)
+            steps.append(again)
+            losses.append(loss)
+            one.compiling += first - again
+        one.student, one.losses = sum(steps) / len(steps), losses
+        if not way.compile:
+            one.compiling = 0.0
+    except (CellError, UserError, RuntimeError, MemoryError) as error:
+        one.remark = f"failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+    return one
+
+
+def _in_longest_stage(member: Member) -> Member:
+    spans = member.timeline.spans
+    longest = max(range(len(spans)), key=lambda i: spans[i].steps)
+    member.step = spans[longest].start
+    member.enter(longest)
+    return member
+
+
+def _times(action: Callable[[], T], device: torch.device) -> tuple[T, float, float]:
+    """What the first call gives, its seconds, and those of the faster of two more."""
+    taken = []
+    results = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        results.append(action())
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - begin)
+    return results[0], taken[0], min(taken[1:])
+
+
+def _compare(one: Tried, tried: list[Tried]) -> None:
+    """Strike a way out whose losses are not those of the plainest way."""
+    if one.remark or not tried:
+        return
+    for loss, plain in zip(one.losses, tried[0].losses, strict=True):
+        off = abs(loss - plain) / max(abs(plain), 1e-3)
+        if not off <= OFF[one.computing.precision]:
+            one.remark = f"not used: its first loss is {loss:.6g} where {tried[0].computing.name} gives {plain:.6g}"
+
+
+def bfloat16_computes(device: torch.device) -> bool:
+    """Whether the hardware itself computes in bfloat16; where it is emulated, it only costs."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = (getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in found if check is not None)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile can build kernels here: on CPUs it needs a C++ compiler, on GPUs Triton."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
