@@ -77,7 +77,7 @@ class Cohort:
                 # Members resume each from their own checkpoint: those that are behind catch up alone.
                 step = min(seat.member.step for seat in active)
                 now = [seat for seat in active if seat.member.step == step]
-                self._step(now, step)
+                self.step(now, step)
                 self._tell(now)
             if time.monotonic() - saved >= self.checkpoint_seconds:
                 self.save()
@@ -92,7 +92,8 @@ class Cohort:
                 self.report(seat, None)
                 due = False
 
-    def _step(self, seats: list[Seat], step: int) -> None:
+    def step(self, seats: list[Seat], step: int) -> None:
+        """One optimizer step of each of these members, behind one teacher pass."""
         begin = time.perf_counter()
         batch = self.batches.at(step, seats[0].member.timeline)
         points = list(dict.fromkeys(p for seat in seats for p in seat.member.teacher_points()))

@@ -1,0 +1,1 @@
+"""Speed: the training loop's techniques one by one, and peers beside them, in interleaved rounds."""

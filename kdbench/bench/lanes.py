@@ -1,0 +1,81 @@
+"""Lanes: processes that each train one thing in one way, a few seconds at a time, when it is their turn.
+Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kdbench.engine.compute import Computing
+from kdbench.engine.pool import ALLOCATOR
+from kdbench.errors import CellError
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a process trains, and how.
+
+    Attributes:
+        name: as the report shows it.
+        kind: "kdbench", "torchdistill" or "plain".
+        specs: cells as plain data; more than one train as a cohort.
+        computing: of kdbench's own lanes.
+        allocator: whether memory is kept as in kdbench's workers.
+        table: whether teacher logits come from a table.
+        teacher_eval: of peers, whether their teacher is in eval mode.
+    """
+
+    name: str
+    kind: str
+    specs: list[dict[str, Any]]
+    computing: Computing = field(default_factory=Computing)
+    allocator: bool = True
+    table: bool = False
+    teacher_eval: bool = True
+
+
+class Process:
+    """A lane's process. It warms up when it starts and then waits for its turns."""
+
+    def __init__(self, lane: Lane, device: str, threads: int) -> None:
+        self.lane = lane
+        environment = (ALLOCATOR if lane.allocator else {}) | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kdbench.bench.runner"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        self.warm = self._ask({"lane": asdict(lane), "device": device, "threads": threads})
+
+    def turn(self, seconds: float) -> float:
+        """Train for about that long; images a second of one student."""
+        rate: float = self._ask({"seconds": seconds})["rate"]
+        return rate
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            assert self.process.stderr is not None
+            last = self.process.stderr.read().strip().splitlines()[-1:]
+            raise CellError(f"the lane '{self.lane.name}' ended: {''.join(last)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer

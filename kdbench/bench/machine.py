@@ -1,0 +1,46 @@
+"""What the machine can do: the speed of a large matrix product, in every precision that it computes in."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from kdbench.bench.compare import Machine
+from kdbench.engine.build import build_model
+from kdbench.engine.finish import machine, size_of
+from kdbench.engine.trial import bfloat16_computes, compiler_works
+from kdbench.recipe.schema import CellSpec
+
+SIZE = {"cpu": 2048, "cuda": 8192}
+REPEATS = 8
+
+
+def machine_of(device: torch.device, threads: int) -> Machine:
+    """The machine; peaks are measured when they are asked for, in FLOP/s (a multiply-add is two)."""
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    precisions = ("float32", "bfloat16") if bfloat16_computes(device) else ("float32",)
+    about = machine(device, threads)
+    return Machine(about, precisions, compiler_works(device), lambda precision: _peak(precision, device))
+
+
+def flops_of(spec: CellSpec) -> dict[str, float]:
+    """FLOPs of one image's forward pass, of a cell's student and teacher."""
+    assert spec.teacher is not None
+    models = {"student": spec.student, "teacher": spec.teacher.model}
+    return {name: size_of(build_model(m.untrained(), spec.data), spec.data)["flops"] for name, m in models.items()}
+
+
+def _peak(precision: str, device: torch.device) -> float:
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    n = SIZE[device.type]
+    a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    best = float("inf")
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best

@@ -1,0 +1,135 @@
+"""One lane's process: builds what the lane trains, then trains it for some seconds whenever it is asked to."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdbench.bench.peers import plain_loop, torchdistill_loop
+from kdbench.engine.batches import Batches, Normalizer
+from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.cohort import Cohort, Seat, make_graphs
+from kdbench.engine.compute import Computing
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.logits import PartLogits
+from kdbench.engine.member import Member, Teacher
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.augment import Augmentation
+from kdbench.sources.images import ImageData
+
+# Images of the made-up training set: speed does not depend on what they show.
+IMAGES = 10_240
+# Steps before the first measured one, after compilation.
+WARM = 2
+
+
+def made_up(spec: DataSpec) -> ImageData:
+    """Random bytes in the shape of a data set."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    images = torch.randint(0, 256, (IMAGES, *shape), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(IMAGES) % spec.classes
+    names = tuple(str(i) for i in range(spec.classes))
+    return ImageData(spec.name, names, images, labels, images[:64], labels[:64], "made up", "made up")
+
+
+def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int]:
+    """The engine's own step for a lane's cells; a call trains one batch and returns its size."""
+    specs = [CellSpec.model_validate(spec) for spec in lane["specs"]]
+    computing = Computing(**lane["computing"])
+    first = next(spec for spec in specs if spec.teacher is not None)
+    assert first.teacher is not None
+    data = made_up(first.data)
+    batches = Batches(first, data, device)
+    extractor = build_extractor(
+        build_model(first.teacher.model.untrained(), first.data), first.teacher.model, first.data
+    )
+    shape = (first.data.channels, first.data.image_size, first.data.image_size)
+    shapes = extractor.shapes(shape)
+    extractor.model.to(device)
+    teacher = Teacher(extractor, Normalizer(first.teacher.normalization, device), shapes, computing)
+    if lane["table"]:
+        chosen = first.protocol.augmentation
+        views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
+        kind = torch.bfloat16 if computing.precision == "bfloat16" else torch.float32
+        values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
+        teacher.logits = PartLogits(values.to(device), batches.positions)
+    members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
+    folder = Path(tempfile.mkdtemp())
+    seats = [Seat(m, folder, {}, MetricsLog(folder, [], tensorboard=False)) for m in members]
+    cohort = Cohort(seats, batches, teacher, lambda *_: None, lambda _: None, lambda: False)
+    for member in members:
+        # The longest stage is what a run mostly does.
+        spans = member.timeline.spans
+        longest = max(range(len(spans)), key=lambda i: spans[i].steps)
+        member.step = spans[longest].start
+        member.enter(longest)
+    make_graphs(members, batches, teacher)
+    position = 0
+
+    def step() -> int:
+        nonlocal position
+        steps = [member.step for member in members]
+        cohort.step(seats, position)
+        position += 1
+        for member, at in zip(members, steps, strict=True):
+            # The stage never ends here.
+            member.step = at
+        for failure in (seat.failure for seat in seats if seat.failure):
+            raise RuntimeError(failure)
+        return batches.batch_size
+
+    return step
+
+
+LOOPS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {
+    "kdbench": kdbench_loop,
+    "torchdistill": torchdistill_loop,
+    "plain": plain_loop,
+}
+
+
+def main() -> None:
+    # What libraries print must not end up between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    step: Callable[[], int] | None = None
+    device = torch.device("cpu")
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "lane" in question:
+            torch.set_num_threads(question["threads"])
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            device = torch.device(question["device"])
+            begin = time.perf_counter()
+            step = LOOPS[question["lane"]["kind"]](question["lane"], device)
+            for _ in range(WARM + 1):
+                step()
+            finish()
+            answer = {"seconds": time.perf_counter() - begin}
+        else:
+            assert step is not None
+            images, begin = 0, time.perf_counter()
+            while time.perf_counter() - begin < question["seconds"]:
+                images += step()
+            finish()
+            answer = {"rate": images / (time.perf_counter() - begin)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
