@@ -36,7 +36,7 @@ class Row:
     """One lane's result.
 
     Attributes:
-        rates: images a second of one student, round by round.
+        rates: images a second, round by round; of a cohort, those of all its students.
         against: the baseline's rates in the same rounds.
         warm: seconds until the lane had done its first steps.
         flops: of one image in training, the teacher's share of a cohort included.
@@ -60,8 +60,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """All rows of a recipe. `roles`: which row is the single run, the cohort and the run with a table; `peaks`: FLOP/s of
-    a large matrix product by precision, the best of those measured between the rounds."""
+    """All rows of a recipe.
+
+    Attributes:
+        roles: which row is the single run, the cohort, and the run with a table.
+        peaks: FLOP/s of a large matrix product by precision, the best of those measured between the rounds.
+    """
 
     recipe: str
     title: str
@@ -229,7 +233,7 @@ def table(results: Sequence[Result]) -> str:
     parts = []
     for result in results:
         lines = [
-            f"**{result.title}**, batch {result.batch}, images a second of one student, data included:",
+            f"**{result.title}**, batch {result.batch}: images a second, data included, a cohort's students together",
             "",
             "| lane | median | lowest | highest | times the first | of the peak | arithmetic allows |",
             "|:--|--:|--:|--:|--:|--:|--:|",

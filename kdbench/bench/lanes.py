@@ -56,7 +56,7 @@ class Process:
         self.warm = self._ask({"lane": asdict(lane), "device": device, "threads": threads})
 
     def turn(self, seconds: float) -> float:
-        """Train for about that long; images a second of one student."""
+        """Train for about that long; images a second."""
         rate: float = self._ask({"seconds": seconds})["rate"]
         return rate
 

@@ -1,8 +1,8 @@
 """The same pair and batch in torchdistill, and in a loop as the field's repositories write it.
 
-Both read images through torchvision's in-memory CIFAR10 class and its per-image transforms, compute in float32, and read
-their loss at every step. torchdistill comes from its package (extra `peers`); its own box, loss, optimizer and data
-loader run as its example script runs them.
+Both read images through torchvision's in-memory CIFAR10 class and its per-image transforms, compute in float32, and
+read their loss at every step. torchdistill comes from its package (extra `peers`); its own box, loss, optimizer and
+data loader run as its example script runs them.
 """
 
 from __future__ import annotations

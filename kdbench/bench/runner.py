@@ -42,7 +42,7 @@ def made_up(spec: DataSpec) -> ImageData:
 
 
 def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int]:
-    """The engine's own step for a lane's cells; a call trains one batch and returns its size."""
+    """The engine's own step for a lane's cells. A call trains one batch and returns its images, once a student."""
     specs = [CellSpec.model_validate(spec) for spec in lane["specs"]]
     computing = Computing(**lane["computing"])
     first = next(spec for spec in specs if spec.teacher is not None)
@@ -85,7 +85,7 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
             member.step = at
         for failure in (seat.failure for seat in seats if seat.failure):
             raise RuntimeError(failure)
-        return batches.batch_size
+        return batches.batch_size * len(members)
 
     return step
 

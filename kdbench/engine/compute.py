@@ -13,7 +13,9 @@ from typing import Any
 from kdbench.recipe.schema import ComputeChoice
 
 # What a process holds before it has any data: Python and torch with its libraries.
-PROCESS = 700_000_000
+PROCESS = 900_000_000
+# What an allocator holds beyond what is in use, as a factor.
+KEPT = 1.6
 
 
 @dataclass(frozen=True)
@@ -68,5 +70,5 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
 def cohort_bytes(memories: Iterable[Mapping[str, int]]) -> int:
     """Bytes that a worker needs for a cohort (fields of `memory.Memory`, as plain data): its members take turns."""
     members = list(memories)
-    shared = max(m["data"] for m in members) + max(m["teacher"] for m in members)
-    return PROCESS + shared + sum(m["member"] for m in members) + max(m["step"] for m in members)
+    shared = max(m["teacher"] for m in members) + sum(m["features"] + m["member"] for m in members)
+    return PROCESS + max(m["data"] for m in members) + round(KEPT * (shared + max(m["step"] for m in members)))

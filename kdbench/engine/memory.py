@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,30 @@ from kdbench.recipe.schema import CellSpec
 
 # Parameter, gradient, momentum.
 COPIES = 3
-# Kernels' scratch space and what the allocator keeps aside, as a share of activations.
+# Backward passes hold gradients and kernels' scratch space beside what was saved for them, as a share of that.
 SCRATCH = 0.5
 # A forward pass without gradients holds about this many of its largest feature maps at once.
 MAPS = 4
 # Images in the pass that is measured.
 IMAGES = 2
+FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a cell takes: `data` and `teacher` are shared by a cohort, `member` is held all the time, `step` only
-    while its turn lasts."""
+    """Bytes that a cell takes.
+
+    Attributes:
+        data: the data set and its parts, shared by a cohort.
+        teacher: weights and a forward pass, shared by a cohort.
+        features: of the teacher, for one batch, as this cell reads them.
+        member: parameters, gradients, momentum: held all the time.
+        step: activations of its own training step or test, while its turn lasts.
+    """
 
     data: int
     teacher: int
+    features: int
     member: int
     step: int
 
@@ -46,15 +56,19 @@ def memory_of(spec: CellSpec) -> Memory:
     extractor = build_extractor(student, spec.student, data)
     shapes = extractor.shapes(shape)
     teacher_bytes = 0
-    teacher_shapes = {}
+    teacher_shapes: Mapping[str, tuple[int, ...]] = {}
     if spec.teacher is not None:
         model = build_model(spec.teacher.model.untrained(), data)
-        teacher = build_extractor(model, spec.teacher.model, data)
-        teacher_shapes = teacher.shapes(shape)
+        teacher_shapes = build_extractor(model, spec.teacher.model, data).shapes(shape)
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE["cpu"])
     terms = build_terms(spec, shapes, teacher_shapes)
-    read = {point for stage in terms.values() for term in stage.values() for point in term.teacher_points}
-    teacher_bytes += 4 * batch * sum(math.prod(teacher_shapes[point]) for point in read)
+    every = [term for stage in terms.values() for term in stage.values()]
+    features = FLOAT * sum(math.prod(teacher_shapes[p]) for p in {p for term in every for p in term.teacher_points})
+    # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
+    seen = [
+        (s, t) for term in every if term.metrics for s, t in zip(term.student_points, term.teacher_points, strict=True)
+    ]
+    looked_at = FLOAT * sum(math.prod(shapes[s]) + 2 * math.prod(teacher_shapes[t]) for s, t in seen)
     saved = 0
     for stage in terms.values():
         points = list(dict.fromkeys(p for term in stage.values() for p in term.student_points))
@@ -66,12 +80,12 @@ def memory_of(spec: CellSpec) -> Memory:
             total = sum(term(values, targets, labels, labels) for term in stage.values())
         assert isinstance(total, Tensor)
         saved = max(saved, kept.bytes)
-    own = _bytes(student) + sum(_bytes(term) for stage in terms.values() for term in stage.values())
-    testing = MAPS * _largest_map(student, shape) * SLICE["cpu"]
-    images_bytes = (data.train + data.test) * math.prod(shape)
+    own = _bytes(student) + sum(_bytes(term) for term in every)
+    testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE["cpu"]
+    training = round((1 + SCRATCH) * saved * batch / IMAGES)
     # The data set as it was read, and the parts of it on the device.
-    step = max(round((1 + SCRATCH) * saved * batch / IMAGES), testing)
-    return Memory(2 * images_bytes, teacher_bytes, COPIES * own, step)
+    both = 2 * (data.train + data.test) * math.prod(shape)
+    return Memory(both, teacher_bytes, features * batch, COPIES * own, max(training, testing))
 
 
 def peak_memory(device: torch.device) -> int:

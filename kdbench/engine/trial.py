@@ -129,8 +129,9 @@ def choose(
         one = measured(way)
         if not one.remark and one.seconds(work) < (1 - GAIN) * predicted:
             best = one
-    plainest = next((one for one in tried if not one.computing.compile), None)
-    return Choice(_settled(best.computing, best, plainest), why, [one.plain(work) for one in tried])
+    way = best.computing
+    eager = next((one for one in tried if one.computing == replace(way, compile=False, cuda_graphs=False)), None)
+    return Choice(_settled(way, best, eager), why, [one.plain(work) for one in tried])
 
 
 def _settled(way: Computing, compiled: Tried | None = None, eager: Tried | None = None) -> Computing:

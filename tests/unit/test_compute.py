@@ -1,0 +1,310 @@
+"""The fast ways to compute are held to plain float32; what is chosen is the fastest that is sound, and stays chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, images, member_of, shortened, untrained_teacher
+
+from kdbench.engine import choosing, trial
+from kdbench.engine.batches import Batches
+from kdbench.engine.cohort import make_graphs
+from kdbench.engine.compute import REFERENCE, Computing, candidates
+from kdbench.engine.member import Member, Teacher
+from kdbench.engine.trial import Tried, Work, bfloat16_computes, choose, compiler_works
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec, ComputeChoice
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+METHODS = REGISTRY.names("methods")
+RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+BATCH = 16
+
+
+def cell(method: str, **more: Any) -> CellSpec:
+    spec = plan(RECIPE | more | {"method": method}, REGISTRY).cells[0].spec
+    return shortened(spec, steps=6, batch=BATCH)
+
+
+def teacher_of(spec: CellSpec, way: Computing) -> Teacher | None:
+    plain = untrained_teacher(spec)
+    return plain and Teacher(plain.network.extractor, plain.normalizer, plain.shapes, way)
+
+
+def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[tuple[float, list[torch.Tensor]]]:
+    """Loss and gradients of every cell's first step in a stage, all computed in one way."""
+    data = images(specs[0].data, per_class=4)
+    batches = Batches(specs[0], data, CPU)
+    teacher = next((t for t in (teacher_of(spec, way) for spec in specs) if t), None)
+    members = [Member(spec, batches, teacher if spec.teacher else None, CPU, way) for spec in specs]
+    for member, stage in zip(members, stages, strict=True):
+        member.step = member.timeline.spans[stage].start
+        member.enter(stage)
+    make_graphs(members, batches, teacher)
+    result = []
+    for member in members:
+        batch = batches.at(0, member.timeline)
+        points = member.teacher_points()
+        member.optimizer.step = lambda *_: None  # type: ignore[method-assign]
+        member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
+        trained = [p for module in (member.student.model, member.terms) for p in module.parameters()]
+        result.append((member.meter.result()["loss"], [p.grad.clone() for p in trained if p.grad is not None]))
+    return result
+
+
+def stages_of(methods: list[str]) -> tuple[list[CellSpec], list[int]]:
+    """Every stage of every method once."""
+    pairs = [(spec, i) for spec in map(cell, methods) for i in range(len(spec.method.stages))]
+    return [spec for spec, _ in pairs], [stage for _, stage in pairs]
+
+
+def hold(way: Computing, loss_off: float, gradient_off: float, methods: list[str] = METHODS) -> None:
+    specs, stages = stages_of(methods)
+    for spec, stage, plain, fast in zip(
+        specs, stages, gradients(specs, REFERENCE, stages), gradients(specs, way, stages), strict=True
+    ):
+        what = f"{spec.method.name}, stage {stage}"
+        assert fast[0] == pytest.approx(plain[0], rel=loss_off), what
+        assert len(fast[1]) == len(plain[1]) > 0, what
+        a, b = (torch.cat([g.flatten() for g in side[1]]) for side in (plain, fast))
+        assert (a - b).norm() / a.norm() < gradient_off, what
+
+
+def test_channels_last_gives_the_losses_and_gradients_of_the_reference() -> None:
+    hold(Computing(layout="channels_last"), 1e-5, 1e-4)
+
+
+def test_bfloat16_gives_the_losses_and_gradients_of_the_reference_within_its_digits() -> None:
+    """Eight bits of mantissa: 0.4 % a rounding; a gradient passes through every layer twice."""
+    hold(Computing("bfloat16", "channels_last"), 0.005, 0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_works(CPU), reason="torch.compile needs a C++ compiler")
+def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference() -> None:
+    """All methods and stages share the graphs of one student and one teacher."""
+    hold(Computing(layout="channels_last", compile=True), 1e-4, 1e-4)
+
+
+@pytest.mark.slow
+def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
+    """Digits, three seeds, two methods: the paired difference of test accuracies is within what seeds differ by."""
+    from kdbench.engine.batches import load_data
+    from kdbench.engine.evaluation import score
+
+    differences, plain = [], []
+    for seed in range(3):
+        for method in ("ce", "kd"):
+            spec = plan(RECIPE | {"method": method, "seeds": [seed]}, REGISTRY, ("steps=120",)).cells[0].spec
+            data = load_data(spec.data, [], False, tmp_path)
+            accuracies = []
+            for way in (REFERENCE, Computing("bfloat16", "channels_last")):
+                batches = Batches(spec, data, CPU)
+                teacher = teacher_of(spec, way)
+                member = Member(spec, batches, teacher, CPU, way)
+                for step in range(120):
+                    batch = batches.at(step, member.timeline)
+                    points = member.teacher_points()
+                    member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
+                member.student.model.eval()
+                accuracies.append(score(member, batches.test)[0]["accuracy"])
+            plain.append(accuracies[0])
+            differences.append(accuracies[1] - accuracies[0])
+    assert min(plain[::2]) > 85, "the plain students learned nothing: the comparison would show nothing"
+    assert abs(sum(differences) / len(differences)) < 1.5
+
+
+# --- choosing
+
+
+def way(student: float, teacher: float = 0.0, compiling: float = 0.0, losses: tuple[float, ...] = (1.0,)) -> Any:
+    return {"student": student, "teacher": teacher, "compiling": compiling, "losses": list(losses)}
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, measured: dict[str, Any], steps: float, choice: ComputeChoice | None = None
+) -> trial.Choice:
+    """What is chosen where every way takes as long as said here."""
+
+    def measure(computing: Computing, *_: Any) -> Tried:
+        one = measured[computing.name]
+        return Tried(computing, remark=one) if isinstance(one, str) else Tried(computing, **one)
+
+    monkeypatch.setattr(trial, "_measure", measure)
+    monkeypatch.setattr(trial, "bfloat16_computes", lambda device: True)
+    monkeypatch.setattr(trial, "compiler_works", lambda device: True)
+    return choose(
+        choice or ComputeChoice(),
+        [cell("ce")],
+        None,
+        lambda w: None,
+        Work(steps, 0),
+        CPU,
+        lambda text: None,  # type: ignore[arg-type]
+    )
+
+
+PLAIN, LAST = "float32, contiguous", "float32, channels_last"
+HALF, HALF_LAST = "bfloat16, contiguous", "bfloat16, channels_last"
+ALL = {
+    PLAIN: way(1.0),
+    LAST: way(0.8),
+    HALF: way(0.7),
+    HALF_LAST: way(0.4),
+    f"{HALF_LAST}, compiled": way(0.2, compiling=60),
+}
+
+
+def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, ALL, 1e4)
+    assert choice.computing.name == f"{HALF_LAST}, compiled"
+    assert [one["way"] for one in choice.tried] == list(ALL)
+    # 60 s of compiling against 0.2 s saved a step.
+    assert choice.computing.worth == 300
+
+
+def test_a_short_run_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, ALL, 50)
+    assert choice.computing == REFERENCE and "too short" in choice.why and len(choice.tried) == 1
+
+
+def test_a_run_that_is_shorter_than_compiling_pays_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, ALL, 1000)
+    assert choice.computing.name == HALF_LAST and "too few to compile" in choice.why
+    # Long enough to try it, and then it does not pay.
+    slow = ALL | {f"{HALF_LAST}, compiled": way(0.39, compiling=600)}
+    assert chosen(monkeypatch, slow, 1e4).computing.name == HALF_LAST
+
+
+def test_what_gains_next_to_nothing_is_not_worth_leaving_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    even = {name: way(0.97) for name in (LAST, HALF, HALF_LAST)} | {PLAIN: way(1.0), f"{PLAIN}, compiled": way(1.0)}
+    assert chosen(monkeypatch, even, 1e4).computing == REFERENCE
+
+
+def test_a_way_that_computes_something_else_is_struck_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ALL | {HALF_LAST: way(0.1, losses=(1.2,)), LAST: way(0.1, losses=(1.01,)), HALF: way(0.5, losses=(1.01,))}
+    choice = chosen(monkeypatch, wrong, 1000)
+    assert choice.computing.name == HALF
+    remarks = {one["way"]: one["remark"] for one in choice.tried}
+    assert "not used" in remarks[HALF_LAST] and "not used" in remarks[LAST] and not remarks[HALF]
+
+
+def test_a_way_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, ALL | {HALF_LAST: "failed: out of memory"}, 800)
+    assert choice.computing.name == HALF
+    assert "failed: out of memory" in [one["remark"] for one in choice.tried]
+
+
+def test_what_the_recipe_fixes_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = chosen(monkeypatch, ALL, 1e4, ComputeChoice(precision="float32", compile=False))
+    assert [one["way"] for one in choice.tried] == [PLAIN, LAST]
+    choice = chosen(monkeypatch, ALL, 1e4, ComputeChoice(mode="reference"))
+    assert choice.computing == REFERENCE and not choice.tried
+
+
+def test_bfloat16_is_a_candidate_only_where_the_hardware_computes_in_it() -> None:
+    assert {w.precision for w in candidates(ComputeChoice(), False, False, False)} == {"float32"}
+    assert {w.precision for w in candidates(ComputeChoice(), True, False, False)} == {"float32", "bfloat16"}
+    # Who asks for it gets it.
+    assert {w.precision for w in candidates(ComputeChoice(precision="bfloat16"), False, False, False)} == {"bfloat16"}
+
+
+def test_the_hardware_is_asked_for_its_instructions() -> None:
+    """The kernel's own list of what the processor can do."""
+    flags = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+    )
+    assert bfloat16_computes(CPU) == any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def test_the_trial_measures_real_ways() -> None:
+    """Not a stand-in: all eager ways on a real cohort, none struck out."""
+    specs = [cell(method) for method in ("ce", "kd", "ab", "at")]
+    batches = Batches(specs[0], images(specs[0].data, per_class=4), CPU)
+    choice = choose(
+        ComputeChoice(compile=False),
+        specs,
+        batches,
+        lambda w: teacher_of(specs[1], w),
+        Work(1e6, 1e6),
+        CPU,
+        lambda t: None,
+    )
+    assert len(choice.tried) >= 2 and not any(one["remark"] for one in choice.tried)
+    assert all(one["student_step_seconds"] > 0 and one["teacher_pass_seconds"] > 0 for one in choice.tried)
+
+
+def test_a_choice_is_kept_and_belongs_to_what_was_asked(tmp_path: Path) -> None:
+    auto, fixed = ComputeChoice(), ComputeChoice(precision="float32")
+    way = Computing("bfloat16", "channels_last", compile=True, worth=7)
+    assert choosing.kept(tmp_path, auto) is None
+    assert choosing.keep(tmp_path, auto, way.plain(), "because", []) == way
+    assert choosing.kept(tmp_path, auto) == way and choosing.kept(tmp_path, fixed) is None
+    choosing.keep(tmp_path, fixed, REFERENCE.plain(), "because", [])
+    assert choosing.kept(tmp_path, auto) == way and choosing.kept(tmp_path, fixed) == REFERENCE
+
+
+def test_the_same_computing_said_differently_is_the_same_cell() -> None:
+    reference = cell("ce", compute="reference").identity()
+    spelt = cell("ce", compute={"precision": "float32", "layout": "contiguous", "compile": False}).identity()
+    assert reference == spelt != cell("ce").identity()
+    assert cell("ce", compute="auto").identity() == cell("ce").identity()
+
+
+# --- what a step must not do
+
+
+class _Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts reads of a tensor's value, each of which would make the host wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        self.count += func is torch.ops.aten.nonzero.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reads_no_value(method: str) -> None:
+    member, batches, teacher = member_of(cell(method))
+
+    def train() -> None:
+        batch = batches.at(member.step, member.timeline)
+        points = member.teacher_points()
+        member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
+
+    train()
+    with _Reads() as reads:
+        train()
+    assert reads.count == 0
+    with _Reads() as reads:
+        member.meter.result()
+    assert reads.count > 0, "reading the sums is seen: the count means something"
+
+
+@pytest.mark.parametrize("way", [REFERENCE, Computing(layout="channels_last")])
+def test_networks_run_no_further_than_a_stage_needs(way: Computing) -> None:
+    """FitNets' first stage ends at layer2 on both sides."""
+    spec = cell("fitnets")
+    batches = Batches(spec, images(spec.data, per_class=4), CPU)
+    teacher = teacher_of(spec, way)
+    assert teacher is not None
+    member = Member(spec, batches, teacher, CPU, way)
+    ran: list[str] = []
+    for net, name in ((member.student, "student"), (teacher.network, "teacher")):
+        for module in ("block2", "block3", "fc"):
+            net.model.get_submodule(module).register_forward_hook(lambda *_, at=f"{name} {module}": ran.append(at))
+    # Extractors look once at how their network runs.
+    for network in (member.student, teacher.network):
+        network(torch.zeros(2, 1, 8, 8), ["logits"])
+    ran.clear()
+    batch = batches.at(0, member.timeline)
+    values = teacher.step(batch, member.teacher_points())
+    member.train_step(batch, values)
+    assert [at for at in ran if "block3" in at or "fc" in at] == []
+    assert {"student block2", "teacher block2"} <= set(ran)

@@ -1,0 +1,241 @@
+"""Tables of teacher logits: what they hold, when they are used, and that nothing else is ever taken for them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, images, shortened, untrained_teacher
+
+from kdbench.engine import logit_files, logits
+from kdbench.engine.batches import Batches
+from kdbench.engine.compute import Computing
+from kdbench.engine.logit_files import Table, table_at
+from kdbench.engine.member import Member, Teacher
+from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+from kdbench.sources.augment import Augmentation
+from kdbench.sources.images import ImageData
+
+REGISTRY = Registry()
+RECIPE: dict[str, Any] = {
+    "data": "digits",
+    "teacher": "wrn_16_2_digits",
+    "student": "wrn_10_1",
+    "protocol": {"name": "digits", "augmentation": {"padding": 1, "mode": "zero", "flip": True}},
+}
+VIEWS = 18
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_HOME", str(tmp_path))
+    # Several passes for a few images.
+    monkeypatch.setitem(logits.PASS, "cpu", 3 * VIEWS)
+
+
+def cell(method: str = "kd", **more: Any) -> CellSpec:
+    return shortened(plan(RECIPE | more | {"method": method}, REGISTRY).cells[0].spec, steps=8)
+
+
+def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
+    plain = untrained_teacher(spec)
+    assert plain is not None
+    way = Computing(precision, "channels_last" if precision == "bfloat16" else "contiguous")
+    return Teacher(plain.network.extractor, plain.normalizer, plain.shapes, way)
+
+
+def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> Table:
+    assert spec.teacher is not None
+    return table_at(logits.table_key(spec.teacher, sha256, data, spec.protocol, precision), "some teacher")
+
+
+def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> Table:
+    table = table_for(spec, data, teacher.computing.precision)
+    logits.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
+    return table_for(spec, data, teacher.computing.precision)
+
+
+@pytest.mark.parametrize(("precision", "off"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> None:
+    """Against the teacher on views that are made one by one, from given offsets."""
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec, precision)
+    table = filled(spec, data, teacher)
+    assert table.complete and table.shape == (20, VIEWS, 10)
+    values = logits.opened(table, teacher, data, spec.protocol, CPU)
+    assert values.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    augmentation = Augmentation(1, "zero", True)
+    for image in (0, 7, 19):
+        for view in range(VIEWS):
+            expected = teacher(augmentation.view(data.train_images[image : image + 1], view), ["logits"])["logits"][0]
+            assert (values[image, view].float() - expected).abs().max() <= off * expected.abs().max(), (image, view)
+
+
+def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
+    """Also on a subset of the training images, whose positions are not those of the whole set."""
+    spec = cell(data={"name": "digits"})
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"per_class": 1})})
+    data = images(spec.data)
+    with_table, without = teacher_of(spec), teacher_of(spec)
+    table = filled(spec, data, with_table)
+    members = []
+    for teacher in (with_table, without):
+        batches = Batches(spec, data, CPU)
+        if teacher is with_table:
+            values = logits.opened(table, teacher, data, spec.protocol, CPU)
+            teacher.logits = logits.PartLogits(values, batches.positions)
+            teacher.network.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
+        member = Member(spec, batches, teacher, CPU)
+        assert batches.positions.tolist() != list(range(len(batches.positions)))
+        for step in range(8):
+            batch = batches.at(step, member.timeline)
+            member.train_step(batch, teacher.step(batch, member.teacher_points()))
+        members.append(member)
+    a, b = (member.meter.result()["loss"] for member in members)
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same() -> None:
+    """So that a cell in a cohort learns from the same logits as alone."""
+    spec = cell("fitnets")
+    data, teacher = images(spec.data), teacher_of(spec)
+    values = logits.opened(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
+    batches = Batches(spec, data, CPU)
+    teacher.logits = logits.PartLogits(values + 1, batches.positions)
+    member = Member(spec, batches, teacher, CPU)
+    batch = batches.at(0, member.timeline)
+    got = teacher.step(batch, ["layer2", "logits"])
+    plain = teacher_of(spec).step(batch, ["layer2", "logits"])
+    assert torch.equal(got["layer2"], plain["layer2"])
+    assert torch.allclose(got["logits"], plain["logits"] + 1, atol=1e-4)
+
+
+def test_filling_goes_on_where_it_was_stopped() -> None:
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec)
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 3
+
+    part = filled(spec, data, teacher, stop)
+    assert 0 < part.done < 20 and not part.complete
+    ran: list[int] = []
+    teacher.network.model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    whole = filled(spec, data, teacher)
+    assert whole.complete and sum(ran) == (20 - part.done) * VIEWS
+    fresh = teacher_of(spec)
+    values = logits.opened(whole, fresh, data, spec.protocol, CPU)
+    pixels = Augmentation(1, "zero", True).view(data.train_images, 5)
+    assert torch.allclose(values[:, 5], fresh(pixels, ["logits"])["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["weights", "precision", "normalization", "augmentation", "data", "model"])
+def test_a_table_belongs_to_what_it_was_computed_from(change: str) -> None:
+    spec, data = cell(), images(cell().data)
+    assert spec.teacher is not None
+    key = logits.table_key(spec.teacher, "ab", data, spec.protocol, "float32")
+    teacher, protocol, sha256, precision = spec.teacher, spec.protocol, "ab", "float32"
+    if change == "weights":
+        sha256 = "cd"
+    elif change == "precision":
+        precision = "bfloat16"
+    elif change == "normalization":
+        teacher = teacher.model_copy(
+            update={"normalization": teacher.normalization.model_copy(update={"mean": [0.123]})}
+        )
+    elif change == "augmentation":
+        protocol = cell(
+            protocol={"name": "digits", "augmentation": {"padding": 1, "mode": "reflect", "flip": True}}
+        ).protocol
+    elif change == "data":
+        data = replace(data, fingerprint="other")
+    else:
+        options = {**teacher.model.options, "depth": 22}
+        teacher = teacher.model_copy(update={"model": teacher.model.model_copy(update={"options": options})})
+    other = logits.table_key(teacher, sha256, data, protocol, precision)
+    assert other != key and table_at(other, "t").folder != table_at(key, "t").folder
+
+
+def test_other_batches_budgets_and_seeds_share_a_table() -> None:
+    data = images(cell().data)
+    folders = {
+        table_for(spec, data).folder
+        for spec in (cell(), cell(seeds=[3]), cell("ab"), cell(protocol=RECIPE["protocol"] | {"batch_size": 7}))
+    }
+    assert len(folders) == 1
+
+
+def test_a_table_that_is_not_what_the_teacher_gives_is_an_error() -> None:
+    spec, data = cell(), images(cell().data)
+    table = filled(spec, data, teacher_of(spec))
+    other = untrained_teacher(spec)
+    assert other is not None
+    with torch.no_grad():
+        other.network.model.fc.weight.mul_(-1)
+    with pytest.raises(UserError, match="is off by") as error:
+        logits.opened(table, other, data, spec.protocol, CPU)
+    assert f"kdbench logits clear {table.folder.name}" in str(error.value)
+
+
+def test_a_shortened_file_is_an_error() -> None:
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec)
+    table = filled(spec, data, teacher)
+    with (table.folder / "logits.bin").open("rb+") as stream:
+        stream.truncate(100)
+    with pytest.raises(UserError, match="another size"):
+        logits.opened(table, teacher, data, spec.protocol, CPU)
+
+
+def test_listing_and_clearing(tmp_path: Path) -> None:
+    spec, data = cell(), images(cell().data)
+    table = filled(spec, data, teacher_of(spec))
+    (tmp_path / "teacher_logits" / "rubbish").mkdir()
+    (tmp_path / "teacher_logits" / "rubbish" / "table.json").write_text("{")
+    assert [t.folder for t in logit_files.tables()] == [table.folder]
+    with logit_files.alone(table.folder), pytest.raises(UserError, match="another process"):
+        logit_files.clear(table)
+    logit_files.clear(table)
+    assert logit_files.tables() == [] and not table.folder.exists()
+    assert table_for(spec, data).done == 0
+
+
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, data = cell(), images(cell().data)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="the disk has"):
+        filled(spec, data, teacher_of(spec))
+    assert not list(Path(table_for(spec, data).folder).glob("logits.bin"))
+
+
+def test_how_far_it_is_filled_is_noted_only_after_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two leaves less noted than written, never more."""
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec)
+    order: list[str] = []
+    monkeypatch.setattr(logits, "NOTE_SECONDS", 0.0)
+    monkeypatch.setattr("os.fsync", lambda handle: order.append("values"))
+    write = logits.write_json
+
+    def noting(file: Path, about: Any) -> None:
+        order.append("note")
+        write(file, about)
+
+    monkeypatch.setattr(logits, "write_json", noting)
+    table = filled(spec, data, teacher)
+    noted = json.loads((table.folder / "table.json").read_text())
+    assert noted["done"] == 20
+    before = [a for a, b in itertools.pairwise(order) if b == "note"]
+    assert len(before) == order.count("note") >= 3 and set(before) == {"values"}
