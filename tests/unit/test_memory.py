@@ -42,7 +42,7 @@ def test_members_take_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(None, [4]), (100 * GB, [4]), (8.5 * GB, [2, 2]), (1 * GB, [1, 1, 1, 1])]
+    ("limit", "expected"), [(None, [4]), (100 * GB, [4]), (7.5 * GB, [2, 2]), (1 * GB, [1, 1, 1, 1])]
 )
 def test_a_cohort_that_does_not_fit_is_split(limit: float | None, expected: list[int]) -> None:
     work = cohort()
@@ -91,7 +91,7 @@ print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc: Linux only")
 def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Path) -> None:
-    """CIFAR-sized images, a wide teacher, in a process with the workers' allocator; the data set itself is a small one."""
+    """CIFAR-sized images, a wide teacher, a process with the workers' allocator; the data set itself is a small one."""
     from kdbench.engine.memory import memory_of
     from kdbench.engine.pool import ALLOCATOR
 
@@ -99,7 +99,7 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
     specs = [
         cell.spec.model_copy(
             update={
-                "protocol": cell.spec.protocol.model_copy(update={"epochs": None, "steps": 16, "batch_size": 64}),
+                "protocol": cell.spec.protocol.model_copy(update={"epochs": None, "steps": 8, "batch_size": 64}),
                 "evaluations": 8,
             }
         )
