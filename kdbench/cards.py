@@ -212,11 +212,11 @@ MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
 class PublishedProtocol(Strict):
     """How published numbers came about. What a source does not say is absent."""
 
-    epochs: float | None = Field(None, gt=0)
-    extra_epochs: float | None = Field(None, gt=0, description="on top of `epochs`")
-    batch_size: int | None = Field(None, gt=0)
-    reported: Literal["last", "best"] | None = Field(None, description="last epoch, or best epoch on the test set")
-    runs: int | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    extra_epochs: float | None = Field(default=None, gt=0, description="on top of `epochs`")
+    batch_size: int | None = Field(default=None, gt=0)
+    reported: Literal["last", "best"] | None = Field(default=None, description="last epoch, or best epoch on the test set")
+    runs: int | None = Field(default=None, gt=0)
     note: str | None = None
 
 

@@ -1,4 +1,4 @@
-"""A comparison of several columns summed up: average ranks and probability of improvement, and when they may be read."""
+"""A comparison of several columns summed up: average ranks, probability of improvement, and when these may be read."""
 
 from __future__ import annotations
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from kdbench.cards import PublishedCard
+from kdbench.errors import UserError
 from kdbench.results import statistics
+from kdbench.results.across import Across, across
 from kdbench.results.comparison import Column, Comparison, compare
+from kdbench.results.copied import CopiedRow, copied_rows
 from kdbench.results.record import Metric, Record
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 CAP = 1000
+
+Interval = Literal["student", "bootstrap"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class Note:
 
 @dataclass(frozen=True)
 class Table:
-    """`axes`: dotted paths that vary across the columns, none where there is one column."""
+    """`axes`: dotted paths that vary across the columns, none where there is one column. `copied`: published numbers,
+    never ranked among ours. `across`: None with one column."""
 
     title: str
     metric: Metric
@@ -100,6 +107,8 @@ class Table:
     columns: tuple[Column, ...]
     teachers: tuple[TeacherRow, ...]
     rows: tuple[Row, ...]
+    copied: tuple[CopiedRow, ...]
+    across: Across | None
     agreement: tuple[str, ...]
     notes: tuple[Note, ...]
 
@@ -111,6 +120,8 @@ def build(
     *,
     title: str | None = None,
     unfinished: Sequence[str | Path] = (),
+    interval: Interval = "student",
+    published: Mapping[str, PublishedCard] | None = None,
 ) -> Table:
     """The table of all records: rows are methods, columns the combinations of everything else that varies.
 
@@ -121,21 +132,34 @@ def build(
             last evaluations).
         title: shown above; by default the names of teacher, student and data.
         unfinished: cells that began and have no record; a note says so.
+        interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
+        published: key -> card of published tables whose numbers are shown too, marked as copied.
 
     Raises:
-        UserError: no finished record, an unknown baseline, or cells that cannot stand in one table.
+        UserError: no finished record, an unknown baseline, cells that cannot stand in one table, too few seeds for a
+            bootstrap, or a published table that has nothing to do with this one.
     """
     given = list(records)
     comparison = compare(given, baseline)
     names = [str(folder) for folder in unfinished]
     names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
     marks: dict[str, str] = {}
-    differences, tests = _differences(comparison, metric)
+    differences, tests = _differences(comparison, metric, interval)
     rows = _rows(comparison, metric, differences, marks)
+
+    def mark(said: str) -> str:
+        return marks.setdefault(said, _letter(len(marks)))
+
+    copied = copied_rows(comparison, published or {}, metric_label(comparison.records, metric), mark)
+    summed = across(comparison, metric)
     teachers = _teachers(comparison)
     points = tuple(sorted({point for record in comparison.records for point in record.result.agreement}))
-    notes = [*_notes(comparison, rows, metric, tests, points), *_missing(comparison, names)]
-    notes += [Note(said, mark) for said, mark in marks.items()]
+    notes = [*_notes(comparison, rows, metric, tests, points, interval), *_missing(comparison, names)]
+    notes += _across_notes(summed, comparison.baseline.label)
+    if copied:
+        notes.append(Note("†: numbers of other people, copied; never bold or underlined"))
+        notes += [Note(_said_source(key, card)) for key, card in (published or {}).items()]
+    notes += [Note(said, letter) for said, letter in marks.items()]
     return Table(
         title if title is not None else _title(comparison),
         metric,
@@ -145,14 +169,26 @@ def build(
         comparison.columns,
         teachers,
         rows,
+        copied,
+        summed,
         points,
         tuple(notes),
     )
 
 
 def flat(table: Table) -> list[dict[str, Any]]:
-    """One plain row for every filled cell of a table: the content of the CSV file and of `to_frame`."""
-    result = []
+    """One plain row for every filled cell of a table: the content of the CSV file and of `to_frame`. Copied numbers
+    say where they are from in `copied_from`; nothing measured has that."""
+    result: list[dict[str, Any]] = []
+    across_by_label = {
+        one.label: {
+            "average_rank": _round(one.rank),
+            "improvement_probability": _round(one.improvement.probability) if one.improvement else None,
+            "improvement_low": _round(one.improvement.low) if one.improvement else None,
+            "improvement_high": _round(one.improvement.high) if one.improvement else None,
+        }
+        for one in (table.across.standings if table.across else ())
+    }
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             if cell is None:
@@ -194,8 +230,25 @@ def flat(table: Table) -> list[dict[str, Any]]:
                     "teacher": teacher[0],
                     "teacher_accuracy": teacher[1],
                     "marks": " ".join(cell.marks) or None,
+                    **across_by_label.get(row.label, {}),
                 }
             )
+    for copied in table.copied:
+        for column, entry in zip(table.columns, copied.cells, strict=True):
+            if entry is not None:
+                result.append(
+                    {
+                        "method": copied.method or "teacher",
+                        "label": copied.label,
+                        "baseline": False,
+                        **dict(column.key),
+                        "n": entry.runs,
+                        "mean": entry.mean,
+                        "deviation": entry.deviation,
+                        "marks": " ".join(entry.marks),
+                        "copied_from": copied.source,
+                    }
+                )
     return result
 
 
@@ -242,7 +295,9 @@ def _rows(
     )
 
 
-def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str, Column], Difference], int]:
+def _differences(
+    comparison: Comparison, metric: Metric, interval: Interval
+) -> tuple[dict[tuple[str, Column], Difference], int]:
     """Every method's difference to the baseline of its column, p values after Holm over all tests of the table, and the
     number of these tests. A cell that stands in several columns beside the same baseline is one test."""
     found: dict[tuple[str, Column], statistics.Paired] = {}
@@ -254,13 +309,13 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
             own = comparison.cell(row, column)
             if row == comparison.baseline:
                 continue
-            pair = statistics.paired(
-                {seed: r.accuracy(metric) for seed, r in own.items()},
-                {seed: r.accuracy(metric) for seed, r in base.items()},
-                CONFIDENCE,
-            )
+            values = {seed: r.accuracy(metric) for seed, r in own.items()}
+            base_values = {seed: r.accuracy(metric) for seed, r in base.items()}
+            pair = statistics.paired(values, base_values, CONFIDENCE)
             if pair is None:
                 continue
+            if interval == "bootstrap":
+                pair = _bootstrapped(pair, values, base_values, row.label)
             place = (row.label, column)
             found[place] = pair
             if pair.p is not None:
@@ -279,6 +334,47 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
             pair.n, pair.mean, pair.low, pair.high, pair.p, adjusted[keys[place]] if place in keys else None, needed
         )
     return result, len(tests)
+
+
+def _bootstrapped(
+    pair: statistics.Paired, values: Mapping[int, float], baseline: Mapping[int, float], label: str
+) -> statistics.Paired:
+    if pair.n < statistics.BOOTSTRAP_SEEDS:
+        raise UserError(
+            f"a bootstrap interval needs {statistics.BOOTSTRAP_SEEDS} seeds, and that of '{label}' would have {pair.n}",
+            where="interval",
+            hint="with fewer seeds it covers far less than it says: keep Student's interval, or run more seeds",
+        )
+    low, high = statistics.bootstrap(values, baseline, CONFIDENCE) or (None, None)
+    return replace(pair, low=low, high=high)
+
+
+def _said_source(key: str, card: PublishedCard) -> str:
+    return f"{key}: {card.title}; {card.source}" + (f". {' '.join(card.note.split()).rstrip('.')}" if card.note else "")
+
+
+def _across_notes(found: Across | None, baseline: str) -> list[Note]:
+    if found is None:
+        return []
+    notes = []
+    if found.columns:
+        distance = (
+            f"no critical distance: {found.why_no_distance}"
+            if found.critical_distance is None
+            else f"critical distance {found.critical_distance:.2f}: methods whose average ranks differ by less cannot "
+            "be told apart at 5 % over all pairs of methods (Nemenyi), with the columns as independent draws"
+        )
+        notes.append(
+            Note(f"Average rank over {found.columns} columns, 1 for the highest mean, ties sharing theirs; {distance}")
+        )
+    notes.append(
+        Note(
+            f"Probability of improvement: that a run of a method beats a run of {baseline} in the same column, "
+            "averaged over the columns that both have, and for these columns only; 95 % interval from leaving out one "
+            "seed at a time, where the runs allow one"
+        )
+    )
+    return notes
 
 
 def _cell(
@@ -379,7 +475,12 @@ def _title(comparison: Comparison) -> str:
 
 
 def _notes(
-    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str]
+    comparison: Comparison,
+    rows: Sequence[Row],
+    metric: Metric,
+    tests: int,
+    points: Sequence[str],
+    interval: Interval,
 ) -> list[Note]:
     records = comparison.records
     cells = [cell for row in rows for cell in row.cells if cell is not None]
@@ -398,7 +499,7 @@ def _notes(
             ""
             if not tests
             else (
-                f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {tests} "
+                f"; {_INTERVALS[interval]} and two-sided paired t test, p after Holm over the {tests} "
                 f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
                 "such test, were the seen difference and its deviation the true ones"
             )
@@ -424,6 +525,12 @@ def _notes(
     )
     notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
     return notes
+
+
+_INTERVALS: dict[Interval, str] = {
+    "student": "Student's 95 % interval",
+    "bootstrap": f"bootstrap-t 95 % interval ({statistics.RESAMPLES:,} draws of the seeds)",
+}
 
 
 def _missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:

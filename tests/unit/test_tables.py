@@ -514,7 +514,7 @@ def test_grids_are_rectangular() -> None:
         build(comparison({"kd": [90.0]})),
     ):
         grids = layout(table)
-        assert len(grids) == (2 if len(table.columns) == 1 else 3)
+        assert len(grids) == (2 if len(table.columns) == 1 else 4)
         for grid in grids:
             assert all(len(row) == len(grid.header) for row in grid.rows)
             assert all(0 < rule < len(grid.rows) for rule in grid.rules)
