@@ -215,7 +215,7 @@ class PublishedProtocol(Strict):
     epochs: float | None = Field(default=None, gt=0)
     extra_epochs: float | None = Field(default=None, gt=0, description="on top of `epochs`")
     batch_size: int | None = Field(default=None, gt=0)
-    reported: Literal["last", "best"] | None = Field(default=None, description="last epoch, or best epoch on the test set")
+    reported: Literal["last", "best"] | None = Field(default=None, description="last, or best on the test set")
     runs: int | None = Field(default=None, gt=0)
     note: str | None = None
 

@@ -12,13 +12,15 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Text:
-    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it."""
+    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it.
+    `place`: row and column of the table whose runs the entry is of."""
 
     text: str
     bold: bool = False
     underline: bool = False
     tail: str = ""
     marks: tuple[str, ...] = ()
+    place: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def _single(table: Table) -> Grid:
         for teacher in table.teachers
     ]
     rules = frozenset({len(rows)} if rows else ())
-    for row in table.rows:
+    for i, row in enumerate(table.rows):
         cell = row.cells[0]
         compared = ("", "", "", "") if row.is_baseline else difference(cell)
-        rows.append((Text(row.label), _entry(cell), Text(str(cell.n) if cell else ABSENT), *map(Text, compared)))
+        rows.append((Text(row.label), _entry(cell, (i, 0)), Text(str(cell.n) if cell else ABSENT), *map(Text, compared)))
     header: tuple[str, ...] = (
         "method",
         f"accuracy, {table.metric_label}",
@@ -95,7 +97,11 @@ def _accuracies(table: Table) -> Grid:
     ]
     rules = frozenset({len(rows)} if rows else ())
     rows += [
-        (Text(row.label), *(_entry(cell, f" ({cell.n})" if cell else "") for cell in row.cells)) for row in table.rows
+        (
+            Text(row.label),
+            *(_entry(cell, (i, j), f" ({cell.n})" if cell else "") for j, cell in enumerate(row.cells)),
+        )
+        for i, row in enumerate(table.rows)
     ]
     return _with_copied(
         table,
@@ -171,8 +177,12 @@ def _across(table: Table) -> Grid:
 def _differences(table: Table) -> Grid:
     blocks = [
         [
-            (Text(row.label), Text(str(cell.difference.n)), *map(Text, difference(cell)))
-            for row in table.rows
+            (
+                Text(row.label),
+                Text(str(cell.difference.n)),
+                *(Text(text, place=(k, i) if n == 0 else None) for n, text in enumerate(difference(cell))),
+            )
+            for k, row in enumerate(table.rows)
             if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None
         ]
         for i in range(len(table.columns))
@@ -199,9 +209,9 @@ def _details(table: Table) -> Grid:
                     Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
                     for point in table.agreement
                 ),
-                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"),
+                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}", place=(k, i)),
             )
-            for row in table.rows
+            for k, row in enumerate(table.rows)
             if (cell := row.cells[i]) is not None
         ]
         for i in range(len(table.columns))
@@ -223,8 +233,8 @@ def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[li
     return Grid(caption, header, tuple(rows), frozenset(rules - {0}), frozenset(headings))
 
 
-def _entry(cell: Cell | None, tail: str = "") -> Text:
-    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks)
+def _entry(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
+    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks, place)
 
 
 def _percent(value: float | None) -> str:

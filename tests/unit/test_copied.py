@@ -120,7 +120,7 @@ def test_each_column_takes_its_own_pair() -> None:
         for i, student in enumerate(("wrn_16_2", "wrn_16_1", "wrn_10_1"))
         for seed in (0, 1)
     ]
-    table = build(several, published={"other": card(pairs={k: v for k, v in card().model_dump()["pairs"].items()})})
+    table = build(several, published={"other": card()})
     means = {row.label: [cell and cell.mean for cell in row.cells] for row in table.copied}
     assert means["student (from wrn_22_4)"] == [93.97, 91.0, None]
     assert means["AB (from wrn_22_4)"] == [94.82, None, None]
