@@ -35,7 +35,9 @@ def command(
         ),
     ] = None,
     registry: RegistryOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for table.md, table.csv, table.tex.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
+    ] = None,
 ) -> None:
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files

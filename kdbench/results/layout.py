@@ -75,7 +75,8 @@ def _single(table: Table) -> Grid:
     for i, row in enumerate(table.rows):
         cell = row.cells[0]
         compared = ("", "", "", "") if row.is_baseline else difference(cell)
-        rows.append((Text(row.label), _entry(cell, (i, 0)), Text(str(cell.n) if cell else ABSENT), *map(Text, compared)))
+        n = Text(str(cell.n) if cell else ABSENT)
+        rows.append((Text(row.label), _entry(cell, (i, 0)), n, *map(Text, compared)))
     header: tuple[str, ...] = (
         "method",
         f"accuracy, {table.metric_label}",

@@ -76,9 +76,9 @@ def probability_of_improvement(
 
     The interval is not the paper's stratified bootstrap, which at 5 runs in one column was simulated to cover 67 to
     93 % instead of 95. Its error comes from leaving out one seed (the method's and the baseline's run of it) at a
-    time, it is symmetric in the logit, and its t quantile has Satterthwaite's degrees of freedom. Simulated from 3 seeds
-    on, it covers 95 % or more wherever there is one: there is none where all runs say the same, or a column has fewer
-    than 3 seeds.
+    time, it is symmetric in the logit, and its t quantile has Satterthwaite's degrees of freedom. Simulated from 3
+    seeds on, it covers 95 % or more wherever there is one. There is none where all runs say the same, or where a column
+    has fewer than 3 seeds.
 
     Args:
         columns: for each, independent of the others, seed -> value of the method and of the baseline.
