@@ -21,6 +21,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// Who follows a number to its runs sees all of them.
+function unfold() {
+  const target = document.getElementById(location.hash.slice(1));
+  for (const details of target?.querySelectorAll("details") ?? []) details.open = true;
+}
+addEventListener("hashchange", unfold);
+unfold();
+
 function compare(a, b, sign) {
   const [x, y] = [a, b].map((cell) => cell.dataset.value);
   if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);

@@ -298,7 +298,6 @@ def _article(anchor: str, name: str, records: list[Record]) -> str:
         ("Method", f"{first.cell.label} ({first.cell.method})"),
         ("Student", f"{first.cell.student}, {first.models.student.parameters:,} parameters"),
         ("Budget", budget),
-        *_facts(records),
     ]
     spec = {key: value for key, value in first.spec.items() if key != "seed"}
     return (
@@ -306,7 +305,8 @@ def _article(anchor: str, name: str, records: list[Record]) -> str:
         f'<a href="#table">to the table</a></h3>\n'
         f'<div class="scroll" role="region" aria-label="Seeds of {escape(name)}" tabindex="0">'
         f"{_plain_table(head, rows)}</div>\n{_list(facts)}\n"
-        f"<details><summary>The resolved recipe</summary><pre>{escape(dump(spec))}</pre></details>\n</article>"
+        f"<details><summary>Provenance and resolved recipe</summary>{_list(_facts(records))}"
+        f"<pre>{escape(dump(spec))}</pre></details>\n</article>"
     )
 
 

@@ -64,9 +64,13 @@ class Axis:
             return [tick for tick in found if self.low <= tick <= self.high]
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * rough)
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+    def texts(self, ticks: Sequence[float]) -> list[str]:
+        """Ticks in words: alike on a linear axis, each in its own unit on a logarithmic one."""
+        return [text for tick in ticks for text in _numbers([tick])] if self.log else _numbers(ticks)
 
 
 def lines(
@@ -162,12 +166,12 @@ def _panel(title: str, labels: tuple[str, str], x: Axis, y: Axis, inside: str, w
         'xmlns="http://www.w3.org/2000/svg">'
     ]
     y_ticks = y.ticks()
-    for tick, text in zip(y_ticks, _numbers(y_ticks), strict=True):
+    for tick, text in zip(y_ticks, y.texts(y_ticks), strict=True):
         at = y.at(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
     x_ticks = [tick for tick in x.ticks() if not whole_numbers or tick == int(tick)]
-    for tick, text in zip(x_ticks, _numbers(x_ticks), strict=True):
+    for tick, text in zip(x_ticks, x.texts(x_ticks), strict=True):
         at = x.at(tick)
         parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
@@ -202,15 +206,14 @@ def _spread(line: Line) -> Sequence[float]:
 
 
 def _numbers(ticks: Sequence[float]) -> list[str]:
-    """Ticks as texts with as many decimals as tell them apart; large ones as thousands or millions."""
+    """Numbers with as many decimals as they have together; large ones in thousands or millions."""
     largest = max((abs(tick) for tick in ticks), default=0)
     unit, suffix = (1e6, " M") if largest >= 1e6 else (1e3, " k") if largest >= 1e4 else (1.0, "")
-    for decimals in range(4):
-        texts = [f"{tick / unit:.{decimals}f}" for tick in ticks]
-        if all(math.isclose(float(text) * unit, tick, abs_tol=1e-9) for text, tick in zip(texts, ticks, strict=True)):
-            break
-    shown = [text.rstrip("0").rstrip(".") if "." in text and suffix else text for text in texts] if ticks else []
-    return [("0" if float(text) == 0 else text.replace("-", "−") + suffix) for text in shown]
+    scaled = [tick / unit for tick in ticks]
+    fits = (d for d in range(12) if all(abs(round(v, d) - v) <= 1e-9 * max(1e-3, abs(v)) for v in scaled))
+    decimals = next(fits, 12)
+    texts = [f"{value:.{decimals}f}" for value in scaled]
+    return ["0" if float(text) == 0 else text.replace("-", "−") + suffix for text in texts]
 
 
 def _pair(place: tuple[float, float]) -> str:
