@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from kdbench.cards import PublishedCard, PublishedPair
+from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.errors import UserError
 from kdbench.results.comparison import Column, Comparison
 from kdbench.results.record import Record
@@ -16,8 +16,8 @@ DAGGER = "†"
 
 @dataclass(frozen=True)
 class CopiedCell:
-    """Accuracy in percent as its source prints it. `runs`: None where the source does not say. `marks`: of the note
-    that says where it is from and how its protocol differs."""
+    """Accuracy in percent as its source prints it. `runs`: None where the source does not say. `marks`: of the notes
+    that say where it is from and how its protocol differs."""
 
     mean: float
     deviation: float | None
@@ -36,10 +36,7 @@ class CopiedRow:
 
 
 def copied_rows(
-    comparison: Comparison,
-    published: Mapping[str, PublishedCard],
-    reported: str,
-    mark: Callable[[str], str],
+    comparison: Comparison, published: Mapping[str, PublishedCard], reported: str, mark: Callable[[str], str]
 ) -> tuple[CopiedRow, ...]:
     """The rows of published tables that stand beside a comparison's columns: those with a column's student and data.
     Where a published pair has the column's teacher too, pairs with other teachers are left out.
@@ -107,13 +104,14 @@ def _rows(
                 cells.append(None)
                 continue
             mean, deviation = (value[0], value[1]) if isinstance(value, list) else (value, None)
-            if method is None:
-                said = f"Copied from {key}, not measured here"
-            else:
-                said = f"Copied from {key}, not measured here; "
-                said += _protocol_beside_ours(_records(comparison, column), card, method, pair, reported)
-            runs = card.protocol_of(method).runs if method is not None else None
-            cells.append(CopiedCell(mean, deviation, runs, (mark(said),)))
+            said, runs = [f"Copied from {key}, not measured here"], None
+            if method is not None:
+                theirs = card.protocol_of(method)
+                runs = theirs.runs
+                said[0] += f"; {_beside_ours(theirs, pair, _records(comparison, column), reported)}"
+                # Apart, so that rows which differ in nothing else share the note on the protocol.
+                said += _own(theirs, card.protocol)
+            cells.append(CopiedCell(mean, deviation, runs, tuple(map(mark, said))))
         if any(cells):
             title = f"teacher{suffix.replace('(from ', '').rstrip(')')}" if method is None else None
             label = title or f"{card.methods[method or ''].title}{suffix}"
@@ -121,12 +119,9 @@ def _rows(
     return rows
 
 
-def _protocol_beside_ours(
-    records: list[Record], card: PublishedCard, method: str, pair: PublishedPair, reported: str
-) -> str:
+def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[Record], reported: str) -> str:
     """A copied number's protocol beside that of our column's records: where it differs, what its source does not say,
     and what is the same."""
-    theirs = card.protocol_of(method)
     runs = Counter(record.cell.label for record in records)
     teachers = {f"{_teacher_model(r)}{_accuracy(r.teacher.accuracy)}" for r in records if r.teacher is not None}
     lines = [
@@ -138,14 +133,20 @@ def _protocol_beside_ours(
     if pair.teacher is not None:
         own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
         lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
-    differs = [f"{name} {their} (here {our})" for name, their, our in lines if their not in (None, our)]
-    if theirs.extra_epochs is not None:
-        differs.insert(0, f"{theirs.extra_epochs:g} epochs on top")
-    silent = [f"{name} (here {our})" for name, their, our in lines if their is None]
-    same = [f"{name} {their}" for name, their, our in lines if their == our]
-    parts = [("differs", differs), ("not stated there", silent), ("the same", same)]
-    said = [f"{what}: {', '.join(entries)}" for what, entries in parts if entries]
-    return "; ".join([*said, theirs.note] if theirs.note else said)
+    parts = [
+        ("differs", [f"{name} {their} (here {our})" for name, their, our in lines if their not in (None, our)]),
+        ("not stated there", [f"{name} (here {our})" for name, their, our in lines if their is None]),
+        ("the same", [f"{name} {their}" for name, their, our in lines if their == our]),
+    ]
+    return "; ".join(f"{what}: {', '.join(entries)}" for what, entries in parts if entries)
+
+
+def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:
+    """What a row says of itself, beyond the protocol of its table."""
+    extra = "" if theirs.extra_epochs is None else f"{theirs.extra_epochs:g} epochs on top of the others'"
+    note = "" if theirs.note in (None, table.note) else str(theirs.note)
+    said = "; ".join(part for part in (extra, note) if part)
+    return [f"There: {said}"] if said else []
 
 
 def _records(comparison: Comparison, column: Column) -> list[Record]:

@@ -98,10 +98,7 @@ def _accuracies(table: Table) -> Grid:
     ]
     rules = frozenset({len(rows)} if rows else ())
     rows += [
-        (
-            Text(row.label),
-            *(_entry(cell, (i, j), f" ({cell.n})" if cell else "") for j, cell in enumerate(row.cells)),
-        )
+        (Text(row.label), *(_entry(cell, (i, j), f" ({cell.n})" if cell else "") for j, cell in enumerate(row.cells)))
         for i, row in enumerate(table.rows)
     ]
     return _with_copied(

@@ -177,9 +177,7 @@ def _agreement(comparison: Comparison, log: Logs, hook_points: Sequence[str]) ->
 
 def _curves(comparison: Comparison, column: Column, log: Logs, value: Value) -> dict[Row, Curve]:
     return {
-        row: curve
-        for row in comparison.rows
-        if (curve := curve_of(comparison, row, column, log, value)) is not None
+        row: curve for row in comparison.rows if (curve := curve_of(comparison, row, column, log, value)) is not None
     }
 
 

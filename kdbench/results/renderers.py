@@ -112,11 +112,11 @@ def latex(table: Table) -> str:
     title = table.title or "Comparison"
     slug = re.sub(r"[^a-z0-9]+", "-", _ascii(table.title).lower()).strip("-") or "comparison"
     first, *others = [_grid_blocks(grid) for grid in layout(table)]
-    notes = _Block(first[0].caption, _notes(table.notes), sum(len(note.text) + 2 for note in table.notes) / 90)
+    notes = _notes(first[0].caption, table.notes)
     rest = list(itertools.chain(*others))
-    floats = [[*first, *rest, notes]]
+    floats = [[*first, *rest, *notes]]
     if sum(block.height for block in floats[0]) > PAGE_LINES:
-        floats = _floats([*first, notes, *rest])
+        floats = _floats([*first, *notes, *rest])
     lines = ["% needs \\usepackage{booktabs}"]
     for number, blocks in enumerate(floats):
         caption = blocks[0].caption
@@ -167,9 +167,23 @@ def _grid_blocks(grid: Grid) -> list[_Block]:
     return [_Block(grid.caption, _tabular(panel, "\\footnotesize" if wide else ""), _height(panel)) for panel in panels]
 
 
-def _notes(notes: Sequence[Note]) -> list[str]:
-    shown = [f"{_superscript((note.mark,)) if note.mark else ''}{_latex_note(note)}." for note in notes]
-    return ["\\begin{minipage}{\\linewidth}\\raggedright\\footnotesize", *shown, "\\end{minipage}"]
+def _notes(caption: str, notes: Sequence[Note]) -> list[_Block]:
+    """The notes as running text, in several pieces where they are longer than a page."""
+    pieces: list[list[Note]] = [[]]
+    for note in notes:
+        if pieces[-1] and _note_lines([*pieces[-1], note]) > PAGE_LINES - 6:
+            pieces.append([])
+        pieces[-1].append(note)
+    blocks = []
+    for piece in pieces:
+        shown = [f"{_superscript((note.mark,)) if note.mark else ''}{_latex_note(note)}." for note in piece]
+        lines = ["\\begin{minipage}{\\linewidth}\\raggedright\\footnotesize", *shown, "\\end{minipage}"]
+        blocks.append(_Block(caption, lines, _note_lines(piece)))
+    return blocks
+
+
+def _note_lines(notes: Sequence[Note]) -> float:
+    return sum(len(note.text) + 2 for note in notes) / 90
 
 
 def escape(value: str) -> str:

@@ -350,7 +350,8 @@ def _bootstrapped(
 
 
 def _said_source(key: str, card: PublishedCard) -> str:
-    return f"{key}: {card.title}; {card.source}" + (f". {' '.join(card.note.split()).rstrip('.')}" if card.note else "")
+    notes = [" ".join(note.split()).rstrip(".") for note in (card.note, card.protocol.note) if note]
+    return ". ".join([f"{key}: {card.title}; {card.source}", *(note[:1].upper() + note[1:] for note in notes)])
 
 
 def _across_notes(found: Across | None, baseline: str) -> list[Note]:
@@ -475,12 +476,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _notes(
-    comparison: Comparison,
-    rows: Sequence[Row],
-    metric: Metric,
-    tests: int,
-    points: Sequence[str],
-    interval: Interval,
+    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str], interval: Interval
 ) -> list[Note]:
     records = comparison.records
     cells = [cell for row in rows for cell in row.cells if cell is not None]

@@ -16,6 +16,7 @@ import pytest
 from synthetic import comparison, make
 
 from kdbench.errors import UserError
+from kdbench.registry import Registry
 from kdbench.results.layout import layout
 from kdbench.results.record import Record
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
@@ -481,6 +482,31 @@ def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
     if text:
         for shown in ("94.50 ± 0.17", "#$%&", "{}", "[ce]", "[U+4E2D]", "+0.40", "layer1"):
             assert shown in text, text
+
+
+def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -> None:
+    registry = Registry()
+    records = [
+        record
+        for i, (student, teacher) in enumerate(
+            (("wrn_16_2", "wrn_40_2"), ("crd_resnet20", "crd_resnet56"), ("vgg8", "vgg13"))
+        )
+        for record in comparison(
+            {m: [v + i for v in several] for m, several in VALUES.items()},
+            student=student,
+            data="cifar100",
+            recipe=f"recipe {i}",
+            spec__teacher={"name": teacher, "model": {"name": teacher}},
+            spec__protocol={"batch_size": 64},
+        )
+    ]
+    cards = {key: registry.card("published", key) for key in ("crd_cifar100", "norm_cifar100")}
+    table = build(records, published=cards)
+    text = compiled(tmp_path, latex(table))
+    if text:
+        # The text of a PDF lacks the dagger and the underscore, which are drawn.
+        for shown in ("74.92", "70.66", "copied", "critical distance", "Across the", "30 epochs on top"):
+            assert shown in " ".join(text.split()), text
 
 
 @pytest.mark.parametrize("size", ["wide", "long", "one seed"])
