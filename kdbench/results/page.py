@@ -82,7 +82,7 @@ def _tables(table: Table) -> str:
     grids = "\n".join(_grid(grid) for grid in layout(table))
     notes = "".join(_note(note) for note in table.notes)
     return (
-        f'<p class="small">A click on a title sorts. A number with dots below it leads to its runs.</p>\n{grids}\n'
+        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its runs.</p>\n{grids}\n'
         f'<ul class="notes">{notes}</ul>'
     )
 
@@ -357,6 +357,6 @@ def _provenance(comparison: Comparison) -> str:
     seeds = sorted({record.cell.seed for record in records})
     facts = [("Runs", f"{len(records)}, seeds {', '.join(map(str, seeds))}"), *_facts(records)]
     return (
-        "<p>Every number above is made from the records of these runs, and nothing else: "
+        "<p>Every measured number above is made from the records of these runs, and nothing else: "
         "<code>kdbench table FOLDER --out FOLDER</code> makes this page again.</p>\n" + _list(facts)
     )

@@ -52,6 +52,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         "table.md",
         "table.csv",
         "table.tex",
+        "table.html",
         "records.csv",
         "learning_curves.png",
         "final_accuracies.png",
