@@ -94,13 +94,31 @@ def test_tensorboard_has_every_term(finished: Path) -> None:
 @pytest.mark.slow
 def test_table_from_records_alone(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     kdbench("table", finished, "--out", tmp_path / "again")
-    first, again = (finished / "table.csv").read_text(), (tmp_path / "again" / "table.csv").read_text()
-    assert first == again
+    for name in ("table.csv", "table.html"):
+        assert (finished / name).read_text() == (tmp_path / "again" / name).read_text(), name
     assert "best test epoch" in kdbench("table", finished, "--metric", "best").stdout
     wrong = kdbench("table", finished, "--baseline", "abb", code=2)
     assert "'abb'" in wrong.stderr and "Traceback" not in wrong.stderr
     kdbench("plot", finished, "--out", tmp_path / "plots")
     assert (tmp_path / "plots" / "learning_curves.png").is_file()
+
+
+def test_published_numbers_and_intervals_on_the_command_line(kdbench: Kdbench, tmp_path: Path) -> None:
+    records = ROOT / "results" / "ab_resnet"
+    shown = kdbench("table", records, "--published", "kdzoo_cifar10:ab,bss", "--out", tmp_path).stdout
+    assert "copied†: kdzoo_cifar10" in shown and "92.96†" in shown and "92.82†" not in shown
+    for name in ("table.md", "table.tex", "table.html", "table.csv"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "92.96" in text and ("kdzoo_cifar10" in text or "kdzoo\\_cifar10" in text), name
+    for arguments, said in (
+        (("--published", "kdzo_cifar10"), "did you mean 'kdzoo_cifar10'"),
+        (("--published", "kdzoo_cifar10:abb"), "no method 'abb'"),
+        (("--published", "crd_cifar100"), "has no numbers for this table"),
+        (("--interval", "bootstrap"), "needs 20 seeds"),
+        (("--interval", "boot"), "unknown interval 'boot'"),
+    ):
+        wrong = kdbench("table", records, *arguments, code=2)
+        assert said in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_the_page_is_as_wide_as_the_screen_and_its_charts_are_drawn(browser: Bro
             "params": {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
         },
     )
-    assert browser.script("return document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    assert browser.script("return document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     boxes = browser.script(
         "return [...document.querySelectorAll('svg.chart')].map(c => c.getBoundingClientRect())"
         ".map(b => [b.width, b.height])"

@@ -78,6 +78,20 @@ def test_its_interval_mirrors_when_the_sides_are_swapped_and_holds_the_estimate(
     assert (other.low, other.probability, other.high) == pytest.approx((1 - one.high, 1 - one.probability, 1 - one.low))
 
 
+@pytest.mark.parametrize(("copies", "quantile"), [(1, 4.303), (2, 2.776), (4, 2.306)])
+def test_its_interval_by_hand(copies: int, quantile: float) -> None:
+    """Three seeds a column have two degrees of freedom, equal columns add theirs: 2, 4, 8 and their printed quantiles."""
+    a, b = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.2])
+    found = ranking.probability_of_improvement([(a, b)] * copies)
+    # Wins: 94.0 over 93.7 and 93.6, 93.5 over none, 94.4 over all. Without seed 0, 1, 2: of the four pairs 2, 3, 2.
+    without = np.array([2, 3, 2]) / 4
+    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum() / copies) / (5 / 9 * 4 / 9)
+    assert found.low is not None and found.high is not None
+    assert found.probability == pytest.approx(5 / 9)
+    assert math.log(found.high / (1 - found.high)) == pytest.approx(math.log(5 / 4) + quantile * error, rel=1e-3)
+    assert math.log(found.low / (1 - found.low)) == pytest.approx(math.log(5 / 4) - quantile * error, rel=1e-3)
+
+
 def test_there_is_no_interval_where_the_runs_do_not_allow_one() -> None:
     clear = column([95.0, 95.1, 95.2], [90.0, 90.1, 90.2])
     assert ranking.probability_of_improvement([clear]) == ranking.Improvement(1.0)

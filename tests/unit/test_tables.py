@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kdbench.registry import Registry
 from kdbench.results.layout import layout
 from kdbench.results.record import Record
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
-from kdbench.results.tables import Cell, Table, build, to_frame
+from kdbench.results.tables import Cell, Note, Table, build, to_frame
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
 SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
@@ -507,6 +508,17 @@ def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -
         # The text of a PDF lacks the dagger and the underscore, which are drawn.
         for shown in ("74.92", "70.66", "copied", "critical distance", "Across the", "30 epochs on top"):
             assert shown in " ".join(text.split()), text
+
+
+def test_latex_of_notes_longer_than_a_page_fits_its_pages(tmp_path: Path) -> None:
+    failed = [f"a rather long name of a cell that did not finish, number {k}" for k in range(6)]
+    names = [f"m{k}" for k in range(80)]
+    records = comparison({name: [90.0 + k / 80, 91.0, 90.5][: 2 + k % 2] for k, name in enumerate(names)})
+    table = build(records, unfinished=failed)
+    more = [Note(f"{note.text} " + "and what else is to be said of it " * 9, note.mark) for note in table.notes]
+    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))))
+    if text:
+        assert " ".join(text.split()).count("and what else is to be said of it") > 100
 
 
 @pytest.mark.parametrize("size", ["wide", "long", "one seed"])
