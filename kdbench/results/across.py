@@ -67,7 +67,7 @@ def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvemen
     both = [(own, base) for own, base in pairs if own and base]
     if not both:
         return None
-    found = probability_of_improvement(
+    return probability_of_improvement(
         [
             (
                 {seed: record.accuracy(metric) for seed, record in own.items()},
@@ -76,8 +76,6 @@ def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvemen
             for own, base in both
         ]
     )
-    runs = [record.identity for own, base in both for group in (own, base) for record in group.values()]
-    return found if len(set(runs)) == len(runs) else Improvement(found.probability)
 
 
 def _why_no_distance(comparison: Comparison, columns: list[Column]) -> str | None:

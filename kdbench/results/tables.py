@@ -372,7 +372,7 @@ def _across_notes(found: Across | None, baseline: str) -> list[Note]:
         Note(
             f"Probability of improvement: that a run of a method beats a run of {baseline} in the same column, "
             "averaged over the columns that both have, and for these columns only; 95 % interval from leaving out one "
-            "seed at a time, where the runs allow one"
+            "seed at a time in all of them, where the runs allow one"
         )
     )
     return notes

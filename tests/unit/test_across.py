@@ -82,7 +82,7 @@ def test_two_methods_have_no_distance() -> None:
     assert found.critical_distance is None and "paired test" in (found.why_no_distance or "")
 
 
-def test_shared_runs_have_no_distance_and_no_interval() -> None:
+def test_shared_runs_have_no_distance() -> None:
     records = [make("ce", s, 90 + s / 7, teacher=None, axes={"method": "ce"}) for s in range(3)]
     records += [
         make(m, s, 90.2 + s / 5 - i / 9, teacher=t, axes={"method": m, "teacher": t}, order=2)
@@ -92,8 +92,6 @@ def test_shared_runs_have_no_distance_and_no_interval() -> None:
     ]
     found = summed(records)
     assert found.critical_distance is None and "several columns" in (found.why_no_distance or "")
-    kd = found.standings[-1].improvement
-    assert kd is not None and 0 < kd.probability < 1 and kd.low is None
 
 
 def test_the_files_show_it() -> None:
