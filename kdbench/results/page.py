@@ -24,8 +24,9 @@ from kdbench.results.curves import (
     look,
 )
 from kdbench.results.layout import Grid, Text, accuracy, layout
+from kdbench.results.notes import Note
 from kdbench.results.record import Record
-from kdbench.results.tables import Note, Table
+from kdbench.results.tables import Table
 
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

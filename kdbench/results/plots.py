@@ -26,8 +26,8 @@ from kdbench.results.curves import (
     logs,
     look,
 )
+from kdbench.results.notes import metric_label
 from kdbench.results.record import Metric, Record
-from kdbench.results.tables import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,9 +19,10 @@ from synthetic import comparison, make
 from kdbench.errors import UserError
 from kdbench.registry import Registry
 from kdbench.results.layout import layout
+from kdbench.results.notes import Note
 from kdbench.results.record import Record
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
-from kdbench.results.tables import Cell, Note, Table, build, to_frame
+from kdbench.results.tables import Cell, Table, build, to_frame
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
 SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
