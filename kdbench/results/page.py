@@ -359,5 +359,6 @@ def _provenance(comparison: Comparison) -> str:
     facts = [("Runs", f"{len(records)}, seeds {', '.join(map(str, seeds))}"), *_facts(records)]
     return (
         "<p>Every measured number above is made from the records of these runs, and nothing else: "
-        "<code>kdbench table FOLDER --out FOLDER</code> makes this page again.</p>\n" + _list(facts)
+        "<code>kdbench table FOLDER --out FOLDER</code>, with the options that it had, makes this page again.</p>\n"
+        + _list(facts)
     )
