@@ -24,6 +24,7 @@ TEXT_WIDTH = 37.5
 SMALLER_WIDTH = 40.5
 PAGE_LINES = 46
 PAGE_ROWS = 36
+STRETCH = 1.12
 # Entries of the first column are broken at this many ems, titles of the others at this many characters.
 FIRST_WIDTH = 15.0
 TITLE_LENGTH = 14
@@ -409,14 +410,19 @@ def _header_lines(title: str) -> list[str]:
 def _height(grid: Grid) -> float:
     """Height of a tabular with the space around it, in lines."""
     rows = sum(math.ceil(_width(row[0].text) / FIRST_WIDTH) for row in grid.rows)
-    return rows + max(len(_header_lines(title)) for title in grid.header[1:]) + 0.4 * len(grid.rules) + 2.2
+    titles = max(len(_header_lines(title)) for title in grid.header[1:])
+    return STRETCH * (rows + titles) + 0.4 * len(grid.rules) + 2.2
 
 
 def _tabular(grid: Grid, size: str) -> list[str]:
     columns = len(grid.header) - 1
     titles = [_header_lines(title) for title in grid.header[1:]]
     depth = max(map(len, titles))
-    lines = [f"{{{size}\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
+    # Rows a little apart, or the line below a second best would touch the number below it.
+    lines = [
+        f"{{{size}\\renewcommand{{\\arraystretch}}{{{STRETCH}}}\\begin{{tabular}}{{l{'r' * columns}}}",
+        "\\toprule",
+    ]
     for level in range(depth):
         first = escape(grid.header[0]) if level == depth - 1 else ""
         # Shorter titles stand on the last line, next to their numbers.
