@@ -155,11 +155,13 @@ def test_check_prints_the_plan_and_trains_nothing(kdbench: Kdbench, tmp_path: Pa
 
 def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "wrn_<depth>_<width>" in kdbench("ls", "models").stdout
-    for kind in ("methods", "losses", "data", "teachers", "recipes"):
+    for kind in ("methods", "losses", "data", "teachers", "recipes", "published"):
         assert len(kdbench("ls", kind).stdout.splitlines()) > 2
     shown = kdbench("show", "methods", "ab").stdout
     assert "boundaries" in shown and "Heo" in shown
     assert "temperature" in kdbench("show", "losses", "kd").stdout
+    published = kdbench("show", "published", "crd_cifar100").stdout
+    assert "RepDistiller" in published and "epochs: 240" in published and "Isola" in published
     kdbench("cp", "quickstart", "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert "exists" in kdbench("cp", "quickstart", "mine.yaml", code=2).stderr
