@@ -83,7 +83,8 @@ def _tables(table: Table) -> str:
     grids = "\n".join(_grid(grid) for grid in layout(table))
     notes = "".join(_note(note) for note in table.notes)
     return (
-        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its runs.</p>\n{grids}\n'
+        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its runs.</p>\n'
+        f'<div class="grids">{grids}</div>\n'
         f'<ul class="notes">{notes}</ul>'
     )
 
