@@ -67,7 +67,7 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
     """Records (or folders that hold them) as a comparison table: mean, deviation, n, paired difference.
 
     Args:
-        options: those of `kdbench.results.tables.build` (baseline, metric).
+        options: those of `kdbench.results.tables.build` (baseline, metric, interval, published).
     """
     from kdbench.results.record import Record, read_records
     from kdbench.results.tables import build, to_frame

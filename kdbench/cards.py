@@ -205,6 +205,64 @@ class PaperCard(Strict):
     arxiv: str | None = None
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
+
+
+class PublishedProtocol(Strict):
+    """How published numbers came about. What a source does not say is absent."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    extra_epochs: float | None = Field(default=None, gt=0, description="on top of `epochs`")
+    batch_size: int | None = Field(default=None, gt=0)
+    reported: Literal["last", "best"] | None = Field(default=None, description="last, or best on the test set")
+    runs: int | None = Field(default=None, gt=0)
+    note: str | None = None
+
+
+class PublishedNetwork(Strict):
+    name: str = Field(description="key of a model card where there is one")
+    accuracy: Percent | None = None
+
+
+class PublishedPair(Strict):
+    """A column of a published table."""
+
+    teacher: PublishedNetwork | None = None
+    student: PublishedNetwork
+
+
+class PublishedRow(Strict):
+    """A method's row: one entry for each pair, null where the source has none."""
+
+    title: str
+    accuracies: list[Percent | MeanDeviation | None] = Field(description="or [mean, deviation]")
+    protocol: PublishedProtocol = Field(PublishedProtocol(), description="where this row departs from the table's")
+
+
+class PublishedCard(Card):
+    """A table of somebody else's, copied: test accuracies in percent."""
+
+    title: str
+    source: str = Field(description="where the numbers were read")
+    data: Named
+    protocol: PublishedProtocol = PublishedProtocol()
+    pairs: dict[Name, PublishedPair]
+    methods: dict[Name, PublishedRow]
+
+    @model_validator(mode="after")
+    def one_entry_for_each_pair(self) -> PublishedCard:
+        for name, row in self.methods.items():
+            if len(row.accuracies) != len(self.pairs):
+                raise ValueError(f"'{name}' has {len(row.accuracies)} accuracies for {len(self.pairs)} pairs")
+        return self
+
+    def protocol_of(self, method: str) -> PublishedProtocol:
+        """The table's protocol with what the method's row says otherwise."""
+        own = self.methods[method].protocol
+        return self.protocol.model_copy(update=own.model_dump(exclude_unset=True))
+
+
 KINDS: dict[str, type[BaseModel]] = {
     "models": ModelCard,
     "hooks": HookCard,
@@ -217,4 +275,5 @@ KINDS: dict[str, type[BaseModel]] = {
     "teachers": TeacherCard,
     "protocols": ProtocolCard,
     "papers": PaperCard,
+    "published": PublishedCard,
 }

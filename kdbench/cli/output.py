@@ -25,16 +25,19 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
 
 
 def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
-    """table.md, table.csv, table.tex and records.csv in a folder."""
+    """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text
+    from kdbench.results.page import html
     from kdbench.results.record import read_records
     from kdbench.results.renderers import latex, markdown, records_csv, table_csv
 
+    records = read_records(folders)
     texts = {
         "table.md": markdown(table),
         "table.csv": table_csv(table),
         "table.tex": latex(table),
-        "records.csv": records_csv(read_records(folders)),
+        "table.html": html(table, records),
+        "records.csv": records_csv(records),
     }
     for name, text in texts.items():
         write_text(out / name, text)

@@ -14,7 +14,10 @@ def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the first folder).")] = None,
 ) -> None:
-    """Draw learning curves, activation agreement (where a method logs it) and the final accuracies."""
+    """Draw learning curves, activation agreement (where a method logs it) and the final accuracies.
+
+    The page that 'kdbench table --out' writes has these curves too, beside the table and its runs.
+    """
     from kdbench.cli.output import write_plots
 
     for file in write_plots(folders, out or folders[0]):

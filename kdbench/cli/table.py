@@ -3,30 +3,73 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
 
-EXAMPLES = "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables"
+if TYPE_CHECKING:
+    from kdbench.cards import PublishedCard
+    from kdbench.registry import Registry
+
+EXAMPLES = (
+    "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
+    "kdbench table results/ab_resnet --published kdzoo_cifar10:kd,at"
+)
 METRICS = ("last", "best", "mean_last")
+INTERVALS = ("student", "bootstrap")
 
 
 def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     baseline: Annotated[str | None, typer.Option(help="Method to compare with (default: the recipe's).")] = None,
     metric: Annotated[str, typer.Option(help="last, best (marked as optimistic) or mean_last.")] = "last",
-    out: Annotated[Path | None, typer.Option(help="Folder for table.md, table.csv, table.tex.")] = None,
+    interval: Annotated[str, typer.Option(help="Of differences: student, or bootstrap from 20 seeds on.")] = "student",
+    published: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[:METHOD,…]",
+            help="Published table whose numbers are shown too, or some methods of it ('kdbench ls published').",
+        ),
+    ] = None,
+    registry: RegistryOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
+    ] = None,
 ) -> None:
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
+    from kdbench.registry import Registry
     from kdbench.results.record import read_records, unfinished
     from kdbench.results.tables import build
 
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))
-    table = build(read_records(folders), baseline, metric, unfinished=unfinished(folders))  # type: ignore[arg-type]
+    if interval not in INTERVALS:
+        raise UserError(f"unknown interval '{interval}'", where="--interval", hint=did_you_mean(interval, INTERVALS))
+    cards = Registry(registry or ()) if published else None
+    table = build(
+        read_records(folders),
+        baseline,
+        metric,  # type: ignore[arg-type]
+        unfinished=unfinished(folders),
+        interval=interval,  # type: ignore[arg-type]
+        published=dict(_published(cards, text) for text in published or ()) if cards else None,
+    )
     print_table(table)
     if out is not None:
         write_files(table, out, folders)
+
+
+def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:
+    """A published table by its key, with all methods or with those named after a colon."""
+    key, _, names = text.partition(":")
+    card: PublishedCard = cards.card("published", key, "--published")
+    wanted = [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in card.methods:
+            raise UserError(f"'{key}' has no method '{name}'", "--published", did_you_mean(name, card.methods))
+    rows = {name: row for name, row in card.methods.items() if name in wanted} if wanted else card.methods
+    return key, card.model_copy(update={"methods": rows})

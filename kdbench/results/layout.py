@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
 from kdbench.results.tables import Cell, Table, seeds_text
 
 ABSENT = "–"
@@ -11,13 +12,15 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Text:
-    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it."""
+    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it.
+    `place`: row and column of the table whose runs the entry is of."""
 
     text: str
     bold: bool = False
     underline: bool = False
     tail: str = ""
     marks: tuple[str, ...] = ()
+    place: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Grid:
 
 
 def layout(table: Table) -> list[Grid]:
-    """Accuracies (with the differences where there is one column), differences, and details."""
-    grids = [_single(table)] if len(table.columns) == 1 else [_accuracies(table), _differences(table)]
+    """Accuracies (with the differences where there is one column), differences, methods across the columns, and
+    details."""
+    grids = [_single(table)] if len(table.columns) == 1 else [_accuracies(table), _differences(table), _across(table)]
     return [grid for grid in (*grids, _details(table)) if grid.rows]
 
 
@@ -68,10 +72,11 @@ def _single(table: Table) -> Grid:
         for teacher in table.teachers
     ]
     rules = frozenset({len(rows)} if rows else ())
-    for row in table.rows:
+    for i, row in enumerate(table.rows):
         cell = row.cells[0]
         compared = ("", "", "", "") if row.is_baseline else difference(cell)
-        rows.append((Text(row.label), _entry(cell), Text(str(cell.n) if cell else ABSENT), *map(Text, compared)))
+        n = Text(str(cell.n) if cell else ABSENT)
+        rows.append((Text(row.label), _entry(cell, (i, 0)), n, *map(Text, compared)))
     header: tuple[str, ...] = (
         "method",
         f"accuracy, {table.metric_label}",
@@ -83,7 +88,7 @@ def _single(table: Table) -> Grid:
     )
     if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
         header, rows = header[:3], [row[:3] for row in rows]
-    return Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules)
+    return _with_copied(table, Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules))
 
 
 def _accuracies(table: Table) -> Grid:
@@ -93,21 +98,89 @@ def _accuracies(table: Table) -> Grid:
     ]
     rules = frozenset({len(rows)} if rows else ())
     rows += [
-        (Text(row.label), *(_entry(cell, f" ({cell.n})" if cell else "") for cell in row.cells)) for row in table.rows
+        (Text(row.label), *(_entry(cell, (i, j), f" ({cell.n})" if cell else "") for j, cell in enumerate(row.cells)))
+        for i, row in enumerate(table.rows)
     ]
-    return Grid(
-        f"Accuracy, {table.metric_label}: mean ± deviation (n)",
-        ("method", *(column.label for column in table.columns)),
-        tuple(rows),
-        rules,
+    return _with_copied(
+        table,
+        Grid(
+            f"Accuracy, {table.metric_label}: mean ± deviation (n)",
+            ("method", *(column.label for column in table.columns)),
+            tuple(rows),
+            rules,
+        ),
     )
+
+
+def _with_copied(table: Table, grid: Grid) -> Grid:
+    """The grid with a block for each published table below it."""
+    rows, rules, headings = list(grid.rows), set(grid.rules), set(grid.headings)
+    across = len(grid.header) - 1
+    for source in dict.fromkeys(row.source for row in table.copied):
+        rules.add(len(rows))
+        headings.add(len(rows))
+        rows.append((Text(f"copied{DAGGER}: {source}"), *[Text("")] * across))
+        for row in table.copied:
+            if row.source == source:
+                rows.append((Text(row.label), *_copied_entries(table, row, across)))
+    return Grid(grid.caption, grid.header, tuple(rows), frozenset(rules), frozenset(headings))
+
+
+def _copied_entries(table: Table, row: CopiedRow, across: int) -> list[Text]:
+    if len(table.columns) > 1:
+        return [
+            Text(ABSENT) if cell is None else _copied_entry(cell, f" ({cell.runs})" if cell.runs else "")
+            for cell in row.cells
+        ]
+    cell = row.cells[0]
+    if cell is None:
+        return [Text(ABSENT), *[Text("")] * (across - 1)]
+    n = "" if row.method is None else str(cell.runs) if cell.runs else ABSENT
+    return [_copied_entry(cell), Text(n), *[Text("")] * (across - 2)]
+
+
+def _copied_entry(cell: CopiedCell, tail: str = "") -> Text:
+    shown = f"{cell.mean:.2f}" if cell.deviation is None else f"{cell.mean:.2f} ± {cell.deviation:.2f}"
+    return Text(shown, tail=f"{DAGGER}{tail}", marks=cell.marks)
+
+
+def _across(table: Table) -> Grid:
+    """Average ranks and probabilities of improvement; no rows where there is nothing to sum up."""
+    found = table.across
+    if found is None:
+        return Grid("", ("",), ())
+    ranked = bool(found.columns)
+    rows = []
+    for one in found.standings:
+        better = one.improvement
+        share = ABSENT if better is None else f"{better.probability:.2f}"
+        interval = (
+            ABSENT
+            if better is None or better.low is None or better.high is None
+            else f"[{better.low:.2f}, {better.high:.2f}]"
+        )
+        if better is None and one.label == table.baseline:
+            share = interval = ""
+        rank = [Text(ABSENT if one.rank is None else f"{one.rank:.2f}")] if ranked else []
+        rows.append((Text(one.label), *rank, Text(share), Text(interval)))
+    header = (
+        "method",
+        *(["average rank"] if ranked else []),
+        f"probability of improvement over {table.baseline}",
+        "95 % interval",
+    )
+    return Grid(f"Across the {len(table.columns)} columns", header, tuple(rows))
 
 
 def _differences(table: Table) -> Grid:
     blocks = [
         [
-            (Text(row.label), Text(str(cell.difference.n)), *map(Text, difference(cell)))
-            for row in table.rows
+            (
+                Text(row.label),
+                Text(str(cell.difference.n)),
+                *(Text(text, place=(k, i) if n == 0 else None) for n, text in enumerate(difference(cell))),
+            )
+            for k, row in enumerate(table.rows)
             if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None
         ]
         for i in range(len(table.columns))
@@ -134,9 +207,9 @@ def _details(table: Table) -> Grid:
                     Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
                     for point in table.agreement
                 ),
-                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"),
+                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}", place=(k, i)),
             )
-            for row in table.rows
+            for k, row in enumerate(table.rows)
             if (cell := row.cells[i]) is not None
         ]
         for i in range(len(table.columns))
@@ -158,8 +231,8 @@ def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[li
     return Grid(caption, header, tuple(rows), frozenset(rules - {0}), frozenset(headings))
 
 
-def _entry(cell: Cell | None, tail: str = "") -> Text:
-    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks)
+def _entry(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
+    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks, place)
 
 
 def _percent(value: float | None) -> str:

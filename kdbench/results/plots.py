@@ -1,42 +1,41 @@
-"""Learning curves, agreement over training, and final accuracies as PNG files.
-
-Methods differ by colour (Okabe and Ito's palette, safe for colour-blind readers), marker and line style, so the
-pictures can be read in grey too. The same records give the same bytes, in any order.
-"""
+"""Learning curves, agreement over training, and final accuracies as PNG files. The same records give the same bytes,
+in any order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdbench.errors import UserError
 from kdbench.files import atomic
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.record import Metric, Record, metrics
-from kdbench.results.tables import metric_label
+from kdbench.results.curves import (
+    MARKERS,
+    MARKS_ON_CURVE,
+    Curve,
+    Look,
+    accuracy_of,
+    agreement_at,
+    curve_of,
+    last_quarter,
+    logs,
+    look,
+)
+from kdbench.results.notes import metric_label
+from kdbench.results.record import Metric, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C2D04", "#3B0F70")
-MARKERS = "osD^vP*X<>"
-LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKER_SIZES = {"*": 8.5, "P": 6.5, "X": 6.5}
-MARKS_ON_CURVE = 7
 ACROSS = 3
-# A method this many times farther below the median than the best is above it is left out of the enlarged panel.
-FAR_BELOW = 3.0
 DPI = 160
-
-# Epochs and, for each seed, the values at them.
-Curve = tuple[np.ndarray, np.ndarray]
 
 
 def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
@@ -51,12 +50,12 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
         UserError: a record without metrics.
     """
     comparison = compare(records, baseline)
-    log = _logs(comparison)
+    log = logs(comparison)
     curves = {
         column: {
             row: curve
             for row in comparison.rows
-            if (curve := _curve(comparison, row, column, log, _test_accuracy)) is not None
+            if (curve := curve_of(comparison, row, column, log, accuracy_of)) is not None
         }
         for column in comparison.columns
     }
@@ -66,13 +65,17 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
             whole, end = axes[2 * i], axes[2 * i + 1]
             for axis in (whole, end):
                 for row, curve in by_row.items():
-                    _draw(axis, curve, _look(comparison, row), row.label)
+                    _draw(axis, curve, look(comparison, row), row.label)
                 axis.set_xlabel("epoch")
             whole.set_ylabel("test accuracy (%)")
             name = f"{column.label}: " if comparison.axes else ""
             whole.set_title(f"{name}whole run")
-            below = _zoom(end, by_row)
-            end.set_title(f"{name}last quarter" + (f" (below: {', '.join(below)})" if below else ""))
+            part = last_quarter(by_row)
+            if part is not None:
+                end.set_xlim(*part.epochs)
+                end.set_ylim(*part.values)
+            below = f" (below: {', '.join(part.below)})" if part is not None and part.below else ""
+            end.set_title(f"{name}last quarter{below}")
         _legend(figure, comparison, axes)
         return _save(figure, file)
 
@@ -85,7 +88,7 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
         UserError: a record without metrics.
     """
     comparison = compare(records, baseline)
-    log = _logs(comparison)
+    log = logs(comparison)
     points = sorted({point for entries in log.values() for entry in entries for point in entry.get("agreement", {})})
     if not points:
         return None
@@ -96,10 +99,10 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
             for j, point in enumerate(points):
                 axis = axes[i * len(points) + j]
                 for row in comparison.rows:
-                    curve = _curve(comparison, row, column, log, _at(point))
+                    curve = curve_of(comparison, row, column, log, agreement_at(point))
                     if curve is not None:
                         drawn.add(row)
-                        _draw(axis, curve, _look(comparison, row), row.label)
+                        _draw(axis, curve, look(comparison, row), row.label)
                 axis.set_title(f"{column.label}: {point}" if comparison.axes else point)
                 axis.set_xlabel("epoch")
                 if j == 0:
@@ -129,7 +132,7 @@ def final_accuracies(
                 if not values:
                     continue
                 everything += values
-                colour, marker, _ = _look(comparison, row)
+                colour, marker, _ = look(comparison, row)
                 # Seeds of one line stand a little apart, in their order, so that equal values are seen as several.
                 offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
                 summary = statistics.summarize(values)
@@ -179,63 +182,9 @@ def _with_teacher(axis: Axes, comparison: Comparison, column: Column, values: Se
     return "; ".join(title)
 
 
-def _logs(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Identity of each record -> its evaluations."""
-    log = {}
-    for record in comparison.records:
-        if record.folder is None:
-            raise UserError(
-                "a record that was not read from a folder has no curve",
-                where=record.identity[:8],
-                hint="read records with kdbench.results.record.read_records",
-            )
-        log[record.identity] = metrics(record.folder)
-    return log
-
-
-def _test_accuracy(entry: Mapping[str, Any]) -> float | None:
-    return entry.get("test", {}).get("accuracy")
-
-
-def _at(point: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda entry: entry.get("agreement", {}).get(point)
-
-
-def _curve(
-    comparison: Comparison,
-    row: Row,
-    column: Column,
-    log: Mapping[str, list[dict[str, Any]]],
-    value: Callable[[Mapping[str, Any]], float | None],
-) -> Curve | None:
-    """The seeds' values at the evaluations that all of them have."""
-    seeds = []
-    for record in comparison.cell(row, column).values():
-        points = {
-            entry["step"]: (entry.get("epoch", entry["step"]), float(v))
-            for entry in log[record.identity]
-            if (v := value(entry)) is not None
-        }
-        if points:
-            seeds.append(points)
-    steps = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
-    if not steps:
-        return None
-    return (
-        np.array([seeds[0][step][0] for step in steps], dtype=float),
-        np.array([[points[step][1] for step in steps] for points in seeds]),
-    )
-
-
-def _look(comparison: Comparison, row: Row) -> tuple[str, str, Any]:
-    """Colour, marker and line style of a method: the same in all pictures of a comparison."""
-    i = comparison.rows.index(row)
-    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
-
-
-def _draw(axis: Axes, curve: Curve, look: tuple[str, str, Any], label: str) -> None:
+def _draw(axis: Axes, curve: Curve, style: Look, label: str) -> None:
     epochs, values = curve
-    colour, marker, line = look
+    colour, marker, line = style
     mean = values.mean(axis=0)
     if len(values) > 1:
         deviation = values.std(axis=0, ddof=1)
@@ -253,29 +202,6 @@ def _draw(axis: Axes, curve: Curve, look: tuple[str, str, Any], label: str) -> N
         markersize=MARKER_SIZES.get(marker, 5),
         label=label,
     )
-
-
-def _zoom(axis: Axes, curves: Mapping[Row, Curve]) -> list[str]:
-    """Show the last quarter of the epochs and the values in it, bands included. Methods that end far below most others
-    are left out, or the others could not be told apart; returns their labels."""
-    if not curves:
-        return []
-    end = max(epochs[-1] for epochs, _ in curves.values())
-    begin = min(0.75 * end, *(epochs[max(0, len(epochs) - 2)] for epochs, _ in curves.values()))
-    low, high = [], []
-    for epochs, values in curves.values():
-        late = values[:, epochs >= begin]
-        deviation = late.std(axis=0, ddof=1) if len(late) > 1 else 0
-        low.append((late.mean(axis=0) - deviation).min())
-        high.append((late.mean(axis=0) + deviation).max())
-    final = {row: float(values[:, -1].mean()) for row, (_, values) in curves.items()}
-    middle = float(np.median(list(final.values())))
-    bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle))
-    room = max(0.06 * (max(high) - bottom), 0.05)
-    beside = 0.01 * end
-    axis.set_xlim(begin - beside, end + beside)
-    axis.set_ylim(bottom - room, max(high) + room)
-    return [row.label for row, value in final.items() if value < bottom - room]
 
 
 @contextmanager

@@ -15,14 +15,16 @@ from typing import Any
 
 from kdbench.results.comparison import in_order, text
 from kdbench.results.layout import Grid, Text, layout
+from kdbench.results.notes import Note
 from kdbench.results.record import Record
-from kdbench.results.tables import Note, Table, flat
+from kdbench.results.tables import Table, flat
 
 # What an article's page holds: ems of its \small and \footnotesize across, and lines of \small down beside the caption.
 TEXT_WIDTH = 37.5
 SMALLER_WIDTH = 40.5
 PAGE_LINES = 46
 PAGE_ROWS = 36
+STRETCH = 1.12
 # Entries of the first column are broken at this many ems, titles of the others at this many characters.
 FIRST_WIDTH = 15.0
 TITLE_LENGTH = 14
@@ -112,11 +114,11 @@ def latex(table: Table) -> str:
     title = table.title or "Comparison"
     slug = re.sub(r"[^a-z0-9]+", "-", _ascii(table.title).lower()).strip("-") or "comparison"
     first, *others = [_grid_blocks(grid) for grid in layout(table)]
-    notes = _Block(first[0].caption, _notes(table.notes), sum(len(note.text) + 2 for note in table.notes) / 90)
+    notes = _notes(first[0].caption, table.notes)
     rest = list(itertools.chain(*others))
-    floats = [[*first, *rest, notes]]
+    floats = [[*first, *rest, *notes]]
     if sum(block.height for block in floats[0]) > PAGE_LINES:
-        floats = _floats([*first, notes, *rest])
+        floats = _floats([*first, *notes, *rest])
     lines = ["% needs \\usepackage{booktabs}"]
     for number, blocks in enumerate(floats):
         caption = blocks[0].caption
@@ -167,9 +169,23 @@ def _grid_blocks(grid: Grid) -> list[_Block]:
     return [_Block(grid.caption, _tabular(panel, "\\footnotesize" if wide else ""), _height(panel)) for panel in panels]
 
 
-def _notes(notes: Sequence[Note]) -> list[str]:
-    shown = [f"{_superscript((note.mark,)) if note.mark else ''}{_latex_note(note)}." for note in notes]
-    return ["\\begin{minipage}{\\linewidth}\\raggedright\\footnotesize", *shown, "\\end{minipage}"]
+def _notes(caption: str, notes: Sequence[Note]) -> list[_Block]:
+    """The notes as running text, in several pieces where they are longer than a page."""
+    pieces: list[list[Note]] = [[]]
+    for note in notes:
+        if pieces[-1] and _note_lines([*pieces[-1], note]) > PAGE_LINES - 6:
+            pieces.append([])
+        pieces[-1].append(note)
+    blocks = []
+    for piece in pieces:
+        shown = [f"{_superscript((note.mark,)) if note.mark else ''}{_latex_note(note)}." for note in piece]
+        lines = ["\\begin{minipage}{\\linewidth}\\raggedright\\footnotesize", *shown, "\\end{minipage}"]
+        blocks.append(_Block(caption, lines, _note_lines(piece)))
+    return blocks
+
+
+def _note_lines(notes: Sequence[Note]) -> float:
+    return sum(len(note.text) + 2 for note in notes) / 90
 
 
 def escape(value: str) -> str:
@@ -394,14 +410,19 @@ def _header_lines(title: str) -> list[str]:
 def _height(grid: Grid) -> float:
     """Height of a tabular with the space around it, in lines."""
     rows = sum(math.ceil(_width(row[0].text) / FIRST_WIDTH) for row in grid.rows)
-    return rows + max(len(_header_lines(title)) for title in grid.header[1:]) + 0.4 * len(grid.rules) + 2.2
+    titles = max(len(_header_lines(title)) for title in grid.header[1:])
+    return STRETCH * (rows + titles) + 0.4 * len(grid.rules) + 2.2
 
 
 def _tabular(grid: Grid, size: str) -> list[str]:
     columns = len(grid.header) - 1
     titles = [_header_lines(title) for title in grid.header[1:]]
     depth = max(map(len, titles))
-    lines = [f"{{{size}\\begin{{tabular}}{{l{'r' * columns}}}", "\\toprule"]
+    # Rows a little apart, or the line below a second best would touch the number below it.
+    lines = [
+        f"{{{size}\\renewcommand{{\\arraystretch}}{{{STRETCH}}}\\begin{{tabular}}{{l{'r' * columns}}}",
+        "\\toprule",
+    ]
     for level in range(depth):
         first = escape(grid.header[0]) if level == depth - 1 else ""
         # Shorter titles stand on the last line, next to their numbers.

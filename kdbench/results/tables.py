@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdbench.cards import PublishedCard
+from kdbench.errors import UserError
 from kdbench.results import statistics
+from kdbench.results.across import Across, across
 from kdbench.results.comparison import Column, Comparison, compare
+from kdbench.results.copied import CopiedRow, copied_rows
+from kdbench.results.notes import Interval, Note, across_notes, listed, metric_label, missing, notes_of, source_note
 from kdbench.results.record import Metric, Record
 
 if TYPE_CHECKING:
@@ -80,17 +85,9 @@ class TeacherRow:
 
 
 @dataclass(frozen=True)
-class Note:
-    """A sentence below the table. `mark`: letter by which cells refer to it. `warning`: not to be missed."""
-
-    text: str
-    mark: str | None = None
-    warning: bool = False
-
-
-@dataclass(frozen=True)
 class Table:
-    """`axes`: dotted paths that vary across the columns, none where there is one column."""
+    """`axes`: dotted paths that vary across the columns, none where there is one column. `copied`: published numbers,
+    never ranked among ours. `across`: None with one column."""
 
     title: str
     metric: Metric
@@ -100,6 +97,8 @@ class Table:
     columns: tuple[Column, ...]
     teachers: tuple[TeacherRow, ...]
     rows: tuple[Row, ...]
+    copied: tuple[CopiedRow, ...]
+    across: Across | None
     agreement: tuple[str, ...]
     notes: tuple[Note, ...]
 
@@ -111,6 +110,8 @@ def build(
     *,
     title: str | None = None,
     unfinished: Sequence[str | Path] = (),
+    interval: Interval = "student",
+    published: Mapping[str, PublishedCard] | None = None,
 ) -> Table:
     """The table of all records: rows are methods, columns the combinations of everything else that varies.
 
@@ -121,21 +122,34 @@ def build(
             last evaluations).
         title: shown above; by default the names of teacher, student and data.
         unfinished: cells that began and have no record; a note says so.
+        interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
+        published: key -> card of published tables whose numbers are shown too, marked as copied.
 
     Raises:
-        UserError: no finished record, an unknown baseline, or cells that cannot stand in one table.
+        UserError: no finished record, an unknown baseline, cells that cannot stand in one table, too few seeds for a
+            bootstrap, or a published table that has nothing to do with this one.
     """
     given = list(records)
     comparison = compare(given, baseline)
     names = [str(folder) for folder in unfinished]
     names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
     marks: dict[str, str] = {}
-    differences, tests = _differences(comparison, metric)
+    differences, tests = _differences(comparison, metric, interval)
     rows = _rows(comparison, metric, differences, marks)
+
+    def mark(said: str) -> str:
+        return marks.setdefault(said, _letter(len(marks)))
+
+    copied = copied_rows(comparison, published or {}, metric_label(comparison.records, metric), mark)
+    summed = across(comparison, metric)
     teachers = _teachers(comparison)
     points = tuple(sorted({point for record in comparison.records for point in record.result.agreement}))
-    notes = [*_notes(comparison, rows, metric, tests, points), *_missing(comparison, names)]
-    notes += [Note(said, mark) for said, mark in marks.items()]
+    notes = [*notes_of(comparison, rows, metric, tests, points, interval), *missing(comparison, names)]
+    notes += across_notes(summed, comparison.baseline.label)
+    if copied:
+        notes.append(Note("†: numbers of other people, copied; never bold or underlined"))
+        notes += [source_note(key, card) for key, card in (published or {}).items()]
+    notes += [Note(said, letter) for said, letter in marks.items()]
     return Table(
         title if title is not None else _title(comparison),
         metric,
@@ -145,14 +159,26 @@ def build(
         comparison.columns,
         teachers,
         rows,
+        copied,
+        summed,
         points,
         tuple(notes),
     )
 
 
 def flat(table: Table) -> list[dict[str, Any]]:
-    """One plain row for every filled cell of a table: the content of the CSV file and of `to_frame`."""
-    result = []
+    """One plain row for every filled cell of a table: the content of the CSV file and of `to_frame`. Copied numbers
+    say where they are from in `copied_from`; nothing measured has that."""
+    result: list[dict[str, Any]] = []
+    across_by_label = {
+        one.label: {
+            "average_rank": _round(one.rank),
+            "improvement_probability": _round(one.improvement.probability) if one.improvement else None,
+            "improvement_low": _round(one.improvement.low) if one.improvement else None,
+            "improvement_high": _round(one.improvement.high) if one.improvement else None,
+        }
+        for one in (table.across.standings if table.across else ())
+    }
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             if cell is None:
@@ -194,8 +220,25 @@ def flat(table: Table) -> list[dict[str, Any]]:
                     "teacher": teacher[0],
                     "teacher_accuracy": teacher[1],
                     "marks": " ".join(cell.marks) or None,
+                    **across_by_label.get(row.label, {}),
                 }
             )
+    for copied in table.copied:
+        for column, entry in zip(table.columns, copied.cells, strict=True):
+            if entry is not None:
+                result.append(
+                    {
+                        "method": copied.method or "teacher",
+                        "label": copied.label,
+                        "baseline": False,
+                        **dict(column.key),
+                        "n": entry.runs,
+                        "mean": entry.mean,
+                        "deviation": entry.deviation,
+                        "marks": " ".join(entry.marks),
+                        "copied_from": copied.source,
+                    }
+                )
     return result
 
 
@@ -218,16 +261,6 @@ def seeds_text(needed: int | None) -> str | None:
     return None if needed is None else f">{CAP}" if needed > CAP else str(needed)
 
 
-def metric_label(records: Sequence[Record], metric: Metric) -> str:
-    """What the accuracies are, in words."""
-    if metric == "last":
-        return "last epoch"
-    if metric == "best":
-        return "best test epoch (optimistic)"
-    counts = sorted({record.result.test.mean_last_of for record in records})
-    return f"mean of the last {_range(counts)} evaluations"
-
-
 def _rows(
     comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Difference], marks: dict[str, str]
 ) -> tuple[Row, ...]:
@@ -242,7 +275,9 @@ def _rows(
     )
 
 
-def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str, Column], Difference], int]:
+def _differences(
+    comparison: Comparison, metric: Metric, interval: Interval
+) -> tuple[dict[tuple[str, Column], Difference], int]:
     """Every method's difference to the baseline of its column, p values after Holm over all tests of the table, and the
     number of these tests. A cell that stands in several columns beside the same baseline is one test."""
     found: dict[tuple[str, Column], statistics.Paired] = {}
@@ -254,13 +289,13 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
             own = comparison.cell(row, column)
             if row == comparison.baseline:
                 continue
-            pair = statistics.paired(
-                {seed: r.accuracy(metric) for seed, r in own.items()},
-                {seed: r.accuracy(metric) for seed, r in base.items()},
-                CONFIDENCE,
-            )
+            values = {seed: r.accuracy(metric) for seed, r in own.items()}
+            base_values = {seed: r.accuracy(metric) for seed, r in base.items()}
+            pair = statistics.paired(values, base_values, CONFIDENCE)
             if pair is None:
                 continue
+            if interval == "bootstrap":
+                pair = _bootstrapped(pair, values, base_values, row.label)
             place = (row.label, column)
             found[place] = pair
             if pair.p is not None:
@@ -281,6 +316,19 @@ def _differences(comparison: Comparison, metric: Metric) -> tuple[dict[tuple[str
     return result, len(tests)
 
 
+def _bootstrapped(
+    pair: statistics.Paired, values: Mapping[int, float], baseline: Mapping[int, float], label: str
+) -> statistics.Paired:
+    if pair.n < statistics.BOOTSTRAP_SEEDS:
+        raise UserError(
+            f"a bootstrap interval needs {statistics.BOOTSTRAP_SEEDS} seeds, and that of '{label}' would have {pair.n}",
+            where="interval",
+            hint="with fewer seeds it covers far less than it says: keep Student's interval, or run more seeds",
+        )
+    low, high = statistics.bootstrap(values, baseline, CONFIDENCE) or (None, None)
+    return replace(pair, low=low, high=high)
+
+
 def _cell(
     comparison: Comparison,
     label: str,
@@ -297,12 +345,12 @@ def _cell(
     budget = records[0].budget
     said = []
     expected = _seeds(comparison, column)
-    if missing := [seed for seed in expected if seed not in group]:
-        said.append(f"{summary.n} of {len(expected)} seeds: no finished cell for seed {_list(missing)}")
+    if absent := [seed for seed in expected if seed not in group]:
+        said.append(f"{summary.n} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
     if budget.extra_epochs:
         said.append(f"trained {budget.extra_epochs:g} epochs beyond the protocol's budget")
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, label, axis.path)]:
-        said.append(f"does not depend on {_list(free)}: the same runs in every such column")
+        said.append(f"does not depend on {listed(free)}: the same runs in every such column")
     difference = differences.get((label, column))
     if difference is not None and difference.n < summary.n:
         said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
@@ -378,145 +426,6 @@ def _title(comparison: Comparison) -> str:
     return ", ".join(part for part in (" → ".join(part for part in (teacher, student) if part), data) if part)
 
 
-def _notes(
-    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str]
-) -> list[Note]:
-    records = comparison.records
-    cells = [cell for row in rows for cell in row.cells if cell is not None]
-    counts = sorted({cell.n for cell in cells})
-    label = metric_label(records, metric)
-    seeds = sorted({seed for cell in cells for seed in cell.seeds})
-    spread = (
-        "one seed, so no deviation, no interval and no test"
-        if counts == [1]
-        else (f"mean ± sample deviation, n = {_range(counts)} seeds ({_list(seeds)})")
-    )
-    notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
-    differences = [cell.difference for cell in cells if cell.difference is not None]
-    if differences:
-        how = (
-            ""
-            if not tests
-            else (
-                f"; Student's 95 % interval and two-sided paired t test, p after Holm over the {tests} "
-                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
-                "such test, were the seen difference and its deviation the true ones"
-            )
-        )
-        notes.append(
-            Note(
-                f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
-                f"augmentation and initial student){how}"
-            )
-        )
-    if len(rows) > 1:
-        notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
-    notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
-    if points:
-        notes.append(
-            Note(
-                "Agreement: share of equal activation signs of student (through its connector) and teacher, "
-                "after the last epoch"
-            )
-        )
-    notes.append(
-        Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes")
-    )
-    notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
-    return notes
-
-
-def _missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
-    notes = []
-    empty = [
-        f"{row.label} ({column.label})" if comparison.axes else row.label
-        for row in comparison.rows
-        for column in comparison.columns
-        if not comparison.cell(row, column)
-    ]
-    if empty:
-        notes.append(Note(f"–: no finished cell: {_list(empty)}", warning=True))
-    if unfinished:
-        notes.append(Note(f"Not finished and not in the table: {_list(unfinished, 6)}", warning=True))
-    return notes
-
-
-def _said_protocol(record: Record) -> str:
-    budget = record.budget
-    return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
-
-
-def _said_teacher(record: Record) -> str | None:
-    teacher = record.teacher
-    if teacher is None:
-        return None
-    accuracy = "accuracy not measured" if teacher.accuracy is None else f"{teacher.accuracy:.2f} %"
-    return f"{teacher.name}, {accuracy}, sha256 {teacher.sha256[:12]}"
-
-
-def _said_data(record: Record) -> str:
-    data = record.data
-    validation = f"{data.validation:,} validation, " if data.validation else ""
-    return (
-        f"{data.name}, {data.train:,} training, {validation}{data.test:,} test images, "
-        f"fingerprint {data.fingerprint[:12]}"
-    )
-
-
-def _said_machine(record: Record) -> str:
-    compute = record.compute
-    if compute.device != "cpu":
-        return compute.device_name
-    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
-
-
-def _said_version(record: Record) -> str:
-    git = record.git
-    commit = "" if git is None else f", commit {git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}"
-    return f"{record.kdbench}{commit}, torch {record.compute.torch}"
-
-
-# What must be the same within a column for its cells to be comparable, said in any case and warned of where it is not.
-_ATTRIBUTES: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
-    ("Protocol", _said_protocol),
-    ("Teacher", _said_teacher),
-    ("Data", _said_data),
-    ("Machine", _said_machine),
-    ("Precision", lambda record: record.compute.precision),
-    ("kdbench", _said_version),
-)
-
-
-def _attribute(comparison: Comparison, name: str, say: Callable[[Record], str | None]) -> Note | None:
-    """One attribute of all records: its value, or its values with the columns, or (as a warning) the rows, that have
-    them."""
-    by_value: dict[str, None] = {}
-    columns: dict[str, list[str]] = {}
-    rows: dict[str, list[str]] = {}
-    mixed = False
-    for column in comparison.columns:
-        here = set()
-        for row in comparison.rows:
-            for record in comparison.cell(row, column).values():
-                if (value := say(record)) is not None:
-                    here.add(value)
-                    by_value[value] = None
-                    rows.setdefault(value, []).append(row.label)
-        mixed |= len(here) > 1
-        for value in here:
-            columns.setdefault(value, []).append(column.label)
-    values = list(by_value)
-    if not values:
-        return None
-    if len(values) == 1:
-        return Note(f"{name}: {values[0]}" if name != "kdbench" else f"kdbench {values[0]}")
-    where = rows if mixed else columns
-    shown = "; ".join(f"{value} ({_list(list(dict.fromkeys(where[value])), 6)})" for value in values)
-    if mixed:
-        return Note(f"Mixed within the table, so differences may come from it. {name}: {shown}", warning=True)
-    return Note(f"{name}: {shown}")
-
-
 def _is_free(comparison: Comparison, group: Mapping[int, Record], label: str, path: str) -> bool:
     """Whether an axis means nothing to a cell: its records stand in several of the axis' values."""
     if not group:
@@ -549,15 +458,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _round(value: float | None, digits: int = 6) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def _range(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def _list(values: Sequence[Any], most: int = 12) -> str:
-    shown = [str(value) for value in values[:most]]
-    return ", ".join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def _letter(index: int) -> str:

@@ -52,6 +52,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         "table.md",
         "table.csv",
         "table.tex",
+        "table.html",
         "records.csv",
         "learning_curves.png",
         "final_accuracies.png",
@@ -93,13 +94,31 @@ def test_tensorboard_has_every_term(finished: Path) -> None:
 @pytest.mark.slow
 def test_table_from_records_alone(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     kdbench("table", finished, "--out", tmp_path / "again")
-    first, again = (finished / "table.csv").read_text(), (tmp_path / "again" / "table.csv").read_text()
-    assert first == again
+    for name in ("table.csv", "table.html"):
+        assert (finished / name).read_text() == (tmp_path / "again" / name).read_text(), name
     assert "best test epoch" in kdbench("table", finished, "--metric", "best").stdout
     wrong = kdbench("table", finished, "--baseline", "abb", code=2)
     assert "'abb'" in wrong.stderr and "Traceback" not in wrong.stderr
     kdbench("plot", finished, "--out", tmp_path / "plots")
     assert (tmp_path / "plots" / "learning_curves.png").is_file()
+
+
+def test_published_numbers_and_intervals_on_the_command_line(kdbench: Kdbench, tmp_path: Path) -> None:
+    records = ROOT / "results" / "ab_resnet"
+    shown = kdbench("table", records, "--published", "kdzoo_cifar10:ab,bss", "--out", tmp_path).stdout
+    assert "copied†: kdzoo_cifar10" in shown and "92.96†" in shown and "92.82†" not in shown
+    for name in ("table.md", "table.tex", "table.html", "table.csv"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "92.96" in text and ("kdzoo_cifar10" in text or "kdzoo\\_cifar10" in text), name
+    for arguments, said in (
+        (("--published", "kdzo_cifar10"), "did you mean 'kdzoo_cifar10'"),
+        (("--published", "kdzoo_cifar10:abb"), "no method 'abb'"),
+        (("--published", "crd_cifar100"), "has no numbers for this table"),
+        (("--interval", "bootstrap"), "needs 20 seeds"),
+        (("--interval", "boot"), "unknown interval 'boot'"),
+    ):
+        wrong = kdbench("table", records, *arguments, code=2)
+        assert said in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 @pytest.mark.slow
@@ -136,11 +155,13 @@ def test_check_prints_the_plan_and_trains_nothing(kdbench: Kdbench, tmp_path: Pa
 
 def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "wrn_<depth>_<width>" in kdbench("ls", "models").stdout
-    for kind in ("methods", "losses", "data", "teachers", "recipes"):
+    for kind in ("methods", "losses", "data", "teachers", "recipes", "published"):
         assert len(kdbench("ls", kind).stdout.splitlines()) > 2
     shown = kdbench("show", "methods", "ab").stdout
     assert "boundaries" in shown and "Heo" in shown
     assert "temperature" in kdbench("show", "losses", "kd").stdout
+    published = kdbench("show", "published", "crd_cifar100").stdout
+    assert "RepDistiller" in published and "epochs: 240" in published and "Isola" in published
     kdbench("cp", "quickstart", "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert "exists" in kdbench("cp", "quickstart", "mine.yaml", code=2).stderr

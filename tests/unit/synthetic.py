@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdbench.results.record import Record
+from kdbench.results.record import Record, read_records
 
 
 def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: Any) -> dict[str, Any]:
@@ -122,3 +122,19 @@ def write(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]] | 
     if metrics is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
     return folder
+
+
+def finished(folder: Path, values: dict[str, list[float]], **over: Any) -> list[Record]:
+    """A comparison's records in folders of their own, with nine evaluations each."""
+    for record in comparison(values, agreement={"layer1.preact": 0.8}, **over):
+        metrics = [
+            {
+                "step": step,
+                "epoch": step / 100,
+                "test": {"accuracy": 50 + step / 20},
+                "agreement": {"layer1.preact": 0.7},
+            }
+            for step in range(0, 900, 100)
+        ]
+        write(folder / f"{record.cell.method}-{record.cell.seed}", record.plain(), metrics)
+    return read_records([folder])

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from kdbench.cli.schema import build as build_schema
+from kdbench.results.page import html
 from kdbench.results.record import read_records
 from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import build
@@ -28,10 +29,12 @@ def test_the_readme_shows_the_quickstarts_own_table() -> None:
 
 @pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
 def test_every_committed_table_is_rebuilt_from_its_records(folder: Path) -> None:
-    table = build(read_records([folder]))
+    records = read_records([folder])
+    table = build(records)
     assert markdown(table) == (folder / "table.md").read_text(encoding="utf-8")
     assert table_csv(table) == (folder / "table.csv").read_text(encoding="utf-8")
     assert latex(table) == (folder / "table.tex").read_text(encoding="utf-8")
+    assert html(table, records) == (folder / "table.html").read_text(encoding="utf-8")
 
 
 def test_every_file_that_the_documents_name_exists() -> None:

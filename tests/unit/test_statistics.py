@@ -168,3 +168,39 @@ def test_power_is_finite_at_its_extremes() -> None:
     assert statistics.power(1e5, 2) == pytest.approx(1, abs=1e-3)
     assert statistics.power(13.0, 10) == pytest.approx(1, abs=1e-9)
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(statistics.power(0.4, n) for n in range(2, 200)))
+
+
+def test_the_bootstrap_is_refused_below_twenty_seeds() -> None:
+    values = {seed: 90 + seed % 7 / 10 for seed in range(25)}
+    base = {seed: 89.5 + seed % 5 / 10 for seed in range(19)}
+    with pytest.raises(ValueError, match="needs 20 seeds, not 19"):
+        statistics.bootstrap(values, base)
+    assert statistics.bootstrap(values, base | {19: 90.0}) is not None
+    assert statistics.bootstrap(values, {seed: value - 1 for seed, value in values.items()}) is None
+
+
+def test_the_bootstrap_by_hand_and_the_same_every_time() -> None:
+    """Another derivation: one draw at a time, with the standard library, from other random numbers."""
+    draws = np.random.default_rng(5)
+    differences = (draws.gamma(1.5, 0.3, 24) - 0.2).tolist()
+    values, base = seeds(*[90 + d for d in differences]), seeds(*[90.0] * 24)
+    found = statistics.bootstrap(values, base)
+    assert found is not None and found == statistics.bootstrap(values, base)
+    mean, error = standard.fmean(differences), standard.stdev(differences) / math.sqrt(24)
+    t = []
+    for _ in range(8000):
+        drawn = draws.choice(differences, 24)
+        t.append((drawn.mean() - mean) / (standard.stdev(drawn) / math.sqrt(24)))
+    t.sort()
+    assert found == pytest.approx((mean - t[7799] * error, mean - t[199] * error), abs=0.08 * error * 4)
+    assert found[1] - mean > mean - found[0], "to the right-skewed differences belongs an interval longer on the right"
+
+
+def test_the_bootstrap_covers_as_often_as_it_says_from_twenty_seeds() -> None:
+    draws = np.random.default_rng(6)
+    runs, hits = 800, 0
+    for _ in range(runs):
+        found = statistics.bootstrap(seeds(*draws.normal(0.5, 0.3, 20)), seeds(*[0.0] * 20))
+        assert found is not None
+        hits += found[0] <= 0.5 <= found[1]
+    assert abs(hits / runs - 0.95) < 3.5 * math.sqrt(0.05 * 0.95 / runs)

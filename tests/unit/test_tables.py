@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from synthetic import comparison, make
 
 from kdbench.errors import UserError
+from kdbench.registry import Registry
 from kdbench.results.layout import layout
+from kdbench.results.notes import Note
 from kdbench.results.record import Record
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
 from kdbench.results.tables import Cell, Table, build, to_frame
@@ -483,6 +486,43 @@ def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
             assert shown in text, text
 
 
+def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -> None:
+    registry = Registry()
+    records = [
+        record
+        for i, (student, teacher) in enumerate(
+            (("wrn_16_2", "wrn_40_2"), ("crd_resnet20", "crd_resnet56"), ("vgg8", "vgg13"))
+        )
+        for record in comparison(
+            {m: [v + i for v in several] for m, several in VALUES.items()},
+            student=student,
+            data="cifar100",
+            recipe=f"recipe {i}",
+            spec__teacher={"name": teacher, "model": {"name": teacher}},
+            spec__protocol={"batch_size": 64},
+        )
+    ]
+    cards = {key: registry.card("published", key) for key in ("crd_cifar100", "norm_cifar100")}
+    one = build(records[:9], published={"crd_cifar100": cards["crd_cifar100"]})
+    assert len(one.columns) == 1
+    text = compiled(tmp_path, latex(build(records, published=cards)) + latex(one))
+    if text:
+        # The text of a PDF lacks the dagger and the underscore, which are drawn.
+        for shown in ("74.92", "70.66", "copied", "critical distance", "Across the", "30 epochs on top"):
+            assert shown in " ".join(text.split()), text
+
+
+def test_latex_of_notes_longer_than_a_page_fits_its_pages(tmp_path: Path) -> None:
+    failed = [f"a rather long name of a cell that did not finish, number {k}" for k in range(6)]
+    names = [f"m{k}" for k in range(80)]
+    records = comparison({name: [90.0 + k / 80, 91.0, 90.5][: 2 + k % 2] for k, name in enumerate(names)})
+    table = build(records, unfinished=failed)
+    more = [Note(f"{note.text} " + "and what else is to be said of it " * 9, note.mark) for note in table.notes]
+    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))))
+    if text:
+        assert " ".join(text.split()).count("and what else is to be said of it") > 100
+
+
 @pytest.mark.parametrize("size", ["wide", "long", "one seed"])
 def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None:
     draws = random.Random(0)
@@ -514,7 +554,7 @@ def test_grids_are_rectangular() -> None:
         build(comparison({"kd": [90.0]})),
     ):
         grids = layout(table)
-        assert len(grids) == (2 if len(table.columns) == 1 else 3)
+        assert len(grids) == (2 if len(table.columns) == 1 else 4)
         for grid in grids:
             assert all(len(row) == len(grid.header) for row in grid.rows)
             assert all(0 < rule < len(grid.rows) for rule in grid.rules)

@@ -1,0 +1,104 @@
+"""A comparison of several columns summed up: average ranks, probability of improvement, and when these may be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdbench.results.comparison import Column, Comparison, Row
+from kdbench.results.ranking import Improvement, average_ranks, critical_distance, probability_of_improvement
+from kdbench.results.record import Metric
+from kdbench.results.statistics import summarize
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method across the columns. `rank`: 1 is best; None where it was not ranked. `improvement`: over the baseline;
+    None for the baseline itself and where the two have no column in common."""
+
+    label: str
+    rank: float | None
+    improvement: Improvement | None
+
+
+@dataclass(frozen=True)
+class Across:
+    """`columns`: how many the ranks are over, 0 for no ranks. `critical_distance`: None where `why_no_distance` says
+    why."""
+
+    standings: tuple[Standing, ...]
+    columns: int
+    critical_distance: float | None
+    why_no_distance: str | None
+
+
+def across(comparison: Comparison, metric: Metric) -> Across | None:
+    """Every method over all columns; None with one column or one method."""
+    rows, columns = comparison.rows, comparison.columns
+    if len(columns) < 2 or len(rows) < 2:
+        return None
+    full = [column for column in columns if all(comparison.cell(row, column) for row in rows)]
+    # By the means as they are shown, so that a reader can rank them again.
+    ranked = [[_shown_mean(comparison, row, column, metric) for row in rows] for column in full]
+    ranks: list[float] | list[None] = average_ranks(ranked) if len(full) > 1 else [None] * len(rows)
+    why = _why_no_distance(comparison, full)
+    standings = tuple(
+        Standing(row.label, rank, _improvement(comparison, row, metric)) for row, rank in zip(rows, ranks, strict=True)
+    )
+    if all(one.rank is None and one.improvement is None for one in standings):
+        return None
+    return Across(
+        standings,
+        len(full) if len(full) > 1 else 0,
+        critical_distance(len(rows), len(full)) if why is None else None,
+        why,
+    )
+
+
+def _shown_mean(comparison: Comparison, row: Row, column: Column, metric: Metric) -> float:
+    return round(summarize([record.accuracy(metric) for record in comparison.cell(row, column).values()]).mean, 2)
+
+
+def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvement | None:
+    if row == comparison.baseline:
+        return None
+    pairs = [
+        (comparison.cell(row, column), comparison.cell(comparison.baseline, column)) for column in comparison.columns
+    ]
+    both = [(own, base) for own, base in pairs if own and base]
+    if not both:
+        return None
+    return probability_of_improvement(
+        [
+            (
+                {seed: record.accuracy(metric) for seed, record in own.items()},
+                {seed: record.accuracy(metric) for seed, record in base.items()},
+            )
+            for own, base in both
+        ]
+    )
+
+
+def _why_no_distance(comparison: Comparison, columns: list[Column]) -> str | None:
+    """What keeps Nemenyi's distance from holding: it takes the columns for independent draws of pairs."""
+    if len(columns) < 2:
+        return "fewer than two columns have every method"
+    if len(comparison.rows) < 3:
+        return "two methods have a paired test, and the distance is not kept with so few"
+    seen: set[str] = set()
+    pairs = set()
+    for column in columns:
+        records = [record for row in comparison.rows for record in comparison.cell(row, column).values()]
+        runs = {record.identity for record in records}
+        if seen & runs:
+            return "some runs stand in several columns"
+        seen |= runs
+        pairs.add(
+            (
+                frozenset(record.cell.student for record in records),
+                frozenset(record.cell.teacher for record in records if record.cell.teacher is not None),
+                frozenset(record.data.name for record in records),
+            )
+        )
+    if len(pairs) < len(columns):
+        return "the columns are not all different pairs of student, teacher and data"
+    return None

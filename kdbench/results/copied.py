@@ -1,0 +1,184 @@
+"""Published numbers beside our own: which of a published table's pairs belong to which column, and what differs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
+from kdbench.errors import UserError
+from kdbench.results.comparison import Column, Comparison
+from kdbench.results.record import Record
+
+DAGGER = "†"
+
+
+@dataclass(frozen=True)
+class CopiedCell:
+    """Accuracy in percent as its source prints it. `runs`: None where the source does not say. `marks`: of the notes
+    that say where it is from and how its protocol differs."""
+
+    mean: float
+    deviation: float | None
+    runs: int | None
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CopiedRow:
+    """A row of a published table. `method`: None for the teacher's row. `cells`: in the order of the columns."""
+
+    source: str
+    method: str | None
+    label: str
+    cells: tuple[CopiedCell | None, ...]
+
+
+def copied_rows(
+    comparison: Comparison, published: Mapping[str, PublishedCard], reported: str, mark: Callable[[str], str]
+) -> tuple[CopiedRow, ...]:
+    """The rows of published tables that stand beside a comparison's columns: those with a column's student and data.
+    Where a published pair has the column's teacher too, pairs with other teachers are left out.
+
+    Args:
+        published: key -> card, in the order in which they are shown.
+        reported: what our own accuracies are of, in words.
+        mark: gives the letter of a note.
+
+    Raises:
+        UserError: a published table without any such pair.
+    """
+    rows: list[CopiedRow] = []
+    for key, card in published.items():
+        found = {column: _pairs(comparison, column, card) for column in comparison.columns}
+        if not any(found.values()):
+            pairs = [_arrow(pair) for pair in card.pairs.values()]
+            raise UserError(
+                f"'{key}' has no numbers for this table",
+                where="published",
+                hint=f"it has {card.data.name}: {', '.join(pairs[:8])}" + (", …" if len(pairs) > 8 else ""),
+            )
+        # One row a method, and one more for every further teacher of the same student.
+        for place in range(max(map(len, found.values()))):
+            chosen = {column: pairs[place] for column, pairs in found.items() if len(pairs) > place}
+            teachers = {pair.teacher.name for pair in chosen.values() if pair.teacher is not None}
+            suffix = f" (from {teachers.pop()})" if len(teachers) == 1 else ""
+            rows += _rows(comparison, key, card, chosen, suffix, reported, mark)
+    return tuple(rows)
+
+
+def _pairs(comparison: Comparison, column: Column, card: PublishedCard) -> list[PublishedPair]:
+    records = _records(comparison, column)
+    same = [
+        pair
+        for pair in card.pairs.values()
+        if any(pair.student.name == r.cell.student and card.data.name == r.data.name for r in records)
+    ]
+    ours = {_teacher_model(record) for record in records} - {None}
+    exact = [pair for pair in same if pair.teacher is not None and pair.teacher.name in ours]
+    return exact or same
+
+
+def _rows(
+    comparison: Comparison,
+    key: str,
+    card: PublishedCard,
+    chosen: Mapping[Column, PublishedPair],
+    suffix: str,
+    reported: str,
+    mark: Callable[[str], str],
+) -> list[CopiedRow]:
+    order = list(card.pairs.values())
+    rows = []
+    for method in [None, *card.methods]:
+        cells: list[CopiedCell | None] = []
+        for column in comparison.columns:
+            pair = chosen.get(column)
+            value: float | list[float] | None = None
+            if pair is not None and method is None and pair.teacher is not None:
+                value = pair.teacher.accuracy
+            elif pair is not None and method is not None:
+                value = card.methods[method].accuracies[order.index(pair)]
+            if pair is None or value is None:
+                cells.append(None)
+                continue
+            mean, deviation = (value[0], value[1]) if isinstance(value, list) else (value, None)
+            said, runs = [f"Copied from {key}, not measured here"], None
+            if method is not None:
+                theirs = card.protocol_of(method)
+                runs = theirs.runs
+                said[0] += f"; {_beside_ours(theirs, pair, _records(comparison, column), reported)}"
+                # Apart, so that rows which differ in nothing else share the note on the protocol.
+                said += _own(theirs, card.protocol)
+            cells.append(CopiedCell(mean, deviation, runs, tuple(map(mark, said))))
+        if any(cells):
+            title = f"teacher{suffix.replace('(from ', '').rstrip(')')}" if method is None else None
+            label = title or f"{card.methods[method or ''].title}{suffix}"
+            rows.append(CopiedRow(key, method, label, tuple(cells)))
+    return rows
+
+
+def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[Record], reported: str) -> str:
+    """A copied number's protocol beside that of our column's records: where it differs, what its source does not say,
+    and what is the same."""
+    runs = Counter(record.cell.label for record in records)
+    teachers = {f"{_teacher_model(r)}{_accuracy(r.teacher.accuracy)}" for r in records if r.teacher is not None}
+    lines = [
+        ("epochs", _number(theirs.epochs), _range(r.budget.epochs - r.budget.extra_epochs for r in records)),
+        ("batch size", _number(theirs.batch_size), _range(b for r in records if (b := _batch_size(r)) is not None)),
+        ("reported", theirs.reported and f"{theirs.reported} epoch", reported),
+        ("runs", _number(theirs.runs), _range(runs.values())),
+    ]
+    if pair.teacher is not None:
+        own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
+        lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
+    parts = [
+        ("differs", [f"{name} {their} (here {our})" for name, their, our in lines if their not in (None, our)]),
+        ("not stated there", [f"{name} (here {our})" for name, their, our in lines if their is None]),
+        ("the same", [f"{name} {their}" for name, their, our in lines if their == our]),
+    ]
+    return "; ".join(f"{what}: {', '.join(entries)}" for what, entries in parts if entries)
+
+
+def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:
+    """What a row says of itself, beyond the protocol of its table."""
+    extra = "" if theirs.extra_epochs is None else f"{theirs.extra_epochs:g} epochs on top of the others'"
+    note = "" if theirs.note in (None, table.note) else str(theirs.note)
+    said = "; ".join(part for part in (extra, note) if part)
+    return [f"There: {said}"] if said else []
+
+
+def _records(comparison: Comparison, column: Column) -> list[Record]:
+    return [record for row in comparison.rows for record in comparison.cell(row, column).values()]
+
+
+def _teacher_model(record: Record) -> str | None:
+    """Name of the teacher's network; of its card where the record does not say."""
+    if record.teacher is None:
+        return None
+    model = (record.spec.get("teacher") or {}).get("model") or {}
+    return str(model.get("name", record.teacher.name))
+
+
+def _batch_size(record: Record) -> float | None:
+    size = (record.spec.get("protocol") or {}).get("batch_size")
+    return float(size) if isinstance(size, int | float) else None
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else f" {value:.2f} %"
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:g}"
+
+
+def _range(values: Iterable[float]) -> str:
+    """One value, or the lowest and the highest."""
+    known = sorted(values)
+    return " to ".join(dict.fromkeys(f"{value:g}" for value in (*known[:1], *known[-1:]))) or "not recorded"
+
+
+def _arrow(pair: PublishedPair) -> str:
+    return f"{pair.teacher.name} → {pair.student.name}" if pair.teacher is not None else pair.student.name

@@ -1,0 +1,129 @@
+"""What pictures of a comparison share: curves over the epochs, the part of them worth enlarging, and how each method
+looks.
+
+Methods differ by colour (Okabe and Ito's palette, safe for colour-blind readers), marker and line style, so that
+pictures can be read in grey too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdbench.errors import UserError
+from kdbench.results.comparison import Column, Comparison, Row
+from kdbench.results.record import METRICS, metrics
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C2D04", "#3B0F70")
+MARKERS = "osD^vP*X<>"
+LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKS_ON_CURVE = 7
+# A method this many times farther below the median than the best is above it is left out of the enlarged part.
+FAR_BELOW = 3.0
+
+# Epochs and, for each seed, the values at them.
+Curve = tuple[np.ndarray, np.ndarray]
+Logs = Mapping[str, list[dict[str, Any]]]
+Value = Callable[[Mapping[str, Any]], float | None]
+
+
+class Look(NamedTuple):
+    """Colour, marker and line style, in matplotlib's words."""
+
+    colour: str
+    marker: str
+    line: Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the curves: limits of epochs and of values, and the labels of methods that end below it."""
+
+    epochs: tuple[float, float]
+    values: tuple[float, float]
+    below: tuple[str, ...]
+
+
+def look(comparison: Comparison, row: Row) -> Look:
+    """A method's look: the same in all pictures of a comparison."""
+    i = comparison.rows.index(row)
+    return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
+
+
+def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Identity of each record -> its evaluations. Without `required`, records whose metrics are not beside them are
+    left out.
+
+    Raises:
+        UserError: damaged metrics; absent ones where they are required.
+    """
+    log = {}
+    for record in comparison.records:
+        if not required and (record.folder is None or not (record.folder / METRICS).is_file()):
+            continue
+        if record.folder is None:
+            raise UserError(
+                "a record that was not read from a folder has no curve",
+                where=record.identity[:8],
+                hint="read records with kdbench.results.record.read_records",
+            )
+        log[record.identity] = metrics(record.folder)
+    return log
+
+
+def accuracy_of(entry: Mapping[str, Any]) -> float | None:
+    """Of one evaluation, in percent."""
+    return entry.get("test", {}).get("accuracy")
+
+
+def agreement_at(point: str) -> Value:
+    """Of one evaluation: the share in [0, 1] at a hook point."""
+    return lambda entry: entry.get("agreement", {}).get(point)
+
+
+def curve_of(comparison: Comparison, row: Row, column: Column, log: Logs, value: Value) -> Curve | None:
+    """The seeds' values at the evaluations that all of them have; None where there are none."""
+    seeds = []
+    for record in comparison.cell(row, column).values():
+        points = {
+            entry["step"]: (entry.get("epoch", entry["step"]), float(v))
+            for entry in log.get(record.identity, ())
+            if (v := value(entry)) is not None
+        }
+        if points:
+            seeds.append(points)
+    steps = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
+    if not steps:
+        return None
+    return (
+        np.array([seeds[0][step][0] for step in steps], dtype=float),
+        np.array([[points[step][1] for step in steps] for points in seeds]),
+    )
+
+
+def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
+    """The last quarter of the epochs with the values in it, bands of ± one deviation included. Methods that end far
+    below most others are left out, or the others could not be told apart. None without curves."""
+    if not curves:
+        return None
+    end = max(epochs[-1] for epochs, _ in curves.values())
+    begin = min(0.75 * end, *(epochs[max(0, len(epochs) - 2)] for epochs, _ in curves.values()))
+    low, high = [], []
+    for epochs, values in curves.values():
+        late = values[:, epochs >= begin]
+        deviation = late.std(axis=0, ddof=1) if len(late) > 1 else 0
+        low.append((late.mean(axis=0) - deviation).min())
+        high.append((late.mean(axis=0) + deviation).max())
+    final = {row: float(values[:, -1].mean()) for row, (_, values) in curves.items()}
+    middle = float(np.median(list(final.values())))
+    bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle))
+    room = max(0.06 * (max(high) - bottom), 0.05)
+    beside = 0.01 * end
+    return Part(
+        (float(begin - beside), float(end + beside)),
+        (float(bottom - room), float(max(high) + room)),
+        tuple(row.label for row, value in final.items() if value < bottom - room),
+    )

@@ -1,0 +1,220 @@
+"""The sentences below a table: what its numbers are, and what a reader must know before comparing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdbench.cards import PublishedCard
+from kdbench.results import statistics
+from kdbench.results.across import Across
+from kdbench.results.comparison import Comparison
+from kdbench.results.record import Metric, Record
+
+if TYPE_CHECKING:
+    from kdbench.results.tables import Row
+
+Interval = Literal["student", "bootstrap"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence below the table. `mark`: letter by which cells refer to it. `warning`: not to be missed."""
+
+    text: str
+    mark: str | None = None
+    warning: bool = False
+
+
+def metric_label(records: Sequence[Record], metric: Metric) -> str:
+    """What the accuracies are, in words."""
+    if metric == "last":
+        return "last epoch"
+    if metric == "best":
+        return "best test epoch (optimistic)"
+    counts = sorted({record.result.test.mean_last_of for record in records})
+    return f"mean of the last {ranged(counts)} evaluations"
+
+
+def notes_of(
+    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str], interval: Interval
+) -> list[Note]:
+    records = comparison.records
+    cells = [cell for row in rows for cell in row.cells if cell is not None]
+    counts = sorted({cell.n for cell in cells})
+    label = metric_label(records, metric)
+    seeds = sorted({seed for cell in cells for seed in cell.seeds})
+    spread = (
+        "one seed, so no deviation, no interval and no test"
+        if counts == [1]
+        else (f"mean ± sample deviation, n = {ranged(counts)} seeds ({listed(seeds)})")
+    )
+    notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
+    differences = [cell.difference for cell in cells if cell.difference is not None]
+    if differences:
+        how = (
+            ""
+            if not tests
+            else (
+                f"; {_INTERVALS[interval]} and two-sided paired t test, p after Holm over the {tests} "
+                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
+                "such test, were the seen difference and its deviation the true ones"
+            )
+        )
+        notes.append(
+            Note(
+                f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
+                f"augmentation and initial student){how}"
+            )
+        )
+    if len(rows) > 1:
+        notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
+    notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
+    if points:
+        notes.append(
+            Note(
+                "Agreement: share of equal activation signs of student (through its connector) and teacher, "
+                "after the last epoch"
+            )
+        )
+    notes.append(
+        Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes")
+    )
+    notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
+    return notes
+
+
+_INTERVALS: dict[Interval, str] = {
+    "student": "Student's 95 % interval",
+    "bootstrap": f"bootstrap-t 95 % interval ({statistics.RESAMPLES:,} draws of the seeds)",
+}
+
+
+def missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
+    notes = []
+    empty = [
+        f"{row.label} ({column.label})" if comparison.axes else row.label
+        for row in comparison.rows
+        for column in comparison.columns
+        if not comparison.cell(row, column)
+    ]
+    if empty:
+        notes.append(Note(f"–: no finished cell: {listed(empty)}", warning=True))
+    if unfinished:
+        notes.append(Note(f"Not finished and not in the table: {listed(unfinished, 6)}", warning=True))
+    return notes
+
+
+def _said_protocol(record: Record) -> str:
+    budget = record.budget
+    return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
+
+
+def _said_teacher(record: Record) -> str | None:
+    teacher = record.teacher
+    if teacher is None:
+        return None
+    accuracy = "accuracy not measured" if teacher.accuracy is None else f"{teacher.accuracy:.2f} %"
+    return f"{teacher.name}, {accuracy}, sha256 {teacher.sha256[:12]}"
+
+
+def _said_data(record: Record) -> str:
+    data = record.data
+    validation = f"{data.validation:,} validation, " if data.validation else ""
+    return (
+        f"{data.name}, {data.train:,} training, {validation}{data.test:,} test images, "
+        f"fingerprint {data.fingerprint[:12]}"
+    )
+
+
+def _said_machine(record: Record) -> str:
+    compute = record.compute
+    if compute.device != "cpu":
+        return compute.device_name
+    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
+
+
+def _said_version(record: Record) -> str:
+    git = record.git
+    commit = "" if git is None else f", commit {git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}"
+    return f"{record.kdbench}{commit}, torch {record.compute.torch}"
+
+
+# What must be the same within a column for its cells to be comparable, said in any case and warned of where it is not.
+_ATTRIBUTES: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
+    ("Protocol", _said_protocol),
+    ("Teacher", _said_teacher),
+    ("Data", _said_data),
+    ("Machine", _said_machine),
+    ("Precision", lambda record: record.compute.precision),
+    ("kdbench", _said_version),
+)
+
+
+def _attribute(comparison: Comparison, name: str, say: Callable[[Record], str | None]) -> Note | None:
+    """One attribute of all records: its value, or its values with the columns, or (as a warning) the rows, that have
+    them."""
+    by_value: dict[str, None] = {}
+    columns: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}
+    mixed = False
+    for column in comparison.columns:
+        here = set()
+        for row in comparison.rows:
+            for record in comparison.cell(row, column).values():
+                if (value := say(record)) is not None:
+                    here.add(value)
+                    by_value[value] = None
+                    rows.setdefault(value, []).append(row.label)
+        mixed |= len(here) > 1
+        for value in here:
+            columns.setdefault(value, []).append(column.label)
+    values = list(by_value)
+    if not values:
+        return None
+    if len(values) == 1:
+        return Note(f"{name}: {values[0]}" if name != "kdbench" else f"kdbench {values[0]}")
+    where = rows if mixed else columns
+    shown = "; ".join(f"{value} ({listed(list(dict.fromkeys(where[value])), 6)})" for value in values)
+    if mixed:
+        return Note(f"Mixed within the table, so differences may come from it. {name}: {shown}", warning=True)
+    return Note(f"{name}: {shown}")
+
+
+def source_note(key: str, card: PublishedCard) -> Note:
+    notes = [" ".join(note.split()).rstrip(".") for note in (card.note, card.protocol.note) if note]
+    return Note(". ".join([f"{key}: {card.title}; {card.source}", *(note[:1].upper() + note[1:] for note in notes)]))
+
+
+def across_notes(found: Across | None, baseline: str) -> list[Note]:
+    if found is None:
+        return []
+    notes = []
+    if found.columns:
+        distance = (
+            f"no critical distance: {found.why_no_distance}"
+            if found.critical_distance is None
+            else f"critical distance {found.critical_distance:.2f}: methods whose average ranks differ by less cannot "
+            "be told apart at 5 % over all pairs of methods (Nemenyi), with the columns as independent draws"
+        )
+        notes.append(
+            Note(f"Average rank over {found.columns} columns, 1 for the highest mean, ties sharing theirs; {distance}")
+        )
+    notes.append(
+        Note(
+            f"Probability of improvement: that a run of a method beats a run of {baseline} in the same column, "
+            "averaged over the columns that both have, and for these columns only; 95 % interval from leaving out one "
+            "seed at a time in all of them, where the runs allow one"
+        )
+    )
+    return notes
+
+
+def ranged(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def listed(values: Sequence[Any], most: int = 12) -> str:
+    shown = [str(value) for value in values[:most]]
+    return ", ".join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -1,0 +1,365 @@
+"""A comparison as one HTML page that needs nothing else: sortable tables, every number leading to its runs, curves,
+costs, and where everything comes from. Byte for byte the same from the same records, in any order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from kdbench.recipe.loading import dump
+from kdbench.results import svg
+from kdbench.results.comparison import Column, Comparison, Row, compare
+from kdbench.results.curves import (
+    Curve,
+    Logs,
+    Look,
+    Value,
+    accuracy_of,
+    agreement_at,
+    curve_of,
+    last_quarter,
+    logs,
+    look,
+)
+from kdbench.results.layout import Grid, Text, accuracy, layout
+from kdbench.results.notes import Note
+from kdbench.results.record import Record
+from kdbench.results.tables import Table
+
+# Nothing may be loaded, from anywhere: what the page needs is in it.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+TEACHER = Look("#595959", "D", "-")
+FACTS = ("Recipe", "Protocol", "Data", "Teacher", "Machine", "Precision", "kdbench", "Python and torch", "Platform")
+
+
+def html(table: Table, records: Iterable[Record]) -> str:
+    """The page of a table and the records that it was built from. Records whose metrics are not beside them have no
+    curve, and the page says so.
+
+    Raises:
+        UserError: damaged metrics.
+    """
+    comparison = compare(records, table.baseline)
+    log = logs(comparison, required=False)
+    sections = [
+        ("table", "Table", _tables(table)),
+        ("curves", "Learning curves", _learning_curves(comparison, log)),
+        ("agreement", "Agreement with the teacher", _agreement(comparison, log, table.agreement)),
+        ("cost", "Accuracy against time and size", _costs(table, comparison)),
+        ("runs", "Runs", _runs(table, comparison)),
+        ("provenance", "Provenance", _provenance(comparison)),
+    ]
+    shown = [(key, title, body) for key, title, body in sections if body]
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in shown)
+    bodies = "\n".join(
+        f'<section id="{key}" aria-labelledby="{key}-title">\n<h2 id="{key}-title">{title}</h2>\n{body}\n</section>'
+        for key, title, body in shown
+    )
+    title = escape(table.title or "Comparison")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{_asset('page.css')}</style>\n</head>\n<body>\n"
+        f'<header>\n<h1>{title}</h1>\n<p class="sub">{escape(table.notes[0].text)}</p>\n'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{bodies}\n</main>\n'
+        f"<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
+    )
+
+
+def sort_value(text: str) -> float | None:
+    """The number by which an entry is sorted: its first, whatever stands around it; None where there is none."""
+    found = re.search(r"[−+-]?\d[\d,]*(?:\.\d+)?", text)
+    return None if found is None else float(found[0].replace(",", "").replace("−", "-"))
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _tables(table: Table) -> str:
+    grids = "\n".join(_grid(grid) for grid in layout(table))
+    notes = "".join(_note(note) for note in table.notes)
+    return (
+        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its runs.</p>\n'
+        f'<div class="grids">{grids}</div>\n'
+        f'<ul class="notes">{notes}</ul>'
+    )
+
+
+def _grid(grid: Grid) -> str:
+    heads = "".join(f'<th scope="col"><button type="button">{escape(title)}</button></th>' for title in grid.header)
+    blocks = sorted({0, *grid.rules, len(grid.rows)})
+    bodies = []
+    for begin, end in zip(blocks, blocks[1:], strict=False):
+        rows = [_row(grid, n) for n in range(begin, end)]
+        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
+    caption = escape(grid.caption)
+    return (
+        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table class="sortable">'
+        f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead>{''.join(bodies)}</table></div>"
+    )
+
+
+def _row(grid: Grid, n: int) -> str:
+    first, *rest = grid.rows[n]
+    if n in grid.headings:
+        title = escape(first.text)
+        return f'<tr class="heading"><th scope="rowgroup" colspan="{len(grid.header)}">{title}</th></tr>'
+    label = escape(first.text)
+    return f'<tr><th scope="row" data-value="{label}">{_entry(first)}</th>{"".join(map(_number, rest))}</tr>\n'
+
+
+def _number(entry: Text) -> str:
+    value = sort_value(entry.text)
+    sort = "" if value is None else f' data-value="{value:g}"'
+    return f"<td{sort}>{_entry(entry)}</td>"
+
+
+def _entry(entry: Text) -> str:
+    shown = escape(entry.text)
+    if entry.bold:
+        shown = f"<strong>{shown}</strong>"
+    elif entry.underline:
+        shown = f"<u>{shown}</u>"
+    if entry.place is not None:
+        shown = f'<a class="runs" href="#{_anchor(*entry.place)}">{shown}</a>'
+    marks = ",".join(f'<a href="#note-{mark}">{mark}</a>' for mark in entry.marks)
+    return shown + escape(entry.tail) + (f"<sup>{marks}</sup>" if marks else "")
+
+
+def _note(note: Note) -> str:
+    mark = f'<sup id="note-{note.mark}">{note.mark}</sup> ' if note.mark else ""
+    kind = ' class="warning"' if note.warning else ""
+    return f"<li{kind}>{mark}{escape(note.text)}</li>"
+
+
+def _anchor(row: int, column: int) -> str:
+    return f"runs-{row}-{column}"
+
+
+def _learning_curves(comparison: Comparison, log: Logs) -> str:
+    figures = []
+    drawn: set[Row] = set()
+    for column in comparison.columns:
+        curves = _curves(comparison, column, log, accuracy_of)
+        part = last_quarter(curves)
+        if part is None:
+            continue
+        drawn |= curves.keys()
+        name = f"{column.label}: " if comparison.axes else ""
+        below = f" (below: {', '.join(part.below)})" if part.below else ""
+        labels = ("epoch", "test accuracy (%)")
+        found = _lines(comparison, curves)
+        figures.append(_figure(f"{name}whole run", svg.lines(found, f"Learning curves, {name}whole run", labels)))
+        title = f"{name}last quarter{below}"
+        figures.append(_figure(title, svg.lines(found, f"Learning curves, {title}", labels, part.epochs, part.values)))
+    return _charts(comparison, drawn, figures, len(log), "Test accuracy, mean over the seeds ± one deviation (band).")
+
+
+def _agreement(comparison: Comparison, log: Logs, hook_points: Sequence[str]) -> str:
+    figures = []
+    drawn: set[Row] = set()
+    for column in comparison.columns:
+        for point in hook_points:
+            curves = _curves(comparison, column, log, agreement_at(point))
+            if not curves:
+                continue
+            drawn |= curves.keys()
+            title = f"{column.label}: {point}" if comparison.axes else point
+            chart = svg.lines(_lines(comparison, curves), f"Agreement, {title}", ("epoch", "share of equal signs"))
+            figures.append(_figure(title, chart))
+    if not hook_points:
+        return ""
+    said = "Share of neurons whose sign equals the teacher's, at each hook point; mean over the seeds ± one deviation."
+    return _charts(comparison, drawn, figures, len(log), said)
+
+
+def _curves(comparison: Comparison, column: Column, log: Logs, value: Value) -> dict[Row, Curve]:
+    return {
+        row: curve for row in comparison.rows if (curve := curve_of(comparison, row, column, log, value)) is not None
+    }
+
+
+def _lines(comparison: Comparison, curves: dict[Row, Curve]) -> list[svg.Line]:
+    return [
+        svg.Line(
+            look(comparison, row),
+            row.label,
+            epochs.tolist(),
+            values.mean(axis=0).tolist(),
+            values.std(axis=0, ddof=1).tolist() if len(values) > 1 else None,
+        )
+        for row, (epochs, values) in curves.items()
+    ]
+
+
+def _charts(comparison: Comparison, drawn: set[Row], figures: list[str], logged: int, said: str) -> str:
+    lacking = len(comparison.records) - logged
+    missing = ""
+    if lacking:
+        missing = f" {lacking} of {len(comparison.records)} runs have no metrics.jsonl beside their record."
+    rows = [(look(comparison, row), row.label) for row in comparison.rows if row in drawn]
+    return f'<p class="small">{said}{missing}</p>\n{_legend(rows)}\n<div class="charts">{"".join(figures)}</div>'
+
+
+def _legend(entries: Iterable[tuple[Look, str]]) -> str:
+    items = "".join(f"<li>{svg.swatch(style)}{escape(label)}</li>" for style, label in entries)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _figure(title: str, chart: str) -> str:
+    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
+
+
+def _costs(table: Table, comparison: Comparison) -> str:
+    """Accuracy against training time and against parameters, for each data set, since accuracies of two data sets have
+    no common axis."""
+    times: dict[str, list[svg.Point]] = {}
+    sizes: dict[str, list[svg.Point]] = {}
+    teachers: dict[str, dict[tuple[float, float], svg.Point]] = {}
+    for j, column in enumerate(comparison.columns):
+        for i, row in enumerate(comparison.rows):
+            cell, group = table.rows[i].cells[j], comparison.cell(row, column)
+            if cell is None:
+                continue
+            record = next(iter(group.values()))
+            name = row.label + (f", {column.label}" if comparison.axes else "")
+            style, href, size = look(comparison, row), f"#{_anchor(i, j)}", record.models.student.parameters
+            if cell.seconds > 0:
+                words = f"{name}: {accuracy(cell)} %, {cell.seconds:,.0f} s"
+                point = svg.Point(style, cell.seconds, cell.mean, cell.deviation, words, href)
+                times.setdefault(record.data.name, []).append(point)
+            if size:
+                words = f"{name}: {accuracy(cell)} %, {size:,} parameters"
+                sizes.setdefault(record.data.name, []).append(
+                    svg.Point(style, size, cell.mean, cell.deviation, words, href)
+                )
+            teacher, large = record.teacher, record.models.teacher
+            if teacher is not None and teacher.accuracy is not None and large is not None and large.parameters:
+                words = f"teacher {teacher.name}: {teacher.accuracy:.2f} %, {large.parameters:,} parameters"
+                point = svg.Point(TEACHER, large.parameters, teacher.accuracy, None, words)
+                teachers.setdefault(record.data.name, {})[large.parameters, teacher.accuracy] = point
+    figures = []
+    for data in dict.fromkeys([*times, *sizes]):
+        name = f"{data}: " if len(times.keys() | sizes.keys()) > 1 else ""
+        labels = "test accuracy (%)"
+        if data in times:
+            title = f"{name}training time of one seed"
+            figures.append(_figure(title, svg.points(times[data], f"Accuracy, {title}", ("seconds", labels))))
+        if data in sizes:
+            title = f"{name}parameters"
+            drawn = [*teachers.get(data, {}).values(), *sizes[data]]
+            chart = svg.points(drawn, f"Accuracy, {title}", ("parameters", labels), whole_numbers=True)
+            figures.append(_figure(title, chart))
+    entries = [(look(comparison, row), row.label) for row in comparison.rows]
+    entries += [(TEACHER, "teacher")] if teachers else []
+    said = (
+        "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that "
+        "train side by side share their teacher's passes."
+    )
+    return f'<p class="small">{said}</p>\n{_legend(entries)}\n<div class="charts">{"".join(figures)}</div>'
+
+
+def _runs(table: Table, comparison: Comparison) -> str:
+    articles = []
+    for i, row in enumerate(comparison.rows):
+        for j, column in enumerate(comparison.columns):
+            group = comparison.cell(row, column)
+            if group:
+                name = row.label + (f" · {column.label}" if comparison.axes else "")
+                articles.append(_article(_anchor(i, j), name, list(group.values())))
+    return "\n".join(articles)
+
+
+def _article(anchor: str, name: str, records: list[Record]) -> str:
+    """All that is known of one cell's runs."""
+    head = ("seed", "last", "best", "at step", "mean of last", "training s", "images/s", "folder", "identity")
+    rows = [
+        (
+            str(record.cell.seed),
+            f"{record.result.test.last:.2f}",
+            f"{record.result.test.best:.2f}",
+            f"{record.result.test.best_step:,}",
+            f"{record.result.test.mean_last:.2f}",
+            f"{record.compute.training_seconds or record.compute.seconds:,.1f}",
+            f"{record.compute.images_per_second:,.1f}",
+            record.folder.name if record.folder is not None else "–",
+            record.identity[:12],
+        )
+        for record in records
+    ]
+    first = records[0]
+    budget = f"{first.budget.steps:,} steps, {first.budget.epochs:g} epochs"
+    budget += f" ({', '.join(f'{s.name} {s.steps:,}' for s in first.budget.stages)})" if first.budget.stages else ""
+    facts = [
+        ("Method", f"{first.cell.label} ({first.cell.method})"),
+        ("Student", f"{first.cell.student}, {first.models.student.parameters:,} parameters"),
+        ("Budget", budget),
+    ]
+    spec = {key: value for key, value in first.spec.items() if key != "seed"}
+    return (
+        f'<article id="{anchor}" aria-labelledby="{anchor}-title">\n<h3 id="{anchor}-title">{escape(name)}'
+        f'<a href="#table">to the table</a></h3>\n'
+        f'<div class="scroll" role="region" aria-label="Seeds of {escape(name)}" tabindex="0">'
+        f"{_plain_table(head, rows)}</div>\n{_list(facts)}\n"
+        f"<details><summary>Provenance and resolved recipe</summary>{_list(_facts(records))}"
+        f"<pre>{escape(dump(spec))}</pre></details>\n</article>"
+    )
+
+
+def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    titles = "".join(f'<th scope="col" class="plain">{title}</th>' for title in head)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{escape(entry)}</td>" for entry in row[1:])}</tr>'
+        for row in rows
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _list(facts: Iterable[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>' for name, value in facts)}</dl>"
+
+
+def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What the runs were made with; several values where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, value in zip(FACTS, _made_with(record), strict=True):
+            if value:
+                found.setdefault(name, {})[value] = None
+    return [(name, "; ".join(found[name])) for name in FACTS if name in found]
+
+
+def _made_with(record: Record) -> tuple[str, ...]:
+    data, teacher, compute, git = record.data, record.teacher, record.compute, record.git
+    known = "" if teacher is None or teacher.accuracy is None else f", {teacher.accuracy:.2f} %"
+    commit = "" if git is None else f", commit {git.commit}{' with uncommitted changes' if git.dirty else ''}"
+    threads = ""
+    if compute.device == "cpu":
+        threads = f", {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
+    return (
+        record.recipe,
+        record.cell.protocol,
+        f"{data.name}, {data.train:,} training, {data.validation:,} validation and {data.test:,} test images, from "
+        f"{data.origin or 'an origin that was not recorded'}, fingerprint {data.fingerprint}",
+        "" if teacher is None else f"{teacher.name}{known}, sha256 {teacher.sha256}",
+        f"{compute.device_name}{threads}",
+        compute.precision,
+        f"{record.kdbench}{commit}",
+        f"{compute.python}, {compute.torch}",
+        compute.platform,
+    )
+
+
+def _provenance(comparison: Comparison) -> str:
+    records = comparison.records
+    seeds = sorted({record.cell.seed for record in records})
+    facts = [("Runs", f"{len(records)}, seeds {', '.join(map(str, seeds))}"), *_facts(records)]
+    return (
+        "<p>Every measured number above is made from the records of these runs, and nothing else: "
+        "<code>kdbench table FOLDER --out FOLDER</code>, with the options that it had, makes this page again.</p>\n"
+        + _list(facts)
+    )

@@ -1,0 +1,111 @@
+"""Several pairs summed up, and when the sum may not be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from scipy import stats
+from synthetic import comparison, make
+
+from kdbench.results.across import Across
+from kdbench.results.record import Record
+from kdbench.results.renderers import latex, markdown, table_csv
+from kdbench.results.tables import build
+
+PAIRS = ("wrn_16_1", "wrn_16_2", "wrn_40_1", "resnet20")
+VALUES = {"ce": [90.0, 90.4, 90.2], "kd": [90.3, 91.0, 90.1], "ab": [92.0, 91.4, 91.8]}
+
+
+def pairs(**over: Any) -> list[Record]:
+    """Four students in as many record folders' worth of recipes; KD is below the plain student on the last."""
+    found = []
+    for i, student in enumerate(PAIRS):
+        values = {m: [v + i for v in several] for m, several in VALUES.items()}
+        if i == 3:
+            values["kd"] = [92.9, 93.0, 93.1]
+        found += comparison(values, student=student, recipe=f"recipe {i}", **over)
+    return found
+
+
+def summed(records: list[Record], **options: Any) -> Across:
+    found = build(records, **options).across
+    assert found is not None
+    return found
+
+
+def test_ranks_distance_and_probabilities() -> None:
+    found = summed(pairs())
+    # CE 3 3 3 2, KD 2 2 2 3, AB always 1.
+    assert {s.label: s.rank for s in found.standings} == {"CE": 2.75, "KD": 2.25, "AB": 1.0}
+    assert found.columns == 4
+    # Demšar's q for three methods.
+    assert found.critical_distance == pytest.approx(2.343 * (3 * 4 / 24) ** 0.5, rel=5e-4)
+    ce, kd, ab = found.standings
+    assert ce.improvement is None
+    once = stats.mannwhitneyu(VALUES["kd"], VALUES["ce"]).statistic / 9
+    last = stats.mannwhitneyu([92.9, 93.0, 93.1], [93.0, 93.4, 93.2]).statistic / 9
+    assert kd.improvement is not None
+    assert kd.improvement.probability == pytest.approx((3 * once + last) / 4)
+    assert kd.improvement.low is not None and kd.improvement.low < kd.improvement.probability
+    assert ab.improvement is not None
+    assert (ab.improvement.probability, ab.improvement.low) == (1.0, None)
+
+
+def test_one_column_or_one_method_has_no_sum() -> None:
+    assert build(comparison(VALUES)).across is None
+    assert build([r for r in pairs() if r.cell.method == "kd"]).across is None
+
+
+def test_a_column_without_every_method_is_not_ranked() -> None:
+    some = [r for r in pairs() if not (r.cell.method == "ab" and r.cell.student == "wrn_16_1")]
+    found = summed(some)
+    assert found.columns == 3
+    assert {s.label: s.rank for s in found.standings}["CE"] == pytest.approx((3 + 3 + 2) / 3)
+    lonely = [r for r in pairs() if r.cell.method != "ab" or r.cell.student == "wrn_16_1"]
+    found = summed(lonely)
+    assert found.columns == 0 and found.standings[0].rank is None and found.critical_distance is None
+    assert found.standings[1].improvement is not None
+    assert "average rank" not in markdown(build(lonely))
+
+
+def test_budgets_of_one_pair_have_ranks_and_no_distance() -> None:
+    budgets = comparison(VALUES, epochs=20.0, recipe="short") + comparison(VALUES)
+    found = summed(budgets)
+    assert found.columns == 2 and found.critical_distance is None
+    assert "not all different pairs" in (found.why_no_distance or "")
+    assert "no critical distance: the columns are not all different pairs" in markdown(build(budgets))
+
+
+def test_two_methods_have_no_distance() -> None:
+    found = summed([r for r in pairs() if r.cell.method != "ab"])
+    assert found.critical_distance is None and "paired test" in (found.why_no_distance or "")
+
+
+def test_shared_runs_have_no_distance() -> None:
+    records = [make("ce", s, 90 + s / 7, teacher=None, axes={"method": "ce"}) for s in range(3)]
+    records += [
+        make(m, s, 90.2 + s / 5 - i / 9, teacher=t, axes={"method": m, "teacher": t}, order=2)
+        for i, m in enumerate(("kd", "ab"))
+        for t in ("big", "huge")
+        for s in range(3)
+    ]
+    found = summed(records)
+    assert found.critical_distance is None and "several columns" in (found.why_no_distance or "")
+
+
+def test_the_files_show_it() -> None:
+    table = build(pairs())
+    text = markdown(table)
+    assert "Across the 4 columns:" in text
+    assert "| AB | 1.00 | 1.00 | – |" in text
+    assert "| CE | 2.75 |  |  |" in text
+    assert "critical distance 1.66" in text and "for these columns only" in text
+    assert "Across the 4 columns" in latex(table)
+    assert "average_rank" in table_csv(table).splitlines()[0]
+    assert "average_rank" not in table_csv(build(comparison(VALUES)))
+
+
+def test_the_chosen_metric_is_summed() -> None:
+    records = pairs(best=95.0)
+    assert {s.rank for s in summed(records, metric="best").standings} == {2.0}

@@ -1,0 +1,139 @@
+"""Ranks, critical distance and probability of improvement against SciPy, printed tables and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kdbench.results import ranking
+
+
+def test_average_ranks_are_scipys() -> None:
+    draws = np.random.default_rng(0)
+    # Integers, so that many are equal.
+    values = draws.integers(0, 6, (20, 5)).astype(float)
+    expected = np.mean([stats.rankdata(-column) for column in values], axis=0)
+    assert ranking.average_ranks(values.tolist()) == pytest.approx(expected.tolist())
+    assert ranking.average_ranks([[90.0, 91.0, 90.0]]) == [2.5, 1.0, 2.5]
+
+
+# Demšar (2006), table 5(a): the studentized range divided by √2, α = 0.05.
+PRINTED = {3: 2.343, 4: 2.569, 5: 2.728, 6: 2.850, 7: 2.949, 8: 3.031, 9: 3.102, 10: 3.164}
+
+
+@pytest.mark.parametrize("methods", [3, 4, 5, 7, 10, 30])
+def test_critical_distance_is_scipys_and_the_printed_one(methods: int) -> None:
+    for columns, alpha in ((2, 0.05), (13, 0.05), (13, 0.10)):
+        q = stats.studentized_range.ppf(1 - alpha, methods, np.inf) / math.sqrt(2)
+        expected = q * math.sqrt(methods * (methods + 1) / (6 * columns))
+        assert ranking.critical_distance(methods, columns, alpha) == pytest.approx(expected, rel=1e-5)
+    if methods in PRINTED:
+        expected = PRINTED[methods] * math.sqrt(methods * (methods + 1) / (6 * 14))
+        assert ranking.critical_distance(methods, 14) == pytest.approx(expected, rel=5e-4)
+
+
+def test_the_critical_distance_refuses_what_it_does_not_hold_for() -> None:
+    for methods, columns in ((2, 10), (5, 1)):
+        with pytest.raises(ValueError, match="three methods and two columns"):
+            ranking.critical_distance(methods, columns)
+
+
+@pytest.mark.parametrize(("methods", "columns"), [(3, 4), (3, 13), (5, 6), (5, 13), (14, 13), (8, 30)])
+def test_equal_methods_are_told_apart_in_at_most_five_percent(methods: int, columns: int) -> None:
+    draws = np.random.default_rng(1)
+    studies = 4000
+    ranks = draws.random((studies, columns, methods)).argsort(axis=2).mean(axis=1)
+    apart = ranks.max(axis=1) - ranks.min(axis=1) >= ranking.critical_distance(methods, columns)
+    # Three standard errors; the asymptotic quantile itself is up to half a point too small.
+    assert apart.mean() < 0.055 + 3 * math.sqrt(0.05 * 0.95 / studies)
+
+
+def test_a_better_method_is_found() -> None:
+    values = np.random.default_rng(2).normal([0, 0, 0, 3.0], 1, (13, 4))
+    ranks = ranking.average_ranks(values.tolist())
+    assert ranks[3] == min(ranks)
+    assert min(ranks[:3]) - ranks[3] > 0.5 * ranking.critical_distance(4, 13)
+
+
+def column(own: list[float], base: list[float]) -> tuple[dict[int, float], dict[int, float]]:
+    return dict(enumerate(own)), dict(enumerate(base))
+
+
+def test_probability_of_improvement_is_the_mann_whitney_statistic() -> None:
+    draws = np.random.default_rng(3)
+    own, base = draws.integers(0, 9, (2, 4, 6)).astype(float)
+    columns = [column(x.tolist(), y.tolist()) for x, y in zip(own, base, strict=True)]
+    expected = np.mean([stats.mannwhitneyu(x, y).statistic / 36 for x, y in zip(own, base, strict=True)])
+    assert ranking.probability_of_improvement(columns).probability == pytest.approx(expected)
+
+
+def test_its_interval_mirrors_when_the_sides_are_swapped_and_holds_the_estimate() -> None:
+    a, b = column([94.0, 93.5, 94.4, 93.8, 94.1], [93.7, 93.6, 94.2, 93.1, 93.9])
+    one, other = (ranking.probability_of_improvement([pair]) for pair in ((a, b), (b, a)))
+    assert one.low is not None and one.high is not None
+    assert 0 < one.low < one.probability < one.high < 1
+    assert (other.low, other.probability, other.high) == pytest.approx((1 - one.high, 1 - one.probability, 1 - one.low))
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_its_interval_by_hand_and_a_column_said_twice_says_no_more(copies: int) -> None:
+    a, b = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.2])
+    found = ranking.probability_of_improvement([(a, b)] * copies)
+    # Wins: 94.0 over 93.7 and 93.6, 93.5 over none, 94.4 over all. Without seed 0, 1, 2: of the four pairs 2, 3, 2.
+    without = np.array([2, 3, 2]) / 4
+    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()) / (5 / 9 * 4 / 9)
+    assert found.low is not None and found.high is not None
+    assert found.probability == pytest.approx(5 / 9)
+    # Student's printed quantile at two degrees of freedom.
+    assert math.log(found.high / (1 - found.high)) == pytest.approx(math.log(5 / 4) + 4.303 * error, rel=1e-3)
+    assert math.log(found.low / (1 - found.low)) == pytest.approx(math.log(5 / 4) - 4.303 * error, rel=1e-3)
+
+
+def test_the_column_with_the_fewest_seeds_gives_the_degrees_of_freedom() -> None:
+    short = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.2])
+    long = column([95.0 + k for k in range(10)], [85.0 - k for k in range(10)])
+    found = ranking.probability_of_improvement([short, long])
+    assert found.low is not None and found.high is not None
+    without = np.array([2 / 4, 3 / 4, 2 / 4] + [5 / 9] * 7) / 2
+    error = math.sqrt(9 / 10 * ((without - without.mean()) ** 2).sum())
+    mean = (5 / 9 + 1) / 2
+    expected = math.log(mean / (1 - mean)) + 4.303 * error / (mean * (1 - mean))
+    assert math.log(found.high / (1 - found.high)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_there_is_no_interval_where_the_runs_do_not_allow_one() -> None:
+    clear = column([95.0, 95.1, 95.2], [90.0, 90.1, 90.2])
+    assert ranking.probability_of_improvement([clear]) == ranking.Improvement(1.0)
+    few = column([95.0, 93.1], [94.0, 94.1])
+    assert ranking.probability_of_improvement([few]) == ranking.Improvement(0.5)
+    enough = column([95.0, 93.1, 94.05], [94.0, 94.1, 93.0])
+    assert ranking.probability_of_improvement([enough]).low is not None
+    assert ranking.probability_of_improvement([enough, few]).low is None
+
+
+@pytest.mark.parametrize("shared", ["nothing", "a seed's luck", "the baseline's runs"])
+@pytest.mark.parametrize("seeds", [3, 5, 20])
+@pytest.mark.parametrize("true", [(0.75,), (0.5,) * 6, (0.95, 0.95, 0.95, 0.6)], ids=str)
+def test_its_interval_covers_at_least_as_often_as_it_says(shared: str, seeds: int, true: tuple[float, ...]) -> None:
+    draws = np.random.default_rng(4)
+    shift = stats.norm.ppf(true)[:, None] * math.sqrt(2)
+    shape = (len(true), seeds)
+    hits = found = 0
+    for _ in range(400):
+        own, base = draws.normal(0, 1, (2, *shape))
+        if shared == "a seed's luck":
+            luck = draws.normal(0, 1, (2, 1, seeds))
+            own, base = (own + luck[0]) / math.sqrt(2), (base + luck[1]) / math.sqrt(2)
+        elif shared == "the baseline's runs":
+            base = np.broadcast_to(base[:1], shape)
+        one = ranking.probability_of_improvement(
+            [column(x.tolist(), y.tolist()) for x, y in zip(own + shift, base, strict=True)]
+        )
+        if one.low is not None and one.high is not None:
+            found += 1
+            hits += one.low <= float(np.mean(true)) <= one.high
+    assert found > 200
+    assert hits / found > 0.95 - 3 * math.sqrt(0.05 * 0.95 / found)
