@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick peers bench lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -28,6 +28,13 @@ test: setup ## all tests
 
 test-quick: setup ## tests without the slow ones
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+
+# torchdistill's metadata asks for a newer torch than the pinned one; it is measured on the same torch as everything else.
+peers: setup ## install what the benchmark compares with
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps torchdistill==1.1.5
+
+bench: peers ## images per second, technique by technique, against torchdistill and a plain loop
+	$(BIN)/kdbench bench --json runs/bench.json
 
 lint: setup ## ruff
 	$(BIN)/ruff check .

@@ -1,0 +1,55 @@
+"""`kdbench bench` from end to end on tiny networks: every lane runs, and what it prints can be read by a program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Kdbench
+
+RECIPE = """\
+data: {name: digits, per_class: 10}
+teacher: wrn_16_2_digits
+student: wrn_10_1
+protocol: {name: digits, batch_size: 16}
+compare:
+  method: [ce, kd, at]
+"""
+QUICK = ("--rounds", "2", "--seconds", "0.2", "--threads", "1")
+
+
+@pytest.mark.slow
+def test_all_lanes(kdbench: Kdbench, tmp_path: Path) -> None:
+    if importlib.util.find_spec("torchdistill") is None:
+        pytest.skip("torchdistill is not installed: make peers")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    done = kdbench("bench", "tiny.yaml", *QUICK, "--json", "speed.json", timeout=600)
+    last = done.stdout.splitlines()[-1]
+    ratios = re.fullmatch(r"RATIO run=(\S+) cohort=(\S+) table=(\S+)", last)
+    assert ratios is not None, last
+    result = json.loads((tmp_path / "speed.json").read_text())["results"][0]
+    names = [row["name"] for row in result["rows"]]
+    assert names[:3] == ["torchdistill", "torchdistill, teacher in eval mode", "plain PyTorch loop"]
+    assert names[3] == "kdbench, float32" and "+ channels_last" in names
+    assert names[-2].endswith("3 methods as one cohort") and names[-1].endswith("logit table")
+    for row in result["rows"]:
+        assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0
+    assert [f"{result['ratios'][role]:.2f}" for role in ("run", "cohort", "table")] == list(ratios.groups())
+    # Tiny networks, where the loop itself is what costs: far above a loop over single images.
+    assert result["ratios"]["table"] > 1
+
+
+@pytest.mark.slow
+def test_without_peers_the_first_of_its_own_lanes_is_the_measure(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    done = kdbench("bench", "tiny.yaml", *QUICK, "--rounds", "1", "--no-peers", timeout=600)
+    assert "against kdbench, float32" in done.stdout and "torchdistill" not in done.stdout
+
+
+def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "at.yaml").write_text(RECIPE.replace("[ce, kd, at]", "[at]"))
+    done = kdbench("bench", "at.yaml", "--no-peers", code=2)
+    assert "logits alone" in done.stderr and "Traceback" not in done.stderr
