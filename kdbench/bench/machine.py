@@ -16,13 +16,17 @@ SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = 8
 
 
-def machine_of(device: torch.device, threads: int) -> Machine:
-    """The machine; peaks are measured when they are asked for, in FLOP/s (a multiply-add is two)."""
+def machine_of(device: torch.device, threads: int, compiled: bool) -> Machine:
+    """The machine. Peaks are measured when they are asked for, in FLOP/s (a multiply-add is two).
+
+    Args:
+        compiled: whether torch.compile may take part.
+    """
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     precisions = ("float32", "bfloat16") if bfloat16_computes(device) else ("float32",)
     about = machine(device, threads)
-    return Machine(about, precisions, compiler_works(device), lambda precision: _peak(precision, device))
+    return Machine(about, precisions, compiled and compiler_works(device), lambda precision: _peak(precision, device))
 
 
 def flops_of(spec: CellSpec) -> dict[str, float]:

@@ -25,6 +25,7 @@ def command(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it needs minutes to start.")] = True,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,
 ) -> None:
@@ -55,7 +56,7 @@ def command(
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    machine = machine_of(torch.device(chosen), cores)
+    machine = machine_of(torch.device(chosen), cores, compiled)
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`kdbench bench` from end to end on tiny networks: every lane runs, and what it prints can be read by a program."""
+"""`kdbench bench` from end to end on small batches: every lane runs, and a program can read what it prints."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from conftest import Kdbench
 
 RECIPE = """\
-data: {name: digits, per_class: 10}
-teacher: wrn_16_2_digits
+data: cifar10
+teacher: wrn_22_4_cifar10
 student: wrn_10_1
-protocol: {name: digits, batch_size: 16}
+protocol: {name: crd, batch_size: 2}
 compare:
   method: [ce, kd, at]
 """
-QUICK = ("--rounds", "2", "--seconds", "0.2", "--threads", "1")
+QUICK = ("--rounds", "2", "--seconds", "0.2", "--threads", "1", "--no-compiled")
 
 
 @pytest.mark.slow
@@ -38,15 +38,8 @@ def test_all_lanes(kdbench: Kdbench, tmp_path: Path) -> None:
     for row in result["rows"]:
         assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0
     assert [f"{result['ratios'][role]:.2f}" for role in ("run", "cohort", "table")] == list(ratios.groups())
-    # Tiny networks, where the loop itself is what costs: far above a loop over single images.
+    # What runs no teacher, of six times the student's size, is faster.
     assert result["ratios"]["table"] > 1
-
-
-@pytest.mark.slow
-def test_without_peers_the_first_of_its_own_lanes_is_the_measure(kdbench: Kdbench, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    done = kdbench("bench", "tiny.yaml", *QUICK, "--rounds", "1", "--no-peers", timeout=600)
-    assert "against kdbench, float32" in done.stdout and "torchdistill" not in done.stdout
 
 
 def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Path) -> None:
