@@ -136,6 +136,10 @@ class Weights(Strict):
     layout: str | None = Field(None, description="module:object that turns the file's state dict into ours")
 
 
+# A teacher's accuracy on its card is exact; other hardware may round a few images to the other side (percent points).
+TEACHER_TOLERANCE = 0.1
+
+
 class TeacherCard(Card):
     """A trained network: weights by hash, or a recipe that trains them."""
 

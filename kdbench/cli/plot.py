@@ -16,6 +16,9 @@ def command(
 ) -> None:
     """Draw learning curves, activation agreement (where a method logs it) and the final accuracies."""
     from kdbench.cli.output import write_plots
+    from kdbench.results import sums
 
-    for file in write_plots(folders, out or folders[0]):
+    drawn = write_plots(folders, out or folders[0])
+    sums.renew(out or folders[0], drawn)
+    for file in drawn:
         print(file)

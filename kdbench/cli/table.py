@@ -21,6 +21,7 @@ def command(
 ) -> None:
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
+    from kdbench.results import sums
     from kdbench.results.record import read_records, unfinished
     from kdbench.results.tables import build
 
@@ -29,4 +30,4 @@ def command(
     table = build(read_records(folders), baseline, metric, unfinished=unfinished(folders))  # type: ignore[arg-type]
     print_table(table)
     if out is not None:
-        write_files(table, out, folders)
+        sums.renew(out, write_files(table, out, folders))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdbench.engine.build import build_extractor, build_model, build_optimizer, build_terms
 from kdbench.engine.finish import size_of
-from kdbench.engine.timeline import Timeline, timeline
+from kdbench.engine.timeline import Timeline, timeline, training_images
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
 
@@ -26,18 +26,6 @@ class Size:
     flops: int
     forward: float = 0.0
     training: float = 0.0
-
-
-def training_images(spec: DataSpec) -> int:
-    """Images of the labelled training part, as the card's counts give it."""
-    n = spec.train
-    if spec.validation:
-        n -= round(spec.validation * n) if spec.validation < 1 else int(spec.validation)
-    if spec.fraction is not None:
-        n = max(round(spec.fraction * n), spec.classes)
-    if spec.per_class is not None:
-        n = spec.per_class * spec.classes
-    return n
 
 
 def planned_timeline(spec: CellSpec) -> Timeline:

@@ -21,10 +21,10 @@ from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
 from kdbench.files import atomic, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.results.record import summary
 from kdbench.sources.images import ImageData
 
 SCHEMA = 1
-LAST = 10
 
 
 def finish(
@@ -101,20 +101,6 @@ def finish(
     write_json(folder / "record.json", record)
     (folder / checkpoint.NAME).unlink(missing_ok=True)
     return record
-
-
-def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
-    """Last, best, and mean of the last evaluations' accuracies on a part, in percent."""
-    points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
-    best_step, best = max(points, key=lambda point: (point[1], -point[0]))
-    tail = [accuracy for _, accuracy in points[-LAST:]]
-    return {
-        "last": round(points[-1][1], 4),
-        "best": round(best, 4),
-        "best_step": best_step,
-        "mean_last": round(sum(tail) / len(tail), 4),
-        "mean_last_of": len(tail),
-    }
 
 
 def streams(spec: CellSpec) -> dict[str, Any]:

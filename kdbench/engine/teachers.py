@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdbench.cards import Weights
+from kdbench.cards import TEACHER_TOLERANCE, Weights
 from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.evaluation import SLICE
@@ -20,9 +20,6 @@ from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
 from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData
-
-# A card's accuracy is exact; other hardware may round a few images to the other side.
-TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def measured(
         write_json(kept, {"name": spec.name, **key, "accuracy": accuracy})
     else:
         accuracy = found["accuracy"]
-    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TOLERANCE:
+    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
             f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
             where=str(file),
