@@ -140,8 +140,8 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for name, record in folder.records.items():
         spec = spec_of(record)
-        version = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[version][name] = spec is not None and spec.identity() == record.identity
+        writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
+        by_version[writer][name] = spec is not None and spec.identity() == record.identity
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
@@ -177,6 +177,9 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "teacher accuracy", record.teacher.name, record.teacher.accuracy)
             size = record.models.teacher and record.models.teacher.model_dump()
             add(name, "size of the teacher", record.teacher.name, size)
+            add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
+        streams = (record.model_extra or {}).get("seeds", {}).get("streams")
+        add(name, "list of random streams", record.kdbench, streams)
     for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
         for name, record in folder.planned.items():
             spec = spec_of(record)
