@@ -73,6 +73,18 @@ class Augmentation(Strict):
     padding: int = Field(0, ge=0)
     mode: Literal["zero", "reflect"] = "zero"
     flip: bool = False
+    resized_crop: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="lowest and highest share of the area of RandomResizedCrop; for streamed data"
+    )
+
+    @model_validator(mode="after")
+    def one_crop(self) -> Augmentation:
+        if self.resized_crop is not None:
+            if len(self.resized_crop) != 2 or self.resized_crop[0] > self.resized_crop[1]:
+                raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
+            if self.padding:
+                raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one")
+        return self
 
 
 class TargetCard(Card):
@@ -105,6 +117,7 @@ class DatasetCard(TargetCard):
     train: int
     test: int
     normalization: Normalization
+    streamed: bool = Field(False, description="read from disk while training: for what is larger than memory")
     licence: str | None = None
     source: str | None = None
 
@@ -115,7 +128,7 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: Augmentation = Augmentation(padding=0)
+    augmentation: Augmentation = Augmentation(padding=0, resized_crop=None)
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named
@@ -149,6 +162,7 @@ class TeacherCard(Card):
     recipe: str | None = None
     normalization: Normalization | None = None
     accuracy: float | None = Field(None, description="expected test accuracy in percent, checked after loading")
+    transfers: bool = Field(False, description="its features may teach other data, its logits only its own")
     licence: str | None = None
     source: str | None = None
 

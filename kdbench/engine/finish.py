@@ -23,6 +23,7 @@ from kdbench.files import atomic, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.results.record import summary
 from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
 
 SCHEMA = 1
 
@@ -32,7 +33,7 @@ def finish(
     folder: Path,
     cell: dict[str, Any],
     batches: Batches,
-    data: ImageData,
+    data: ImageData | Pictures,
     teacher: TeacherFile | None,
     teacher_model: nn.Module | None,
     compute: dict[str, Any],
@@ -106,10 +107,11 @@ def finish(
 def streams(spec: CellSpec) -> dict[str, Any]:
     """The seed, and what each stream of draws begins with."""
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
+    cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     return {
         "seed": spec.seed,
         "split": split_seed,
-        "streams": ["init", "connectors", "order", "augmentation", "dropout"],
+        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout"],
     }
 
 

@@ -19,11 +19,13 @@ from kdbench.engine.finish import finish, machine
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS
@@ -39,7 +41,7 @@ class Desk:
 
     def __init__(self, emit: Callable[..., None], stopping: Callable[[], bool]) -> None:
         self.emit, self.stopping = emit, stopping
-        self.data: tuple[str, ImageData] | None = None
+        self.data: tuple[str, ImageData | Pictures] | None = None
 
     def carry_out(self, task: dict[str, Any]) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
@@ -81,7 +83,7 @@ class Desk:
             if not cells:
                 return
             data = self._load(first.data, task)
-            batches = Batches(first, data, device)
+            batches = batches_of(first, data, device)
             file, teacher = self._teacher(first, data, task, device)
             before = fingerprint(teacher.extractor.model) if teacher else None
             seats: dict[int, Seat] = {}
@@ -148,7 +150,7 @@ class Desk:
             accuracy=member.history[-1]["test"]["accuracy"] if member.history else None,
         )
 
-    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData:
+    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData | Pictures:
         """A data set; the last one is kept for the next task."""
         roots = [spec.root] if spec.root else task["data_roots"]
         key = f"{spec.name} {spec.options} {roots}"
@@ -157,7 +159,7 @@ class Desk:
         return self.data[1]
 
     def _teacher(
-        self, spec: CellSpec, data: ImageData, task: dict[str, Any], device: torch.device
+        self, spec: CellSpec, data: ImageData | Pictures, task: dict[str, Any], device: torch.device
     ) -> tuple[TeacherFile | None, Teacher | None]:
         if spec.teacher is None:
             return None, None
@@ -176,7 +178,7 @@ def _seat(
     spec: CellSpec,
     folder: Path,
     batches: Batches,
-    data: ImageData,
+    data: ImageData | Pictures,
     teacher: Teacher | None,
     file: TeacherFile | None,
     task: dict[str, Any],

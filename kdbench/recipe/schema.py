@@ -109,6 +109,7 @@ class DataSpec(TargetSpec):
     validation: float | int = 0
     split_seed: int | None = None
     root: str | None = None
+    streamed: bool = False
 
 
 class ModelSpec(TargetSpec):
@@ -175,6 +176,11 @@ class TeacherSpec(Spec):
     weights: Weights | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
+    classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
+
+    def knows(self, data: DataSpec) -> DataSpec:
+        """The data as this teacher takes them: with its own classes."""
+        return data if self.classes is None else data.model_copy(update={"classes": self.classes})
 
     def identity(self) -> str:
         """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""

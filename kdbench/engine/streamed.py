@@ -1,0 +1,177 @@
+"""Batches of pictures that stay on disk, behind the interface of `Batches`: decoded ahead by a DataLoader.
+
+Where a picture is cropped is addressed like every draw: by (seed, "resized_crop", step), a row of numbers for each
+picture of the batch. The order of the processes that decode does not matter, and a resumed cell sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdbench.engine.batches import Batch, Batches, Part, ResidentPart, place_of, split
+from kdbench.engine.timeline import Timeline
+from kdbench.errors import UserError
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.augment import Augmentation
+from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
+from kdbench.sources.streams import generator, permutation, uniform
+
+MOST_WORKERS = 16
+
+# Index of a picture, and the numbers that its crop is made from (None: its centre).
+Address = tuple[int, list[float] | None]
+
+
+@dataclass(frozen=True)
+class StreamedPart:
+    """A fixed set of pictures with labels. Images come as their centres, bytes [N, 3, size, size] on the device."""
+
+    files: Sequence[Path]
+    labels: Tensor
+    short_side: int
+    size: int
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        addresses: list[Address] = [(i, None) for i in range(len(self.files))]
+        parts = [addresses[start : start + size] for start in range(0, len(addresses), size)]
+        start = 0
+        for images in _decoded(self, (), parts, self.labels.device):
+            yield images, self.labels[start : start + len(images)]
+            start += len(images)
+
+    def every(self, stride: int) -> StreamedPart:
+        """Every stride-th picture."""
+        return StreamedPart(self.files[::stride], self.labels[::stride], self.short_side, self.size)
+
+
+class StreamedBatches(Batches):
+    """Training, validation and test parts of one (data, protocol, seed) that are decoded when they are needed.
+
+    Orders, mirrors and padded crops are drawn as for resident data. With `resized_crop` in the protocol a part of each
+    picture is cropped and resized; without, its centre is taken.
+    """
+
+    def __init__(self, spec: CellSpec, data: Pictures, device: torch.device) -> None:
+        train, held_out = split(spec.data, data.train_labels, spec.seed)
+        size = spec.data.image_size
+
+        def part(files: Sequence[Path], labels: Tensor) -> StreamedPart:
+            return StreamedPart(files, labels.to(device), data.short_side, size)
+
+        self.pictures = part([data.train_files[i] for i in train.tolist()], data.train_labels[train])
+        self.train: Part = self.pictures
+        self.validation: Part = part([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
+        self.test: Part = part(data.test_files, data.test_labels)
+        self.seed, self.device = spec.seed, device
+        self.batch_size = spec.protocol.batch_size
+        chosen = spec.protocol.augmentation
+        self.area = tuple(chosen.resized_crop or ())
+        self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
+        self._images: Iterator[Tensor] = iter(())
+        self._next: int | None = None
+        # Indices and views of the batches that are being decoded, the next one first.
+        self._ahead: deque[tuple[Tensor, Tensor]] = deque()
+
+    def at(self, step: int, timeline: Timeline) -> Batch:
+        """The batch of a step. Steps in order are decoded ahead; any other begins anew there."""
+        if self._next != step:
+            self._ahead.clear()
+            self._images = _decoded(self.pictures, self.area, self._addresses(step, timeline), self.device)
+        self._next = step + 1
+        images = next(self._images)
+        index, view = (drawn.to(self.device) for drawn in self._ahead.popleft())
+        return Batch(self.augmentation.view(images, view), self.train.labels[index], index, view)
+
+    def _addresses(self, step: int, timeline: Timeline) -> Iterator[list[Address]]:
+        """What each batch from a step on is made of."""
+        drawn: tuple[str, int] | None = None
+        n = len(self.pictures.files)
+        for number in range(step, timeline.total):
+            stream, epoch, position = place_of(number, timeline)
+            if drawn != (stream, epoch):
+                drawn = (stream, epoch)
+                order = permutation(n, self.seed, f"{stream}order", epoch)
+                draws = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+                views = self.augmentation.view_id(draws)
+            part = slice(position * self.batch_size, (position + 1) * self.batch_size)
+            index, view = order[part], views[part]
+            self._ahead.append((index, view))
+            rows: Sequence[list[float] | None] = [None] * len(index)
+            if self.area:
+                of_stream = epoch * timeline.batches_per_epoch + position
+                numbers = uniform(len(index) * NUMBERS, self.seed, f"{stream}resized_crop", of_stream)
+                rows = numbers.reshape(-1, NUMBERS).tolist()
+            yield list(zip(index.tolist(), rows, strict=True))
+
+
+def batches_of(spec: CellSpec, data: ImageData | Pictures, device: torch.device) -> Batches:
+    """The batch source that suits the data."""
+    return StreamedBatches(spec, data, device) if isinstance(data, Pictures) else Batches(spec, data, device)
+
+
+def part_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.device) -> Part:
+    """The test part alone, without a split of the training set."""
+    labels = data.test_labels.to(device)
+    if isinstance(data, Pictures):
+        return StreamedPart(data.test_files, labels, data.short_side, spec.image_size)
+    return ResidentPart(data.test_images.to(device), labels)
+
+
+class _Decoder(Dataset[Any]):
+    """Pictures by address. A picture that cannot be decoded is returned as its error: raised in a decoding process, it
+    would reach the user as a traceback."""
+
+    def __init__(self, part: StreamedPart, area: Sequence[float]) -> None:
+        self.files, self.short_side, self.size, self.area = list(part.files), part.short_side, part.size, area
+
+    def __getitem__(self, address: Address) -> Tensor | UserError:
+        index, numbers = address
+        try:
+            image = picture(self.files[index])
+        except UserError as error:
+            return error
+        if numbers is None:
+            return centre(image, self.short_side, self.size)
+        return resized_crop(image, crop_box(numbers, image.height, image.width, self.area), self.size)
+
+
+def _decoded(
+    part: StreamedPart, area: Sequence[float], parts: Iterable[list[Address]], device: torch.device
+) -> Iterator[Tensor]:
+    """Batches of pictures in the order of their addresses, bytes [N, 3, size, size] on the device.
+
+    They are decoded ahead by as many processes as the cell has threads; with one thread, by the cell itself.
+    """
+    threads = torch.get_num_threads()
+    loader: DataLoader[Any] = DataLoader(
+        _Decoder(part, area),
+        batch_sampler=parts,  # type: ignore[arg-type]
+        collate_fn=_stacked,
+        num_workers=0 if threads == 1 else min(threads, MOST_WORKERS),
+        pin_memory=device.type == "cuda",
+        # Its own, or it would take a number from torch's.
+        generator=torch.Generator(),
+    )
+    for images in loader:
+        if isinstance(images, UserError):
+            raise images
+        yield images.to(device, non_blocking=True)
+
+
+def _stacked(samples: list[Tensor | UserError]) -> Tensor | UserError:
+    images = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        images.append(sample)
+    return torch.stack(images)
