@@ -75,8 +75,9 @@ class StreamedBatches(Batches):
         self.seed, self.device = spec.seed, device
         self.batch_size = spec.protocol.batch_size
         chosen = spec.protocol.augmentation
-        self.area = tuple(chosen.resized_crop or ())
         self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
+        area = tuple(chosen.resized_crop or ())
+        self.drawing = _Drawing(spec.seed, len(train), self.batch_size, self.augmentation, area)
         self._images: Iterator[Tensor] = iter(())
         self._next: int | None = None
         # Indices and views of the batches that are being decoded, the next one first.
@@ -85,27 +86,38 @@ class StreamedBatches(Batches):
     def at(self, step: int, timeline: Timeline) -> Batch:
         """The batch of a step. Steps in order are decoded ahead; any other begins anew there."""
         if self._next != step:
-            self._ahead.clear()
-            self._images = _decoded(self.pictures, self.area, self._addresses(step, timeline), self.device)
+            self._ahead = deque()
+            parts = self.drawing.addresses(step, timeline, self._ahead)
+            self._images = _decoded(self.pictures, self.drawing.area, parts, self.device)
         self._next = step + 1
         images = next(self._images)
         index, view = (drawn.to(self.device) for drawn in self._ahead.popleft())
         return Batch(self.augmentation.view(images, view), self.train.labels[index], index, view)
 
-    def _addresses(self, step: int, timeline: Timeline) -> Iterator[list[Address]]:
-        """What each batch from a step on is made of."""
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What decides about the batches. Apart from them: what decodes ahead must not keep its owner alive."""
+
+    seed: int
+    images: int
+    batch_size: int
+    augmentation: Augmentation
+    area: tuple[float, ...]
+
+    def addresses(self, step: int, timeline: Timeline, ahead: deque[tuple[Tensor, Tensor]]) -> Iterator[list[Address]]:
+        """What each batch from a step on is made of; its indices and views are appended to `ahead`."""
         drawn: tuple[str, int] | None = None
-        n = len(self.pictures.files)
         for number in range(step, timeline.total):
             stream, epoch, position = place_of(number, timeline)
             if drawn != (stream, epoch):
                 drawn = (stream, epoch)
-                order = permutation(n, self.seed, f"{stream}order", epoch)
-                draws = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
-                views = self.augmentation.view_id(draws)
+                order = permutation(self.images, self.seed, f"{stream}order", epoch)
+                source = generator(self.seed, f"{stream}augmentation", epoch)
+                views = self.augmentation.view_id(self.augmentation.draw(source, self.images))
             part = slice(position * self.batch_size, (position + 1) * self.batch_size)
             index, view = order[part], views[part]
-            self._ahead.append((index, view))
+            ahead.append((index, view))
             rows: Sequence[list[float] | None] = [None] * len(index)
             if self.area:
                 of_stream = epoch * timeline.batches_per_epoch + position
