@@ -214,6 +214,19 @@ class MethodCard(Card):
     stages: dict[Name, StageCard]
 
 
+class StudyCard(Card):
+    """Recipes that belong together: what `kdbench reproduce` runs."""
+
+    title: str
+    profiles: dict[Name, list[str]] = Field(description="profile -> recipes, by name or by path from the card's file")
+
+    @model_validator(mode="after")
+    def some_recipes(self) -> StudyCard:
+        if not self.profiles or not all(self.profiles.values()):
+            raise ValueError("a study has at least one profile, and a profile at least one recipe")
+        return self
+
+
 class PaperCard(Strict):
     title: str
     authors: str
@@ -234,5 +247,6 @@ KINDS: dict[str, type[BaseModel]] = {
     "datasets": DatasetCard,
     "teachers": TeacherCard,
     "protocols": ProtocolCard,
+    "studies": StudyCard,
     "papers": PaperCard,
 }

@@ -197,7 +197,7 @@ def _check_target(target: str, where: str) -> None:
 
 
 def singular(kind: str) -> str:
-    special = {"losses": "loss", "hooks": "hooks", "datasets": "data set"}
+    special = {"losses": "loss", "hooks": "hooks", "datasets": "data set", "studies": "study"}
     return special.get(kind, kind[:-1])
 
 

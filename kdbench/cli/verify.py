@@ -42,10 +42,12 @@ def command(
     from rich.text import Text
 
     from kdbench.cli.console import console as page
+    from kdbench.cli.run import check_device
     from kdbench.engine.runner import Options
     from kdbench.registry import Registry
     from kdbench.results.verification import verify
 
+    check_device(device)
     if cell is not None and not rerun:
         raise UserError("'--cell' says what to run again", where="--cell", hint="add --rerun")
     folders = tuple(registry or ())

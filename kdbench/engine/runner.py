@@ -247,7 +247,7 @@ def _prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: List
 
 def _cells(plan: Plan, cells: list[Work], options: Options, pool: Pool, listener: Listener) -> None:
     states = {state.id: state for _, state in cells}
-    cohorts = _balanced(_cohorts(cells), pool.jobs)
+    cohorts = _balanced(cohorts_of(cells), pool.jobs)
     busy = min(pool.jobs, len(cohorts))
     tasks = []
     for cohort in cohorts:
@@ -318,7 +318,7 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
     }
 
 
-def _cohorts(cells: list[Work]) -> list[list[Work]]:
+def cohorts_of(cells: list[Work]) -> list[list[Work]]:
     """Cells that may train behind one teacher pass: the same data, seed, batches and teacher. A cell without a teacher
     goes along: it costs the others nothing."""
     groups: dict[str, dict[str, list[Work]]] = {}

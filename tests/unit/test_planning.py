@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdbench.engine.runner import CellState, _cohorts
+from kdbench.engine.runner import CellState, cohorts_of
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.schema import CellSpec
@@ -128,7 +128,7 @@ def test_teachers_of_one_name_do_not_share_a_cohort(tmp_path: Path) -> None:
         teachers.append({"model": "wrn_16_2", "weights": str(tmp_path / name / "student.safetensors")})
     cells = planned(method="kd", teacher=teachers[0], compare={"teacher": teachers}).cells
     assert len(cells) == 2
-    assert len(_cohorts([(cell, CellState(i, "", tmp_path / str(i))) for i, cell in enumerate(cells)])) == 2
+    assert len(cohorts_of([(cell, CellState(i, "", tmp_path / str(i))) for i, cell in enumerate(cells)])) == 2
 
 
 def test_a_teachers_own_normalization_counts() -> None:
