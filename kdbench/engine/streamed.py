@@ -1,24 +1,24 @@
-"""Batches of pictures that stay on disk, behind the interface of `Batches`: decoded ahead by a DataLoader.
+"""Batches of pictures that stay on disk, behind the interface of `Batches`: decoded ahead by threads.
 
 Where a picture is cropped is addressed like every draw: by (seed, "resized_crop", step), a row of numbers for each
-picture of the batch. The order of the processes that decode does not matter, and a resumed cell sees the same batches.
+picture of the batch. So it does not matter which thread decodes what, and a resumed cell sees the same batches.
+
+Threads, not a DataLoader's processes: a worker has threads of its own, beside which forked processes hang.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from kdbench.engine.batches import Batch, Batches, Part, ResidentPart, place_of, split
 from kdbench.engine.timeline import Timeline
-from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized_crop
@@ -26,7 +26,8 @@ from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 from kdbench.sources.streams import generator, permutation, uniform
 
-MOST_WORKERS = 16
+MOST_THREADS = 16
+BATCHES_AHEAD = 3
 
 # Index of a picture, and the numbers that its crop is made from (None: its centre).
 Address = tuple[int, list[float] | None]
@@ -139,51 +140,39 @@ def part_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.d
     return ResidentPart(data.test_images.to(device), labels)
 
 
-class _Decoder(Dataset[Any]):
-    """Pictures by address. A picture that cannot be decoded is returned as its error: raised in a decoding process, it
-    would reach the user as a traceback."""
-
-    def __init__(self, part: StreamedPart, area: Sequence[float]) -> None:
-        self.files, self.short_side, self.size, self.area = list(part.files), part.short_side, part.size, area
-
-    def __getitem__(self, address: Address) -> Tensor | UserError:
-        index, numbers = address
-        try:
-            image = picture(self.files[index])
-        except UserError as error:
-            return error
-        if numbers is None:
-            return centre(image, self.short_side, self.size)
-        return resized_crop(image, crop_box(numbers, image.height, image.width, self.area), self.size)
-
-
 def _decoded(
     part: StreamedPart, area: Sequence[float], parts: Iterable[list[Address]], device: torch.device
 ) -> Iterator[Tensor]:
     """Batches of pictures in the order of their addresses, bytes [N, 3, size, size] on the device.
 
-    They are decoded ahead by as many processes as the cell has threads; with one thread, by the cell itself.
+    They are decoded ahead by as many threads as the cell has (decoding and resizing hold no lock of Python's); with one
+    thread, when they are needed.
     """
-    threads = torch.get_num_threads()
-    loader: DataLoader[Any] = DataLoader(
-        _Decoder(part, area),
-        batch_sampler=parts,  # type: ignore[arg-type]
-        collate_fn=_stacked,
-        num_workers=0 if threads == 1 else min(threads, MOST_WORKERS),
-        pin_memory=device.type == "cuda",
-        # Its own, or it would take a number from torch's.
-        generator=torch.Generator(),
-    )
-    for images in loader:
-        if isinstance(images, UserError):
-            raise images
-        yield images.to(device, non_blocking=True)
 
+    def decode(address: Address) -> Tensor:
+        index, numbers = address
+        image = picture(part.files[index])
+        if numbers is None:
+            return centre(image, part.short_side, part.size)
+        return resized_crop(image, crop_box(numbers, image.height, image.width, area), part.size)
 
-def _stacked(samples: list[Tensor | UserError]) -> Tensor | UserError:
-    images = []
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-        images.append(sample)
-    return torch.stack(images)
+    def together(images: Iterable[Tensor]) -> Tensor:
+        batch = torch.stack(list(images))
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    if threads == 1:
+        for addresses in parts:
+            yield together(map(decode, addresses))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[list[Future[Tensor]]] = deque()
+        try:
+            for addresses in parts:
+                waiting.append([pool.submit(decode, address) for address in addresses])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield together(image.result() for image in waiting.popleft())
+            while waiting:
+                yield together(image.result() for image in waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from picture_files import SIZES, photo, write_birds, write_pictures, write_scenes
 from scipy import stats
 from tiny import CPU, train, untrained_teacher
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -29,27 +29,6 @@ from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized
 from kdbench.sources.folder import not_found
 from kdbench.sources.images import ImageData
 from kdbench.sources.streams import uniform
-
-SIZES = [(40, 30), (30, 40), (33, 33), (90, 20), (20, 90), (64, 48), (47, 61)]
-
-
-def photo(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth noise: neither resizing nor JPEG makes it equal to another."""
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def write_pictures(root: Path, classes: int = 3, train: int = 5, test: int = 2, seed: int = 0) -> Path:
-    """`root/{train,test}/<class>/*.jpg`, each picture of another size."""
-    number = seed
-    for split, count in (("train", train), ("test", test)):
-        for c in range(classes):
-            (root / split / f"c{c}").mkdir(parents=True)
-            for i in range(count):
-                photo(*SIZES[number % len(SIZES)], number).save(root / split / f"c{c}" / f"{i}.jpg", quality=95)
-                number += 1
-    return root
-
 
 CARDS = """
 datasets:
@@ -170,7 +149,7 @@ def test_the_data_card_chooses_the_source(registry: Registry, root: Path) -> Non
 
 
 def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) -> None:
-    """In order, out of order, with decoding processes or without: so a resumed cell sees what it would have seen."""
+    """In order, out of order, with decoding threads or without: so a resumed cell sees what it would have seen."""
     spec = spec_of(registry)
     data = read(spec, root)
     line = timeline(spec, 15)
@@ -264,20 +243,6 @@ def test_files_are_read_once_for_their_sums(tmp_path: Path, monkeypatch: pytest.
     assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint == first.fingerprint
 
 
-def write_scenes(root: Path, classes: int = 67) -> Path:
-    lists: dict[str, list[str]] = {"TrainImages.txt": [], "TestImages.txt": []}
-    for c in range(classes):
-        folder = root / "Images" / f"room{c:02}"
-        folder.mkdir(parents=True)
-        for i, name in enumerate([*["TrainImages.txt"] * 2, "TestImages.txt", None]):
-            photo(8, 8, 4 * c + i).save(folder / f"{i}.jpg")
-            if name:
-                lists[name].append(f"room{c:02}/{i}.jpg")
-    for name, lines in lists.items():
-        (root / name).write_text("\n".join(lines) + "\n")
-    return root
-
-
 def test_scenes_take_the_official_lists(tmp_path: Path) -> None:
     write_scenes(tmp_path / "indoorCVPR_09")
     data = scenes.load([tmp_path], False, tmp_path / "cache")
@@ -311,25 +276,6 @@ def test_broken_scenes(tmp_path: Path, what: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         scenes.load([tmp_path], False, tmp_path / "cache")
     assert message in str(error.value) and error.value.hint
-
-
-def write_birds(root: Path) -> Path:
-    (root / "images").mkdir(parents=True)
-    rows: dict[str, list[str]] = {name: [] for name in birds.TABLES}
-    number = 0
-    # Numbers, not alphabetical order, decide about labels.
-    for c, name in enumerate(["010.Zebra_Finch", "002.Auk"], 1):
-        rows["classes.txt"].append(f"{c} {name}")
-        (root / "images" / name).mkdir()
-        for i in range(3):
-            number += 1
-            photo(9, 8, number).save(root / "images" / name / f"{i}.jpg")
-            rows["images.txt"].append(f"{number} {name}/{i}.jpg")
-            rows["image_class_labels.txt"].append(f"{number} {c}")
-            rows["train_test_split.txt"].append(f"{number} {int(i > 0)}")
-    for name, lines in rows.items():
-        (root / name).write_text("\n".join(lines) + "\n")
-    return root
 
 
 def test_birds_take_the_official_tables(tmp_path: Path) -> None:
