@@ -48,7 +48,7 @@ def words(here: Path, runs: Path) -> list[str | Path]:
 
 @pytest.mark.slow
 def test_scenes_train_and_an_interrupted_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
-    kdbench(*words(here, here / "whole"), "compare.method=[ab_ce, at]", "--threads", "2")
+    kdbench(*words(here, here / "whole"), "compare.method=[ab_ce, at]", "--threads", "1")
     cells = [file.parent for file in (here / "whole" / "ab_scenes").glob("*/record.json")]
     assert len(cells) == 2
     record = json.loads((cells[0] / "record.json").read_text())
@@ -57,7 +57,7 @@ def test_scenes_train_and_an_interrupted_run_ends_with_the_same_bits(here: Path,
     assert "resized_crop" in record["seeds"]["streams"]
     assert "accuracy not measured" in (here / "whole" / "ab_scenes" / "table.md").read_text()
 
-    again = [*words(here, here / "again"), "compare.method=[ab_ce, at]", "--threads", "2", "--checkpoint-seconds", "0"]
+    again = [*words(here, here / "again"), "compare.method=[ab_ce, at]", "--threads", "1", "--checkpoint-seconds", "0"]
     process = subprocess.Popen([sys.executable, "-m", "kdbench", *map(str, again)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and not any(f.stat().st_size for f in (here / "again").rglob("metrics.jsonl")):
@@ -96,5 +96,5 @@ def test_a_damaged_picture_ends_the_run_with_its_name(here: Path, kdbench: Kdben
     broken.write_bytes(broken.read_bytes()[:150])
     arguments = words(here, tmp_path / "runs")
     arguments[arguments.index(here / "data")] = tmp_path / "data"
-    done = kdbench(*arguments, "compare.method=[ce]", "--threads", "2", code=2)
+    done = kdbench(*arguments, "compare.method=[ce]", "--threads", "1", code=2)
     assert str(broken) in done.stderr and "damaged or cut short" in done.stderr and "Traceback" not in done.stderr
