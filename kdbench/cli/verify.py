@@ -74,9 +74,13 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
 
     from kdbench.cli.progress import listener
     from kdbench.engine.rerun import choose, rerun
-    from kdbench.results.record import RECORD, read_record, read_records
+    from kdbench.results.record import RECORD, read_record
+    from kdbench.results.verification import read_folder
 
-    records = {record.folder.name: record for record in read_records([folder]) if record.folder is not None}
+    # A damaged record is told already; the others can be run.
+    records = read_folder(folder).planned
+    if not records:
+        raise UserError("there is no sound record to run again", where=str(folder))
     name, record, spec = choose(records, cell)
     axes = {path: value for path, value in record.cell.axes.items() if path != "method"}
     siblings = [

@@ -126,8 +126,8 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
     differing = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
     if record.data.fingerprint != again.data.fingerprint:
         differing.append(f"data: {record.data.fingerprint[:12]} → {again.data.fingerprint[:12]}")
-    if not differing and (old["device"] != "cpu" or old["precision"] != "float32"):
-        differing.append(f"{old['precision']} on {old['device']} is not exact")
+    if not differing and (old.get("device") != "cpu" or old.get("precision") != "float32"):
+        differing.append(f"{old.get('precision')} on {old.get('device')} is not exact")
     recorded, found = record.result.test.last, again.result.test.last
     if differing:
         values = [r.result.test.last for r in siblings]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, Strict, Weights
+from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, PointName, Strict, Weights
 
 
 class DataChoice(Strict):
@@ -52,7 +52,7 @@ class TeacherChoice(Strict):
 class StudentChoice(Named):
     """A model by name, with its own options, hook points (for models without a hooks card) and first weights."""
 
-    hooks: dict[str, str] | None = None
+    hooks: dict[PointName, str] | None = None
     weights: str | None = Field(None, description="file with a state dict to start from")
 
 

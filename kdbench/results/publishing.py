@@ -36,6 +36,8 @@ def publish(run: Path, out: Path) -> Path:
             hint="run the recipe again: it goes on where it was stopped",
         )
     target = out / name
+    if target.resolve() == run.resolve():
+        raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
     if target.exists() and not (target / RUN).is_file():
         raise UserError("this is no folder of results: it stays as it is", where=str(target), hint="give another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -37,13 +37,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies in a results folder, as far as it could be read. `cells`: None where recipe.json names none."""
+    """What lies in a results folder, as far as it could be read; `unread`: what could not. `cells`: None where recipe.json
+    names none."""
 
     path: Path
     run: dict[str, Any]
     cells: list[str] | None
     records: dict[str, Record]
     histories: dict[str, list[dict[str, Any]]]
+    unread: list[Finding]
 
     @property
     def planned(self) -> dict[str, Record]:
@@ -62,15 +64,17 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
         raise UserError(
             f"there is no {RUN}", where=str(path), hint="give a folder of runs/ or results/ that holds one comparison"
         )
-    findings: list[Finding] = []
-    folder = _read(path, findings)
+    folder = read_folder(path)
+    findings = list(folder.unread)
     checks: list[Callable[[Folder], Iterable[Finding]]] = [_sums, _plan_is_there, _sound, _identities, _shared, _tables]
     for check in checks:
         findings += check(folder)
     return findings + list(_planned_again(folder, registry))
 
 
-def _read(path: Path, findings: list[Finding]) -> Folder:
+def read_folder(path: Path) -> Folder:
+    """What can be read of a results folder, and what cannot."""
+    findings: list[Finding] = []
     run: Any = {}
     try:
         run = json.loads((path / RUN).read_text(encoding="utf-8"))
@@ -86,7 +90,7 @@ def _read(path: Path, findings: list[Finding]) -> Folder:
         except UserError as error:
             findings.append(Finding("disagrees", error.what, name))
     cells = run.get("cells")
-    return Folder(path, run, cells if isinstance(cells, list) else None, records, histories)
+    return Folder(path, run, cells if isinstance(cells, list) else None, records, histories, findings)
 
 
 def _sums(folder: Folder) -> Iterator[Finding]:
@@ -100,7 +104,7 @@ def _sums(folder: Folder) -> Iterator[Finding]:
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
-    """Every planned cell has a record, and no other has."""
+    """Every planned cell has a record; what else has one is said."""
     if folder.cells is None:
         yield Finding(
             "remark", "it names no cells (an older version wrote it): all records here are taken for its", RUN
@@ -109,9 +113,12 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
     missing = [cell for cell in folder.cells if cell not in folder.records]
     extra = [name for name in folder.records if name not in folder.cells and _is_cell(name)]
     yield from (Finding("disagrees", "planned, and has no sound record", cell) for cell in missing)
-    yield from (Finding("disagrees", f"has a record and is not among the cells of {RUN}", name) for name in extra)
-    if not missing and not extra:
-        yield Finding("agrees", f"its {len(folder.cells)} cells are the records here", RUN)
+    # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
+    yield from (
+        Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
+    )
+    if not missing:
+        yield Finding("agrees", f"its {len(folder.cells)} cells have their records", RUN)
 
 
 def _sound(folder: Folder) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ def test_a_study_is_run_published_and_verified(kdbench: Kdbench, tmp_path: Path)
         assert len(json.loads((folder / "recipe.json").read_text())["cells"]) == cells
         assert not list(folder.rglob("*.safetensors"))
         assert "everything agrees" in kdbench("verify", folder, "--registry", HERE / "registry").stdout
+    assert "published copy itself" in kdbench("publish", "results/tiny", code=2).stderr
     # The same again runs nothing, and says that nothing is left.
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
     again = kdbench(*TINY, "--profile", "full").stdout
