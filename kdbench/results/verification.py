@@ -37,8 +37,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Folder:
-    """What lies in a results folder, as far as it could be read; `unread`: what could not. `cells`: None where recipe.json
-    names none."""
+    """What lies in a results folder, as far as it could be read.
+
+    Attributes:
+        cells: folder names of the planned cells; None where recipe.json names none.
+        records, histories: by folder name, teachers' among them.
+        unread: what could not be read.
+    """
 
     path: Path
     run: dict[str, Any]
