@@ -1,6 +1,7 @@
 # make quickstart   seven methods on digits, five seeds, a table: minutes on two CPU cores
 # make test         all tests
 PYTHON ?= python3
+PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
@@ -44,9 +45,8 @@ types: setup ## mypy
 
 check: lint types test ## everything that CI checks
 
-reproduce-cifar: setup ## the CIFAR-10 comparison: AB, KD, FitNets, AT and the plain student, WRN-22-4 to WRN-16-2
-	$(BIN)/kdbench check ab_wrn
-	$(BIN)/kdbench run ab_wrn
+reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small fits an afternoon on two CPU cores
+	$(BIN)/kdbench reproduce cifar --profile $(PROFILE)
 
 lock: setup ## renew requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \

@@ -73,6 +73,18 @@ class Augmentation(Strict):
     padding: int = Field(0, ge=0)
     mode: Literal["zero", "reflect"] = "zero"
     flip: bool = False
+    resized_crop: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None, description="lowest and highest share of the area of RandomResizedCrop; for streamed data"
+    )
+
+    @model_validator(mode="after")
+    def one_crop(self) -> Augmentation:
+        if self.resized_crop is not None:
+            if len(self.resized_crop) != 2 or self.resized_crop[0] > self.resized_crop[1]:
+                raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
+            if self.padding:
+                raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one")
+        return self
 
 
 class TargetCard(Card):
@@ -105,6 +117,7 @@ class DatasetCard(TargetCard):
     train: int
     test: int
     normalization: Normalization
+    streamed: bool = Field(False, description="read from disk while training: for what is larger than memory")
     licence: str | None = None
     source: str | None = None
 
@@ -115,7 +128,7 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: Augmentation = Augmentation(padding=0)
+    augmentation: Augmentation = Augmentation(padding=0, resized_crop=None)
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named
@@ -136,6 +149,10 @@ class Weights(Strict):
     layout: str | None = Field(None, description="module:object that turns the file's state dict into ours")
 
 
+# A teacher's accuracy on its card is exact; other hardware may round a few images to the other side (percent points).
+TEACHER_TOLERANCE = 0.1
+
+
 class TeacherCard(Card):
     """A trained network: weights by hash, or a recipe that trains them."""
 
@@ -145,6 +162,7 @@ class TeacherCard(Card):
     recipe: str | None = None
     normalization: Normalization | None = None
     accuracy: float | None = Field(None, description="expected test accuracy in percent, checked after loading")
+    transfers: bool = Field(False, description="its features may teach other data, its logits only its own")
     licence: str | None = None
     source: str | None = None
 
@@ -194,6 +212,19 @@ class MethodCard(Card):
     departs: list[str] = Field([], description="where paper, code and this card differ")
     parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
     stages: dict[Name, StageCard]
+
+
+class StudyCard(Card):
+    """Recipes that belong together: what `kdbench reproduce` runs."""
+
+    title: str
+    profiles: dict[Name, list[str]] = Field(description="profile -> recipes, by name or by path from the card's file")
+
+    @model_validator(mode="after")
+    def some_recipes(self) -> StudyCard:
+        if not self.profiles or not all(self.profiles.values()):
+            raise ValueError("a study has at least one profile, and a profile at least one recipe")
+        return self
 
 
 class PaperCard(Strict):
@@ -274,6 +305,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "datasets": DatasetCard,
     "teachers": TeacherCard,
     "protocols": ProtocolCard,
+    "studies": StudyCard,
     "papers": PaperCard,
     "published": PublishedCard,
 }

@@ -197,7 +197,13 @@ def _check_target(target: str, where: str) -> None:
 
 
 def singular(kind: str) -> str:
-    special = {"losses": "loss", "hooks": "hooks", "datasets": "data set", "published": "published table"}
+    special = {
+        "losses": "loss",
+        "hooks": "hooks",
+        "datasets": "data set",
+        "published": "published table",
+        "studies": "study",
+    }
     return special.get(kind, kind[:-1])
 
 

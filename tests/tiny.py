@@ -41,8 +41,9 @@ def untrained_teacher(spec: CellSpec) -> Teacher | None:
     """The cell's teacher with first weights."""
     if spec.teacher is None:
         return None
-    model = build_model(spec.teacher.model, spec.data, seed=1)
-    extractor = build_extractor(model, spec.teacher.model, spec.data)
+    known = spec.teacher.knows(spec.data)
+    model = build_model(spec.teacher.model, known, seed=1)
+    extractor = build_extractor(model, spec.teacher.model, known)
     shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
     return Teacher(extractor, Normalizer(spec.teacher.normalization, CPU), extractor.shapes(shape))
 

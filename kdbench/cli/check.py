@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,6 @@ from kdbench.cli.progress import clock
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import PlannedCell
-    from kdbench.recipe.schema import DataSpec, ModelSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 
@@ -37,11 +35,11 @@ def command(
 
     import torch
 
-    from kdbench.engine.dry import measure, try_out
+    from kdbench.engine.dry import try_out
+    from kdbench.engine.estimate import Estimate, workers
     from kdbench.engine.timeline import planned_timeline
 
     console = page()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     tried = set()
@@ -51,35 +49,27 @@ def command(
             tried.add(key)
             try_out(cell.spec)
 
-    models: dict[tuple[str, str, str], tuple[ModelSpec, DataSpec]] = {}
-    for cell in planned.cells:
-        teacher = cell.spec.teacher
-        for role, model in (("student", cell.spec.student), ("teacher", teacher.model if teacher else None)):
-            if model is not None:
-                models.setdefault((role, model.name, str(model.options)), (model, cell.spec.data))
-    sizes = {key: measure(model, data, time, device) for key, (model, data) in models.items()}
-
+    estimate = Estimate(device, time)
     networks = Table("network", "role", "parameters", "MFLOPs an image", box=None, header_style="bold")
     for column in networks.columns[2:]:
         column.justify = "right"
-    for (role, name, _), size in sizes.items():
-        networks.add_row(name, role, f"{size.parameters:,}", f"{size.flops / 1e6:.1f}")
-
-    def seconds(cell: PlannedCell) -> float:
-        spec, line = cell.spec, planned_timeline(cell.spec)
-        images = line.total * min(spec.protocol.batch_size, spec.data.train)
-        total = images * sizes[("student", spec.student.name, str(spec.student.options))].training
-        if spec.teacher is not None:
-            model = spec.teacher.model
-            total += images * sizes[("teacher", model.name, str(model.options))].forward
-        evaluation = len(line.evaluations) * spec.data.test
-        return total + evaluation * sizes[("student", spec.student.name, str(spec.student.options))].forward
+    listed = set()
+    for cell in planned.cells:
+        teacher = cell.spec.teacher
+        roles = [("student", cell.spec.student, cell.spec.data)]
+        if teacher is not None:
+            roles.append(("teacher", teacher.model, teacher.knows(cell.spec.data)))
+        for role, model, data in roles:
+            network = (role, model.name, str(model.options))
+            if network not in listed:
+                listed.add(network)
+                size = estimate.size(model, data)
+                networks.add_row(model.name, role, f"{size.parameters:,}", f"{size.flops / 1e6:.1f}")
 
     rows = Table("cell", "stages (steps)", "epochs", "seeds", box=None, header_style="bold")
     if time:
         rows.add_column("time a seed", justify="right")
     rows.add_column("finished", justify="right")
-    whole = 0.0
     orders: dict[int, list[PlannedCell]] = {}
     for cell in planned.cells:
         orders.setdefault(cell.order, []).append(cell)
@@ -90,8 +80,7 @@ def command(
         done = sum(is_finished(runs / planned.name / c.slug) for c in cells)
         row = [", ".join([cell.spec.method.label, *others]), stages, f"{line.epochs(line.total):.4g}", str(len(cells))]
         if time:
-            row.append(clock(seconds(cell)))
-            whole += seconds(cell) * (len(cells) - done)
+            row.append(clock(estimate.cell(cell.spec) + estimate.passes(cell.spec)))
         rows.add_row(*row, f"{done}/{len(cells)}")
 
     terms = Table("method", "stage", "loss", "student", "teacher", "connector", "weight", box=None, header_style="bold")
@@ -124,9 +113,12 @@ def command(
     console.print(terms)
     console.print(rows)
     if time:
-        workers = min(cores, len(planned.cells)) if device.type == "cpu" else max(torch.cuda.device_count(), 1)
-        where = f"{workers} one-thread workers" if device.type == "cpu" else f"{workers} GPU(s)"
+        left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
+        at_once = workers(device, len(left))
+        where = f"{at_once} one-thread workers" if device.type == "cpu" else f"{at_once} GPU(s)"
         console.print(
-            f"estimate for what is not finished: {clock(whole / workers)} on {where} "
-            "(teacher passes counted for each cell; cells that share them take less)"
+            f"estimate for what is not finished: {clock(estimate.cells(left) / at_once)} on {where} "
+            "(cells that train side by side share their teacher's passes)"
         )
+        if first_teachers := estimate.teachers(left, runs, set()):
+            console.print(f"before that, teachers are trained: {clock(first_teachers)} on one of them")

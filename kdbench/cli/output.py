@@ -15,33 +15,27 @@ if TYPE_CHECKING:
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
+    from kdbench.results import sums
     from kdbench.results.record import read_records
     from kdbench.results.tables import build
 
     table = build(read_records(folders), unfinished=failed)
     print_table(table)
     files = [*write_files(table, out, folders), *write_plots(folders, out)]
+    files.append(sums.write(out))
     print(f"written to {out}: {', '.join(file.name for file in files)}")
 
 
 def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text
-    from kdbench.results.page import html
     from kdbench.results.record import read_records
-    from kdbench.results.renderers import latex, markdown, records_csv, table_csv
+    from kdbench.results.texts import texts
 
-    records = read_records(folders)
-    texts = {
-        "table.md": markdown(table),
-        "table.csv": table_csv(table),
-        "table.tex": latex(table),
-        "table.html": html(table, records),
-        "records.csv": records_csv(records),
-    }
-    for name, text in texts.items():
+    written = texts(table, read_records(folders))
+    for name, text in written.items():
         write_text(out / name, text)
-    return [out / name for name in texts]
+    return [out / name for name in written]
 
 
 def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:

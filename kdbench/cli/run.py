@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
-from kdbench.errors import CellError
+from kdbench.errors import CellError, UserError
+
+if TYPE_CHECKING:
+    from kdbench.engine.runner import Options, Outcome
+    from kdbench.recipe.planning import Plan
 
 EXAMPLES = (
     "Examples:  kdbench run quickstart   ·   kdbench run recipes/ab_wrn.yaml   ·   "
@@ -37,15 +41,11 @@ def command(
     RECIPE is a file or the name of a shipped recipe ('kdbench ls recipes'). Further words KEY.PATH=VALUE override it.
     The same command again goes on where it was stopped; finished cells are never run again.
     """
-    from kdbench.cli.progress import listener
     from kdbench.engine.runner import Options
-    from kdbench.engine.runner import run as run_plan
-    from kdbench.errors import UserError
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
-    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
+    check_device(device)
     folders = tuple(registry or ())
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
     options = Options(
@@ -58,6 +58,20 @@ def command(
         registries=folders,
         checkpoint_seconds=checkpoint_seconds,
     )
+    outcome = carry_out(planned, options)
+    if outcome.failed:
+        raise failure(planned, outcome)
+
+
+def carry_out(planned: Plan, options: Options) -> Outcome:
+    """Run a plan before the user's eyes, then print and write the table of what is finished.
+
+    Raises:
+        typer.Exit: interrupted, with code 130.
+    """
+    from kdbench.cli.progress import listener
+    from kdbench.engine.runner import run as run_plan
+
     try:
         outcome = run_plan(planned, options, listener())
     except KeyboardInterrupt:
@@ -67,8 +81,18 @@ def command(
         from kdbench.cli.output import write_tables
 
         write_tables(outcome.finished, outcome.folder, [f"{s.label} (failed)" for s in outcome.failed])
-    if outcome.failed:
-        lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
-        raise CellError(
-            f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
-        )
+    return outcome
+
+
+def failure(planned: Plan, outcome: Outcome) -> CellError:
+    """What is said of a run in which cells failed."""
+    lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
+    return CellError(
+        f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
+    )
+
+
+def check_device(device: str) -> None:
+    """UserError for what is no device."""
+    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")

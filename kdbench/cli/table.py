@@ -42,6 +42,7 @@ def command(
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
     from kdbench.registry import Registry
+    from kdbench.results import sums
     from kdbench.results.record import read_records, unfinished
     from kdbench.results.tables import build
 
@@ -60,7 +61,7 @@ def command(
     )
     print_table(table)
     if out is not None:
-        write_files(table, out, folders)
+        sums.renew(out, write_files(table, out, folders))
 
 
 def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation, normalize
 from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
 from kdbench.sources.splits import subset, validation
 from kdbench.sources.streams import generator, permutation
 
@@ -33,9 +35,24 @@ class Batch:
     view: Tensor
 
 
+class Part(Protocol):
+    """A fixed set of images with labels, int64 [N] on the device."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, bytes [n, C, H, W] on the device, and their labels: `size` at a time, in order."""
+        ...
+
+    def every(self, stride: int) -> Part:
+        """Every stride-th image."""
+        ...
+
+
 @dataclass(frozen=True)
-class Part:
-    """A fixed set of images with labels, bytes [N, C, H, W] on the device."""
+class ResidentPart:
+    """A part whose images, bytes [N, C, H, W], lie on the device."""
 
     images: Tensor
     labels: Tensor
@@ -43,6 +60,9 @@ class Part:
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.labels), size):
             yield self.images[start : start + size], self.labels[start : start + size]
+
+    def every(self, stride: int) -> ResidentPart:
+        return ResidentPart(self.images[::stride], self.labels[::stride])
 
 
 class Normalizer:
@@ -59,17 +79,22 @@ class Normalizer:
 class Batches:
     """Training, validation and test parts of one (data, protocol, seed), resident on a device.
 
+    `kdbench.engine.streamed.StreamedBatches` has the same interface for data that stay on disk.
+
     Draws are addressed: an epoch's order by (seed, "order", epoch), its augmentation by (seed, "augmentation", epoch).
     Steps of a budget on top of the protocol's use streams of their own, so that the others stay paired between methods.
     """
 
     def __init__(self, spec: CellSpec, data: ImageData, device: torch.device) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
+        self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         # Places of the training part's images in the whole training set.
         self.positions = train.to(device)
-        self.train = Part(data.train_images[train].to(device), data.train_labels[train].to(device))
-        self.validation = Part(data.train_images[held_out].to(device), data.train_labels[held_out].to(device))
-        self.test = Part(data.test_images.to(device), data.test_labels.to(device))
+        self.images = data.train_images[train].to(device)
+        self.train: Part = ResidentPart(self.images, data.train_labels[train].to(device))
+        held_out_labels = data.train_labels[held_out].to(device)
+        self.validation: Part = ResidentPart(data.train_images[held_out].to(device), held_out_labels)
+        self.test: Part = ResidentPart(data.test_images.to(device), data.test_labels.to(device))
         self.seed, self.device = spec.seed, device
         self.batch_size = spec.protocol.batch_size
         chosen = spec.protocol.augmentation
@@ -78,12 +103,11 @@ class Batches:
 
     def at(self, step: int, timeline: Timeline) -> Batch:
         """The batch of a step."""
-        stream, number = ("extra/", step) if step < timeline.extra else ("", step - timeline.extra)
-        epoch, position = divmod(number, timeline.batches_per_epoch)
+        stream, epoch, position = place_of(step, timeline)
         order, views = self._draws(stream, epoch)
         part = slice(position * self.batch_size, (position + 1) * self.batch_size)
         index, view = order[part], views[part]
-        return Batch(self.augmentation.view(self.train.images[index], view), self.train.labels[index], index, view)
+        return Batch(self.augmentation.view(self.images[index], view), self.train.labels[index], index, view)
 
     def _draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
         """Order and views of an epoch, on the device: int64 [images] each, drawn once an epoch."""
@@ -94,6 +118,12 @@ class Batches:
             views = self.augmentation.view_id(draws)
             self._epoch = ((stream, epoch), order.to(self.device), views.to(self.device))
         return self._epoch[1], self._epoch[2]
+
+
+def place_of(step: int, timeline: Timeline) -> tuple[str, int, int]:
+    """Prefix of the streams that a step draws from, its epoch, and its position in the epoch."""
+    stream, number = ("extra/", step) if step < timeline.extra else ("", step - timeline.extra)
+    return stream, *divmod(number, timeline.batches_per_epoch)
 
 
 def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -108,13 +138,22 @@ def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return train, held_out
 
 
-def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData:
+def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:
     """The data set of a spec, checked against its card."""
     from kdbench.engine.build import resolve
 
-    data: ImageData = resolve(spec.target)(roots=roots, download=download, cache=cache, **spec.options)
-    found = (len(data.classes), len(data.train_labels), len(data.test_labels), *data.train_images.shape[1:])
-    said = (spec.classes, spec.train, spec.test, spec.channels, spec.image_size, spec.image_size)
+    data: ImageData | Pictures = resolve(spec.target)(roots=roots, download=download, cache=cache, **spec.options)
+    if isinstance(data, Pictures) != spec.streamed:
+        raise UserError(
+            f"the data set '{spec.name}' is {'not ' if spec.streamed else ''}read from disk while training, its card "
+            f"says {'it is' if spec.streamed else 'nothing of it'}",
+            hint="correct 'streamed' in the card",
+        )
+    found = [len(data.classes), len(data.train_labels), len(data.test_labels)]
+    said = [spec.classes, spec.train, spec.test]
+    if isinstance(data, ImageData):
+        found += data.train_images.shape[1:]
+        said += (spec.channels, spec.image_size, spec.image_size)
     if found != said:
         raise UserError(
             f"the data set '{spec.name}' is not what its card says: {found} against {said} "

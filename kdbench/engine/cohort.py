@@ -140,7 +140,7 @@ class Cohort:
 
 def make_graphs(members: list[Member], batches: Batches, teacher: Teacher | None) -> None:
     """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it."""
-    shape = (batches.batch_size, *batches.train.images.shape[1:])
+    shape = (batches.batch_size, *batches.image_shape)
     by_student: dict[str, list[Member]] = {}
     for member in members:
         student = member.spec.student

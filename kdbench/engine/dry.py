@@ -40,7 +40,8 @@ def try_out(spec: CellSpec) -> None:
     teacher = {}
     if spec.teacher is not None:
         model = spec.teacher.model
-        teacher = build_extractor(build_model(model.untrained(), data), model, data).shapes(image)
+        known = spec.teacher.knows(data)
+        teacher = build_extractor(build_model(model.untrained(), known), model, known).shapes(image)
     for name, terms in build_terms(spec, shapes, teacher).items():
         stage = spec.method.stages[name]
         trained = [*student.parameters()] if "student" in stage.trains else []

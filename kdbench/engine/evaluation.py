@@ -54,7 +54,7 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
     if not terms:
         return {}
     stride = max(1, -(-len(test.labels) // PROBE_IMAGES))
-    part = Part(test.images[::stride], test.labels[::stride])
+    part = test.every(stride)
     student_points = [point for term in terms for point in term.student_points]
     teacher_points = [point for term in terms for point in term.teacher_points]
     sums: dict[str, dict[str, Tensor]] = {}

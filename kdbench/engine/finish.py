@@ -21,10 +21,11 @@ from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
 from kdbench.files import atomic, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.results.record import summary
 from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
 
 SCHEMA = 1
-LAST = 10
 
 
 def finish(
@@ -32,7 +33,7 @@ def finish(
     folder: Path,
     cell: dict[str, Any],
     batches: Batches,
-    data: ImageData,
+    data: ImageData | Pictures,
     teacher: TeacherFile | None,
     teacher_model: nn.Module | None,
     compute: dict[str, Any],
@@ -109,27 +110,14 @@ def finish(
     return record
 
 
-def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
-    """Last, best, and mean of the last evaluations' accuracies on a part, in percent."""
-    points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
-    best_step, best = max(points, key=lambda point: (point[1], -point[0]))
-    tail = [accuracy for _, accuracy in points[-LAST:]]
-    return {
-        "last": round(points[-1][1], 4),
-        "best": round(best, 4),
-        "best_step": best_step,
-        "mean_last": round(sum(tail) / len(tail), 4),
-        "mean_last_of": len(tail),
-    }
-
-
 def streams(spec: CellSpec) -> dict[str, Any]:
     """The seed, and what each stream of draws begins with."""
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
+    cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     return {
         "seed": spec.seed,
         "split": split_seed,
-        "streams": ["init", "connectors", "order", "augmentation", "dropout"],
+        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout"],
     }
 
 

@@ -21,7 +21,7 @@ from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
 from kdbench.engine.network import autocast
 from kdbench.errors import UserError
 from kdbench.files import write_json
-from kdbench.recipe.schema import ProtocolSpec, TeacherSpec
+from kdbench.recipe.schema import CellSpec, ProtocolSpec
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
 
@@ -61,22 +61,26 @@ class PartLogits:
         return self.logits[where, view].to(device)
 
 
-def table_key(
-    teacher: TeacherSpec, sha256: str, data: ImageData, protocol: ProtocolSpec, precision: str
-) -> dict[str, Any]:
-    """What a table's values depend on."""
-    augmentation = _augmentation(protocol)
+def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> dict[str, Any]:
+    """What the values of a table depend on that serves a cell.
+
+    Args:
+        sha256: of its teacher's weights.
+        precision: in which the teacher is computed.
+    """
+    teacher = spec.teacher
+    assert teacher is not None
     return {
         "layout": LAYOUT,
         "weights": sha256,
         "model": [teacher.model.target, teacher.model.options],
         "normalization": teacher.normalization.model_dump(mode="json"),
         "data": data.fingerprint,
-        "augmentation": protocol.augmentation.model_dump(mode="json"),
+        "augmentation": spec.protocol.augmentation.model_dump(mode="json"),
         "precision": precision,
         "images": len(data.train_labels),
-        "views": augmentation.views,
-        "classes": len(data.classes),
+        "views": _augmentation(spec.protocol).views,
+        "classes": teacher.knows(spec.data).classes,
     }
 
 

@@ -58,8 +58,9 @@ def memory_of(spec: CellSpec) -> Memory:
     teacher_bytes = 0
     teacher_shapes: Mapping[str, tuple[int, ...]] = {}
     if spec.teacher is not None:
-        model = build_model(spec.teacher.model.untrained(), data)
-        teacher_shapes = build_extractor(model, spec.teacher.model, data).shapes(shape)
+        known = spec.teacher.knows(data)
+        model = build_model(spec.teacher.model.untrained(), known)
+        teacher_shapes = build_extractor(model, spec.teacher.model, known).shapes(shape)
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE["cpu"])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
@@ -83,8 +84,8 @@ def memory_of(spec: CellSpec) -> Memory:
     own = _bytes(student) + sum(_bytes(term) for term in every)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE["cpu"]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
-    # The data set as it was read, and the parts of it on the device.
-    both = 2 * (data.train + data.test) * math.prod(shape)
+    # Resident data are there as they were read, and in parts on the device.
+    both = 0 if data.streamed else 2 * (data.train + data.test) * math.prod(shape)
     return Memory(both, teacher_bytes, features * batch, COPIES * own, max(training, testing))
 
 

@@ -24,12 +24,14 @@ from kdbench.engine.member import Member, Teacher
 from kdbench.engine.memory import memory_of, peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
 from kdbench.engine.trial import Work, choose
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS
@@ -45,7 +47,7 @@ class Desk:
 
     def __init__(self, emit: Callable[..., None], stopping: Callable[[], bool]) -> None:
         self.emit, self.stopping = emit, stopping
-        self.data: tuple[str, ImageData] | None = None
+        self.data: tuple[str, ImageData | Pictures] | None = None
 
     def carry_out(self, task: dict[str, Any]) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
@@ -83,7 +85,7 @@ class Desk:
         specs = [CellSpec.model_validate(spec) for spec in task["specs"]]
         first = next((spec for spec in specs if spec.teacher is not None), specs[0])
         data = self._load(first.data, task)
-        batches = Batches(first, data, device)
+        batches = batches_of(first, data, device)
         file = self._teacher_file(first, data, task, device)
 
         def teacher(way: Computing) -> Teacher | None:
@@ -108,8 +110,9 @@ class Desk:
         file = self._teacher_file(spec, data, task, device)
         assert file is not None
         teacher = load_teacher(spec.teacher, spec.data, file.file, device, Computing(**task["computing"]))
-        key = logits.table_key(spec.teacher, file.sha256, data, spec.protocol, teacher.computing.precision)
-        table = table_at(key, spec.teacher.name)
+        if isinstance(data, Pictures):
+            raise UserError(f"'{spec.data.name}' is read while training: its pictures have no finite set of views")
+        table = table_at(logits.table_key(spec, file.sha256, data, teacher.computing.precision), spec.teacher.name)
         images, views, classes = table.shape
         about = {"folder": str(table.folder), "images": images, "views": views, "classes": classes}
         each = 0.0 if table.complete else logits.seconds_an_image(table, teacher, data, spec.protocol, device)
@@ -141,7 +144,7 @@ class Desk:
             if not cells:
                 return
             data = self._load(first.data, task)
-            batches = Batches(first, data, device)
+            batches = batches_of(first, data, device)
             computing = Computing(**task["computing"])
             file = self._teacher_file(first, data, task, device)
             teacher = self._teacher(first, file, data, batches, device, computing)
@@ -213,7 +216,7 @@ class Desk:
             accuracy=member.history[-1]["test"]["accuracy"] if member.history else None,
         )
 
-    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData:
+    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData | Pictures:
         """A data set; the last one is kept for the next task."""
         roots = [spec.root] if spec.root else task["data_roots"]
         key = f"{spec.name} {spec.options} {roots}"
@@ -222,7 +225,7 @@ class Desk:
         return self.data[1]
 
     def _teacher_file(
-        self, spec: CellSpec, data: ImageData, task: dict[str, Any], device: torch.device
+        self, spec: CellSpec, data: ImageData | Pictures, task: dict[str, Any], device: torch.device
     ) -> TeacherFile | None:
         if spec.teacher is None:
             return None
@@ -240,7 +243,7 @@ class Desk:
         self,
         spec: CellSpec,
         file: TeacherFile | None,
-        data: ImageData,
+        data: ImageData | Pictures,
         batches: Batches,
         device: torch.device,
         computing: Computing,
@@ -249,8 +252,9 @@ class Desk:
         if spec.teacher is None or file is None:
             return None
         teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
-        key = logits.table_key(spec.teacher, file.sha256, data, spec.protocol, computing.precision)
-        table = table_at(key, spec.teacher.name)
+        if isinstance(data, Pictures):
+            return teacher
+        table = table_at(logits.table_key(spec, file.sha256, data, computing.precision), spec.teacher.name)
         if table.complete:
             values = logits.opened(table, teacher, data, spec.protocol, device)
             teacher.logits = logits.PartLogits(values, batches.positions)
@@ -280,7 +284,7 @@ def _seat(
     spec: CellSpec,
     folder: Path,
     batches: Batches,
-    data: ImageData,
+    data: ImageData | Pictures,
     teacher: Teacher | None,
     file: TeacherFile | None,
     task: dict[str, Any],

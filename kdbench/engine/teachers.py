@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdbench.cards import Weights
-from kdbench.engine.batches import Normalizer
+from kdbench.cards import TEACHER_TOLERANCE, Weights
+from kdbench.engine.batches import Normalizer, Part
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.evaluation import SLICE
 from kdbench.engine.member import Teacher
+from kdbench.engine.streamed import part_for_testing
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
 from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData
-
-# A card's accuracy is exact; other hardware may round a few images to the other side.
-TOLERANCE = 0.1
+from kdbench.sources.pictures import Pictures
 
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent)."""
+    """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
+    other classes, which cannot be tested on these data)."""
 
     file: Path
     sha256: str
-    accuracy: float
+    accuracy: float | None
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -69,6 +69,7 @@ def load_teacher(
     spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
 ) -> Teacher:
     """The frozen network, on its device, in eval mode."""
+    data = spec.knows(data)
     model = build_model(spec.model, data)
     state = read_weights(file)
     if spec.weights is not None and spec.weights.layout is not None:
@@ -81,11 +82,18 @@ def load_teacher(
 
 
 def measured(
-    spec: TeacherSpec, folder: Path, download: bool, data_spec: DataSpec, data: ImageData, device: torch.device
+    spec: TeacherSpec,
+    folder: Path,
+    download: bool,
+    data_spec: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
 ) -> TeacherFile:
     """A teacher of given weights with its accuracy on the test part, measured once and kept beside the runs."""
     assert spec.weights is not None
     file = locate(spec.weights, download)
+    if spec.classes is not None:
+        return TeacherFile(file, spec.weights.sha256, None)
     kept = folder / "teacher.json"
     key = {
         "sha256": spec.weights.sha256,
@@ -95,11 +103,11 @@ def measured(
     }
     found = _read(kept)
     if found is None or any(found.get(name) != value for name, value in key.items()):
-        accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), data, device)
+        accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), part_for_testing(data_spec, data, device))
         write_json(kept, {"name": spec.name, **key, "accuracy": accuracy})
     else:
         accuracy = found["accuracy"]
-    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TOLERANCE:
+    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
             f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
             where=str(file),
@@ -118,15 +126,12 @@ def trained(folder: Path) -> TeacherFile | None:
 
 
 @torch.no_grad()
-def accuracy_of(teacher: Teacher, data: ImageData, device: torch.device) -> float:
-    """Test accuracy in percent."""
+def accuracy_of(teacher: Teacher, part: Part) -> float:
+    """Accuracy on a part, in percent."""
     right = 0
-    size = SLICE[device.type]
-    for start in range(0, len(data.test_labels), size):
-        images = data.test_images[start : start + size].to(device)
-        logits = teacher(images, ["logits"])["logits"]
-        right += int((logits.argmax(dim=1).cpu() == data.test_labels[start : start + size]).sum())
-    return round(100 * right / len(data.test_labels), 4)
+    for images, labels in part.slices(SLICE[part.labels.device.type]):
+        right += int((teacher(images, ["logits"])["logits"].argmax(dim=1) == labels).sum())
+    return round(100 * right / len(part.labels), 4)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from kdbench.recipe.schema import CellSpec, DataSpec
 
@@ -41,6 +42,24 @@ class Timeline:
 
     def epochs(self, steps: int) -> float:
         return steps / self.batches_per_epoch
+
+
+def validation_images(spec: DataSpec) -> int:
+    """Images of the validation part, as the card's counts give it."""
+    return _part(spec.validation, spec.train) if 0 < spec.validation < 1 else int(spec.validation)
+
+
+def training_images(spec: DataSpec) -> int:
+    """Images of the labelled training part, as the card's counts give it."""
+    left = spec.train - validation_images(spec)
+    if spec.fraction is not None:
+        return max(_part(spec.fraction, left), spec.classes)
+    return left if spec.per_class is None else spec.per_class * spec.classes
+
+
+def _part(share: float, images: int) -> int:
+    """A share of images, halves up and in decimal arithmetic, as `sources.splits` takes it."""
+    return math.floor(Fraction(str(share)) * images + Fraction(1, 2))
 
 
 def batches_per_epoch(images: int, batch_size: int, last_batch: str) -> int:
@@ -88,18 +107,6 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     points |= {span.stop for span in spans}
     points.discard(0)
     return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))
-
-
-def training_images(spec: DataSpec) -> int:
-    """Images of the labelled training part, as the card's counts give it."""
-    n = spec.train
-    if spec.validation:
-        n -= round(spec.validation * n) if spec.validation < 1 else int(spec.validation)
-    if spec.fraction is not None:
-        n = max(round(spec.fraction * n), spec.classes)
-    if spec.per_class is not None:
-        n = spec.per_class * spec.classes
-    return n
 
 
 def planned_timeline(spec: CellSpec) -> Timeline:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kdbench.cards import MethodCard, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.loading import find, load
 from kdbench.recipe.resolving import Variant, model_spec, resolve_method, teacher_spec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -38,6 +41,14 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
         assert isinstance(card, MethodCard)
         for parameter, path in card.parameters.items():
             _check_parameter(card, parameter, path, registry, tree.origin(("parameters", parameter)))
+    elif kind == "studies":
+        for profile, recipes in card.profiles.items():
+            for index, recipe in enumerate(recipes):
+                origin = tree.origin(("profiles", profile, index))
+                try:
+                    load(find(recipe, Path(origin.rpartition(":")[0]).parent))
+                except UserError as error:
+                    raise UserError(error.what, where=error.where or origin, hint=error.hint) from None
     elif kind in ("datasets", "losses", "connectors"):
         known = registry.settable(card.target, card)
         for option in getattr(card, "args", {}):

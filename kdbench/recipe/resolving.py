@@ -74,6 +74,12 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
             where=protocol_tree.origin(("augmentation", "padding")),
             hint="it must be smaller than the image",
         )
+    if card.augmentation.resized_crop and not data.streamed:
+        raise UserError(
+            f"'resized_crop' crops pictures of any size while they are read; those of '{data.name}' lie in memory",
+            where=protocol_tree.origin(("augmentation", "resized_crop")),
+            hint="use 'padding', or a data card with 'streamed: true'",
+        )
     method, foreign, method_tree = resolve_method(variant, card, protocol_tree, registry)
     student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
     teacher = None
@@ -96,6 +102,13 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
                 _check_point(term.student, student, place, where)
             if teacher is not None and "teacher" in term.loss.inputs:
                 _check_point(term.teacher, teacher.model, place, where)
+                if teacher.classes is not None and term.teacher == "logits":
+                    raise UserError(
+                        f"{place}: the logits of '{teacher.name}' are of its own {teacher.classes} classes, not of the "
+                        f"{data.classes} of '{data.name}'",
+                        where=where,
+                        hint="such a teacher can teach its features only: methods like at, hint, ab_ce",
+                    )
     return CellSpec(
         data=data,
         teacher=teacher,
@@ -141,6 +154,7 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         validation=choice.validation,
         split_seed=choice.split_seed,
         root=choice.root,
+        streamed=card.streamed,
     )
 
 
@@ -371,7 +385,9 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
     card: TeacherCard = registry.card("teachers", name, where)
     card_tree = registry.tree("teachers", name)
     data = tree.data["data"]["name"]
-    if _classes(card.data.name, registry) != _classes(data, registry):
+    known = _classes(card.data.name, registry)
+    foreign = known != _classes(data, registry)
+    if foreign and not card.transfers:
         raise UserError(
             f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'",
             where=where,
@@ -399,7 +415,8 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         normalization=validated(Normalization, given.at("normalization"), "teacher") if own else normalization,
         weights=card.weights,
         trained_by=trained_by,
-        accuracy=card.accuracy,
+        accuracy=None if foreign else card.accuracy,
+        classes=known[1] if foreign else None,
     )
 
 

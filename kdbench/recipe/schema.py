@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, Strict, Weights
+from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, PointName, Strict, Weights
 
 
 class DataChoice(Strict):
@@ -52,7 +52,7 @@ class TeacherChoice(Strict):
 class StudentChoice(Named):
     """A model by name, with its own options, hook points (for models without a hooks card) and first weights."""
 
-    hooks: dict[str, str] | None = None
+    hooks: dict[PointName, str] | None = None
     weights: str | None = Field(None, description="file with a state dict to start from")
 
 
@@ -130,6 +130,7 @@ class DataSpec(TargetSpec):
     validation: float | int = 0
     split_seed: int | None = None
     root: str | None = None
+    streamed: bool = False
 
 
 class ModelSpec(TargetSpec):
@@ -200,6 +201,11 @@ class TeacherSpec(Spec):
     weights: Weights | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
+    classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
+
+    def knows(self, data: DataSpec) -> DataSpec:
+        """The data as this teacher takes them: with its own classes."""
+        return data if self.classes is None else data.model_copy(update={"classes": self.classes})
 
     def identity(self) -> str:
         """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""

@@ -20,6 +20,8 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 RUN = "recipe.json"
 Metric = Literal["last", "best", "mean_last"]
+# Evaluations in the mean of the last.
+LAST = 10
 
 
 class Part(BaseModel):
@@ -110,6 +112,11 @@ class Compute(Part):
     device_name: str
     threads: int = Field(ge=0)
     precision: str
+    layout: str = "contiguous"
+    compile: bool = False
+    cuda_graphs: bool = False
+    teacher_logits: str = "computed"
+    evaluation: str = "float32, eager"
     seconds: float = Field(ge=0)
     training_seconds: float | None = Field(None, ge=0)
     cohort_seconds: float | None = Field(None, ge=0)
@@ -266,3 +273,22 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
             raise UserError("this line is no evaluation of kdbench", where=f"{file}:{number}")
         entries.append(entry)
     return entries
+
+
+def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    """Last, best (the earliest of equals), and mean of the last evaluations' accuracies on a part, in percent.
+
+    Args:
+        history: entries of metrics.jsonl.
+        part: "test" or "validation".
+    """
+    points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
+    best_step, best = max(points, key=lambda point: (point[1], -point[0]))
+    tail = [accuracy for _, accuracy in points[-LAST:]]
+    return {
+        "last": round(points[-1][1], 4),
+        "best": round(best, 4),
+        "best_step": best_step,
+        "mean_last": round(sum(tail) / len(tail), 4),
+        "mean_last_of": len(tail),
+    }

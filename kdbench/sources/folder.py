@@ -92,8 +92,8 @@ def listing(root: Path) -> Listing:
     stamps = []
     for split in SPLITS:
         files[split] = {}
-        for name in sorted(entry.name for entry in _entries(root / split) if entry.is_dir()):
-            images = [e for e in _entries(root / split / name) if e.name.lower().endswith(SUFFIXES)]
+        for name in sorted(entry.name for entry in entries(root / split) if entry.is_dir()):
+            images = [e for e in entries(root / split / name) if e.name.lower().endswith(SUFFIXES)]
             for entry in images:
                 status = entry.stat()
                 stamps.append((f"{split}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))
@@ -135,7 +135,7 @@ def decode(files: list[Path], channels: int, size: tuple[int, int]) -> Tensor:
         for i in range(start, min(start + _CHUNK, len(files))):
             pixels[i] = _pixels(files[i], channels, size)
 
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         tasks = [pool.submit(part, start) for start in range(0, len(files), _CHUNK)]
         try:
             for task in tasks:
@@ -154,10 +154,11 @@ def not_found(roots: Iterable[Path], wanted: str) -> str:
     )
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, without hidden files; nothing where there is no such folder."""
     try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not entry.name.startswith("."))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -165,41 +166,53 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    with _opened(file) as image:
+    with opened(file) as image:
         return image.height, image.width
 
 
 def _pixels(file: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
-    with _opened(file) as image:
+    with opened(file) as image:
         if (image.height, image.width) != size:
             raise UserError(
                 f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}",
                 where=str(file),
                 hint="all images of a data set have one size",
             )
-        if image.mode not in _READABLE:
-            raise UserError(
-                f"the image has pixels of type '{image.mode}', which do not fit into bytes",
-                where=str(file),
-                hint="save it with 8 bits a channel",
-            )
-        try:
-            pixels = np.asarray(image if image.mode == _MODES[channels] else image.convert(_MODES[channels]))
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise _damaged(file, error) from None
-    return pixels.reshape(*size, channels)
+        return np.asarray(converted(image, channels, file)).reshape(*size, channels)
 
 
-def _opened(file: Path) -> Image.Image:
+def converted(image: Image.Image, channels: int, file: Path) -> Image.Image:
+    """An image decoded to RGB (3 channels) or grey (1).
+
+    Raises:
+        UserError: pixels that do not fit into bytes, or a file that is cut short; it is named.
+    """
+    if image.mode not in _READABLE:
+        raise UserError(
+            f"the image has pixels of type '{image.mode}', which do not fit into bytes",
+            where=str(file),
+            hint="save it with 8 bits a channel",
+        )
+    try:
+        image.load()
+        return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise damaged(file, error) from None
+
+
+def opened(file: Path) -> Image.Image:
+    """An image file, its header read. UserError for what is no image."""
     try:
         return Image.open(file)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise _damaged(file, error) from None
+        raise damaged(file, error) from None
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def damaged(file: Path, error: Exception) -> UserError:
+    """What is said of a file that cannot be decoded."""
     return UserError(f"the image is damaged or cut short ({error})", where=str(file), hint="copy or unpack it again")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -42,6 +42,11 @@ def words(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:
     return np.random.Philox(key=key).random_raw(n)
 
 
+def uniform(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:
+    """n independent uniform numbers in [0, 1), float64 [n], multiples of 2⁻⁵³."""
+    return (words(n, seed, stream, index) >> np.uint64(11)) * 2.0**-53
+
+
 def permutation(n: int, seed: int, stream: str, epoch: int = 0) -> Tensor:
     """A uniform permutation of 0 … n - 1, int64 [n] on the CPU: the stable order of n random words."""
     return torch.from_numpy(np.argsort(words(n, seed, stream, epoch), kind="stable"))

@@ -262,7 +262,7 @@ def is_defined_here(path: tuple[str | int, ...], kind: str) -> bool:
     """Whether a key is a name that its author chooses, not a word of kdbench: nothing can tell that it is misspelt."""
     parent = path[-2] if len(path) > 1 else None
     return (
-        parent in ("parameters", "metrics")
+        parent in ("parameters", "metrics", "profiles")
         or (parent in ("losses", "stages") and kind in ("methods", "recipes"))
         or (parent in ("pairs", "methods") and kind == "published")
     )

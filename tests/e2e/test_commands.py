@@ -174,7 +174,9 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
         jsonschema.validate({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "stps": 3}, schema)
 
 
-@pytest.mark.parametrize("command", ["run", "table", "ls", "show", "cp", "check", "plot", "schema"])
+@pytest.mark.parametrize(
+    "command", ["run", "table", "ls", "show", "cp", "check", "plot", "schema", "verify", "publish", "reproduce"]
+)
 def test_help_has_examples(command: str, kdbench: Kdbench) -> None:
     assert f"kdbench {command}" in kdbench(command, "--help").stdout
 

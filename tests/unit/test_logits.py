@@ -53,8 +53,7 @@ def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
 
 
 def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> Table:
-    assert spec.teacher is not None
-    return table_at(logits.table_key(spec.teacher, sha256, data, spec.protocol, precision), "some teacher")
+    return table_at(logits.table_key(spec, sha256, data, precision), "some teacher")
 
 
 def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> Table:
@@ -144,7 +143,7 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
 def test_a_table_belongs_to_what_it_was_computed_from(change: str) -> None:
     spec, data = cell(), images(cell().data)
     assert spec.teacher is not None
-    key = logits.table_key(spec.teacher, "ab", data, spec.protocol, "float32")
+    key = logits.table_key(spec, "ab", data, "float32")
     teacher, protocol, sha256, precision = spec.teacher, spec.protocol, "ab", "float32"
     if change == "weights":
         sha256 = "cd"
@@ -163,7 +162,8 @@ def test_a_table_belongs_to_what_it_was_computed_from(change: str) -> None:
     else:
         options = {**teacher.model.options, "depth": 22}
         teacher = teacher.model_copy(update={"model": teacher.model.model_copy(update={"options": options})})
-    other = logits.table_key(teacher, sha256, data, protocol, precision)
+    spec = spec.model_copy(update={"teacher": teacher, "protocol": protocol})
+    other = logits.table_key(spec, sha256, data, precision)
     assert other != key and table_at(other, "t").folder != table_at(key, "t").folder
 
 

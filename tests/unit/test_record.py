@@ -154,7 +154,8 @@ def test_records_are_frozen() -> None:
 def test_results_need_no_torch() -> None:
     code = (
         "import sys, kdbench.results.record, kdbench.results.statistics, kdbench.results.tables, "
-        "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots, kdbench.results.page\n"
+        "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots, kdbench.results.page, "
+        "kdbench.results.verification, kdbench.results.publishing, kdbench.engine.rerun\n"
         "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,25 @@
+"""`kdbench publish`: keep a finished run's tables and records, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = "Examples:  kdbench publish runs/quickstart   ·   kdbench publish runs/ab_wrn --out paper/results"
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders runs/<recipe> of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for <recipe>/.")] = Path("results"),
+) -> None:
+    """Copy tables, plots, records and metrics of finished RUNs to results/, with SHA256SUMS over all of them.
+
+    A few hundred kilobytes that can be committed: 'kdbench table' makes the table again from them, 'kdbench verify'
+    checks them.
+    """
+    from kdbench.results.publishing import publish
+
+    for run in runs:
+        print(publish(run, out))

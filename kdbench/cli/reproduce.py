@@ -1,0 +1,128 @@
+"""`kdbench reproduce`: run every recipe of a study, and publish what comes out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+from kdbench.errors import CellError, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdbench.recipe.planning import Plan
+    from kdbench.registry import Registry
+
+EXAMPLES = (
+    "Examples:  kdbench reproduce cifar --cost   ·   kdbench reproduce cifar --profile small   ·   "
+    "kdbench reproduce transfer --data ~/pictures"
+)
+
+
+def command(
+    study: Annotated[str, typer.Argument(help="Key of a study card ('kdbench ls studies').")],
+    profile: Annotated[str, typer.Option(help="Which of the study's profiles.")] = "full",
+    cost: Annotated[bool, typer.Option(help="Only say what it would cost.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Folder for what is published.")] = Path("results"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
+    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    registry: RegistryOption = None,
+) -> None:
+    """Run the recipes of STUDY one after the other and publish each to results/ when all its cells are finished.
+
+    It says first what it will cost. The same command again goes on where it was stopped. A recipe in which a cell fails
+    does not stop the others; it is not published, and the exit code is 1.
+    """
+    from kdbench.cli.run import carry_out, check_device, failure
+    from kdbench.engine.runner import Options
+    from kdbench.registry import Registry
+    from kdbench.results.publishing import publish
+
+    check_device(device)
+    folders = tuple(registry or ())
+    plans = plans_of(study, profile, Registry(folders))
+    _print_cost(plans, runs, device)
+    if cost:
+        return
+    options = Options(
+        runs=runs, jobs=jobs, device=device, data_roots=tuple(data or ()), download=download, registries=folders
+    )
+    failed = []
+    for planned in plans:
+        try:
+            outcome = carry_out(planned, options)
+            if outcome.failed:
+                raise failure(planned, outcome)
+            print(f"published: {publish(outcome.folder, results)}")
+        except CellError as error:
+            print(f"failed: {planned.name}: {error}", file=sys.stderr)
+            failed.append(planned.name)
+    if failed:
+        raise CellError(f"{len(failed)} of {len(plans)} recipes: {', '.join(failed)}; the others are published")
+
+
+def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
+    """The plans of a study's recipes, in order. UserError for an unknown study, profile or recipe."""
+    from kdbench.recipe.loading import find
+    from kdbench.recipe.planning import plan
+
+    card = registry.card("studies", study)
+    tree = registry.tree("studies", study)
+    if profile not in card.profiles:
+        raise UserError(
+            f"the study '{study}' has no profile '{profile}'",
+            where="--profile",
+            hint=did_you_mean(profile, card.profiles),
+        )
+    plans = []
+    for index, recipe in enumerate(card.profiles[profile]):
+        card_file = Path(tree.origin(("profiles", profile, index)).rpartition(":")[0])
+        plans.append(plan(find(recipe, card_file.parent), registry))
+    names = [planned.name for planned in plans]
+    if len(set(names)) < len(names):
+        raise UserError("two recipes have one name, and so one folder", where=tree.origin(("profiles", profile)))
+    return plans
+
+
+def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
+    """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
+    import torch
+    from rich.table import Table
+
+    from kdbench.cli.console import console as page
+    from kdbench.cli.progress import clock
+    from kdbench.engine.estimate import Estimate, workers
+    from kdbench.engine.runner import is_finished
+
+    on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.set_num_threads(1)
+    estimate = Estimate(device)
+    table = Table("recipe", "cells", "finished", "teachers first", "then", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = 0.0
+    known: set[str] = set()
+    for planned in plans:
+        left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
+        at_once = workers(device, len(left))
+        teachers, cells = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
+        total += teachers + cells
+        done = len(planned.cells) - len(left)
+        table.add_row(
+            planned.name, str(len(planned.cells)), str(done), clock(teachers) if teachers else "–", clock(cells)
+        )
+    console = page()
+    console.print(table)
+    at_once = workers(device, sum(len(planned.cells) for planned in plans))
+    where = f"{at_once} GPU(s)" if on_gpu else f"{at_once} one-thread workers"
+    console.print(
+        f"estimate for what is not finished: {clock(total)} on {where}, from a few timed steps of each network"
+    )

@@ -1,0 +1,103 @@
+"""`kdbench verify`: whether table, records and recipe of a results folder still agree."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+from kdbench.errors import UserError
+
+if TYPE_CHECKING:
+    from kdbench.engine.runner import Options
+    from kdbench.registry import Registry
+
+EXAMPLES = (
+    "Examples:  kdbench verify results/quickstart   ·   kdbench verify results/quickstart --rerun   ·   "
+    "kdbench verify results/quickstart --rerun --cell kd-seed0-84f986b0"
+)
+COLOURS = {"agrees": "green", "remark": "yellow", "disagrees": "red"}
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="A folder of results/ or runs/ that holds one comparison.")],
+    rerun: Annotated[bool, typer.Option(help="Train one cell again and compare its number.")] = False,
+    cell: Annotated[str | None, typer.Option(help="Cell to train again (default: the cheapest).")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Percent points, where equal bits cannot be expected (default: 3 deviations, ≥ 1)."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device of the rerun: auto, cpu, cuda, or cuda:N.")] = "auto",
+    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
+    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    registry: RegistryOption = None,
+) -> None:
+    """Say whether the table, the records and the recipe in FOLDER agree; with --rerun, whether a number comes back.
+
+    Exit codes: 0 they agree, 1 something disagrees, 2 the folder cannot be verified.
+    """
+    from rich.text import Text
+
+    from kdbench.cli.console import console as page
+    from kdbench.cli.run import check_device
+    from kdbench.engine.runner import Options
+    from kdbench.registry import Registry
+    from kdbench.results.verification import verify
+
+    check_device(device)
+    if cell is not None and not rerun:
+        raise UserError("'--cell' says what to run again", where="--cell", hint="add --rerun")
+    folders = tuple(registry or ())
+    cards = Registry(folders)
+    console = page()
+    findings = verify(folder, cards)
+    for finding in findings:
+        about = f"{finding.where}: " if finding.where else ""
+        console.print(Text.assemble((f"{finding.level:<10}", COLOURS[finding.level]), f"{about}{finding.what}"))
+    disagree = sum(finding.level == "disagrees" for finding in findings)
+    if rerun:
+        options = Options(
+            device=device, data_roots=tuple(data or ()), download=download, registries=folders, checkpoint_seconds=1e9
+        )
+        disagree += not _rerun(folder, cell, tolerance, options, cards)
+    print("everything agrees" if not disagree else f"{disagree} disagreements")
+    if disagree:
+        raise typer.Exit(1)
+
+
+def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Options, cards: Registry) -> bool:
+    """Train a cell again in a temporary folder, say what came out, and whether it agrees."""
+    from dataclasses import replace
+
+    from kdbench.cli.progress import listener
+    from kdbench.engine.rerun import choose, rerun
+    from kdbench.results.record import RECORD, read_record
+    from kdbench.results.verification import read_folder
+
+    # A damaged record is told already; the others can be run.
+    records = read_folder(folder).planned
+    if not records:
+        raise UserError("there is no sound record to run again", where=str(folder))
+    name, record, spec = choose(records, cell)
+    axes = {path: value for path, value in record.cell.axes.items() if path != "method"}
+    siblings = [
+        r
+        for r in records.values()
+        if r.cell.label == record.cell.label and {p: v for p, v in r.cell.axes.items() if p != "method"} == axes
+    ]
+    teachers = [read_record(file) for file in folder.glob(f"teacher*/{RECORD}")]
+    with tempfile.TemporaryDirectory(prefix="kdbench-verify-") as temporary:
+        here = replace(options, runs=Path(temporary))
+        again = rerun(record, spec, siblings, teachers, here, listener(), tolerance)
+    print(f"{name} again: {again.found:.2f} %, recorded {again.recorded:.2f} %")
+    if again.differing:
+        why = "; ".join(again.differing)
+        print(f"  equal bits cannot be expected ({why}): compared within {again.tolerance:.2f} points")
+    else:
+        print("  same processor kind, torch, threads and precision: compared exactly, every evaluation")
+    for what in again.unequal:
+        print(f"  not equal: {what}")
+    return again.agrees

@@ -1,0 +1,82 @@
+"""What a plan will cost, from a few timed steps of each network. Time of one worker; whoever has several divides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from kdbench.engine.dry import Size, measure
+from kdbench.engine.runner import is_finished, teacher_folder
+from kdbench.engine.scheduling import CellState, cohorts_of
+from kdbench.engine.timeline import planned_timeline, training_images
+from kdbench.recipe.planning import PlannedCell
+from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
+from kdbench.sources.folder import cores
+
+
+class Estimate:
+    """Sizes and times of networks, each measured once, and sums of them.
+
+    Args:
+        timed: measure times too; without, all costs are 0.
+    """
+
+    def __init__(self, device: torch.device, timed: bool = True) -> None:
+        self.device, self.timed = device, timed
+        self.sizes: dict[tuple[str, str, int], Size] = {}
+
+    def size(self, model: ModelSpec, data: DataSpec) -> Size:
+        key = (model.name, str(model.options), data.image_size)
+        if key not in self.sizes:
+            self.sizes[key] = measure(model, data, self.timed, self.device)
+        return self.sizes[key]
+
+    def cell(self, spec: CellSpec) -> float:
+        """Seconds of one cell: training and evaluation, without its teacher."""
+        size, line = self.size(spec.student, spec.data), planned_timeline(spec)
+        tested = len(line.evaluations) * spec.data.test
+        return _images(spec) * size.training + tested * size.forward
+
+    def passes(self, spec: CellSpec) -> float:
+        """Seconds of the teacher's passes for one cell that has them for itself."""
+        if spec.teacher is None:
+            return 0.0
+        return _images(spec) * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).forward
+
+    def cells(self, cells: Iterable[PlannedCell]) -> float:
+        """Seconds of several cells: a cohort pays for its teacher's passes once."""
+        work = [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
+        total = 0.0
+        for cohort in cohorts_of(work):
+            specs = [cell.spec for cell, _ in cohort]
+            total += sum(map(self.cell, specs)) + max(map(self.passes, specs))
+        return total
+
+    def teachers(self, cells: Iterable[PlannedCell], runs: Path, known: set[str]) -> float:
+        """Seconds of training the cells' teachers that are not trained yet.
+
+        Args:
+            known: identities of teachers that are counted already; extended.
+        """
+        total = 0.0
+        for cell in cells:
+            teacher = cell.spec.teacher
+            if teacher is None or teacher.trained_by is None or teacher.identity() in known:
+                continue
+            known.add(teacher.identity())
+            if not is_finished(teacher_folder(teacher, runs)):
+                inner = PlannedCell(teacher.trained_by, {}, 0)
+                total += self.cells([inner]) + self.teachers([inner], runs, known)
+        return total
+
+
+def workers(device: torch.device, cells: int) -> int:
+    """How many workers a run of so many cells starts: one for each GPU, or each core."""
+    return max(torch.cuda.device_count(), 1) if device.type == "cuda" else max(min(cores(), cells), 1)
+
+
+def _images(spec: CellSpec) -> int:
+    """Images that a cell trains on."""
+    return planned_timeline(spec).total * min(spec.protocol.batch_size, training_images(spec.data))

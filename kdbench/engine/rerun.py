@@ -1,0 +1,167 @@
+"""One recorded cell trained again, to see whether its number comes back. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdbench.engine import choosing
+from kdbench.engine.runner import Listener, Options, run, teacher_folder
+from kdbench.engine.scheduling import BEGUN
+from kdbench.errors import CellError, UserError, did_you_mean
+from kdbench.files import write_json
+from kdbench.recipe.planning import Plan, PlannedCell
+from kdbench.recipe.schema import CellSpec
+from kdbench.results import statistics
+from kdbench.results.record import Record, metrics, read_record
+from kdbench.results.soundness import spec_of
+
+# Of `compute`, what says how long it took and what does not touch a number. All else is a condition of equal bits.
+_NO_CONDITION = {
+    "seconds",
+    "training_seconds",
+    "cohort_seconds",
+    "images_per_second",
+    "cohort",
+    "peak_memory_bytes",
+    "python",
+    "torchvision",
+    "platform",
+}
+
+# Where bits may differ, training drifts apart as two seeds do: so many deviations of the seeds, and at least one point.
+DEVIATIONS = 3.0
+LEAST = 1.0
+
+
+@dataclass(frozen=True)
+class Again:
+    """A recorded cell beside the same cell run again.
+
+    Attributes:
+        differing: conditions of equal bits that differ, "name: recorded → here"; none where exactness is claimed.
+        tolerance: in percent points; 0 where exactness is claimed.
+        recorded, found: test accuracy after the last step, in percent.
+        unequal: what else differs although the bits should be equal (evaluation points, teacher).
+    """
+
+    differing: tuple[str, ...]
+    tolerance: float
+    recorded: float
+    found: float
+    unequal: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.found - self.recorded) <= self.tolerance and not self.unequal
+
+
+def choose(records: dict[str, Record], name: str | None) -> tuple[str, Record, CellSpec]:
+    """The cell to run again: the named one, or the cheapest: without a teacher to train, in the shortest time.
+
+    Args:
+        records: folder name -> record.
+
+    Raises:
+        UserError: no such cell, or one of a version whose recipes this one cannot read.
+    """
+    if name is not None and name not in records:
+        raise UserError(f"there is no cell '{name}'", where="--cell", hint=did_you_mean(name, records))
+    specs = {cell: spec_of(record) for cell, record in records.items()}
+    if name is None:
+
+        def cost(cell: str) -> tuple[bool, bool, float, str]:
+            spec = specs[cell]
+            trains = spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None
+            return spec is None, trains, records[cell].compute.seconds, cell
+
+        name = min(records, key=cost)
+    spec = specs[name]
+    if spec is None:
+        raise UserError(
+            f"kdbench {records[name].kdbench} wrote this record's recipe in a form that this version cannot run",
+            where=name,
+            hint="check out the commit that the record names, and run the cell there",
+        )
+    return name, records[name], spec
+
+
+def rerun(
+    record: Record,
+    spec: CellSpec,
+    siblings: Iterable[Record],
+    teachers: Iterable[Record],
+    options: Options,
+    listener: Listener,
+    tolerance: float | None = None,
+) -> Again:
+    """Train a recorded cell again, alone, with as many threads, and compare.
+
+    Args:
+        siblings: records of all seeds of its method, whose deviation gives the tolerance.
+        teachers: records of teachers that were trained for the comparison, where they are at hand: this cell's teacher
+            is trained again as it was.
+        options: `runs` is an empty folder.
+        tolerance: in percent points, in place of that where equal bits cannot be expected.
+
+    Raises:
+        UserError: data or weights are not to be had. CellError: the cell failed.
+    """
+    cell = PlannedCell(spec, dict(record.cell.axes), record.cell.order or 0)
+    plan = Plan("again", f"{record.cell.label}, seed {record.cell.seed}, again", [cell], spec.method.name)
+    _as_it_was(options.runs / plan.name / cell.slug, record)
+    if (way := choosing.of_records([record.folder] if record.folder else [])) is not None:
+        choosing.keep(options.runs / plan.name, spec.compute, way.plain(), "as the record says", [])
+    trained = spec.teacher.trained_by if spec.teacher is not None else None
+    if spec.teacher is not None and trained is not None:
+        for teacher in teachers:
+            if teacher.identity == trained.identity():
+                _as_it_was(teacher_folder(spec.teacher, options.runs), teacher)
+    outcome = run(plan, replace(options, jobs=1), listener)
+    if outcome.failed:
+        raise CellError(outcome.failed[0].message)
+    return compare(record, read_record(outcome.finished[0]), siblings, tolerance)
+
+
+def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance: float | None = None) -> Again:
+    """Exactly where all conditions of equal bits agree and it is float32 on a CPU, else within the tolerance."""
+    old, new = (_conditions(r) for r in (record, again))
+    differing = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if record.data.fingerprint != again.data.fingerprint:
+        differing.append(f"data: {record.data.fingerprint[:12]} → {again.data.fingerprint[:12]}")
+    if not differing and (old["device"] != "cpu" or old["precision"] != "float32" or old["compile"]):
+        how = f"{old['precision']}{', compiled,' if old['compile'] else ''} on {old['device']}"
+        differing.append(f"{how} is not exact")
+    recorded, found = record.result.test.last, again.result.test.last
+    if differing:
+        values = [r.result.test.last for r in siblings]
+        deviation = statistics.summarize(values).deviation if values else None
+        allowed = max(LEAST, DEVIATIONS * (deviation or 0.0)) if tolerance is None else tolerance
+        return Again(tuple(differing), allowed, recorded, found, ())
+    unequal = []
+    if record.result != again.result:
+        unequal.append("the result (last, best, validation or agreement)")
+    if record.teacher != again.teacher:
+        unequal.append("the teacher")
+    if record.folder is not None and again.folder is not None:
+        points = [_measured(folder) for folder in (record.folder, again.folder)]
+        unequal += [f"the evaluation at step {a['step']}" for a, b in zip(*points, strict=False) if a != b][:1]
+    return Again((), 0.0, recorded, found, tuple(unequal))
+
+
+def _as_it_was(folder: Path, record: Record) -> None:
+    """A cell that began goes on in the way in which it began: with as many threads."""
+    if record.compute.device == "cpu":
+        write_json(folder / BEGUN, {"threads": record.compute.threads})
+
+
+def _conditions(record: Record) -> dict[str, Any]:
+    compute = record.compute.model_dump(mode="json")
+    return {key: value for key, value in compute.items() if key not in _NO_CONDITION}
+
+
+def _measured(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations without their times."""
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in metrics(folder)]

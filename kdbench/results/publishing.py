@@ -1,0 +1,72 @@
+"""From a run's folder to what is worth keeping of it: tables, plots, records and metrics, no weights, no logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from kdbench.engine.runner import teacher_folder
+from kdbench.errors import UserError
+from kdbench.results import sums
+from kdbench.results.record import METRICS, RECORD, RUN, read_record
+from kdbench.results.soundness import spec_of
+
+
+def publish(run: Path, out: Path) -> Path:
+    """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
+
+    An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
+
+    Raises:
+        UserError: no run, cells that are not finished, or something else than results in the way.
+    """
+    try:
+        plan = json.loads((run / RUN).read_text(encoding="utf-8"))
+        cells, name = list(plan["cells"]), str(plan["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            "this is no folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}"
+        ) from None
+    if open_cells := [cell for cell in cells if not (run / cell / RECORD).is_file()]:
+        raise UserError(
+            f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one",
+            where=str(run),
+            hint="run the recipe again: it goes on where it was stopped",
+        )
+    target = out / name
+    if target.resolve() == run.resolve():
+        raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
+    if target.exists() and not (target / RUN).is_file():
+        raise UserError("this is no folder of results: it stays as it is", where=str(target), hint="give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
+        made = Path(temporary) / name
+        made.mkdir(mode=0o755)
+        for file in sums.kept(run):
+            if file.parent == run:
+                shutil.copy(file, made)
+        for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:
+            (made / copy).mkdir()
+            for file_name in (RECORD, METRICS):
+                shutil.copy(folder / file_name, made / copy)
+        sums.write(made)
+        if target.exists():
+            target.rename(Path(temporary) / "before")
+        made.rename(target)
+    return target
+
+
+def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:
+    """Folders of the teachers that were trained for these cells, and what their copies are called."""
+    found = {}
+    for cell in cells:
+        spec = spec_of(read_record(run / cell))
+        if spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None:
+            folder = teacher_folder(spec.teacher, run.parent)
+            if (folder / RECORD).is_file():
+                found[folder] = spec.teacher.name
+    if len(found) == 1:
+        return [(next(iter(found)), "teacher")]
+    return [(folder, f"teacher-{name}") for folder, name in found.items()]

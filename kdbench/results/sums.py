@@ -1,0 +1,79 @@
+"""SHA256SUMS: the sha256 of every file that a results folder keeps, in the form that `sha256sum -c` reads.
+
+Cross-checks between a record and its metrics cannot see a digit that stands in one place only (a loss in the middle of
+training, a commit). These sums do. They guard against accidents and slips, not against somebody who writes them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kdbench.errors import UserError
+from kdbench.files import sha256_of, write_text
+from kdbench.results.record import METRICS, RECORD, RUN
+
+NAME = "SHA256SUMS"
+
+# What is kept of a run when it is published: everything but weights, logits, events and checkpoints.
+_KEPT = (RUN, "table.*", "records.csv", "*.png", "*.html")
+_KEPT_OF_CELLS = (RECORD, METRICS)
+
+
+def kept(folder: Path) -> list[Path]:
+    """Files of a run's or results folder that are published, by path: its tables and plots, and every record with its
+    metrics one folder below."""
+    files = {file for pattern in _KEPT for file in folder.glob(pattern)}
+    files |= {file for name in _KEPT_OF_CELLS for file in folder.glob(f"*/{name}")}
+    return sorted(file for file in files if file.is_file())
+
+
+def write(folder: Path) -> Path:
+    """Sum up the kept files of a folder."""
+    return _write(folder, {file.relative_to(folder).as_posix(): sha256_of(file) for file in kept(folder)})
+
+
+def renew(folder: Path, files: Iterable[Path]) -> None:
+    """Take the sums of these files anew, and of no others: a table may be written again, a record may not."""
+    if not (folder / NAME).is_file():
+        return
+    known = read(folder)
+    for file in files:
+        known[file.relative_to(folder).as_posix()] = sha256_of(file)
+    _write(folder, known)
+
+
+def read(folder: Path) -> dict[str, str]:
+    """Path below the folder -> sha256.
+
+    Raises:
+        UserError: a line that is none of these.
+    """
+    file = folder / NAME
+    found = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        digest, two_spaces, name = line.partition("  ")
+        if len(digest) != 64 or not two_spaces or not name:
+            raise UserError("this line is no sha256 with a path", where=f"{file}:{number}")
+        found[name] = digest
+    return found
+
+
+def changed(folder: Path) -> list[str]:
+    """What is not as it was summed up, in words: files that changed, are gone, or came later."""
+    known = read(folder)
+    here = {file.relative_to(folder).as_posix() for file in kept(folder)}
+    problems = []
+    for name, digest in sorted(known.items()):
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is gone")
+        elif sha256_of(file) != digest:
+            problems.append(f"{name} has changed")
+    return problems + [f"{name} is not among them" for name in sorted(here - known.keys())]
+
+
+def _write(folder: Path, sums: dict[str, str]) -> Path:
+    file = folder / NAME
+    write_text(file, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+    return file

@@ -1,0 +1,22 @@
+"""The files that show a table, as texts: written after a run, and made again from the records to verify them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kdbench.results.page import html
+from kdbench.results.record import Record
+from kdbench.results.renderers import latex, markdown, records_csv, table_csv
+from kdbench.results.tables import Table
+
+
+def texts(table: Table, records: Iterable[Record]) -> dict[str, str]:
+    """File name -> content. The same from the same records, byte for byte."""
+    records = list(records)
+    return {
+        "table.md": markdown(table),
+        "table.csv": table_csv(table),
+        "table.tex": latex(table),
+        "table.html": html(table, records),
+        "records.csv": records_csv(records),
+    }

@@ -1,0 +1,278 @@
+"""Whether a results folder still agrees with itself: recipe, records, metrics, table, and the sums over all of them.
+
+Imports no torch. What cannot be checked (a record of an older version) is said as a remark, never passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kdbench.engine.runner import names
+from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+from kdbench.results import sums
+from kdbench.results.record import METRICS, RECORD, RUN, Record, metrics, read_record
+from kdbench.results.soundness import problems, spec_of
+from kdbench.results.tables import build
+from kdbench.results.texts import texts
+
+Level = Literal["agrees", "remark", "disagrees"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict. `where`: the file or cell that it is about."""
+
+    level: Level
+    what: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What lies in a results folder, as far as it could be read.
+
+    Attributes:
+        cells: folder names of the planned cells; None where recipe.json names none.
+        records, histories: by folder name, teachers' among them.
+        unread: what could not be read.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    cells: list[str] | None
+    records: dict[str, Record]
+    histories: dict[str, list[dict[str, Any]]]
+    unread: list[Finding]
+
+    @property
+    def planned(self) -> dict[str, Record]:
+        """Records of the comparison's cells: without teachers'."""
+        named = self.cells if self.cells is not None else [name for name in self.records if _is_cell(name)]
+        return {name: self.records[name] for name in named if name in self.records}
+
+
+def verify(path: Path, registry: Registry) -> list[Finding]:
+    """Every check of a folder that `kdbench run` or `kdbench publish` wrote.
+
+    Raises:
+        UserError: this is no such folder.
+    """
+    if not (path / RUN).is_file():
+        raise UserError(
+            f"there is no {RUN}", where=str(path), hint="give a folder of runs/ or results/ that holds one comparison"
+        )
+    folder = read_folder(path)
+    findings = list(folder.unread)
+    checks: list[Callable[[Folder], Iterable[Finding]]] = [_sums, _plan_is_there, _sound, _identities, _shared, _tables]
+    for check in checks:
+        findings += check(folder)
+    return findings + list(_planned_again(folder, registry))
+
+
+def read_folder(path: Path) -> Folder:
+    """What can be read of a results folder, and what cannot."""
+    findings: list[Finding] = []
+    run: Any = {}
+    try:
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        findings.append(Finding("disagrees", f"it cannot be read: {error}", RUN))
+    run = run if isinstance(run, dict) else {}
+    records, histories = {}, {}
+    for file in sorted(path.glob(f"*/{RECORD}")):
+        name = file.parent.name
+        try:
+            records[name] = read_record(file)
+            histories[name] = metrics(file.parent) if (file.parent / METRICS).is_file() else []
+        except UserError as error:
+            findings.append(Finding("disagrees", error.what, name))
+    cells = run.get("cells")
+    return Folder(path, run, cells if isinstance(cells, list) else None, records, histories, findings)
+
+
+def _sums(folder: Folder) -> Iterator[Finding]:
+    if not (folder.path / sums.NAME).is_file():
+        yield Finding("remark", "there is none, so a digit that stands in one place only can change unseen", sums.NAME)
+        return
+    changed = sums.changed(folder.path)
+    yield from (Finding("disagrees", what, sums.NAME) for what in changed)
+    if not changed:
+        yield Finding("agrees", f"{len(sums.read(folder.path))} files are as they were summed up", sums.NAME)
+
+
+def _plan_is_there(folder: Folder) -> Iterator[Finding]:
+    """Every planned cell has a record; what else has one is said."""
+    if folder.cells is None:
+        yield Finding(
+            "remark", "it names no cells (an older version wrote it): all records here are taken for its", RUN
+        )
+        return
+    missing = [cell for cell in folder.cells if cell not in folder.records]
+    extra = [name for name in folder.records if name not in folder.cells and _is_cell(name)]
+    yield from (Finding("disagrees", "planned, and has no sound record", cell) for cell in missing)
+    # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
+    yield from (
+        Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
+    )
+    if not missing:
+        yield Finding("agrees", f"its {len(folder.cells)} cells have their records", RUN)
+
+
+def _sound(folder: Folder) -> Iterator[Finding]:
+    """Each record against its own metrics and its own resolved recipe."""
+    wrong = 0
+    for name, record in folder.records.items():
+        if name not in folder.histories:
+            continue
+        found = list(problems(record, folder.histories[name]))
+        if record.status != "finished":
+            found.append(f"its status is '{record.status}'")
+        if name in folder.planned:
+            if not name.endswith(f"-{record.identity[:8]}"):
+                found.append(f"its folder is not named after its identity, {record.identity[:8]}")
+            if record.recipe != folder.run.get("name"):
+                found.append(f"its recipe is '{record.recipe}', {RUN} says '{folder.run.get('name')}'")
+        wrong += bool(found)
+        yield from (Finding("disagrees", what, name) for what in found)
+    if not wrong and folder.records:
+        yield Finding("agrees", f"{len(folder.records)} records agree with their metrics and their recipes", "records")
+
+
+def _identities(folder: Folder) -> Iterator[Finding]:
+    """Identities recomputed. Where none of a commit's can be, that commit's version computed them in another way; where
+    some can, the others' resolved recipes were changed."""
+    by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
+    for name, record in folder.records.items():
+        spec = spec_of(record)
+        writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
+        by_version[writer][name] = spec is not None and spec.identity() == record.identity
+    for (version, commit), same in by_version.items():
+        if not any(same.values()):
+            yield Finding(
+                "remark",
+                f"those of {len(same)} records cannot be recomputed: kdbench {version}, commit {commit}, wrote them, "
+                "and this version identifies cells in another way",
+                "identities",
+            )
+            continue
+        for name, equal in same.items():
+            if not equal:
+                yield Finding("disagrees", "its identity is not that of its resolved recipe", name)
+        if all(same.values()):
+            yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
+
+
+def _shared(folder: Folder) -> Iterator[Finding]:
+    """What is one and the same thing in several records is the same in all: data, teachers, networks."""
+    groups: dict[tuple[str, Hashable], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(cell: str, what: str, key: Hashable, value: Any) -> None:
+        groups[(what, key)][json.dumps(value, sort_keys=True)].append(cell)
+
+    for name, record in folder.records.items():
+        add(name, "data fingerprint", record.data.name, record.data.fingerprint)
+        add(name, "data origin", record.data.name, record.data.origin)
+        student = json.dumps(
+            [record.spec.get("student"), record.spec.get("data", {}).get("image_size")], sort_keys=True
+        )
+        add(name, "size of the student", student, record.models.student.model_dump())
+        if record.teacher is not None:
+            add(name, "teacher hash", record.teacher.name, record.teacher.sha256)
+            add(name, "teacher accuracy", record.teacher.name, record.teacher.accuracy)
+            size = record.models.teacher and record.models.teacher.model_dump()
+            add(name, "size of the teacher", record.teacher.name, size)
+            add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
+        streams = (record.model_extra or {}).get("seeds", {}).get("streams")
+        add(name, "list of random streams", record.kdbench, streams)
+    for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
+        for name, record in folder.planned.items():
+            spec = spec_of(record)
+            of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
+            if record.teacher is not None and of is not None and of.identity() == trained.identity:
+                add(name, "teacher accuracy", record.teacher.name, trained.result.test.last)
+    different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
+    for what, _, values in different:
+        fewest = min(values.values(), key=len)
+        shown = " and ".join(value.strip('"')[:60] for value in values)
+        yield Finding("disagrees", f"the {what} is not one: {shown}", ", ".join(dict.fromkeys(fewest[:3])))
+    if groups and not different:
+        yield Finding("agrees", "data, teachers and networks are the same in all records that share them", "records")
+
+
+def _tables(folder: Folder) -> Iterator[Finding]:
+    """The table's files, made again from the records."""
+    records = list(folder.planned.values())
+    if not records:
+        return
+    try:
+        made = texts(build(records), records)
+    except UserError as error:
+        yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")
+        return
+    different = []
+    for name, text in made.items():
+        file = folder.path / name
+        if not file.is_file():
+            different.append(Finding("disagrees", "it is not there", name))
+        elif file.read_bytes() != text.encode("utf-8"):
+            different.append(Finding("disagrees", "it is not what the records give", name))
+    yield from different or [Finding("agrees", "made again from the records, byte for byte", ", ".join(made))]
+
+
+def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
+    """What the recorded recipe plans with today's cards."""
+    recipe = folder.run.get("recipe")
+    if not isinstance(recipe, dict) or folder.cells is None:
+        return
+    try:
+        today = replace(plan(recipe, registry), name=str(folder.run.get("name")))
+    except UserError as error:
+        yield Finding("remark", f"its recipe cannot be planned here: {error.what}", RUN)
+        return
+    by_slug = {cell.slug: cell for cell in today.cells}
+    if list(by_slug) != folder.cells:
+        specs = [spec_of(record) for record in folder.planned.values()]
+        ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
+        other = len(set(by_slug) - set(folder.cells))
+        yield Finding(
+            "disagrees" if ours else "remark",
+            f"its recipe, planned with the cards of today, gives {len(by_slug)} cells, {other} of them other ones"
+            + ("" if ours else " (an older version wrote it)"),
+            RUN,
+        )
+        return
+    wrong = 0
+    for slug, cell in by_slug.items():
+        record = folder.records.get(slug)
+        if record is None:
+            continue
+        expected = names(today, cell)
+        expected.pop("recipe")
+        recorded = record.cell.model_dump(mode="json")
+        for key, value in json.loads(json.dumps(expected)).items():
+            if recorded.get(key) != value:
+                wrong += 1
+                yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
+    if folder.run.get("title") != today.title:
+        wrong += 1
+        yield Finding("disagrees", "its title is not that of its recipe", RUN)
+    if not wrong:
+        yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+
+
+def _recomputed(spec: CellSpec, folder: Folder) -> bool:
+    identity = spec.identity()
+    return any(record.identity == identity for record in folder.planned.values())
+
+
+def _is_cell(name: str) -> bool:
+    """Whether a folder with a record is a cell of the comparison. A published teacher's is called so."""
+    return name != "teacher" and not name.startswith("teacher-")

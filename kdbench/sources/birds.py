@@ -1,0 +1,59 @@
+"""Caltech-UCSD Birds-200-2011 (Wah et al. 2011): 200 classes, 5,994 training and 5,794 test pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdbench.errors import UserError
+from kdbench.sources.folder import not_found
+from kdbench.sources.pictures import Pictures, find, folder_of_tests, from_folders, gather
+
+TABLES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
+_NAMES = ("CUB_200_2011", "cub200")
+
+
+def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 256) -> Pictures:
+    """The official split of the whole pictures, without their bounding boxes.
+
+    A folder `cub200/{train,test}/<class>/*` is taken as well. Nothing is downloaded.
+
+    Args:
+        roots: searched for the folder CUB_200_2011 that the archive unpacks to (images/ and its tables).
+        cache: folder for the files' sums.
+        short_side: pixels to which the shorter side of a test picture is brought.
+
+    Raises:
+        UserError: no data, tables that do not fit each other, a picture that is not there.
+    """
+    place = find(roots, _NAMES, lambda root: (root / "images.txt").is_file())
+    if place is None:
+        place = find(roots, _NAMES, lambda root: (root / "train").is_dir() and folder_of_tests(root) is not None)
+        if place is not None:
+            return from_folders(place, "cub200", cache, short_side)
+        wanted = "CUB_200_2011/{images/, images.txt, …} or cub200/{train,test}/<class>/*"
+        raise UserError("CUB-200-2011 is not here", hint=not_found(roots, wanted))
+    names, pictures, labels, split = (_table(place / name) for name in TABLES)
+    if not pictures.keys() == labels.keys() == split.keys() or not set(labels.values()) <= names.keys():
+        raise UserError(
+            "its tables do not list the same pictures and classes", where=str(place), hint="unpack it again"
+        )
+    order = sorted(names, key=int)
+    parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
+    for number, name in pictures.items():
+        if split[number] not in parts or ".." in name:
+            raise UserError(f"picture {number} is in no split", where=str(place / TABLES[3]), hint="unpack it again")
+        parts[split[number]].append((place / "images" / name, order.index(labels[number])))
+    classes = [names[number] for number in order]
+    return gather("cub200", classes, parts["1"], parts["0"], cache, short_side, "official split (train_test_split.txt)")
+
+
+def _table(file: Path) -> dict[str, str]:
+    """Number -> text of a file of lines "number text"."""
+    try:
+        rows = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(file), hint="unpack the archive again") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2 or not row[0].isdigit():
+            raise UserError("not a line 'number text'", where=f"{file}:{number}", hint="unpack the archive again")
+    return {row[0]: row[1].strip() for row in rows}

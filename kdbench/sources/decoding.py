@@ -1,0 +1,91 @@
+"""A picture of any size as bytes of one size: a random crop for training, the centre for testing.
+
+Pixel for pixel what torchvision's transforms make of a PIL image; where to crop is a function of given uniform numbers,
+so that a draw has an address.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kdbench.sources.folder import converted, damaged, opened
+
+# Tries for a random crop that fits, and the numbers that one picture's crop is made from.
+TRIES = 10
+NUMBERS = 2 * TRIES + 2
+RATIO = (3 / 4, 4 / 3)
+
+Box = tuple[int, int, int, int]
+
+
+def picture(file: Path) -> Image.Image:
+    """A file as RGB. UserError for what is no picture, is cut short, or has more than 8 bits a channel."""
+    try:
+        with opened(file) as image:
+            return converted(image, 3, file)
+    except OSError as error:
+        raise damaged(file, error) from None
+
+
+def crop_box(numbers: Sequence[float], height: int, width: int, area: Sequence[float]) -> Box:
+    """Where torchvision's RandomResizedCrop would crop: (top, left, height, width).
+
+    Args:
+        numbers: `NUMBERS` independent uniform numbers in [0, 1): for each try a share of the area and a ratio of the
+            sides, then the place.
+        area: lowest and highest share of the picture's area; drawn uniformly, the ratio of width to height
+            log-uniformly between 3/4 and 4/3. Where no try fits, the largest centred crop with such a ratio is taken.
+    """
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for i in range(TRIES):
+        pixels = height * width * (area[0] + (area[1] - area[0]) * numbers[2 * i])
+        ratio = math.exp(low + (high - low) * numbers[2 * i + 1])
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(numbers[-2] * (height - h + 1)), int(numbers[-1] * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < RATIO[0]:
+        h = round(width / RATIO[0])
+    elif width / height > RATIO[1]:
+        w = round(height * RATIO[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: Image.Image, box: Box, size: int) -> Tensor:
+    """A crop brought to size × size, bilinear with antialiasing: uint8 [3, size, size]."""
+    top, left, height, width = box
+    part = image.crop((left, top, left + width, top + height))
+    return _bytes(part.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def centre(image: Image.Image, short_side: int, size: int) -> Tensor:
+    """The picture with its shorter side brought to `short_side`, and of it the middle: uint8 [3, size, size].
+
+    Pictures of which less than `size` pixels are left in a direction are padded with zeros there.
+    """
+    width, height = image.size
+    width, height = (
+        (short_side, int(short_side * height / width))
+        if width <= height
+        else (int(short_side * width / height), short_side)
+    )
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = _offset(width, size), _offset(height, size)
+    # PIL fills with zeros what lies outside.
+    return _bytes(image.crop((left, top, left + size, top + size)))
+
+
+def _offset(length: int, size: int) -> int:
+    """Where the middle begins; outside the picture where it is the smaller one."""
+    return -((size - length) // 2) if length < size else round((length - size) / 2.0)
+
+
+def _bytes(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))

@@ -1,0 +1,181 @@
+"""Data sets of pictures that stay on disk: larger than memory, each picture of a size of its own.
+
+A data set of one's own needs a card only:
+
+    my_pictures:
+      target: "kdbench.sources.pictures:load"
+      streamed: true
+      args: {folder: my_pictures}      # <data folder>/my_pictures/{train,test}/<class>/*.jpg
+      title: My pictures
+      classes: 3
+      channels: 3
+      image_size: 224
+      train: 3000
+      test: 600
+      normalization: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdbench.errors import UserError
+from kdbench.files import sha256_of, write_json
+from kdbench.sources.folder import SUFFIXES, cores, entries, not_found
+
+log = logging.getLogger("kdbench")
+
+# What the test split's folder may be called.
+TEST_FOLDERS = ("test", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Files with labels, each split sorted by (label, sha256 of the file), so that an index means the same picture
+    everywhere, whatever the files are called.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        short_side: pixels to which a picture's shorter side is brought before its centre is tested.
+        train_labels, test_labels: int64 [N], 0 … len(classes) - 1.
+        fingerprint: SHA-256 (hex) over, for train then test: the number of files, and each one's label and sha256.
+        origin: where it was read from, for the record.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    short_side: int
+    train_files: tuple[Path, ...]
+    train_labels: Tensor
+    test_files: tuple[Path, ...]
+    test_labels: Tensor
+    fingerprint: str
+    origin: str
+
+
+# (file, label) of every picture of a split.
+Split = Sequence[tuple[Path, int]]
+
+
+def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_side: int = 256) -> Pictures:
+    """Pictures in folders of their classes, `<folder>/{train,test}/<class>/*` (`val` is taken for `test`).
+
+    Args:
+        roots: searched in order for a folder of this name; a root of this name counts itself.
+        download: not used, there is nowhere to download from.
+        cache: folder for the files' sums: the first time every file is read once, which can take minutes.
+        folder: name below a root; also the data set's name.
+        short_side: pixels to which the shorter side of a test picture is brought.
+
+    Raises:
+        UserError: no such folder, no pictures, or a class that is missing in a split.
+    """
+    place = find(roots, (folder,), lambda root: (root / "train").is_dir() and folder_of_tests(root) is not None)
+    if place is None:
+        wanted = f"{folder}/{{train,test}}/<class>/*"
+        raise UserError(f"there is no picture folder '{folder}'", hint=not_found(roots, wanted))
+    return from_folders(place, folder, cache, short_side)
+
+
+def from_folders(root: Path, name: str, cache: Path, short_side: int) -> Pictures:
+    """The pictures of `root/{train,test}/<class>/*`."""
+    test = folder_of_tests(root)
+    assert test is not None
+    found = {split: _by_class(split) for split in (root / "train", test)}
+    classes = sorted({c for by_class in found.values() for c in by_class})
+    for split, by_class in found.items():
+        if empty := [c for c in classes if not by_class.get(c)]:
+            raise UserError(
+                f"no pictures of class {', '.join(map(repr, empty[:10]))}",
+                where=str(split),
+                hint=f"pictures end in {', '.join(SUFFIXES)}",
+            )
+    if not classes:
+        raise UserError("no class folders", where=str(root / "train"), hint="<class>/*.jpg are looked for")
+    train, tests = (
+        [(file, label) for label, c in enumerate(classes) for file in by_class[c]] for by_class in found.values()
+    )
+    return gather(name, classes, train, tests, cache, short_side, "picture folder")
+
+
+def gather(
+    name: str, classes: Iterable[str], train: Split, test: Split, cache: Path, short_side: int, origin: str
+) -> Pictures:
+    """A data set of listed files, in canonical order, with its fingerprint.
+
+    Raises:
+        UserError: a file that is not there.
+    """
+    sums = _sums([file for split in (train, test) for file, _ in split], cache, name)
+    total = hashlib.sha256()
+    parts: list[tuple[tuple[Path, ...], Tensor]] = []
+    for split in (train, test):
+        ordered = sorted((label, sums[file], str(file), file) for file, label in split)
+        total.update(f"{len(ordered)}\n".encode())
+        for label, digest, _, _ in ordered:
+            total.update(f"{label} {digest}\n".encode())
+        labels = torch.tensor([label for label, *_ in ordered], dtype=torch.int64)
+        parts.append((tuple(file for *_, file in ordered), labels))
+    (train_files, train_labels), (test_files, test_labels) = parts
+    return Pictures(
+        name, tuple(classes), short_side, train_files, train_labels, test_files, test_labels, total.hexdigest(), origin
+    )
+
+
+def find(roots: Iterable[Path], names: Iterable[str], holds: object) -> Path | None:
+    """The first folder that holds what is wanted: one of these names below a root, or the root itself.
+
+    Args:
+        holds: called with a folder, says whether it is the wanted one.
+    """
+    for root in roots:
+        for place in (*(root / name for name in names), *([root] if root.name in names else [])):
+            if holds(place):  # type: ignore[operator]
+                return place
+    return None
+
+
+def folder_of_tests(root: Path) -> Path | None:
+    """The folder of the test split."""
+    return next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+
+
+def _by_class(split: Path) -> dict[str, list[Path]]:
+    names = sorted(entry.name for entry in entries(split) if entry.is_dir())
+    return {
+        name: sorted(Path(entry.path) for entry in entries(split / name) if entry.name.lower().endswith(SUFFIXES))
+        for name in names
+    }
+
+
+def _sums(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
+    """sha256 of every file, kept in the cache for files whose place, size and time have not changed."""
+    try:
+        stamps = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in files]
+    except OSError as error:
+        raise UserError(
+            f"a listed picture cannot be read: {error.strerror}", where=str(error.filename), hint="unpack it again"
+        ) from None
+    digest = hashlib.sha256(json.dumps(sorted(stamps)).encode()).hexdigest()[:32]
+    kept = cache / f"{name}-{digest}.json"
+    try:
+        known: dict[str, str] = json.loads(kept.read_text(encoding="utf-8"))
+        return {file: known[str(file)] for file in files}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with ThreadPoolExecutor(cores()) as pool:
+        sums = dict(zip(files, pool.map(sha256_of, files), strict=True))
+    try:
+        write_json(kept, {str(file): digest for file, digest in sums.items()})
+    except OSError as error:
+        log.warning("%s: the files' sums could not be kept for the next run (%s)", kept, error)
+    return sums

@@ -1,0 +1,98 @@
+"""A study is run recipe by recipe, published, resumed, and told the cost of beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Kdbench
+
+from kdbench.cli.reproduce import plans_of
+from kdbench.errors import UserError
+from kdbench.registry import Registry
+
+HERE = Path(__file__).parent
+TINY = ["reproduce", "tiny_study", "--registry", HERE / "registry", "--jobs", "1"]
+
+
+@pytest.mark.slow
+def test_a_study_is_run_published_and_verified(kdbench: Kdbench, tmp_path: Path) -> None:
+    told = kdbench(*TINY, "--cost").stdout
+    assert "tiny_data" in told and "estimate for what is not finished" in told
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+    done = kdbench(*TINY)
+    assert "estimate" in done.stdout and done.stdout.count("published: ") == 2
+    for name, cells in (("tiny", 2), ("tiny_data", 4)):
+        folder = tmp_path / "results" / name
+        assert len(json.loads((folder / "recipe.json").read_text())["cells"]) == cells
+        assert not list(folder.rglob("*.safetensors"))
+        assert "everything agrees" in kdbench("verify", folder, "--registry", HERE / "registry").stdout
+    assert "published copy itself" in kdbench("publish", "results/tiny", code=2).stderr
+    # The same again runs nothing, and says that nothing is left.
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
+    again = kdbench(*TINY, "--profile", "full").stdout
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
+    assert "estimate for what is not finished: 0:00" in again
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on(kdbench: Kdbench, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "kdbench", *map(str, TINY), "--profile", "small"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list((tmp_path / "runs").rglob("metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode in (0, 130)
+    assert "published" in kdbench(*TINY, "--profile", "small").stdout
+
+
+@pytest.mark.slow
+def test_a_recipe_that_fails_does_not_stop_the_study(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "cards").mkdir()
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    text = "data: {name: digits, per_class: 1}\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nsteps: 2\n"
+    good.write_text(text)
+    bad.write_text(text.replace("protocol: digits", "protocol: {name: digits, optimizer: {name: sgd, lr: 1.0e30}}"))
+    (tmp_path / "cards" / "s.yaml").write_text(
+        "studies:\n  s:\n    title: S\n    profiles: {full: [../bad.yaml, ../good.yaml]}\n"
+    )
+    done = kdbench("reproduce", "s", "--registry", "cards", "--jobs", "1", code=1)
+    assert "failed: bad" in done.stderr and "1 of 2 recipes: bad" in done.stderr and "Traceback" not in done.stderr
+    assert [folder.name for folder in (tmp_path / "results").iterdir()] == ["good"]
+
+
+def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path) -> None:
+    assert "did you mean 'cifar'" in kdbench("reproduce", "cifra", code=2).stderr
+    assert "did you mean 'small'" in kdbench("reproduce", "cifar", "--profile", "smal", code=2).stderr
+    assert "no folder of a run" in kdbench("publish", tmp_path, code=2).stderr
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    (run / "recipe.json").write_text('{"name": "x", "cells": ["kd-seed0-00000000"]}')
+    assert "1 of 1 cells are not finished" in kdbench("publish", run, code=2).stderr
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "s.yaml").write_text(
+        "studies:\n  s:\n    title: S\n    profiles: {full: [quickstart, absent.yaml], none: []}\n"
+    )
+    with pytest.raises(UserError, match="at least one recipe"):
+        plans_of("s", "full", Registry([tmp_path / "cards"]))
+
+
+def test_the_small_profile_has_three_seeds_and_the_public_teacher() -> None:
+    plans = plans_of("cifar", "small", Registry())
+    for planned in plans:
+        for cell in planned.cells:
+            assert cell.spec.student.name == "resnet20"
+            assert cell.spec.teacher is None or cell.spec.teacher.name == "resnet56_cifar10"
+        assert {cell.spec.seed for cell in planned.cells} == {0, 1, 2}
+    full = plans_of("cifar", "full", Registry())
+    assert [planned.name for planned in full][0] == "ab_wrn" and len(full) == 6
+    assert "reproduce cifar --profile $(PROFILE)" in (ROOT / "Makefile").read_text()

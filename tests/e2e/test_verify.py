@@ -1,0 +1,217 @@
+"""A results folder is verified; whatever is changed in it is told; a cell run again gives its number."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Kdbench
+
+from kdbench.registry import Registry
+from kdbench.results import sums
+from kdbench.results.verification import Finding, verify
+
+HERE = Path(__file__).parent
+REGISTRY = Registry([HERE / "registry"])
+TINY = [HERE / "recipes" / "tiny.yaml", "--registry", HERE / "registry"]
+
+# What stands in one place only, so that no other entry can contradict it. The sums are there for these.
+ALONE = {
+    "kdbench",
+    "compute.python",
+    "compute.platform",
+    "compute.torchvision",
+    "compute.cpu_capability",
+    "compute.cohort",
+    "compute.seconds",  # told where it falls below the training's own
+    "git.dirty",
+    "data.origin",  # of another form it would be told, as the others' is
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published run of two methods and two seeds."""
+    folder = tmp_path_factory.mktemp("verified")
+    overrides = ["seeds=2", "steps=12", "evaluations=3"]
+    for words in (["run", *TINY, *overrides, "--jobs", "1", "--threads", "1"], ["publish", "runs/tiny"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "kdbench", *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    return folder / "results" / "tiny"
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "tiny"))
+
+
+def disagreements(folder: Path) -> list[Finding]:
+    return [finding for finding in verify(folder, REGISTRY) if finding.level == "disagrees"]
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all numbers, words and truth values."""
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from leaves(value, (*path, key))
+    elif data is not None:
+        yield path
+
+
+def changed(data: Any, path: tuple[Any, ...]) -> Any:
+    """The data with one digit, letter or truth value changed."""
+    copy = json.loads(json.dumps(data))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    value = inner[path[-1]]
+    if isinstance(value, bool):
+        inner[path[-1]] = not value
+    elif isinstance(value, str):
+        inner[path[-1]] = value[:-1] + ("1" if value[-1:] != "1" else "2")
+    else:
+        text = repr(value)
+        at = max(i for i, c in enumerate(text) if c.isdigit() and "e" not in text[:i])
+        inner[path[-1]] = type(value)(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    return copy
+
+
+@pytest.mark.slow
+def test_a_run_and_its_published_copy_are_sound(finished: Path) -> None:
+    for folder in (finished, finished.parent.parent / "runs" / "tiny"):
+        findings = verify(folder, REGISTRY)
+        assert {finding.level for finding in findings} == {"agrees"}, findings
+    names = {file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file()}
+    assert {"recipe.json", "table.md", "table.csv", "table.tex", "records.csv", "SHA256SUMS"} <= names
+    assert {"teacher/record.json", "teacher/metrics.jsonl"} <= names
+    assert not [name for name in names if "safetensors" in name or "events" in name or "lock" in name]
+    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=finished, capture_output=True)
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["ab-seed1-*", "teacher"])
+def test_every_entry_of_a_record_is_watched(folder: Path, cell: str) -> None:
+    file = next(folder.glob(f"{cell}/record.json"))
+    record = json.loads(file.read_text())
+    unseen = set()
+    for path in leaves(record):
+        name = ".".join(map(str, path))
+        file.write_text(json.dumps(changed(record, path), indent=1))
+        assert any(finding.where == "SHA256SUMS" for finding in disagreements(folder)), name
+        # Somebody makes the sums fit again: now the other entries have to tell.
+        sums.write(folder)
+        if not disagreements(folder):
+            unseen.add(name)
+        file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        sums.write(folder)
+    assert not disagreements(folder)
+    if cell == "teacher":
+        # It is in no comparison: its names and its machine stand in one place. Its numbers do not.
+        unseen = {name for name in unseen if name.split(".")[0] in ("result", "budget", "data", "identity", "schema")}
+    assert unseen <= ALONE
+
+
+@pytest.mark.slow
+def test_every_entry_of_the_last_evaluation_and_of_the_recipe_is_watched(folder: Path) -> None:
+    file = next(folder.glob("kd-seed0-*/metrics.jsonl"))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    last = lines[-1]
+    other = [changed(last, (key,)) for key in ("step", "epoch", "stage")]
+    other.append(last | {"seconds": last["seconds"] + 0.01})
+    for spoilt in [*other, last | {"test": last["test"] | {"accuracy": last["test"]["accuracy"] + 0.01}}]:
+        file.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], spoilt]))
+        sums.write(folder)
+        assert disagreements(folder), spoilt
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sums.write(folder)
+    assert not disagreements(folder)
+    recipe = folder / "recipe.json"
+    run = json.loads(recipe.read_text())
+    for path in leaves(run):
+        recipe.write_text(json.dumps(changed(run, path), indent=1))
+        sums.write(folder)
+        told = verify(folder, REGISTRY)
+        # A word that names no card any more cannot be planned: said as a remark.
+        assert any(finding.level != "agrees" for finding in told), path
+    assert run["recipe"]["steps"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table.md", "table.csv", "table.tex", "records.csv"])
+def test_a_changed_table_is_told(folder: Path, name: str) -> None:
+    text = (folder / name).read_text()
+    at = max(i for i, c in enumerate(text) if c.isdigit())
+    (folder / name).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    assert {finding.where for finding in disagreements(folder)} == {"SHA256SUMS", name}
+    sums.write(folder)
+    assert [finding.where for finding in disagreements(folder)] == [name]
+
+
+@pytest.mark.slow
+def test_cells_that_are_missing_or_too_many_are_told(folder: Path, kdbench: Kdbench) -> None:
+    cell = next(folder.glob("kd-seed0-*"))
+    shutil.copytree(cell, folder / "kd-seed7-00000000")
+    found = verify(folder, REGISTRY)
+    assert any(f.where == "kd-seed7-00000000" and "not among the cells" in f.what for f in found)
+    assert {f.where for f in found if f.level == "disagrees"} == {"SHA256SUMS"}
+    shutil.rmtree(cell)
+    done = kdbench("verify", folder, "--registry", HERE / "registry", code=1)
+    assert cell.name in done.stdout and "no sound record" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_record_is_told_and_the_others_are_verified(folder: Path) -> None:
+    file = next(folder.glob("kd-seed0-*/record.json"))
+    file.write_text(file.read_text()[:500])
+    assert any(finding.where == file.parent.name and "damaged" in finding.what for finding in disagreements(folder))
+
+
+@pytest.mark.slow
+def test_a_cell_run_again_gives_the_recorded_number(folder: Path, kdbench: Kdbench) -> None:
+    again = [*TINY[1:], "--rerun"]
+    cell = next(folder.glob("ab-seed1-*"))
+    done = kdbench("verify", folder, *again, "--cell", cell.name)
+    assert "compared exactly" in done.stdout and "everything agrees" in done.stdout
+    file = cell / "record.json"
+    record = json.loads(file.read_text())
+    # On another kind of processor only a tolerance can be asked for.
+    record["compute"]["device_name"] = "Another"
+    file.write_text(json.dumps(record))
+    done = kdbench("verify", folder, *again, "--cell", cell.name, code=1)
+    assert "equal bits cannot be expected (device_name: Another → " in done.stdout
+    assert "compared within" in done.stdout
+    # A number that never came out is told, although its sums, its metrics and its table would fit.
+    record["compute"]["device_name"] = json.loads(next(folder.glob("ab-seed0-*/record.json")).read_text())["compute"][
+        "device_name"
+    ]
+    record["result"]["test"]["last"] -= 0.5
+    file.write_text(json.dumps(record))
+    assert "not equal: the result" in kdbench("verify", folder, *again, "--cell", cell.name, code=1).stdout
+
+
+def test_what_cannot_be_verified_is_a_mistake_of_the_user(kdbench: Kdbench, tmp_path: Path) -> None:
+    assert "there is no recipe.json" in kdbench("verify", tmp_path, code=2).stderr
+    (tmp_path / "recipe.json").write_text('{"cells": []}')
+    assert "add --rerun" in kdbench("verify", tmp_path, "--cell", "x", code=2).stderr
+    done = kdbench("verify", ROOT / "results" / "quickstart", "--rerun", "--cell", "kd-sed0", code=2)
+    assert "there is no cell 'kd-sed0'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(file.parent for file in (ROOT / "results").glob("*/recipe.json")), ids=lambda folder: folder.name
+)
+def test_the_committed_results_are_sound_and_summed_up(folder: Path) -> None:
+    findings = verify(folder, Registry())
+    assert not [finding for finding in findings if finding.level == "disagrees"], findings
+    assert any(finding.where == "SHA256SUMS" and finding.level == "agrees" for finding in findings)

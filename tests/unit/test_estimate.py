@@ -1,0 +1,83 @@
+"""What a plan will cost is summed up as it is run: side by side behind one teacher pass, teachers once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdbench.engine.batches import split
+from kdbench.engine.dry import Size
+from kdbench.engine.estimate import Estimate
+from kdbench.engine.runner import teacher_folder
+from kdbench.engine.timeline import training_images, validation_images
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import DataSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+RECIPE = {
+    "data": {"name": "digits", "per_class": 10},
+    "teacher": "wrn_16_2_digits",
+    "student": "wrn_10_1",
+    "protocol": "digits",
+    "steps": 10,
+    "evaluations": 1,
+    "compare": {"method": ["ce", "kd", "at"]},
+    "seeds": 2,
+}
+
+
+@pytest.fixture
+def estimate(monkeypatch: pytest.MonkeyPatch) -> Estimate:
+    """A forward image takes a second, a training image ten; of a teacher 100."""
+    made = Estimate(torch.device("cpu"))
+    sizes = {"wrn_10_1": Size(1, 1, 1.0, 10.0), "wrn_16_2": Size(1, 1, 100.0, 1000.0)}
+    monkeypatch.setattr(made, "size", lambda model, data: sizes[model.name])
+    return made
+
+
+def test_cells_of_one_seed_share_their_teachers_passes(estimate: Estimate) -> None:
+    cells = plan(RECIPE, REGISTRY).cells
+    # 10 steps of 64 images, and the 599 test images once.
+    alone = 10 * 64 * 10.0 + 599
+    assert estimate.cell(cells[0].spec) == alone
+    assert estimate.passes(cells[0].spec) == 0 and estimate.passes(cells[2].spec) == 10 * 64 * 100.0
+    assert estimate.cells(cells) == 2 * (3 * alone + 10 * 64 * 100.0)
+    assert estimate.cells([]) == 0
+
+
+def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Estimate, tmp_path: Path) -> None:
+    cells = plan(RECIPE, REGISTRY).cells
+    known: set[str] = set()
+    once = estimate.teachers(cells, tmp_path, known)
+    # Its recipe: 600 steps of 64 images, ten evaluations.
+    assert once == 600 * 64 * 1000.0 + 10 * 599 * 100.0
+    assert estimate.teachers(cells, tmp_path, known) == 0
+    teacher = cells[-1].spec.teacher
+    assert teacher is not None
+    folder = teacher_folder(teacher, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("{}")
+    assert estimate.teachers(cells, tmp_path, set()) == 0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"fraction": 0.001},
+        {"fraction": 0.29},
+        {"fraction": 0.005},
+        {"per_class": 3},
+        {"validation": 0.15},
+        {"validation": 100, "fraction": 0.5},
+    ],
+)
+def test_planned_numbers_of_images_are_those_of_the_split(choice: dict[str, float]) -> None:
+    labels = torch.arange(1050) % 7
+    spec: DataSpec = plan(RECIPE | {"data": {"name": "digits"}}, REGISTRY).cells[0].spec.data
+    spec = spec.model_copy(update={"classes": 7, "train": 1050} | choice)
+    train, held_out = split(spec, labels, 0)
+    assert (training_images(spec), validation_images(spec)) == (len(train), len(held_out))

@@ -1,0 +1,349 @@
+"""Pictures that stay on disk: decoded as torchvision decodes them, drawn by address, the official splits."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from picture_files import SIZES, photo, write_birds, write_pictures, write_scenes
+from scipy import stats
+from tiny import CPU, train, untrained_teacher
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.evaluation import evaluate
+from kdbench.engine.member import Member
+from kdbench.engine.streamed import StreamedBatches, batches_of, part_for_testing
+from kdbench.engine.timeline import timeline
+from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+from kdbench.sources import birds, pictures, scenes
+from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.sources.folder import not_found
+from kdbench.sources.images import ImageData
+from kdbench.sources.streams import uniform
+
+CARDS = """
+datasets:
+  tiny_pictures:
+    target: "kdbench.sources.pictures:load"
+    streamed: true
+    args: {folder: tiny_pictures, short_side: 28}
+    title: Tiny pictures
+    classes: 3
+    channels: 3
+    image_size: 24
+    train: 15
+    test: 6
+    normalization: {mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+teachers:
+  other_classes:
+    model: wrn_10_1
+    data: cifar10
+    weights: {file: nowhere.pt, sha256: "%s"}
+    transfers: true
+"""
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "cards.yaml").write_text(CARDS % ("0" * 64))
+    return Registry([tmp_path / "cards"])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_pictures(tmp_path / "data" / "tiny_pictures")
+    return tmp_path / "data"
+
+
+def spec_of(registry: Registry, **over: Any) -> CellSpec:
+    recipe = {
+        "data": "tiny_pictures",
+        "student": "wrn_10_1",
+        "protocol": {
+            "name": "ab_official",
+            "batch_size": 4,
+            "augmentation": {"padding": 0, "mode": "zero", "flip": True, "resized_crop": [0.08, 1.0]},
+        },
+        "method": "ce",
+        "steps": 9,
+        "evaluations": 2,
+    }
+    return plan(recipe | over, registry).cells[0].spec
+
+
+def read(spec: CellSpec, root: Path) -> Any:
+    return load_data(spec.data, [root], False, root / "cache")
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+def test_a_crop_and_a_centre_are_torchvisions_bit_for_bit(width: int, height: int) -> None:
+    image = photo(width, height, 7)
+    box = crop_box(uniform(NUMBERS, 1, "t", width).tolist(), height, width, (0.2, 0.9))
+    expected = F.resized_crop(image, *box, [24, 24], InterpolationMode.BILINEAR)
+    assert torch.equal(resized_crop(image, box, 24), F.pil_to_tensor(expected))
+    for short_side, size in ((28, 24), (24, 24), (16, 24)):
+        expected = F.center_crop(F.resize(image, short_side, InterpolationMode.BILINEAR), [size, size])
+        assert torch.equal(centre(image, short_side, size), F.pil_to_tensor(expected)), short_side
+
+
+@pytest.mark.parametrize("width, height", [(60, 40), (400, 30)])
+def test_crops_are_distributed_as_torchvisions(width: int, height: int) -> None:
+    n = 3000
+    numbers = uniform(n * NUMBERS, 3, "crops").reshape(n, NUMBERS)
+    ours = np.array([crop_box(row, height, width, (0.08, 1.0)) for row in numbers.tolist()])
+    torch.manual_seed(0)
+    image = torch.zeros(3, height, width)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]  # (top, left, h, w)
+    )
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3, column
+    # Every place is reached, the outermost too.
+    last = crop_box([0.0, 0.5] * 10 + [1 - 2**-53] * 2, height, width, (0.01, 1.0))
+    assert (last[0] + last[2], last[1] + last[3]) == (height, width)
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+def test_grey_pictures_become_colours_and_broken_ones_are_named(tmp_path: Path) -> None:
+    photo(20, 20, 1).convert("L").save(tmp_path / "grey.jpg")
+    assert picture(tmp_path / "grey.jpg").mode == "RGB"
+    whole = io.BytesIO()
+    photo(90, 90, 1).save(whole, "jpeg")
+    (tmp_path / "cut.jpg").write_bytes(whole.getvalue()[:600])
+    (tmp_path / "none.jpg").write_bytes(b"no picture")
+    for name in ("cut.jpg", "none.jpg"):
+        with pytest.raises(UserError, match="damaged or cut short") as error:
+            picture(tmp_path / name)
+        assert name in str(error.value.where)
+
+
+# --- batches
+
+
+def test_the_data_card_chooses_the_source(registry: Registry, root: Path) -> None:
+    spec = spec_of(registry)
+    batches = batches_of(spec, read(spec, root), CPU)
+    assert isinstance(batches, StreamedBatches)
+    assert len(batches.train.labels) == 15 and len(batches.test.labels) == 6
+    parts = list(batches.test.slices(4))
+    assert [tuple(images.shape) for images, _ in parts] == [(4, 3, 24, 24), (2, 3, 24, 24)]
+    assert torch.cat([labels for _, labels in parts]).tolist() == [0, 0, 1, 1, 2, 2]
+    assert batches.test.every(2).labels.tolist() == [0, 1, 2]
+    assert len(part_for_testing(spec.data, read(spec, root), CPU).labels) == 6
+    resident = spec.data.model_copy(update={"streamed": False})
+    with pytest.raises(UserError, match="correct 'streamed'"):
+        load_data(resident, [root], False, root / "cache")
+
+
+def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) -> None:
+    """In order, out of order, with decoding threads or without: so a resumed cell sees what it would have seen."""
+    spec = spec_of(registry)
+    data = read(spec, root)
+    line = timeline(spec, 15)
+    batches = StreamedBatches(spec, data, CPU)
+    in_order = [batches.at(step, line) for step in range(line.total)]
+    assert [len(batch.labels) for batch in in_order] == [4, 4, 4, 3, 4, 4, 4, 3, 4]
+    assert sorted(torch.cat([batch.index for batch in in_order[:4]]).tolist()) == list(range(15))
+    for batch in in_order:
+        assert torch.equal(batch.labels, data.train_labels[batch.index])
+    fresh = StreamedBatches(spec, data, CPU)
+    torch.set_num_threads(2)
+    try:
+        for step in (5, 6, 2, 8, 0):
+            again = fresh.at(step, line)
+            for name in ("images", "labels", "index", "view"):
+                assert torch.equal(getattr(again, name), getattr(in_order[step], name)), (step, name)
+    finally:
+        torch.set_num_threads(1)
+    other = StreamedBatches(spec.model_copy(update={"seed": 1}), data, CPU).at(0, line)
+    assert not torch.equal(other.images, in_order[0].images)
+    first = {int(i): image for batch in in_order[:4] for i, image in zip(batch.index, batch.images, strict=True)}
+    second = {int(i): image for batch in in_order[4:8] for i, image in zip(batch.index, batch.images, strict=True)}
+    assert not any(torch.equal(first[i], second[i]) for i in first), "the crops of two epochs are the same"
+
+
+def test_without_a_resized_crop_the_centres_are_cropped_as_resident_images_are(registry: Registry, root: Path) -> None:
+    augmentation = {"padding": 2, "mode": "reflect", "flip": True}
+    protocol = {"name": "ab_official", "batch_size": 4, "augmentation": augmentation}
+    spec = spec_of(registry, protocol=protocol)
+    data = read(spec, root)
+    centres = [
+        torch.stack([centre(picture(file), 28, 24) for file in files]) for files in (data.train_files, data.test_files)
+    ]
+    resident = ImageData("x", data.classes, centres[0], data.train_labels, centres[1], data.test_labels, "", "")
+    line = timeline(spec, 15)
+    streamed, expected = StreamedBatches(spec, data, CPU), Batches(spec, resident, CPU)
+    for step in range(6):
+        assert torch.equal(streamed.at(step, line).images, expected.at(step, line).images), step
+
+
+def test_subsets_and_validation_are_split_off(registry: Registry, root: Path) -> None:
+    spec = spec_of(registry, data={"name": "tiny_pictures", "validation": 3, "per_class": 2})
+    batches = batches_of(spec, read(spec, root), CPU)
+    assert batches.train.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(batches.validation.labels) == 3
+
+
+def test_a_cell_trains_on_pictures(registry: Registry, root: Path) -> None:
+    spec = spec_of(registry)
+    batches = batches_of(spec, read(spec, root), CPU)
+    member = Member(spec, batches, None, CPU)
+    train(member, batches, None, 9)
+    member.check_finite()
+    assert 0 <= evaluate(member, batches.test, batches.validation, None)["test"]["accuracy"] <= 100
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_broken_picture_is_one_clear_error(registry: Registry, root: Path, threads: int) -> None:
+    spec = spec_of(registry)
+    broken = root / "tiny_pictures" / "train" / "c1" / "2.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    batches = batches_of(spec, read(spec, root), CPU)
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(UserError, match="damaged or cut short") as error:
+            for step in range(4):
+                batches.at(step, timeline(spec, 15))
+    finally:
+        torch.set_num_threads(1)
+    assert error.value.where == str(broken) and "Traceback" not in str(error.value)
+
+
+# --- data sets
+
+
+def test_names_and_places_of_files_do_not_matter(tmp_path: Path) -> None:
+    first = pictures.load([write_pictures(tmp_path / "a" / "x")], False, tmp_path / "cache", folder="x")
+    renamed = write_pictures(tmp_path / "b" / "x")
+    for file in sorted((renamed / "train" / "c0").iterdir()):
+        file.rename(file.with_name(f"{9 - int(file.stem)}.JPEG"))
+    second = pictures.load([tmp_path / "b"], False, tmp_path / "cache", folder="x")
+    assert first.fingerprint == second.fingerprint and torch.equal(first.train_labels, second.train_labels)
+    assert [f.read_bytes() for f in first.train_files] == [f.read_bytes() for f in second.train_files]
+    (renamed / "test" / "c0" / "0.jpg").write_bytes((renamed / "test" / "c1" / "0.jpg").read_bytes())
+    assert pictures.load([tmp_path / "b"], False, tmp_path / "cache", folder="x").fingerprint != first.fingerprint
+
+
+def test_files_are_read_once_for_their_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "x")
+    first = pictures.load([tmp_path], False, tmp_path / "cache", folder="x")
+    monkeypatch.setattr(pictures, "sha256_of", None)
+    assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint == first.fingerprint
+
+
+def test_scenes_take_the_official_lists(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "indoorCVPR_09")
+    data = scenes.load([tmp_path], False, tmp_path / "cache")
+    assert (len(data.classes), len(data.train_labels), len(data.test_labels)) == (67, 134, 67)
+    assert data.train_labels.tolist() == [c for c in range(67) for _ in range(2)]
+    for file, label in zip(data.test_files, data.test_labels.tolist(), strict=True):
+        assert file.name == "2.jpg" and file.parent.name == data.classes[label]
+    folders = write_pictures(tmp_path / "other" / "mit67")
+    assert len(scenes.load([folders], False, tmp_path / "cache").classes) == 3
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("absent", "MIT indoor scenes are not here"),
+        ("no list", "the list of the split cannot be read"),
+        ("a class less", "66 classes instead of 67"),
+        ("no picture", "a listed picture cannot be read"),
+        ("strange line", "TrainImages.txt:1: not a line <class>/<picture>"),
+    ],
+)
+def test_broken_scenes(tmp_path: Path, what: str, message: str) -> None:
+    if what != "absent":
+        root = write_scenes(tmp_path / "mit67", 66 if what == "a class less" else 67)
+        if what == "no list":
+            (root / "TestImages.txt").unlink()
+        elif what == "no picture":
+            (root / "Images" / "room03" / "1.jpg").unlink()
+        elif what == "strange line":
+            (root / "TrainImages.txt").write_text("../secret/x.jpg\n")
+    with pytest.raises(UserError) as error:
+        scenes.load([tmp_path], False, tmp_path / "cache")
+    assert message in str(error.value) and error.value.hint
+
+
+def test_birds_take_the_official_tables(tmp_path: Path) -> None:
+    write_birds(tmp_path / "CUB_200_2011")
+    data = birds.load([tmp_path], False, tmp_path / "cache")
+    assert data.classes == ("010.Zebra_Finch", "002.Auk")
+    assert data.train_labels.tolist() == [0, 0, 1, 1] and [f.name for f in data.test_files] == ["0.jpg", "0.jpg"]
+    assert [f.parent.name for f in data.test_files] == list(data.classes)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("absent", "CUB-200-2011 is not here"),
+        ("no table", "classes.txt: cannot be read"),
+        ("a row less", "do not list the same pictures"),
+        ("strange split", "is in no split"),
+        ("strange row", "images.txt:1: not a line"),
+    ],
+)
+def test_broken_birds(tmp_path: Path, what: str, message: str) -> None:
+    if what != "absent":
+        root = write_birds(tmp_path / "CUB_200_2011")
+        if what == "no table":
+            (root / "classes.txt").unlink()
+        elif what == "a row less":
+            (root / "image_class_labels.txt").write_text("1 1\n")
+        elif what == "strange split":
+            table = root / "train_test_split.txt"
+            table.write_text(table.read_text().replace("1 0", "1 7"))
+        elif what == "strange row":
+            (root / "images.txt").write_text("one\n")
+    with pytest.raises(UserError) as error:
+        birds.load([tmp_path], False, tmp_path / "cache")
+    assert message in str(error.value) and error.value.hint
+    assert "KDBENCH_DATA" in not_found([], "x")
+
+
+# --- what recipes may ask for
+
+
+def test_resized_crops_need_data_that_are_read_from_disk(registry: Registry) -> None:
+    with pytest.raises(UserError, match="'resized_crop' crops pictures of any size"):
+        spec_of(registry, data="cifar10")
+    for wrong in ({"resized_crop": [0.5]}, {"resized_crop": [0.9, 0.1]}, {"resized_crop": [0.1, 1.0], "padding": 4}):
+        with pytest.raises(UserError, match="resized_crop"):
+            spec_of(registry, protocol={"name": "ab_official", "augmentation": {"mode": "zero"} | wrong})
+
+
+def test_a_teacher_of_other_classes_teaches_its_features_only(
+    registry: Registry, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nowhere.pt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    spec = spec_of(registry, teacher="other_classes", method="at")
+    assert spec.teacher is not None and spec.teacher.classes == 10
+    with pytest.raises(UserError, match="the logits of 'other_classes' are of its own 10 classes, not of the 3"):
+        spec_of(registry, teacher="other_classes", method="kd")
+    teacher = untrained_teacher(spec)
+    assert teacher is not None and teacher.shapes["logits"] == (10,)
+    batches = batches_of(spec, read(spec, root), CPU)
+    member = Member(spec, batches, teacher, CPU)
+    train(member, batches, teacher, 2)
+    member.check_finite()
+
+
+def test_the_official_splits_are_on_the_cards() -> None:
+    cards = Registry()
+    for name, train_images, test_images, classes in (("mit67", 5360, 1340, 67), ("cub200", 5994, 5794, 200)):
+        card = cards.card("datasets", name)
+        assert (card.train, card.test, card.classes, card.streamed) == (train_images, test_images, classes, True)
