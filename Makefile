@@ -5,7 +5,7 @@ PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick peers bench lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick peers bench bench-gpu lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -36,6 +36,12 @@ peers: setup ## install what the benchmark compares with
 
 bench: peers ## images per second, technique by technique, against torchdistill and a plain loop
 	$(BIN)/kdbench bench --json runs/bench.json
+
+# On a machine with a GPU, in one go: the same table there, and one run of the usual tables' protocol with its teacher.
+OUT ?= runs/gpu
+bench-gpu: peers ## the benchmark on a GPU, and the time of one 240-epoch run; writes to OUT
+	$(BIN)/kdbench bench ab_wrn ab_resnet speed --device cuda --json $(OUT)/bench.json
+	$(BIN)/kdbench run speed --device cuda --runs $(OUT)
 
 lint: setup ## ruff
 	$(BIN)/ruff check .
