@@ -36,7 +36,8 @@ def command(
     import torch
 
     from kdbench.engine.dry import try_out
-    from kdbench.engine.estimate import Estimate, workers
+    from kdbench.engine.estimate import Estimate, memory, workers
+    from kdbench.engine.pool import available_memory
     from kdbench.engine.timeline import planned_timeline
 
     console = page()
@@ -112,9 +113,16 @@ def command(
     console.print(networks)
     console.print(terms)
     console.print(rows)
+    left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
+    at_once = workers(device, len(left))
+    if left:
+        free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
+        here = f", of {free / 1e9:.1f} GB that are free here" if free is not None else ""
+        most = memory(left, at_once, device)
+        console.print(
+            f"memory: up to {most / 1e9:.1f} GB for each of {at_once} workers{here}; what does not fit is split"
+        )
     if time:
-        left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
-        at_once = workers(device, len(left))
         where = f"{at_once} one-thread workers" if device.type == "cpu" else f"{at_once} GPU(s)"
         console.print(
             f"estimate for what is not finished: {clock(estimate.cells(left) / at_once)} on {where} "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from kdbench.engine.compute import cohort_bytes
 from kdbench.engine.dry import Size, measure
+from kdbench.engine.memory import memory_of
 from kdbench.engine.runner import is_finished, teacher_folder
-from kdbench.engine.scheduling import CellState, cohorts_of
+from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
 from kdbench.engine.timeline import planned_timeline, training_images
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
@@ -70,6 +73,15 @@ class Estimate:
                 inner = PlannedCell(teacher.trained_by, {}, 0)
                 total += self.cells([inner]) + self.teachers([inner], runs, known)
         return total
+
+
+def memory(cells: Iterable[PlannedCell], jobs: int, device: torch.device) -> int:
+    """Bytes that the largest cohort takes when so many workers share the cells out."""
+    work = [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
+    kinds = {kind(cell.spec): cell.spec for cell, _ in work}
+    taken = {name: asdict(memory_of(spec, device)) for name, spec in kinds.items()}
+    cohorts = balanced(cohorts_of(work), jobs)
+    return max(cohort_bytes([taken[kind(cell.spec)] for cell, _ in cohort]) for cohort in cohorts)
 
 
 def workers(device: torch.device, cells: int) -> int:

@@ -47,8 +47,12 @@ class Memory:
     step: int
 
 
-def memory_of(spec: CellSpec) -> Memory:
-    """Predicted for float32 without compilation: other ways take less for activations."""
+def memory_of(spec: CellSpec, device: torch.device) -> Memory:
+    """Predicted for float32 without compilation: other ways take less for activations.
+
+    Args:
+        device: on which the cell will train; it says how many images are tested at once.
+    """
     data = spec.data
     shape = (data.channels, data.image_size, data.image_size)
     batch = min(spec.protocol.batch_size, data.train)
@@ -61,7 +65,7 @@ def memory_of(spec: CellSpec) -> Memory:
         known = spec.teacher.knows(data)
         model = build_model(spec.teacher.model.untrained(), known)
         teacher_shapes = build_extractor(model, spec.teacher.model, known).shapes(shape)
-        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE["cpu"])
+        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
     features = FLOAT * sum(math.prod(teacher_shapes[p]) for p in {p for term in every for p in term.teacher_points})
@@ -82,7 +86,7 @@ def memory_of(spec: CellSpec) -> Memory:
         assert isinstance(total, Tensor)
         saved = max(saved, kept.bytes)
     own = _bytes(student) + sum(_bytes(term) for term in every)
-    testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE["cpu"]
+    testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     # Resident data are there as they were read, and in parts on the device.
     both = 0 if data.streamed else 2 * (data.train + data.test) * math.prod(shape)

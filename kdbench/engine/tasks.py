@@ -69,7 +69,7 @@ class Desk:
         """Build every kind of cell once, and tell what memory it will take."""
         for spec in map(CellSpec.model_validate, task["specs"]):
             try_out(spec)
-            self.emit(event="memory", key=spec.identity(), memory=asdict(memory_of(spec)))
+            self.emit(event="memory", key=spec.identity(), memory=asdict(memory_of(spec, device)))
 
     def prepare(self, task: dict[str, Any], device: torch.device) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kdbench.engine.compute import cohort_bytes
 from kdbench.engine.pool import available_memory
@@ -105,7 +106,7 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
         )
         for cell in plan(recipe, REGISTRY).cells
     ]
-    predicted = cohort_bytes([asdict(memory_of(spec)) for spec in specs])
+    predicted = cohort_bytes([asdict(memory_of(spec, torch.device("cpu"))) for spec in specs])
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(Path(__file__).parent.parent), str(tmp_path)],
         input=json.dumps([spec.model_dump(mode="json") for spec in specs]),
