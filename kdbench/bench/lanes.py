@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,11 +45,13 @@ class Process:
     def __init__(self, lane: Lane, device: str, threads: int) -> None:
         self.lane = lane
         environment = (ALLOCATOR if lane.allocator else {}) | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # A file, not a pipe: what nobody reads would fill a pipe and stop the process.
+        self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kdbench.bench.runner"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             encoding="utf-8",
             env=environment,
@@ -74,8 +77,9 @@ class Process:
         except OSError:
             line = ""
         if not line:
-            assert self.process.stderr is not None
-            last = self.process.stderr.read().strip().splitlines()[-1:]
+            self.process.wait()
+            self.errors.seek(0)
+            last = self.errors.read().strip().splitlines()[-1:]
             raise CellError(f"the lane '{self.lane.name}' ended: {''.join(last)}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -8,6 +8,7 @@ data loader run as its example script runs them.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,13 @@ def _networks(spec: CellSpec, device: torch.device) -> tuple[nn.Module, nn.Modul
     return teacher.to(device), build_model(spec.student, spec.data, spec.seed).to(device)
 
 
+def _loading(device: torch.device) -> dict[str, Any]:
+    """On a GPU images are made by processes beside it; on a CPU these would take the cores from the training."""
+    if device.type == "cpu":
+        return {"num_workers": 0}
+    return {"num_workers": min(os.cpu_count() or 1, 8), "persistent_workers": True, "pin_memory": True}
+
+
 def _forever(loader: DataLoader[Any]) -> Iterator[Any]:
     while True:
         yield from loader
@@ -69,7 +77,9 @@ def plain_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int]:
     teacher.train(not lane["teacher_eval"])
     stage = next(iter(spec.method.stages.values()))
     optimizer = build_optimizer(stage.optimizer, [*student.parameters()])
-    loader = _forever(DataLoader(_data(spec), batch_size=spec.protocol.batch_size, shuffle=True, drop_last=True))
+    loader = _forever(
+        DataLoader(_data(spec), spec.protocol.batch_size, shuffle=True, drop_last=True, **_loading(device))
+    )
 
     def step() -> int:
         images, labels = next(loader)
@@ -118,7 +128,7 @@ def torchdistill_loop(lane: dict[str, Any], device: torch.device) -> Callable[[]
         "train_data_loader": {
             "dataset_id": "train",
             "sampler": {"class_or_func": RandomSampler, "kwargs": {}},
-            "kwargs": {"batch_size": spec.protocol.batch_size, "num_workers": 0, "drop_last": True},
+            "kwargs": {"batch_size": spec.protocol.batch_size, "drop_last": True, **_loading(device)},
         },
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, "sequential": []},
         "student": {"forward_proc": "forward_batch_only", "sequential": []},

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from kdbench.bench.peers import plain_loop, torchdistill_loop
-from kdbench.engine.batches import Batches, Normalizer
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.batches import Batches
 from kdbench.engine.cohort import Cohort, Seat, make_graphs
 from kdbench.engine.compute import Computing
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.logits import PartLogits
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import Member
+from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
@@ -49,13 +49,7 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
     assert first.teacher is not None
     data = made_up(first.data)
     batches = Batches(first, data, device)
-    extractor = build_extractor(
-        build_model(first.teacher.model.untrained(), first.data), first.teacher.model, first.data
-    )
-    shape = (first.data.channels, first.data.image_size, first.data.image_size)
-    shapes = extractor.shapes(shape)
-    extractor.model.to(device)
-    teacher = Teacher(extractor, Normalizer(first.teacher.normalization, device), shapes, computing)
+    teacher = untrained_teacher(first.teacher, first.data, device, computing)
     if lane["table"]:
         chosen = first.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views

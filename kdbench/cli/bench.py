@@ -37,10 +37,12 @@ def command(
     import importlib.util
 
     from kdbench.bench.compare import Result, compare, table
+    from kdbench.cli.run import check_device
     from kdbench.files import write_json
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
+    check_device(device)
     if peers and importlib.util.find_spec("torchdistill") is None:
         raise UserError(
             "torchdistill, which the comparison needs, is not installed",
@@ -54,6 +56,9 @@ def command(
 
     from kdbench.bench.machine import flops_of, machine_of
 
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
+        raise UserError(f"there is no device {device}", where="--device", hint=f"CUDA devices here: {gpus}")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     machine = machine_of(torch.device(chosen), cores, compiled)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.engine.compute import Computing
+from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.recipe.schema import ComputeChoice
 
@@ -18,7 +19,14 @@ NAME = "compute.json"
 def kept(folder: Path, choice: ComputeChoice) -> Computing | None:
     """How this run computes what was left open in such a way, if it began already."""
     entry = _entries(folder).get(key(choice))
-    return Computing(**entry["computing"]) if entry else None
+    try:
+        return Computing(**entry["computing"]) if entry else None
+    except (TypeError, KeyError):
+        raise UserError(
+            "how this run computes is written in a form that this version does not know",
+            where=str(folder / NAME),
+            hint="remove the file: finished cells are kept, the others are tried anew",
+        ) from None
 
 
 def keep(folder: Path, choice: ComputeChoice, computing: dict[str, Any], why: str, tried: Sequence[Any]) -> Computing:

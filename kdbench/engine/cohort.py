@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import where_raised
+from kdbench.engine.compute import REFERENCE
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
@@ -107,6 +110,7 @@ class Cohort:
 
     def _evaluate(self, seat: Seat) -> None:
         member = seat.member
+        self._settle()
         begin = time.perf_counter()
         member.check_finite()
         meter, member.meter = member.meter, type(member.meter)()
@@ -129,6 +133,16 @@ class Cohort:
         seat.log.append(entry)
         member.evaluation_seconds += time.perf_counter() - begin
         self.report(seat, entry)
+
+    def _settle(self) -> None:
+        """Wait for the steps that a GPU still has before it: they are training, not the evaluation that follows."""
+        if self.batches.device.type != "cuda":
+            return
+        begin = time.perf_counter()
+        torch.cuda.synchronize(self.batches.device)
+        active = [seat for seat in self.seats if seat.active]
+        for seat in active:
+            seat.member.seconds += (time.perf_counter() - begin) / len(active)
 
     def save(self) -> None:
         """Write the checkpoints of all members that are still training."""
@@ -182,7 +196,9 @@ class _failures:
         if isinstance(error, CellError | UserError):
             self.seat.failure = str(error)
             return True
+        way = self.seat.member.computing
+        hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
         trace_file = self.seat.folder / "error.txt"
         trace_file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        self.seat.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {trace_file}"
+        self.seat.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {trace_file}{hint}"
         return True

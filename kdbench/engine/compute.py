@@ -50,6 +50,11 @@ class Computing:
 REFERENCE = Computing()
 
 
+def plainest(choice: ComputeChoice) -> Computing:
+    """The way that a choice leaves open and that is nearest to the reference."""
+    return candidates(choice, bfloat16=False, compiler=False, cuda=False)[0]
+
+
 def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool) -> list[Computing]:
     """Sensible ways that a choice leaves open, from the plainest to the most demanding.
 

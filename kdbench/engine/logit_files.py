@@ -26,13 +26,21 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Table:
-    """A table on disk. `key`: everything that its values depend on; `done`: images that are filled."""
+    """A table on disk.
+
+    Attributes:
+        key: everything that its values depend on.
+        done: images that are filled.
+        seconds: that it took so far.
+        sha256: of the whole file, once it is whole.
+    """
 
     folder: Path
     name: str
     key: dict[str, Any]
     done: int
     seconds: float
+    sha256: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,7 +84,7 @@ def clear(table: Table) -> None:
 def read(folder: Path) -> Table | None:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return Table(folder, about["name"], about["key"], about["done"], about["seconds"])
+        return Table(folder, about["name"], about["key"], about["done"], about["seconds"], about.get("sha256"))
     except (OSError, ValueError, KeyError):
         return None
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
 from kdbench.engine.network import autocast
 from kdbench.errors import UserError
-from kdbench.files import write_json
+from kdbench.files import sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, ProtocolSpec
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
@@ -94,6 +95,8 @@ def opened(table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSp
     file = table.folder / VALUES
     if not file.is_file() or file.stat().st_size != table.bytes:
         raise UserError("this table of teacher logits is damaged: its file has another size", str(file), damaged)
+    if sha256_of(file) != table.sha256:
+        raise UserError("this table of teacher logits is damaged: its file has another sha256", str(file), damaged)
     logits = _mapped(table, "c")
     images, views, _ = table.shape
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
@@ -137,7 +140,7 @@ def fill(
     table.folder.mkdir(parents=True, exist_ok=True)
     with alone(table.folder):
         table = read(table.folder) or table
-        _check_space(table)
+        table = _made_room(table)
         images, views, _ = table.shape
         together = max(1, PASS[device.type] // views)
         all_views = torch.arange(views, device=device)
@@ -146,7 +149,7 @@ def fill(
         augmentation = _augmentation(protocol)
         begin = noted = time.monotonic()
         done, before = table.done, table.seconds
-        stored = _mapped(table, "r+" if (table.folder / VALUES).is_file() and done else "w+")
+        stored = _mapped(table, "r+")
         while done < images and not stop():
             part = slice(done, min(done + together, images))
             pixels = data.train_images[part].to(device)
@@ -201,17 +204,30 @@ def _mapped(table: Table, mode: str) -> Tensor:
 
 def _note(table: Table, done: int, seconds: float) -> None:
     """Say how far the table is filled, after its values are on the disk."""
-    with (table.folder / VALUES).open("rb+") as stream:
+    file = table.folder / VALUES
+    with file.open("rb+") as stream:
         os.fsync(stream.fileno())
     about = {"name": table.name, "key": table.key, "done": done, "seconds": round(seconds, 1)}
-    write_json(table.folder / ABOUT, about)
+    whole = {"sha256": sha256_of(file)} if done >= table.shape[0] else {}
+    write_json(table.folder / ABOUT, about | whole)
 
 
-def _check_space(table: Table) -> None:
+def _made_room(table: Table) -> Table:
+    """The table with its file on the disk in full size, so that a full disk is told now and not in the middle of a
+    store. A file that is gone or of another size begins anew."""
+    file = table.folder / VALUES
+    if table.done and (not file.is_file() or file.stat().st_size != table.bytes):
+        table = replace(table, done=0, seconds=0.0)
     free = shutil.disk_usage(table.folder).free
-    if table.done == 0 and free < table.bytes * 1.05:
+    if not file.is_file() and free < table.bytes * 1.05:
         raise UserError(
             f"the table needs {table.bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left",
             where=str(table.folder),
             hint="make room, or set KDBENCH_HOME to a larger disk",
         )
+    with file.open("ab") as stream:
+        os.truncate(file, table.bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, table.bytes)
+    _note(table, table.done, table.seconds)
+    return table

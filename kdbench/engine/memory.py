@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.engine.build import build_extractor, build_model, build_terms
 from kdbench.engine.evaluation import SLICE
 from kdbench.recipe.schema import CellSpec
+from kdbench.sources.augment import Augmentation
 
 # Parameter, gradient, momentum.
 COPIES = 3
@@ -90,6 +91,11 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     # Resident data are there as they were read, and in parts on the device.
     both = 0 if data.streamed else 2 * (data.train + data.test) * math.prod(shape)
+    if device.type == "cuda" and "logits" in {point for term in every for point in term.teacher_points}:
+        # A table of teacher logits, where there is one, lies on the GPU.
+        chosen = spec.protocol.augmentation
+        views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
+        both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
     return Memory(both, teacher_bytes, features * batch, COPIES * own, max(training, testing))
 
 

@@ -53,7 +53,7 @@ class Network:
 
     def step(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         """The same for a batch of training."""
-        graph = self.graphs.get(frozenset(points)) if len(images) == self.batch_size else None
+        graph = self._graph(frozenset(points)) if len(images) == self.batch_size else None
         if graph is None:
             return self(images, points)
         names, call = graph
@@ -66,8 +66,20 @@ class Network:
             raise CellError(
                 f"torch.compile failed on '{self.extractor.model_name}': {reason}; run with compute.compile=false"
             ) from None
+        if self.frozen and self.computing.cuda_graphs:
+            # The next network's replay takes the memory back of what waits for no backward pass.
+            values = [value.clone() for value in values]
         found = dict(zip(names, values, strict=True))
         return {point: found[point] for point in points}
+
+    def _graph(self, points: frozenset[str]) -> tuple[list[str], Callable[..., Any]] | None:
+        """The graph for these points, or one that gives more: users may leave, or be at different steps."""
+        if points not in self.graphs:
+            larger = [graph for graph in self.graphs.values() if points <= set(graph[0])]
+            if not larger:
+                return None
+            self.graphs[points] = min(larger, key=lambda graph: len(graph[0]))
+        return self.graphs[points]
 
     def prepare(self, uses: Uses, batch: tuple[int, int, int, int], training: bool) -> None:
         """Make the graphs for what will be asked, where compiling pays. They are compiled when they first run.

@@ -16,19 +16,9 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from kdbench.engine import choosing
-from kdbench.engine.compute import Computing
+from kdbench.engine.compute import Computing, plainest
 from kdbench.engine.pool import Pool
-from kdbench.engine.scheduling import (
-    BEGUN,
-    CellState,
-    Memories,
-    Work,
-    balanced,
-    cohorts_of,
-    fitting,
-    kept_threads,
-    kind,
-)
+from kdbench.engine.scheduling import BEGUN, CellState, Memories, Work, balanced, begun, cohorts_of, fitting, kind
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
@@ -172,11 +162,18 @@ def fill_logits(
     with _alone(folder), _pool(options) as pool:
         specs = [cell.spec for cell, _ in wanted.values()]
         _try_out(specs, pool)
-        _teachers(specs, options, pool, listener)
-        _prepare(specs, options, pool, listener)
-        everything = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(plan.cells)]
-        done = [state.folder for _, state in everything if is_finished(state.folder)]
-        computings = _computings(folder, everything, done, options, pool, listener)
+        if not estimate:
+            _teachers(specs, options, pool, listener)
+            _prepare(specs, options, pool, listener)
+        teachers = {spec.teacher.identity() for spec in specs if spec.teacher}
+        known = [c for c in plan.cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
+        work = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(known)]
+        done = [state.folder for _, state in work if is_finished(state.folder)]
+        if estimate:
+            keys = {choosing.key(spec.compute): spec.compute for spec in specs}
+            computings = {key: choosing.kept(folder, choice) or plainest(choice) for key, choice in keys.items()}
+        else:
+            computings = _computings(folder, work, done, options, pool, listener)
         for cell, _ in wanted.values():
             assert cell.spec.teacher is not None
             task = {
@@ -386,13 +383,15 @@ def _cells(
     tasks = []
     for cohort in cohorts:
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
-        threads = kept_threads(cohort[0][1].folder) or threads
+        kept = begun(cohort[0][1].folder)
+        threads = kept.get("threads", threads)
         for _, state in cohort:
-            write_json(state.folder / BEGUN, {"threads": threads})
+            write_json(state.folder / BEGUN, kept | {"threads": threads})
         tasks.append(
             {
                 "task": "cohort",
                 "threads": threads,
+                "logits": kept.get("logits"),
                 "computing": computings[choosing.key(cohort[0][0].spec.compute)].plain(),
                 "teacher_folder": _teacher_folder_of(cohort, options),
                 "cells": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import cohort_bytes
@@ -51,7 +52,7 @@ def cohorts_of(cells: list[Work]) -> list[list[Work]]:
         spec = cell.spec
         extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
         protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-        kept = kept_threads(state.folder)
+        kept = begun(state.folder)
         compute = choosing.key(spec.compute)
         base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, compute, extra, kept])
         key = spec.teacher.identity() if spec.teacher else ""
@@ -97,9 +98,11 @@ def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None) ->
     return result
 
 
-def kept_threads(folder: Path) -> int | None:
-    """Threads with which a cell began, or None. Bits depend on them, so it goes on with as many."""
+def begun(folder: Path) -> dict[str, Any]:
+    """How a cell began: `threads` of its worker, and `logits`, the table that its teacher's logits come from ("" where
+    they are computed). Bits depend on both, so it goes on in the same way. Empty for a cell that did not begin."""
     try:
-        return int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["threads"])
-    except (OSError, ValueError, KeyError):
-        return None
+        found = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("threads", "logits") if key in found}
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -24,11 +24,12 @@ from kdbench.engine.member import Member, Teacher
 from kdbench.engine.memory import memory_of, peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.scheduling import BEGUN
 from kdbench.engine.streamed import batches_of
-from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained
-from kdbench.engine.trial import Work, choose
+from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained, untrained_teacher
+from kdbench.engine.trial import Work, choose, possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import sweep
+from kdbench.files import sweep, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
@@ -89,7 +90,9 @@ class Desk:
         file = self._teacher_file(first, data, task, device)
 
         def teacher(way: Computing) -> Teacher | None:
-            return self._teacher(first, file, data, batches, device, way)
+            loaded = self._teacher(first, file, device, way)
+            self._logits(first, file, data, batches, loaded, None, device)
+            return loaded
 
         choice = choose(
             first.compute,
@@ -107,12 +110,17 @@ class Desk:
         spec = CellSpec.model_validate(task["spec"])
         assert spec.teacher is not None
         data = self._load(spec.data, task)
-        file = self._teacher_file(spec, data, task, device)
-        assert file is not None
-        teacher = load_teacher(spec.teacher, spec.data, file.file, device, Computing(**task["computing"]))
         if isinstance(data, Pictures):
             raise UserError(f"'{spec.data.name}' is read while training: its pictures have no finite set of views")
-        table = table_at(logits.table_key(spec, file.sha256, data, teacher.computing.precision), spec.teacher.name)
+        way = possible(Computing(**task["computing"]), device)
+        if task["estimate"]:
+            # Time and size are the same for any weights; its own may not be trained yet.
+            teacher, sha256 = untrained_teacher(spec.teacher, spec.data, device, way), ""
+        else:
+            file = self._teacher_file(spec, data, task, device)
+            assert file is not None
+            teacher, sha256 = load_teacher(spec.teacher, spec.data, file.file, device, way), file.sha256
+        table = table_at(logits.table_key(spec, sha256, data, way.precision), spec.teacher.name)
         images, views, classes = table.shape
         about = {"folder": str(table.folder), "images": images, "views": views, "classes": classes}
         each = 0.0 if table.complete else logits.seconds_an_image(table, teacher, data, spec.protocol, device)
@@ -145,9 +153,14 @@ class Desk:
                 return
             data = self._load(first.data, task)
             batches = batches_of(first, data, device)
-            computing = Computing(**task["computing"])
+            computing = possible(Computing(**task["computing"]), device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             file = self._teacher_file(first, data, task, device)
-            teacher = self._teacher(first, file, data, batches, device, computing)
+            teacher = self._teacher(first, file, device, computing)
+            source = self._logits(first, file, data, batches, teacher, task["logits"], device)
+            for cell in cells:
+                write_json(Path(cell["folder"]) / BEGUN, {"threads": task["threads"], "logits": source})
             before = fingerprint(teacher.network.model) if teacher else None
             seats: dict[int, Seat] = {}
             for cell, spec in zip(cells, specs, strict=True):
@@ -240,25 +253,46 @@ class Desk:
         return file
 
     def _teacher(
+        self, spec: CellSpec, file: TeacherFile | None, device: torch.device, computing: Computing
+    ) -> Teacher | None:
+        """The teacher of a cohort."""
+        if spec.teacher is None or file is None:
+            return None
+        return load_teacher(spec.teacher, spec.data, file.file, device, computing)
+
+    def _logits(
         self,
         spec: CellSpec,
         file: TeacherFile | None,
         data: ImageData | Pictures,
         batches: Batches,
+        teacher: Teacher | None,
+        kept: str | None,
         device: torch.device,
-        computing: Computing,
-    ) -> Teacher | None:
-        """The teacher of a cohort, with the table of its logits where there is one."""
-        if spec.teacher is None or file is None:
-            return None
-        teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
-        if isinstance(data, Pictures):
-            return teacher
-        table = table_at(logits.table_key(spec, file.sha256, data, computing.precision), spec.teacher.name)
-        if table.complete:
-            values = logits.opened(table, teacher, data, spec.protocol, device)
-            teacher.logits = logits.PartLogits(values, batches.positions)
-        return teacher
+    ) -> str:
+        """Give a teacher the table of its logits, where there is a whole one or the cells began with it.
+
+        Args:
+            kept: name of the table that they began with, "" for none, None for cells that begin now.
+
+        Returns:
+            the name of the table, "" for none.
+        """
+        if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
+            return ""
+        key = logits.table_key(spec, file.sha256, data, teacher.computing.precision)
+        table = table_at(key, spec.teacher.name)
+        if kept is not None and not (table.complete and table.folder.name == kept):
+            raise UserError(
+                f"these cells began with the table of teacher logits '{kept}', which is not there any more",
+                where=str(table.folder),
+                hint="fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders",
+            )
+        if not table.complete:
+            return ""
+        values = logits.opened(table, teacher, data, spec.protocol, device)
+        teacher.logits = logits.PartLogits(values, batches.positions)
+        return table.folder.name
 
 
 def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
@@ -268,7 +302,7 @@ def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
     return {
         "precision": way.precision,
         "layout": way.layout,
-        "compile": way.compile and any(network.graphs for network in networks),
+        "compile": way.compile,
         "cuda_graphs": way.cuda_graphs,
         "teacher_logits": "table" if teacher is not None and teacher.logits is not None else "computed",
         "evaluation": "float32, eager",

@@ -68,14 +68,24 @@ def locate(weights: Weights, download: bool) -> Path:
 def load_teacher(
     spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
 ) -> Teacher:
-    """The frozen network, on its device, in eval mode."""
-    data = spec.knows(data)
-    model = build_model(spec.model, data)
+    """The frozen network with its weights, on its device, in eval mode."""
+    model = build_model(spec.model, spec.knows(data))
     state = read_weights(file)
     if spec.weights is not None and spec.weights.layout is not None:
         state = resolve(spec.weights.layout)(state)
     load_weights(model, state, spec.model.name, str(file))
-    extractor = build_extractor(model, spec.model, data)
+    return _as_teacher(model, spec, data, device, computing)
+
+
+def untrained_teacher(spec: TeacherSpec, data: DataSpec, device: torch.device, computing: Computing) -> Teacher:
+    """The same network with first weights: for whoever asks only what it costs."""
+    return _as_teacher(build_model(spec.model.untrained(), spec.knows(data)), spec, data, device, computing)
+
+
+def _as_teacher(
+    model: nn.Module, spec: TeacherSpec, data: DataSpec, device: torch.device, computing: Computing
+) -> Teacher:
+    extractor = build_extractor(model, spec.model, spec.knows(data))
     shapes = extractor.shapes((data.channels, data.image_size, data.image_size))
     model.to(device)
     return Teacher(extractor, Normalizer(spec.normalization, device), shapes, computing)

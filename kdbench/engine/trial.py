@@ -53,6 +53,7 @@ class Tried:
     compiling: float = 0.0
     losses: list[float] = field(default_factory=list)
     remark: str = ""
+    error: Exception | None = None
 
     def seconds(self, work: Work) -> float:
         return self.compiling + work.student_steps * self.student + work.teacher_steps * self.teacher
@@ -110,8 +111,8 @@ def choose(
         return one
 
     best = measured(ways[0])
-    if best.remark:
-        raise CellError(f"the trial of {ways[0].name} failed: {best.remark}")
+    if best.error is not None:
+        raise best.error
     why = "the fastest that was measured"
     for way in ways[1:]:
         predicted = best.seconds(work)
@@ -124,7 +125,7 @@ def choose(
         if way.compile and not best.computing.compile and predicted < COMPILING[device.type]:
             why += f"; about {predicted:.0f} s of work for a worker are too few to compile for"
             break
-        if way.compile and (way.precision, way.layout) != (best.computing.precision, best.computing.layout):
+        if way.compile and not _promising(way, best, tried, device):
             continue
         one = measured(way)
         if not one.remark and one.seconds(work) < (1 - GAIN) * predicted:
@@ -132,6 +133,23 @@ def choose(
     way = best.computing
     eager = next((one for one in tried if one.computing == replace(way, compile=False, cuda_graphs=False)), None)
     return Choice(_settled(way, best, eager), why, [one.plain(work) for one in tried])
+
+
+def _promising(way: Computing, best: Tried, tried: list[Tried], device: torch.device) -> bool:
+    """Whether a compiled way is worth trying: as the best so far computes, or where eager times say little."""
+    if all(one.computing.compile for one in tried):
+        return True
+    pair = (way.precision, way.layout)
+    # On a GPU small networks wait for launches, whatever they compute in; compiled, they do not.
+    open_still = device.type == "cuda" and pair == ("bfloat16", "channels_last")
+    return open_still or pair == (best.computing.precision, best.computing.layout)
+
+
+def possible(way: Computing, device: torch.device) -> Computing:
+    """A way that was chosen elsewhere, without what this machine lacks: graphs give the numbers of eager networks."""
+    if way.compile and not compiler_works(device):
+        way = replace(way, compile=False, cuda_graphs=False)
+    return replace(way, cuda_graphs=False) if way.cuda_graphs and device.type != "cuda" else way
 
 
 def _settled(way: Computing, compiled: Tried | None = None, eager: Tried | None = None) -> Computing:
@@ -176,6 +194,7 @@ def _measure(
         if not way.compile:
             one.compiling = 0.0
     except (CellError, UserError, RuntimeError, MemoryError) as error:
+        one.error = error
         one.remark = f"failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
     return one
 

@@ -43,7 +43,7 @@ class Worker:
         from kdbench.engine.tasks import Desk
 
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        self.emit(event="ready", cuda=[torch.cuda.get_device_properties(i).total_memory for i in gpus])
+        self.emit(event="ready", cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus])
         desk = Desk(self.emit, self.stopping.is_set)
         while (task := self.queue.get()) is not None:
             try:

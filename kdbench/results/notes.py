@@ -111,6 +111,15 @@ def _said_protocol(record: Record) -> str:
     return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
 
 
+def _said_computing(record: Record) -> str:
+    """How networks were computed, as far as it was not plainly."""
+    compute = record.compute
+    parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
+    parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
+    parts += ["teacher logits from a table" if compute.teacher_logits == "table" else ""]
+    return ", ".join(part for part in parts if part)
+
+
 def _said_teacher(record: Record) -> str | None:
     teacher = record.teacher
     if teacher is None:
@@ -147,7 +156,7 @@ _ATTRIBUTES: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Teacher", _said_teacher),
     ("Data", _said_data),
     ("Machine", _said_machine),
-    ("Precision", lambda record: record.compute.precision),
+    ("Precision", _said_computing),
     ("kdbench", _said_version),
 )
 

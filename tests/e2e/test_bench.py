@@ -46,3 +46,9 @@ def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Pat
     (tmp_path / "at.yaml").write_text(RECIPE.replace("[ce, kd, at]", "[at]"))
     done = kdbench("bench", "at.yaml", "--no-peers", code=2)
     assert "logits alone" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_told(kdbench: Kdbench, device: str) -> None:
+    done = kdbench("bench", "--no-peers", "--device", device, code=2)
+    assert device in done.stderr and "Traceback" not in done.stderr

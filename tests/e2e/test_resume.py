@@ -17,7 +17,7 @@ import pytest
 from conftest import Kdbench
 
 HERE = Path(__file__).parent
-TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git"}
+TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git", "peak_memory_bytes"}
 
 
 def arguments(folder: Path, *more: str) -> list[str]:

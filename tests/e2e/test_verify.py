@@ -29,6 +29,8 @@ ALONE = {
     "compute.torchvision",
     "compute.cpu_capability",
     "compute.cohort",
+    "compute.peak_memory_bytes",
+    "compute.evaluation",
     "compute.seconds",  # told where it falls below the training's own
     "git.dirty",
     "data.origin",  # of another form it would be told, as the others' is

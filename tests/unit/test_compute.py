@@ -15,6 +15,7 @@ from kdbench.engine.cohort import make_graphs
 from kdbench.engine.compute import REFERENCE, Computing, candidates
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.trial import Tried, Work, bfloat16_computes, choose, compiler_works
+from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec, ComputeChoice
 from kdbench.registry import Registry
@@ -204,6 +205,28 @@ def test_what_the_recipe_fixes_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> 
     assert [one["way"] for one in choice.tried] == [PLAIN, LAST]
     choice = chosen(monkeypatch, ALL, 1e4, ComputeChoice(mode="reference"))
     assert choice.computing == REFERENCE and not choice.tried
+
+
+def test_a_fixed_compilation_leaves_the_rest_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = {f"{name}, compiled": one | {"compiling": 60} for name, one in ALL.items() if "compiled" not in name}
+    choice = chosen(monkeypatch, compiled, 1e4, ComputeChoice(compile=True))
+    assert len(choice.tried) == 4 and choice.computing.name == f"{HALF_LAST}, compiled"
+
+
+def test_what_was_chosen_elsewhere_is_done_as_far_as_it_can_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    way = Computing("bfloat16", "channels_last", compile=True, cuda_graphs=True, worth=9)
+    monkeypatch.setattr(trial, "compiler_works", lambda device: True)
+    assert trial.possible(way, CPU) == Computing("bfloat16", "channels_last", compile=True, worth=9)
+    monkeypatch.setattr(trial, "compiler_works", lambda device: False)
+    assert trial.possible(way, CPU) == Computing("bfloat16", "channels_last", worth=9)
+
+
+def test_a_choice_of_another_version_is_told(tmp_path: Path) -> None:
+    choosing.keep(tmp_path, ComputeChoice(), REFERENCE.plain(), "because", [])
+    file = tmp_path / choosing.NAME
+    file.write_text(file.read_text().replace('"layout": "contiguous",', '"layuot": "contiguous",', 1))
+    with pytest.raises(UserError, match="does not know"):
+        choosing.kept(tmp_path, ComputeChoice())
 
 
 def test_bfloat16_is_a_candidate_only_where_the_hardware_computes_in_it() -> None:

@@ -118,6 +118,24 @@ def test_sets_with_one_end_share_a_graph_and_others_end_earlier() -> None:
     assert graphs[ab][0] == ["layer1.preact", "layer2"]
 
 
+def test_who_asks_for_less_than_was_expected_gets_the_graph_that_gives_more() -> None:
+    """After a member of a cohort failed, or while another catches up."""
+    kd, at = frozenset({LOGITS}), frozenset({"layer1", LOGITS})
+    network = prepared({kd | at: 5})
+    used: list[int] = []
+    names, _ = network.graphs[kd | at]
+
+    def graph(x: torch.Tensor) -> list[torch.Tensor]:
+        used.append(len(x))
+        return [torch.full((1,), float(i)) for i in range(len(names))]
+
+    network.graphs = {kd | at: (names, graph)}
+    assert network.step(images(4), [LOGITS])[LOGITS].item() == names.index(LOGITS)
+    assert used == [4]
+    network.step(images(4), ["layer2"])
+    assert used == [4], "what the graph does not give is computed with hooks"
+
+
 def test_what_is_used_too_briefly_is_not_compiled() -> None:
     kd, ab = frozenset({LOGITS}), frozenset({"layer2"})
     assert set(prepared({kd: 500, ab: 30}, worth=100).graphs) == {kd}

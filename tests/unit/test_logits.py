@@ -198,6 +198,36 @@ def test_a_shortened_file_is_an_error() -> None:
         logits.opened(table, teacher, data, spec.protocol, CPU)
 
 
+def test_a_changed_value_is_an_error() -> None:
+    """One logit among thousands, which no sample would find."""
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec)
+    table = filled(spec, data, teacher)
+    with (table.folder / "logits.bin").open("rb+") as stream:
+        stream.seek(400)
+        stream.write(b"\x01\x02\x03")
+    with pytest.raises(UserError, match="sha256"):
+        logits.opened(table, teacher, data, spec.protocol, CPU)
+
+
+@pytest.mark.parametrize("loss", ["gone", "short"])
+def test_what_was_filled_and_is_lost_is_filled_again(loss: str) -> None:
+    spec, data = cell(), images(cell().data)
+    teacher = teacher_of(spec)
+    calls = iter([False, False, True, True, True])
+    part = filled(spec, data, teacher, lambda: next(calls))
+    assert 0 < part.done < 20
+    file = part.folder / "logits.bin"
+    if loss == "gone":
+        file.unlink()
+    else:
+        with file.open("rb+") as stream:
+            stream.truncate(10)
+    whole = filled(spec, data, teacher)
+    values = logits.opened(whole, teacher, data, spec.protocol, CPU)
+    assert whole.complete and values.abs().flatten(1).amax(1).min() > 0
+
+
 def test_listing_and_clearing(tmp_path: Path) -> None:
     spec, data = cell(), images(cell().data)
     table = filled(spec, data, teacher_of(spec))
