@@ -35,6 +35,7 @@ def command(
 
     import torch
 
+    from kdbench.engine.compute import plainest
     from kdbench.engine.dry import try_out
     from kdbench.engine.estimate import Estimate, memory, workers
     from kdbench.engine.pool import available_memory
@@ -100,8 +101,7 @@ def command(
                 )
 
     first = planned.cells[0].spec
-    fixed = first.compute.fixed()
-    computed = ", ".join(str(value) for value in fixed.values()) if len(fixed) == 3 else "as a short trial will choose"
+    computed = plainest(first.compute).name if first.compute.settled else "as a short trial will choose"
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
         f"data {first.data.name}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "

@@ -37,7 +37,8 @@ def fill(
     Methods that need only these (KD) then run no teacher, in every run with this teacher, data, augmentation and
     precision. Size and time are told first. Stop it at any moment: the same command goes on from there.
     """
-    from kdbench.engine.runner import LogitTable, Options, fill_logits
+    from kdbench.engine.filling import LogitTable, fill_logits
+    from kdbench.engine.runner import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 

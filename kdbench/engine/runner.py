@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +84,7 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     """
     listener = listener or Silent()
     folder = options.runs / plan.name
-    with _alone(folder):
+    with alone(folder):
         write_json(
             folder / "recipe.json",
             {
@@ -102,14 +102,14 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
             (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
         ]
         if open_cells:
-            with _pool(options) as pool:
-                memory = _try_out([cell.spec for cell, _ in open_cells], pool)
-                _teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
+            with pool_for(options) as pool:
+                memory = try_out([cell.spec for cell, _ in open_cells], pool)
+                train_teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
                 listener.begin(states, plan.title or plan.name)
                 try:
-                    _prepare([cell.spec for cell, _ in open_cells], options, pool, listener)
+                    prepare([cell.spec for cell, _ in open_cells], options, pool, listener)
                     done = [state.folder for state in states if state.state == "finished"]
-                    computings = _computings(folder, open_cells, done, options, pool, listener)
+                    computings = computings_for(folder, open_cells, done, options, pool, listener)
                     _cells(plan, open_cells, computings, memory, options, pool, listener)
                 finally:
                     listener.end()
@@ -119,79 +119,6 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     return Outcome(
         folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
     )
-
-
-@dataclass(frozen=True)
-class LogitTable:
-    """What is told of a table of teacher logits: its size, images done, and seconds that the rest takes."""
-
-    folder: Path
-    teacher: str
-    images: int
-    views: int
-    classes: int
-    bytes: int
-    done: int
-    seconds: float
-
-
-def fill_logits(
-    plan: Plan,
-    options: Options,
-    estimate: bool,
-    told: Callable[[LogitTable], None],
-    filled: Callable[[int, float], None],
-    listener: Listener,
-) -> None:
-    """Fill the tables of teacher logits that the cells of a plan can use; with `estimate` only tell what that takes.
-
-    Args:
-        told: is given every table before it is filled.
-        filled: is given images done and seconds of this call, now and then.
-    """
-    wanted: dict[str, Work] = {}
-    for i, cell in enumerate(plan.cells):
-        spec = cell.spec
-        terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-        if spec.teacher is not None and any("teacher" in t.loss.inputs and t.teacher == "logits" for t in terms):
-            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, choosing.key(spec.compute)]
-            wanted.setdefault(str(parts), (cell, CellState(i, label(cell), options.runs / plan.name / cell.slug)))
-    if not wanted:
-        raise UserError("no method of this recipe reads its teacher's logits", where=plan.name)
-    folder = options.runs / plan.name
-    with _alone(folder), _pool(options) as pool:
-        specs = [cell.spec for cell, _ in wanted.values()]
-        _try_out(specs, pool)
-        if not estimate:
-            _teachers(specs, options, pool, listener)
-            _prepare(specs, options, pool, listener)
-        teachers = {spec.teacher.identity() for spec in specs if spec.teacher}
-        known = [c for c in plan.cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
-        work = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(known)]
-        done = [state.folder for _, state in work if is_finished(state.folder)]
-        if estimate:
-            keys = {choosing.key(spec.compute): spec.compute for spec in specs}
-            computings = {key: choosing.kept(folder, choice) or plainest(choice) for key, choice in keys.items()}
-        else:
-            computings = _computings(folder, work, done, options, pool, listener)
-        for cell, _ in wanted.values():
-            assert cell.spec.teacher is not None
-            task = {
-                "task": "fill",
-                "spec": cell.spec.model_dump(mode="json"),
-                "computing": computings[choosing.key(cell.spec.compute)].plain(),
-                "estimate": estimate,
-                "teacher_folder": str(teacher_folder(cell.spec.teacher, options.runs)),
-                "threads": options.threads or pool.threads,
-            }
-            for event in pool.carry_out([task]):
-                if event["event"] == "failed":
-                    raise _error(event)
-                if event["event"] == "table":
-                    fields = {name: event[name] for name in ("images", "views", "classes", "bytes", "done", "seconds")}
-                    told(LogitTable(Path(event["folder"]), cell.spec.teacher.name, **fields))
-                elif event["event"] == "filled":
-                    filled(event["done"], event["seconds"])
 
 
 def label(cell: PlannedCell) -> str:
@@ -204,7 +131,7 @@ def is_finished(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
-def _pool(options: Options) -> Pool:
+def pool_for(options: Options) -> Pool:
     settings = {
         "data_roots": options.roots(),
         "download": options.download,
@@ -215,7 +142,7 @@ def _pool(options: Options) -> Pool:
 
 
 @contextmanager
-def _alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
+def alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
     """Only one run works in an output folder; another waits that many seconds for it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".run.lock")
@@ -231,20 +158,20 @@ def _alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
         lock.release()
 
 
-def _try_out(specs: list[CellSpec], pool: Pool) -> Memories:
+def try_out(specs: list[CellSpec], pool: Pool) -> Memories:
     """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
     kinds = {kind(spec): spec.model_copy(update={"seed": 0}) for spec in specs}
     task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
     memory: Memories = {}
     for event in pool.carry_out([task]):
         if event["event"] == "failed":
-            raise _error(event)
+            raise error_of(event)
         if event["event"] == "memory":
             memory[event["key"]] = event["memory"]
     return memory
 
 
-def _teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
+def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
     """Train the teachers that have a recipe and no weights yet, each in a run of its own."""
     wanted: dict[str, TeacherSpec] = {}
     for spec in specs:
@@ -253,20 +180,20 @@ def _teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Lis
     for teacher in wanted.values():
         folder = teacher_folder(teacher, options.runs)
         # Another run may be training this very teacher: what it leaves is what this one needs.
-        with _alone(folder, wait=-1):
+        with alone(folder, wait=-1):
             if is_finished(folder):
                 continue
             assert teacher.trained_by is not None
             cell = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
             state = CellState(0, f"teacher {teacher.name}", folder)
             plan = Plan(f"teacher {teacher.name}", "", [cell], cell.spec.method.name)
-            _teachers([cell.spec], options, pool, listener)
+            train_teachers([cell.spec], options, pool, listener)
             listener.begin([state], f"teacher {teacher.name}")
             try:
-                _prepare([cell.spec], options, pool, listener)
+                prepare([cell.spec], options, pool, listener)
                 work: list[Work] = [(cell, state)]
-                computings = _computings(folder, work, [], options, pool, listener)
-                _cells(plan, work, computings, _try_out([cell.spec], pool), options, pool, listener)
+                computings = computings_for(folder, work, [], options, pool, listener)
+                _cells(plan, work, computings, try_out([cell.spec], pool), options, pool, listener)
             finally:
                 listener.end()
             if state.state != "finished":
@@ -279,7 +206,7 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     return runs / "teachers" / f"{spec.name}-{identity[:8]}"
 
 
-def _prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
+def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
     """Data and teachers once in one process, so that several workers do not all fetch them."""
     tasks: dict[str, dict[str, Any]] = {}
     prepared: set[str] = set()
@@ -305,10 +232,10 @@ def _prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: List
             if event["event"] == "doing":
                 listener.doing(event["text"])
             elif event["event"] == "failed":
-                raise _error(event)
+                raise error_of(event)
 
 
-def _computings(
+def computings_for(
     folder: Path, cells: list[Work], finished: list[Path], options: Options, pool: Pool, listener: Listener
 ) -> dict[str, Computing]:
     """How cells compute, by what their recipe leaves open: as this run began, else as a short trial finds fastest."""
@@ -318,6 +245,9 @@ def _computings(
         by_choice.setdefault(choosing.key(cell.spec.compute), []).append((cell, state))
     for key, work in by_choice.items():
         choice = work[0][0].spec.compute
+        if choice.settled:
+            result[key] = plainest(choice)
+            continue
         found = choosing.kept(folder, choice) or choosing.of_records([f for f in finished if _chose(f, key)])
         result[key] = found or _trial(folder, choice, work, options, pool, listener)
     return result
@@ -356,7 +286,7 @@ def _trial(
         if event["event"] == "doing":
             listener.doing(event["text"])
         elif event["event"] == "failed":
-            raise _error(event)
+            raise error_of(event)
         elif event["event"] == "chosen":
             chosen = choosing.keep(folder, choice, event["computing"], event["why"], event["tried"])
             listener.doing(f"cells in {chosen.name} ({event['why']})")
@@ -408,7 +338,7 @@ def _cells(
     for event in pool.carry_out(tasks):
         kind = event["event"]
         if kind == "failed" and (event.get("user") or not event["cells"]):
-            raise _error(event)
+            raise error_of(event)
         if kind == "failed":
             for cell_id in event["cells"]:
                 _fail(states[cell_id], event["message"], listener)
@@ -451,7 +381,7 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
     }
 
 
-def _error(event: dict[str, Any]) -> Exception:
+def error_of(event: dict[str, Any]) -> Exception:
     user = event.get("user")
     if user:
         return UserError(user["what"], user["where"], user["hint"])

@@ -76,6 +76,12 @@ class ComputeChoice(Strict):
         plain = {"precision": "float32", "layout": "contiguous", "compile": False} if self.mode == "reference" else {}
         return plain | self.model_dump(exclude={"mode"}, exclude_none=True)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to measure. Graphs are not: on a GPU there are two kinds."""
+        fixed = self.fixed()
+        return {"precision", "layout"} <= set(fixed) and fixed.get("compile") is False
+
 
 class Recipe(Strict):
     """What a user writes. `compare` takes dotted paths of this very structure."""

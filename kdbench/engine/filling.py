@@ -1,0 +1,100 @@
+"""Carries out `kdbench logits fill`: teachers first, then their tables, one after the other. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdbench.engine import choosing
+from kdbench.engine.compute import plainest
+from kdbench.engine.runner import (
+    Listener,
+    Options,
+    alone,
+    computings_for,
+    error_of,
+    is_finished,
+    label,
+    pool_for,
+    prepare,
+    teacher_folder,
+    train_teachers,
+    try_out,
+)
+from kdbench.engine.scheduling import CellState, Work
+from kdbench.errors import UserError
+from kdbench.recipe.planning import Plan
+
+
+@dataclass(frozen=True)
+class LogitTable:
+    """What is told of a table of teacher logits: its size, images done, and seconds that the rest takes."""
+
+    folder: Path
+    teacher: str
+    images: int
+    views: int
+    classes: int
+    bytes: int
+    done: int
+    seconds: float
+
+
+def fill_logits(
+    plan: Plan,
+    options: Options,
+    estimate: bool,
+    told: Callable[[LogitTable], None],
+    filled: Callable[[int, float], None],
+    listener: Listener,
+) -> None:
+    """Fill the tables of teacher logits that the cells of a plan can use; with `estimate` only tell what that takes.
+
+    Args:
+        told: is given every table before it is filled.
+        filled: is given images done and seconds of this call, now and then.
+    """
+    wanted: dict[str, Work] = {}
+    for i, cell in enumerate(plan.cells):
+        spec = cell.spec
+        terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
+        if spec.teacher is not None and any("teacher" in t.loss.inputs and t.teacher == "logits" for t in terms):
+            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, choosing.key(spec.compute)]
+            wanted.setdefault(str(parts), (cell, CellState(i, label(cell), options.runs / plan.name / cell.slug)))
+    if not wanted:
+        raise UserError("no method of this recipe reads its teacher's logits", where=plan.name)
+    folder = options.runs / plan.name
+    with alone(folder), pool_for(options) as pool:
+        specs = [cell.spec for cell, _ in wanted.values()]
+        try_out(specs, pool)
+        if not estimate:
+            train_teachers(specs, options, pool, listener)
+            prepare(specs, options, pool, listener)
+        teachers = {spec.teacher.identity() for spec in specs if spec.teacher}
+        known = [c for c in plan.cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
+        work = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(known)]
+        done = [state.folder for _, state in work if is_finished(state.folder)]
+        if estimate:
+            keys = {choosing.key(spec.compute): spec.compute for spec in specs}
+            computings = {key: choosing.kept(folder, choice) or plainest(choice) for key, choice in keys.items()}
+        else:
+            computings = computings_for(folder, work, done, options, pool, listener)
+        for cell, _ in wanted.values():
+            assert cell.spec.teacher is not None
+            task = {
+                "task": "fill",
+                "spec": cell.spec.model_dump(mode="json"),
+                "computing": computings[choosing.key(cell.spec.compute)].plain(),
+                "estimate": estimate,
+                "teacher_folder": str(teacher_folder(cell.spec.teacher, options.runs)),
+                "threads": options.threads or pool.threads,
+            }
+            for event in pool.carry_out([task]):
+                if event["event"] == "failed":
+                    raise error_of(event)
+                if event["event"] == "table":
+                    fields = {name: event[name] for name in ("images", "views", "classes", "bytes", "done", "seconds")}
+                    told(LogitTable(Path(event["folder"]), cell.spec.teacher.name, **fields))
+                elif event["event"] == "filled":
+                    filled(event["done"], event["seconds"])
