@@ -116,7 +116,7 @@ def _said_computing(record: Record) -> str:
     compute = record.compute
     parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
     parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
-    parts += ["teacher logits from a table" if compute.teacher_logits == "table" else ""]
+    parts += ["" if compute.teacher_logits == "computed" else f"teacher logits from a {compute.teacher_logits}"]
     return ", ".join(part for part in parts if part)
 
 
