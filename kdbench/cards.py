@@ -36,6 +36,8 @@ Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(_point)]
 Mode = Literal["train", "eval"]
+Network = Literal["student", "teacher"]
+Statistics = Literal["shared", "frozen", "separate"]
 
 
 class Strict(BaseModel):
@@ -105,8 +107,16 @@ class HookCard(Card):
 
 class LossCard(Card):
     target: Target
-    inputs: list[Literal["student", "teacher", "labels", "index"]]
+    inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]]
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
+
+
+class SourceCard(TargetCard):
+    """A batch source: what makes a stage's input sets beside, or in place of, those of the data set."""
+
+    reads: list[Name] = Field([], description="input sets that it is given, with both networks' logits on them")
+    gives: list[Name] = Field(description="input sets that it makes")
+    teacher: bool = Field(True, description="whether it needs a teacher")
 
 
 class DatasetCard(TargetCard):
@@ -181,6 +191,10 @@ class TermCard(BaseModel):
     hook: str | None = Field(None, description="hook point or group, on both networks")
     student: str | None = Field(None, description="hook point or group of the student")
     teacher: str | None = Field(None, description="hook point or group of the teacher")
+    input: Name = Field("data", description="input set whose values (and labels) the term takes")
+    of: Network = Field("student", description="network whose value is the loss's `student`; of the teacher: trains it")
+    against: Name | None = Field(None, description="input set on which the same network gives the loss's `other`")
+    detach: bool = Field(True, description="no gradient goes through the loss's `teacher`")
     connector: Named | None = None
     weight: float = 1.0
     weight_schedule: Named | None = Field(None, description="multiplies the weight over the stage")
@@ -191,6 +205,9 @@ class TermCard(BaseModel):
         return dict(self.model_extra or {})
 
 
+Trained = Literal["student", "connectors", "teacher"]
+
+
 class Modes(Strict):
     teacher: Mode = "eval"
     student: Mode = "train"
@@ -199,11 +216,21 @@ class Modes(Strict):
 class StageCard(Strict):
     share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
-    trains: list[Literal["student", "connectors"]] = ["student"]
+    trains: list[Trained] = ["student"]
+    source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
     losses: dict[Name, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None
+    teacher_optimizer: Named | None = Field(
+        None, description="of a teacher that is trained; the optimizer where absent"
+    )
+    teacher_schedule: Named | None = Field(None, description="of a teacher that is trained; the schedule where absent")
     modes: Modes = Modes()
+    batch_norm: dict[Name, Statistics] = Field(
+        {},
+        description="what the student's batch norms do with an input set: add it to their running statistics (shared), "
+        "use these and leave them (frozen), or use the batch's own and leave them (separate)",
+    )
 
 
 class MethodCard(Card):
@@ -298,6 +325,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "models": ModelCard,
     "hooks": HookCard,
     "losses": LossCard,
+    "sources": SourceCard,
     "connectors": TargetCard,
     "methods": MethodCard,
     "schedules": TargetCard,

@@ -38,6 +38,9 @@ _NAMED = {
     "schedule",
     "connector",
     "weight_schedule",
+    "source",
+    "teacher_optimizer",
+    "teacher_schedule",
     "model",
     "student",
     "teacher",
@@ -219,6 +222,8 @@ def written_out(tree: Tree) -> Tree:
             here = (*path, key)
             # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
             plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
+            # Elsewhere, `source:` says where something comes from.
+            plain |= key == "source" and "stages" not in path[-2:-1]
             if key in _NAMED and isinstance(value, str) and not plain:
                 value = {"name": value}
                 origins[(*here, "name")] = tree.origin(here)

@@ -60,6 +60,10 @@ def member_of(
 def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int) -> None:
     """Some steps of the training loop, one member alone."""
     for _ in range(steps):
-        batch = batches.at(member.step, member.timeline)
-        points = member.teacher_points()
-        member.train_step(batch, teacher(batch.images, points) if teacher and points else {})
+        step(member, batches, teacher)
+
+
+def step(member: Member, batches: Batches, teacher: Teacher | None, at: int | None = None) -> None:
+    """A step of the training loop, on the member's own batch or that of another step."""
+    sets = batches.sets(member.step if at is None else at, member.timeline, member.shared_sets())
+    member.train_step(sets, teacher.step(sets, member.teacher_points()) if teacher else {})

@@ -231,7 +231,8 @@ def _first_seed(plan: Plan) -> list[CellSpec]:
 def _reads(spec: CellSpec) -> set[str]:
     """Hook points of its teacher that a cell's losses read."""
     terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-    return {term.teacher for term in terms if "teacher" in term.loss.inputs}
+    own = {term.student for term in terms if term.of == "teacher"}
+    return own | {term.teacher for term in terms if "teacher" in term.loss.inputs}
 
 
 def table(results: Sequence[Result]) -> str:

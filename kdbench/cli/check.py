@@ -90,12 +90,15 @@ def command(
         for stage_name, stage in method.stages.items():
             for term_name, term in stage.losses.items():
                 reads = term.loss.inputs
+                # Where a term does not read the data set's own batch, its hook points say what.
+                at = "" if term.input == "data" else f" of {term.input}"
+                own = f"{term.student}{at}" + (f", of {term.against}" if term.against else "")
                 terms.add_row(
                     method.label,
                     stage_name,
                     f"{term_name} ({term.loss.name})",
-                    term.student if "student" in reads else "–",
-                    term.teacher if "teacher" in reads else "–",
+                    own if term.of == "student" and {"student", "other"} & {*reads} else "–",
+                    own if term.of == "teacher" else f"{term.teacher}{at}" if "teacher" in reads else "–",
                     term.connector.name if term.connector else "–",
                     f"{term.weight:g}",
                 )

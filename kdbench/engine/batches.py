@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,16 +23,23 @@ from kdbench.sources.streams import generator, permutation
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input. Every method reads what it needs.
+    """One input set of a step. Every method reads what it needs.
 
-    images: bytes [N, C, H, W] after augmentation, on the device; each network gets its own normalization of them.
-    labels: int64 [N]. index: int64 [N], position in the training set. view: int64 [N], which augmented view it is.
+    images: [N, C, H, W] on the device: bytes after augmentation, or float32 pixel values on the scale of [0, 1] (made
+    images may leave it); each network gets its own normalization of them. labels: int64 [N]; None where nobody may know
+    them. index: int64 [N], position in the training set. view: int64 [N], which augmented view it is. mask: bool [N],
+    which images count in a loss (None: all).
     """
 
     images: Tensor
-    labels: Tensor
-    index: Tensor
-    view: Tensor
+    labels: Tensor | None
+    index: Tensor | None = None
+    view: Tensor | None = None
+    mask: Tensor | None = None
+
+
+# Input sets of a step by name: "data" is the data set's batch.
+Sets = dict[str, Batch]
 
 
 class Part(Protocol):
@@ -66,7 +73,7 @@ class ResidentPart:
 
 
 class Normalizer:
-    """Bytes -> float32 with one network's mean and deviation."""
+    """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation."""
 
     def __init__(self, normalization: Normalization, device: torch.device) -> None:
         self.mean = torch.tensor(normalization.mean, dtype=torch.float32, device=device)
@@ -101,8 +108,12 @@ class Batches:
         self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
         self._epoch: tuple[tuple[str, int], Tensor, Tensor] | None = None
 
+    def sets(self, step: int, timeline: Timeline, names: Iterable[str]) -> Sets:
+        """The input sets of a step that are asked for."""
+        return {name: self.at(step, timeline) for name in names}
+
     def at(self, step: int, timeline: Timeline) -> Batch:
-        """The batch of a step."""
+        """The data set's batch of a step."""
         stream, epoch, position = place_of(step, timeline)
         order, views = self._draws(stream, epoch)
         part = slice(position * self.batch_size, (position + 1) * self.batch_size)

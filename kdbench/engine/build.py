@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
@@ -22,6 +23,8 @@ from kdbench.schedules import Schedule
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
+# Input set -> hook point -> value, of one network.
+Values = Mapping[str, Mapping[str, Tensor]]
 
 
 def resolve(target: str) -> Any:
@@ -142,7 +145,8 @@ class Term(nn.Module):
         self.name, self.spec = name, spec
         self.schedule = build_schedule(spec.weight_schedule)
         with_teacher = "teacher" in spec.loss.inputs
-        students = expand([spec.student], student_shapes, names[0])
+        own = (student_shapes, names[0]) if spec.of == "student" else (teacher_shapes, names[1])
+        students = expand([spec.student], *own)
         teachers = expand([spec.teacher], teacher_shapes, names[1]) if with_teacher else students
         if len(students) != len(teachers):
             raise UserError(
@@ -156,7 +160,7 @@ class Term(nn.Module):
         call = resolve(spec.loss.target)
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(call) else call
         for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
-            shapes = (student_shapes[student], teacher_shapes[teacher] if with_teacher else ())
+            shapes = (own[0][student], teacher_shapes[teacher] if with_teacher else ())
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
                 connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")
@@ -166,30 +170,44 @@ class Term(nn.Module):
             self.layers.append(Layer(student, teacher, connector, weight))
         self.metrics = {name: resolve(target) for name, target in spec.loss.metrics.items()}
 
-    @property
-    def student_points(self) -> list[str]:
-        return [layer.student for layer in self.layers] if "student" in self.spec.loss.inputs else []
+    def points(self, network: str) -> dict[str, list[str]]:
+        """What the term reads of a network ("student" or "teacher"): input set -> hook points."""
+        inputs, result = self.spec.loss.inputs, {}
+        if network == self.spec.of and {"student", "other"} & {*inputs}:
+            own = [layer.student for layer in self.layers]
+            result = {name: own for name in (self.spec.input, self.spec.against) if name is not None}
+        if network == "teacher" and "teacher" in inputs:
+            here = result.get(self.spec.input, [])
+            result[self.spec.input] = [*here, *(layer.teacher for layer in self.layers)]
+        return result
 
     @property
-    def teacher_points(self) -> list[str]:
-        return [layer.teacher for layer in self.layers] if "teacher" in self.spec.loss.inputs else []
+    def input_sets(self) -> list[str]:
+        """Names of the input sets that the term reads."""
+        return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
     def weight_at(self, progress: float) -> float:
         return self.spec.weight * self.schedule.factor(progress)
 
-    def forward(
-        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, index: Tensor
-    ) -> Tensor:
-        """Sum over layers of layer weight × loss(inputs). Scalar."""
+    def forward(self, values: Mapping[str, Values], sets: Sets) -> Tensor:
+        """Sum over layers of layer weight × loss(inputs). Scalar.
+
+        Args:
+            values: network ("student", "teacher") -> input set -> hook point -> value.
+        """
         total: Tensor | None = None
         for position, layer in enumerate(self.layers):
             function = self.call or self.functions[position]
-            inputs = self._inputs(layer, student, teacher, labels, index)
-            value = function(*inputs, **(self.spec.loss.options if self.call else {}))
+            value = function(*self._inputs(layer, values, sets), **(self.spec.loss.options if self.call else {}))
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if total is None else total + value
         assert total is not None
         return total
+
+    @property
+    def measured(self) -> bool:
+        """Whether the term has metrics, of student and teacher on the data's own images."""
+        return bool(self.metrics) and self.spec.input == "data" and self.spec.of == "student"
 
     def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The loss's metrics: metric -> student hook point -> value."""
@@ -209,14 +227,22 @@ class Term(nn.Module):
         """
         self.eval()
         what = f"loss '{self.name}' ({self.spec.loss.target})"
-        s, t = ({p: torch.randn(2, *shape) for p, shape in shapes.items()} for shapes in (student, teacher))
-        for value in s.values():
-            value.requires_grad_()
+        values: dict[str, dict[str, dict[str, Tensor]]] = {"student": {}, "teacher": {}}
+        sets: Sets = {}
+        for name in self.input_sets:
+            for network, shapes in (("student", student), ("teacher", teacher)):
+                values[network][name] = {p: torch.randn(2, *shape) for p, shape in shapes.items()}
+            labels = torch.tensor([0, classes - 1])
+            sets[name] = Batch(torch.empty(0), labels, torch.tensor([0, 1]), mask=torch.tensor([True, True]))
+        for points in values[self.spec.of].values():
+            for value in points.values():
+                value.requires_grad_()
         try:
-            result = self(s, t, torch.tensor([0, classes - 1]), torch.tensor([0, 1]))
+            result = self(values, sets)
         except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
+            own = student if self.spec.of == "student" else teacher
             pairs = ", ".join(
-                f"{layer.student} {student.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
+                f"{layer.student} {own.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
                 for layer in self.layers
             )
             raise UserError(
@@ -230,17 +256,28 @@ class Term(nn.Module):
         if not torch.isfinite(result):
             raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
         if not result.requires_grad:
-            raise UserError(f"{what} does not depend on the student", hint="is the student's value detached?")
+            raise UserError(
+                f"{what} does not depend on the {self.spec.of}", hint=f"is the {self.spec.of}'s value detached?"
+            )
 
-    def _inputs(
-        self, layer: Layer, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], labels: Tensor, index: Tensor
-    ) -> list[Tensor]:
-        named = {"labels": labels, "index": index}
-        if "student" in self.spec.loss.inputs:
-            named["student"] = layer.connector(student[layer.student])
-        if "teacher" in self.spec.loss.inputs:
-            named["teacher"] = teacher[layer.teacher]
-        return [named[name] for name in self.spec.loss.inputs]
+    def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Tensor]:
+        spec, batch = self.spec, sets[self.spec.input]
+        found: list[Tensor] = []
+        for name in spec.loss.inputs:
+            if name == "student":
+                value: Tensor | None = layer.connector(values[spec.of][spec.input][layer.student])
+            elif name == "other":
+                assert spec.against is not None
+                value = layer.connector(values[spec.of][spec.against][layer.student])
+            elif name == "teacher":
+                value = values["teacher"][spec.input][layer.teacher]
+                value = value.detach() if spec.detach else value
+            else:
+                value = getattr(batch, name)
+            if value is None:
+                raise UserError(f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' has not")
+            found.append(value)
+        return found
 
 
 def where_raised(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ class Cohort:
     def step(self, seats: list[Seat], step: int) -> None:
         """One optimizer step of each of these members, behind one teacher pass."""
         begin = time.perf_counter()
-        batch = self.batches.at(step, seats[0].member.timeline)
-        points = list(dict.fromkeys(p for seat in seats for p in seat.member.teacher_points()))
-        values = self.teacher.step(batch, points) if self.teacher and points else {}
+        names = dict.fromkeys(name for seat in seats for name in seat.member.shared_sets())
+        sets = self.batches.sets(step, seats[0].member.timeline, names)
+        values = self.teacher.step(sets, asked_of_teacher(seat.member for seat in seats)) if self.teacher else {}
         shared = time.perf_counter() - begin
         for seat in seats:
             begin = time.perf_counter()
             with _failures(seat):
-                seat.member.train_step(batch, values)
+                seat.member.train_step({name: sets[name] for name in seat.member.shared_sets()}, values)
             seat.member.seconds += time.perf_counter() - begin + shared / len(seats)
 
     def _evaluate(self, seat: Seat) -> None:
@@ -152,6 +152,15 @@ class Cohort:
                     checkpoint.save(seat.folder, {"key": seat.key, **seat.member.state()})
 
 
+def asked_of_teacher(members: Iterable[Member]) -> dict[str, list[str]]:
+    """What members need of their shared teacher at their present step: input set -> hook points."""
+    asked: dict[str, dict[str, None]] = {}
+    for member in members:
+        for name, points in member.teacher_points().items():
+            asked.setdefault(name, {}).update(dict.fromkeys(points))
+    return {name: list(points) for name, points in asked.items()}
+
+
 def make_graphs(members: list[Member], batches: Batches, teacher: Teacher | None) -> None:
     """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it."""
     shape = (batches.batch_size, *batches.image_shape)
@@ -173,10 +182,13 @@ def _teacher_uses(members: list[Member], teacher: Teacher) -> dict[frozenset[str
     uses: dict[frozenset[str], int] = {}
     begin = min((member.step for member in members), default=0)
     for end in (end for end in ends if end > begin):
-        there = [member for member in members if begin < member.timeline.total]
-        points = frozenset(point for member in there for point in member.teacher_points(begin))
-        points -= {"logits"} if teacher.logits is not None else set()
-        uses[points] = uses.get(points, 0) + end - begin
+        asked: dict[str, set[str]] = {}
+        for member in (member for member in members if begin < member.timeline.total):
+            for name, points in member.teacher_points(begin).items():
+                asked.setdefault(name, set()).update(points)
+        for name, of_set in asked.items():
+            found = frozenset(of_set - ({"logits"} if teacher.logits is not None and name == "data" else set()))
+            uses[found] = uses.get(found, 0) + end - begin
         begin = end
     return uses
 

@@ -50,13 +50,14 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
     """Metrics of the loss terms so far, averaged over evenly spaced test images. Terms of past stages are measured
     with their connectors as they were left: whether the student keeps what a first stage taught it is the question."""
     seen = [span.name for span in member.timeline.spans if span.start < max(member.step, 1)]
-    terms: list[Any] = [term for name in seen for term in member.terms_of(name).values() if term.metrics]
+    terms: list[Any] = [term for name in seen for term in member.terms_of(name).values() if term.measured]
     if not terms:
         return {}
     stride = max(1, -(-len(test.labels) // PROBE_IMAGES))
     part = test.every(stride)
-    student_points = [point for term in terms for point in term.student_points]
-    teacher_points = [point for term in terms for point in term.teacher_points]
+    student_points, teacher_points = (
+        [point for term in terms for point in term.points(network)["data"]] for network in ("student", "teacher")
+    )
     sums: dict[str, dict[str, Tensor]] = {}
     for images, labels in part.slices(SLICE[member.device.type]):
         student = member.student(member.normalizer(images), student_points)

@@ -25,6 +25,7 @@ from kdbench.engine.runner import (
 from kdbench.engine.scheduling import CellState, Work
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
+from kdbench.recipe.schema import TermSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def fill_logits(
     for i, cell in enumerate(plan.cells):
         spec = cell.spec
         terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-        if spec.teacher is not None and any("teacher" in t.loss.inputs and t.teacher == "logits" for t in terms):
+        if spec.teacher is not None and any(_reads_logits(t) for t in terms):
             parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, choosing.key(spec.compute)]
             wanted.setdefault(str(parts), (cell, CellState(i, label(cell), options.runs / plan.name / cell.slug)))
     if not wanted:
@@ -98,3 +99,8 @@ def fill_logits(
                     told(LogitTable(Path(event["folder"]), cell.spec.teacher.name, **fields))
                 elif event["event"] == "filled":
                     filled(event["done"], event["seconds"])
+
+
+def _reads_logits(term: TermSpec) -> bool:
+    """Whether a term takes its teacher's logits on the data set's own views."""
+    return term.input == "data" and "teacher" in term.loss.inputs and term.teacher == "logits"

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.engine.batches import Batch, Batches, Normalizer
-from kdbench.engine.build import Shape, Term, build_extractor, build_model, build_optimizer, build_schedule, build_terms
+from kdbench.engine.batches import Batch, Batches, Normalizer, Sets
+from kdbench.engine.build import (
+    Shape,
+    Term,
+    Values,
+    build_extractor,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_terms,
+)
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.inputs import Eyes, Moment, Workplace, build_source
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.network import Network, autocast, memory_format
 from kdbench.engine.timeline import Timeline, timeline
 from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.schema import CellSpec, StageSpec, TargetSpec
 from kdbench.sources.streams import address
 
 # Agreement needs features of the teacher: it is measured on at most this many evenly spaced test images.
@@ -51,11 +63,20 @@ class Teacher:
         with torch.no_grad():
             return self.network(self.normalizer(images), points)
 
-    def step(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
-        """Values of hook points for a training batch, in the run's precision: logits from their table where there is
-        one, everything else from one pass that runs no further than it must."""
+    def step(self, sets: Sets, points: Mapping[str, list[str]]) -> dict[str, dict[str, Tensor]]:
+        """Values of hook points for a step's input sets, in the run's precision.
+
+        Args:
+            points: input set -> hook points.
+        """
+        return {name: self._values(name, sets[name], asked) for name, asked in points.items()}
+
+    def _values(self, name: str, batch: Batch, points: list[str]) -> dict[str, Tensor]:
+        """Logits of the data set from their table where there is one, everything else from one pass that runs no
+        further than it must."""
         values = {}
-        if self.logits is not None and "logits" in points:
+        if self.logits is not None and name == "data" and "logits" in points:
+            assert batch.index is not None and batch.view is not None
             values["logits"] = self.logits.at(batch.index, batch.view)
         rest = [point for point in points if point not in values]
         if rest:
@@ -63,8 +84,11 @@ class Teacher:
                 values |= self.network.step(self.normalizer(batch.images), rest)
         return values
 
+    def eyes(self) -> Eyes:
+        return Eyes(self.network, self.normalizer)
+
     def training_copy(self) -> Extractor:
-        """A copy that may run in train mode: the codes that do so let their teacher's statistics drift."""
+        """A copy that may run in train mode, or be trained: the shared one stays as it was."""
         extractor = self.network.extractor
         model = copy.deepcopy(extractor.model).train()
         return Extractor(model, extractor.places, extractor.model_name)
@@ -72,18 +96,53 @@ class Teacher:
 
 @dataclass
 class Meter:
-    """Sums over the steps since the last evaluation, on the device; nothing is read before `result`."""
+    """Means over the steps since the last evaluation, on the device; nothing is read before `result`."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     images: int = 0
 
     def add(self, name: str, value: Tensor) -> None:
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.counts[name] = self.counts.get(name, 0) + 1
 
     def result(self) -> dict[str, float]:
-        return {name: value.item() / max(self.steps, 1) for name, value in self.sums.items()}
+        return {name: value.item() / self.counts[name] for name, value in self.sums.items()}
+
+
+class Pacer:
+    """An optimizer and the schedule of its rates."""
+
+    def __init__(self, optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
+        self.optimizer = build_optimizer(optimizer, trained)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = build_schedule(schedule)
+
+    @property
+    def rate(self) -> float:
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def step(self, progress: float, before: float) -> None:
+        """An optimizer step at the rate of `progress`; `before`: progress at the step before."""
+        factor = self.schedule.factor(progress)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        if any(before + 1e-9 < reset <= progress + 1e-9 for reset in self.schedule.resets):
+            self.optimizer.state.clear()
+        self.optimizer.step()
+
+
+class Places(TypedDict, total=False):
+    """Where a member's sources keep their files: fields of Workplace."""
+
+    teacher_sha256: str
+    folder: Path | None
+    shared: Path | None
+
+
+NOWHERE: Places = {}
 
 
 class Member:
@@ -96,8 +155,10 @@ class Member:
         teacher: Teacher | None,
         device: torch.device,
         computing: Computing = REFERENCE,
+        places: Places = NOWHERE,
     ) -> None:
         self.spec, self.device, self.computing = spec, device, computing
+        self.teacher = teacher
         self.timeline: Timeline = timeline(spec, len(batches.train.labels))
         self.normalizer = Normalizer(spec.protocol.normalization, device)
         student = build_model(spec.student, spec.data, spec.seed)
@@ -125,10 +186,16 @@ class Member:
         self.meter = Meter()
         self.history: list[dict[str, Any]] = []
         self.own_teacher: Network | None = None
-        if teacher and any(stage.modes.teacher == "train" for stage in spec.method.stages.values()):
+        if teacher and any(_has_own_teacher(stage) for stage in spec.method.stages.values()):
             self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
-            self.teacher_normalizer = teacher.normalizer
+        self.sources = {
+            name: build_source(
+                stage.source, Workplace(spec, name, device, teacher.eyes() if teacher else None, **places)
+            )
+            for name, stage in spec.method.stages.items()
+            if stage.source is not None
+        }
         self.bad_steps: dict[str, Tensor] = {}
         self.enter(0)
 
@@ -158,11 +225,24 @@ class Member:
                 f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
                 hint="add 'student' to the stage's 'trains'",
             )
-        self.optimizer = build_optimizer(self.stage.optimizer, trained)
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = build_schedule(self.stage.schedule)
-        self.student_points = _unique(point for term in self.active.values() for point in term.student_points)
+        self.pacers = [Pacer(self.stage.optimizer, self.stage.schedule, trained)]
+        if "teacher" in self.stage.trains:
+            assert self.own_teacher is not None
+            self.pacers.append(
+                Pacer(
+                    self.stage.teacher_optimizer or self.stage.optimizer,
+                    self.stage.teacher_schedule or self.stage.schedule,
+                    list(self.own_teacher.model.parameters()),
+                )
+            )
+        if self.own_teacher is not None:
+            self.own_teacher.model.requires_grad_("teacher" in self.stage.trains)
         self.set_modes()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the student and its connectors."""
+        return self.pacers[0].optimizer
 
     def terms_of(self, stage: str) -> dict[str, Term]:
         """Loss terms of a stage by name."""
@@ -172,71 +252,137 @@ class Member:
     def set_modes(self) -> None:
         """Modes of this stage; evaluation changes them and calls this again."""
         self.student.model.train(self.stage.modes.student == "train")
+        if self.own_teacher is not None:
+            self.own_teacher.model.train(self.stage.modes.teacher == "train")
         for name, terms in self.terms.items():
             terms.train(name == f"stage:{self.span.name}" and "connectors" in self.stage.trains)
 
-    def teacher_points(self, step: int | None = None) -> list[str]:
-        """What this member needs of the shared teacher at a step, by default its present one."""
-        stage = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
-        if self.own_teacher is not None and self.spec.method.stages[stage].modes.teacher == "train":
-            return []
-        return _unique(point for term in self.terms_of(stage).values() for point in term.teacher_points)
+    def wanted(self, network: str, stage: str) -> dict[str, list[str]]:
+        """What a stage needs of a network: input set -> hook points."""
+        wanted: dict[str, list[str]] = {}
+        for term in self.terms_of(stage).values():
+            for name, points in term.points(network).items():
+                wanted.setdefault(name, []).extend(points)
+        source = self.spec.method.stages[stage].source
+        for name in source.reads if source else ():
+            wanted.setdefault(name, []).append("logits")
+        return {name: _unique(points) for name, points in wanted.items()}
+
+    def teacher_points(self, step: int | None = None) -> dict[str, list[str]]:
+        """What this member needs of the shared teacher on the shared input sets at a step, by default its present one:
+        input set -> hook points."""
+        name = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
+        stage = self.spec.method.stages[name]
+        if _has_own_teacher(stage):
+            return {}
+        return {at: points for at, points in self.wanted("teacher", name).items() if at not in _made(stage)}
+
+    def shared_sets(self) -> list[str]:
+        """Names of the shared input sets that the present stage reads."""
+        terms = [name for term in self.active.values() for name in term.input_sets]
+        names = _unique([*terms, *(self.stage.source.reads if self.stage.source else ())])
+        return [name for name in names if name not in _made(self.stage)]
 
     def student_uses(self) -> dict[frozenset[str], int]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
         uses: dict[frozenset[str], int] = {}
         evaluated = set()
         for span in self.timeline.spans:
-            points = frozenset(p for term in self.terms_of(span.name).values() for p in term.student_points)
-            uses[points] = uses.get(points, 0) + max(span.stop - max(self.step, span.start), 0)
-            if self.spec.method.stages[span.name].modes.student == "eval":
-                evaluated.add(points)
+            for asked in self.wanted("student", span.name).values():
+                points = frozenset(asked)
+                uses[points] = uses.get(points, 0) + max(span.stop - max(self.step, span.start), 0)
+                if self.spec.method.stages[span.name].modes.student == "eval":
+                    evaluated.add(points)
         return {points: steps for points, steps in uses.items() if steps and points not in evaluated}
 
-    def train_step(self, batch: Batch, teacher: Mapping[str, Tensor]) -> None:
-        """One optimizer step."""
+    def train_step(self, shared: Sets, taught: Values) -> None:
+        """One optimizer step.
+
+        Args:
+            shared: the input sets of `shared_sets`.
+            taught: values of the shared teacher, as `teacher_points` asks for them.
+        """
         progress = (self.step - self.span.start) / self.span.steps
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
-        if self.own_teacher is not None and self.stage.modes.teacher == "train":
-            teacher = self._own_teacher_values(batch)
+        # What counts nothing now is not computed, nor what is made for it alone.
+        weights = {name: term.weight_at(progress) for name, term in self.active.items()}
+        active = {name: term for name, term in self.active.items() if weights[name]}
 
         with autocast(self.computing.precision, self.device):
-            student = self.student.step(self.normalizer(batch.images), self.student_points)
+            sets, values = self._inputs(active.values(), shared, taught, progress)
             loss = torch.zeros((), device=self.device)
-            for name, term in self.active.items():
-                value = term(student, teacher, batch.labels, batch.index)
-                loss = loss + term.weight_at(progress) * value
+            for name, term in active.items():
+                value = term(values, sets)
+                loss = loss + weights[name] * value
                 self.meter.add(name, value)
                 self._watch(name, value.detach())
 
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self._schedule(progress)
-        self.optimizer.step()
+        for pacer in self.pacers:
+            pacer.optimizer.zero_grad(set_to_none=True)
+        if active:
+            loss.backward()
+        for pacer in self.pacers:
+            pacer.step(progress, (self.step - 1 - self.span.start) / self.span.steps)
 
+        images = max(len(batch.images) for batch in sets.values())
         self.meter.add("loss", loss)
-        self.meter.steps += 1
-        self.meter.images += len(batch.labels)
-        self.images += len(batch.labels)
+        self.meter.images += images
+        self.images += images
         self._watch("loss", loss.detach())
+        self.last_rate = self.pacers[0].rate
         self.step += 1
         if self.step == self.span.stop and not self.finished:
             self.enter(self.stage_index + 1)
 
-    def _schedule(self, progress: float) -> None:
-        factor = self.schedule.factor(progress)
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * factor
-        self.last_rate = self.optimizer.param_groups[0]["lr"]
-        before = (self.step - 1 - self.span.start) / self.span.steps
-        if any(before + 1e-9 < reset <= progress + 1e-9 for reset in self.schedule.resets):
-            self.optimizer.state.clear()
+    def _inputs(
+        self, terms: Collection[Term], shared: Sets, taught: Values, progress: float
+    ) -> tuple[Sets, dict[str, dict[str, dict[str, Tensor]]]]:
+        """The step's input sets, and both networks' values on them: network -> input set -> hook point -> value.
 
-    def _own_teacher_values(self, batch: Batch) -> dict[str, Tensor]:
-        assert self.own_teacher is not None and self.spec.teacher is not None
-        points = _unique(point for term in self.active.values() for point in term.teacher_points)
-        with torch.no_grad(), autocast(self.computing.precision, self.device):
-            return self.own_teacher(self.teacher_normalizer(batch.images), points)
+        A source sees the logits of what it reads before it makes its own sets.
+        """
+        source = self.stage.source
+        needed = {name for term in terms for name in term.input_sets}
+        sets = dict(shared)
+        values: dict[str, dict[str, dict[str, Tensor]]] = {
+            "student": {},
+            "teacher": {name: dict(found) for name, found in taught.items()},
+        }
+        self._look(sets, values)
+        if source is not None and needed & {*source.gives}:
+            moment = Moment(
+                self.step,
+                progress,
+                {name: sets[name] for name in source.reads},
+                {network: {name: values[network][name] for name in source.reads} for network in values},
+                Eyes(self.student, self.normalizer),
+            )
+            with torch.autocast(self.device.type, enabled=False):
+                made = self.sources[self.span.name].sets(moment)
+            self.set_modes()
+            sets |= made
+            self._look(made, values)
+        return sets, values
+
+    def _look(self, sets: Sets, values: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+        """Add both networks' values on these input sets, where they are wanted and not there yet."""
+        for name, points in self.wanted("student", self.span.name).items():
+            if name in sets:
+                policy = self.stage.batch_norm.get(name, "shared")
+                # Graphs are made for batch norms that take part.
+                run = self.student.step if policy == "shared" else self.student
+                with statistics(self.student.model, policy):
+                    values["student"][name] = run(self.normalizer(sets[name].images), points)
+        for name, points in self.wanted("teacher", self.span.name).items():
+            if name in sets and name not in values["teacher"]:
+                values["teacher"][name] = self._teach(sets[name], points)
+
+    def _teach(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
+        """The teacher's values on an input set of this member's own, or by a teacher of its own."""
+        assert self.teacher is not None
+        own = self.own_teacher if _has_own_teacher(self.stage) else None
+        with torch.set_grad_enabled("teacher" in self.stage.trains):
+            return (own or self.teacher.network)(self.teacher.normalizer(batch.images), points)
 
     def _watch(self, name: str, value: Tensor) -> None:
         # Remembered on the device, read at the next evaluation: a step never waits for its own loss.
@@ -261,14 +407,15 @@ class Member:
         return {
             "student": self.student.model.state_dict(),
             "terms": self.terms.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [pacer.optimizer.state_dict() for pacer in self.pacers],
+            "sources": {name: source.state() for name, source in self.sources.items()},
             "step": self.step,
             "images": self.images,
             "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "last_rate": self.last_rate,
             "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher else None,
-            "meter": {"sums": self.meter.sums, "steps": self.meter.steps, "images": self.meter.images},
+            "meter": {"sums": self.meter.sums, "counts": self.meter.counts, "images": self.meter.images},
             "bad_steps": self.bad_steps,
             "history": self.history,
         }
@@ -283,10 +430,13 @@ class Member:
         self.evaluation_seconds, self.last_rate = state["evaluation_seconds"], state["last_rate"]
         self.enter(self.timeline.stage(min(self.step, self.timeline.total - 1)))
         if not self.finished:
-            self.optimizer.load_state_dict(state["optimizer"])
+            for pacer, kept in zip(self.pacers, state["optimizers"], strict=True):
+                pacer.optimizer.load_state_dict(kept)
+        for name, source in self.sources.items():
+            source.load_state(state["sources"][name])
         meter = state["meter"]
         sums = {name: value.to(self.device) for name, value in meter["sums"].items()}
-        self.meter = Meter(sums, meter["steps"], meter["images"])
+        self.meter = Meter(sums, dict(meter["counts"]), meter["images"])
         self.bad_steps = {name: value.to(self.device) for name, value in state["bad_steps"].items()}
 
 
@@ -295,6 +445,40 @@ def accuracy(member: Member, images: Tensor, labels: Tensor) -> tuple[Tensor, Te
     logits = member.student(member.normalizer(images), ["logits"])["logits"]
     right = (logits.argmax(dim=1) == labels).sum()
     return logits, right, F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+@contextmanager
+def statistics(model: nn.Module, policy: str) -> Iterator[None]:
+    """What batch norms do with a batch: "shared", "frozen" or "separate", as on a stage's card.
+
+    Only those in train mode, in which a stage that keeps the student in eval mode has none.
+    """
+    if policy == "shared":
+        yield
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    tracked = [m.track_running_stats for m in norms]
+    for norm in norms:
+        if policy == "frozen":
+            norm.train(False)
+        else:
+            norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, track in zip(norms, tracked, strict=True):
+            norm.train(True)
+            norm.track_running_stats = track
+
+
+def _has_own_teacher(stage: StageSpec) -> bool:
+    """Whether a stage's teacher cannot be the shared one, frozen and in eval mode."""
+    return stage.modes.teacher == "train" or "teacher" in stage.trains
+
+
+def _made(stage: StageSpec) -> list[str]:
+    """Input sets that a stage's source makes."""
+    return stage.source.gives if stage.source is not None else []
 
 
 def _unique(points: Any) -> list[str]:

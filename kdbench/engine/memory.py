@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.engine.build import build_extractor, build_model, build_terms
+from kdbench.engine.batches import Batch
+from kdbench.engine.build import Term, build_extractor, build_model, build_terms
 from kdbench.engine.evaluation import SLICE
 from kdbench.recipe.schema import CellSpec
 from kdbench.sources.augment import Augmentation
@@ -69,21 +70,22 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
-    features = FLOAT * sum(math.prod(teacher_shapes[p]) for p in {p for term in every for p in term.teacher_points})
+    read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
+    features = FLOAT * sum(math.prod(teacher_shapes[p]) for _, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
-    seen = [
-        (s, t) for term in every if term.metrics for s, t in zip(term.student_points, term.teacher_points, strict=True)
-    ]
+    seen = [(layer.student, layer.teacher) for term in every if term.measured for layer in term.layers]
     looked_at = FLOAT * sum(math.prod(shapes[s]) + 2 * math.prod(teacher_shapes[t]) for s, t in seen)
     saved = 0
     for stage in terms.values():
-        points = list(dict.fromkeys(p for term in stage.values() for p in term.student_points))
-        images = torch.randn(IMAGES, *shape)
+        names = list(dict.fromkeys(name for term in stage.values() for name in term.input_sets))
+        labels = torch.zeros(IMAGES, dtype=torch.int64)
+        sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
         with _Saved(student) as kept:
-            values = extractor(images, points)
-            targets = {name: torch.randn(IMAGES, *size) for name, size in teacher_shapes.items()}
-            labels = torch.zeros(IMAGES, dtype=torch.int64)
-            total = sum(term(values, targets, labels, labels) for term in stage.values())
+            values: dict[str, dict[str, dict[str, Tensor]]] = {
+                "student": {n: extractor(sets[n].images, _points(stage.values(), "student", n)) for n in names},
+                "teacher": {n: {p: torch.randn(IMAGES, *size) for p, size in teacher_shapes.items()} for n in names},
+            }
+            total = sum(term(values, sets) for term in stage.values())
         assert isinstance(total, Tensor)
         saved = max(saved, kept.bytes)
     own = _bytes(student) + sum(_bytes(term) for term in every)
@@ -91,7 +93,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     # Resident data are there as they were read, and in parts on the device.
     both = 0 if data.streamed else 2 * (data.train + data.test) * math.prod(shape)
-    if device.type == "cuda" and "logits" in {point for term in every for point in term.teacher_points}:
+    if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
         chosen = spec.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
@@ -148,6 +150,11 @@ def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:
     for handle in handles:
         handle.remove()
     return largest
+
+
+def _points(terms: Iterable[Term], network: str, name: str) -> list[str]:
+    """Hook points that terms read of a network on an input set."""
+    return list(dict.fromkeys(point for term in terms for point in term.points(network).get(name, [])))
 
 
 def _bytes(module: nn.Module) -> int:

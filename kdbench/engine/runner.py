@@ -26,6 +26,8 @@ from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
 
 RECORD = "record.json"
+# Folder beside the runs for what batch sources make once for several cells.
+SOURCES = "sources"
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,37 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
                 "threads": pool.threads,
             },
         )
+    # One after the other, so that several workers do not all fetch the same.
     for task in tasks.values():
-        for event in pool.carry_out([task]):
-            if event["event"] == "doing":
-                listener.doing(event["text"])
-            elif event["event"] == "failed":
-                raise error_of(event)
+        _carry_out([task], pool, listener)
+    _carry_out(list(_sources(specs, options, pool).values()), pool, listener)
+
+
+def _sources(specs: list[CellSpec], options: Options, pool: Pool) -> dict[str, dict[str, Any]]:
+    """A task for each kind of batch source, teacher and seed: what is made before cells train."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        sources = [stage.source.model_dump(mode="json") for stage in spec.method.stages.values() if stage.source]
+        teacher = spec.teacher.identity() if spec.teacher else ""
+        if sources:
+            task = {
+                "task": "sources",
+                "spec": spec.model_dump(mode="json"),
+                "teacher_folder": str(teacher_folder(spec.teacher, options.runs)) if spec.teacher else None,
+                "shared": str(options.runs / SOURCES),
+                "threads": pool.threads,
+            }
+            key = json.dumps([sources, teacher, spec.data.model_dump(mode="json"), spec.seed], sort_keys=True)
+            tasks.setdefault(key, task)
+    return tasks
+
+
+def _carry_out(tasks: list[dict[str, Any]], pool: Pool, listener: Listener) -> None:
+    for event in pool.carry_out(tasks):
+        if event["event"] == "doing":
+            listener.doing(event["text"])
+        elif event["event"] == "failed":
+            raise error_of(event)
 
 
 def computings_for(
@@ -281,6 +308,7 @@ def _trial(
         "work": {"student_steps": sum(steps.values()) / busy, "teacher_steps": teacher_steps / busy},
         "threads": options.threads or max(1, min(pool.threads, pool.cores // busy)),
         "teacher_folder": _teacher_folder_of(largest, options),
+        "shared": str(options.runs / SOURCES),
     }
     for event in pool.carry_out([task]):
         if event["event"] == "doing":
@@ -324,6 +352,7 @@ def _cells(
                 "logits": kept.get("logits"),
                 "computing": computings[choosing.key(cohort[0][0].spec.compute)].plain(),
                 "teacher_folder": _teacher_folder_of(cohort, options),
+                "shared": str(options.runs / SOURCES),
                 "cells": [
                     {
                         "id": state.id,

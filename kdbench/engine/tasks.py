@@ -14,13 +14,15 @@ from filelock import FileLock, Timeout
 
 from kdbench.engine import checkpoint, logits
 from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.build import resolve
 from kdbench.engine.cohort import Cohort, Seat
-from kdbench.engine.compute import Computing
+from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import try_out
 from kdbench.engine.finish import finish, machine
+from kdbench.engine.inputs import Workplace
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.logit_files import table_at
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import Member, Places, Teacher
 from kdbench.engine.memory import memory_of, peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
@@ -60,6 +62,7 @@ class Desk:
         kinds = {
             "try_out": self.try_out,
             "prepare": self.prepare,
+            "sources": self.prepare_sources,
             "trial": self.trial,
             "fill": self.fill,
             "cohort": self.train,
@@ -80,6 +83,23 @@ class Desk:
         if spec.teacher is not None and spec.teacher.weights is not None:
             self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
             measured(spec.teacher, Path(task["teacher_folder"]), task["download"], spec.data, data, device)
+
+    def prepare_sources(self, task: dict[str, Any], device: torch.device) -> None:
+        """What a cell's batch sources need before it trains."""
+        spec = CellSpec.model_validate(task["spec"])
+        data = self._load(spec.data, task)
+        file = self._teacher_file(spec, data, task, device)
+        teacher = self._teacher(spec, file, device, REFERENCE)
+
+        def tell(text: str) -> None:
+            self.emit(event="doing", task=task["id"], text=text)
+
+        for name, stage in spec.method.stages.items():
+            if stage.source is not None:
+                place = Workplace(spec, name, device, teacher.eyes() if teacher else None, **_places(task, file))
+                resolve(stage.source.target).prepare(place, tell, self.stopping, **stage.source.options)
+        if self.stopping():
+            raise CellError("stopped; the same command goes on from here")
 
     def trial(self, task: dict[str, Any], device: torch.device) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
@@ -102,6 +122,7 @@ class Desk:
             Work(**task["work"]),
             device,
             lambda text: self.emit(event="doing", task=task["id"], text=text),
+            _places(task, file),
         )
         self.emit(event="chosen", computing=choice.computing.plain(), why=choice.why, tried=choice.tried)
 
@@ -295,6 +316,11 @@ class Desk:
         return table.folder.name
 
 
+def _places(task: dict[str, Any], file: TeacherFile | None, folder: Path | None = None) -> Places:
+    """Where batch sources keep their files."""
+    return {"teacher_sha256": file.sha256 if file else "", "folder": folder, "shared": Path(task["shared"])}
+
+
 def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
     way = member.computing
@@ -335,7 +361,7 @@ def _seat(
         "device": device.type,
         "teacher": file.sha256 if file and own else None,
     }
-    member = Member(spec, batches, own, device, computing)
+    member = Member(spec, batches, own, device, computing, _places(task, file if own else None, folder))
     state = checkpoint.load(folder, key)
     if state is not None:
         member.load_state(state)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import make_graphs
+from kdbench.engine.cohort import asked_of_teacher, make_graphs
 from kdbench.engine.compute import Computing, candidates
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import NOWHERE, Member, Places, Teacher
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec, ComputeChoice
 
@@ -85,6 +85,7 @@ def choose(
     work: Work,
     device: torch.device,
     tell: Callable[[str], None],
+    places: Places = NOWHERE,
 ) -> Choice:
     """Measure the ways that a choice leaves open and take the fastest.
 
@@ -92,6 +93,7 @@ def choose(
         specs: cells of one cohort.
         teacher: gives the cohort's teacher, freshly loaded, for a way to compute.
         tell: is told what is being tried.
+        places: where the cells' batch sources find what was prepared for them.
 
     Raises:
         UserError: what is asked for cannot be done here.
@@ -105,7 +107,7 @@ def choose(
 
     def measured(way: Computing) -> Tried:
         tell(f"trial of {way.name}")
-        one = _measure(way, sample, batches, teacher, device)
+        one = _measure(way, sample, batches, teacher, device, places)
         _compare(one, tried)
         tried.append(one)
         return one
@@ -166,24 +168,28 @@ def _measure(
     batches: Batches,
     load: Callable[[Computing], Teacher | None],
     device: torch.device,
+    places: Places,
 ) -> Tried:
     """Time a way on throw-away students. Whatever fails is its remark."""
     one = Tried(way)
     try:
         teacher = load(way)
-        members = [_in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way)) for s in specs]
+        members = [
+            _in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, places)) for s in specs
+        ]
         make_graphs(members, batches, teacher)
-        points = list(dict.fromkeys(p for member in members for p in member.teacher_points()))
-        batch = batches.at(0, members[0].timeline)
-        values: dict[str, Tensor] = {}
+        points = asked_of_teacher(members)
+        names = dict.fromkeys(name for member in members for name in member.shared_sets())
+        sets = batches.sets(0, members[0].timeline, names)
+        values: dict[str, dict[str, Tensor]] = {}
         if teacher is not None and points:
-            values, first, one.teacher = _times(lambda: teacher.step(batch, points), device)
+            values, first, one.teacher = _times(lambda: teacher.step(sets, points), device)
             one.compiling += first - one.teacher
         steps, losses = [], []
         for member in members:
 
             def step(member: Member = member) -> float:
-                member.train_step(batch, values)
+                member.train_step({name: sets[name] for name in member.shared_sets()}, values)
                 return member.meter.result()["loss"]
 
             loss, first, again = _times(step, device)

@@ -20,6 +20,7 @@ from kdbench.recipe.schema import (
     ModelSpec,
     ProtocolSpec,
     Recipe,
+    SourceSpec,
     StageSpec,
     TargetSpec,
     TeacherSpec,
@@ -33,6 +34,9 @@ from kdbench.validation import validated
 
 # Teachers' recipes that are being planned, to notice a circle.
 _open: list[str] = []
+
+# Input sets that the data give.
+SHARED_INPUTS = ("data",)
 
 # Keys of a method mapping in a recipe that are no parameters of the method.
 _METHOD_KEYS = ("name", "label", "stages")
@@ -98,8 +102,9 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         for term_name, term in stage.losses.items():
             place = f"method '{method.name}', stage '{stage_name}', loss '{term_name}'"
             where = _hook_origin(method_tree.at("stages", stage_name, "losses", term_name))
-            if "student" in term.loss.inputs:
-                _check_point(term.student, student, place, where)
+            if {"student", "other"} & {*term.loss.inputs}:
+                own = teacher.model if teacher is not None and term.of == "teacher" else student
+                _check_point(term.student, own, place, where)
             if teacher is not None and "teacher" in term.loss.inputs:
                 _check_point(term.teacher, teacher.model, place, where)
                 if teacher.classes is not None and term.teacher == "logits":
@@ -282,15 +287,73 @@ def _stage(
         name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
         for name, term in card.losses.items()
     }
+    source = _source(card.source, tree.at("source"), registry) if card.source is not None else None
+    _check_inputs(card, source, losses, tree, what)
+    own_of_teacher = {
+        kind: _named(f"{kind.removeprefix('teacher_')}s", named, tree.at(kind), registry)
+        for kind in ("teacher_optimizer", "teacher_schedule")
+        if (named := getattr(card, kind)) is not None
+    }
     return StageSpec(
         share=share(card.share) if card.share else None,
         extra_epochs=card.extra_epochs,
         trains=card.trains,
+        source=source,
         losses=losses,
         modes=card.modes,
+        batch_norm=card.batch_norm,
         optimizer=resolved["optimizer"],
         schedule=resolved["schedule"],
+        **own_of_teacher,
     )
+
+
+def _source(named: Named, tree: Tree, registry: Registry) -> SourceSpec:
+    card = registry.card("sources", named.name, tree.origin(("name",)))
+    target = _named("sources", named, tree, registry)
+    return SourceSpec(**target.model_dump(), reads=card.reads, gives=card.gives, teacher=card.teacher)
+
+
+def _check_inputs(
+    card: StageCard, source: SourceSpec | None, losses: dict[str, TermSpec], tree: Tree, what: str
+) -> None:
+    """Terms take input sets that there are, and train what the stage trains."""
+    given = [*SHARED_INPUTS, *(source.gives if source else ())]
+    for name, term in losses.items():
+        where = tree.at("losses", name)
+        for key, at in (("input", term.input), ("against", term.against)):
+            if at is not None and at not in given:
+                raise UserError(
+                    f"loss '{name}' in {what}: there is no input set '{at}'",
+                    where=where.origin((key,)),
+                    hint=did_you_mean(at, given),
+                )
+        if ("other" in term.loss.inputs) != (term.against is not None):
+            raise UserError(
+                f"loss '{name}' in {what}: the loss '{term.loss.name}' "
+                + ("compares with another input set" if term.against is None else "compares with no other input set"),
+                where=where.origin(("against",) if term.against else ("loss",)),
+                hint="name it with 'against'" if term.against is None else "leave 'against' out",
+            )
+        if term.of == "teacher" and "teacher" not in card.trains:
+            raise UserError(
+                f"loss '{name}' in {what} is the teacher's own, which this stage does not train",
+                where=where.origin(("of",)),
+                hint="add 'teacher' to the stage's 'trains'",
+            )
+    if "teacher" in card.trains and all(term.of != "teacher" for term in losses.values()):
+        raise UserError(
+            f"{what} trains the teacher, but no loss is the teacher's own",
+            where=tree.origin(("trains",)),
+            hint="add 'of: teacher' to one, or leave 'teacher' out of 'trains'",
+        )
+    for name in card.batch_norm:
+        if name not in given:
+            raise UserError(
+                f"{what}: there is no input set '{name}'",
+                where=tree.origin(("batch_norm", name)),
+                hint=did_you_mean(name, given),
+            )
 
 
 def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
@@ -330,6 +393,10 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
         ),
         student=term.hook or term.student or "logits",
         teacher=term.hook or term.teacher or "logits",
+        input=term.input,
+        of=term.of,
+        against=term.against,
+        detach=term.detach,
         connector=connector,
         weight=term.weight,
         weight_schedule=schedule,
@@ -485,7 +552,10 @@ def _classes(data: str, registry: Registry) -> tuple[str, int]:
 
 
 def _needs_teacher(method: MethodSpec) -> bool:
-    return any("teacher" in term.loss.inputs for stage in method.stages.values() for term in stage.losses.values())
+    stages = method.stages.values()
+    return any(stage.source is not None and stage.source.teacher for stage in stages) or any(
+        "teacher" in term.loss.inputs or term.of == "teacher" for stage in stages for term in stage.losses.values()
+    )
 
 
 def _hook_origin(term: Tree) -> str:

@@ -12,7 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Named, Normalization, PointName, Strict, Weights
+from kdbench.cards import (
+    POINT_GROUPS,
+    Augmentation,
+    Modes,
+    Named,
+    Network,
+    Normalization,
+    PointName,
+    Statistics,
+    Strict,
+    Trained,
+    Weights,
+)
 
 
 class DataChoice(Strict):
@@ -162,10 +174,20 @@ class LossSpec(TargetSpec):
     metrics: dict[str, str] = {}
 
 
+class SourceSpec(TargetSpec):
+    reads: list[str]
+    gives: list[str]
+    teacher: bool
+
+
 class TermSpec(Spec):
     loss: LossSpec
     student: str = "logits"
     teacher: str = "logits"
+    input: str = "data"
+    of: Network = "student"
+    against: str | None = None
+    detach: bool = True
     connector: TargetSpec | None = None
     weight: float = 1.0
     weight_schedule: TargetSpec | None = None
@@ -177,11 +199,15 @@ class StageSpec(Spec):
 
     share: float | None = None
     extra_epochs: float | None = None
-    trains: list[Literal["student", "connectors"]] = ["student"]
+    trains: list[Trained] = ["student"]
+    source: SourceSpec | None = None
     losses: dict[str, TermSpec]
     optimizer: TargetSpec
     schedule: TargetSpec
+    teacher_optimizer: TargetSpec | None = None
+    teacher_schedule: TargetSpec | None = None
     modes: Modes = Modes()
+    batch_norm: dict[str, Statistics] = {}
 
 
 class MethodSpec(Spec):
@@ -234,11 +260,13 @@ class CellSpec(Spec):
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
         that has its default (so that a new field with a default, or a new hook point, reruns nothing)."""
         terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
-        changes: dict[str, Any] = {"student": self.student.reading({term.student for term in terms})}
+        own = {term.student for term in terms if term.of == "student"}
+        taught = {term.teacher for term in terms} | {term.student for term in terms if term.of == "teacher"}
+        changes: dict[str, Any] = {"student": self.student.reading(own)}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())
         if self.teacher is not None:
-            model = self.teacher.model.reading({term.teacher for term in terms})
+            model = self.teacher.model.reading(taught)
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
         return _digest(self.model_copy(update=changes))
 

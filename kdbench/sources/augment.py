@@ -128,11 +128,13 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     """Bytes to normalized float32, by torchvision's ToTensor and Normalize, operation by operation (bits agree).
 
     Args:
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W]; or floating pixel values, on the scale of [0, 1], that gradients may go through.
         mean, std: per channel, of pixel values in [0, 1]. Tensors on the images' device save a transfer per call.
 
     Returns:
-        float32 [N, C, H, W]: (images / 255 - mean) / std.
+        float32 [N, C, H, W]: (images / 255 - mean) / std, of pixel values (images - mean) / std.
     """
     centre, spread = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    if images.is_floating_point():
+        return (images - centre) / spread
     return images.to(torch.float32).div_(255).sub_(centre).div_(spread)

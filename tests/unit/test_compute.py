@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, member_of, shortened, untrained_teacher
+from tiny import CPU, images, member_of, shortened, step, train, untrained_teacher
 
 from kdbench.engine import choosing, trial
 from kdbench.engine.batches import Batches
@@ -48,10 +48,8 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     make_graphs(members, batches, teacher)
     result = []
     for member in members:
-        batch = batches.at(0, member.timeline)
-        points = member.teacher_points()
         member.optimizer.step = lambda *_: None  # type: ignore[method-assign]
-        member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
+        step(member, batches, teacher, at=0)
         trained = [p for module in (member.student.model, member.terms) for p in module.parameters()]
         result.append((member.meter.result()["loss"], [p.grad.clone() for p in trained if p.grad is not None]))
     return result
@@ -107,10 +105,7 @@ def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
                 batches = Batches(spec, data, CPU)
                 teacher = teacher_of(spec, way)
                 member = Member(spec, batches, teacher, CPU, way)
-                for step in range(120):
-                    batch = batches.at(step, member.timeline)
-                    points = member.teacher_points()
-                    member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
+                train(member, batches, teacher, 120)
                 member.student.model.eval()
                 accuracies.append(score(member, batches.test)[0]["accuracy"])
             plain.append(accuracies[0])
@@ -296,14 +291,9 @@ class _Reads(torch.utils._python_dispatch.TorchDispatchMode):
 def test_a_step_reads_no_value(method: str) -> None:
     member, batches, teacher = member_of(cell(method))
 
-    def train() -> None:
-        batch = batches.at(member.step, member.timeline)
-        points = member.teacher_points()
-        member.train_step(batch, teacher.step(batch, points) if teacher and points else {})
-
-    train()
+    step(member, batches, teacher)
     with _Reads() as reads:
-        train()
+        step(member, batches, teacher)
     assert reads.count == 0
     with _Reads() as reads:
         member.meter.result()
@@ -326,8 +316,6 @@ def test_networks_run_no_further_than_a_stage_needs(way: Computing) -> None:
     for network in (member.student, teacher.network):
         network(torch.zeros(2, 1, 8, 8), ["logits"])
     ran.clear()
-    batch = batches.at(0, member.timeline)
-    values = teacher.step(batch, member.teacher_points())
-    member.train_step(batch, values)
+    step(member, batches, teacher)
     assert [at for at in ran if "block3" in at or "fc" in at] == []
     assert {"student block2", "teacher block2"} <= set(ran)

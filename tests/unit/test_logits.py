@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, shortened, untrained_teacher
+from tiny import CPU, images, shortened, train, untrained_teacher
 
 from kdbench.engine import logit_files, logits
 from kdbench.engine.batches import Batches
@@ -94,9 +94,7 @@ def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
             teacher.network.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
         member = Member(spec, batches, teacher, CPU)
         assert batches.positions.tolist() != list(range(len(batches.positions)))
-        for step in range(8):
-            batch = batches.at(step, member.timeline)
-            member.train_step(batch, teacher.step(batch, member.teacher_points()))
+        train(member, batches, teacher, 8)
         members.append(member)
     a, b = (member.meter.result()["loss"] for member in members)
     assert a == pytest.approx(b, rel=1e-4)
@@ -110,9 +108,9 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     batches = Batches(spec, data, CPU)
     teacher.logits = logits.PartLogits(values + 1, batches.positions)
     member = Member(spec, batches, teacher, CPU)
-    batch = batches.at(0, member.timeline)
-    got = teacher.step(batch, ["layer2", "logits"])
-    plain = teacher_of(spec).step(batch, ["layer2", "logits"])
+    sets = batches.sets(0, member.timeline, ["data"])
+    got = teacher.step(sets, {"data": ["layer2", "logits"]})["data"]
+    plain = teacher_of(spec).step(sets, {"data": ["layer2", "logits"]})["data"]
     assert torch.equal(got["layer2"], plain["layer2"])
     assert torch.allclose(got["logits"], plain["logits"] + 1, atol=1e-4)
 

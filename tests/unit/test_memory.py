@@ -120,6 +120,6 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
     assert result["peak"] <= predicted
     # Not from so far above that it would be worth nothing; the data set is a small one here.
     assert result["peak"] > 0.3 * predicted
-    # After the first epochs and evaluations, resident memory stays but for where the allocator finds room: one map of an
-    # evaluation slice is 64 MiB, a batch's features kept at each step would be over 270 MB in this half.
+    # After the first epochs and evaluations, resident memory stays but for where the allocator finds room: one map of
+    # an evaluation slice is 64 MiB; a batch's features kept at each step would be over 270 MB in this half.
     assert max(result["at"]) - result["at"][len(result["at"]) // 2] < 0.1 * result["peak"]
