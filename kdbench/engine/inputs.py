@@ -73,7 +73,7 @@ class Moment:
 class Source(ABC):
     """A card's target is a subclass, built with a Workplace first and its options as keywords."""
 
-    @classmethod
+    @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(
         cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
     ) -> None:

@@ -189,10 +189,9 @@ class Member:
         if teacher and any(_has_own_teacher(stage) for stage in spec.method.stages.values()):
             self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
+        eyes = teacher.eyes() if teacher else None
         self.sources = {
-            name: build_source(
-                stage.source, Workplace(spec, name, device, teacher.eyes() if teacher else None, **places)
-            )
+            name: build_source(stage.source, Workplace(spec, name, device, eyes, **places))
             for name, stage in spec.method.stages.items()
             if stage.source is not None
         }
