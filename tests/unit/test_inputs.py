@@ -35,7 +35,7 @@ class Mirrored(Source):
         Mirrored.calls += 1
         self.drawn += 1
         batch = moment.sets["data"]
-        assert set(moment.values["student"]["data"]) >= {"logits"} and set(moment.values["teacher"]["data"]) >= {"logits"}
+        assert all("logits" in moment.values[network]["data"] for network in ("student", "teacher"))
         images = batch.images.flip(3).float() / 255 + self.shift * self.drawn
         return {"mirror": Batch(images, batch.labels, mask=batch.labels % 2 == 0)}
 
@@ -141,7 +141,7 @@ def trained_teacher(registry: Registry, detach: bool, weight: float = 1.0) -> Ce
         {
             "trains": ["student", "teacher"],
             "modes": {"teacher": "train"},
-            "teacher_optimizer": {"name": "sgd", "lr": 0.05},
+            "teacher_optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
             "losses": {
                 "distance": {"loss": "distance", "detach": detach},
                 "teacher_ce": {"loss": "cross_entropy", "of": "teacher", "weight": weight},
