@@ -5,10 +5,18 @@ reaches the teacher. float16 and bfloat16 are computed in float32; float32 and f
 do not fit are a ValueError that names both.
 """
 
-from kdbench.losses.ab import activation_agreement, activation_boundary
+from kdbench.losses.ab import activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.kd import kd
 
-__all__ = ["activation_agreement", "activation_boundary", "attention_transfer", "cross_entropy", "fitnets", "kd"]
+__all__ = [
+    "activation_agreement",
+    "activation_boundary",
+    "attention_transfer",
+    "centred_mse",
+    "cross_entropy",
+    "fitnets",
+    "kd",
+]

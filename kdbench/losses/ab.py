@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, same_shape
+from kdbench.losses.checks import full, logits_shape, same_shape
 
 
 def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
@@ -36,6 +36,28 @@ def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -
     student = full(student)
     shortfall = torch.where(teacher.detach() > 0, margin - student, margin + student)
     return F.relu(shortfall).square().sum() / len(student)
+
+
+def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of logits after each sample's own mean is taken off: what a constant on all logits is, softmax
+    does not see.
+
+    The term by which AB's script for transferred teachers lets an extra classifier on the student's pooled features
+    follow the teacher's logits on its own classes (there called DTL, weighted by 10).
+
+    Args:
+        student: [N, K], of the extra classifier (a connector).
+        teacher: same shape.
+
+    Returns:
+        Scalar, at least 0, a mean over N and K.
+
+    Raises:
+        ValueError: when the shapes differ, or are not [N, K].
+    """
+    logits_shape(student, teacher, "centred_mse")
+    difference = full(student) - full(teacher.detach())
+    return (difference - difference.mean(dim=1, keepdim=True)).square().mean()
 
 
 def activation_agreement(student: Tensor, teacher: Tensor) -> Tensor:

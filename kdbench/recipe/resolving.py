@@ -107,12 +107,13 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
                 _check_point(term.student, own, place, where)
             if teacher is not None and "teacher" in term.loss.inputs:
                 _check_point(term.teacher, teacher.model, place, where)
-                if teacher.classes is not None and term.teacher == "logits":
+                if teacher.classes is not None and term.teacher == "logits" and term.connector is None:
                     raise UserError(
                         f"{place}: the logits of '{teacher.name}' are of its own {teacher.classes} classes, not of the "
                         f"{data.classes} of '{data.name}'",
                         where=where,
-                        hint="such a teacher can teach its features only: methods like at, hint, ab_ce",
+                        hint="it can teach its features, or logits through a connector: methods like at, hint, "
+                        "ab_transfer",
                     )
     return CellSpec(
         data=data,

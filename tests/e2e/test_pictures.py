@@ -48,7 +48,7 @@ def words(here: Path, runs: Path) -> list[str | Path]:
 
 @pytest.mark.slow
 def test_scenes_train_and_an_interrupted_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
-    kdbench(*words(here, here / "whole"), "compare.method=[ab_ce, at]", "--threads", "1")
+    kdbench(*words(here, here / "whole"), "compare.method=[ab_transfer, at]", "--threads", "1")
     cells = [file.parent for file in (here / "whole" / "ab_scenes").glob("*/record.json")]
     assert len(cells) == 2
     record = json.loads((cells[0] / "record.json").read_text())
@@ -57,7 +57,14 @@ def test_scenes_train_and_an_interrupted_run_ends_with_the_same_bits(here: Path,
     assert "resized_crop" in record["seeds"]["streams"]
     assert "accuracy not measured" in (here / "whole" / "ab_scenes" / "table.md").read_text()
 
-    again = [*words(here, here / "again"), "compare.method=[ab_ce, at]", "--threads", "1", "--checkpoint-seconds", "0"]
+    again = [
+        *words(here, here / "again"),
+        "compare.method=[ab_transfer, at]",
+        "--threads",
+        "1",
+        "--checkpoint-seconds",
+        "0",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "kdbench", *map(str, again)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and not any(f.stat().st_size for f in (here / "again").rglob("metrics.jsonl")):

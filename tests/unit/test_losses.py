@@ -45,7 +45,26 @@ FEATURE_LOSSES = [
     lambda s, t: losses.attention_transfer(s, t, form="paper"),
     lambda s, t: losses.attention_transfer(s, t, p=3),
 ]
-LOGIT_LOSSES = [losses.kd, lambda s, t: losses.kd(s, t, temperature=2.0, scale=False)]
+LOGIT_LOSSES = [losses.centred_mse, losses.kd, lambda s, t: losses.kd(s, t, temperature=2.0, scale=False)]
+
+
+class TestCentredMSE:
+    def test_the_closed_form(self) -> None:
+        """(1, 3) without its mean is (-1, 1), (0, 6) is (-3, 3): both differ by 2."""
+        assert losses.centred_mse(row(1.0, 3.0), row(0.0, 6.0)).item() == pytest.approx(4.0, rel=1e-14)
+
+    def test_a_constant_on_all_logits_is_not_seen(self) -> None:
+        student, teacher = logit_pair()
+        shifted = student + torch.arange(4, dtype=torch.float64)[:, None]
+        assert losses.centred_mse(shifted, teacher).item() == pytest.approx(
+            losses.centred_mse(student, teacher).item(), rel=1e-12
+        )
+
+    def test_it_is_the_mean_variance_of_the_differences(self) -> None:
+        student, teacher = logit_pair()
+        variances = (student - teacher).var(dim=1, correction=0)
+        assert losses.centred_mse(student, teacher).item() == pytest.approx(variances.mean().item(), rel=1e-12)
+        check_gradient(losses.centred_mse, student, teacher)
 
 
 class TestActivationBoundary:
