@@ -83,35 +83,41 @@ def boundary_attack(
         raise ValueError(
             f"rate must be positive, iterations at least 1, epsilon at least 0: {eta}, {iterations}, {epsilon}"
         )
-    x = images.detach()
-    each = (-1,) + (1,) * (images.ndim - 1)
+    x, logits = images.detach().clone(), None
+    # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
+    rows = torch.arange(len(images), device=images.device)
     for done in range(iterations + 1):
         last = done == iterations
-        x = x.requires_grad_(not last)
+        part = x[rows].requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            logits = network(x)
-            inside = logits.detach().argmax(dim=1) == base
-            if last or _none(inside):
-                break
-            gap = (logits.gather(1, base[:, None]) - logits.gather(1, target[:, None])).squeeze(1)
-        (gradient,) = torch.autograd.grad(gap.sum(), x)
+            here = network(part)
+            gap = (here.gather(1, base[rows, None]) - here.gather(1, target[rows, None])).squeeze(1)
+        logits = here.detach().clone() if logits is None else logits.index_copy(0, rows, here.detach())
+        if last:
+            break
+        (gradient,) = torch.autograd.grad(gap.sum(), part)
         length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny ** 0.5)
         size = eta * (gap.detach() + epsilon) / (length.square() if step == "newton" else length)
-        moved = x.detach() - size.view(each) * gradient
+        moved = part.detach() - size.view(-1, *(1,) * (images.ndim - 1)) * gradient
         if clamp is not None:
             moved = moved.clamp(*clamp)
-        x = torch.where(inside.view(each), moved, x.detach())
-    logits = logits.detach()
-    return Attacked(x.detach(), logits, ~inside, logits.argmax(dim=1) == target)
+        inside = here.detach().argmax(dim=1) == base[rows]
+        x = x.index_copy(0, rows, torch.where(inside.view(-1, *(1,) * (images.ndim - 1)), moved, part.detach()))
+        rows = _where(rows, inside)
+        if not len(rows):
+            break
+    assert logits is not None
+    winner = logits.argmax(dim=1)
+    return Attacked(x, logits, winner != base, winner == target)
 
 
-def _none(inside: Tensor) -> bool:
-    """Whether no image moves any more, so that further steps change nothing. Asked only where it costs no waiting."""
-    return inside.device.type == "cpu" and not inside.numpy().any()
+def _where(rows: Tensor, inside: Tensor) -> Tensor:
+    """The rows of images that still move. On a GPU all of them: to ask which would be to wait for it."""
+    return rows[torch.from_numpy(inside.numpy().nonzero()[0])] if rows.device.type == "cpu" else rows
 
 
 def base_samples(student: Tensor, teacher: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which images of a batch to attack: of those that both networks classify correctly, the ones they disagree on most.
+    """Which images of a batch to attack: of those that both networks classify correctly, where they disagree most.
 
     The `size` largest of Σ_{c ≠ y} (p_t^c - p_s^c)², with p = softmax at T = 1.
 
