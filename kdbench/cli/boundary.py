@@ -59,7 +59,8 @@ def command(
     check_device(device)
     # Cards of the user's: their models are needed to load what was trained.
     Registry(registry or ())
-    records = read_records(folders)
+    # Of each recipe in the order of its comparison, as tables show it.
+    records = sorted(read_records(folders), key=lambda one: (one.recipe, one.cell.order or 0, one.cell.seed))
 
     import torch
 

@@ -234,7 +234,7 @@ def of_cells(
         own = ways_to_boundary(student, pairs)
         looks: list[Look] = []
         if pictures:
-            networks = {"teacher": classifier, "student": student}
+            networks = {"teacher": classifier, f"{record.cell.label}, seed {record.cell.seed}": student}
             right = (own.right & ways.right).view(-1, each)[:, 0].nonzero().flatten()[:pictures].tolist()
             # The first of an image's pairs is the class that the teacher takes for most probable beside its own.
             for image in (i * each for i in right):

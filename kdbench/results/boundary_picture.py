@@ -71,7 +71,7 @@ def boundary_picture(ways: Sequence[Way], file: str | Path) -> Path:
                 ):
                     axis.plot(np.asarray(way.at), np.asarray(scores), color=colour, linestyle=line, label=name)
                 axis.axvline(1.0, color="#888888", linewidth=0.8, linestyle=":")
-                axis.set_title(f"{network}'s scores", fontsize=7.5, fontweight="normal")
+                axis.set_title(f"scores: {network}", fontsize=7.5, fontweight="normal")
                 axis.set_xticks([0, 1], ["image", "boundary\nsample"])
                 axis.tick_params(labelsize=7)
                 axis.legend(fontsize=7, frameon=False, loc="best", handlelength=2.0)

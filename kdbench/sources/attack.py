@@ -92,10 +92,11 @@ def boundary_attack(
         with torch.set_grad_enabled(not last):
             here = network(part)
             gap = (here.gather(1, base[rows, None]) - here.gather(1, target[rows, None])).squeeze(1)
+            total = gap.sum()
         logits = here.detach().clone() if logits is None else logits.index_copy(0, rows, here.detach())
         if last:
             break
-        (gradient,) = torch.autograd.grad(gap.sum(), part)
+        (gradient,) = torch.autograd.grad(total, part)
         length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny ** 0.5)
         size = eta * (gap.detach() + epsilon) / (length.square() if step == "newton" else length)
         moved = part.detach() - size.view(-1, *(1,) * (images.ndim - 1)) * gradient
