@@ -54,10 +54,22 @@ def cosine(*, end: float = 0.0, warmup: str = "0%") -> Schedule:
     return Schedule(factor)
 
 
-def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%") -> Schedule:
-    """A straight line from `start` to `end`, reached at the share `until` and kept."""
+def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels: int | None = None) -> Schedule:
+    """A straight line from `start` to `end`, reached at the share `until` and kept.
+
+    With `levels` the stage has so many equal parts, and each keeps the value that the line has at the part's end, as
+    codes do that set a value once an epoch, by the epoch's number from 1."""
     stop = share(until)
-    return Schedule(lambda progress: start + (end - start) * min(progress / max(stop, 1e-12), 1.0))
+    if levels is not None and levels < 1:
+        raise ValueError(f"levels must be at least 1, not {levels}")
+
+    def factor(progress: float) -> float:
+        # A step that begins a part belongs to it, whatever floating point makes of the quotient.
+        at = progress if levels is None else (math.floor(progress * levels + 1e-9) + 1) / levels
+        done = at / max(stop, 1e-12)
+        return end if done > 1 - 1e-12 else start + (end - start) * done
+
+    return Schedule(factor)
 
 
 def exponential(*, start: float, end: float) -> Schedule:

@@ -6,7 +6,22 @@ import sys
 
 import typer
 
-from kdbench.cli import bench, check, cp, logits, ls, plot, publish, reproduce, run, schema, show, table, verify
+from kdbench.cli import (
+    bench,
+    boundary,
+    check,
+    cp,
+    logits,
+    ls,
+    plot,
+    publish,
+    reproduce,
+    run,
+    schema,
+    show,
+    table,
+    verify,
+)
 from kdbench.errors import CellError, UserError
 
 app = typer.Typer(
@@ -18,7 +33,7 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, table, plot, publish, verify, reproduce, ls, show, cp, schema, bench):
+for module in (run, check, table, plot, boundary, publish, verify, reproduce, ls, show, cp, schema, bench):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kdbench
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
+from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
@@ -114,10 +115,12 @@ def streams(spec: CellSpec) -> dict[str, Any]:
     """The seed, and what each stream of draws begins with."""
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
+    sources = [resolve(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
+    own = dict.fromkeys(name for source in sources for name in source.streams)
     return {
         "seed": spec.seed,
         "split": split_seed,
-        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout"],
+        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout", *own],
     }
 
 

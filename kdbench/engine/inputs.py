@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,13 @@ class Moment:
 
 
 class Source(ABC):
-    """A card's target is a subclass, built with a Workplace first and its options as keywords."""
+    """A card's target is a subclass, built with a Workplace first and its options as keywords.
+
+    Attributes:
+        streams: names of the streams that it draws from, for the record.
+    """
+
+    streams: ClassVar[tuple[str, ...]] = ()
 
     @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(

@@ -7,6 +7,7 @@ do not fit are a ValueError that names both.
 
 from kdbench.losses.ab import activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
+from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.kd import kd
@@ -14,9 +15,12 @@ from kdbench.losses.kd import kd
 __all__ = [
     "activation_agreement",
     "activation_boundary",
+    "angle_similarity",
     "attention_transfer",
     "centred_mse",
     "cross_entropy",
     "fitnets",
     "kd",
+    "magnitude_similarity",
+    "soft_cross_entropy",
 ]

@@ -1,0 +1,171 @@
+"""Images moved to a network's decision boundary. Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples
+Supporting Decision Boundary, AAAI 2019, arXiv 1805.05532.
+
+Plain functions of tensors, usable in anyone's loop. None reads a value from a GPU: shapes are fixed, masks say which
+rows count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+StepRule = Literal["newton", "released"]
+# η where none is given: the whole way to the linearized boundary, and what the authors' code has.
+RATES: dict[str, float] = {"newton": 1.0, "released": 0.3}
+
+
+class Attacked(NamedTuple):
+    """What an attack gives.
+
+    images: [N, ...], where the attack ended. logits: [N, K], of the network there. crossed: bool [N], whether they lie
+    in another class than the base class. arrived: bool [N], whether they lie in the target class.
+    """
+
+    images: Tensor
+    logits: Tensor
+    crossed: Tensor
+    arrived: Tensor
+
+
+def boundary_attack(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    base: Tensor,
+    target: Tensor,
+    *,
+    step: StepRule = "newton",
+    rate: float | None = None,
+    iterations: int = 10,
+    epsilon: float = 1e-4,
+    clamp: tuple[float, float] | None = None,
+) -> Attacked:
+    """Move images from their base class towards a target class until the network takes them for another class.
+
+    With the gap L(x) = f_b(x) - f_k(x) of two logits, an image that is still in its base class b moves by
+
+    * "newton": x ← x - η (L + ε) ∇L / ‖∇L‖², η = 1: first-order Newton. On a linear network one step ends at L = -ε;
+    * "released": x ← x - η (L + ε) ∇L / ‖∇L‖, η = 0.3, the authors' code: η ‖∇L‖ Newton steps in one, so it goes too
+      far wherever ‖∇L‖ > 1 / η.
+
+    An image stays where it left its base class, in the target class or in a third one. ε pushes it slightly across.
+
+    Args:
+        network: images [N, ...] -> logits [N, K]; differentiable, in eval mode (no image's logits depend on another's).
+            Gradients are taken of the images alone: its parameters' `.grad` stays as it is.
+        images: floating point, in the space in which the network takes them and in which lengths are measured.
+        base: int64 [N], the classes in which the images lie. target: int64 [N], others.
+        rate: η; None for the rule's own.
+        iterations: at most so many steps.
+        epsilon: ε ≥ 0, in units of a logit.
+        clamp: range of values, kept after every step.
+
+    Returns:
+        images, logits, crossed and arrived, without gradients.
+
+    Raises:
+        ValueError: classes that are not one for each image, an unknown rule, a rate that is not positive, or no
+            iteration.
+    """
+    if base.shape != images.shape[:1] or target.shape != images.shape[:1]:
+        raise ValueError(
+            f"boundary_attack needs one base and one target class for each of {len(images)} images: "
+            f"base {list(base.shape)}, target {list(target.shape)}"
+        )
+    if step not in RATES:
+        raise ValueError(f"step must be 'newton' or 'released', not {step!r}")
+    eta = RATES[step] if rate is None else rate
+    if not eta > 0 or iterations < 1 or not epsilon >= 0:
+        raise ValueError(
+            f"rate must be positive, iterations at least 1, epsilon at least 0: {eta}, {iterations}, {epsilon}"
+        )
+    x, logits = images.detach().clone(), None
+    # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
+    rows = torch.arange(len(images), device=images.device)
+    for done in range(iterations + 1):
+        last = done == iterations
+        part = x[rows].requires_grad_(not last)
+        with torch.set_grad_enabled(not last):
+            here = network(part)
+            gap = (here.gather(1, base[rows, None]) - here.gather(1, target[rows, None])).squeeze(1)
+            total = gap.sum()
+        logits = here.detach().clone() if logits is None else logits.index_copy(0, rows, here.detach())
+        if last:
+            break
+        (gradient,) = torch.autograd.grad(total, part)
+        length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny ** 0.5)
+        size = eta * (gap.detach() + epsilon) / (length.square() if step == "newton" else length)
+        moved = part.detach() - size.view(-1, *(1,) * (images.ndim - 1)) * gradient
+        if clamp is not None:
+            moved = moved.clamp(*clamp)
+        inside = here.detach().argmax(dim=1) == base[rows]
+        x = x.index_copy(0, rows, torch.where(inside.view(-1, *(1,) * (images.ndim - 1)), moved, part.detach()))
+        rows = _where(rows, inside)
+        if not len(rows):
+            break
+    assert logits is not None
+    winner = logits.argmax(dim=1)
+    return Attacked(x, logits, winner != base, winner == target)
+
+
+def _where(rows: Tensor, inside: Tensor) -> Tensor:
+    """The rows of images that still move. On a GPU all of them: to ask which would be to wait for it."""
+    return rows[torch.from_numpy(inside.numpy().nonzero()[0])] if rows.device.type == "cpu" else rows
+
+
+def base_samples(student: Tensor, teacher: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which images of a batch to attack: of those that both networks classify correctly, where they disagree most.
+
+    The `size` largest of Σ_{c ≠ y} (p_t^c - p_s^c)², with p = softmax at T = 1.
+
+    Args:
+        student, teacher: logits [N, K]. labels: int64 [N].
+
+    Returns:
+        positions in the batch, int64 [n] with n = min(size, N), the largest distance first, and their mask, bool [n].
+        Where there are fewer such images than n, they come again from the first on, masked out; where there is none,
+        an arbitrary image stands in all rows, masked out.
+    """
+    student, teacher = student.detach().float(), teacher.detach().float()
+    right = (student.argmax(dim=1) == labels) & (teacher.argmax(dim=1) == labels)
+    difference = (F.softmax(teacher, dim=1) - F.softmax(student, dim=1)).square()
+    distance = difference.scatter(1, labels[:, None], 0.0).sum(dim=1)
+    n = min(size, len(labels))
+    ranked = torch.where(right, distance, -1.0).sort(descending=True, stable=True).indices[:n]
+    rows, mask = again(right[ranked])
+    return ranked[rows], mask
+
+
+def again(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that put the valid ones first, in order, and fill up with the same again; and the mask of what is no filler.
+
+    Args:
+        valid: bool [n].
+
+    Returns:
+        rows, int64 [n]; mask, bool [n]: its first valid.sum() are true. Without any valid row, the first everywhere.
+    """
+    order = (~valid).to(torch.uint8).sort(stable=True).indices
+    count, place = valid.sum(), torch.arange(len(valid), device=valid.device)
+    return order[place % count.clamp_min(1)], place < count
+
+
+def target_classes(teacher: Tensor, base: Tensor, draws: Tensor) -> Tensor:
+    """A target class for each image, with probability P(k) = p_t^k / (1 - p_t^b) over the classes k ≠ b (T = 1).
+
+    Args:
+        teacher: logits [N, K], K ≥ 2. base: int64 [N].
+        draws: [N], independent and uniform in [0, 1).
+
+    Returns:
+        int64 [N], never the base class.
+    """
+    others = teacher.detach().double().scatter(1, base[:, None], -torch.inf)
+    summed = F.softmax(others, dim=1).cumsum(dim=1)
+    # Below the sum by more than its rounding, so that a draw never lies behind the last class.
+    draw = draws.to(summed.dtype)[:, None] * summed[:, -1:] * (1 - 2.0**-50)
+    return (summed <= draw).sum(dim=1)

@@ -1,0 +1,98 @@
+"""The batch source of boundary supporting samples (Heo et al., AAAI 2019): training images moved to the teacher's
+decision boundary, where teacher and student disagree most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.batches import Batch
+from kdbench.engine.inputs import Moment, Source, Workplace
+from kdbench.errors import UserError
+from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
+from kdbench.sources.streams import uniform
+
+# One number for each image of a step's batch, by (seed, stream, step).
+STREAM = "boundary_targets"
+
+
+class BoundarySamples(Source):
+    """From "data" makes "boundary": of a batch's images that both networks classify correctly, those with the largest
+    distance of the two outputs, each moved to the teacher's boundary with a class drawn by the teacher's probabilities.
+
+    Args:
+        attack_size: images to attack in a step, at most; the paper's code has 64 of 256.
+        step, rate, iterations, epsilon: as in `kdbench.sources.attack.boundary_attack`.
+        clamp: lowest and highest value of the teacher's normalized images; null for none.
+        reject: leave out what did not reach its target class (the paper); false keeps all (the authors' code).
+
+    The set always has min(attack_size, N) rows: rows that do not count are masked out and repeat those that do, so that
+    batch norms see nothing else.
+    """
+
+    streams = (STREAM,)
+
+    def __init__(
+        self,
+        place: Workplace,
+        *,
+        attack_size: int = 64,
+        step: Literal["newton", "released"] = "newton",
+        rate: float | None = None,
+        iterations: int = 10,
+        epsilon: float = 1e-4,
+        clamp: list[float] | None = None,
+        reject: bool = True,
+    ) -> None:
+        if attack_size < 1 or iterations < 1 or epsilon < 0 or (rate is not None and rate <= 0):
+            raise UserError(
+                f"stage '{place.stage}': boundary samples need attack_size and iterations of at least 1, an epsilon of "
+                f"at least 0 and a positive rate, not {attack_size}, {iterations}, {epsilon} and {rate}"
+            )
+        if clamp is not None and (len(clamp) != 2 or clamp[0] >= clamp[1]):
+            raise UserError(
+                f"stage '{place.stage}': 'clamp' is the lowest and the highest value, not {clamp}",
+                hint="write for example clamp: [-2.5, 2.5], or null",
+            )
+        assert place.teacher is not None
+        self.place, self.teacher = place, place.teacher
+        self.attack_size, self.reject = attack_size, reject
+        self.attack: dict[str, Any] = {
+            "step": step,
+            "rate": rate,
+            "iterations": iterations,
+            "epsilon": epsilon,
+            "clamp": tuple(clamp) if clamp is not None else None,
+        }
+
+    @classmethod
+    def prepare(
+        cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
+    ) -> None:
+        """Nothing but to refuse options that make no sense, before anything trains."""
+        cls(place, **options)
+
+    def sets(self, moment: Moment) -> dict[str, Batch]:
+        batch = moment.sets["data"]
+        assert batch.labels is not None
+        student, teacher = (moment.values[network]["data"]["logits"] for network in ("student", "teacher"))
+        rows, mask = base_samples(student, teacher, batch.labels, self.attack_size)
+        base = batch.labels[rows]
+        # A draw belongs to its image, whatever rank that has among the others.
+        drawn = torch.from_numpy(uniform(len(batch.labels), self.place.spec.seed, STREAM, moment.step))
+        target = target_classes(teacher[rows], base, drawn.to(rows.device)[rows])
+        normalizer = self.teacher.normalizer
+        found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
+        if self.reject:
+            accepted, mask = again(mask & found.arrived)
+            rows, base = rows[accepted], base[accepted]
+            found = found._replace(images=found.images[accepted])
+        pixels = found.images * normalizer.std.view(-1, 1, 1) + normalizer.mean.view(-1, 1, 1)
+        index = batch.index[rows] if batch.index is not None else None
+        return {"boundary": Batch(pixels, base, index, mask=mask)}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.teacher.network(images, ["logits"])["logits"].float()
