@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.engine.batches import Batch
+from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
-from kdbench.engine.evaluation import SLICE
 from kdbench.recipe.schema import CellSpec
 from kdbench.sources.augment import Augmentation
 

@@ -206,6 +206,8 @@ class Desk:
                         "the frozen teacher changed while its students trained: a defect of the method's "
                         "loss, or of kdbench"
                     )
+                if seat.member.guide is not None:
+                    seat.member.guide.check()
                 compute = {
                     **machine(device, task["threads"]),
                     **_way(seat.member, own),
@@ -279,7 +281,9 @@ class Desk:
         """The teacher of a cohort."""
         if spec.teacher is None or file is None:
             return None
-        return load_teacher(spec.teacher, spec.data, file.file, device, computing)
+        teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
+        teacher.route = file.route
+        return teacher
 
     def _logits(
         self,
