@@ -218,8 +218,10 @@ class Anchors(Strict):
     The last anchor is the converged teacher."""
 
     n: int = Field(gt=0, description="how many; greedily chosen ones reach the converged teacher after at most so many")
-    choose: Literal["equal", "greedy"] = Field(
-        "equal", description="at equal intervals of the route, or each where its distance to the student has grown"
+    choose: Literal["equal", "greedy", "converged"] = Field(
+        "equal",
+        description="at equal intervals of the route; each where its distance to the student has grown; or the converged "
+        "teacher each time, as a control",
     )
     rates: Literal["restart", "continue"] = Field(
         "restart", description="a new optimizer and the whole schedule for each anchor, or one over all of them"

@@ -142,7 +142,7 @@ class Guide:
         looked: dict[str, Any] = {}
         if anchor.choose == "equal":
             position = route.equal(n, anchor.n, anchor.at)
-        elif anchor.last:
+        elif anchor.choose == "converged" or anchor.last:
             position = n - 1
         elif anchor.at == 0:
             position = 0

@@ -209,7 +209,7 @@ class AnchorSpec(Spec):
     `delta` and `images` belong to the greedy choice.
     """
 
-    choose: Literal["equal", "greedy"]
+    choose: Literal["equal", "greedy", "converged"]
     n: int
     at: int
     delta: float | None = None
