@@ -220,8 +220,8 @@ class Anchors(Strict):
     n: int = Field(gt=0, description="how many; greedily chosen ones reach the converged teacher after at most so many")
     choose: Literal["equal", "greedy", "converged"] = Field(
         "equal",
-        description="at equal intervals of the route; each where its distance to the student has grown; or the converged "
-        "teacher each time, as a control",
+        description="at equal intervals of the route; each where its distance to the student has grown; or the "
+        "converged teacher each time, as a control",
     )
     rates: Literal["restart", "continue"] = Field(
         "restart", description="a new optimizer and the whole schedule for each anchor, or one over all of them"

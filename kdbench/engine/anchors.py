@@ -138,23 +138,18 @@ class Guide:
             )
 
     def _choose(self, stage: str) -> dict[str, Any]:
-        anchor, n = self.anchors[stage], len(self.route)
-        looked: dict[str, Any] = {}
-        if anchor.choose == "equal":
-            position = route.equal(n, anchor.n, anchor.at)
-        elif anchor.choose == "converged" or anchor.last:
-            position = n - 1
-        elif anchor.at == 0:
-            position = 0
-        else:
-            assert anchor.delta is not None and anchor.images is not None
-            divergences = self.divergences(anchor.images)
-            # A trial begins in any stage; a cell has had the anchor before.
-            before = list(self.chosen.values())[-1:]
-            position = route.greedy(divergences, before[0]["checkpoint"] if before else 0, anchor.delta)
-            looked = {"divergences": divergences}
+        anchor = self.anchors[stage]
+        found: dict[str, list[float]] = {}
+
+        def divergences() -> list[float]:
+            found["divergences"] = self.divergences(anchor.images or len(self.validation.labels))
+            return found["divergences"]
+
+        # A trial begins in any stage; a cell has had the anchor before.
+        present = next(reversed(self.chosen.values()), {"checkpoint": 0})["checkpoint"]
+        position = route.position(anchor, len(self.route), present, divergences)
         entry = self.route.entries[position]
-        return {"checkpoint": position} | {key: entry[key] for key in ("step", "epoch", "sha256")} | looked
+        return {"checkpoint": position} | {key: entry[key] for key in ("step", "epoch", "sha256")} | found
 
     @torch.no_grad()
     def divergences(self, images: int) -> list[float]:

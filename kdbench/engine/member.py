@@ -191,7 +191,7 @@ class Member:
         self.meter = Meter()
         self.history: list[dict[str, Any]] = []
         self.own_teacher: Network | None = None
-        if teacher and any(_has_own_teacher(stage) for stage in spec.method.stages.values()):
+        if teacher and any(has_own_teacher(stage) for stage in spec.method.stages.values()):
             self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
         self.guide = self._guide(batches)
@@ -342,7 +342,7 @@ class Member:
         input set -> hook points."""
         name = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
         stage = self.spec.method.stages[name]
-        if _has_own_teacher(stage):
+        if has_own_teacher(stage):
             return {}
         return {at: points for at, points in self.wanted("teacher", name).items() if at not in _made(stage)}
 
@@ -450,7 +450,7 @@ class Member:
     def _teach(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
         """The teacher's values on an input set of this member's own, or by a teacher of its own."""
         assert self.teacher is not None
-        own = self.own_teacher if _has_own_teacher(self.stage) else None
+        own = self.own_teacher if has_own_teacher(self.stage) else None
         with torch.set_grad_enabled("teacher" in self.stage.trains):
             return (own or self.teacher.network)(self.teacher.normalizer(batch.images), points)
 
@@ -547,7 +547,7 @@ def statistics(model: nn.Module, policy: str) -> Iterator[None]:
             norm.track_running_stats = track
 
 
-def _has_own_teacher(stage: StageSpec) -> bool:
+def has_own_teacher(stage: StageSpec) -> bool:
     """Whether a stage's teacher cannot be the shared one, converged, frozen and in eval mode."""
     return stage.anchor is not None or stage.modes.teacher == "train" or "teacher" in stage.trains
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from kdbench.recipe.schema import AnchorSpec
 
 # Folder beside a cell's record for the checkpoints of its route, and the index inside it.
 FOLDER = "route"
@@ -36,3 +38,19 @@ def greedy(divergences: Sequence[float], present: int, delta: float) -> int:
     allowed = delta * divergences[present]
     later = range(present + 1, len(divergences))
     return next((j for j in later if divergences[j] - divergences[present] > allowed), len(divergences) - 1)
+
+
+def position(anchor: AnchorSpec, checkpoints: int, present: int, divergences: Callable[[], Sequence[float]]) -> int:
+    """Position of an anchor among the checkpoints.
+
+    Args:
+        present: position of the anchor before. divergences: gives H of every checkpoint; asked only where they decide.
+    """
+    if anchor.choose == "equal":
+        return equal(checkpoints, anchor.n, anchor.at)
+    if anchor.choose == "converged" or anchor.last:
+        return checkpoints - 1
+    if anchor.at == 0:
+        return 0
+    assert anchor.delta is not None
+    return greedy(divergences(), present, anchor.delta)
