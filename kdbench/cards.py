@@ -213,11 +213,33 @@ class Modes(Strict):
     student: Mode = "train"
 
 
+class Anchors(Strict):
+    """Checkpoints of the teacher's own training, in whose order a stage learns: the stage becomes one stage for each.
+    The last anchor is the converged teacher."""
+
+    n: int = Field(gt=0, description="how many; greedily chosen ones reach the converged teacher after at most so many")
+    choose: Literal["equal", "greedy", "converged"] = Field(
+        "equal",
+        description="at equal intervals of the route; each where its distance to the student has grown; or the "
+        "converged teacher each time, as a control",
+    )
+    rates: Literal["restart", "continue"] = Field(
+        "restart", description="a new optimizer and the whole schedule for each anchor, or one over all of them"
+    )
+    budget: Literal["shared", "each"] = Field(
+        "shared",
+        description="the stage's steps shared out evenly, or all of them for each anchor, on top of the budget",
+    )
+    delta: float = Field(0.8, gt=0, description="greedy: growth of the divergence, as a share, that ends an interval")
+    images: int = Field(10_000, gt=0, description="greedy: at most so many images of the validation part are looked at")
+
+
 class StageCard(Strict):
     share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
     trains: list[Trained] = ["student"]
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
+    anchors: Anchors | None = Field(None, description="the teacher is, one after another, checkpoints of its route")
     losses: dict[Name, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from kdbench.engine.anchors import Route
 from kdbench.engine.batches import Batches, Normalizer
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.member import Member, Teacher
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData, canonical
 
 CPU = torch.device("cpu")
@@ -28,24 +32,42 @@ def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
 def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None = None) -> CellSpec:
     """A cell with a budget of a few small steps on made-up data."""
     protocol = spec.protocol.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
-    data = spec.data.model_copy(update={"fraction": None, "per_class": per_class, "validation": 0})
+    # Few images are too few for a part that nobody looks at.
+    looked_at = any(stage.anchor and stage.anchor.choose == "greedy" for stage in spec.method.stages.values())
+    split = {"per_class": per_class, "validation": spec.data.classes if looked_at else 0}
+    data = spec.data.model_copy(update={"fraction": None, **split})
+    inside = {"extra_epochs": None, "extra_share": None, "share": 1 / len(spec.method.stages)}
     stages = {
-        name: stage.model_copy(update={"extra_epochs": None, "share": 0.5}) if stage.extra_epochs else stage
-        for name, stage in spec.method.stages.items()
+        name: stage.model_copy(update=inside) if stage.extra else stage for name, stage in spec.method.stages.items()
     }
     method = spec.method.model_copy(update={"stages": stages})
     return spec.model_copy(update={"protocol": protocol, "data": data, "method": method, "evaluations": 1})
 
 
+class MadeUpRoute(Route):
+    """A route of so many networks with first weights of their own; `asked` lists the positions that were read."""
+
+    def __init__(self, teacher: TeacherSpec, data: DataSpec, n: int = 5) -> None:
+        super().__init__(Path("made up"), tuple({"step": i, "epoch": i, "sha256": str(i)} for i in range(1, n + 1)))
+        self.__dict__.update(teacher=teacher, data=data, asked=[])
+
+    def weights(self, position: int) -> dict[str, Tensor]:
+        self.__dict__["asked"].append(position)
+        model = build_model(self.__dict__["teacher"].model, self.__dict__["data"], seed=100 + position)
+        return model.state_dict()
+
+
 def untrained_teacher(spec: CellSpec) -> Teacher | None:
-    """The cell's teacher with first weights."""
+    """The cell's teacher with first weights, and a made-up route where it is to have one."""
     if spec.teacher is None:
         return None
     known = spec.teacher.knows(spec.data)
     model = build_model(spec.teacher.model, known, seed=1)
     extractor = build_extractor(model, spec.teacher.model, known)
     shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
-    return Teacher(extractor, Normalizer(spec.teacher.normalization, CPU), extractor.shapes(shape))
+    routed = spec.teacher.trained_by is not None and spec.teacher.trained_by.route is not None
+    route = MadeUpRoute(spec.teacher, known) if routed else None
+    return Teacher(extractor, Normalizer(spec.teacher.normalization, CPU), extractor.shapes(shape), route=route)
 
 
 def member_of(

@@ -12,6 +12,7 @@ from kdbench.cli.progress import clock
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import PlannedCell
+    from kdbench.recipe.schema import CellSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 
@@ -113,6 +114,12 @@ def command(
     for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
+    for keeper in _keepers(planned.cells):
+        kept = keeper.route or 0
+        each = 4 * estimate.size(keeper.student, keeper.data).parameters
+        console.print(
+            f"route: {kept} checkpoints of {keeper.student.name} are kept, {kept * each / 1e6:.0f} MB for each training"
+        )
     console.print(networks)
     console.print(terms)
     console.print(rows)
@@ -133,3 +140,15 @@ def command(
         )
         if first_teachers := estimate.teachers(left, runs, set()):
             console.print(f"before that, teachers are trained: {clock(first_teachers)} on one of them")
+
+
+def _keepers(cells: list[PlannedCell]) -> list[CellSpec]:
+    """One of each kind of cell that leaves a route: of these, and of the trainings of their teachers."""
+    found: dict[str, CellSpec] = {}
+    for cell in cells:
+        spec: CellSpec | None = cell.spec
+        while spec is not None:
+            if spec.route is not None:
+                found.setdefault(spec.model_copy(update={"seed": 0}).identity(), spec)
+            spec = spec.teacher.trained_by if spec.teacher is not None else None
+    return list(found.values())

@@ -38,6 +38,9 @@ class Batch:
     mask: Tensor | None = None
 
 
+# Images that are looked at at once outside of training.
+SLICE = {"cpu": 250, "cuda": 2000}
+
 # Input sets of a step by name: "data" is the data set's batch.
 Sets = dict[str, Batch]
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from kdbench.engine import checkpoint
+from kdbench.engine.anchors import keep
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import where_raised
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.evaluation import evaluate
+from kdbench.engine.evaluation import evaluate, score
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.network import together
@@ -72,6 +73,9 @@ class Cohort:
             if due := next((seat for seat in active if seat.member.evaluation_due), None):
                 with _failures(due):
                     self._evaluate(due)
+            elif due := next((seat for seat in active if seat.member.route_due), None):
+                with _failures(due):
+                    self._keep(due)
             elif done := next((seat for seat in active if seat.member.finished), None):
                 with _failures(done):
                     self.finish(done)
@@ -133,6 +137,18 @@ class Cohort:
         seat.log.append(entry)
         member.evaluation_seconds += time.perf_counter() - begin
         self.report(seat, entry)
+
+    def _keep(self, seat: Seat) -> None:
+        """Keep a checkpoint of the seat's route."""
+        member, validation = seat.member, self.batches.validation
+        begin = time.perf_counter()
+        member.check_finite()
+        member.student.model.eval()
+        measured = score(member, validation)[0] if len(validation.labels) else None
+        member.set_modes()
+        epoch = member.timeline.epochs(member.step)
+        keep(seat.folder, member.kept, member.student.model, member.step, epoch, measured)
+        member.evaluation_seconds += time.perf_counter() - begin
 
     def _settle(self) -> None:
         """Wait for the steps that a GPU still has before it: they are training, not the evaluation that follows."""

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine.batches import Part
+from kdbench.engine.batches import SLICE, Part
 from kdbench.engine.member import PROBE_IMAGES, Member, Teacher, accuracy
-
-SLICE = {"cpu": 250, "cuda": 2000}
 
 
 def evaluate(member: Member, test: Part, validation: Part, teacher: Teacher | None) -> dict[str, Any]:

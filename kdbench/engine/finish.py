@@ -84,6 +84,8 @@ def finish(
         "teacher": None
         if teacher is None or spec.teacher is None
         else {"name": spec.teacher.name, "sha256": teacher.sha256, "accuracy": teacher.accuracy},
+        **({"anchors": member.anchors} if member.anchors else {}),
+        **({"route": member.kept} if member.kept else {}),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,

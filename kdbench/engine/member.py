@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.engine.batches import Batch, Batches, Normalizer, Sets
+from kdbench.engine import route
+from kdbench.engine.anchors import Guide, Route
+from kdbench.engine.batches import SLICE, Batch, Batches, Normalizer, Sets
 from kdbench.engine.build import (
     Shape,
     Term,
@@ -28,7 +30,7 @@ from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.inputs import Eyes, Moment, Workplace, build_source
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.network import Network, autocast, memory_format
-from kdbench.engine.timeline import Timeline, timeline
+from kdbench.engine.timeline import Span, Timeline, timeline
 from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec, StageSpec, TargetSpec
@@ -44,6 +46,7 @@ class Teacher:
     Args:
         shapes: of its hook points, per image.
         logits: the table of its logits for the training part, where there is one.
+        route: the checkpoints of its training, where they were kept.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Teacher:
         shapes: Mapping[str, Shape],
         computing: Computing = REFERENCE,
         logits: PartLogits | None = None,
+        route: Route | None = None,
     ) -> None:
         self.normalizer, self.shapes, self.computing, self.logits = normalizer, shapes, computing, logits
+        self.route = route
         self.network = Network(extractor, computing, frozen=True)
         self.network.model.eval().requires_grad_(False)
 
@@ -186,9 +191,13 @@ class Member:
         self.meter = Meter()
         self.history: list[dict[str, Any]] = []
         self.own_teacher: Network | None = None
-        if teacher and any(_has_own_teacher(stage) for stage in spec.method.stages.values()):
+        if teacher and any(has_own_teacher(stage) for stage in spec.method.stages.values()):
             self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
+        self.guide = self._guide(batches)
+        # Of a cell that keeps a route: the steps at which, and what it kept.
+        self.route_points = route.points(spec.route, self.timeline.total)
+        self.kept: list[dict[str, Any]] = []
         eyes = teacher.eyes() if teacher else None
         self.sources = {
             name: build_source(stage.source, Workplace(spec, name, device, eyes, **places))
@@ -196,11 +205,18 @@ class Member:
             if stage.source is not None
         }
         self.bad_steps: dict[str, Tensor] = {}
+        self.stage_index = -1
         self.enter(0)
 
     @property
     def finished(self) -> bool:
         return self.step >= self.timeline.total
+
+    @property
+    def route_due(self) -> bool:
+        """Whether this step's student is to be kept and is not yet."""
+        kept = self.kept[-1]["step"] if self.kept else 0
+        return self.step != kept and self.step in self.route_points
 
     @property
     def evaluation_due(self) -> bool:
@@ -209,10 +225,13 @@ class Member:
         return self.step != measured and self.step in self.timeline.evaluations
 
     def enter(self, stage: int) -> None:
-        """Begin a stage: a new optimizer over what it trains, modes set, every other parameter frozen."""
+        """Begin a stage: a new optimizer over what it trains (or the one before where it goes on with that), modes set,
+        every other parameter frozen."""
+        goes_on = stage == self.stage_index + 1
         self.stage_index = stage
         self.span = self.timeline.spans[stage]
         self.stage = self.spec.method.stages[self.span.name]
+        self.pace = self._pace(stage)
         self.active = self.terms_of(self.span.name)
         self.student.model.requires_grad_("student" in self.stage.trains)
         self.terms.requires_grad_(False)
@@ -224,7 +243,8 @@ class Member:
                 f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
                 hint="add 'student' to the stage's 'trains'",
             )
-        self.pacers = [Pacer(self.stage.optimizer, self.stage.schedule, trained)]
+        if not (self.stage.continues and goes_on):
+            self.pacers = [Pacer(self.stage.optimizer, self.stage.schedule, trained)]
         if "teacher" in self.stage.trains:
             assert self.own_teacher is not None
             self.pacers.append(
@@ -236,6 +256,56 @@ class Member:
             )
         if self.own_teacher is not None:
             self.own_teacher.model.requires_grad_("teacher" in self.stage.trains)
+        self.set_modes()
+
+    def _pace(self, stage: int) -> Span:
+        """Steps of the schedule that a stage is in: its own, with those of stages that it continues or that continue
+        it."""
+        spans, stages = self.timeline.spans, self.spec.method.stages
+        first = last = stage
+        while stages[spans[first].name].continues:
+            first -= 1
+        while last + 1 < len(spans) and stages[spans[last + 1].name].continues:
+            last += 1
+        return Span(self.span.name, spans[first].start, spans[last].stop)
+
+    def _guide(self, batches: Batches) -> Guide | None:
+        """What makes this member's own teacher the anchors of its stages."""
+        anchors = {name: stage.anchor for name, stage in self.spec.method.stages.items() if stage.anchor is not None}
+        if not anchors or self.teacher is None:
+            return None
+        if self.teacher.route is None:
+            raise UserError(
+                f"method '{self.spec.method.name}': the teacher's training left no checkpoints to learn from",
+                hint="its recipe says 'route: 20' for 20 of them",
+            )
+        own, normalizer = self.own_teacher, self.teacher.normalizer
+        assert own is not None
+
+        def logits(network: Network, normalize: Normalizer) -> Callable[[Tensor], Tensor]:
+            return lambda images: network(normalize(images), ["logits"])["logits"].float()
+
+        return Guide(
+            anchors,
+            self.teacher.route,
+            own.model,
+            logits(self.student, self.normalizer),
+            logits(own, normalizer),
+            batches.validation,
+            SLICE[self.device.type],
+        )
+
+    @property
+    def anchors(self) -> list[dict[str, Any]]:
+        """The anchors that this member had so far, as its record lists them."""
+        return list(self.guide.chosen.values()) if self.guide else []
+
+    def _begin_anchor(self) -> None:
+        """Have the stage's anchor as own teacher, before the stage's first step or the first after a resume."""
+        if self.guide is None or self.stage.anchor is None or self.guide.stage == self.span.name:
+            return
+        self.student.model.eval()
+        self.guide.begin(self.span.name)
         self.set_modes()
 
     @property
@@ -272,7 +342,7 @@ class Member:
         input set -> hook points."""
         name = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
         stage = self.spec.method.stages[name]
-        if _has_own_teacher(stage):
+        if has_own_teacher(stage):
             return {}
         return {at: points for at, points in self.wanted("teacher", name).items() if at not in _made(stage)}
 
@@ -301,7 +371,8 @@ class Member:
             shared: the input sets of `shared_sets`.
             taught: values of the shared teacher, as `teacher_points` asks for them.
         """
-        progress = (self.step - self.span.start) / self.span.steps
+        self._begin_anchor()
+        progress = (self.step - self.pace.start) / self.pace.steps
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
         # What counts nothing now is not computed, nor what is made for it alone.
         weights = {name: term.weight_at(progress) for name, term in self.active.items()}
@@ -321,7 +392,7 @@ class Member:
         if active:
             loss.backward()
         for pacer in self.pacers:
-            pacer.step(progress, (self.step - 1 - self.span.start) / self.span.steps)
+            pacer.step(progress, (self.step - 1 - self.pace.start) / self.pace.steps)
 
         images = max(len(batch.images) for batch in sets.values())
         self.meter.add("loss", loss)
@@ -379,7 +450,7 @@ class Member:
     def _teach(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
         """The teacher's values on an input set of this member's own, or by a teacher of its own."""
         assert self.teacher is not None
-        own = self.own_teacher if _has_own_teacher(self.stage) else None
+        own = self.own_teacher if has_own_teacher(self.stage) else None
         with torch.set_grad_enabled("teacher" in self.stage.trains):
             return (own or self.teacher.network)(self.teacher.normalizer(batch.images), points)
 
@@ -413,7 +484,10 @@ class Member:
             "seconds": self.seconds,
             "evaluation_seconds": self.evaluation_seconds,
             "last_rate": self.last_rate,
-            "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher else None,
+            # Anchors are read from disk again.
+            "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher and not self.guide else None,
+            "anchors": self.anchors,
+            "route": self.kept,
             "meter": {"sums": self.meter.sums, "counts": self.meter.counts, "images": self.meter.images},
             "bad_steps": self.bad_steps,
             "history": self.history,
@@ -422,8 +496,11 @@ class Member:
     def load_state(self, state: dict[str, Any]) -> None:
         self.student.model.load_state_dict(state["student"])
         self.terms.load_state_dict(state["terms"])
-        if self.own_teacher is not None:
+        if self.own_teacher is not None and self.guide is None:
             self.own_teacher.model.load_state_dict(state["own_teacher"])
+        if self.guide is not None:
+            self.guide.chosen = {entry["stage"]: dict(entry) for entry in state["anchors"]}
+        self.kept = [dict(entry) for entry in state["route"]]
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
         self.images = state["images"]
         self.evaluation_seconds, self.last_rate = state["evaluation_seconds"], state["last_rate"]
@@ -470,9 +547,9 @@ def statistics(model: nn.Module, policy: str) -> Iterator[None]:
             norm.track_running_stats = track
 
 
-def _has_own_teacher(stage: StageSpec) -> bool:
-    """Whether a stage's teacher cannot be the shared one, frozen and in eval mode."""
-    return stage.modes.teacher == "train" or "teacher" in stage.trains
+def has_own_teacher(stage: StageSpec) -> bool:
+    """Whether a stage's teacher cannot be the shared one, converged, frozen and in eval mode."""
+    return stage.anchor is not None or stage.modes.teacher == "train" or "teacher" in stage.trains
 
 
 def _made(stage: StageSpec) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.engine.batches import Batch
+from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
-from kdbench.engine.evaluation import SLICE
+from kdbench.engine.member import has_own_teacher
 from kdbench.recipe.schema import CellSpec
 from kdbench.sources.augment import Augmentation
 
@@ -61,12 +61,13 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     student = build_model(spec.student, data)
     extractor = build_extractor(student, spec.student, data)
     shapes = extractor.shapes(shape)
-    teacher_bytes = 0
+    teacher_bytes = own_teacher = 0
     teacher_shapes: Mapping[str, tuple[int, ...]] = {}
     if spec.teacher is not None:
         known = spec.teacher.knows(data)
         model = build_model(spec.teacher.model.untrained(), known)
         teacher_shapes = build_extractor(model, spec.teacher.model, known).shapes(shape)
+        own_teacher = _bytes(model) * any(has_own_teacher(stage) for stage in spec.method.stages.values())
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
@@ -98,7 +99,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         chosen = spec.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
-    return Memory(both, teacher_bytes, features * batch, COPIES * own, max(training, testing))
+    return Memory(both, teacher_bytes, features * batch, COPIES * own + own_teacher, max(training, testing))
 
 
 def peak_memory(device: torch.device) -> int:

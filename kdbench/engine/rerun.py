@@ -147,6 +147,8 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
         unequal.append("the result (last, best, validation or agreement)")
     if record.teacher != again.teacher:
         unequal.append("the teacher")
+    if (record.anchors, record.route) != (again.anchors, again.route):
+        unequal.append("the anchors, or the route that was kept")
     if record.folder is not None and again.folder is not None:
         points = [_measured(folder) for folder in (record.folder, again.folder)]
         unequal += [f"the evaluation at step {a['step']}" for a, b in zip(*points, strict=False) if a != b][:1]

@@ -50,7 +50,7 @@ def cohorts_of(cells: list[Work]) -> list[list[Work]]:
     groups: dict[str, dict[str, list[Work]]] = {}
     for cell, state in cells:
         spec = cell.spec
-        extra = [stage.extra_epochs for stage in spec.method.stages.values() if stage.extra_epochs]
+        extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
         protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
         kept = begun(state.folder)
         compute = choosing.key(spec.compute)

@@ -206,6 +206,8 @@ class Desk:
                         "the frozen teacher changed while its students trained: a defect of the method's "
                         "loss, or of kdbench"
                     )
+                if seat.member.guide is not None:
+                    seat.member.guide.check()
                 compute = {
                     **machine(device, task["threads"]),
                     **_way(seat.member, own),
@@ -279,7 +281,9 @@ class Desk:
         """The teacher of a cohort."""
         if spec.teacher is None or file is None:
             return None
-        return load_teacher(spec.teacher, spec.data, file.file, device, computing)
+        teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
+        teacher.route = file.route
+        return teacher
 
     def _logits(
         self,
@@ -324,13 +328,15 @@ def _places(task: dict[str, Any], file: TeacherFile | None, folder: Path | None 
 def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
     way = member.computing
+    spans = member.timeline.spans
+    asks = any("logits" in member.teacher_points(span.start).get("data", []) for span in spans)
     networks = [member.student, *([teacher.network] if teacher else [])]
     return {
         "precision": way.precision,
         "layout": way.layout,
         "compile": way.compile,
         "cuda_graphs": way.cuda_graphs,
-        "teacher_logits": "table" if teacher is not None and teacher.logits is not None else "computed",
+        "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": "float32, eager",
         **({"not_compiled": network.untraceable} if (network := _untraceable(networks)) else {}),
     }

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
-from kdbench.engine.batches import Normalizer, Part
+from kdbench.engine.anchors import Route
+from kdbench.engine.batches import SLICE, Normalizer, Part
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.evaluation import SLICE
 from kdbench.engine.member import Teacher
+from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
@@ -28,11 +29,12 @@ from kdbench.sources.pictures import Pictures
 @dataclass(frozen=True)
 class TeacherFile:
     """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
-    other classes, which cannot be tested on these data)."""
+    other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept."""
 
     file: Path
     sha256: str
     accuracy: float | None
+    route: Route | None = None
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -132,7 +134,9 @@ def trained(folder: Path) -> TeacherFile | None:
     file = folder / "student.safetensors"
     if record is None or record.get("status") != "finished" or not file.is_file():
         return None
-    return TeacherFile(file, sha256_of(file), record["result"]["test"]["last"])
+    kept = record.get("route")
+    route = Route(folder / FOLDER, tuple(kept)) if kept else None
+    return TeacherFile(file, sha256_of(file), record["result"]["test"]["last"], route)
 
 
 @torch.no_grad()

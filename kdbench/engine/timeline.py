@@ -85,9 +85,11 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     for name, stage in stages.items():
         if stage.extra_epochs is not None:
             lengths[name] = max(round(stage.extra_epochs * per_epoch), 1)
+        elif stage.extra_share is not None:
+            lengths[name] = max(round(stage.extra_share * budget), 1)
         elif stage.share is not None:
             lengths[name] = max(round(stage.share * budget), 1)
-    extra = sum(lengths[name] for name, stage in stages.items() if stage.extra_epochs is not None)
+    extra = sum(lengths[name] for name, stage in stages.items() if stage.extra)
     rest = [name for name in stages if name not in lengths]
     if rest:
         lengths[rest[0]] = max(budget + extra - sum(lengths.values()), 1)

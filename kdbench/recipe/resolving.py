@@ -11,6 +11,7 @@ from typing import Any
 from kdbench.cards import POINT_GROUPS, MethodCard, Named, Normalization, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import find_weights, sha256_of, weight_folders
+from kdbench.recipe.anchoring import check_route, expanded
 from kdbench.recipe.loading import typed
 from kdbench.recipe.schema import (
     CellSpec,
@@ -98,6 +99,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
     else:
         foreign = foreign | {"teacher"}
+    check_route(method, teacher, data, tree.origin(("teacher",)))
     for stage_name, stage in method.stages.items():
         for term_name, term in stage.losses.items():
             place = f"method '{method.name}', stage '{stage_name}', loss '{term_name}'"
@@ -124,6 +126,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         seed=seed,
         evaluations=recipe.evaluations,
         compute=recipe.compute,
+        route=recipe.route,
     ), foreign
 
 
@@ -237,6 +240,7 @@ def resolve_method(
         )
         for stage_name, stage in card.stages.items()
     }
+    stages, tree = expanded(stages, card.stages, tree)
     _check_shares(stages, tree, name)
     return MethodSpec(name=name, label=label, stages=stages), foreign, tree
 
@@ -305,7 +309,8 @@ def _stage(
         batch_norm=card.batch_norm,
         optimizer=resolved["optimizer"],
         schedule=resolved["schedule"],
-        **own_of_teacher,
+        teacher_optimizer=own_of_teacher.get("teacher_optimizer"),
+        teacher_schedule=own_of_teacher.get("teacher_schedule"),
     )
 
 
@@ -586,18 +591,18 @@ def _check_channels(normalization: Any, data: DataSpec, where: str) -> None:
 
 
 def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:
-    rest = [s for s, stage in stages.items() if stage.share is None and stage.extra_epochs is None]
-    both = [s for s, stage in stages.items() if stage.share is not None and stage.extra_epochs is not None]
+    rest = [s for s, stage in stages.items() if stage.share is None and not stage.extra]
+    both = [s for s, stage in stages.items() if stage.share is not None and stage.extra]
     total = sum(stage.share or 0.0 for stage in stages.values())
     where = tree.origin(("stages",))
     late = [
         s
         for i, s in enumerate(stages)
-        if stages[s].extra_epochs and i and not all(stage.extra_epochs for stage in list(stages.values())[:i])
+        if stages[s].extra and i and not all(stage.extra for stage in list(stages.values())[:i])
     ]
     if late:
         raise UserError(
-            f"method '{name}', stage '{late[0]}': stages with 'extra_epochs' come first",
+            f"method '{name}', stage '{late[0]}': stages on top of the budget come first",
             where=where,
             hint="their steps are on top of the budget, so that the others stay paired with other methods",
         )

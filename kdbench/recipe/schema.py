@@ -26,6 +26,9 @@ from kdbench.cards import (
     Weights,
 )
 
+# Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
+ROUTE_MOST = 100
+
 
 class DataChoice(Strict):
     """Which data, and how much of its labelled training set."""
@@ -113,6 +116,12 @@ class Recipe(Strict):
         50, description="even points at which to test, or after every epoch"
     )
     compute: ComputeChoice = Field(ComputeChoice(), description="auto, reference, or a mapping that fixes parts")
+    route: int | None = Field(
+        None,
+        gt=0,
+        le=ROUTE_MOST,
+        description="keep the student's weights at so many even points, the last step included",
+    )
 
     @model_validator(mode="after")
     def one_budget(self) -> Recipe:
@@ -194,11 +203,33 @@ class TermSpec(Spec):
     layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
 
+class AnchorSpec(Spec):
+    """The checkpoint of the teacher's route that a stage learns from: number `at` (from 0) of `n`.
+
+    `delta` and `images` belong to the greedy choice.
+    """
+
+    choose: Literal["equal", "greedy", "converged"]
+    n: int
+    at: int
+    delta: float | None = None
+    images: int | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.at == self.n - 1
+
+
 class StageSpec(Spec):
-    """`share` is a part of the steps in [0, 1]; None: what the others leave, or `extra_epochs` on top."""
+    """`share` is a part of the steps in [0, 1]; None: what the others leave, or what is on top of the budget:
+    `extra_epochs`, or `extra_share`, a part of the budget. `continues`: goes on with the optimizer and schedule of the
+    stage before."""
 
     share: float | None = None
     extra_epochs: float | None = None
+    extra_share: float | None = None
+    continues: bool = False
+    anchor: AnchorSpec | None = None
     trains: list[Trained] = ["student"]
     source: SourceSpec | None = None
     losses: dict[str, TermSpec]
@@ -208,6 +239,11 @@ class StageSpec(Spec):
     teacher_schedule: TargetSpec | None = None
     modes: Modes = Modes()
     batch_norm: dict[str, Statistics] = {}
+
+    @property
+    def extra(self) -> bool:
+        """Whether its steps are on top of the protocol's budget."""
+        return self.extra_epochs is not None or self.extra_share is not None
 
 
 class MethodSpec(Spec):
@@ -255,6 +291,7 @@ class CellSpec(Spec):
     seed: int
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
+    route: int | None = None
 
     def identity(self) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field

@@ -132,6 +132,29 @@ class Git(Part):
     dirty: bool = False
 
 
+class Checkpoint(Part):
+    """A checkpoint that a cell kept of its way, for methods that learn from it."""
+
+    step: int = Field(ge=1)
+    epoch: float
+    file: str
+    sha256: str
+
+
+class Anchor(Part):
+    """The checkpoint of its teacher's route that a stage learned from; `checkpoint` is its position there, from 0."""
+
+    stage: str
+    checkpoint: int = Field(ge=0)
+    step: int
+    epoch: float
+    sha256: str
+    divergences: list[float] | None = Field(
+        None,
+        description="mean KL(checkpoint || student) of every checkpoint, in nats, where the choice was made on them",
+    )
+
+
 class Record(Part):
     """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it."""
 
@@ -145,6 +168,8 @@ class Record(Part):
     budget: Budget
     result: Result
     teacher: Teacher | None = None
+    anchors: list[Anchor] = []
+    route: list[Checkpoint] = []
     data: Data
     models: Models
     compute: Compute

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdbench.cards import TEACHER_TOLERANCE
-from kdbench.engine.timeline import Timeline, timeline, training_images, validation_images
+from kdbench.engine import route
+from kdbench.engine.timeline import Timeline, planned_timeline, timeline, training_images, validation_images
 from kdbench.recipe.schema import CellSpec
 from kdbench.results.record import Record, summary
 
@@ -33,6 +34,8 @@ def problems(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
     yield from _budget(record, line)
     yield from _data(record, spec)
     yield from _teacher(record)
+    if spec is not None:
+        yield from _route(record, spec)
     if not history:
         yield "its metrics.jsonl is empty"
         return
@@ -102,6 +105,26 @@ def _teacher(record: Record) -> Iterator[str]:
     said = spec.get("accuracy")
     if said is not None and teacher.accuracy is not None and abs(teacher.accuracy - said) > TEACHER_TOLERANCE:
         yield f"teacher.accuracy is {teacher.accuracy}, its card says {said}"
+
+
+def _route(record: Record, spec: CellSpec) -> Iterator[str]:
+    """The checkpoints that were kept are at their steps, and the anchors those that were to be chosen."""
+    kept = [checkpoint.step for checkpoint in record.route]
+    yield from _same("route", kept, list(route.points(spec.route, record.budget.steps)))
+    anchors = {name: stage.anchor for name, stage in spec.method.stages.items() if stage.anchor is not None}
+    yield from _same("anchors", [anchor.stage for anchor in record.anchors], [*anchors])
+    if not anchors or spec.teacher is None or spec.teacher.trained_by is None:
+        return
+    trained = spec.teacher.trained_by
+    steps = route.points(trained.route, planned_timeline(trained).total)
+    present = 0
+    for found in record.anchors:
+        if (anchor := anchors.get(found.stage)) is None:
+            continue
+        divergences = found.divergences or [0.0] * len(steps)
+        expected = route.position(anchor, len(steps), present, lambda values=divergences: values)  # type: ignore[misc]
+        yield from _same(f"the anchor of {found.stage}", (found.checkpoint, found.step), (expected, steps[expected]))
+        present = found.checkpoint
 
 
 def _results(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:

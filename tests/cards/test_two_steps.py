@@ -83,8 +83,8 @@ def train_two_steps(spec: CellSpec) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method: str) -> None:
     recipe = {
-        "data": "digits",
-        "teacher": "wrn_16_2_digits",
+        "data": {"name": "digits", "validation": 100},
+        "teacher": "wrn_16_2_digits_route",
         "student": "wrn_10_1",
         "protocol": "digits",
         "method": method,

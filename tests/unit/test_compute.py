@@ -22,7 +22,13 @@ from kdbench.registry import Registry
 
 REGISTRY = Registry()
 METHODS = REGISTRY.names("methods")
-RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+RECIPE: dict[str, Any] = {
+    # With all that a method may need: validation images, and a route of the teacher.
+    "data": {"name": "digits", "validation": 100},
+    "teacher": "wrn_16_2_digits_route",
+    "student": "wrn_10_1",
+    "protocol": "digits",
+}
 BATCH = 16
 
 
@@ -33,7 +39,7 @@ def cell(method: str, **more: Any) -> CellSpec:
 
 def teacher_of(spec: CellSpec, way: Computing) -> Teacher | None:
     plain = untrained_teacher(spec)
-    return plain and Teacher(plain.network.extractor, plain.normalizer, plain.shapes, way)
+    return plain and Teacher(plain.network.extractor, plain.normalizer, plain.shapes, way, route=plain.route)
 
 
 def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[tuple[float, list[torch.Tensor]]]:

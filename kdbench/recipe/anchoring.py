@@ -1,0 +1,126 @@
+"""A stage with anchors becomes one stage for each of them. What such a stage cannot have is told here."""
+
+from __future__ import annotations
+
+from kdbench.cards import Anchors, StageCard
+from kdbench.errors import UserError
+from kdbench.recipe.schema import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
+from kdbench.tree import Tree
+
+
+def expanded(
+    stages: dict[str, StageSpec], cards: dict[str, StageCard], tree: Tree
+) -> tuple[dict[str, StageSpec], Tree]:
+    """The stages of a method with those that have anchors written out, and the method's tree with the same stages.
+
+    Args:
+        stages: as the cards say, without regard to anchors. tree: of the method.
+    """
+    result: dict[str, StageSpec] = {}
+    data, origins = dict(tree.data["stages"]), dict(tree.origins)
+    taken = sum(stage.share or 0.0 for stage in stages.values())
+    for name, stage in stages.items():
+        anchors = cards[name].anchors
+        if anchors is None:
+            result[name] = stage
+            continue
+        where = tree.origin(("stages", name, "anchors"))
+        _check(stage, anchors, f"stage '{name}'", where)
+        if other := next((s for s, o in stages.items() if "teacher" in o.trains or o.modes.teacher == "train"), None):
+            raise UserError(
+                f"stage '{name}': anchors are frozen, but in the stage '{other}' the teacher is not",
+                where=where,
+                hint="leave 'teacher' out of 'trains', and the teacher in eval mode",
+            )
+        for new, part in _parts(name, stage, anchors, 1 - taken).items():
+            if new in stages:
+                raise UserError(
+                    f"stage '{name}': its anchors make a stage '{new}', which there is already", where=where
+                )
+            result[new] = part
+            data[new] = data[name]
+            own = ("stages", name)
+            origins |= {("stages", new, *p[2:]): o for p, o in tree.origins.items() if p[:2] == own}
+    return result, Tree({**tree.data, "stages": data}, origins)
+
+
+def _parts(name: str, stage: StageSpec, anchors: Anchors, rest: float) -> dict[str, StageSpec]:
+    """One stage for each anchor, called name_1, name_2, …
+
+    Args:
+        rest: share of the budget that a stage without one takes.
+    """
+    n, greedy = anchors.n, anchors.choose == "greedy"
+    share = rest if stage.share is None else stage.share
+    each = anchors.budget == "each"
+    parts = {}
+    for at in range(n):
+        last = at == n - 1
+        steps: dict[str, float | None] = {}
+        if stage.extra_epochs is not None:
+            steps["extra_epochs"] = stage.extra_epochs / (1 if each else n)
+        elif each:
+            # The steps of the last anchor are the budget's own: they stay paired with other methods.
+            steps |= {"share": stage.share} if last else {"share": None, "extra_share": share}
+        else:
+            steps["share"] = None if last and stage.share is None else share / n
+        anchor = AnchorSpec(
+            choose=anchors.choose,
+            n=n,
+            at=at,
+            delta=anchors.delta if greedy else None,
+            images=anchors.images if greedy else None,
+        )
+        more = {"anchor": anchor, "continues": anchors.rates == "continue" and at > 0}
+        parts[f"{name}_{at + 1}"] = stage.model_copy(update=steps | more)
+    return parts
+
+
+def _check(stage: StageSpec, anchors: Anchors, what: str, where: str) -> None:
+    if stage.source is not None:
+        raise UserError(f"{what}: a batch source sees the converged teacher, not the anchors", where=where)
+    if all("teacher" not in term.loss.inputs for term in stage.losses.values()):
+        raise UserError(f"{what} has anchors, but no loss that reads the teacher", where=where)
+    if anchors.rates == "continue" and "connectors" in stage.trains:
+        raise UserError(
+            f"{what}: connectors live for one anchor, so its optimizer cannot go on to the next",
+            where=where,
+            hint="write 'rates: restart', or use a loss without connector",
+        )
+
+
+def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec, where: str) -> None:
+    """Anchors need a teacher whose training kept a route of enough checkpoints, and greedy ones validation images.
+
+    Raises:
+        UserError: there is none.
+    """
+    anchors = [stage.anchor for stage in method.stages.values() if stage.anchor is not None]
+    if not anchors or teacher is None:
+        return
+    needs = f"the method '{method.name}' learns from checkpoints of its teacher's training"
+    if teacher.trained_by is None:
+        raise UserError(
+            f"{needs}, and '{teacher.name}' is a weight file, which has none",
+            where=where,
+            hint="choose a teacher that is trained from a recipe with 'route:'",
+        )
+    if teacher.trained_by.route is None:
+        raise UserError(
+            f"{needs}, and the recipe of '{teacher.name}' keeps none",
+            where=where,
+            hint="add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 even checkpoints",
+        )
+    if most := max((a.n for a in anchors if a.n > (teacher.trained_by.route or 0)), default=0):
+        raise UserError(
+            f"the method '{method.name}' has {most} anchors, the route of '{teacher.name}' {teacher.trained_by.route} "
+            "checkpoints",
+            where=where,
+            hint="use fewer anchors, or a longer route",
+        )
+    if any(a.choose == "greedy" for a in anchors) and not data.validation:
+        raise UserError(
+            f"the method '{method.name}' chooses anchors on validation images, which this recipe does not split off",
+            where=where,
+            hint="write 'data: {validation: 0.1, …}': all methods of the recipe then train on the same rest",
+        )

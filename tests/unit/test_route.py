@@ -1,0 +1,533 @@
+"""Routes of checkpoints: which are anchors, that one is in memory at a time, that budgets hold, and that no choice looks
+at the test images."""
+
+from __future__ import annotations
+
+import gc
+import io
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, train, untrained_teacher
+from torch import Tensor, nn
+
+from kdbench.engine import checkpoint, route
+from kdbench.engine.anchors import Guide, Route
+from kdbench.engine.batches import Batches, ResidentPart
+from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member
+from kdbench.engine.scheduling import CellState, cohorts_of
+from kdbench.engine.teachers import fingerprint
+from kdbench.engine.timeline import planned_timeline
+from kdbench.errors import CellError, UserError
+from kdbench.files import sha256_of
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import SHARE, Registry
+
+REGISTRY = Registry()
+RECIPE: dict[str, Any] = {
+    "data": {"name": "digits", "validation": 100},
+    "teacher": "wrn_16_2_digits_route",
+    "student": "wrn_10_1",
+    "protocol": "digits",
+}
+
+
+def cell(method: str | dict[str, Any] = "rco", **more: Any) -> CellSpec:
+    return plan(RECIPE | {"method": method} | more, REGISTRY).cells[0].spec
+
+
+def short(method: str | dict[str, Any], steps: int = 8, per_class: int | None = None) -> CellSpec:
+    return shortened(cell(method), steps, per_class=per_class)
+
+
+# --- which checkpoints
+
+
+def test_a_route_is_even_and_ends_with_the_last_step() -> None:
+    assert route.points(None, 600) == ()
+    assert route.points(4, 600) == (150, 300, 450, 600)
+    assert route.points(3, 10) == (3, 7, 10)
+    # A training of fewer steps than its route has points keeps each step once.
+    assert route.points(20, 3) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "n", "by_hand"),
+    [
+        # 20 checkpoints of 200 epochs: EEI-4 is epochs 50, 100, 150, 200, EEI-2 is 100, 200.
+        (20, 4, [4, 9, 14, 19]),
+        (20, 2, [9, 19]),
+        # Thirds of 20 are 6.67 and 13.33: checkpoints 7 and 13.
+        (20, 3, [6, 12, 19]),
+        (24, 4, [5, 11, 17, 23]),
+        # Half of 5 lies between 2 and 3.
+        (5, 2, [2, 4]),
+        (4, 4, [0, 1, 2, 3]),
+        (7, 1, [6]),
+    ],
+)
+def test_equal_intervals_by_hand(checkpoints: int, n: int, by_hand: list[int]) -> None:
+    assert [route.equal(checkpoints, n, at) for at in range(n)] == by_hand
+
+
+def naive(student: list[list[float]], checkpoints: list[list[list[float]]], present: int, delta: float) -> Any:
+    """Mean KL(checkpoint || student) and the next anchor, number by number."""
+
+    def softmax(scores: list[float]) -> list[float]:
+        return [1 / sum(math.exp(other - score) for other in scores) for score in scores]
+
+    h = []
+    for outputs in checkpoints:
+        total = 0.0
+        for mine, theirs in zip(student, outputs, strict=True):
+            for q, p in zip(softmax(mine), softmax(theirs), strict=True):
+                total += p * (math.log(p) - math.log(q))
+        h.append(total / len(student))
+    for j in range(present + 1, len(h)):
+        if (h[j] - h[present]) / h[present] > delta:
+            return h, j
+    return h, len(h) - 1
+
+
+class Scores:
+    """Stands for a network: made-up logits by image, of the checkpoint that was loaded last."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.at = logits, 0
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return self.logits[self.at][batch[:, 0, 0, 0].long()]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_greedy_choice_against_a_naive_one(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, at_once, k = 11, 4, 6
+    part = ResidentPart(torch.arange(n).view(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
+    student = Scores(torch.randn(1, n, 5, generator=generator, dtype=torch.float64))
+    # Checkpoints that move away from the student, by steps of random length: some choices are early, some late.
+    growth = torch.rand(k, 1, 1, generator=generator, dtype=torch.float64).cumsum(0)
+    noise = torch.randn(k, n, 5, generator=generator, dtype=torch.float64)
+    anchor = Scores(student.logits + growth * noise)
+
+    class Loaded(Route):
+        def weights(self, position: int) -> dict[str, Tensor]:
+            anchor.at = position
+            return {}
+
+    loaded = Loaded(Path(), tuple({"step": i, "epoch": i, "sha256": str(i)} for i in range(k)))
+    spec = cell({"name": "rco_greedy", "n": 5, "delta": 0.5})
+    anchors = {name: stage.anchor for name, stage in spec.method.stages.items() if stage.anchor}
+    guide = Guide(anchors, loaded, nn.Identity(), student, anchor, part, at_once)
+    chosen: list[int] = []
+    for name in anchors:
+        guide.begin(name)
+        found = guide.chosen[name]
+        if name in ("route_1", "route_5"):
+            expected = 0 if name == "route_1" else k - 1
+        else:
+            h, expected = naive(student.logits[0].tolist(), anchor.logits.tolist(), chosen[-1], 0.5)
+            assert found["divergences"] == pytest.approx(h, rel=1e-9)
+        assert found["checkpoint"] == expected == guide.at == anchor.at
+        chosen.append(expected)
+    assert chosen == sorted(chosen)
+
+
+def test_a_search_that_is_through_stays_with_the_converged_teacher() -> None:
+    assert route.greedy([0.5, 0.6, 0.7], 0, 0.8) == 2
+    assert route.greedy([0.5, 0.91, 2.0], 0, 0.8) == 1
+    assert route.greedy([0.5, 0.1, 0.2], 2, 0.8) == 2
+    # Nothing is as much as 80 % above nothing.
+    assert route.greedy([0.0, 0.0, 0.1], 0, 0.8) == 2
+
+
+def test_only_so_many_images_are_looked_at() -> None:
+    member, batches, teacher = member_of(short({"name": "rco_greedy", "stages": {"route": {"anchors": {"images": 4}}}}))
+    assert member.guide is not None
+    seen: list[int] = []
+    own = member.guide.student_logits
+    member.guide.student_logits = lambda images: seen.append(len(images)) or own(images)  # type: ignore[func-returns-value]
+    train(member, batches, teacher, 3)
+    assert len(batches.validation.labels) == 10 and sum(seen) == 4
+
+
+# --- budgets and rates
+
+
+@pytest.mark.parametrize("steps", [8, 600, 601, 602, 603, 1003])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_the_budget_is_that_of_kd(steps: int, n: int) -> None:
+    kd = planned_timeline(cell("kd", steps=steps))
+    for name in ("rco", "rco_one_stage", "rco_greedy", "rco_control"):
+        line = planned_timeline(cell({"name": name, "n": n}, steps=steps))
+        assert (line.total, line.extra) == (kd.total, 0) == (steps, 0)
+        assert max(s.steps for s in line.spans) - min(s.steps for s in line.spans) <= n
+    line = planned_timeline(cell({"name": "rco_long", "n": n}, steps=steps))
+    assert (line.total, line.extra) == (n * steps, (n - 1) * steps)
+    assert {span.steps for span in line.spans} == {steps}
+
+
+def rates(spec: CellSpec) -> list[float]:
+    member, batches, teacher = member_of(spec)
+    found = []
+    while not member.finished:
+        step(member, batches, teacher)
+        found.append(member.last_rate)
+    return found
+
+
+def test_rates_begin_anew_or_go_on() -> None:
+    kd = rates(short("kd", 20))
+    assert rates(short({"name": "rco_one_stage", "n": 2}, 20)) == kd
+    assert rates(short({"name": "rco", "n": 2}, 20)) == rates(short("kd", 10)) * 2
+
+
+def test_one_stage_with_the_converged_teacher_throughout_is_kd_bit_for_bit() -> None:
+    """Momentum, schedule and data order go on; the anchors alone make the difference."""
+    ends = []
+    for method in ("kd", {"name": "rco_control", "rates": "continue"}, {"name": "rco_control"}, "rco_one_stage"):
+        spec = short(method, 12)
+        teacher = untrained_teacher(spec)
+        assert teacher is not None and isinstance(teacher.route, MadeUpRoute)
+        state = teacher.network.model.state_dict()
+        own = teacher.route.weights
+        last = len(teacher.route) - 1
+        teacher.route.__dict__["weights"] = lambda p, own=own, state=state, last=last: state if p == last else own(p)
+        member, batches, _ = member_of(spec, teacher=teacher)
+        train(member, batches, teacher, 12)
+        ends.append(fingerprint(member.student.model))
+    assert ends[0] == ends[1]
+    assert len(set(ends)) == 3
+
+
+def test_longer_cells_are_no_cohort_of_the_others_and_routes_share_a_teacher_with_kd() -> None:
+    cells = plan(RECIPE | {"compare": {"method": ["ce", "kd", "rco", "rco_long"]}}, REGISTRY).cells
+    cohorts = cohorts_of([(c, CellState(i, "", Path())) for i, c in enumerate(cells)])
+    assert [[c.spec.method.name for c, _ in cohort] for cohort in cohorts] == [["ce", "kd", "rco"], ["rco_long"]]
+    member, _, _ = member_of(short("rco"))
+    assert all(member.teacher_points(span.start) == {} for span in member.timeline.spans)
+
+
+# --- training
+
+
+def test_each_stage_learns_from_its_anchor_and_the_converged_teacher_stays_as_it_was() -> None:
+    spec = short("rco", 8)
+    member, batches, teacher = member_of(spec)
+    assert teacher is not None and member.own_teacher is not None and isinstance(teacher.route, MadeUpRoute)
+    before = fingerprint(teacher.network.model)
+    for at, span in enumerate(member.timeline.spans):
+        train(member, batches, teacher, span.steps)
+        position = route.equal(5, 4, at)
+        kept = teacher.route.weights(position)
+        own = member.own_teacher.model
+        assert all(torch.equal(own.state_dict()[name], value) for name, value in kept.items())
+        assert not own.training and not any(p.requires_grad for p in own.parameters())
+    assert member.finished and fingerprint(teacher.network.model) == before
+    assert [(a["stage"], a["checkpoint"]) for a in member.anchors] == [
+        ("route_1", 0), ("route_2", 2), ("route_3", 3), ("route_4", 4)
+    ]  # fmt: skip
+
+
+def test_the_loss_is_taken_against_the_anchor() -> None:
+    member, batches, teacher = member_of(short("rco", 8))
+    assert teacher is not None and teacher.route is not None
+    batch = batches.at(0, member.timeline)
+    teacher.network.model.load_state_dict(teacher.route.weights(0))
+    with torch.no_grad():
+        anchor = teacher(batch.images, ["logits"])["logits"]
+        student = member.student.model.train()(member.normalizer(batch.images))
+    p, q = (anchor / 4).softmax(1), (student / 4).log_softmax(1)
+    expected = 16 * (p * (p.log() - q)).sum(1).mean()
+    member, batches, teacher = member_of(short("rco", 8))
+    step(member, batches, teacher)
+    assert member.meter.result()["kd"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+class OneAtATime(MadeUpRoute):
+    """Notices when weights that it gave before are still held somewhere, and counts the networks of a class."""
+
+    def weights(self, position: int) -> dict[str, Tensor]:
+        gc.collect()
+        held = [ref for ref in self.__dict__.setdefault("given", []) if ref() is not None]
+        assert not held, "an earlier checkpoint is still in memory"
+        state = super().weights(position)
+        self.__dict__["given"] = [weakref.ref(value) for value in state.values()]
+        return state
+
+
+@pytest.mark.parametrize("method", ["rco", "rco_greedy"])
+def test_one_anchor_is_in_memory_at_a_time(method: str) -> None:
+    spec = short(method, 8)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None and spec.teacher is not None
+    teacher.route = OneAtATime(spec.teacher, spec.data)
+    member, batches, _ = member_of(spec, teacher=teacher)
+    kind = type(teacher.network.model)
+    gc.collect()
+    wide = sum(p.numel() for p in teacher.network.model.parameters())
+
+    def networks() -> int:
+        gc.collect()
+        found = [o for o in gc.get_objects() if type(o) is kind]
+        return sum(sum(p.numel() for p in model.parameters()) == wide for model in found)
+
+    before = networks()
+    while not member.finished:
+        step(member, batches, teacher)
+        assert networks() == before
+    # The last anchor is looked at once more when the cell ends.
+    assert member.guide is not None
+    member.guide.check()
+    assert len(teacher.route.__dict__["asked"]) == 4 + 3 + 1 + (2 * 5 if method == "rco_greedy" else 0)
+
+
+class Untouchable:
+    """Stands for the test part."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the test part was asked for '{name}'")
+
+
+class Counted:
+    """Stands for the validation part, and counts how often it is read."""
+
+    def __init__(self, part: Any) -> None:
+        self.part, self.reads = part, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.reads += 1
+        return getattr(self.part, name)
+
+
+def test_the_choice_is_made_on_images_split_off_the_training_set() -> None:
+    spec = short("rco_greedy", 8)
+    data = images(spec.data)
+    batches = Batches(spec, data, CPU)
+    batches.test = Untouchable()  # type: ignore[assignment]
+    batches.validation = counted = Counted(batches.validation)  # type: ignore[assignment]
+    teacher = untrained_teacher(spec)
+    member = Member(spec, batches, teacher, CPU)
+    train(member, batches, teacher, 8)
+    assert counted.reads > 0
+    held_out = counted.part.images
+    rest = batches.images
+    assert len(held_out) + len(rest) == len(data.train_images)
+    assert not any(torch.equal(a, b) for a in held_out for b in rest)
+    # Only where H decides: not for the first anchor, nor for the last.
+    assert ["divergences" in anchor for anchor in member.anchors] == [False, True, True, False]
+
+
+def test_looking_at_checkpoints_changes_no_student() -> None:
+    """A greedy cell that is made to choose what an equal one has ends with the same bits."""
+    ends = []
+    for method in ("rco", "rco_greedy"):
+        spec = short(method, 8)
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
+        member, batches, teacher = member_of(spec)
+        if method == "rco_greedy":
+            assert member.guide is not None
+            looked = member.guide.divergences
+            positions = iter([2, 3])
+
+            def steered(n: int, looked: Any = looked, positions: Any = positions) -> list[float]:
+                looked(n)
+                at = next(positions)
+                return [0.1 if j < at else 1.0 if j == at else 2.0 for j in range(5)]
+
+            member.guide.divergences = steered  # type: ignore[method-assign]
+        train(member, batches, teacher, 8)
+        assert [a["checkpoint"] for a in member.anchors] == [0, 2, 3, 4]
+        ends.append(fingerprint(member.student.model))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("method", ["rco", "rco_one_stage", "rco_greedy"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
+def test_a_resumed_cell_goes_on_bit_for_bit_across_anchors(method: str, at: int) -> None:
+    """Killed inside a stage, and just where an anchor follows another; two steps an anchor."""
+    spec = short(method, 8)
+    whole, batches, teacher = member_of(spec)
+    train(whole, batches, teacher, 8)
+    first, _, _ = member_of(spec)
+    train(first, batches, teacher, at)
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second = Member(spec, batches, untrained_teacher(spec), CPU)
+    second.load_state(torch.load(file, weights_only=True))
+    train(second, batches, teacher, 8 - at)
+    assert fingerprint(second.student.model) == fingerprint(whole.student.model)
+    assert second.anchors == whole.anchors
+    assert second.meter.result() == whole.meter.result()
+
+
+def test_a_changed_anchor_is_told() -> None:
+    member, batches, teacher = member_of(short("rco", 8))
+    step(member, batches, teacher)
+    assert member.guide is not None and member.own_teacher is not None
+    member.guide.check()
+    with torch.no_grad():
+        next(member.own_teacher.model.parameters()).add_(1e-3)
+    with pytest.raises(CellError, match="a frozen anchor changed"):
+        member.guide.check()
+
+
+def test_a_resumed_cell_notices_another_route() -> None:
+    member, batches, teacher = member_of(short("rco", 8))
+    step(member, batches, teacher)
+    state = member.state()
+    state["anchors"][0]["sha256"] = "another"
+    other, _, _ = member_of(short("rco", 8))
+    other.load_state(state)
+    with pytest.raises(UserError, match="not the one with which this cell began"):
+        step(other, batches, teacher)
+
+
+# --- keeping a route
+
+
+def keeping(folder: Path, spec: CellSpec, batches: Batches, stop_after: int = -1) -> bool:
+    """A cell that keeps a route, in a cohort of its own, stopped before a step or run to its end."""
+    folder.mkdir(exist_ok=True)
+    member = Member(spec, batches, None, CPU)
+    if (state := checkpoint.load(folder, {})) is not None:
+        member.load_state(state)
+    seat = Seat(member, folder, {}, MetricsLog(folder, member.history, tensorboard=False))
+    stop = lambda: member.step == stop_after  # noqa: E731
+    done = Cohort([seat], batches, None, lambda *_: None, lambda _: None, stop, 0.0).run()
+    assert seat.failure is None
+    return done
+
+
+def left_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / route.FOLDER).iterdir()}
+
+
+def test_a_route_is_kept_bounded_and_the_same_after_interruptions(tmp_path: Path) -> None:
+    spec = shortened(cell("ce", route=4), 10)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
+    batches = Batches(spec, images(spec.data), CPU)
+    assert keeping(tmp_path / "whole", spec, batches)
+    whole = left_in(tmp_path / "whole")
+    steps = [3, 5, 8, 10]
+    assert sorted(whole) == [f"{s:08d}.safetensors" for s in steps] + ["index.json"]
+    for stop in (1, 3, 4, 8):
+        assert not keeping(tmp_path / "parts", spec, batches, stop)
+    # What a kill between two checkpoints leaves: a file of a step that is done again.
+    (tmp_path / "parts" / route.FOLDER / "00000010.safetensors").write_bytes(b"half")
+    assert keeping(tmp_path / "parts", spec, batches)
+    assert left_in(tmp_path / "parts") == whole
+
+
+def test_the_index_says_what_was_kept_and_nothing_of_the_test_part(tmp_path: Path) -> None:
+    import json
+
+    spec = shortened(cell("ce", route=2), 6)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
+    batches = Batches(spec, images(spec.data), CPU)
+    keeping(tmp_path, spec, batches)
+    index = json.loads((tmp_path / route.FOLDER / route.INDEX).read_text())
+    assert [(e["step"], e["epoch"]) for e in index] == [(3, 1.5), (6, 3.0)]
+    assert all(set(e) == {"step", "epoch", "file", "sha256", "validation"} for e in index)
+    kept = Route(tmp_path / route.FOLDER, tuple(index))
+    for i, entry in enumerate(index):
+        assert sha256_of(kept.folder / entry["file"]) == entry["sha256"]
+        # Replayed from nothing, the student at that step is what was kept.
+        member = Member(spec, batches, None, CPU)
+        train(member, batches, None, entry["step"])
+        state = member.student.model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in kept.weights(i).items())
+        member.student.model.eval()
+        part = batches.validation
+        with torch.no_grad():
+            logits = member.student.model(member.normalizer(next(part.slices(100))[0]))
+        assert entry["validation"]["accuracy"] == 100 * int((logits.argmax(1) == part.labels).sum()) / len(part.labels)
+    (kept.folder / index[0]["file"]).write_bytes(b"half")
+    with pytest.raises(UserError, match="at step 3 is damaged"):
+        kept.weights(0)
+    (kept.folder / index[1]["file"]).unlink()
+    with pytest.raises(UserError, match="at step 6 is gone"):
+        kept.weights(1)
+
+
+def test_keeping_a_route_changes_no_training() -> None:
+    ends = []
+    for kept in (None, 3):
+        spec = shortened(cell("ce", route=kept), 6)
+        batches = Batches(spec, images(spec.data), CPU)
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            member = Member(spec, batches, None, CPU)
+            seat = Seat(member, Path(folder), {}, MetricsLog(Path(folder), [], tensorboard=False))
+            Cohort([seat], batches, None, lambda *_: None, lambda _: None, lambda: False).run()
+        ends.append(fingerprint(member.student.model))
+    assert ends[0] == ends[1]
+
+
+# --- identities and mistakes
+
+
+def test_no_committed_cell_got_another_identity() -> None:
+    import json
+
+    kept = json.loads((SHARE / "results" / "quickstart" / "recipe.json").read_text())["cells"]
+    assert [c.slug for c in plan("quickstart", REGISTRY).cells] == kept
+    spec = cell("ce")
+    assert spec.identity() != replace_route(spec, 5).identity() != replace_route(spec, 6).identity()
+
+
+def replace_route(spec: CellSpec, n: int) -> CellSpec:
+    return spec.model_copy(update={"route": n})
+
+
+def test_what_only_a_search_reads_makes_no_other_cell() -> None:
+    a = cell({"name": "rco", "stages": {"route": {"anchors": {"delta": 0.5, "images": 7}}}})
+    assert a.identity() == cell("rco").identity()
+    b = cell({"name": "rco_greedy", "delta": 0.5})
+    assert b.identity() != cell("rco_greedy").identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "wrn_16_2_digits"}, "the recipe of 'wrn_16_2_digits' keeps none"),
+        ({"data": "cifar10", "teacher": "resnet20_cifar10", "protocol": "crd"}, "is a weight file, which has none"),
+        ({"method": {"name": "rco", "n": 21}}, "has 21 anchors, the route of 'wrn_16_2_digits_route' 20 checkpoints"),
+        ({"data": "digits", "method": "rco_greedy"}, "which this recipe does not split off"),
+        ({"route": 101}, "less than or equal to 100"),
+        ({"route": 0}, "greater than 0"),
+        ({"method": {"name": "rco", "n": 0}}, "greater than 0"),
+        ({"method": {"name": "rco", "stages": {"route": {"anchors": {"chose": "greedy"}}}}}, "chose"),
+        ({"method": {"name": "rco", "stages": {"route": {"modes": {"teacher": "train"}}}}}, "anchors are frozen"),
+        (
+            {"method": {"name": "rco_one_stage", "stages": {"route": {"trains": ["student", "connectors"]}}}},
+            "connectors live for one anchor",
+        ),
+        (
+            {"method": {"name": "ce", "stages": {"classification": {"anchors": {"n": 2}}}}},
+            "no loss that reads the teacher",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_built(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan(RECIPE | {"method": "rco"} | changes, REGISTRY)
+    assert message in str(error.value) and error.value.where
+
+
+def test_a_teacher_that_lost_its_route_is_told() -> None:
+    spec = short("rco")
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    teacher.route = None
+    with pytest.raises(UserError, match="left no checkpoints"):
+        member_of(spec, teacher=teacher)
