@@ -19,7 +19,7 @@ from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
-from kdbench.schedules import Schedule
+from kdbench.schedules import Schedule, product
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
@@ -143,7 +143,8 @@ class Term(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.spec = name, spec
-        self.schedule = build_schedule(spec.weight_schedule)
+        given = spec.weight_schedule or []
+        self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
         with_teacher = "teacher" in spec.loss.inputs
         own = (student_shapes, names[0]) if spec.of == "student" else (teacher_shapes, names[1])
         students = expand([spec.student], *own)
@@ -186,8 +187,9 @@ class Term(nn.Module):
         """Names of the input sets that the term reads."""
         return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
-    def weight_at(self, progress: float) -> float:
-        return self.spec.weight * self.schedule.factor(progress)
+    def weight_at(self, progress: float, epoch: float = 0.0) -> float:
+        """The term's factor at a progress of its stage, and of the epoch."""
+        return self.spec.weight * self.schedules(progress, epoch)
 
     def forward(self, values: Mapping[str, Values], sets: Sets) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar.

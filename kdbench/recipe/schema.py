@@ -44,6 +44,14 @@ class DataChoice(Strict):
         return self
 
 
+class TargetChoice(Strict):
+    """The domain to adapt to: its training images without their labels, and its test set. The labels of its training
+    images are not for use, so they cannot be split by."""
+
+    name: str = Field(description="key of a data card with the same classes and image size")
+    root: str | None = Field(None, description="folder that holds the data")
+
+
 class TeacherChoice(Strict):
     """A teacher card by name, or a network with the user's own weights."""
 
@@ -100,6 +108,9 @@ class Recipe(Strict):
 
     title: str = Field("", description="shown above the table")
     data: DataChoice
+    target: TargetChoice | None = Field(
+        None, description="unlabelled domain to adapt to; its test set is then the one that counts"
+    )
     teacher: TeacherChoice | None = None
     student: StudentChoice
     protocol: dict[str, Any] = Field(description="a protocol card by name, with any of its fields beside it")
@@ -190,7 +201,7 @@ class TermSpec(Spec):
     detach: bool = True
     connector: TargetSpec | None = None
     weight: float = 1.0
-    weight_schedule: TargetSpec | None = None
+    weight_schedule: TargetSpec | list[TargetSpec] | None = None
     layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
 
@@ -200,6 +211,7 @@ class StageSpec(Spec):
     share: float | None = None
     extra_epochs: float | None = None
     trains: list[Trained] = ["student"]
+    alternating: bool = False
     source: SourceSpec | None = None
     losses: dict[str, TermSpec]
     optimizer: TargetSpec
@@ -248,6 +260,7 @@ class CellSpec(Spec):
     """One cell: the unit that runs, resumes and is recorded."""
 
     data: DataSpec
+    target: DataSpec | None = None
     teacher: TeacherSpec | None = None
     student: ModelSpec
     method: MethodSpec
@@ -255,6 +268,11 @@ class CellSpec(Spec):
     seed: int
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
+
+    @property
+    def tested(self) -> DataSpec:
+        """The data whose test set counts."""
+        return self.target or self.data
 
     def identity(self) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
