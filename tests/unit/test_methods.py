@@ -7,6 +7,7 @@ from kdbench.registry import Registry
 
 REGISTRY = Registry()
 METHODS = ["ab", "ab_ce", "ab_crd", "ab_kd_ce", "ab_teacher_train", "at", "ce", "fitnets", "hint", "kd"]
+METHODS += ["kd_then_uda", "source_only", "uda", "uda_kd", "uda_kd_official", "uda_then_kd"]
 
 
 def stages(name: str) -> dict:
