@@ -382,7 +382,8 @@ class Member:
         sets = dict(shared)
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {},
-            "teacher": {name: dict(found) for name, found in taught.items()},
+            # What others of the cohort had from the shared teacher is nothing to a stage with a teacher of its own.
+            "teacher": {} if self.span.name in self.with_own_teacher else {n: dict(v) for n, v in taught.items()},
         }
         self._look(sets, values, looking)
         if source is not None and needed & {*source.gives}:
