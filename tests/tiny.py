@@ -35,7 +35,8 @@ def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None 
         for name, stage in spec.method.stages.items()
     }
     method = spec.method.model_copy(update={"stages": stages})
-    return spec.model_copy(update={"protocol": protocol, "data": data, "method": method, "evaluations": 1})
+    changes = {"protocol": protocol, "data": data, "method": method, "student": spec.student.not_started()}
+    return spec.model_copy(update=changes | {"evaluations": 1})
 
 
 def target_for(method: str, registry: Registry) -> dict[str, str]:

@@ -35,7 +35,7 @@ def try_out(spec: CellSpec) -> None:
     """
     data = spec.data
     image = (data.channels, data.image_size, data.image_size)
-    student = build_model(spec.student, data)
+    student = build_model(spec.student.not_started(), data)
     shapes = build_extractor(student, spec.student, data).shapes(image)
     teacher, model = {}, None
     if spec.teacher is not None:

@@ -59,7 +59,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     data = spec.data
     shape = (data.channels, data.image_size, data.image_size)
     batch = min(spec.protocol.batch_size, data.train)
-    student = build_model(spec.student, data)
+    student = build_model(spec.student.not_started(), data)
     extractor = build_extractor(student, spec.student, data)
     shapes = extractor.shapes(shape)
     teacher_bytes = 0

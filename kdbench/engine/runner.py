@@ -214,7 +214,8 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
     prepared: set[str] = set()
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
-        given = teacher.weights.sha256 if teacher and teacher.weights else None
+        starts = [spec.student.start.sha256] if spec.student.start else []
+        given = " ".join([*([teacher.weights.sha256] if teacher and teacher.weights else []), *starts]) or None
         data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
         if given is None and data in prepared:
             continue

@@ -32,6 +32,7 @@ from kdbench.engine.teachers import (
     TeacherFile,
     fingerprint,
     load_teacher,
+    locate,
     measured,
     on_target,
     trained,
@@ -88,6 +89,8 @@ class Desk:
         spec = CellSpec.model_validate(task["spec"])
         self.emit(event="doing", task=task["id"], text=f"data {spec.data.name}")
         data, _ = self._domains(spec, task)
+        if spec.student.start is not None:
+            locate(spec.student.start, task["download"])
         if spec.teacher is not None and spec.teacher.weights is not None:
             self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
             self._teacher_file(spec, data, task, device)

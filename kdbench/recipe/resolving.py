@@ -18,6 +18,7 @@ from kdbench.cards import (
     StageCard,
     TeacherCard,
     TermCard,
+    Weights,
 )
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import find_weights, sha256_of, weight_folders
@@ -98,7 +99,9 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
         )
     method, foreign, method_tree = resolve_method(variant, card, protocol_tree, registry)
     _check_target(method, target, method_tree)
-    student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
+    student = model_spec(
+        tree.at("student"), registry, recipe.student.hooks, recipe.student.weights, recipe.student.start
+    )
     teacher = None
     if _needs_teacher(method):
         if recipe.teacher is None:
@@ -490,11 +493,15 @@ def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpe
 
 
 def model_spec(
-    tree: Tree, registry: Registry, hooks: dict[str, str] | None = None, weights: str | None = None
+    tree: Tree,
+    registry: Registry,
+    hooks: dict[str, str] | None = None,
+    weights: str | None = None,
+    start: str | None = None,
 ) -> ModelSpec:
     name = tree.data["name"]
     target, options = registry.options(
-        "models", name, tree, ignore=("name", "hooks", "weights"), also_known=("hooks", "weights")
+        "models", name, tree, ignore=("name", "hooks", "weights", "start"), also_known=("hooks", "weights", "start")
     )
     card = registry.card("models", name)
     points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
@@ -509,7 +516,19 @@ def model_spec(
         hooks=hooks or points,
         weights=weights,
         weights_sha256=sha256,
+        start=_start(start, name, options, tree.origin(("start",)), registry) if start is not None else None,
     )
+
+
+def _start(teacher: str, model: str, options: dict[str, Any], where: str, registry: Registry) -> Weights:
+    """The weights of a teacher card, for a student of the same model."""
+    card: TeacherCard = registry.card("teachers", teacher, where)
+    if card.weights is None:
+        raise UserError(f"the teacher '{teacher}' is trained by a recipe: no student can start from it", where=where)
+    theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
+    if (theirs.name, theirs.options) != (model, options):
+        raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model}'", where=where)
+    return card.weights
 
 
 def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True) -> TeacherSpec:
@@ -573,12 +592,13 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
 
 
 def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
-    if "weights" in tree.data:
-        raise UserError(
-            "a teacher's 'weights' stand beside its 'model', not inside",
-            where=tree.origin(("weights",)),
-            hint="move 'weights' one level up",
-        )
+    for key in ("weights", "start"):
+        if key in tree.data:
+            raise UserError(
+                "a teacher's 'weights' stand beside its 'model', not inside",
+                where=tree.origin((key,)),
+                hint="move 'weights' one level up",
+            )
     return model_spec(tree, registry, hooks=tree.data.get("hooks"))
 
 

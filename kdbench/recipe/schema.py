@@ -74,6 +74,15 @@ class StudentChoice(Named):
 
     hooks: dict[PointName, str] | None = None
     weights: str | None = Field(None, description="file with a state dict to start from")
+    start: str | None = Field(
+        None, description="teacher card of the same model to start from; with other classes, with a new last layer"
+    )
+
+    @model_validator(mode="after")
+    def one_start(self) -> StudentChoice:
+        if self.weights is not None and self.start is not None:
+            raise ValueError("'weights' and 'start' exclude each other")
+        return self
 
 
 class ComputeChoice(Strict):
@@ -166,10 +175,15 @@ class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
+    start: Weights | None = None
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
-        return self.model_copy(update={"weights": None})
+        return self.model_copy(update={"weights": None, "start": None})
+
+    def not_started(self) -> ModelSpec:
+        """This model without the card's weights that it will start from, which may not be here yet."""
+        return self.model_copy(update={"start": None})
 
     def reading(self, points: set[str]) -> ModelSpec:
         """This model with only those hook points (or members of groups) that are read."""
