@@ -197,7 +197,9 @@ class TermCard(BaseModel):
     detach: bool = Field(True, description="no gradient goes through the loss's `teacher`")
     connector: Named | None = None
     weight: float = 1.0
-    weight_schedule: Named | None = Field(None, description="multiplies the weight over the stage")
+    weight_schedule: Named | list[Named] | None = Field(
+        None, description="multiplies the weight over the stage; several: their product"
+    )
     layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
     @property
@@ -238,6 +240,10 @@ class StageCard(Strict):
     share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
     trains: list[Trained] = ["student"]
+    alternating: bool = Field(
+        False,
+        description="the teacher's own terms make a step of it first, then everything is computed anew for the others",
+    )
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
     anchors: Anchors | None = Field(None, description="the teacher is, one after another, checkpoints of its route")
     losses: dict[Name, TermCard]

@@ -210,8 +210,12 @@ def singular(kind: str) -> str:
     return special.get(kind, kind[:-1])
 
 
-def written_out(tree: Tree) -> Tree:
-    """A tree with short forms written out: `optimizer: sgd` -> `{name: sgd}`, a list of named stages -> a mapping."""
+def written_out(tree: Tree, recipe: bool = False) -> Tree:
+    """A tree with short forms written out: `optimizer: sgd` -> `{name: sgd}`, a list of named stages -> a mapping.
+
+    Args:
+        recipe: whether it is a recipe, whose `target` is a data card, not what a card calls.
+    """
     origins = dict(tree.origins)
 
     def walk(data: Any, path: tuple[str | int, ...]) -> Any:
@@ -224,12 +228,15 @@ def written_out(tree: Tree) -> Tree:
             plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
             # Elsewhere, `source:` says where something comes from.
             plain |= key == "source" and "stages" not in path[-2:-1]
-            if key in _NAMED and isinstance(value, str) and not plain:
+            named = key in _NAMED or (recipe and key == "target" and not path)
+            if named and isinstance(value, str) and not plain:
                 value = {"name": value}
                 origins[(*here, "name")] = tree.origin(here)
             elif key == "compute" and not path and isinstance(value, str):
                 value = {"mode": value}
                 origins[(*here, "mode")] = tree.origin(here)
+            elif key == "weight_schedule" and isinstance(value, list):
+                value = [{"name": one} if isinstance(one, str) else one for one in value]
             elif key == "stages" and isinstance(value, list):
                 value = _stages_by_name(value, here, origins, tree)
             result[key] = walk(value, here)

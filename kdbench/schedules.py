@@ -1,22 +1,33 @@
 """Schedules of learning rates and loss weights: pure functions of the progress through a stage.
 
 A schedule card names one of these functions. Each returns a `Schedule`; `factor(progress)` multiplies the base value,
-with progress in [0, 1) = steps done / steps of the stage. Being a function of the position alone, a schedule needs no
-state in a checkpoint.
+with progress in [0, 1) = steps done / steps of the stage (or of the epoch, where the schedule's clock is that). Being a
+function of the position alone, a schedule needs no state in a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 
 class Schedule(NamedTuple):
-    """`factor`: progress -> multiplier of the base value. `resets`: progress points at which momentum is forgotten."""
+    """`factor`: progress -> multiplier of the base value. `resets`: progress points at which momentum is forgotten.
+    `clock`: whether progress is that of the stage, or begins anew with every epoch."""
 
     factor: Callable[[float], float]
     resets: tuple[float, ...] = ()
+    clock: Literal["stage", "epoch"] = "stage"
+
+    def at(self, progress: float, epoch: float = 0.0) -> float:
+        """The multiplier at a place: progress of the stage, and of the epoch."""
+        return self.factor(epoch if self.clock == "epoch" else progress)
+
+
+def product(schedules: Sequence[Schedule]) -> Callable[[float, float], float]:
+    """(progress of the stage, of the epoch) -> product of the schedules' multipliers; 1 for none."""
+    return lambda progress, epoch: math.prod(one.at(progress, epoch) for one in schedules)
 
 
 def share(text: str) -> float:
@@ -72,13 +83,28 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
     return Schedule(factor)
 
 
-def exponential(*, start: float, end: float) -> Schedule:
-    """Geometric from `start` to `end`: start * (end / start) ** progress. Both must be positive."""
+def exponential(*, start: float, end: float, complement: bool = False) -> Schedule:
+    """Geometric from `start` to `end`: start * (end / start) ** progress; with `complement` 1 minus that. Both must be
+    positive."""
     if start <= 0 or end <= 0:
         raise ValueError("exponential needs positive start and end")
-    return Schedule(lambda progress: start * (end / start) ** progress)
+
+    def factor(progress: float) -> float:
+        value = start * (end / start) ** progress
+        return 1 - value if complement else value
+
+    return Schedule(factor)
 
 
-def sigmoid_ramp(*, steepness: float = 10.0) -> Schedule:
-    """2 / (1 + exp(-steepness * progress)) - 1: from 0 towards 1 (Ganin et al. 2016)."""
-    return Schedule(lambda progress: 2 / (1 + math.exp(-steepness * progress)) - 1)
+def inverse_power(*, scale: float = 10.0, power: float = 0.75) -> Schedule:
+    """1 / (1 + scale * progress) ** power: 1 at first, 0.166 at the end by default (Ganin et al. 2016)."""
+    if scale < 0:
+        raise ValueError("inverse_power needs a scale of at least 0")
+    return Schedule(lambda progress: (1 + scale * progress) ** -power)
+
+
+def sigmoid_ramp(*, steepness: float = 10.0, per: Literal["stage", "epoch"] = "stage") -> Schedule:
+    """2 / (1 + exp(-steepness * progress)) - 1: from 0 towards 1 (Ganin et al. 2016), once or in every epoch."""
+    if per not in ("stage", "epoch"):
+        raise ValueError(f"a ramp is per 'stage' or per 'epoch', not {per!r}")
+    return Schedule(lambda progress: 2 / (1 + math.exp(-steepness * progress)) - 1, clock=per)

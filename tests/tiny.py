@@ -12,6 +12,7 @@ from kdbench.engine.batches import Batches, Normalizer
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.member import Member, Teacher
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.registry import Registry
 from kdbench.sources.images import ImageData, canonical
 
 CPU = torch.device("cpu")
@@ -41,7 +42,19 @@ def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None 
         name: stage.model_copy(update=inside) if stage.extra else stage for name, stage in spec.method.stages.items()
     }
     method = spec.method.model_copy(update={"stages": stages})
-    return spec.model_copy(update={"protocol": protocol, "data": data, "method": method, "evaluations": 1})
+    changes = {"protocol": protocol, "data": data, "method": method, "student": spec.student.not_started()}
+    return spec.model_copy(update=changes | {"evaluations": 1})
+
+
+def target_for(method: str, registry: Registry) -> dict[str, str]:
+    """What a recipe of this method must say of a target domain."""
+    terms = [term for stage in registry.card("methods", method).stages.values() for term in stage.losses.values()]
+    return {"target": "digits"} if any("target" in (term.input, term.against) for term in terms) else {}
+
+
+def batches_for(spec: CellSpec, data: ImageData | None = None) -> Batches:
+    """A cell's batches, of made-up data where none are given; a target domain's are always made up."""
+    return Batches(spec, data or images(spec.data), CPU, images(spec.target, seed=1) if spec.target else None)
 
 
 class MadeUpRoute(Route):
@@ -74,7 +87,7 @@ def member_of(
     spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None
 ) -> tuple[Member, Batches, Teacher | None]:
     """A cell ready to train."""
-    batches = Batches(spec, data or images(spec.data), CPU)
+    batches = batches_for(spec, data)
     teacher = teacher or untrained_teacher(spec)
     return Member(spec, batches, teacher, CPU), batches, teacher
 

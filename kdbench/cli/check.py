@@ -105,10 +105,11 @@ def command(
                 )
 
     first = planned.cells[0].spec
+    domains = " → ".join(part.name for part in (first.data, first.target) if part is not None)
     computed = plainest(first.compute).name if first.compute.settled else "as a short trial will choose"
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
-        f"data {first.data.name}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
+        f"data {domains}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
         f"computed {computed}, baseline {planned.baseline}"
     )
     for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdbench.cards import Normalization
-from kdbench.engine.timeline import Timeline
+from kdbench.engine.timeline import Timeline, batches_per_epoch
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation, normalize
@@ -41,8 +41,9 @@ class Batch:
 # Images that are looked at at once outside of training.
 SLICE = {"cpu": 250, "cuda": 2000}
 
-# Input sets of a step by name: "data" is the data set's batch.
+# Input sets of a step by name: "data" is the data set's batch, "target" the target domain's, without labels.
 Sets = dict[str, Batch]
+TARGET = "target"
 
 
 class Part(Protocol):
@@ -93,9 +94,28 @@ class Batches:
 
     Draws are addressed: an epoch's order by (seed, "order", epoch), its augmentation by (seed, "augmentation", epoch).
     Steps of a budget on top of the protocol's use streams of their own, so that the others stay paired between methods.
+
+    Attributes:
+        target: the target domain's images, with orders and views of their own; its epochs go round beside the source's.
+        test: the test part that counts: of the target domain, where there is one. source_test: then the source's.
+
+    Args:
+        target: the target domain, where the cell has one. The labels of its training images are not read.
+        prefix: of the streams that are drawn from.
     """
 
-    def __init__(self, spec: CellSpec, data: ImageData, device: torch.device) -> None:
+    target: Batches | None = None
+    source_test: Part | None = None
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        data: ImageData,
+        device: torch.device,
+        target: ImageData | Pictures | None = None,
+        prefix: str = "",
+    ) -> None:
+        self.prefix = prefix
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         # Places of the training part's images in the whole training set.
@@ -110,10 +130,30 @@ class Batches:
         chosen = spec.protocol.augmentation
         self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
         self._epoch: tuple[tuple[str, int], Tensor, Tensor] | None = None
+        self._add_target(spec, target)
+
+    def _add_target(self, spec: CellSpec, data: ImageData | Pictures | None) -> None:
+        """Take the target domain's images, and test on its test part."""
+        from kdbench.engine.streamed import batches_of, part_for_testing
+
+        if spec.target is None:
+            return
+        if data is None:
+            raise ValueError("this cell has a target domain, whose data were not given")
+        cell = spec.model_copy(update={"data": spec.target, "target": None})
+        self.target = batches_of(cell, unlabelled(data), self.device, prefix=f"{TARGET}/")
+        self.source_test, self.test = self.test, part_for_testing(spec.target, data, self.device)
+        self.last_batch = spec.protocol.last_batch
 
     def sets(self, step: int, timeline: Timeline, names: Iterable[str]) -> Sets:
         """The input sets of a step that are asked for."""
-        return {name: self.at(step, timeline) for name in names}
+        return {name: self._target_at(step, timeline) if name == TARGET else self.at(step, timeline) for name in names}
+
+    def _target_at(self, step: int, timeline: Timeline) -> Batch:
+        """The target domain's batch of a step: images alone. Even its positions would tell classes, by their order."""
+        assert self.target is not None
+        each = batches_per_epoch(len(self.target.train.labels), self.batch_size, self.last_batch)
+        return Batch(self.target.at(step, replace(timeline, batches_per_epoch=each)).images, None)
 
     def at(self, step: int, timeline: Timeline) -> Batch:
         """The data set's batch of a step."""
@@ -127,8 +167,8 @@ class Batches:
         """Order and views of an epoch, on the device: int64 [images] each, drawn once an epoch."""
         if self._epoch is None or self._epoch[0] != (stream, epoch):
             n = len(self.train.labels)
-            order = permutation(n, self.seed, f"{stream}order", epoch)
-            draws = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+            order = permutation(n, self.seed, f"{self.prefix}{stream}order", epoch)
+            draws = self.augmentation.draw(generator(self.seed, f"{self.prefix}{stream}augmentation", epoch), n)
             views = self.augmentation.view_id(draws)
             self._epoch = ((stream, epoch), order.to(self.device), views.to(self.device))
         return self._epoch[1], self._epoch[2]
@@ -138,6 +178,15 @@ def place_of(step: int, timeline: Timeline) -> tuple[str, int, int]:
     """Prefix of the streams that a step draws from, its epoch, and its position in the epoch."""
     stream, number = ("extra/", step) if step < timeline.extra else ("", step - timeline.extra)
     return stream, *divmod(number, timeline.batches_per_epoch)
+
+
+def unlabelled(data: ImageData | Pictures) -> ImageData | Pictures:
+    """The training part of a data set without its labels (zeros stand in their place), and no test part."""
+    if isinstance(data, Pictures):
+        none = torch.zeros(len(data.train_files), dtype=torch.int64)
+        return replace(data, train_labels=none, test_files=(), test_labels=none[:0])
+    none = torch.zeros(len(data.train_images), dtype=torch.int64)
+    return replace(data, train_labels=none, test_images=data.test_images[:0], test_labels=none[:0])
 
 
 def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 import kdbench
-from kdbench.engine.batches import Normalizer, load_data
-from kdbench.engine.evaluation import SLICE
+from kdbench.engine.batches import SLICE, Normalizer, load_data
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained

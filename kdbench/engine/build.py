@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdbench.cards import Weights
 from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
-from kdbench.schedules import Schedule
+from kdbench.schedules import Schedule, product
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
@@ -52,7 +53,30 @@ def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "i
             ) from None
     if spec.weights is not None:
         load_weights(model, read_weights(_weight_file(spec)), spec.name, spec.weights)
+    if spec.start is not None:
+        _start_from(model, spec.start, spec.name)
     return model
+
+
+def _start_from(model: nn.Module, weights: Weights, name: str) -> None:
+    """Load a card's weights; the one layer that has other classes there keeps its first values."""
+    file = find_weights(weights.file)
+    if file is None or sha256_of(file) != weights.sha256:
+        raise UserError(
+            f"there is no weight file '{weights.file}' of the sha256 that its card says",
+            hint="'kdbench run' fetches it where that is allowed; or put it into a folder of KDBENCH_WEIGHTS",
+        )
+    state = read_weights(file)
+    state = resolve(weights.layout)(state) if weights.layout is not None else state
+    own = model.state_dict()
+    new = {key: own[key] for key in state if key in own and own[key].shape != state[key].shape}
+    if len({key.rpartition(".")[0] for key in new}) > 1:
+        raise UserError(
+            f"these weights do not fit '{name}': {', '.join(list(new)[:4])} have other shapes",
+            where=str(file),
+            hint="only its last layer may have other classes",
+        )
+    load_weights(model, state | new, name, str(file))
 
 
 def _weight_file(spec: ModelSpec) -> Path:
@@ -143,7 +167,8 @@ class Term(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.spec = name, spec
-        self.schedule = build_schedule(spec.weight_schedule)
+        given = spec.weight_schedule or []
+        self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
         with_teacher = "teacher" in spec.loss.inputs
         own = (student_shapes, names[0]) if spec.of == "student" else (teacher_shapes, names[1])
         students = expand([spec.student], *own)
@@ -186,8 +211,9 @@ class Term(nn.Module):
         """Names of the input sets that the term reads."""
         return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
-    def weight_at(self, progress: float) -> float:
-        return self.spec.weight * self.schedule.factor(progress)
+    def weight_at(self, progress: float, epoch: float = 0.0) -> float:
+        """The term's factor at a progress of its stage, and of the epoch."""
+        return self.spec.weight * self.schedules(progress, epoch)
 
     def forward(self, values: Mapping[str, Values], sets: Sets) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar.

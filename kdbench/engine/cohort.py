@@ -121,7 +121,7 @@ class Cohort:
         train = meter.result()
         # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
-        measured = evaluate(member, self.batches.test, self.batches.validation, self.teacher)
+        measured = evaluate(member, self.batches, self.teacher)
         since = member.history[-1]["seconds"] if member.history else 0.0
         entry = {
             "step": member.step,

@@ -35,16 +35,17 @@ def try_out(spec: CellSpec) -> None:
     """
     data = spec.data
     image = (data.channels, data.image_size, data.image_size)
-    student = build_model(spec.student, data)
+    student = build_model(spec.student.not_started(), data)
     shapes = build_extractor(student, spec.student, data).shapes(image)
-    teacher = {}
+    teacher, model = {}, None
     if spec.teacher is not None:
-        model = spec.teacher.model
         known = spec.teacher.knows(data)
-        teacher = build_extractor(build_model(model.untrained(), known), model, known).shapes(image)
+        model = build_model(spec.teacher.model.untrained(), known)
+        teacher = build_extractor(model, spec.teacher.model, known).shapes(image)
     for name, terms in build_terms(spec, shapes, teacher).items():
         stage = spec.method.stages[name]
         trained = [*student.parameters()] if "student" in stage.trains else []
+        trains_teacher = "teacher" in stage.trains
         for term in terms.values():
             term.try_out(shapes, teacher, data.classes)
             if [*term.parameters()] and "connectors" not in stage.trains:
@@ -54,11 +55,14 @@ def try_out(spec: CellSpec) -> None:
                     hint="write 'trains: [student, connectors]'",
                 )
             trained += term.parameters() if "connectors" in stage.trains else []
-        if not trained:
+        if not trained and not trains_teacher:
             raise UserError(
                 f"method '{spec.method.name}', stage '{name}': nothing to train", hint="add 'student' to its 'trains'"
             )
-        build_optimizer(stage.optimizer, trained)
+        if trained:
+            build_optimizer(stage.optimizer, trained)
+        if trains_teacher and model is not None:
+            build_optimizer(stage.teacher_optimizer or stage.optimizer, [*model.parameters()])
 
 
 def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:

@@ -7,24 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine.batches import SLICE, Part
+from kdbench.engine.batches import SLICE, Batches, Normalizer, Part
 from kdbench.engine.member import PROBE_IMAGES, Member, Teacher, accuracy
+from kdbench.engine.network import Network
 
 
-def evaluate(member: Member, test: Part, validation: Part, teacher: Teacher | None) -> dict[str, Any]:
+def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[str, Any]:
     """Metrics of a member at its present step; its modes are as before afterwards.
 
     Returns:
         {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
+        "source": same on the source's test part, where the test part is a target domain's,
+        "teacher": same of the teacher on the test part, where the cell trains it,
         "agreement": {hook point: share}, …one entry for every metric that a loss card declares}.
     """
     member.student.model.eval()
     member.terms.eval()
-    result: dict[str, Any] = {"test": score(member, test)[0]}
-    if len(validation.labels):
-        result["validation"] = score(member, validation)[0]
+    result: dict[str, Any] = {"test": score(member, batches.test)[0]}
+    if len(batches.validation.labels):
+        result["validation"] = score(member, batches.validation)[0]
+    if batches.source_test is not None:
+        result["source"] = score(member, batches.source_test)[0]
+    if (own := member.trained_teacher) is not None:
+        own.model.eval()
+        assert member.teacher is not None
+        result["teacher"] = score_of(own, member.teacher.normalizer, batches.test, member.device)[0]
     if teacher is not None:
-        result |= probe(member, teacher, test)
+        result |= probe(member, teacher, batches.test)
     member.set_modes()
     return result
 
@@ -32,11 +41,19 @@ def evaluate(member: Member, test: Part, validation: Part, teacher: Teacher | No
 @torch.no_grad()
 def score(member: Member, part: Part) -> tuple[dict[str, float], Tensor]:
     """Accuracy in percent and mean cross-entropy on a part, and all its logits [N, classes]."""
+    return score_of(member.student, member.normalizer, part, member.device)
+
+
+@torch.no_grad()
+def score_of(
+    network: Network, normalizer: Normalizer, part: Part, device: torch.device
+) -> tuple[dict[str, float], Tensor]:
+    """The same of any network."""
     all_logits = []
-    right = torch.zeros((), dtype=torch.int64, device=member.device)
-    loss = torch.zeros((), device=member.device)
-    for images, labels in part.slices(SLICE[member.device.type]):
-        logits, slice_right, slice_loss = accuracy(member, images, labels)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), device=device)
+    for images, labels in part.slices(SLICE[device.type]):
+        logits, slice_right, slice_loss = accuracy(network, normalizer, images, labels)
         right, loss = right + slice_right, loss + slice_loss
         all_logits.append(logits)
     n = len(part.labels)

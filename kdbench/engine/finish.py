@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kdbench
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
+from kdbench.engine.batches import TARGET, Batches
 from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Member
@@ -34,7 +34,7 @@ def finish(
     folder: Path,
     cell: dict[str, Any],
     batches: Batches,
-    data: ImageData | Pictures,
+    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
     teacher: TeacherFile | None,
     teacher_model: nn.Module | None,
     compute: dict[str, Any],
@@ -42,12 +42,14 @@ def finish(
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
+        domains: the cell's data set, and its target domain.
         cell: the planned cell's names and axes, as the record shows them.
         compute: device, threads, precision and so on.
     Returns:
         the record.
     """
     spec = member.spec
+    data, target = domains
     member.student.model.eval()
     _, logits = score(member, batches.test)
     with atomic(folder / "test_logits.safetensors") as temporary:
@@ -61,7 +63,7 @@ def finish(
             temporary,
         )
     line = member.timeline
-    record = {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "kdbench": kdbench.__version__,
         "status": "finished",
@@ -80,10 +82,17 @@ def finish(
             "test": summary(member.history, "test"),
             "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
             "agreement": member.history[-1].get("agreement", {}),
+            # On the source, and of the teacher that the cell trained, where there are such.
+            **{part: summary(member.history, part) for part in ("source", "teacher") if part in member.history[-1]},
         },
         "teacher": None
         if teacher is None or spec.teacher is None
-        else {"name": spec.teacher.name, "sha256": teacher.sha256, "accuracy": teacher.accuracy},
+        else {
+            "name": spec.teacher.name,
+            "sha256": teacher.sha256,
+            "accuracy": teacher.accuracy,
+            **({} if spec.target is None else {"source_accuracy": teacher.source_accuracy}),
+        },
         **({"anchors": member.anchors} if member.anchors else {}),
         **({"route": member.kept} if member.kept else {}),
         "data": {
@@ -91,10 +100,11 @@ def finish(
             "fingerprint": data.fingerprint,
             "train": len(batches.train.labels),
             "validation": len(batches.validation.labels),
-            "test": len(batches.test.labels),
+            "test": len((batches.source_test or batches.test).labels),
             "classes": len(data.classes),
             "origin": data.origin,
         },
+        **_about(target, batches),
         "models": {
             "student": size_of(member.student.model, spec.data),
             "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
@@ -113,16 +123,33 @@ def finish(
     return record
 
 
+def _about(target: ImageData | Pictures | None, batches: Batches) -> dict[str, Any]:
+    """The target domain as the record describes it: its `train` images are there without labels."""
+    if target is None or batches.target is None:
+        return {}
+    about = {
+        "name": target.name,
+        "fingerprint": target.fingerprint,
+        "train": len(batches.target.train.labels),
+        "test": len(batches.test.labels),
+        "classes": len(target.classes),
+        "origin": target.origin,
+    }
+    return {"target": about}
+
+
 def streams(spec: CellSpec) -> dict[str, Any]:
     """The seed, and what each stream of draws begins with."""
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
+    drawn = ["order", "augmentation", *cropped]
+    of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
     sources = [resolve(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
     own = dict.fromkeys(name for source in sources for name in source.streams)
     return {
         "seed": spec.seed,
         "split": split_seed,
-        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout", *own],
+        "streams": ["init", "connectors", *drawn, *of_target, "dropout", *own],
     }
 
 

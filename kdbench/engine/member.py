@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kdbench.engine import route
 from kdbench.engine.anchors import Guide, Route
-from kdbench.engine.batches import SLICE, Batch, Batches, Normalizer, Sets
+from kdbench.engine.batches import SLICE, Batch, Batches, Normalizer, Sets, place_of
 from kdbench.engine.build import (
     Shape,
     Term,
@@ -191,7 +191,8 @@ class Member:
         self.meter = Meter()
         self.history: list[dict[str, Any]] = []
         self.own_teacher: Network | None = None
-        if teacher and any(has_own_teacher(stage) for stage in spec.method.stages.values()):
+        self.with_own_teacher = with_own_teacher(spec.method.stages)
+        if teacher and self.with_own_teacher:
             self.own_teacher = Network(teacher.training_copy(), computing)
             self.own_teacher.model.to(device)
         self.guide = self._guide(batches)
@@ -206,6 +207,7 @@ class Member:
         }
         self.bad_steps: dict[str, Tensor] = {}
         self.stage_index = -1
+        self._seen: list[Batch] = []
         self.enter(0)
 
     @property
@@ -238,22 +240,23 @@ class Member:
         own = self.terms[f"stage:{self.span.name}"]
         own.requires_grad_("connectors" in self.stage.trains)
         trained = [p for module in (self.student.model, own) for p in module.parameters() if p.requires_grad]
-        if not trained:
+        if not trained and "teacher" not in self.stage.trains:
             raise UserError(
                 f"method '{self.spec.method.name}', stage '{self.span.name}': nothing to train",
                 hint="add 'student' to the stage's 'trains'",
             )
         if not (self.stage.continues and goes_on):
-            self.pacers = [Pacer(self.stage.optimizer, self.stage.schedule, trained)]
-        if "teacher" in self.stage.trains:
-            assert self.own_teacher is not None
-            self.pacers.append(
-                Pacer(
+            # Of the student and its connectors first, then of the teacher.
+            self.pacers = [Pacer(self.stage.optimizer, self.stage.schedule, trained)] if trained else []
+            self.teacher_pacer: Pacer | None = None
+            if "teacher" in self.stage.trains:
+                assert self.own_teacher is not None
+                self.teacher_pacer = Pacer(
                     self.stage.teacher_optimizer or self.stage.optimizer,
                     self.stage.teacher_schedule or self.stage.schedule,
                     list(self.own_teacher.model.parameters()),
                 )
-            )
+                self.pacers.append(self.teacher_pacer)
         if self.own_teacher is not None:
             self.own_teacher.model.requires_grad_("teacher" in self.stage.trains)
         self.set_modes()
@@ -326,10 +329,16 @@ class Member:
         for name, terms in self.terms.items():
             terms.train(name == f"stage:{self.span.name}" and "connectors" in self.stage.trains)
 
-    def wanted(self, network: str, stage: str) -> dict[str, list[str]]:
-        """What a stage needs of a network: input set -> hook points."""
+    @property
+    def trained_teacher(self) -> Network | None:
+        """The cell's own teacher, where the method trains it."""
+        trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
+        return self.own_teacher if trains else None
+
+    def wanted(self, network: str, stage: str, terms: Iterable[Term] | None = None) -> dict[str, list[str]]:
+        """What a stage's terms, or some of them, need of a network: input set -> hook points."""
         wanted: dict[str, list[str]] = {}
-        for term in self.terms_of(stage).values():
+        for term in self.terms_of(stage).values() if terms is None else terms:
             for name, points in term.points(network).items():
                 wanted.setdefault(name, []).extend(points)
         source = self.spec.method.stages[stage].source
@@ -341,10 +350,10 @@ class Member:
         """What this member needs of the shared teacher on the shared input sets at a step, by default its present one:
         input set -> hook points."""
         name = self.span.name if step is None else self.timeline.spans[self.timeline.stage(step)].name
-        stage = self.spec.method.stages[name]
-        if has_own_teacher(stage):
+        if name in self.with_own_teacher:
             return {}
-        return {at: points for at, points in self.wanted("teacher", name).items() if at not in _made(stage)}
+        made = _made(self.spec.method.stages[name])
+        return {at: points for at, points in self.wanted("teacher", name).items() if at not in made}
 
     def shared_sets(self) -> list[str]:
         """Names of the shared input sets that the present stage reads."""
@@ -372,14 +381,47 @@ class Member:
             taught: values of the shared teacher, as `teacher_points` asks for them.
         """
         self._begin_anchor()
-        progress = (self.step - self.pace.start) / self.pace.steps
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
+        loss = torch.zeros((), device=self.device)
+        for terms, pacers in self._turns():
+            loss = loss + self._turn(terms, pacers, shared, taught)
+
+        # Epochs count the data set's own images; sets beside it are seen with them.
+        counted = [shared["data"]] if "data" in shared else self._seen
+        images = max(len(batch.images) for batch in counted)
+        self.meter.add("loss", loss)
+        self.meter.images += images
+        self.images += images
+        self._watch("loss", loss.detach())
+        self.last_rate = self.pacers[0].rate
+        self.step += 1
+        if self.step == self.span.stop and not self.finished:
+            self.enter(self.stage_index + 1)
+
+    def _turns(self) -> list[tuple[dict[str, Term], list[Pacer]]]:
+        """What is trained by which terms at once: all by all, or the teacher first by its own terms."""
+        if not self.stage.alternating:
+            return [(self.active, self.pacers)]
+        assert self.teacher_pacer is not None
+        own = {name: term for name, term in self.active.items() if term.spec.of == "teacher"}
+        others = {name: term for name, term in self.active.items() if name not in own}
+        # A term through whose teacher gradients go trains it a second time.
+        through = any("teacher" in term.spec.loss.inputs and not term.spec.detach for term in others.values())
+        return [
+            (own, [self.teacher_pacer]),
+            (others, [p for p in self.pacers if through or p is not self.teacher_pacer]),
+        ]
+
+    def _turn(self, terms: dict[str, Term], pacers: list[Pacer], shared: Sets, taught: Values) -> Tensor:
+        """One step of these optimizers by these terms. Returns their weighted sum, detached."""
+        progress = (self.step - self.pace.start) / self.pace.steps
+        epoch = place_of(self.step, self.timeline)[2] / self.timeline.batches_per_epoch
         # What counts nothing now is not computed, nor what is made for it alone.
-        weights = {name: term.weight_at(progress) for name, term in self.active.items()}
-        active = {name: term for name, term in self.active.items() if weights[name]}
+        weights = {name: term.weight_at(progress, epoch) for name, term in terms.items()}
+        active = {name: term for name, term in terms.items() if weights[name]}
 
         with autocast(self.computing.precision, self.device):
-            sets, values = self._inputs(active.values(), shared, taught, progress)
+            sets, values = self._inputs(terms.values(), active.values(), shared, taught, progress)
             loss = torch.zeros((), device=self.device)
             for name, term in active.items():
                 value = term(values, sets)
@@ -391,34 +433,30 @@ class Member:
             pacer.optimizer.zero_grad(set_to_none=True)
         if active:
             loss.backward()
-        for pacer in self.pacers:
+        for pacer in pacers:
             pacer.step(progress, (self.step - 1 - self.pace.start) / self.pace.steps)
-
-        images = max(len(batch.images) for batch in sets.values())
-        self.meter.add("loss", loss)
-        self.meter.images += images
-        self.images += images
-        self._watch("loss", loss.detach())
-        self.last_rate = self.pacers[0].rate
-        self.step += 1
-        if self.step == self.span.stop and not self.finished:
-            self.enter(self.stage_index + 1)
+        self._seen = list(sets.values())
+        return loss.detach()
 
     def _inputs(
-        self, terms: Collection[Term], shared: Sets, taught: Values, progress: float
+        self, looking: Collection[Term], terms: Collection[Term], shared: Sets, taught: Values, progress: float
     ) -> tuple[Sets, dict[str, dict[str, dict[str, Tensor]]]]:
         """The step's input sets, and both networks' values on them: network -> input set -> hook point -> value.
 
         A source sees the logits of what it reads before it makes its own sets.
+
+        Args:
+            looking: terms whose values are computed. terms: those of them that count now.
         """
         source = self.stage.source
         needed = {name for term in terms for name in term.input_sets}
         sets = dict(shared)
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {},
-            "teacher": {name: dict(found) for name, found in taught.items()},
+            # What others of the cohort had from the shared teacher is nothing to a stage with a teacher of its own.
+            "teacher": {} if self.span.name in self.with_own_teacher else {n: dict(v) for n, v in taught.items()},
         }
-        self._look(sets, values)
+        self._look(sets, values, looking)
         if source is not None and needed & {*source.gives}:
             moment = Moment(
                 self.step,
@@ -431,26 +469,26 @@ class Member:
                 made = self.sources[self.span.name].sets(moment)
             self.set_modes()
             sets |= made
-            self._look(made, values)
+            self._look(made, values, looking)
         return sets, values
 
-    def _look(self, sets: Sets, values: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+    def _look(self, sets: Sets, values: dict[str, dict[str, dict[str, Tensor]]], terms: Collection[Term]) -> None:
         """Add both networks' values on these input sets, where they are wanted and not there yet."""
-        for name, points in self.wanted("student", self.span.name).items():
+        for name, points in self.wanted("student", self.span.name, terms).items():
             if name in sets:
                 policy = self.stage.batch_norm.get(name, "shared")
                 # Graphs are made for batch norms that take part.
                 run = self.student.step if policy == "shared" else self.student
                 with statistics(self.student.model, policy):
                     values["student"][name] = run(self.normalizer(sets[name].images), points)
-        for name, points in self.wanted("teacher", self.span.name).items():
+        for name, points in self.wanted("teacher", self.span.name, terms).items():
             if name in sets and name not in values["teacher"]:
                 values["teacher"][name] = self._teach(sets[name], points)
 
     def _teach(self, batch: Batch, points: list[str]) -> dict[str, Tensor]:
         """The teacher's values on an input set of this member's own, or by a teacher of its own."""
         assert self.teacher is not None
-        own = self.own_teacher if has_own_teacher(self.stage) else None
+        own = self.own_teacher if self.span.name in self.with_own_teacher else None
         with torch.set_grad_enabled("teacher" in self.stage.trains):
             return (own or self.teacher.network)(self.teacher.normalizer(batch.images), points)
 
@@ -516,9 +554,9 @@ class Member:
         self.bad_steps = {name: value.to(self.device) for name, value in state["bad_steps"].items()}
 
 
-def accuracy(member: Member, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def accuracy(network: Network, normalizer: Normalizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, count of right answers and summed cross-entropy of one slice, all on the device."""
-    logits = member.student(member.normalizer(images), ["logits"])["logits"]
+    logits = network(normalizer(images), ["logits"])["logits"]
     right = (logits.argmax(dim=1) == labels).sum()
     return logits, right, F.cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -547,9 +585,15 @@ def statistics(model: nn.Module, policy: str) -> Iterator[None]:
             norm.track_running_stats = track
 
 
-def has_own_teacher(stage: StageSpec) -> bool:
-    """Whether a stage's teacher cannot be the shared one, converged, frozen and in eval mode."""
-    return stage.anchor is not None or stage.modes.teacher == "train" or "teacher" in stage.trains
+def with_own_teacher(stages: Mapping[str, StageSpec]) -> set[str]:
+    """Stages whose teacher cannot be the shared one, converged, frozen, in eval mode: also all after one that trained
+    it."""
+    found, trained = set(), False
+    for name, stage in stages.items():
+        trained = trained or "teacher" in stage.trains
+        if trained or stage.modes.teacher == "train" or stage.anchor is not None:
+            found.add(name)
+    return found
 
 
 def _made(stage: StageSpec) -> list[str]:

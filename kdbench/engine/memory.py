@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
-from kdbench.engine.member import has_own_teacher
+from kdbench.engine.member import with_own_teacher
+from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec
 from kdbench.sources.augment import Augmentation
 
@@ -58,16 +59,20 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     data = spec.data
     shape = (data.channels, data.image_size, data.image_size)
     batch = min(spec.protocol.batch_size, data.train)
-    student = build_model(spec.student, data)
+    student = build_model(spec.student.not_started(), data)
     extractor = build_extractor(student, spec.student, data)
     shapes = extractor.shapes(shape)
-    teacher_bytes = own_teacher = 0
+    teacher_bytes = copy = 0
     teacher_shapes: Mapping[str, tuple[int, ...]] = {}
+    own_teacher: Extractor | None = None
     if spec.teacher is not None:
         known = spec.teacher.knows(data)
         model = build_model(spec.teacher.model.untrained(), known)
-        teacher_shapes = build_extractor(model, spec.teacher.model, known).shapes(shape)
-        own_teacher = _bytes(model) * any(has_own_teacher(stage) for stage in spec.method.stages.values())
+        teacher_extractor = build_extractor(model, spec.teacher.model, known)
+        teacher_shapes = teacher_extractor.shapes(shape)
+        copy = _bytes(model) * bool(with_own_teacher(spec.method.stages))
+        if any("teacher" in stage.trains for stage in spec.method.stages.values()):
+            own_teacher = teacher_extractor
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
@@ -77,29 +82,31 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     seen = [(layer.student, layer.teacher) for term in every if term.measured for layer in term.layers]
     looked_at = FLOAT * sum(math.prod(shapes[s]) + 2 * math.prod(teacher_shapes[t]) for s, t in seen)
     saved = 0
-    for stage in terms.values():
+    for stage_name, stage in terms.items():
+        learning = own_teacher if "teacher" in spec.method.stages[stage_name].trains else None
         names = list(dict.fromkeys(name for term in stage.values() for name in term.input_sets))
         labels = torch.zeros(IMAGES, dtype=torch.int64)
         sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
-        with _Saved(student) as kept:
+        with _Saved(student, *([learning.model] if learning else [])) as kept:
             values: dict[str, dict[str, dict[str, Tensor]]] = {
                 "student": {n: extractor(sets[n].images, _points(stage.values(), "student", n)) for n in names},
-                "teacher": {n: {p: torch.randn(IMAGES, *size) for p, size in teacher_shapes.items()} for n in names},
+                "teacher": {n: _taught(learning, teacher_shapes, sets[n].images, stage.values(), n) for n in names},
             }
             total = sum(term(values, sets) for term in stage.values())
         assert isinstance(total, Tensor)
         saved = max(saved, kept.bytes)
-    own = _bytes(student) + sum(_bytes(term) for term in every)
+    own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(own_teacher.model) if own_teacher else 0)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     # Resident data are there as they were read, and in parts on the device.
-    both = 0 if data.streamed else 2 * (data.train + data.test) * math.prod(shape)
+    domains = [part for part in (data, spec.target) if part is not None and not part.streamed]
+    both = sum(2 * (part.train + part.test) * math.prod(shape) for part in domains)
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
         chosen = spec.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
-    return Memory(both, teacher_bytes, features * batch, COPIES * own + own_teacher, max(training, testing))
+    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy, max(training, testing))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -113,8 +120,8 @@ def peak_memory(device: torch.device) -> int:
 class _Saved:
     """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def __init__(self, *models: nn.Module) -> None:
+        self.known = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
         self.bytes = 0
 
     def __enter__(self) -> _Saved:
@@ -131,6 +138,16 @@ class _Saved:
             self.known.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
+
+
+def _taught(
+    teacher: Extractor | None, shapes: Mapping[str, tuple[int, ...]], images: Tensor, terms: Iterable[Term], name: str
+) -> dict[str, Tensor]:
+    """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
+    if teacher is not None:
+        points = _points(terms, "teacher", name)
+        return teacher(images, points) if points else {}
+    return {point: torch.randn(len(images), *size) for point, size in shapes.items()}
 
 
 def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:

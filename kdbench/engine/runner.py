@@ -214,8 +214,9 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
     prepared: set[str] = set()
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
-        given = teacher.weights.sha256 if teacher and teacher.weights else None
-        data = json.dumps([spec.data.name, spec.data.root])
+        starts = [spec.student.start.sha256] if spec.student.start else []
+        given = " ".join([*([teacher.weights.sha256] if teacher and teacher.weights else []), *starts]) or None
+        data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
         if given is None and data in prepared:
             continue
         prepared.add(data)
@@ -249,7 +250,8 @@ def _sources(specs: list[CellSpec], options: Options, pool: Pool) -> dict[str, d
                 "shared": str(options.runs / SOURCES),
                 "threads": pool.threads,
             }
-            key = json.dumps([sources, teacher, spec.data.model_dump(mode="json"), spec.seed], sort_keys=True)
+            domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+            key = json.dumps([sources, teacher, domains, spec.seed], sort_keys=True)
             tasks.setdefault(key, task)
     return tasks
 
@@ -401,6 +403,7 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
         "student": spec.student.name,
         "teacher": spec.teacher.name if spec.teacher else None,
         "data": spec.data.name,
+        "target": spec.target.name if spec.target else None,
         "protocol": spec.protocol.name,
         "seed": spec.seed,
         "axes": cell.axes,

@@ -45,8 +45,8 @@ def kind(spec: CellSpec) -> str:
 
 
 def cohorts_of(cells: list[Work]) -> list[list[Work]]:
-    """Cells that may train behind one teacher pass: the same data, seed, batches and teacher. A cell without a teacher
-    goes along: it costs the others nothing."""
+    """Cells that may train behind one teacher pass: the same data, source and target, seed, batches and teacher. A cell
+    without a teacher goes along: it costs the others nothing."""
     groups: dict[str, dict[str, list[Work]]] = {}
     for cell, state in cells:
         spec = cell.spec
@@ -54,7 +54,8 @@ def cohorts_of(cells: list[Work]) -> list[list[Work]]:
         protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
         kept = begun(state.folder)
         compute = choosing.key(spec.compute)
-        base = json.dumps([spec.data.model_dump(mode="json"), spec.seed, protocol, compute, extra, kept])
+        domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+        base = json.dumps([domains, spec.seed, protocol, compute, extra, kept])
         key = spec.teacher.identity() if spec.teacher else ""
         groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
     result = []

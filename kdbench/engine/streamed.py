@@ -62,7 +62,14 @@ class StreamedBatches(Batches):
     picture is cropped and resized; without, its centre is taken.
     """
 
-    def __init__(self, spec: CellSpec, data: Pictures, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: CellSpec,
+        data: Pictures,
+        device: torch.device,
+        target: ImageData | Pictures | None = None,
+        prefix: str = "",
+    ) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         size = spec.data.image_size
 
@@ -79,11 +86,12 @@ class StreamedBatches(Batches):
         chosen = spec.protocol.augmentation
         self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
         area = tuple(chosen.resized_crop or ())
-        self.drawing = _Drawing(spec.seed, len(train), self.batch_size, self.augmentation, area)
+        self.drawing = _Drawing(spec.seed, len(train), self.batch_size, self.augmentation, area, prefix)
         self._images: Iterator[Tensor] = iter(())
         self._next: int | None = None
         # Indices and views of the batches that are being decoded, the next one first.
         self._ahead: deque[tuple[Tensor, Tensor]] = deque()
+        self._add_target(spec, target)
 
     def at(self, step: int, timeline: Timeline) -> Batch:
         """The batch of a step. Steps in order are decoded ahead; any other begins anew there."""
@@ -106,12 +114,14 @@ class _Drawing:
     batch_size: int
     augmentation: Augmentation
     area: tuple[float, ...]
+    prefix: str = ""
 
     def addresses(self, step: int, timeline: Timeline, ahead: deque[tuple[Tensor, Tensor]]) -> Iterator[list[Address]]:
         """What each batch from a step on is made of; its indices and views are appended to `ahead`."""
         drawn: tuple[str, int] | None = None
         for number in range(step, timeline.total):
             stream, epoch, position = place_of(number, timeline)
+            stream = self.prefix + stream
             if drawn != (stream, epoch):
                 drawn = (stream, epoch)
                 order = permutation(self.images, self.seed, f"{stream}order", epoch)
@@ -128,9 +138,17 @@ class _Drawing:
             yield list(zip(index.tolist(), rows, strict=True))
 
 
-def batches_of(spec: CellSpec, data: ImageData | Pictures, device: torch.device) -> Batches:
+def batches_of(
+    spec: CellSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+    target: ImageData | Pictures | None = None,
+    prefix: str = "",
+) -> Batches:
     """The batch source that suits the data."""
-    return StreamedBatches(spec, data, device) if isinstance(data, Pictures) else Batches(spec, data, device)
+    if isinstance(data, Pictures):
+        return StreamedBatches(spec, data, device, target, prefix)
+    return Batches(spec, data, device, target, prefix)
 
 
 def part_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.device) -> Part:

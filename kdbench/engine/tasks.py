@@ -28,7 +28,16 @@ from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.scheduling import BEGUN
 from kdbench.engine.streamed import batches_of
-from kdbench.engine.teachers import TeacherFile, fingerprint, load_teacher, measured, trained, untrained_teacher
+from kdbench.engine.teachers import (
+    TeacherFile,
+    fingerprint,
+    load_teacher,
+    locate,
+    measured,
+    on_target,
+    trained,
+    untrained_teacher,
+)
 from kdbench.engine.trial import Work, choose, possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep, write_json
@@ -50,7 +59,7 @@ class Desk:
 
     def __init__(self, emit: Callable[..., None], stopping: Callable[[], bool]) -> None:
         self.emit, self.stopping = emit, stopping
-        self.data: tuple[str, ImageData | Pictures] | None = None
+        self.data: dict[str, ImageData | Pictures] = {}
 
     def carry_out(self, task: dict[str, Any]) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
@@ -79,10 +88,12 @@ class Desk:
         """Data in the cache and the teacher measured, so that later tasks find both."""
         spec = CellSpec.model_validate(task["spec"])
         self.emit(event="doing", task=task["id"], text=f"data {spec.data.name}")
-        data = self._load(spec.data, task)
+        data, _ = self._domains(spec, task)
+        if spec.student.start is not None:
+            locate(spec.student.start, task["download"])
         if spec.teacher is not None and spec.teacher.weights is not None:
             self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
-            measured(spec.teacher, Path(task["teacher_folder"]), task["download"], spec.data, data, device)
+            self._teacher_file(spec, data, task, device)
 
     def prepare_sources(self, task: dict[str, Any], device: torch.device) -> None:
         """What a cell's batch sources need before it trains."""
@@ -105,8 +116,8 @@ class Desk:
         """Choose how to compute, by measuring on cells of one cohort."""
         specs = [CellSpec.model_validate(spec) for spec in task["specs"]]
         first = next((spec for spec in specs if spec.teacher is not None), specs[0])
-        data = self._load(first.data, task)
-        batches = batches_of(first, data, device)
+        data, target = self._domains(first, task)
+        batches = batches_of(first, data, device, target)
         file = self._teacher_file(first, data, task, device)
 
         def teacher(way: Computing) -> Teacher | None:
@@ -172,8 +183,8 @@ class Desk:
                 cells.remove(cell)
             if not cells:
                 return
-            data = self._load(first.data, task)
-            batches = batches_of(first, data, device)
+            data, target = self._domains(first, task)
+            batches = batches_of(first, data, device, target)
             computing = possible(Computing(**task["computing"]), device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -187,7 +198,7 @@ class Desk:
             for cell, spec in zip(cells, specs, strict=True):
                 try:
                     seats[cell["id"]] = _seat(
-                        spec, Path(cell["folder"]), batches, data, teacher, file, task, device, computing
+                        spec, Path(cell["folder"]), batches, (data, target), teacher, file, task, device, computing
                     )
                 except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
                     self.emit(event="cell_failed", cell=cell["id"], message=str(error) or type(error).__name__)
@@ -219,7 +230,7 @@ class Desk:
                     seat.folder,
                     dict(names[ids[id(seat)]]),
                     batches,
-                    data,
+                    (data, target),
                     file if own else None,
                     own.network.model if own else None,
                     compute,
@@ -253,12 +264,30 @@ class Desk:
         )
 
     def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData | Pictures:
-        """A data set; the last one is kept for the next task."""
+        """A data set; it is kept for the next task."""
         roots = [spec.root] if spec.root else task["data_roots"]
         key = f"{spec.name} {spec.options} {roots}"
-        if self.data is None or self.data[0] != key:
-            self.data = (key, load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"])))
-        return self.data[1]
+        if key not in self.data:
+            data = load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"]))
+            # Two at most: a cell's domains.
+            self.data = dict([*self.data.items()][-1:]) | {key: data}
+        return self.data[key]
+
+    def _domains(
+        self, spec: CellSpec, task: dict[str, Any]
+    ) -> tuple[ImageData | Pictures, ImageData | Pictures | None]:
+        """A cell's data set, and its target domain."""
+        data = self._load(spec.data, task)
+        if spec.target is None:
+            return data, None
+        target = self._load(spec.target, task)
+        if target.classes != data.classes:
+            raise UserError(
+                f"the classes of '{spec.data.name}' and of '{spec.target.name}' are called differently: "
+                f"{', '.join(data.classes[:3])} … against {', '.join(target.classes[:3])} …",
+                hint="both domains have the same classes, in the same order",
+            )
+        return data, target
 
     def _teacher_file(
         self, spec: CellSpec, data: ImageData | Pictures, task: dict[str, Any], device: torch.device
@@ -273,6 +302,9 @@ class Desk:
         )
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
+        if spec.target is not None:
+            target = self._load(spec.target, task)
+            file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, device)
         return file
 
     def _teacher(
@@ -350,7 +382,7 @@ def _seat(
     spec: CellSpec,
     folder: Path,
     batches: Batches,
-    data: ImageData | Pictures,
+    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
     teacher: Teacher | None,
     file: TeacherFile | None,
     task: dict[str, Any],
@@ -359,9 +391,11 @@ def _seat(
 ) -> Seat:
     """A cell's place in a cohort, from its checkpoint if there is one."""
     own = teacher if spec.teacher is not None else None
+    data, target = domains
     key = {
         "identity": spec.identity(),
         "data": data.fingerprint,
+        **({"target": target.fingerprint} if target else {}),
         "threads": task["threads"],
         "computing": computing.plain(),
         "device": device.type,

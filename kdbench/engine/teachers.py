@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from kdbench.sources.pictures import Pictures
 @dataclass(frozen=True)
 class TeacherFile:
     """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
-    other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept."""
+    other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept.
+    `source_accuracy`: on the source, where `accuracy` is that on a target domain."""
 
     file: Path
     sha256: str
     accuracy: float | None
     route: Route | None = None
+    source_accuracy: float | None = None
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -126,6 +128,29 @@ def measured(
             hint="check the data, the model's options and the normalization",
         )
     return TeacherFile(file, spec.weights.sha256, accuracy)
+
+
+def on_target(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    folder: Path,
+    source: DataSpec,
+    target_spec: DataSpec,
+    target: ImageData | Pictures,
+    device: torch.device,
+) -> TeacherFile:
+    """The same with its accuracy on the target domain's test part, measured once and kept beside it."""
+    if spec.classes is not None:
+        return file
+    key = {"sha256": file.sha256, "data": target.fingerprint, "normalization": spec.normalization.model_dump()}
+    kept = folder / f"on_{target_spec.name}.json"
+    found = _read(kept)
+    if found is None or any(found.get(name) != value for name, value in key.items()):
+        teacher = load_teacher(spec, source, file.file, device)
+        found = {**key, "accuracy": accuracy_of(teacher, part_for_testing(target_spec, target, device))}
+        write_json(kept, found)
+    by_source = spec.trained_by is None or spec.trained_by.target is None
+    return replace(file, accuracy=found["accuracy"], source_accuracy=file.accuracy if by_source else None)
 
 
 def trained(folder: Path) -> TeacherFile | None:

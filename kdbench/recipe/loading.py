@@ -45,7 +45,7 @@ def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) 
         overrides: texts `dotted.path=value`, the value in YAML.
     """
     if isinstance(recipe, dict):
-        tree = written_out(Tree.of(recipe, "recipe"))
+        tree = written_out(Tree.of(recipe, "recipe"), recipe=True)
         _check_keys(tree)
     else:
         tree = _load_file(find(str(recipe)), ())
@@ -88,7 +88,7 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
     for key in reversed(path):
         inner = {key: inner}
     whole = Tree(inner, {path[:n]: where for n in range(len(path))} | {path + p: where for p in value_tree.origins})
-    return tree.merged(written_out(whole))
+    return tree.merged(written_out(whole, recipe=True))
 
 
 def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
@@ -97,7 +97,7 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
     tree = Tree.read(file)
     if not isinstance(tree.data, dict) or not tree.data:
         raise UserError("a recipe is a mapping of keys to values", where=str(file))
-    tree = written_out(tree)
+    tree = written_out(tree, recipe=True)
     base = Tree({}, {})
     includes = tree.data.get("include", [])
     names = includes if isinstance(includes, list) else [includes]

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.cards import POINT_GROUPS, MethodCard, Named, Normalization, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.cards import (
+    POINT_GROUPS,
+    DatasetCard,
+    MethodCard,
+    Named,
+    Normalization,
+    ProtocolCard,
+    StageCard,
+    TeacherCard,
+    TermCard,
+    Weights,
+)
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.recipe.anchoring import check_route, expanded
@@ -36,8 +47,8 @@ from kdbench.validation import validated
 # Teachers' recipes that are being planned, to notice a circle.
 _open: list[str] = []
 
-# Input sets that the data give.
-SHARED_INPUTS = ("data",)
+# Input sets that the data give; the second one in recipes that name a target domain.
+SHARED_INPUTS = ("data", "target")
 
 # Keys of a method mapping in a recipe that are no parameters of the method.
 _METHOD_KEYS = ("name", "label", "stages")
@@ -62,6 +73,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
     tree = variant.tree
     recipe = typed(tree)
     data = _data(recipe, tree, registry)
+    target = _target(recipe, data, tree, registry)
     card, protocol_tree = _protocol(recipe, tree, registry)
     protocol = ProtocolSpec(
         name=recipe.protocol["name"],
@@ -79,14 +91,18 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
             where=protocol_tree.origin(("augmentation", "padding")),
             hint="it must be smaller than the image",
         )
-    if card.augmentation.resized_crop and not data.streamed:
+    resident = [d.name for d in (data, target) if d is not None and not d.streamed]
+    if card.augmentation.resized_crop and resident:
         raise UserError(
-            f"'resized_crop' crops pictures of any size while they are read; those of '{data.name}' lie in memory",
+            f"'resized_crop' crops pictures of any size while they are read; those of '{resident[0]}' lie in memory",
             where=protocol_tree.origin(("augmentation", "resized_crop")),
             hint="use 'padding', or a data card with 'streamed: true'",
         )
     method, foreign, method_tree = resolve_method(variant, card, protocol_tree, registry)
-    student = model_spec(tree.at("student"), registry, recipe.student.hooks, recipe.student.weights)
+    _check_target(method, target, method_tree)
+    student = model_spec(
+        tree.at("student"), registry, recipe.student.hooks, recipe.student.weights, recipe.student.start
+    )
     teacher = None
     if _needs_teacher(method):
         if recipe.teacher is None:
@@ -119,6 +135,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
                     )
     return CellSpec(
         data=data,
+        target=target,
         teacher=teacher,
         student=student,
         method=method,
@@ -147,8 +164,42 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
             where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
             hint=f"after the validation split {left:.0f} images are left",
         )
+    return _data_spec(
+        choice.name,
+        card,
+        fraction=choice.fraction,
+        per_class=choice.per_class,
+        validation=choice.validation,
+        split_seed=choice.split_seed,
+        root=choice.root,
+    )
+
+
+def _target(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) -> DataSpec | None:
+    """The target domain, of the classes and the image size of the source."""
+    choice = recipe.target
+    if choice is None:
+        return None
+    where = tree.origin(("target",))
+    card = registry.card("datasets", choice.name, where)
+    found, expected = ((d.classes, d.channels, d.image_size) for d in (card, data))
+    if found != expected:
+        raise UserError(
+            f"the target '{choice.name}' has {_sizes(*found)}, the source '{data.name}' {_sizes(*expected)}",
+            where=where,
+            hint="domains share classes, channels and image size: a data card's options bring images to a size "
+            "('kdbench show datasets mnist_8')",
+        )
+    return _data_spec(choice.name, card, root=choice.root)
+
+
+def _sizes(classes: int, channels: int, size: int) -> str:
+    return f"{classes} classes of {channels}×{size}×{size}"
+
+
+def _data_spec(name: str, card: DatasetCard, **more: Any) -> DataSpec:
     return DataSpec(
-        name=choice.name,
+        name=name,
         target=card.target,
         options=card.args,
         source_sha256=own_code_sha256(card.target),
@@ -158,12 +209,8 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         train=card.train,
         test=card.test,
         normalization=card.normalization,
-        fraction=choice.fraction,
-        per_class=choice.per_class,
-        validation=choice.validation,
-        split_seed=choice.split_seed,
-        root=choice.root,
         streamed=card.streamed,
+        **more,
     )
 
 
@@ -303,6 +350,7 @@ def _stage(
         share=share(card.share) if card.share else None,
         extra_epochs=card.extra_epochs,
         trains=card.trains,
+        alternating=card.alternating,
         source=source,
         losses=losses,
         modes=card.modes,
@@ -353,6 +401,13 @@ def _check_inputs(
             where=tree.origin(("trains",)),
             hint="add 'of: teacher' to one, or leave 'teacher' out of 'trains'",
         )
+    if card.alternating and ("teacher" not in card.trains or source is not None):
+        raise UserError(
+            f"{what} alternates "
+            + ("with a batch source" if source is not None else "with the teacher, which it does not train"),
+            where=tree.origin(("alternating",)),
+            hint="'alternating' is for stages that train the teacher on the data's own input sets",
+        )
     for name in card.batch_norm:
         if name not in given:
             raise UserError(
@@ -360,6 +415,19 @@ def _check_inputs(
                 where=tree.origin(("batch_norm", name)),
                 hint=did_you_mean(name, given),
             )
+
+
+def _check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> None:
+    """A method that reads the target domain needs a recipe that names one."""
+    for stage_name, stage in method.stages.items():
+        made = stage.source.gives if stage.source else []
+        for term_name, term in stage.losses.items():
+            if target is None and "target" not in made and "target" in (term.input, term.against):
+                raise UserError(
+                    f"the method '{method.name}' needs a target domain (loss '{term_name}' reads it)",
+                    where=tree.at("stages", stage_name, "losses", term_name).origin(()),
+                    hint="add 'target:' with the key of a data card to the recipe ('kdbench ls datasets')",
+                )
 
 
 def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
@@ -379,14 +447,20 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
             where=tree.origin(("hook",)),
             hint="keep either 'hook', or 'student' and 'teacher'",
         )
-    connector = schedule = None
+    connector: TargetSpec | None = None
+    schedule: TargetSpec | list[TargetSpec] | None = None
     if term.connector is not None:
         if not {"student", "teacher"} <= set(loss.inputs):
             raise UserError(
                 f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",))
             )
         connector = _named("connectors", term.connector, tree.at("connector"), registry)
-    if term.weight_schedule is not None:
+    if isinstance(term.weight_schedule, list):
+        schedule = [
+            _named("schedules", one, Tree.of(one.model_dump(), tree.origin(("weight_schedule", i))), registry)
+            for i, one in enumerate(term.weight_schedule)
+        ]
+    elif term.weight_schedule is not None:
         schedule = _named("schedules", term.weight_schedule, tree.at("weight_schedule"), registry)
     return TermSpec(
         loss=LossSpec(
@@ -425,11 +499,15 @@ def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpe
 
 
 def model_spec(
-    tree: Tree, registry: Registry, hooks: dict[str, str] | None = None, weights: str | None = None
+    tree: Tree,
+    registry: Registry,
+    hooks: dict[str, str] | None = None,
+    weights: str | None = None,
+    start: str | None = None,
 ) -> ModelSpec:
     name = tree.data["name"]
     target, options = registry.options(
-        "models", name, tree, ignore=("name", "hooks", "weights"), also_known=("hooks", "weights")
+        "models", name, tree, ignore=("name", "hooks", "weights", "start"), also_known=("hooks", "weights", "start")
     )
     card = registry.card("models", name)
     points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
@@ -444,7 +522,19 @@ def model_spec(
         hooks=hooks or points,
         weights=weights,
         weights_sha256=sha256,
+        start=_start(start, name, options, tree.origin(("start",)), registry) if start is not None else None,
     )
+
+
+def _start(teacher: str, model: str, options: dict[str, Any], where: str, registry: Registry) -> Weights:
+    """The weights of a teacher card, for a student of the same model."""
+    card: TeacherCard = registry.card("teachers", teacher, where)
+    if card.weights is None:
+        raise UserError(f"the teacher '{teacher}' is trained by a recipe: no student can start from it", where=where)
+    theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
+    if (theirs.name, theirs.options) != (model, options):
+        raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model}'", where=where)
+    return card.weights
 
 
 def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True) -> TeacherSpec:
@@ -508,12 +598,13 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
 
 
 def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
-    if "weights" in tree.data:
-        raise UserError(
-            "a teacher's 'weights' stand beside its 'model', not inside",
-            where=tree.origin(("weights",)),
-            hint="move 'weights' one level up",
-        )
+    for key in ("weights", "start"):
+        if key in tree.data:
+            raise UserError(
+                "a teacher's 'weights' stand beside its 'model', not inside",
+                where=tree.origin((key,)),
+                hint="move 'weights' one level up",
+            )
     return model_spec(tree, registry, hooks=tree.data.get("hooks"))
 
 

@@ -47,6 +47,14 @@ class DataChoice(Strict):
         return self
 
 
+class TargetChoice(Strict):
+    """The domain to adapt to: its training images without their labels, and its test set. The labels of its training
+    images are not for use, so they cannot be split by."""
+
+    name: str = Field(description="key of a data card with the same classes and image size")
+    root: str | None = Field(None, description="folder that holds the data")
+
+
 class TeacherChoice(Strict):
     """A teacher card by name, or a network with the user's own weights."""
 
@@ -69,6 +77,15 @@ class StudentChoice(Named):
 
     hooks: dict[PointName, str] | None = None
     weights: str | None = Field(None, description="file with a state dict to start from")
+    start: str | None = Field(
+        None, description="teacher card of the same model to start from; with other classes, with a new last layer"
+    )
+
+    @model_validator(mode="after")
+    def one_start(self) -> StudentChoice:
+        if self.weights is not None and self.start is not None:
+            raise ValueError("'weights' and 'start' exclude each other")
+        return self
 
 
 class ComputeChoice(Strict):
@@ -103,6 +120,9 @@ class Recipe(Strict):
 
     title: str = Field("", description="shown above the table")
     data: DataChoice
+    target: TargetChoice | None = Field(
+        None, description="unlabelled domain to adapt to; its test set is then the one that counts"
+    )
     teacher: TeacherChoice | None = None
     student: StudentChoice
     protocol: dict[str, Any] = Field(description="a protocol card by name, with any of its fields beside it")
@@ -164,10 +184,15 @@ class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
+    start: Weights | None = None
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
-        return self.model_copy(update={"weights": None})
+        return self.model_copy(update={"weights": None, "start": None})
+
+    def not_started(self) -> ModelSpec:
+        """This model without the card's weights that it will start from, which may not be here yet."""
+        return self.model_copy(update={"start": None})
 
     def reading(self, points: set[str]) -> ModelSpec:
         """This model with only those hook points (or members of groups) that are read."""
@@ -199,7 +224,7 @@ class TermSpec(Spec):
     detach: bool = True
     connector: TargetSpec | None = None
     weight: float = 1.0
-    weight_schedule: TargetSpec | None = None
+    weight_schedule: TargetSpec | list[TargetSpec] | None = None
     layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
 
@@ -231,6 +256,7 @@ class StageSpec(Spec):
     continues: bool = False
     anchor: AnchorSpec | None = None
     trains: list[Trained] = ["student"]
+    alternating: bool = False
     source: SourceSpec | None = None
     losses: dict[str, TermSpec]
     optimizer: TargetSpec
@@ -284,6 +310,7 @@ class CellSpec(Spec):
     """One cell: the unit that runs, resumes and is recorded."""
 
     data: DataSpec
+    target: DataSpec | None = None
     teacher: TeacherSpec | None = None
     student: ModelSpec
     method: MethodSpec
@@ -292,6 +319,11 @@ class CellSpec(Spec):
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
     route: int | None = None
+
+    @property
+    def tested(self) -> DataSpec:
+        """The data whose test set counts."""
+        return self.target or self.data
 
     def identity(self) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field

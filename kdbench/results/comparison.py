@@ -30,7 +30,7 @@ class Axis:
         """A value as a column's label: names speak for themselves, numbers get the name of what they count."""
         return (
             value
-            if self.path in ("student", "teacher", "data", "protocol")
+            if self.path in ("student", "teacher", "data", "target", "protocol")
             else (f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}")
         )
 
@@ -206,7 +206,7 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
         }
         for record in records
     ]
-    for path in ("student", "teacher", "data", "protocol", "epochs", "training images"):
+    for path in ("student", "teacher", "data", "target", "protocol", "epochs", "training images"):
         implied = [_implied(record, path) for record in records]
         apart: dict[tuple[str | None, ...], set[str]] = {}
         for own, value in zip(values, implied, strict=True):
@@ -241,6 +241,7 @@ def _implied(record: Record, path: str) -> str | None:
         "student": cell.student,
         "teacher": cell.teacher,
         "data": cell.data,
+        "target": cell.target,
         "protocol": cell.protocol,
         "epochs": round(budget.epochs - budget.extra_epochs, 3),
         "training images": record.data.train,

@@ -38,6 +38,7 @@ class Cell(Part):
     student: str
     teacher: str | None = None
     data: str
+    target: str | None = None
     protocol: str
     seed: int
     axes: dict[str, Any] = Field({}, description="compared dotted recipe path -> this cell's value")
@@ -74,6 +75,8 @@ class Accuracies(Part):
 class Result(Part):
     test: Accuracies
     validation: Accuracies | None = None
+    source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
+    teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
     agreement: dict[str, float] = Field({}, description="hook point -> share of equal activation signs in [0, 1]")
 
 
@@ -81,6 +84,7 @@ class Teacher(Part):
     name: str
     sha256: str
     accuracy: float | None = Field(None, ge=0, le=100)
+    source_accuracy: float | None = Field(None, ge=0, le=100, description="where `accuracy` is on a target domain")
 
 
 class Data(Part):
@@ -171,6 +175,7 @@ class Record(Part):
     anchors: list[Anchor] = []
     route: list[Checkpoint] = []
     data: Data
+    target: Data | None = Field(None, description="the domain adapted to and tested on; `train` images without labels")
     models: Models
     compute: Compute
     git: Git | None = None

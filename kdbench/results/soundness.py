@@ -47,7 +47,7 @@ def problems(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
 def _names(record: Record) -> Iterator[str]:
     """The cell's names are those of its resolved recipe."""
     cell, spec = record.cell, record.spec
-    for name in ("student", "teacher", "data", "protocol", "method"):
+    for name in ("student", "teacher", "data", "target", "protocol", "method"):
         yield from _same(f"cell.{name}", getattr(cell, name), (spec.get(name) or {}).get("name"))
     yield from _same("cell.label", cell.label, (spec.get("method") or {}).get("label"))
     yield from _same("cell.seed", cell.seed, spec.get("seed"))
@@ -89,6 +89,12 @@ def _data(record: Record, spec: CellSpec | None) -> Iterator[str]:
     yield from _same("data.validation", data.validation, validation_images(spec.data))
     yield from _same("data.test", data.test, spec.data.test)
     yield from _same("data.classes", data.classes, spec.data.classes)
+    target = record.target
+    yield from _same("target.name", target and target.name, record.cell.target)
+    if target is not None and spec.target is not None:
+        yield from _same("target.train", target.train, spec.target.train)
+        yield from _same("target.test", target.test, spec.target.test)
+        yield from _same("target.classes", target.classes, data.classes)
     published = spec.data.options.get("fingerprint")
     # A lossy copy is told in the origin by whoever read it.
     if published is not None and "not the published" not in data.origin:
@@ -130,7 +136,7 @@ def _route(record: Record, spec: CellSpec) -> Iterator[str]:
 def _results(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
     """The result is what the metrics say."""
     result = record.result
-    for part in ("test", "validation"):
+    for part in ("test", "validation", "source", "teacher"):
         found = summary(history, part) if any(part in entry for entry in history) else None
         recorded = getattr(result, part)
         if recorded is None or found is None:

@@ -423,6 +423,8 @@ def _title(comparison: Comparison) -> str:
     teacher = names("teacher", [r.teacher.name for r in comparison.records if r.teacher is not None])
     student = names("student", [r.cell.student for r in comparison.records])
     data = names("data", [r.data.name for r in comparison.records])
+    target = names("target", [r.target.name for r in comparison.records if r.target is not None])
+    data = " → ".join(part for part in (data, target) if part)
     return ", ".join(part for part in (" → ".join(part for part in (teacher, student) if part), data) if part)
 
 

@@ -180,24 +180,34 @@ def _shared(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         add(name, "data fingerprint", record.data.name, record.data.fingerprint)
         add(name, "data origin", record.data.name, record.data.origin)
+        if record.target is not None:
+            add(name, "data fingerprint", record.target.name, record.target.fingerprint)
+            add(name, "data origin", record.target.name, record.target.origin)
+        tested = record.target.name if record.target is not None else record.data.name
         student = json.dumps(
             [record.spec.get("student"), record.spec.get("data", {}).get("image_size")], sort_keys=True
         )
         add(name, "size of the student", student, record.models.student.model_dump())
         if record.teacher is not None:
             add(name, "teacher hash", record.teacher.name, record.teacher.sha256)
-            add(name, "teacher accuracy", record.teacher.name, record.teacher.accuracy)
+            add(name, "teacher accuracy", (record.teacher.name, tested), record.teacher.accuracy)
             size = record.models.teacher and record.models.teacher.model_dump()
             add(name, "size of the teacher", record.teacher.name, size)
             add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
         streams = (record.model_extra or {}).get("seeds", {}).get("streams")
-        add(name, "list of random streams", record.kdbench, streams)
+        add(name, "list of random streams", (record.kdbench, record.target is None), streams)
     for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
         for name, record in folder.planned.items():
             spec = spec_of(record)
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
             if record.teacher is not None and of is not None and of.identity() == trained.identity:
-                add(name, "teacher accuracy", record.teacher.name, trained.result.test.last)
+                # A teacher that was tested on its source alone is measured once more on the cells' target.
+                if record.target is None or record.teacher.source_accuracy is None:
+                    tested = record.target.name if record.target is not None else record.data.name
+                    add(name, "teacher accuracy", (record.teacher.name, tested), trained.result.test.last)
+                else:
+                    add(name, "teacher accuracy", record.teacher.name, record.teacher.source_accuracy)
+                    add(name, "teacher accuracy", record.teacher.name, trained.result.test.last)
     different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
     for what, _, values in different:
         fewest = min(values.values(), key=len)

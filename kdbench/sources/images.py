@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,6 +72,21 @@ def fingerprint(train_images: Tensor, train_labels: Tensor, test_images: Tensor,
         total.update(labels.contiguous().numpy().astype("<i8", copy=False).data)
         total.update(images.contiguous().numpy().data)
     return total.hexdigest()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Bytes [N, C, H, W] as bytes [N, C, size, size], each image resized as a whole.
+
+    By Pillow's antialiased bilinear filter, which computes in whole numbers: the same bytes on every machine.
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    result = torch.empty(*images.shape[:2], size, size, dtype=torch.uint8)
+    for n, image in enumerate(images):
+        for c, channel in enumerate(image):
+            small = Image.fromarray(channel.numpy()).resize((size, size), Image.Resampling.BILINEAR)
+            result[n, c] = torch.from_numpy(np.asarray(small).copy())
+    return result
 
 
 def moments(images: Tensor) -> tuple[list[float], list[float]]:

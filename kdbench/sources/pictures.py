@@ -90,7 +90,7 @@ def from_folders(root: Path, name: str, cache: Path, short_side: int) -> Picture
     """The pictures of `root/{train,test}/<class>/*`."""
     test = folder_of_tests(root)
     assert test is not None
-    found = {split: _by_class(split) for split in (root / "train", test)}
+    found = {split: class_folders(split) for split in (root / "train", test)}
     classes = sorted({c for by_class in found.values() for c in by_class})
     for split, by_class in found.items():
         if empty := [c for c in classes if not by_class.get(c)]:
@@ -149,7 +149,8 @@ def folder_of_tests(root: Path) -> Path | None:
     return next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
 
 
-def _by_class(split: Path) -> dict[str, list[Path]]:
+def class_folders(split: Path) -> dict[str, list[Path]]:
+    """Pictures of a folder by the names of its folders, which are classes; both sorted."""
     names = sorted(entry.name for entry in entries(split) if entry.is_dir())
     return {
         name: sorted(Path(entry.path) for entry in entries(split / name) if entry.name.lower().endswith(SUFFIXES))

