@@ -33,6 +33,11 @@ def test_every_name_and_path_leads_somewhere(name):
         known = set(StageCard.model_fields)
         if parents[-1] == "anchors":
             known = set(Anchors.model_fields)
+        if parents[-1] == "source":
+            source = REGISTRY.card("sources", node["name"])
+            known = set(REGISTRY.settable(source.target, source))
+        if parents[-1] == "batch_norm":
+            known = {"data", *REGISTRY.card("sources", tree["stages"][parents[1]]["source"]["name"]).gives}
         if "loss" in node:
             loss = REGISTRY.card("losses", node["loss"])
             known = {*TermCard.model_fields, *REGISTRY.settable(loss.target, loss)}
