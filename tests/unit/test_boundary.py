@@ -358,7 +358,7 @@ def test_the_source_attacks_what_it_should() -> None:
 
 def test_rejected_samples_do_not_count_and_the_rest_is_as_without_rejection() -> None:
     # One step on a network that is not linear: some arrive, some do not.
-    short = {"iterations": 1, "epsilon": 0.0}
+    short = {"iterations": 1, "epsilon": 0.1}
     member, source, moment = source_and_moment({"name": "bss_keep", "stages": {"classification": {"source": short}}})
     kept = source.sets(moment)["boundary"]
     member, source, moment = source_and_moment({"name": "bss", "stages": {"classification": {"source": short}}})
