@@ -1,5 +1,5 @@
-"""Routes of checkpoints: which are anchors, that one is in memory at a time, that budgets hold, that no choice looks at
-the test images."""
+"""Routes of checkpoints: which are anchors, that one is in memory at a time, that budgets hold, and that no choice
+looks at test images."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""A teacher that keeps its route and students that learn from it, by the command: killed, resumed, tabled, verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kdbench
+
+TEACHER = "data: digits\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nsteps: 30\nevaluations: 2\nroute: 5\n"
+RECIPE = """\
+data: {name: digits, per_class: 10, validation: 100}
+teacher: routed
+student: wrn_10_1
+protocol: digits
+steps: 16
+evaluations: 2
+compute: reference
+compare:
+  method: [kd, rco, rco_one_stage, rco_greedy, rco_long]
+"""
+CARDS = "teachers:\n  routed: {model: wrn_10_1, data: digits, recipe: teacher.yaml}\n"
+TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cards")
+    (folder / "cards").mkdir()
+    (folder / "cards" / "cards.yaml").write_text(CARDS)
+    (folder / "teacher.yaml").write_text(TEACHER)
+    (folder / "cards" / "cards.yaml").write_text(CARDS.replace("teacher.yaml", "../teacher.yaml"))
+    (folder / "routes.yaml").write_text(RECIPE)
+    return folder
+
+
+def words(cards: Path, runs: Path) -> list[str]:
+    where = ["--registry", str(cards / "cards"), "--runs", str(runs)]
+    return ["run", str(cards / "routes.yaml"), *where, "--jobs", "1", "--threads", "1", "--checkpoint-seconds", "0"]
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in TIMES}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
+
+
+def left_by(runs: Path) -> dict[str, Any]:
+    """Weights, routes and records, by the file's place."""
+    files = [f for f in runs.rglob("*") if f.suffix == ".safetensors" or f.name in ("record.json", "index.json")]
+    return {
+        str(f.relative_to(runs)): without_times(json.loads(f.read_text())) if f.suffix == ".json" else f.read_bytes()
+        for f in sorted(files)
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("whole")
+    subprocess.run([sys.executable, "-m", "kdbench", *words(cards, runs)], check=True, capture_output=True, timeout=300)
+    return runs
+
+
+def records(runs: Path) -> dict[str, Any]:
+    found = [json.loads(f.read_text()) for f in (runs / "routes").rglob("record.json")]
+    return {record["cell"]["method"]: record for record in found}
+
+
+@pytest.mark.slow
+def test_budgets_show_in_the_table(whole: Path) -> None:
+    by_method = records(whole)
+    steps = {name: record["budget"]["steps"] for name, record in by_method.items()}
+    assert steps == {"kd": 16, "rco": 16, "rco_one_stage": 16, "rco_greedy": 16, "rco_long": 64}
+    table = (whole / "routes" / "table.md").read_text()
+    rows = [line.split(" | ")[1] for line in table.splitlines() if line.startswith("| RCO")]
+    # Four methods and their costs: 48 steps of two batches an epoch come on top for the last one alone.
+    assert "extra epochs" in table and rows[4:] == ["0", "0", "0", "+24"]
+    assert "epochs beyond the protocol's budget" in table
+
+
+@pytest.mark.slow
+def test_records_say_which_checkpoints_were_used(whole: Path) -> None:
+    by_method = records(whole)
+    teacher = json.loads(next((whole / "teachers").rglob("record.json")).read_text())
+    assert [entry["step"] for entry in teacher["route"]] == [6, 12, 18, 24, 30]
+    assert teacher["route"][-1]["sha256"] == by_method["kd"]["teacher"]["sha256"], "the last is the converged teacher"
+    assert "anchors" not in by_method["kd"]
+    for name in ("rco", "rco_one_stage", "rco_long"):
+        assert [anchor["step"] for anchor in by_method[name]["anchors"]] == [6, 18, 24, 30]
+    for record in by_method.values():
+        for anchor in record.get("anchors", []):
+            assert anchor["sha256"] == teacher["route"][anchor["checkpoint"]]["sha256"]
+
+
+@pytest.mark.slow
+def test_anchors_reproduce_from_the_record(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    kdbench("publish", whole / "routes", "--out", tmp_path / "results")
+    published = tmp_path / "results" / "routes"
+    assert not list(published.rglob("*.safetensors"))
+    name = next(folder.name for folder in published.iterdir() if folder.name.startswith("rco_greedy"))
+    again = ("--rerun", "--cell", name, "--device", "cpu")
+    done = kdbench("verify", published, "--registry", cards / "cards", *again)
+    assert "everything agrees" in done.stdout
+    # The greedy choice follows from the divergences that stand beside it.
+    file = published / name / "record.json"
+    record = json.loads(file.read_text())
+    record["anchors"][1]["divergences"] = [1.0, 3.0, 3.0, 3.0, 3.0]
+    record["anchors"][1]["checkpoint"] = 3
+    file.write_text(json.dumps(record))
+    wrong = kdbench("verify", published, "--registry", cards / "cards", code=None)
+    assert wrong.returncode != 0 and "the anchor of route_2 is" in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_alike(whole: Path, cards: Path, tmp_path: Path) -> None:
+    """Killed in the teacher's training and in the students', several times."""
+    for wait in (4.0, 5.0, 6.0, 6.5, 7.0, 8.0, 9.0, 120.0):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "kdbench", *words(cards, tmp_path)],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert run.wait(timeout=wait) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    got, expected = left_by(tmp_path), left_by(whole)
+    assert got.keys() == expected.keys()
+    assert [name for name in expected if got[name] != expected[name]] == []
+
+
+@pytest.mark.slow
+def test_a_route_that_is_gone_is_told(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(whole / "teachers", tmp_path / "runs" / "teachers")
+    next((tmp_path / "runs" / "teachers").rglob("00000018.safetensors")).unlink()
+    done = kdbench(*words(cards, tmp_path / "runs"), "compare.method=[kd, rco]", code=1)
+    assert "checkpoint at step 18 is gone" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_check_tells_the_storage(cards: Path, kdbench: Kdbench) -> None:
+    done = kdbench("check", cards / "routes.yaml", "--registry", cards / "cards", "--no-time")
+    # 77,562 parameters of four bytes, five times.
+    assert "route: 5 checkpoints of wrn_10_1 are kept, 2 MB for each training" in done.stdout
