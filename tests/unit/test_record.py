@@ -26,9 +26,14 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert record.result.validation is not None and record.result.validation.best == 93.5
     assert record.budget.extra_epochs == 30.0
     assert record.folder == tmp_path / "cell"
-    written = json.loads(json.dumps(record.plain()))
-    expected = plain | {"compute": {**plain["compute"], "cohort_seconds": None}, "cell": {**plain["cell"], "title": ""}}
-    assert {key: written[key] for key in plain} == expected
+    written = without_nothing(json.loads(json.dumps(record.plain())))
+    expected = without_nothing(plain | {"cell": {**plain["cell"], "title": ""}})
+    assert {key: written[key] for key in expected} == expected
+
+
+def without_nothing(data: Any) -> Any:
+    """Plain data without entries that are null: a field that came later is that in a record from before."""
+    return {k: without_nothing(v) for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 def test_a_field_of_a_later_version_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""A comparison with a target domain from end to end: run, killed and resumed, published, verified, run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Kdbench
+from test_resume import left_by
+from test_verify import changed, leaves
+
+from kdbench.registry import Registry
+from kdbench.results import sums
+from kdbench.results.verification import verify
+
+HERE = Path(__file__).parent
+REGISTRY = Registry([HERE / "registry"])
+OPTIONS = ["--registry", str(HERE / "registry"), "--jobs", "1", "--threads", "1", "--checkpoint-seconds", "0"]
+RECIPE = str(HERE / "recipes" / "tiny_domains.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and its published copy."""
+    folder = tmp_path_factory.mktemp("domains")
+    for words in (["run", RECIPE, *OPTIONS], ["publish", "runs/tiny_domains"]):
+        done = subprocess.run([sys.executable, "-m", "kdbench", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def record_of(folder: Path, method: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(next(folder.glob(f"{method}-seed0-*/record.json")).read_text())
+    return record
+
+
+@pytest.mark.slow
+def test_records_and_table_say_both_domains(finished: Path) -> None:
+    run, published = finished / "runs" / "tiny_domains", finished / "results" / "tiny_domains"
+    plain, joint = record_of(run, "source_only"), record_of(run, "uda_kd")
+    assert (plain["data"]["name"], plain["data"]["test"]) == ("digits", 599)
+    assert {key: plain["target"][key] for key in ("name", "train", "test")} == {
+        "name": "mnist_8",
+        "train": 4000,
+        "test": 1000,
+    }
+    assert plain["result"]["test"] != plain["result"]["source"] and "teacher" not in plain["result"]
+    assert (
+        joint["result"]["teacher"]["last"] > 0 and joint["teacher"]["source_accuracy"] != joint["teacher"]["accuracy"]
+    )
+    assert (plain["cell"]["data"], plain["cell"]["target"]) == ("digits", "mnist_8")
+    teacher = json.loads((published / "teacher" / "record.json").read_text())
+    assert joint["teacher"]["source_accuracy"] == teacher["result"]["test"]["last"]
+    table = (published / "table.md").read_text()
+    last = f"{joint['result']['teacher']['last']:.2f}"
+    assert f"Teachers that these cells trained, same test images, last epoch: UDA + KD jointly {last}" in table
+    assert "digits, 100 training" in table and "mnist\\_8, 4,000 without labels, 1,000 test images" in table
+
+
+@pytest.mark.slow
+def test_what_is_published_agrees_and_what_is_changed_in_it_is_told(finished: Path, tmp_path: Path) -> None:
+    assert {f.level for f in verify(finished / "runs" / "tiny_domains", REGISTRY)} == {"agrees"}
+    folder = Path(shutil.copytree(finished / "results" / "tiny_domains", tmp_path / "tiny_domains"))
+    assert {f.level for f in verify(folder, REGISTRY)} == {"agrees"}
+    file = next(folder.glob("uda_kd-seed0-*/record.json"))
+    record = json.loads(file.read_text())
+    watched = [
+        ("target",),
+        ("result", "source"),
+        ("result", "teacher"),
+        ("teacher",),
+        ("cell", "target"),
+        ("spec", "target"),
+    ]
+    # Said once each: where the images come from.
+    alone = {("target", "origin")}
+    for path in leaves(record):
+        if any(path[: len(part)] == part for part in watched) and path not in alone:
+            file.write_text(json.dumps(changed(record, path), indent=1))
+            sums.write(folder)
+            assert [f for f in verify(folder, REGISTRY) if f.level == "disagrees"], path
+    assert record["target"]["name"] == "mnist_8"
+
+
+@pytest.mark.slow
+def test_a_cell_with_a_teacher_of_its_own_comes_back_exactly(finished: Path, kdbench: Kdbench) -> None:
+    folder = finished / "results" / "tiny_domains"
+    cell = next(folder.glob("uda_kd-seed0-*")).name
+    done = kdbench("verify", folder, "--registry", HERE / "registry", "--rerun", "--cell", cell)
+    assert "compared exactly" in done.stdout and "everything agrees" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
+    """Weights, logits, records and metrics of all cells, the trained teacher's accuracy among them."""
+    command = [sys.executable, "-m", "kdbench", "run", RECIPE, *OPTIONS, "--runs", str(tmp_path)]
+    kills = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
+        )
+        begin = time.monotonic()
+        while process.poll() is None and time.monotonic() - begin < 120:
+            if list(tmp_path.rglob("checkpoint*")):
+                time.sleep(0.5)
+                break
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills and subprocess.run(command, capture_output=True).returncode == 0
+    assert left_by(tmp_path / "tiny_domains") == left_by(finished / "runs" / "tiny_domains")
