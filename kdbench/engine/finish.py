@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def finish(
             "training_seconds": round(member.seconds, 3),
             "images_per_second": round(member.images / max(member.seconds, 1e-9), 1),
         },
-        "seeds": streams(spec),
+        "sources": {name: source.record() for name, source in member.sources.items()},
+        "seeds": streams(spec, own=[name for source in member.sources.values() for name in source.streams]),
         "git": git_state(),
     }
     write_json(folder / "record.json", record)
@@ -110,14 +112,18 @@ def finish(
     return record
 
 
-def streams(spec: CellSpec) -> dict[str, Any]:
-    """The seed, and what each stream of draws begins with."""
+def streams(spec: CellSpec, own: Iterable[str] = ()) -> dict[str, Any]:
+    """The seed, and what each stream of draws begins with.
+
+    Args:
+        own: streams of the batch sources.
+    """
     split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     return {
         "seed": spec.seed,
         "split": split_seed,
-        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout"],
+        "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout", *dict.fromkeys(own)],
     }
 
 

@@ -71,7 +71,13 @@ class Moment:
 
 
 class Source(ABC):
-    """A card's target is a subclass, built with a Workplace first and its options as keywords."""
+    """A card's target is a subclass, built with a Workplace first and its options as keywords.
+
+    Attributes:
+        streams: names of the streams that it draws from, for the record.
+    """
+
+    streams: tuple[str, ...] = ()
 
     @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(
@@ -93,6 +99,10 @@ class Source(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
         """Go on from `state`."""
+
+    def record(self) -> dict[str, Any]:
+        """What a finished cell's record says of it, as plain data."""
+        return {}
 
 
 def build_source(spec: SourceSpec, place: Workplace) -> Source:

@@ -345,7 +345,8 @@ class Member:
         sets = dict(shared)
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {},
-            "teacher": {name: dict(found) for name, found in taught.items()},
+            # What others of the cohort asked for is not this member's: its own "data" may be made images.
+            "teacher": {name: dict(found) for name, found in taught.items() if name in shared},
         }
         self._look(sets, values)
         if source is not None and needed & {*source.gives}:

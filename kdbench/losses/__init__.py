@@ -8,7 +8,28 @@ do not fit are a ValueError that names both.
 from kdbench.losses.ab import activation_agreement, activation_boundary
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.ce import cross_entropy
+from kdbench.losses.deep_inversion import (
+    BatchNormInputs,
+    batch_norm_distance,
+    competition,
+    jensen_shannon,
+    l2_norm,
+    total_variation,
+)
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.kd import kd
 
-__all__ = ["activation_agreement", "activation_boundary", "attention_transfer", "cross_entropy", "fitnets", "kd"]
+__all__ = [
+    "BatchNormInputs",
+    "activation_agreement",
+    "activation_boundary",
+    "attention_transfer",
+    "batch_norm_distance",
+    "competition",
+    "cross_entropy",
+    "fitnets",
+    "jensen_shannon",
+    "kd",
+    "l2_norm",
+    "total_variation",
+]
