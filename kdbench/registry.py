@@ -39,6 +39,7 @@ _NAMED = {
     "connector",
     "weight_schedule",
     "source",
+    "begins",
     "teacher_optimizer",
     "teacher_schedule",
     "model",
@@ -222,6 +223,8 @@ def written_out(tree: Tree) -> Tree:
             here = (*path, key)
             # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
             plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
+            # In `batch_norm` they name input sets.
+            plain |= path[-1:] == ("batch_norm",)
             # Elsewhere, `source:` says where something comes from.
             plain |= key == "source" and "stages" not in path[-2:-1]
             if key in _NAMED and isinstance(value, str) and not plain:

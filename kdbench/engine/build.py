@@ -97,6 +97,38 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: s
         ) from None
 
 
+def start_from(model: nn.Module, state: Mapping[str, Tensor], name: str, teacher: str) -> None:
+    """Give a network another one's weights. Of a tensor with more rows than the other's (a classifier of more classes)
+    the first ones are taken over, the others keep their first values.
+
+    Args:
+        name, teacher: what the two are called, for messages.
+
+    Raises:
+        UserError: networks that differ in anything else.
+    """
+    own = model.state_dict()
+    bad = list(own.keys() ^ state.keys())
+    wider = [
+        key
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+        and not (own[key].ndim and own[key].shape[1:] == state[key].shape[1:] and len(own[key]) > len(state[key]))
+    ]
+    if bad or wider:
+        at = min([*bad, *wider])
+        raise UserError(
+            f"the student '{name}' cannot begin with the weights of its teacher '{teacher}': they differ at '{at}'",
+            hint="choose the same model for both (the student may have more classes)",
+        )
+    with torch.no_grad():
+        for key, value in own.items():
+            if value.ndim:
+                value[: len(state[key])] = state[key]
+            else:
+                value.copy_(state[key])
+
+
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
     shape = (data.channels, data.image_size, data.image_size)
     return Extractor(model, places(model, spec.hooks, spec.name, shape), spec.name)

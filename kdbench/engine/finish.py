@@ -104,6 +104,7 @@ def finish(
             "images_per_second": round(member.images / max(member.seconds, 1e-9), 1),
         },
         "sources": {name: source.record() for name, source in member.sources.items()},
+        "operations": {name: operation.record() for name, operation in member.operations.items()},
         "seeds": streams(spec, own=[name for source in member.sources.values() for name in source.streams]),
         "git": git_state(),
     }

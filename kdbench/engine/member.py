@@ -23,11 +23,13 @@ from kdbench.engine.build import (
     build_optimizer,
     build_schedule,
     build_terms,
+    start_from,
 )
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.inputs import Eyes, Moment, Workplace, build_source
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.network import Network, autocast, memory_format
+from kdbench.engine.operations import Occasion, build_operation
 from kdbench.engine.timeline import Timeline, timeline
 from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
@@ -162,6 +164,10 @@ class Member:
         self.timeline: Timeline = timeline(spec, len(batches.train.labels))
         self.normalizer = Normalizer(spec.protocol.normalization, device)
         student = build_model(spec.student, spec.data, spec.seed)
+        if spec.method.starts_from == "teacher":
+            assert teacher is not None and spec.teacher is not None
+            weights = {name: value.cpu() for name, value in teacher.network.model.state_dict().items()}
+            start_from(student, weights, spec.student.name, spec.teacher.model.name)
         extractor = build_extractor(student, spec.student, spec.data)
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = extractor.shapes(image_shape)
@@ -195,6 +201,13 @@ class Member:
             for name, stage in spec.method.stages.items()
             if stage.source is not None
         }
+        self.batches = batches
+        self.operations = {
+            name: build_operation(stage.begins)
+            for name, stage in spec.method.stages.items()
+            if stage.begins is not None
+        }
+        self.performed: list[str] = []
         self.bad_steps: dict[str, Tensor] = {}
         self.enter(0)
 
@@ -301,6 +314,10 @@ class Member:
             shared: the input sets of `shared_sets`.
             taught: values of the shared teacher, as `teacher_points` asks for them.
         """
+        if self.span.name in self.operations and self.span.name not in self.performed:
+            self.operations[self.span.name].perform(self._occasion())
+            self.performed.append(self.span.name)
+            self.set_modes()
         progress = (self.step - self.span.start) / self.span.steps
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
         # What counts nothing now is not computed, nor what is made for it alone.
@@ -332,6 +349,23 @@ class Member:
         self.step += 1
         if self.step == self.span.stop and not self.finished:
             self.enter(self.stage_index + 1)
+
+    def _occasion(self) -> Occasion:
+        """What the present stage's operation is given."""
+        source, start = self.stage.source, self.span.start
+        student = Eyes(self.student, self.normalizer)
+
+        def batch(number: int) -> Batch:
+            if source is None or "data" not in source.gives:
+                return self.batches.at(start + number, self.timeline)
+            moment = Moment(start + number, 0.0, {}, {"student": {}, "teacher": {}}, student)
+            made = self.sources[self.span.name].sets(moment)["data"]
+            self.set_modes()
+            return made
+
+        shape = self.batches.image_shape
+        teacher = self.teacher.eyes() if self.teacher else None
+        return Occasion(student, teacher, shape, self.device, batch, self.span.name)
 
     def _inputs(
         self, terms: Collection[Term], shared: Sets, taught: Values, progress: float
@@ -409,6 +443,7 @@ class Member:
             "terms": self.terms.state_dict(),
             "optimizers": [pacer.optimizer.state_dict() for pacer in self.pacers],
             "sources": {name: source.state() for name, source in self.sources.items()},
+            "operations": {name: self.operations[name].state() for name in self.performed},
             "step": self.step,
             "images": self.images,
             "seconds": self.seconds,
@@ -434,6 +469,9 @@ class Member:
                 pacer.optimizer.load_state_dict(kept)
         for name, source in self.sources.items():
             source.load_state(state["sources"][name])
+        self.performed = list(state["operations"])
+        for name, kept in state["operations"].items():
+            self.operations[name].load_state(kept, self._occasion())
         meter = state["meter"]
         sums = {name: value.to(self.device) for name, value in meter["sums"].items()}
         self.meter = Meter(sums, dict(meter["counts"]), meter["images"])

@@ -18,6 +18,7 @@ from kdbench.recipe.schema import (
     LossSpec,
     MethodSpec,
     ModelSpec,
+    OperationSpec,
     ProtocolSpec,
     Recipe,
     SourceSpec,
@@ -96,6 +97,9 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
             )
         teacher = teacher_spec(tree, registry)
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
+        if method.starts_from == "teacher":
+            # Its weights mean what they do for images that are normalized as its own were.
+            protocol = protocol.model_copy(update={"normalization": teacher.normalization})
     else:
         foreign = foreign | {"teacher"}
     for stage_name, stage in method.stages.items():
@@ -237,7 +241,7 @@ def resolve_method(
         for stage_name, stage in card.stages.items()
     }
     _check_shares(stages, tree, name)
-    return MethodSpec(name=name, label=label, stages=stages), foreign, tree
+    return MethodSpec(name=name, label=label, starts_from=card.starts_from, stages=stages), foreign, tree
 
 
 def _applicable(over: Tree, stages: dict[str, Any]) -> tuple[Tree, tuple[str, tuple[str, ...], list[str]] | None]:
@@ -288,6 +292,7 @@ def _stage(
         for name, term in card.losses.items()
     }
     source = _source(card.source, tree.at("source"), registry) if card.source is not None else None
+    begins = _operation(card.begins, tree.at("begins"), registry) if card.begins is not None else None
     _check_inputs(card, source, losses, tree, what)
     own_of_teacher = {
         kind: _named(f"{kind.removeprefix('teacher_')}s", named, tree.at(kind), registry)
@@ -299,6 +304,7 @@ def _stage(
         extra_epochs=card.extra_epochs,
         trains=card.trains,
         source=source,
+        begins=begins,
         losses=losses,
         modes=card.modes,
         batch_norm=card.batch_norm,
@@ -312,6 +318,11 @@ def _source(named: Named, tree: Tree, registry: Registry) -> SourceSpec:
     card = registry.card("sources", named.name, tree.origin(("name",)))
     target = _named("sources", named, tree, registry)
     return SourceSpec(**target.model_dump(), reads=card.reads, gives=card.gives, teacher=card.teacher)
+
+
+def _operation(named: Named, tree: Tree, registry: Registry) -> OperationSpec:
+    card = registry.card("operations", named.name, tree.origin(("name",)))
+    return OperationSpec(**_named("operations", named, tree, registry).model_dump(), teacher=card.teacher)
 
 
 def _check_inputs(
@@ -553,8 +564,12 @@ def _classes(data: str, registry: Registry) -> tuple[str, int]:
 
 def _needs_teacher(method: MethodSpec) -> bool:
     stages = method.stages.values()
-    return any(stage.source is not None and stage.source.teacher for stage in stages) or any(
-        "teacher" in term.loss.inputs or term.of == "teacher" for stage in stages for term in stage.losses.values()
+    made = [made for stage in stages for made in (stage.source, stage.begins) if made is not None]
+    terms = [term for stage in stages for term in stage.losses.values()]
+    return (
+        method.starts_from == "teacher"
+        or any(one.teacher for one in made)
+        or any("teacher" in term.loss.inputs or term.of == "teacher" for term in terms)
     )
 
 

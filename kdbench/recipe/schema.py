@@ -180,6 +180,10 @@ class SourceSpec(TargetSpec):
     teacher: bool
 
 
+class OperationSpec(TargetSpec):
+    teacher: bool
+
+
 class TermSpec(Spec):
     loss: LossSpec
     student: str = "logits"
@@ -201,6 +205,7 @@ class StageSpec(Spec):
     extra_epochs: float | None = None
     trains: list[Trained] = ["student"]
     source: SourceSpec | None = None
+    begins: OperationSpec | None = None
     losses: dict[str, TermSpec]
     optimizer: TargetSpec
     schedule: TargetSpec
@@ -213,6 +218,7 @@ class StageSpec(Spec):
 class MethodSpec(Spec):
     name: str
     label: str
+    starts_from: Literal["teacher"] | None = None
     stages: dict[str, StageSpec]
 
 

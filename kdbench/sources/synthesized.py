@@ -217,7 +217,8 @@ class SynthesizedImages(Source):
     def sets(self, moment: Moment) -> dict[str, Batch]:
         images = self.images()
         growth, since = divmod(moment.step, self.every) if self.every else (0, moment.step)
-        if growth and not since:
+        # What looks at coming steps, such as a pruning, may have asked for this one before.
+        if growth and not since and growth not in [number for number, _, _ in self.added]:
             self._add(growth, moment.student)
         number, position = divmod(since, max(len(images) // self.batch_size, 1))
         order, views = self._draws(growth, number, len(images))
