@@ -8,9 +8,15 @@ from kdbench.engine.batches import Batches, Normalizer
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.member import Member, Teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.registry import Registry
 from kdbench.sources.images import ImageData, canonical
 
 CPU = torch.device("cpu")
+
+
+def student_of(method: str) -> str:
+    """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
+    return "wrn_16_2" if Registry().card("methods", method).starts_from == "teacher" else "wrn_10_1"
 
 
 def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:

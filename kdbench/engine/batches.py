@@ -168,6 +168,8 @@ def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     train, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     if spec.validation:
         train, held_out = validation(labels, size=spec.validation, seed=split_seed)
+    if spec.only_classes is not None:
+        train = train[torch.isin(labels[train], torch.tensor(spec.only_classes))]
     if spec.fraction is not None or spec.per_class is not None:
         chosen = subset(labels[train], fraction=spec.fraction, per_class=spec.per_class, seed=split_seed)
         train = train[chosen]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdbench
@@ -80,6 +80,7 @@ def finish(
             "test": summary(member.history, "test"),
             "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
             "agreement": member.history[-1].get("agreement", {}),
+            **by_classes(spec.data, logits, batches.test.labels),
         },
         "teacher": None
         if teacher is None or spec.teacher is None
@@ -126,6 +127,18 @@ def streams(spec: CellSpec, own: Iterable[str] = ()) -> dict[str, Any]:
         "split": split_seed,
         "streams": ["init", "connectors", "order", "augmentation", *cropped, "dropout", *dict.fromkeys(own)],
     }
+
+
+def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Of a student that trained on images of some classes: test accuracy in percent on these and on the others.
+
+    All classes compete in both; nothing for a student that trained on all.
+    """
+    if data.only_classes is None:
+        return {}
+    right = (logits.argmax(dim=1) == labels).float()
+    own = torch.isin(labels, torch.tensor(data.only_classes, device=labels.device))
+    return {"by_classes": {"trained_on": 100 * right[own].mean().item(), "others": 100 * right[~own].mean().item()}}
 
 
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:

@@ -167,7 +167,8 @@ class Member:
         if spec.method.starts_from == "teacher":
             assert teacher is not None and spec.teacher is not None
             weights = {name: value.cpu() for name, value in teacher.network.model.state_dict().items()}
-            start_from(student, weights, spec.student.name, spec.teacher.model.name)
+            known = spec.teacher.known_classes
+            start_from(student, weights, spec.student.name, spec.teacher.model.name, known)
         extractor = build_extractor(student, spec.student, spec.data)
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = extractor.shapes(image_shape)

@@ -13,6 +13,7 @@ from kdbench.losses.deep_inversion import (
     batch_norm_distance,
     competition,
     jensen_shannon,
+    kd_over_classes,
     l2_norm,
     total_variation,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "fitnets",
     "jensen_shannon",
     "kd",
+    "kd_over_classes",
     "l2_norm",
     "total_variation",
 ]

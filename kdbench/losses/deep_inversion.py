@@ -185,6 +185,46 @@ def competition(
     return 1 - jensen_shannon(student_logits, teacher_logits, temperature, form).clamp(0, 1)
 
 
+def kd_over_classes(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    known_classes: list[int] | None = None,
+    temperature: float = 1.0,
+    conditional: bool = True,
+) -> Tensor:
+    """KL(teacher ‖ student) where the teacher knows some of the classes only, batch mean (section 4.5).
+
+    The teacher's probabilities are those among its own classes. The student's are too when `conditional`, p(· | C_o) of
+    the paper's third term: how it divides what it gives to them. Else they are among all classes, as on images of the
+    teacher's classes: what it gives to others counts against it.
+
+    Args:
+        student_logits, teacher_logits: [N, K]; the teacher's logits of classes that it does not know are not looked at.
+        known_classes: labels that the teacher was trained on; None for all. The engine fills it in.
+        temperature: above 0.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: when the shapes are not one [N, K], or T is not positive.
+    """
+    logits_shape(student_logits, teacher_logits, "kd_over_classes")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    log_p, own = full(teacher_logits.detach()) / temperature, full(student_logits) / temperature
+    if known_classes is None:
+        return F.kl_div(F.log_softmax(own, 1), F.log_softmax(log_p, 1), reduction="batchmean", log_target=True)
+    # By views: an index tensor would be sent to the device at every step.
+    known = [slice(label, label + 1) for label in known_classes]
+    log_p = F.log_softmax(torch.cat([log_p[:, at] for at in known], dim=1), dim=1)
+    if not conditional:
+        own = F.log_softmax(own, dim=1)
+    own = torch.cat([own[:, at] for at in known], dim=1)
+    log_q = F.log_softmax(own, dim=1) if conditional else own
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def _norm(values: Tensor, per_image: bool) -> Tensor:
     if per_image:
         return torch.linalg.vector_norm(values.flatten(1), dim=1).mean()

@@ -147,6 +147,12 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
             where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
             hint=f"after the validation split {left:.0f} images are left",
         )
+    if bad := [label for label in choice.only_classes or () if label >= card.classes]:
+        raise UserError(
+            f"'{choice.name}' has no class {bad[0]}",
+            where=tree.origin(("data", "only_classes")),
+            hint=f"its labels are 0 to {card.classes - 1}",
+        )
     return DataSpec(
         name=choice.name,
         target=card.target,
@@ -160,6 +166,7 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         normalization=card.normalization,
         fraction=choice.fraction,
         per_class=choice.per_class,
+        only_classes=sorted(set(choice.only_classes)) if choice.only_classes else None,
         validation=choice.validation,
         split_seed=choice.split_seed,
         root=choice.root,
@@ -495,6 +502,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         trained_by=trained_by,
         accuracy=None if foreign else card.accuracy,
         classes=known[1] if foreign else None,
+        known_classes=trained_by.data.only_classes if trained_by is not None else None,
     )
 
 

@@ -29,9 +29,10 @@ FOLDER = "synthesized"
 
 
 class SynthesizedImages(Source):
-    """Gives "data": images and the labels that they were made for.
+    """Gives images and the labels that they were made for: of the classes that the teacher was trained on.
 
     Args:
+        as_set: name of the input set, as the card's `gives` has it: "data" in place of the data set's, or another.
         batches, images: of the pool: how many batches of how many images.
         pool_seed: of the pool; the cell's where absent. A fixed one is made once for all seeds of a table, whose
             deviations then say nothing of it.
@@ -48,6 +49,7 @@ class SynthesizedImages(Source):
         self,
         place: Workplace,
         *,
+        as_set: str = "data",
         batches: int = 1000,
         images: int = 256,
         pool_seed: int | None = None,
@@ -107,7 +109,8 @@ class SynthesizedImages(Source):
         spec = place.spec
         assert spec.teacher is not None
         known = spec.teacher.knows(spec.data)
-        self.classes = known.classes
+        self.as_set = as_set
+        self.classes = spec.teacher.known_classes or list(range(known.classes))
         self.image_shape = (known.channels, known.image_size, known.image_size)
         # A pool is made before there is a student: two sources that differ in what they add share it.
         self.pool_settings = Inversion(**(asdict(chosen) | {"competition": 0.0, "form": "paper", "temperature": 3.0}))
@@ -173,7 +176,8 @@ class SynthesizedImages(Source):
         student: Callable[[Tensor], Tensor] | None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> Synthesized | None:
-        labels = balanced(self.size, self.classes, draws.batch * self.size).to(self.place.device)
+        turn = balanced(self.size, len(self.classes), draws.batch * self.size)
+        labels = torch.tensor(self.classes)[turn].to(self.place.device)
         normalizer = self.teacher.normalizer
         model = self.teacher.network.model
         try:
@@ -200,8 +204,8 @@ class SynthesizedImages(Source):
             device = self.place.device
             if self.pool is None:
                 # Only tried out: noise costs a step the same.
-                noise = halves(Address(self.seed, "pool", 0).noise((self.classes, *self.image_shape)))
-                self._images = _Growing(noise.to(device), balanced(self.classes, self.classes).to(device))
+                noise = halves(Address(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape)))
+                self._images = _Growing(noise.to(device), torch.tensor(self.classes, device=device))
             else:
                 if self.pool.done < self.batches:
                     raise UserError(
@@ -224,7 +228,7 @@ class SynthesizedImages(Source):
         order, views = self._draws(growth, number, len(images))
         part = slice(position * self.batch_size, (position + 1) * self.batch_size)
         pixels, labels = images.at(order[part])
-        return {"data": Batch(self.augmentation.view(pixels, views[part]), labels)}
+        return {self.as_set: Batch(self.augmentation.view(pixels, views[part]), labels)}
 
     def _draws(self, growth: int, number: int, n: int) -> tuple[Tensor, Tensor]:
         """Order and views of a pass over the pool between two growths: int64 [n] each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import member_of, shortened, train
+from tiny import member_of, shortened, student_of, train
 
 from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
@@ -85,7 +85,7 @@ def test_every_method_trains(method: str) -> None:
     recipe = {
         "data": "digits",
         "teacher": "wrn_16_2_digits",
-        "student": "wrn_10_1",
+        "student": student_of(method),
         "protocol": "digits",
         "method": method,
     }
