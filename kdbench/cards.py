@@ -119,6 +119,12 @@ class SourceCard(TargetCard):
     teacher: bool = Field(True, description="whether it needs a teacher")
 
 
+class OperationCard(TargetCard):
+    """What a stage may do to its student before its first step."""
+
+    teacher: bool = Field(True, description="whether it needs a teacher")
+
+
 class DatasetCard(TargetCard):
     title: str
     classes: int
@@ -246,6 +252,7 @@ class StageCard(Strict):
     )
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
     anchors: Anchors | None = Field(None, description="the teacher is, one after another, checkpoints of its route")
+    begins: Named | None = Field(None, description="an operation on the student, before the first step")
     losses: dict[Name, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None
@@ -266,6 +273,11 @@ class MethodCard(Card):
     follows: str | None = Field(None, description="the source whose choices this card takes")
     departs: list[str] = Field([], description="where paper, code and this card differ")
     parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
+    starts_from: Literal["teacher"] | None = Field(
+        None,
+        description="the student begins with the teacher's weights and normalization; a classifier of more classes is "
+        "widened by new rows",
+    )
     stages: dict[Name, StageCard]
 
 
@@ -354,6 +366,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "hooks": HookCard,
     "losses": LossCard,
     "sources": SourceCard,
+    "operations": OperationCard,
     "connectors": TargetCard,
     "methods": MethodCard,
     "schedules": TargetCard,

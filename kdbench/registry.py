@@ -39,6 +39,7 @@ _NAMED = {
     "connector",
     "weight_schedule",
     "source",
+    "begins",
     "teacher_optimizer",
     "teacher_schedule",
     "model",
@@ -185,6 +186,7 @@ class Registry:
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
         taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "place", "roots", "download", "cache"}
+        taken.add("known_classes")
         taken |= set(getattr(card, "inputs", ()))
         inputs = len(getattr(card, "inputs", ()))
         known = list(parameters(target).values())
@@ -226,6 +228,8 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
             here = (*path, key)
             # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
             plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
+            # In `batch_norm` they name input sets.
+            plain |= path[-1:] == ("batch_norm",)
             # Elsewhere, `source:` says where something comes from.
             plain |= key == "source" and "stages" not in path[-2:-1]
             named = key in _NAMED or (recipe and key == "target" and not path)

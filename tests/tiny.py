@@ -18,6 +18,11 @@ from kdbench.sources.images import ImageData, canonical
 CPU = torch.device("cpu")
 
 
+def student_of(method: str) -> str:
+    """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
+    return "wrn_16_2" if Registry().card("methods", method).starts_from == "teacher" else "wrn_10_1"
+
+
 def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
     """Random bytes in the shape of a data set, with every class in both parts."""
     generator = torch.Generator().manual_seed(seed)

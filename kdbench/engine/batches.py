@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -76,6 +77,24 @@ class ResidentPart:
         return ResidentPart(self.images[::stride], self.labels[::stride])
 
 
+@dataclass(frozen=True)
+class _LaterPart:
+    """A part whose images, as of a ResidentPart, are taken when they are first asked for."""
+
+    take: Callable[[], Tensor]
+    labels: Tensor
+
+    @cached_property
+    def whole(self) -> ResidentPart:
+        return ResidentPart(self.take(), self.labels)
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.whole.slices(size)
+
+    def every(self, stride: int) -> Part:
+        return self.whole.every(stride)
+
+
 class Normalizer:
     """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation."""
 
@@ -120,10 +139,11 @@ class Batches:
         self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         # Places of the training part's images in the whole training set.
         self.positions = train.to(device)
-        self.images = data.train_images[train].to(device)
-        self.train: Part = ResidentPart(self.images, data.train_labels[train].to(device))
+        # Taken when they are first asked for: stages whose images are all made never touch real ones.
+        self._take = lambda: data.train_images[train].to(device)
+        self.train: Part = _LaterPart(lambda: self.images, data.train_labels[train].to(device))
         held_out_labels = data.train_labels[held_out].to(device)
-        self.validation: Part = ResidentPart(data.train_images[held_out].to(device), held_out_labels)
+        self.validation: Part = _LaterPart(lambda: data.train_images[held_out].to(device), held_out_labels)
         self.test: Part = ResidentPart(data.test_images.to(device), data.test_labels.to(device))
         self.seed, self.device = spec.seed, device
         self.batch_size = spec.protocol.batch_size
@@ -144,6 +164,11 @@ class Batches:
         self.target = batches_of(cell, unlabelled(data), self.device, prefix=f"{TARGET}/")
         self.source_test, self.test = self.test, part_for_testing(spec.target, data, self.device)
         self.last_batch = spec.protocol.last_batch
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The training part's images, bytes [N, C, H, W] on the device."""
+        return self._take()
 
     def sets(self, step: int, timeline: Timeline, names: Iterable[str]) -> Sets:
         """The input sets of a step that are asked for."""
@@ -195,6 +220,8 @@ def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     train, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     if spec.validation:
         train, held_out = validation(labels, size=spec.validation, seed=split_seed)
+    if spec.only_classes is not None:
+        train = train[torch.isin(labels[train], torch.tensor(spec.only_classes))]
     if spec.fraction is not None or spec.per_class is not None:
         chosen = subset(labels[train], fraction=spec.fraction, per_class=spec.per_class, seed=split_seed)
         train = train[chosen]

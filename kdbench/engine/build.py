@@ -21,6 +21,7 @@ from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
+from kdbench.signature import parameters
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
@@ -121,6 +122,48 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: s
         ) from None
 
 
+def start_from(
+    model: nn.Module, state: Mapping[str, Tensor], name: str, teacher: str, known_classes: list[int] | None = None
+) -> None:
+    """Give a network another one's weights. Of a tensor with more rows than the other's (a classifier of more classes)
+    the first ones are taken over, the others keep their first values.
+
+    Args:
+        name, teacher: what the two are called, for messages.
+        known_classes: those that the other one was trained on; rows of others in the classifier (the last linear layer)
+            keep their first values too. None: all.
+
+    Raises:
+        UserError: networks that differ in anything else.
+    """
+    own = model.state_dict()
+    bad = list(own.keys() ^ state.keys())
+    wider = [
+        key
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+        and not (own[key].ndim and own[key].shape[1:] == state[key].shape[1:] and len(own[key]) > len(state[key]))
+    ]
+    if bad or wider:
+        at = min([*bad, *wider])
+        raise UserError(
+            f"the student '{name}' cannot begin with the weights of its teacher '{teacher}': they differ at '{at}'",
+            hint="choose the same model for both (the student may have more classes)",
+        )
+    rows = None if known_classes is None else torch.tensor(known_classes)
+    classifier = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if rows is not None and not classifier:
+        raise UserError(f"the student '{name}' has no linear classifier whose rows could be told apart by class")
+    with torch.no_grad():
+        for key, value in own.items():
+            if rows is not None and key.rpartition(".")[0] in classifier:
+                value[rows] = state[key][rows]
+            elif value.ndim:
+                value[: len(state[key])] = state[key]
+            else:
+                value.copy_(state[key])
+
+
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
     shape = (data.channels, data.image_size, data.image_size)
     return Extractor(model, places(model, spec.hooks, spec.name, shape), spec.name)
@@ -164,9 +207,13 @@ class Term(nn.Module):
         place: str,
         seed: int,
         names: tuple[str, str],
+        known_classes: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.spec = name, spec
+        # A loss that has this argument is told; no card sets it.
+        told = {"known_classes": known_classes} if "known_classes" in parameters(spec.loss.target) else {}
+        self.options = {**spec.loss.options, **told}
         given = spec.weight_schedule or []
         self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
         with_teacher = "teacher" in spec.loss.inputs
@@ -190,7 +237,7 @@ class Term(nn.Module):
                 torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
                 connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")
                 if self.call is None:
-                    self.functions.append(call(*(s for s in shapes if s), **spec.loss.options))
+                    self.functions.append(call(*(s for s in shapes if s), **self.options))
             self.connectors.append(connector)
             self.layers.append(Layer(student, teacher, connector, weight))
         self.metrics = {name: resolve(target) for name, target in spec.loss.metrics.items()}
@@ -224,7 +271,7 @@ class Term(nn.Module):
         total: Tensor | None = None
         for position, layer in enumerate(self.layers):
             function = self.call or self.functions[position]
-            value = function(*self._inputs(layer, values, sets), **(self.spec.loss.options if self.call else {}))
+            value = function(*self._inputs(layer, values, sets), **(self.options if self.call else {}))
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if total is None else total + value
         assert total is not None
@@ -321,10 +368,11 @@ def build_terms(
         student, teacher: shapes of all hook points, per image; none for a cell without a teacher.
     """
     names = (spec.student.name, spec.teacher.model.name if spec.teacher else "")
+    known = spec.teacher.known_classes if spec.teacher else None
     try:
         return {
             stage: {
-                name: Term(name, term, student, teacher, f"{stage}/{name}", spec.seed, names)
+                name: Term(name, term, student, teacher, f"{stage}/{name}", spec.seed, names, known)
                 for name, term in card.losses.items()
             }
             for stage, card in spec.method.stages.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdbench
@@ -84,6 +84,7 @@ def finish(
             "agreement": member.history[-1].get("agreement", {}),
             # On the source, and of the teacher that the cell trained, where there are such.
             **{part: summary(member.history, part) for part in ("source", "teacher") if part in member.history[-1]},
+            **by_classes(spec.data, logits, batches.test.labels),
         },
         "teacher": None
         if teacher is None or spec.teacher is None
@@ -115,6 +116,8 @@ def finish(
             "training_seconds": round(member.seconds, 3),
             "images_per_second": round(member.images / max(member.seconds, 1e-9), 1),
         },
+        "sources": {name: source.record() for name, source in member.sources.items()},
+        "operations": {name: operation.record() for name, operation in member.operations.items()},
         "seeds": streams(spec),
         "git": git_state(),
     }
@@ -151,6 +154,18 @@ def streams(spec: CellSpec) -> dict[str, Any]:
         "split": split_seed,
         "streams": ["init", "connectors", *drawn, *of_target, "dropout", *own],
     }
+
+
+def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Of a student that trained on images of some classes: test accuracy in percent on these and on the others.
+
+    All classes compete in both; nothing for a student that trained on all.
+    """
+    if data.only_classes is None:
+        return {}
+    right = (logits.argmax(dim=1) == labels).float()
+    own = torch.isin(labels, torch.tensor(data.only_classes, device=labels.device))
+    return {"by_classes": {"trained_on": 100 * right[own].mean().item(), "others": 100 * right[~own].mean().item()}}
 
 
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:

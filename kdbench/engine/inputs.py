@@ -100,6 +100,10 @@ class Source(ABC):
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no state
         """Go on from `state`."""
 
+    def record(self) -> dict[str, Any]:
+        """What a finished cell's record says of it, as plain data."""
+        return {}
+
 
 def build_source(spec: SourceSpec, place: Workplace) -> Source:
     source: Source = resolve(spec.target)(place, **spec.options)

@@ -25,11 +25,13 @@ from kdbench.engine.build import (
     build_optimizer,
     build_schedule,
     build_terms,
+    start_from,
 )
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.inputs import Eyes, Moment, Workplace, build_source
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.network import Network, autocast, memory_format
+from kdbench.engine.operations import Occasion, build_operation
 from kdbench.engine.timeline import Span, Timeline, timeline
 from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
@@ -167,6 +169,11 @@ class Member:
         self.timeline: Timeline = timeline(spec, len(batches.train.labels))
         self.normalizer = Normalizer(spec.protocol.normalization, device)
         student = build_model(spec.student, spec.data, spec.seed)
+        if spec.method.starts_from == "teacher":
+            assert teacher is not None and spec.teacher is not None
+            weights = {name: value.cpu() for name, value in teacher.network.model.state_dict().items()}
+            known = spec.teacher.known_classes
+            start_from(student, weights, spec.student.name, spec.teacher.model.name, known)
         extractor = build_extractor(student, spec.student, spec.data)
         image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         shapes = extractor.shapes(image_shape)
@@ -205,6 +212,13 @@ class Member:
             for name, stage in spec.method.stages.items()
             if stage.source is not None
         }
+        self.batches = batches
+        self.operations = {
+            name: build_operation(stage.begins)
+            for name, stage in spec.method.stages.items()
+            if stage.begins is not None
+        }
+        self.performed: list[str] = []
         self.bad_steps: dict[str, Tensor] = {}
         self.stage_index = -1
         self._seen: list[Batch] = []
@@ -381,6 +395,10 @@ class Member:
             taught: values of the shared teacher, as `teacher_points` asks for them.
         """
         self._begin_anchor()
+        if self.span.name in self.operations and self.span.name not in self.performed:
+            self.operations[self.span.name].perform(self._occasion())
+            self.performed.append(self.span.name)
+            self.set_modes()
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
         loss = torch.zeros((), device=self.device)
         for terms, pacers in self._turns():
@@ -438,6 +456,23 @@ class Member:
         self._seen = list(sets.values())
         return loss.detach()
 
+    def _occasion(self) -> Occasion:
+        """What the present stage's operation is given."""
+        source, start = self.stage.source, self.span.start
+        student = Eyes(self.student, self.normalizer)
+
+        def batch(number: int) -> Batch:
+            if source is None or "data" not in source.gives:
+                return self.batches.at(start + number, self.timeline)
+            moment = Moment(start + number, 0.0, {}, {"student": {}, "teacher": {}}, student)
+            made = self.sources[self.span.name].sets(moment)["data"]
+            self.set_modes()
+            return made
+
+        shape = self.batches.image_shape
+        teacher = self.teacher.eyes() if self.teacher else None
+        return Occasion(student, teacher, shape, self.device, batch, self.span.name)
+
     def _inputs(
         self, looking: Collection[Term], terms: Collection[Term], shared: Sets, taught: Values, progress: float
     ) -> tuple[Sets, dict[str, dict[str, dict[str, Tensor]]]]:
@@ -453,8 +488,10 @@ class Member:
         sets = dict(shared)
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {},
-            # What others of the cohort had from the shared teacher is nothing to a stage with a teacher of its own.
-            "teacher": {} if self.span.name in self.with_own_teacher else {n: dict(v) for n, v in taught.items()},
+            # What others of the cohort asked for is not this member's: its teacher may be its own, or its "data" made.
+            "teacher": {n: dict(v) for n, v in taught.items() if n in shared}
+            if self.span.name not in self.with_own_teacher
+            else {},
         }
         self._look(sets, values, looking)
         if source is not None and needed & {*source.gives}:
@@ -517,6 +554,7 @@ class Member:
             "terms": self.terms.state_dict(),
             "optimizers": [pacer.optimizer.state_dict() for pacer in self.pacers],
             "sources": {name: source.state() for name, source in self.sources.items()},
+            "operations": {name: self.operations[name].state() for name in self.performed},
             "step": self.step,
             "images": self.images,
             "seconds": self.seconds,
@@ -548,6 +586,9 @@ class Member:
                 pacer.optimizer.load_state_dict(kept)
         for name, source in self.sources.items():
             source.load_state(state["sources"][name])
+        self.performed = list(state["operations"])
+        for name, kept in state["operations"].items():
+            self.operations[name].load_state(kept, self._occasion())
         meter = state["meter"]
         sums = {name: value.to(self.device) for name, value in meter["sums"].items()}
         self.meter = Meter(sums, dict(meter["counts"]), meter["images"])

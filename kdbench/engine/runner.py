@@ -243,16 +243,18 @@ def _sources(specs: list[CellSpec], options: Options, pool: Pool) -> dict[str, d
         sources = [stage.source.model_dump(mode="json") for stage in spec.method.stages.values() if stage.source]
         teacher = spec.teacher.identity() if spec.teacher else ""
         if sources:
-            task = {
+            task: dict[str, Any] = {
                 "task": "sources",
                 "spec": spec.model_dump(mode="json"),
                 "teacher_folder": str(teacher_folder(spec.teacher, options.runs)) if spec.teacher else None,
                 "shared": str(options.runs / SOURCES),
-                "threads": pool.threads,
             }
             domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
             key = json.dumps([sources, teacher, domains, spec.seed], sort_keys=True)
             tasks.setdefault(key, task)
+    busy = max(min(pool.jobs, len(tasks)), 1)
+    for task in tasks.values():
+        task["threads"] = options.threads or max(1, min(pool.threads, pool.cores // busy))
     return tasks
 
 

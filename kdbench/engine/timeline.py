@@ -54,7 +54,7 @@ def training_images(spec: DataSpec) -> int:
     left = spec.train - validation_images(spec)
     if spec.fraction is not None:
         return max(_part(spec.fraction, left), spec.classes)
-    return left if spec.per_class is None else spec.per_class * spec.classes
+    return left if spec.per_class is None else spec.per_class * len(spec.only_classes or range(spec.classes))
 
 
 def _part(share: float, images: int) -> int:

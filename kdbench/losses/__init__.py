@@ -9,22 +9,38 @@ from kdbench.losses.ab import activation_agreement, activation_boundary, centred
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.losses.ce import cross_entropy
+from kdbench.losses.deep_inversion import (
+    BatchNormInputs,
+    batch_norm_distance,
+    competition,
+    jensen_shannon,
+    kd_over_classes,
+    l2_norm,
+    total_variation,
+)
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import kl_divergence
 from kdbench.losses.mmd import mmd
 
 __all__ = [
+    "BatchNormInputs",
     "activation_agreement",
     "activation_boundary",
     "angle_similarity",
     "attention_transfer",
+    "batch_norm_distance",
     "centred_mse",
+    "competition",
     "cross_entropy",
     "fitnets",
+    "jensen_shannon",
     "kd",
+    "kd_over_classes",
     "kl_divergence",
+    "l2_norm",
     "magnitude_similarity",
     "mmd",
     "soft_cross_entropy",
+    "total_variation",
 ]

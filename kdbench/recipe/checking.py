@@ -49,7 +49,7 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
                     load(find(recipe, Path(origin.rpartition(":")[0]).parent))
                 except UserError as error:
                     raise UserError(error.what, where=error.where or origin, hint=error.hint) from None
-    elif kind in ("datasets", "losses", "connectors"):
+    elif kind in ("datasets", "losses", "connectors", "sources", "operations"):
         known = registry.settable(card.target, card)
         for option in getattr(card, "args", {}):
             if option not in known:

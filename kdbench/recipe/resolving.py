@@ -30,6 +30,7 @@ from kdbench.recipe.schema import (
     LossSpec,
     MethodSpec,
     ModelSpec,
+    OperationSpec,
     ProtocolSpec,
     Recipe,
     SourceSpec,
@@ -113,6 +114,9 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
             )
         teacher = teacher_spec(tree, registry)
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
+        if method.starts_from == "teacher":
+            # Its weights mean what they do for images that are normalized as its own were.
+            protocol = protocol.model_copy(update={"normalization": teacher.normalization})
     else:
         foreign = foreign | {"teacher"}
     check_route(method, teacher, data, tree.origin(("teacher",)))
@@ -164,11 +168,18 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
             where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
             hint=f"after the validation split {left:.0f} images are left",
         )
+    if bad := [label for label in choice.only_classes or () if label >= card.classes]:
+        raise UserError(
+            f"'{choice.name}' has no class {bad[0]}",
+            where=tree.origin(("data", "only_classes")),
+            hint=f"its labels are 0 to {card.classes - 1}",
+        )
     return _data_spec(
         choice.name,
         card,
         fraction=choice.fraction,
         per_class=choice.per_class,
+        only_classes=sorted(set(choice.only_classes)) if choice.only_classes else None,
         validation=choice.validation,
         split_seed=choice.split_seed,
         root=choice.root,
@@ -289,7 +300,7 @@ def resolve_method(
     }
     stages, tree = expanded(stages, card.stages, tree)
     _check_shares(stages, tree, name)
-    return MethodSpec(name=name, label=label, stages=stages), foreign, tree
+    return MethodSpec(name=name, label=label, starts_from=card.starts_from, stages=stages), foreign, tree
 
 
 def _applicable(over: Tree, stages: dict[str, Any]) -> tuple[Tree, tuple[str, tuple[str, ...], list[str]] | None]:
@@ -340,6 +351,7 @@ def _stage(
         for name, term in card.losses.items()
     }
     source = _source(card.source, tree.at("source"), registry) if card.source is not None else None
+    begins = _operation(card.begins, tree.at("begins"), registry) if card.begins is not None else None
     _check_inputs(card, source, losses, tree, what)
     own_of_teacher = {
         kind: _named(f"{kind.removeprefix('teacher_')}s", named, tree.at(kind), registry)
@@ -352,6 +364,7 @@ def _stage(
         trains=card.trains,
         alternating=card.alternating,
         source=source,
+        begins=begins,
         losses=losses,
         modes=card.modes,
         batch_norm=card.batch_norm,
@@ -366,6 +379,11 @@ def _source(named: Named, tree: Tree, registry: Registry) -> SourceSpec:
     card = registry.card("sources", named.name, tree.origin(("name",)))
     target = _named("sources", named, tree, registry)
     return SourceSpec(**target.model_dump(), reads=card.reads, gives=card.gives, teacher=card.teacher)
+
+
+def _operation(named: Named, tree: Tree, registry: Registry) -> OperationSpec:
+    card = registry.card("operations", named.name, tree.origin(("name",)))
+    return OperationSpec(**_named("operations", named, tree, registry).model_dump(), teacher=card.teacher)
 
 
 def _check_inputs(
@@ -580,6 +598,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         trained_by=trained_by,
         accuracy=None if foreign else card.accuracy,
         classes=known[1] if foreign else None,
+        known_classes=trained_by.data.only_classes if trained_by is not None else None,
     )
 
 
@@ -650,8 +669,12 @@ def _classes(data: str, registry: Registry) -> tuple[str, int]:
 
 def _needs_teacher(method: MethodSpec) -> bool:
     stages = method.stages.values()
-    return any(stage.source is not None and stage.source.teacher for stage in stages) or any(
-        "teacher" in term.loss.inputs or term.of == "teacher" for stage in stages for term in stage.losses.values()
+    made = [made for stage in stages for made in (stage.source, stage.begins) if made is not None]
+    terms = [term for stage in stages for term in stage.losses.values()]
+    return (
+        method.starts_from == "teacher"
+        or any(one.teacher for one in made)
+        or any("teacher" in term.loss.inputs or term.of == "teacher" for term in terms)
     )
 
 

@@ -36,6 +36,9 @@ class DataChoice(Strict):
     name: str = Field(description="key of a data card")
     fraction: float | None = Field(None, gt=0, le=1, description="share of the training set, stratified by class")
     per_class: int | None = Field(None, gt=0, description="training images of each class")
+    only_classes: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="labels to train on; tests are of all classes. Goes with 'per_class'"
+    )
     validation: float | int = Field(0, ge=0, description="images (or share below 1) split off the training set")
     split_seed: int | None = Field(None, description="seed of subset and split; the cell's seed where absent")
     root: str | None = Field(None, description="folder that holds the data")
@@ -44,6 +47,8 @@ class DataChoice(Strict):
     def one_subset(self) -> DataChoice:
         if self.fraction is not None and self.per_class is not None:
             raise ValueError("'fraction' and 'per_class' exclude each other")
+        if self.only_classes is not None and self.per_class is None:
+            raise ValueError("'only_classes' needs 'per_class': a data card does not say how many images a class has")
         return self
 
 
@@ -174,6 +179,7 @@ class DataSpec(TargetSpec):
     normalization: Normalization
     fraction: float | None = None
     per_class: int | None = None
+    only_classes: list[int] | None = None
     validation: float | int = 0
     split_seed: int | None = None
     root: str | None = None
@@ -211,6 +217,10 @@ class LossSpec(TargetSpec):
 class SourceSpec(TargetSpec):
     reads: list[str]
     gives: list[str]
+    teacher: bool
+
+
+class OperationSpec(TargetSpec):
     teacher: bool
 
 
@@ -258,6 +268,7 @@ class StageSpec(Spec):
     trains: list[Trained] = ["student"]
     alternating: bool = False
     source: SourceSpec | None = None
+    begins: OperationSpec | None = None
     losses: dict[str, TermSpec]
     optimizer: TargetSpec
     schedule: TargetSpec
@@ -275,6 +286,7 @@ class StageSpec(Spec):
 class MethodSpec(Spec):
     name: str
     label: str
+    starts_from: Literal["teacher"] | None = None
     stages: dict[str, StageSpec]
 
 
@@ -296,6 +308,7 @@ class TeacherSpec(Spec):
     trained_by: CellSpec | None = None
     accuracy: float | None = None
     classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
+    known_classes: list[int] | None = Field(None, description="those that it was trained on, where these are not all")
 
     def knows(self, data: DataSpec) -> DataSpec:
         """The data as this teacher takes them: with its own classes."""

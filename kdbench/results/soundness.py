@@ -188,7 +188,8 @@ def _times(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
 def _images(record: Record) -> int | None:
     """Images that were trained on, counted from the budget."""
     spec = spec_of(record)
-    if spec is None:
+    if spec is None or any(stage.source and "data" in stage.source.gives for stage in spec.method.stages.values()):
+        # Made images come in batches of their source's.
         return None
     line = timeline(spec, record.data.train)
     batch = min(spec.protocol.batch_size, record.data.train)

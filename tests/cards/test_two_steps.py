@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import member_of, shortened, target_for, train
+from tiny import member_of, shortened, student_of, target_for, train
 
 from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
@@ -91,7 +91,7 @@ def test_every_method_trains(method: str) -> None:
     recipe = {
         "data": {"name": "digits", "validation": 100},
         "teacher": "wrn_16_2_digits_route",
-        "student": "wrn_10_1",
+        "student": student_of(method),
         "protocol": "digits",
         "method": method,
     } | target_for(method, REGISTRY)

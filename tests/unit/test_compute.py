@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, batches_for, images, member_of, shortened, step, target_for, train, untrained_teacher
+from tiny import CPU, batches_for, images, member_of, shortened, step, student_of, target_for, train, untrained_teacher
 
 from kdbench.engine import choosing, trial
 from kdbench.engine.batches import Batches
@@ -33,7 +33,8 @@ BATCH = 16
 
 
 def cell(method: str, **more: Any) -> CellSpec:
-    spec = plan(RECIPE | target_for(method, REGISTRY) | more | {"method": method}, REGISTRY).cells[0].spec
+    recipe = RECIPE | {"student": student_of(method)} | target_for(method, REGISTRY) | more | {"method": method}
+    spec = plan(recipe, REGISTRY).cells[0].spec
     return shortened(spec, steps=6, batch=BATCH)
 
 
@@ -75,7 +76,8 @@ def hold(way: Computing, loss_off: float, gradient_off: float, methods: list[str
         specs, stages, gradients(specs, REFERENCE, stages), gradients(specs, way, stages), strict=True
     ):
         what = f"{spec.method.name}, stage {stage}"
-        assert fast[0] == pytest.approx(plain[0], rel=loss_off), what
+        # A student that begins as its teacher has a loss near 0, of which differences of logits are no small share.
+        assert fast[0] == pytest.approx(plain[0], rel=loss_off, abs=0.1 * loss_off), what
         assert len(fast[1]) == len(plain[1]) > 0, what
         a, b = (torch.cat([g.flatten() for g in side[1]]) for side in (plain, fast))
         assert (a - b).norm() / a.norm() < gradient_off, what

@@ -1,0 +1,62 @@
+"""Operations: what a stage does to its student once, before its first step, and what holds from then on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdbench.engine.batches import Batch
+from kdbench.engine.build import resolve
+from kdbench.engine.inputs import Eyes
+from kdbench.recipe.schema import OperationSpec
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What an operation is given.
+
+    Attributes:
+        student: in train mode or as the stage says; its weights may be changed. teacher: None for a cell without one.
+        image_shape: (channels, height, width).
+        batch: the stage's own batch "data" of its n-th step, made or of the data set.
+        stage: its name, for messages.
+    """
+
+    student: Eyes
+    teacher: Eyes | None
+    image_shape: tuple[int, int, int]
+    device: torch.device
+    batch: Callable[[int], Batch]
+    stage: str
+
+
+class Operation(ABC):
+    """A card's target is a subclass, built with its options as keywords.
+
+    A resumed cell does not do it again: it gets the state, and must make hold what the operation made hold.
+    """
+
+    @abstractmethod
+    def perform(self, occasion: Occasion) -> None:
+        """Change the student."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What was done, as tensors and plain data."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any], occasion: Occasion) -> None:
+        """Make it hold again, for a student whose weights are restored already."""
+
+    def record(self) -> dict[str, Any]:
+        """What a finished cell's record says of it, as plain data."""
+        return {}
+
+
+def build_operation(spec: OperationSpec) -> Operation:
+    operation: Operation = resolve(spec.target)(**spec.options)
+    return operation

@@ -1,0 +1,212 @@
+"""Filters that are switched off by their batch norm: which there are, that they stay off, and what is left.
+
+A filter is a channel of a convolution whose output goes straight into a batch norm. With the norm's scale and shift of
+that channel at zero, the filter contributes nothing, whatever it computes: it can be cut out without any change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from kdbench.models.dry import dry_call, dry_images, undisturbed
+
+# Name of a batch norm -> which of its channels are kept, bool [C].
+Kept = Mapping[str, Tensor]
+
+
+def filters(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, str]:
+    """Batch norms that take a convolution's output as it is, where nothing else does: name of the norm -> of the
+    convolution. In the order in which they run, found by dry forwards.
+    """
+    outputs: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, str] = {}
+
+    def after(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, args: Any, output: Tensor) -> None:
+            # Held, so that no other tensor gets its id.
+            outputs[id(output)] = (name, output)
+
+        return look
+
+    def before(name: str) -> Callable[..., None]:
+        def look(norm: nn.Module, args: Any) -> None:
+            if id(args[0]) in outputs:
+                found[name] = outputs[id(args[0])][0]
+
+        return look
+
+    _with_hooks(
+        model,
+        image_shape,
+        {name: after(name) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)},
+        {name: before(name) for name, m in model.named_modules() if _can_switch(m)},
+    )
+    return {norm: conv for norm, conv in found.items() if not _used_elsewhere(model, image_shape, norm, conv)}
+
+
+def _used_elsewhere(model: nn.Module, image_shape: tuple[int, int, int], norm: str, conv: str) -> bool:
+    """Whether a convolution's output reaches the logits although its batch norm gives zeros: by a shortcut, say."""
+    logits = []
+    for value in (0.0, 1.0):
+
+        def filled(_: nn.Module, args: Any, output: Tensor, value: float = value) -> Tensor:
+            return torch.full_like(output, value)
+
+        def silent(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return torch.zeros_like(output)
+
+        logits.append(_with_hooks(model, image_shape, {conv: filled, norm: silent}, {}))
+    return not torch.equal(*logits)
+
+
+def importance(norm: nn.Module) -> Tensor:
+    """(γ ∂L/∂γ + β ∂L/∂β)² of each channel, from the gradients that a backward pass left: float32 [C].
+
+    The square of L's first-order change when the channel is switched off. Molchanov et al.: Importance Estimation for
+    Neural Network Pruning, CVPR 2019.
+    """
+    assert isinstance(norm, _BatchNorm) and norm.weight.grad is not None and norm.bias.grad is not None
+    return (norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad).square()
+
+
+def least_important(scores: Mapping[str, Tensor], kept: Kept, share: float) -> dict[str, Tensor]:
+    """Switch off filters of the lowest score until a share of all is off; every norm keeps at least one.
+
+    Args:
+        scores: of each norm's channels, [C].
+        kept: what is on now; what is off stays off.
+
+    Returns:
+        what is on then. Ties: the earlier norm, the lower channel first.
+    """
+    off = sum(int((~mask).sum()) for mask in kept.values())
+    wanted = round(share * sum(len(mask) for mask in kept.values())) - off
+    result = {name: mask.clone() for name, mask in kept.items()}
+    flat = [
+        (value, position, channel)
+        for position, name in enumerate(result)
+        for channel, value in enumerate(scores[name].tolist())
+        if kept[name][channel]
+    ]
+    names = list(result)
+    for _, position, channel in sorted(flat):
+        mask = result[names[position]]
+        if wanted <= 0:
+            break
+        if int(mask.sum()) > 1:
+            mask[channel] = False
+            wanted -= 1
+    return result
+
+
+def switch_off(model: nn.Module, kept: Kept) -> list[RemovableHandle]:
+    """Zero scale and shift of what is not kept, and their gradients from now on.
+
+    With zeros, no gradient and no momentum, optimizers leave them: weight decay of zero is zero. Only for an optimizer
+    that begins now.
+
+    Returns:
+        handles that end this.
+    """
+    handles = []
+    for name, mask in kept.items():
+        norm = model.get_submodule(name)
+        for parameter in (norm.weight, norm.bias):
+            assert isinstance(parameter, nn.Parameter)
+            own = mask.to(parameter.device)
+            with torch.no_grad():
+                parameter.mul_(own)
+            trained = parameter.requires_grad
+            handles.append(parameter.requires_grad_().register_hook(lambda gradient, own=own: gradient * own))
+            parameter.requires_grad_(trained)
+    return handles
+
+
+def size_without(model: nn.Module, image_shape: tuple[int, int, int], kept: Kept) -> dict[str, float]:
+    """Parameters and FLOPs of one image (a multiply-add is two) of convolutions and linear layers, were everything that
+    is off cut out: filters, their batch norm's channels, and the channels that nothing but zeros would enter.
+
+    What enters is found by one forward in which every convolution gives ones and every norm gives ones where it is kept
+    and zeros where it is off: sums, paddings and ReLUs keep that apart. Grouped convolutions count whole.
+    """
+    of_conv = {conv: norm for norm, conv in filters(model, image_shape).items() if norm in kept}
+    parameters = sum(p.numel() for p in model.parameters())
+    flops = 0
+    hooks: dict[str, Callable[..., Any]] = {}
+
+    def conv(name: str) -> Callable[..., Any]:
+        def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            nonlocal parameters, flops
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            entering = args[0]
+            own = module.weight.numel()
+            inputs = own // module.weight.shape[0]
+            rows = int(kept[of_conv[name]].sum()) if name in of_conv else module.weight.shape[0]
+            if isinstance(module, nn.Linear):
+                positions, inputs_left = 1, _alive(entering, 1)
+            else:
+                positions = output.shape[2] * output.shape[3]
+                alive = _alive(entering, 1) if module.groups == 1 else entering.shape[1]
+                inputs_left = alive * inputs * module.groups // module.in_channels
+                rows = rows if module.groups == 1 else module.weight.shape[0]
+                inputs_left = inputs_left if module.groups == 1 else inputs
+            parameters -= own - rows * inputs_left
+            if module.bias is not None:
+                parameters -= module.weight.shape[0] - rows
+            flops += 2 * rows * inputs_left * positions
+            return torch.ones_like(output)
+
+        return look
+
+    def norm(name: str) -> Callable[..., Any]:
+        def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            nonlocal parameters
+            if name not in kept:
+                return torch.ones_like(output)
+            mask = kept[name].to(output.device, output.dtype)
+            parameters -= 2 * int((mask == 0).sum())
+            return torch.ones_like(output) * mask.view(-1, *[1] * (output.ndim - 2))
+
+        return look
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            hooks[name] = conv(name)
+        elif isinstance(module, _BatchNorm):
+            hooks[name] = norm(name)
+    _with_hooks(model, image_shape, hooks, {})
+    return {"parameters": parameters, "flops": flops}
+
+
+def _alive(entering: Tensor, dim: int) -> int:
+    """Channels that are not zero throughout."""
+    return int((entering.transpose(0, dim).flatten(1) != 0).any(dim=1).sum())
+
+
+def _can_switch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.affine
+
+
+def _with_hooks(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    after: Mapping[str, Callable[..., Any]],
+    before: Mapping[str, Callable[..., Any]],
+) -> Tensor:
+    """The logits of a dry forward with hooks on modules by name."""
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in after.items()]
+    handles += [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in before.items()]
+    try:
+        with undisturbed(model, training=False):
+            logits = dry_call(model, dry_images(model, image_shape))
+            assert isinstance(logits, Tensor)
+            return logits
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,130 @@
+"""Made images on disk: a folder that grows batch by batch, each whole or absent, each with how it was made.
+
+`pool.json` says what the batches have in common, `batch_00000.safetensors` holds images (float16 pixel values on the
+scale of [0, 1], which they may leave) and labels, `batch_00000.json` its sha256, final terms, seconds and machine. A
+batch counts once its JSON file is there. `grid.png` shows the first images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kdbench.errors import UserError
+from kdbench.files import atomic, sha256_of, sweep, write_json
+
+# Images on a side of the picture.
+SIDE = 8
+
+
+class MadeImages:
+    """A folder of batches of one kind.
+
+    Args:
+        folder: its own.
+        key: what all its batches have in common, as plain data.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder, self.key = folder, key
+
+    @classmethod
+    def among(cls, folder: Path, key: dict[str, Any]) -> MadeImages:
+        """The folder for this key beside those of other keys."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return cls(folder / digest[:16], key)
+
+    def file(self, batch: int) -> Path:
+        return self.folder / f"batch_{batch:05d}.safetensors"
+
+    @property
+    def done(self) -> int:
+        """Batches from the first one on that are whole."""
+        count = 0
+        while self.file(count).with_suffix(".json").is_file() and self.file(count).is_file():
+            count += 1
+        return count
+
+    def begin(self) -> None:
+        """Make the folder, or clear what a killed process left half-written. For whoever holds the lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
+        if not (self.folder / "pool.json").is_file():
+            write_json(self.folder / "pool.json", self.key)
+
+    def write(self, batch: int, images: Tensor, labels: Tensor, about: dict[str, Any]) -> str:
+        """Add a batch, or replace it.
+
+        Returns:
+            sha256 of its file.
+        """
+        with atomic(self.file(batch)) as temporary:
+            save_file({"images": halves(images).cpu().contiguous(), "labels": labels.cpu().contiguous()}, temporary)
+        digest = sha256_of(self.file(batch))
+        write_json(self.file(batch).with_suffix(".json"), {"sha256": digest, "images": len(labels), **about})
+        return digest
+
+    def about(self, batch: int) -> dict[str, Any]:
+        """What a batch's JSON file says."""
+        file = self.file(batch).with_suffix(".json")
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"a batch of made images cannot be read: {error}", where=str(file), hint=_AGAIN) from None
+        return found
+
+    def read(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor]:
+        """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch.
+
+        Args:
+            sha256: that the file must have, in place of the one that its JSON file says.
+
+        Raises:
+            UserError: it is not there, or is not what was written.
+        """
+        file, expected = self.file(batch), sha256 or self.about(batch)["sha256"]
+        if not file.is_file() or sha256_of(file) != expected:
+            raise UserError(
+                "a batch of made images is missing or has changed since it was made", where=str(file), hint=_AGAIN
+            )
+        found = load_file(file)
+        return found["images"], found["labels"]
+
+    def picture(self) -> None:
+        """Draw the first images, eight in a row, into `grid.png`."""
+        images: list[Tensor] = []
+        for batch in range(self.done):
+            images += self.read(batch)[0][: SIDE**2 - len(images)]
+            if len(images) == SIDE**2:
+                break
+        if images:
+            with atomic(self.folder / "grid.png") as temporary:
+                grid(torch.stack(images)).save(temporary, format="PNG")
+
+
+_AGAIN = "remove its folder: the images are made again"
+
+
+def halves(images: Tensor) -> Tensor:
+    """Pixel values as they are kept: float16, within 1/2000 of a value below 1, an eighth of a byte's step."""
+    return images.detach().to(torch.float16)
+
+
+def grid(images: Tensor, zoom: int = 2) -> Image.Image:
+    """Images [N, C, H, W] of one or three channels on the scale of [0, 1], cut off outside, eight in a row."""
+    n, c, h, w = images.shape
+    rows = -(-n // SIDE)
+    sheet = torch.ones(3 if c == 3 else 1, rows * (h + 1) + 1, SIDE * (w + 1) + 1)
+    for i, image in enumerate(images.float().clamp(0, 1)):
+        y, x = (i // SIDE) * (h + 1) + 1, (i % SIDE) * (w + 1) + 1
+        sheet[:, y : y + h, x : x + w] = image if c == 3 else image[:1]
+    pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
+    picture = Image.fromarray(pixels)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

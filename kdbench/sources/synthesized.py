@@ -1,0 +1,319 @@
+"""Batches of images synthesized from the teacher alone, in place of the data set's: DeepInversion, and Adaptive
+DeepInversion, whose pool grows with images made against the student as it is (Yin et al., CVPR 2020).
+
+The pool is made before cells train and shared by all that want the same one. What an adaptive cell adds lies in its own
+folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+import kdbench
+from kdbench.engine.batches import Batch
+from kdbench.engine.inputs import Eyes, Moment, Source, Workplace
+from kdbench.errors import CellError, UserError
+from kdbench.sources.augment import Augmentation
+from kdbench.sources.inversion import Address, Inversion, Synthesized, balanced, synthesize
+from kdbench.sources.made import MadeImages, halves
+from kdbench.sources.streams import generator, permutation
+
+FOLDER = "synthesized"
+
+
+class SynthesizedImages(Source):
+    """Gives images and the labels that they were made for: of the classes that the teacher was trained on.
+
+    Args:
+        as_set: name of the input set, as the card's `gives` has it: "data" in place of the data set's, or another.
+        batches, images: of the pool: how many batches of how many images.
+        pool_seed: of the pool; the cell's where absent. A fixed one is made once for all seeds of a table, whose
+            deviations then say nothing of it.
+        augment: crop and mirror images as the protocol does with real ones.
+        every: steps after which a batch is added that is synthesized against the student as it is (0: never), with
+            `competition` as its weight. The shared pool is made without competition.
+
+    Every other option is one of `Inversion`.
+    """
+
+    streams = ("pool", "adaptive", "synthesized/order", "synthesized/augmentation")
+
+    def __init__(
+        self,
+        place: Workplace,
+        *,
+        as_set: str = "data",
+        batches: int = 1000,
+        images: int = 256,
+        pool_seed: int | None = None,
+        augment: bool = True,
+        every: int = 0,
+        iterations: int = 2000,
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        decay: Literal["none", "cosine"] = "none",
+        warmup: int = 0,
+        tv: float = 2.5e-5,
+        l2: float = 0.0,
+        feature: float = 100.0,
+        competition: float = 0.0,
+        first_layer: float = 1.0,
+        jitter: int = 2,
+        flip: bool = False,
+        per_image: bool = False,
+        clip: bool = False,
+        form: Literal["paper", "code"] = "paper",
+        temperature: float = 3.0,
+        keep: Literal["last", "best"] = "last",
+    ) -> None:
+        if place.teacher is None:
+            raise UserError("images are synthesized from a teacher, and this cell has none")
+        if batches < 1 or images < 1 or every < 0:
+            raise UserError(
+                f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made",
+                hint="'batches' and 'images' are at least 1, 'every' at least 0",
+            )
+        try:
+            chosen = Inversion(
+                iterations=iterations,
+                lr=lr,
+                betas=(betas[0], betas[1]),
+                decay=decay,
+                warmup=warmup,
+                tv=tv,
+                l2=l2,
+                feature=feature,
+                competition=competition,
+                first_layer=first_layer,
+                jitter=jitter,
+                flip=flip,
+                per_image=per_image,
+                clip=clip,
+                form=form,
+                temperature=temperature,
+                keep=keep,
+            )
+        except ValueError as error:
+            raise UserError(f"stage '{place.stage}', source: {error}") from None
+        self.place, self.teacher, self.settings = place, place.teacher, chosen
+        self.batches, self.size, self.every = batches, images, every
+        self.seed = place.spec.seed
+        self.pool_seed = self.seed if pool_seed is None else pool_seed
+        spec = place.spec
+        assert spec.teacher is not None
+        known = spec.teacher.knows(spec.data)
+        self.as_set = as_set
+        self.classes = spec.teacher.known_classes or list(range(known.classes))
+        self.image_shape = (known.channels, known.image_size, known.image_size)
+        # A pool is made before there is a student: two sources that differ in what they add share it.
+        self.pool_settings = Inversion(**(asdict(chosen) | {"competition": 0.0, "form": "paper", "temperature": 3.0}))
+        crop = spec.protocol.augmentation
+        # Images have their size: where real ones are cut out of larger pictures, these are only mirrored.
+        self.augmentation = Augmentation(crop.padding, crop.mode, crop.flip) if augment else Augmentation()
+        self.batch_size = spec.protocol.batch_size
+        self.pool = MadeImages.among(place.shared / FOLDER, self.pool_key()) if place.shared is not None else None
+        own = place.folder / FOLDER / place.stage if place.folder is not None else None
+        self.own = MadeImages(own, {"added_to": self.pool_key()}) if own is not None else None
+        # Number, sha256 and seconds of each batch that was added.
+        self.added: list[tuple[int, str, float]] = []
+        self._images: _Growing | None = None
+        self._pass: tuple[tuple[int, int], Tensor, Tensor] | None = None
+
+    def pool_key(self) -> dict[str, Any]:
+        """What decides about the pool's images, its size and the machine left out."""
+        assert self.place.spec.teacher is not None
+        return {
+            "teacher_sha256": self.place.teacher_sha256,
+            "teacher": self.place.spec.teacher.model.name,
+            "normalization": self.place.spec.teacher.normalization.model_dump(mode="json"),
+            "classes": self.classes,
+            "image_shape": list(self.image_shape),
+            "images_per_batch": self.size,
+            "seed": self.pool_seed,
+            "settings": _plain(self.pool_settings),
+        }
+
+    @classmethod
+    def prepare(
+        cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
+    ) -> None:
+        source = cls(place, **options)
+        assert source.pool is not None
+        source.pool.folder.mkdir(parents=True, exist_ok=True)
+        # Sources that differ only in what they add want the same pool, at the same time.
+        with FileLock(source.pool.folder / ".lock"):
+            source.fill(source.pool, tell, stopping)
+
+    def fill(self, pool: MadeImages, tell: Callable[[str], None], stopping: Callable[[], bool]) -> None:
+        """Make the batches that the pool lacks."""
+        pool.begin()
+        begun, first = time.monotonic(), pool.done
+        for batch in range(first, self.batches):
+            left = ""
+            if batch > first:
+                each = (time.monotonic() - begun) / (batch - first)
+                left = f", {each:.0f} s each, about {(self.batches - batch) * each / 60:.0f} min left"
+            tell(f"synthesizing images: batch {batch + 1} of {self.batches}{left}")
+            start = time.monotonic()
+            made = self._make(self.pool_settings, Address(self.pool_seed, "pool", batch), None, stopping)
+            if made is None:
+                return
+            pool.write(batch, made.images, made.labels, self._about(made, start))
+            if batch in (first, self.batches - 1):
+                pool.picture()
+
+    def _make(
+        self,
+        settings: Inversion,
+        draws: Address,
+        student: Callable[[Tensor], Tensor] | None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Synthesized | None:
+        turn = balanced(self.size, len(self.classes), draws.batch * self.size)
+        labels = torch.tensor(self.classes)[turn].to(self.place.device)
+        normalizer = self.teacher.normalizer
+        model = self.teacher.network.model
+        try:
+            return synthesize(
+                model, labels, self.image_shape, settings, draws, normalizer.mean, normalizer.std, student, stopping
+            )
+        except ValueError as error:
+            name = self.teacher.network.extractor.model_name
+            raise UserError(f"images cannot be synthesized from '{name}': {error}") from None
+
+    def _about(self, made: Synthesized, start: float) -> dict[str, Any]:
+        return {
+            "terms": made.terms,
+            "seconds": round(time.monotonic() - start, 3),
+            "kdbench": kdbench.__version__,
+            "torch": torch.__version__,
+            "device": self.place.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    def images(self) -> _Growing:
+        """The pool, read when it is first asked for, and what was added."""
+        if self._images is None:
+            device = self.place.device
+            if self.pool is None:
+                # Only tried out: noise costs a step the same.
+                noise = halves(Address(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape)))
+                self._images = _Growing(noise.to(device), torch.tensor(self.classes, device=device))
+            else:
+                if self.pool.done < self.batches:
+                    raise UserError(
+                        f"{self.pool.done} of {self.batches} batches of synthesized images are there",
+                        where=str(self.pool.folder),
+                        hint="run the recipe again: they are made before its cells train",
+                    )
+                read = [self.pool.read(batch) for batch in range(self.batches)]
+                images, labels = (torch.cat(parts).to(device) for parts in zip(*read, strict=True))
+                self._images = _Growing(images, labels)
+        return self._images
+
+    def sets(self, moment: Moment) -> dict[str, Batch]:
+        images = self.images()
+        growth, since = divmod(moment.step, self.every) if self.every else (0, moment.step)
+        # What looks at coming steps, such as a pruning, may have asked for this one before.
+        if growth and not since and growth not in [number for number, _, _ in self.added]:
+            self._add(growth, moment.student)
+        number, position = divmod(since, max(len(images) // self.batch_size, 1))
+        order, views = self._draws(growth, number, len(images))
+        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        pixels, labels = images.at(order[part])
+        return {self.as_set: Batch(self.augmentation.view(pixels, views[part]), labels)}
+
+    def _draws(self, growth: int, number: int, n: int) -> tuple[Tensor, Tensor]:
+        """Order and views of a pass over the pool between two growths: int64 [n] each."""
+        if self._pass is None or self._pass[0] != (growth, number):
+            of_growth = f"/{growth}" if growth else ""
+            order = permutation(n, self.seed, f"synthesized/order{of_growth}", number)
+            source = generator(self.seed, f"synthesized/augmentation{of_growth}", number)
+            views = self.augmentation.view_id(self.augmentation.draw(source, n))
+            self._pass = ((growth, number), order.to(self.place.device), views.to(self.place.device))
+        return self._pass[1], self._pass[2]
+
+    def _add(self, growth: int, student: Eyes) -> None:
+        """Synthesize a batch on which the present student and the teacher disagree."""
+        start = time.monotonic()
+        student.network.model.eval()
+        made = self._make(self.settings, Address(self.seed, f"adaptive/{self.place.stage}", growth), student.logits)
+        assert made is not None
+        digest = ""
+        if self.own is not None:
+            if not self.added:
+                self.own.begin()
+            digest = self.own.write(growth, made.images, made.labels, self._about(made, start))
+        self.added.append((growth, digest, round(time.monotonic() - start, 3)))
+        self.images().add(halves(made.images), made.labels)
+
+    def state(self) -> dict[str, Any]:
+        return {"pool": self._digests() if self._images is not None else None, "added": [list(a) for a in self.added]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state["pool"] is not None and state["pool"] != self._digests():
+            raise CellError(
+                f"the synthesized images that this cell began with have changed ({self.place.shared}): "
+                "remove the cell's folder to begin anew"
+            )
+        self.added = []
+        for growth, digest, seconds in state["added"]:
+            if self.own is None:
+                raise CellError("what this cell added to the synthesized images was not kept: it had no folder")
+            images, labels = self.own.read(growth, digest)
+            self.images().add(images.to(self.place.device), labels.to(self.place.device))
+            self.added.append((growth, digest, seconds))
+
+    def _digests(self) -> list[str]:
+        return [self.pool.about(batch)["sha256"] for batch in range(self.batches)] if self.pool else []
+
+    def record(self) -> dict[str, Any]:
+        """Images, where they lie, what they took, and the mean final terms of the pool's batches."""
+        abouts = [self.pool.about(batch) for batch in range(self.batches)] if self.pool is not None else []
+        names = abouts[0]["terms"] if abouts else []
+        return {
+            "pool": self.pool.folder.name if self.pool is not None else None,
+            "images": self.batches * self.size,
+            "seconds": round(sum(about["seconds"] for about in abouts), 1),
+            "terms": {name: sum(about["terms"][name] for about in abouts) / len(abouts) for name in names},
+            "added_images": len(self.added) * self.size,
+            "added_seconds": round(sum(seconds for _, _, seconds in self.added), 1),
+        }
+
+
+class _Growing:
+    """Images, float16 [n, C, H, W], and labels, int64 [n], on a device, with room to grow."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels, self.n = images, labels, len(labels)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        need = self.n + len(labels)
+        if need > len(self.labels):
+            # Doubled, so that adding many batches copies each image a few times at most.
+            room = max(2 * len(self.labels), need)
+            for name in ("images", "labels"):
+                old: Tensor = getattr(self, name)
+                new = old.new_zeros((room, *old.shape[1:]))
+                new[: self.n] = old[: self.n]
+                setattr(self, name, new)
+        self.images[self.n : need], self.labels[self.n : need] = images, labels
+        self.n = need
+
+    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixel values in float32, and labels."""
+        return self.images[index].float(), self.labels[index]
+
+
+def _plain(settings: Inversion) -> dict[str, Any]:
+    return asdict(settings) | {"betas": list(settings.betas)}

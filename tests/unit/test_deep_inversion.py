@@ -1,0 +1,508 @@
+"""Images from a network alone: the terms, the optimization, the pool on disk, and batches of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, images, shortened, train, untrained_teacher
+from torch import nn
+
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
+from kdbench.engine.cohort import asked_of_teacher
+from kdbench.engine.evaluation import evaluate
+from kdbench.engine.inputs import Workplace
+from kdbench.engine.member import Member, Teacher
+from kdbench.engine.teachers import fingerprint
+from kdbench.errors import CellError, UserError
+from kdbench.files import sha256_of
+from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+from kdbench.sources.inversion import Address, Inversion, balanced, synthesize
+from kdbench.sources.made import grid
+from kdbench.sources.synthesized import SynthesizedImages
+
+REGISTRY = Registry()
+RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+MEAN, STD = torch.tensor([0.3]), torch.tensor([0.4])
+QUICK = {"batches": 2, "images": 12, "iterations": 3, "jitter": 1}
+
+
+def network(classes: int = 3) -> nn.Module:
+    """A small network with two batch norms whose statistics are no defaults."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+    with torch.no_grad():
+        # Of the size that a trained network's have.
+        model[-1].weight.mul_(30)  # type: ignore[operator,union-attr]
+    model.train()
+    for _ in range(20):
+        model(torch.randn(16, 1, 8, 8) * 2 + 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def cell(method: str | dict[str, Any], steps: int = 8, seed: int = 0, **more: Any) -> CellSpec:
+    spec = plan(RECIPE | more | {"method": method, "seeds": [seed]}, REGISTRY).cells[0].spec
+    return shortened(spec, steps)
+
+
+# --- terms
+
+
+def test_batch_norm_distance_is_that_of_a_batch_norms_own_statistics() -> None:
+    """What torch's batch norm in train mode makes its running statistics of, with momentum 1; its variance unbiased."""
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float64) * 2 + 1
+    norm = nn.BatchNorm2d(3, momentum=1.0).double().train()
+    norm(x)
+    assert norm.running_mean is not None and norm.running_var is not None
+    n = 5 * 4 * 4
+    mean, variance = torch.tensor([0.1, -0.2, 0.3]).double(), torch.tensor([1.0, 2.0, 0.5]).double()
+    expected = (norm.running_mean - mean).square().sum().sqrt()
+    expected += (norm.running_var * (n - 1) / n - variance).square().sum().sqrt()
+    assert batch_norm_distance(x, mean, variance).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert batch_norm_distance(x, norm.running_mean, norm.running_var * (n - 1) / n).item() < 1e-12
+
+
+def test_norms_and_total_variation_by_hand() -> None:
+    x = torch.tensor([[[[0.0, 1.0], [2.0, 4.0]]], [[[0.0, 0.0], [0.0, 3.0]]]])
+    # Differences across (1, 2), (0, 3); down (2, 3), (0, 3); main diagonal 4, 3; the other one 1, 0.
+    whole = math.sqrt(1 + 4 + 9) + math.sqrt(4 + 9 + 9) + math.sqrt(16 + 9) + 1
+    each = (math.sqrt(5) + math.sqrt(13) + 4 + 1 + 3 + 3 + 3 + 0) / 2
+    assert total_variation(x).item() == pytest.approx(whole, rel=1e-6)
+    assert total_variation(x, per_image=True).item() == pytest.approx(each, rel=1e-6)
+    assert l2_norm(x).item() == pytest.approx(math.sqrt(21 + 9), rel=1e-6)
+    assert l2_norm(x, per_image=True).item() == pytest.approx((math.sqrt(21) + 3) / 2, rel=1e-6)
+    # Repeating a batch k times scales norms of a whole batch by √k, means over images not at all.
+    twice = torch.cat([x, x])
+    assert total_variation(twice).item() == pytest.approx(math.sqrt(2) * whole, rel=1e-6)
+    assert total_variation(twice, per_image=True).item() == pytest.approx(each, rel=1e-6)
+
+
+def test_jensen_shannon_of_both_forms_in_closed_form() -> None:
+    """Two classes; logits T·log(odds) make probabilities that are known."""
+    p, q, t = 0.8, 0.4, 3.0
+    teacher = torch.tensor([[t * math.log(p / (1 - p)), 0.0]], dtype=torch.float64)
+    student = torch.tensor([[t * math.log(q / (1 - q)), 0.0]], dtype=torch.float64)
+    m = (p + q) / 2
+
+    def kl(a: float, b: float) -> float:
+        return a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
+
+    paper = 0.5 * kl(p, m) + 0.5 * kl(q, m)
+    code = 0.5 * kl(m, p) + 0.5 * kl(m, q)
+    assert paper != pytest.approx(code, rel=1e-3)
+    assert jensen_shannon(student, teacher, t).item() == pytest.approx(paper, rel=1e-9)
+    assert jensen_shannon(student, teacher, t, "code").item() == pytest.approx(code, rel=1e-9)
+    assert competition(student, teacher, t).item() == pytest.approx(1 - paper, rel=1e-9)
+    for form in ("paper", "code"):
+        assert jensen_shannon(teacher, teacher, t, form).item() == pytest.approx(0, abs=1e-12)
+    # Certain and opposite: the paper's reaches its bound ln 2; the code's is of clamped probabilities.
+    far = torch.tensor([[500.0, -500.0]], dtype=torch.float64)
+    assert jensen_shannon(far, -far, t).item() == pytest.approx(math.log(2), rel=1e-9)
+    clamped = 0.5 * (math.log(0.5 / 0.99) + math.log(0.5 / 0.01))
+    assert jensen_shannon(far, -far, t, "code").item() == pytest.approx(clamped, rel=1e-9)
+    with pytest.raises(ValueError, match="form"):
+        jensen_shannon(far, far, t, "other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_gradients_are_the_derivatives(form: Any) -> None:
+    torch.manual_seed(1)
+    logits = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda a, b: competition(a, b, 3.0, form), logits)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    mean, variance = torch.zeros(2).double(), torch.full((2,), 0.5).double()
+    for per_image in (False, True):
+        assert torch.autograd.gradcheck(lambda v, p=per_image: total_variation(v, p) + l2_norm(v, p), [x])
+    assert torch.autograd.gradcheck(lambda v: batch_norm_distance(v, mean, variance), [x])
+
+
+def test_the_sum_over_layers_is_that_of_the_networks_own_inputs() -> None:
+    model = network()
+    x = torch.randn(7, 1, 8, 8)
+    entering = [model[:1](x), model[:4](x)]  # type: ignore[index]
+    layers = [
+        batch_norm_distance(value, norm.running_mean, norm.running_var)
+        for value, norm in zip(entering, (model[1], model[4]), strict=True)  # type: ignore[index]
+    ]
+    with BatchNormInputs(model) as norms:
+        model(x)
+        assert norms.distance().item() == pytest.approx(sum(layers).item(), rel=1e-6)  # type: ignore[union-attr]
+        model(x)
+        assert norms.distance(first=10.0).item() == pytest.approx((10 * layers[0] + layers[1]).item(), rel=1e-6)
+        with pytest.raises(ValueError, match="did not run"):
+            norms.distance()
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_no_hook_stays_however_it_ends() -> None:
+    model = network()
+    with BatchNormInputs(model):
+        assert hooks_of(model) == 2
+    assert hooks_of(model) == 0
+    with pytest.raises(RuntimeError), BatchNormInputs(model):
+        raise RuntimeError
+    assert hooks_of(model) == 0
+    made(model, Inversion(iterations=2))
+    assert hooks_of(model) == 0
+
+    def stop(n: int, terms: dict[str, torch.Tensor]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(model, Inversion(iterations=2), watch=stop)
+    assert hooks_of(model) == 0
+    with pytest.raises(ValueError, match="no batch norm"):
+        BatchNormInputs(nn.Linear(2, 2))
+
+
+# --- synthesis
+
+
+def made(model: nn.Module, settings: Inversion, n: int = 9, batch: int = 0, **more: Any) -> Any:
+    return synthesize(model, balanced(n, 3), (1, 8, 8), settings, Address(0, "test", batch), MEAN, STD, **more)
+
+
+def test_the_statistics_come_closer_and_the_classes_are_hit() -> None:
+    model = network()
+    before = fingerprint(model)
+    terms: list[dict[str, float]] = []
+
+    def watch(n: int, found: dict[str, torch.Tensor]) -> None:
+        terms.append({name: value.item() for name, value in found.items()})
+
+    result = made(model, Inversion(iterations=200, feature=0.3, jitter=1), watch=watch)
+    assert len(terms) == 200
+    assert result.terms["feature"] < 0.3 * terms[0]["feature"]
+    logits = model((result.images - MEAN) / STD)
+    assert (logits.argmax(1) == result.labels).float().mean() > 0.5
+    assert result.terms["cross_entropy"] < 0.5 * terms[0]["cross_entropy"]
+    assert fingerprint(model) == before and all(p.grad is None for p in model.parameters())
+    # What is reported are the terms of what is returned, unweighted, and their weighted sum.
+    with BatchNormInputs(model) as norms:
+        model((result.images - MEAN) / STD)
+        assert norms.distance().item() == pytest.approx(result.terms["feature"], rel=1e-3)
+    parts = result.terms["cross_entropy"] + 0.3 * result.terms["feature"] + 2.5e-5 * result.terms["tv"]
+    assert result.terms["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_noise_and_deep_dream_are_settings() -> None:
+    model = network()
+    noise = made(model, Inversion(iterations=0))
+    normalized = (noise.images - MEAN) / STD
+    assert abs(normalized.mean().item()) < 0.15 and abs(normalized.std().item() - 1) < 0.1
+    dream = made(model, Inversion(iterations=30, feature=0.0))
+    assert "feature" not in dream.terms and dream.terms["cross_entropy"] < noise.terms["cross_entropy"]
+    # Neither needs a network with batch norms.
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    made(plain, Inversion(iterations=2, feature=0.0))
+    with pytest.raises(ValueError, match="no batch norm"):
+        made(plain, Inversion(iterations=2))
+
+
+def test_the_best_iterate_is_kept_where_it_is_asked_for() -> None:
+    model = network()
+    losses: list[float] = []
+    settings = Inversion(iterations=7, lr=10.0, feature=1.0, jitter=0, keep="best")
+    best = made(model, settings, watch=lambda n, found: losses.append(found["loss"].item()))
+    last = made(model, replace(settings, keep="last"))
+    # At such a rate the loss goes up and down: the two are different images.
+    assert best.terms["loss"] == pytest.approx(min(losses), rel=1e-6) and min(losses) < losses[-1]
+    assert last.terms["loss"] != pytest.approx(best.terms["loss"], rel=1e-3)
+    again = made(model, replace(settings, iterations=losses.index(min(losses)), keep="last"))
+    assert torch.equal(again.images, best.images)
+
+
+def test_a_batch_is_a_function_of_its_address() -> None:
+    model = network()
+    settings = Inversion(iterations=4, flip=True)
+    torch.manual_seed(1)
+    a = made(model, settings, batch=3).images
+    torch.manual_seed(2)
+    assert torch.equal(a, made(model, settings, batch=3).images)
+    assert not torch.equal(a, made(model, settings, batch=4).images)
+
+
+def test_values_stay_where_pixels_can_be() -> None:
+    model = network()
+    assert made(model, Inversion(iterations=10, lr=1.0, clip=True)).images.aminmax() == pytest.approx((0, 1), abs=1e-6)
+    low, high = made(model, Inversion(iterations=10, lr=1.0)).images.aminmax()
+    assert low < 0 and high > 1
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_competition_makes_images_on_which_student_and_teacher_disagree(form: Any) -> None:
+    teacher, student = network(), network()
+    torch.manual_seed(3)
+    for parameter in student.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter)).requires_grad_()
+    before = fingerprint(student)
+
+    def look(pixels: torch.Tensor) -> torch.Tensor:
+        return student((pixels - MEAN) / STD)
+
+    def apart(settings: Inversion) -> float:
+        x = made(teacher, settings, student=look).images
+        return jensen_shannon(look(x), teacher((x - MEAN) / STD)).item()
+
+    plain = Inversion(iterations=60, feature=0.0, jitter=0)
+    assert apart(replace(plain, competition=10.0, form=form)) > 1.2 * apart(plain)
+    assert fingerprint(student) == before and all(p.grad is None for p in student.parameters())
+    with pytest.raises(ValueError, match="needs a student"):
+        made(teacher, replace(plain, competition=1.0))
+
+
+def test_a_teacher_in_train_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        made(network().train(), Inversion(iterations=1))
+
+
+# --- the pool
+
+
+def place_of(spec: CellSpec, teacher: Teacher, folder: Path) -> Workplace:
+    stage = next(iter(spec.method.stages))
+    return Workplace(spec, stage, CPU, teacher.eyes(), "abc", folder / "cell", folder / "shared")
+
+
+def prepared(spec: CellSpec, teacher: Teacher, folder: Path, stopping: Any = lambda: False) -> list[str]:
+    told: list[str] = []
+    stage = next(iter(spec.method.stages.values()))
+    assert stage.source is not None
+    place = place_of(spec, teacher, folder)
+    SynthesizedImages.prepare(place, told.append, stopping, **stage.source.options)
+    return told
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {f.name: sha256_of(f) for f in sorted(folder.glob("shared/synthesized/*/*.safetensors"))}
+
+
+def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK, "batches": 4})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    told = prepared(spec, teacher, tmp_path / "a")
+    assert len(told) == 4 and "batch 4 of 4" in told[-1] and "left" in told[-1]
+    whole = files(tmp_path / "a")
+    assert len(whole) == 4 and len(set(whole.values())) == 4
+
+    # Stopped in the middle of the second batch: what it had of that is lost, the first batch is kept.
+    calls = iter(range(100))
+    prepared(spec, teacher, tmp_path / "b", stopping=lambda: next(calls) >= 4)
+    assert list(files(tmp_path / "b")) == ["batch_00000.safetensors"]
+    # Killed between a batch's images and its JSON file: that batch is made again.
+    pool = next((tmp_path / "b").glob("shared/synthesized/*"))
+    (pool / "batch_00001.safetensors").write_bytes(b"half")
+    (pool / ".batch_00001.safetensors.x.part").write_bytes(b"less")
+    assert len(prepared(spec, teacher, tmp_path / "b")) == 3
+    assert files(tmp_path / "b") == whole and not list(pool.glob(".*.part"))
+    assert prepared(spec, teacher, tmp_path / "b") == []
+    assert (pool / "grid.png").read_bytes()[:4] == b"\x89PNG"
+    about = __import__("json").loads((pool / "batch_00002.json").read_text())
+    assert {"sha256", "seconds", "terms", "torch", "threads"} <= set(about) and about["terms"]["feature"] > 0
+
+
+def test_a_pool_belongs_to_teacher_settings_and_seed(tmp_path: Path) -> None:
+    def pool(method: dict[str, Any], seed: int = 0, sha: str = "abc") -> str:
+        spec = cell({"name": "deep_inversion", **QUICK} | method, seed=seed)
+        teacher = untrained_teacher(spec)
+        assert teacher is not None
+        place = replace(place_of(spec, teacher, tmp_path), teacher_sha256=sha)
+        source = next(iter(spec.method.stages.values())).source
+        assert source is not None
+        made = SynthesizedImages(place, **source.options).pool
+        assert made is not None
+        return made.folder.name
+
+    base = pool({})
+    assert pool({"batches": 7}) == base, "a larger pool begins with the smaller one"
+    assert pool({"name": "adaptive_deep_inversion"}) == base, "an adaptive cell begins with the plain pool"
+    assert pool({"pool_seed": 0}, seed=5) == base
+    others = [pool({}, seed=5), pool({}, sha="abd"), pool({"feature": 1.0}), pool({"images": 11})]
+    assert len({base, *others}) == 5
+
+
+def test_what_changed_on_disk_is_noticed(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    member, batches = member_in(spec, teacher, tmp_path)
+    with pytest.raises(UserError, match="0 of 2 batches"):
+        train(member, batches, teacher, 1)
+    prepared(spec, teacher, tmp_path)
+    file = next(tmp_path.glob("shared/synthesized/*/batch_00001.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(UserError, match="has changed"):
+        train(member, batches, teacher, 1)
+
+
+def test_a_grid_shows_the_images() -> None:
+    x = torch.zeros(9, 3, 4, 4)
+    x[8, 0] = 2.0
+    picture = grid(x, zoom=1)
+    assert picture.size == (8 * 5 + 1, 2 * 5 + 1) and picture.getpixel((2, 7)) == (255, 0, 0)
+    assert grid(x[:, :1], zoom=3).size == (3 * 41, 3 * 11)
+
+
+# --- training on it
+
+
+class Untouchable:
+    """Stands for images that nobody may read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a real training image was read ({name})")
+
+    __getitem__ = __len__ = __iter__ = __getattr__  # type: ignore[assignment]
+
+
+def member_in(spec: CellSpec, teacher: Teacher, folder: Path, guarded: bool = False) -> tuple[Member, Batches]:
+    data = images(spec.data, per_class=4)
+    if guarded:
+        data = replace(data, train_images=Untouchable())  # type: ignore[arg-type]
+    batches = Batches(spec, data, CPU)
+    places: Any = {"teacher_sha256": "abc", "folder": folder / "cell", "shared": folder / "shared"}
+    return Member(spec, batches, teacher, CPU, places=places), batches
+
+
+DATA_FREE = ["deep_inversion", "adaptive_deep_inversion", "adaptive_deep_inversion_code", "noise_kd", "deep_dream_kd"]
+
+
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_no_real_training_image_is_read(method: str, tmp_path: Path) -> None:
+    own = {k: v for k, v in QUICK.items() if k in ("batches", "images") or method != "noise_kd"}
+    own |= {"every": 2} if "adaptive" in method else {}
+    spec = cell({"name": method, **own}, steps=4)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    member, batches = member_in(spec, teacher, tmp_path, guarded=True)
+    train(member, batches, teacher, 4)
+    assert evaluate(member, batches.test, batches.validation, teacher)["test"]["accuracy"] >= 0
+    assert member.finished
+    # The guard guards: a step on the data set's batch is seen.
+    with pytest.raises(AssertionError, match="real training image"):
+        batches.at(0, member.timeline)
+
+
+def test_batches_carry_the_pools_images_and_labels(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    member, _ = member_in(spec, teacher, tmp_path)
+    source = member.sources["distillation"]
+    pool, labels = source.images().images, source.images().labels  # type: ignore[attr-defined]
+    seen: list[int] = []
+    for step in range(3):
+        batch = source.sets(moment(member, step))["data"]
+        assert batch.images.dtype == torch.float32 and batch.labels is not None and len(batch.labels) == 8
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            at = (pool.float() == image).flatten(1).all(1).nonzero().flatten().tolist()
+            assert len(at) == 1 and labels[at[0]] == label
+            seen += at
+    # 24 images, batches of 8: every image once in a pass, in another order in the next.
+    assert sorted(seen) == list(range(24)) and seen != sorted(seen)
+    assert not torch.equal(source.sets(moment(member, 3))["data"].images, source.sets(moment(member, 0))["data"].images)
+
+
+def moment(member: Member, step: int) -> Any:
+    from kdbench.engine.inputs import Eyes, Moment
+
+    return Moment(step, step / member.timeline.total, {}, {}, Eyes(member.student, member.normalizer))
+
+
+def test_a_cohort_with_the_data_sets_batches_changes_nothing(tmp_path: Path) -> None:
+    """The shared teacher's logits of real images are not those of made ones."""
+    spec, other = cell({"name": "deep_inversion", **QUICK}), cell("kd")
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    alone, batches = member_in(spec, teacher, tmp_path)
+    train(alone, batches, teacher, 3)
+    beside, _ = member_in(spec, teacher, tmp_path)
+    plain, _ = member_in(other, teacher, tmp_path)
+    for step in range(3):
+        sets = batches.sets(step, plain.timeline, plain.shared_sets())
+        taught = teacher.step(sets, asked_of_teacher([beside, plain]))
+        for member in (beside, plain):
+            member.train_step({name: sets[name] for name in member.shared_sets()}, taught)
+    assert fingerprint(beside.student.model) == fingerprint(alone.student.model)
+
+
+def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=11)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    whole, batches = member_in(spec, teacher, tmp_path)
+    train(whole, batches, teacher, 11)
+    source: Any = whole.sources["distillation"]
+    assert [number for number, _, _ in source.added] == [1, 2, 3] and len(source.images()) == 24 + 3 * 12
+    added = {f.name: sha256_of(f) for f in (tmp_path / "cell").glob("**/*.safetensors")}
+    assert len(set(added.values())) == 3
+    record = source.record()
+    assert record["images"] == 24 and record["added_images"] == 36 and record["terms"]["loss"] > 0
+
+    # Killed at every step: between the checkpoint and the kill it went on, so files of later growths are there.
+    for kill in (2, 3, 4, 7):
+        folder = tmp_path / f"killed{kill}"
+        folder.mkdir()
+        (folder / "shared").symlink_to(tmp_path / "shared")
+        first, _ = member_in(spec, teacher, folder)
+        train(first, batches, teacher, kill)
+        checkpoint.save(folder, {"key": {}, **first.state()})
+        train(first, batches, teacher, 3)
+        state = checkpoint.load(folder, {})
+        assert state is not None
+        second, _ = member_in(spec, teacher, folder)
+        second.load_state(state)
+        train(second, batches, teacher, 11 - kill)
+        assert fingerprint(second.student.model) == fingerprint(whole.student.model), f"killed at step {kill}"
+        assert {f.name: sha256_of(f) for f in (folder / "cell").glob("**/*.safetensors")} == added
+
+
+def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    member, batches = member_in(spec, teacher, tmp_path)
+    train(member, batches, teacher, 2)
+    state = member.state()
+    about = next(tmp_path.glob("shared/synthesized/*/batch_00000.json"))
+    about.write_text(about.read_text().replace('"sha256": "', '"sha256": "0', 1))
+    again, _ = member_in(spec, teacher, tmp_path)
+    with pytest.raises(CellError, match="have changed"):
+        again.load_state(state)
+
+
+def test_settings_that_make_no_sense_are_told() -> None:
+    spec = cell({"name": "deep_inversion", "rate": 0.0})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    with pytest.raises(UserError, match="'lr' cannot be 0"):
+        member_in(spec, teacher, Path("nowhere"))
+    with pytest.raises(UserError, match="unknown key"):
+        cell({"name": "noise_kd", "iterations": 3})
