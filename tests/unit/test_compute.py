@@ -45,16 +45,21 @@ def teacher_of(spec: CellSpec, way: Computing) -> Teacher | None:
 
 def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[tuple[float, list[torch.Tensor]]]:
     """Loss and gradients of every cell's first step in a stage, all computed in one way."""
-    of = next((spec for spec in specs if spec.target), specs[0])
-    batches = batches_for(of, images(of.data, per_class=4))
+    # Cells with the same data share their batches; the images are the same in all.
+    made = {str((spec.data, spec.target)): spec for spec in specs}
+    of_data = {key: batches_for(spec, images(spec.data, per_class=4)) for key, spec in made.items()}
+    own_batches = [of_data[str((spec.data, spec.target))] for spec in specs]
     teacher = next((t for t in (teacher_of(spec, way) for spec in specs) if t), None)
-    members = [Member(spec, batches, teacher if spec.teacher else None, CPU, way) for spec in specs]
+    members = [
+        Member(spec, batches, teacher if spec.teacher else None, CPU, way)
+        for spec, batches in zip(specs, own_batches, strict=True)
+    ]
     for member, stage in zip(members, stages, strict=True):
         member.step = member.timeline.spans[stage].start
         member.enter(stage)
-    make_graphs(members, batches, teacher)
+    make_graphs(members, own_batches[0], teacher)
     result = []
-    for member in members:
+    for member, batches in zip(members, own_batches, strict=True):
         for pacer in member.pacers:
             pacer.optimizer.step = lambda *_: None  # type: ignore[method-assign]
         step(member, batches, teacher, at=0)

@@ -36,6 +36,9 @@ def test_every_name_and_path_leads_somewhere(name):
         if parents[-1] == "source":
             source = REGISTRY.card("sources", node["name"])
             known = set(REGISTRY.settable(source.target, source))
+        if parents[-1] == "begins":
+            operation = REGISTRY.card("operations", node["name"])
+            known = set(REGISTRY.settable(operation.target, operation))
         if parents[-1] == "batch_norm":
             known = {"data", *REGISTRY.card("sources", tree["stages"][parents[1]]["source"]["name"]).gives}
         if "loss" in node:
