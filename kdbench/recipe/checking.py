@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdbench.cards import Anchors, MethodCard, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.cards import Anchors, MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.loading import find, load
 from kdbench.recipe.resolving import Variant, model_spec, resolve_method, teacher_spec
@@ -68,6 +68,12 @@ def _check_parameter(card: MethodCard, name: str, path: str, registry: Registry,
         known = list(StageCard.model_fields)
         if parts[2] == "anchors" and len(parts) == 4 and card.stages[parts[1]].anchors is not None:
             known, parts = list(Anchors.model_fields), parts[1:]
+        for key, kind in (("source", "sources"), ("begins", "operations")):
+            named: Named | None = getattr(card.stages[parts[1]], key)
+            if parts[2] == key and len(parts) == 4 and named is not None:
+                target = registry.card(kind, named.name)
+                known, parts = list(registry.settable(target.target, target)), parts[1:]
+                break
         if parts[2] == "losses" and len(parts) >= 5 and parts[3] in card.stages[parts[1]].losses:
             loss = registry.card("losses", card.stages[parts[1]].losses[parts[3]].loss)
             known = [*TermCard.model_fields, *registry.settable(loss.target, loss)]

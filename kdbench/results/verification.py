@@ -195,7 +195,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "size of the teacher", record.teacher.name, size)
             add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
         streams = (record.model_extra or {}).get("seeds", {}).get("streams")
-        add(name, "list of random streams", (record.kdbench, record.target is None), streams)
+        stages = record.spec.get("method", {}).get("stages", {}).values()
+        # Batch sources have streams of their own.
+        drawing = [stage["source"]["target"] for stage in stages if stage.get("source")]
+        add(name, "list of random streams", json.dumps([record.kdbench, record.target is None, drawing]), streams)
     for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
         for name, record in folder.planned.items():
             spec = spec_of(record)

@@ -399,7 +399,7 @@ def test_no_real_training_image_is_read(method: str, tmp_path: Path) -> None:
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path, guarded=True)
     train(member, batches, teacher, 4)
-    assert evaluate(member, batches.test, batches.validation, teacher)["test"]["accuracy"] >= 0
+    assert evaluate(member, batches, teacher)["test"]["accuracy"] >= 0
     assert member.finished
     # The guard guards: a step on the data set's batch is seen.
     with pytest.raises(AssertionError, match="real training image"):

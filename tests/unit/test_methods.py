@@ -33,8 +33,8 @@ def test_every_name_and_path_leads_somewhere(name):
         known = set(StageCard.model_fields)
         if parents[-1] == "anchors":
             known = set(Anchors.model_fields)
-        if parents[-1] == "source":
-            source = REGISTRY.card("sources", node["name"])
+        if parents[-1] in ("source", "begins"):
+            source = REGISTRY.card("sources" if parents[-1] == "source" else "operations", node["name"])
             known = set(REGISTRY.settable(source.target, source))
         if parents[-1] == "begins":
             operation = REGISTRY.card("operations", node["name"])
