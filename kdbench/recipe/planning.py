@@ -45,12 +45,18 @@ class Plan:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tuple[str, ...] = ()) -> Plan:
+def plan(
+    recipe: str | Path | dict[str, Any],
+    registry: Registry,
+    overrides: tuple[str, ...] = (),
+    weights_must_exist: bool = True,
+) -> Plan:
     """The cells of a recipe.
 
     Args:
         recipe: file, shipped name, or plain data.
         overrides: texts `dotted.path=value`.
+        weights_must_exist: whether weights of a teacher that cannot be downloaded must be here, as for training.
     Raises:
         UserError: for whatever the schema and the cards can tell.
     """
@@ -64,7 +70,7 @@ def plan(recipe: str | Path | dict[str, Any], registry: Registry, overrides: tup
     unused = {key: tree.origin(("method", key)) for key in base.method if "method" in base.compare and key != "name"}
     for order, combination in enumerate(_combinations(base, tree)):
         variant = _variant(tree, combination)
-        first, foreign = resolve(variant, seeds[0], registry)
+        first, foreign = resolve(variant, seeds[0], registry, weights_must_exist)
         unused = {key: where for key, where in unused.items() if key in foreign}
         axes = {path: value for path, value in variant.axes.items() if not _is_foreign(path, foreign)}
         for seed in seeds:

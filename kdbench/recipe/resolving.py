@@ -69,7 +69,9 @@ class Variant:
     own: frozenset[str] = frozenset()
 
 
-def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, set[str]]:
+def resolve(
+    variant: Variant, seed: int, registry: Registry, weights_must_exist: bool = True
+) -> tuple[CellSpec, set[str]]:
     """The cell of a variant and a seed, and the parts of the recipe that mean nothing to it."""
     tree = variant.tree
     recipe = typed(tree)
@@ -112,7 +114,7 @@ def resolve(variant: Variant, seed: int, registry: Registry) -> tuple[CellSpec, 
                 where=tree.origin(()),
                 hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')",
             )
-        teacher = teacher_spec(tree, registry)
+        teacher = teacher_spec(tree, registry, weights_must_exist)
         _check_channels(teacher.normalization, data, tree.origin(("teacher",)))
         if method.starts_from == "teacher":
             # Its weights mean what they do for images that are normalized as its own were.

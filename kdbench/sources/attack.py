@@ -83,7 +83,7 @@ def boundary_attack(
         raise ValueError(
             f"rate must be positive, iterations at least 1, epsilon at least 0: {eta}, {iterations}, {epsilon}"
         )
-    x, logits = images.detach().clone(), None
+    x, logits = images.detach(), None
     # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
     rows = torch.arange(len(images), device=images.device)
     for done in range(iterations + 1):

@@ -175,7 +175,8 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "table", "ls", "show", "cp", "check", "plot", "schema", "verify", "publish", "reproduce"]
+    "command",
+    ["run", "table", "ls", "show", "cp", "check", "plot", "boundary", "schema", "verify", "publish", "reproduce"],
 )
 def test_help_has_examples(command: str, kdbench: Kdbench) -> None:
     assert f"kdbench {command}" in kdbench(command, "--help").stdout

@@ -163,7 +163,9 @@ def test_the_attack_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("size", [3, 8, 64])
 def test_base_samples_are_those_of_a_naive_loop(size: int) -> None:
     student, teacher = 3 * numbers(40, 5, seed=3), 3 * numbers(40, 5, seed=4)
-    labels = torch.where(numbers(40, seed=5) > -0.5, teacher.argmax(dim=1), torch.arange(40) % 5)
+    # Right for both, for the teacher alone, for the student alone.
+    labels = torch.where(numbers(40, seed=5) > 0, teacher.argmax(dim=1), student.argmax(dim=1))
+    student = torch.where((torch.arange(40) % 2 == 0)[:, None], teacher + 0.5 * student, student)
     scored = []
     for i in range(40):
         y = int(labels[i])
@@ -624,12 +626,12 @@ def test_where_the_authors_teachers_attacks_end(cifar10_root: Path, teacher_fold
     network = bss_resnet(26, classes=10).eval().requires_grad_(False)
     network.load_state_dict(load_file(teacher_folder / "bss_resnet26_cifar10.safetensors"))
     normalization = REGISTRY.card("teachers", "bss_resnet26_cifar10").normalization
-    x = normalize(data.test_images[::50], normalization.mean, normalization.std)
+    x = normalize(data.test_images[::100], normalization.mean, normalization.std)
     with torch.no_grad():
         logits = network(x)
-    right = logits.argmax(dim=1) == data.test_labels[::50]
+    right = logits.argmax(dim=1) == data.test_labels[::100]
     x, (base, target) = x[right], logits[right].topk(2, dim=1).indices.unbind(dim=1)
-    assert len(x) > 170
+    assert len(x) > 80
     results = {}
     for rule in ("newton", "released"):
         found = boundary_attack(network, x, base, target, step=rule, clamp=(-2.5, 2.5))
