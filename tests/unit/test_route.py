@@ -251,6 +251,23 @@ def test_the_loss_is_taken_against_the_anchor() -> None:
     assert member.meter.result()["kd"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["rco", "rco_one_stage", "rco_greedy", "ab_teacher_train"])
+def test_a_cell_with_its_own_teacher_is_the_same_beside_others(method: str) -> None:
+    """The pass of the cohort's shared teacher lies there for the others, and is not taken."""
+    specs = [short(name, 8) for name in (method, "kd", "ab")]
+    if method == "rco_greedy":
+        specs = [s.model_copy(update={"data": specs[0].data}) for s in specs]
+    alone, batches, teacher = member_of(specs[0])
+    train(alone, batches, teacher, 8)
+    members = [Member(spec, batches, teacher, CPU) for spec in specs]
+    seats = [Seat(m, Path(), {}, None) for m in members]  # type: ignore[arg-type]
+    cohort = Cohort(seats, batches, teacher, lambda *_: None, lambda _: None, lambda: False)
+    for at in range(8):
+        cohort.step(seats, at)
+    assert [seat.failure for seat in seats] == [None] * 3
+    assert fingerprint(members[0].student.model) == fingerprint(alone.student.model)
+
+
 class OneAtATime(MadeUpRoute):
     """Notices when weights that it gave before are still held somewhere, and counts the networks of a class."""
 
