@@ -15,7 +15,7 @@ from kdbench.engine.runner import is_finished, teacher_folder
 from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
 from kdbench.engine.timeline import planned_timeline, training_images
 from kdbench.recipe.planning import PlannedCell
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.sources.folder import cores
 
 
@@ -39,8 +39,18 @@ class Estimate:
     def cell(self, spec: CellSpec) -> float:
         """Seconds of one cell: training and evaluation, without its teacher."""
         size, line = self.size(spec.student, spec.data), planned_timeline(spec)
-        tested = len(line.evaluations) * spec.data.test
-        return _images(spec) * size.training + tested * size.forward
+        tests = [part.test for part in (spec.data, spec.target) if part is not None]
+        total = len(line.evaluations) * sum(tests) * size.forward
+        for span in line.spans:
+            stage, images = spec.method.stages[span.name], span.steps * _batch(spec)
+            seen = {name: _sets(stage, name) for name in ("student", "teacher")}
+            total += images * len(seen["student"]) * size.training
+            if spec.teacher is not None and "teacher" in stage.trains:
+                own = self.size(spec.teacher.model, spec.teacher.knows(spec.data))
+                # In turns, it runs for its own step and again for the student's.
+                total += images * len(seen["teacher"]) * (own.training + own.forward * stage.alternating)
+                total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
+        return total
 
     def passes(self, spec: CellSpec) -> float:
         """Seconds of the teacher's passes for one cell that has them for itself."""
@@ -91,4 +101,19 @@ def workers(device: torch.device, cells: int) -> int:
 
 def _images(spec: CellSpec) -> int:
     """Images that a cell trains on."""
-    return planned_timeline(spec).total * min(spec.protocol.batch_size, training_images(spec.data))
+    return planned_timeline(spec).total * _batch(spec)
+
+
+def _batch(spec: CellSpec) -> int:
+    return min(spec.protocol.batch_size, training_images(spec.data))
+
+
+def _sets(stage: StageSpec, network: str) -> set[str]:
+    """Input sets on which a stage runs a network; the student's are at least one where it trains."""
+    found: set[str] = set()
+    for term in stage.losses.values():
+        if term.of == network:
+            found |= {term.input, *([term.against] if term.against else [])}
+        elif network == "teacher" and "teacher" in term.loss.inputs:
+            found.add(term.input)
+    return found
