@@ -84,9 +84,10 @@ def test_targets_have_images_alone_and_go_round_by_themselves() -> None:
     spec = cell(steps=40)
     assert spec.target is not None
     target = images(spec.target, per_class=2, seed=1)
-    batches = Batches(spec, images(spec.data, per_class=4), CPU, target)
-    member, _, _ = member_of(spec)
-    line = member.timeline
+    source = images(spec.data, per_class=4)
+    batches = Batches(spec, source, CPU, target)
+    line = member_of(spec, source)[0].timeline
+    assert line.batches_per_epoch == 5
     plain = {image.numpy().tobytes() for image in target.train_images}
     for image in list(target.train_images):
         for flip in (False, True):
