@@ -66,14 +66,16 @@ def _check_parameter(card: MethodCard, name: str, path: str, registry: Registry,
     known: list[str] = []
     if len(parts) >= 3 and parts[0] == "stages" and parts[1] in card.stages:
         known = list(StageCard.model_fields)
-        if parts[2] == "anchors" and len(parts) == 4 and card.stages[parts[1]].anchors is not None:
-            known, parts = list(Anchors.model_fields), parts[1:]
         for key, kind in (("source", "sources"), ("begins", "operations")):
             named: Named | None = getattr(card.stages[parts[1]], key)
             if parts[2] == key and len(parts) == 4 and named is not None:
                 target = registry.card(kind, named.name)
-                known, parts = list(registry.settable(target.target, target)), parts[1:]
-                break
+                options = list(registry.settable(target.target, target))
+                if parts[3] not in options:
+                    hint = did_you_mean(parts[3], options)
+                    raise UserError(f"the parameter '{name}' points to nothing: {path}", where=where, hint=hint)
+        if parts[2] == "anchors" and len(parts) == 4 and card.stages[parts[1]].anchors is not None:
+            known, parts = list(Anchors.model_fields), parts[1:]
         if parts[2] == "losses" and len(parts) >= 5 and parts[3] in card.stages[parts[1]].losses:
             loss = registry.card("losses", card.stages[parts[1]].losses[parts[3]].loss)
             known = [*TermCard.model_fields, *registry.settable(loss.target, loss)]

@@ -20,7 +20,7 @@ from kdbench.engine.inputs import Workplace
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
-from kdbench.files import sha256_of
+from kdbench.files import sha256_of, weight_folders
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
@@ -506,3 +506,66 @@ def test_settings_that_make_no_sense_are_told() -> None:
         member_in(spec, teacher, Path("nowhere"))
     with pytest.raises(UserError, match="unknown key"):
         cell({"name": "noise_kd", "iterations": 3})
+
+
+# --- real teachers
+
+WEIGHTS = Path(__file__).parents[2].parent / "shared" / "teachers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any((folder / "resnet20-12fca82f.th").is_file() for folder in (WEIGHTS, *weight_folders())),
+    reason="needs the public CIFAR-10 weights resnet20-12fca82f.th and resnet32-d509ac18.th (set KDBENCH_WEIGHTS)",
+)
+def test_an_independent_network_recognizes_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-32, trained by itself, on images from ResNet-20: chance is 10 %, and images are few and quickly made."""
+    from kdbench.engine.teachers import load_teacher, locate
+
+    if not any((folder / "resnet20-12fca82f.th").is_file() for folder in weight_folders()):
+        monkeypatch.setenv("KDBENCH_WEIGHTS", str(WEIGHTS))
+    teachers = []
+    for name in ("resnet20_cifar10", "resnet32_cifar10"):
+        recipe = {"data": "cifar10", "teacher": name, "student": "resnet20", "protocol": "ab_official", "method": "kd"}
+        spec = plan(recipe, REGISTRY).cells[0].spec
+        assert spec.teacher is not None and spec.teacher.weights is not None
+        teachers.append(load_teacher(spec.teacher, spec.data, locate(spec.teacher.weights, False), CPU))
+    own, other = teachers
+    settings = Inversion(iterations=100, feature=1.0, decay="cosine", tv=1e-3)
+    mean, std = own.normalizer.mean, own.normalizer.std
+    result = synthesize(own.network.model, balanced(30, 10), (3, 32, 32), settings, Address(0, "x", 0), mean, std)
+    assert result is not None
+
+    def accuracy(teacher: Teacher) -> float:
+        return (teacher(result.images, ["logits"])["logits"].argmax(1) == result.labels).float().mean().item()
+
+    assert accuracy(own) > 0.8
+    assert accuracy(other) > 0.3
+
+
+@pytest.mark.slow
+def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> None:
+    """A real teacher of the digits, trained here for a few steps; no student sees a real image."""
+    from kdbench.engine.batches import load_data
+
+    def real(method: str | dict[str, Any], steps: int, **more: Any) -> CellSpec:
+        return plan(RECIPE | more | {"method": method, "steps": steps, "compute": "reference"}, REGISTRY).cells[0].spec
+
+    spec = real("ce", 150, student="wrn_10_1")
+    data = load_data(spec.data, [], False, tmp_path)
+    first = Member(spec, Batches(spec, data, CPU), None, CPU)
+    train(first, Batches(spec, data, CPU), None, 150)
+    extractor = first.student.extractor
+    shapes = extractor.shapes((1, 8, 8))
+    teacher = Teacher(extractor, first.normalizer, shapes)
+    accuracies = {}
+    for method in ("noise_kd", "deep_inversion"):
+        more = {} if method == "noise_kd" else {"iterations": 100, "feature": 1.0, "jitter": 0}
+        spec = real({"name": method, "batches": 2, "images": 128, **more}, 150)
+        prepared(spec, teacher, tmp_path)
+        batches = Batches(spec, replace(data, train_images=Untouchable()), CPU)  # type: ignore[arg-type]
+        places: Any = {"teacher_sha256": "abc", "folder": tmp_path / method, "shared": tmp_path / "shared"}
+        member = Member(spec, batches, teacher, CPU, places=places)
+        train(member, batches, teacher, 150)
+        accuracies[method] = evaluate(member, batches, teacher)["test"]["accuracy"]
+    assert accuracies["deep_inversion"] > accuracies["noise_kd"] + 5 and accuracies["deep_inversion"] > 80
