@@ -38,6 +38,7 @@ def build(registry: list[Path]) -> dict[str, Any]:
     properties = schema["properties"]
     for key, kind in (
         ("data", "datasets"),
+        ("target", "datasets"),
         ("teacher", "teachers"),
         ("student", "models"),
         ("protocol", "protocols"),
