@@ -54,6 +54,7 @@ def build(registry: list[Path]) -> dict[str, Any]:
     }
     methods = {"items": {"anyOf": [{"enum": cards.names("methods")}, {"type": "object"}]}, "type": "array"}
     properties["compare"] = {**properties["compare"], "properties": {"method": methods}}
-    # A recipe with an include takes the rest from there.
-    schema.pop("required", None)
+    # A recipe with an include takes the rest from there, also of a mapping of which it says only a part.
+    for part in (schema, *(schema["$defs"][name] for name in ("DataChoice", "TargetChoice", "StudentChoice"))):
+        part.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
