@@ -366,8 +366,9 @@ def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
     return {
         "precision": way.precision,
         "layout": way.layout,
-        "compile": way.compile,
-        "cuda_graphs": way.cuda_graphs,
+        # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
+        "compile": any(network.graphs for network in networks),
+        "cuda_graphs": way.cuda_graphs and any(network.graphs for network in networks),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": "float32, eager",
         **({"not_compiled": network.untraceable} if (network := _untraceable(networks)) else {}),
