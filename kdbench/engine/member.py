@@ -396,6 +396,7 @@ class Member:
         """
         self._begin_anchor()
         if self.span.name in self.operations and self.span.name not in self.performed:
+            torch.manual_seed(address(self.spec.seed, f"operation/{self.span.name}", self.step))
             self.operations[self.span.name].perform(self._occasion())
             self.performed.append(self.span.name)
             self.set_modes()

@@ -181,7 +181,8 @@ def _data(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         card,
         fraction=choice.fraction,
         per_class=choice.per_class,
-        only_classes=sorted(set(choice.only_classes)) if choice.only_classes else None,
+        # All classes are no choice among them.
+        only_classes=sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None,
         validation=choice.validation,
         split_seed=choice.split_seed,
         root=choice.root,

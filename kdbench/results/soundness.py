@@ -108,9 +108,11 @@ def _teacher(record: Record) -> Iterator[str]:
         return
     if (weights := spec.get("weights")) is not None:
         yield from _same("teacher.sha256", teacher.sha256, weights.get("sha256"))
-    said = spec.get("accuracy")
-    if said is not None and teacher.accuracy is not None and abs(teacher.accuracy - said) > TEACHER_TOLERANCE:
-        yield f"teacher.accuracy is {teacher.accuracy}, its card says {said}"
+    # Its card speaks of the data that it knows: with a target domain, those of the source.
+    key = "accuracy" if record.target is None else "source_accuracy"
+    said, found = spec.get("accuracy"), getattr(teacher, key)
+    if said is not None and found is not None and abs(found - said) > TEACHER_TOLERANCE:
+        yield f"teacher.{key} is {found}, its card says {said}"
 
 
 def _route(record: Record, spec: CellSpec) -> Iterator[str]:

@@ -83,7 +83,10 @@ class BoundarySamples(Source):
         base = batch.labels[rows]
         # A draw belongs to its image, whatever rank that has among the others.
         drawn = torch.from_numpy(uniform(len(batch.labels), self.place.spec.seed, STREAM, moment.step))
-        target = target_classes(teacher[rows], base, drawn.to(rows.device)[rows])
+        if rows.is_cuda:
+            # From pinned memory, or the host would wait for everything before it.
+            drawn = drawn.pin_memory().to(rows.device, non_blocking=True)
+        target = target_classes(teacher[rows], base, drawn[rows])
         normalizer = self.teacher.normalizer
         found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
         if self.reject:

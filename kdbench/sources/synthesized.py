@@ -180,13 +180,19 @@ class SynthesizedImages(Source):
         labels = torch.tensor(self.classes)[turn].to(self.place.device)
         normalizer = self.teacher.normalizer
         model = self.teacher.network.model
+        name = self.teacher.network.extractor.model_name
         try:
-            return synthesize(
+            made = synthesize(
                 model, labels, self.image_shape, settings, draws, normalizer.mean, normalizer.std, student, stopping
             )
         except ValueError as error:
-            name = self.teacher.network.extractor.model_name
             raise UserError(f"images cannot be synthesized from '{name}': {error}") from None
+        if made is not None and not bool(torch.isfinite(halves(made.images)).all()):
+            raise UserError(
+                f"the images synthesized from '{name}' grew out of all bounds in batch {draws.batch}",
+                hint="try a smaller learning rate ('rate'), or smaller weights",
+            )
+        return made
 
     def _about(self, made: Synthesized, start: float) -> dict[str, Any]:
         return {

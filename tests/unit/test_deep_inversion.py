@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -319,8 +320,16 @@ def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert files(tmp_path / "b") == whole and not list(pool.glob(".*.part"))
     assert prepared(spec, teacher, tmp_path / "b") == []
     assert (pool / "grid.png").read_bytes()[:4] == b"\x89PNG"
-    about = __import__("json").loads((pool / "batch_00002.json").read_text())
+    about = json.loads((pool / "batch_00002.json").read_text())
     assert {"sha256", "seconds", "terms", "torch", "threads"} <= set(about) and about["terms"]["feature"] > 0
+
+
+def test_images_that_grew_out_of_all_bounds_are_told_and_not_kept(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK, "rate": 1e9})
+    teacher = untrained_teacher(spec)
+    with pytest.raises(UserError, match="grew out of all bounds in batch 0"):
+        prepared(spec, teacher, tmp_path)
+    assert not [name for name in files(tmp_path) if name.endswith(".safetensors")]
 
 
 def test_a_pool_belongs_to_teacher_settings_and_seed(tmp_path: Path) -> None:

@@ -322,3 +322,20 @@ def test_mistakes_are_told(change: dict[str, Any], expected: str) -> None:
 
 def test_made_up_batches_have_a_target() -> None:
     assert batches_for(cell()).target is not None
+
+
+def test_a_public_teachers_card_speaks_of_the_source() -> None:
+    """Its accuracy on the target is another one, and no mistake of the record."""
+    from types import SimpleNamespace
+
+    from kdbench.results.soundness import _teacher
+
+    def told(accuracy: float, source: float, target: object) -> list[str]:
+        teacher = SimpleNamespace(name="resnet56_cifar10", sha256="0", accuracy=accuracy, source_accuracy=source)
+        spec = {"teacher": {"accuracy": 93.39}}
+        named = SimpleNamespace(teacher="resnet56_cifar10")
+        return list(_teacher(SimpleNamespace(teacher=teacher, spec=spec, cell=named, target=target)))  # type: ignore[arg-type]
+
+    assert told(83.6, 93.39, object()) == []
+    assert len(told(83.6, 92.0, object())) == 1
+    assert len(told(83.6, 93.39, None)) == 1
