@@ -61,6 +61,8 @@ class Moment:
         step: of the cell. progress: of the stage, in [0, 1).
         sets: the input sets that its card reads. values: network -> set -> "logits" on them.
         student: in train mode or as the stage says; a source that changes the mode need not restore it.
+        begin: the cell's step at which the stage begins. ahead: it is only looked at, before its time has come: nothing
+            that lasts may come of it.
     """
 
     step: int
@@ -68,6 +70,8 @@ class Moment:
     sets: Sets
     values: Mapping[str, Values]
     student: Eyes
+    begin: int = 0
+    ahead: bool = False
 
 
 class Source(ABC):

@@ -465,7 +465,7 @@ class Member:
         def batch(number: int) -> Batch:
             if source is None or "data" not in source.gives:
                 return self.batches.at(start + number, self.timeline)
-            moment = Moment(start + number, 0.0, {}, {"student": {}, "teacher": {}}, student)
+            moment = Moment(start + number, 0.0, {}, {"student": {}, "teacher": {}}, student, start, ahead=True)
             made = self.sources[self.span.name].sets(moment)["data"]
             self.set_modes()
             return made
@@ -502,6 +502,7 @@ class Member:
                 {name: sets[name] for name in source.reads},
                 {network: {name: values[network][name] for name in source.reads} for network in values},
                 Eyes(self.student, self.normalizer),
+                self.span.start,
             )
             with torch.autocast(self.device.type, enabled=False):
                 made = self.sources[self.span.name].sets(moment)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdbench.results.curves import COLOURS, LINES
-from kdbench.results.plots import DPI, _save, _style
+from kdbench.results.plots import DPI, save, style
 
 
 class Way(Protocol):
@@ -44,7 +44,7 @@ def boundary_picture(ways: Sequence[Way], file: str | Path) -> Path:
     if not ways:
         raise ValueError("no way to draw")
     networks = list(ways[0].scores)
-    with _style():
+    with style():
         widths = [1.0, 1.0, 1.0, *[1.7] * len(networks)]
         figure = Figure(figsize=(1.55 * sum(widths), 1.75 * len(ways)), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
@@ -75,4 +75,4 @@ def boundary_picture(ways: Sequence[Way], file: str | Path) -> Path:
                 axis.set_xticks([0, 1], ["image", "boundary\nsample"])
                 axis.tick_params(labelsize=7)
                 axis.legend(fontsize=7, frameon=False, loc="best", handlelength=2.0)
-        return _save(figure, file)
+        return save(figure, file)

@@ -59,7 +59,7 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
         }
         for column in comparison.columns
     }
-    with _style():
+    with style():
         figure, axes = _grid(len(comparison.columns) * 2, 2, (4.7, 3.2))
         for i, (column, by_row) in enumerate(curves.items()):
             whole, end = axes[2 * i], axes[2 * i + 1]
@@ -77,7 +77,7 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
             below = f" (below: {', '.join(part.below)})" if part is not None and part.below else ""
             end.set_title(f"{name}last quarter{below}")
         _legend(figure, comparison, axes)
-        return _save(figure, file)
+        return save(figure, file)
 
 
 def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path | None:
@@ -92,7 +92,7 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
     points = sorted({point for entries in log.values() for entry in entries for point in entry.get("agreement", {})})
     if not points:
         return None
-    with _style():
+    with style():
         figure, axes = _grid(len(comparison.columns) * len(points), len(points), (3.5, 3.0), sharey=True)
         drawn: set[Row] = set()
         for i, column in enumerate(comparison.columns):
@@ -108,7 +108,7 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
                 if j == 0:
                     axis.set_ylabel("share of equal activation signs")
         _legend(figure, comparison, axes, drawn)
-        return _save(figure, file)
+        return save(figure, file)
 
 
 def final_accuracies(
@@ -120,7 +120,7 @@ def final_accuracies(
 
     comparison = compare(records, baseline)
     rows = comparison.rows
-    with _style():
+    with style():
         height = 0.9 + 0.36 * len(rows)
         figure, axes = _grid(
             len(comparison.columns), ACROSS, (4.4 if len(comparison.columns) > 1 else 6.0, height), sharey=True
@@ -157,7 +157,7 @@ def final_accuracies(
             axis.grid(axis="y", visible=False)
             axis.set_xlabel("test accuracy (%)")
             axis.set_title(_with_teacher(axis, comparison, column, everything, metric))
-        return _save(figure, file)
+        return save(figure, file)
 
 
 def _with_teacher(axis: Axes, comparison: Comparison, column: Column, values: Sequence[float], metric: Metric) -> str:
@@ -205,7 +205,7 @@ def _draw(axis: Axes, curve: Curve, style: Look, label: str) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our own look, whatever the user's matplotlibrc says."""
     import matplotlib
 
@@ -268,7 +268,7 @@ def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown:
     )
 
 
-def _save(figure: Figure, file: str | Path) -> Path:
+def save(figure: Figure, file: str | Path) -> Path:
     """Write the PNG atomically, without a date or a version in it."""
     file = Path(file)
     with atomic(file) as temporary:

@@ -80,6 +80,8 @@ class SynthesizedImages(Source):
                 f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made",
                 hint="'batches' and 'images' are at least 1, 'every' at least 0",
             )
+        if len(betas) != 2:
+            raise UserError(f"Adam has two betas, not {len(betas)}", hint="write betas: [0.9, 0.999]")
         try:
             chosen = Inversion(
                 iterations=iterations,
@@ -226,8 +228,9 @@ class SynthesizedImages(Source):
 
     def sets(self, moment: Moment) -> dict[str, Batch]:
         images = self.images()
-        growth, since = divmod(moment.step, self.every) if self.every else (0, moment.step)
-        # What looks at coming steps, such as a pruning, may have asked for this one before.
+        done = moment.step - moment.begin
+        growth, since = divmod(done, self.every) if self.every and not moment.ahead else (0, done)
+        # A step of several turns asks more than once.
         if growth and not since and growth not in [number for number, _, _ in self.added]:
             self._add(growth, moment.student)
         number, position = divmod(since, max(len(images) // self.batch_size, 1))

@@ -21,7 +21,7 @@ from kdbench.engine.inputs import Workplace
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
-from kdbench.files import sha256_of, weight_folders
+from kdbench.files import sha256_of
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
@@ -492,6 +492,20 @@ def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bi
         assert {f.name: sha256_of(f) for f in (folder / "cell").glob("**/*.safetensors")} == added
 
 
+def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_time(tmp_path: Path) -> None:
+    spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3})
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    member, _ = member_in(spec, teacher, tmp_path)
+    source: Any = member.sources["distillation"]
+    source.sets(replace(moment(member, 7), begin=5))
+    source.sets(replace(moment(member, 9), begin=5, ahead=True))
+    assert source.added == []
+    source.sets(replace(moment(member, 8), begin=5))
+    assert [number for number, _, _ in source.added] == [1]
+
+
 def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
     teacher = untrained_teacher(spec)
@@ -515,24 +529,19 @@ def test_settings_that_make_no_sense_are_told() -> None:
         member_in(spec, teacher, Path("nowhere"))
     with pytest.raises(UserError, match="unknown key"):
         cell({"name": "noise_kd", "iterations": 3})
+    with pytest.raises(UserError, match="Adam has two betas, not 1"):
+        SynthesizedImages(place_of(spec, teacher, Path("nowhere")), betas=(0.5,))  # type: ignore[arg-type]
 
 
 # --- real teachers
 
-WEIGHTS = Path(__file__).parents[2].parent / "shared" / "teachers"
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not any((folder / "resnet20-12fca82f.th").is_file() for folder in (WEIGHTS, *weight_folders())),
-    reason="needs the public CIFAR-10 weights resnet20-12fca82f.th and resnet32-d509ac18.th (set KDBENCH_WEIGHTS)",
-)
-def test_an_independent_network_recognizes_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-32, trained by itself, on images from ResNet-20: chance is 10 %, and images are few and quickly made."""
     from kdbench.engine.teachers import load_teacher, locate
 
-    if not any((folder / "resnet20-12fca82f.th").is_file() for folder in weight_folders()):
-        monkeypatch.setenv("KDBENCH_WEIGHTS", str(WEIGHTS))
+    monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
     teachers = []
     for name in ("resnet20_cifar10", "resnet32_cifar10"):
         recipe = {"data": "cifar10", "teacher": name, "student": "resnet20", "protocol": "ab_official", "method": "kd"}

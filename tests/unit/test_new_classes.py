@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_deep_inversion import QUICK, files, prepared
-from test_pruning import student_in
+from test_deep_inversion import QUICK, files, member_in, prepared
 from tiny import CPU, images, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
@@ -111,7 +110,7 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     assert teacher is not None
     prepared(spec, teacher, tmp_path)
     assert len(files(tmp_path)) == 2
-    whole, batches = student_in(spec, teacher, tmp_path)
+    whole, batches = member_in(spec, teacher, tmp_path)
     seen: list[Any] = []
     source: Any = whole.sources["new_classes"]
     made = source.sets
@@ -120,12 +119,12 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     assert [list(sets) for sets in seen] == [["old_images"]] * 4
     assert {int(label) for sets in seen for label in sets["old_images"].labels} <= {0, 1, 2, 3, 4}
     assert {"ce", "keep", "old"} <= set(whole.meter.result())
-    first, _ = student_in(spec, teacher, tmp_path)
+    first, _ = member_in(spec, teacher, tmp_path)
     train(first, batches, teacher, 2)
     checkpoint.save(tmp_path, {"key": {}, **first.state()})
     state = checkpoint.load(tmp_path, {})
     assert state is not None
-    second, _ = student_in(spec, teacher, tmp_path)
+    second, _ = member_in(spec, teacher, tmp_path)
     second.load_state(state)
     train(second, batches, teacher, 2)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)

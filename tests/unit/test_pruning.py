@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_deep_inversion import QUICK, Untouchable, cell, prepared
-from tiny import CPU, images, train, untrained_teacher
+from test_deep_inversion import QUICK, cell, member_in, prepared
+from tiny import train, untrained_teacher
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_model, start_from
 from kdbench.engine.finish import size_of
-from kdbench.engine.member import Member, Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
 from kdbench.models.pruning import filters, importance, least_important, size_without, switch_off
@@ -165,15 +162,6 @@ def test_what_is_off_stays_off(optimizer: Any) -> None:
 # --- methods
 
 
-def student_in(spec: Any, teacher: Teacher, folder: Path, guarded: bool = False) -> tuple[Member, Batches]:
-    data = images(spec.data, per_class=4)
-    if guarded:
-        data = replace(data, train_images=Untouchable())  # type: ignore[arg-type]
-    batches = Batches(spec, data, CPU)
-    places: Any = {"teacher_sha256": "abc", "folder": folder / "cell", "shared": folder / "shared"}
-    return Member(spec, batches, teacher, CPU, places=places), batches
-
-
 PRUNED = {"share": 0.4, "pruning_batches": 2, "rounds": 2}
 
 
@@ -187,7 +175,7 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
     if guarded:
         prepared(spec, teacher, tmp_path)
     before = fingerprint(teacher.network.model)
-    whole, batches = student_in(spec, teacher, tmp_path, guarded)
+    whole, batches = member_in(spec, teacher, tmp_path, guarded)
     assert fingerprint(whole.student.model) == before, "it begins as its teacher"
     train(whole, batches, teacher, 5)
     record = whole.operations["finetuning"].record()
@@ -205,12 +193,12 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
         folder.mkdir()
         if guarded:
             (folder / "shared").symlink_to(tmp_path / "shared")
-        first, _ = student_in(spec, teacher, folder, guarded)
+        first, _ = member_in(spec, teacher, folder, guarded)
         train(first, batches, teacher, kill)
         checkpoint.save(folder, {"key": {}, **first.state()})
         state = checkpoint.load(folder, {})
         assert state is not None
-        second, again = student_in(spec, teacher, folder, guarded)
+        second, again = member_in(spec, teacher, folder, guarded)
         second.load_state(state)
         train(second, again, teacher, 5 - kill)
         assert fingerprint(second.student.model) == fingerprint(whole.student.model), f"killed at step {kill}"
@@ -222,7 +210,7 @@ def test_without_fine_tuning_nothing_but_the_filters_changes(tmp_path: Path) -> 
     teacher = untrained_teacher(spec)
     assert teacher is not None
     prepared(spec, teacher, tmp_path)
-    member, batches = student_in(spec, teacher, tmp_path)
+    member, batches = member_in(spec, teacher, tmp_path)
     train(member, batches, teacher, 3)
     own = member.student.model.state_dict()
     changed = {name for name, value in teacher.network.model.state_dict().items() if not torch.equal(value, own[name])}
@@ -252,7 +240,7 @@ def test_what_cannot_be_pruned_is_told(tmp_path: Path) -> None:
     teacher = untrained_teacher(spec)
     assert teacher is not None
     with pytest.raises(UserError, match=r"a share of 1\.5"):
-        student_in(spec, teacher, tmp_path)
+        member_in(spec, teacher, tmp_path)
     spec = cell("prune_real", student="wrn_10_1")
     with pytest.raises(UserError, match="cannot begin with the weights"):
-        student_in(spec, teacher, tmp_path)
+        member_in(spec, teacher, tmp_path)
