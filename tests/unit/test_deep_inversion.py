@@ -500,7 +500,7 @@ def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_tim
     member, _ = member_in(spec, teacher, tmp_path)
     source: Any = member.sources["distillation"]
     source.sets(replace(moment(member, 7), begin=5))
-    source.sets(replace(moment(member, 9), begin=5, ahead=True))
+    source.sets(replace(moment(member, 8), begin=5, ahead=True))
     assert source.added == []
     source.sets(replace(moment(member, 8), begin=5))
     assert [number for number, _, _ in source.added] == [1]
