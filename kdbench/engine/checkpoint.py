@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         raise CellError(f"the checkpoint could not be written to {folder}: {error}") from None
 
 
-def load(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def load(folder: Path, key: dict[str, Any], entries: Collection[str]) -> dict[str, Any] | None:
     """The checkpoint of a cell, or None when there is none that can be used.
 
     Args:
         key: what must be equal for the state to fit (identity, teacher and data hashes); a checkpoint of another key
             or a damaged file is set aside, and the cell begins anew.
+        entries: names of what the state must consist of. Another version of kdbench may have kept other things, and
+            then its checkpoints are set aside as well.
     """
     file = folder / NAME
     if not file.is_file():
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        fits = state["key"] == key
+        fits = state["key"] == key and state.keys() == {"key", *entries}
     except Exception:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
         fits = False
     if not fits:

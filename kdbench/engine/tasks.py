@@ -403,7 +403,7 @@ def _seat(
         "teacher": file.sha256 if file and own else None,
     }
     member = Member(spec, batches, own, device, computing, _places(task, file if own else None, folder))
-    state = checkpoint.load(folder, key)
+    state = checkpoint.load(folder, key, member.state())
     if state is not None:
         member.load_state(state)
     return Seat(member, folder, key, MetricsLog(folder, member.history))

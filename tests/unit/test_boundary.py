@@ -492,7 +492,7 @@ def test_a_killed_cell_goes_on_bit_identically(method: str, at: int, tmp_path: P
     first, batches, teacher = ready()
     train(first, batches, teacher, at)
     checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    state = checkpoint.load(tmp_path, {})
+    state = checkpoint.load(tmp_path, {}, first.state())
     assert state is not None
     second, batches, teacher = ready()
     second.load_state(state)

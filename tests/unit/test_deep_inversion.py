@@ -483,7 +483,7 @@ def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bi
         train(first, batches, teacher, kill)
         checkpoint.save(folder, {"key": {}, **first.state()})
         train(first, batches, teacher, 3)
-        state = checkpoint.load(folder, {})
+        state = checkpoint.load(folder, {}, first.state())
         assert state is not None
         second, _ = member_in(spec, teacher, folder)
         second.load_state(state)

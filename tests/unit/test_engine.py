@@ -118,7 +118,7 @@ def test_state_goes_on_bit_identically(method: str, at: int, tmp_path: Path) -> 
     first, batches, teacher = member_of(spec)
     train(first, batches, teacher, at)
     checkpoint.save(tmp_path, {"key": {"a": 1}, **first.state()})
-    state = checkpoint.load(tmp_path, {"a": 1})
+    state = checkpoint.load(tmp_path, {"a": 1}, first.state())
     assert state is not None
     second, batches, teacher = member_of(spec)
     second.load_state(state)
@@ -130,11 +130,24 @@ def test_state_goes_on_bit_identically(method: str, at: int, tmp_path: Path) -> 
 def test_a_checkpoint_of_something_else_is_set_aside(tmp_path: Path) -> None:
     member, _, _ = member_of(cell("ce"))
     checkpoint.save(tmp_path, {"key": {"a": 1}, **member.state()})
-    assert checkpoint.load(tmp_path, {"a": 2}) is None
+    assert checkpoint.load(tmp_path, {"a": 2}, member.state()) is None
     assert (tmp_path / "checkpoint.unusable").is_file()
     (tmp_path / "checkpoint.pt").write_bytes(b"half of a file")
-    assert checkpoint.load(tmp_path, {"a": 1}) is None
-    assert checkpoint.load(tmp_path, {"a": 1}) is None
+    assert checkpoint.load(tmp_path, {"a": 1}, member.state()) is None
+    assert checkpoint.load(tmp_path, {"a": 1}, member.state()) is None
+
+
+@pytest.mark.parametrize("change", ["without an entry", "with one more"])
+def test_a_checkpoint_of_another_version_is_set_aside(change: str, tmp_path: Path) -> None:
+    member, _, _ = member_of(cell("ce"))
+    state = {"key": {"a": 1}, **member.state()}
+    if change == "without an entry":
+        del state["route"]
+    else:
+        state["compass"] = []
+    checkpoint.save(tmp_path, state)
+    assert checkpoint.load(tmp_path, {"a": 1}, member.state()) is None
+    assert (tmp_path / "checkpoint.unusable").is_file()
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     first, _ = member_in(spec, teacher, tmp_path)
     train(first, batches, teacher, 2)
     checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    state = checkpoint.load(tmp_path, {})
+    state = checkpoint.load(tmp_path, {}, first.state())
     assert state is not None
     second, _ = member_in(spec, teacher, tmp_path)
     second.load_state(state)

@@ -196,7 +196,7 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
         first, _ = member_in(spec, teacher, folder, guarded)
         train(first, batches, teacher, kill)
         checkpoint.save(folder, {"key": {}, **first.state()})
-        state = checkpoint.load(folder, {})
+        state = checkpoint.load(folder, {}, first.state())
         assert state is not None
         second, again = member_in(spec, teacher, folder, guarded)
         second.load_state(state)

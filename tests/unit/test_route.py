@@ -415,7 +415,7 @@ def keeping(folder: Path, spec: CellSpec, batches: Batches, stop_after: int = -1
     """A cell that keeps a route, in a cohort of its own, stopped before a step or run to its end."""
     folder.mkdir(exist_ok=True)
     member = Member(spec, batches, None, CPU)
-    if (state := checkpoint.load(folder, {})) is not None:
+    if (state := checkpoint.load(folder, {}, member.state())) is not None:
         member.load_state(state)
     seat = Seat(member, folder, {}, MetricsLog(folder, member.history, tensorboard=False))
     stop = lambda: member.step == stop_after  # noqa: E731
