@@ -1,10 +1,12 @@
-"""Networks of timm and torchvision, by their names there, without pretrained weights."""
+"""Networks of timm and torchvision, by their names there, without pretrained weights, and ResNets of torchvision with
+a stem for small images."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -66,6 +68,33 @@ def torchvision_model(name: str, *, classes: int, channels: int = 3, image_size:
         raise _cannot(f"torchvision:{name}", channels, image_size, error) from None
     if channels != 3:
         _change_channels(model, channels)
+    return model
+
+
+def small_image_resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
+    """ImageNet's residual network for small images: [N, channels, H, W] -> logits [N, classes].
+
+    torchvision's network of that depth, whose stem is one 3×3 convolution of stride 1 without pooling after it, so that
+    the four stages see 1, 1/2, 1/4 and 1/8 of the image's side. Initial values are torchvision's.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+    """
+    models = _library("torchvision.models")
+    builder = f"resnet{depth}"
+    known = [name for name in models.list_models(module=models) if re.fullmatch(r"resnet\d+", name)]
+    if builder not in known:
+        depths = sorted(int(name.removeprefix("resnet")) for name in known)
+        raise UserError(
+            f"'{builder}_32x32' does not exist: torchvision has no residual network of depth {depth}",
+            hint=f"the depths are {', '.join(map(str, depths))}",
+        )
+    check_sizes(f"'{builder}_32x32'", classes=classes, channels=channels, image_size=image_size)
+    model: nn.Module = models.get_model_builder(builder)(weights=None, num_classes=classes)
+    stem = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.register_module("conv1", stem)
+    model.register_module("maxpool", nn.Identity())
     return model
 
 

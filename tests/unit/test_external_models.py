@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.errors import UserError
-from kdbench.models.external import timm_model, torchvision_model
+from kdbench.models.external import small_image_resnet, timm_model, torchvision_model
 from kdbench.models.hooks import Extractor, Place, expand, places
 
 SIZE = 64
@@ -65,10 +65,11 @@ ALL = [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for
 
 def build(name: str, size: int = SIZE, **options: Any) -> nn.Module:
     torch.manual_seed(0)
+    options = {"classes": 5, "image_size": size} | options
+    if name == "resnet18_32x32":
+        return small_image_resnet(18, **options)
     library, _, rest = name.partition(":")
-    return {"timm": timm_model, "torchvision": torchvision_model}[library](
-        rest, **{"classes": 5, "image_size": size} | options
-    )
+    return {"timm": timm_model, "torchvision": torchvision_model}[library](rest, **options)
 
 
 def randomize(model: nn.Module) -> None:
@@ -169,7 +170,9 @@ def test_derived_features_train_the_network(name: str) -> None:
     assert not any(path.startswith(("fc", "classifier", "layer4", "features.18")) for path in with_gradient)
 
 
-@pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:resnet18", "torchvision:squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name", ["timm:mobilenetv2_100", "torchvision:resnet18", "torchvision:squeezenet1_1", "resnet18_32x32"]
+)
 def test_images_of_one_channel(name: str) -> None:
     model = build(name, 32, channels=1)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
@@ -181,6 +184,14 @@ def test_a_replaced_first_convolution_keeps_its_scale() -> None:
     assert first.bias is None and first.stride == (2, 2) and first.padding == (3, 3)
     # torchvision: N(0, √(2 / fan-out)).
     assert first.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+
+
+def test_a_stem_for_small_images_keeps_every_pixel() -> None:
+    first = build("resnet18_32x32", 32).conv1
+    assert first.weight.shape == (64, 3, 3, 3)
+    assert first.bias is None and first.stride == (1, 1) and first.padding == (1, 1)
+    # torchvision: N(0, √(2 / fan-out)).
+    assert first.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
 def test_transformers_are_built_for_the_size() -> None:

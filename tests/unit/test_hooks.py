@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.errors import UserError
-from kdbench.models.external import timm_model, torchvision_model
+from kdbench.models.external import small_image_resnet, timm_model, torchvision_model
 from kdbench.models.hooks import Extractor, Place, expand, places
 from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.resnet_cifar import bss_resnet, crd_resnet, resnet
@@ -32,6 +32,7 @@ OWN: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "vgg8": ("vgg", lambda: vgg(8, classes=5), 4),
     "vgg13": ("vgg", lambda: vgg(13, classes=5), 4),
     "mobilenetv2_half": ("mobilenetv2", lambda: mobilenet_v2(width=0.5, classes=5), 4),
+    "resnet18_32x32": ("resnet_32x32", lambda: small_image_resnet(18, classes=5), 4),
 }
 IMAGE = (3, 32, 32)
 

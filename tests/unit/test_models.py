@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdbench.engine.build import resolve
 from kdbench.errors import UserError
+from kdbench.models.external import small_image_resnet
 from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.resnet_cifar import PaddedShortcut, bss_resnet, crd_resnet, resnet
 from kdbench.models.vgg import vgg
@@ -51,6 +52,11 @@ REFERENCE: dict[str, tuple[Builder, int, int, list[float]]] = {
     "vgg13": (lambda **k: vgg(13, **k), 100, 9_462_180, [1.6478624, -1.8221402, 1.8649233]),
     "mobilenetv2_half": (lambda **k: mobilenet_v2(6, 0.5, **k), 100, 812_836, [1.1152433, 2.2045754, -3.0060394]),
 }
+# As above, of networks whose modules are torchvision's.
+LIBRARY = {
+    "resnet18_32x32": (lambda **k: small_image_resnet(18, **k), 10, 11_173_962, [-8.6354502, 3.2271713, 2.2537782]),
+    "resnet50_32x32": (lambda **k: small_image_resnet(50, **k), 100, 23_705_252, [-558.50334, 743.37409, 1680.7605]),
+}
 BUILDERS = {name: case[0] for name, case in REFERENCE.items()}
 
 
@@ -88,9 +94,9 @@ def test_resnet_parameters(depth: int, millions: float) -> None:
     assert round(count(model) / 1e6, 1 if depth == 110 else 2) == millions
 
 
-@pytest.mark.parametrize("name", REFERENCE)
+@pytest.mark.parametrize("name", REFERENCE | LIBRARY)
 def test_logits_are_those_of_the_authors_code(name: str) -> None:
-    build, classes, parameters, expected = REFERENCE[name]
+    build, classes, parameters, expected = (REFERENCE | LIBRARY)[name]
     model = build(classes=classes).double().eval()
     fill(model)
     waves = torch.sin(torch.arange(2 * 3 * 32 * 32, dtype=torch.float64) * 0.37).reshape(2, 3, 32, 32)
@@ -148,6 +154,8 @@ def test_small_images_train(name: str, channels: int, size: int) -> None:
         (resnet, {"depth": 20, "channels": 0}, "'channels'"),
         (crd_resnet, {"depth": 8, "width": 0}, "at least 1"),
         (mobilenet_v2, {"width": 0.01}, "width 0.01"),
+        (small_image_resnet, {"depth": 20}, "no residual network of depth 20"),
+        (small_image_resnet, {"depth": 18, "channels": 0}, "'channels'"),
     ],
 )
 def test_impossible_arguments_are_said(build: Builder, options: dict[str, int], message: str) -> None:
