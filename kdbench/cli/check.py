@@ -139,8 +139,12 @@ def command(
             f"estimate for what is not finished: {clock(estimate.cells(left) / at_once)} on {where} "
             "(cells that train side by side share their teacher's passes)"
         )
+        if any(estimate.costs(cell.spec) for cell in left):
+            console.print("what batch sources do is counted at its most: an attack that arrives early takes less")
         if first_teachers := estimate.teachers(left, runs, set()):
             console.print(f"before that, teachers are trained: {clock(first_teachers)} on one of them")
+        if prepared := estimate.prepared(left):
+            console.print(f"and batch sources prepare: {clock(prepared)} on one of them, less what is there already")
 
 
 def _keepers(cells: list[PlannedCell]) -> list[CellSpec]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from kdbench.engine.compute import cohort_bytes
-from kdbench.engine.dry import Size, measure
+from kdbench.engine.dry import Size, costs_of, measure
+from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
 from kdbench.engine.runner import is_finished, teacher_folder
 from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
@@ -29,6 +30,7 @@ class Estimate:
     def __init__(self, device: torch.device, timed: bool = True) -> None:
         self.device, self.timed = device, timed
         self.sizes: dict[tuple[str, str, int], Size] = {}
+        self.sources: dict[str, dict[str, Cost]] = {}
 
     def size(self, model: ModelSpec, data: DataSpec) -> Size:
         key = (model.name, str(model.options), data.image_size)
@@ -50,7 +52,29 @@ class Estimate:
                 # In turns, it runs for its own step and again for the student's.
                 total += images * len(seen["teacher"]) * (own.training + own.forward * stage.alternating)
                 total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
+        for cost in self.costs(spec).values():
+            total += cost.student * size.training
+            if cost.teacher and spec.teacher is not None:
+                total += cost.teacher * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).training
         return total
+
+    def costs(self, spec: CellSpec) -> dict[str, Cost]:
+        """Stage -> what its batch source takes at most; a pass to the images is counted as a training step's."""
+        key = spec.identity()
+        if key not in self.sources:
+            self.sources[key] = costs_of(spec)
+        return self.sources[key]
+
+    def prepared(self, cells: Iterable[PlannedCell]) -> float:
+        """Seconds of what batch sources make before cells train, none of it made yet."""
+        taken: dict[str, float] = {}
+        for cell in cells:
+            teacher = cell.spec.teacher
+            for cost in self.costs(cell.spec).values():
+                if cost.prepared and teacher is not None:
+                    each = self.size(teacher.model, teacher.knows(cell.spec.data)).training
+                    taken[f"{teacher.identity()} {cost.key}"] = cost.prepared * each
+        return sum(taken.values())
 
     def passes(self, spec: CellSpec) -> float:
         """Seconds of the teacher's passes for one cell that has them for itself."""

@@ -74,6 +74,26 @@ class Moment:
     ahead: bool = False
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a source takes beside its stage's own passes, at most.
+
+    Attributes:
+        teacher, student: images that pass a network while the stage trains, forward and back to the images.
+        prepared: such images of the teacher before any cell trains. key: what is prepared, so that cells that share it
+            count it once.
+        at_once: images in the largest of these passes.
+        held: bytes that it keeps on the device while the cell trains.
+    """
+
+    teacher: float = 0.0
+    student: float = 0.0
+    prepared: float = 0.0
+    key: str = ""
+    at_once: int = 0
+    held: int = 0
+
+
 class Source(ABC):
     """A card's target is a subclass, built with a Workplace first and its options as keywords.
 
@@ -96,6 +116,10 @@ class Source(ABC):
     @abstractmethod
     def sets(self, moment: Moment) -> dict[str, Batch]:
         """The input sets of a step that the card says it gives."""
+
+    def cost(self, steps: int) -> Cost:
+        """What a stage of so many steps takes, for estimates of time and memory."""
+        return Cost()
 
     def state(self) -> dict[str, Any]:
         """What a resumed cell needs beside what lies in files, as tensors and plain data."""

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
+from kdbench.engine.dry import costs_of
 from kdbench.engine.member import with_own_teacher
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec
@@ -39,8 +40,8 @@ class Memory:
         data: the data set and its parts, shared by a cohort.
         teacher: weights and a forward pass, shared by a cohort.
         features: of the teacher, for one batch, as this cell reads them.
-        member: parameters, gradients, momentum: held all the time.
-        step: activations of its own training step or test, while its turn lasts.
+        member: parameters, gradients, momentum, and what batch sources hold: all the time.
+        step: activations of its own training step, test, or batch source, while its turn lasts.
     """
 
     data: int
@@ -62,7 +63,8 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     student = build_model(spec.student.not_started(), data)
     extractor = build_extractor(student, spec.student, data)
     shapes = extractor.shapes(shape)
-    teacher_bytes = copy = 0
+    teacher_bytes = copy = passing = 0
+    costs = costs_of(spec).values()
     teacher_shapes: Mapping[str, tuple[int, ...]] = {}
     own_teacher: Extractor | None = None
     if spec.teacher is not None:
@@ -73,6 +75,8 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         copy = _bytes(model) * bool(with_own_teacher(spec.method.stages))
         if any("teacher" in stage.trains for stage in spec.method.stages.values()):
             own_teacher = teacher_extractor
+        if at_once := max((cost.at_once for cost in costs), default=0):
+            passing = _passing(model, shape) * at_once
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
@@ -98,6 +102,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(own_teacher.model) if own_teacher else 0)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
+    held = sum(cost.held for cost in costs)
     # Resident data are there as they were read, and in parts on the device.
     domains = [part for part in (data, spec.target) if part is not None and not part.streamed]
     both = sum(2 * (part.train + part.test) * math.prod(shape) for part in domains)
@@ -106,7 +111,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         chosen = spec.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
-    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy, max(training, testing))
+    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training, testing, passing))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -148,6 +153,19 @@ def _taught(
         points = _points(terms, "teacher", name)
         return teacher(images, points) if points else {}
     return {point: torch.randn(len(images), *size) for point, size in shapes.items()}
+
+
+def _passing(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Bytes that a pass with a gradient to the images takes, for each of them."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    model.eval().requires_grad_(False)
+    with _Saved(model) as kept:
+        model(torch.randn(IMAGES, *shape, requires_grad=True))
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    model.train(was_training)
+    return round((1 + SCRATCH) * kept.bytes / IMAGES)
 
 
 def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batches import Batch
-from kdbench.engine.inputs import Moment, Source, Workplace
+from kdbench.engine.inputs import Cost, Moment, Source, Workplace
 from kdbench.errors import UserError
 from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
 from kdbench.sources.streams import uniform
@@ -96,6 +96,11 @@ class BoundarySamples(Source):
         pixels = found.images * normalizer.std.view(-1, 1, 1) + normalizer.mean.view(-1, 1, 1)
         index = batch.index[rows] if batch.index is not None else None
         return {"boundary": Batch(pixels, base, index, mask=mask)}
+
+    def cost(self, steps: int) -> Cost:
+        """Every image of every attack with all its iterations: most cross the boundary sooner."""
+        each = min(self.attack_size, self.place.spec.protocol.batch_size)
+        return Cost(teacher=steps * each * self.attack["iterations"], at_once=each)
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.teacher.network(images, ["logits"])["logits"].float()

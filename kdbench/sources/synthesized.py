@@ -7,6 +7,8 @@ folder.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import kdbench
 from kdbench.engine.batches import Batch
-from kdbench.engine.inputs import Eyes, Moment, Source, Workplace
+from kdbench.engine.inputs import Cost, Eyes, Moment, Source, Workplace
 from kdbench.errors import CellError, UserError
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.inversion import Address, Inversion, Synthesized, balanced, synthesize
@@ -26,6 +28,8 @@ from kdbench.sources.made import MadeImages, halves
 from kdbench.sources.streams import generator, permutation
 
 FOLDER = "synthesized"
+# Bytes of a value as the images are kept.
+HALF = 2
 
 
 class SynthesizedImages(Source):
@@ -262,6 +266,21 @@ class SynthesizedImages(Source):
             digest = self.own.write(growth, made.images, made.labels, self._about(made, start))
         self.added.append((growth, digest, round(time.monotonic() - start, 3)))
         self.images().add(halves(made.images), made.labels)
+
+    def cost(self, steps: int) -> Cost:
+        growths = (steps - 1) // self.every if self.every else 0
+        added = growths * self.size
+        total = self.batches * self.size + added
+        # Room for what is added is doubled at a time.
+        held = HALF * math.prod(self.image_shape) * (2 * total if growths else total)
+        return Cost(
+            teacher=added * self.settings.iterations,
+            student=added * self.settings.iterations if self.settings.competition else 0,
+            prepared=self.batches * self.size * self.settings.iterations,
+            key=json.dumps([self.pool_key(), self.batches], sort_keys=True),
+            at_once=self.size if growths and self.settings.iterations else 0,
+            held=held,
+        )
 
     def state(self) -> dict[str, Any]:
         return {"pool": self._digests() if self._images is not None else None, "added": [list(a) for a in self.added]}

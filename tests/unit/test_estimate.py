@@ -12,7 +12,7 @@ from kdbench.engine.dry import Size
 from kdbench.engine.estimate import Estimate
 from kdbench.engine.runner import teacher_folder
 from kdbench.engine.timeline import training_images, validation_images
-from kdbench.recipe.planning import plan
+from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.schema import DataSpec
 from kdbench.registry import Registry
 
@@ -61,6 +61,32 @@ def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Esti
     folder.mkdir(parents=True)
     (folder / "record.json").write_text("{}")
     assert estimate.teachers(cells, tmp_path, set()) == 0
+
+
+def cells_with(method: dict[str, object], **changes: object) -> list[PlannedCell]:
+    return plan(RECIPE | {"compare": {"method": [method]}} | changes, REGISTRY).cells
+
+
+def test_attacks_are_counted_at_their_longest(estimate: Estimate) -> None:
+    (cell,) = cells_with({"name": "bss", "attack_size": 16, "iterations": 7}, seeds=1)
+    # Beside the student on both sets: 10 steps of 16 images, 7 times to the teacher and back.
+    assert estimate.cell(cell.spec) == 2 * 10 * 64 * 10.0 + 599 + 10 * 16 * 7 * 1000.0
+    assert estimate.prepared([cell]) == 0
+
+
+def test_a_pool_is_made_once_and_grows_in_each_cell(estimate: Estimate) -> None:
+    pool = {"batches": 3, "images": 8, "iterations": 5, "pool_seed": 0}
+    plain, adaptive = cells_with({"name": "deep_inversion", **pool}), []
+    adaptive = cells_with({"name": "adaptive_deep_inversion", "every": 4, **pool})
+    alone = 10 * 64 * 10.0 + 599
+    assert [estimate.cell(cell.spec) for cell in plain] == [alone] * 2
+    # Before steps 4 and 8, by both networks.
+    assert [estimate.cell(cell.spec) for cell in adaptive] == [alone + 2 * 8 * 5 * (1000.0 + 10.0)] * 2
+    once = 3 * 8 * 5 * 1000.0
+    assert estimate.prepared(plain) == once and estimate.prepared([*plain, *adaptive]) == once
+    of_each_seed = cells_with({"name": "deep_inversion", **pool, "pool_seed": None})
+    assert estimate.prepared(of_each_seed) == 2 * once
+    assert estimate.prepared(cells_with({"name": "noise_kd", "batches": 3})) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kdbench.engine.compute import cohort_bytes
+from kdbench.engine.memory import Memory, memory_of
 from kdbench.engine.pool import available_memory
 from kdbench.engine.scheduling import CellState, Work, cohorts_of, fitting, kind
 from kdbench.recipe.planning import plan
@@ -51,6 +52,29 @@ def test_a_cohort_that_does_not_fit_is_split(limit: float | None, expected: list
     parts = fitting([work], memory, limit)
     assert [len(part) for part in parts] == expected
     assert [id(w) for part in parts for w in part] == [id(w) for w in work]
+
+
+def memory_with(method: str, **options: Any) -> Memory:
+    recipe = RECIPE | {"compare": {"method": [{"name": method, "images": 100, "pool_seed": 0, **options}]}, "epochs": 1}
+    return memory_of(plan(recipe, REGISTRY).cells[0].spec, torch.device("cpu"))
+
+
+def test_a_pool_of_images_is_held_by_each_member() -> None:
+    small, large = (memory_with("deep_inversion", batches=batches) for batches in (10, 1010))
+    # 100,000 images of 3 × 32 × 32 in float16, and nothing else.
+    assert large.member - small.member == 100_000 * 3 * 32 * 32 * 2
+    assert asdict(large) | {"member": 0} == asdict(small) | {"member": 0}
+    # 391 steps: 9 growths of 100 images, with room for as much again.
+    growing = memory_with("adaptive_deep_inversion", batches=10, every=40)
+    assert growing.member - small.member == (2 * (1000 + 900) - 1000) * 3 * 32 * 32 * 2
+
+
+def test_a_source_passes_the_teacher_with_gradients() -> None:
+    """Where a cell synthesizes large batches itself, that is its largest pass: twice the images, twice the bytes."""
+    small, large = (memory_with("adaptive_deep_inversion", images=n, batches=1, every=40) for n in (500, 1000))
+    assert large.step == pytest.approx(2 * small.step)
+    # Every ReLU and batch norm of WRN-22-4 keeps its map: at the very least the first stage's 2 × 3 × 2 of 64 channels.
+    assert small.step > 500 * 12 * 64 * 32 * 32 * 4
 
 
 def test_free_memory_is_known_here() -> None:
