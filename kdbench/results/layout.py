@@ -8,6 +8,13 @@ from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
 from kdbench.results.tables import Cell, Table, seeds_text
 
 ABSENT = "–"
+# Accuracies beside the one on the test part, as a record names them.
+ALSO = {
+    "source": "on the source",
+    "teacher": "teacher that trained with it",
+    "trained_on": "classes trained on here",
+    "others": "other classes",
+}
 
 
 @dataclass(frozen=True)
@@ -36,17 +43,15 @@ class Grid:
 
 
 def layout(table: Table) -> list[Grid]:
-    """Accuracies (with the differences where there is one column), differences, methods across the columns, and
-    details."""
+    """Accuracies (with the differences where there is one column), differences, methods across the columns, accuracies
+    beside these, and details."""
     grids = [_single(table)] if len(table.columns) == 1 else [_accuracies(table), _differences(table), _across(table)]
-    return [grid for grid in (*grids, _details(table)) if grid.rows]
+    return [grid for grid in (*grids, _also(table), _details(table)) if grid.rows]
 
 
 def accuracy(cell: Cell | None) -> str:
     """Mean ± deviation, with the sign of a missing value where there is none."""
-    if cell is None:
-        return ABSENT
-    return f"{cell.mean:.2f}" if cell.deviation is None else f"{cell.mean:.2f} ± {cell.deviation:.2f}"
+    return ABSENT if cell is None else _spread(cell.mean, cell.deviation)
 
 
 def difference(cell: Cell | None) -> tuple[str, str, str, str]:
@@ -140,8 +145,7 @@ def _copied_entries(table: Table, row: CopiedRow, across: int) -> list[Text]:
 
 
 def _copied_entry(cell: CopiedCell, tail: str = "") -> Text:
-    shown = f"{cell.mean:.2f}" if cell.deviation is None else f"{cell.mean:.2f} ± {cell.deviation:.2f}"
-    return Text(shown, tail=f"{DAGGER}{tail}", marks=cell.marks)
+    return Text(_spread(cell.mean, cell.deviation), tail=f"{DAGGER}{tail}", marks=cell.marks)
 
 
 def _across(table: Table) -> Grid:
@@ -189,6 +193,23 @@ def _differences(table: Table) -> Grid:
     return _blocks(table, f"Differences to {table.baseline}", header, blocks)
 
 
+def _also(table: Table) -> Grid:
+    """Accuracies on other images or of other networks; no rows where there are none."""
+    blocks = [
+        [
+            (
+                Text(row.label),
+                *(Text(_spread(*cell.also[name]) if name in cell.also else ABSENT) for name in table.also),
+            )
+            for row in table.rows
+            if (cell := row.cells[i]) is not None and cell.also
+        ]
+        for i in range(len(table.columns))
+    ]
+    header = ("method", *(ALSO.get(name, name) for name in table.also))
+    return _blocks(table, "Other accuracies, last step: mean ± deviation", header, blocks)
+
+
 def _details(table: Table) -> Grid:
     suffix = common_suffix(table.agreement)
     extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
@@ -233,6 +254,10 @@ def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[li
 
 def _entry(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
     return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks, place)
+
+
+def _spread(mean: float, deviation: float | None) -> str:
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def _percent(value: float | None) -> str:

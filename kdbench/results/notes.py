@@ -71,7 +71,10 @@ def notes_of(
     if len(rows) > 1:
         notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
     notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
-    notes += _domains(comparison)
+    if any(record.result.source is not None for record in comparison.records):
+        notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
+    if any(record.result.by_classes for record in comparison.records):
+        notes.append(Note("Accuracies on groups of classes are of test images of these, all classes competing"))
     if points:
         notes.append(
             Note(
@@ -83,30 +86,6 @@ def notes_of(
         Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes")
     )
     notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
-    return notes
-
-
-def _domains(comparison: Comparison) -> list[Note]:
-    """What a domain's table does not show: accuracies on the source, and of teachers that cells trained."""
-    said: dict[str, list[str]] = {"source": [], "teacher": []}
-    for column in comparison.columns:
-        for row in comparison.rows:
-            records = list(comparison.cell(row, column).values())
-            for part, found in said.items():
-                values = [p.last for record in records if (p := getattr(record.result, part)) is not None]
-                if values:
-                    summary = statistics.summarize(values)
-                    spread = "" if summary.deviation is None else f" ± {summary.deviation:.2f}"
-                    where = f" ({column.label})" if comparison.axes else ""
-                    found.append(f"{row.label}{where} {summary.mean:.2f}{spread}")
-    notes = []
-    if said["source"]:
-        notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
-        notes.append(Note(f"On the source's test images, last epoch: {'; '.join(said['source'])}"))
-    if said["teacher"]:
-        notes.append(
-            Note(f"Teachers that these cells trained, same test images, last epoch: {'; '.join(said['teacher'])}")
-        )
     return notes
 
 

@@ -75,6 +75,7 @@ def records_csv(records: Iterable[Record]) -> str:
                 "validation_last": validation.last if validation else None,
                 "validation_best": validation.best if validation else None,
                 **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
+                **{f"also.{name}": value for name, value in record.result.also().items()},
                 "steps": record.budget.steps,
                 "epochs": record.budget.epochs,
                 "extra_epochs": record.budget.extra_epochs,
@@ -486,7 +487,7 @@ def _md_note(note: Note) -> str:
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     """Columns in order of first appearance; a missing value is empty."""
     fields = list(dict.fromkeys(field for row in rows for field in row))
-    # Columns of one kind (axis.…, agreement.…) stay together although rows bring them at different times.
+    # Columns of one kind (axis.…, agreement.…, also.…) stay together although rows bring them at different times.
     kinds = list(dict.fromkeys(field.partition(".")[0] for field in fields))
     fields.sort(key=lambda field: kinds.index(field.partition(".")[0]))
     stream = io.StringIO()

@@ -47,7 +47,7 @@ class Difference:
 class Cell:
     """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
     seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
-    `agreement`: mean over the seeds. `seconds`: mean training time of a seed."""
+    `agreement`: mean over the seeds. `also`: accuracies beside the one on the test part, mean and deviation. `seconds`: mean training time of a seed."""
 
     seeds: tuple[int, ...]
     values: tuple[float, ...]
@@ -61,6 +61,7 @@ class Cell:
     epochs: float
     extra_epochs: float
     agreement: Mapping[str, float]
+    also: Mapping[str, tuple[float, float | None]]
     seconds: float
     images_per_second: float
     marks: tuple[str, ...]
@@ -100,6 +101,7 @@ class Table:
     copied: tuple[CopiedRow, ...]
     across: Across | None
     agreement: tuple[str, ...]
+    also: tuple[str, ...]
     notes: tuple[Note, ...]
 
 
@@ -162,6 +164,7 @@ def build(
         copied,
         summed,
         points,
+        tuple(dict.fromkeys(name for record in comparison.records for name in record.result.also())),
         tuple(notes),
     )
 
@@ -215,6 +218,7 @@ def flat(table: Table) -> list[dict[str, Any]]:
                     "epochs": _round(cell.epochs),
                     "extra_epochs": _round(cell.extra_epochs),
                     **{f"agreement.{point}": _round(cell.agreement.get(point)) for point in table.agreement},
+                    **{f"also.{name}": _round(cell.also.get(name, (None,))[0]) for name in table.also},
                     "seconds": _round(cell.seconds, 2),
                     "images_per_second": _round(cell.images_per_second, 1),
                     "teacher": teacher[0],
@@ -373,10 +377,19 @@ def _cell(
             point: _mean([r.result.agreement[point] for r in records if point in r.result.agreement])
             for point in points
         },
+        also=_also(records),
         seconds=_mean([_seconds(record) for record in records]),
         images_per_second=_mean([record.compute.images_per_second for record in records]),
         marks=tuple(marks.setdefault(text, _letter(len(marks))) for text in said),
     )
+
+
+def _also(records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, accuracy in record.result.also().items():
+            values.setdefault(name, []).append(accuracy)
+    return {name: (found.mean, found.deviation) for name, v in values.items() if (found := statistics.summarize(v))}
 
 
 def _ranked(cells: list[Cell | None]) -> list[Cell | None]:

@@ -60,8 +60,9 @@ def test_records_and_table_say_both_domains(finished: Path) -> None:
     teacher = json.loads((published / "teacher" / "record.json").read_text())
     assert joint["teacher"]["source_accuracy"] == teacher["result"]["test"]["last"]
     table = (published / "table.md").read_text()
-    last = f"{joint['result']['teacher']['last']:.2f}"
-    assert f"Teachers that these cells trained, same test images, last epoch: UDA + KD jointly {last}" in table
+    source, teacher = (f"{joint['result'][part]['last']:.2f}" for part in ("source", "teacher"))
+    assert "| method | on the source | teacher that trained with it |" in table
+    assert f"| UDA + KD jointly | {source} | {teacher} |" in table
     assert "digits, 100 training" in table and "mnist\\_8, 4,000 without labels, 1,000 test images" in table
 
 

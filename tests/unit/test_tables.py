@@ -547,6 +547,33 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
                 assert found is not None and f"{found.mean:.2f}" in text
 
 
+def test_other_accuracies_stand_beside_the_one_on_the_test_part() -> None:
+    def accuracies(last: float) -> dict[str, Any]:
+        return {"last": last, "best": last, "best_step": 1, "mean_last": last, "mean_last_of": 1}
+
+    records = [
+        *(make("ce", seed, 50.0 + seed) for seed in (0, 1)),
+        *(
+            make("kd", seed, 52.0, order=1, result__by_classes={"trained_on": 90.0 + 2 * seed, "others": 7.0})
+            for seed in (0, 1)
+        ),
+        make("uda", 0, 53.0, order=2, result__source=accuracies(96.5), result__teacher=accuracies(61.25)),
+    ]
+    table = build(records)
+    assert cell(table, "CE").also == {}
+    assert cell(table, "KD").also == {"trained_on": (91.0, pytest.approx(2**0.5)), "others": (7.0, 0.0)}
+    text = markdown(table)
+    assert "| method | classes trained on here | other classes | on the source | teacher that trained with it |" in text
+    assert "| KD | 91.00 ± 1.41 | 7.00 ± 0.00 | – | – |" in text
+    assert "| UDA | – | – | 96.50 | 61.25 |" in text
+    assert "target domain's" in notes(table) and "groups of classes" in notes(table)
+    of_kd = next(row for row in csv.DictReader(io.StringIO(table_csv(table))) if row["method"] == "kd")
+    assert (of_kd["also.trained_on"], of_kd["also.others"], of_kd["also.source"]) == ("91.0", "7.0", "")
+    of_uda = next(row for row in csv.DictReader(io.StringIO(records_csv(records))) if row["method"] == "uda")
+    assert (of_uda["also.source"], of_uda["also.teacher"]) == ("96.5", "61.25")
+    assert "Other accuracies" not in markdown(build(comparison(VALUES)))
+
+
 def test_grids_are_rectangular() -> None:
     for table in (
         build(comparison(VALUES)),
