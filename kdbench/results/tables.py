@@ -47,7 +47,8 @@ class Difference:
 class Cell:
     """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
     seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
-    `agreement`: mean over the seeds. `also`: accuracies beside the one on the test part, mean and deviation. `seconds`: mean training time of a seed."""
+    `agreement`: mean over the seeds. `also`: accuracies beside the one on the test part, mean and deviation.
+    `seconds`: mean training time of a seed."""
 
     seeds: tuple[int, ...]
     values: tuple[float, ...]
