@@ -106,11 +106,14 @@ def curve_of(comparison: Comparison, row: Row, column: Column, log: Logs, value:
 
 def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
     """The last quarter of the epochs with the values in it, bands of ± one deviation included. Methods that end far
-    below most others are left out, or the others could not be told apart. None without curves."""
+    below most others are left out, or the others could not be told apart. None without curves, and where one has fewer
+    than two evaluations in that quarter."""
     if not curves:
         return None
     end = max(epochs[-1] for epochs, _ in curves.values())
-    begin = min(0.75 * end, *(epochs[max(0, len(epochs) - 2)] for epochs, _ in curves.values()))
+    begin = 0.75 * end
+    if any((epochs >= begin).sum() < 2 for epochs, _ in curves.values()):
+        return None
     low, high = [], []
     for epochs, values in curves.values():
         late = values[:, epochs >= begin]

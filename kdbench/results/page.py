@@ -145,17 +145,17 @@ def _learning_curves(comparison: Comparison, log: Logs) -> str:
     drawn: set[Row] = set()
     for column in comparison.columns:
         curves = _curves(comparison, column, log, accuracy_of)
-        part = last_quarter(curves)
-        if part is None:
+        if not curves:
             continue
         drawn |= curves.keys()
         name = f"{column.label}: " if comparison.axes else ""
-        below = f" (below: {', '.join(part.below)})" if part.below else ""
         labels = ("epoch", "test accuracy (%)")
         found = _lines(comparison, curves)
         figures.append(_figure(f"{name}whole run", svg.lines(found, f"Learning curves, {name}whole run", labels)))
-        title = f"{name}last quarter{below}"
-        figures.append(_figure(title, svg.lines(found, f"Learning curves, {title}", labels, part.epochs, part.values)))
+        if part := last_quarter(curves):
+            title = f"{name}last quarter" + (f" (below: {', '.join(part.below)})" if part.below else "")
+            chart = svg.lines(found, f"Learning curves, {title}", labels, part.epochs, part.values)
+            figures.append(_figure(title, chart))
     return _charts(comparison, drawn, figures, len(log), "Test accuracy, mean over the seeds ± one deviation (band).")
 
 

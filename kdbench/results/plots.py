@@ -39,8 +39,8 @@ DPI = 160
 
 
 def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
-    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation: the whole run, and its last part
-    enlarged, for each column of the comparison.
+    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation: the whole run, and its last quarter
+    enlarged where every column has evaluations in it, for each column of the comparison.
 
     Args:
         records: read from folders that hold metrics.jsonl.
@@ -59,23 +59,25 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
         }
         for column in comparison.columns
     }
+    parts = {column: last_quarter(by_row) for column, by_row in curves.items()}
+    # In each row of panels the same ones, or none could be found.
+    enlarged = all(parts.values())
+    panels = [(column, shown) for column, part in parts.items() for shown in ((None, part) if enlarged else (None,))]
     with style():
-        figure, axes = _grid(len(comparison.columns) * 2, 2, (4.7, 3.2))
-        for i, (column, by_row) in enumerate(curves.items()):
-            whole, end = axes[2 * i], axes[2 * i + 1]
-            for axis in (whole, end):
-                for row, curve in by_row.items():
-                    _draw(axis, curve, look(comparison, row), row.label)
-                axis.set_xlabel("epoch")
-            whole.set_ylabel("test accuracy (%)")
+        figure, axes = _grid(len(panels), 2, (4.7, 3.2))
+        for axis, (column, part) in zip(axes, panels, strict=True):
+            for row, curve in curves[column].items():
+                _draw(axis, curve, look(comparison, row), row.label)
+            axis.set_xlabel("epoch")
             name = f"{column.label}: " if comparison.axes else ""
-            whole.set_title(f"{name}whole run")
-            part = last_quarter(by_row)
-            if part is not None:
-                end.set_xlim(*part.epochs)
-                end.set_ylim(*part.values)
-            below = f" (below: {', '.join(part.below)})" if part is not None and part.below else ""
-            end.set_title(f"{name}last quarter{below}")
+            if part is None:
+                axis.set_ylabel("test accuracy (%)")
+                axis.set_title(f"{name}whole run")
+            else:
+                axis.set_xlim(*part.epochs)
+                axis.set_ylim(*part.values)
+                below = f" (below: {', '.join(part.below)})" if part.below else ""
+                axis.set_title(f"{name}last quarter{below}")
         _legend(figure, comparison, axes)
         return save(figure, file)
 

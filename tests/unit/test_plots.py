@@ -78,7 +78,8 @@ def test_curves_are_means_over_seeds_with_bands(tmp_path: Path, figures: list[Fi
     assert (whole.get_xlabel(), whole.get_ylabel()) == ("epoch", "test accuracy (%)")
 
 
-def test_one_evaluation_and_methods_of_different_length(tmp_path: Path) -> None:
+def test_one_evaluation_and_methods_of_different_length(tmp_path: Path, figures: list[Figure]) -> None:
+    """Both are drawn; there is nothing in a last quarter to enlarge, so nothing is called that."""
     for method, epochs in (("ce", [1.0]), ("ab", [1.0, 50.0])):
         write(
             tmp_path / "runs" / method,
@@ -89,6 +90,7 @@ def test_one_evaluation_and_methods_of_different_length(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         plots.learning_curves(read_records([tmp_path / "runs" / "ce"]), tmp_path / "one.png")
         plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "both.png")
+    assert [[axis.get_title() for axis in figure.axes] for figure in figures] == [["whole run"]] * 2
 
 
 def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, figures: list[Figure]) -> None:
