@@ -11,6 +11,7 @@ from kdbench.cli import (
     boundary,
     check,
     cp,
+    judge,
     logits,
     ls,
     plot,
@@ -33,7 +34,7 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, table, plot, boundary, publish, verify, reproduce, ls, show, cp, schema, bench):
+for module in (run, check, table, plot, boundary, judge, publish, verify, reproduce, ls, show, cp, schema, bench):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
 

@@ -209,7 +209,7 @@ def of_cells(
     Raises:
         UserError: a record that this version cannot read, no weights of a student or a teacher, no data.
     """
-    specs = [_spec(record) for record in records]
+    specs = [readable_spec(record) for record in records]
     known: dict[str, list[TeacherSpec]] = {}
     for spec in specs:
         if spec.teacher is not None and spec.teacher.classes is None:
@@ -229,7 +229,7 @@ def of_cells(
             teachers[key] = _prepared(record, spec, teacher, options, images, targets, device)
         classifier, pairs, ways, each, names = teachers[key]
         tell(f"{record.cell.label}, seed {record.cell.seed}")
-        student = _student(record, spec, options, device)
+        student = student_of(record, spec, options.registries, device)
         own = ways_to_boundary(student, pairs)
         looks: list[Look] = []
         if pictures:
@@ -281,7 +281,8 @@ def _weights(teacher: TeacherSpec, record: Record, options: Options) -> Path:
     return file
 
 
-def _student(record: Record, spec: CellSpec, options: Options, device: torch.device) -> Classifier:
+def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], device: torch.device) -> Classifier:
+    """The student of a finished cell. UserError where its weights are not beside its record."""
     assert record.folder is not None
     if not (record.folder / "student.safetensors").is_file():
         raise UserError(
@@ -289,12 +290,13 @@ def _student(record: Record, spec: CellSpec, options: Options, device: torch.dev
             where=str(record.folder),
             hint="give a folder of runs, or run the recipe again",
         )
-    model = kdbench.load_student(record.folder, options.registries).to(device).requires_grad_(False)
+    model = kdbench.load_student(record.folder, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
 
 
-def _spec(record: Record) -> CellSpec:
+def readable_spec(record: Record) -> CellSpec:
+    """What a record says of its cell. UserError where another version wrote it in another form."""
     spec = spec_of(record)
     if spec is None:
         raise UserError(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, build_optimizer, build_terms
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.finish import size_of
-from kdbench.engine.inputs import Cost, Eyes, Workplace, build_source
-from kdbench.engine.network import Network
+from kdbench.engine.inputs import Cost, Workplace, build_source
+from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
@@ -73,13 +72,11 @@ def try_out(spec: CellSpec) -> None:
 
 def costs_of(spec: CellSpec) -> dict[str, Cost]:
     """Stage -> what its batch source takes, by sources whose teacher has the right shape and knows nothing."""
-    eyes = None
     named = {name: stage.source for name, stage in spec.method.stages.items() if stage.source is not None}
-    if named and spec.teacher is not None:
-        known = spec.teacher.knows(spec.data)
-        model = build_model(spec.teacher.model.untrained(), known).eval().requires_grad_(False)
-        extractor = build_extractor(model, spec.teacher.model, known)
-        eyes = Eyes(Network(extractor, REFERENCE, frozen=True), Normalizer(spec.teacher.normalization, CPU))
+    if not named:
+        return {}
+    teacher = untrained_teacher(spec.teacher, spec.data, CPU, REFERENCE) if spec.teacher is not None else None
+    eyes = teacher.eyes() if teacher else None
     steps = {span.name: span.steps for span in planned_timeline(spec).spans}
     return {
         name: build_source(source, Workplace(spec, name, CPU, eyes)).cost(steps[name]) for name, source in named.items()

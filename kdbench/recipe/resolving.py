@@ -605,6 +605,13 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
     )
 
 
+def teacher_alone(name: str, registry: Registry, where: str) -> tuple[TeacherSpec, DataSpec]:
+    """A teacher of a card and the data that it knows, without a recipe."""
+    card: TeacherCard = registry.card("teachers", name, where)
+    tree = Tree.of({"teacher": {"name": name}, "data": {"name": card.data.name}}, where)
+    return teacher_spec(tree, registry), _data_spec(card.data.name, registry.card("datasets", card.data.name))
+
+
 def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     """A teacher that the recipe itself describes: a model and the user's own weights."""
     choice = typed(tree).teacher

@@ -39,8 +39,8 @@ DPI = 160
 
 
 def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
-    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation: the whole run, and its last quarter
-    enlarged where every column has evaluations in it, for each column of the comparison.
+    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison:
+    the whole run, and its last quarter enlarged where every column has evaluations in it.
 
     Args:
         records: read from folders that hold metrics.jsonl.

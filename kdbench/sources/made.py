@@ -22,6 +22,7 @@ from kdbench.files import atomic, sha256_of, sweep, write_json
 
 # Images on a side of the picture.
 SIDE = 8
+POOL = "pool.json"
 
 
 class MadeImages:
@@ -52,12 +53,17 @@ class MadeImages:
             count += 1
         return count
 
+    def whole(self) -> list[int]:
+        """Numbers of all batches that are whole, in order, wherever they begin."""
+        numbers = [int(file.stem.rpartition("_")[2]) for file in sorted(self.folder.glob("batch_*.json"))]
+        return [number for number in numbers if self.file(number).is_file()]
+
     def begin(self) -> None:
         """Make the folder, or clear what a killed process left half-written. For whoever holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        if not (self.folder / "pool.json").is_file():
-            write_json(self.folder / "pool.json", self.key)
+        if not (self.folder / POOL).is_file():
+            write_json(self.folder / POOL, self.key)
 
     def write(self, batch: int, images: Tensor, labels: Tensor, about: dict[str, Any]) -> str:
         """Add a batch, or replace it.

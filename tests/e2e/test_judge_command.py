@@ -1,0 +1,71 @@
+"""`kdbench judge` on the pools of a finished run, as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Kdbench
+
+from kdbench.sources.digits import load
+from kdbench.sources.made import MadeImages
+
+HERE = Path(__file__).parent
+REGISTRY = ["--registry", HERE / "registry"]
+METHODS = (
+    "compare.method=[ce, {name: deep_inversion, batches: 1, images: 20, iterations: 120, feature: 1.0, jitter: 0},"
+    " {name: noise_kd, batches: 1, images: 20}]"
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    recipe = [HERE / "recipes" / "tiny.yaml", METHODS, "seeds=1", "steps=60", "evaluations=1"]
+    command = [sys.executable, "-m", "kdbench", "run", *map(str, [*recipe, *REGISTRY])]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs"
+
+
+def judged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "judged.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_student_judges_as_it_was_tested(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """Real test images as a pool: the accuracy of the record, but for images that float16 changes."""
+    (pool,) = (file.parent for file in finished.rglob("pool.json") if '"iterations": 120' in file.read_text())
+    data = load([], download=False, cache=tmp_path)
+    real = MadeImages(tmp_path / "real", json.loads((pool / "pool.json").read_text()))
+    real.begin()
+    real.write(0, data.test_images.float() / 255, data.test_labels, {})
+    plain = next((finished / "tiny").glob("ce-*"))
+    done = kdbench("judge", tmp_path / "real", "--by", plain, "--out", tmp_path, *REGISTRY)
+    (line,) = judged(tmp_path)
+    accuracy = json.loads((plain / "record.json").read_text())["result"]["test"]["last"]
+    assert int(line["images"]) == len(data.test_labels)
+    assert 100 * float(line["right"]) == pytest.approx(accuracy, abs=0.4)
+    assert "as intended (%)" in done.stdout and "student, seed 0" in done.stdout
+
+
+def test_the_maker_sees_its_images_and_noise_differently(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    teacher = next(file.parent for file in (finished / "teachers").rglob("student.safetensors"))
+    kdbench("judge", finished / "sources", "--by", teacher, "--out", tmp_path, *REGISTRY)
+    right = {line["iterations"]: float(line["right"]) for line in judged(tmp_path)}
+    assert right["120"] > 0.5 > right["0"]
+
+
+def test_bad_input_is_told(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    done = kdbench("judge", tmp_path, "--by", "wrn_16_2_digits", code=2)
+    assert "no made images here" in done.stderr
+    done = kdbench("judge", finished, "--by", "wrn_16_3_digits", code=2)
+    assert "unknown teacher" in done.stderr and "wrn_16_2_digits" in done.stderr
+    done = kdbench("judge", finished, "--by", "wrn_16_2_digits", "--runs", tmp_path, code=2)
+    assert "run its recipe" in done.stderr and "Traceback" not in done.stderr
