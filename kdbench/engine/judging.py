@@ -16,7 +16,7 @@ from kdbench.engine.boundaries import Classifier, readable_spec, student_of
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.errors import UserError
-from kdbench.recipe.resolving import teacher_alone
+from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.registry import Registry
 from kdbench.results.record import read_records

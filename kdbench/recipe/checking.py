@@ -7,7 +7,9 @@ from pathlib import Path
 from kdbench.cards import Anchors, MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.loading import find, load
-from kdbench.recipe.resolving import Variant, model_spec, resolve_method, teacher_spec
+from kdbench.recipe.methods import resolve_method
+from kdbench.recipe.networks import model_spec, teacher_spec
+from kdbench.recipe.resolving import Variant
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 from kdbench.validation import validated

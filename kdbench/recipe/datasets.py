@@ -1,0 +1,95 @@
+"""The data of a cell, and the target domain: their cards with what the recipe chooses of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdbench.cards import DatasetCard
+from kdbench.errors import UserError
+from kdbench.recipe.schema import DataSpec, Recipe
+from kdbench.registry import Registry
+from kdbench.signature import own_code_sha256
+from kdbench.tree import Tree
+
+
+def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
+    choice = recipe.data
+    where = tree.origin(("data",))
+    card = registry.card("datasets", choice.name, where)
+    held_out = choice.validation * card.train if choice.validation < 1 else choice.validation
+    left = card.train - held_out
+    if not isinstance(choice.validation, int) and choice.validation >= 1:
+        raise UserError(
+            f"'data.validation' is a share below 1 or a whole number of images, not {choice.validation}",
+            where=tree.origin(("data", "validation")),
+        )
+    if left < card.classes or (choice.per_class or 0) * card.classes > left:
+        raise UserError(
+            f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this",
+            where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
+            hint=f"after the validation split {left:.0f} images are left",
+        )
+    if bad := [label for label in choice.only_classes or () if label >= card.classes]:
+        raise UserError(
+            f"'{choice.name}' has no class {bad[0]}",
+            where=tree.origin(("data", "only_classes")),
+            hint=f"its labels are 0 to {card.classes - 1}",
+        )
+    return spec_of_card(
+        choice.name,
+        card,
+        fraction=choice.fraction,
+        per_class=choice.per_class,
+        # All classes are no choice among them.
+        only_classes=sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None,
+        validation=choice.validation,
+        split_seed=choice.split_seed,
+        root=choice.root,
+    )
+
+
+def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) -> DataSpec | None:
+    """The target domain, of the classes and the image size of the source."""
+    choice = recipe.target
+    if choice is None:
+        return None
+    where = tree.origin(("target",))
+    card = registry.card("datasets", choice.name, where)
+    found, expected = ((d.classes, d.channels, d.image_size) for d in (card, data))
+    if found != expected:
+        raise UserError(
+            f"the target '{choice.name}' has {_sizes(*found)}, the source '{data.name}' {_sizes(*expected)}",
+            where=where,
+            hint="domains share classes, channels and image size: a data card's options bring images to a size "
+            "('kdbench show datasets mnist_8')",
+        )
+    return spec_of_card(choice.name, card, root=choice.root)
+
+
+def _sizes(classes: int, channels: int, size: int) -> str:
+    return f"{classes} classes of {channels}×{size}×{size}"
+
+
+def spec_of_card(name: str, card: DatasetCard, **more: Any) -> DataSpec:
+    return DataSpec(
+        name=name,
+        target=card.target,
+        options=card.args,
+        source_sha256=own_code_sha256(card.target),
+        classes=card.classes,
+        channels=card.channels,
+        image_size=card.image_size,
+        train=card.train,
+        test=card.test,
+        normalization=card.normalization,
+        streamed=card.streamed,
+        **more,
+    )
+
+
+def check_channels(normalization: Any, data: DataSpec, where: str) -> None:
+    if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
+        raise UserError(
+            f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'",
+            where=where,
+        )
