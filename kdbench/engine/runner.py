@@ -97,9 +97,10 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
             },
         )
         states = [CellState(i, label(cell), folder / cell.slug) for i, cell in enumerate(plan.cells)]
-        for state in states:
+        for cell, state in zip(plan.cells, states, strict=True):
             if is_finished(state.folder):
                 state.state = "finished"
+                _rename(state.folder / RECORD, names(plan, cell))
         open_cells = [
             (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
         ]
@@ -413,6 +414,19 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
         "baseline": plan.baseline,
         "title": plan.title,
     }
+
+
+def _rename(file: Path, place: dict[str, Any]) -> None:
+    """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        record = json.loads(text)
+        record |= {"recipe": place["recipe"], "cell": {key: value for key, value in place.items() if key != "recipe"}}
+        record["spec"]["method"]["label"] = place["label"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # Whoever reads the records tells what is wrong with it.
+    if record != json.loads(text):
+        write_json(file, record)
 
 
 def error_of(event: dict[str, Any]) -> Exception:
