@@ -28,7 +28,8 @@ class Judgement:
     """Of one pool by one network.
 
     Attributes:
-        pool: its folder. maker: the name of the network that the images were made from. settings: how they were made.
+        pool: its folder. maker: the name of the network that the images were made from. settings: how they were made,
+            and of how many classes.
         judge: the network's name. images: of the pool. right: share in [0, 1] that it classifies as they were made for.
     """
 
@@ -116,7 +117,8 @@ def judge(
                     with torch.no_grad():
                         right += int((see(part).argmax(dim=1) == expected).sum())
                     count += len(expected)
-            yield Judgement(pool.folder, key["teacher"], key["settings"], one.name, count, right / count)
+            made = {"classes": len(key["classes"]), **key["settings"]}
+            yield Judgement(pool.folder, key["teacher"], made, one.name, count, right / count)
 
 
 def _made_with(pool: MadeImages) -> dict[str, Any]:

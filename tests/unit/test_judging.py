@@ -65,7 +65,7 @@ def test_every_batch_counts(pools: Path) -> None:
         ("a", "wrn_16_2", "reader", 8),
     ]
     assert [one.right for one in found] == [1 / 2, 5 / 8]
-    assert found[0].settings == {"iterations": 5} and len(told) == 2
+    assert found[0].settings == {"classes": 3, "iterations": 5} and len(told) == 2
 
 
 def test_a_network_for_other_images_is_told_before_it_is_loaded(pools: Path) -> None:
