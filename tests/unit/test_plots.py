@@ -99,7 +99,7 @@ def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, 
         line.write_text(line.read_text().replace('"accuracy": 8', '"accuracy": 2'))
     plots.learning_curves(records, tmp_path / "curves.png")
     end = figures[0].axes[1]
-    assert end.get_title() == "last quarter (below: KD)"
+    assert end.get_title() == "last quarter\n(below: KD)"
     assert end.get_ylim()[0] > 70 and figures[0].axes[0].get_ylim()[0] < 30
 
 
