@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  kdbench judge runs/sources --by resnet32_cifar10   ·   "
-    "kdbench judge runs/sources/synthesized/0123456789abcdef --by resnet32_cifar10 --by bss_resnet26_cifar10"
+    "kdbench judge runs/deep_inversion_small runs/sources --by 'runs/deep_inversion_small'"
 )
 CSV = "judged.csv"
 
@@ -80,7 +80,7 @@ def _write_csv(file: Path, found: list[Judgement]) -> None:
     lines.writerow(["pool", "maker", "judge", "images", "right", *settings])
     for one in found:
         own = [one.settings.get(name, "") for name in settings]
-        lines.writerow([one.pool.name, one.maker, one.judge, one.images, f"{one.right:.6g}", *own])
+        lines.writerow([one.pool, one.maker, one.judge, one.images, f"{one.right:.6g}", *own])
     write_text(file, text.getvalue())
 
 
@@ -103,5 +103,5 @@ def _print(found: list[Judgement]) -> None:
         table.add_column(heading, justify="right")
     for one in found:
         own = [str(one.settings.get(name, "–")) for name in differing]
-        table.add_row(one.pool.name, one.maker, *own, one.judge, str(one.images), f"{100 * one.right:.1f}")
+        table.add_row(one.pool, one.maker, *own, one.judge, str(one.images), f"{100 * one.right:.1f}")
     console().print(table)

@@ -73,7 +73,8 @@ class Estimate:
             for cost in self.costs(cell.spec).values():
                 if cost.prepared and teacher is not None:
                     each = self.size(teacher.model, teacher.knows(cell.spec.data)).training
-                    taken[f"{teacher.identity()} {cost.key}"] = cost.prepared * each
+                    key = f"{teacher.identity()} {cost.key}"
+                    taken[key] = max(taken.get(key, 0.0), cost.prepared * each)
         return sum(taken.values())
 
     def passes(self, spec: CellSpec) -> float:

@@ -80,8 +80,8 @@ class Cost:
 
     Attributes:
         teacher, student: images that pass a network while the stage trains, forward and back to the images.
-        prepared: such images of the teacher before any cell trains. key: what is prepared, so that cells that share it
-            count it once.
+        prepared: such images of the teacher before any cell trains. key: of what is prepared: the largest of one key
+            serves all cells that have it.
         at_once: images in the largest of these passes.
         held: bytes that it keeps on the device while the cell trains.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ class Judgement:
     """Of one pool by one network.
 
     Attributes:
-        pool: its folder. maker: the name of the network that the images were made from. settings: how they were made,
-            and of how many classes.
+        pool: its path below the folder that was asked for. maker: the model that the images were made from.
+        settings: how they were made, and of how many classes.
         judge: the network's name. images: of the pool. right: share in [0, 1] that it classifies as they were made for.
     """
 
-    pool: Path
+    pool: str
     maker: str
     settings: dict[str, Any]
     judge: str
@@ -41,43 +41,54 @@ class Judgement:
     right: float
 
 
-def pools_in(folders: Iterable[Path]) -> list[MadeImages]:
-    """All pools at or below folders, sorted by path.
+@dataclass(frozen=True)
+class Judge:
+    """A network that may be asked.
+
+    Attributes:
+        data: whose images it knows. classes: labels of those that it was trained on.
+        load: gives its logits of pixel values, on a device.
+    """
+
+    name: str
+    data: DataSpec
+    classes: frozenset[int]
+    load: Callable[[torch.device], Classifier]
+
+
+def pools_in(folders: Iterable[Path]) -> dict[str, MadeImages]:
+    """All pools at or below folders that hold images, by their paths below these.
 
     Raises:
         UserError: a folder with none, or a pool that cannot be read.
     """
-    found: dict[Path, MadeImages] = {}
+    found: dict[str, MadeImages] = {}
     for folder in folders:
-        files = sorted(folder.rglob(POOL)) if folder.is_dir() else []
-        if not files:
+        own = {}
+        for file in sorted(folder.rglob(POOL)) if folder.is_dir() else []:
+            try:
+                pool = MadeImages(file.parent, json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as error:
+                raise UserError(f"a pool of images cannot be read: {error}", where=str(file)) from None
+            if pool.whole():
+                below = str(file.parent.relative_to(folder))
+                own[folder.name if below == "." else below] = pool
+        if not own:
             raise UserError(
                 "there are no made images here",
                 where=str(folder),
                 hint="pools lie in runs/sources/synthesized, once a recipe with a source of images was run",
             )
-        for file in files:
-            try:
-                key = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"a pool of images cannot be read: {error}", where=str(file)) from None
-            found.setdefault(file.parent.resolve(), MadeImages(file.parent, key))
-    return [found[path] for path in sorted(found) if found[path].whole()]
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A network that may be asked. data: whose classes and images it knows. load: gives its logits of pixel values."""
-
-    name: str
-    data: DataSpec
-    load: Callable[[torch.device], Classifier]
+        found |= own
+    return found
 
 
 def teacher_as_judge(name: str, registry: Registry, options: Options) -> Judge:
-    """The teacher of a card."""
+    """The teacher of a card. UserError where its weights are not to be had."""
     spec, data = teacher_alone(name, registry, "--by")
-    return Judge(name, data, lambda device: load_teacher(spec, data, _weights(spec, options), device).eyes().logits)
+    file = _weights(spec, options)
+    classes = frozenset(spec.known_classes or range(data.classes))
+    return Judge(name, data, classes, lambda device: load_teacher(spec, data, file, device).eyes().logits)
 
 
 def students_as_judges(folder: Path, options: Options) -> list[Judge]:
@@ -85,29 +96,38 @@ def students_as_judges(folder: Path, options: Options) -> list[Judge]:
     found = []
     for record in read_records([folder]):
         spec = readable_spec(record)
+        others = [f"{path} {value}" for path, value in record.cell.axes.items() if not path.startswith("method")]
+        name = ", ".join([record.cell.label, *others, f"seed {record.cell.seed}"])
+        # A student that began with a teacher's weights may know that teacher's classes too.
+        begun = spec.teacher.known_classes if spec.teacher and spec.method.starts_from == "teacher" else None
+        classes = frozenset([*(spec.data.only_classes or range(spec.data.classes)), *(begun or [])])
         load = functools.partial(student_of, record, spec, options.registries)
-        found.append(Judge(f"{record.cell.label}, seed {record.cell.seed}", spec.data, load))
+        found.append(Judge(name, spec.data, classes, load))
     return found
 
 
 def judge(
-    pools: Sequence[MadeImages], judges: Sequence[Judge], device: torch.device, tell: Callable[[str], None]
+    pools: Mapping[str, MadeImages], judges: Sequence[Judge], device: torch.device, tell: Callable[[str], None]
 ) -> Iterator[Judgement]:
-    """Every pool by every network that takes such images.
+    """Every pool by every network that takes such images and knows their classes.
 
     Images are judged as they were kept: pixel values that may leave [0, 1], each network with its own normalization.
 
     Raises:
-        UserError: weights that are not there, or a network for other images or classes.
+        UserError: a network that takes none of the pools.
     """
+    fitting = {one.name: [name for name, pool in pools.items() if not _strange(one, pool)] for one in judges}
     for one in judges:
-        for pool in pools:
-            _check(one, pool)
+        if not fitting[one.name]:
+            reasons = dict.fromkeys(_strange(one, pool) for pool in pools.values())
+            raise UserError(f"'{one.name}' can judge none of these images: {'; '.join(reasons)}", where="--by")
     for one in judges:
         see = one.load(device)
-        for pool in pools:
-            key = _made_with(pool)
-            tell(f"{one.name}: {pool.folder}")
+        for name, pool in pools.items():
+            if name not in fitting[one.name]:
+                tell(f"{one.name}: left out {name}, {_strange(one, pool)}")
+                continue
+            tell(f"{one.name}: {name}")
             right = count = 0
             for batch in pool.whole():
                 images, labels = (part.to(device) for part in pool.read(batch))
@@ -117,8 +137,9 @@ def judge(
                     with torch.no_grad():
                         right += int((see(part).argmax(dim=1) == expected).sum())
                     count += len(expected)
-            made = {"classes": len(key["classes"]), **key["settings"]}
-            yield Judgement(pool.folder, key["teacher"], made, one.name, count, right / count)
+            key = _made_with(pool)
+            made = {"classes": len(key["classes"]), **pool.key.get("settings", key["settings"])}
+            yield Judgement(name, key["teacher"], made, one.name, count, right / count)
 
 
 def _made_with(pool: MadeImages) -> dict[str, Any]:
@@ -127,15 +148,17 @@ def _made_with(pool: MadeImages) -> dict[str, Any]:
     return found
 
 
-def _check(one: Judge, pool: MadeImages) -> None:
+def _strange(one: Judge, pool: MadeImages) -> str:
+    """Why a network cannot judge a pool; nothing if it can."""
     key, data = _made_with(pool), one.data
     shape = [data.channels, data.image_size, data.image_size]
-    if key["image_shape"] != shape or max(key["classes"]) >= data.classes:
-        raise UserError(
-            f"'{one.name}' knows {data.classes} classes of images of {_sizes(shape)}, and these are of "
-            f"{_sizes(key['image_shape'])}, of classes up to {max(key['classes'])}",
-            where=str(pool.folder),
-        )
+    if key["image_shape"] != shape:
+        return f"images of {_sizes(key['image_shape'])}, where it knows {_sizes(shape)}"
+    if pool.key.get("data_classes", data.classes) != data.classes:
+        return f"data of {pool.key['data_classes']} classes, where it knows {data.classes}"
+    if unknown := sorted(set(key["classes"]) - one.classes):
+        return f"classes that it was not trained on: {', '.join(map(str, unknown))}"
+    return ""
 
 
 def _sizes(shape: Sequence[int]) -> str:

@@ -41,7 +41,7 @@ class Memory:
         teacher: weights and a forward pass, shared by a cohort.
         features: of the teacher, for one batch, as this cell reads them.
         member: parameters, gradients, momentum, and what batch sources hold: all the time.
-        step: activations of its own training step, test, or batch source, while its turn lasts.
+        step: activations of its own training step, with its batch source's passes, or of a test, while its turn lasts.
     """
 
     data: int
@@ -77,6 +77,8 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
             own_teacher = teacher_extractor
         if at_once := max((cost.at_once for cost in costs), default=0):
             passing = _passing(model, shape) * at_once
+            if any(cost.student for cost in costs):
+                passing += _passing(student, shape) * at_once
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
     terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
@@ -111,7 +113,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         chosen = spec.protocol.augmentation
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
-    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training, testing, passing))
+    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
 
 
 def peak_memory(device: torch.device) -> int:

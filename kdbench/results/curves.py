@@ -40,11 +40,18 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the curves: limits of epochs and of values, and the labels of methods that end below it."""
+    """A part of the curves: limits of epochs and of values, and the labels of methods that end below or before it."""
 
     epochs: tuple[float, float]
     values: tuple[float, float]
     below: tuple[str, ...]
+    before: tuple[str, ...]
+
+    def title(self, between: str = " ") -> str:
+        """What it is, and in parentheses who is not in it."""
+        absent = {"below": self.below, "ended before": self.before}
+        said = "; ".join(f"{how}: {', '.join(labels)}" for how, labels in absent.items() if labels)
+        return f"last quarter{between}({said})" if said else "last quarter"
 
 
 def look(comparison: Comparison, row: Row) -> Look:
@@ -106,12 +113,15 @@ def curve_of(comparison: Comparison, row: Row, column: Column, log: Logs, value:
 
 def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
     """The last quarter of the epochs with the values in it, bands of ± one deviation included. Methods that end far
-    below most others are left out, or the others could not be told apart. None without curves, and where one has fewer
-    than two evaluations in that quarter."""
+    below most others are left out, or the others could not be told apart, and so are methods that trained for a shorter
+    time. None without curves, and where one of the others has fewer than two evaluations in that quarter."""
     if not curves:
         return None
     end = max(epochs[-1] for epochs, _ in curves.values())
-    begin = 0.75 * end
+    # Evaluations lie on whole steps: one meant for three quarters may lie a little before.
+    begin = 0.74 * end
+    before = tuple(row.label for row, (epochs, _) in curves.items() if epochs[-1] < begin)
+    curves = {row: curve for row, curve in curves.items() if row.label not in before}
     if any((epochs >= begin).sum() < 2 for epochs, _ in curves.values()):
         return None
     low, high = [], []
@@ -129,4 +139,5 @@ def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
         (float(begin - beside), float(end + beside)),
         (float(bottom - room), float(max(high) + room)),
         tuple(row.label for row, value in final.items() if value < bottom - room),
+        before,
     )

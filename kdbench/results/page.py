@@ -153,7 +153,7 @@ def _learning_curves(comparison: Comparison, log: Logs) -> str:
         found = _lines(comparison, curves)
         figures.append(_figure(f"{name}whole run", svg.lines(found, f"Learning curves, {name}whole run", labels)))
         if part := last_quarter(curves):
-            title = f"{name}last quarter" + (f" (below: {', '.join(part.below)})" if part.below else "")
+            title = name + part.title()
             chart = svg.lines(found, f"Learning curves, {title}", labels, part.epochs, part.values)
             figures.append(_figure(title, chart))
     return _charts(comparison, drawn, figures, len(log), "Test accuracy, mean over the seeds ± one deviation (band).")

@@ -76,8 +76,7 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
             else:
                 axis.set_xlim(*part.epochs)
                 axis.set_ylim(*part.values)
-                below = f"\n(below: {', '.join(part.below)})" if part.below else ""
-                axis.set_title(f"{name}last quarter{below}")
+                axis.set_title(name + part.title("\n"))
         _legend(figure, comparison, axes)
         return save(figure, file)
 

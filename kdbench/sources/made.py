@@ -31,16 +31,17 @@ class MadeImages:
     Args:
         folder: its own.
         key: what all its batches have in common, as plain data.
+        notes: what else `pool.json` says of them, without telling two pools apart.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+        self.folder, self.key, self.notes = folder, key, notes or {}
 
     @classmethod
-    def among(cls, folder: Path, key: dict[str, Any]) -> MadeImages:
+    def among(cls, folder: Path, key: dict[str, Any], notes: dict[str, Any] | None = None) -> MadeImages:
         """The folder for this key beside those of other keys."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return cls(folder / digest[:16], key)
+        return cls(folder / digest[:16], key, notes)
 
     def file(self, batch: int) -> Path:
         return self.folder / f"batch_{batch:05d}.safetensors"
@@ -63,7 +64,7 @@ class MadeImages:
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
         if not (self.folder / POOL).is_file():
-            write_json(self.folder / POOL, self.key)
+            write_json(self.folder / POOL, self.key | self.notes)
 
     def write(self, batch: int, images: Tensor, labels: Tensor, about: dict[str, Any]) -> str:
         """Add a batch, or replace it.

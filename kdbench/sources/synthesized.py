@@ -124,9 +124,12 @@ class SynthesizedImages(Source):
         # Images have their size: where real ones are cut out of larger pictures, these are only mirrored.
         self.augmentation = Augmentation(crop.padding, crop.mode, crop.flip) if augment else Augmentation()
         self.batch_size = spec.protocol.batch_size
-        self.pool = MadeImages.among(place.shared / FOLDER, self.pool_key()) if place.shared is not None else None
+        notes = {"data": known.name, "data_classes": known.classes}
+        key, shared = self.pool_key(), place.shared
+        self.pool = MadeImages.among(shared / FOLDER, key, notes) if shared is not None else None
         own = place.folder / FOLDER / place.stage if place.folder is not None else None
-        self.own = MadeImages(own, {"added_to": self.pool_key()}) if own is not None else None
+        added = {"added_to": key, "settings": _plain(chosen)}
+        self.own = MadeImages(own, added, notes) if own is not None else None
         # Number, sha256 and seconds of each batch that was added.
         self.added: list[tuple[int, str, float]] = []
         self._images: _Growing | None = None
@@ -277,7 +280,7 @@ class SynthesizedImages(Source):
             teacher=added * self.settings.iterations,
             student=added * self.settings.iterations if self.settings.competition else 0,
             prepared=self.batches * self.size * self.settings.iterations,
-            key=json.dumps([self.pool_key(), self.batches], sort_keys=True),
+            key=json.dumps(self.pool_key(), sort_keys=True),
             at_once=self.size if growths and self.settings.iterations else 0,
             held=held,
         )

@@ -84,6 +84,9 @@ def test_a_pool_is_made_once_and_grows_in_each_cell(estimate: Estimate) -> None:
     assert [estimate.cell(cell.spec) for cell in adaptive] == [alone + 2 * 8 * 5 * (1000.0 + 10.0)] * 2
     once = 3 * 8 * 5 * 1000.0
     assert estimate.prepared(plain) == once and estimate.prepared([*plain, *adaptive]) == once
+    # A larger pool of the same images goes on from the smaller one.
+    larger = cells_with({"name": "deep_inversion", **pool, "batches": 5})
+    assert estimate.prepared([*larger, *plain]) == estimate.prepared([*plain, *larger]) == 5 * 8 * 5 * 1000.0
     of_each_seed = cells_with({"name": "deep_inversion", **pool, "pool_seed": None})
     assert estimate.prepared(of_each_seed) == 2 * once
     assert estimate.prepared(cells_with({"name": "noise_kd", "batches": 3})) == 0

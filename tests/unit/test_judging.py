@@ -48,7 +48,7 @@ def pools(tmp_path: Path) -> Path:
     shared.begin()
     shared.write(0, written([0, 1, 2]), torch.tensor([0, 1, 2]), {})
     shared.write(1, written([0, 0, 0, 0, 0]), torch.tensor([0, 1, 2, 0, 1]), {})
-    added = MadeImages(tmp_path / "cell" / "b", {"added_to": KEY})
+    added = MadeImages(tmp_path / "cell" / "b", {"added_to": KEY, "settings": {"iterations": 5, "competition": 10.0}})
     added.begin()
     for number in (1, 2):
         added.write(number, written([number]), torch.tensor([1]), {})
@@ -56,31 +56,61 @@ def pools(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def network(name: str = "reader", classes: range = range(10), **changes: int) -> Judge:
+    return Judge(name, digits().model_copy(update=changes), frozenset(classes), lambda device: reader)
+
+
 def test_every_batch_counts(pools: Path) -> None:
-    told: list[str] = []
-    network = Judge("reader", digits(), lambda device: reader)
-    found = list(judge(pools_in([pools, pools / "sources"]), [network], CPU, told.append))
-    assert [(one.pool.name, one.maker, one.judge, one.images) for one in found] == [
-        ("b", "wrn_16_2", "reader", 2),
-        ("a", "wrn_16_2", "reader", 8),
+    found = list(judge(pools_in([pools]), [network()], CPU, print))
+    assert [(one.pool, one.maker, one.judge, one.images) for one in found] == [
+        ("cell/b", "wrn_16_2", "reader", 2),
+        ("sources/a", "wrn_16_2", "reader", 8),
     ]
     assert [one.right for one in found] == [1 / 2, 5 / 8]
-    assert found[0].settings == {"classes": 3, "iterations": 5} and len(told) == 2
+    assert found[0].settings == {"classes": 3, "iterations": 5, "competition": 10.0}
+    assert found[1].settings == {"classes": 3, "iterations": 5}
 
 
-def test_a_network_for_other_images_is_told_before_it_is_loaded(pools: Path) -> None:
-    def load(device: torch.device) -> Any:
-        raise AssertionError("loaded")
+def test_a_pool_may_be_named_itself(pools: Path) -> None:
+    assert list(pools_in([pools / "sources" / "a", pools / "cell"])) == ["a", "b"]
 
-    for change in ({"channels": 3}, {"image_size": 32}, {"classes": 2}):
-        data = digits().model_copy(update=change)
-        with pytest.raises(UserError, match="'stranger' knows .* of classes up to 2"):
-            list(judge(pools_in([pools]), [Judge("stranger", data, load)], CPU, print))
+
+@pytest.mark.parametrize(
+    ("stranger", "reason"),
+    [
+        (network("stranger", channels=3), "images of 1×8×8, where it knows 3×8×8"),
+        (network("stranger", image_size=32), "where it knows 1×32×32"),
+        (network("stranger", classes=range(1, 10)), "classes that it was not trained on: 0"),
+    ],
+)
+def test_images_that_a_network_does_not_know_are_left_out(pools: Path, stranger: Judge, reason: str) -> None:
+    told: list[str] = []
+    with pytest.raises(UserError, match=f"'stranger' can judge none of these images: .*{reason}"):
+        list(judge(pools_in([pools]), [network(), stranger], CPU, told.append))
+    assert not told, "told before anything was judged"
+    own = KEY | {"image_shape": [stranger.data.channels, stranger.data.image_size, stranger.data.image_size]}
+    other = MadeImages(pools / "other", own | {"classes": [1, 2]})
+    other.begin()
+    shape = (2, *own["image_shape"])
+    other.write(0, torch.zeros(shape), torch.tensor([1, 2]), {})
+    found = list(judge(pools_in([pools]), [stranger], CPU, told.append))
+    assert [(one.pool, one.right) for one in found] == [("other", 1 / 2)]
+    assert len([line for line in told if "left out" in line and reason in line]) == 2
+
+
+def test_data_of_another_number_of_classes_are_left_out(pools: Path) -> None:
+    many = MadeImages(pools / "many", KEY, {"data": "hundred", "data_classes": 100})
+    many.begin()
+    many.write(0, written([0]), torch.tensor([0]), {})
+    with pytest.raises(UserError, match="data of 100 classes, where it knows 10"):
+        list(judge(pools_in([pools / "many"]), [network()], CPU, print))
 
 
 def test_a_folder_without_pools_and_a_damaged_one_are_told(pools: Path) -> None:
     with pytest.raises(UserError, match="no made images here"):
         pools_in([pools / "nowhere"])
+    with pytest.raises(UserError, match="no made images here"):
+        pools_in([pools, pools / "sources" / "begun"])
     (pools / "cell" / "b" / "pool.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         pools_in([pools])

@@ -93,6 +93,23 @@ def test_one_evaluation_and_methods_of_different_length(tmp_path: Path, figures:
     assert [[axis.get_title() for axis in figure.axes] for figure in figures] == [["whole run"]] * 2
 
 
+def test_methods_that_trained_for_a_shorter_time_are_named(tmp_path: Path, figures: list[Figure]) -> None:
+    run(tmp_path / "runs", ("ce", "kd"))
+    for line in (tmp_path / "runs").glob("ce-*/metrics.jsonl"):
+        line.write_text("".join(line.read_text().splitlines(keepends=True)[:4]))
+    plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "curves.png")
+    assert [axis.get_title() for axis in figures[0].axes] == ["whole run", "last quarter\n(ended before: student)"]
+
+
+def test_four_evaluations_on_whole_steps_have_a_last_quarter(tmp_path: Path, figures: list[Figure]) -> None:
+    """Of 391 steps the third lies at 293, which is 0.749 of an epoch."""
+    steps = (98, 196, 293, 391)
+    lines = [{"step": s, "epoch": s / 391, "test": {"accuracy": 50.0 + s / 100}} for s in steps]
+    write(tmp_path / "runs" / "ce", plain_record("ce", agreement={}), lines)
+    plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "curves.png")
+    assert [axis.get_title() for axis in figures[0].axes] == ["whole run", "last quarter"]
+
+
 def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, figures: list[Figure]) -> None:
     records = run(tmp_path / "runs")
     for line in (tmp_path / "runs").glob("kd-*/metrics.jsonl"):
