@@ -54,13 +54,14 @@ def command(
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    judges = []
+    # Pools first: who names the wrong folder need not have the networks at hand to be told.
+    pools, judges = pools_in(folders), []
     for name in dict.fromkeys(by):
         if Path(name).is_dir():
             judges += students_as_judges(Path(name), options)
         else:
             judges.append(teacher_as_judge(name, cards, options))
-    found = list(judge(pools_in(folders), judges, torch.device(chosen), tell))
+    found = list(judge(pools, judges, torch.device(chosen), tell))
     folder = out or folders[0]
     _write_csv(folder / CSV, found)
     _print(found)

@@ -78,15 +78,15 @@ class Result(Part):
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
     teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
     agreement: dict[str, float] = Field({}, description="hook point -> share of equal activation signs in [0, 1]")
-    by_classes: dict[str, float] = Field(
-        {}, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
+    by_classes: dict[str, float] | None = Field(
+        None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
     )
 
     def also(self) -> dict[str, float]:
         """Accuracies after the last step beside that on the test part, in percent: source, teacher, trained_on, others,
         those that there are."""
         parts = {"source": self.source, "teacher": self.teacher}
-        return {name: part.last for name, part in parts.items() if part is not None} | self.by_classes
+        return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
 
 
 class Teacher(Part):
