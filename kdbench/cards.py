@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kdbench.schedules import share
 
@@ -109,6 +109,9 @@ class LossCard(Card):
     target: Target
     inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]]
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
+    references: dict[str, Target] = Field(
+        {}, description="metric -> class whose value a student reaches that ignores its input; logged beside the metric"
+    )
 
 
 class SourceCard(TargetCard):
@@ -307,6 +310,14 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
 
 
+def _words(value: Any) -> Any:
+    return value["name"] if isinstance(value, dict) and list(value) == ["name"] else value
+
+
+# Of keys that hold a card elsewhere: the registry writes a plain text out as a card's name.
+Words = Annotated[str, BeforeValidator(_words)]
+
+
 class PublishedProtocol(Strict):
     """How published numbers came about. What a source does not say is absent."""
 
@@ -315,6 +326,15 @@ class PublishedProtocol(Strict):
     batch_size: int | None = Field(default=None, gt=0)
     reported: Literal["last", "best"] | None = Field(default=None, description="last, or best on the test set")
     runs: int | None = Field(default=None, gt=0)
+    optimizer: Words | None = Field(default=None, description="as 'SGD with momentum 0.9', or '… Nesterov momentum 0.9'")
+    learning_rate: float | None = Field(default=None, gt=0, description="the first one")
+    weight_decay: float | None = Field(default=None, ge=0)
+    schedule: Words | None = Field(
+        default=None, description="of the learning rate, as '× 0.1 at 50/75 %': times gamma at shares of `epochs`"
+    )
+    augmentation: str | None = Field(
+        default=None, description="as 'crop after padding 4 and flip', or '… reflect padding 4 …'"
+    )
     note: str | None = None
 
 
@@ -328,6 +348,7 @@ class PublishedPair(Strict):
 
     teacher: PublishedNetwork | None = None
     student: PublishedNetwork
+    protocol: PublishedProtocol = Field(PublishedProtocol(), description="where this column departs from the table's")
 
 
 class PublishedRow(Strict):
@@ -355,10 +376,12 @@ class PublishedCard(Card):
                 raise ValueError(f"'{name}' has {len(row.accuracies)} accuracies for {len(self.pairs)} pairs")
         return self
 
-    def protocol_of(self, method: str) -> PublishedProtocol:
-        """The table's protocol with what the method's row says otherwise."""
-        own = self.methods[method].protocol
-        return self.protocol.model_copy(update=own.model_dump(exclude_unset=True))
+    def protocol_of(self, method: str, pair: PublishedPair) -> PublishedProtocol:
+        """The table's protocol with what the pair's column says otherwise, and the method's row after it."""
+        found = self.protocol
+        for own in (pair.protocol, self.methods[method].protocol):
+            found = found.model_copy(update=own.model_dump(exclude_unset=True))
+        return found
 
 
 KINDS: dict[str, type[BaseModel]] = {

@@ -241,6 +241,7 @@ class Term(nn.Module):
             self.connectors.append(connector)
             self.layers.append(Layer(student, teacher, connector, weight))
         self.metrics = {name: resolve(target) for name, target in spec.loss.metrics.items()}
+        self.references = {name: resolve(target) for name, target in spec.loss.references.items()}
 
     def points(self, network: str) -> dict[str, list[str]]:
         """What the term reads of a network ("student" or "teacher"): input set -> hook points."""

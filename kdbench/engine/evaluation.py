@@ -19,7 +19,8 @@ def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[
         {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
         "source": same on the source's test part, where the test part is a target domain's,
         "teacher": same of the teacher on the test part, where the cell trains it,
-        "agreement": {hook point: share}, …one entry for every metric that a loss card declares}.
+        "agreement": {hook point: share}, …one entry for every metric that a loss card declares, and as
+        "agreement_reference" the value of a student that ignores its input, where the card has a reference}.
     """
     member.student.model.eval()
     member.terms.eval()
@@ -74,19 +75,30 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
         [point for term in terms for point in term.points(network)["data"]] for network in ("student", "teacher")
     )
     sums: dict[str, dict[str, Tensor]] = {}
+    # Of two terms that measure one point, the later stage's counts.
+    references = {
+        (f"{metric}_reference", layer.student): (layer.teacher, reference())
+        for term in terms
+        for metric, reference in term.references.items()
+        for layer in term.layers
+    }
     for images, labels in part.slices(SLICE[member.device.type]):
         student = member.student(member.normalizer(images), student_points)
         values = teacher(images, teacher_points)
         here: dict[str, dict[str, Tensor]] = {}
         for term in terms:
-            # Of two terms that measure one point, the later stage's counts.
             for metric, points in term.measure(student, values).items():
                 here.setdefault(metric, {}).update(points)
+        for point, reference in references.values():
+            reference.add(values[point])
         for metric, points in here.items():
             into = sums.setdefault(metric, {})
             for point, value in points.items():
                 into[point] = into.get(point, 0) + value * len(labels)
-    return {
+    found = {
         metric: {point: value.item() / len(part.labels) for point, value in points.items()}
         for metric, points in sums.items()
     }
+    for (name, point), (_, reference) in references.items():
+        found.setdefault(name, {})[point] = reference.value()
+    return found

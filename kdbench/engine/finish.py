@@ -82,6 +82,7 @@ def finish(
             "test": summary(member.history, "test"),
             "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
             "agreement": member.history[-1].get("agreement", {}),
+            "agreement_reference": member.history[-1].get("agreement_reference"),
             # On the source, and of the teacher that the cell trained, where there are such.
             **{part: summary(member.history, part) for part in ("source", "teacher") if part in member.history[-1]},
             **by_classes(spec.data, logits, batches.test.labels),

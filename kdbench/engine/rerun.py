@@ -143,7 +143,9 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
         allowed = max(LEAST, DEVIATIONS * (deviation or 0.0)) if tolerance is None else tolerance
         return Again(tuple(differing), allowed, recorded, found, ())
     unequal = []
-    if record.result != again.result:
+    # What the record holds: a later version may measure more.
+    before, after = (r.result.model_dump(exclude_none=True) for r in (record, again))
+    if any(after.get(name) != value for name, value in before.items()):
         unequal.append("the result (last, best, validation or agreement)")
     if record.teacher != again.teacher:
         unequal.append("the teacher")
@@ -151,7 +153,11 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
         unequal.append("the anchors, or the route that was kept")
     if record.folder is not None and again.folder is not None:
         points = [_measured(folder) for folder in (record.folder, again.folder)]
-        unequal += [f"the evaluation at step {a['step']}" for a, b in zip(*points, strict=False) if a != b][:1]
+        unequal += [
+            f"the evaluation at step {a['step']}"
+            for a, b in zip(*points, strict=False)
+            if any(b.get(name) != value for name, value in a.items())
+        ][:1]
     return Again((), 0.0, recorded, found, tuple(unequal))
 
 

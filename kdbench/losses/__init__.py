@@ -5,7 +5,7 @@ reaches the teacher, but for `kl_divergence`; `mmd` takes two samples of one net
 in float32; float32 and float64 stay as they are. Shapes that do not fit are a ValueError that names both.
 """
 
-from kdbench.losses.ab import activation_agreement, activation_boundary, centred_mse
+from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.losses.ce import cross_entropy
@@ -25,6 +25,7 @@ from kdbench.losses.mmd import mmd
 
 __all__ = [
     "BatchNormInputs",
+    "ConstantAgreement",
     "activation_agreement",
     "activation_boundary",
     "angle_similarity",

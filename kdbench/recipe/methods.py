@@ -292,6 +292,7 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
             source_sha256=own_code_sha256(loss.target),
             inputs=loss.inputs,
             metrics=loss.metrics,
+            references=loss.references,
         ),
         student=term.hook or term.student or "logits",
         teacher=term.hook or term.teacher or "logits",

@@ -212,6 +212,7 @@ class ModelSpec(TargetSpec):
 class LossSpec(TargetSpec):
     inputs: list[str]
     metrics: dict[str, str] = {}
+    references: dict[str, str] = {}
 
 
 class SourceSpec(TargetSpec):
@@ -353,8 +354,9 @@ class CellSpec(Spec):
         return _digest(self.model_copy(update=changes))
 
 
-# Names for readers, folders and addresses: they change no number. Files count by their sha256.
-_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors"}
+# Names for readers, folders, addresses, and what stands beside a metric: they change no number. Files count by their
+# sha256.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references"}
 
 
 def _digest(spec: Spec) -> str:

@@ -78,6 +78,9 @@ class Result(Part):
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
     teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
     agreement: dict[str, float] = Field({}, description="hook point -> share of equal activation signs in [0, 1]")
+    agreement_reference: dict[str, float] | None = Field(
+        None, description="hook point -> that share for a student that ignores its input"
+    )
     by_classes: dict[str, float] | None = Field(
         None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
     )

@@ -5,6 +5,7 @@ bhheo/AB_distillation a7701d3, HobbitLong/RepDistiller b84f547, szagoruyko/atten
 megvii-research/mdistiller a08d46f.
 """
 
+import itertools
 import math
 
 import pytest
@@ -161,6 +162,30 @@ class TestActivationAgreement:
 
     def test_independent_of_the_batch_dimension(self):
         assert losses.activation_agreement(torch.ones(2, 8, 3), torch.ones(2, 8, 3)) == 1
+
+
+class TestConstantAgreement:
+    def test_by_hand(self):
+        reference = losses.ConstantAgreement()
+        # Active on 3 of 4, 0 of 4 (zero is inactive) and 2 of 4 images, in two batches.
+        reference.add(torch.tensor([[1.0, 0.0, 1.0], [2.0, -1.0, 3.0], [-1.0, -2.0, -1.0]]))
+        reference.add(torch.tensor([[5.0, 0.0, -4.0]]))
+        assert reference.value() == pytest.approx((3 / 4 + 1 + 1 / 2) / 3)
+
+    def test_is_the_best_of_all_constants(self):
+        teacher = wave(6, 2, 1, 2, step=1.3, start=0.4)
+        reference = losses.ConstantAgreement()
+        reference.add(teacher)
+        constants = (torch.tensor(signs, dtype=torch.float64) for signs in itertools.product((-1, 1), repeat=4))
+        shares = [
+            losses.activation_agreement(signs.reshape(1, 2, 1, 2).expand_as(teacher), teacher).item()
+            for signs in constants
+        ]
+        assert reference.value() == pytest.approx(max(shares))
+
+    def test_needs_images(self):
+        with pytest.raises(ValueError, match="needs images"):
+            losses.ConstantAgreement().value()
 
 
 class TestKD:
