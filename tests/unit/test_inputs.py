@@ -97,8 +97,9 @@ def test_terms_read_the_input_set_that_they_name(registry: Registry) -> None:
         kl = 16 * F.kl_div(student, F.softmax(teacher.network.model(taught) / 4, dim=1), reduction="batchmean")
     member, batches, teacher = member_of(cell(registry))
     step(member, batches, teacher)
+    # The KL of first weights is a small difference of float32 logarithms: processors differ in its fifth digit.
     assert member.meter.result() == pytest.approx(
-        {"ce": ce.item(), "mirror": kl.item(), "loss": (ce + kl / 2).item()}, rel=1e-5
+        {"ce": ce.item(), "mirror": kl.item(), "loss": (ce + kl / 2).item()}, rel=1e-4
     )
 
 
