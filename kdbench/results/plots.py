@@ -83,7 +83,8 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
 
 def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path | None:
     """Share of equal activation signs of student and teacher over epochs, one panel for each hook point (and column),
-    mean over the seeds with a band of ± one deviation. None, and no file, where no record has agreement.
+    mean over the seeds with a band of ± one deviation; dotted, where it was recorded, what a student has that ignores
+    its input. None, and no file, where no record has agreement.
 
     Raises:
         UserError: a record without metrics.
@@ -104,6 +105,23 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
                     if curve is not None:
                         drawn.add(row)
                         _draw(axis, curve, look(comparison, row), row.label)
+                if references := [
+                    share[point]
+                    for row in comparison.rows
+                    for record in comparison.cell(row, column).values()
+                    if point in (share := record.result.agreement_reference or {})
+                ]:
+                    axis.axhline(statistics.summarize(references).mean, color="0.35", linewidth=1.0, linestyle=":")
+                    axis.annotate(
+                        "input ignored",
+                        (1.0, statistics.summarize(references).mean),
+                        xycoords=axis.get_yaxis_transform(),
+                        xytext=(-3, 3),
+                        textcoords="offset points",
+                        ha="right",
+                        fontsize=7,
+                        color="0.35",
+                    )
                 axis.set_title(f"{column.label}: {point}" if comparison.axes else point)
                 axis.set_xlabel("epoch")
                 if j == 0:

@@ -70,11 +70,13 @@ def records_csv(records: Iterable[Record]) -> str:
                 "last": test.last,
                 "best": test.best,
                 "best_step": test.best_step,
-                "mean_last": test.mean_last,
-                "mean_last_of": test.mean_last_of,
                 "validation_last": validation.last if validation else None,
                 "validation_best": validation.best if validation else None,
                 **{f"agreement.{point}": share for point, share in sorted(record.result.agreement.items())},
+                **{
+                    f"agreement_reference.{point}": share
+                    for point, share in sorted((record.result.agreement_reference or {}).items())
+                },
                 **{f"also.{name}": value for name, value in record.result.also().items()},
                 "steps": record.budget.steps,
                 "epochs": record.budget.epochs,
