@@ -326,7 +326,9 @@ class PublishedProtocol(Strict):
     batch_size: int | None = Field(default=None, gt=0)
     reported: Literal["last", "best"] | None = Field(default=None, description="last, or best on the test set")
     runs: int | None = Field(default=None, gt=0)
-    optimizer: Words | None = Field(default=None, description="as 'SGD with momentum 0.9', or '… Nesterov momentum 0.9'")
+    optimizer: Words | None = Field(
+        default=None, description="as 'SGD with momentum 0.9', or '… Nesterov momentum 0.9'"
+    )
     learning_rate: float | None = Field(default=None, gt=0, description="the first one")
     weight_decay: float | None = Field(default=None, ge=0)
     schedule: Words | None = Field(

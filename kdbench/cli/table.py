@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
-    "kdbench table results/ab_resnet --published kdzoo_cifar10:kd,at"
+    "kdbench table results/ab_speed_small --published kdzoo_cifar10:kd,at"
 )
 METRICS = ("last", "best", "mean_last")
 INTERVALS = ("student", "bootstrap")
@@ -25,7 +25,9 @@ INTERVALS = ("student", "bootstrap")
 def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     baseline: Annotated[str | None, typer.Option(help="Method to compare with (default: the recipe's).")] = None,
-    metric: Annotated[str, typer.Option(help="last, best (marked as optimistic) or mean_last.")] = "last",
+    metric: Annotated[
+        str, typer.Option(help="last, best (marked as optimistic) or mean_last (of the last 10 epochs).")
+    ] = "last",
     interval: Annotated[str, typer.Option(help="Of differences: student, or bootstrap from 20 seeds on.")] = "student",
     published: Annotated[
         list[str] | None,

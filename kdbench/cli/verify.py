@@ -19,7 +19,7 @@ EXAMPLES = (
     "Examples:  kdbench verify results/quickstart   ·   kdbench verify results/quickstart --rerun   ·   "
     "kdbench verify results/quickstart --rerun --cell kd-seed0-84f986b0"
 )
-COLOURS = {"agrees": "green", "remark": "yellow", "disagrees": "red"}
+COLOURS = {"agrees": "green", "remark": "yellow", "unchecked": "yellow", "disagrees": "red"}
 
 
 def command(
@@ -45,7 +45,7 @@ def command(
     from kdbench.cli.run import check_device
     from kdbench.engine.runner import Options
     from kdbench.registry import Registry
-    from kdbench.results.verification import verify
+    from kdbench.results.verification import Finding, verdict, verify
 
     check_device(device)
     if cell is not None and not rerun:
@@ -57,14 +57,14 @@ def command(
     for finding in findings:
         about = f"{finding.where}: " if finding.where else ""
         console.print(Text.assemble((f"{finding.level:<10}", COLOURS[finding.level]), f"{about}{finding.what}"))
-    disagree = sum(finding.level == "disagrees" for finding in findings)
     if rerun:
         options = Options(
             device=device, data_roots=tuple(data or ()), download=download, registries=folders, checkpoint_seconds=1e9
         )
-        disagree += not _rerun(folder, cell, tolerance, options, cards)
-    print("everything agrees" if not disagree else f"{disagree} disagreements")
-    if disagree:
+        if not _rerun(folder, cell, tolerance, options, cards):
+            findings.append(Finding("disagrees", "a cell run again does not give its number"))
+    print(verdict(findings))
+    if any(finding.level == "disagrees" for finding in findings):
         raise typer.Exit(1)
 
 

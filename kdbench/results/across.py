@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdbench.results.comparison import Column, Comparison, Row
@@ -23,12 +25,13 @@ class Standing:
 @dataclass(frozen=True)
 class Across:
     """`columns`: how many the ranks are over, 0 for no ranks. `critical_distance`: None where `why_no_distance` says
-    why."""
+    why. `shared`: what some of these columns have in common although the distance takes them for independent."""
 
     standings: tuple[Standing, ...]
     columns: int
     critical_distance: float | None
     why_no_distance: str | None
+    shared: tuple[str, ...]
 
 
 def across(comparison: Comparison, metric: Metric) -> Across | None:
@@ -40,7 +43,8 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
     # By the means as they are shown, so that a reader can rank them again.
     ranked = [[_shown_mean(comparison, row, column, metric) for row in rows] for column in full]
     ranks: list[float] | list[None] = average_ranks(ranked) if len(full) > 1 else [None] * len(rows)
-    why = _why_no_distance(comparison, full)
+    drawn = [_drawn_with(comparison, column) for column in full]
+    why = _why_no_distance(comparison, full, drawn)
     standings = tuple(
         Standing(row.label, rank, _improvement(comparison, row, metric)) for row, rank in zip(rows, ranks, strict=True)
     )
@@ -51,6 +55,7 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
         len(full) if len(full) > 1 else 0,
         critical_distance(len(rows), len(full)) if why is None else None,
         why,
+        tuple(part for part in _PARTS if any(a[part] & b[part] for a, b in itertools.combinations(drawn, 2))),
     )
 
 
@@ -78,8 +83,27 @@ def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvemen
     )
 
 
-def _why_no_distance(comparison: Comparison, columns: list[Column]) -> str | None:
-    """What keeps Nemenyi's distance from holding: it takes the columns for independent draws of pairs."""
+_PARTS = ("teacher", "data", "seeds")
+
+
+def _drawn_with(comparison: Comparison, column: Column) -> dict[str, frozenset[str | int | None]]:
+    """Teachers (None where there are none), data sets and seeds of a column."""
+    records = [record for row in comparison.rows for record in comparison.cell(row, column).values()]
+    return {
+        "teacher": frozenset(r.cell.teacher for r in records if r.cell.teacher is not None) or frozenset([None]),
+        "data": frozenset(record.data.name for record in records),
+        "seeds": frozenset(record.cell.seed for record in records),
+    }
+
+
+def _why_no_distance(
+    comparison: Comparison, columns: list[Column], drawn: Sequence[Mapping[str, frozenset[str | int | None]]]
+) -> str | None:
+    """What keeps Nemenyi's distance from holding: it takes the columns for independent draws of pairs.
+
+    Args:
+        drawn: what `_drawn_with` tells of each column.
+    """
     if len(columns) < 2:
         return "fewer than two columns have every method"
     if len(comparison.rows) < 3:
@@ -101,4 +125,6 @@ def _why_no_distance(comparison: Comparison, columns: list[Column]) -> str | Non
         )
     if len(pairs) < len(columns):
         return "the columns are not all different pairs of student, teacher and data"
+    if all(frozenset.intersection(*(column[part] for column in drawn)) for part in _PARTS):
+        return "all columns have teacher, data and seeds in common, so they are not independent of each other"
     return None

@@ -70,8 +70,8 @@ class Comparison:
 
 
 def compare(records: Iterable[Record], baseline: str | None = None) -> Comparison:
-    """Arrange finished records in rows (methods, in the order of the recipe) and columns (combinations of everything
-    else that varies).
+    """Arrange finished records in rows (students without a teacher, then those with one, each in the order of the
+    recipe) and columns (combinations of everything else that varies).
 
     Args:
         baseline: key or label of the method to compare with; the recipe's own by default.
@@ -98,7 +98,7 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
     if not any(record.cell.order is not None for record in ordered):
         unique_rows = (chosen, *(row for row in sorted(unique_rows, key=lambda row: row.label) if row != chosen))
     return Comparison(
-        unique_rows,
+        _students_first(unique_rows, cells),
         axes,
         columns,
         chosen,
@@ -184,6 +184,12 @@ def _rows(records: list[Record]) -> list[Row]:
             added += [f"{path.removeprefix('method.')} {value}" for path, value in settings]
         rows.append(Row(method, f"{label} ({', '.join(added)})" if added else label))
     return rows
+
+
+def _students_first(rows: tuple[Row, ...], cells: Mapping[tuple[str, Key], Mapping[int, Record]]) -> tuple[Row, ...]:
+    """Rows that learn from no teacher, then the others: what a student reaches alone is what these are read against."""
+    taught = {label for (label, _), group in cells.items() for record in group.values() if record.teacher is not None}
+    return tuple(sorted(rows, key=lambda row: row.label in taught))
 
 
 def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.errors import UserError
@@ -106,7 +107,7 @@ def _rows(
             mean, deviation = (value[0], value[1]) if isinstance(value, list) else (value, None)
             said, runs = [f"Copied from {key}, not measured here"], None
             if method is not None:
-                theirs = card.protocol_of(method)
+                theirs = card.protocol_of(method, pair)
                 runs = theirs.runs
                 said[0] += f"; {_beside_ours(theirs, pair, _records(comparison, column), reported)}"
                 # Apart, so that rows which differ in nothing else share the note on the protocol.
@@ -133,12 +134,73 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
     if pair.teacher is not None:
         own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
         lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
+    # What few sources say: where one side is unknown, there is nothing to spell out.
+    ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in _OURS.items()}
+    rest = {
+        "optimizer": theirs.optimizer,
+        "learning rate": _number(theirs.learning_rate),
+        "weight decay": _number(theirs.weight_decay),
+        "schedule": theirs.schedule,
+        "augmentation": theirs.augmentation,
+    }
+    lines += [(name, their, ours[name]) for name, their in rest.items() if their is not None and ours[name]]
     parts = [
         ("differs", [f"{name} {their} (here {our})" for name, their, our in lines if their not in (None, our)]),
         ("not stated there", [f"{name} (here {our})" for name, their, our in lines if their is None]),
         ("the same", [f"{name} {their}" for name, their, our in lines if their == our]),
     ]
     return "; ".join(f"{what}: {', '.join(entries)}" for what, entries in parts if entries)
+
+
+def _main_stage(record: Record) -> dict[str, Any]:
+    """The stage that has the protocol's epochs to itself, or what others leave of them; the last where none does."""
+    stages = list(((record.spec.get("method") or {}).get("stages") or {}).values())
+    whole = [s for s in stages if not any(s.get(key) for key in ("share", "extra_epochs", "extra_share"))]
+    return (whole or stages or [{}])[-1]
+
+
+def _options(record: Record, part: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of the main stage's optimizer or schedule."""
+    found = _main_stage(record).get(part) or {}
+    return str(found.get("name", "")), found.get("options") or {}
+
+
+def _optimizer(record: Record) -> str:
+    """In the words that cards of published tables use, as are the others below."""
+    name, options = _options(record, "optimizer")
+    if name != "sgd" or not options.get("momentum"):
+        return name.upper() if name == "sgd" else name
+    return f"SGD with {'Nesterov ' * bool(options.get('nesterov'))}momentum {options['momentum']:g}"
+
+
+def _schedule(record: Record) -> str:
+    name, options = _options(record, "schedule")
+    if name != "multistep":
+        return name
+    return f"× {options.get('gamma', 0.1):g} at {'/'.join(share.rstrip('%') for share in options['at'])} %"
+
+
+def _augmentation(record: Record) -> str:
+    found = (record.spec.get("protocol") or {}).get("augmentation")
+    if found is None:
+        return ""
+    crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
+    parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
+    return " and ".join(parts + ["flip"] * bool(found.get("flip"))) or "none"
+
+
+def _option(record: Record, name: str) -> str:
+    value = _options(record, "optimizer")[1].get(name)
+    return f"{value:g}" if isinstance(value, int | float) else ""
+
+
+_OURS: dict[str, Callable[[Record], str]] = {
+    "optimizer": _optimizer,
+    "learning rate": lambda record: _option(record, "lr"),
+    "weight decay": lambda record: _option(record, "weight_decay"),
+    "schedule": _schedule,
+    "augmentation": _augmentation,
+}
 
 
 def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:

@@ -10,7 +10,8 @@ from kdbench.cards import PublishedCard
 from kdbench.results import statistics
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
-from kdbench.results.record import Metric, Record
+from kdbench.results.record import LAST_EPOCHS, Metric, Record
+from kdbench.results.sharing import unlike_baseline
 
 if TYPE_CHECKING:
     from kdbench.results.tables import Row
@@ -33,8 +34,8 @@ def metric_label(records: Sequence[Record], metric: Metric) -> str:
         return "last epoch"
     if metric == "best":
         return "best test epoch (optimistic)"
-    counts = sorted({record.result.test.mean_last_of for record in records})
-    return f"mean of the last {ranged(counts)} evaluations"
+    counts = sorted({record.tail.evaluations for record in records})
+    return f"mean of {ranged(counts)} evaluations in the last {LAST_EPOCHS} epochs"
 
 
 def notes_of(
@@ -53,21 +54,17 @@ def notes_of(
     notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
     differences = [cell.difference for cell in cells if cell.difference is not None]
     if differences:
+        level = "5 %" if tests == 1 else f"5 % / {tests}, Holm's first step"
         how = (
             ""
             if not tests
             else (
                 f"; {_INTERVALS[interval]} and two-sided paired t test, p after Holm over the {tests} "
-                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power in one "
-                "such test, were the seen difference and its deviation the true ones"
+                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power at "
+                f"{level}, were the seen difference and its deviation the true ones"
             )
         )
-        notes.append(
-            Note(
-                f"Differences are to {comparison.baseline.label}, paired by seed (same data order, "
-                f"augmentation and initial student){how}"
-            )
-        )
+        notes.append(Note(f"Differences are to {comparison.baseline.label}, {_paired(comparison, rows)}{how}"))
     if len(rows) > 1:
         notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
     notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
@@ -79,7 +76,7 @@ def notes_of(
         notes.append(
             Note(
                 "Agreement: share of equal activation signs of student (through its connector) and teacher, "
-                "after the last epoch"
+                f"after the last epoch; {_reference(records, points)}"
             )
         )
     notes.append(
@@ -89,10 +86,47 @@ def notes_of(
     return notes
 
 
+def _paired(comparison: Comparison, rows: Sequence[Row]) -> str:
+    """What pairing by seed means here: what runs of one seed have in common, and in which rows they do not."""
+    compared = {
+        row.label for row in rows if any(cell is not None and cell.difference is not None for cell in row.cells)
+    }
+    by_exceptions: dict[tuple[str, ...], list[str]] = {}
+    for what, labels in unlike_baseline(comparison).items():
+        by_exceptions.setdefault(tuple(labels), []).append(what)
+    said = [
+        f"same {_joined(common)}" + (f" except in {listed([repr(label) for label in labels], 6)}" if labels else "")
+        for labels, common in sorted(by_exceptions.items(), key=lambda one: len(one[0]))
+        if set(labels) != compared
+    ]
+    return f"paired by seed ({'; '.join(said)})" if said else "paired by the number of the seed alone"
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
 _INTERVALS: dict[Interval, str] = {
     "student": "Student's 95 % interval",
     "bootstrap": f"bootstrap-t 95 % interval ({statistics.RESAMPLES:,} draws of the seeds)",
 }
+
+
+def _reference(records: Sequence[Record], points: Sequence[str]) -> str:
+    """What agreement must be held against."""
+    found = {
+        point: [share[point] for r in records if point in (share := r.result.agreement_reference or {})]
+        for point in points
+    }
+    shares = [f"{_percent(values)} at {point}" for point, values in found.items() if values]
+    if not shares:
+        return "what a student reaches that ignores its input was not recorded"
+    return f"a student that ignores its input, each neuron on its teacher's more frequent side, has {listed(shares, 8)}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
@@ -115,7 +149,7 @@ def _said_protocol(record: Record) -> str:
     return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
 
 
-def _said_computing(record: Record) -> str:
+def said_computing(record: Record) -> str:
     """How networks were computed, as far as it was not plainly."""
     compute = record.compute
     parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
@@ -146,7 +180,8 @@ def _said_data(record: Record) -> str:
     )
 
 
-def _said_machine(record: Record) -> str:
+def said_machine(record: Record) -> str:
+    """Device, and the threads of a processor."""
     compute = record.compute
     if compute.device != "cpu":
         return compute.device_name
@@ -164,8 +199,8 @@ _ATTRIBUTES: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
     ("Protocol", _said_protocol),
     ("Teacher", _said_teacher),
     ("Data", _said_data),
-    ("Machine", _said_machine),
-    ("Precision", _said_computing),
+    ("Machine", said_machine),
+    ("Precision", said_computing),
     ("kdbench", _said_version),
 )
 
@@ -215,15 +250,16 @@ def across_notes(found: Across | None, baseline: str) -> list[Note]:
             if found.critical_distance is None
             else f"critical distance {found.critical_distance:.2f}: methods whose average ranks differ by less cannot "
             "be told apart at 5 % over all pairs of methods (Nemenyi), with the columns as independent draws"
+            + (f", which they are only in part: some have {_joined(found.shared)} in common" if found.shared else "")
         )
         notes.append(
             Note(f"Average rank over {found.columns} columns, 1 for the highest mean, ties sharing theirs; {distance}")
         )
     notes.append(
         Note(
-            f"Probability of improvement: that a run of a method beats a run of {baseline} in the same column, "
-            "averaged over the columns that both have, and for these columns only; 95 % interval from leaving out one "
-            "seed at a time in all of them, where the runs allow one"
+            f"Probability of improvement: that a run of a method beats an independent run of {baseline} in the same "
+            "column, from all pairs of different seeds, averaged over the columns that both have, and for these "
+            "columns only; 95 % interval from leaving out one seed at a time in all of them, where the runs allow one"
         )
     )
     return notes

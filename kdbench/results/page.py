@@ -24,7 +24,7 @@ from kdbench.results.curves import (
     look,
 )
 from kdbench.results.layout import Grid, Text, accuracy, layout
-from kdbench.results.notes import Note
+from kdbench.results.notes import Note, said_computing, said_machine
 from kdbench.results.record import Record
 from kdbench.results.tables import Table
 
@@ -276,14 +276,13 @@ def _runs(table: Table, comparison: Comparison) -> str:
 
 def _article(anchor: str, name: str, records: list[Record]) -> str:
     """All that is known of one cell's runs."""
-    head = ("seed", "last", "best", "at step", "mean of last", "training s", "images/s", "folder", "identity")
+    head = ("seed", "last", "best", "at step", "training s", "images/s", "folder", "identity")
     rows = [
         (
             str(record.cell.seed),
             f"{record.result.test.last:.2f}",
             f"{record.result.test.best:.2f}",
             f"{record.result.test.best_step:,}",
-            f"{record.result.test.mean_last:.2f}",
             f"{record.compute.training_seconds or record.compute.seconds:,.1f}",
             f"{record.compute.images_per_second:,.1f}",
             record.folder.name if record.folder is not None else "–",
@@ -337,17 +336,14 @@ def _made_with(record: Record) -> tuple[str, ...]:
     data, teacher, compute, git = record.data, record.teacher, record.compute, record.git
     known = "" if teacher is None or teacher.accuracy is None else f", {teacher.accuracy:.2f} %"
     commit = "" if git is None else f", commit {git.commit}{' with uncommitted changes' if git.dirty else ''}"
-    threads = ""
-    if compute.device == "cpu":
-        threads = f", {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
     return (
         record.recipe,
         record.cell.protocol,
         f"{data.name}, {data.train:,} training, {data.validation:,} validation and {data.test:,} test images, from "
         f"{data.origin or 'an origin that was not recorded'}, fingerprint {data.fingerprint}",
         "" if teacher is None else f"{teacher.name}{known}, sha256 {teacher.sha256}",
-        f"{compute.device_name}{threads}",
-        compute.precision,
+        said_machine(record),
+        said_computing(record),
         f"{record.kdbench}{commit}",
         f"{compute.python}, {compute.torch}",
         compute.platform,

@@ -7,11 +7,13 @@ file is an error that names it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdbench.errors import UserError
 
@@ -20,8 +22,11 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 RUN = "recipe.json"
 Metric = Literal["last", "best", "mean_last"]
-# Evaluations in the mean of the last.
-LAST = 10
+# The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is
+# no mean of what was reached where these epochs are much of the training.
+LAST_EPOCHS = 10
+FEWEST_EVALUATIONS = 3
+LARGEST_SHARE = 0.2
 
 
 class Part(BaseModel):
@@ -62,14 +67,27 @@ class Budget(Part):
 
 
 class Accuracies(Part):
-    """Accuracies of one part of the data, in percent: after the last step, best of all evaluations, mean of the last
-    `mean_last_of` evaluations."""
+    """Accuracies of one part of the data, in percent: after the last step, and best of all evaluations."""
 
     last: float = Field(ge=0, le=100)
     best: float = Field(ge=0, le=100)
     best_step: int = Field(ge=0)
-    mean_last: float = Field(ge=0, le=100)
-    mean_last_of: int = Field(ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_mean(cls, data: Any) -> Any:
+        """Earlier versions kept a mean of the last evaluations, those of earlier stages among them: nothing may take it
+        for the mean over the last epochs."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in ("mean_last", "mean_last_of")}
+
+
+class Tail(NamedTuple):
+    """Mean test accuracy in percent over the evaluations of the last epochs, and how many these are."""
+
+    mean: float
+    evaluations: int
 
 
 class Result(Part):
@@ -194,8 +212,50 @@ class Record(Part):
     folder: Path | None = Field(None, exclude=True, repr=False)
 
     def accuracy(self, metric: Metric) -> float:
-        """Test accuracy in percent."""
-        return getattr(self.result.test, metric)
+        """Test accuracy in percent.
+
+        Raises:
+            UserError: the mean over the last epochs, where there is none (`tail`).
+        """
+        return self.tail.mean if metric == "mean_last" else getattr(self.result.test, metric)
+
+    @cached_property
+    def tail(self) -> Tail:
+        """The evaluations of the last `LAST_EPOCHS` epochs, from the metrics beside the record: the same part of every
+        training, whatever stages it had before.
+
+        Raises:
+            UserError: these epochs are too much of the training or not all of its last stage's, they have too few
+                evaluations, or the metrics are absent or damaged.
+        """
+        where = str(self.folder or self.identity[:8])
+        if self.folder is None:
+            raise UserError(
+                "a record that was not read from a folder has no evaluations",
+                where=where,
+                hint="read records with kdbench.results.record.read_records",
+            )
+        budget = self.budget
+        # A whole number; `epochs` is rounded.
+        window = LAST_EPOCHS * round(budget.steps / budget.epochs) if budget.epochs else 0
+        points = [
+            entry["test"]["accuracy"]
+            for entry in metrics(self.folder)
+            if "test" in entry and entry["step"] > budget.steps - window
+        ]
+        if LARGEST_SHARE * budget.epochs < LAST_EPOCHS:
+            why = f"its training has {budget.epochs:g}, of which these may be a fifth at most"
+        elif budget.stages and budget.stages[-1].steps < window:
+            why = f"its last stage, '{budget.stages[-1].name}', is shorter"
+        elif len(points) < FEWEST_EVALUATIONS:
+            why = f"{len(points)} evaluations in its last {LAST_EPOCHS} epochs, {FEWEST_EVALUATIONS} are needed"
+        else:
+            return Tail(math.fsum(points) / len(points), len(points))
+        raise UserError(
+            f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}",
+            where=where,
+            hint="take the accuracy after the last step, or run the recipe longer or with evaluations=epoch",
+        )
 
     def plain(self) -> dict[str, Any]:
         """The record as the plain data of its file."""
@@ -296,7 +356,9 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot be read: {error}", where=str(file), hint=f"curves need the {METRICS} beside the record"
+            f"cannot be read: {error}",
+            where=str(file),
+            hint=f"what is made of evaluations needs the {METRICS} beside the record",
         ) from None
     lines = text.splitlines()
     if lines and not text.endswith("\n") and not (file.parent / RECORD).is_file():
@@ -318,7 +380,7 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
-    """Last, best (the earliest of equals), and mean of the last evaluations' accuracies on a part, in percent.
+    """Last and best (the earliest of equals) accuracy on a part, in percent.
 
     Args:
         history: entries of metrics.jsonl.
@@ -326,11 +388,4 @@ def summary(history: list[dict[str, Any]], part: str) -> dict[str, Any]:
     """
     points = [(entry["step"], entry[part]["accuracy"]) for entry in history if part in entry]
     best_step, best = max(points, key=lambda point: (point[1], -point[0]))
-    tail = [accuracy for _, accuracy in points[-LAST:]]
-    return {
-        "last": round(points[-1][1], 4),
-        "best": round(best, 4),
-        "best_step": best_step,
-        "mean_last": round(sum(tail) / len(tail), 4),
-        "mean_last_of": len(tail),
-    }
+    return {"last": round(points[-1][1], 4), "best": round(best, 4), "best_step": best_step}

@@ -1,8 +1,9 @@
 """Means, paired differences and what they can tell with few seeds.
 
-Cells of one seed share data order, augmentation and initial student, so methods are compared by the differences of
-equal seeds. The interval and the test are Student's: at 3 to 5 seeds a percentile bootstrap covers far less than it
-says, so a bootstrap is offered only from 20 seeds. With one seed there is neither interval nor test.
+Cells of one seed draw data order, augmentation and initial student from the same streams where they draw them at all,
+so methods are compared by the differences of equal seeds. The interval and the test are Student's: at 3 to 5 seeds a
+percentile bootstrap covers far less than it says, so a bootstrap is offered only from 20 seeds. With one seed there is
+neither interval nor test.
 """
 
 from __future__ import annotations
@@ -117,8 +118,9 @@ def bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the given order: the share of families without any effect in which one of them falls
-    to `a` or below is at most `a`, whatever the dependence (Holm, 1979)."""
+    """Holm's adjusted p values, in the given order. Rejecting the hypotheses whose value is at most `a` keeps the
+    family-wise error strongly: whichever of the hypotheses are true, the probability that any true one is rejected is
+    at most `a`, whatever the dependence between the tests (Holm, 1979)."""
     adjusted = [0.0] * len(p_values)
     running = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -163,10 +165,17 @@ def _quadrature(points: int) -> tuple[np.ndarray, np.ndarray]:
 def seeds_needed(
     mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05, cap: int = 1000
 ) -> int | None:
-    """Smallest number of pairs with which the two-sided paired t test, without correction for several methods, would
-    find a difference of this mean and deviation with the target power. None: more than `cap`.
+    """Smallest number of pairs with which the two-sided paired t test would find a difference of this mean and
+    deviation with the target power. None: more than `cap`.
 
     The power grows with n, so the number is found by bisection.
+
+    Args:
+        mean, deviation: of the differences.
+        target: power, in (0, 1).
+        alpha: level of the test. Of one among m tests that Holm corrects, α / m, his first step: a difference found
+            there is found whatever the other tests say.
+        cap: largest number that is looked for.
     """
     if deviation <= 0:
         raise ValueError("the deviation must be above 0")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
 CONFIDENCE = 0.95
+ALPHA = 0.05
 CAP = 1000
 
 
@@ -31,7 +32,8 @@ class Difference:
     """To the baseline of the same column, over the seeds that both have, in percent points.
 
     `low`, `high`, `p`, `p_holm` are None with one pair of seeds or without spread. `seeds_needed`: pairs with which the
-    seen difference would be found with 80 % power; None without a test, CAP + 1 for more than CAP.
+    seen difference would be found with 80 % power at Holm's first step, `ALPHA` over the number of the table's tests;
+    None without a test, CAP + 1 for more than CAP.
     """
 
     n: int
@@ -122,7 +124,7 @@ def build(
         records: in any order.
         baseline: key or label of the method to compare with; by default the recipe's.
         metric: "last" (after the last step), "best" (best test epoch, marked as optimistic) or "mean_last" (mean of the
-            last evaluations).
+            evaluations in the last 10 epochs).
         title: shown above; by default the names of teacher, student and data.
         unfinished: cells that began and have no record; a note says so.
         interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
@@ -130,7 +132,8 @@ def build(
 
     Raises:
         UserError: no finished record, an unknown baseline, cells that cannot stand in one table, too few seeds for a
-            bootstrap, or a published table that has nothing to do with this one.
+            bootstrap, a cell without a mean over the last epochs, or a published table that has nothing to do with this
+            one.
     """
     given = list(records)
     comparison = compare(given, baseline)
@@ -314,7 +317,8 @@ def _differences(
     for place, pair in found.items():
         needed = None
         if pair.p is not None and pair.deviation is not None:
-            needed = statistics.seeds_needed(pair.mean, pair.deviation, cap=CAP) or CAP + 1
+            alpha = ALPHA / len(tests)
+            needed = statistics.seeds_needed(pair.mean, pair.deviation, alpha=alpha, cap=CAP) or CAP + 1
         result[place] = Difference(
             pair.n, pair.mean, pair.low, pair.high, pair.p, adjusted[keys[place]] if place in keys else None, needed
         )

@@ -1,6 +1,6 @@
 """Whether a results folder still agrees with itself: recipe, records, metrics, table, and the sums over all of them.
 
-Imports no torch. What cannot be checked (a record of an older version) is said as a remark, never passed over.
+Imports no torch. What cannot be checked (a record of an older version) is said, in the verdict too, never passed over.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from kdbench.results.soundness import problems, spec_of
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 
-Level = Literal["agrees", "remark", "disagrees"]
+Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the verdict. `where`: the file or cell that it is about."""
+    """What one check found. `where`: the file or cell that it is about. `check`: what could not be checked, of such a
+    finding."""
 
     level: Level
     what: str
     where: str = ""
+    check: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
     return findings + list(_planned_again(folder, registry))
 
 
+def verdict(findings: Iterable[Finding]) -> str:
+    """All findings in one line: whether everything agrees, and what was not checked."""
+    findings = list(findings)
+    wrong = sum(finding.level == "disagrees" for finding in findings)
+    skipped = list(dict.fromkeys(finding.check for finding in findings if finding.level == "unchecked"))
+    said = f"{wrong} {'disagreement' if wrong == 1 else 'disagreements'}" if wrong else "everything agrees"
+    if not skipped:
+        return said
+    return f"{said if wrong else 'everything checked agrees'}; not checked: {', '.join(skipped)}"
+
+
 def read_folder(path: Path) -> Folder:
     """What can be read of a results folder, and what cannot."""
     findings: list[Finding] = []
@@ -100,7 +113,8 @@ def read_folder(path: Path) -> Folder:
 
 def _sums(folder: Folder) -> Iterator[Finding]:
     if not (folder.path / sums.NAME).is_file():
-        yield Finding("remark", "there is none, so a digit that stands in one place only can change unseen", sums.NAME)
+        what = "there is none, so a digit that stands in one place only can change unseen"
+        yield Finding("unchecked", what, sums.NAME, "sums of the files")
         return
     changed = sums.changed(folder.path)
     yield from (Finding("disagrees", what, sums.NAME) for what in changed)
@@ -111,9 +125,8 @@ def _sums(folder: Folder) -> Iterator[Finding]:
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
     """Every planned cell has a record; what else has one is said."""
     if folder.cells is None:
-        yield Finding(
-            "remark", "it names no cells (an older version wrote it): all records here are taken for its", RUN
-        )
+        what = "it names no cells (an older version wrote it): all records here are taken for its"
+        yield Finding("unchecked", what, RUN, "which cells were planned")
         return
     missing = [cell for cell in folder.cells if cell not in folder.records]
     extra = [name for name in folder.records if name not in folder.cells and _is_cell(name)]
@@ -142,8 +155,16 @@ def _sound(folder: Folder) -> Iterator[Finding]:
                 found.append(f"its recipe is '{record.recipe}', {RUN} says '{folder.run.get('name')}'")
         wrong += bool(found)
         yield from (Finding("disagrees", what, name) for what in found)
-    if not wrong and folder.records:
-        yield Finding("agrees", f"{len(folder.records)} records agree with their metrics and their recipes", "records")
+    if not folder.records:
+        yield Finding("unchecked", "there is none that can be read", "records", "records")
+        return
+    foreign = [name for name, record in folder.records.items() if spec_of(record) is None]
+    if foreign:
+        what = f"resolved recipes of {len(foreign)} have another version's form, {foreign[0]}'s for one"
+        yield Finding("unchecked", what, "records", "records against their resolved recipes")
+    if not wrong:
+        known = "" if foreign else " and their recipes"
+        yield Finding("agrees", f"{len(folder.records)} records agree with their metrics{known}", "records")
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:
@@ -157,9 +178,10 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
-                "remark",
+                "unchecked",
                 f"those of {len(same)} records cannot be recomputed: kdbench {version}, commit {commit}, wrote them, "
                 "and this version identifies cells in another way",
+                "identities",
                 "identities",
             )
             continue
@@ -224,6 +246,7 @@ def _tables(folder: Folder) -> Iterator[Finding]:
     """The table's files, made again from the records."""
     records = list(folder.planned.values())
     if not records:
+        yield Finding("unchecked", "there is no record to make it from", "table.md", "the table's files")
         return
     try:
         made = texts(build(records), records)
@@ -242,13 +265,16 @@ def _tables(folder: Folder) -> Iterator[Finding]:
 
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     """What the recorded recipe plans with today's cards."""
+    check = "what its recipe plans today"
     recipe = folder.run.get("recipe")
     if not isinstance(recipe, dict) or folder.cells is None:
+        lacks = "recipe" if not isinstance(recipe, dict) else "cells"
+        yield Finding("unchecked", f"not planned again: it holds no {lacks}", RUN, check)
         return
     try:
         today = replace(plan(recipe, registry), name=str(folder.run.get("name")))
     except UserError as error:
-        yield Finding("remark", f"its recipe cannot be planned here: {error.what}", RUN)
+        yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
     by_slug = {cell.slug: cell for cell in today.cells}
     if list(by_slug) != folder.cells:
@@ -256,10 +282,11 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
         other = len(set(by_slug) - set(folder.cells))
         yield Finding(
-            "disagrees" if ours else "remark",
+            "disagrees" if ours else "unchecked",
             f"its recipe, planned with the cards of today, gives {len(by_slug)} cells, {other} of them other ones"
             + ("" if ours else " (an older version wrote it)"),
             RUN,
+            "" if ours else check,
         )
         return
     wrong = 0

@@ -18,13 +18,17 @@ VALUES = {"ce": [90.0, 90.4, 90.2], "kd": [90.3, 91.0, 90.1], "ab": [92.0, 91.4,
 
 
 def pairs(**over: Any) -> list[Record]:
-    """Four students in as many record folders' worth of recipes; KD is below the plain student on the last."""
+    """Four students, each with its own teacher, in as many record folders' worth of recipes; KD is below the plain
+    student on the last."""
     found = []
     for i, student in enumerate(PAIRS):
         values = {m: [v + i for v in several] for m, several in VALUES.items()}
         if i == 3:
             values["kd"] = [92.9, 93.0, 93.1]
-        found += comparison(values, student=student, recipe=f"recipe {i}", **over)
+        for record in comparison(values, student=student, recipe=f"recipe {i}", **{"teacher": f"big {i}"} | over):
+            plain = record.cell.method == "ce"
+            kept = {"teacher": None, "cell": record.cell.model_copy(update={"teacher": None})} if plain else {}
+            found.append(record.model_copy(update=kept))
     return found
 
 
@@ -43,13 +47,46 @@ def test_ranks_distance_and_probabilities() -> None:
     assert found.critical_distance == pytest.approx(2.343 * (3 * 4 / 24) ** 0.5, rel=5e-4)
     ce, kd, ab = found.standings
     assert ce.improvement is None
-    once = stats.mannwhitneyu(VALUES["kd"], VALUES["ce"]).statistic / 9
-    last = stats.mannwhitneyu([92.9, 93.0, 93.1], [93.0, 93.4, 93.2]).statistic / 9
+    # Of the six pairs of different seeds.
+    once = wins(VALUES["kd"], VALUES["ce"]) / 6
+    last = wins([92.9, 93.0, 93.1], [93.0, 93.4, 93.2]) / 6
     assert kd.improvement is not None
     assert kd.improvement.probability == pytest.approx((3 * once + last) / 4)
     assert kd.improvement.low is not None and kd.improvement.low < kd.improvement.probability
     assert ab.improvement is not None
     assert (ab.improvement.probability, ab.improvement.low) == (1.0, None)
+
+
+def wins(own: list[float], base: list[float]) -> float:
+    """Mann and Whitney's statistic without the pairs of one seed, none of which is equal."""
+    return float(stats.mannwhitneyu(own, base).statistic) - sum(x > y for x, y in zip(own, base, strict=True))
+
+
+def test_columns_of_one_teacher_its_data_and_its_seeds_have_no_distance() -> None:
+    found = summed(pairs(teacher="big"))
+    assert found.columns == 4 and found.critical_distance is None
+    assert "all columns have teacher, data and seeds in common" in (found.why_no_distance or "")
+    said = markdown(build(pairs(teacher="big")))
+    assert "no critical distance: all columns have teacher, data and seeds in common" in said
+
+
+def test_columns_that_share_only_a_part_have_a_distance_and_say_which() -> None:
+    found = summed(pairs())
+    assert found.critical_distance is not None and found.shared == ("data", "seeds")
+    assert "only in part: some have data and seeds in common" in markdown(build(pairs()))
+    apart = []
+    for i, student in enumerate(PAIRS):
+        for k, (method, values) in enumerate(VALUES.items()):
+            own = {"student": student, "teacher": f"big {i}", "data": f"set {i}", "recipe": f"recipe {i}"}
+            apart += [make(method, 10 * i + s, v, order=k, **own) for s, v in enumerate(values)]
+    assert summed(apart).shared == ()
+    assert "as independent draws\n" in markdown(build(apart))
+
+
+def test_one_run_each_has_no_probability_of_improvement() -> None:
+    single = [r for r in pairs() if r.cell.seed == 0]
+    assert [one.improvement for one in summed(single).standings] == [None] * 3
+    assert "| AB | 1.00 | – | – |" in markdown(build(single))
 
 
 def test_one_column_or_one_method_has_no_sum() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from synthetic import comparison, make
 
-from kdbench.cards import PublishedCard
+from kdbench.cards import ProtocolCard, PublishedCard
 from kdbench.errors import UserError
 from kdbench.registry import Registry
 from kdbench.results.record import Record
@@ -73,6 +75,91 @@ def test_every_copied_number_is_marked_and_its_note_spells_the_protocol_out() ->
     for row in table.copied:
         for cell in row.cells:
             assert cell is not None and cell.marks
+
+
+def spelled(published: PublishedCard, protocol: dict[str, Any], stages: dict[str, Any], student: str) -> str:
+    """The note on the plain student's protocol."""
+    spec = {"protocol": protocol, "method": {"stages": stages}}
+    table = build(comparison(VALUES, spec=spec, student=student), published={"other": published})
+    cell = next(row for row in table.copied if row.method == "ce").cells[0]
+    assert cell is not None
+    return note_of(table, cell.marks[0])
+
+
+def test_how_the_weights_were_moved_is_spelled_out_where_both_sides_are_known() -> None:
+    pairs: dict[str, Any] = {
+        "a": {"student": {"name": "wrn_16_2"}},
+        "b": {"student": {"name": "wrn_16_1"}, "protocol": {"learning_rate": 0.01}},
+    }
+    protocol = {
+        "learning_rate": 0.05,
+        "optimizer": "SGD with momentum 0.9",
+        "schedule": "× 0.1 at 50 %",
+        "augmentation": "crop after padding 4 and flip",
+    }
+    methods = {"ce": {"title": "student", "accuracies": [93.97, 91.0]}}
+    other = card(protocol=protocol, pairs=pairs, methods=methods)
+    sgd = {"name": "sgd", "options": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}}
+    drops = {"name": "multistep", "options": {"at": ["30%", "62.5%"], "gamma": 0.2}}
+    stages = {
+        "main": {"optimizer": sgd, "schedule": drops},
+        # What has a share of the epochs, or some of its own, is not how the network was trained.
+        "part": {"share": 0.1, "optimizer": {"name": "adam", "options": {"lr": 3.0}}, "schedule": {"name": "constant"}},
+        "more": {"extra_epochs": 9, "optimizer": {"name": "adam", "options": {"lr": 3.0}}, "schedule": drops},
+    }
+    padded = {"augmentation": {"padding": 4, "mode": "reflect", "flip": True}}
+    note = spelled(other, padded, stages, "wrn_16_2")
+    assert (
+        "; differs: optimizer SGD with momentum 0.9 (here SGD with Nesterov momentum 0.9), schedule × 0.1 at 50 % "
+        "(here × 0.2 at 30/62.5 %), augmentation crop after padding 4 and flip (here crop after reflect padding 4 and "
+        "flip); not stated there:"
+    ) in note
+    assert note.endswith("the same: learning rate 0.05")
+    assert "weight decay" not in note, "what the source does not say is no difference"
+    assert "learning rate 0.01 (here 0.05)" in spelled(other, padded, stages, "wrn_16_1"), "a pair's own rate"
+    plain = spelled(other, {"augmentation": {"padding": 0, "flip": False}}, {"main": {"schedule": drops}}, "wrn_16_2")
+    assert "augmentation crop after padding 4 and flip (here none)" in plain
+    assert "optimizer" not in plain and "rate" not in plain, "nor what our record does not say"
+
+
+def test_a_row_departs_from_its_pair_and_a_pair_from_its_table() -> None:
+    pairs: dict[str, Any] = {
+        "a": {"student": {"name": "x"}},
+        "b": {"student": {"name": "y"}, "protocol": {"epochs": 2.0, "batch_size": 2}},
+    }
+    methods = {
+        "ce": {"title": "student", "accuracies": [1.0, 2.0]},
+        "kd": {"title": "KD", "accuracies": [1.0, 2.0], "protocol": {"epochs": 3.0}},
+    }
+    found = card(protocol={"epochs": 1.0, "batch_size": 1, "runs": 1}, pairs=pairs, methods=methods)
+    said = {
+        (method, name): (lambda p: (p.epochs, p.batch_size, p.runs))(found.protocol_of(method, pair))
+        for method in methods
+        for name, pair in found.pairs.items()
+    }
+    assert said == {("ce", "a"): (1, 1, 1), ("ce", "b"): (2, 2, 1), ("kd", "a"): (3, 1, 1), ("kd", "b"): (3, 2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("published", "protocol", "student"),
+    [("crd_cifar100", "crd", "wrn_16_2"), ("ab_teacher_cifar10", "ab_official", "wrn_22_4")],
+)
+def test_a_protocol_card_and_the_published_table_that_it_follows_say_the_same(
+    published: str, protocol: str, student: str
+) -> None:
+    """Both were written from one script, in different words: no difference may come from the words."""
+    registry = Registry()
+    ours: ProtocolCard = registry.card("protocols", protocol)
+    stage = {
+        part: {"name": named.name, "options": named.options}
+        for part, named in (("optimizer", ours.optimizer), ("schedule", ours.schedule))
+    }
+    table: PublishedCard = registry.card("published", published)
+    table = table.model_copy(update={"data": card().data})
+    note = spelled(table, ours.model_dump(), {"training": stage}, student)
+    same = note.partition("the same: ")[2]
+    for name in ("batch size", "optimizer", "learning rate", "weight decay", "schedule", "augmentation"):
+        assert f"{name} " in same, note
 
 
 def test_the_files_show_the_dagger_and_never_rank_what_is_copied() -> None:
@@ -154,3 +241,41 @@ def test_every_published_card_has_one_student_in_a_pair_and_no_plain_student_twi
             if pair.teacher is not None:
                 teachers.setdefault(pair.teacher.name, set()).add(pair.teacher.accuracy)
         assert all(len(several) == 1 for several in teachers.values()), name
+
+
+def test_every_published_card_says_where_it_is_from_and_how_in_words_that_can_be_compared() -> None:
+    registry = Registry()
+    words = {
+        "optimizer": r"SGD with (Nesterov )?momentum 0\.\d+",
+        "schedule": r"× 0\.\d+ at [\d.]+(/[\d.]+)* %|drops at \d+(/\d+)* of \d+ epochs",
+        "augmentation": r"crop after (reflect )?padding \d( and flip)?",
+    }
+    for name in registry.names("published"):
+        found: PublishedCard = registry.card("published", name)
+        assert "github.com/" in found.source, name
+        said = [found.protocol, *(p.protocol for p in found.pairs.values())]
+        for protocol in (*said, *(row.protocol for row in found.methods.values())):
+            for field, form in words.items():
+                text = getattr(protocol, field)
+                assert text is None or re.fullmatch(form, text), (name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "numbers"),
+    [
+        ("sdd_cifar100", "rld", [76.02, 74.88, 72.00, 71.67, 74.02, 76.64, 74.93, 69.97, 70.76, 77.56]),
+        ("cross_cifar100", "dkd_sdd_ls", [76.94, 79.41, 76.33, 70.55]),
+        ("reviewkd_rerun_cifar100", "reviewkd", [71.79, 73.61, 76.02, 76.27, 75.21, 76.94, 77.44, 77.86]),
+        ("kdtf_cifar100", "ab", [73.08]),
+        ("kdtf_best_cifar100", "ab", [73.41]),
+        ("cskd_cub200", "ab", [53.38, 52.10]),
+        ("mmrazor_imagenet", "ab", [None, 69.94]),
+        ("torchdistill_originals_imagenet", "at", [70.70]),
+        # 91.43 of DeepInversion's own pair is in no second source, nor are its plain noise and VGG-11's teacher.
+        ("deep_inversion_cifar10", "deep_inversion", [84.16, None, None]),
+        ("deep_inversion_cifar10", "adi", [90.78, 90.36, 93.26]),
+    ],
+)
+def test_numbers_as_their_sources_print_them(name: str, method: str, numbers: list[float | None]) -> None:
+    found: PublishedCard = Registry().card("published", name)
+    assert found.methods[method].accuracies == numbers

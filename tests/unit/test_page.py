@@ -87,6 +87,19 @@ def test_every_number_of_the_table_leads_to_its_seeds(tmp_path: Path) -> None:
         assert fact in text.partition('id="provenance"')[2]
 
 
+def test_the_page_says_how_networks_were_computed_in_the_words_of_the_table(tmp_path: Path) -> None:
+    how = {"compute__precision": "bfloat16", "compute__layout": "channels_last", "compute__compile": True}
+    for seed in (0, 1):
+        write(tmp_path / str(seed), plain_record("kd", seed, 90 + seed, **how))
+    records = read_records([tmp_path])
+    table = build(records)
+    said = "bfloat16, channels_last, compiled"
+    assert f"Precision: {said}" in [note.text for note in table.notes]
+    facts = html(table, records).partition('id="provenance"')[2]
+    assert f"<dt>Precision</dt><dd>{said}</dd>" in facts
+    assert "<dt>Machine</dt><dd>Model 7 Processor, 1 thread</dd>" in facts
+
+
 def test_nothing_that_a_record_says_becomes_markup(tmp_path: Path) -> None:
     for seed in (0, 1):
         plain = plain_record("kd", seed, 90 + seed, label=SPECIAL, order=0, compute__device_name=SPECIAL)

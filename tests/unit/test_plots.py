@@ -129,6 +129,17 @@ def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: li
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["AB"]
 
 
+def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    records = run(tmp_path / "runs", result__agreement_reference={"layer1.preact": 0.61})
+    plots.agreement(records, tmp_path / "agreement.png")
+    first, second = figures[0].axes
+    assert list(first.get_lines()[-1].get_ydata()) == [0.61, 0.61]
+    assert [text.get_text() for text in first.texts] == ["input ignored"]
+    assert len(second.get_lines()) == 1
+
+
 def test_no_agreement_is_no_file(tmp_path: Path) -> None:
     assert plots.agreement(run(tmp_path / "runs", ("ce", "kd")), tmp_path / "agreement.png") is None
     assert not (tmp_path / "agreement.png").exists()

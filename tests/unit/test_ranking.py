@@ -58,82 +58,125 @@ def test_a_better_method_is_found() -> None:
     assert min(ranks[:3]) - ranks[3] > 0.5 * ranking.critical_distance(4, 13)
 
 
-def column(own: list[float], base: list[float]) -> tuple[dict[int, float], dict[int, float]]:
-    return dict(enumerate(own)), dict(enumerate(base))
+def column(own: list[float], base: list[float], shared: bool = True) -> tuple[dict[int, float], dict[int, float]]:
+    """Runs of a method and of the baseline, of the same seeds or of different ones."""
+    return dict(enumerate(own)), dict(enumerate(base, 0 if shared else len(own)))
 
 
-def test_probability_of_improvement_is_the_mann_whitney_statistic() -> None:
+def improvement(*columns: tuple[dict[int, float], dict[int, float]]) -> ranking.Improvement:
+    found = ranking.probability_of_improvement(columns)
+    assert found is not None
+    return found
+
+
+def test_probability_of_improvement_is_the_mann_whitney_statistic_of_runs_that_share_no_seed() -> None:
     draws = np.random.default_rng(3)
     own, base = draws.integers(0, 9, (2, 4, 6)).astype(float)
-    columns = [column(x.tolist(), y.tolist()) for x, y in zip(own, base, strict=True)]
+    columns = [column(x.tolist(), y.tolist(), shared=False) for x, y in zip(own, base, strict=True)]
     expected = np.mean([stats.mannwhitneyu(x, y).statistic / 36 for x, y in zip(own, base, strict=True)])
-    assert ranking.probability_of_improvement(columns).probability == pytest.approx(expected)
+    assert improvement(*columns).probability == pytest.approx(expected)
+
+
+def test_runs_of_one_seed_are_no_pair() -> None:
+    # Each run is a little above that of its seed, and above half of the others.
+    a, b = column([90.1, 91.1, 92.1, 93.1], [90.0, 91.0, 92.0, 93.0])
+    assert improvement((a, b)).probability == 0.5
+    # Seed 1 alone is common: 5 pairs of 6 are left, and 3 of them won.
+    assert improvement(({0: 91.0, 1: 93.0}, {1: 92.0, 2: 90.0, 3: 92.5})).probability == pytest.approx(3 / 5)
+    assert ranking.probability_of_improvement([column([95.0], [94.0])]) is None
+    assert improvement(column([95.0], [94.0]), column([95.0, 96.0], [94.0, 97.0])).probability == 0.5
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_its_mean_is_the_true_probability_whatever_runs_of_a_seed_share(seeds: int, correlation: float) -> None:
+    draws = np.random.default_rng(5)
+    shift = stats.norm.ppf(0.6) * math.sqrt(2)
+    luck, own, base = draws.normal(0, 1, (3, 2000, seeds))
+    own, base = (math.sqrt(correlation) * luck + math.sqrt(1 - correlation) * noise for noise in (own, base))
+    found = [improvement(column(x, y)).probability for x, y in zip((own + shift).tolist(), base.tolist(), strict=True)]
+    assert np.mean(found) == pytest.approx(0.6, abs=3 * np.std(found) / math.sqrt(len(found)))
 
 
 def test_its_interval_mirrors_when_the_sides_are_swapped_and_holds_the_estimate() -> None:
     a, b = column([94.0, 93.5, 94.4, 93.8, 94.1], [93.7, 93.6, 94.2, 93.1, 93.9])
-    one, other = (ranking.probability_of_improvement([pair]) for pair in ((a, b), (b, a)))
+    one, other = (improvement(pair) for pair in ((a, b), (b, a)))
     assert one.low is not None and one.high is not None
     assert 0 < one.low < one.probability < one.high < 1
     assert (other.low, other.probability, other.high) == pytest.approx((1 - one.high, 1 - one.probability, 1 - one.low))
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_its_interval_by_hand_and_a_column_said_twice_says_no_more(copies: int) -> None:
-    a, b = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.2])
-    found = ranking.probability_of_improvement([(a, b)] * copies)
-    # Wins: 94.0 over 93.7 and 93.6, 93.5 over none, 94.4 over all. Without seed 0, 1, 2: of the four pairs 2, 3, 2.
-    without = np.array([2, 3, 2]) / 4
-    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()) / (5 / 9 * 4 / 9)
+def test_its_interval_by_hand(copies: int) -> None:
+    a, b = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.3])
+    found = improvement(*[(a, b)] * copies)
+    # Wins: 94.0 over 93.6, 93.5 over none, 94.4 over 93.7 and 93.6. Without seed 0, 1, 2: of the two pairs 1, 1, 1.
+    assert found == ranking.Improvement(0.5)
+    a, b = column([94.0, 93.65, 94.4], [93.7, 93.6, 94.3])
+    b[2] = 93.63
+    found = improvement(*[(a, b)] * copies)
+    # Wins: 94.0 over both, 93.65 over seed 2's, 94.4 over both: 5 of 6. Without seed 0, 1, 2: of two pairs 2, 2, 1.
+    without = np.array([2, 2, 1]) / 2
+    drawn = (5 / 6 * 3 + 0.5) / 4
+    variance = 2 / 3 * ((without - without.mean()) ** 2).sum() + drawn * (1 - drawn) / 9 / copies
+    error = math.sqrt(variance) / (5 / 6 * 1 / 6)
     assert found.low is not None and found.high is not None
-    assert found.probability == pytest.approx(5 / 9)
+    assert found.probability == pytest.approx(5 / 6)
     # Student's printed quantile at two degrees of freedom.
-    assert math.log(found.high / (1 - found.high)) == pytest.approx(math.log(5 / 4) + 4.303 * error, rel=1e-3)
-    assert math.log(found.low / (1 - found.low)) == pytest.approx(math.log(5 / 4) - 4.303 * error, rel=1e-3)
+    assert math.log(found.high / (1 - found.high)) == pytest.approx(math.log(5) + 4.303 * error, rel=1e-3)
+    assert math.log(found.low / (1 - found.low)) == pytest.approx(math.log(5) - 4.303 * error, rel=1e-3)
 
 
 def test_the_column_with_the_fewest_seeds_gives_the_degrees_of_freedom() -> None:
-    short = column([94.0, 93.5, 94.4], [93.7, 93.6, 94.2])
+    short = column([94.0, 93.65, 94.4], [93.7, 93.6, 93.63])
     long = column([95.0 + k for k in range(10)], [85.0 - k for k in range(10)])
-    found = ranking.probability_of_improvement([short, long])
+    found = improvement(short, long)
     assert found.low is not None and found.high is not None
-    without = np.array([2 / 4, 3 / 4, 2 / 4] + [5 / 9] * 7) / 2
-    error = math.sqrt(9 / 10 * ((without - without.mean()) ** 2).sum())
-    mean = (5 / 9 + 1) / 2
+    without = (np.array([1, 1, 1 / 2] + [5 / 6] * 7) + 1) / 2
+    three, ten = (5 / 6 * 3 + 0.5) / 4, (10 + 0.5) / 11
+    seen = 9 / 10 * ((without - without.mean()) ** 2).sum()
+    error = math.sqrt(seen + (three * (1 - three) / 9 + ten * (1 - ten) / 100) / 4)
+    mean = (5 / 6 + 1) / 2
     expected = math.log(mean / (1 - mean)) + 4.303 * error / (mean * (1 - mean))
     assert math.log(found.high / (1 - found.high)) == pytest.approx(expected, rel=1e-3)
 
 
 def test_there_is_no_interval_where_the_runs_do_not_allow_one() -> None:
     clear = column([95.0, 95.1, 95.2], [90.0, 90.1, 90.2])
-    assert ranking.probability_of_improvement([clear]) == ranking.Improvement(1.0)
+    assert improvement(clear) == ranking.Improvement(1.0)
     few = column([95.0, 93.1], [94.0, 94.1])
-    assert ranking.probability_of_improvement([few]) == ranking.Improvement(0.5)
+    assert improvement(few) == ranking.Improvement(0.5)
     enough = column([95.0, 93.1, 94.05], [94.0, 94.1, 93.0])
-    assert ranking.probability_of_improvement([enough]).low is not None
-    assert ranking.probability_of_improvement([enough, few]).low is None
+    assert improvement(enough).low is not None
+    assert improvement(enough, few).low is None
 
 
-@pytest.mark.parametrize("shared", ["nothing", "a seed's luck", "the baseline's runs"])
+SHARED = ("nothing", "a seed's luck across columns", "the baseline's runs", "luck", "luck across columns")
+
+
+@pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("seeds", [3, 5, 20])
 @pytest.mark.parametrize("true", [(0.75,), (0.5,) * 6, (0.95, 0.95, 0.95, 0.6)], ids=str)
 def test_its_interval_covers_at_least_as_often_as_it_says(shared: str, seeds: int, true: tuple[float, ...]) -> None:
+    """Luck: what a method and the baseline share in a seed, as where both begin with the same student and see the data
+    in the same order; their runs correlate to 0.9."""
     draws = np.random.default_rng(4)
     shift = stats.norm.ppf(true)[:, None] * math.sqrt(2)
     shape = (len(true), seeds)
     hits = found = 0
     for _ in range(400):
         own, base = draws.normal(0, 1, (2, *shape))
-        if shared == "a seed's luck":
+        if shared == "a seed's luck across columns":
             luck = draws.normal(0, 1, (2, 1, seeds))
             own, base = (own + luck[0]) / math.sqrt(2), (base + luck[1]) / math.sqrt(2)
         elif shared == "the baseline's runs":
             base = np.broadcast_to(base[:1], shape)
-        one = ranking.probability_of_improvement(
-            [column(x.tolist(), y.tolist()) for x, y in zip(own + shift, base, strict=True)]
-        )
+        elif shared.startswith("luck"):
+            luck = draws.normal(0, 1, (1, seeds) if "across" in shared else shape)
+            own, base = (math.sqrt(0.9) * luck + math.sqrt(0.1) * noise for noise in (own, base))
+        one = improvement(*(column(x, y) for x, y in zip((own + shift).tolist(), base.tolist(), strict=True)))
         if one.low is not None and one.high is not None:
             found += 1
             hits += one.low <= float(np.mean(true)) <= one.high
-    assert found > 200
+    assert found > 150
     assert hits / found > 0.95 - 3 * math.sqrt(0.05 * 0.95 / found)

@@ -17,11 +17,10 @@ from kdbench.results.record import Record, metrics, read_record, read_records, u
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     plain = plain_record("ab", 2, 94.1234, agreement={"layer1.preact": 0.83}, extra_epochs=30.0)
-    plain["result"]["validation"] = {"last": 93.0, "best": 93.5, "best_step": 5, "mean_last": 93.0, "mean_last_of": 10}
+    plain["result"]["validation"] = {"last": 93.0, "best": 93.5, "best_step": 5}
     record = read_record(write(tmp_path / "cell", plain))
     assert record.cell.method == "ab"
     assert record.accuracy("last") == 94.1234
-    assert record.accuracy("mean_last") == 94.0734
     assert record.result.agreement == {"layer1.preact": 0.83}
     assert record.result.validation is not None and record.result.validation.best == 93.5
     assert record.budget.extra_epochs == 30.0
@@ -29,6 +28,59 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     written = without_nothing(json.loads(json.dumps(record.plain())))
     expected = without_nothing(plain | {"cell": {**plain["cell"], "title": ""}})
     assert {key: written[key] for key in expected} == expected
+
+
+def evaluated(folder: Path, steps: list[int], stages: list[tuple[str, int]], per_epoch: int = 10) -> Record:
+    """A record of these stages with evaluations at some steps, whose accuracies are a tenth of the step."""
+    total = sum(length for _, length in stages)
+    budget = {"steps": total, "epochs": total / per_epoch, "batches_per_epoch": per_epoch}
+    plain = plain_record(budget={**budget, "stages": [{"name": name, "steps": n} for name, n in stages]})
+    return read_record(write(folder, plain, [{"step": s, "test": {"accuracy": s / 10}} for s in steps]))
+
+
+def test_the_mean_of_the_last_epochs_is_of_the_same_window_whatever_stages_a_method_has(tmp_path: Path) -> None:
+    # AB's measure: an evaluation each epoch, the mean over the last ten of these.
+    each = evaluated(tmp_path / "each", list(range(10, 801, 10)), [("all", 800)])
+    assert each.tail.evaluations == 10
+    assert each.accuracy("mean_last") == pytest.approx(sum(range(71, 81)) / 10)
+    even = evaluated(tmp_path / "even", [0, 600, 640, 700, 720, 760, 800], [("all", 800)])
+    # The end of the first stage is an evaluation of that stage, at the begin of the window and before it.
+    for first in (700, 640, 100):
+        stages = [("hints", first), ("classification", 800 - first)]
+        steps = sorted({0, 600, 640, 700, 720, 760, 800, first})
+        staged = evaluated(tmp_path / str(first), steps, stages)
+        assert staged.tail == even.tail
+    assert even.tail.evaluations == 3 and even.accuracy("mean_last") == pytest.approx(76.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "stages", "says"),
+    [
+        ([196, 391], [("hints", 39), ("classification", 352)], "its training has 39.1, of which these may be a fifth"),
+        (
+            [700, 750, 770, 800],
+            [("hints", 720), ("classification", 80)],
+            "its last stage, 'classification', is shorter",
+        ),
+        ([400, 750, 800], [("classification", 800)], "2 evaluations in its last 10 epochs, 3 are needed"),
+    ],
+)
+def test_where_the_last_epochs_say_nothing_their_mean_is_refused(
+    tmp_path: Path, steps: list[int], stages: list[tuple[str, int]], says: str
+) -> None:
+    record = evaluated(tmp_path / "cell", steps, stages)
+    with pytest.raises(UserError, match=says) as error:
+        record.accuracy("mean_last")
+    assert "cell" in str(error.value.where) and error.value.hint
+    with pytest.raises(UserError, match="read from a folder"):
+        make().accuracy("mean_last")
+
+
+def test_the_mean_that_earlier_versions_kept_is_not_read(tmp_path: Path) -> None:
+    old = plain_record()
+    old["result"]["test"] |= {"mean_last": 12.3, "mean_last_of": 2}
+    record = read_record(write(tmp_path / "cell", old))
+    assert record.result == make().result and "mean_last" not in json.dumps(record.plain())
 
 
 def without_nothing(data: Any) -> Any:

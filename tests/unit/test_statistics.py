@@ -135,6 +135,23 @@ def test_false_positives_of_a_whole_table_stay_below_five_percent() -> None:
     assert family / tables < 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
 
 
+def test_holm_keeps_the_error_where_some_methods_have_an_effect() -> None:
+    """Strongly: no matter which of six methods have an effect, one of the others is seldom found."""
+    draws = np.random.default_rng(6)
+    tables = 2000
+    for real in (1, 3, 5):
+        wrong = 0
+        for _ in range(tables):
+            values = 90 + draws.normal(0, 0.2, (7, 5))
+            values[1 : 1 + real] += 5
+            base = dict(enumerate(values[0]))
+            found = [statistics.paired(dict(enumerate(own)), base) for own in values[1:]]
+            wrong += (
+                min(statistics.holm([one.p for one in found if one is not None and one.p is not None])[real:]) < 0.05
+            )
+        assert wrong / tables < 0.05 + 3 * math.sqrt(0.05 * 0.95 / tables)
+
+
 # Sample sizes of the two-sided paired t test at 5 % and 80 % power that G*Power and Cohen's readers know.
 @pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
 def test_seeds_needed_has_the_known_sample_sizes(effect: float, pairs: int) -> None:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import comparison, make
+from synthetic import comparison, make, write
 
 from kdbench.errors import UserError
 from kdbench.registry import Registry
+from kdbench.results import statistics
 from kdbench.results.layout import layout
 from kdbench.results.notes import Note
-from kdbench.results.record import Record
+from kdbench.results.page import html
+from kdbench.results.record import Record, read_records
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
 from kdbench.results.tables import Cell, Table, build, to_frame
 
@@ -93,7 +95,7 @@ def test_best_and_second_are_by_the_shown_mean() -> None:
 
 
 def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
-    records = comparison(VALUES, best=95.0, mean_last=92.0)
+    records = comparison(VALUES, best=95.0)
     assert cell(build(records), "KD").mean == pytest.approx(94.0)
     best = build(records, metric="best")
     assert cell(best, "KD").mean == 95.0
@@ -102,9 +104,21 @@ def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
     for text in (markdown(best), latex(best)):
         assert "best test epoch (optimistic)" in " ".join(text.split())
     assert "best test epoch (optimistic)" not in markdown(build(records))
-    tail = build(records, metric="mean_last")
-    assert cell(tail, "KD").mean == 92.0
-    assert tail.metric_label == "mean of the last 10 evaluations"
+
+
+def test_the_mean_of_the_last_epochs_is_made_of_the_metrics_and_says_of_how_many(tmp_path: Path) -> None:
+    for record in comparison(VALUES):
+        # 391 steps an epoch, 200 epochs, an evaluation every two or four.
+        every = 2 * 391 if record.cell.method == "kd" else 4 * 391
+        steps = range(every, 391 * 200 + 1, every)
+        lines = [{"step": s, "test": {"accuracy": record.result.test.last - (s < 391 * 200)}} for s in steps]
+        write(tmp_path / f"{record.cell.method}-{record.cell.seed}", record.plain(), lines)
+    table = build(read_records([tmp_path]), metric="mean_last")
+    assert table.metric_label == "mean of 3 to 5 evaluations in the last 10 epochs"
+    assert cell(table, "KD").mean == pytest.approx(94.0 - 4 / 5)
+    assert cell(table, "AB").mean == pytest.approx(94.5 - 2 / 3)
+    assert "mean of 3 to 5 evaluations in the last 10 epochs" in notes(table)
+    assert "mean_last" not in records_csv(read_records([tmp_path]))
 
 
 def test_entries_show_signs_and_small_p_values() -> None:
@@ -140,10 +154,30 @@ def test_one_seed_has_no_interval_and_no_test() -> None:
 
 
 def test_rows_follow_the_recipe_whatever_the_order_of_the_records() -> None:
-    records = comparison({"kd": [94.0, 94.1], "ce": [93.0, 93.3], "ab": [95.0, 95.2]})
+    records = comparison({"kd": [94.0, 94.1], "at": [93.0, 93.3], "ab": [95.0, 95.2]})
     for seed in range(5):
         random.Random(seed).shuffle(records)
-        assert [row.label for row in build(records).rows] == ["KD", "CE", "AB"]
+        assert [row.label for row in build(records).rows] == ["KD", "AT", "AB"]
+
+
+def test_students_without_a_teacher_stand_directly_below_it() -> None:
+    values = {"kd": [94.0, 94.1], "plain": [92.0, 92.1], "ab": [95.0, 95.2], "ce": [93.0, 93.3]}
+    records = [
+        make(m, seed, v, order=k, teacher=None if m in ("plain", "ce") else "big", baseline="kd")
+        for k, (m, several) in enumerate(values.items())
+        for seed, v in enumerate(several)
+    ]
+    for seed in range(3):
+        random.Random(seed).shuffle(records)
+        table = build(records)
+        assert [row.label for row in table.rows] == ["PLAIN", "CE", "KD", "AB"]
+        assert table.baseline == "KD"
+    firsts = [entry[0].text for entry in layout(table)[0].rows]
+    assert firsts == ["teacher big", "PLAIN", "CE", "KD", "AB"]
+    assert [row["label"] for row in csv.DictReader(io.StringIO(table_csv(table)))] == firsts[1:]
+    for text in (markdown(table), latex(table), html(table, records)):
+        places = [re.search(rf"(?m)(^\| |^|>){label}( \||<| &)", text) for label in firsts]
+        assert all(places) and [p.start() for p in places] == sorted(p.start() for p in places)  # type: ignore[union-attr]
 
 
 def test_without_an_order_the_baseline_is_first_and_the_others_by_name() -> None:
@@ -282,6 +316,90 @@ def test_partly_common_seeds_are_told() -> None:
     kd = cell(build(records), "KD")
     assert kd.difference is not None and kd.difference.n == 2
     assert "difference over the 2 of its seeds that CE has too" in notes(build(records))
+
+
+def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
+    draws = random.Random(0)
+    for methods in (1, 4, 12):
+        values = {"ce": [draws.gauss(90, 0.3) for _ in range(3)]}
+        values |= {f"m{k}": [draws.gauss(90.2 + k / 5, 0.3) for _ in range(3)] for k in range(methods)}
+        table = build(comparison(values))
+        found = [d for row in table.rows for c in row.cells if c is not None and (d := c.difference) is not None]
+        for difference in found:
+            assert difference.p_holm is not None and difference.seeds_needed is not None
+            # Whoever has the seeds that are needed has found the difference.
+            assert difference.p_holm <= 0.05 or difference.seeds_needed > difference.n
+        said = "at 5 %, were" if methods == 1 else f"at 5 % / {methods}, Holm's first step, were"
+        assert f"seeds needed: for 80 % power {said}" in notes(table)
+    # Mean 0.4, deviation 0.1; a second test asks for one seed more.
+    one = build(comparison({key: VALUES[key] for key in ("ce", "kd")}))
+    alone, beside = (cell(table, "KD").difference for table in (one, build(comparison(VALUES))))
+    assert alone is not None and beside is not None
+    assert alone.seeds_needed == statistics.seeds_needed(0.4, 0.1)
+    assert beside.seeds_needed == statistics.seeds_needed(0.4, 0.1, alpha=0.025)
+    assert beside.seeds_needed > alone.seeds_needed  # type: ignore[operator]
+
+
+def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() -> None:
+    agreement = {"layer1.preact": 0.96, "layer2.preact": 0.7}
+    assert "ignores its input was not recorded" in notes(build(comparison(VALUES, agreement=agreement)))
+    records = [
+        make("ab", seed, agreement=agreement, result__agreement_reference={"layer1.preact": 0.951 + 0.007 * seed})
+        for seed in (0, 1)
+    ]
+    said = notes(build(records))
+    assert "ignores its input, each neuron on its teacher's more frequent side, has 95.1 to 95.8 %" in said
+    assert "at layer1.preact" in said and "at layer2.preact" not in said
+
+
+def made(gives: str, steps: int = 200) -> dict[str, Any]:
+    """Entries of a cell whose only stage has a batch source."""
+    stage = {"source": {"name": "synthesized", "gives": [gives]}}
+    return {
+        "spec__method": {"name": "x", "stages": {"classification": stage}},
+        "seeds__streams": ["init", "connectors", "order", "augmentation", "dropout", "synthesized/order"],
+    }
+
+
+COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"classification": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({}, "paired by seed (same data order, augmentation and initial student)"),
+        (made("boundary"), "paired by seed (same data order, augmentation and initial student)"),
+        (made("data"), "(same initial student; same data order and augmentation except in 'X')"),
+        (COPIED, "(same data order and augmentation; same initial student except in 'X')"),
+        (
+            {"spec__protocol": {"batch_size": 64}},
+            "(same initial student; same data order and augmentation except in 'X')",
+        ),
+        (
+            {"spec__protocol": {"augmentation": {"flip": True}}},
+            "(same data order and initial student; same augmentation except in 'X')",
+        ),
+        (
+            {"spec__student": {"weights": "own.pt"}},
+            "(same data order and augmentation; same initial student except in 'X')",
+        ),
+        ({"seeds": {}}, "(same data order, augmentation and initial student except in 'X')"),
+    ],
+)
+def test_the_note_on_pairing_says_what_the_cells_of_a_seed_share(over: dict[str, Any], says: str) -> None:
+    records = comparison(VALUES) + [make("x", seed, 94 + seed / 7, order=3, **over) for seed in range(3)]
+    assert says in notes(build(records))
+
+
+def test_cells_that_replace_data_alike_are_paired_and_those_that_share_nothing_are_told() -> None:
+    both = {**made("data"), "spec__method": {**made("data")["spec__method"], "starts_from": "teacher"}}
+    records = [make(m, s, 90 + k + s / 7, order=k, **both) for k, m in enumerate(("a", "b")) for s in (0, 1)]
+    assert "(same data order, augmentation and initial student)" in notes(build(records, baseline="a"))
+    records += [make("ce", s, 89 + s / 5, teacher=None, order=2) for s in (0, 1)]
+    said = notes(build(records, baseline="a"))
+    assert "(same data order, augmentation and initial student except in 'CE')" in said
+    said = notes(build(records, baseline="ce"))
+    assert "paired by the number of the seed alone" in said
 
 
 def test_equal_differences_have_no_test() -> None:
@@ -549,7 +667,7 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
 
 def test_other_accuracies_stand_beside_the_one_on_the_test_part() -> None:
     def accuracies(last: float) -> dict[str, Any]:
-        return {"last": last, "best": last, "best_step": 1, "mean_last": last, "mean_last_of": 1}
+        return {"last": last, "best": last, "best_step": 1}
 
     records = [
         *(make("ce", seed, 50.0 + seed) for seed in (0, 1)),

@@ -1,0 +1,70 @@
+"""What the verdict of a verification says of checks that could not be made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from synthetic import comparison, write
+
+from kdbench.registry import Registry
+from kdbench.results import sums
+from kdbench.results.tables import build
+from kdbench.results.texts import texts
+from kdbench.results.verification import Finding, verdict, verify
+
+AGREES = Finding("agrees", "made again", "table.md")
+VALUES = {"ce": [93.5, 93.7], "kd": [94.0, 94.1]}
+
+
+def test_the_verdict_tells_what_was_not_checked() -> None:
+    assert verdict([AGREES]) == "everything agrees"
+    assert verdict([AGREES, Finding("remark", "an extra cell")]) == "everything agrees"
+    skipped = Finding("unchecked", "an older version wrote it", "recipe.json", "what its recipe plans today")
+    sums_absent = Finding("unchecked", "there is none", "SHA256SUMS", "sums of the files")
+    assert verdict([AGREES, skipped, skipped, sums_absent]) == (
+        "everything checked agrees; not checked: what its recipe plans today, sums of the files"
+    )
+    wrong = Finding("disagrees", "it is not what the records give", "table.md")
+    assert verdict([wrong, AGREES]) == "1 disagreement"
+    assert verdict([wrong, wrong, skipped]) == "2 disagreements; not checked: what its recipe plans today"
+
+
+def results(folder: Path, run: dict[str, object]) -> Path:
+    """A results folder whose table and sums are those of its records."""
+    records = comparison(VALUES)
+    for record in records:
+        write(folder / f"{record.cell.method}-seed{record.cell.seed}-{record.identity[:8]}", record.plain(), [])
+    (folder / "recipe.json").write_text(json.dumps(run))
+    for name, text in texts(build(records), records).items():
+        (folder / name).write_bytes(text.encode())
+    sums.write(folder)
+    return folder
+
+
+def unchecked(folder: Path) -> set[str]:
+    return {finding.check for finding in verify(folder, Registry()) if finding.level == "unchecked"}
+
+
+def test_a_recipe_that_names_no_cells_or_no_recipe_is_told(tmp_path: Path) -> None:
+    cells = [f"{r.cell.method}-seed{r.cell.seed}-{r.identity[:8]}" for r in comparison(VALUES)]
+    today, planned = "what its recipe plans today", "which cells were planned"
+    assert {today, planned} <= unchecked(results(tmp_path / "a", {"name": "synthetic", "recipe": {}}))
+    found = unchecked(results(tmp_path / "b", {"name": "synthetic", "cells": cells}))
+    assert today in found and planned not in found
+    # A recipe of which nothing can be planned here.
+    found = unchecked(results(tmp_path / "c", {"name": "synthetic", "cells": cells, "recipe": {"data": "nowhere"}}))
+    assert today in found
+
+
+def test_records_of_another_form_and_a_folder_without_sums_or_cells_are_told(tmp_path: Path) -> None:
+    folder = results(tmp_path / "a", {"name": "synthetic", "recipe": {}})
+    found = unchecked(folder)
+    # Resolved recipes of synthetic records are none.
+    assert {"identities", "records against their resolved recipes"} <= found and "sums of the files" not in found
+    (folder / "SHA256SUMS").unlink()
+    assert "sums of the files" in unchecked(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "recipe.json").write_text("{}")
+    assert {"the table's files", "records"} <= unchecked(empty)
