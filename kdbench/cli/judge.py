@@ -46,6 +46,7 @@ def command(
     import torch
 
     from kdbench.engine.judging import judge, pools_in, students_as_judges, teacher_as_judge
+    from kdbench.engine.provenance import Provenance
     from kdbench.engine.runner import Options
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,11 +62,17 @@ def command(
             judges += students_as_judges(Path(name), options)
         else:
             judges.append(teacher_as_judge(name, cards, options))
+    seen = Provenance(torch.device(chosen))
+    for one in judges:
+        seen.network(one.name, one.weights)
+    for name, pool in pools.items():
+        seen.pool(name, pool)
     found = list(judge(pools, judges, torch.device(chosen), tell))
     folder = out or folders[0]
     _write_csv(folder / CSV, found)
+    about = seen.write(folder / CSV)
     _print(found)
-    print(f"written to {folder}: {CSV}")
+    print(f"written to {folder}: {CSV}, {about.name}")
 
 
 def _write_csv(file: Path, found: list[Judgement]) -> None:

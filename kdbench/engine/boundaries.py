@@ -1,8 +1,10 @@
 """How alike the decision boundaries of two networks are: MagSim and AngSim of Heo et al. (AAAI 2019, arXiv 1805.05532),
-for any two networks, and for the students of finished cells against their teacher."""
+for any two networks, and for the students of finished cells against their teacher. And where attacks on one network
+end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +14,19 @@ from torch import Tensor
 
 import kdbench
 from kdbench.engine.batches import SLICE, Normalizer, load_data
+from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.errors import UserError
 from kdbench.files import home
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
-from kdbench.recipe.schema import CellSpec, TeacherSpec
+from kdbench.recipe.networks import teacher_alone
+from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.registry import Registry
 from kdbench.results.record import Record
 from kdbench.results.soundness import spec_of
-from kdbench.sources.attack import boundary_attack
+from kdbench.sources.attack import RATES, StepRule, boundary_attack
 
 # Logits of pixel values [N, C, H, W] on the scale of [0, 1].
 Classifier = Callable[[Tensor], Tensor]
@@ -76,6 +81,33 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """Where one network's attacks ended, after at most `iterations` steps of one rule.
+
+    Attributes:
+        step: the rule. rate: its η. clamp: the range of values kept after every step, None for none.
+        images: that the network classifies correctly, out of those given. pairs: of these and a target class each; what
+            follows is over these.
+        crossed: share that left the base class. arrived: share in the target class.
+        margin_before, margin: median difference of the two largest logits, at the image and where the attack ended.
+        length: mean L2 length of the ways, in the space of the images.
+    """
+
+    step: StepRule
+    rate: float
+    iterations: int
+    epsilon: float
+    clamp: tuple[float, float] | None
+    images: int
+    pairs: int
+    crossed: float
+    arrived: float
+    margin_before: float
+    margin: float
+    length: float
+
+
+@dataclass(frozen=True)
 class Look:
     """A way for a picture. Images as [H, W, C] of pixel values; `at`: places from the image (0) to the boundary sample
     (1) and beyond; `scores`: network -> the base and the target class's logits there."""
@@ -109,15 +141,18 @@ def ways_to_boundary(network: Classifier, pairs: Pairs, *, iterations: int = 10,
     depend on it: it is in eval mode.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    size = _slice(pairs.images)
-    for images, base, target in zip(
-        *(part.split(size) for part in (pairs.images, pairs.base, pairs.target)), strict=True
-    ):
+    for images, base, target in _parts(pairs):
         with torch.no_grad():
             right = network(images).argmax(dim=1) == base
         ended = boundary_attack(network, images, base, target, iterations=iterations, epsilon=epsilon, clamp=PIXELS)
         found.append((ended.images - images, ended.arrived, right))
     return Ways(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _parts(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, base and target classes of as many pairs as are looked at at once."""
+    split = (part.split(_slice(pairs.images)) for part in (pairs.images, pairs.base, pairs.target))
+    yield from zip(*split, strict=True)
 
 
 def similarity(student: Ways, teacher: Ways, targets: int) -> Similarity:
@@ -161,6 +196,73 @@ def boundary_similarity(
     return similarity(ways_to_boundary(student, pairs), ways_to_boundary(teacher, pairs), each)
 
 
+def ends_of_attacks(
+    network: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    targets: int | None = None,
+    *,
+    iterations: int = 10,
+    epsilon: float = 1e-4,
+    clamp: tuple[float, float] | None = None,
+) -> list[Ends]:
+    """A network in eval mode attacked by every rule's step, from the images that it classifies correctly.
+
+    Args:
+        network: images [N, C, H, W] -> logits [N, K].
+        images: in the space in which the network takes them. labels: int64 [N].
+        targets: classes an image is moved to, those that the network takes for most probable; None: all others.
+        iterations, epsilon, clamp: as in `kdbench.sources.attack.boundary_attack`.
+
+    Returns:
+        one for each rule: Newton's, the released code's.
+
+    Raises:
+        ValueError: the network classifies none of the images correctly.
+    """
+    with torch.no_grad():
+        right = torch.cat([network(part).argmax(dim=1) for part in images.split(_slice(images))]) == labels
+    if not right.any():
+        raise ValueError("there is nothing to attack: the network classifies none of the images correctly")
+    pairs = pairs_of(network, images[right], labels[right], targets)
+    found = []
+    for step, rate in RATES.items():
+        rows = []
+        for x, base, target in _parts(pairs):
+            with torch.no_grad():
+                before = network(x)
+            ended = boundary_attack(
+                network, x, base, target, step=step, rate=rate, iterations=iterations, epsilon=epsilon, clamp=clamp
+            )
+            length = (ended.images - x).flatten(1).norm(dim=1)
+            columns = [ended.crossed, ended.arrived, _margin(before), _margin(ended.logits), length]
+            rows.append(torch.stack([column.float() for column in columns], dim=1))
+        crossed, arrived, margin_before, margin, length = torch.cat(rows).unbind(dim=1)
+        found.append(
+            Ends(
+                step,
+                rate,
+                iterations,
+                epsilon,
+                clamp,
+                int(right.sum()),
+                len(pairs.images),
+                float(crossed.mean()),
+                float(arrived.mean()),
+                float(margin_before.quantile(0.5)),
+                float(margin.quantile(0.5)),
+                float(length.mean()),
+            )
+        )
+    return found
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """Difference of the two largest logits, [N]."""
+    first, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    return first - second
+
+
 def way_to_look_at(
     networks: dict[str, Classifier], of: str, image: Tensor, base: int, target: int, names: Sequence[str]
 ) -> Look:
@@ -193,6 +295,7 @@ def of_cells(
     targets: int | None,
     device: torch.device,
     tell: Callable[[str], None],
+    seen: Provenance,
     pictures: int = 0,
 ) -> Iterator[tuple[Record, Similarity | None, list[Look]]]:
     """Students of finished cells against their teacher, on evenly spaced test images.
@@ -201,7 +304,9 @@ def of_cells(
 
     Args:
         images: test images, before those are left out that one of the two gets wrong.
-        pictures: ways to look at, of the first cell's images (none for the others).
+        seen: is told of the data and the networks.
+        pictures: ways to look at, of images of different classes as far as there are such, and of one cell: the first
+            that trained on boundary samples, else the first.
 
     Yields:
         a record with its similarity, and the ways; None for a cell for which there is no teacher.
@@ -217,30 +322,110 @@ def of_cells(
             if all(spec.teacher.identity() != other.identity() for other in of_data):
                 of_data.append(spec.teacher)
     teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str]]] = {}
-    for record, spec in zip(records, specs, strict=True):
+    against: list[TeacherSpec | None] = []
+    for spec in specs:
         candidates = known.get(spec.data.name, [])
         teacher = spec.teacher or (candidates[0] if len(candidates) == 1 else None)
-        if teacher is None or teacher.classes is not None:
+        against.append(teacher if teacher is not None and teacher.classes is None else None)
+    compared = [number for number, teacher in enumerate(against) if teacher is not None]
+    # The first of equals.
+    shown = max(compared, key=lambda number: makes_boundary_samples(specs[number]), default=None)
+    for number, (record, spec, teacher) in enumerate(zip(records, specs, against, strict=True)):
+        if teacher is None:
             yield record, None, []
             continue
         key = f"{spec.data.name} {teacher.identity()}"
         if key not in teachers:
             tell(f"{teacher.name}: its boundary around {images} test images of {spec.data.name}")
-            teachers[key] = _prepared(record, spec, teacher, options, images, targets, device)
+            teachers[key] = _prepared(record, spec, teacher, options, images, targets, device, seen)
         classifier, pairs, ways, each, names = teachers[key]
         tell(f"{record.cell.label}, seed {record.cell.seed}")
         student = student_of(record, spec, options.registries, device)
+        file = weights_of_student(record)
+        seen.network(f"{record.recipe}/{file.parent.resolve().name}", file)
         own = ways_to_boundary(student, pairs)
         looks: list[Look] = []
-        if pictures:
+        if number == shown and pictures:
             networks = {"teacher": classifier, f"{record.cell.label}, seed {record.cell.seed}": student}
-            right = (own.right & ways.right).view(-1, each)[:, 0].nonzero().flatten()[:pictures].tolist()
+            right = (own.right & ways.right).view(-1, each)[:, 0].nonzero().flatten().tolist()
             # The first of an image's pairs is the class that the teacher takes for most probable beside its own.
-            for image in (i * each for i in right):
+            for image in varied([i * each for i in right], pairs.base.tolist())[:pictures]:
                 pair = (int(pairs.base[image]), int(pairs.target[image]))
                 looks.append(way_to_look_at(networks, "teacher", pairs.images[image], *pair, names))
-            pictures = 0
         yield record, similarity(own, ways, each), looks
+
+
+def of_teacher(
+    name: str,
+    registry: Registry,
+    options: Options,
+    images: int,
+    targets: int | None,
+    device: torch.device,
+    seen: Provenance,
+) -> tuple[str, list[Ends]]:
+    """Where attacks on a card's teacher end, by every rule's step, from evenly spaced test images of its data.
+
+    They are made as for training: in the teacher's normalized space, within the range of values that the card
+    `boundary_samples` has.
+
+    Returns:
+        the name of the data, and what `ends_of_attacks` finds.
+
+    Raises:
+        UserError: no such card, no weights, no data, or a teacher that classifies none of the images correctly.
+    """
+    spec, data = teacher_alone(name, registry, "--attack")
+    file = weights_of(spec, options)
+    pixels, labels, _, fingerprint = spaced_images(data, options, images, device)
+    seen.data[data.name] = fingerprint
+    seen.network(name, file)
+    eyes = load_teacher(spec, data, file, device).eyes()
+    low, high = registry.card("sources", "boundary_samples").args["clamp"]
+
+    def network(images: Tensor) -> Tensor:
+        return eyes.network(images, ["logits"])["logits"]
+
+    try:
+        return data.name, ends_of_attacks(network, eyes.normalizer(pixels), labels, targets, clamp=(low, high))
+    except ValueError as error:
+        raise UserError(f"'{name}': {error}", where="--attack") from None
+
+
+def makes_boundary_samples(spec: CellSpec) -> bool:
+    """Whether a cell's batch sources give the input set "boundary"."""
+    return any(stage.source is not None and "boundary" in stage.source.gives for stage in spec.method.stages.values())
+
+
+def varied(rows: Sequence[int], classes: Sequence[int]) -> list[int]:
+    """Rows so ordered that the first of every class come first, then the second of every class, and so on.
+
+    Args:
+        classes: of all rows.
+    """
+    turn: dict[int, int] = {}
+    counted: Counter[int] = Counter()
+    for row in rows:
+        turn[row] = counted[classes[row]]
+        counted[classes[row]] += 1
+    return sorted(rows, key=lambda row: turn[row])
+
+
+def spaced_images(
+    spec: DataSpec, options: Options, images: int, device: torch.device
+) -> tuple[Tensor, Tensor, Sequence[str], str]:
+    """So many evenly spaced test images, or a few less.
+
+    Returns:
+        pixel values on the scale of [0, 1], float32 [N, C, H, W]; labels, int64 [N]; the names of the classes; the
+        data's fingerprint.
+    """
+    roots = [Path(root) for root in ([spec.root] if spec.root else options.roots())]
+    data = load_data(spec, roots, options.download, home() / "cache")
+    part = part_for_testing(spec, data, device)
+    slices = list(part.every(max(1, -(-len(part.labels) // images))).slices(SLICE[device.type]))
+    pixels = torch.cat([found.float() / 255 for found, _ in slices])
+    return pixels, torch.cat([labels for _, labels in slices]), data.classes, data.fingerprint
 
 
 def _prepared(
@@ -251,46 +436,57 @@ def _prepared(
     images: int,
     targets: int | None,
     device: torch.device,
+    seen: Provenance,
 ) -> tuple[Classifier, Pairs, Ways, int, Sequence[str]]:
     """A teacher, the pairs that it gives rise to, its ways, pairs an image, and the classes' names."""
-    roots = [Path(root) for root in ([spec.data.root] if spec.data.root else options.roots())]
-    data = load_data(spec.data, roots, options.download, home() / "cache")
-    part = part_for_testing(spec.data, data, device)
-    part = part.every(max(1, -(-len(part.labels) // images)))
-    slices = list(part.slices(SLICE[device.type]))
-    pixels = torch.cat([found.float() / 255 for found, _ in slices])
-    labels = torch.cat([found for _, found in slices])
-    loaded = load_teacher(teacher, spec.data, _weights(teacher, record, options), device)
-    eyes = loaded.eyes()
+    pixels, labels, names, fingerprint = spaced_images(spec.data, options, images, device)
+    assert record.folder is not None
+    file = weights_of(teacher, options, record.folder.parent.parent)
+    seen.data[spec.data.name] = fingerprint
+    seen.network(teacher.name, file)
+    eyes = load_teacher(teacher, spec.data, file, device).eyes()
     pairs = pairs_of(eyes.logits, pixels, labels, targets)
-    return eyes.logits, pairs, ways_to_boundary(eyes.logits, pairs), len(pairs.images) // len(pixels), data.classes
+    return eyes.logits, pairs, ways_to_boundary(eyes.logits, pairs), len(pairs.images) // len(pixels), names
 
 
-def _weights(teacher: TeacherSpec, record: Record, options: Options) -> Path:
+def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
+    """The file of a teacher's weights: its card's, or what its training left in a folder of runs.
+
+    Args:
+        runs: folders in which to look before that of the options.
+
+    Raises:
+        UserError: it is not there.
+    """
     if teacher.weights is not None:
         return locate(teacher.weights, options.download)
-    assert record.folder is not None
-    folders = [teacher_folder(teacher, runs) for runs in (record.folder.parent.parent, options.runs)]
+    folders = [teacher_folder(teacher, folder) for folder in (*runs, options.runs)]
     file = next((found.file for found in map(trained, folders) if found is not None), None)
     if file is None:
         raise UserError(
-            f"the teacher '{teacher.name}' is not there: it was trained in a run of its own",
+            f"the teacher '{teacher.name}' is not there: a recipe trains it",
             where=str(folders[0]),
-            hint="say with --runs which folder of runs holds it",
+            hint="run its recipe, or say with --runs which folder of runs holds it",
+        )
+    return file
+
+
+def weights_of_student(record: Record) -> Path:
+    """The file of a finished cell's student. UserError where it is not beside its record."""
+    assert record.folder is not None
+    file = record.folder / "student.safetensors"
+    if not file.is_file():
+        raise UserError(
+            "there are no weights of this cell's student: published results hold records alone",
+            where=str(record.folder),
+            hint="give a folder of runs, or run the recipe again",
         )
     return file
 
 
 def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], device: torch.device) -> Classifier:
     """The student of a finished cell. UserError where its weights are not beside its record."""
-    assert record.folder is not None
-    if not (record.folder / "student.safetensors").is_file():
-        raise UserError(
-            "there are no weights of this cell's student: published results hold records alone",
-            where=str(record.folder),
-            hint="give a folder of runs, or run the recipe again",
-        )
-    model = kdbench.load_student(record.folder, registries).to(device).requires_grad_(False)
+    model = kdbench.load_student(weights_of_student(record).parent, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
 

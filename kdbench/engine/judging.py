@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from kdbench.engine.batches import SLICE
-from kdbench.engine.boundaries import Classifier, readable_spec, student_of
-from kdbench.engine.runner import Options, teacher_folder
-from kdbench.engine.teachers import load_teacher, locate, trained
+from kdbench.engine.boundaries import Classifier, readable_spec, student_of, weights_of, weights_of_student
+from kdbench.engine.runner import Options
+from kdbench.engine.teachers import load_teacher
 from kdbench.errors import UserError
 from kdbench.recipe.networks import teacher_alone
-from kdbench.recipe.schema import DataSpec, TeacherSpec
+from kdbench.recipe.schema import DataSpec
 from kdbench.registry import Registry
 from kdbench.results.record import read_records
 from kdbench.sources.made import POOL, MadeImages
@@ -47,12 +47,14 @@ class Judge:
 
     Attributes:
         data: whose images it knows. classes: labels of those that it was trained on.
+        weights: the file of its weights.
         load: gives its logits of pixel values, on a device.
     """
 
     name: str
     data: DataSpec
     classes: frozenset[int]
+    weights: Path
     load: Callable[[torch.device], Classifier]
 
 
@@ -86,9 +88,9 @@ def pools_in(folders: Iterable[Path]) -> dict[str, MadeImages]:
 def teacher_as_judge(name: str, registry: Registry, options: Options) -> Judge:
     """The teacher of a card. UserError where its weights are not to be had."""
     spec, data = teacher_alone(name, registry, "--by")
-    file = _weights(spec, options)
+    file = weights_of(spec, options)
     classes = frozenset(spec.known_classes or range(data.classes))
-    return Judge(name, data, classes, lambda device: load_teacher(spec, data, file, device).eyes().logits)
+    return Judge(name, data, classes, file, lambda device: load_teacher(spec, data, file, device).eyes().logits)
 
 
 def students_as_judges(folder: Path, options: Options) -> list[Judge]:
@@ -102,7 +104,7 @@ def students_as_judges(folder: Path, options: Options) -> list[Judge]:
         begun = spec.teacher.known_classes if spec.teacher and spec.method.starts_from == "teacher" else None
         classes = frozenset([*(spec.data.only_classes or range(spec.data.classes)), *(begun or [])])
         load = functools.partial(student_of, record, spec, options.registries)
-        found.append(Judge(name, spec.data, classes, load))
+        found.append(Judge(name, spec.data, classes, weights_of_student(record), load))
     return found
 
 
@@ -163,17 +165,3 @@ def _strange(one: Judge, pool: MadeImages) -> str:
 
 def _sizes(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _weights(spec: TeacherSpec, options: Options) -> Path:
-    if spec.weights is not None:
-        return locate(spec.weights, options.download)
-    folder = teacher_folder(spec, options.runs)
-    found = trained(folder)
-    if found is None:
-        raise UserError(
-            f"the teacher '{spec.name}' is not there: a recipe trains it",
-            where=str(folder),
-            hint="run its recipe, or say with --runs which folder of runs holds it",
-        )
-    return found.file

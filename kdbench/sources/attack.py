@@ -16,14 +16,18 @@ from torch.nn import functional as F
 
 StepRule = Literal["newton", "released"]
 # η where none is given: the whole way to the linearized boundary, and what the authors' code has.
-RATES: dict[str, float] = {"newton": 1.0, "released": 0.3}
+RATES: dict[StepRule, float] = {"newton": 1.0, "released": 0.3}
+# A gradient shorter than this, in logits per unit of length, leads nowhere. Its square is far from the least float32,
+# so that no step's size overflows.
+FLAT = 1e-12
 
 
 class Attacked(NamedTuple):
     """What an attack gives.
 
     images: [N, ...], where the attack ended. logits: [N, K], of the network there. crossed: bool [N], whether they lie
-    in another class than the base class. arrived: bool [N], whether they lie in the target class.
+    in another class than the base class. arrived: bool [N], whether they lie in the target class. Neither holds where
+    an image or its logits are not finite.
     """
 
     images: Tensor
@@ -52,7 +56,8 @@ def boundary_attack(
     * "released": x ← x - η (L + ε) ∇L / ‖∇L‖, η = 0.3, the authors' code: η ‖∇L‖ Newton steps in one, so it goes too
       far wherever ‖∇L‖ > 1 / η.
 
-    An image stays where it left its base class, in the target class or in a third one. ε pushes it slightly across.
+    An image stays where it left its base class, in the target class or in a third one, and where there is no way: where
+    ‖∇L‖ < 1e-12, or where a step would not end at a finite place. ε pushes it slightly across.
 
     Args:
         network: images [N, ...] -> logits [N, K]; differentiable, in eval mode (no image's logits depend on another's).
@@ -84,6 +89,7 @@ def boundary_attack(
             f"rate must be positive, iterations at least 1, epsilon at least 0: {eta}, {iterations}, {epsilon}"
         )
     x, logits = images.detach(), None
+    column = (-1, *(1,) * (images.ndim - 1))
     # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
     rows = torch.arange(len(images), device=images.device)
     for done in range(iterations + 1):
@@ -97,24 +103,31 @@ def boundary_attack(
         if last:
             break
         (gradient,) = torch.autograd.grad(total, part)
-        length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny ** 0.5)
-        size = eta * (gap.detach() + epsilon) / (length.square() if step == "newton" else length)
-        moved = part.detach() - size.view(-1, *(1,) * (images.ndim - 1)) * gradient
+        length = gradient.flatten(1).norm(dim=1)
+        divisor = length.clamp_min(max(FLAT, torch.finfo(gradient.dtype).tiny ** 0.5))
+        size = eta * (gap.detach() + epsilon) / (divisor.square() if step == "newton" else divisor)
+        moved = part.detach() - size.view(column) * gradient
         if clamp is not None:
             moved = moved.clamp(*clamp)
-        inside = here.detach().argmax(dim=1) == base[rows]
-        x = x.index_copy(0, rows, torch.where(inside.view(-1, *(1,) * (images.ndim - 1)), moved, part.detach()))
-        rows = _where(rows, inside)
+        # No comparison holds for a length that is not a number.
+        moves = (here.detach().argmax(dim=1) == base[rows]) & (length >= divisor) & _finite(moved)
+        x = x.index_copy(0, rows, torch.where(moves.view(column), moved, part.detach()))
+        rows = _where(rows, moves)
         if not len(rows):
             break
     assert logits is not None
-    winner = logits.argmax(dim=1)
-    return Attacked(x, logits, winner != base, winner == target)
+    winner, sound = logits.argmax(dim=1), _finite(x) & _finite(logits)
+    return Attacked(x, logits, sound & (winner != base), sound & (winner == target))
 
 
-def _where(rows: Tensor, inside: Tensor) -> Tensor:
+def _finite(values: Tensor) -> Tensor:
+    """Which rows of [N, ...] hold finite values alone: bool [N]."""
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+def _where(rows: Tensor, moves: Tensor) -> Tensor:
     """The rows of images that still move. On a GPU all of them: to ask which would be to wait for it."""
-    return rows[torch.from_numpy(inside.numpy().nonzero()[0])] if rows.device.type == "cpu" else rows
+    return rows[torch.from_numpy(moves.numpy().nonzero()[0])] if rows.device.type == "cpu" else rows
 
 
 def base_samples(student: Tensor, teacher: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:

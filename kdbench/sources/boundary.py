@@ -11,12 +11,14 @@ from torch import Tensor
 
 from kdbench.engine.batches import Batch
 from kdbench.engine.inputs import Cost, Moment, Source, Workplace
-from kdbench.errors import UserError
+from kdbench.errors import CellError, UserError
 from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
 from kdbench.sources.streams import uniform
 
 # One number for each image of a step's batch, by (seed, stream, step).
 STREAM = "boundary_targets"
+# What is counted of the samples, for the record.
+COUNTED = ("attacked", "crossed", "arrived", "rejected")
 
 
 class BoundarySamples(Source):
@@ -67,6 +69,8 @@ class BoundarySamples(Source):
             "epsilon": epsilon,
             "clamp": tuple(clamp) if clamp is not None else None,
         }
+        # Steps with an attack, and the samples of COUNTED, which stay on the device: no step waits for them.
+        self.steps, self.counts = 0, torch.zeros(len(COUNTED), dtype=torch.int64, device=place.device)
 
     @classmethod
     def prepare(
@@ -89,6 +93,10 @@ class BoundarySamples(Source):
         target = target_classes(teacher[rows], base, drawn[rows])
         normalizer = self.teacher.normalizer
         found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
+        ends = [mask, mask & found.crossed, mask & found.arrived, mask & ~found.arrived & self.reject]
+        if not moment.ahead:
+            self.steps += 1
+            self.counts = self.counts + torch.stack(ends).sum(dim=1)
         if self.reject:
             accepted, mask = again(mask & found.arrived)
             rows, base = rows[accepted], base[accepted]
@@ -101,6 +109,22 @@ class BoundarySamples(Source):
         """Every image of every attack with all its iterations: most cross the boundary sooner."""
         each = min(self.attack_size, self.place.spec.protocol.batch_size)
         return Cost(teacher=steps * each * self.attack["iterations"], at_once=each)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "counts": self.counts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state.keys() != self.state().keys():
+            raise CellError(
+                "this cell began with a version of kdbench that did not count boundary samples: "
+                "remove the cell's folder to begin anew"
+            )
+        self.steps, self.counts = state["steps"], state["counts"].to(self.place.device)
+
+    def record(self) -> dict[str, Any]:
+        """Steps with an attack, and the samples of all of them: attacked, crossed (they left their base class), arrived
+        (in their target class), rejected (they did not count)."""
+        return {"steps": self.steps, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.teacher.network(images, ["logits"])["logits"].float()

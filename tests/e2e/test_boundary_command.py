@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Kdbench
+
+from kdbench.engine.boundaries import of_cells
+from kdbench.engine.provenance import Provenance
+from kdbench.engine.runner import Options
+from kdbench.results.record import read_records
 
 HERE = Path(__file__).parent
 REGISTRY = ["--registry", HERE / "registry"]
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.slow
 
@@ -42,9 +51,72 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
     for word in ("MagSim", "AngSim", "BSS", "±", "boundary_samples.png"):
         assert word in done.stdout, word
     assert (tmp_path / "out" / "boundary_samples.png").stat().st_size > 10_000
-    first = (tmp_path / "out" / "boundary.csv").read_bytes()
+    files = ("boundary.csv", "boundary.json", "boundary_samples.png")
+    first = [(tmp_path / "out" / name).read_bytes() for name in files]
+    about = json.loads(first[1])
+    assert str(tmp_path) not in first[1].decode() and str(finished) not in first[1].decode()
+    assert about["command"].startswith("kdbench boundary") and "--targets 3" in about["command"]
+    assert about["csv"]["sha256"] == hashlib.sha256(first[0]).hexdigest()
+    records = {file.parent.name: json.loads(file.read_bytes()) for file in finished.glob("*/record.json")}
+    networks = {one["name"]: one["sha256"] for one in about["networks"]}
+    teacher = records[next(name for name in records if name.startswith("kd"))]["teacher"]
+    assert networks.pop(teacher["name"]) == teacher["sha256"]
+    assert networks.keys() == {f"tiny/{name}" for name in records}
+    for name, digest in networks.items():
+        weights = finished / name.partition("/")[2] / "student.safetensors"
+        assert digest == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert {one["fingerprint"] for one in about["data"]} == {
+        record["data"]["fingerprint"] for record in records.values()
+    }
     kdbench("boundary", *arguments)
-    assert (tmp_path / "out" / "boundary.csv").read_bytes() == first
+    assert [(tmp_path / "out" / name).read_bytes() for name in files] == first
+
+
+def test_the_picture_is_of_a_cell_with_boundary_samples_and_of_several_classes(finished: Path) -> None:
+    records = sorted(read_records([finished]), key=lambda one: (one.cell.order or 0, one.cell.seed))
+    options = Options(runs=finished.parent, registries=(HERE / "registry",))
+    looked = of_cells(records, options, 30, 1, CPU, print, Provenance(CPU), pictures=4)
+    looks = {f"{record.cell.label}, seed {record.cell.seed}": looks for record, _, looks in looked if looks}
+    assert list(looks) == ["BSS, seed 0"]
+    (shown,) = looks.values()
+    assert len({look.base for look in shown}) == len(shown) == 4
+    assert all(list(look.scores) == ["teacher", "BSS, seed 0"] for look in shown)
+    plain = [record for record in records if record.cell.method in ("ce", "kd")]
+    looked = of_cells(plain, options, 30, 1, CPU, print, Provenance(CPU), pictures=4)
+    assert [bool(looks) for _, _, looks in looked] == [True, False, False, False], "else the first"
+
+
+def test_the_record_counts_boundary_samples(finished: Path) -> None:
+    record = json.loads(next(finished.glob("bss-seed0*/record.json")).read_bytes())
+    counts = record["sources"]["classification"]
+    assert 0 < counts["steps"] < record["budget"]["steps"], "none once their weight is nothing"
+    assert counts["attacked"] >= counts["crossed"] >= counts["arrived"]
+    assert counts["attacked"] - counts["arrived"] == counts["rejected"]
+
+
+def test_where_the_attacks_on_a_teacher_end(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    (teacher,) = {json.loads(file.read_bytes())["teacher"]["name"] for file in finished.glob("kd-*/record.json")}
+    arguments = ["--attack", teacher, "--images", 40, "--targets", 2, "--runs", finished.parent, *REGISTRY]
+    done = kdbench("boundary", *arguments)
+    with (tmp_path / "attack.csv").open(encoding="utf-8") as file:
+        newton, released = csv.DictReader(file)
+    assert (newton["step"], newton["rate"], newton["clamp"]) == ("newton", "1", "-2.5 2.5")
+    assert (released["step"], released["rate"]) == ("released", "0.3")
+    for line in (newton, released):
+        assert line["teacher"] == teacher and 0 < int(line["images"]) <= 40
+        assert int(line["pairs"]) == 2 * int(line["images"])
+        assert 0 <= float(line["arrived"]) <= float(line["crossed"]) <= 1 and float(line["length"]) > 0
+    assert float(newton["margin"]) < float(newton["margin_before"])
+    assert "released" in done.stdout and "attack.csv, attack.json" in done.stdout
+    about = json.loads((tmp_path / "attack.json").read_bytes())
+    assert [one["name"] for one in about["networks"]] == [teacher] and len(about["data"]) == 1
+    first = (tmp_path / "attack.csv").read_bytes()
+    kdbench("boundary", *arguments)
+    assert (tmp_path / "attack.csv").read_bytes() == first
+    assert "nothing to look at" in kdbench("boundary", code=2).stderr
+    assert "--picture" in kdbench("boundary", "--attack", teacher, "--picture", code=2).stderr
+    done = kdbench("boundary", "--attack", "wrn_16_3_digits", code=2)
+    assert "unknown teacher" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_compared_is_told(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def test_a_student_judges_as_it_was_tested(finished: Path, kdbench: Kdbench, tmp
     assert int(line["images"]) == len(data.test_labels)
     assert 100 * float(line["right"]) == pytest.approx(accuracy, abs=0.4)
     assert "as intended (%)" in done.stdout and "student, seed 0" in done.stdout
+    about = json.loads((tmp_path / "judged.json").read_text(encoding="utf-8"))
+    weights = hashlib.sha256((plain / "student.safetensors").read_bytes()).hexdigest()
+    assert about["networks"] == [{"name": "student, seed 0", "sha256": weights}]
+    batch = hashlib.sha256((tmp_path / "real" / "batch_00000.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(f"{batch}\n".encode()).hexdigest()
+    assert about["pools"] == [{"name": "real", "batches": 1, "sha256": digest}]
+    assert about["csv"]["sha256"] == hashlib.sha256((tmp_path / "judged.csv").read_bytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(about) and str(finished) not in json.dumps(about)
 
 
 def test_the_maker_sees_its_images_and_noise_differently(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,36 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
+from kdbench.cards import Normalization
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batch
-from kdbench.engine.boundaries import boundary_similarity, pairs_of, way_to_look_at
+from kdbench.engine.batches import SLICE, Batch, Normalizer
+from kdbench.engine.boundaries import (
+    boundary_similarity,
+    ends_of_attacks,
+    makes_boundary_samples,
+    pairs_of,
+    varied,
+    way_to_look_at,
+)
 from kdbench.engine.finish import streams
 from kdbench.engine.inputs import Eyes, Moment, Workplace
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
-from kdbench.errors import UserError
+from kdbench.errors import CellError, UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
 from kdbench.results.boundary_picture import boundary_picture
 from kdbench.schedules import linear
-from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
+from kdbench.sources.attack import StepRule, again, base_samples, boundary_attack, target_classes
 from kdbench.sources.boundary import STREAM, BoundarySamples
 from kdbench.sources.streams import uniform
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
 METHODS = ["bss", "bss_released", "bss_keep"]
+UNCHANGED = Normalization(mean=[0.0], std=[1.0])
 
 
 def cell(method: str | dict[str, Any] = "bss", steps: int = 8, batch: int = 8) -> CellSpec:
@@ -144,6 +154,54 @@ def test_the_attack_stops_when_nothing_moves() -> None:
         lambda x: 0 * x[:, :2] + torch.tensor([1.0, 0.0]), x, torch.zeros(8).long(), torch.ones(8).long()
     )
     assert torch.equal(flat.images, x) and not flat.crossed.any(), "no gradient, no way"
+
+
+@pytest.mark.parametrize("rule", ["newton", "released"])
+@pytest.mark.parametrize("slope", [0.0, 1e-20, 1e-15])
+@pytest.mark.parametrize("clamp", [None, (-2.5, 2.5)])
+def test_a_plain_is_no_way(rule: StepRule, slope: float, clamp: tuple[float, float] | None) -> None:
+    """A gap of 10 in float32 without a slope, and with one whose square is no number: nothing moves, nothing counts."""
+    x = numbers(6, 1, 2, 2).float().clamp(-2, 2)
+    level = torch.tensor([10.0, 0.0, 0.0])
+
+    def network(images: Tensor) -> Tensor:
+        return level + slope * images.flatten(1).sum(1, keepdim=True) * torch.tensor([1.0, -1.0, 0.0])
+
+    base, target = torch.zeros(6).long(), torch.ones(6).long()
+    found = boundary_attack(network, x, base, target, step=rule, clamp=clamp)
+    assert torch.equal(found.images, x), "no gradient, no way"
+    assert found.logits.isfinite().all() and not found.crossed.any() and not found.arrived.any()
+
+
+@pytest.mark.parametrize("rule", ["newton", "released"])
+def test_a_steep_slope_and_a_flat_one_share_a_batch(rule: StepRule) -> None:
+    x = numbers(4, 6).float()
+    x[:, 0] = torch.tensor([0.0, 1.0, 1e-20, 1.0])
+
+    def network(images: Tensor) -> Tensor:
+        """An image's first value is the slope in its others."""
+        way = images[:, :1].detach() * images[:, 1:].sum(1, keepdim=True)
+        return torch.cat([way + 10, -way], dim=1)
+
+    found = boundary_attack(network, x, torch.zeros(4).long(), torch.ones(4).long(), step=rule)
+    assert found.images.isfinite().all() and torch.equal(found.images[::2], x[::2])
+    assert found.arrived.tolist() == found.crossed.tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_has_not_arrived(broken: float) -> None:
+    """Outputs that break on the way, and images that were broken before."""
+    base, target = torch.zeros(4).long(), torch.ones(4).long()
+
+    def network(images: Tensor) -> Tensor:
+        way = images.sum(1, keepdim=True)
+        return torch.cat([way, torch.where(way < 0.5, broken, -way)], dim=1)
+
+    found = boundary_attack(network, torch.ones(4, 2), base, target)
+    assert not found.logits.isfinite().all() and found.images.isfinite().all()
+    assert not found.crossed.any() and not found.arrived.any()
+    found = boundary_attack(network, torch.full((4, 2), broken), base, target)
+    assert not found.crossed.any() and not found.arrived.any()
 
 
 def test_the_attack_refuses_what_it_cannot_do() -> None:
@@ -380,6 +438,63 @@ def test_rejected_samples_do_not_count_and_the_rest_is_as_without_rejection() ->
         assert torch.equal(made.images[i], made.images[i % count]), "filler repeats what counts"
 
 
+class Seen:
+    """A teacher for the source alone: logits W x of its normalized images, or none that has a slope."""
+
+    def __init__(self, classes: int, flat: bool) -> None:
+        self.weight = torch.zeros(classes, 64)
+        if not flat:
+            self.weight[torch.arange(classes), torch.arange(classes)] = 1.0
+        self.level = 10.0 * torch.eye(classes)[0] if flat else torch.zeros(classes)
+
+    def __call__(self, images: Tensor, points: list[str]) -> dict[str, Tensor]:
+        return {"logits": images.flatten(1) @ self.weight.T + self.level}
+
+
+@pytest.mark.parametrize(
+    ("changes", "flat", "expected"),
+    [
+        # One Newton step reaches the plane with the drawn class: both images of two that are right for both networks.
+        ({"reject": True}, False, (4, 4, 4, 0)),
+        # An η of 1/100 does not, in a single step.
+        ({"reject": True, "rate": 0.01, "iterations": 1}, False, (4, 0, 0, 4)),
+        ({"reject": False, "rate": 0.01, "iterations": 1}, False, (4, 0, 0, 0)),
+        # No slope, no way, and nothing to train on.
+        ({"reject": True}, True, (4, 0, 0, 4)),
+    ],
+)
+def test_the_record_counts_what_became_of_the_samples(
+    changes: dict[str, Any], flat: bool, expected: tuple[int, ...]
+) -> None:
+    """On a linear teacher whose first two classes are e1 and e2: two of four images are eligible, twice."""
+    spec = cell()
+    place = Workplace(spec, "classification", CPU, Eyes(Seen(2, flat), Normalizer(UNCHANGED, CPU)))  # type: ignore[arg-type]
+    source = BoundarySamples(place, attack_size=3, **changes)
+    assert source.record() == {"steps": 0, "attacked": 0, "crossed": 0, "arrived": 0, "rejected": 0}
+    pixels = torch.zeros(4, 1, 8, 8)
+    pixels[:, 0, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    taught = place.teacher.network(pixels, ["logits"])["logits"]  # type: ignore[union-attr]
+    # The student is wrong about the second and the fourth.
+    student = torch.where((torch.arange(4) % 2 == 0)[:, None], 0.5 * taught, -taught)
+    values = {"student": {"data": {"logits": student}}, "teacher": {"data": {"logits": taught}}}
+    data = Batch(pixels, torch.zeros(4).long(), torch.arange(4))
+    for step_number in (0, 1):
+        made = source.sets(Moment(step_number, 0.0, {"data": data}, values, place.teacher))["boundary"]  # type: ignore[arg-type]
+        assert int(made.mask.sum()) == (expected[0] - expected[3]) // 2
+        assert made.images.isfinite().all()
+    attacked, crossed, arrived, rejected = expected
+    counts = {"attacked": attacked, "crossed": crossed, "arrived": arrived, "rejected": rejected}
+    assert source.record() == {"steps": 2, **counts}
+    source.sets(Moment(2, 0.0, {"data": data}, values, place.teacher, ahead=True))  # type: ignore[arg-type]
+    assert source.record()["steps"] == 2, "what is only looked at is no sample that was trained on"
+
+
+def test_counts_of_another_version_are_not_gone_on_with() -> None:
+    member, _, _ = member_of(cell())
+    with pytest.raises(CellError, match="began"):
+        member.sources["classification"].load_state({})
+
+
 def test_a_target_belongs_to_its_image_whatever_its_rank() -> None:
     """Another student ranks the images otherwise: each still moves to the same class."""
     _, source, moment = source_and_moment("bss_keep")
@@ -499,6 +614,10 @@ def test_a_killed_cell_goes_on_bit_identically(method: str, at: int, tmp_path: P
     train(second, batches, teacher, 8 - at)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
     assert second.meter.result() == whole.meter.result() and whole.meter.result()["boundary"] > 0
+    counts = whole.sources["classification"].record()
+    assert second.sources["classification"].record() == counts
+    # The weight is nothing in the last quarter, less a level.
+    assert counts["steps"] == 6 and counts["attacked"] > 0
 
 
 # --- cards
@@ -580,6 +699,58 @@ def test_pairs_are_the_likeliest_other_classes() -> None:
     pairs = pairs_of(lambda images: logits, torch.zeros(2, 1, 2, 2), labels, 2)
     assert pairs.base.tolist() == [0, 0, 1, 1] and pairs.target.tolist() == [2, 1, 3, 2]
     assert len(pairs_of(lambda images: logits, torch.zeros(2, 1, 2, 2), labels).target) == 6
+
+
+def test_ends_of_attacks_on_a_linear_network() -> None:
+    """Logits ± (w x) / 2: Newton moves by |L| / ‖w‖ to a margin of ε, the released step leaves its part of L."""
+    x, w = numbers(300, 6).float(), numbers(6, seed=3).float()
+
+    def network(images: Tensor) -> Tensor:
+        return (images @ w)[:, None] * torch.tensor([0.5, -0.5])
+
+    classes = network(x).argmax(dim=1)
+    # A third is labelled otherwise, and is not attacked.
+    labels = torch.where(torch.arange(300) % 3 == 0, 1 - classes, classes)
+    newton, released = ends_of_attacks(network, x, labels, iterations=1, epsilon=1e-3)
+    assert (newton.step, newton.rate, released.step, released.rate) == ("newton", 1.0, "released", 0.3)
+    assert newton.images == newton.pairs == released.images == 200
+    gap = (x @ w).abs()[labels == classes]
+    assert newton.margin_before == released.margin_before == pytest.approx(gap.quantile(0.5).item(), rel=1e-5)
+    assert newton.crossed == newton.arrived == 1 and newton.margin == pytest.approx(1e-3, rel=1e-2)
+    assert newton.length == pytest.approx(((gap + 1e-3) / w.norm()).mean().item(), rel=1e-4)
+    left = gap - 0.3 * w.norm() * (gap + 1e-3)
+    assert released.crossed == released.arrived == (left < 0).float().mean().item()
+    assert released.margin == pytest.approx(left.abs().quantile(0.5).item(), rel=1e-4)
+    assert released.length == pytest.approx(0.3 * (gap + 1e-3).mean().item(), rel=1e-4)
+    (moved, _) = ends_of_attacks(network, x, labels, iterations=1, clamp=(-0.1, 0.1))
+    assert moved.clamp == (-0.1, 0.1) and moved.crossed < 1
+    with pytest.raises(ValueError, match="none of the images"):
+        ends_of_attacks(network, x, 1 - classes)
+
+
+def test_attacks_go_through_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = numbers(40, 6).float(), numbers(4, 6, seed=3).float()
+
+    def network(images: Tensor) -> Tensor:
+        return images @ weight.T
+
+    whole = ends_of_attacks(network, x, network(x).argmax(dim=1))
+    monkeypatch.setitem(SLICE, "cpu", 7)
+    parts = ends_of_attacks(network, x, network(x).argmax(dim=1))
+    assert [one.pairs for one in parts] == [120, 120]
+    for one, other in zip(whole, parts, strict=True):
+        numbers_of = [{k: v for k, v in asdict(ends).items() if isinstance(v, float)} for ends in (one, other)]
+        assert numbers_of[0] == pytest.approx(numbers_of[1], rel=1e-4)
+
+
+def test_pictures_are_of_different_classes_as_far_as_there_are_such() -> None:
+    classes = [0, 0, 0, 1, 0, 1, 2]
+    assert varied([0, 2, 3, 4, 5, 6], classes) == [0, 3, 6, 2, 5, 4]
+    assert varied([1, 2], classes) == [1, 2] and varied([], classes) == []
+
+
+def test_a_cell_with_boundary_samples_is_told_by_its_source() -> None:
+    assert [makes_boundary_samples(cell(name)) for name in ("kd", "bss_clean", *METHODS)] == [False] * 2 + [True] * 3
 
 
 def test_the_picture_shows_every_way_and_the_same_bytes(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def pools(tmp_path: Path) -> Path:
 
 
 def network(name: str = "reader", classes: range = range(10), **changes: int) -> Judge:
-    return Judge(name, digits().model_copy(update=changes), frozenset(classes), lambda device: reader)
+    return Judge(name, digits().model_copy(update=changes), frozenset(classes), Path("reader"), lambda device: reader)
 
 
 def test_every_batch_counts(pools: Path) -> None:
