@@ -105,5 +105,6 @@ def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int)
 
 def step(member: Member, batches: Batches, teacher: Teacher | None, at: int | None = None) -> None:
     """A step of the training loop, on the member's own batch or that of another step."""
+    assert member.ready(lambda text: None, lambda: False)
     sets = batches.sets(member.step if at is None else at, member.timeline, member.shared_sets())
     member.train_step(sets, teacher.step(sets, member.teacher_points()) if teacher else {})

@@ -90,7 +90,8 @@ class _Lines(_Base):
             print(f"{cell.label}: {what}   [{self.summary()}]", file=sys.stderr, flush=True)
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
-            print(self.summary(), file=sys.stderr, flush=True)
+            beside = f"; {cell.label}: {cell.doing}" if cell.doing else ""
+            print(self.summary() + beside, file=sys.stderr, flush=True)
 
     def end(self) -> None: ...
 
@@ -138,7 +139,7 @@ class _Live(_Base):
             bar = "━" * round(24 * share)
             table.add_row(
                 c.label,
-                c.stage,
+                Text(c.doing or c.stage),
                 Text(bar.ljust(24, "╌"), style="cyan"),
                 f"{c.step}/{c.total}",
                 f"{c.accuracy:.2f} %" if c.accuracy is not None else "–",

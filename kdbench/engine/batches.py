@@ -48,10 +48,12 @@ TARGET = "target"
 
 
 class Part(Protocol):
-    """A fixed set of images with labels, int64 [N] on the device."""
+    """A fixed set of N images with labels, int64 [N] on the device. Its length is told without a look at either."""
 
     @property
     def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
 
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, bytes [n, C, H, W] on the device, and their labels: `size` at a time, in order."""
@@ -69,6 +71,9 @@ class ResidentPart:
     images: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.labels), size):
             yield self.images[start : start + size], self.labels[start : start + size]
@@ -79,10 +84,18 @@ class ResidentPart:
 
 @dataclass(frozen=True)
 class _LaterPart:
-    """A part whose images, as of a ResidentPart, are taken when they are first asked for."""
+    """A part whose images and labels, as of a ResidentPart, are taken when they are first asked for."""
 
+    size: int
     take: Callable[[], Tensor]
-    labels: Tensor
+    take_labels: Callable[[], Tensor]
+
+    def __len__(self) -> int:
+        return self.size
+
+    @cached_property
+    def labels(self) -> Tensor:
+        return self.take_labels()
 
     @cached_property
     def whole(self) -> ResidentPart:
@@ -139,11 +152,14 @@ class Batches:
         self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         # Places of the training part's images in the whole training set.
         self.positions = train.to(device)
-        # Taken when they are first asked for: stages whose images are all made never touch real ones.
+        # Taken when they are first asked for: stages whose images are all made never touch real ones or their labels.
         self._take = lambda: data.train_images[train].to(device)
-        self.train: Part = _LaterPart(lambda: self.images, data.train_labels[train].to(device))
-        held_out_labels = data.train_labels[held_out].to(device)
-        self.validation: Part = _LaterPart(lambda: data.train_images[held_out].to(device), held_out_labels)
+        self.train: Part = _LaterPart(len(train), lambda: self.images, lambda: data.train_labels[train].to(device))
+        self.validation: Part = _LaterPart(
+            len(held_out),
+            lambda: data.train_images[held_out].to(device),
+            lambda: data.train_labels[held_out].to(device),
+        )
         self.test: Part = ResidentPart(data.test_images.to(device), data.test_labels.to(device))
         self.seed, self.device = spec.seed, device
         self.batch_size = spec.protocol.batch_size
@@ -177,7 +193,7 @@ class Batches:
     def _target_at(self, step: int, timeline: Timeline) -> Batch:
         """The target domain's batch of a step: images alone. Even its positions would tell classes, by their order."""
         assert self.target is not None
-        each = batches_per_epoch(len(self.target.train.labels), self.batch_size, self.last_batch)
+        each = batches_per_epoch(len(self.target.train), self.batch_size, self.last_batch)
         return Batch(self.target.at(step, replace(timeline, batches_per_epoch=each)).images, None)
 
     def at(self, step: int, timeline: Timeline) -> Batch:
@@ -191,7 +207,7 @@ class Batches:
     def _draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
         """Order and views of an epoch, on the device: int64 [images] each, drawn once an epoch."""
         if self._epoch is None or self._epoch[0] != (stream, epoch):
-            n = len(self.train.labels)
+            n = len(self.train)
             order = permutation(n, self.seed, f"{self.prefix}{stream}order", epoch)
             draws = self.augmentation.draw(generator(self.seed, f"{self.prefix}{stream}augmentation", epoch), n)
             views = self.augmentation.view_id(draws)

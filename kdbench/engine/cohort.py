@@ -51,6 +51,7 @@ class Cohort:
         finish: called with a seat whose member is finished, to write its record.
         stop: asked before every step; True ends the loop after a checkpoint.
         checkpoint_seconds: time between checkpoints.
+        tell: called with (seat, text) when a member does something long beside its steps.
     """
 
     seats: list[Seat]
@@ -60,6 +61,7 @@ class Cohort:
     finish: Callable[[Seat], None]
     stop: Callable[[], bool]
     checkpoint_seconds: float = 60.0
+    tell: Callable[[Seat, str], None] = lambda seat, text: None
     _reported: float = field(default=0.0, init=False)
 
     def run(self) -> bool:
@@ -84,7 +86,9 @@ class Cohort:
                 # Members resume each from their own checkpoint: those that are behind catch up alone.
                 step = min(seat.member.step for seat in active)
                 now = [seat for seat in active if seat.member.step == step]
-                self.step(now, step)
+                if not self.step(now, step):
+                    self.save()
+                    return False
                 self._tell(now)
             if time.monotonic() - saved >= self.checkpoint_seconds:
                 self.save()
@@ -99,8 +103,13 @@ class Cohort:
                 self.report(seat, None)
                 due = False
 
-    def step(self, seats: list[Seat], step: int) -> None:
-        """One optimizer step of each of these members, behind one teacher pass."""
+    def step(self, seats: list[Seat], step: int) -> bool:
+        """One optimizer step of each of these members, behind one teacher pass. False when stopped before it."""
+        if not all(self._ready(seat) for seat in seats):
+            return False
+        seats = [seat for seat in seats if seat.failure is None]
+        if not seats:
+            return True
         begin = time.perf_counter()
         names = dict.fromkeys(name for seat in seats for name in seat.member.shared_sets())
         sets = self.batches.sets(step, seats[0].member.timeline, names)
@@ -111,6 +120,17 @@ class Cohort:
             with _failures(seat):
                 seat.member.train_step({name: sets[name] for name in seat.member.shared_sets()}, values)
             seat.member.seconds += time.perf_counter() - begin + shared / len(seats)
+        return True
+
+    def _ready(self, seat: Seat) -> bool:
+        """Let a member prepare its step. False when it was stopped before it could."""
+        begin, done = time.perf_counter(), True
+        with _failures(seat):
+            done = seat.member.ready(lambda text: self.tell(seat, text), self.stop)
+        if done:
+            # What was stopped is lost, as with a kill: whoever resumes spends the time again.
+            seat.member.seconds += time.perf_counter() - begin
+        return done
 
     def _evaluate(self, seat: Seat) -> None:
         member = seat.member
@@ -144,7 +164,7 @@ class Cohort:
         begin = time.perf_counter()
         member.check_finite()
         member.student.model.eval()
-        measured = score(member, validation)[0] if len(validation.labels) else None
+        measured = score(member, validation)[0] if len(validation) else None
         member.set_modes()
         epoch = member.timeline.epochs(member.step)
         keep(seat.folder, member.kept, member.student.model, member.step, epoch, measured)

@@ -25,7 +25,7 @@ def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[
     member.student.model.eval()
     member.terms.eval()
     result: dict[str, Any] = {"test": score(member, batches.test)[0]}
-    if len(batches.validation.labels):
+    if len(batches.validation):
         result["validation"] = score(member, batches.validation)[0]
     if batches.source_test is not None:
         result["source"] = score(member, batches.source_test)[0]

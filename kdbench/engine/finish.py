@@ -80,7 +80,7 @@ def finish(
         },
         "result": {
             "test": summary(member.history, "test"),
-            "validation": summary(member.history, "validation") if len(batches.validation.labels) else None,
+            "validation": summary(member.history, "validation") if len(batches.validation) else None,
             "agreement": member.history[-1].get("agreement", {}),
             "agreement_reference": member.history[-1].get("agreement_reference"),
             # On the source, and of the teacher that the cell trained, where there are such.
@@ -100,8 +100,8 @@ def finish(
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
-            "train": len(batches.train.labels),
-            "validation": len(batches.validation.labels),
+            "train": len(batches.train),
+            "validation": len(batches.validation),
             "test": len((batches.source_test or batches.test).labels),
             "classes": len(data.classes),
             "origin": data.origin,
@@ -134,7 +134,7 @@ def _about(target: ImageData | Pictures | None, batches: Batches) -> dict[str, A
     about = {
         "name": target.name,
         "fingerprint": target.fingerprint,
-        "train": len(batches.target.train.labels),
+        "train": len(batches.target.train),
         "test": len(batches.test.labels),
         "classes": len(target.classes),
         "origin": target.origin,

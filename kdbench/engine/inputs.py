@@ -61,8 +61,8 @@ class Moment:
         step: of the cell. progress: of the stage, in [0, 1).
         sets: the input sets that its card reads. values: network -> set -> "logits" on them.
         student: in train mode or as the stage says; a source that changes the mode need not restore it.
-        begin: the cell's step at which the stage begins. ahead: it is only looked at, before its time has come: nothing
-            that lasts may come of it.
+        begin, end: the cell's steps between which the stage lies, the last one left out.
+        ahead: it is only looked at, before its time has come: nothing that lasts may come of it.
     """
 
     step: int
@@ -71,6 +71,7 @@ class Moment:
     values: Mapping[str, Values]
     student: Eyes
     begin: int = 0
+    end: int = 0
     ahead: bool = False
 
 
@@ -112,6 +113,18 @@ class Source(ABC):
         Args:
             tell: is told what is being done, now and then. stopping: asked now and then; True: leave, to resume later.
         """
+
+    def ready(self, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        """Make what takes long and the coming step needs, while a stop is still possible: asked once before each step.
+
+        Args:
+            moment: without sets and values.
+            tell: is told what is being done. stopping: asked now and then; True: leave as if it had not been begun.
+
+        Returns:
+            False when stopped. The step is not taken then, and a resumed cell asks again.
+        """
+        return True
 
     @abstractmethod
     def sets(self, moment: Moment) -> dict[str, Batch]:

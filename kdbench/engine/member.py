@@ -166,7 +166,7 @@ class Member:
     ) -> None:
         self.spec, self.device, self.computing = spec, device, computing
         self.teacher = teacher
-        self.timeline: Timeline = timeline(spec, len(batches.train.labels))
+        self.timeline: Timeline = timeline(spec, len(batches.train))
         self.normalizer = Normalizer(spec.protocol.normalization, device)
         student = build_model(spec.student, spec.data, spec.seed)
         if spec.method.starts_from == "teacher":
@@ -387,8 +387,20 @@ class Member:
                     evaluated.add(points)
         return {points: steps for points, steps in uses.items() if steps and points not in evaluated}
 
+    def ready(self, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        """Let the stage's source make what the coming step needs. False when stopped: the step must not be taken then,
+        and nothing but what lies in files has changed."""
+        if self.stage.source is None:
+            return True
+        progress = (self.step - self.pace.start) / self.pace.steps
+        student, span = Eyes(self.student, self.normalizer), self.span
+        moment = Moment(self.step, progress, {}, {"student": {}, "teacher": {}}, student, span.start, span.stop)
+        done = self.sources[span.name].ready(moment, tell, stopping)
+        self.set_modes()
+        return done
+
     def train_step(self, shared: Sets, taught: Values) -> None:
-        """One optimizer step.
+        """One optimizer step; `ready` comes before it.
 
         Args:
             shared: the input sets of `shared_sets`.
@@ -465,7 +477,8 @@ class Member:
         def batch(number: int) -> Batch:
             if source is None or "data" not in source.gives:
                 return self.batches.at(start + number, self.timeline)
-            moment = Moment(start + number, 0.0, {}, {"student": {}, "teacher": {}}, student, start, ahead=True)
+            nothing: dict[str, Values] = {"student": {}, "teacher": {}}
+            moment = Moment(start + number, 0.0, {}, nothing, student, start, self.span.stop, ahead=True)
             made = self.sources[self.span.name].sets(moment)["data"]
             self.set_modes()
             return made
@@ -503,6 +516,7 @@ class Member:
                 {network: {name: values[network][name] for name in source.reads} for network in values},
                 Eyes(self.student, self.normalizer),
                 self.span.start,
+                self.span.stop,
             )
             with torch.autocast(self.device.type, enabled=False):
                 made = self.sources[self.span.name].sets(moment)

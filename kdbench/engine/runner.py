@@ -376,14 +376,16 @@ def _cells(
         if kind == "failed":
             for cell_id in event["cells"]:
                 _fail(states[cell_id], event["message"], listener)
-        if kind in ("progress", "cell_finished", "cell_failed"):
+        if kind in ("progress", "doing", "cell_finished", "cell_failed"):
             state = states[event["cell"]]
             if kind == "cell_failed":
                 _fail(state, event["message"], listener)
                 continue
             if kind == "progress" and state.state != "finished":
                 state.state, state.step, state.total = "running", event["step"], event["total"]
-                state.stage, state.accuracy = event["stage"], event["accuracy"]
+                state.stage, state.accuracy, state.doing = event["stage"], event["accuracy"], ""
+            elif kind == "doing":
+                state.state, state.doing = "running", event["text"]
             elif kind == "cell_finished":
                 state.state, state.step, state.accuracy = "finished", state.total, event["accuracy"]
                 state.seconds = event["seconds"]

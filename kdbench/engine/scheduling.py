@@ -18,7 +18,8 @@ BEGUN = "cell.json"
 
 @dataclass
 class CellState:
-    """Progress of one cell, for whoever watches. `state`: waiting, running, finished, failed."""
+    """Progress of one cell, for whoever watches. `state`: waiting, running, finished, failed. `doing`: something long
+    beside its steps, "" in them."""
 
     id: int
     label: str
@@ -27,6 +28,7 @@ class CellState:
     step: int = 0
     total: int = 0
     stage: str = ""
+    doing: str = ""
     accuracy: float | None = None
     seconds: float = 0.0
     message: str = ""

@@ -42,6 +42,9 @@ class StreamedPart:
     short_side: int
     size: int
 
+    def __len__(self) -> int:
+        return len(self.files)
+
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         addresses: list[Address] = [(i, None) for i in range(len(self.files))]
         parts = [addresses[start : start + size] for start in range(0, len(addresses), size)]

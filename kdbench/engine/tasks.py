@@ -210,6 +210,9 @@ class Desk:
                     if other.active or other is seat:
                         self._progress(cell_id, other)
 
+            def tell(seat: Seat, text: str) -> None:
+                self.emit(event="doing", cell=ids[id(seat)], text=text)
+
             def done(seat: Seat) -> None:
                 own = teacher if seat.member.spec.teacher is not None else None
                 if own is not None and fingerprint(own.network.model) != before:
@@ -239,7 +242,7 @@ class Desk:
                 self._finished(ids[id(seat)], record)
 
             Cohort(
-                list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"]
+                list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"], tell
             ).run()
             for seat in seats.values():
                 if seat.failure is not None:

@@ -189,6 +189,7 @@ def _measure(
         for member in members:
 
             def step(member: Member = member) -> float:
+                member.ready(lambda text: None, lambda: False)
                 member.train_step({name: sets[name] for name in member.shared_sets()}, values)
                 return member.meter.result()["loss"]
 

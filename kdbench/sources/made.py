@@ -2,13 +2,14 @@
 
 `pool.json` says what the batches have in common, `batch_00000.safetensors` holds images (float16 pixel values on the
 scale of [0, 1], which they may leave) and labels, `batch_00000.json` its sha256, final terms, seconds and machine. A
-batch counts once its JSON file is there. `grid.png` shows the first images.
+batch counts once its JSON file is there. `grid.png` shows some of the images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,17 @@ class MadeImages:
         found = load_file(file)
         return found["images"], found["labels"]
 
-    def picture(self) -> None:
-        """Draw the first images, eight in a row, into `grid.png`."""
+    def picture(self, batches: Sequence[int], each: int) -> None:
+        """Draw the first `each` images of some batches, 64 images in all, eight in a row, into `grid.png`.
+
+        Where these are too many batches, the first and the last are among those that are drawn, at even distances.
+        """
+        most = -(-(SIDE**2) // each)
+        if len(batches) > most > 1:
+            batches = [batches[round(i * (len(batches) - 1) / (most - 1))] for i in range(most)]
         images: list[Tensor] = []
-        for batch in range(self.done):
-            images += self.read(batch)[0][: SIDE**2 - len(images)]
-            if len(images) == SIDE**2:
-                break
+        for batch in batches[:most]:
+            images += self.read(batch)[0][: min(each, SIDE**2 - len(images))]
         if images:
             with atomic(self.folder / "grid.png") as temporary:
                 grid(torch.stack(images)).save(temporary, format="PNG")

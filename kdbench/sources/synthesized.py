@@ -20,11 +20,11 @@ from torch import Tensor
 
 import kdbench
 from kdbench.engine.batches import Batch
-from kdbench.engine.inputs import Cost, Eyes, Moment, Source, Workplace
+from kdbench.engine.inputs import Cost, Moment, Source, Workplace
 from kdbench.errors import CellError, UserError
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.inversion import Address, Inversion, Synthesized, balanced, synthesize
-from kdbench.sources.made import MadeImages, halves
+from kdbench.sources.made import SIDE, MadeImages, halves
 from kdbench.sources.streams import generator, permutation
 
 FOLDER = "synthesized"
@@ -176,14 +176,14 @@ class SynthesizedImages(Source):
                 return
             pool.write(batch, made.images, made.labels, self._about(made, start))
             if batch in (first, self.batches - 1):
-                pool.picture()
+                pool.picture(range(batch + 1), min(self.size, SIDE**2))
 
     def _make(
         self,
         settings: Inversion,
         draws: Address,
         student: Callable[[Tensor], Tensor] | None,
-        stopping: Callable[[], bool] = lambda: False,
+        stopping: Callable[[], bool],
     ) -> Synthesized | None:
         turn = balanced(self.size, len(self.classes), draws.batch * self.size)
         labels = torch.tensor(self.classes)[turn].to(self.place.device)
@@ -233,13 +233,19 @@ class SynthesizedImages(Source):
                 self._images = _Growing(images, labels)
         return self._images
 
+    def ready(self, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        growth, _ = self._growth(moment)
+        return growth <= len(self.added) or self._add(growth, moment, tell, stopping)
+
+    def _growth(self, moment: Moment) -> tuple[int, int]:
+        """How many batches are to be there beside the pool's at a step, and the steps since the last of them."""
+        done = moment.step - moment.begin
+        return divmod(done, self.every) if self.every and not moment.ahead else (0, done)
+
     def sets(self, moment: Moment) -> dict[str, Batch]:
         images = self.images()
-        done = moment.step - moment.begin
-        growth, since = divmod(done, self.every) if self.every and not moment.ahead else (0, done)
-        # A step of several turns asks more than once.
-        if growth and not since and growth not in [number for number, _, _ in self.added]:
-            self._add(growth, moment.student)
+        growth, since = self._growth(moment)
+        assert moment.ahead or growth == len(self.added), "asked for a step that was not made ready"
         number, position = divmod(since, max(len(images) // self.batch_size, 1))
         order, views = self._draws(growth, number, len(images))
         part = slice(position * self.batch_size, (position + 1) * self.batch_size)
@@ -256,22 +262,37 @@ class SynthesizedImages(Source):
             self._pass = ((growth, number), order.to(self.place.device), views.to(self.place.device))
         return self._pass[1], self._pass[2]
 
-    def _add(self, growth: int, student: Eyes) -> None:
-        """Synthesize a batch on which the present student and the teacher disagree."""
+    def _add(self, growth: int, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        """Synthesize a batch on which the present student and the teacher disagree. False when stopped before its end:
+        then there is nothing of it."""
         start = time.monotonic()
+        growths, left = self._growths(moment.end - moment.begin), ""
+        if self.added:
+            each = sum(seconds for _, _, seconds in self.added) / len(self.added)
+            left = f", {each:.0f} s each, about {(growths - growth + 1) * each / 60:.0f} min for those left"
+        tell(f"adding synthesized images: batch {growth} of {growths}{left}")
+        student = moment.student
         student.network.model.eval()
-        made = self._make(self.settings, Address(self.seed, f"adaptive/{self.place.stage}", growth), student.logits)
-        assert made is not None
+        draws = Address(self.seed, f"adaptive/{self.place.stage}", growth)
+        made = self._make(self.settings, draws, student.logits, stopping)
+        if made is None:
+            return False
         digest = ""
         if self.own is not None:
-            if not self.added:
-                self.own.begin()
+            self.own.begin()
             digest = self.own.write(growth, made.images, made.labels, self._about(made, start))
+            # Not of whatever lies there: a killed process may have gone on further than its last checkpoint.
+            self.own.picture(range(1, growth + 1), SIDE)
         self.added.append((growth, digest, round(time.monotonic() - start, 3)))
         self.images().add(halves(made.images), made.labels)
+        return True
+
+    def _growths(self, steps: int) -> int:
+        """Batches that are added in a stage of so many steps."""
+        return (steps - 1) // self.every if self.every else 0
 
     def cost(self, steps: int) -> Cost:
-        growths = (steps - 1) // self.every if self.every else 0
+        growths = self._growths(steps)
         added = growths * self.size
         total = self.batches * self.size + added
         # Room for what is added is doubled at a time.

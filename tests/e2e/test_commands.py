@@ -104,7 +104,7 @@ def test_table_from_records_alone(finished: Path, kdbench: Kdbench, tmp_path: Pa
 
 
 def test_published_numbers_and_intervals_on_the_command_line(kdbench: Kdbench, tmp_path: Path) -> None:
-    records = ROOT / "results" / "ab_resnet"
+    records = ROOT / "results" / "ab_speed_small"
     shown = kdbench("table", records, "--published", "kdzoo_cifar10:ab,bss", "--out", tmp_path).stdout
     assert "copied†: kdzoo_cifar10" in shown and "92.96†" in shown and "92.82†" not in shown
     for name in ("table.md", "table.tex", "table.html", "table.csv"):

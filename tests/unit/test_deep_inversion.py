@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import without
+from PIL import Image
 from tiny import CPU, images, shortened, train, untrained_teacher
 from torch import nn
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import asked_of_teacher
+from kdbench.engine.cohort import Cohort, Seat, asked_of_teacher
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import Workplace
+from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member, Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -26,8 +29,9 @@ from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, je
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
+from kdbench.sources import inversion
 from kdbench.sources.inversion import Address, Inversion, balanced, synthesize
-from kdbench.sources.made import grid
+from kdbench.sources.made import MadeImages, grid
 from kdbench.sources.synthesized import SynthesizedImages
 
 REGISTRY = Registry()
@@ -377,32 +381,24 @@ def test_a_grid_shows_the_images() -> None:
 # --- training on it
 
 
-class Untouchable:
-    """Stands for images that nobody may read."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"a real training image was read ({name})")
-
-    __getitem__ = __len__ = __iter__ = __getattr__  # type: ignore[assignment]
-
-
 def member_in(spec: CellSpec, teacher: Teacher, folder: Path, guarded: bool = False) -> tuple[Member, Batches]:
     data = images(spec.data, per_class=4)
     if guarded:
-        data = replace(data, train_images=Untouchable())  # type: ignore[arg-type]
+        data = without(data)
     batches = Batches(spec, data, CPU)
     places: Any = {"teacher_sha256": "abc", "folder": folder / "cell", "shared": folder / "shared"}
     return Member(spec, batches, teacher, CPU, places=places), batches
 
 
 DATA_FREE = ["deep_inversion", "adaptive_deep_inversion", "adaptive_deep_inversion_code", "noise_kd", "deep_dream_kd"]
+DATA_FREE += ["prune_data_free", "prune_none"]
 
 
 @pytest.mark.parametrize("method", DATA_FREE)
-def test_no_real_training_image_is_read(method: str, tmp_path: Path) -> None:
+def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) -> None:
     own = {k: v for k, v in QUICK.items() if k in ("batches", "images") or method != "noise_kd"}
     own |= {"every": 2} if "adaptive" in method else {}
-    spec = cell({"name": method, **own}, steps=4)
+    spec = cell({"name": method, **own}, steps=4, **({"student": "wrn_16_2"} if method.startswith("prune") else {}))
     teacher = untrained_teacher(spec)
     assert teacher is not None
     prepared(spec, teacher, tmp_path)
@@ -410,9 +406,18 @@ def test_no_real_training_image_is_read(method: str, tmp_path: Path) -> None:
     train(member, batches, teacher, 4)
     assert evaluate(member, batches, teacher)["test"]["accuracy"] >= 0
     assert member.finished
-    # The guard guards: a step on the data set's batch is seen.
-    with pytest.raises(AssertionError, match="real training image"):
-        batches.at(0, member.timeline)
+    with_validation = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
+    # The guard guards: a step on the data set's batch is seen, and so are looks at images or labels alone.
+    for look in (
+        lambda: batches.at(0, member.timeline),
+        lambda: batches.images,
+        lambda: batches.train.labels,
+        lambda: next(iter(batches.train.slices(1))),
+        # A validation part is taken from the training images by their labels, for whoever asks for one.
+        lambda: Batches(with_validation, without(images(spec.data, per_class=4)), CPU),
+    ):
+        with pytest.raises(AssertionError, match="guarded value was read"):
+            look()
 
 
 def test_batches_carry_the_pools_images_and_labels(tmp_path: Path) -> None:
@@ -492,6 +497,92 @@ def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bi
         assert {f.name: sha256_of(f) for f in (folder / "cell").glob("**/*.safetensors")} == added
 
 
+def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"every": 3, "iterations": 20}
+    spec = cell({"name": "adaptive_deep_inversion", **QUICK, **settings}, steps=8)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    whole, batches = member_in(spec, teacher, tmp_path)
+    train(whole, batches, teacher, 8)
+    added = {f.name: sha256_of(f) for f in (tmp_path / "cell").glob("**/*.safetensors")}
+    assert len(added) == 2
+    iterations = 0
+    terms_of = inversion._Terms.__call__
+
+    def counted(self: Any, x: torch.Tensor) -> Any:
+        nonlocal iterations
+        iterations += 1
+        return terms_of(self, x)
+
+    monkeypatch.setattr(inversion._Terms, "__call__", counted)
+    folder = tmp_path / "stopped"
+    (folder / "cell").mkdir(parents=True)
+    (folder / "shared").symlink_to(tmp_path / "shared")
+    told: list[str] = []
+
+    def run(stop_after: int) -> tuple[bool, Member]:
+        """Until so many iterations of added batches are done, from where the last one left off."""
+        member, _ = member_in(spec, teacher, folder)
+        if (state := checkpoint.load(folder / "cell", {"a": 1}, member.state())) is not None:
+            member.load_state(state)
+        seat = Seat(member, folder / "cell", {"a": 1}, MetricsLog(folder / "cell", member.history, tensorboard=False))
+        cohort = Cohort(
+            [seat],
+            batches,
+            teacher,
+            lambda *_: None,
+            lambda _: None,
+            lambda: iterations >= stop_after,
+            tell=lambda _, text: told.append(text),
+        )
+        done = cohort.run()
+        assert seat.failure is None
+        return done, member
+
+    # In the first added batch, in the same again, and in the second: an added batch has 20 iterations and a last look.
+    for stop_after, step, kept in ((7, 3, 0), (12, 3, 0), (12 + 21 + 5, 6, 1)):
+        done, member = run(stop_after)
+        assert not done and iterations <= stop_after + 1
+        assert member.step == step and len(member.sources["distillation"].added) == kept  # type: ignore[attr-defined]
+    assert list((folder / "cell").glob("**/*.safetensors")) != []
+    done, member = run(10**6)
+    assert done and fingerprint(member.student.model) == fingerprint(whole.student.model)
+    assert {f.name: sha256_of(f) for f in (folder / "cell").glob("**/*.safetensors")} == added
+    assert [text.partition(",")[0] for text in told] == [
+        f"adding synthesized images: batch {number} of 2" for number in (1, 1, 1, 2, 2)
+    ]
+    assert "s each" in told[-1] and "left" in told[-1]
+
+
+def test_a_grid_shows_what_was_added_a_row_for_each_batch(tmp_path: Path) -> None:
+    spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=8)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    prepared(spec, teacher, tmp_path)
+    member, batches = member_in(spec, teacher, tmp_path)
+    train(member, batches, teacher, 8)
+    source: Any = member.sources["distillation"]
+    rows = torch.cat([source.own.read(number)[0][:8] for number in (1, 2)])
+    with Image.open(tmp_path / "cell" / "synthesized" / "distillation" / "grid.png") as shown:
+        assert shown.tobytes() == grid(rows).tobytes()
+
+
+def test_a_grid_of_many_batches_shows_the_first_and_the_last(tmp_path: Path) -> None:
+    made = MadeImages(tmp_path, {})
+    made.begin()
+    for number in range(1, 12):
+        made.write(number, torch.full((9, 1, 4, 4), number / 12), torch.zeros(9, dtype=torch.int64), {})
+    made.picture(range(1, 12), each=8)
+    with Image.open(tmp_path / "grid.png") as shown:
+        assert shown.height == grid(torch.zeros(64, 1, 4, 4)).height
+        greys = [shown.getpixel((4, 10 * row + 4)) for row in range(8)]
+    assert greys == sorted(set(greys)) and len(greys) == 8
+    assert greys[0] == round(255 / 12) and greys[-1] == round(255 * 11 / 12)
+
+
 def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_time(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3})
     teacher = untrained_teacher(spec)
@@ -499,9 +590,18 @@ def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_tim
     prepared(spec, teacher, tmp_path)
     member, _ = member_in(spec, teacher, tmp_path)
     source: Any = member.sources["distillation"]
+
+    def ready(step: int) -> bool:
+        return bool(source.ready(replace(moment(member, step), begin=5, end=13), print, lambda: False))
+
+    assert ready(7)
     source.sets(replace(moment(member, 7), begin=5))
     source.sets(replace(moment(member, 8), begin=5, ahead=True))
     assert source.added == []
+    # Images that are due and were not made are not passed over.
+    with pytest.raises(AssertionError):
+        source.sets(replace(moment(member, 8), begin=5))
+    assert ready(8)
     source.sets(replace(moment(member, 8), begin=5))
     assert [number for number, _, _ in source.added] == [1]
 
@@ -581,7 +681,7 @@ def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> Non
         more = {} if method == "noise_kd" else {"iterations": 100, "feature": 1.0, "jitter": 0}
         spec = real({"name": method, "batches": 2, "images": 128, **more}, 150)
         prepared(spec, teacher, tmp_path)
-        batches = Batches(spec, replace(data, train_images=Untouchable()), CPU)  # type: ignore[arg-type]
+        batches = Batches(spec, without(data), CPU)
         places: Any = {"teacher_sha256": "abc", "folder": tmp_path / method, "shared": tmp_path / "shared"}
         member = Member(spec, batches, teacher, CPU, places=places)
         train(member, batches, teacher, 150)

@@ -172,7 +172,11 @@ def test_evaluation_changes_nothing() -> None:
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
     measured = evaluate(member, batches, teacher)
     assert set(measured) == {"test", "agreement", "agreement_reference"}
-    assert set(measured["agreement"]) == set(measured["agreement_reference"]) == {"layer1.preact", "layer2.preact", "layer3.preact"}
+    assert (
+        set(measured["agreement"])
+        == set(measured["agreement_reference"])
+        == {"layer1.preact", "layer2.preact", "layer3.preact"}
+    )
     assert all(0 <= share <= 1 for share in measured["agreement"].values())
     assert all(0.5 <= share <= 1 for share in measured["agreement_reference"].values())
     assert [m.training for m in member.student.model.modules()] == modes

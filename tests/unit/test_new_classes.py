@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from guarded import without
 from test_deep_inversion import QUICK, files, member_in, prepared
 from tiny import CPU, images, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
+from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import by_classes
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
@@ -128,6 +130,25 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     second.load_state(state)
     train(second, batches, teacher, 2)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
+
+
+@pytest.mark.parametrize("method", ["finetune_new_classes", "lwf_new_classes", "deep_inversion_new_classes"])
+def test_no_image_or_label_of_an_old_class_is_read(method: str, tmp_path: Path) -> None:
+    spec = cell({"name": method, **(QUICK if method.startswith("deep") else {})}, steps=4)
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    if method.startswith("deep"):
+        prepared(spec, teacher, tmp_path)
+    old = list(range(5))
+    batches = Batches(spec, without(images(spec.data, per_class=6), old), CPU)
+    places: Any = {"teacher_sha256": "abc", "folder": tmp_path / "cell", "shared": tmp_path / "shared"}
+    member = Member(spec, batches, teacher, CPU, places=places)
+    train(member, batches, teacher, 4)
+    assert evaluate(member, batches, teacher)["test"]["accuracy"] >= 0 and member.finished
+    # The guard guards: a cell that is given all classes, as the oracle's is, reads them.
+    everything = plan(RECIPE | {"data": {"name": "digits", "per_class": 3}, "method": "ce"}, REGISTRY).cells[0].spec
+    with pytest.raises(AssertionError, match="guarded value was read"):
+        Batches(everything, without(images(spec.data, per_class=6), old), CPU).at(0, member.timeline)
 
 
 def test_accuracies_of_both_groups() -> None:

@@ -1,0 +1,125 @@
+"""Distillation without data by the whole way through the runner: nothing real is read; interrupted, it ends alike."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import guarded
+import pytest
+import torch
+from conftest import Kdbench
+from safetensors.torch import save_file
+from test_resume import left_by
+
+import kdbench
+from kdbench.engine.build import build_model
+from kdbench.errors import CellError
+from kdbench.files import sha256_of
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
+
+CARDS = """\
+datasets:
+  guarded_digits: {{include: digits, target: "guarded:digits"}}
+teachers:
+  untrained:
+    model: wrn_10_1
+    data: guarded_digits
+    weights: {{file: {file}, sha256: {sha256}}}
+"""
+RECIPE = """\
+data: guarded_digits
+teacher: untrained
+student: wrn_10_1
+protocol: digits
+steps: 8
+evaluations: 2
+compute: reference
+method: {batches: 1, images: 32}
+compare:
+  method: [noise_kd, deep_dream_kd, deep_inversion, {name: adaptive_deep_inversion, every: 3}, prune_data_free]
+"""
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cards of digits whose training part must not be read, and of a teacher that knows nothing of them."""
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(guarded.__file__, folder)
+    plain = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
+    spec = plan(plain, Registry()).cells[0].spec
+    file = folder / "untrained.safetensors"
+    save_file(build_model(spec.student, spec.data, seed=1).state_dict(), file)
+    (folder / "cards.yaml").write_text(CARDS.format(file=file, sha256=sha256_of(file)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "data_free.yaml"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.mark.slow
+def test_nothing_real_is_read_by_a_whole_run(registry: Path, recipe: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    options: dict[str, object] = {"registries": [registry], "jobs": 1, "threads": 1, "device": "cpu"}
+    records = kdbench.run(recipe, ["method.iterations=3"], runs=runs, **options)  # type: ignore[arg-type]
+    assert [record.cell.method for record in records] == [
+        "noise_kd",
+        "deep_dream_kd",
+        "deep_inversion",
+        "adaptive_deep_inversion",
+        "prune_data_free",
+    ]
+    assert list(runs.glob("data_free/adaptive*/synthesized/distillation/grid.png"))
+    # The guard guards: whoever trains on the data set meets it.
+    with pytest.raises(CellError, match="1 of 2 cells failed: KD, seed 0: .*a guarded value was read"):
+        kdbench.run(recipe, ["compare.method=[noise_kd, kd]"], runs=runs, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_interrupted_while_images_are_added_it_leaves_at_once_and_ends_alike(
+    registry: Path, recipe: Path, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    def command(runs: Path) -> list[str]:
+        more = ["compare.method=[adaptive_deep_inversion]", "method.every=3", "method.iterations=100"]
+        where = ["--registry", str(registry), "--runs", str(runs), "--jobs", "1", "--threads", "1"]
+        return ["run", str(recipe), *more, *where, "--device", "cpu", "--checkpoint-seconds", "1000"]
+
+    kdbench(*command(tmp_path / "whole"))
+    runs = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole" / "sources", runs / "sources")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "kdbench", *command(runs)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    # Step 4 is measured; two steps later, in a moment, the second batch is added.
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size for file in runs.glob("data_free/*/metrics.jsonl")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    (kept,) = runs.glob("data_free/*/checkpoint.pt")
+    state = torch.load(kept, weights_only=True)
+    assert state["step"] == 6 and len(state["sources"]["distillation"]["added"]) == 1
+    assert len(list(kept.parent.glob("synthesized/distillation/*.safetensors"))) == 1
+    kdbench(*command(runs))
+    got, expected = left_by(runs), left_by(tmp_path / "whole")
+    for cell, parts in expected.items():
+        for found in (got[cell], parts):
+            found["record"]["sources"]["distillation"].pop("added_seconds")
+        assert [part for part, value in parts.items() if got[cell][part] != value] == []
+    assert got.keys() == expected.keys()
