@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.errors import UserError
+from kdbench.results import training
 from kdbench.results.comparison import Column, Comparison
 from kdbench.results.record import Record
 
@@ -127,7 +127,11 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
     teachers = {f"{_teacher_model(r)}{_accuracy(r.teacher.accuracy)}" for r in records if r.teacher is not None}
     lines = [
         ("epochs", _number(theirs.epochs), _range(r.budget.epochs - r.budget.extra_epochs for r in records)),
-        ("batch size", _number(theirs.batch_size), _range(b for r in records if (b := _batch_size(r)) is not None)),
+        (
+            "batch size",
+            _number(theirs.batch_size),
+            _range(b for r in records if (b := training.batch_size(r)) is not None),
+        ),
         ("reported", theirs.reported and f"{theirs.reported} epoch", reported),
         ("runs", _number(theirs.runs), _range(runs.values())),
     ]
@@ -135,7 +139,7 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
         own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
         lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
     # What few sources say: where one side is unknown, there is nothing to spell out.
-    ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in _OURS.items()}
+    ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in training.SAID.items()}
     rest = {
         "optimizer": theirs.optimizer,
         "learning rate": _number(theirs.learning_rate),
@@ -150,57 +154,6 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
         ("the same", [f"{name} {their}" for name, their, our in lines if their == our]),
     ]
     return "; ".join(f"{what}: {', '.join(entries)}" for what, entries in parts if entries)
-
-
-def _main_stage(record: Record) -> dict[str, Any]:
-    """The stage that has the protocol's epochs to itself, or what others leave of them; the last where none does."""
-    stages = list(((record.spec.get("method") or {}).get("stages") or {}).values())
-    whole = [s for s in stages if not any(s.get(key) for key in ("share", "extra_epochs", "extra_share"))]
-    return (whole or stages or [{}])[-1]
-
-
-def _options(record: Record, part: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of the main stage's optimizer or schedule."""
-    found = _main_stage(record).get(part) or {}
-    return str(found.get("name", "")), found.get("options") or {}
-
-
-def _optimizer(record: Record) -> str:
-    """In the words that cards of published tables use, as are the others below."""
-    name, options = _options(record, "optimizer")
-    if name != "sgd" or not options.get("momentum"):
-        return name.upper() if name == "sgd" else name
-    return f"SGD with {'Nesterov ' * bool(options.get('nesterov'))}momentum {options['momentum']:g}"
-
-
-def _schedule(record: Record) -> str:
-    name, options = _options(record, "schedule")
-    if name != "multistep":
-        return name
-    return f"× {options.get('gamma', 0.1):g} at {'/'.join(share.rstrip('%') for share in options['at'])} %"
-
-
-def _augmentation(record: Record) -> str:
-    found = (record.spec.get("protocol") or {}).get("augmentation")
-    if found is None:
-        return ""
-    crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
-    parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
-    return " and ".join(parts + ["flip"] * bool(found.get("flip"))) or "none"
-
-
-def _option(record: Record, name: str) -> str:
-    value = _options(record, "optimizer")[1].get(name)
-    return f"{value:g}" if isinstance(value, int | float) else ""
-
-
-_OURS: dict[str, Callable[[Record], str]] = {
-    "optimizer": _optimizer,
-    "learning rate": lambda record: _option(record, "lr"),
-    "weight decay": lambda record: _option(record, "weight_decay"),
-    "schedule": _schedule,
-    "augmentation": _augmentation,
-}
 
 
 def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:
@@ -221,11 +174,6 @@ def _teacher_model(record: Record) -> str | None:
         return None
     model = (record.spec.get("teacher") or {}).get("model") or {}
     return str(model.get("name", record.teacher.name))
-
-
-def _batch_size(record: Record) -> float | None:
-    size = (record.spec.get("protocol") or {}).get("batch_size")
-    return float(size) if isinstance(size, int | float) else None
 
 
 def _accuracy(value: float | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdbench.cards import PublishedCard
-from kdbench.results import statistics
+from kdbench.results import statistics, training
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
 from kdbench.results.record import LAST_EPOCHS, Metric, Record
@@ -67,7 +67,9 @@ def notes_of(
         notes.append(Note(f"Differences are to {comparison.baseline.label}, {_paired(comparison, rows)}{how}"))
     if len(rows) > 1:
         notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
-    notes += [note for attribute in _ATTRIBUTES if (note := _attribute(comparison, *attribute)) is not None]
+    for name, say in _ATTRIBUTES:
+        notes += [note] if (note := _attribute(comparison, name, say)) is not None else []
+        notes += [note] if name == "Protocol" and (note := _training(comparison)) is not None else []
     if any(record.result.source is not None for record in comparison.records):
         notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
     if any(record.result.by_classes for record in comparison.records):
@@ -156,6 +158,20 @@ def said_computing(record: Record) -> str:
     parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
     parts += ["" if compute.teacher_logits == "computed" else f"teacher logits from a {compute.teacher_logits}"]
     return ", ".join(part for part in parts if part)
+
+
+def _training(comparison: Comparison) -> Note | None:
+    """How the rows were trained in their main stages: where methods differ here it is their own doing, no mistake."""
+    rows: dict[str, dict[str, None]] = {}
+    for row in comparison.rows:
+        for column in comparison.columns:
+            for record in comparison.cell(row, column).values():
+                if said := training.settings(record):
+                    rows.setdefault(said, {})[row.label] = None
+    if not rows:
+        return None
+    alone = len(rows) == 1
+    return Note("Training: " + "; ".join(said + (f" ({listed([*of], 6)})" * (not alone)) for said, of in rows.items()))
 
 
 def _said_teacher(record: Record) -> str | None:

@@ -352,6 +352,24 @@ def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() ->
     assert "at layer1.preact" in said and "at layer2.preact" not in said
 
 
+def trained(rate: float, schedule: dict[str, Any]) -> dict[str, Any]:
+    stage = {"optimizer": {"name": "sgd", "options": {"lr": rate, "momentum": 0.9}}, "schedule": schedule}
+    protocol = {"batch_size": 64, "augmentation": {"padding": 4, "mode": "reflect", "flip": True}}
+    return {"spec__protocol": protocol, "spec__method": {"name": "x", "stages": {"whole": stage}}}
+
+
+def test_a_table_says_how_its_rows_were_trained() -> None:
+    drops = {"name": "multistep", "options": {"at": ["30%", "60%"], "gamma": 0.2}}
+    common = (
+        "batches of 64, SGD with momentum 0.9, learning rate 0.1, rate {}, augmentation: crop after reflect padding 4"
+    )
+    alike = [make(method, seed, **trained(0.1, drops)) for method in ("ce", "kd") for seed in (0, 1)]
+    assert f"Training: {common.format('× 0.2 at 30/60 %')} and flip" in [note.text for note in build(alike).notes]
+    constant = [make("x", seed, **trained(0.1, {"name": "constant"})) for seed in (0, 1)]
+    (said,) = (note for note in build([*alike, *constant]).notes if note.text.startswith("Training: "))
+    assert f"{common.format('constant')} and flip (X)" in said.text and not said.warning
+
+
 def made(gives: str, steps: int = 200) -> dict[str, Any]:
     """Entries of a cell whose only stage has a batch source."""
     stage = {"source": {"name": "synthesized", "gives": [gives]}}

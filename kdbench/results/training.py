@@ -1,0 +1,82 @@
+"""How a cell was trained, told from its record in the words that cards of published tables use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kdbench.results.record import Record
+
+
+def batch_size(record: Record) -> float | None:
+    """Images a batch; None where the record does not say."""
+    size = (record.spec.get("protocol") or {}).get("batch_size")
+    return float(size) if isinstance(size, int | float) else None
+
+
+def settings(record: Record) -> str:
+    """Batches, augmentation, optimizer and schedule of the main stage in a line; empty where nothing is said."""
+    size = batch_size(record)
+    said = {name: words for name, say in SAID.items() if (words := say(record))}
+    parts = [
+        "" if size is None else f"batches of {size:g}",
+        said.get("optimizer", ""),
+        *(f"{name} {said[name]}" for name in ("learning rate", "weight decay") if name in said),
+        *([f"rate {said['schedule']}"] if "schedule" in said else []),
+        *([f"augmentation: {said['augmentation']}"] if "augmentation" in said else []),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _main_stage(record: Record) -> dict[str, Any]:
+    """The stage that has the protocol's epochs to itself, or what others leave of them; the last where none does."""
+    stages = list(((record.spec.get("method") or {}).get("stages") or {}).values())
+    whole = [s for s in stages if not any(s.get(key) for key in ("share", "extra_epochs", "extra_share"))]
+    return (whole or stages or [{}])[-1]
+
+
+def _options(record: Record, part: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of the main stage's optimizer or schedule."""
+    found = _main_stage(record).get(part) or {}
+    return str(found.get("name", "")), found.get("options") or {}
+
+
+def _optimizer(record: Record) -> str:
+    """As 'SGD with momentum 0.9'."""
+    name, options = _options(record, "optimizer")
+    if name != "sgd" or not options.get("momentum"):
+        return name.upper() if name == "sgd" else name
+    return f"SGD with {'Nesterov ' * bool(options.get('nesterov'))}momentum {options['momentum']:g}"
+
+
+def _schedule(record: Record) -> str:
+    name, options = _options(record, "schedule")
+    if name != "multistep":
+        return name
+    places = [str(place) for place in options.get("at", ())]
+    shares = [place.removesuffix("%") for place in places if place.endswith("%")]
+    shown = f"{'/'.join(shares)} %" if len(shares) == len(places) else "/".join(places)
+    return f"× {options.get('gamma', 0.1):g} at {shown}"
+
+
+def _augmentation(record: Record) -> str:
+    found = (record.spec.get("protocol") or {}).get("augmentation")
+    if found is None:
+        return ""
+    crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
+    parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
+    return " and ".join(parts + ["flip"] * bool(found.get("flip"))) or "none"
+
+
+def _option(record: Record, name: str) -> str:
+    value = _options(record, "optimizer")[1].get(name)
+    return f"{value:g}" if isinstance(value, int | float) else ""
+
+
+SAID: dict[str, Callable[[Record], str]] = {
+    "optimizer": _optimizer,
+    "learning rate": lambda record: _option(record, "lr"),
+    "weight decay": lambda record: _option(record, "weight_decay"),
+    "schedule": _schedule,
+    "augmentation": _augmentation,
+}
