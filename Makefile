@@ -1,4 +1,4 @@
-# make quickstart   seven methods on digits, five seeds, a table: minutes on two CPU cores
+# make quickstart   eight methods on digits, five seeds, a table: minutes on two CPU cores
 # make test         all tests
 PYTHON ?= python3
 PROFILE ?= full
