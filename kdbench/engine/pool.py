@@ -77,6 +77,7 @@ class Pool:
         self.events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self.workers: dict[int, subprocess.Popen[str]] = {}
         self.devices: list[str] = []
+        self._on: dict[int, str] = {}
         self._started = self._sent = 0
 
     def __enter__(self) -> Pool:
@@ -181,16 +182,23 @@ class Pool:
 
     def _send(self, number: int, task: dict[str, Any]) -> bool:
         """Give a task to a worker. False when the worker is gone: its end arrives as an event."""
-        device = self.devices[number % len(self.devices)]
         stdin = self.workers[number].stdin
         assert stdin is not None
         try:
-            stdin.write(json.dumps({"id": self._sent, "device": device, **self.settings, **task}) + "\n")
+            stdin.write(json.dumps({"id": self._sent, "device": self._device(number), **self.settings, **task}) + "\n")
             stdin.flush()
         except OSError:
             return False
         self._sent += 1
         return True
+
+    def _device(self, number: int) -> str:
+        """The device of a worker, which it keeps: the one that fewest others have, so that what takes the place of a
+        dead worker takes its device too."""
+        if number not in self._on:
+            used = [self._on[other] for other in self.workers if other in self._on]
+            self._on[number] = min(self.devices, key=used.count)
+        return self._on[number]
 
 
 def _omp_threads() -> int:
