@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -203,3 +204,16 @@ def test_the_page_is_as_wide_as_the_screen_and_its_charts_are_drawn(browser: Bro
         ".filter(e => e.getBoundingClientRect().width > 0).length)"
     )
     assert all(count >= 3 for count in drawn)
+
+
+def test_printed_it_keeps_the_table_and_drops_what_only_a_screen_has_use_for(browser: Browser, page: Path) -> None:
+    if shutil.which("pdftotext") is None:
+        pytest.skip("pdftotext is not installed")
+    browser.open(page)
+    pdf = base64.b64decode(browser.call("POST", f"{browser.session}/print", {"background": False}))
+    file = page.with_name("page.pdf")
+    file.write_bytes(pdf)
+    text = subprocess.run(["pdftotext", "-layout", str(file), "-"], check=True, capture_output=True, text=True).stdout
+    for kept in ("AB", "94.50", "Learning curves", "Provenance", "mean ± sample deviation"):
+        assert kept in text, kept
+    assert "A click on a title sorts" not in text
