@@ -113,6 +113,12 @@ class LossCard(Card):
         {}, description="metric -> class whose value a student reaches that ignores its input; logged beside the metric"
     )
 
+    @model_validator(mode="after")
+    def _references_stand_beside_metrics(self) -> LossCard:
+        if strange := sorted(self.references.keys() - self.metrics.keys()):
+            raise ValueError(f"'references.{strange[0]}' stands beside no metric; there are: {', '.join(self.metrics)}")
+        return self
+
 
 class SourceCard(TargetCard):
     """A batch source: what makes a stage's input sets beside, or in place of, those of the data set."""
