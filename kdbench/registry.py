@@ -185,7 +185,7 @@ class Registry:
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
-        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "place", "roots", "download", "cache"}
+        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "context", "roots", "download", "cache"}
         taken.add("known_classes")
         taken |= set(getattr(card, "inputs", ()))
         inputs = len(getattr(card, "inputs", ()))

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import Batches, Normalizer
+from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import Member
+from kdbench.engine.network import Normalizer
+from kdbench.engine.step import shared_part
+from kdbench.engine.step import train as train_member
+from kdbench.engine.teacher import Teacher
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.registry import Registry
 from kdbench.sources.images import ImageData, canonical
@@ -106,5 +110,9 @@ def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int)
 def step(member: Member, batches: Batches, teacher: Teacher | None, at: int | None = None) -> None:
     """A step of the training loop, on the member's own batch or that of another step."""
     assert member.ready(lambda text: None, lambda: False)
-    sets = batches.sets(member.step if at is None else at, member.timeline, member.shared_sets())
-    member.train_step(sets, teacher.step(sets, member.teacher_points()) if teacher else {})
+    batches.seek(member.step if at is None else at, member.timeline, member.stage.shared_sets)
+    member.prepare(member.steps_alike(1))
+    batches.feed(member.stage.shared_sets)
+    sets, taught = shared_part(batches, teacher, [member])
+    member.before_step()
+    member.after_step(train_member(member, sets, taught))

@@ -79,7 +79,7 @@ def keep(
         raise CellError(f"a checkpoint of the route could not be written to {folder}: {error}") from None
 
 
-class Guide:
+class AnchorTeacher:
     """A member's own teacher, which is one anchor after another: one network, whose weights are read from disk.
 
     Args:
@@ -106,6 +106,10 @@ class Guide:
         # The stage whose anchor the network is, and that anchor's position.
         self.stage: str | None = None
         self.at = -1
+
+    def record(self) -> list[dict[str, Any]]:
+        """The anchors so far, as a record lists them."""
+        return list(self.chosen.values())
 
     def begin(self, stage: str) -> None:
         """Make the network the anchor of a stage, which is chosen now if it never was. The student is in eval mode.

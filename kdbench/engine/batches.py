@@ -11,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdbench.cards import Normalization
 from kdbench.engine.timeline import Timeline, batches_per_epoch
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.augment import Augmentation, normalize
+from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 from kdbench.sources.splits import subset, validation
@@ -45,6 +44,8 @@ SLICE = {"cpu": 250, "cuda": 2000}
 # Input sets of a step by name: "data" is the data set's batch, "target" the target domain's, without labels.
 Sets = dict[str, Batch]
 TARGET = "target"
+# Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.
+MOST_STEPS = 1024
 
 
 class Part(Protocol):
@@ -108,15 +109,40 @@ class _LaterPart:
         return self.whole.every(stride)
 
 
-class Normalizer:
-    """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation."""
+class Epoch:
+    """One pass over a set of images: its order and views on the device, and where its next batch begins.
 
-    def __init__(self, normalization: Normalization, device: torch.device) -> None:
-        self.mean = torch.tensor(normalization.mean, dtype=torch.float32, device=device)
-        self.std = torch.tensor(normalization.std, dtype=torch.float32, device=device)
+    Everything that a step needs lies in tensors that stay the same objects from pass to pass, so a recorded step finds
+    the next pass in them.
+    """
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return normalize(images, self.mean, self.std)
+    def __init__(self, device: torch.device) -> None:
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self.order, self.views, self.rows = nothing, nothing, nothing
+        self.first = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self, order: Tensor, views: Tensor) -> None:
+        """Take the order and the views of a new pass, int64 [images] each."""
+        if self.order.shape == order.shape:
+            self.order.copy_(order)
+            self.views.copy_(views)
+        else:
+            self.order, self.views = (drawn.to(self.first.device) for drawn in (order, views))
+
+    def seek(self, first: int, size: int) -> None:
+        """Let the next batch begin at an image of the pass, with so many images."""
+        self.first.fill_(first)
+        if len(self.rows) != size:
+            self.rows = torch.arange(size, device=self.first.device)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Positions in the training set and views of the next batch, int64 [size] each."""
+        rows = self.first + self.rows
+        return self.order[rows], self.views[rows]
+
+    def advance(self) -> None:
+        """Go on to the batch after that."""
+        self.first.add_(len(self.rows))
 
 
 class Batches:
@@ -126,6 +152,9 @@ class Batches:
 
     Draws are addressed: an epoch's order by (seed, "order", epoch), its augmentation by (seed, "augmentation", epoch).
     Steps of a budget on top of the protocol's use streams of their own, so that the others stay paired between methods.
+
+    Before a stretch of steps, `seek` puts what they need on the device. Then, step by step, `feed` does the host's part
+    (nothing here), `sets` gives the input sets and `advance` goes on.
 
     Attributes:
         target: the target domain's images, with orders and views of their own; its epochs go round beside the source's.
@@ -147,9 +176,7 @@ class Batches:
         target: ImageData | Pictures | None = None,
         prefix: str = "",
     ) -> None:
-        self.prefix = prefix
         train, held_out = split(spec.data, data.train_labels, spec.seed)
-        self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         # Places of the training part's images in the whole training set.
         self.positions = train.to(device)
         # Taken when they are first asked for: stages whose images are all made never touch real ones or their labels.
@@ -161,12 +188,18 @@ class Batches:
             lambda: data.train_labels[held_out].to(device),
         )
         self.test: Part = ResidentPart(data.test_images.to(device), data.test_labels.to(device))
-        self.seed, self.device = spec.seed, device
-        self.batch_size = spec.protocol.batch_size
+        self._set_up(spec, device, prefix)
+        self._add_target(spec, target)
+
+    def _set_up(self, spec: CellSpec, device: torch.device, prefix: str) -> None:
+        """What resident and streamed data have in common."""
+        self.protocol, self.seed, self.device, self.prefix = spec.protocol, spec.seed, device, prefix
+        self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         chosen = spec.protocol.augmentation
         self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
-        self._epoch: tuple[tuple[str, int], Tensor, Tensor] | None = None
-        self._add_target(spec, target)
+        self.epoch = Epoch(device)
+        # Stream and number of the epoch that lies on the device.
+        self._drawn: tuple[str, int] | None = None
 
     def _add_target(self, spec: CellSpec, data: ImageData | Pictures | None) -> None:
         """Take the target domain's images, and test on its test part."""
@@ -179,40 +212,84 @@ class Batches:
         cell = spec.model_copy(update={"data": spec.target, "target": None})
         self.target = batches_of(cell, unlabelled(data), self.device, prefix=f"{TARGET}/")
         self.source_test, self.test = self.test, part_for_testing(spec.target, data, self.device)
-        self.last_batch = spec.protocol.last_batch
+
+    @property
+    def batch_size(self) -> int:
+        return self.protocol.batch_size
 
     @cached_property
     def images(self) -> Tensor:
         """The training part's images, bytes [N, C, H, W] on the device."""
         return self._take()
 
-    def sets(self, step: int, timeline: Timeline, names: Iterable[str]) -> Sets:
-        """The input sets of a step that are asked for."""
-        return {name: self._target_at(step, timeline) if name == TARGET else self.at(step, timeline) for name in names}
+    def seek(self, step: int, timeline: Timeline, names: Iterable[str] = ("data",)) -> int:
+        """Put what the input sets of a step need on the device.
 
-    def _target_at(self, step: int, timeline: Timeline) -> Batch:
-        """The target domain's batch of a step: images alone. Even its positions would tell classes, by their order."""
-        assert self.target is not None
-        each = batches_per_epoch(len(self.target.train), self.batch_size, self.last_batch)
-        return Batch(self.target.at(step, replace(timeline, batches_per_epoch=each)).images, None)
+        Returns:
+            for how many steps it holds: until the epoch ends, or a smaller batch comes.
+        """
+        lengths = [MOST_STEPS]
+        for name in names:
+            domain = self._of(name)
+            each = batches_per_epoch(len(domain.train), self.batch_size, self.protocol.last_batch)
+            lengths.append(domain._seek(step, replace(timeline, batches_per_epoch=each)))
+        return min(lengths)
 
-    def at(self, step: int, timeline: Timeline) -> Batch:
-        """The data set's batch of a step."""
+    def _seek(self, step: int, timeline: Timeline) -> int:
         stream, epoch, position = place_of(step, timeline)
-        order, views = self._draws(stream, epoch)
-        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
-        index, view = order[part], views[part]
+        self._draw(f"{self.prefix}{stream}", epoch)
+        first, images = position * self.batch_size, len(self.train)
+        size = min(self.batch_size, images - first)
+        self.epoch.seek(first, size)
+        whole = min(timeline.batches_per_epoch, images // self.batch_size)
+        return max(whole - position, 1)
+
+    def _draw(self, stream: str, epoch: int) -> None:
+        """Have the order and the views of an epoch on the device."""
+        if self._drawn != (stream, epoch):
+            n = len(self.train)
+            draws = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+            self.epoch.begin(permutation(n, self.seed, f"{stream}order", epoch), self.augmentation.view_id(draws))
+            self._drawn = (stream, epoch)
+
+    def feed(self, names: Iterable[str]) -> None:
+        """The host's part of the coming step."""
+        for name in names:
+            self._of(name)._feed()
+
+    def _feed(self) -> None:
+        """Nothing for data that lie on the device."""
+
+    def _of(self, name: str) -> Batches:
+        """The domain that an input set comes from."""
+        if name != TARGET:
+            return self
+        assert self.target is not None
+        return self.target
+
+    def sets(self, names: Iterable[str]) -> Sets:
+        """The input sets of the present step that are asked for. Of the target domain images alone: even their
+        positions would tell classes, by their order."""
+        return {name: Batch(self._of(name).batch().images, None) if name == TARGET else self.batch() for name in names}
+
+    def batch(self) -> Batch:
+        """The data set's batch of the present step."""
+        index, view = self.epoch.batch()
         return Batch(self.augmentation.view(self.images[index], view), self.train.labels[index], index, view)
 
-    def _draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
-        """Order and views of an epoch, on the device: int64 [images] each, drawn once an epoch."""
-        if self._epoch is None or self._epoch[0] != (stream, epoch):
-            n = len(self.train)
-            order = permutation(n, self.seed, f"{self.prefix}{stream}order", epoch)
-            draws = self.augmentation.draw(generator(self.seed, f"{self.prefix}{stream}augmentation", epoch), n)
-            views = self.augmentation.view_id(draws)
-            self._epoch = ((stream, epoch), order.to(self.device), views.to(self.device))
-        return self._epoch[1], self._epoch[2]
+    def advance(self, names: Iterable[str]) -> None:
+        """Go on to the next step."""
+        for name in names:
+            self._of(name)._advance()
+
+    def _advance(self) -> None:
+        self.epoch.advance()
+
+    def at(self, step: int, timeline: Timeline) -> Batch:
+        """The data set's batch of any step. The steps before and after it have to be sought again."""
+        self.seek(step, timeline)
+        self.feed(["data"])
+        return self.batch()
 
 
 def place_of(step: int, timeline: Timeline) -> tuple[str, int, int]:

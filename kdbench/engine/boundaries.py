@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import kdbench
-from kdbench.engine.batches import SLICE, Normalizer, load_data
+from kdbench.engine.batches import SLICE, load_data
 from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
@@ -380,14 +380,14 @@ def of_teacher(
     pixels, labels, _, fingerprint = spaced_images(data, options, images, device)
     seen.data[data.name] = fingerprint
     seen.network(name, file)
-    eyes = load_teacher(spec, data, file, device).eyes()
+    teacher = load_teacher(spec, data, file, device).network
     low, high = registry.card("sources", "boundary_samples").args["clamp"]
 
     def network(images: Tensor) -> Tensor:
-        return eyes.network(images, ["logits"])["logits"]
+        return teacher(images, ["logits"])["logits"]
 
     try:
-        return data.name, ends_of_attacks(network, eyes.normalizer(pixels), labels, targets, clamp=(low, high))
+        return data.name, ends_of_attacks(network, teacher.normalizer(pixels), labels, targets, clamp=(low, high))
     except ValueError as error:
         raise UserError(f"'{name}': {error}", where="--attack") from None
 
@@ -444,9 +444,9 @@ def _prepared(
     file = weights_of(teacher, options, record.folder.parent.parent)
     seen.data[spec.data.name] = fingerprint
     seen.network(teacher.name, file)
-    eyes = load_teacher(teacher, spec.data, file, device).eyes()
-    pairs = pairs_of(eyes.logits, pixels, labels, targets)
-    return eyes.logits, pairs, ways_to_boundary(eyes.logits, pairs), len(pairs.images) // len(pixels), names
+    network = load_teacher(teacher, spec.data, file, device).network
+    pairs = pairs_of(network.logits, pixels, labels, targets)
+    return network.logits, pairs, ways_to_boundary(network.logits, pairs), len(pairs.images) // len(pixels), names
 
 
 def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:

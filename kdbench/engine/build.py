@@ -174,14 +174,6 @@ def build_schedule(spec: TargetSpec | None) -> Schedule:
     return Schedule(lambda progress: 1.0) if spec is None else resolve(spec.target)(**spec.options)
 
 
-def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    try:
-        optimizer: torch.optim.Optimizer = resolve(spec.target)(parameters, **spec.options)
-    except ValueError as error:
-        raise UserError(f"optimizer '{spec.name}': {error}") from None
-    return optimizer
-
-
 @dataclass
 class Layer:
     """One pair of hook points of a loss term, with the connector between them and its weight."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from kdbench.engine.build import build_extractor, build_model, build_optimizer, build_terms
+from kdbench.engine.build import build_extractor, build_model, build_terms
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.finish import size_of
-from kdbench.engine.inputs import Cost, Workplace, build_source
+from kdbench.engine.inputs import Cost, SourceContext, build_source
+from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import UserError
@@ -76,10 +77,10 @@ def costs_of(spec: CellSpec) -> dict[str, Cost]:
     if not named:
         return {}
     teacher = untrained_teacher(spec.teacher, spec.data, CPU, REFERENCE) if spec.teacher is not None else None
-    eyes = teacher.eyes() if teacher else None
+    frozen = teacher.network if teacher else None
     steps = {span.name: span.steps for span in planned_timeline(spec).spans}
     return {
-        name: build_source(source, Workplace(spec, name, CPU, eyes)).cost(steps[name]) for name, source in named.items()
+        name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name]) for name, source in named.items()
     }
 
 

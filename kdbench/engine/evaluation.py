@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kdbench.engine.batches import SLICE, Batches, Normalizer, Part
-from kdbench.engine.member import PROBE_IMAGES, Member, Teacher, accuracy
+from kdbench.engine.batches import SLICE, Batches, Part
+from kdbench.engine.member import Member
 from kdbench.engine.network import Network
+from kdbench.engine.teacher import Teacher
+
+# Metrics need features of the teacher: they are measured on at most this many evenly spaced test images.
+PROBE_IMAGES = 2000
 
 
 def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[str, Any]:
@@ -24,15 +29,15 @@ def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[
     """
     member.student.model.eval()
     member.terms.eval()
-    result: dict[str, Any] = {"test": score(member, batches.test)[0]}
+    student = member.student
+    result: dict[str, Any] = {"test": score(student, batches.test)[0]}
     if len(batches.validation):
-        result["validation"] = score(member, batches.validation)[0]
+        result["validation"] = score(student, batches.validation)[0]
     if batches.source_test is not None:
-        result["source"] = score(member, batches.source_test)[0]
+        result["source"] = score(student, batches.source_test)[0]
     if (own := member.trained_teacher) is not None:
         own.model.eval()
-        assert member.teacher is not None
-        result["teacher"] = score_of(own, member.teacher.normalizer, batches.test, member.device)[0]
+        result["teacher"] = score(own, batches.test)[0]
     if teacher is not None:
         result |= probe(member, teacher, batches.test)
     member.set_modes()
@@ -40,22 +45,16 @@ def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[
 
 
 @torch.no_grad()
-def score(member: Member, part: Part) -> tuple[dict[str, float], Tensor]:
-    """Accuracy in percent and mean cross-entropy on a part, and all its logits [N, classes]."""
-    return score_of(member.student, member.normalizer, part, member.device)
-
-
-@torch.no_grad()
-def score_of(
-    network: Network, normalizer: Normalizer, part: Part, device: torch.device
-) -> tuple[dict[str, float], Tensor]:
-    """The same of any network."""
+def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
+    """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
     all_logits = []
+    device = part.labels.device
     right = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
     for images, labels in part.slices(SLICE[device.type]):
-        logits, slice_right, slice_loss = accuracy(network, normalizer, images, labels)
-        right, loss = right + slice_right, loss + slice_loss
+        logits = network.logits(images)
+        right = right + (logits.argmax(dim=1) == labels).sum()
+        loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
         all_logits.append(logits)
     n = len(part.labels)
     return {"accuracy": 100 * right.item() / n, "loss": loss.item() / n}, torch.cat(all_logits)
@@ -83,7 +82,7 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
         for layer in term.layers
     }
     for images, labels in part.slices(SLICE[member.device.type]):
-        student = member.student(member.normalizer(images), student_points)
+        student = member.student(member.student.normalizer(images), student_points)
         values = teacher(images, teacher_points)
         here: dict[str, dict[str, Tensor]] = {}
         for term in terms:

@@ -51,7 +51,7 @@ def finish(
     spec = member.spec
     data, target = domains
     member.student.model.eval()
-    _, logits = score(member, batches.test)
+    _, logits = score(member.student, batches.test)
     with atomic(folder / "test_logits.safetensors") as temporary:
         save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
     with atomic(folder / "student.safetensors") as temporary:
@@ -79,12 +79,12 @@ def finish(
             "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
         },
         "result": {
-            "test": summary(member.history, "test"),
-            "validation": summary(member.history, "validation") if len(batches.validation) else None,
-            "agreement": member.history[-1].get("agreement", {}),
-            "agreement_reference": member.history[-1].get("agreement_reference"),
+            "test": summary(member.log.history, "test"),
+            "validation": summary(member.log.history, "validation") if len(batches.validation) else None,
+            "agreement": member.log.history[-1].get("agreement", {}),
+            "agreement_reference": member.log.history[-1].get("agreement_reference"),
             # On the source, and of the teacher that the cell trained, where there are such.
-            **{part: summary(member.history, part) for part in ("source", "teacher") if part in member.history[-1]},
+            **{part: summary(member.log.history, part) for part in ("source", "teacher") if part in member.log.history[-1]},
             **by_classes(spec.data, logits, batches.test.labels),
         },
         "teacher": None
@@ -95,8 +95,8 @@ def finish(
             "accuracy": teacher.accuracy,
             **({} if spec.target is None else {"source_accuracy": teacher.source_accuracy}),
         },
-        **({"anchors": member.anchors} if member.anchors else {}),
-        **({"route": member.kept} if member.kept else {}),
+        **({"anchors": member.anchors.record()} if member.anchors else {}),
+        **({"route": member.log.route} if member.log.route else {}),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -113,9 +113,9 @@ def finish(
         },
         "compute": {
             **compute,
-            "seconds": round(member.seconds + member.evaluation_seconds, 3),
-            "training_seconds": round(member.seconds, 3),
-            "images_per_second": round(member.images / max(member.seconds, 1e-9), 1),
+            "seconds": round(member.log.seconds + member.log.evaluation_seconds, 3),
+            "training_seconds": round(member.log.seconds, 3),
+            "images_per_second": round(member.log.images / max(member.log.seconds, 1e-9), 1),
         },
         "sources": {name: source.record() for name, source in member.sources.items()},
         "operations": {name: operation.record() for name, operation in member.operations.items()},

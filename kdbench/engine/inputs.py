@@ -8,70 +8,69 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kdbench.engine.batches import Batch, Normalizer, Sets
+from kdbench.engine.batches import MOST_STEPS, Batch, Sets
 from kdbench.engine.build import Values, resolve
 from kdbench.engine.network import Network
 from kdbench.recipe.schema import CellSpec, SourceSpec
 
 
 @dataclass(frozen=True)
-class Eyes:
-    """A network as a source sees it: gradients may go to its images, never to its weights."""
-
-    network: Network
-    normalizer: Normalizer
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits of bytes or pixel values on the scale of [0, 1], in float32, in the mode that the network is in."""
-        return self.network(self.normalizer(images), ["logits"])["logits"]
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What a source is built with.
+class SourceFiles:
+    """Where a source keeps its files, and whose they are.
 
     Attributes:
-        spec: the cell. stage: the name of the source's stage.
-        teacher: frozen, in eval mode; None for a cell without one. teacher_sha256: of its weights ("" where unknown).
+        teacher_sha256: of the teacher's weights ("" where unknown).
         folder: the cell's own; None for cells that only try something out.
         shared: where to keep what several cells may use.
     """
 
-    spec: CellSpec
-    stage: str
-    device: torch.device
-    teacher: Eyes | None
     teacher_sha256: str = ""
     folder: Path | None = None
     shared: Path | None = None
 
 
 @dataclass(frozen=True)
-class Moment:
+class SourceContext:
+    """What a source is built with.
+
+    Attributes:
+        spec: the cell. stage: the name of the source's stage.
+        teacher: frozen, in eval mode; None for a cell without one.
+    """
+
+    spec: CellSpec
+    stage: str
+    device: torch.device
+    teacher: Network | None
+    files: SourceFiles = SourceFiles()
+
+
+@dataclass(frozen=True)
+class SourceStep:
     """What a source is given at a step.
 
     Attributes:
         step: of the cell. progress: of the stage, in [0, 1).
-        sets: the input sets that its card reads. values: network -> set -> "logits" on them.
         student: in train mode or as the stage says; a source that changes the mode need not restore it.
         begin, end: the cell's steps between which the stage lies, the last one left out.
+        sets: the input sets that its card reads. values: network -> set -> "logits" on them.
         ahead: it is only looked at, before its time has come: nothing that lasts may come of it.
     """
 
     step: int
     progress: float
-    sets: Sets
-    values: Mapping[str, Values]
-    student: Eyes
+    student: Network
     begin: int = 0
     end: int = 0
+    sets: Sets = field(default_factory=dict)
+    values: Mapping[str, Values] = field(default_factory=dict)
     ahead: bool = False
 
 
@@ -96,39 +95,46 @@ class Cost:
 
 
 class Source(ABC):
-    """A card's target is a subclass, built with a Workplace first and its options as keywords.
+    """A card's target is a subclass, built with a SourceContext first and its options as keywords.
 
     Attributes:
         streams: names of the streams that it draws from, for the record.
+        by_step: why its host must act at every step, so that its stage cannot run in stretches; None where it need not.
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
+    by_step: ClassVar[str | None] = None
 
     @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(
-        cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
+        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
     ) -> None:
-        """Make what cells share, before any of them trains: in files under `place.shared`, resumable, once.
+        """Make what cells share, before any of them trains: in files under `files.shared`, resumable, once.
 
         Args:
             tell: is told what is being done, now and then. stopping: asked now and then; True: leave, to resume later.
         """
 
-    def ready(self, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
-        """Make what takes long and the coming step needs, while a stop is still possible: asked once before each step.
+    def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        """Make what takes long and the coming steps need, while a stop is still possible: asked before a stretch.
 
         Args:
-            moment: without sets and values.
+            now: the stretch's first step, without sets and values.
             tell: is told what is being done. stopping: asked now and then; True: leave as if it had not been begun.
 
         Returns:
-            False when stopped. The step is not taken then, and a resumed cell asks again.
+            False when stopped. The steps are not taken then, and a resumed cell asks again.
         """
         return True
 
+    def stretch(self, now: SourceStep) -> int:
+        """For how many steps what `ready` made will hold. Asked right after it."""
+        return 1 if self.by_step else MOST_STEPS
+
     @abstractmethod
-    def sets(self, moment: Moment) -> dict[str, Batch]:
-        """The input sets of a step that the card says it gives."""
+    def sets(self, now: SourceStep) -> dict[str, Batch]:
+        """The input sets of a step that the card says it gives. Unless the host acts at every step, this reads no value
+        from the device, makes no tensor of the host's, and uses nothing of `now` but `student`, `sets`, `values`."""
 
     def cost(self, steps: int) -> Cost:
         """What a stage of so many steps takes, for estimates of time and memory."""
@@ -146,6 +152,6 @@ class Source(ABC):
         return {}
 
 
-def build_source(spec: SourceSpec, place: Workplace) -> Source:
-    source: Source = resolve(spec.target)(place, **spec.options)
+def build_source(spec: SourceSpec, context: SourceContext) -> Source:
+    source: Source = resolve(spec.target)(context, **spec.options)
     return source

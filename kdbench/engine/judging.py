@@ -90,7 +90,7 @@ def teacher_as_judge(name: str, registry: Registry, options: Options) -> Judge:
     spec, data = teacher_alone(name, registry, "--by")
     file = weights_of(spec, options)
     classes = frozenset(spec.known_classes or range(data.classes))
-    return Judge(name, data, classes, file, lambda device: load_teacher(spec, data, file, device).eyes().logits)
+    return Judge(name, data, classes, file, lambda device: load_teacher(spec, data, file, device).network.logits)
 
 
 def students_as_judges(folder: Path, options: Options) -> list[Judge]:

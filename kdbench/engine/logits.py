@@ -27,7 +27,7 @@ from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
 
 if TYPE_CHECKING:
-    from kdbench.engine.member import Teacher
+    from kdbench.engine.teacher import Teacher
 
 # Version of the layout on disk.
 LAYOUT = 1
@@ -184,8 +184,8 @@ def seconds_an_image(
 
 
 def _logits(teacher: Teacher, pixels: Tensor) -> Tensor:
-    with torch.no_grad(), autocast(teacher.computing.precision, pixels.device):
-        return teacher.network.step(teacher.normalizer(pixels), ["logits"])["logits"]
+    with torch.no_grad(), autocast(teacher.network.computing.precision, pixels.device):
+        return teacher.network.step(teacher.network.normalizer(pixels), ["logits"])["logits"]
 
 
 def _augmentation(protocol: ProtocolSpec) -> Augmentation:

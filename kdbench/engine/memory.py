@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
 from kdbench.engine.dry import costs_of
-from kdbench.engine.member import with_own_teacher
+from kdbench.engine.teacher import own_teacher_stages
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec
 from kdbench.sources.augment import Augmentation
@@ -72,7 +72,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         model = build_model(spec.teacher.model.untrained(), known)
         teacher_extractor = build_extractor(model, spec.teacher.model, known)
         teacher_shapes = teacher_extractor.shapes(shape)
-        copy = _bytes(model) * bool(with_own_teacher(spec.method.stages))
+        copy = _bytes(model) * bool(own_teacher_stages(spec.method.stages))
         if any("teacher" in stage.trains for stage in spec.method.stages.values()):
             own_teacher = teacher_extractor
         if at_once := max((cost.at_once for cost in costs), default=0):

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdbench.cards import Normalization
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError
 from kdbench.models.graph import Traced, Untraceable, traced
 from kdbench.models.hooks import Extractor
+from kdbench.sources.augment import normalize
 
 # What will be asked of a network: sets of hook points, and for how many steps each.
 Uses = Mapping[frozenset[str], int]
@@ -26,19 +28,34 @@ def memory_format(computing: Computing) -> torch.memory_format:
     return torch.channels_last if computing.layout == "channels_last" else torch.contiguous_format
 
 
+class Normalizer:
+    """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation."""
+
+    def __init__(self, normalization: Normalization, device: torch.device) -> None:
+        self.mean = torch.tensor(normalization.mean, dtype=torch.float32, device=device)
+        self.std = torch.tensor(normalization.std, dtype=torch.float32, device=device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return normalize(images, self.mean, self.std)
+
+
 class Network:
-    """An extractor and the way it is computed.
+    """An extractor, the normalization of its images, and the way it is computed.
 
     Calling it runs the network with hooks, for any batch; `step` runs a full training batch, compiled where `prepare`
-    found that worth it. Both give the values of the same hook points.
+    found that worth it. Both give the values of the same hook points, for images that are normalized already;
+    `logits` takes them as a batch holds them.
 
     Args:
         extractor: its model is brought into the layout.
         frozen: whether its weights stay as they are, so that a graph may hold them as constants.
     """
 
-    def __init__(self, extractor: Extractor, computing: Computing, frozen: bool = False) -> None:
-        self.extractor, self.computing, self.frozen = extractor, computing, frozen
+    def __init__(
+        self, extractor: Extractor, normalizer: Normalizer, computing: Computing, frozen: bool = False
+    ) -> None:
+        self.extractor, self.normalizer = extractor, normalizer
+        self.computing, self.frozen = computing, frozen
         self.model = extractor.model
         self.memory_format = memory_format(computing)
         # torch's stubs lack the overload with a memory format alone.
@@ -51,8 +68,12 @@ class Network:
         """Values of hook points for normalized images [N, C, H, W], as `Extractor` gives them."""
         return self.extractor(images.contiguous(memory_format=self.memory_format), points)
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits of bytes or pixel values on the scale of [0, 1], in float32, in the mode that the network is in."""
+        return self(self.normalizer(images), ["logits"])["logits"]
+
     def step(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
-        """The same for a batch of training."""
+        """The same as calling it, for a batch of training."""
         graph = self._graph(frozenset(points)) if len(images) == self.batch_size else None
         if graph is None:
             return self(images, points)

@@ -11,12 +11,12 @@ import torch
 
 from kdbench.engine.batches import Batch
 from kdbench.engine.build import resolve
-from kdbench.engine.inputs import Eyes
+from kdbench.engine.network import Network
 from kdbench.recipe.schema import OperationSpec
 
 
 @dataclass(frozen=True)
-class Occasion:
+class OperationContext:
     """What an operation is given.
 
     Attributes:
@@ -26,8 +26,8 @@ class Occasion:
         stage: its name, for messages.
     """
 
-    student: Eyes
-    teacher: Eyes | None
+    student: Network
+    teacher: Network | None
     image_shape: tuple[int, int, int]
     device: torch.device
     batch: Callable[[int], Batch]
@@ -40,8 +40,10 @@ class Operation(ABC):
     A resumed cell does not do it again: it gets the state, and must make hold what the operation made hold.
     """
 
+    performed = False
+
     @abstractmethod
-    def perform(self, occasion: Occasion) -> None:
+    def perform(self, context: OperationContext) -> None:
         """Change the student."""
 
     @abstractmethod
@@ -49,7 +51,7 @@ class Operation(ABC):
         """What was done, as tensors and plain data."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any], occasion: Occasion) -> None:
+    def load_state(self, state: dict[str, Any], context: OperationContext) -> None:
         """Make it hold again, for a student whose weights are restored already."""
 
     def record(self) -> dict[str, Any]:

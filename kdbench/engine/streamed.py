@@ -79,33 +79,52 @@ class StreamedBatches(Batches):
         def part(files: Sequence[Path], labels: Tensor) -> StreamedPart:
             return StreamedPart(files, labels.to(device), data.short_side, size)
 
-        self.image_shape = (spec.data.channels, size, size)
         self.pictures = part([data.train_files[i] for i in train.tolist()], data.train_labels[train])
         self.train: Part = self.pictures
         self.validation: Part = part([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
         self.test: Part = part(data.test_files, data.test_labels)
-        self.seed, self.device = spec.seed, device
-        self.batch_size = spec.protocol.batch_size
-        chosen = spec.protocol.augmentation
-        self.augmentation = Augmentation(chosen.padding, chosen.mode, chosen.flip)
-        area = tuple(chosen.resized_crop or ())
+        self._set_up(spec, device, prefix)
+        area = tuple(spec.protocol.augmentation.resized_crop or ())
         self.drawing = _Drawing(spec.seed, len(train), self.batch_size, self.augmentation, area, prefix)
-        self._images: Iterator[Tensor] = iter(())
+        self._decoding: Iterator[Tensor] = iter(())
         self._next: int | None = None
         # Indices and views of the batches that are being decoded, the next one first.
         self._ahead: deque[tuple[Tensor, Tensor]] = deque()
+        # Pictures, indices and views of the present batch.
+        self._present: tuple[Tensor, ...] = ()
         self._add_target(spec, target)
 
-    def at(self, step: int, timeline: Timeline) -> Batch:
-        """The batch of a step. Steps in order are decoded ahead; any other begins anew there."""
+    def _seek(self, step: int, timeline: Timeline) -> int:
+        """Steps in order are decoded ahead; any other begins anew there."""
         if self._next != step:
             self._ahead = deque()
             parts = self.drawing.addresses(step, timeline, self._ahead)
-            self._images = _decoded(self.pictures, self.drawing.area, parts, self.device)
-        self._next = step + 1
-        images = next(self._images)
-        index, view = (drawn.to(self.device) for drawn in self._ahead.popleft())
+            self._decoding = _decoded(self.pictures, self.drawing.area, parts, self.device)
+        self._next = step
+        position = place_of(step, timeline)[2]
+        return max(min(timeline.batches_per_epoch, len(self.train) // self.batch_size) - position, 1)
+
+    def _feed(self) -> None:
+        """Take the pictures of the coming step, which were decoded meanwhile."""
+        assert self._next is not None
+        self._next += 1
+        images = next(self._decoding)
+        self._hold(images, *(drawn.to(self.device) for drawn in self._ahead.popleft()))
+
+    def _hold(self, *present: Tensor) -> None:
+        """Keep a batch in the same tensors as the one before, where it has their shapes."""
+        if [tensor.shape for tensor in self._present] != [tensor.shape for tensor in present]:
+            self._present = present
+            return
+        for tensor, new in zip(self._present, present, strict=True):
+            tensor.copy_(new)
+
+    def batch(self) -> Batch:
+        images, index, view = self._present
         return Batch(self.augmentation.view(images, view), self.train.labels[index], index, view)
+
+    def _advance(self) -> None:
+        """Nothing: feeding goes on."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import SLICE, Normalizer, Part
+from kdbench.engine.batches import SLICE, Part
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.member import Teacher
+from kdbench.engine.network import Normalizer
 from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
+from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
 from kdbench.recipe.schema import DataSpec, TeacherSpec

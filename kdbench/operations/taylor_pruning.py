@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdbench.engine.operations import Occasion, Operation
+from kdbench.engine.operations import Operation, OperationContext
 from kdbench.errors import UserError
 from kdbench.losses.kd import kd
 from kdbench.models.pruning import filters, importance, least_important, size_without, switch_off
@@ -40,25 +40,25 @@ class TaylorPruning(Operation):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
-    def perform(self, occasion: Occasion) -> None:
-        model, teacher = occasion.student.network.model, occasion.teacher
+    def perform(self, context: OperationContext) -> None:
+        model, teacher = context.student.model, context.teacher
         assert teacher is not None
-        found = filters(model, occasion.image_shape)
+        found = filters(model, context.image_shape)
         if not found:
-            raise UserError(f"stage '{occasion.stage}': the student has no convolution with a batch norm to prune")
+            raise UserError(f"stage '{context.stage}': the student has no convolution with a batch norm to prune")
         norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and name in found}
         self.kept = {name: torch.ones_like(norm.weight, dtype=torch.bool).cpu() for name, norm in norms.items()}
-        self.before = size_without(model, occasion.image_shape, self.kept)
+        self.before = size_without(model, context.image_shape, self.kept)
         # Statistics of batch norms are the training's business: these passes leave them.
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         for number in range(1, self.rounds + 1):
             scores = {name: torch.zeros_like(norm.weight) for name, norm in norms.items()}
             for batch in range(self.batches):
-                images = occasion.batch(batch).images
+                images = context.batch(batch).images
                 with torch.no_grad():
                     target = teacher.logits(images)
                 model.zero_grad(set_to_none=True)
-                kd(occasion.student.logits(images), target, self.temperature, scale=False).backward()
+                kd(context.student.logits(images), target, self.temperature, scale=False).backward()
                 for name, norm in norms.items():
                     scores[name] += importance(norm)
             self.kept = least_important(scores, self.kept, self.share * number / self.rounds)
@@ -70,19 +70,19 @@ class TaylorPruning(Operation):
             for name, value in model.named_buffers():
                 value.copy_(buffers[name])
         model.zero_grad(set_to_none=True)
-        self._hold(occasion)
+        self._hold(context)
 
-    def _hold(self, occasion: Occasion) -> None:
-        switch_off(occasion.student.network.model, self.kept)
-        self.after = size_without(occasion.student.network.model, occasion.image_shape, self.kept)
+    def _hold(self, context: OperationContext) -> None:
+        switch_off(context.student.model, self.kept)
+        self.after = size_without(context.student.model, context.image_shape, self.kept)
 
     def state(self) -> dict[str, Any]:
         return {"kept": self.kept, "before": self.before}
 
-    def load_state(self, state: dict[str, Any], occasion: Occasion) -> None:
+    def load_state(self, state: dict[str, Any], context: OperationContext) -> None:
         self.kept, self.before = state["kept"], state["before"]
         if self.kept:
-            self._hold(occasion)
+            self._hold(context)
 
     def record(self) -> dict[str, Any]:
         """Filters and the share of them that is off; parameters and FLOPs of an image with and without."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batches import Batch
-from kdbench.engine.inputs import Cost, Moment, Source, Workplace
+from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
 from kdbench.sources.streams import uniform
@@ -36,10 +36,11 @@ class BoundarySamples(Source):
     """
 
     streams = (STREAM,)
+    by_step = "which images are attacked, and for how long, depends on the networks' answers at every step"
 
     def __init__(
         self,
-        place: Workplace,
+        context: SourceContext,
         *,
         attack_size: int = 64,
         step: Literal["newton", "released"] = "newton",
@@ -51,16 +52,16 @@ class BoundarySamples(Source):
     ) -> None:
         if attack_size < 1 or iterations < 1 or epsilon < 0 or (rate is not None and rate <= 0):
             raise UserError(
-                f"stage '{place.stage}': boundary samples need attack_size and iterations of at least 1, an epsilon of "
+                f"stage '{context.stage}': boundary samples need attack_size and iterations of at least 1, an epsilon of "
                 f"at least 0 and a positive rate, not {attack_size}, {iterations}, {epsilon} and {rate}"
             )
         if clamp is not None and (len(clamp) != 2 or clamp[0] >= clamp[1]):
             raise UserError(
-                f"stage '{place.stage}': 'clamp' is the lowest and the highest value, not {clamp}",
+                f"stage '{context.stage}': 'clamp' is the lowest and the highest value, not {clamp}",
                 hint="write for example clamp: [-2.5, 2.5], or null",
             )
-        assert place.teacher is not None
-        self.place, self.teacher = place, place.teacher
+        assert context.teacher is not None
+        self.context, self.teacher = context, context.teacher
         self.attack_size, self.reject = attack_size, reject
         self.attack: dict[str, Any] = {
             "step": step,
@@ -70,23 +71,23 @@ class BoundarySamples(Source):
             "clamp": tuple(clamp) if clamp is not None else None,
         }
         # Steps with an attack, and the samples of COUNTED, which stay on the device: no step waits for them.
-        self.steps, self.counts = 0, torch.zeros(len(COUNTED), dtype=torch.int64, device=place.device)
+        self.steps, self.counts = 0, torch.zeros(len(COUNTED), dtype=torch.int64, device=context.device)
 
     @classmethod
     def prepare(
-        cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
+        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
     ) -> None:
         """Nothing but to refuse options that make no sense, before anything trains."""
-        cls(place, **options)
+        cls(context, **options)
 
-    def sets(self, moment: Moment) -> dict[str, Batch]:
-        batch = moment.sets["data"]
+    def sets(self, now: SourceStep) -> dict[str, Batch]:
+        batch = now.sets["data"]
         assert batch.labels is not None
-        student, teacher = (moment.values[network]["data"]["logits"] for network in ("student", "teacher"))
+        student, teacher = (now.values[network]["data"]["logits"] for network in ("student", "teacher"))
         rows, mask = base_samples(student, teacher, batch.labels, self.attack_size)
         base = batch.labels[rows]
         # A draw belongs to its image, whatever rank that has among the others.
-        drawn = torch.from_numpy(uniform(len(batch.labels), self.place.spec.seed, STREAM, moment.step))
+        drawn = torch.from_numpy(uniform(len(batch.labels), self.context.spec.seed, STREAM, now.step))
         if rows.is_cuda:
             # From pinned memory, or the host would wait for everything before it.
             drawn = drawn.pin_memory().to(rows.device, non_blocking=True)
@@ -94,7 +95,7 @@ class BoundarySamples(Source):
         normalizer = self.teacher.normalizer
         found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
         ends = [mask, mask & found.crossed, mask & found.arrived, mask & ~found.arrived & self.reject]
-        if not moment.ahead:
+        if not now.ahead:
             self.steps += 1
             self.counts = self.counts + torch.stack(ends).sum(dim=1)
         if self.reject:
@@ -107,7 +108,7 @@ class BoundarySamples(Source):
 
     def cost(self, steps: int) -> Cost:
         """Every image of every attack with all its iterations: most cross the boundary sooner."""
-        each = min(self.attack_size, self.place.spec.protocol.batch_size)
+        each = min(self.attack_size, self.context.spec.protocol.batch_size)
         return Cost(teacher=steps * each * self.attack["iterations"], at_once=each)
 
     def state(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class BoundarySamples(Source):
                 "this cell began with a version of kdbench that did not count boundary samples: "
                 "remove the cell's folder to begin anew"
             )
-        self.steps, self.counts = state["steps"], state["counts"].to(self.place.device)
+        self.steps, self.counts = state["steps"], state["counts"].to(self.context.device)
 
     def record(self) -> dict[str, Any]:
         """Steps with an attack, and the samples of all of them: attacked, crossed (they left their base class), arrived
@@ -127,4 +128,4 @@ class BoundarySamples(Source):
         return {"steps": self.steps, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.teacher.network(images, ["logits"])["logits"].float()
+        return self.teacher(images, ["logits"])["logits"].float()

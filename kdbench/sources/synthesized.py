@@ -19,8 +19,8 @@ from filelock import FileLock
 from torch import Tensor
 
 import kdbench
-from kdbench.engine.batches import Batch
-from kdbench.engine.inputs import Cost, Moment, Source, Workplace
+from kdbench.engine.batches import Batch, Epoch
+from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.inversion import Address, Inversion, Synthesized, balanced, synthesize
@@ -51,7 +51,7 @@ class SynthesizedImages(Source):
 
     def __init__(
         self,
-        place: Workplace,
+        context: SourceContext,
         *,
         as_set: str = "data",
         batches: int = 1000,
@@ -77,7 +77,7 @@ class SynthesizedImages(Source):
         temperature: float = 3.0,
         keep: Literal["last", "best"] = "last",
     ) -> None:
-        if place.teacher is None:
+        if context.teacher is None:
             raise UserError("images are synthesized from a teacher, and this cell has none")
         if batches < 1 or images < 1 or every < 0:
             raise UserError(
@@ -107,12 +107,12 @@ class SynthesizedImages(Source):
                 keep=keep,
             )
         except ValueError as error:
-            raise UserError(f"stage '{place.stage}', source: {error}") from None
-        self.place, self.teacher, self.settings = place, place.teacher, chosen
+            raise UserError(f"stage '{context.stage}', source: {error}") from None
+        self.context, self.teacher, self.settings = context, context.teacher, chosen
         self.batches, self.size, self.every = batches, images, every
-        self.seed = place.spec.seed
+        self.seed = context.spec.seed
         self.pool_seed = self.seed if pool_seed is None else pool_seed
-        spec = place.spec
+        spec = context.spec
         assert spec.teacher is not None
         known = spec.teacher.knows(spec.data)
         self.as_set = as_set
@@ -125,23 +125,26 @@ class SynthesizedImages(Source):
         self.augmentation = Augmentation(crop.padding, crop.mode, crop.flip) if augment else Augmentation()
         self.batch_size = spec.protocol.batch_size
         notes = {"data": known.name, "data_classes": known.classes}
-        key, shared = self.pool_key(), place.shared
+        key, shared = self.pool_key(), context.files.shared
         self.pool = MadeImages.among(shared / FOLDER, key, notes) if shared is not None else None
-        own = place.folder / FOLDER / place.stage if place.folder is not None else None
+        folder = context.files.folder
+        own = folder / FOLDER / context.stage if folder is not None else None
         added = {"added_to": key, "settings": _plain(chosen)}
         self.own = MadeImages(own, added, notes) if own is not None else None
         # Number, sha256 and seconds of each batch that was added.
         self.added: list[tuple[int, str, float]] = []
         self._images: _Growing | None = None
-        self._pass: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        # Growth and number of the pass whose order lies on the device.
+        self._pass: tuple[int, int] | None = None
+        self.epoch = Epoch(context.device)
 
     def pool_key(self) -> dict[str, Any]:
         """What decides about the pool's images, its size and the machine left out."""
-        assert self.place.spec.teacher is not None
+        assert self.context.spec.teacher is not None
         return {
-            "teacher_sha256": self.place.teacher_sha256,
-            "teacher": self.place.spec.teacher.model.name,
-            "normalization": self.place.spec.teacher.normalization.model_dump(mode="json"),
+            "teacher_sha256": self.context.files.teacher_sha256,
+            "teacher": self.context.spec.teacher.model.name,
+            "normalization": self.context.spec.teacher.normalization.model_dump(mode="json"),
             "classes": self.classes,
             "image_shape": list(self.image_shape),
             "images_per_batch": self.size,
@@ -151,9 +154,9 @@ class SynthesizedImages(Source):
 
     @classmethod
     def prepare(
-        cls, place: Workplace, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
+        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
     ) -> None:
-        source = cls(place, **options)
+        source = cls(context, **options)
         assert source.pool is not None
         source.pool.folder.mkdir(parents=True, exist_ok=True)
         # Sources that differ only in what they add want the same pool, at the same time.
@@ -186,10 +189,10 @@ class SynthesizedImages(Source):
         stopping: Callable[[], bool],
     ) -> Synthesized | None:
         turn = balanced(self.size, len(self.classes), draws.batch * self.size)
-        labels = torch.tensor(self.classes)[turn].to(self.place.device)
+        labels = torch.tensor(self.classes)[turn].to(self.context.device)
         normalizer = self.teacher.normalizer
-        model = self.teacher.network.model
-        name = self.teacher.network.extractor.model_name
+        model = self.teacher.model
+        name = self.teacher.extractor.model_name
         try:
             made = synthesize(
                 model, labels, self.image_shape, settings, draws, normalizer.mean, normalizer.std, student, stopping
@@ -209,14 +212,14 @@ class SynthesizedImages(Source):
             "seconds": round(time.monotonic() - start, 3),
             "kdbench": kdbench.__version__,
             "torch": torch.__version__,
-            "device": self.place.device.type,
+            "device": self.context.device.type,
             "threads": torch.get_num_threads(),
         }
 
     def images(self) -> _Growing:
         """The pool, read when it is first asked for, and what was added."""
         if self._images is None:
-            device = self.place.device
+            device = self.context.device
             if self.pool is None:
                 # Only tried out: noise costs a step the same.
                 noise = halves(Address(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape)))
@@ -233,47 +236,60 @@ class SynthesizedImages(Source):
                 self._images = _Growing(images, labels)
         return self._images
 
-    def ready(self, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
-        growth, _ = self._growth(moment)
-        return growth <= len(self.added) or self._add(growth, moment, tell, stopping)
+    def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        growth, _ = self._growth(now)
+        if growth > len(self.added) and not self._add(growth, now, tell, stopping):
+            return False
+        self._seek(now)
+        return True
 
-    def _growth(self, moment: Moment) -> tuple[int, int]:
+    def stretch(self, now: SourceStep) -> int:
+        """Until the pass over the pool ends, or it grows."""
+        growth, since = self._growth(now)
+        each = max(len(self.images()) // self.batch_size, 1)
+        left = each - since % each
+        return min(left, self.every - since) if self.every else left
+
+    def _growth(self, now: SourceStep) -> tuple[int, int]:
         """How many batches are to be there beside the pool's at a step, and the steps since the last of them."""
-        done = moment.step - moment.begin
-        return divmod(done, self.every) if self.every and not moment.ahead else (0, done)
+        done = now.step - now.begin
+        return divmod(done, self.every) if self.every and not now.ahead else (0, done)
 
-    def sets(self, moment: Moment) -> dict[str, Batch]:
-        images = self.images()
-        growth, since = self._growth(moment)
-        assert moment.ahead or growth == len(self.added), "asked for a step that was not made ready"
-        number, position = divmod(since, max(len(images) // self.batch_size, 1))
-        order, views = self._draws(growth, number, len(images))
-        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
-        pixels, labels = images.at(order[part])
-        return {self.as_set: Batch(self.augmentation.view(pixels, views[part]), labels)}
-
-    def _draws(self, growth: int, number: int, n: int) -> tuple[Tensor, Tensor]:
-        """Order and views of a pass over the pool between two growths: int64 [n] each."""
-        if self._pass is None or self._pass[0] != (growth, number):
+    def _seek(self, now: SourceStep) -> None:
+        """Have the pass over the pool that a step belongs to on the device, at its batch."""
+        growth, since = self._growth(now)
+        assert now.ahead or growth == len(self.added), "asked for a step that was not made ready"
+        n = len(self.images())
+        number, position = divmod(since, max(n // self.batch_size, 1))
+        if self._pass != (growth, number):
             of_growth = f"/{growth}" if growth else ""
-            order = permutation(n, self.seed, f"synthesized/order{of_growth}", number)
             source = generator(self.seed, f"synthesized/augmentation{of_growth}", number)
             views = self.augmentation.view_id(self.augmentation.draw(source, n))
-            self._pass = ((growth, number), order.to(self.place.device), views.to(self.place.device))
-        return self._pass[1], self._pass[2]
+            self.epoch.begin(permutation(n, self.seed, f"synthesized/order{of_growth}", number), views)
+            self._pass = (growth, number)
+        first = position * self.batch_size
+        self.epoch.seek(first, min(self.batch_size, n - first))
 
-    def _add(self, growth: int, moment: Moment, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+    def sets(self, now: SourceStep) -> dict[str, Batch]:
+        if now.ahead:
+            self._seek(now)
+        index, view = self.epoch.batch()
+        self.epoch.advance()
+        pixels, labels = self.images().at(index)
+        return {self.as_set: Batch(self.augmentation.view(pixels, view), labels)}
+
+    def _add(self, growth: int, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Synthesize a batch on which the present student and the teacher disagree. False when stopped before its end:
         then there is nothing of it."""
         start = time.monotonic()
-        growths, left = self._growths(moment.end - moment.begin), ""
+        growths, left = self._growths(now.end - now.begin), ""
         if self.added:
             each = sum(seconds for _, _, seconds in self.added) / len(self.added)
             left = f", {each:.0f} s each, about {(growths - growth + 1) * each / 60:.0f} min for those left"
         tell(f"adding synthesized images: batch {growth} of {growths}{left}")
-        student = moment.student
-        student.network.model.eval()
-        draws = Address(self.seed, f"adaptive/{self.place.stage}", growth)
+        student = now.student
+        student.model.eval()
+        draws = Address(self.seed, f"adaptive/{self.context.stage}", growth)
         made = self._make(self.settings, draws, student.logits, stopping)
         if made is None:
             return False
@@ -312,7 +328,7 @@ class SynthesizedImages(Source):
     def load_state(self, state: dict[str, Any]) -> None:
         if state["pool"] is not None and state["pool"] != self._digests():
             raise CellError(
-                f"the synthesized images that this cell began with have changed ({self.place.shared}): "
+                f"the synthesized images that this cell began with have changed ({self.context.files.shared}): "
                 "remove the cell's folder to begin anew"
             )
         self.added = []
@@ -320,7 +336,7 @@ class SynthesizedImages(Source):
             if self.own is None:
                 raise CellError("what this cell added to the synthesized images was not kept: it had no folder")
             images, labels = self.own.read(growth, digest)
-            self.images().add(images.to(self.place.device), labels.to(self.place.device))
+            self.images().add(images.to(self.context.device), labels.to(self.context.device))
             self.added.append((growth, digest, seconds))
 
     def _digests(self) -> list[str]:

@@ -1,0 +1,51 @@
+"""A member's place in the run: its folder, its log, and why it left the cohort, if it did."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdbench.engine.build import where_raised
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member
+from kdbench.errors import CellError, UserError
+
+
+@dataclass
+class TrainingCell:
+    """A member with what lies on the disk.
+
+    Attributes:
+        key: what its checkpoint must agree in.
+        failure: why it cannot go on. recorded: whether its record is written.
+    """
+
+    member: Member
+    folder: Path
+    key: dict[str, Any]
+    log: MetricsLog
+    failure: str | None = None
+    recorded: bool = False
+
+    @property
+    def active(self) -> bool:
+        return self.failure is None and not self.recorded
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Turns an exception of this cell into its failure; the others go on."""
+        try:
+            yield
+        except (CellError, UserError) as error:
+            self.failure = str(error)
+        except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
+            way = self.member.computing
+            hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
+            file = self.folder / "error.txt"
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            self.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {file}{hint}"

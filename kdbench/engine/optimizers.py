@@ -1,0 +1,140 @@
+"""Optimizers whose rates lie on the device, and the schedule that sets them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.engine.build import build_schedule, resolve
+from kdbench.errors import UserError
+from kdbench.recipe.schema import TargetSpec
+
+
+class SGD(torch.optim.Optimizer):
+    """Stochastic gradient descent with (Nesterov) momentum, bit for bit that of `torch.optim.SGD` on CPUs.
+
+    torch's own takes its rate as a number, or reads it from the device, or rounds otherwise where it is fused. Here
+    every group's rate is a tensor that a step only uses.
+
+    Args:
+        params: what to train.
+        lr: the rate at first; `param_groups[i]["lr"]` is a tensor, float32 [], to be filled in place.
+        momentum: factor of the gradients' running sum.
+        weight_decay: factor of the parameters that are added to their gradients.
+        nesterov: whether to step by the gradient as it will be after the momentum's step.
+
+    Raises:
+        ValueError: a negative number, or Nesterov's form without momentum.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+        if nesterov and not momentum:
+            raise ValueError("Nesterov's form needs a momentum")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
+            if momentum:
+                for parameter in group["params"]:
+                    kept = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    self.state[parameter]["momentum_buffer"] = kept
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient.
+
+        Args:
+            closure: of torch's interface; there is none here.
+        """
+        for group in self.param_groups:
+            decay, momentum = group["weight_decay"], group["momentum"]
+            for parameter in group["params"]:
+                change = parameter.grad
+                if change is None:
+                    continue
+                if decay:
+                    change = change.add(parameter, alpha=decay)
+                if momentum:
+                    kept = self.state[parameter]["momentum_buffer"].mul_(momentum).add_(change)
+                    change = change.add(kept, alpha=momentum) if group["nesterov"] else kept
+                # An addition scaled by the rate rounds once, as torch's does; a product and a sum round twice.
+                parameter.addcmul_(change, group["lr"], value=-1)
+
+
+class ScheduledOptimizer:
+    """An optimizer and the schedule of its rates.
+
+    Args:
+        optimizer, schedule: as a stage resolved them.
+        trained: its parameters, on their device.
+
+    Attributes:
+        on_device: whether its rates are tensors. torch's own optimizers take numbers on CPUs.
+    """
+
+    def __init__(self, optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
+        self.optimizer = build_optimizer(optimizer, trained)
+        groups = self.optimizer.param_groups
+        self.on_device = all(isinstance(group["lr"], Tensor) for group in groups)
+        self.base_rates = [float(optimizer.options.get("lr", group["lr"])) for group in groups]
+        self.schedule = build_schedule(schedule)
+
+    def rates(self, progress: float) -> list[float]:
+        """The rate of every group at a progress through the schedule."""
+        factor = self.schedule.factor(progress)
+        return [base * factor for base in self.base_rates]
+
+    def resets(self, progress: float, before: float) -> bool:
+        """Whether momentum is forgotten at a progress; `before`: progress at the step before."""
+        return any(before + 1e-9 < reset <= progress + 1e-9 for reset in self.schedule.resets)
+
+    def forget(self) -> None:
+        """Forget momentum: what the optimizer keeps becomes what it was at first, in the same tensors."""
+        for kept in self.optimizer.state.values():
+            for value in kept.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def set_rates(self, progress: float) -> None:
+        """Let an optimizer that takes numbers have the rates of a progress."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates(progress), strict=True):
+            group["lr"] = rate
+
+    def step(self, rates: Sequence[Tensor]) -> None:
+        """A step at these rates, on the device."""
+        if self.on_device:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"].copy_(rate)
+        self.optimizer.step()
+
+
+def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer over parameters; one of torch's takes its rate as a tensor where it can.
+
+    Raises:
+        UserError: options that it refuses.
+    """
+    kind = resolve(spec.target)
+    options: dict[str, Any] = dict(spec.options)
+    if parameters[0].is_cuda and "capturable" in inspect.signature(kind).parameters:
+        rate = options.get("lr", inspect.signature(kind).parameters["lr"].default)
+        options |= {"capturable": True, "lr": torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)}
+    try:
+        optimizer: torch.optim.Optimizer = kind(parameters, **options)
+    except ValueError as error:
+        raise UserError(f"optimizer '{spec.name}': {error}") from None
+    return optimizer

@@ -1,0 +1,227 @@
+"""A member's present stage: what trains by which loss terms, at which rates and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.engine.batches import MOST_STEPS, place_of
+from kdbench.engine.build import Term
+from kdbench.engine.inputs import Source
+from kdbench.engine.optimizers import ScheduledOptimizer
+from kdbench.engine.teacher import StageTeacher
+from kdbench.engine.timeline import Span, Timeline
+from kdbench.recipe.schema import StageSpec
+
+
+@dataclass
+class Turn:
+    """What is trained by which terms at once.
+
+    Attributes:
+        points: network ("student", "teacher") -> input set -> hook points that the terms read.
+        counting: names of the terms whose weight is not 0 in the present stretch. The others are not computed.
+    """
+
+    terms: dict[str, Term]
+    optimizers: list[ScheduledOptimizer]
+    points: dict[str, dict[str, list[str]]]
+    counting: list[str] = field(default_factory=list)
+
+    def reads(self, names: Iterable[str]) -> bool:
+        """Whether a term that counts reads one of these input sets."""
+        return bool({*names} & {name for term in self.counting for name in self.terms[term].input_sets})
+
+
+class Stage:
+    """Built when a member enters a stage.
+
+    Args:
+        spec: of the stage. span: its steps. pace: the steps of its schedules: its own, and those of stages that it
+            continues or that continue it.
+        timeline: of the member.
+        terms: its loss terms by name.
+        optimizers: of the student and its connectors, then of a teacher that trains.
+        teacher: whose values its terms get; None for a method without one.
+        source: what makes further input sets, or None.
+        device: of rates and weights.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        span: Span,
+        pace: Span,
+        timeline: Timeline,
+        terms: dict[str, Term],
+        optimizers: list[ScheduledOptimizer],
+        teacher: StageTeacher | None,
+        source: Source | None,
+        device: torch.device,
+    ) -> None:
+        self.spec, self.span, self.pace, self.timeline = spec, span, pace, timeline
+        self.terms, self.optimizers = terms, optimizers
+        self.teacher, self.source = teacher, source
+        self.turns = self._turns()
+        self.numbers = Numbers(len(terms) + sum(len(one.base_rates) for one in optimizers), device)
+
+    @property
+    def made(self) -> list[str]:
+        """Input sets that the source makes."""
+        return self.spec.source.gives if self.spec.source is not None else []
+
+    @cached_property
+    def shared_sets(self) -> list[str]:
+        """Input sets that the data give and the stage reads."""
+        return shared_sets(self.terms.values(), self.spec)
+
+    @cached_property
+    def asked(self) -> dict[str, list[str]]:
+        """What the stage needs of a shared teacher on these: input set -> hook points."""
+        if self.teacher is None or not self.teacher.shared_with_others:
+            return {}
+        points = asked_points(self.terms.values(), self.spec, "teacher")
+        return {name: found for name, found in points.items() if name in self.shared_sets}
+
+    def progress(self, step: int) -> float:
+        """Progress through the schedules, in [0, 1), before a step."""
+        return (step - self.pace.start) / self.pace.steps
+
+    def rate(self, step: int) -> float:
+        """The rate of the first optimizer at a step."""
+        return self.optimizers[0].rates(self.progress(step))[0]
+
+    def rates(self, step: int) -> list[list[float]]:
+        """The rates of every optimizer at a step."""
+        return [one.rates(self.progress(step)) for one in self.optimizers]
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The weight of every term at a step."""
+        epoch = place_of(step, self.timeline)[2] / self.timeline.batches_per_epoch
+        return {name: term.weight_at(self.progress(step), epoch) for name, term in self.terms.items()}
+
+    def alike(self, step: int, most: int) -> int:
+        """How many steps from one on, at most `most`, compute the same terms and forget no momentum in between."""
+        counting = self._counting(step)
+        steps = range(step + 1, min(step + most, self.span.stop))
+        return next((at for at in steps if self._counting(at) != counting or any(self._resets(at))), steps.stop) - step
+
+    def prepare(self, step: int, steps: int) -> None:
+        """Put rates and weights of the coming steps on the device, and forget momentum where it is time."""
+        rows = [
+            [*self.weights(at).values(), *(rate for rates in self.rates(at) for rate in rates)]
+            for at in range(step, step + steps)
+        ]
+        self.numbers.fill(rows)
+        for optimizer, resets in zip(self.optimizers, self._resets(step), strict=True):
+            if resets:
+                optimizer.forget()
+        counting = self._counting(step)
+        for turn in self.turns:
+            turn.counting = [name for name in turn.terms if name in counting]
+
+    def now(self) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
+        """Weights of the terms and rates of the optimizers at the present step, on the device."""
+        row = self.numbers.now()
+        rates, at = [], len(self.terms)
+        for optimizer in self.optimizers:
+            rates.append(row[at : at + len(optimizer.base_rates)])
+            at += len(optimizer.base_rates)
+        return dict(zip(self.terms, row, strict=False)), rates
+
+    def _counting(self, step: int) -> list[str]:
+        return [name for name, weight in self.weights(step).items() if weight]
+
+    def _resets(self, step: int) -> list[bool]:
+        return [one.resets(self.progress(step), self.progress(step - 1)) for one in self.optimizers]
+
+    def _turns(self) -> list[Turn]:
+        """All is trained by all terms, or the teacher first by its own."""
+        if not self.spec.alternating:
+            return [self._turn(self.terms, self.optimizers)]
+        *others, of_teacher = self.optimizers
+        own = {name: term for name, term in self.terms.items() if term.spec.of == "teacher"}
+        rest = {name: term for name, term in self.terms.items() if name not in own}
+        # A term through whose teacher gradients go trains it a second time.
+        through = any("teacher" in term.spec.loss.inputs and not term.spec.detach for term in rest.values())
+        return [self._turn(own, [of_teacher]), self._turn(rest, self.optimizers if through else others)]
+
+    def _turn(self, terms: dict[str, Term], optimizers: list[ScheduledOptimizer]) -> Turn:
+        points = {network: asked_points(terms.values(), self.spec, network) for network in ("student", "teacher")}
+        return Turn(terms, optimizers, points)
+
+
+class Numbers:
+    """A row of numbers for each of the coming steps, on the device."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.rows = torch.zeros(MOST_STEPS, columns, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def fill(self, rows: list[list[float]]) -> None:
+        """Take the rows of the coming steps."""
+        self.rows[: len(rows)].copy_(torch.tensor(rows, dtype=torch.float32))
+        self.at.zero_()
+
+    def now(self) -> tuple[Tensor, ...]:
+        """The numbers of the present step, scalars. Goes on to the next one."""
+        row = self.rows.index_select(0, self.at).squeeze(0)
+        self.at.add_(1)
+        return row.unbind()
+
+
+def asked_points(terms: Iterable[Term], spec: StageSpec, network: str) -> dict[str, list[str]]:
+    """What some terms of a stage, and its source, need of a network: input set -> hook points."""
+    asked: dict[str, dict[str, None]] = {}
+    for term in terms:
+        for name, points in term.points(network).items():
+            asked.setdefault(name, {}).update(dict.fromkeys(points))
+    for name in spec.source.reads if spec.source else ():
+        asked.setdefault(name, {})["logits"] = None
+    return {name: [*points] for name, points in asked.items()}
+
+
+def shared_sets(terms: Iterable[Term], spec: StageSpec) -> list[str]:
+    """Input sets that the data give and a stage reads."""
+    read = dict.fromkeys(name for term in terms for name in term.input_sets)
+    made: Sequence[str] = spec.source.gives if spec.source else ()
+    return [name for name in [*read, *(spec.source.reads if spec.source else ())] if name not in made]
+
+
+@contextmanager
+def batch_norms(model: nn.Module, policy: str) -> Iterator[None]:
+    """What batch norms do with a batch: "shared", "frozen" or "separate", as on a stage's card.
+
+    Only those in train mode, in which a stage that keeps the student in eval mode has none.
+    """
+    if policy == "shared":
+        yield
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    tracked = [m.track_running_stats for m in norms]
+    for norm in norms:
+        if policy == "frozen":
+            norm.train(False)
+        else:
+            norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, track in zip(norms, tracked, strict=True):
+            norm.train(True)
+            norm.track_running_stats = track
+
+
+def pace_of(spans: Sequence[Span], stages: Mapping[str, StageSpec], stage: int) -> Span:
+    """Steps of the schedules that a stage is in: its own, with those of stages that it continues or that continue it."""
+    first = last = stage
+    while stages[spans[first].name].continues:
+        first -= 1
+    while last + 1 < len(spans) and stages[spans[last + 1].name].continues:
+        last += 1
+    return Span(spans[stage].name, spans[first].start, spans[last].stop)

@@ -1,0 +1,108 @@
+"""One training step of a cohort, from top to bottom: batch, teacher, and of each student values, losses, backward,
+optimizer, meter.
+
+All that a step reads lies on the device, and all that varies between methods is in what it calls: the stage's turns, its
+teacher, its batch source. It reads no value and makes no tensor of the host's numbers, so that a stretch of steps can run
+eagerly, or be recorded once and replayed. What the host has to do stands in `program.py`, between the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.batches import Batches, Sets
+from kdbench.engine.member import Member
+from kdbench.engine.network import autocast
+from kdbench.engine.stage import Turn, batch_norms
+from kdbench.engine.teacher import OfSets, Teacher
+
+
+def shared_part(batches: Batches, teacher: Teacher | None, members: Iterable[Member]) -> tuple[Sets, OfSets]:
+    """What the members of a cohort share: the step's input sets, and one teacher pass for all that is asked of it."""
+    names: dict[str, None] = {}
+    asked: dict[str, dict[str, None]] = {}
+    for member in members:
+        names.update(dict.fromkeys(member.stage.shared_sets))
+        for name, points in member.stage.asked.items():
+            asked.setdefault(name, {}).update(dict.fromkeys(points))
+    sets = batches.sets(names)
+    batches.advance(names)
+    taught = teacher.shared(sets, {name: [*points] for name, points in asked.items()}) if teacher else {}
+    return sets, taught
+
+
+def train(member: Member, sets: Sets, taught: OfSets) -> int:
+    """One optimizer step of a member; more than one where its stage trains in turns.
+
+    Args:
+        sets, taught: the cohort's, of which the member takes what is its own.
+
+    Returns:
+        how many images it saw.
+    """
+    stage = member.stage
+    weights, rates = stage.now()
+    rates_of = dict(zip(map(id, stage.optimizers), rates, strict=True))
+    found: dict[str, Tensor] = {}
+    total = torch.zeros((), device=member.device)
+    for turn in stage.turns:
+        with autocast(member.computing.precision, member.device):
+            seen, values = inputs_of(member, turn, sets, taught)
+            losses = {name: turn.terms[name](values, seen) for name in turn.counting}
+            loss = weighted_sum(losses, weights, member.device)
+        for optimizer in stage.optimizers:
+            optimizer.optimizer.zero_grad(set_to_none=True)
+        if losses:
+            loss.backward()
+        for optimizer in turn.optimizers:
+            optimizer.step(rates_of[id(optimizer)])
+        total = total + loss.detach()
+        found |= losses
+    member.meter.add(found | {"loss": total})
+    # Epochs count the data set's own images; sets beside it are seen with them.
+    counted = [seen["data"]] if "data" in stage.shared_sets else seen.values()
+    return max(len(batch.images) for batch in counted)
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Sum of weight × loss, in the order of the losses."""
+    total = torch.zeros((), device=device)
+    for name, loss in losses.items():
+        total = total + weights[name] * loss
+    return total
+
+
+def inputs_of(member: Member, turn: Turn, sets: Sets, taught: OfSets) -> tuple[Sets, dict[str, OfSets]]:
+    """A turn's input sets, and both networks' values on them: network -> input set -> hook point -> value.
+
+    A batch source sees the logits on what it reads before it makes its own sets.
+    """
+    stage = member.stage
+    seen = {name: sets[name] for name in stage.shared_sets}
+    given = stage.teacher.given(taught, seen) if stage.teacher else {}
+    values: dict[str, OfSets] = {"student": {}, "teacher": given}
+    run_networks(member, turn, seen, values)
+    if turn.reads(stage.made):
+        made = member.make(seen, values)
+        seen |= made
+        run_networks(member, turn, made, values)
+    return seen, values
+
+
+def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, OfSets]) -> None:
+    """Add both networks' values on these input sets, where a turn reads them and they are not there yet."""
+    student, stage = member.student, member.stage
+    for name, points in turn.points["student"].items():
+        if name in sets:
+            policy = stage.spec.batch_norm.get(name, "shared")
+            # Graphs are made for batch norms that take part.
+            run = student.step if policy == "shared" else student
+            with batch_norms(student.model, policy):
+                values["student"][name] = run(student.normalizer(sets[name].images), points)
+    for name, points in turn.points["teacher"].items():
+        if name in sets and name not in values["teacher"]:
+            assert stage.teacher is not None
+            values["teacher"][name] = stage.teacher.values(sets[name], points)

@@ -1,0 +1,139 @@
+"""A stage's teacher: the one that a cohort shares, or one of a member's own.
+
+Both answer the same two questions of a step: what of the shared pass is this member's (`given`), and what are the values
+on an input set of its own (`values`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdbench.engine.anchors import Route
+from kdbench.engine.batches import Batch, Sets
+from kdbench.engine.build import Shape, Values
+from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.logits import PartLogits
+from kdbench.engine.network import Network, Normalizer, autocast
+from kdbench.models.hooks import Extractor
+from kdbench.recipe.schema import StageSpec
+
+# Input set -> hook point -> value.
+OfSets = dict[str, dict[str, Tensor]]
+
+
+class StageTeacher(Protocol):
+    """What a step asks of a teacher."""
+
+    network: Network
+    shared_with_others: bool
+
+    def given(self, shared: Values, sets: Sets) -> OfSets:
+        """What of the cohort's shared pass belongs to the member that has these input sets."""
+        ...
+
+    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
+        """Values of hook points on a batch of the member's own."""
+        ...
+
+
+class Teacher:
+    """A frozen network in eval mode, shared by all cells that learn from it.
+
+    Args:
+        shapes: of its hook points, per image.
+        logits: the table of its logits for the training part, where there is one.
+        route: the checkpoints of its training, where they were kept.
+    """
+
+    shared_with_others = True
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        normalizer: Normalizer,
+        shapes: Mapping[str, Shape],
+        computing: Computing = REFERENCE,
+        logits: PartLogits | None = None,
+        route: Route | None = None,
+    ) -> None:
+        self.shapes, self.logits, self.route = shapes, logits, route
+        self.network = Network(extractor, normalizer, computing, frozen=True)
+        self.network.model.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        """Values of hook points for bytes [N, C, H, W], in float32, without gradients."""
+        with torch.no_grad():
+            return self.network(self.network.normalizer(images), points)
+
+    def shared(self, sets: Sets, asked: Mapping[str, Sequence[str]]) -> OfSets:
+        """Values of hook points on a step's input sets, for all members at once, in the run's precision.
+
+        Logits of the data set come from their table where there is one, everything else from one pass that runs no
+        further than it must.
+
+        Args:
+            asked: input set -> hook points.
+        """
+        return {name: self._shared(name, sets[name], points) for name, points in asked.items()}
+
+    def _shared(self, name: str, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
+        found = {}
+        if self.logits is not None and name == "data" and "logits" in points:
+            assert batch.index is not None and batch.view is not None
+            found["logits"] = self.logits.at(batch.index, batch.view)
+        rest = [point for point in points if point not in found]
+        if rest:
+            with torch.no_grad(), autocast(self.network.computing.precision, batch.images.device):
+                found |= self.network.step(self.network.normalizer(batch.images), rest)
+        return found
+
+    def given(self, shared: Values, sets: Sets) -> OfSets:
+        # What others of the cohort asked for is not this member's: its "data" may be made.
+        return {name: dict(found) for name, found in shared.items() if name in sets}
+
+    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
+        return self(batch.images, points)
+
+
+class OwnTeacher:
+    """A copy of the shared teacher that belongs to one member: in train mode, trained along, or another checkpoint.
+
+    Attributes:
+        trains: whether gradients go to its weights.
+    """
+
+    shared_with_others = False
+
+    def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
+        extractor = teacher.network.extractor
+        model = copy.deepcopy(extractor.model).train().to(device)
+        copied = Extractor(model, extractor.places, extractor.model_name)
+        self.network = Network(copied, teacher.network.normalizer, computing)
+        self.trains = False
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.network.model
+
+    def given(self, shared: Values, sets: Sets) -> OfSets:
+        return {}
+
+    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self.trains):
+            return self.network(self.network.normalizer(batch.images), points)
+
+
+def own_teacher_stages(stages: Mapping[str, StageSpec]) -> set[str]:
+    """Stages whose teacher cannot be the shared one, converged, frozen, in eval mode: also all after one that trained
+    it."""
+    found, trained = set(), False
+    for name, stage in stages.items():
+        trained = trained or "teacher" in stage.trains
+        if trained or stage.modes.teacher == "train" or stage.anchor is not None:
+            found.add(name)
+    return found
