@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kdbench.cards import KINDS
+from kdbench.cards import KINDS, SourceCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.signature import Parameter, check_options, parameters
 from kdbench.tree import Tree, shown
@@ -185,10 +185,11 @@ class Registry:
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
-        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "context", "roots", "download", "cache"}
+        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "roots", "download", "cache"}
         taken.add("known_classes")
         taken |= set(getattr(card, "inputs", ()))
-        inputs = len(getattr(card, "inputs", ()))
+        # A source is built with its context first, whatever its author calls that.
+        inputs = 1 if isinstance(card, SourceCard) else len(getattr(card, "inputs", ()))
         known = list(parameters(target).values())
         return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
 

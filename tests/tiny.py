@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import Batches
+from kdbench.engine.batches import Batches, Sets
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teacher import Teacher
+from kdbench.engine.timeline import Timeline
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.registry import Registry
 from kdbench.sources.images import ImageData, canonical
@@ -107,12 +108,27 @@ def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int)
         step(member, batches, teacher)
 
 
+def sets_at(batches: Batches, at: int, timeline: Timeline, names: list[str]) -> Sets:
+    """The input sets of any step."""
+    batches.seek(at, timeline, names)
+    batches.feed(names)
+    return batches.sets(names)
+
+
 def step(member: Member, batches: Batches, teacher: Teacher | None, at: int | None = None) -> None:
     """A step of the training loop, on the member's own batch or that of another step."""
-    assert member.ready(lambda text: None, lambda: False)
-    batches.seek(member.step if at is None else at, member.timeline, member.stage.shared_sets)
-    member.prepare(member.steps_alike(1))
-    batches.feed(member.stage.shared_sets)
-    sets, taught = shared_part(batches, teacher, [member])
-    member.before_step()
-    member.after_step(train_member(member, sets, taught))
+    step_together([member], batches, teacher, at)
+
+
+def step_together(members: list[Member], batches: Batches, teacher: Teacher | None, at: int | None = None) -> None:
+    """The same of a cohort."""
+    names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
+    for member in members:
+        assert member.ready(lambda text: None, lambda: False)
+        member.prepare(1)
+    batches.seek(members[0].step if at is None else at, members[0].timeline, names)
+    batches.feed(names)
+    sets, taught = shared_part(batches, teacher, members)
+    for member in members:
+        member.before_step()
+        member.after_step(train_member(member, sets, taught))

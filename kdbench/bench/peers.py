@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from kdbench.engine.build import build_model, build_optimizer
+from kdbench.engine.build import build_model
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec
 
@@ -76,7 +76,7 @@ def plain_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int]:
     teacher, student = _networks(spec, device)
     teacher.train(not lane["teacher_eval"])
     stage = next(iter(spec.method.stages.values()))
-    optimizer = build_optimizer(stage.optimizer, [*student.parameters()])
+    optimizer = torch.optim.SGD(student.parameters(), **stage.optimizer.options)
     loader = _forever(
         DataLoader(_data(spec), spec.protocol.batch_size, shuffle=True, drop_last=True, **_loading(device))
     )

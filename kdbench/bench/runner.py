@@ -15,11 +15,12 @@ import torch
 
 from kdbench.bench.peers import plain_loop, torchdistill_loop
 from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import Cohort, Seat, make_graphs
+from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.member import Member
+from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation
@@ -57,9 +58,6 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
         values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
         teacher.logits = PartLogits(values.to(device), batches.positions)
     members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
-    folder = Path(tempfile.mkdtemp())
-    seats = [Seat(m, folder, {}, MetricsLog(folder, [], tensorboard=False)) for m in members]
-    cohort = Cohort(seats, batches, teacher, lambda *_: None, lambda _: None, lambda: False)
     for member in members:
         # The longest stage is what a run mostly does.
         spans = member.timeline.spans
@@ -67,17 +65,24 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
         member.step = spans[longest].start
         member.enter(longest)
     make_graphs(members, batches, teacher)
-    position = 0
+    program = Program(batches, teacher)
+    folder = Path(tempfile.mkdtemp())
+    cells = [TrainingCell(m, folder, {}, MetricsLog(folder, [], tensorboard=False)) for m in members]
+    starts = [member.step for member in members]
+    # Not to its end, where the next stage would begin.
+    most = max(min(member.stage.span.steps for member in members) - 1, 1)
+    left = 0
 
     def step() -> int:
-        nonlocal position
-        steps = [member.step for member in members]
-        cohort.step(seats, position)
-        position += 1
-        for member, at in zip(members, steps, strict=True):
-            # The stage never ends here.
-            member.step = at
-        for failure in (seat.failure for seat in seats if seat.failure):
+        nonlocal left
+        if not left:
+            for member, start in zip(members, starts, strict=True):
+                member.step = start
+                member.ready(lambda text: None, lambda: False)
+            left = program.prepare(members, most)
+        program.step(cells)
+        left -= 1
+        for failure in (cell.failure for cell in cells if cell.failure):
             raise RuntimeError(failure)
         return batches.batch_size * len(members)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kdbench
 from kdbench.engine.batches import SLICE, load_data
+from kdbench.engine.network import Normalizer
 from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing

@@ -76,7 +76,10 @@ class Cohort:
 
     def _stretch(self, program: Program, cells: list[TrainingCell]) -> bool:
         """A stretch of steps of cells that are at the same step. False when stopped."""
-        if self.stop() or not all([self._ready(cell) for cell in cells]):
+        if self.stop():
+            return False
+        prepared = [self._ready(cell) for cell in cells]
+        if not all(prepared):
             return False
         cells = [cell for cell in cells if cell.active]
         for _ in range(program.prepare([cell.member for cell in cells]) if cells else 0):

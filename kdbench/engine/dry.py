@@ -80,7 +80,8 @@ def costs_of(spec: CellSpec) -> dict[str, Cost]:
     frozen = teacher.network if teacher else None
     steps = {span.name: span.steps for span in planned_timeline(spec).spans}
     return {
-        name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name]) for name, source in named.items()
+        name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
+        for name, source in named.items()
     }
 
 

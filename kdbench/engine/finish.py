@@ -62,7 +62,7 @@ def finish(
             },
             temporary,
         )
-    line = member.timeline
+    line, log = member.timeline, member.log
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "kdbench": kdbench.__version__,
@@ -79,12 +79,12 @@ def finish(
             "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
         },
         "result": {
-            "test": summary(member.log.history, "test"),
-            "validation": summary(member.log.history, "validation") if len(batches.validation) else None,
-            "agreement": member.log.history[-1].get("agreement", {}),
-            "agreement_reference": member.log.history[-1].get("agreement_reference"),
+            "test": summary(log.history, "test"),
+            "validation": summary(log.history, "validation") if len(batches.validation) else None,
+            "agreement": log.history[-1].get("agreement", {}),
+            "agreement_reference": log.history[-1].get("agreement_reference"),
             # On the source, and of the teacher that the cell trained, where there are such.
-            **{part: summary(member.log.history, part) for part in ("source", "teacher") if part in member.log.history[-1]},
+            **{part: summary(log.history, part) for part in ("source", "teacher") if part in log.history[-1]},
             **by_classes(spec.data, logits, batches.test.labels),
         },
         "teacher": None
@@ -96,7 +96,7 @@ def finish(
             **({} if spec.target is None else {"source_accuracy": teacher.source_accuracy}),
         },
         **({"anchors": member.anchors.record()} if member.anchors else {}),
-        **({"route": member.log.route} if member.log.route else {}),
+        **({"route": log.route} if log.route else {}),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -113,9 +113,9 @@ def finish(
         },
         "compute": {
             **compute,
-            "seconds": round(member.log.seconds + member.log.evaluation_seconds, 3),
-            "training_seconds": round(member.log.seconds, 3),
-            "images_per_second": round(member.log.images / max(member.log.seconds, 1e-9), 1),
+            "seconds": round(log.seconds + log.evaluation_seconds, 3),
+            "training_seconds": round(log.seconds, 3),
+            "images_per_second": round(log.images / max(log.seconds, 1e-9), 1),
         },
         "sources": {name: source.record() for name, source in member.sources.items()},
         "operations": {name: operation.record() for name, operation in member.operations.items()},

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from kdbench.engine.batches import MOST_STEPS, Batch, Sets
 from kdbench.engine.build import Values, resolve
@@ -99,11 +98,11 @@ class Source(ABC):
 
     Attributes:
         streams: names of the streams that it draws from, for the record.
-        by_step: why its host must act at every step, so that its stage cannot run in stretches; None where it need not.
+        by_step: why the host must act at every step, so that its stage cannot run in stretches; None where it need not.
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
-    by_step: ClassVar[str | None] = None
+    by_step: ClassVar[str | None] = "its class does not say that a stretch of steps can do without the host"
 
     @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(

@@ -64,7 +64,8 @@ class Member:
     ) -> None:
         self.spec, self.batches, self.teacher, self.computing = spec, batches, teacher, computing
         self.timeline = timeline(spec, len(batches.train))
-        self.student = Network(_student(spec, teacher, device), Normalizer(spec.protocol.normalization, device), computing)
+        normalizer = Normalizer(spec.protocol.normalization, device)
+        self.student = Network(_student(spec, teacher, device), normalizer, computing)
         shapes = self.student.extractor.shapes(batches.image_shape)
         # Prefixed, because a name like "training" is already an attribute of every module.
         self.terms = nn.ModuleDict(

@@ -128,7 +128,8 @@ class Stage:
     def now(self) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
         """Weights of the terms and rates of the optimizers at the present step, on the device."""
         row = self.numbers.now()
-        rates, at = [], len(self.terms)
+        rates: list[Sequence[Tensor]] = []
+        at = len(self.terms)
         for optimizer in self.optimizers:
             rates.append(row[at : at + len(optimizer.base_rates)])
             at += len(optimizer.base_rates)
@@ -218,7 +219,7 @@ def batch_norms(model: nn.Module, policy: str) -> Iterator[None]:
 
 
 def pace_of(spans: Sequence[Span], stages: Mapping[str, StageSpec], stage: int) -> Span:
-    """Steps of the schedules that a stage is in: its own, with those of stages that it continues or that continue it."""
+    """Steps of the schedules that a stage is in: its own, and those of stages that it continues or that continue it."""
     first = last = stage
     while stages[spans[first].name].continues:
         first -= 1

@@ -1,9 +1,9 @@
 """One training step of a cohort, from top to bottom: batch, teacher, and of each student values, losses, backward,
 optimizer, meter.
 
-All that a step reads lies on the device, and all that varies between methods is in what it calls: the stage's turns, its
-teacher, its batch source. It reads no value and makes no tensor of the host's numbers, so that a stretch of steps can run
-eagerly, or be recorded once and replayed. What the host has to do stands in `program.py`, between the steps.
+All that a step reads lies on the device, and all that varies between methods is in what it calls: the stage's turns,
+its teacher, its batch source. It reads no value and makes no tensor of the host's numbers, so that a stretch of steps
+can run eagerly, or be recorded once and replayed. What the host has to do between the steps stands in `program.py`.
 """
 
 from __future__ import annotations

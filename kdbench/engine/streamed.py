@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -122,6 +122,12 @@ class StreamedBatches(Batches):
     def batch(self) -> Batch:
         images, index, view = self._present
         return Batch(self.augmentation.view(images, view), self.train.labels[index], index, view)
+
+    def at(self, step: int, timeline: Timeline) -> Batch:
+        # The next batch will lie in the same tensors, and who asks for any step may keep what it gets.
+        batch = super().at(step, timeline)
+        assert batch.index is not None and batch.view is not None
+        return replace(batch, images=batch.images.clone(), index=batch.index.clone(), view=batch.view.clone())
 
     def _advance(self) -> None:
         """Nothing: feeding goes on."""

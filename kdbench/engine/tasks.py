@@ -15,19 +15,21 @@ from filelock import FileLock, Timeout
 from kdbench.engine import checkpoint, logits
 from kdbench.engine.batches import Batches, load_data
 from kdbench.engine.build import resolve
-from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import try_out
 from kdbench.engine.finish import finish, machine
-from kdbench.engine.inputs import Workplace
+from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.logit_files import table_at
-from kdbench.engine.member import Member, Places, Teacher
+from kdbench.engine.member import Member
 from kdbench.engine.memory import memory_of, peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.scheduling import BEGUN
 from kdbench.engine.streamed import batches_of
+from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import (
     TeacherFile,
     fingerprint,
@@ -107,8 +109,8 @@ class Desk:
 
         for name, stage in spec.method.stages.items():
             if stage.source is not None:
-                place = Workplace(spec, name, device, teacher.eyes() if teacher else None, **_places(task, file))
-                resolve(stage.source.target).prepare(place, tell, self.stopping, **stage.source.options)
+                context = SourceContext(spec, name, device, teacher.network if teacher else None, _files(task, file))
+                resolve(stage.source.target).prepare(context, tell, self.stopping, **stage.source.options)
         if self.stopping():
             raise CellError("stopped; the same command goes on from here")
 
@@ -133,7 +135,7 @@ class Desk:
             Work(**task["work"]),
             device,
             lambda text: self.emit(event="doing", task=task["id"], text=text),
-            _places(task, file),
+            _files(task, file),
         )
         self.emit(event="chosen", computing=choice.computing.plain(), why=choice.why, tried=choice.tried)
 
@@ -194,10 +196,10 @@ class Desk:
             for cell in cells:
                 write_json(Path(cell["folder"]) / BEGUN, {"threads": task["threads"], "logits": source})
             before = fingerprint(teacher.network.model) if teacher else None
-            seats: dict[int, Seat] = {}
+            seats: dict[int, TrainingCell] = {}
             for cell, spec in zip(cells, specs, strict=True):
                 try:
-                    seats[cell["id"]] = _seat(
+                    seats[cell["id"]] = _training_cell(
                         spec, Path(cell["folder"]), batches, (data, target), teacher, file, task, device, computing
                     )
                 except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
@@ -205,23 +207,23 @@ class Desk:
             ids = {id(seat): cell_id for cell_id, seat in seats.items()}
             names = {cell["id"]: cell["cell"] for cell in cells}
 
-            def report(seat: Seat, entry: dict[str, Any] | None) -> None:
+            def report(seat: TrainingCell, entry: dict[str, Any] | None) -> None:
                 for cell_id, other in seats.items():
                     if other.active or other is seat:
                         self._progress(cell_id, other)
 
-            def tell(seat: Seat, text: str) -> None:
+            def tell(seat: TrainingCell, text: str) -> None:
                 self.emit(event="doing", cell=ids[id(seat)], text=text)
 
-            def done(seat: Seat) -> None:
+            def done(seat: TrainingCell) -> None:
                 own = teacher if seat.member.spec.teacher is not None else None
                 if own is not None and fingerprint(own.network.model) != before:
                     raise CellError(
                         "the frozen teacher changed while its students trained: a defect of the method's "
                         "loss, or of kdbench"
                     )
-                if seat.member.guide is not None:
-                    seat.member.guide.check()
+                if seat.member.anchors is not None:
+                    seat.member.anchors.check()
                 compute = {
                     **machine(device, task["threads"]),
                     **_way(seat.member, own),
@@ -252,7 +254,7 @@ class Desk:
         accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
         self.emit(event="cell_finished", cell=cell_id, accuracy=accuracy, seconds=seconds)
 
-    def _progress(self, cell_id: int, seat: Seat) -> None:
+    def _progress(self, cell_id: int, seat: TrainingCell) -> None:
         if seat.failure is not None:
             self.emit(event="cell_failed", cell=cell_id, message=seat.failure)
             return
@@ -262,8 +264,8 @@ class Desk:
             cell=cell_id,
             step=member.step,
             total=member.timeline.total,
-            stage=member.span.name,
-            accuracy=member.history[-1]["test"]["accuracy"] if member.history else None,
+            stage=member.stage.span.name,
+            accuracy=member.log.history[-1]["test"]["accuracy"] if member.log.history else None,
         )
 
     def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData | Pictures:
@@ -340,7 +342,7 @@ class Desk:
         """
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
             return ""
-        key = logits.table_key(spec, file.sha256, data, teacher.computing.precision)
+        key = logits.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name)
         if kept is not None and not (table.complete and table.folder.name == kept):
             raise UserError(
@@ -355,16 +357,16 @@ class Desk:
         return table.folder.name
 
 
-def _places(task: dict[str, Any], file: TeacherFile | None, folder: Path | None = None) -> Places:
+def _files(task: dict[str, Any], file: TeacherFile | None, folder: Path | None = None) -> SourceFiles:
     """Where batch sources keep their files."""
-    return {"teacher_sha256": file.sha256 if file else "", "folder": folder, "shared": Path(task["shared"])}
+    return SourceFiles(file.sha256 if file else "", folder, Path(task["shared"]))
 
 
 def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
     way = member.computing
     spans = member.timeline.spans
-    asks = any("logits" in member.teacher_points(span.start).get("data", []) for span in spans)
+    asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in spans)
     networks = [member.student, *([teacher.network] if teacher else [])]
     return {
         "precision": way.precision,
@@ -382,7 +384,7 @@ def _untraceable(networks: list[Network]) -> Network | None:
     return next((network for network in networks if network.untraceable), None)
 
 
-def _seat(
+def _training_cell(
     spec: CellSpec,
     folder: Path,
     batches: Batches,
@@ -392,7 +394,7 @@ def _seat(
     task: dict[str, Any],
     device: torch.device,
     computing: Computing,
-) -> Seat:
+) -> TrainingCell:
     """A cell's place in a cohort, from its checkpoint if there is one."""
     own = teacher if spec.teacher is not None else None
     data, target = domains
@@ -405,11 +407,11 @@ def _seat(
         "device": device.type,
         "teacher": file.sha256 if file and own else None,
     }
-    member = Member(spec, batches, own, device, computing, _places(task, file if own else None, folder))
+    member = Member(spec, batches, own, device, computing, _files(task, file if own else None, folder))
     state = checkpoint.load(folder, key, member.state())
     if state is not None:
         member.load_state(state)
-    return Seat(member, folder, key, MetricsLog(folder, member.history))
+    return TrainingCell(member, folder, key, MetricsLog(folder, member.log.history))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A stage's teacher: the one that a cohort shares, or one of a member's own.
 
-Both answer the same two questions of a step: what of the shared pass is this member's (`given`), and what are the values
-on an input set of its own (`values`).
+Both answer the same two questions of a step: what of the shared pass is this member's (`given`), and what are the
+values on an input set of its own (`values`).
 """
 
 from __future__ import annotations

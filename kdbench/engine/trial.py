@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import asked_of_teacher, make_graphs
+from kdbench.engine.batches import Batches, Sets
 from kdbench.engine.compute import Computing, candidates
-from kdbench.engine.member import NOWHERE, Member, Places, Teacher
+from kdbench.engine.inputs import SourceFiles
+from kdbench.engine.member import Member
+from kdbench.engine.program import make_graphs
+from kdbench.engine.step import shared_part, train
+from kdbench.engine.teacher import OfSets, Teacher
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec, ComputeChoice
 
@@ -85,7 +87,7 @@ def choose(
     work: Work,
     device: torch.device,
     tell: Callable[[str], None],
-    places: Places = NOWHERE,
+    files: SourceFiles = SourceFiles(),  # noqa: B008 - frozen
 ) -> Choice:
     """Measure the ways that a choice leaves open and take the fastest.
 
@@ -93,7 +95,7 @@ def choose(
         specs: cells of one cohort.
         teacher: gives the cohort's teacher, freshly loaded, for a way to compute.
         tell: is told what is being tried.
-        places: where the cells' batch sources find what was prepared for them.
+        files: where the cells' batch sources find what was prepared for them.
 
     Raises:
         UserError: what is asked for cannot be done here.
@@ -107,7 +109,7 @@ def choose(
 
     def measured(way: Computing) -> Tried:
         tell(f"trial of {way.name}")
-        one = _measure(way, sample, batches, teacher, device, places)
+        one = _measure(way, sample, batches, teacher, device, files)
         _compare(one, tried)
         tried.append(one)
         return one
@@ -168,29 +170,33 @@ def _measure(
     batches: Batches,
     load: Callable[[Computing], Teacher | None],
     device: torch.device,
-    places: Places,
+    files: SourceFiles,
 ) -> Tried:
     """Time a way on throw-away students. Whatever fails is its remark."""
     one = Tried(way)
     try:
         teacher = load(way)
         members = [
-            _in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, places)) for s in specs
+            _in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, files)) for s in specs
         ]
         make_graphs(members, batches, teacher)
-        points = asked_of_teacher(members)
-        names = dict.fromkeys(name for member in members for name in member.shared_sets())
-        sets = batches.sets(0, members[0].timeline, names)
-        values: dict[str, dict[str, Tensor]] = {}
-        if teacher is not None and points:
-            values, first, one.teacher = _times(lambda: teacher.step(sets, points), device)
-            one.compiling += first - one.teacher
+
+        def shared() -> tuple[Sets, OfSets]:
+            batches.seek(members[0].step, members[0].timeline, names)
+            batches.feed(names)
+            return shared_part(batches, teacher, members)
+
+        names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
+        (sets, taught), first, one.teacher = _times(shared, device)
+        one.compiling += first - one.teacher
         steps, losses = [], []
         for member in members:
 
             def step(member: Member = member) -> float:
                 member.ready(lambda text: None, lambda: False)
-                member.train_step({name: sets[name] for name in member.shared_sets()}, values)
+                member.prepare(1)
+                member.before_step()
+                member.after_step(train(member, sets, taught))
                 return member.meter.result()["loss"]
 
             loss, first, again = _times(step, device)

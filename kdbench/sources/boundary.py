@@ -52,8 +52,8 @@ class BoundarySamples(Source):
     ) -> None:
         if attack_size < 1 or iterations < 1 or epsilon < 0 or (rate is not None and rate <= 0):
             raise UserError(
-                f"stage '{context.stage}': boundary samples need attack_size and iterations of at least 1, an epsilon of "
-                f"at least 0 and a positive rate, not {attack_size}, {iterations}, {epsilon} and {rate}"
+                f"stage '{context.stage}': boundary samples need attack_size and iterations of at least 1, an epsilon "
+                f"of at least 0 and a positive rate, not {attack_size}, {iterations}, {epsilon} and {rate}"
             )
         if clamp is not None and (len(clamp) != 2 or clamp[0] >= clamp[1]):
             raise UserError(

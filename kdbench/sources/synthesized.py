@@ -49,6 +49,8 @@ class SynthesizedImages(Source):
 
     streams = ("pool", "adaptive", "synthesized/order", "synthesized/augmentation")
 
+    by_step = None
+
     def __init__(
         self,
         context: SourceContext,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from kdbench import losses
 from kdbench.cards import Normalization
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import SLICE, Batch, Normalizer
+from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.boundaries import (
     boundary_similarity,
     ends_of_attacks,
@@ -31,8 +31,9 @@ from kdbench.engine.boundaries import (
     way_to_look_at,
 )
 from kdbench.engine.finish import streams
-from kdbench.engine.inputs import Eyes, Moment, Workplace
+from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
+from kdbench.engine.network import Normalizer
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
@@ -354,7 +355,7 @@ def test_weights_are_the_formulas_at_every_epoch() -> None:
     for e, at in itertools.product(range(1, 81), (0, 98, 195)):
         # As a step of the stage gives it: 196 steps an epoch.
         progress = (196 * (e - 1) + at) / (196 * 80)
-        weights = {name: term.weight_at(progress) for name, term in member.active.items()}
+        weights = {name: term.weight_at(progress) for name, term in member.stage.terms.items()}
         assert weights["ce"] == 1
         assert weights["kd"] == pytest.approx(max(3 * (1 - e / 80), 0) + 1)
         assert weights["boundary"] == pytest.approx(max(2 * (1 - 4 / 3 * e / 80), 0))
@@ -373,7 +374,9 @@ def test_levels_and_lines() -> None:
 # --- the source in a step
 
 
-def source_and_moment(method: str | dict[str, Any] = "bss", batch: int = 32) -> tuple[Member, BoundarySamples, Moment]:
+def source_and_moment(
+    method: str | dict[str, Any] = "bss", batch: int = 32
+) -> tuple[Member, BoundarySamples, SourceStep]:
     """The source with a student and a teacher of first weights, and a batch labelled as the teacher sees it."""
     spec = cell(method, batch=batch)
     member, batches, teacher = member_of(spec, images(spec.data, per_class=5))
@@ -384,10 +387,9 @@ def source_and_moment(method: str | dict[str, Any] = "bss", batch: int = 32) -> 
     # The student agrees with the teacher's classes on the even images.
     student = torch.where((torch.arange(batch) % 2 == 0)[:, None], 0.5 * taught, -taught)
     values = {"student": {"data": {"logits": student}}, "teacher": {"data": {"logits": taught}}}
-    eyes = Eyes(member.student, member.normalizer)
     source = member.sources["classification"]
     assert isinstance(source, BoundarySamples)
-    return member, source, Moment(3, 0.0, {"data": data}, values, eyes)
+    return member, source, SourceStep(3, 0.0, member.student, sets={"data": data}, values=values)
 
 
 def test_the_source_attacks_what_it_should() -> None:
@@ -402,17 +404,17 @@ def test_the_source_attacks_what_it_should() -> None:
     assert torch.equal(made.labels, taught.argmax(dim=1)[rows])
     draws = torch.from_numpy(uniform(32, member.spec.seed, STREAM, 3))[rows]
     target = target_classes(taught[rows], made.labels, draws)
-    eyes = member.teacher.eyes()
+    network = member.teacher.network
     ended = boundary_attack(
-        lambda x: eyes.network(x, ["logits"])["logits"],
-        eyes.normalizer(data.images[rows]),
+        lambda x: network(x, ["logits"])["logits"],
+        network.normalizer(data.images[rows]),
         made.labels,
         target,
         clamp=(-2.5, 2.5),
     )
     assert made.images.dtype == torch.float32
-    torch.testing.assert_close(eyes.normalizer(made.images), ended.images, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(eyes.logits(made.images), ended.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.normalizer(made.images), ended.images, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(network.logits(made.images), ended.logits, atol=1e-4, rtol=1e-4)
     assert not made.images.requires_grad
 
 
@@ -424,7 +426,7 @@ def test_rejected_samples_do_not_count_and_the_rest_is_as_without_rejection() ->
     member, source, moment = source_and_moment({"name": "bss", "stages": {"classification": {"source": short}}})
     made = source.sets(moment)["boundary"]
     with torch.no_grad():
-        winner = member.teacher.eyes().logits(kept.images).argmax(dim=1)
+        winner = member.teacher.network.logits(kept.images).argmax(dim=1)
     draws = torch.from_numpy(uniform(32, member.spec.seed, STREAM, 3))
     taught, data = moment.values["teacher"]["data"]["logits"], moment.sets["data"]
     rows, mask = base_samples(moment.values["student"]["data"]["logits"], taught, data.labels, 64)
@@ -442,6 +444,7 @@ class Seen:
     """A teacher for the source alone: logits W x of its normalized images, or none that has a slope."""
 
     def __init__(self, classes: int, flat: bool) -> None:
+        self.normalizer = Normalizer(UNCHANGED, CPU)
         self.weight = torch.zeros(classes, 64)
         if not flat:
             self.weight[torch.arange(classes), torch.arange(classes)] = 1.0
@@ -468,24 +471,24 @@ def test_the_record_counts_what_became_of_the_samples(
 ) -> None:
     """On a linear teacher whose first two classes are e1 and e2: two of four images are eligible, twice."""
     spec = cell()
-    place = Workplace(spec, "classification", CPU, Eyes(Seen(2, flat), Normalizer(UNCHANGED, CPU)))  # type: ignore[arg-type]
+    place = SourceContext(spec, "classification", CPU, Seen(2, flat))  # type: ignore[arg-type]
     source = BoundarySamples(place, attack_size=3, **changes)
     assert source.record() == {"steps": 0, "attacked": 0, "crossed": 0, "arrived": 0, "rejected": 0}
     pixels = torch.zeros(4, 1, 8, 8)
     pixels[:, 0, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    taught = place.teacher.network(pixels, ["logits"])["logits"]  # type: ignore[union-attr]
+    taught = place.teacher(pixels, ["logits"])["logits"]  # type: ignore[union-attr]
     # The student is wrong about the second and the fourth.
     student = torch.where((torch.arange(4) % 2 == 0)[:, None], 0.5 * taught, -taught)
     values = {"student": {"data": {"logits": student}}, "teacher": {"data": {"logits": taught}}}
     data = Batch(pixels, torch.zeros(4).long(), torch.arange(4))
     for step_number in (0, 1):
-        made = source.sets(Moment(step_number, 0.0, {"data": data}, values, place.teacher))["boundary"]  # type: ignore[arg-type]
+        made = source.sets(SourceStep(step_number, 0.0, place.teacher, sets={"data": data}, values=values))["boundary"]  # type: ignore[arg-type]
         assert int(made.mask.sum()) == (expected[0] - expected[3]) // 2
         assert made.images.isfinite().all()
     attacked, crossed, arrived, rejected = expected
     counts = {"attacked": attacked, "crossed": crossed, "arrived": arrived, "rejected": rejected}
     assert source.record() == {"steps": 2, **counts}
-    source.sets(Moment(2, 0.0, {"data": data}, values, place.teacher, ahead=True))  # type: ignore[arg-type]
+    source.sets(SourceStep(2, 0.0, place.teacher, sets={"data": data}, values=values, ahead=True))  # type: ignore[arg-type]
     assert source.record()["steps"] == 2, "what is only looked at is no sample that was trained on"
 
 
@@ -502,7 +505,7 @@ def test_a_target_belongs_to_its_image_whatever_its_rank() -> None:
     taught = moment.values["teacher"]["data"]["logits"]
     scale = torch.linspace(0.1, 0.9, 32)[:, None]
     values = {"student": {"data": {"logits": scale * taught}}, "teacher": moment.values["teacher"]}
-    second = source.sets(Moment(3, 0.0, moment.sets, values, moment.student))["boundary"]
+    second = source.sets(SourceStep(3, 0.0, moment.student, sets=moment.sets, values=values))["boundary"]
     by_index = {int(i): image for i, image in zip(second.index, second.images, strict=True)}
     order = [int(i) for i in second.index if int(i) in first.index.tolist()]
     assert order != [int(i) for i in first.index[first.mask]], "the ranks differ"
@@ -513,7 +516,7 @@ def test_a_target_belongs_to_its_image_whatever_its_rank() -> None:
 def test_the_source_refuses_options_that_make_no_sense() -> None:
     spec = cell()
     member, _, teacher = member_of(spec)
-    place = Workplace(spec, "classification", CPU, teacher.eyes())
+    place = SourceContext(spec, "classification", CPU, teacher.network)
     for wrong in ({"attack_size": 0}, {"iterations": 0}, {"rate": -1.0}, {"epsilon": -1.0}, {"clamp": [1.0, 0.0]}):
         with pytest.raises(UserError, match="stage 'classification'"):
             BoundarySamples.prepare(place, print, lambda: False, **wrong)
@@ -540,7 +543,7 @@ def test_the_loss_of_a_step_is_the_sum_of_the_formulas() -> None:
     source = member.sources["classification"]
     original = source.sets
 
-    def spy(moment: Moment) -> dict[str, Batch]:
+    def spy(moment: SourceStep) -> dict[str, Batch]:
         found = original(moment)
         # Made-up labels fit no network: count some rows, so that the mask means something.
         batch = found["boundary"]
@@ -553,13 +556,13 @@ def test_the_loss_of_a_step_is_the_sum_of_the_formulas() -> None:
     batch, student = batches.at(0, member.timeline), other.student.model.train()
 
     def soft(pixels: Tensor, rows: Tensor) -> Tensor:
-        own = F.log_softmax(student(other.normalizer(pixels))[rows] / 3, dim=1)
-        return -(F.softmax(teacher.network.model(teacher.normalizer(pixels))[rows] / 3, dim=1) * own).sum(1).mean()
+        own = F.log_softmax(student(other.student.normalizer(pixels))[rows] / 3, dim=1)
+        return -(F.softmax(teacher.network.model(teacher.network.normalizer(pixels))[rows] / 3, dim=1) * own).sum(1).mean()
 
     everything = torch.ones(16, dtype=torch.bool)
     with torch.no_grad():
         expected = {
-            "ce": F.cross_entropy(student(other.normalizer(batch.images)), batch.labels).item(),
+            "ce": F.cross_entropy(student(other.student.normalizer(batch.images)), batch.labels).item(),
             "kd": soft(batch.images, everything).item(),
             "boundary": soft(made[0].images, made[0].mask).item(),
         }

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from picture_files import write_pictures
-from tiny import CPU, batches_for, images, member_of, shortened, step, train
+from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, step_together, train
 
 from kdbench.cards import DatasetCard
 from kdbench.engine.batches import Batches, load_data
-from kdbench.engine.cohort import asked_of_teacher
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import streams
 from kdbench.engine.member import Member
@@ -97,7 +96,7 @@ def test_targets_have_images_alone_and_go_round_by_themselves() -> None:
             }
     sizes = []
     for at in range(9):
-        sets = batches.sets(at, line, ["data", "target"])
+        sets = sets_at(batches, at, line, ["data", "target"])
         assert torch.equal(sets["data"].images, batches.at(at, line).images) and sets["data"].labels is not None
         batch = sets["target"]
         assert batch.labels is batch.index is batch.view is batch.mask is None
@@ -112,11 +111,11 @@ def test_a_batch_is_its_address_and_seeds_and_domains_draw_apart() -> None:
     source, target = images(spec.data, per_class=4), images(spec.data, per_class=4)
     line = member_of(spec)[0].timeline
     batches, again = (Batches(spec, source, CPU, target) for _ in range(2))
-    seen = {at: batches.sets(at, line, ["target"])["target"].images for at in range(9)}
+    seen = {at: sets_at(batches, at, line, ["target"])["target"].images for at in range(9)}
     for at in (7, 2, 8, 0):
-        assert torch.equal(again.sets(at, line, ["target"])["target"].images, seen[at])
+        assert torch.equal(sets_at(again, at, line, ["target"])["target"].images, seen[at])
     other = Batches(spec.model_copy(update={"seed": 1}), source, CPU, target)
-    assert not torch.equal(other.sets(0, line, ["target"])["target"].images, seen[0])
+    assert not torch.equal(sets_at(other, 0, line, ["target"])["target"].images, seen[0])
     # The same images as the source's, in another order and other views.
     assert not torch.equal(batches.at(0, line).images, seen[0])
 
@@ -138,7 +137,7 @@ def test_the_target_is_tested_and_the_source_beside_it() -> None:
     assert torch.equal(next(batches.test.slices(1000))[0], target.test_images)
     assert batches.source_test is not None
     assert torch.equal(next(batches.source_test.slices(1000))[0], source.test_images)
-    assert not len(Batches(cell("ce", target=None), source, CPU).sets(0, member_of(spec)[0].timeline, []))
+    assert not len(sets_at(Batches(cell("ce", target=None), source, CPU), 0, member_of(spec)[0].timeline, []))
     assert Batches(cell("ce", target=None), source, CPU).source_test is None
 
 
@@ -174,9 +173,9 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
     batches = batches_of(spec, near, CPU, far)
     member, _, _ = member_of(spec.model_copy(update={"data": spec.data.model_copy(update={"streamed": False})}))
     line = member.timeline
-    seen = [batches.sets(at, line, ["data", "target"]) for at in range(6)]
+    seen = [sets_at(batches, at, line, ["data", "target"]) for at in range(6)]
     assert [len(sets["target"].images) for sets in seen] == [4, 4, 4, 3, 4, 4]
-    fresh = batches_of(spec, near, CPU, far).sets(5, line, ["target"])["target"]
+    fresh = sets_at(batches_of(spec, near, CPU, far), 5, line, ["target"])["target"]
     assert torch.equal(fresh.images, seen[5]["target"].images) and fresh.labels is None
     assert not torch.equal(seen[0]["data"].images, seen[0]["target"].images)
     resident = images(spec.data)
@@ -187,7 +186,7 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
                 for part, data in zip(("data", "target"), pair, strict=True)
             }
         )
-        sets = batches_of(mixed, pair[0], CPU, pair[1]).sets(0, line, ["data", "target"])
+        sets = sets_at(batches_of(mixed, pair[0], CPU, pair[1]), 0, line, ["data", "target"])
         assert sets["data"].images.shape == sets["target"].images.shape == (4, 3, 16, 16)
         assert len(batches_of(mixed, pair[0], CPU, pair[1]).test.labels) == 6
 
@@ -206,7 +205,7 @@ def test_a_killed_cell_goes_on_bit_identically(method: str, at: int) -> None:
     train(resumed, batches, teacher, 8 - at)
     networks = [("student", whole.student, resumed.student)]
     if whole.own_teacher is not None and resumed.own_teacher is not None:
-        networks.append(("teacher", whole.own_teacher, resumed.own_teacher))
+        networks.append(("teacher", whole.own_teacher.network, resumed.own_teacher.network))
     assert len(networks) == (2 if "uda_kd" in method or method == "uda_then_kd" else 1)
     for name, a, b in networks:
         for key, value in a.model.state_dict().items():
@@ -226,7 +225,7 @@ def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -
     # Modes are as they were: the next step trains on the batch's own statistics.
     assert member.own_teacher.model.training
     member.own_teacher.model.eval()
-    logits = member.own_teacher(teacher.normalizer(images(spec.target, seed=1).test_images), ["logits"])["logits"]  # type: ignore[arg-type]
+    logits = member.own_teacher.network.logits(images(spec.target, seed=1).test_images)  # type: ignore[arg-type]
     right = (logits.argmax(1) == images(spec.target, seed=1).test_labels).float().mean()  # type: ignore[arg-type]
     assert measured["teacher"]["accuracy"] == pytest.approx(100 * right.item())
 
@@ -241,11 +240,8 @@ def test_others_in_the_cohort_do_not_lend_their_teacher(method: str) -> None:
     batches = batches_for(specs[0], data)
     assert teacher is not None
     members = [Member(spec, batches, teacher, CPU) for spec in specs]
-    for at in range(8):
-        sets = batches.sets(at, members[0].timeline, ["data", "target"])
-        values = teacher.step(sets, asked_of_teacher(members))
-        for member in members:
-            member.train_step({name: sets[name] for name in member.shared_sets()}, values)
+    for _ in range(8):
+        step_together(members, batches, teacher)
     for key, value in alone.student.model.state_dict().items():
         assert torch.equal(value, members[0].student.model.state_dict()[key]), key
 
@@ -256,14 +252,14 @@ def test_an_adapted_teacher_stays_the_cells_own_in_the_next_stage() -> None:
     assert teacher is not None and member.own_teacher is not None
     student = fingerprint(member.student.model)
     train(member, batches, teacher, 4)
-    assert member.span.name == "distillation" and fingerprint(member.student.model) == student
+    assert member.stage.span.name == "distillation" and fingerprint(member.student.model) == student
     adapted = fingerprint(member.own_teacher.model)
-    assert member.teacher_points() == {}
+    assert member.stage.asked == {}
     train(member, batches, teacher, 3)
     # Frozen, in eval mode, and not the shared one.
     assert fingerprint(member.own_teacher.model) == adapted != fingerprint(teacher.network.model)
     seen = []
-    run = member.own_teacher.extractor.model.register_forward_hook(lambda *_: seen.append(1))
+    run = member.own_teacher.model.register_forward_hook(lambda *_: seen.append(1))
     step(member, batches, teacher)
     run.remove()
     assert len(seen) == 2

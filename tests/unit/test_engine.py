@@ -13,10 +13,12 @@ from tiny import CPU, images, member_of, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import Member
+from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import plan
@@ -77,14 +79,14 @@ def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
     assert torch.equal(a.index, b.index)
 
 
-def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = lambda: False) -> list[Seat]:
+def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = lambda: False) -> list[TrainingCell]:
     data = images(specs[0].data)
     batches = Batches(specs[0], data, CPU)
     teacher = next((t for t in map(untrained_teacher, specs) if t), None)
     seats = []
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, CPU)
-        seats.append(Seat(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
+        seats.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
     Cohort(seats, batches, teacher, lambda seat, entry: None, lambda seat: None, stop).run()
     return seats
 
@@ -96,7 +98,7 @@ def test_a_cohort_gives_the_bits_of_its_cells_alone(tmp_path: Path) -> None:
     for i, spec in enumerate(specs):
         alone = cohort_of([spec], tmp_path / f"alone{i}")[0]
         assert same_state(together[i].member.student.model, alone.member.student.model), spec.method.name
-        assert [e["test"] for e in together[i].member.history] == [e["test"] for e in alone.member.history]
+        assert [e["test"] for e in together[i].member.log.history] == [e["test"] for e in alone.member.log.history]
 
 
 def test_a_member_that_fails_leaves_the_others_untouched(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_a_checkpoint_of_another_version_is_set_aside(change: str, tmp_path: Pat
     member, _, _ = member_of(cell("ce"))
     state = {"key": {"a": 1}, **member.state()}
     if change == "without an entry":
-        del state["route"]
+        del state["anchors"]
     else:
         state["compass"] = []
     checkpoint.save(tmp_path, state)
@@ -209,11 +211,11 @@ def test_learning_rate_and_momentum_resets() -> None:
     member, batches, teacher = member_of(spec)
     rates, momenta = [], []
     for _ in range(10):
-        before = [state["momentum_buffer"] for state in member.optimizer.state.values()]
         train(member, batches, teacher, 1)
-        rates.append(member.last_rate)
-        after = [state["momentum_buffer"] for state in member.optimizer.state.values()]
-        momenta.append(any(a is b for a in after for b in before))
+        rates.append(member.log.rate)
+        # Right after momentum was forgotten it is the gradient, to which the weights' decay was added.
+        parameter, kept = next(iter(member.stage.optimizers[0].optimizer.state.items()))
+        momenta.append(not torch.allclose(kept["momentum_buffer"], parameter.grad, atol=1e-3, rtol=0))
     assert rates == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 4)
     assert [i for i, kept in enumerate(momenta) if not kept] == [0, 3, 6]
 
@@ -227,7 +229,7 @@ def test_weight_schedule_over_a_stage() -> None:
         },
     }
     member, _, _ = member_of(cell(method, steps=4))
-    term = member.active["kd"]
+    term = member.stage.terms["kd"]
     assert [term.weight_at(step / 4) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from kdbench.cards import Normalization
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import Computing
-from kdbench.engine.network import Network
+from kdbench.engine.network import Network, Normalizer
 from kdbench.models.dry import undisturbed
 from kdbench.models.graph import Untraceable, traced
 from kdbench.models.hooks import LOGITS, Extractor
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
+
+UNCHANGED = Normalizer(Normalization(mean=[0.0] * 3, std=[1.0] * 3), torch.device("cpu"))
 
 REGISTRY = Registry()
 SHAPE = (3, 32, 32)
@@ -81,7 +84,7 @@ def test_what_cannot_be_traced_says_so_and_runs_with_hooks(name: str) -> None:
     net = extractor(name)
     with pytest.raises(Untraceable, match=name):
         traced(net, [LOGITS], True, SHAPE)
-    network = Network(net, Computing(compile=True))
+    network = Network(net, UNCHANGED, Computing(compile=True))
     network.prepare({frozenset({LOGITS}): 10}, (4, *SHAPE), training=False)
     assert not network.graphs and network.untraceable is not None and name in network.untraceable
     net.model.eval()
@@ -106,7 +109,7 @@ def test_a_graph_that_would_lose_an_operation_is_refused() -> None:
 
 
 def prepared(uses: dict[frozenset[str], int], worth: int = 0) -> Network:
-    network = Network(extractor("wrn_10_2"), Computing(compile=True, worth=worth))
+    network = Network(extractor("wrn_10_2"), UNCHANGED, Computing(compile=True, worth=worth))
     network.prepare(uses, (4, *SHAPE), training=True)
     return network
 

@@ -89,10 +89,10 @@ def test_terms_read_the_input_set_that_they_name(registry: Registry) -> None:
     assert teacher is not None
     batch = batches.at(0, member.timeline)
     pixels = batch.images.float() / 255
-    own, taught = member.normalizer(pixels.flip(3)), teacher.normalizer(pixels.flip(3))
+    own, taught = member.student.normalizer(pixels.flip(3)), teacher.network.normalizer(pixels.flip(3))
     model = member.student.model.train()
     with torch.no_grad():
-        ce = F.cross_entropy(model(member.normalizer(pixels)), batch.labels)
+        ce = F.cross_entropy(model(member.student.normalizer(pixels)), batch.labels)
         student = F.log_softmax(model(own) / 4, dim=1)
         kl = 16 * F.kl_div(student, F.softmax(teacher.network.model(taught) / 4, dim=1), reduction="batchmean")
     member, batches, teacher = member_of(cell(registry))
@@ -164,7 +164,7 @@ def test_a_teacher_trains_on_its_own_losses_in_a_copy(registry: Registry) -> Non
     assert teacher is not None and other.own_teacher is not None
     batch = batches.at(0, other.timeline)
     model = other.own_teacher.model
-    F.cross_entropy(model(teacher.normalizer(batch.images)), batch.labels).backward()
+    F.cross_entropy(model(teacher.network.normalizer(batch.images)), batch.labels).backward()
     for a, b in zip(member.own_teacher.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
 

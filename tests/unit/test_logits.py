@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, shortened, train, untrained_teacher
+from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import logit_files, logits
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import Table, table_at
-from kdbench.engine.member import Member, Teacher
+from kdbench.engine.member import Member
+from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
@@ -49,7 +50,7 @@ def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
     plain = untrained_teacher(spec)
     assert plain is not None
     way = Computing(precision, "channels_last" if precision == "bfloat16" else "contiguous")
-    return Teacher(plain.network.extractor, plain.normalizer, plain.shapes, way)
+    return Teacher(plain.network.extractor, plain.network.normalizer, plain.shapes, way)
 
 
 def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> Table:
@@ -57,9 +58,9 @@ def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha25
 
 
 def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> Table:
-    table = table_for(spec, data, teacher.computing.precision)
+    table = table_for(spec, data, teacher.network.computing.precision)
     logits.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
-    return table_for(spec, data, teacher.computing.precision)
+    return table_for(spec, data, teacher.network.computing.precision)
 
 
 @pytest.mark.parametrize(("precision", "off"), [("float32", 1e-4), ("bfloat16", 0.05)])
@@ -108,8 +109,8 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     batches = Batches(spec, data, CPU)
     teacher.logits = logits.PartLogits(values + 1, batches.positions)
     member = Member(spec, batches, teacher, CPU)
-    sets = batches.sets(0, member.timeline, ["data"])
-    got = teacher.step(sets, {"data": ["layer2", "logits"]})["data"]
+    sets = sets_at(batches, 0, member.timeline, ["data"])
+    got = teacher.shared(sets, {"data": ["layer2", "logits"]})["data"]
     plain = teacher_of(spec).step(sets, {"data": ["layer2", "logits"]})["data"]
     assert torch.equal(got["layer2"], plain["layer2"])
     assert torch.allclose(got["logits"], plain["logits"] + 1, atol=1e-4)

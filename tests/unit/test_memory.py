@@ -97,7 +97,8 @@ import torch
 torch.set_num_threads(1)
 from tiny import images, untrained_teacher, CPU
 from kdbench.engine.batches import Batches
-from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
@@ -111,7 +112,7 @@ seats = []
 for i, spec in enumerate(specs):
     folder = Path(sys.argv[2]) / str(i)
     member = Member(spec, batches, teacher if spec.teacher else None, CPU)
-    seats.append(Seat(member, folder, {}, MetricsLog(folder, [], tensorboard=False)))
+    seats.append(TrainingCell(member, folder, {}, MetricsLog(folder, [], tensorboard=False)))
 at = []
 def look(seat, entry):
     if entry is not None:

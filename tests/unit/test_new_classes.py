@@ -16,6 +16,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import by_classes
+from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.timeline import training_images
@@ -92,7 +93,7 @@ def test_losses_are_told_the_classes() -> None:
     teacher = untrained_teacher(spec)
     assert teacher is not None
     member = Member(spec, Batches(spec, images(spec.data, per_class=4), CPU), teacher, CPU)
-    assert member.active["keep"].options["known_classes"] == [0, 1, 2, 3, 4]
+    assert member.stage.terms["keep"].options["known_classes"] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="unknown key 'known_classes'"):
         plan(
             RECIPE
@@ -141,8 +142,8 @@ def test_no_image_or_label_of_an_old_class_is_read(method: str, tmp_path: Path) 
         prepared(spec, teacher, tmp_path)
     old = list(range(5))
     batches = Batches(spec, without(images(spec.data, per_class=6), old), CPU)
-    places: Any = {"teacher_sha256": "abc", "folder": tmp_path / "cell", "shared": tmp_path / "shared"}
-    member = Member(spec, batches, teacher, CPU, places=places)
+    files = SourceFiles("abc", tmp_path / "cell", tmp_path / "shared")
+    member = Member(spec, batches, teacher, CPU, files=files)
     train(member, batches, teacher, 4)
     assert evaluate(member, batches, teacher)["test"]["accuracy"] >= 0 and member.finished
     # The guard guards: a cell that is given all classes, as the oracle's is, reads them.

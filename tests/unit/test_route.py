@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, train, untrained_teacher
+from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, step_together, train, untrained_teacher
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint, route
-from kdbench.engine.anchors import Guide, Route
+from kdbench.engine.anchors import AnchorTeacher, Route
 from kdbench.engine.batches import Batches, ResidentPart
-from kdbench.engine.cohort import Cohort, Seat
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.scheduling import CellState, cohorts_of
@@ -125,7 +126,7 @@ def test_greedy_choice_against_a_naive_one(seed: int) -> None:
     loaded = Loaded(Path(), tuple({"step": i, "epoch": i, "sha256": str(i)} for i in range(k)))
     spec = cell({"name": "rco_greedy", "n": 5, "delta": 0.5})
     anchors = {name: stage.anchor for name, stage in spec.method.stages.items() if stage.anchor}
-    guide = Guide(anchors, loaded, nn.Identity(), student, anchor, part, at_once)
+    guide = AnchorTeacher(anchors, loaded, nn.Identity(), student, anchor, part, at_once)
     chosen: list[int] = []
     for name in anchors:
         guide.begin(name)
@@ -150,10 +151,10 @@ def test_a_search_that_is_through_stays_with_the_converged_teacher() -> None:
 
 def test_only_so_many_images_are_looked_at() -> None:
     member, batches, teacher = member_of(short({"name": "rco_greedy", "stages": {"route": {"anchors": {"images": 4}}}}))
-    assert member.guide is not None
+    assert member.anchors is not None
     seen: list[int] = []
-    own = member.guide.student_logits
-    member.guide.student_logits = lambda images: seen.append(len(images)) or own(images)  # type: ignore[func-returns-value]
+    own = member.anchors.student_logits
+    member.anchors.student_logits = lambda images: seen.append(len(images)) or own(images)  # type: ignore[func-returns-value]
     train(member, batches, teacher, 3)
     assert len(batches.validation.labels) == 10 and sum(seen) == 4
 
@@ -179,7 +180,7 @@ def rates(spec: CellSpec) -> list[float]:
     found = []
     while not member.finished:
         step(member, batches, teacher)
-        found.append(member.last_rate)
+        found.append(member.log.rate)
     return found
 
 
@@ -190,7 +191,7 @@ def test_rates_begin_anew_or_go_on() -> None:
 
 
 def test_one_stage_with_the_converged_teacher_throughout_is_kd_bit_for_bit() -> None:
-    """Momentum, schedule and data order go on; the anchors alone make the difference."""
+    """SourceStepum, schedule and data order go on; the anchors alone make the difference."""
     ends = []
     for method in ("kd", {"name": "rco_control", "rates": "continue"}, {"name": "rco_control"}, "rco_one_stage"):
         spec = short(method, 12)
@@ -212,7 +213,7 @@ def test_longer_cells_are_no_cohort_of_the_others_and_routes_share_a_teacher_wit
     cohorts = cohorts_of([(c, CellState(i, "", Path())) for i, c in enumerate(cells)])
     assert [[c.spec.method.name for c, _ in cohort] for cohort in cohorts] == [["ce", "kd", "rco"], ["rco_long"]]
     member, _, _ = member_of(short("rco"))
-    assert all(member.teacher_points(span.start) == {} for span in member.timeline.spans)
+    assert all(member.teacher_uses(span.start) == {} for span in member.timeline.spans)
 
 
 # --- training
@@ -231,7 +232,7 @@ def test_each_stage_learns_from_its_anchor_and_the_converged_teacher_stays_as_it
         assert all(torch.equal(own.state_dict()[name], value) for name, value in kept.items())
         assert not own.training and not any(p.requires_grad for p in own.parameters())
     assert member.finished and fingerprint(teacher.network.model) == before
-    assert [(a["stage"], a["checkpoint"]) for a in member.anchors] == [
+    assert [(a["stage"], a["checkpoint"]) for a in member.anchors.record()] == [
         ("route_1", 0), ("route_2", 2), ("route_3", 3), ("route_4", 4)
     ]  # fmt: skip
 
@@ -243,7 +244,7 @@ def test_the_loss_is_taken_against_the_anchor() -> None:
     teacher.network.model.load_state_dict(teacher.route.weights(0))
     with torch.no_grad():
         anchor = teacher(batch.images, ["logits"])["logits"]
-        student = member.student.model.train()(member.normalizer(batch.images))
+        student = member.student.model.train()(member.student.normalizer(batch.images))
     p, q = (anchor / 4).softmax(1), (student / 4).log_softmax(1)
     expected = 16 * (p * (p.log() - q)).sum(1).mean()
     member, batches, teacher = member_of(short("rco", 8))
@@ -260,11 +261,8 @@ def test_a_cell_with_its_own_teacher_is_the_same_beside_others(method: str) -> N
     alone, batches, teacher = member_of(specs[0])
     train(alone, batches, teacher, 8)
     members = [Member(spec, batches, teacher, CPU) for spec in specs]
-    seats = [Seat(m, Path(), {}, None) for m in members]  # type: ignore[arg-type]
-    cohort = Cohort(seats, batches, teacher, lambda *_: None, lambda _: None, lambda: False)
-    for at in range(8):
-        cohort.step(seats, at)
-    assert [seat.failure for seat in seats] == [None] * 3
+    for _ in range(8):
+        step_together(members, batches, teacher)
     assert fingerprint(members[0].student.model) == fingerprint(alone.student.model)
 
 
@@ -301,8 +299,8 @@ def test_one_anchor_is_in_memory_at_a_time(method: str) -> None:
         step(member, batches, teacher)
         assert networks() == before
     # The last anchor is looked at once more when the cell ends.
-    assert member.guide is not None
-    member.guide.check()
+    assert member.anchors is not None
+    member.anchors.check()
     assert len(teacher.route.__dict__["asked"]) == 4 + 3 + 1 + (2 * 5 if method == "rco_greedy" else 0)
 
 
@@ -339,7 +337,7 @@ def test_the_choice_is_made_on_images_split_off_the_training_set() -> None:
     assert len(held_out) + len(rest) == len(data.train_images)
     assert not any(torch.equal(a, b) for a in held_out for b in rest)
     # Only where H decides: not for the first anchor, nor for the last.
-    assert ["divergences" in anchor for anchor in member.anchors] == [False, True, True, False]
+    assert ["divergences" in anchor for anchor in member.anchors.record()] == [False, True, True, False]
 
 
 def test_looking_at_checkpoints_changes_no_student() -> None:
@@ -350,8 +348,8 @@ def test_looking_at_checkpoints_changes_no_student() -> None:
         spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
         member, batches, teacher = member_of(spec)
         if method == "rco_greedy":
-            assert member.guide is not None
-            looked = member.guide.divergences
+            assert member.anchors is not None
+            looked = member.anchors.divergences
             positions = iter([2, 3])
 
             def steered(n: int, looked: Any = looked, positions: Any = positions) -> list[float]:
@@ -359,9 +357,9 @@ def test_looking_at_checkpoints_changes_no_student() -> None:
                 at = next(positions)
                 return [0.1 if j < at else 1.0 if j == at else 2.0 for j in range(5)]
 
-            member.guide.divergences = steered  # type: ignore[method-assign]
+            member.anchors.divergences = steered  # type: ignore[method-assign]
         train(member, batches, teacher, 8)
-        assert [a["checkpoint"] for a in member.anchors] == [0, 2, 3, 4]
+        assert [a["checkpoint"] for a in member.anchors.record()] == [0, 2, 3, 4]
         ends.append(fingerprint(member.student.model))
     assert ends[0] == ends[1]
 
@@ -382,19 +380,19 @@ def test_a_resumed_cell_goes_on_bit_for_bit_across_anchors(method: str, at: int)
     second.load_state(torch.load(file, weights_only=True))
     train(second, batches, teacher, 8 - at)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
-    assert second.anchors == whole.anchors
+    assert second.anchors.record() == whole.anchors.record()
     assert second.meter.result() == whole.meter.result()
 
 
 def test_a_changed_anchor_is_told() -> None:
     member, batches, teacher = member_of(short("rco", 8))
     step(member, batches, teacher)
-    assert member.guide is not None and member.own_teacher is not None
-    member.guide.check()
+    assert member.anchors is not None and member.own_teacher is not None
+    member.anchors.check()
     with torch.no_grad():
         next(member.own_teacher.model.parameters()).add_(1e-3)
     with pytest.raises(CellError, match="a frozen anchor changed"):
-        member.guide.check()
+        member.anchors.check()
 
 
 def test_a_resumed_cell_notices_another_route() -> None:
@@ -417,7 +415,7 @@ def keeping(folder: Path, spec: CellSpec, batches: Batches, stop_after: int = -1
     member = Member(spec, batches, None, CPU)
     if (state := checkpoint.load(folder, {}, member.state())) is not None:
         member.load_state(state)
-    seat = Seat(member, folder, {}, MetricsLog(folder, member.history, tensorboard=False))
+    seat = TrainingCell(member, folder, {}, MetricsLog(folder, member.log.history, tensorboard=False))
     stop = lambda: member.step == stop_after  # noqa: E731
     done = Cohort([seat], batches, None, lambda *_: None, lambda _: None, stop, 0.0).run()
     assert seat.failure is None
@@ -465,7 +463,7 @@ def test_the_index_says_what_was_kept_and_nothing_of_the_test_part(tmp_path: Pat
         member.student.model.eval()
         part = batches.validation
         with torch.no_grad():
-            logits = member.student.model(member.normalizer(next(part.slices(100))[0]))
+            logits = member.student.model(member.student.normalizer(next(part.slices(100))[0]))
         assert entry["validation"]["accuracy"] == 100 * int((logits.argmax(1) == part.labels).sum()) / len(part.labels)
     (kept.folder / index[0]["file"]).write_bytes(b"half")
     with pytest.raises(UserError, match="at step 3 is damaged"):
@@ -484,7 +482,7 @@ def test_keeping_a_route_changes_no_training() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             member = Member(spec, batches, None, CPU)
-            seat = Seat(member, Path(folder), {}, MetricsLog(Path(folder), [], tensorboard=False))
+            seat = TrainingCell(member, Path(folder), {}, MetricsLog(Path(folder), [], tensorboard=False))
             Cohort([seat], batches, None, lambda *_: None, lambda _: None, lambda: False).run()
         ends.append(fingerprint(member.student.model))
     assert ends[0] == ends[1]

@@ -182,7 +182,7 @@ def test_weights_of_the_joint_loss(method: str, per_epoch: bool) -> None:
         "kd": 0.3 * beta,
         "ce": 0.7 * beta,
     }
-    found = {name: term.weight_at(run, epoch) for name, term in member.active.items()}
+    found = {name: term.weight_at(run, epoch) for name, term in member.stage.terms.items()}
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -202,19 +202,21 @@ def by_hand(method: str, alternating: bool) -> tuple[Any, Any]:
     member, batches, teacher = member_of(cell(options, steps=8, protocol={"name": "digits"}))
     assert teacher is not None and member.own_teacher is not None
     step(member, batches, teacher)
-    nets = {"student": copy.deepcopy(member.student), "teacher": copy.deepcopy(member.own_teacher)}
+    nets = {"student": copy.deepcopy(member.student), "teacher": copy.deepcopy(member.own_teacher.network)}
     optimizers = {}
-    for (name, net), pacer in zip(nets.items(), member.pacers, strict=True):
-        optimizer = torch.optim.SGD(net.model.parameters(), **{**pacer.optimizer.defaults, "lr": pacer.base_rates[0]})
-        optimizer.load_state_dict(copy.deepcopy(pacer.optimizer.state_dict()))
+    for (name, net), own in zip(nets.items(), member.stage.optimizers, strict=True):
+        optimizer = torch.optim.SGD(net.model.parameters(), **{**own.optimizer.defaults, "lr": own.base_rates[0]})
+        kept = copy.deepcopy(own.optimizer.state_dict())["state"]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
         for group in optimizer.param_groups:
-            group["lr"] = 0.001 * (1 + 10 * 1 / 8) ** -0.75 if name == "teacher" else pacer.base_rates[0]
+            group["lr"] = 0.001 * (1 + 10 * 1 / 8) ** -0.75 if name == "teacher" else own.base_rates[0]
         optimizers[name] = optimizer
-    sets = batches.sets(1, member.timeline, ["data", "target"])
+    batches.seek(1, member.timeline, ["data", "target"])
+    sets = batches.sets(["data", "target"])
     official = method.endswith("official")
 
     def look(name: str, domain: str) -> Tensor | Any:
-        normalizer = teacher.normalizer if name == "teacher" else member.normalizer
+        normalizer = teacher.network.normalizer if name == "teacher" else member.student.normalizer
         return nets[name](normalizer(sets[domain].images), ["logits", "pooled"])
 
     def kl(s: Tensor, t: Tensor) -> Tensor:
