@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,7 +118,7 @@ def compare(
     peers: bool,
     tell: Callable[[str], None],
 ) -> Result:
-    """Time the techniques one after the other switched on, the cohort, the table, and the peers.
+    """Time the ways to compute one cell, and by the fastest of them the cohort and the run with a table, beside peers.
 
     Args:
         flops: of one image's forward pass, of the "teacher" and the "student".
@@ -131,7 +132,6 @@ def compare(
     if logit is None:
         raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
     one, all_cells = [logit.model_dump(mode="json")], [spec.model_dump(mode="json") for spec in cells]
-    ladder = _ladder(one, machine, device)
     others = []
     if peers:
         others = [
@@ -139,79 +139,103 @@ def compare(
             Lane("torchdistill, teacher in eval mode", "torchdistill", one, allocator=False),
             Lane("plain PyTorch loop", "plain", one, allocator=False),
         ]
-    started: list[Process] = []
-
-    def start(lane: Lane) -> Process:
-        tell(f"starting {lane.name}")
-        started.append(Process(lane, device, threads))
-        return started[-1]
-
-    peaks = dict.fromkeys(machine.precisions, 0.0)
-
-    def in_turn(processes: list[Process], what: str) -> dict[str, list[float]]:
-        taken: dict[str, list[float]] = {process.lane.name: [] for process in processes}
-        for number in range(rounds):
-            tell(f"{what}, round {number + 1} of {rounds}")
-            for precision in peaks:
-                peaks[precision] = max(peaks[precision], machine.peak(precision))
-            for process in processes:
-                taken[process.lane.name].append(process.turn(seconds))
-        return taken
-
-    def row(process: Process, taken: dict[str, list[float]], first: Process) -> Row:
-        lane = process.lane
-        teacher = 0.0 if lane.table else flops["teacher"] / len(lane.specs)
-        # Backward costs twice forward.
-        work = 3 * flops["student"] + teacher
-        return Row(lane, taken[lane.name], taken[first.lane.name], process.warm["seconds"], work)
-
+    rounds_of = Rounds(machine, device, threads, rounds, seconds, tell)
     try:
-        for lane in [*others, *ladder]:
-            try:
-                start(lane)
-            except CellError as error:
-                # A technique that does not work here leaves the others their times; a peer must be there.
-                if lane in others or not lane.computing.compile:
-                    raise
-                tell(f"left out: {error}")
-        techniques = list(started)
-        taken = in_turn(techniques, "techniques")
-        rows = [row(process, taken, techniques[0]) for process in techniques]
+        # A way that does not work here leaves the others their times; a peer must be there.
+        techniques = rounds_of.start(others, needed=True) + rounds_of.start(_ways(one, machine, device))
+        taken = rounds_of.measure(techniques, "techniques")
         best = max(techniques[len(others) :], key=lambda process: statistics.median(taken[process.lane.name]))
         for process in techniques[1:]:
             if process is not best:
                 process.end()
         way = best.lane
-        table = start(replace(way, name=f"{way.name}, logit table", table=True))
-        cohort = start(replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells))
-        final = in_turn([techniques[0], best, cohort, table], "cohort and table")
-        roles = {
-            role: row(process, final, techniques[0])
-            for role, process in (("run", best), ("cohort", cohort), ("table", table))
-        }
+        table = replace(way, name=f"{way.name}, logit table", table=True)
+        cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
+        final = [techniques[0], best, *rounds_of.start([cohort, table], needed=True)]
+        last = rounds_of.measure(final, "cohort and table")
     finally:
-        for process in started:
+        rounds_of.end()
+
+    def row(process: Process, taken: dict[str, list[float]]) -> Row:
+        lane = process.lane
+        teacher = 0.0 if lane.table else flops["teacher"] / len(lane.specs)
+        # Backward costs twice forward.
+        work = 3 * flops["student"] + teacher
+        return Row(lane, taken[lane.name], taken[techniques[0].lane.name], process.warm["seconds"], work)
+
+    roles = {role: row(process, last) for role, process in zip(("run", "cohort", "table"), final[1:], strict=True)}
+    rows = [*(row(process, taken) for process in techniques), roles["cohort"], roles["table"]]
+    return Result(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
+
+
+class Rounds:
+    """Starts lanes and lets them take turns.
+
+    Args:
+        rounds: turns of every lane; in each round all lanes have one. seconds: of one turn.
+
+    Attributes:
+        peaks: FLOP/s of a large matrix product by precision, the best of those measured between the rounds.
+    """
+
+    def __init__(
+        self, machine: Machine, device: str, threads: int, rounds: int, seconds: float, tell: Callable[[str], None]
+    ) -> None:
+        self.machine, self.device, self.threads = machine, device, threads
+        self.rounds, self.seconds, self.tell = rounds, seconds, tell
+        self.peaks = dict.fromkeys(machine.precisions, 0.0)
+        self.started: list[Process] = []
+
+    def start(self, lanes: Sequence[Lane], needed: bool = False) -> list[Process]:
+        """Start lanes, as many at a time as there are cores: most of it is imports and compilation.
+
+        Args:
+            needed: whether one that cannot start is an error. Else it is left out, and that is told.
+        """
+        self.tell(f"starting {', '.join(lane.name for lane in lanes)}")
+        found = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            starting = [pool.submit(Process, lane, self.device, self.threads) for lane in lanes]
+            for future in starting:
+                try:
+                    found.append(future.result())
+                except CellError as error:
+                    if needed:
+                        raise
+                    self.tell(f"left out: {error}")
+        self.started += found
+        return found
+
+    def measure(self, processes: list[Process], what: str) -> dict[str, list[float]]:
+        """Images a second of every lane, round by round."""
+        taken: dict[str, list[float]] = {process.lane.name: [] for process in processes}
+        for number in range(self.rounds):
+            self.tell(f"{what}, round {number + 1} of {self.rounds}")
+            for precision in self.peaks:
+                self.peaks[precision] = max(self.peaks[precision], self.machine.peak(precision))
+            for process in processes:
+                taken[process.lane.name].append(process.turn(self.seconds))
+        return taken
+
+    def end(self) -> None:
+        for process in self.started:
             process.end()
-    rows += [roles["cohort"], roles["table"]]
-    return Result(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, peaks)
 
 
-def _ladder(specs: list[dict[str, Any]], machine: Machine, device: str) -> list[Lane]:
-    """kdbench's lanes for one cell, each with one technique more than the one before."""
-    way = Computing()
-    lanes = [Lane("kdbench, float32", "kdbench", specs, way, allocator=False)]
+def _ways(specs: list[dict[str, Any]], machine: Machine, device: str) -> list[Lane]:
+    """kdbench's lanes for one cell: the plain one, and every way that may be the fastest, whatever the others give."""
+    lanes = [Lane("kdbench, float32", "kdbench", specs, allocator=False)]
     if device == "cpu":
-        lanes.append(Lane("+ memory kept", "kdbench", specs, way))
-    way = replace(way, layout="channels_last")
-    lanes.append(Lane("+ channels_last", "kdbench", specs, way))
-    if "bfloat16" in machine.precisions:
-        way = replace(way, precision="bfloat16")
-        lanes.append(Lane("+ bfloat16", "kdbench", specs, way))
-    if machine.compiler:
-        way = replace(way, compile=True)
-        lanes.append(Lane("+ compiled", "kdbench", specs, way))
-        if device != "cpu":
-            lanes.append(Lane("+ CUDA graphs", "kdbench", specs, replace(way, cuda_graphs=True)))
+        lanes.append(Lane("float32, memory kept", "kdbench", specs))
+    for precision in machine.precisions:
+        way = Computing(precision, "channels_last")
+        lanes.append(Lane(f"{precision}, channels_last", "kdbench", specs, way))
+        if machine.compiler:
+            way = replace(way, compile=True)
+            lanes.append(Lane(f"{precision}, channels_last, compiled", "kdbench", specs, way))
+            if device != "cpu":
+                graphs = replace(way, cuda_graphs=True)
+                lanes.append(Lane(f"{precision}, channels_last, compiled, CUDA graphs", "kdbench", specs, graphs))
     return lanes
 
 

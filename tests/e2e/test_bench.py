@@ -33,7 +33,7 @@ def test_all_lanes(kdbench: Kdbench, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "speed.json").read_text())["results"][0]
     names = [row["name"] for row in result["rows"]]
     assert names[:3] == ["torchdistill", "torchdistill, teacher in eval mode", "plain PyTorch loop"]
-    assert names[3] == "kdbench, float32" and "+ channels_last" in names
+    assert names[3] == "kdbench, float32" and "float32, channels_last" in names
     assert names[-2].endswith("3 methods as one cohort") and names[-1].endswith("logit table")
     for row in result["rows"]:
         assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0
