@@ -193,17 +193,15 @@ class Rounds:
             needed: whether one that cannot start is an error. Else it is left out, and that is told.
         """
         self.tell(f"starting {', '.join(lane.name for lane in lanes)}")
-        found = []
         with ThreadPoolExecutor(self.threads) as pool:
             starting = [pool.submit(Process, lane, self.device, self.threads) for lane in lanes]
-            for future in starting:
-                try:
-                    found.append(future.result())
-                except CellError as error:
-                    if needed:
-                        raise
-                    self.tell(f"left out: {error}")
+        found = [future.result() for future in starting if future.exception() is None]
         self.started += found
+        for error in (future.exception() for future in starting):
+            if error is not None and (needed or not isinstance(error, CellError)):
+                raise error
+            if error is not None:
+                self.tell(f"left out: {error}")
         return found
 
     def measure(self, processes: list[Process], what: str) -> dict[str, list[float]]:

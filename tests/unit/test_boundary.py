@@ -557,7 +557,8 @@ def test_the_loss_of_a_step_is_the_sum_of_the_formulas() -> None:
 
     def soft(pixels: Tensor, rows: Tensor) -> Tensor:
         own = F.log_softmax(student(other.student.normalizer(pixels))[rows] / 3, dim=1)
-        return -(F.softmax(teacher.network.model(teacher.network.normalizer(pixels))[rows] / 3, dim=1) * own).sum(1).mean()
+        taught = teacher.network.model(teacher.network.normalizer(pixels))[rows]
+        return -(F.softmax(taught / 3, dim=1) * own).sum(1).mean()
 
     everything = torch.ones(16, dtype=torch.bool)
     with torch.no_grad():

@@ -535,7 +535,8 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
         member, _ = member_in(spec, teacher, folder)
         if (state := checkpoint.load(folder / "cell", {"a": 1}, member.state())) is not None:
             member.load_state(state)
-        seat = TrainingCell(member, folder / "cell", {"a": 1}, MetricsLog(folder / "cell", member.log.history, tensorboard=False))
+        log = MetricsLog(folder / "cell", member.log.history, tensorboard=False)
+        seat = TrainingCell(member, folder / "cell", {"a": 1}, log)
         cohort = Cohort(
             [seat],
             batches,
