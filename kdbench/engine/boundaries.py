@@ -24,7 +24,7 @@ from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.registry import Registry
-from kdbench.results.record import Record
+from kdbench.results.record import Record, student_file
 from kdbench.results.soundness import spec_of
 from kdbench.sources.attack import RATES, StepRule, boundary_attack
 
@@ -340,8 +340,8 @@ def of_cells(
             teachers[key] = _prepared(record, spec, teacher, options, images, targets, device, seen)
         classifier, pairs, ways, each, names = teachers[key]
         tell(f"{record.cell.label}, seed {record.cell.seed}")
+        file = student_file(record)
         student = student_of(record, spec, options.registries, device)
-        file = weights_of_student(record)
         seen.network(f"{record.recipe}/{file.parent.resolve().name}", file)
         own = ways_to_boundary(student, pairs)
         looks: list[Look] = []
@@ -471,22 +471,9 @@ def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
     return file
 
 
-def weights_of_student(record: Record) -> Path:
-    """The file of a finished cell's student. UserError where it is not beside its record."""
-    assert record.folder is not None
-    file = record.folder / "student.safetensors"
-    if not file.is_file():
-        raise UserError(
-            "there are no weights of this cell's student: published results hold records alone",
-            where=str(record.folder),
-            hint="give a folder of runs, or run the recipe again",
-        )
-    return file
-
-
 def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], device: torch.device) -> Classifier:
     """The student of a finished cell. UserError where its weights are not beside its record."""
-    model = kdbench.load_student(weights_of_student(record).parent, registries).to(device).requires_grad_(False)
+    model = kdbench.load_student(student_file(record).parent, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
 

@@ -86,13 +86,18 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
     axes, keys = _axes(ordered)
     columns = _columns(axes, [key for several in keys for key in several])
     cells: dict[tuple[str, Key], dict[int, Record]] = {}
+    of_column: dict[Key, list[Record]] = {}
     for record, row, several in zip(ordered, rows, keys, strict=True):
         for key in several:
             group = cells.setdefault((row.label, key), {})
             for other in (group.get(record.cell.seed), next(iter(group.values()), None)):
                 if other is not None:
                     _check_same(row, other, record)
+                    _check_made_alike(other, record, _of_data(record) | _of_teacher(record))
             group[record.cell.seed] = record
+            for other in of_column.setdefault(key, []):
+                _check_made_alike(other, record, _of_data(record))
+            of_column[key].append(record)
     unique_rows = tuple(dict.fromkeys(rows))
     chosen, note = _baseline(unique_rows, ordered, baseline)
     if not any(record.cell.order is not None for record in ordered):
@@ -159,6 +164,7 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
         if (first := kept.get(record.identity)) is None:
             kept[record.identity] = record
         else:
+            _check_made_alike(first, record, _of_data(record) | _of_teacher(record))
             copies += 1
             different += first.result != record.result
     notes = []
@@ -324,6 +330,36 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
         where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
         hint="give the folders of one comparison, or take one of the two out",
     )
+
+
+def _of_data(record: Record) -> dict[str, str]:
+    """The data that a record was made from: what they are called -> fingerprint."""
+    parts = [part for part in (record.data, record.target) if part is not None]
+    return {f"data '{part.name}', fingerprint": part.fingerprint for part in parts}
+
+
+def _of_teacher(record: Record) -> dict[str, str]:
+    """The teacher that a record's student learned from, likewise."""
+    teacher = record.teacher
+    return {} if teacher is None else {f"teacher '{teacher.name}', sha256": teacher.sha256}
+
+
+def _check_made_alike(a: Record, b: Record, made_from: Mapping[str, str]) -> None:
+    """Refuse to average, or to compare, what was made from different things of one name.
+
+    Args:
+        made_from: what `b` was made from, as far as it matters.
+    """
+    others = _of_data(a) | _of_teacher(a)
+    for what, digest in made_from.items():
+        if (other := others.get(what, digest)) != digest:
+            raise UserError(
+                f"'{a.cell.label}', seed {a.cell.seed}, and '{b.cell.label}', seed {b.cell.seed}, do not belong in one "
+                f"table: {what} {other[:12]} and {digest[:12]}",
+                where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+                hint="give the folders of one comparison, or take one of the two out; 'kdbench run' trains its cell "
+                "again where the folder is removed",
+            )
 
 
 def _count(number: int, one: str, many: str) -> str:
