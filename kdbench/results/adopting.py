@@ -1,4 +1,4 @@
-"""From published results back into a run: which cells of a plan need not be trained, because their records are there."""
+"""From published results back into a run: which cells of a plan need no training, because their records are there."""
 
 from __future__ import annotations
 

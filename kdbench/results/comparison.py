@@ -86,18 +86,14 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
     axes, keys = _axes(ordered)
     columns = _columns(axes, [key for several in keys for key in several])
     cells: dict[tuple[str, Key], dict[int, Record]] = {}
-    of_column: dict[Key, list[Record]] = {}
     for record, row, several in zip(ordered, rows, keys, strict=True):
         for key in several:
             group = cells.setdefault((row.label, key), {})
             for other in (group.get(record.cell.seed), next(iter(group.values()), None)):
                 if other is not None:
                     _check_same(row, other, record)
-                    _check_made_alike(other, record, _of_data(record) | _of_teacher(record))
+                    _check_made_alike(other, record)
             group[record.cell.seed] = record
-            for other in of_column.setdefault(key, []):
-                _check_made_alike(other, record, _of_data(record))
-            of_column[key].append(record)
     unique_rows = tuple(dict.fromkeys(rows))
     chosen, note = _baseline(unique_rows, ordered, baseline)
     if not any(record.cell.order is not None for record in ordered):
@@ -164,7 +160,7 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
         if (first := kept.get(record.identity)) is None:
             kept[record.identity] = record
         else:
-            _check_made_alike(first, record, _of_data(record) | _of_teacher(record))
+            _check_made_alike(first, record)
             copies += 1
             different += first.result != record.result
     notes = []
@@ -332,34 +328,24 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     )
 
 
-def _of_data(record: Record) -> dict[str, str]:
-    """The data that a record was made from: what they are called -> fingerprint."""
-    parts = [part for part in (record.data, record.target) if part is not None]
-    return {f"data '{part.name}', fingerprint": part.fingerprint for part in parts}
-
-
-def _of_teacher(record: Record) -> dict[str, str]:
-    """The teacher that a record's student learned from, likewise."""
-    teacher = record.teacher
-    return {} if teacher is None else {f"teacher '{teacher.name}', sha256": teacher.sha256}
-
-
-def _check_made_alike(a: Record, b: Record, made_from: Mapping[str, str]) -> None:
-    """Refuse to average, or to compare, what was made from different things of one name.
-
-    Args:
-        made_from: what `b` was made from, as far as it matters.
-    """
-    others = _of_data(a) | _of_teacher(a)
-    for what, digest in made_from.items():
-        if (other := others.get(what, digest)) != digest:
-            raise UserError(
-                f"'{a.cell.label}', seed {a.cell.seed}, and '{b.cell.label}', seed {b.cell.seed}, do not belong in one "
-                f"table: {what} {other[:12]} and {digest[:12]}",
-                where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
-                hint="give the folders of one comparison, or take one of the two out; 'kdbench run' trains its cell "
-                "again where the folder is removed",
-            )
+def _check_made_alike(a: Record, b: Record) -> None:
+    """Refuse to average over, or to take for one cell, what was made from different data or by different teachers of
+    one name."""
+    for what, kept, digest in (
+        ("data", "fingerprint", lambda record: {p.name: p.fingerprint for p in (record.data, record.target) if p}),
+        ("teacher", "sha256", lambda record: {p.name: p.sha256 for p in (record.teacher,) if p}),
+    ):
+        found: list[dict[str, str]] = [digest(record) for record in (a, b)]
+        for name in found[0].keys() & found[1].keys():
+            if found[0][name] != found[1][name]:
+                raise UserError(
+                    f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different "
+                    f"{what} '{name}', so no mean is taken over them: {kept} {found[0][name][:12]} and "
+                    f"{found[1][name][:12]}",
+                    where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+                    hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
+                    "and 'kdbench run' trains it again",
+                )
 
 
 def _count(number: int, one: str, many: str) -> str:
