@@ -5,7 +5,7 @@ end."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import home, sha256_of
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
@@ -321,7 +321,7 @@ def of_cells(
             of_data = known.setdefault(spec.data.name, [])
             if all(spec.teacher.identity() != other.identity() for other in of_data):
                 of_data.append(spec.teacher)
-    teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str]]] = {}
+    teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str], dict[str, str]]] = {}
     against: list[TeacherSpec | None] = []
     for spec in specs:
         candidates = known.get(spec.data.name, [])
@@ -338,7 +338,8 @@ def of_cells(
         if key not in teachers:
             tell(f"{teacher.name}: its boundary around {images} test images of {spec.data.name}")
             teachers[key] = _prepared(record, spec, teacher, options, images, targets, device, seen)
-        classifier, pairs, ways, each, names = teachers[key]
+        classifier, pairs, ways, each, names, made_from = teachers[key]
+        _check_made_from(record, made_from)
         tell(f"{record.cell.label}, seed {record.cell.seed}")
         file = student_file(record)
         student = student_of(record, spec, options.registries, device)
@@ -437,8 +438,9 @@ def _prepared(
     targets: int | None,
     device: torch.device,
     seen: Provenance,
-) -> tuple[Classifier, Pairs, Ways, int, Sequence[str]]:
-    """A teacher, the pairs that it gives rise to, its ways, pairs an image, and the classes' names."""
+) -> tuple[Classifier, Pairs, Ways, int, Sequence[str], dict[str, str]]:
+    """A teacher, the pairs that it gives rise to, its ways, pairs an image, the classes' names, and of both data and
+    teacher the name with fingerprint or sha256."""
     pixels, labels, names, fingerprint = spaced_images(spec.data, options, images, device)
     assert record.folder is not None
     file = weights_of(teacher, options, record.folder.parent.parent)
@@ -446,7 +448,25 @@ def _prepared(
     seen.network(teacher.name, file)
     eyes = load_teacher(teacher, spec.data, file, device).eyes()
     pairs = pairs_of(eyes.logits, pixels, labels, targets)
-    return eyes.logits, pairs, ways_to_boundary(eyes.logits, pairs), len(pairs.images) // len(pixels), names
+    each, made_from = (
+        len(pairs.images) // len(pixels),
+        {f"data '{spec.data.name}'": fingerprint, f"teacher '{teacher.name}'": sha256_of(file)},
+    )
+    return eyes.logits, pairs, ways_to_boundary(eyes.logits, pairs), each, names, made_from
+
+
+def _check_made_from(record: Record, here: Mapping[str, str]) -> None:
+    """UserError for a cell that was made from other data than those here, or by another teacher of this name."""
+    made = {f"data '{record.data.name}'": record.data.fingerprint}
+    if record.teacher is not None:
+        made[f"teacher '{record.teacher.name}'"] = record.teacher.sha256
+    for name, digest in made.items():
+        if (now := here.get(name, digest)) != digest:
+            raise UserError(
+                f"this cell was made from other {name}: {digest[:12]}, here it is {now[:12]}",
+                where=str(record.folder),
+                hint="give the data and the runs that belong to it (--data, --runs), or run its recipe again",
+            )
 
 
 def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:

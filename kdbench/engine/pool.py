@@ -204,7 +204,7 @@ class Pool:
 def error_of(event: dict[str, Any]) -> Exception:
     """What a "failed" event says, as what to raise."""
     if user := event.get("user"):
-        return UserError(user["what"], user["where"], user["hint"])
+        return UserError(**user)
     return CellError(event["message"] + ("\n" + event["trace"] if event.get("trace") else ""))
 
 
