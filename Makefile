@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	@touch $@
 
 quickstart: setup ## train the quickstart's cells, print and write the table
-	$(BIN)/kdbench run quickstart
+	$(BIN)/kdbench run quickstart --no-adopt
 
 test: setup ## all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
@@ -41,7 +41,7 @@ bench: peers ## images per second, technique by technique, against torchdistill 
 OUT ?= runs/gpu
 bench-gpu: peers ## the benchmark on a GPU, and the time of one 240-epoch run; writes to OUT
 	$(BIN)/kdbench bench ab_wrn ab_resnet speed --device cuda --json $(OUT)/bench.json
-	$(BIN)/kdbench run speed --device cuda --runs $(OUT)
+	$(BIN)/kdbench run speed --no-adopt --device cuda --runs $(OUT)
 
 lint: setup ## ruff
 	$(BIN)/ruff check .

@@ -92,6 +92,7 @@ def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> n
     from kdbench.errors import UserError
     from kdbench.recipe.schema import DataSpec, ModelSpec
     from kdbench.registry import Registry
+    from kdbench.results.record import read_record, student_file
 
     Registry(Path(registry) for registry in registries)
     folder = Path(folder)
@@ -100,6 +101,6 @@ def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> n
     spec = json.loads((folder / "record.json").read_text(encoding="utf-8"))["spec"]
     model_spec = ModelSpec.model_validate(spec["student"]).model_copy(update={"weights": None})
     model = build_model(model_spec, DataSpec.model_validate(spec["data"]))
-    file = folder / "student.safetensors"
+    file = student_file(read_record(folder))
     load_weights(model, read_weights(file), spec["student"]["name"], str(file))
     return model.eval()

@@ -35,11 +35,14 @@ def command(
     download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
     registry: RegistryOption = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
+    results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
+    adopt: Annotated[bool, typer.Option(help="Whether cells that are published there count as finished.")] = True,
 ) -> None:
     """Train every cell of RECIPE that is not finished yet, then print and write the table.
 
     RECIPE is a file or the name of a shipped recipe ('kdbench ls recipes'). Further words KEY.PATH=VALUE override it.
-    The same command again goes on where it was stopped; finished cells are never run again.
+    The same command again goes on where it was stopped; finished cells are never run again, nor are those that
+    'kdbench publish' has put into results/<recipe>: so a published table grows by seeds.
     """
     from kdbench.engine.runner import Options
     from kdbench.recipe.planning import plan
@@ -58,22 +61,27 @@ def command(
         registries=folders,
         checkpoint_seconds=checkpoint_seconds,
     )
-    outcome = carry_out(planned, options)
+    outcome = carry_out(planned, options, results if adopt else None)
     if outcome.failed:
         raise failure(planned, outcome)
 
 
-def carry_out(planned: Plan, options: Options) -> Outcome:
+def carry_out(planned: Plan, options: Options, results: Path | None = None) -> Outcome:
     """Run a plan before the user's eyes, then print and write the table of what is finished.
+
+    Args:
+        results: folder of published results, whose cells of this plan count as finished.
 
     Raises:
         typer.Exit: interrupted, with code 130.
     """
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
+    from kdbench.results.adopting import published
 
+    found = published(planned, results / planned.name) if results is not None else {}
     try:
-        outcome = run_plan(planned, options, listener())
+        outcome = run_plan(planned, options, listener(), (results or Path()) / planned.name, found)
     except KeyboardInterrupt:
         print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -5,7 +5,7 @@ end."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import home, sha256_of
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.registry import Registry
-from kdbench.results.record import Record
+from kdbench.results.record import Record, student_file
 from kdbench.results.soundness import spec_of
 from kdbench.sources.attack import RATES, StepRule, boundary_attack
 
@@ -322,7 +322,7 @@ def of_cells(
             of_data = known.setdefault(spec.data.name, [])
             if all(spec.teacher.identity() != other.identity() for other in of_data):
                 of_data.append(spec.teacher)
-    teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str]]] = {}
+    teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str], dict[str, str]]] = {}
     against: list[TeacherSpec | None] = []
     for spec in specs:
         candidates = known.get(spec.data.name, [])
@@ -339,10 +339,11 @@ def of_cells(
         if key not in teachers:
             tell(f"{teacher.name}: its boundary around {images} test images of {spec.data.name}")
             teachers[key] = _prepared(record, spec, teacher, options, images, targets, device, seen)
-        classifier, pairs, ways, each, names = teachers[key]
+        classifier, pairs, ways, each, names, made_from = teachers[key]
+        _check_made_from(record, made_from)
         tell(f"{record.cell.label}, seed {record.cell.seed}")
+        file = student_file(record)
         student = student_of(record, spec, options.registries, device)
-        file = weights_of_student(record)
         seen.network(f"{record.recipe}/{file.parent.resolve().name}", file)
         own = ways_to_boundary(student, pairs)
         looks: list[Look] = []
@@ -438,8 +439,9 @@ def _prepared(
     targets: int | None,
     device: torch.device,
     seen: Provenance,
-) -> tuple[Classifier, Pairs, Ways, int, Sequence[str]]:
-    """A teacher, the pairs that it gives rise to, its ways, pairs an image, and the classes' names."""
+) -> tuple[Classifier, Pairs, Ways, int, Sequence[str], dict[str, str]]:
+    """A teacher, the pairs that it gives rise to, its ways, pairs an image, the classes' names, and of both data and
+    teacher the name with fingerprint or sha256."""
     pixels, labels, names, fingerprint = spaced_images(spec.data, options, images, device)
     assert record.folder is not None
     file = weights_of(teacher, options, record.folder.parent.parent)
@@ -447,7 +449,25 @@ def _prepared(
     seen.network(teacher.name, file)
     network = load_teacher(teacher, spec.data, file, device).network
     pairs = pairs_of(network.logits, pixels, labels, targets)
-    return network.logits, pairs, ways_to_boundary(network.logits, pairs), len(pairs.images) // len(pixels), names
+    each, made_from = (
+        len(pairs.images) // len(pixels),
+        {f"data '{spec.data.name}'": fingerprint, f"teacher '{teacher.name}'": sha256_of(file)},
+    )
+    return network.logits, pairs, ways_to_boundary(network.logits, pairs), each, names, made_from
+
+
+def _check_made_from(record: Record, here: Mapping[str, str]) -> None:
+    """UserError for a cell that was made from other data than those here, or by another teacher of this name."""
+    made = {f"data '{record.data.name}'": record.data.fingerprint}
+    if record.teacher is not None:
+        made[f"teacher '{record.teacher.name}'"] = record.teacher.sha256
+    for name, digest in made.items():
+        if (now := here.get(name, digest)) != digest:
+            raise UserError(
+                f"this cell was made from other {name}: {digest[:12]}, here it is {now[:12]}",
+                where=str(record.folder),
+                hint="give the data and the runs that belong to it (--data, --runs), or run its recipe again",
+            )
 
 
 def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
@@ -472,22 +492,9 @@ def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
     return file
 
 
-def weights_of_student(record: Record) -> Path:
-    """The file of a finished cell's student. UserError where it is not beside its record."""
-    assert record.folder is not None
-    file = record.folder / "student.safetensors"
-    if not file.is_file():
-        raise UserError(
-            "there are no weights of this cell's student: published results hold records alone",
-            where=str(record.folder),
-            hint="give a folder of runs, or run the recipe again",
-        )
-    return file
-
-
 def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], device: torch.device) -> Classifier:
     """The student of a finished cell. UserError where its weights are not beside its record."""
-    model = kdbench.load_student(weights_of_student(record).parent, registries).to(device).requires_grad_(False)
+    model = kdbench.load_student(student_file(record).parent, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
 

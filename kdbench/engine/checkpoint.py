@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         raise CellError(f"the checkpoint could not be written to {folder}: {error}") from None
 
 
-def load(folder: Path, key: dict[str, Any], entries: Collection[str]) -> dict[str, Any] | None:
+def load(
+    folder: Path, key: dict[str, Any], entries: Collection[str], tell: Callable[[str], None] = lambda text: None
+) -> dict[str, Any] | None:
     """The checkpoint of a cell, or None when there is none that can be used.
 
     Args:
@@ -31,16 +33,20 @@ def load(folder: Path, key: dict[str, Any], entries: Collection[str]) -> dict[st
             or a damaged file is set aside, and the cell begins anew.
         entries: names of what the state must consist of. Another version of kdbench may have kept other things, and
             then its checkpoints are set aside as well.
+        tell: is told of a checkpoint that was set aside.
     """
     file = folder / NAME
     if not file.is_file():
         return None
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        fits = state["key"] == key and state.keys() == {"key", *entries}
+        other = [name for name in key if state["key"].get(name) != key[name]]
+        why = f"of other {', '.join(other)}" if other else ""
+        if not why and (state["key"] != key or state.keys() != {"key", *entries}):
+            why = "of another version of kdbench"
     except Exception:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
-        fits = False
-    if not fits:
-        file.replace(file.with_suffix(".unusable"))
+        why = "damaged"
+    if why:
+        tell(f"its checkpoint is {why}: set aside as {file.replace(file.with_suffix('.unusable'))}, it begins anew")
         return None
     return state

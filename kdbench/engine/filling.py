@@ -8,12 +8,13 @@ from pathlib import Path
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import plainest
+from kdbench.engine.finished import DataHere
+from kdbench.engine.pool import error_of
 from kdbench.engine.runner import (
     Listener,
     Options,
     alone,
     computings_for,
-    error_of,
     is_finished,
     label,
     pool_for,
@@ -70,7 +71,7 @@ def fill_logits(
         specs = [cell.spec for cell, _ in wanted.values()]
         try_out(specs, pool)
         if not estimate:
-            train_teachers(specs, options, pool, listener)
+            train_teachers(specs, options, pool, listener, DataHere(pool, listener.say))
             prepare(specs, options, pool, listener)
         teachers = {spec.teacher.identity() for spec in specs if spec.teacher}
         known = [c for c in plan.cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]

@@ -20,9 +20,9 @@ from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
-from kdbench.files import atomic, write_json
+from kdbench.files import atomic, sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.results.record import summary
+from kdbench.results.record import LOGITS, STUDENT, summary
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 
@@ -52,9 +52,9 @@ def finish(
     data, target = domains
     member.student.model.eval()
     _, logits = score(member.student, batches.test)
-    with atomic(folder / "test_logits.safetensors") as temporary:
+    with atomic(folder / LOGITS) as temporary:
         save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
-    with atomic(folder / "student.safetensors") as temporary:
+    with atomic(folder / STUDENT) as temporary:
         save_file(
             {
                 k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -120,6 +120,7 @@ def finish(
         "sources": {name: source.record() for name, source in member.sources.items()},
         "operations": {name: operation.record() for name, operation in member.operations.items()},
         "seeds": streams(spec),
+        "files": {name: sha256_of(folder / name) for name in (STUDENT, LOGITS)},
         "git": git_state(),
     }
     write_json(folder / "record.json", record)

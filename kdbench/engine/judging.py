@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from kdbench.engine.batches import SLICE
-from kdbench.engine.boundaries import Classifier, readable_spec, student_of, weights_of, weights_of_student
+from kdbench.engine.boundaries import Classifier, readable_spec, student_of, weights_of
 from kdbench.engine.runner import Options
 from kdbench.engine.teachers import load_teacher
 from kdbench.errors import UserError
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.schema import DataSpec
 from kdbench.registry import Registry
-from kdbench.results.record import read_records
+from kdbench.results.record import read_records, student_file
 from kdbench.sources.made import POOL, MadeImages
 
 
@@ -104,7 +104,7 @@ def students_as_judges(folder: Path, options: Options) -> list[Judge]:
         begun = spec.teacher.known_classes if spec.teacher and spec.method.starts_from == "teacher" else None
         classes = frozenset([*(spec.data.only_classes or range(spec.data.classes)), *(begun or [])])
         load = functools.partial(student_of, record, spec, options.registries)
-        found.append(Judge(name, spec.data, classes, weights_of_student(record), load))
+        found.append(Judge(name, spec.data, classes, student_file(record), load))
     return found
 
 

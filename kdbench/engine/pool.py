@@ -201,6 +201,13 @@ class Pool:
         return self._on[number]
 
 
+def error_of(event: dict[str, Any]) -> Exception:
+    """What a "failed" event says, as what to raise."""
+    if user := event.get("user"):
+        return UserError(**user)
+    return CellError(event["message"] + ("\n" + event["trace"] if event.get("trace") else ""))
+
+
 def _omp_threads() -> int:
     """Threads that the user allows, 0 where nothing is said."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]

@@ -1,15 +1,17 @@
 """Carries a plan out: teachers first, then cohorts of cells spread over worker processes. Imports no torch.
 
-What is finished is never run again: a cell's folder name holds its identity, and a record in it makes it whole.
+What is finished is never run again: a cell's folder name holds its identity, and a sound record in it makes it whole,
+for the data and the teacher that the record names.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +19,16 @@ from filelock import FileLock, Timeout
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import Computing, plainest
-from kdbench.engine.pool import Pool
+from kdbench.engine.finished import DataHere, Finished, check_teacher
+from kdbench.engine.pool import Pool, error_of
 from kdbench.engine.scheduling import BEGUN, CellState, Memories, Work, balanced, begun, cohorts_of, fitting, kind
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
+from kdbench.results.record import RECORD, Record, finished_record, student_file
 
-RECORD = "record.json"
 # Folder beside the runs for what batch sources make once for several cells.
 SOURCES = "sources"
 
@@ -53,8 +56,9 @@ class Options:
 
 
 class Listener(Protocol):
-    """Is told what happens. `update` comes after every change."""
+    """Is told what happens. `update` comes after every change; `say` is for what nobody should miss, at any time."""
 
+    def say(self, text: str) -> None: ...
     def begin(self, cells: list[CellState], title: str) -> None: ...
     def doing(self, text: str) -> None: ...
     def update(self, cell: CellState) -> None: ...
@@ -62,6 +66,7 @@ class Listener(Protocol):
 
 
 class Silent:
+    def say(self, text: str) -> None: ...
     def begin(self, cells: list[CellState], title: str) -> None: ...
     def doing(self, text: str) -> None: ...
     def update(self, cell: CellState) -> None: ...
@@ -77,15 +82,27 @@ class Outcome:
     failed: list[CellState] = field(default_factory=list)
 
 
-def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outcome:
+def run(
+    plan: Plan,
+    options: Options,
+    listener: Listener | None = None,
+    results: Path = Path(),
+    published: Mapping[str, Record] | None = None,
+) -> Outcome:
     """Run every cell of a plan that is not finished yet.
 
+    Args:
+        results, published: a folder of published results, and records in it by the names of their cells' folders: such
+            a cell is taken over in place of training it, where it fits to the data and the teacher here.
+
     Raises:
-        UserError: another run works in the same folder; data or weights are not to be had.
+        UserError: another run works in the same folder; data or weights are not to be had; a damaged record, or one
+            that was made from other data or by another teacher than those here.
         KeyboardInterrupt: after all cells were checkpointed.
     """
     listener = listener or Silent()
     folder = options.runs / plan.name
+    folder_of = partial(teacher_folder, runs=options.runs)
     with alone(folder):
         write_json(
             folder / "recipe.json",
@@ -97,28 +114,29 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
             },
         )
         states = [CellState(i, label(cell), folder / cell.slug) for i, cell in enumerate(plan.cells)]
-        for cell, state in zip(plan.cells, states, strict=True):
-            if is_finished(state.folder):
-                state.state = "finished"
-                _rename(state.folder / RECORD, names(plan, cell))
-        open_cells = [
-            (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
-        ]
-        if open_cells:
-            with pool_for(options) as pool:
-                memory = try_out([cell.spec for cell, _ in open_cells], pool)
-                train_teachers([cell.spec for cell, _ in open_cells], options, pool, listener)
-                listener.begin(states, plan.title or plan.name)
-                try:
-                    prepare([cell.spec for cell, _ in open_cells], options, pool, listener)
-                    done = [state.folder for state in states if state.state == "finished"]
-                    computings = computings_for(folder, open_cells, done, options, pool, listener)
-                    _cells(plan, open_cells, computings, memory, options, pool, listener)
-                finally:
-                    listener.end()
-        else:
+        finished = Finished(list(zip(plan.cells, states, strict=True)), published or {}, listener.say)
+        # Who only wants a table need not have the device.
+        with pool_for(options if finished.open or finished.taken else replace(options, device="cpu")) as pool:
+            memory = try_out([cell.spec for cell, _ in finished.open], pool)
+            here = DataHere(pool, listener.say)
+            finished.compare_data(here, folder_of)
+            train_teachers([cell.spec for cell, _ in finished.open], options, pool, listener, here)
+            finished.compare_teachers(folder_of)
+            finished.adopt(results, folder)
+            for cell, state in zip(plan.cells, states, strict=True):
+                if state.state == "finished":
+                    _rename(state.folder / RECORD, names(plan, cell))
+            if any(kind(cell.spec) not in memory for cell, _ in finished.open):
+                memory = try_out([cell.spec for cell, _ in finished.open], pool)
             listener.begin(states, plan.title or plan.name)
-            listener.end()
+            try:
+                if finished.open:
+                    prepare([cell.spec for cell, _ in finished.open], options, pool, listener)
+                    done = [state.folder for state in states if state.state == "finished"]
+                    computings = computings_for(folder, finished.open, done, options, pool, listener)
+                    _cells(plan, finished.open, computings, memory, options, pool, listener)
+            finally:
+                listener.end()
     return Outcome(
         folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
     )
@@ -131,7 +149,8 @@ def label(cell: PlannedCell) -> str:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / RECORD).is_file()
+    """UserError for a record that cannot be read."""
+    return finished_record(folder) is not None
 
 
 def pool_for(options: Options) -> Pool:
@@ -164,6 +183,8 @@ def alone(folder: Path, wait: float = 0.5) -> Iterator[None]:
 def try_out(specs: list[CellSpec], pool: Pool) -> Memories:
     """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
     kinds = {kind(spec): spec.model_copy(update={"seed": 0}) for spec in specs}
+    if not kinds:
+        return {}
     task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
     memory: Memories = {}
     for event in pool.carry_out([task]):
@@ -174,8 +195,9 @@ def try_out(specs: list[CellSpec], pool: Pool) -> Memories:
     return memory
 
 
-def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
-    """Train the teachers that have a recipe and no weights yet, each in a run of its own."""
+def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener, here: DataHere) -> None:
+    """Train the teachers that have a recipe and no weights yet, each in a run of its own. UserError for one that was
+    trained before and whose weights are gone or damaged, or that was trained on other data."""
     wanted: dict[str, TeacherSpec] = {}
     for spec in specs:
         if spec.teacher is not None and spec.teacher.trained_by is not None:
@@ -184,13 +206,15 @@ def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener
         folder = teacher_folder(teacher, options.runs)
         # Another run may be training this very teacher: what it leaves is what this one needs.
         with alone(folder, wait=-1):
-            if is_finished(folder):
+            if (record := finished_record(folder)) is not None:
+                student_file(record)
+                check_teacher(teacher, record, here)
                 continue
             assert teacher.trained_by is not None
             cell = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
             state = CellState(0, f"teacher {teacher.name}", folder)
             plan = Plan(f"teacher {teacher.name}", "", [cell], cell.spec.method.name)
-            train_teachers([cell.spec], options, pool, listener)
+            train_teachers([cell.spec], options, pool, listener, here)
             listener.begin([state], f"teacher {teacher.name}")
             try:
                 prepare([cell.spec], options, pool, listener)
@@ -373,6 +397,8 @@ def _cells(
         kind = event["event"]
         if kind == "failed" and (event.get("user") or not event["cells"]):
             raise error_of(event)
+        if kind == "note":
+            listener.say(event["text"])
         if kind == "failed":
             for cell_id in event["cells"]:
                 _fail(states[cell_id], event["message"], listener)
@@ -429,10 +455,3 @@ def _rename(file: Path, place: dict[str, Any]) -> None:
         return  # Whoever reads the records tells what is wrong with it.
     if record != json.loads(text):
         write_json(file, record)
-
-
-def error_of(event: dict[str, Any]) -> Exception:
-    user = event.get("user")
-    if user:
-        return UserError(user["what"], user["where"], user["hint"])
-    return CellError(event["message"] + ("\n" + event["trace"] if event.get("trace") else ""))

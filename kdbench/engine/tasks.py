@@ -72,6 +72,7 @@ class Desk:
         device = torch.device(task["device"])
         kinds = {
             "try_out": self.try_out,
+            "look": self.look,
             "prepare": self.prepare,
             "sources": self.prepare_sources,
             "trial": self.trial,
@@ -85,6 +86,11 @@ class Desk:
         for spec in map(CellSpec.model_validate, task["specs"]):
             try_out(spec)
             self.emit(event="memory", key=spec.identity(), memory=asdict(memory_of(spec, device)))
+
+    def look(self, task: dict[str, Any], device: torch.device) -> None:
+        """Tell the fingerprint of a data set."""
+        data = self._load(DataSpec.model_validate(task["data"]), task)
+        self.emit(event="fingerprint", fingerprint=data.fingerprint)
 
     def prepare(self, task: dict[str, Any], device: torch.device) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""
@@ -199,8 +205,9 @@ class Desk:
             seats: dict[int, TrainingCell] = {}
             for cell, spec in zip(cells, specs, strict=True):
                 try:
+                    own = (spec, Path(cell["folder"]), self._note)
                     seats[cell["id"]] = _training_cell(
-                        spec, Path(cell["folder"]), batches, (data, target), teacher, file, task, device, computing
+                        *own, batches, (data, target), teacher, file, task, device, computing
                     )
                 except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
                     self.emit(event="cell_failed", cell=cell["id"], message=str(error) or type(error).__name__)
@@ -249,6 +256,9 @@ class Desk:
             for seat in seats.values():
                 if seat.failure is not None:
                     self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
+
+    def _note(self, text: str) -> None:
+        self.emit(event="note", text=text)
 
     def _finished(self, cell_id: int, record: dict[str, Any]) -> None:
         accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
@@ -387,6 +397,7 @@ def _untraceable(networks: list[Network]) -> Network | None:
 def _training_cell(
     spec: CellSpec,
     folder: Path,
+    tell: Callable[[str], None],
     batches: Batches,
     domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
     teacher: Teacher | None,
@@ -408,7 +419,8 @@ def _training_cell(
         "teacher": file.sha256 if file and own else None,
     }
     member = Member(spec, batches, own, device, computing, _files(task, file if own else None, folder))
-    state = checkpoint.load(folder, key, member.state())
+    name = f"{spec.method.label}, seed {spec.seed}"
+    state = checkpoint.load(folder, key, member.state(), lambda text: tell(f"{name}: {text}"))
     if state is not None:
         member.load_state(state)
     return TrainingCell(member, folder, key, MetricsLog(folder, member.log.history))

@@ -23,6 +23,7 @@ from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
 from kdbench.recipe.schema import DataSpec, TeacherSpec
+from kdbench.results.record import finished_record, student_file
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 
@@ -155,14 +156,14 @@ def on_target(
 
 
 def trained(folder: Path) -> TeacherFile | None:
-    """A teacher that was trained here, or None when it is not finished."""
-    record = _read(folder / "record.json")
-    file = folder / "student.safetensors"
-    if record is None or record.get("status") != "finished" or not file.is_file():
+    """A teacher that was trained here, or None when it is not finished. UserError where its weights are gone, or are
+    not those that its record names."""
+    record = finished_record(folder)
+    if record is None:
         return None
-    kept = record.get("route")
-    route = Route(folder / FOLDER, tuple(kept)) if kept else None
-    return TeacherFile(file, sha256_of(file), record["result"]["test"]["last"], route)
+    file = student_file(record)
+    kept = tuple(checkpoint.model_dump(mode="json") for checkpoint in record.route)
+    return TeacherFile(file, sha256_of(file), record.result.test.last, Route(folder / FOLDER, kept) if kept else None)
 
 
 @torch.no_grad()

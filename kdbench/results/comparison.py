@@ -92,6 +92,7 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
             for other in (group.get(record.cell.seed), next(iter(group.values()), None)):
                 if other is not None:
                     _check_same(row, other, record)
+                    _check_made_alike(other, record)
             group[record.cell.seed] = record
     unique_rows = tuple(dict.fromkeys(rows))
     chosen, note = _baseline(unique_rows, ordered, baseline)
@@ -159,6 +160,7 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
         if (first := kept.get(record.identity)) is None:
             kept[record.identity] = record
         else:
+            _check_made_alike(first, record)
             copies += 1
             different += first.result != record.result
     notes = []
@@ -324,6 +326,26 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
         where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
         hint="give the folders of one comparison, or take one of the two out",
     )
+
+
+def _check_made_alike(a: Record, b: Record) -> None:
+    """Refuse to average over, or to take for one cell, what was made from different data or by different teachers of
+    one name."""
+    for what, kept, digest in (
+        ("data", "fingerprint", lambda record: {p.name: p.fingerprint for p in (record.data, record.target) if p}),
+        ("teacher", "sha256", lambda record: {p.name: p.sha256 for p in (record.teacher,) if p}),
+    ):
+        found: list[dict[str, str]] = [digest(record) for record in (a, b)]
+        for name in found[0].keys() & found[1].keys():
+            if found[0][name] != found[1][name]:
+                raise UserError(
+                    f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different "
+                    f"{what} '{name}', so no mean is taken over them: {kept} {found[0][name][:12]} and "
+                    f"{found[1][name][:12]}",
+                    where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+                    hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
+                    "and 'kdbench run' trains it again",
+                )
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -64,9 +64,11 @@ def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:
     for cell in cells:
         spec = spec_of(read_record(run / cell))
         if spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None:
-            folder = teacher_folder(spec.teacher, run.parent)
-            if (folder / RECORD).is_file():
-                found[folder] = spec.teacher.name
+            # One that was not trained here may have come with published cells, as a record.
+            for folder in (teacher_folder(spec.teacher, run.parent), *sorted(run.glob("teacher*"))):
+                if (folder / RECORD).is_file() and read_record(folder).identity == spec.teacher.trained_by.identity():
+                    found[folder] = spec.teacher.name
+                    break
     if len(found) == 1:
         return [(next(iter(found)), "teacher")]
     return [(folder, f"teacher-{name}") for folder, name in found.items()]

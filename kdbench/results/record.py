@@ -16,11 +16,14 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdbench.errors import UserError
+from kdbench.files import sha256_of
 
 SCHEMA = 1
 RECORD = "record.json"
 METRICS = "metrics.jsonl"
 RUN = "recipe.json"
+STUDENT = "student.safetensors"
+LOGITS = "test_logits.safetensors"
 Metric = Literal["last", "best", "mean_last"]
 # The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is
 # no mean of what was reached where these epochs are much of the training.
@@ -208,6 +211,7 @@ class Record(Part):
     target: Data | None = Field(None, description="the domain adapted to and tested on; `train` images without labels")
     models: Models
     compute: Compute
+    files: dict[str, str] = Field({}, description="name of a file that was left beside the record -> sha256, in hex")
     git: Git | None = None
     folder: Path | None = Field(None, exclude=True, repr=False)
 
@@ -302,6 +306,49 @@ def read_record(path: str | Path) -> Record:
             where=where,
             hint="remove its folder and run the cell again, or leave it out",
         ) from None
+
+
+def finished_record(folder: Path) -> Record | None:
+    """The record of a cell's folder, whose name ends with the cell's identity; None where it is not finished.
+
+    Raises:
+        UserError: a record that cannot be read, or one of another cell.
+    """
+    if not (folder / RECORD).exists():
+        return None
+    record = read_record(folder)
+    if not folder.name.endswith(record.identity[:8]):
+        raise UserError(
+            f"this is the record of another cell, {record.identity[:8]}",
+            where=str(folder / RECORD),
+            hint="its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again",
+        )
+    return record
+
+
+def student_file(record: Record) -> Path:
+    """The weights of a finished cell's student, for whoever uses them. Records of earlier versions hold no sha256.
+
+    Raises:
+        UserError: they are not beside the record, or not those that it names.
+    """
+    assert record.folder is not None
+    file = record.folder / STUDENT
+    if not file.is_file():
+        raise UserError(
+            "there are no weights of this cell's student: published results hold records alone",
+            where=str(record.folder),
+            hint="give a folder of runs; in one, remove this folder and run the recipe again",
+        )
+    expected = record.files.get(STUDENT)
+    if expected is not None and (found := sha256_of(file)) != expected:
+        raise UserError(
+            f"these weights are not those of their record: sha256 {found[:12]}…, the record says {expected[:12]}…",
+            where=str(file),
+            hint="the file is damaged or another one: put the right one back, or remove its folder and run the recipe "
+            "again",
+        )
+    return file
 
 
 def read_records(paths: Iterable[str | Path]) -> list[Record]:

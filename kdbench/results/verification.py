@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from kdbench.engine.runner import names
 from kdbench.errors import UserError
+from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
 from kdbench.results import sums
-from kdbench.results.record import METRICS, RECORD, RUN, Record, metrics, read_record
+from kdbench.results.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, metrics, read_record
 from kdbench.results.soundness import problems, spec_of
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
@@ -73,7 +74,15 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
         )
     folder = read_folder(path)
     findings = list(folder.unread)
-    checks: list[Callable[[Folder], Iterable[Finding]]] = [_sums, _plan_is_there, _sound, _identities, _shared, _tables]
+    checks: list[Callable[[Folder], Iterable[Finding]]] = [
+        _sums,
+        _plan_is_there,
+        _sound,
+        _files,
+        _identities,
+        _shared,
+        _tables,
+    ]
     for check in checks:
         findings += check(folder)
     return findings + list(_planned_again(folder, registry))
@@ -167,6 +176,25 @@ def _sound(folder: Folder) -> Iterator[Finding]:
         yield Finding("agrees", f"{len(folder.records)} records agree with their metrics{known}", "records")
 
 
+def _files(folder: Folder) -> Iterator[Finding]:
+    """Weights and logits beside the records, where there are any, are those that the records name."""
+    held, nameless = 0, 0
+    for name, record in folder.records.items():
+        for file in (folder.path / name / left for left in (STUDENT, LOGITS)):
+            if not file.is_file():
+                continue
+            expected = record.files.get(file.name)
+            held += expected is not None
+            nameless += expected is None
+            if expected is not None and sha256_of(file) != expected:
+                yield Finding("disagrees", f"{file.name} is not the file that its record names", name)
+    if nameless:
+        what = f"{nameless} of weights and logits have no sha256 in their records, which an older version wrote"
+        yield Finding("remark", what, "files")
+    if held:
+        yield Finding("agrees", f"{held} of weights and logits compared with the sha256 in their records", "files")
+
+
 def _identities(folder: Folder) -> Iterator[Finding]:
     """Identities recomputed. Where none of a commit's can be, that commit's version computed them in another way; where
     some can, the others' resolved recipes were changed."""
@@ -226,6 +254,8 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             spec = spec_of(record)
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
             if record.teacher is not None and of is not None and of.identity() == trained.identity:
+                if (weights := trained.files.get(STUDENT)) is not None:
+                    add(name, "teacher hash", record.teacher.name, weights)
                 # A teacher that was tested on its source alone is measured once more on the cells' target.
                 if record.target is None or record.teacher.source_accuracy is None:
                     tested = record.target.name if record.target is not None else record.data.name

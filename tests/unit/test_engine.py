@@ -132,11 +132,16 @@ def test_state_goes_on_bit_identically(method: str, at: int, tmp_path: Path) -> 
 def test_a_checkpoint_of_something_else_is_set_aside(tmp_path: Path) -> None:
     member, _, _ = member_of(cell("ce"))
     checkpoint.save(tmp_path, {"key": {"a": 1}, **member.state()})
-    assert checkpoint.load(tmp_path, {"a": 2}, member.state()) is None
+    told: list[str] = []
+    assert checkpoint.load(tmp_path, {"a": 2}, member.state(), told.append) is None
     assert (tmp_path / "checkpoint.unusable").is_file()
     (tmp_path / "checkpoint.pt").write_bytes(b"half of a file")
-    assert checkpoint.load(tmp_path, {"a": 1}, member.state()) is None
-    assert checkpoint.load(tmp_path, {"a": 1}, member.state()) is None
+    assert checkpoint.load(tmp_path, {"a": 1}, member.state(), told.append) is None
+    assert checkpoint.load(tmp_path, {"a": 1}, member.state(), told.append) is None
+    assert [text.partition(": set aside as")[0] for text in told] == [
+        "its checkpoint is of other a",
+        "its checkpoint is damaged",
+    ]
 
 
 @pytest.mark.parametrize("change", ["without an entry", "with one more"])

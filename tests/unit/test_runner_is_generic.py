@@ -14,7 +14,7 @@ from kdbench.tree import Tree
 
 RUNNER = sorted(file for part in ("engine", "recipe", "cli") for file in (ROOT / "kdbench" / part).rglob("*.py"))
 # Keys that are also words of Python or of a message, and where: the mode of a file, the hint of an error.
-WORDS = {("engine/logits.py", "ab"), ("engine/worker.py", "hint"), ("engine/runner.py", "hint")}
+WORDS = {("engine/logits.py", "ab"), ("engine/worker.py", "hint")}
 
 
 def keys() -> dict[str, re.Pattern[str]]:

@@ -1,0 +1,189 @@
+"""What counts as finished: cells whose records were made from the data that are here, and by the teacher that others
+learn from. Imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from kdbench.engine.pool import Pool, error_of
+from kdbench.engine.scheduling import CellState, Work
+from kdbench.errors import UserError
+from kdbench.files import sha256_of
+from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.results.record import METRICS, RECORD, Record, finished_record, student_file
+
+
+class DataHere:
+    """Fingerprints of the data sets that are at hand, each asked of a worker once.
+
+    Args:
+        say: is told which could not be read.
+    """
+
+    def __init__(self, pool: Pool, say: Callable[[str], None]) -> None:
+        self.pool, self.say = pool, say
+        self.known: dict[str, str | None] = {}
+
+    def fingerprint(self, spec: DataSpec, needed: bool = False) -> str | None:
+        """A data set's fingerprint, None where it cannot be read.
+
+        Args:
+            needed: something is to be trained on it, so it is an error if it cannot be read, and may be downloaded.
+        """
+        only = {"name", "target", "options", "source_sha256", "root"}
+        key = spec.model_dump_json(include=only)
+        if key not in self.known:
+            task = {"task": "look", "data": spec.model_dump(mode="json"), "threads": 1}
+            found = None
+            for event in self.pool.carry_out([task | ({} if needed else {"download": False})]):
+                if event["event"] == "fingerprint":
+                    found = event["fingerprint"]
+                elif event["event"] == "failed":
+                    if needed:
+                        raise error_of(event)
+                    why = event["message"].splitlines()[0]
+                    self.say(f"what is finished was not compared with the data '{spec.name}': {why}")
+            self.known[key] = found
+        return self.known[key]
+
+    def unlike(self, spec: CellSpec, record: Record) -> str:
+        """How the data here differ from those that a record was made from; "" where they do not, or are not here."""
+        for part, made in ((spec.data, record.data), (spec.target, record.target)):
+            if part is not None and made is not None:
+                now = self.fingerprint(part)
+                if now is not None and now != made.fingerprint:
+                    return f"'{made.name}' had the fingerprint {made.fingerprint[:12]}, here it has {now[:12]}"
+        return ""
+
+
+class Finished:
+    """The cells of a run that need no training: those that lie in its folder, and those that published results hold.
+
+    A cell of the folder that does not belong to the data or the teacher here is an error: whoever removed it or gave it
+    an average with others would lose something or tell something wrong. A published one is left where it is.
+
+    Args:
+        work: all cells of the run. published: name of a cell's folder, or a teacher's, -> its record there.
+        say: is told what was not taken, and why.
+    """
+
+    def __init__(self, work: list[Work], published: Mapping[str, Record], say: Callable[[str], None]) -> None:
+        self.work, self.published, self.say = work, published, say
+        found = {state.id: finished_record(state.folder) for _, state in work}
+        self.own = {number: record for number, record in found.items() if record is not None}
+        self.taken = {
+            state.id: published[cell.slug]
+            for cell, state in work
+            if state.id not in self.own and cell.slug in published
+        }
+
+    @property
+    def open(self) -> list[Work]:
+        """Cells that are to be trained."""
+        return [(cell, state) for cell, state in self.work if state.id not in self.own | self.taken]
+
+    def compare_data(self, here: DataHere, folder_of: Callable[[TeacherSpec], Path]) -> None:
+        """Raises UserError for cells of the folder, or teachers that were trained for it, that were made from other
+        data."""
+        for cell, _ in self.open:
+            for part in (cell.spec.data, cell.spec.target):
+                if part is not None:
+                    here.fingerprint(part, needed=True)
+        self._sort_out(
+            "made from other data",
+            {state.id: here.unlike(cell.spec, self._record(state)) for cell, state in self._records()},
+        )
+        teachers = {c.spec.teacher.identity(): c.spec.teacher for c, _ in self.work if c.spec.teacher is not None}
+        for teacher in teachers.values():
+            if teacher.trained_by is not None and (record := finished_record(folder_of(teacher))) is not None:
+                check_teacher(teacher, record, here)
+
+    def compare_teachers(self, folder_of: Callable[[TeacherSpec], Path]) -> None:
+        """Raises UserError for cells of the folder that learned from other weights of a trained teacher than those
+        from which the open cells would learn, or than each other."""
+        expected: dict[str, str] = {}
+        for cell, _ in self.open:
+            teacher = cell.spec.teacher
+            if teacher is not None and teacher.trained_by is not None and teacher.identity() not in expected:
+                record = finished_record(folder_of(teacher))
+                if record is not None:
+                    expected[teacher.identity()] = sha256_of(student_file(record))
+        reasons = {}
+        # Those of the folder first: they say what published ones must fit to.
+        for cell, state in sorted(self._records(), key=lambda work: work[1].id not in self.own):
+            record = self._record(state)
+            if cell.spec.teacher is not None and record.teacher is not None:
+                sha256 = expected.setdefault(cell.spec.teacher.identity(), record.teacher.sha256)
+                if sha256 != record.teacher.sha256:
+                    before = record.teacher.sha256[:12]
+                    reasons[state.id] = f"'{record.teacher.name}' had the sha256 {before}, here it has {sha256[:12]}"
+        self._sort_out("taught by another teacher", reasons)
+
+    def adopt(self, results: Path, folder: Path) -> None:
+        """Copy the published cells into the run's folder, with the records of teachers that were trained for them."""
+        for _, state in self.work:
+            if state.id in self.taken:
+                _copy(results / state.folder.name, state.folder)
+        if self.taken:
+            for teacher in self.published.keys() - {state.folder.name for _, state in self.work}:
+                _copy(results / teacher, folder / teacher)
+            self.say(
+                f"{_cells(len(self.taken))} taken from {results}, records without weights; with --no-adopt they are "
+                "trained here"
+            )
+        for _, state in self._records():
+            state.state = "finished"
+
+    def _records(self) -> list[Work]:
+        return [(cell, state) for cell, state in self.work if state.id in self.own | self.taken]
+
+    def _record(self, state: CellState) -> Record:
+        return (self.own | self.taken)[state.id]
+
+    def _sort_out(self, what: str, reasons: Mapping[int, str]) -> None:
+        """Leave published cells for which there is a reason; raise UserError for those of the folder."""
+        names = {state.id: state.folder for _, state in self.work}
+        found = [number for number, why in reasons.items() if why]
+        left = [number for number in found if number in self.taken]
+        for number in left:
+            del self.taken[number]
+        if left:
+            self.say(f"{_cells(len(left))} of published results not taken, {what}: {reasons[left[0]]}")
+        if own := [number for number in found if number in self.own]:
+            raise UserError(
+                f"{_cells(len(own))} finished before {'was' if len(own) == 1 else 'were'} {what}: {reasons[own[0]]}",
+                where=_listed(names[number] for number in own),
+                hint="nothing is averaged over both: give this run another folder (--runs DIR), bring back what it "
+                "was made from, or remove the folders of these cells, which are then trained again",
+            )
+
+
+def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
+    """Raises UserError for a teacher that was trained on other data than those that are here."""
+    assert teacher.trained_by is not None
+    if why := here.unlike(teacher.trained_by, record):
+        raise UserError(
+            f"the teacher '{teacher.name}' was trained on other data: {why}",
+            where=str(record.folder),
+            hint="give this run another folder (--runs DIR), bring back the data, or remove this folder: the teacher "
+            "is then trained again",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    # A record makes a folder whole, so it comes last.
+    for name in (METRICS, RECORD):
+        shutil.copyfile(source / name, target / f".{name}.part")
+        (target / f".{name}.part").replace(target / name)
+
+
+def _cells(number: int) -> str:
+    return f"{number} {'cell' if number == 1 else 'cells'}"
+
+
+def _listed(folders: Iterable[Path]) -> str:
+    shown = list(map(str, folders))
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

@@ -1,0 +1,39 @@
+"""From published results back into a run: which cells of a plan need no training, because their records are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdbench.errors import UserError
+from kdbench.recipe.planning import Plan
+from kdbench.results import sums
+from kdbench.results.record import RECORD, RUN, Record, finished_record, metrics, read_record
+from kdbench.results.soundness import problems
+
+
+def published(plan: Plan, folder: Path) -> dict[str, Record]:
+    """The records of a plan's cells in a folder that `kdbench publish` wrote, and those of teachers there, by the names
+    of their folders; none where there is no such folder.
+
+    Raises:
+        UserError: one of them is damaged, or was changed since.
+    """
+    if not (folder / RUN).is_file():
+        return {}
+    changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
+    found = {}
+    for cell in plan.cells:
+        if (record := finished_record(folder / cell.slug)) is not None:
+            found[cell.slug] = record
+    if found:
+        found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
+    for name, record in found.items():
+        wrong = [what for what in changed if what.startswith(f"{name}/")]
+        wrong += problems(record, metrics(folder / name))
+        if wrong:
+            raise UserError(
+                f"this published record cannot be taken over: {wrong[0]}",
+                where=str(folder / name),
+                hint="'kdbench verify' tells more; with --no-adopt every cell is trained here",
+            )
+    return found

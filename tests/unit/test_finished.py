@@ -1,0 +1,235 @@
+"""What counts as finished: for the data and the teacher that are here, with weights that are those of the record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import make, plain_record, write
+
+from kdbench.engine.boundaries import _check_made_from
+from kdbench.engine.finished import DataHere, Finished
+from kdbench.engine.scheduling import CellState
+from kdbench.engine.teachers import trained
+from kdbench.errors import UserError
+from kdbench.files import sha256_of
+from kdbench.recipe.planning import Plan, plan
+from kdbench.registry import Registry
+from kdbench.results import sums
+from kdbench.results.adopting import published
+from kdbench.results.comparison import compare
+from kdbench.results.record import Record, finished_record, read_record, student_file
+from kdbench.results.verification import _files, read_folder
+
+E2E = Path(__file__).parent.parent / "e2e"
+OLD, NEW = "cd" * 32, "ef" * 32
+TEACHER = "ab" * 32
+
+
+class FakePool:
+    """Answers what a worker would: a data set's fingerprint, or that it is not here."""
+
+    def __init__(self, fingerprints: dict[str, str]) -> None:
+        self.fingerprints = fingerprints
+        self.asked: list[tuple[str, bool]] = []
+
+    def carry_out(self, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        name = tasks[0]["data"]["name"]
+        self.asked.append((name, "download" in tasks[0]))
+        if name in self.fingerprints:
+            yield {"event": "fingerprint", "fingerprint": self.fingerprints[name]}
+        else:
+            what = f"there is no {name}"
+            yield {"event": "failed", "message": what, "user": {"what": what, "where": None, "hint": None}}
+
+
+def planned(*overrides: str) -> Plan:
+    recipe = E2E / "recipes" / ("tiny_domains.yaml" if "target" in overrides else "tiny.yaml")
+    words = [word for word in overrides if word != "target"]
+    return plan(recipe, Registry([E2E / "registry"]), ("compare.method=[kd]", *words))
+
+
+def leave(folder: Path, identity: str, **over: Any) -> Record:
+    """A cell's folder with a record of this identity."""
+    names = {"data": "digits", "teacher": "tiny_digits", "student": "wrn_10_1", "protocol": "digits"}
+    write(folder, plain_record(**names, **over) | {"identity": identity}, [])
+    return read_record(folder)
+
+
+class Scene:
+    """A planned run, whose cells of the first seed are finished."""
+
+    def __init__(self, runs: Path, plan: Plan, here: dict[str, str], taken: bool = False, **over: Any) -> None:
+        self.runs, self.said = runs, []
+        self.work = [(cell, CellState(i, "", runs / "run" / cell.slug)) for i, cell in enumerate(plan.cells)]
+        cell, state = self.work[0]
+        place = runs / "results" / "run" / cell.slug if taken else state.folder
+        record = leave(place, cell.spec.identity(), **over)
+        self.pool = FakePool(here)
+        say: Any = self.said.append
+        self.here = DataHere(self.pool, say)  # type: ignore[arg-type]
+        self.finished = Finished(self.work, {cell.slug: record} if taken else {}, say)
+
+    def teacher(self, spec: Any) -> Path:
+        return self.runs / "teachers" / f"{spec.name}-{spec.trained_by.identity()[:8]}"
+
+    def leave_teacher(self, weights: bytes, **over: Any) -> Path:
+        spec = self.work[0][0].spec.teacher
+        assert spec is not None and spec.trained_by is not None
+        folder = self.teacher(spec)
+        leave(folder, spec.trained_by.identity(), **over)
+        (folder / "student.safetensors").write_bytes(weights)
+        return folder
+
+
+def test_a_record_that_cannot_be_read_or_is_another_cells_is_not_passed_over(tmp_path: Path) -> None:
+    assert finished_record(tmp_path / "kd-seed0-12345678") is None
+    folder = tmp_path / "kd-seed0-aaaaaaaa"
+    leave(folder, "a" * 64)
+    assert finished_record(folder) is not None
+    whole = (folder / "record.json").read_text()
+    (folder / "record.json").write_text(whole[:300])
+    with pytest.raises(UserError, match="this record is damaged"):
+        finished_record(folder)
+    (folder / "record.json").write_text(whole.replace("a" * 64, "b" * 64))
+    with pytest.raises(UserError, match="record of another cell, bbbbbbbb"):
+        finished_record(folder)
+
+
+def test_weights_are_used_only_if_they_are_those_of_the_record(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher-aaaaaaaa"
+    with pytest.raises(UserError, match="there are no weights of this cell's student"):
+        student_file(leave(folder, "a" * 64))
+    file = folder / "student.safetensors"
+    file.write_bytes(b"weights")
+    assert student_file(read_record(folder)) == file, "a record of an earlier version holds no sha256"
+    plain = json.loads((folder / "record.json").read_text()) | {"files": {file.name: sha256_of(file)}}
+    (folder / "record.json").write_text(json.dumps(plain))
+    found = trained(folder)
+    assert found is not None and found.sha256 == sha256_of(file)
+    assert [one.level for one in _files(read_folder(tmp_path))] == ["agrees"]
+    file.write_bytes(b"weighty")
+    for use in (lambda: student_file(read_record(folder)), lambda: trained(folder)):
+        with pytest.raises(UserError, match="these weights are not those of their record"):
+            use()
+    assert [one.level for one in _files(read_folder(tmp_path))] == ["disagrees", "agrees"]
+    # The same file named by a recipe, as a start or as a teacher's weights.
+    for named in (f"student.weights={file}", f"teacher={{model: wrn_10_1, weights: {file}}}"):
+        with pytest.raises(UserError, match="not those of the record beside them"):
+            planned(named)
+
+
+def test_old_records_get_a_remark(tmp_path: Path) -> None:
+    leave(tmp_path / "kd-seed0-aaaaaaaa", "a" * 64)
+    (tmp_path / "kd-seed0-aaaaaaaa" / "student.safetensors").write_bytes(b"weights")
+    assert [(one.level, one.where) for one in _files(read_folder(tmp_path))] == [("remark", "files")]
+
+
+@pytest.mark.parametrize("seeds", ["seeds=1", "seeds=2"])
+@pytest.mark.parametrize(
+    ("target", "over", "here"),
+    [
+        ((), {}, {"digits": NEW}),
+        (("target",), {"target": {"name": "mnist_8", "fingerprint": OLD, "train": 1, "test": 1, "classes": 10}},
+         {"digits": OLD, "mnist_8": NEW}),
+    ],
+)  # fmt: skip
+def test_finished_cells_count_only_for_their_data(
+    tmp_path: Path, seeds: str, target: tuple[str, ...], over: dict[str, Any], here: dict[str, str]
+) -> None:
+    scene = Scene(tmp_path, planned(seeds, *target), here, **over)
+    with pytest.raises(UserError, match=f"made from other data.*{OLD[:12]}, here it has {NEW[:12]}") as error:
+        scene.finished.compare_data(scene.here, scene.teacher)
+    assert error.value.hint is not None and "--runs" in error.value.hint
+    same = Scene(tmp_path / "same", planned(seeds, *target), dict.fromkeys(here, OLD), **over)
+    same.finished.compare_data(same.here, same.teacher)
+    assert same.said == [] and [cell.spec.seed for cell, _ in same.finished.open] == list(range(1, int(seeds[-1])))
+
+
+def test_a_teacher_counts_only_for_its_data(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, planned("seeds=2"), {"digits": NEW}, data__fingerprint=NEW)
+    scene.leave_teacher(b"weights", data__fingerprint=OLD)
+    with pytest.raises(UserError, match=f"'tiny_digits' was trained on other data.*{OLD[:12]}.*{NEW[:12]}"):
+        scene.finished.compare_data(scene.here, scene.teacher)
+
+
+def test_data_that_are_absent_are_told_and_needed_only_for_training(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, planned(), {})
+    scene.finished.compare_data(scene.here, scene.teacher)
+    assert scene.said == ["what is finished was not compared with the data 'digits': there is no digits"]
+    assert scene.pool.asked == [("digits", True)], "asked once, and nothing is downloaded for it"
+    scene = Scene(tmp_path / "more", planned("seeds=2"), {})
+    with pytest.raises(UserError, match="there is no digits"):
+        scene.finished.compare_data(scene.here, scene.teacher)
+
+
+def test_cells_of_a_run_learned_from_one_teacher(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, planned("seeds=2"), {"digits": OLD})
+    scene.leave_teacher(b"other weights")
+    with pytest.raises(UserError, match=f"taught by another teacher: 'tiny_digits' had the sha256 {TEACHER[:12]}"):
+        scene.finished.compare_teachers(scene.teacher)
+    # None is to be trained, but the finished ones differ.
+    cell, state = scene.work[1]
+    leave(state.folder, cell.spec.identity(), seed=1, teacher__sha256=NEW)
+    with pytest.raises(UserError, match=f"{NEW[:12]}, here it has {TEACHER[:12]}"):
+        Finished(scene.work, {}, print).compare_teachers(scene.teacher)
+
+
+def test_published_cells_are_taken_where_they_fit_and_left_where_they_do_not(tmp_path: Path) -> None:
+    for name, fingerprint, taken in (("fits", OLD, 1), ("other", NEW, 0)):
+        scene = Scene(tmp_path / name, planned("seeds=2"), {"digits": fingerprint}, taken=True)
+        scene.finished.compare_data(scene.here, scene.teacher)
+        scene.finished.compare_teachers(scene.teacher)
+        scene.finished.adopt(scene.runs / "results" / "run", scene.runs / "run")
+        cell, state = scene.work[0]
+        assert (finished_record(state.folder) is not None) == (state.state == "finished") == bool(taken)
+        assert len(scene.finished.open) == 2 - taken
+        (said,) = scene.said
+        assert ("1 cell taken from" if taken else "not taken, made from other data") in said
+    scene = Scene(tmp_path / "taught", planned("seeds=2"), {"digits": OLD}, taken=True)
+    scene.leave_teacher(b"other weights")
+    scene.finished.compare_teachers(scene.teacher)
+    assert len(scene.finished.open) == 2 and "not taken, taught by another teacher" in scene.said[0]
+
+
+def test_a_published_record_that_was_changed_is_not_taken(tmp_path: Path) -> None:
+    one = planned()
+    folder = tmp_path / "tiny"
+    assert published(one, folder) == {}
+    leave(folder / one.cells[0].slug, one.cells[0].spec.identity())
+    (folder / "recipe.json").write_text("{}")
+    sums.write(folder)
+    file = folder / one.cells[0].slug / "record.json"
+    file.write_text(file.read_text().replace("90.2", "99.2"))
+    with pytest.raises(UserError, match=r"cannot be taken over: kd-\S+/record.json has changed"):
+        published(one, folder)
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"data__fingerprint": NEW},
+        {"teacher__sha256": NEW},
+        {"target": {"name": "mnist_8", "fingerprint": NEW, "train": 1, "test": 1, "classes": 10}},
+    ],
+)
+def test_no_mean_is_taken_over_different_data_or_teachers(over: dict[str, Any]) -> None:
+    target = {"name": "mnist_8", "fingerprint": OLD, "train": 1, "test": 1, "classes": 10}
+    shared: dict[str, Any] = {"target": target} if "target" in over else {}
+    first = make("kd", 0, **shared)
+    assert compare([first, make("kd", 1, **shared)]).records
+    # Another seed, and the same cell twice: its identity does not know of data that were edited in place.
+    for other in (make("kd", 1, **over), make("kd", 0, 91.0, **over)):
+        with pytest.raises(UserError, match=f"no mean is taken over them.*{NEW[:12]}"):
+            compare([first, other])
+
+
+def test_an_analysis_is_of_the_data_and_the_teacher_of_the_record() -> None:
+    record = make("kd", 0)
+    _check_made_from(record, {"data 'cifar10'": OLD, "teacher 'wrn_22_4_cifar10'": TEACHER, "data 'other'": NEW})
+    for here in ({"data 'cifar10'": NEW}, {"teacher 'wrn_22_4_cifar10'": NEW}):
+        with pytest.raises(UserError, match=f"here it is {NEW[:12]}"):
+            _check_made_from(record, here)
