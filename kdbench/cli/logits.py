@@ -37,7 +37,8 @@ def fill(
     Methods that need only these (KD) then run no teacher, in every run with this teacher, data, augmentation and
     precision. Size and time are told first. Stop it at any moment: the same command goes on from there.
     """
-    from kdbench.engine.filling import LogitTable, fill_logits
+    from kdbench.engine.filling import fill_logits
+    from kdbench.engine.messages import TableFound
     from kdbench.engine.runner import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
@@ -53,12 +54,12 @@ def fill(
         download=download,
         registries=folders,
     )
-    current: list[LogitTable] = []
+    current: list[tuple[str, TableFound]] = []
 
-    def told(table: LogitTable) -> None:
-        current[:] = [table]
+    def told(teacher: str, table: TableFound) -> None:
+        current[:] = [(teacher, table)]
         what = (
-            f"{table.teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
+            f"{teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
             f"{table.bytes / 1e6:,.1f} MB in {table.folder}"
         )
         if table.done >= table.images:
@@ -71,14 +72,14 @@ def fill(
 
     def filled(done: int, seconds: float) -> None:
         nonlocal shown
-        table = current[0]
+        teacher, table = current[0]
         whole = done >= table.images
         if whole or time.monotonic() - shown > (2 if sys.stderr.isatty() else 30):
             shown = time.monotonic()
             left = seconds / max(done - table.done, 1) * (table.images - done)
             text = f"whole after {clock(seconds)}" if whole else f"{done / table.images:.1%}, about {clock(left)} left"
             end = "\n" if whole or not sys.stderr.isatty() else "\r"
-            print(f"  {table.teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
+            print(f"  {teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
 
     try:
         fill_logits(planned, options, estimate, told, filled, listener())

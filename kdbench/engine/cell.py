@@ -16,7 +16,7 @@ from kdbench.engine.member import Member
 from kdbench.errors import CellError, UserError
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingCell:
     """A member with what lies on the disk.
 

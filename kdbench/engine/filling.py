@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import plainest
 from kdbench.engine.finished import DataHere
-from kdbench.engine.pool import error_of
+from kdbench.engine.messages import Failed, Filled, FillLogits, TableFound
 from kdbench.engine.runner import (
     Listener,
     Options,
@@ -29,32 +27,18 @@ from kdbench.recipe.planning import Plan
 from kdbench.recipe.schema import TermSpec
 
 
-@dataclass(frozen=True)
-class LogitTable:
-    """What is told of a table of teacher logits: its size, images done, and seconds that the rest takes."""
-
-    folder: Path
-    teacher: str
-    images: int
-    views: int
-    classes: int
-    bytes: int
-    done: int
-    seconds: float
-
-
 def fill_logits(
     plan: Plan,
     options: Options,
     estimate: bool,
-    told: Callable[[LogitTable], None],
+    told: Callable[[str, TableFound], None],
     filled: Callable[[int, float], None],
     listener: Listener,
 ) -> None:
     """Fill the tables of teacher logits that the cells of a plan can use; with `estimate` only tell what that takes.
 
     Args:
-        told: is given every table before it is filled.
+        told: is given every teacher and its table before that is filled.
         filled: is given images done and seconds of this call, now and then.
     """
     wanted: dict[str, Work] = {}
@@ -84,22 +68,20 @@ def fill_logits(
             computings = computings_for(folder, work, done, options, pool, listener)
         for cell, _ in wanted.values():
             assert cell.spec.teacher is not None
-            task = {
-                "task": "fill",
-                "spec": cell.spec.model_dump(mode="json"),
-                "computing": computings[choosing.key(cell.spec.compute)].plain(),
-                "estimate": estimate,
-                "teacher_folder": str(teacher_folder(cell.spec.teacher, options.runs)),
-                "threads": options.threads or pool.threads,
-            }
+            task = FillLogits(
+                spec=cell.spec,
+                computing=computings[choosing.key(cell.spec.compute)],
+                estimate=estimate,
+                teacher_folder=teacher_folder(cell.spec.teacher, options.runs),
+                threads=options.threads or pool.threads,
+            )
             for event in pool.carry_out([task]):
-                if event["event"] == "failed":
-                    raise error_of(event)
-                if event["event"] == "table":
-                    fields = {name: event[name] for name in ("images", "views", "classes", "bytes", "done", "seconds")}
-                    told(LogitTable(Path(event["folder"]), cell.spec.teacher.name, **fields))
-                elif event["event"] == "filled":
-                    filled(event["done"], event["seconds"])
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, TableFound):
+                    told(cell.spec.teacher.name, event)
+                elif isinstance(event, Filled):
+                    filled(event.done, event.seconds)
 
 
 def _reads_logits(term: TermSpec) -> bool:

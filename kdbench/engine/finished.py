@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from kdbench.engine.pool import Pool, error_of
+from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
+from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import CellState, Work
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
@@ -35,15 +36,14 @@ class DataHere:
         only = {"name", "target", "options", "source_sha256", "root"}
         key = spec.model_dump_json(include=only)
         if key not in self.known:
-            task = {"task": "look", "data": spec.model_dump(mode="json"), "threads": 1}
             found = None
-            for event in self.pool.carry_out([task | ({} if needed else {"download": False})]):
-                if event["event"] == "fingerprint":
-                    found = event["fingerprint"]
-                elif event["event"] == "failed":
+            for event in self.pool.carry_out([ReadFingerprint(data=spec, download=needed)]):
+                if isinstance(event, FingerprintRead):
+                    found = event.fingerprint
+                elif isinstance(event, Failed):
                     if needed:
-                        raise error_of(event)
-                    why = event["message"].splitlines()[0]
+                        raise event.error
+                    why = str(event.error).splitlines()[0]
                     self.say(f"what is finished was not compared with the data '{spec.name}': {why}")
             self.known[key] = found
         return self.known[key]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdbench.engine.messages import EVENT, Done, Event, Failed, Gone, Order, Ready, Settings, Task, TrainCohort
 from kdbench.errors import CellError, UserError
 
 # How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
@@ -64,17 +64,17 @@ class Pool:
         device: auto, cpu, cuda or cuda:N.
         jobs: most workers at once; by default one for each core, or each GPU.
         paths: folders that workers import users' modules from.
-        settings: fields that every task carries.
+        settings: that every order carries.
     """
 
-    def __init__(self, device: str, jobs: int | None, paths: tuple[Path, ...], settings: dict[str, Any]) -> None:
+    def __init__(self, device: str, jobs: int | None, paths: tuple[Path, ...], settings: Settings) -> None:
         self.device, self.paths, self.settings = device, paths, settings
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
         self.threads = _omp_threads() or self.cores
         self.jobs = jobs or self.cores
         self._one_for_each_gpu = jobs is None
-        self.events: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
         self.workers: dict[int, subprocess.Popen[str]] = {}
         self.devices: list[str] = []
         self._on: dict[int, str] = {}
@@ -84,10 +84,11 @@ class Pool:
         try:
             self._start()
             _, ready = self.events.get()
-            if ready["event"] != "ready":
-                raise CellError(f"{_gone(ready.get('code', 1))} before it could begin; what it printed stands above")
-            self._choose_devices(len(ready["cuda"]))
-            self.memory = self._memory(ready["cuda"])
+            if not isinstance(ready, Ready):
+                code = ready.code if isinstance(ready, Gone) else 1
+                raise CellError(f"{_gone(code)} before it could begin; what it printed stands above")
+            self._choose_devices(len(ready.cuda))
+            self.memory = self._memory(ready.cuda)
         except BaseException:
             self.__exit__()
             raise
@@ -106,10 +107,10 @@ class Pool:
             except subprocess.TimeoutExpired:
                 worker.kill()
 
-    def carry_out(self, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Hand the tasks out and yield the workers' events until all are done, with the cells of their task."""
+    def carry_out(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        """Hand the tasks out and yield the workers' events until all are done. `Failed` names the cells of its task."""
         waiting = list(tasks)
-        assigned: dict[int, dict[str, Any]] = {}
+        assigned: dict[int, Task] = {}
         while waiting or assigned:
             for number in [n for n in self.workers if n not in assigned]:
                 if waiting and self._send(number, waiting[0]):
@@ -118,18 +119,18 @@ class Pool:
                 self._start()
                 continue
             number, event = self.events.get()
-            task = assigned.get(number, {})
-            cells = [cell["id"] for cell in task.get("cells", [])]
-            if event["event"] == "gone":
+            if isinstance(event, Gone):
                 self.workers.pop(number, None)
-                if assigned.pop(number, None) is None:
-                    if event["code"] and self._died_idle():
-                        raise CellError(_gone(event["code"]))
+                if number not in assigned:
+                    if event.code and self._died_idle():
+                        raise CellError(_gone(event.code))
                     continue
-                event = {"event": "failed", "message": _gone(event["code"])}
-            elif event["event"] in ("done", "failed"):
-                assigned.pop(number, None)
-            yield {**event, "cells": cells}
+                event = Failed(message=_gone(event.code))
+            if isinstance(event, Done | Failed):
+                task = assigned.pop(number, None)
+                if isinstance(event, Failed) and isinstance(task, TrainCohort):
+                    event = event.model_copy(update={"cells": [cell.id for cell in task.cells]})
+            yield event
 
     def _died_idle(self) -> bool:
         """Whether workers die without ever getting to work, so that starting more would go on for ever."""
@@ -177,15 +178,16 @@ class Pool:
     def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
         for line in worker.stdout:
-            self.events.put((number, json.loads(line)))
-        self.events.put((number, {"event": "gone", "code": worker.wait()}))
+            self.events.put((number, EVENT.validate_json(line)))
+        self.events.put((number, Gone(code=worker.wait())))
 
-    def _send(self, number: int, task: dict[str, Any]) -> bool:
+    def _send(self, number: int, task: Task) -> bool:
         """Give a task to a worker. False when the worker is gone: its end arrives as an event."""
         stdin = self.workers[number].stdin
         assert stdin is not None
         try:
-            stdin.write(json.dumps({"id": self._sent, "device": self._device(number), **self.settings, **task}) + "\n")
+            order = Order.of(task, self._device(number), self.settings)
+            stdin.write(order.model_dump_json() + "\n")
             stdin.flush()
         except OSError:
             return False
@@ -199,13 +201,6 @@ class Pool:
             used = [self._on[other] for other in self.workers if other in self._on]
             self._on[number] = min(self.devices, key=used.count)
         return self._on[number]
-
-
-def error_of(event: dict[str, Any]) -> Exception:
-    """What a "failed" event says, as what to raise."""
-    if user := event.get("user"):
-        return UserError(**user)
-    return CellError(event["message"] + ("\n" + event["trace"] if event.get("trace") else ""))
 
 
 def _omp_threads() -> int:

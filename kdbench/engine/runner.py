@@ -20,7 +20,26 @@ from filelock import FileLock, Timeout
 from kdbench.engine import choosing
 from kdbench.engine.compute import Computing, plainest
 from kdbench.engine.finished import DataHere, Finished, check_teacher
-from kdbench.engine.pool import Pool, error_of
+from kdbench.engine.messages import (
+    CellFailed,
+    CellFinished,
+    CellTask,
+    Chosen,
+    Doing,
+    Event,
+    Failed,
+    MemoryNeeded,
+    Note,
+    Prepare,
+    PrepareSources,
+    Progress,
+    Settings,
+    Task,
+    TrainCohort,
+    Trial,
+    TryOut,
+)
+from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import BEGUN, CellState, Memories, Work, balanced, begun, cohorts_of, fitting, kind
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
@@ -49,10 +68,10 @@ class Options:
     registries: tuple[Path, ...] = ()
     checkpoint_seconds: float = 60.0
 
-    def roots(self) -> list[str]:
+    def roots(self) -> list[Path]:
         """Folders searched for data, in order."""
         from_env = [Path(part) for part in os.environ.get("KDBENCH_DATA", "").split(os.pathsep) if part]
-        return [str(root) for root in (*self.data_roots, *from_env, Path("data"), home() / "data")]
+        return [*self.data_roots, *from_env, Path("data"), home() / "data"]
 
 
 class Listener(Protocol):
@@ -154,12 +173,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def pool_for(options: Options) -> Pool:
-    settings = {
-        "data_roots": options.roots(),
-        "download": options.download,
-        "cache": str(home() / "cache"),
-        "checkpoint_seconds": options.checkpoint_seconds,
-    }
+    settings = Settings(
+        data_roots=options.roots(),
+        download=options.download,
+        cache=home() / "cache",
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
     return Pool(options.device, options.jobs, options.registries, settings)
 
 
@@ -185,13 +204,12 @@ def try_out(specs: list[CellSpec], pool: Pool) -> Memories:
     kinds = {kind(spec): spec.model_copy(update={"seed": 0}) for spec in specs}
     if not kinds:
         return {}
-    task = {"task": "try_out", "specs": [spec.model_dump(mode="json") for spec in kinds.values()], "threads": 1}
     memory: Memories = {}
-    for event in pool.carry_out([task]):
-        if event["event"] == "failed":
-            raise error_of(event)
-        if event["event"] == "memory":
-            memory[event["key"]] = event["memory"]
+    for event in pool.carry_out([TryOut(specs=list(kinds.values()))]):
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, MemoryNeeded):
+            memory[event.key] = event.memory
     return memory
 
 
@@ -235,7 +253,7 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
 
 def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:
     """Data and teachers once in one process, so that several workers do not all fetch them."""
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Task] = {}
     prepared: set[str] = set()
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
@@ -248,47 +266,46 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
         key = f"{data} {given}"
         tasks.setdefault(
             key,
-            {
-                "task": "prepare",
-                "spec": spec.model_dump(mode="json"),
-                "teacher_folder": str(teacher_folder(teacher, options.runs)) if teacher else None,
-                "threads": pool.threads,
-            },
+            Prepare(
+                spec=spec,
+                teacher_folder=teacher_folder(teacher, options.runs) if teacher else None,
+                threads=pool.threads,
+            ),
         )
     # One after the other, so that several workers do not all fetch the same.
     for task in tasks.values():
         _carry_out([task], pool, listener)
-    _carry_out(list(_sources(specs, options, pool).values()), pool, listener)
+    _carry_out(_sources(specs, options, pool), pool, listener)
 
 
-def _sources(specs: list[CellSpec], options: Options, pool: Pool) -> dict[str, dict[str, Any]]:
+def _sources(specs: list[CellSpec], options: Options, pool: Pool) -> list[Task]:
     """A task for each kind of batch source, teacher and seed: what is made before cells train."""
-    tasks: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, CellSpec] = {}
     for spec in specs:
         sources = [stage.source.model_dump(mode="json") for stage in spec.method.stages.values() if stage.source]
         teacher = spec.teacher.identity() if spec.teacher else ""
         if sources:
-            task: dict[str, Any] = {
-                "task": "sources",
-                "spec": spec.model_dump(mode="json"),
-                "teacher_folder": str(teacher_folder(spec.teacher, options.runs)) if spec.teacher else None,
-                "shared": str(options.runs / SOURCES),
-            }
             domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
             key = json.dumps([sources, teacher, domains, spec.seed], sort_keys=True)
-            tasks.setdefault(key, task)
-    busy = max(min(pool.jobs, len(tasks)), 1)
-    for task in tasks.values():
-        task["threads"] = options.threads or max(1, min(pool.threads, pool.cores // busy))
-    return tasks
+            kinds.setdefault(key, spec)
+    busy = max(min(pool.jobs, len(kinds)), 1)
+    return [
+        PrepareSources(
+            spec=spec,
+            teacher_folder=teacher_folder(spec.teacher, options.runs) if spec.teacher else None,
+            shared=options.runs / SOURCES,
+            threads=options.threads or max(1, min(pool.threads, pool.cores // busy)),
+        )
+        for spec in kinds.values()
+    ]
 
 
-def _carry_out(tasks: list[dict[str, Any]], pool: Pool, listener: Listener) -> None:
+def _carry_out(tasks: list[Task], pool: Pool, listener: Listener) -> None:
     for event in pool.carry_out(tasks):
-        if event["event"] == "doing":
-            listener.doing(event["text"])
-        elif event["event"] == "failed":
-            raise error_of(event)
+        if isinstance(event, Doing):
+            listener.doing(event.text)
+        elif isinstance(event, Failed):
+            raise event.error
 
 
 def computings_for(
@@ -331,28 +348,28 @@ def _trial(
         for cohort in cohorts
     )
     kinds = {kind(cell.spec): cell.spec for cell, _ in largest}
-    task = {
-        "task": "trial",
-        "specs": [spec.model_dump(mode="json") for spec in kinds.values()],
-        "work": {"student_steps": sum(steps.values()) / busy, "teacher_steps": teacher_steps / busy},
-        "threads": options.threads or max(1, min(pool.threads, pool.cores // busy)),
-        "teacher_folder": _teacher_folder_of(largest, options),
-        "shared": str(options.runs / SOURCES),
-    }
+    task = Trial(
+        specs=list(kinds.values()),
+        student_steps=sum(steps.values()) / busy,
+        teacher_steps=teacher_steps / busy,
+        threads=options.threads or max(1, min(pool.threads, pool.cores // busy)),
+        teacher_folder=_teacher_folder_of(largest, options),
+        shared=options.runs / SOURCES,
+    )
     for event in pool.carry_out([task]):
-        if event["event"] == "doing":
-            listener.doing(event["text"])
-        elif event["event"] == "failed":
-            raise error_of(event)
-        elif event["event"] == "chosen":
-            chosen = choosing.keep(folder, choice, event["computing"], event["why"], event["tried"])
-            listener.doing(f"cells in {chosen.name} ({event['why']})")
+        if isinstance(event, Doing):
+            listener.doing(event.text)
+        elif isinstance(event, Failed):
+            raise event.error
+        elif isinstance(event, Chosen):
+            chosen = choosing.keep(folder, choice, event.computing.plain(), event.why, event.tried)
+            listener.doing(f"cells in {chosen.name} ({event.why})")
     return chosen
 
 
-def _teacher_folder_of(cohort: list[Work], options: Options) -> str | None:
+def _teacher_folder_of(cohort: list[Work], options: Options) -> Path | None:
     teacher = next((cell.spec.teacher for cell, _ in cohort if cell.spec.teacher is not None), None)
-    return str(teacher_folder(teacher, options.runs)) if teacher else None
+    return teacher_folder(teacher, options.runs) if teacher else None
 
 
 def _cells(
@@ -375,47 +392,44 @@ def _cells(
         for _, state in cohort:
             write_json(state.folder / BEGUN, kept | {"threads": threads})
         tasks.append(
-            {
-                "task": "cohort",
-                "threads": threads,
-                "logits": kept.get("logits"),
-                "computing": computings[choosing.key(cohort[0][0].spec.compute)].plain(),
-                "teacher_folder": _teacher_folder_of(cohort, options),
-                "shared": str(options.runs / SOURCES),
-                "cells": [
-                    {
-                        "id": state.id,
-                        "folder": str(state.folder),
-                        "spec": cell.spec.model_dump(mode="json"),
-                        "cell": names(plan, cell),
-                    }
+            TrainCohort(
+                cells=[
+                    CellTask(id=state.id, folder=state.folder, spec=cell.spec, names=names(plan, cell))
                     for cell, state in cohort
                 ],
-            }
+                computing=computings[choosing.key(cohort[0][0].spec.compute)],
+                logits=kept.get("logits"),
+                teacher_folder=_teacher_folder_of(cohort, options),
+                shared=options.runs / SOURCES,
+                threads=threads,
+            )
         )
     for event in pool.carry_out(tasks):
-        kind = event["event"]
-        if kind == "failed" and (event.get("user") or not event["cells"]):
-            raise error_of(event)
-        if kind == "note":
-            listener.say(event["text"])
-        if kind == "failed":
-            for cell_id in event["cells"]:
-                _fail(states[cell_id], event["message"], listener)
-        if kind in ("progress", "doing", "cell_finished", "cell_failed"):
-            state = states[event["cell"]]
-            if kind == "cell_failed":
-                _fail(state, event["message"], listener)
-                continue
-            if kind == "progress" and state.state != "finished":
-                state.state, state.step, state.total = "running", event["step"], event["total"]
-                state.stage, state.accuracy, state.doing = event["stage"], event["accuracy"], ""
-            elif kind == "doing":
-                state.state, state.doing = "running", event["text"]
-            elif kind == "cell_finished":
-                state.state, state.step, state.accuracy = "finished", state.total, event["accuracy"]
-                state.seconds = event["seconds"]
-            listener.update(state)
+        if isinstance(event, Failed) and (event.by_user or not event.cells):
+            raise event.error
+        _follow(event, states, listener)
+
+
+def _follow(event: Event, states: dict[int, CellState], listener: Listener) -> None:
+    """Let an event of a cohort change the states of its cells."""
+    if isinstance(event, Note):
+        listener.say(event.text)
+    elif isinstance(event, Failed):
+        for cell in event.cells:
+            _fail(states[cell], str(event.error), listener)
+    elif isinstance(event, CellFailed):
+        _fail(states[event.cell], event.message, listener)
+    elif isinstance(event, Doing | Progress | CellFinished) and event.cell is not None:
+        state = states[event.cell]
+        if isinstance(event, Doing):
+            state.state, state.doing = "running", event.text
+        elif isinstance(event, CellFinished):
+            state.state, state.step, state.accuracy = "finished", state.total, event.accuracy
+            state.seconds = event.seconds
+        elif state.state != "finished":
+            state.state, state.step, state.total = "running", event.step, event.total
+            state.stage, state.accuracy, state.doing = event.stage, event.accuracy, ""
+        listener.update(state)
 
 
 def _fail(state: CellState, message: str, listener: Listener) -> None:

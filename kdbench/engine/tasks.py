@@ -1,442 +1,183 @@
-"""What a worker can be asked to do: try cells out, prepare data and teachers, train a cohort."""
+"""What a worker does for each kind of task."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from kdbench.engine import checkpoint, logits
-from kdbench.engine.batches import Batches, load_data
+from kdbench.engine import logits
 from kdbench.engine.build import resolve
-from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import try_out
-from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceContext, SourceFiles
-from kdbench.engine.log import MetricsLog
 from kdbench.engine.logit_files import table_at
-from kdbench.engine.member import Member
-from kdbench.engine.memory import memory_of, peak_memory
-from kdbench.engine.network import Network
-from kdbench.engine.pool import LEAVE_SECONDS
-from kdbench.engine.scheduling import BEGUN
+from kdbench.engine.materials import Materials
+from kdbench.engine.memory import memory_of
+from kdbench.engine.messages import (
+    Chosen,
+    Doing,
+    Event,
+    Filled,
+    FillLogits,
+    FingerprintRead,
+    MemoryNeeded,
+    Order,
+    Prepare,
+    PrepareSources,
+    ReadFingerprint,
+    TableFound,
+    Task,
+    TrainCohort,
+    Trial,
+    TryOut,
+)
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import (
-    TeacherFile,
-    fingerprint,
-    load_teacher,
-    locate,
-    measured,
-    on_target,
-    trained,
-    untrained_teacher,
-)
+from kdbench.engine.teachers import load_teacher, locate, untrained_teacher
+from kdbench.engine.training import train_cohort
 from kdbench.engine.trial import Work, choose, possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import sweep, write_json
-from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 
-# How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
-LOCK_SECONDS = 2 * LEAVE_SECONDS
 
-
-class Desk:
-    """Carries tasks out in one process.
+class TaskRunner:
+    """Does tasks in one process.
 
     Args:
-        emit: sends an event (keywords become its fields).
+        emit: sends an event.
         stopping: whether the run is being stopped; asked before every step.
     """
 
-    def __init__(self, emit: Callable[..., None], stopping: Callable[[], bool]) -> None:
+    def __init__(self, emit: Callable[[Event], None], stopping: Callable[[], bool]) -> None:
         self.emit, self.stopping = emit, stopping
-        self.data: dict[str, ImageData | Pictures] = {}
+        self.materials = Materials()
 
-    def carry_out(self, task: dict[str, Any]) -> None:
+    def run(self, order: Order) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
-        torch.set_num_threads(task["threads"])
+        torch.set_num_threads(order.task.threads)
         # float32 means float32: TensorFloat-32 keeps ten bits of the mantissa.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        device = torch.device(task["device"])
-        kinds = {
-            "try_out": self.try_out,
-            "look": self.look,
-            "prepare": self.prepare,
-            "sources": self.prepare_sources,
-            "trial": self.trial,
-            "fill": self.fill,
-            "cohort": self.train,
+        self.materials.settings, self.materials.device = order.settings, torch.device(order.device)
+        kinds: dict[type[Task], Callable[[Any], None]] = {
+            TryOut: self.try_out,
+            ReadFingerprint: self.read_fingerprint,
+            Prepare: self.prepare,
+            PrepareSources: self.prepare_sources,
+            Trial: self.trial,
+            FillLogits: self.fill_logits,
+            TrainCohort: self.train_cohort,
         }
-        kinds[task["task"]](task, device)
+        kinds[type(order.task)](order.task)
 
-    def try_out(self, task: dict[str, Any], device: torch.device) -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.materials.device
+
+    def doing(self, text: str) -> None:
+        self.emit(Doing(text=text))
+
+    def try_out(self, task: TryOut) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
-        for spec in map(CellSpec.model_validate, task["specs"]):
+        for spec in task.specs:
             try_out(spec)
-            self.emit(event="memory", key=spec.identity(), memory=asdict(memory_of(spec, device)))
+            self.emit(MemoryNeeded(key=spec.identity(), memory=asdict(memory_of(spec, self.device))))
 
-    def look(self, task: dict[str, Any], device: torch.device) -> None:
-        """Tell the fingerprint of a data set."""
-        data = self._load(DataSpec.model_validate(task["data"]), task)
-        self.emit(event="fingerprint", fingerprint=data.fingerprint)
+    def read_fingerprint(self, task: ReadFingerprint) -> None:
+        self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
 
-    def prepare(self, task: dict[str, Any], device: torch.device) -> None:
+    def prepare(self, task: Prepare) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""
-        spec = CellSpec.model_validate(task["spec"])
-        self.emit(event="doing", task=task["id"], text=f"data {spec.data.name}")
-        data, _ = self._domains(spec, task)
+        spec = task.spec
+        self.doing(f"data {spec.data.name}")
+        self.materials.domains(spec)
         if spec.student.start is not None:
-            locate(spec.student.start, task["download"])
+            locate(spec.student.start, self.materials.settings.download)
         if spec.teacher is not None and spec.teacher.weights is not None:
-            self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
-            self._teacher_file(spec, data, task, device)
+            self.doing(f"teacher {spec.teacher.name}")
+            self.materials.teacher_file(spec, task.teacher_folder)
 
-    def prepare_sources(self, task: dict[str, Any], device: torch.device) -> None:
+    def prepare_sources(self, task: PrepareSources) -> None:
         """What a cell's batch sources need before it trains."""
-        spec = CellSpec.model_validate(task["spec"])
-        data = self._load(spec.data, task)
-        file = self._teacher_file(spec, data, task, device)
-        teacher = self._teacher(spec, file, device, REFERENCE)
-
-        def tell(text: str) -> None:
-            self.emit(event="doing", task=task["id"], text=text)
-
+        spec = task.spec
+        file = self.materials.teacher_file(spec, task.teacher_folder)
+        teacher = self.materials.teacher(spec, file, REFERENCE)
+        network = teacher.network if teacher else None
+        files = SourceFiles(file.sha256 if file else "", None, task.shared)
         for name, stage in spec.method.stages.items():
             if stage.source is not None:
-                context = SourceContext(spec, name, device, teacher.network if teacher else None, _files(task, file))
-                resolve(stage.source.target).prepare(context, tell, self.stopping, **stage.source.options)
+                context = SourceContext(spec, name, self.device, network, files)
+                resolve(stage.source.target).prepare(context, self.doing, self.stopping, **stage.source.options)
         if self.stopping():
             raise CellError("stopped; the same command goes on from here")
 
-    def trial(self, task: dict[str, Any], device: torch.device) -> None:
+    def trial(self, task: Trial) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
-        specs = [CellSpec.model_validate(spec) for spec in task["specs"]]
-        first = next((spec for spec in specs if spec.teacher is not None), specs[0])
-        data, target = self._domains(first, task)
-        batches = batches_of(first, data, device, target)
-        file = self._teacher_file(first, data, task, device)
+        first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
+        batches = batches_of(first, *self._domains_on_device(first))
+        file = self.materials.teacher_file(first, task.teacher_folder)
 
         def teacher(way: Computing) -> Teacher | None:
-            loaded = self._teacher(first, file, device, way)
-            self._logits(first, file, data, batches, loaded, None, device)
+            loaded = self.materials.teacher(first, file, way)
+            self.materials.give_logits(first, file, batches, loaded, None)
             return loaded
 
         choice = choose(
             first.compute,
-            specs,
+            task.specs,
             batches,
             teacher,
-            Work(**task["work"]),
-            device,
-            lambda text: self.emit(event="doing", task=task["id"], text=text),
-            _files(task, file),
+            Work(task.student_steps, task.teacher_steps),
+            self.device,
+            self.doing,
+            SourceFiles(file.sha256 if file else "", None, task.shared),
         )
-        self.emit(event="chosen", computing=choice.computing.plain(), why=choice.why, tried=choice.tried)
+        self.emit(Chosen(computing=choice.computing, why=choice.why, tried=choice.tried))
 
-    def fill(self, task: dict[str, Any], device: torch.device) -> None:
-        """Fill a table of teacher logits, or with `estimate` only tell what that takes."""
-        spec = CellSpec.model_validate(task["spec"])
+    def _domains_on_device(self, spec: Any) -> tuple[Any, torch.device, Any]:
+        data, target = self.materials.domains(spec)
+        return data, self.device, target
+
+    def fill_logits(self, task: FillLogits) -> None:
+        """Fill a table of teacher logits, or only tell what that takes."""
+        spec, device = task.spec, self.device
         assert spec.teacher is not None
-        data = self._load(spec.data, task)
+        data = self.materials.data(spec.data)
         if isinstance(data, Pictures):
             raise UserError(f"'{spec.data.name}' is read while training: its pictures have no finite set of views")
-        way = possible(Computing(**task["computing"]), device)
-        if task["estimate"]:
+        way = possible(task.computing, device)
+        if task.estimate:
             # Time and size are the same for any weights; its own may not be trained yet.
             teacher, sha256 = untrained_teacher(spec.teacher, spec.data, device, way), ""
         else:
-            file = self._teacher_file(spec, data, task, device)
+            file = self.materials.teacher_file(spec, task.teacher_folder)
             assert file is not None
             teacher, sha256 = load_teacher(spec.teacher, spec.data, file.file, device, way), file.sha256
         table = table_at(logits.table_key(spec, sha256, data, way.precision), spec.teacher.name)
         images, views, classes = table.shape
-        about = {"folder": str(table.folder), "images": images, "views": views, "classes": classes}
         each = 0.0 if table.complete else logits.seconds_an_image(table, teacher, data, spec.protocol, device)
-        left = images - table.done
-        self.emit(event="table", **about, bytes=table.bytes, done=table.done, seconds=left * each)
-        if task["estimate"] or table.complete:
+        self.emit(
+            TableFound(
+                folder=table.folder,
+                images=images,
+                views=views,
+                classes=classes,
+                bytes=table.bytes,
+                done=table.done,
+                seconds=(images - table.done) * each,
+            )
+        )
+        if task.estimate or table.complete:
             return
 
         def tell(done: int, seconds: float) -> None:
-            self.emit(event="filled", **about, done=done, seconds=seconds)
+            self.emit(Filled(done=done, seconds=seconds))
 
         if not logits.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
             raise CellError("stopped; the same command goes on from here")
 
-    def train(self, task: dict[str, Any], device: torch.device) -> None:
-        """Train a cohort. Members' failures are told as events; the others go on."""
-        cells = task["cells"]
-        specs = [CellSpec.model_validate(cell["spec"]) for cell in cells]
-        first = next((spec for spec in specs if spec.teacher is not None), specs[0])
-        with ExitStack() as locks:
-            for cell in cells:
-                locks.enter_context(_alone(Path(cell["folder"])))
-            # An orphan of a killed run may have finished a cell while this task waited for its folder.
-            for cell in [cell for cell in cells if (Path(cell["folder"]) / "record.json").is_file()]:
-                record = json.loads((Path(cell["folder"]) / "record.json").read_text(encoding="utf-8"))
-                self._finished(cell["id"], record)
-                specs.pop(cells.index(cell))
-                cells.remove(cell)
-            if not cells:
-                return
-            data, target = self._domains(first, task)
-            batches = batches_of(first, data, device, target)
-            computing = possible(Computing(**task["computing"]), device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            file = self._teacher_file(first, data, task, device)
-            teacher = self._teacher(first, file, device, computing)
-            source = self._logits(first, file, data, batches, teacher, task["logits"], device)
-            for cell in cells:
-                write_json(Path(cell["folder"]) / BEGUN, {"threads": task["threads"], "logits": source})
-            before = fingerprint(teacher.network.model) if teacher else None
-            seats: dict[int, TrainingCell] = {}
-            for cell, spec in zip(cells, specs, strict=True):
-                try:
-                    own = (spec, Path(cell["folder"]), self._note)
-                    seats[cell["id"]] = _training_cell(
-                        *own, batches, (data, target), teacher, file, task, device, computing
-                    )
-                except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
-                    self.emit(event="cell_failed", cell=cell["id"], message=str(error) or type(error).__name__)
-            ids = {id(seat): cell_id for cell_id, seat in seats.items()}
-            names = {cell["id"]: cell["cell"] for cell in cells}
-
-            def report(seat: TrainingCell, entry: dict[str, Any] | None) -> None:
-                for cell_id, other in seats.items():
-                    if other.active or other is seat:
-                        self._progress(cell_id, other)
-
-            def tell(seat: TrainingCell, text: str) -> None:
-                self.emit(event="doing", cell=ids[id(seat)], text=text)
-
-            def done(seat: TrainingCell) -> None:
-                own = teacher if seat.member.spec.teacher is not None else None
-                if own is not None and fingerprint(own.network.model) != before:
-                    raise CellError(
-                        "the frozen teacher changed while its students trained: a defect of the method's "
-                        "loss, or of kdbench"
-                    )
-                if seat.member.anchors is not None:
-                    seat.member.anchors.check()
-                compute = {
-                    **machine(device, task["threads"]),
-                    **_way(seat.member, own),
-                    "cohort": len(seats),
-                    "peak_memory_bytes": peak_memory(device),
-                }
-                record = finish(
-                    seat.member,
-                    seat.folder,
-                    dict(names[ids[id(seat)]]),
-                    batches,
-                    (data, target),
-                    file if own else None,
-                    own.network.model if own else None,
-                    compute,
-                )
-                seat.log.close()
-                self._finished(ids[id(seat)], record)
-
-            Cohort(
-                list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"], tell
-            ).run()
-            for seat in seats.values():
-                if seat.failure is not None:
-                    self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
-
-    def _note(self, text: str) -> None:
-        self.emit(event="note", text=text)
-
-    def _finished(self, cell_id: int, record: dict[str, Any]) -> None:
-        accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
-        self.emit(event="cell_finished", cell=cell_id, accuracy=accuracy, seconds=seconds)
-
-    def _progress(self, cell_id: int, seat: TrainingCell) -> None:
-        if seat.failure is not None:
-            self.emit(event="cell_failed", cell=cell_id, message=seat.failure)
-            return
-        member = seat.member
-        self.emit(
-            event="progress",
-            cell=cell_id,
-            step=member.step,
-            total=member.timeline.total,
-            stage=member.stage.span.name,
-            accuracy=member.log.history[-1]["test"]["accuracy"] if member.log.history else None,
-        )
-
-    def _load(self, spec: DataSpec, task: dict[str, Any]) -> ImageData | Pictures:
-        """A data set; it is kept for the next task."""
-        roots = [spec.root] if spec.root else task["data_roots"]
-        key = f"{spec.name} {spec.options} {roots}"
-        if key not in self.data:
-            data = load_data(spec, [Path(root) for root in roots], task["download"], Path(task["cache"]))
-            # Two at most: a cell's domains.
-            self.data = dict([*self.data.items()][-1:]) | {key: data}
-        return self.data[key]
-
-    def _domains(
-        self, spec: CellSpec, task: dict[str, Any]
-    ) -> tuple[ImageData | Pictures, ImageData | Pictures | None]:
-        """A cell's data set, and its target domain."""
-        data = self._load(spec.data, task)
-        if spec.target is None:
-            return data, None
-        target = self._load(spec.target, task)
-        if target.classes != data.classes:
-            raise UserError(
-                f"the classes of '{spec.data.name}' and of '{spec.target.name}' are called differently: "
-                f"{', '.join(data.classes[:3])} … against {', '.join(target.classes[:3])} …",
-                hint="both domains have the same classes, in the same order",
-            )
-        return data, target
-
-    def _teacher_file(
-        self, spec: CellSpec, data: ImageData | Pictures, task: dict[str, Any], device: torch.device
-    ) -> TeacherFile | None:
-        if spec.teacher is None:
-            return None
-        folder = Path(task["teacher_folder"])
-        file = (
-            trained(folder)
-            if spec.teacher.weights is None
-            else measured(spec.teacher, folder, task["download"], spec.data, data, device)
-        )
-        if file is None:
-            raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
-        if spec.target is not None:
-            target = self._load(spec.target, task)
-            file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, device)
-        return file
-
-    def _teacher(
-        self, spec: CellSpec, file: TeacherFile | None, device: torch.device, computing: Computing
-    ) -> Teacher | None:
-        """The teacher of a cohort."""
-        if spec.teacher is None or file is None:
-            return None
-        teacher = load_teacher(spec.teacher, spec.data, file.file, device, computing)
-        teacher.route = file.route
-        return teacher
-
-    def _logits(
-        self,
-        spec: CellSpec,
-        file: TeacherFile | None,
-        data: ImageData | Pictures,
-        batches: Batches,
-        teacher: Teacher | None,
-        kept: str | None,
-        device: torch.device,
-    ) -> str:
-        """Give a teacher the table of its logits, where there is a whole one or the cells began with it.
-
-        Args:
-            kept: name of the table that they began with, "" for none, None for cells that begin now.
-
-        Returns:
-            the name of the table, "" for none.
-        """
-        if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
-            return ""
-        key = logits.table_key(spec, file.sha256, data, teacher.network.computing.precision)
-        table = table_at(key, spec.teacher.name)
-        if kept is not None and not (table.complete and table.folder.name == kept):
-            raise UserError(
-                f"these cells began with the table of teacher logits '{kept}', which is not there any more",
-                where=str(table.folder),
-                hint="fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders",
-            )
-        if not table.complete:
-            return ""
-        values = logits.opened(table, teacher, data, spec.protocol, device)
-        teacher.logits = logits.PartLogits(values, batches.positions)
-        return table.folder.name
-
-
-def _files(task: dict[str, Any], file: TeacherFile | None, folder: Path | None = None) -> SourceFiles:
-    """Where batch sources keep their files."""
-    return SourceFiles(file.sha256 if file else "", folder, Path(task["shared"]))
-
-
-def _way(member: Member, teacher: Teacher | None) -> dict[str, Any]:
-    """How a member was computed, as its record says it."""
-    way = member.computing
-    spans = member.timeline.spans
-    asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in spans)
-    networks = [member.student, *([teacher.network] if teacher else [])]
-    return {
-        "precision": way.precision,
-        "layout": way.layout,
-        # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
-        "compile": any(network.graphs for network in networks),
-        "cuda_graphs": way.cuda_graphs and any(network.graphs for network in networks),
-        "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
-        "evaluation": "float32, eager",
-        **({"not_compiled": network.untraceable} if (network := _untraceable(networks)) else {}),
-    }
-
-
-def _untraceable(networks: list[Network]) -> Network | None:
-    return next((network for network in networks if network.untraceable), None)
-
-
-def _training_cell(
-    spec: CellSpec,
-    folder: Path,
-    tell: Callable[[str], None],
-    batches: Batches,
-    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
-    teacher: Teacher | None,
-    file: TeacherFile | None,
-    task: dict[str, Any],
-    device: torch.device,
-    computing: Computing,
-) -> TrainingCell:
-    """A cell's place in a cohort, from its checkpoint if there is one."""
-    own = teacher if spec.teacher is not None else None
-    data, target = domains
-    key = {
-        "identity": spec.identity(),
-        "data": data.fingerprint,
-        **({"target": target.fingerprint} if target else {}),
-        "threads": task["threads"],
-        "computing": computing.plain(),
-        "device": device.type,
-        "teacher": file.sha256 if file and own else None,
-    }
-    member = Member(spec, batches, own, device, computing, _files(task, file if own else None, folder))
-    name = f"{spec.method.label}, seed {spec.seed}"
-    state = checkpoint.load(folder, key, member.state(), lambda text: tell(f"{name}: {text}"))
-    if state is not None:
-        member.load_state(state)
-    return TrainingCell(member, folder, key, MetricsLog(folder, member.log.history))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The right to write into a cell's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".cell.lock")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f"another process works in {folder}", hint="wait for it, or stop it") from None
-    try:
-        sweep(folder)
-        yield
-    finally:
-        lock.release()
+    def train_cohort(self, task: TrainCohort) -> None:
+        train_cohort(task, self.materials, self.emit, self.stopping)

@@ -1,4 +1,4 @@
-"""A worker process: tasks come in as JSON lines, events go out as JSON lines.
+"""A worker process: orders come in as JSON lines, events go out as JSON lines.
 
 Started by the runner as `python -m kdbench.engine.worker`. When its input ends (the runner is gone, however it went) it
 writes its checkpoints and leaves; so no orphan goes on computing beside a resumed run.
@@ -6,7 +6,6 @@ writes its checkpoints and leaves; so no orphan goes on computing beside a resum
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
@@ -14,23 +13,24 @@ import sys
 import threading
 import time
 import traceback
-from typing import IO, Any
+from typing import IO
 
+from kdbench.engine.messages import Done, Event, Failed, Order, Ready
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
 
 
 class Worker:
-    """Takes tasks from one stream and sends events to another, until the tasks end."""
+    """Takes orders from one stream and sends events to another, until the orders end."""
 
-    def __init__(self, tasks: IO[str], events: IO[str]) -> None:
-        self.tasks, self.events = tasks, events
+    def __init__(self, orders: IO[str], events: IO[str]) -> None:
+        self.orders, self.events = orders, events
         self.stopping = threading.Event()
-        self.queue: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.queue: queue.Queue[Order | None] = queue.Queue()
 
-    def emit(self, **event: Any) -> None:
+    def emit(self, event: Event) -> None:
         try:
-            self.events.write(json.dumps(event) + "\n")
+            self.events.write(event.model_dump_json() + "\n")
             self.events.flush()
         except BrokenPipeError:
             # The runner is gone; what matters now is the checkpoint.
@@ -40,35 +40,25 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         import torch
 
-        from kdbench.engine.tasks import Desk
+        from kdbench.engine.tasks import TaskRunner
 
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        self.emit(event="ready", cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus])
-        desk = Desk(self.emit, self.stopping.is_set)
-        while (task := self.queue.get()) is not None:
+        self.emit(Ready(cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus]))
+        runner = TaskRunner(self.emit, self.stopping.is_set)
+        while (order := self.queue.get()) is not None:
             try:
-                desk.carry_out(task)
-                self.emit(event="done", task=task["id"])
+                runner.run(order)
+                self.emit(Done())
             except UserError as error:
-                self.emit(
-                    event="failed",
-                    task=task["id"],
-                    message=str(error),
-                    user={"what": error.what, "where": error.where, "hint": error.hint},
-                )
+                self.emit(Failed(message=error.what, by_user=True, where=error.where, hint=error.hint))
             except CellError as error:
-                self.emit(event="failed", task=task["id"], message=str(error))
+                self.emit(Failed(message=str(error)))
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
-                self.emit(
-                    event="failed",
-                    task=task["id"],
-                    message=f"{type(error).__name__}: {error}",
-                    trace=traceback.format_exc(),
-                )
+                self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
 
     def _listen(self) -> None:
-        for line in self.tasks:
-            self.queue.put(json.loads(line))
+        for line in self.orders:
+            self.queue.put(Order.model_validate_json(line))
         self.stopping.set()
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)

@@ -315,10 +315,10 @@ def test_networks_run_no_further_than_a_stage_needs(way: Computing) -> None:
 
 @pytest.mark.parametrize(("worth", "compiled"), [(0, True), (10**9, False)])
 def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compiled: bool) -> None:
-    from kdbench.engine.tasks import _way
+    from kdbench.engine.training import way_of
 
     spec, way = cell("kd"), Computing(compile=True, worth=worth)
     batches, teacher = batches_for(spec), teacher_of(spec, way)
     member = Member(spec, batches, teacher, CPU, way)
     make_graphs([member], batches, teacher)
-    assert _way(member, teacher)["compile"] is compiled
+    assert way_of(member, teacher)["compile"] is compiled

@@ -12,6 +12,7 @@ from synthetic import make, plain_record, write
 
 from kdbench.engine.boundaries import _check_made_from
 from kdbench.engine.finished import DataHere, Finished
+from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.scheduling import CellState
 from kdbench.engine.teachers import trained
 from kdbench.errors import UserError
@@ -36,14 +37,13 @@ class FakePool:
         self.fingerprints = fingerprints
         self.asked: list[tuple[str, bool]] = []
 
-    def carry_out(self, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        name = tasks[0]["data"]["name"]
-        self.asked.append((name, "download" in tasks[0]))
+    def carry_out(self, tasks: list[ReadFingerprint]) -> Iterator[Event]:
+        name = tasks[0].data.name
+        self.asked.append((name, tasks[0].download))
         if name in self.fingerprints:
-            yield {"event": "fingerprint", "fingerprint": self.fingerprints[name]}
+            yield FingerprintRead(fingerprint=self.fingerprints[name])
         else:
-            what = f"there is no {name}"
-            yield {"event": "failed", "message": what, "user": {"what": what, "where": None, "hint": None}}
+            yield Failed(message=f"there is no {name}", by_user=True)
 
 
 def planned(*overrides: str) -> Plan:
@@ -160,7 +160,7 @@ def test_data_that_are_absent_are_told_and_needed_only_for_training(tmp_path: Pa
     scene = Scene(tmp_path, planned(), {})
     scene.finished.compare_data(scene.here, scene.teacher)
     assert scene.said == ["what is finished was not compared with the data 'digits': there is no digits"]
-    assert scene.pool.asked == [("digits", True)], "asked once, and nothing is downloaded for it"
+    assert scene.pool.asked == [("digits", False)], "asked once, and nothing is downloaded for it"
     scene = Scene(tmp_path / "more", planned("seeds=2"), {})
     with pytest.raises(UserError, match="there is no digits"):
         scene.finished.compare_data(scene.here, scene.teacher)

@@ -11,18 +11,24 @@ from typing import Any
 import pytest
 
 from kdbench.engine import pool
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.messages import CellTask, Doing, Event, Failed, Order, Settings, Task, TrainCohort, TryOut
 from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
 
 WORKER = """
 import json, os, sys, time
-print(json.dumps({"event": "ready", "cuda": %s}), flush=True)
+print(json.dumps({"kind": "ready", "cuda": %s}), flush=True)
 for line in sys.stdin:
-    task = json.loads(line)
-    if task.get("dies"):
+    order = json.loads(line)
+    if order["task"]["threads"] == 99:
         os._exit(9)
     # Long enough for every worker to get its part.
     time.sleep(0.2)
-    print(json.dumps({"event": "done", "device": task["device"], "worker": os.getpid()}), flush=True)
+    text = f"{os.getpid()} {order['device']} {order['task']['threads']}"
+    print(json.dumps({"kind": "doing", "text": text}), flush=True)
+    print(json.dumps({"kind": "done"}), flush=True)
 """
 
 
@@ -39,54 +45,71 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return of
 
 
-def done(device: str, jobs: int | None, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    with pool.Pool(device, jobs, (), {}) as workers:
-        return ended(workers, tasks)
+def done(device: str, jobs: int | None, tasks: list[Task]) -> list[Event]:
+    with pool.Pool(device, jobs, (), Settings()) as workers:
+        return list(workers.carry_out(tasks))
 
 
-def ended(workers: pool.Pool, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [event for event in workers.carry_out(tasks) if event["event"] in ("done", "failed")]
+def where(events: list[Event]) -> list[list[str]]:
+    """Worker, device and number of each task that was done."""
+    return [event.text.split() for event in events if isinstance(event, Doing)]
 
 
-def tasks(n: int) -> list[dict[str, Any]]:
-    return [{"cells": [{"id": i}]} for i in range(n)]
+def tasks(n: int) -> list[Task]:
+    """Tasks that are told apart by their threads."""
+    return [TryOut(specs=[], threads=i) for i in range(n)]
 
 
 def test_tasks_spread_over_all_gpus_one_worker_each(machine: Any) -> None:
     machine(3)
-    found = done("auto", None, tasks(9))
-    by_worker = {event["worker"]: event["device"] for event in found}
+    found = where(done("auto", None, tasks(9)))
+    by_worker = {worker: device for worker, device, _ in found}
     assert sorted(by_worker.values()) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert sorted(cell for event in found for cell in event["cells"]) == list(range(9))
+    assert sorted(int(number) for _, _, number in found) == list(range(9))
 
 
 def test_more_workers_than_gpus_share_them_and_their_memory(machine: Any) -> None:
     machine(2)
-    with pool.Pool("cuda", 4, (), {}) as workers:
-        found = ended(workers, tasks(8))
+    with pool.Pool("cuda", 4, (), Settings()) as workers:
+        found = where(list(workers.carry_out(tasks(8))))
         assert workers.memory == pytest.approx(pool.SHARE * 5e9)
-    by_worker = {event["worker"]: event["device"] for event in found}
+    by_worker = {worker: device for worker, device, _ in found}
     assert Counter(by_worker.values()) == {"cuda:0": 2, "cuda:1": 2}
 
 
 def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any) -> None:
     machine(2)
-    first, second, *rest = tasks(8)
-    found = done("auto", None, [first, {**second, "dies": True}, *rest])
-    assert [event["event"] for event in found].count("failed") == 1
-    by_worker = {event["worker"]: event["device"] for event in found if event["event"] == "done"}
+    first, _, *rest = tasks(8)
+    found = done("auto", None, [first, TryOut(specs=[], threads=99), *rest])
+    assert sum(isinstance(event, Failed) for event in found) == 1
+    by_worker = {worker: device for worker, device, _ in where(found)}
     assert sorted(by_worker.values()) == ["cuda:0", "cuda:1"]
+
+
+def test_a_failed_task_names_its_cells(machine: Any) -> None:
+    machine(0)
+    spec = plan("quickstart", Registry(), ("seeds=1", "compare.method=[ce]")).cells[0].spec
+    cells = [CellTask(id=i, folder=Path("a"), spec=spec, names={"method": "ce"}) for i in (3, 5)]
+    task = TrainCohort(
+        threads=99, cells=cells, computing=REFERENCE, logits=None, teacher_folder=None, shared=Path("shared")
+    )
+    (failed,) = [event for event in done("cpu", 1, [task]) if isinstance(event, Failed)]
+    assert failed.cells == [3, 5]
+    # What goes over the line comes out as it went in.
+    order = Order.of(task, "cpu", Settings())
+    assert Order.model_validate_json(order.model_dump_json()) == order
+    assert order.task.cells[0].spec.identity() == spec.identity()  # type: ignore[union-attr]
 
 
 def test_one_gpu_may_be_named_and_must_be_there(machine: Any) -> None:
     machine(2)
-    assert {event["device"] for event in done("cuda:1", None, tasks(2))} == {"cuda:1"}
+    assert {device for _, device, _ in where(done("cuda:1", None, tasks(2)))} == {"cuda:1"}
     with pytest.raises(UserError, match="no device cuda:2"):
         done("cuda:2", None, tasks(1))
 
 
 def test_without_a_gpu_auto_is_the_processor_and_cuda_an_error(machine: Any) -> None:
     machine(0)
-    assert {event["device"] for event in done("auto", 2, tasks(3))} == {"cpu"}
+    assert {device for _, device, _ in where(done("auto", 2, tasks(3)))} == {"cpu"}
     with pytest.raises(UserError, match="no CUDA device"):
         done("cuda", 1, tasks(1))

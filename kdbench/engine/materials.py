@@ -1,0 +1,115 @@
+"""The data and the teachers that a worker's tasks need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kdbench.engine import logits
+from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.compute import Computing
+from kdbench.engine.logit_files import table_at
+from kdbench.engine.messages import Settings
+from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers import TeacherFile, load_teacher, measured, on_target, trained
+from kdbench.errors import CellError, UserError
+from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.sources.images import ImageData
+from kdbench.sources.pictures import Pictures
+
+AnyData = ImageData | Pictures
+
+
+class Materials:
+    """Reads data and teachers, and keeps the data for the next task.
+
+    Attributes:
+        settings, device: those of the present order.
+    """
+
+    def __init__(self) -> None:
+        self.settings, self.device = Settings(), torch.device("cpu")
+        self._data: dict[str, AnyData] = {}
+
+    def data(self, spec: DataSpec, download: bool = True) -> AnyData:
+        """A data set."""
+        roots = [Path(spec.root)] if spec.root else self.settings.data_roots
+        key = f"{spec.name} {spec.options} {roots}"
+        if key not in self._data:
+            found = load_data(spec, roots, download and self.settings.download, self.settings.cache)
+            # Two at most: a cell's domains.
+            self._data = dict([*self._data.items()][-1:]) | {key: found}
+        return self._data[key]
+
+    def domains(self, spec: CellSpec) -> tuple[AnyData, AnyData | None]:
+        """A cell's data set, and its target domain."""
+        data = self.data(spec.data)
+        if spec.target is None:
+            return data, None
+        target = self.data(spec.target)
+        if target.classes != data.classes:
+            raise UserError(
+                f"the classes of '{spec.data.name}' and of '{spec.target.name}' are called differently: "
+                f"{', '.join(data.classes[:3])} … against {', '.join(target.classes[:3])} …",
+                hint="both domains have the same classes, in the same order",
+            )
+        return data, target
+
+    def teacher_file(self, spec: CellSpec, folder: Path | None) -> TeacherFile | None:
+        """The weights of a cell's teacher, None for a cell without one.
+
+        Args:
+            folder: of the teacher.
+        """
+        if spec.teacher is None:
+            return None
+        assert folder is not None
+        if spec.teacher.weights is None:
+            file = trained(folder)
+        else:
+            file = measured(
+                spec.teacher, folder, self.settings.download, spec.data, self.data(spec.data), self.device
+            )
+        if file is None:
+            raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
+        if spec.target is not None:
+            target = self.data(spec.target)
+            file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, self.device)
+        return file
+
+    def teacher(self, spec: CellSpec, file: TeacherFile | None, computing: Computing) -> Teacher | None:
+        """The teacher of a cell's cohort."""
+        if spec.teacher is None or file is None:
+            return None
+        teacher = load_teacher(spec.teacher, spec.data, file.file, self.device, computing)
+        teacher.route = file.route
+        return teacher
+
+    def give_logits(
+        self, spec: CellSpec, file: TeacherFile | None, batches: Batches, teacher: Teacher | None, kept: str | None
+    ) -> str:
+        """Give a teacher the table of its logits, where there is a whole one or the cells began with it.
+
+        Args:
+            kept: name of the table that they began with, "" for none, None for cells that begin now.
+
+        Returns:
+            the name of the table, "" for none.
+        """
+        data = self.data(spec.data)
+        if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
+            return ""
+        key = logits.table_key(spec, file.sha256, data, teacher.network.computing.precision)
+        table = table_at(key, spec.teacher.name)
+        if kept is not None and not (table.complete and table.folder.name == kept):
+            raise UserError(
+                f"these cells began with the table of teacher logits '{kept}', which is not there any more",
+                where=str(table.folder),
+                hint="fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders",
+            )
+        if not table.complete:
+            return ""
+        values = logits.opened(table, teacher, data, spec.protocol, self.device)
+        teacher.logits = logits.PartLogits(values, batches.positions)
+        return table.folder.name

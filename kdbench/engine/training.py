@@ -1,0 +1,209 @@
+"""Trains the cells of a `TrainCohort` task, from their folders to their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
+from kdbench.engine.compute import Computing
+from kdbench.engine.finish import finish, machine
+from kdbench.engine.inputs import SourceFiles
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.materials import AnyData, Materials
+from kdbench.engine.member import Member
+from kdbench.engine.memory import peak_memory
+from kdbench.engine.messages import CellFailed, CellFinished, CellTask, Doing, Event, Note, Progress, TrainCohort
+from kdbench.engine.network import Network
+from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.scheduling import BEGUN
+from kdbench.engine.streamed import batches_of
+from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers import TeacherFile, fingerprint
+from kdbench.engine.trial import possible
+from kdbench.errors import CellError, UserError
+from kdbench.files import sweep, write_json
+from kdbench.results.record import finished_record
+
+# How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
+LOCK_SECONDS = 2 * LEAVE_SECONDS
+
+Emit = Callable[[Event], None]
+
+
+def train_cohort(task: TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool]) -> None:
+    """Train a cohort. Cells' failures are told as events; the others go on."""
+    with ExitStack() as locks:
+        for cell in task.cells:
+            locks.enter_context(_alone(cell.folder))
+        cells = [cell for cell in task.cells if not _finished_meanwhile(cell, emit)]
+        if not cells:
+            return
+        training = Training(task, cells, materials, emit)
+        Cohort(
+            list(training.cells),
+            training.batches,
+            training.teacher,
+            training.report,
+            training.finish,
+            stopping,
+            materials.settings.checkpoint_seconds,
+            lambda cell, text: emit(Doing(text=text, cell=training.cells[cell].id)),
+        ).run()
+        for trained, of in training.cells.items():
+            if trained.failure is not None:
+                emit(CellFailed(cell=of.id, message=trained.failure))
+
+
+class Training:
+    """Builds the cells of a cohort, tells how they get on, and writes their records.
+
+    Attributes:
+        cells: what trains -> its part of the task; those that could not be built are told and left out.
+    """
+
+    def __init__(self, task: TrainCohort, cells: list[CellTask], materials: Materials, emit: Emit) -> None:
+        self.task, self.emit, self.device = task, emit, materials.device
+        self.computing = possible(task.computing, self.device)
+        first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
+        self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
+        self.batches: Batches = batches_of(first, self.domains[0], self.device, self.domains[1])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.file = materials.teacher_file(first, task.teacher_folder)
+        self.teacher = materials.teacher(first, self.file, self.computing)
+        table = materials.give_logits(first, self.file, self.batches, self.teacher, task.logits)
+        self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
+        self.cells: dict[TrainingCell, CellTask] = {}
+        for cell in cells:
+            write_json(cell.folder / BEGUN, {"threads": task.threads, "logits": table})
+            try:
+                self.cells[self._built(cell)] = cell
+            except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
+                emit(CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
+
+    def _built(self, cell: CellTask) -> TrainingCell:
+        """A cell of the cohort, from its checkpoint if there is one."""
+        spec, (data, target) = cell.spec, self.domains
+        teacher, file = (self.teacher, self.file) if spec.teacher is not None else (None, None)
+        key = {
+            "identity": spec.identity(),
+            "data": data.fingerprint,
+            **({"target": target.fingerprint} if target else {}),
+            "threads": self.task.threads,
+            "computing": self.computing.plain(),
+            "device": self.device.type,
+            "teacher": file.sha256 if file else None,
+        }
+        files = SourceFiles(file.sha256 if file else "", cell.folder, self.task.shared)
+        member = Member(spec, self.batches, teacher, self.device, self.computing, files)
+        name = f"{spec.method.label}, seed {spec.seed}"
+        state = checkpoint.load(cell.folder, key, member.state(), lambda text: self.emit(Note(text=f"{name}: {text}")))
+        if state is not None:
+            member.load_state(state)
+        return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
+
+    def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:
+        """Tell how far all cells are that are still training."""
+        for other, of in self.cells.items():
+            if other.failure is not None:
+                if other is cell:
+                    self.emit(CellFailed(cell=of.id, message=other.failure))
+            elif other.active or other is cell:
+                member = other.member
+                self.emit(
+                    Progress(
+                        cell=of.id,
+                        step=member.step,
+                        total=member.timeline.total,
+                        stage=member.stage.span.name,
+                        accuracy=member.log.history[-1]["test"]["accuracy"] if member.log.history else None,
+                    )
+                )
+
+    def finish(self, cell: TrainingCell) -> None:
+        """Write a cell's files and its record.
+
+        Raises:
+            CellError: a frozen teacher is not what it was.
+        """
+        member = cell.member
+        teacher: Teacher | None = self.teacher if member.spec.teacher is not None else None
+        file: TeacherFile | None = self.file if teacher else None
+        if teacher is not None and fingerprint(teacher.network.model) != self.untouched:
+            raise CellError(
+                "the frozen teacher changed while its students trained: a defect of the method's loss, or of kdbench"
+            )
+        if member.anchors is not None:
+            member.anchors.check()
+        compute = {
+            **machine(self.device, self.task.threads),
+            **way_of(member, teacher),
+            "cohort": len(self.cells),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        record = finish(
+            member,
+            cell.folder,
+            dict(self.cells[cell].names),
+            self.batches,
+            self.domains,
+            file,
+            teacher.network.model if teacher else None,
+            compute,
+        )
+        cell.log.close()
+        accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
+        self.emit(CellFinished(cell=self.cells[cell].id, accuracy=accuracy, seconds=seconds))
+
+
+def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
+    """Whether an orphan of a killed run finished a cell while this task waited for its folder."""
+    record = finished_record(cell.folder)
+    if record is None:
+        return False
+    emit(CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds))
+    return True
+
+
+def way_of(member: Member, teacher: Teacher | None) -> dict[str, Any]:
+    """How a member was computed, as its record says it."""
+    way: Computing = member.computing
+    asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
+    networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
+    untraceable = next((network.untraceable for network in networks if network.untraceable), None)
+    graphs = any(network.graphs for network in networks)
+    return {
+        "precision": way.precision,
+        "layout": way.layout,
+        # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
+        "compile": graphs,
+        "cuda_graphs": way.cuda_graphs and graphs,
+        "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
+        "evaluation": "float32, eager",
+        **({"not_compiled": untraceable} if untraceable else {}),
+    }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The right to write into a cell's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".cell.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"another process works in {folder}", hint="wait for it, or stop it") from None
+    try:
+        sweep(folder)
+        yield
+    finally:
+        lock.release()
