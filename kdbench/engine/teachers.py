@@ -21,7 +21,7 @@ from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
-from kdbench.recipe.schema import DataSpec, TeacherSpec
+from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 
@@ -112,7 +112,7 @@ def measured(
     key = {
         "sha256": spec.weights.sha256,
         "data": data.fingerprint,
-        "model": spec.model.model_dump(mode="json"),
+        "model": recorded(spec.model),
         "normalization": spec.normalization.model_dump(mode="json"),
     }
     found = _read(kept)

@@ -165,9 +165,11 @@ class TargetSpec(Spec):
     """A registered thing with its options: what to call, and with what."""
 
     name: str
-    target: str
+    target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
     options: dict[str, Any] = {}
     source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
+    version: int = Field(1, description="of the card")
+    counts_as: dict[str, str] = Field({}, description="target -> the name that is hashed in its place, where it differs")
 
 
 class DataSpec(TargetSpec):
@@ -186,11 +188,17 @@ class DataSpec(TargetSpec):
     streamed: bool = False
 
 
+class WeightsSpec(Weights):
+    """The weights of a teacher card. `counts_as`: as of a `TargetSpec`, of `layout`."""
+
+    counts_as: dict[str, str] = {}
+
+
 class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
-    start: Weights | None = None
+    start: WeightsSpec | None = None
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
@@ -305,7 +313,7 @@ class TeacherSpec(Spec):
     name: str
     model: ModelSpec
     normalization: Normalization
-    weights: Weights | None = None
+    weights: WeightsSpec | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
     classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
@@ -332,7 +340,7 @@ class CellSpec(Spec):
     seed: int
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
-    route: int | None = None
+    route: int | None = Field(None, gt=0, le=ROUTE_MOST)
 
     @property
     def tested(self) -> DataSpec:
@@ -354,9 +362,38 @@ class CellSpec(Spec):
         return _digest(self.model_copy(update=changes))
 
 
-# Names for readers, folders, addresses, and what stands beside a metric: they change no number. Files count by their
-# sha256.
-_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references"}
+# Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
+# no number. Files count by their sha256, code by what it counts as.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references", "counts_as"}
+
+
+def recorded(spec: Spec) -> dict[str, Any]:
+    """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
+    plain: dict[str, Any] = _recorded(spec.model_dump(mode="json", exclude_none=True))
+    return plain
+
+
+def _recorded(plain: Any) -> Any:
+    if isinstance(plain, list):
+        return [_recorded(part) for part in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if "counts_as" in plain:
+        names = plain["counts_as"]
+        # A version that nobody raised is left out, as are fields that came later.
+        plain = {k: _named(v, names) if k in _CODE else v for k, v in plain.items() if (k, v) != ("version", 1)}
+        del plain["counts_as"]
+    return {key: part if key == "options" else _recorded(part) for key, part in plain.items()}
+
+
+# Fields of specs that hold targets, or mappings of names to targets.
+_CODE = ("target", "metrics", "references", "layout")
+
+
+def _named(code: Any, names: dict[str, str]) -> Any:
+    if isinstance(code, dict):
+        return {key: names.get(target, target) for key, target in code.items()}
+    return names.get(code, code)
 
 
 def _digest(spec: Spec) -> str:
@@ -372,12 +409,16 @@ def _numbers(value: Any) -> Any:
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
+                if isinstance(value, TargetSpec | WeightsSpec) and name in _CODE:
+                    part = _named(part, value.counts_as)
+                if isinstance(value, DataSpec) and name == "options":
+                    part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}
                 # Stages follow each other, and sums of losses round by their order.
                 ordered = name in ("stages", "losses") and isinstance(part, dict)
                 result[name] = [[key, _numbers(p)] for key, p in part.items()] if ordered else _numbers(part)
         return result
     if isinstance(value, dict):
-        return {key: _numbers(part) for key, part in value.items() if key not in _NOT_NUMBERS}
+        return {key: _numbers(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_numbers(part) for part in value]
     return value
