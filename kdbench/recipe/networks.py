@@ -60,8 +60,8 @@ def _start(teacher: str, model: str, options: dict[str, Any], where: str, regist
 
 
 def weights_spec(teacher: str, weights: Weights) -> WeightsSpec:
-    """The weights of a teacher card. What turns the file's state dict into ours counts under the card's key, a user's own
-    by its content."""
+    """The weights of a teacher card. The function that turns the file's state dict into ours counts under the card's
+    key, a user's own by its content."""
     counts_as = {} if weights.layout is None else {weights.layout: own_name(weights.layout) or f"{teacher}.layout"}
     return WeightsSpec(**weights.model_dump(), counts_as=counts_as)
 

@@ -169,7 +169,7 @@ class TargetSpec(Spec):
     options: dict[str, Any] = {}
     source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
     version: int = Field(1, description="of the card")
-    counts_as: dict[str, str] = Field({}, description="target -> the name that is hashed in its place, where it differs")
+    counts_as: dict[str, str] = Field({}, description="target -> what is hashed in its place, where it differs")
 
 
 class DataSpec(TargetSpec):

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.results.record import Record
+from kdbench.results.soundness import spec_of
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy"}
@@ -313,6 +314,8 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     # A field that came with a later version is absent from older records.
     drift = a.kdbench != b.kdbench
     found = [(path, x, y) for path, x, y in differences(a.spec, b.spec) if not (drift and (x is None or y is None))]
+    if found and a.cell.seed != b.cell.seed and _same_but_for_the_seed(a, b):
+        return
     if not found and a.cell.seed != b.cell.seed:
         return
     shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
@@ -324,6 +327,14 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
         where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
         hint="give the folders of one comparison, or take one of the two out",
     )
+
+
+def _same_but_for_the_seed(a: Record, b: Record) -> bool:
+    """Whether two records differ in nothing that is hashed: a field that one of them leaves out may have its default."""
+    one, other = spec_of(a), spec_of(b)
+    if one is None or other is None:
+        return False
+    return one.identity() == other.model_copy(update={"seed": one.seed}).identity()
 
 
 def _count(number: int, one: str, many: str) -> str:

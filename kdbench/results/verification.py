@@ -5,6 +5,7 @@ Imports no torch. What cannot be checked (a record of an older version) is said,
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from kdbench.engine.runner import names
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
+from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
 from kdbench.results import sums
@@ -76,7 +78,7 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
     checks: list[Callable[[Folder], Iterable[Finding]]] = [_sums, _plan_is_there, _sound, _identities, _shared, _tables]
     for check in checks:
         findings += check(folder)
-    return findings + list(_planned_again(folder, registry))
+    return findings + list(_cards(folder, registry)) + list(_planned_again(folder, registry))
 
 
 def verdict(findings: Iterable[Finding]) -> str:
@@ -192,6 +194,24 @@ def _identities(folder: Folder) -> Iterator[Finding]:
             yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
 
 
+def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
+    """Each record against the cards that it names: only what these are is ever built."""
+    absent: dict[str, list[str]] = defaultdict(list)
+    wrong = 0
+    for name, record in folder.records.items():
+        try:
+            cell_of(record.spec, registry, name)
+        except NotHere as error:
+            absent[f"{error.what}; {error.hint}"].append(name)
+        except UserError as error:
+            wrong += 1
+            yield Finding("disagrees", error.what, name)
+    for what, cells in absent.items():
+        yield Finding("unchecked", f"{len(cells)} records, {cells[0]} for one: {what}", "cards", "cards")
+    if folder.records and not absent and not wrong:
+        yield Finding("agrees", "what the records name are cards of this installation, as they are today", "cards")
+
+
 def _shared(folder: Folder) -> Iterator[Finding]:
     """What is one and the same thing in several records is the same in all: data, teachers, networks."""
     groups: dict[tuple[str, Hashable], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -272,11 +292,17 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         yield Finding("unchecked", f"not planned again: it holds no {lacks}", RUN, check)
         return
     try:
-        today = replace(plan(recipe, registry), name=str(folder.run.get("name")))
+        # Nothing is trained: the teachers' weights need not be here.
+        planned = plan(recipe, registry, weights_must_exist=False)
+        today = replace(planned, name=str(folder.run.get("name")))
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
     by_slug = {cell.slug: cell for cell in today.cells}
+    if list(by_slug) != folder.cells:
+        # Cells of a user's own cards had other identities once.
+        called = _called(folder, registry)
+        by_slug = {called.get(cell.spec.identity(), cell.slug): cell for cell in today.cells}
     if list(by_slug) != folder.cells:
         specs = [spec_of(record) for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
@@ -310,6 +336,15 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         yield Finding("disagrees", "its title is not that of its recipe", RUN)
     if not wrong:
         yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+
+
+def _called(folder: Folder, registry: Registry) -> dict[str, str]:
+    """The identity that each planned cell has today -> the name of its folder."""
+    found = {}
+    for name, record in folder.planned.items():
+        with contextlib.suppress(UserError):
+            found[cell_of(record.spec, registry, name).identity()] = name
+    return found
 
 
 def _places(orders: dict[str, int | None]) -> dict[str, int]:
