@@ -330,7 +330,7 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
 
 
 def _same_but_for_the_seed(a: Record, b: Record) -> bool:
-    """Whether two records differ in nothing that is hashed: a field that one of them leaves out may have its default."""
+    """Whether two records differ in nothing that is hashed: what one of them leaves out may be a default."""
     one, other = spec_of(a), spec_of(b)
     if one is None or other is None:
         return False
