@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from kdbench import signature
+from kdbench.engine.runner import names
 from kdbench.errors import UserError
 from kdbench.names import frozen
 from kdbench.recipe.loading import recipe_names
@@ -20,6 +22,7 @@ from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.schema import CellSpec, recorded
 from kdbench.registry import SHARE, Registry
 from kdbench.results.comparison import differences
+from kdbench.results.verification import verify
 from kdbench.tree import Tree, shown
 
 IDENTITIES = Path(__file__).with_name("identities.yaml")
@@ -161,7 +164,7 @@ def own(folder: Path, module: str = "mine_", text: str = OWN_LOSS, name: str = "
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Files of one name in several folders: nothing is remembered of the others."""
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     signature.parameters.cache_clear()
     signature.own_code_sha256.cache_clear()
     yield
@@ -194,6 +197,33 @@ def test_own_code_that_changed_is_not_the_record_s(tmp_path: Path, modules: None
     spec = one(own(tmp_path / "a", "before_", OWN_LOSS), method="my_method")
     with pytest.raises(NotHere, match="the code of the loss 'my_loss' is not that of the record"):
         cell_of(recorded(spec), own(tmp_path / "b", "after_", OWN_LOSS + "\n"), "cell")
+
+
+def test_verify_knows_cells_of_own_code_that_once_counted_by_its_module(tmp_path: Path, modules: None) -> None:
+    recipe = RECIPE | {"method": "my_method"}
+    registry = own(tmp_path / "cards", "place_")
+    planned = plan(recipe, registry)
+    spec = recorded(planned.cells[0].spec)
+    spec["method"]["stages"]["only"]["losses"]["mine"]["loss"]["target"] = "place_:mine"
+    identity = CellSpec.model_validate(spec).identity()
+    assert identity != planned.cells[0].spec.identity()
+    template = next((RESULTS / "quickstart").glob("ce-seed0-*/record.json"), None)
+    if template is None:
+        pytest.skip("results/ is not beside the package")
+    record = json.loads(template.read_text(encoding="utf-8"))
+    cell = record["cell"] | names(planned, planned.cells[0])
+    record |= {"spec": spec, "identity": identity, "recipe": cell.pop("recipe"), "cell": cell}
+    folder = tmp_path / f"my_method-seed0-{identity[:8]}"
+    folder.mkdir()
+    (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    run = {"name": planned.name, "title": "", "recipe": planned.recipe, "cells": [folder.name]}
+    (tmp_path / "recipe.json").write_text(json.dumps(run), encoding="utf-8")
+    found = {finding.what: finding.level for finding in verify(tmp_path, registry)}
+    assert found["planned with the cards of today it gives these very cells"] == "agrees"
+    assert found["what the records name are cards of this installation, as they are today"] == "agrees"
+    # Without the registry it is said, and what to do.
+    unchecked = [finding for finding in verify(tmp_path, REGISTRY) if finding.level == "unchecked" and finding.check]
+    assert any("unknown loss 'my_loss'" in finding.what and "--registry" in finding.what for finding in unchecked)
 
 
 def test_every_option_of_own_code_counts(tmp_path: Path, modules: None) -> None:
