@@ -73,4 +73,12 @@ class Shipped:
 def own_name(target: str) -> str | None:
     """The name of a user's own code, by its content; None for other code."""
     sha256 = own_code_sha256(target)
-    return None if sha256 is None else f"{target.partition(':')[2]}@{sha256}"
+    return None if sha256 is None else content_name(target, sha256)
+
+
+def content_name(target: str, sha256: str) -> str:
+    return f"{target.partition(':')[2]}@{sha256}"
+
+
+def is_content(name: str) -> bool:
+    return "@" in name

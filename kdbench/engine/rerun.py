@@ -111,7 +111,7 @@ def rerun(
     trained = spec.teacher.trained_by if spec.teacher is not None else None
     if spec.teacher is not None and trained is not None:
         for teacher in teachers:
-            if teacher.identity == trained.identity():
+            if teacher.identity in (trained.identity(), trained.identity(earlier=True)):
                 _as_it_was(teacher_folder(spec.teacher, options.runs), teacher)
     outcome = run(plan, replace(options, jobs=1), listener)
     if outcome.failed:

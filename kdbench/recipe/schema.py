@@ -25,6 +25,7 @@ from kdbench.cards import (
     Trained,
     Weights,
 )
+from kdbench.names import content_name, is_content
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100
@@ -170,6 +171,15 @@ class TargetSpec(Spec):
     source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
     version: int = Field(1, description="of the card")
     counts_as: dict[str, str] = Field({}, description="target -> what is hashed in its place, where it differs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def own_code_by_its_content(cls, data: Any) -> Any:
+        """Records of earlier versions name the module of a user's own code."""
+        if isinstance(data, dict) and data.get("source_sha256") and ":" in str(data.get("target")):
+            own = content_name(data["target"], data["source_sha256"])
+            return {**data, "counts_as": {data["target"]: own, **(data.get("counts_as") or {})}}
+        return data
 
 
 class DataSpec(TargetSpec):
@@ -347,9 +357,14 @@ class CellSpec(Spec):
         """The data whose test set counts."""
         return self.target or self.data
 
-    def identity(self) -> str:
+    def identity(self, earlier: bool = False) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
-        that has its default (so that a new field with a default, or a new hook point, reruns nothing)."""
+        that has its default (so that a new field with a default, or a new hook point, reruns nothing).
+
+        Args:
+            earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
+                one identity.
+        """
         terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
         own = {term.student for term in terms if term.of == "student"}
         taught = {term.teacher for term in terms} | {term.student for term in terms if term.of == "teacher"}
@@ -359,7 +374,7 @@ class CellSpec(Spec):
         if self.teacher is not None:
             model = self.teacher.model.reading(taught)
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
-        return _digest(self.model_copy(update=changes))
+        return _digest(self.model_copy(update=changes), earlier)
 
 
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
@@ -396,11 +411,11 @@ def _named(code: Any, names: dict[str, str]) -> Any:
     return names.get(code, code)
 
 
-def _digest(spec: Spec) -> str:
-    return hashlib.sha256(json.dumps(_numbers(spec), sort_keys=True).encode()).hexdigest()
+def _digest(spec: Spec, earlier: bool = False) -> str:
+    return hashlib.sha256(json.dumps(_numbers(spec, earlier), sort_keys=True).encode()).hexdigest()
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: Any, earlier: bool) -> Any:
     if isinstance(value, BaseModel):
         dropped = _NOT_NUMBERS | ({"weights"} if isinstance(value, ModelSpec) else set())
         # What a thing is called does not count where its target does.
@@ -410,15 +425,17 @@ def _numbers(value: Any) -> Any:
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
                 if isinstance(value, TargetSpec | WeightsSpec) and name in _CODE:
-                    part = _named(part, value.counts_as)
+                    part = _named(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
                 if isinstance(value, DataSpec) and name == "options":
                     part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}
                 # Stages follow each other, and sums of losses round by their order.
                 ordered = name in ("stages", "losses") and isinstance(part, dict)
-                result[name] = [[key, _numbers(p)] for key, p in part.items()] if ordered else _numbers(part)
+                result[name] = (
+                    [[key, _numbers(p, earlier)] for key, p in part.items()] if ordered else _numbers(part, earlier)
+                )
         return result
     if isinstance(value, dict):
-        return {key: _numbers(part) for key, part in value.items()}
+        return {key: _numbers(part, earlier) for key, part in value.items() if not (earlier and key in _NOT_NUMBERS)}
     if isinstance(value, list | tuple):
-        return [_numbers(part) for part in value]
+        return [_numbers(part, earlier) for part in value]
     return value

@@ -5,7 +5,6 @@ Imports no torch. What cannot be checked (a record of an older version) is said,
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -17,7 +16,7 @@ from kdbench.engine.runner import names
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.schema import CellSpec, recorded
 from kdbench.registry import Registry
 from kdbench.results import sums
 from kdbench.results.record import METRICS, RECORD, RUN, Record, metrics, read_record
@@ -176,7 +175,7 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         spec = spec_of(record)
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[writer][name] = spec is not None and spec.identity() == record.identity
+        by_version[writer][name] = spec is not None and record.identity in (spec.identity(), spec.identity(True))
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
@@ -235,7 +234,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "teacher accuracy", (record.teacher.name, tested), record.teacher.accuracy)
             size = record.models.teacher and record.models.teacher.model_dump()
             add(name, "size of the teacher", record.teacher.name, size)
-            add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
+            # In the form of today: versions differ in what they leave out.
+            spec = spec_of(record)
+            said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
+            add(name, "teacher's description", record.teacher.name, said)
         streams = (record.model_extra or {}).get("seeds", {}).get("streams")
         stages = record.spec.get("method", {}).get("stages", {}).values()
         # Batch sources have streams of their own.
@@ -245,7 +247,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         for name, record in folder.planned.items():
             spec = spec_of(record)
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
-            if record.teacher is not None and of is not None and of.identity() == trained.identity:
+            if record.teacher is not None and of is not None and trained.identity in (of.identity(), of.identity(True)):
                 # A teacher that was tested on its source alone is measured once more on the cells' target.
                 if record.target is None or record.teacher.source_accuracy is None:
                     tested = record.target.name if record.target is not None else record.data.name
@@ -298,11 +300,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
-    by_slug = {cell.slug: cell for cell in today.cells}
-    if list(by_slug) != folder.cells:
-        # Cells of a user's own cards had other identities once.
-        called = _called(folder, registry)
-        by_slug = {called.get(cell.spec.identity(), cell.slug): cell for cell in today.cells}
+    by_slug = {next((s for s in cell.slugs if s in folder.records), cell.slug): cell for cell in today.cells}
     if list(by_slug) != folder.cells:
         specs = [spec_of(record) for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
@@ -338,15 +336,6 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
 
 
-def _called(folder: Folder, registry: Registry) -> dict[str, str]:
-    """The identity that each planned cell has today -> the name of its folder."""
-    found = {}
-    for name, record in folder.planned.items():
-        with contextlib.suppress(UserError):
-            found[cell_of(record.spec, registry, name).identity()] = name
-    return found
-
-
 def _places(orders: dict[str, int | None]) -> dict[str, int]:
     """Orders counted without gaps."""
     among = sorted({order or 0 for order in orders.values()})
@@ -354,8 +343,8 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
 
 
 def _recomputed(spec: CellSpec, folder: Folder) -> bool:
-    identity = spec.identity()
-    return any(record.identity == identity for record in folder.planned.values())
+    ours = (spec.identity(), spec.identity(earlier=True))
+    return any(record.identity in ours for record in folder.planned.values())
 
 
 def _is_cell(name: str) -> bool:
