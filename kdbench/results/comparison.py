@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.schema import recorded
 from kdbench.results.record import Record
 from kdbench.results.soundness import spec_of
 
@@ -313,9 +314,10 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     """Refuse to pool different experiments, or to have two values for one seed."""
     # A field that came with a later version is absent from older records.
     drift = a.kdbench != b.kdbench
-    found = [(path, x, y) for path, x, y in differences(a.spec, b.spec) if not (drift and (x is None or y is None))]
-    if found and a.cell.seed != b.cell.seed and _same_but_for_the_seed(a, b):
-        return
+    specs = (a.spec, b.spec)
+    if any(differences(*specs)):
+        specs = (_in_the_form_of_today(a), _in_the_form_of_today(b))
+    found = [(path, x, y) for path, x, y in differences(*specs) if not (drift and (x is None or y is None))]
     if not found and a.cell.seed != b.cell.seed:
         return
     shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
@@ -329,12 +331,10 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     )
 
 
-def _same_but_for_the_seed(a: Record, b: Record) -> bool:
-    """Whether two records differ in nothing that is hashed: what one of them leaves out may be a default."""
-    one, other = spec_of(a), spec_of(b)
-    if one is None or other is None:
-        return False
-    return one.identity() == other.model_copy(update={"seed": one.seed}).identity()
+def _in_the_form_of_today(record: Record) -> dict[str, Any]:
+    """A record's resolved recipe with what it leaves out as a default, and own code by its content."""
+    spec = spec_of(record)
+    return record.spec if spec is None else recorded(spec)
 
 
 def _count(number: int, one: str, many: str) -> str:
