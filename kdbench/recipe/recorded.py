@@ -29,6 +29,8 @@ from kdbench.registry import Registry, singular
 from kdbench.signature import check_options
 
 S = TypeVar("S", bound=TargetSpec)
+T = TypeVar("T", CellSpec, ModelSpec, DataSpec)
+
 
 class NotHere(UserError):
     """What a record names is not, or not in that form, in this installation. Other refusals are of records that no
@@ -61,9 +63,6 @@ def student_of(spec: Any, registry: Registry, where: str) -> tuple[ModelSpec, Da
     plain = spec if isinstance(spec, Mapping) else {}
     student = _parsed(ModelSpec, plain.get("student"), where)
     return _Reader(registry, where).model(student), _parsed(DataSpec, plain.get("data"), where)
-
-
-T = TypeVar("T", CellSpec, ModelSpec, DataSpec)
 
 
 def _parsed(kind: type[T], plain: Any, where: str) -> T:

@@ -176,9 +176,10 @@ class TargetSpec(Spec):
     @classmethod
     def own_code_by_its_content(cls, data: Any) -> Any:
         """Records of earlier versions name the module of a user's own code."""
-        if isinstance(data, dict) and data.get("source_sha256") and ":" in str(data.get("target")):
-            own = content_name(data["target"], data["source_sha256"])
-            return {**data, "counts_as": {data["target"]: own, **(data.get("counts_as") or {})}}
+        if isinstance(data, dict) and "counts_as" not in data:
+            target, sha256 = data.get("target"), data.get("source_sha256")
+            if isinstance(target, str) and ":" in target and isinstance(sha256, str):
+                return {**data, "counts_as": {target: content_name(target, sha256)}}
         return data
 
 
@@ -384,21 +385,28 @@ _NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mi
 
 def recorded(spec: Spec) -> dict[str, Any]:
     """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
-    plain: dict[str, Any] = _recorded(spec.model_dump(mode="json", exclude_none=True))
+    plain: dict[str, Any] = spec.model_dump(mode="json", exclude_none=True)
+    _name_code(spec, plain)
     return plain
 
 
-def _recorded(plain: Any) -> Any:
-    if isinstance(plain, list):
-        return [_recorded(part) for part in plain]
-    if not isinstance(plain, dict):
-        return plain
-    if "counts_as" in plain:
-        names = plain["counts_as"]
-        # A version that nobody raised is left out, as are fields that came later.
-        plain = {k: _named(v, names) if k in _CODE else v for k, v in plain.items() if (k, v) != ("version", 1)}
+def _name_code(value: Any, plain: Any) -> None:
+    """Put names in the place of targets, in the plain form of a spec or of a part of one."""
+    if isinstance(value, TargetSpec | WeightsSpec):
+        plain |= {part: _named(plain[part], value.counts_as) for part in _CODE if part in plain}
         del plain["counts_as"]
-    return {key: part if key == "options" else _recorded(part) for key, part in plain.items()}
+        # As in records of before there were versions.
+        if plain.get("version") == 1:
+            del plain["version"]
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields.keys() & plain.keys():
+            _name_code(getattr(value, name), plain[name])
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _name_code(part, plain.get(key))
+    elif isinstance(value, list):
+        for part, plain_part in zip(value, plain, strict=True):
+            _name_code(part, plain_part)
 
 
 # Fields of specs that hold targets, or mappings of names to targets.

@@ -148,6 +148,19 @@ def test_what_is_recorded_is_read_back(method: str) -> None:
         assert cell_of(json.loads(json.dumps(recorded(spec))), REGISTRY, "cell") == spec, name
 
 
+def test_stages_and_losses_may_be_called_as_fields_of_specs(tmp_path: Path) -> None:
+    (tmp_path / "cards.yaml").write_text(
+        "methods: {strange: {title: S, stages: {counts_as: {share: 50%, losses: {options: {loss: kd}}}, "
+        "target: {losses: {label: {loss: kd, hook: logits}, options: {loss: cross_entropy}}}}}}\n"
+    )
+    registry = Registry([tmp_path])
+    spec = one(registry, method="strange")
+    plain = recorded(spec)
+    assert "counts_as" not in plain["method"]["stages"]["target"]["losses"]["options"]["loss"]
+    assert "version" not in plain["method"]["stages"]["counts_as"]["losses"]["options"]["loss"]
+    assert cell_of(plain, registry, "cell") == spec
+
+
 # A user's own code.
 
 

@@ -128,6 +128,30 @@ def test_what_cards_say_otherwise(place: tuple[str, ...], value: Any, said: str 
     assert refused.value.hint
 
 
+def test_whatever_a_record_says_is_built_or_refused() -> None:
+    plain = spec_of("prune_data_free")
+    tried = 0
+    for place in leaves({key: plain[key] for key in ("data", "student", "method", "route") if key in plain}):
+        for value in (None, [":"], {"a": ":"}, -1, "\0:"):
+            tried += 1
+            try:
+                cell_of(put(plain, place, value), REGISTRY, "cell")
+            except UserError as refused:
+                assert refused.hint, place
+    assert tried > 100
+    for nothing in (None, [], {}, "spec", {"student": {}}):
+        with pytest.raises(UserError):
+            cell_of(nothing, REGISTRY, "cell")
+
+
+def leaves(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(plain, dict) and plain:
+        for key, value in plain.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path
+
+
 def test_weights_of_the_user_s_own_are_data(tmp_path: Path) -> None:
     weights = {"file": str(tmp_path / "mine.pt"), "sha256": "0" * 64}
     plain = put(spec_of("ab"), ("teacher", "weights"), weights)
