@@ -84,7 +84,8 @@ class _Reader:
     def __init__(self, registry: Registry, where: str) -> None:
         self.registry, self.where = registry, where
 
-    def refused(self, what: str, hint: str = _COMMIT) -> UserError:
+    def refused(self, what: str) -> UserError:
+        hint = "no version of kdbench writes this: leave the folder out, or get it again from where it comes"
         return UserError(f"this record is not built: {what}", where=self.where, hint=hint)
 
     def not_here(self, what: str, hint: str = _COMMIT) -> NotHere:
@@ -163,7 +164,7 @@ class _Reader:
         )
 
     def weights(self, weights: WeightsSpec, own: str | None = None) -> WeightsSpec:
-        """Those of the teacher card that has a file of this sha256.
+        """Those of a teacher card that has a file of this sha256 and reads it in this way.
 
         Args:
             own: the name of a teacher, which may have a user's own file.
@@ -173,8 +174,8 @@ class _Reader:
             if isinstance(plain, dict) and plain.get("sha256") == weights.sha256:
                 card: Weights = self.registry.card("teachers", key).weights
                 built = weights_spec(key, card)
-                self.check_code(f"layout of the weights '{weights.file}'", weights.layout, card.layout, built.counts_as)
-                return built
+                if weights.layout in (card.layout, *built.counts_as.values()):
+                    return built
         if own is None or weights.layout is not None or weights.url is not None:
             raise self.not_here(f"no teacher card here has the weights '{weights.file}'", _OWN)
         return weights
@@ -212,7 +213,7 @@ class _Reader:
             raise self.not_here(error.what) from None
         return spec.model_copy(update={**code, "options": options})
 
-    def check_code(self, what: str, said: str | None, present: str | None, counts_as: Mapping[str, str]) -> None:
+    def check_code(self, what: str, said: str, present: str, counts_as: Mapping[str, str]) -> None:
         """A record names code by what it counts as, or by where it lay when that was the same place as now."""
-        if said not in (present, counts_as.get(present, present) if present is not None else None):
+        if said not in (present, counts_as.get(present)):
             raise self.refused(f"the {what} is not that of the card: '{said}'")

@@ -268,7 +268,9 @@ def test_what_a_weight_file_is_read_by_counts_by_content(tmp_path: Path, modules
         folder.mkdir()
         (folder / f"layout_{number}.py").write_text(text)
         (folder / "cards.yaml").write_text(
-            "teachers: {t: {model: wrn_16_2, data: digits, weights: "
+            # Two cards read one file in two ways.
+            f"teachers: {{a: {{model: wrn_16_2, data: digits, weights: {{file: t.pt, sha256: {'a' * 64}}}}}, "
+            "t: {model: wrn_16_2, data: digits, weights: "
             f"{{file: t.pt, sha256: {'a' * 64}, url: 'https://example.org', layout: 'layout_{number}:ours'}}}}}}\n"
         )
         spec = one(Registry([folder]), teacher="t")
