@@ -86,21 +86,19 @@ def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> n
 
     Its input is normalized as the record's protocol says (`record.spec["protocol"]["normalization"]`).
     """
-    import json
-
     from kdbench.engine.build import build_model, load_weights, read_weights
     from kdbench.errors import UserError
-    from kdbench.recipe.schema import DataSpec, ModelSpec
+    from kdbench.recipe.recorded import student_of
     from kdbench.registry import Registry
     from kdbench.results.record import read_record, student_file
 
-    Registry(Path(registry) for registry in registries)
     folder = Path(folder)
     if not (folder / "record.json").is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
-    spec = json.loads((folder / "record.json").read_text(encoding="utf-8"))["spec"]
-    model_spec = ModelSpec.model_validate(spec["student"]).model_copy(update={"weights": None})
-    model = build_model(model_spec, DataSpec.model_validate(spec["data"]))
-    file = student_file(read_record(folder))
-    load_weights(model, read_weights(file), spec["student"]["name"], str(file))
+    record = read_record(folder)
+    student, data = student_of(record.spec, Registry(Path(registry) for registry in registries), str(folder))
+    # Its own first weights, or those it started from, are not needed any more.
+    model = build_model(student.untrained(), data)
+    file = student_file(record)
+    load_weights(model, read_weights(file), student.name, str(file))
     return model.eval()

@@ -89,10 +89,16 @@ class Augmentation(Strict):
         return self
 
 
-class TargetCard(Card):
-    """A target with fixed options: connectors, schedules, optimizers."""
+class CodeCard(Card):
+    """A card that names code. Cells are hashed by its key and version, not by where the code lies."""
 
     target: Target
+    version: int = Field(1, ge=1, description="raised whenever the code's numbers change for the same arguments")
+
+
+class TargetCard(CodeCard):
+    """A target with fixed options: connectors, schedules, optimizers."""
+
     args: dict[str, Any] = {}
 
 
@@ -105,8 +111,7 @@ class HookCard(Card):
     points: dict[PointName, str] = Field(description="hook point -> module path (its output), or input(path)")
 
 
-class LossCard(Card):
-    target: Target
+class LossCard(CodeCard):
     inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]]
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 
 from kdbench.cards import KINDS, SourceCard
 from kdbench.errors import UserError, did_you_mean
-from kdbench.signature import Parameter, check_options, parameters
+from kdbench.names import Shipped, targets_in
+from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
 from kdbench.tree import Tree, shown
 from kdbench.validation import validated
 
@@ -69,7 +70,9 @@ class Registry:
             self.folders.append(folder)
             if str(folder.resolve()) not in sys.path:
                 sys.path.append(str(folder.resolve()))
-        for folder in self.folders:
+        self._scan(self.folders[0])
+        self.shipped = {kind: Shipped.of(kind, trees) for kind, trees in self.trees.items()}
+        for folder in self.folders[1:]:
             self._scan(folder)
 
     def _scan(self, folder: Path) -> None:
@@ -122,6 +125,18 @@ class Registry:
         """A card as a tree, `include` followed, short forms written out."""
         return self._tree(kind, name, where, ())[0]
 
+    def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:
+        """What a spec says of a card's code (fields of `TargetSpec`): where it lies now, and what it counts as."""
+        card = self.card(kind, name, where)
+        shipped, key = self.shipped[kind], self._find(kind, name, where)[0]
+        counts_as = {target: shipped.name(key, at, target) for at, target in targets_in(card.model_dump())}
+        return {
+            "target": card.target,
+            "counts_as": {target: counted for target, counted in counts_as.items() if target != counted},
+            "version": max(card.version, shipped.versions.get(card.target, 1)),
+            "source_sha256": own_code_sha256(card.target),
+        }
+
     def card(self, kind: str, name: str, where: str | None = None) -> Any:
         """A card of a kind as its typed form. UserError with the nearest names when there is none."""
         tree = self.tree(kind, name, where)
@@ -136,21 +151,19 @@ class Registry:
         """What a template key's fields stand for in a name: `wrn_16_2` -> {depth: 16, width: 2}."""
         return self._tree(kind, name, None, ())[1]
 
-    def _tree(self, kind: str, name: str, where: str | None, seen: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
-        fields: dict[str, Any] = {}
+    def _find(self, kind: str, name: str, where: str | None) -> tuple[str, dict[str, Any]]:
+        """The key of the card that a name means, and a template key's fields."""
         if name in self.trees[kind] and "{" not in name:
-            tree = self.trees[kind][name]
-        else:
-            for key in self.keys(kind):
-                match = _match(key, name, self.trees[kind][key].data.get("target"))
-                if match is not None:
-                    tree, fields = self.trees[kind][key], match
-                    break
-            else:
-                raise UserError(
-                    f"unknown {singular(kind)} '{name}'", where=where, hint=did_you_mean(name, self.names(kind))
-                )
-        tree = written_out(tree)
+            return name, {}
+        for key in self.keys(kind):
+            match = _match(key, name, self.trees[kind][key].data.get("target"))
+            if match is not None:
+                return key, match
+        raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=did_you_mean(name, self.names(kind)))
+
+    def _tree(self, kind: str, name: str, where: str | None, seen: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
+        key, fields = self._find(kind, name, where)
+        tree = written_out(self.trees[kind][key])
         if "include" in tree.data:
             base_name = tree.data["include"]
             if not isinstance(base_name, str) or base_name == name or base_name in seen:
@@ -162,8 +175,8 @@ class Registry:
 
     def options(
         self, kind: str, name: str, given: Tree, ignore: Iterable[str] = ("name",), also_known: tuple[str, ...] = ()
-    ) -> tuple[str, dict[str, Any]]:
-        """Target and typed options of a named thing: the card's fixed args, a template's fields, and what is given.
+    ) -> dict[str, Any]:
+        """Typed options of a named thing: the card's fixed args, a template's fields, and what is given.
 
         Args:
             given: the mapping in which the options stand; its keys in `ignore` are not options.
@@ -179,7 +192,7 @@ class Registry:
             if key not in ignore:
                 options[key] = value
                 with_origin[key] = given.origin((key,))
-        return card.target, check_options(
+        return check_options(
             card.target, options, known, lambda key: with_origin.get(key, given.origin(())), what, also_known
         )
 

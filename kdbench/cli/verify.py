@@ -81,7 +81,7 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     records = read_folder(folder).planned
     if not records:
         raise UserError("there is no sound record to run again", where=str(folder))
-    name, record, spec = choose(records, cell)
+    name, record, spec = choose(records, cell, cards)
     axes = {path: value for path, value in record.cell.axes.items() if path != "method"}
     siblings = [
         r

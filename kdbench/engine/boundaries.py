@@ -23,10 +23,10 @@ from kdbench.errors import UserError
 from kdbench.files import home, sha256_of
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.recipe.networks import teacher_alone
+from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
 from kdbench.registry import Registry
 from kdbench.results.record import Record, student_file
-from kdbench.results.soundness import spec_of
 from kdbench.sources.attack import RATES, StepRule, boundary_attack
 
 # Logits of pixel values [N, C, H, W] on the scale of [0, 1].
@@ -313,9 +313,10 @@ def of_cells(
         a record with its similarity, and the ways; None for a cell for which there is no teacher.
 
     Raises:
-        UserError: a record that this version cannot read, no weights of a student or a teacher, no data.
+        UserError: a record that cannot be built from the cards here, no weights of a student or a teacher, no data.
     """
-    specs = [readable_spec(record) for record in records]
+    registry = Registry(options.registries)
+    specs = [cell_of(record.spec, registry, str(record.folder)) for record in records]
     known: dict[str, list[TeacherSpec]] = {}
     for spec in specs:
         if spec.teacher is not None and spec.teacher.classes is None:
@@ -497,18 +498,6 @@ def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], devic
     model = kdbench.load_student(student_file(record).parent, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
-
-
-def readable_spec(record: Record) -> CellSpec:
-    """What a record says of its cell. UserError where another version wrote it in another form."""
-    spec = spec_of(record)
-    if spec is None:
-        raise UserError(
-            f"kdbench {record.kdbench} wrote this record's recipe in a form that this version cannot read",
-            where=str(record.folder),
-            hint="check out the commit that the record names",
-        )
-    return spec
 
 
 def _slice(images: Tensor) -> int:

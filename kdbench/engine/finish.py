@@ -21,7 +21,7 @@ from kdbench.engine.evaluation import score
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
 from kdbench.files import atomic, sha256_of, write_json
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.schema import CellSpec, DataSpec, recorded
 from kdbench.results.record import LOGITS, STUDENT, summary
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
@@ -70,7 +70,7 @@ def finish(
         "identity": spec.identity(),
         "recipe": cell.pop("recipe"),
         "cell": cell,
-        "spec": spec.model_dump(mode="json", exclude_none=True),
+        "spec": recorded(spec),
         "budget": {
             "steps": line.total,
             "epochs": round(line.epochs(line.total), 4),

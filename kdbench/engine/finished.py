@@ -125,7 +125,9 @@ class Finished:
         """Copy the published cells into the run's folder, with the records of teachers that were trained for them."""
         for _, state in self.work:
             if state.id in self.taken:
-                _copy(results / state.folder.name, state.folder)
+                source = self.taken[state.id].folder
+                assert source is not None
+                _copy(source, state.folder)
         if self.taken:
             for teacher in self.published.keys() - {state.folder.name for _, state in self.work}:
                 _copy(results / teacher, folder / teacher)

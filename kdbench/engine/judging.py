@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from kdbench.engine.batches import SLICE
-from kdbench.engine.boundaries import Classifier, readable_spec, student_of, weights_of
+from kdbench.engine.boundaries import Classifier, student_of, weights_of
 from kdbench.engine.runner import Options
 from kdbench.engine.teachers import load_teacher
 from kdbench.errors import UserError
 from kdbench.recipe.networks import teacher_alone
+from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import DataSpec
 from kdbench.registry import Registry
 from kdbench.results.record import read_records, student_file
@@ -95,9 +96,9 @@ def teacher_as_judge(name: str, registry: Registry, options: Options) -> Judge:
 
 def students_as_judges(folder: Path, options: Options) -> list[Judge]:
     """The students of all finished cells below a folder."""
-    found = []
+    found, registry = [], Registry(options.registries)
     for record in read_records([folder]):
-        spec = readable_spec(record)
+        spec = cell_of(record.spec, registry, str(record.folder))
         others = [f"{path} {value}" for path, value in record.cell.axes.items() if not path.startswith("method")]
         name = ", ".join([record.cell.label, *others, f"seed {record.cell.seed}"])
         # A student that began with a teacher's weights may know that teacher's classes too.

@@ -22,7 +22,7 @@ from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
 from kdbench.engine.network import autocast
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
-from kdbench.recipe.schema import CellSpec, ProtocolSpec
+from kdbench.recipe.schema import CellSpec, ProtocolSpec, recorded
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
 
@@ -71,10 +71,11 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     """
     teacher = spec.teacher
     assert teacher is not None
+    model = recorded(teacher.model)
     return {
         "layout": LAYOUT,
         "weights": sha256,
-        "model": [teacher.model.target, teacher.model.options],
+        "model": [model[part] for part in ("target", "options", "version") if part in model],
         "normalization": teacher.normalization.model_dump(mode="json"),
         "data": data.fingerprint,
         "augmentation": spec.protocol.augmentation.model_dump(mode="json"),

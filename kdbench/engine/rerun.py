@@ -13,7 +13,9 @@ from kdbench.engine.scheduling import BEGUN
 from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.files import write_json
 from kdbench.recipe.planning import Plan, PlannedCell
+from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.record import Record, metrics, read_record
 from kdbench.results.soundness import spec_of
@@ -58,34 +60,26 @@ class Again:
         return abs(self.found - self.recorded) <= self.tolerance and not self.unequal
 
 
-def choose(records: dict[str, Record], name: str | None) -> tuple[str, Record, CellSpec]:
+def choose(records: dict[str, Record], name: str | None, registry: Registry) -> tuple[str, Record, CellSpec]:
     """The cell to run again: the named one, or the cheapest: without a teacher to train, in the shortest time.
 
     Args:
         records: folder name -> record.
 
     Raises:
-        UserError: no such cell, or one of a version whose recipes this one cannot read.
+        UserError: no such cell, or one that cannot be built from the cards here.
     """
     if name is not None and name not in records:
         raise UserError(f"there is no cell '{name}'", where="--cell", hint=did_you_mean(name, records))
-    specs = {cell: spec_of(record) for cell, record in records.items()}
     if name is None:
 
         def cost(cell: str) -> tuple[bool, bool, float, str]:
-            spec = specs[cell]
+            spec = spec_of(records[cell])
             trains = spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None
             return spec is None, trains, records[cell].compute.seconds, cell
 
         name = min(records, key=cost)
-    spec = specs[name]
-    if spec is None:
-        raise UserError(
-            f"kdbench {records[name].kdbench} wrote this record's recipe in a form that this version cannot run",
-            where=name,
-            hint="check out the commit that the record names, and run the cell there",
-        )
-    return name, records[name], spec
+    return name, records[name], cell_of(records[name].spec, registry, name)
 
 
 def rerun(
@@ -117,7 +111,7 @@ def rerun(
     trained = spec.teacher.trained_by if spec.teacher is not None else None
     if spec.teacher is not None and trained is not None:
         for teacher in teachers:
-            if teacher.identity == trained.identity():
+            if teacher.identity in (trained.identity(), trained.identity(earlier=True)):
                 _as_it_was(teacher_folder(spec.teacher, options.runs), teacher)
     outcome = run(plan, replace(options, jobs=1), listener)
     if outcome.failed:

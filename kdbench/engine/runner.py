@@ -123,16 +123,16 @@ def run(
     folder = options.runs / plan.name
     folder_of = partial(teacher_folder, runs=options.runs)
     with alone(folder):
+        states = [CellState(i, label(cell), _place(folder, cell)) for i, cell in enumerate(plan.cells)]
         write_json(
             folder / "recipe.json",
             {
                 "name": plan.name,
                 "title": plan.title,
                 "recipe": plan.recipe,
-                "cells": [cell.slug for cell in plan.cells],
+                "cells": [state.folder.name for state in states],
             },
         )
-        states = [CellState(i, label(cell), folder / cell.slug) for i, cell in enumerate(plan.cells)]
         finished = Finished(list(zip(plan.cells, states, strict=True)), published or {}, listener.say)
         # Who only wants a table need not have the device.
         with pool_for(options if finished.open or finished.taken else replace(options, device="cpu")) as pool:
@@ -165,6 +165,11 @@ def label(cell: PlannedCell) -> str:
     """A cell as people call it."""
     others = [f"{path} {value}" for path, value in cell.axes.items() if not path.startswith("method")]
     return ", ".join([cell.spec.method.label, *others, f"seed {cell.spec.seed}"])
+
+
+def _place(folder: Path, cell: PlannedCell) -> Path:
+    """A cell's folder, also where an earlier version finished it under another name."""
+    return next((folder / slug for slug in cell.slugs if is_finished(folder / slug)), folder / cell.slug)
 
 
 def is_finished(folder: Path) -> bool:
@@ -247,8 +252,10 @@ def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener
 
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy."""
-    identity = spec.trained_by.identity() if spec.trained_by else spec.weights.sha256  # type: ignore[union-attr]
-    return runs / "teachers" / f"{spec.name}-{identity[:8]}"
+    if (own := spec.trained_by) is None:
+        return runs / "teachers" / f"{spec.name}-{spec.weights.sha256[:8]}"  # type: ignore[union-attr]
+    places = [runs / "teachers" / f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
+    return next((place for place in places if is_finished(place)), places[0])
 
 
 def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:

@@ -22,7 +22,7 @@ from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
-from kdbench.recipe.schema import DataSpec, TeacherSpec
+from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
 from kdbench.results.record import finished_record, student_file
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
@@ -114,7 +114,7 @@ def measured(
     key = {
         "sha256": spec.weights.sha256,
         "data": data.fingerprint,
-        "model": spec.model.model_dump(mode="json"),
+        "model": recorded(spec.model),
         "normalization": spec.normalization.model_dump(mode="json"),
     }
     found = _read(kept)

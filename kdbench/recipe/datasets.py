@@ -8,7 +8,6 @@ from kdbench.cards import DatasetCard
 from kdbench.errors import UserError
 from kdbench.recipe.schema import DataSpec, Recipe
 from kdbench.registry import Registry
-from kdbench.signature import own_code_sha256
 from kdbench.tree import Tree
 
 
@@ -37,7 +36,7 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         )
     return spec_of_card(
         choice.name,
-        card,
+        registry,
         fraction=choice.fraction,
         per_class=choice.per_class,
         # All classes are no choice among them.
@@ -63,19 +62,19 @@ def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) 
             hint="domains share classes, channels and image size: a data card's options bring images to a size "
             "('kdbench show datasets mnist_8')",
         )
-    return spec_of_card(choice.name, card, root=choice.root)
+    return spec_of_card(choice.name, registry, root=choice.root)
 
 
 def _sizes(classes: int, channels: int, size: int) -> str:
     return f"{classes} classes of {channels}×{size}×{size}"
 
 
-def spec_of_card(name: str, card: DatasetCard, **more: Any) -> DataSpec:
+def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
+    card: DatasetCard = registry.card("datasets", name)
     return DataSpec(
         name=name,
-        target=card.target,
+        **registry.code("datasets", name),
         options=card.args,
-        source_sha256=own_code_sha256(card.target),
         classes=card.classes,
         channels=card.channels,
         image_size=card.image_size,

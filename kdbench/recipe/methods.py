@@ -20,7 +20,7 @@ from kdbench.recipe.schema import (
 )
 from kdbench.registry import Registry, written_out
 from kdbench.schedules import share
-from kdbench.signature import check_options, own_code_sha256
+from kdbench.signature import check_options
 from kdbench.tree import Tree
 from kdbench.validation import validated
 
@@ -287,9 +287,8 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
     return TermSpec(
         loss=LossSpec(
             name=term.loss,
-            target=loss.target,
+            **registry.code("losses", term.loss),
             options=options,
-            source_sha256=own_code_sha256(loss.target),
             inputs=loss.inputs,
             metrics=loss.metrics,
             references=loss.references,
@@ -309,16 +308,17 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
 
 def _named(kind: str, named: Named, tree: Tree, registry: Registry) -> TargetSpec:
     given = Tree(named.model_dump(), tree.origins | {(): tree.origin(())})
-    target, options = registry.options(kind, named.name, given)
+    options = registry.options(kind, named.name, given)
+    code = registry.code(kind, named.name)
     if kind == "schedules":
         # Schedules are plain Python: trying one now tells a malformed share before anything is trained.
-        module, _, name = target.partition(":")
+        module, _, name = code["target"].partition(":")
         try:
             getattr(importlib.import_module(module), name)(**options)
         except ValueError as error:
             shares = [key for key, value in options.items() if isinstance(value, list | str)]
             raise UserError(f"schedule '{named.name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
-    return TargetSpec(name=named.name, target=target, options=options, source_sha256=own_code_sha256(target))
+    return TargetSpec(name=named.name, **code, options=options)
 
 
 def _check_shares(stages: dict[str, StageSpec], tree: Tree, name: str) -> None:

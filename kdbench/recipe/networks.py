@@ -9,11 +9,11 @@ from typing import Any
 from kdbench.cards import Normalization, TeacherCard, Weights
 from kdbench.errors import UserError
 from kdbench.files import find_weights, recorded_sha256, sha256_of, weight_folders
+from kdbench.names import own_name
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import typed
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TeacherSpec
+from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TeacherSpec, WeightsSpec
 from kdbench.registry import Registry
-from kdbench.signature import own_code_sha256
 from kdbench.tree import Tree
 from kdbench.validation import validated
 
@@ -29,7 +29,7 @@ def model_spec(
     start: str | None = None,
 ) -> ModelSpec:
     name = tree.data["name"]
-    target, options = registry.options(
+    options = registry.options(
         "models", name, tree, ignore=("name", "hooks", "weights", "start"), also_known=("hooks", "weights", "start")
     )
     card = registry.card("models", name)
@@ -39,9 +39,8 @@ def model_spec(
         sha256 = _file_hash(_existing(weights, tree.origin(("weights",))))
     return ModelSpec(
         name=name,
-        target=target,
+        **registry.code("models", name),
         options=options,
-        source_sha256=own_code_sha256(target),
         hooks=hooks or points,
         weights=weights,
         weights_sha256=sha256,
@@ -49,7 +48,7 @@ def model_spec(
     )
 
 
-def _start(teacher: str, model: str, options: dict[str, Any], where: str, registry: Registry) -> Weights:
+def _start(teacher: str, model: str, options: dict[str, Any], where: str, registry: Registry) -> WeightsSpec:
     """The weights of a teacher card, for a student of the same model."""
     card: TeacherCard = registry.card("teachers", teacher, where)
     if card.weights is None:
@@ -57,7 +56,14 @@ def _start(teacher: str, model: str, options: dict[str, Any], where: str, regist
     theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
     if (theirs.name, theirs.options) != (model, options):
         raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model}'", where=where)
-    return card.weights
+    return weights_spec(teacher, card.weights)
+
+
+def weights_spec(teacher: str, weights: Weights) -> WeightsSpec:
+    """The weights of a teacher card. The function that turns the file's state dict into ours counts under the card's
+    key, a user's own by its content."""
+    counts_as = {} if weights.layout is None else {weights.layout: own_name(weights.layout) or f"{teacher}.layout"}
+    return WeightsSpec(**weights.model_dump(), counts_as=counts_as)
 
 
 def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True) -> TeacherSpec:
@@ -99,7 +105,7 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         name=name,
         model=model,
         normalization=validated(Normalization, given.at("normalization"), "teacher") if own else normalization,
-        weights=card.weights,
+        weights=weights_spec(name, card.weights) if card.weights is not None else None,
         trained_by=trained_by,
         accuracy=None if foreign else card.accuracy,
         classes=known[1] if foreign else None,
@@ -111,7 +117,7 @@ def teacher_alone(name: str, registry: Registry, where: str) -> tuple[TeacherSpe
     """A teacher of a card and the data that it knows, without a recipe."""
     card: TeacherCard = registry.card("teachers", name, where)
     tree = Tree.of({"teacher": {"name": name}, "data": {"name": card.data.name}}, where)
-    return teacher_spec(tree, registry), spec_of_card(card.data.name, registry.card("datasets", card.data.name))
+    return teacher_spec(tree, registry), spec_of_card(card.data.name, registry)
 
 
 def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:

@@ -28,9 +28,17 @@ class PlannedCell:
     @property
     def slug(self) -> str:
         """Folder name: readable, and different for cells that differ in anything that affects numbers."""
+        return self._slug(self.spec.identity())
+
+    @property
+    def slugs(self) -> list[str]:
+        """The folder's name, and the one that an earlier version gave it."""
+        return [self.slug, self._slug(self.spec.identity(earlier=True))]
+
+    def _slug(self, identity: str) -> str:
         parts = [self.spec.method.name]
         parts += [f"{path.rpartition('.')[2]}_{_name(value)}" for path, value in self.axes.items() if path != "method"]
-        text = "-".join([*parts, f"seed{self.spec.seed}", self.spec.identity()[:8]])
+        text = "-".join([*parts, f"seed{self.spec.seed}", identity[:8]])
         return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)
 
 

@@ -25,6 +25,7 @@ from kdbench.cards import (
     Trained,
     Weights,
 )
+from kdbench.names import content_name, is_content
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100
@@ -165,9 +166,21 @@ class TargetSpec(Spec):
     """A registered thing with its options: what to call, and with what."""
 
     name: str
-    target: str
+    target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
     options: dict[str, Any] = {}
     source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
+    version: int = Field(1, description="of the card")
+    counts_as: dict[str, str] = Field({}, description="target -> what is hashed in its place, where it differs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def own_code_by_its_content(cls, data: Any) -> Any:
+        """Records of earlier versions name the module of a user's own code."""
+        if isinstance(data, dict) and "counts_as" not in data:
+            target, sha256 = data.get("target"), data.get("source_sha256")
+            if isinstance(target, str) and ":" in target and isinstance(sha256, str):
+                return {**data, "counts_as": {target: content_name(target, sha256)}}
+        return data
 
 
 class DataSpec(TargetSpec):
@@ -186,11 +199,17 @@ class DataSpec(TargetSpec):
     streamed: bool = False
 
 
+class WeightsSpec(Weights):
+    """The weights of a teacher card. `counts_as`: as of a `TargetSpec`, of `layout`."""
+
+    counts_as: dict[str, str] = {}
+
+
 class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
-    start: Weights | None = None
+    start: WeightsSpec | None = None
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
@@ -305,7 +324,7 @@ class TeacherSpec(Spec):
     name: str
     model: ModelSpec
     normalization: Normalization
-    weights: Weights | None = None
+    weights: WeightsSpec | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
     classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
@@ -332,16 +351,21 @@ class CellSpec(Spec):
     seed: int
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
-    route: int | None = None
+    route: int | None = Field(None, gt=0, le=ROUTE_MOST)
 
     @property
     def tested(self) -> DataSpec:
         """The data whose test set counts."""
         return self.target or self.data
 
-    def identity(self) -> str:
+    def identity(self, earlier: bool = False) -> str:
         """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
-        that has its default (so that a new field with a default, or a new hook point, reruns nothing)."""
+        that has its default (so that a new field with a default, or a new hook point, reruns nothing).
+
+        Args:
+            earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
+                one identity.
+        """
         terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
         own = {term.student for term in terms if term.of == "student"}
         taught = {term.teacher for term in terms} | {term.student for term in terms if term.of == "teacher"}
@@ -351,19 +375,55 @@ class CellSpec(Spec):
         if self.teacher is not None:
             model = self.teacher.model.reading(taught)
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
-        return _digest(self.model_copy(update=changes))
+        return _digest(self.model_copy(update=changes), earlier)
 
 
-# Names for readers, folders, addresses, and what stands beside a metric: they change no number. Files count by their
-# sha256.
-_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references"}
+# Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
+# no number. Files count by their sha256, code by what it counts as.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references", "counts_as"}
 
 
-def _digest(spec: Spec) -> str:
-    return hashlib.sha256(json.dumps(_numbers(spec), sort_keys=True).encode()).hexdigest()
+def recorded(spec: Spec) -> dict[str, Any]:
+    """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
+    plain: dict[str, Any] = spec.model_dump(mode="json", exclude_none=True)
+    _name_code(spec, plain)
+    return plain
 
 
-def _numbers(value: Any) -> Any:
+def _name_code(value: Any, plain: Any) -> None:
+    """Put names in the place of targets, in the plain form of a spec or of a part of one."""
+    if isinstance(value, TargetSpec | WeightsSpec):
+        plain |= {part: _named(plain[part], value.counts_as) for part in _CODE if part in plain}
+        del plain["counts_as"]
+        # As in records of before there were versions.
+        if plain.get("version") == 1:
+            del plain["version"]
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields.keys() & plain.keys():
+            _name_code(getattr(value, name), plain[name])
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _name_code(part, plain.get(key))
+    elif isinstance(value, list):
+        for part, plain_part in zip(value, plain, strict=True):
+            _name_code(part, plain_part)
+
+
+# Fields of specs that hold targets, or mappings of names to targets.
+_CODE = ("target", "metrics", "references", "layout")
+
+
+def _named(code: Any, names: dict[str, str]) -> Any:
+    if isinstance(code, dict):
+        return {key: names.get(target, target) for key, target in code.items()}
+    return names.get(code, code)
+
+
+def _digest(spec: Spec, earlier: bool = False) -> str:
+    return hashlib.sha256(json.dumps(_numbers(spec, earlier), sort_keys=True).encode()).hexdigest()
+
+
+def _numbers(value: Any, earlier: bool) -> Any:
     if isinstance(value, BaseModel):
         dropped = _NOT_NUMBERS | ({"weights"} if isinstance(value, ModelSpec) else set())
         # What a thing is called does not count where its target does.
@@ -372,12 +432,18 @@ def _numbers(value: Any) -> Any:
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
+                if isinstance(value, TargetSpec | WeightsSpec) and name in _CODE:
+                    part = _named(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
+                if isinstance(value, DataSpec) and name == "options":
+                    part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}
                 # Stages follow each other, and sums of losses round by their order.
                 ordered = name in ("stages", "losses") and isinstance(part, dict)
-                result[name] = [[key, _numbers(p)] for key, p in part.items()] if ordered else _numbers(part)
+                result[name] = (
+                    [[key, _numbers(p, earlier)] for key, p in part.items()] if ordered else _numbers(part, earlier)
+                )
         return result
     if isinstance(value, dict):
-        return {key: _numbers(part) for key, part in value.items() if key not in _NOT_NUMBERS}
+        return {key: _numbers(part, earlier) for key, part in value.items() if not (earlier and key in _NOT_NUMBERS)}
     if isinstance(value, list | tuple):
-        return [_numbers(part) for part in value]
+        return [_numbers(part, earlier) for part in value]
     return value

@@ -23,17 +23,21 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
     changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
     found = {}
     for cell in plan.cells:
-        if (record := finished_record(folder / cell.slug)) is not None:
+        # An earlier version may have named the cell's folder otherwise.
+        records = (finished_record(folder / slug) for slug in cell.slugs)
+        if (record := next(filter(None, records), None)) is not None:
             found[cell.slug] = record
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
-    for name, record in found.items():
-        wrong = [what for what in changed if what.startswith(f"{name}/")]
-        wrong += problems(record, metrics(folder / name))
+    for record in found.values():
+        place = record.folder
+        assert place is not None
+        wrong = [what for what in changed if what.startswith(f"{place.name}/")]
+        wrong += problems(record, metrics(place))
         if wrong:
             raise UserError(
                 f"this published record cannot be taken over: {wrong[0]}",
-                where=str(folder / name),
+                where=str(place),
                 hint="'kdbench verify' tells more; with --no-adopt every cell is trained here",
             )
     return found

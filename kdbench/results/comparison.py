@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.schema import recorded
 from kdbench.results.record import Record
+from kdbench.results.soundness import spec_of
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy"}
@@ -314,7 +316,10 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     """Refuse to pool different experiments, or to have two values for one seed."""
     # A field that came with a later version is absent from older records.
     drift = a.kdbench != b.kdbench
-    found = [(path, x, y) for path, x, y in differences(a.spec, b.spec) if not (drift and (x is None or y is None))]
+    specs = (a.spec, b.spec)
+    if any(differences(*specs)):
+        specs = (_in_the_form_of_today(a), _in_the_form_of_today(b))
+    found = [(path, x, y) for path, x, y in differences(*specs) if not (drift and (x is None or y is None))]
     if not found and a.cell.seed != b.cell.seed:
         return
     shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
@@ -346,6 +351,12 @@ def _check_made_alike(a: Record, b: Record) -> None:
                     hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
                     "and 'kdbench run' trains it again",
                 )
+
+
+def _in_the_form_of_today(record: Record) -> dict[str, Any]:
+    """A record's resolved recipe with what it leaves out as a default, and own code by its content."""
+    spec = spec_of(record)
+    return record.spec if spec is None else recorded(spec)
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -16,7 +16,8 @@ from kdbench.engine.runner import names
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.recorded import NotHere, cell_of
+from kdbench.recipe.schema import CellSpec, recorded
 from kdbench.registry import Registry
 from kdbench.results import sums
 from kdbench.results.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, metrics, read_record
@@ -85,7 +86,7 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
     ]
     for check in checks:
         findings += check(folder)
-    return findings + list(_planned_again(folder, registry))
+    return findings + list(_cards(folder, registry)) + list(_planned_again(folder, registry))
 
 
 def verdict(findings: Iterable[Finding]) -> str:
@@ -202,7 +203,7 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         spec = spec_of(record)
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[writer][name] = spec is not None and spec.identity() == record.identity
+        by_version[writer][name] = spec is not None and record.identity in (spec.identity(), spec.identity(True))
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
@@ -218,6 +219,24 @@ def _identities(folder: Folder) -> Iterator[Finding]:
                 yield Finding("disagrees", "its identity is not that of its resolved recipe", name)
         if all(same.values()):
             yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
+
+
+def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
+    """Each record against the cards that it names: only what these are is ever built."""
+    absent: dict[str, list[str]] = defaultdict(list)
+    wrong = 0
+    for name, record in folder.records.items():
+        try:
+            cell_of(record.spec, registry, name)
+        except NotHere as error:
+            absent[f"{error.what}; {error.hint}"].append(name)
+        except UserError as error:
+            wrong += 1
+            yield Finding("disagrees", error.what, name)
+    for what, cells in absent.items():
+        yield Finding("unchecked", f"{len(cells)} records, {cells[0]} for one: {what}", "cards", "cards")
+    if folder.records and not absent and not wrong:
+        yield Finding("agrees", "what the records name are cards of this installation, as they are today", "cards")
 
 
 def _shared(folder: Folder) -> Iterator[Finding]:
@@ -243,7 +262,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "teacher accuracy", (record.teacher.name, tested), record.teacher.accuracy)
             size = record.models.teacher and record.models.teacher.model_dump()
             add(name, "size of the teacher", record.teacher.name, size)
-            add(name, "teacher's description", record.teacher.name, record.spec.get("teacher"))
+            # In the form of today: versions differ in what they leave out.
+            spec = spec_of(record)
+            said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
+            add(name, "teacher's description", record.teacher.name, said)
         streams = (record.model_extra or {}).get("seeds", {}).get("streams")
         stages = record.spec.get("method", {}).get("stages", {}).values()
         # Batch sources have streams of their own.
@@ -253,7 +275,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         for name, record in folder.planned.items():
             spec = spec_of(record)
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
-            if record.teacher is not None and of is not None and of.identity() == trained.identity:
+            if record.teacher is not None and of is not None and trained.identity in (of.identity(), of.identity(True)):
                 if (weights := trained.files.get(STUDENT)) is not None:
                     add(name, "teacher hash", record.teacher.name, weights)
                 # A teacher that was tested on its source alone is measured once more on the cells' target.
@@ -302,11 +324,13 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         yield Finding("unchecked", f"not planned again: it holds no {lacks}", RUN, check)
         return
     try:
-        today = replace(plan(recipe, registry), name=str(folder.run.get("name")))
+        # Nothing is trained: the teachers' weights need not be here.
+        planned = plan(recipe, registry, weights_must_exist=False)
+        today = replace(planned, name=str(folder.run.get("name")))
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
-    by_slug = {cell.slug: cell for cell in today.cells}
+    by_slug = {next((s for s in cell.slugs if s in folder.records), cell.slug): cell for cell in today.cells}
     if list(by_slug) != folder.cells:
         specs = [spec_of(record) for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
@@ -349,8 +373,8 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
 
 
 def _recomputed(spec: CellSpec, folder: Folder) -> bool:
-    identity = spec.identity()
-    return any(record.identity == identity for record in folder.planned.values())
+    ours = (spec.identity(), spec.identity(earlier=True))
+    return any(record.identity in ours for record in folder.planned.values())
 
 
 def _is_cell(name: str) -> bool:

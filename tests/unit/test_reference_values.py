@@ -1,0 +1,186 @@
+"""The numbers of shipped code on fixed inputs, kept beside the version of its card.
+
+Cells are hashed by a card's key and version: code whose numbers change under one version would lend old cells' numbers
+to new ones, unseen. This test only says that numbers changed; whether they are right, the tests of each loss say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdbench.engine.build import resolve
+from kdbench.errors import UserError
+from kdbench.registry import Registry
+from kdbench.signature import REQUIRED, Parameter, parameters
+
+FILE = Path(__file__).with_name("reference_values.json")
+COMMAND = "python tests/unit/test_reference_values.py"
+REGISTRY = Registry()
+# Kinds whose code is a matter of milliseconds; sources, operations and data sets are not.
+KINDS = ("losses", "connectors", "schedules", "optimizers", "models")
+# No processor's rounding in float64 comes near it. Initial values are drawn in float32.
+TOLERANCE, DRAWN = 1e-6, 1e-3
+# Values of options that have no default, and of those whose default does nothing.
+GIVEN: dict[str, Any] = {
+    "at": ["30%", "60%"], "start": 0.2, "end": 0.7, "lr": 0.1, "known_classes": [0, 2, 3], "momentum": 0.9,
+    "weight_decay": 0.01, "warmup": "20%", "levels": 4, "until": "50%", "label_smoothing": 0.1,
+}  # fmt: skip
+# Small ones of each function that is not another package's.
+MODELS = ("wrn_10_1", "resnet8", "bss_resnet8", "resnet8x4", "vgg8", "mobilenetv2_half")
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform in (-1, 1), float64: the same bits everywhere."""
+    return 2 * torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 1
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """A module in float64 whose parameters are no matter of chance."""
+    for number, parameter in enumerate(module.double().parameters()):
+        fan = max(1, parameter.numel() // len(parameter))
+        parameter.data = rand(*parameter.shape, seed=number + 1) / math.sqrt(fan) + (parameter.ndim == 1)
+    return module
+
+
+def digest(tensor: Tensor) -> float:
+    """One number that every element's change changes."""
+    flat = tensor.detach().double().flatten()
+    return float((flat * (1.5 + rand(len(flat), seed=99))).sum())
+
+
+def cases(kind: str, card: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Options to try: what must be given, and each other option once at another value."""
+    # What the engine tells a loss is no option of a card, and counts as one here.
+    told = {name: p for name, p in parameters(card.target).items() if kind == "losses" and name == "known_classes"}
+    known: dict[str, Parameter] = {**REGISTRY.settable(card.target, card), **told}
+    needed = {p.name: GIVEN[p.name] for p in known.values() if p.default is REQUIRED and p.name in GIVEN}
+    base = {**getattr(card, "args", {}), **needed}
+    yield "", base
+    # Another package's options come and go with its versions, which records name.
+    for p in known.values() if card.target.startswith("kdbench.") else ():
+        values: list[Any] = []
+        if p.name in GIVEN:
+            values = [GIVEN[p.name]]
+        elif isinstance(p.default, bool):
+            values = [not base.get(p.name, p.default)]
+        elif get_origin(p.type) is Literal:
+            values = [value for value in get_args(p.type) if value != p.default]
+        elif isinstance(p.default, int | float):
+            values = [p.default * 2 + 1]
+        for value in values if p.name not in needed else []:
+            yield f"{p.name}={value}", {**base, p.name: value}
+
+
+def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
+    """On logits and on maps, those that it takes: its value, its gradient, and its metrics."""
+    found = {}
+    for what, shape in (("logits", (6, 5)), ("maps", (6, 4, 4, 4))):
+        student, teacher, other = (3 * rand(*shape, seed=seed) for seed in (1, 2, 3))
+        values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
+        values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
+        inputs = [values[name] for name in card.inputs]
+        try:
+            value = resolve(card.target)(*inputs, **options)
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            continue
+        (gradient,) = torch.autograd.grad(value, student)
+        found |= {what: float(value.detach()), f"gradient of {what}": digest(gradient)}
+        found |= {f"{name} of {what}": float(resolve(target)(*inputs)) for name, target in card.metrics.items()}
+    return found
+
+
+def of_connector(card: Any, options: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for shapes in (((4, 6, 6), (6, 6, 6)), ((4, 6, 6), (6, 3, 3)), ((4, 3, 3), (6, 6, 6)), ((4, 6, 6), (4, 6, 6))):
+        try:
+            module = resolve(card.target)(*shapes, **options)
+        except (ValueError, UserError):
+            continue
+        found[f"{shapes[0]} to {shapes[1]}"] = digest(filled(module)(rand(3, *shapes[0])))
+    return found
+
+
+def of_schedule(card: Any, options: dict[str, Any]) -> dict[str, float]:
+    schedule = resolve(card.target)(**options)
+    return {f"at {at}": schedule.at(at, at) for at in (0.0, 0.1, 0.37, 0.65, 1.0)}
+
+
+def of_optimizer(card: Any, options: dict[str, Any]) -> dict[str, float]:
+    parameter = nn.Parameter(rand(8))
+    optimizer = resolve(card.target)([parameter], **{"lr": GIVEN["lr"], **options})
+    for step in range(3):
+        parameter.grad = rand(8, seed=step)
+        optimizer.step()
+    return {"after 3 steps": digest(parameter)}
+
+
+def of_model(name: str) -> dict[str, float]:
+    options = REGISTRY.fields("models", name)
+    torch.manual_seed(0)
+    card = REGISTRY.card("models", name)
+    model = resolve(card.target)(**{**card.args, **options}, classes=5, channels=3, image_size=32)
+    drawn = sum(float(parameter.detach().double().pow(2).sum()) for parameter in model.parameters())
+    return {"initial": drawn, "logits": digest(filled(model).eval()(rand(2, 3, 32, 32)))}
+
+
+OF = {"losses": of_loss, "connectors": of_connector, "schedules": of_schedule, "optimizers": of_optimizer}
+
+
+def measured(kind: str, name: str) -> dict[str, Any]:
+    """A card's version, and its numbers."""
+    if kind == "models":
+        return {"version": REGISTRY.code(kind, name)["version"], **of_model(name)}
+    card = REGISTRY.card(kind, name)
+    found = {
+        ", ".join(part for part in (what, where) if part): value
+        for what, options in cases(kind, card)
+        for where, value in OF[kind](card, options).items()
+    }
+    return {"version": REGISTRY.code(kind, name)["version"], **found}
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if isinstance(value, int) else float(f"{value:.10g}") for key, value in found.items()}
+
+
+def names(kind: str) -> tuple[str, ...] | list[str]:
+    return MODELS if kind == "models" else REGISTRY.keys(kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in names(kind)])
+def test_numbers_change_with_the_version_alone(kind: str, name: str) -> None:
+    expected, found = json.loads(FILE.read_text(encoding="utf-8")).get(kind, {}).get(name, {}), measured(kind, name)
+    renew = f"renew {FILE.name} with: {COMMAND}"
+    assert len(found) > 1, f"{kind}: '{name}' takes none of the inputs that are tried here: add such"
+    assert expected, f"{kind}: '{name}' has no reference values: {renew}"
+    assert expected["version"] == found["version"], f"{kind}: '{name}' has another version than its values: {renew}"
+    tolerance = {key: DRAWN if key == "initial" else TOLERANCE for key in found}
+    other = {
+        key: (expected.get(key), found.get(key))
+        for key in {**expected, **found}
+        if key not in expected
+        or key not in found
+        or not math.isclose(expected[key], found[key], rel_tol=tolerance[key], abs_tol=1e-9)
+    }
+    assert not other, (
+        f"{kind}: '{name}' has other numbers: raise `version` on the card, then {renew}. Before and now: {other}"
+    )
+
+
+def test_every_function_of_a_model_is_among_them() -> None:
+    targets = {tree.data["target"] for tree in REGISTRY.trees["models"].values()}
+    others = {target for target in targets if ".external:" in target}
+    assert targets - others <= {REGISTRY.card("models", name).target for name in MODELS}
+
+
+if __name__ == "__main__":
+    values = {kind: {name: rounded(measured(kind, name)) for name in names(kind)} for kind in KINDS}
+    FILE.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
