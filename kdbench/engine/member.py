@@ -242,8 +242,7 @@ class Member:
         """The host's part of the coming step: where its draws begin, and the rates of optimizers that take numbers."""
         torch.manual_seed(address(self.spec.seed, "dropout", self.step))
         for optimizer in self.stage.optimizers:
-            if not optimizer.on_device:
-                optimizer.set_rates(self.stage.progress(self.step))
+            optimizer.set_rates(self.stage.progress(self.step))
 
     def after_step(self, images: int) -> None:
         """Count a step that was done."""

@@ -111,8 +111,9 @@ class ScheduledOptimizer:
 
     def set_rates(self, progress: float) -> None:
         """Let an optimizer that takes numbers have the rates of a progress."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates(progress), strict=True):
-            group["lr"] = rate
+        if not self.on_device:
+            for group, rate in zip(self.optimizer.param_groups, self.rates(progress), strict=True):
+                group["lr"] = rate
 
     def step(self, rates: Sequence[Tensor]) -> None:
         """A step at these rates, on the device."""

@@ -115,7 +115,8 @@ def of_schedule(card: Any, options: dict[str, Any]) -> dict[str, float]:
 
 def of_optimizer(card: Any, options: dict[str, Any]) -> dict[str, float]:
     parameter = nn.Parameter(rand(8))
-    optimizer = resolve(card.target)([parameter], **{"lr": GIVEN["lr"], **options})
+    needed = {"momentum": GIVEN["momentum"]} if options.get("nesterov") else {}
+    optimizer = resolve(card.target)([parameter], **{"lr": GIVEN["lr"], **needed, **options})
     for step in range(3):
         parameter.grad = rand(8, seed=step)
         optimizer.step()
