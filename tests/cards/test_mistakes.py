@@ -14,7 +14,8 @@ from kdbench.errors import UserError
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
-from kdbench.registry import SHARE, Registry
+from kdbench.files import SHARE
+from kdbench.registry import Registry
 
 RECIPE = """\
 data: {name: digits, per_class: 10}

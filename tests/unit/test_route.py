@@ -28,7 +28,8 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
-from kdbench.registry import SHARE, Registry
+from kdbench.files import SHARE
+from kdbench.registry import Registry
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {
