@@ -11,10 +11,10 @@ import yaml
 
 from kdbench.cards import KINDS
 from kdbench.errors import UserError
+from kdbench.files import SHARE
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
-from kdbench.files import SHARE
 from kdbench.registry import Registry
 
 RECIPE = """\
