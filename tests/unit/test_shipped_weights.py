@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from synthetic import plain_record, write
 
 from kdbench.engine.teachers import load_teacher, locate
 from kdbench.errors import UserError
@@ -16,6 +18,7 @@ from kdbench.recipe.checking import check_card
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
+from kdbench.results.verification import verify
 
 FOLDER = SHARE / "registry" / "weights"
 FILES = sorted(FOLDER.glob("*.safetensors"))
@@ -70,3 +73,14 @@ def test_what_cannot_be_trained_is_told() -> None:
         plan("rco", REGISTRY, ("teacher.trained=false",))
     assert "trained: true" in (told.value.hint or "")
     check_card(REGISTRY, "teachers", "wrn_22_4_cifar10")
+
+
+@pytest.mark.parametrize("trained", [{}, {"step": 1}], ids=["weights", "trained"])
+def test_verify_tells_two_teachers_of_one_card_apart(tmp_path: Path, trained: dict[str, int]) -> None:
+    """One teacher has one hash; a card's weights and what its recipe trains are two."""
+    for seed, by in enumerate(({}, trained)):
+        record = plain_record("kd", seed, spec__teacher__trained_by=by, teacher__sha256=str(seed) * 64)
+        write(tmp_path / f"kd-{seed}", record, [])
+    (tmp_path / "recipe.json").write_text("{}")
+    told = [finding.what for finding in verify(tmp_path, REGISTRY) if "teacher hash" in finding.what]
+    assert bool(told) == (not trained)
