@@ -184,7 +184,8 @@ TEACHER_TOLERANCE = 0.1
 
 
 class TeacherCard(Card):
-    """A trained network: weights by hash, or a recipe that trains them."""
+    """A trained network: weights by hash, a recipe that trains such, or both: the weights are used unless a recipe asks
+    for training."""
 
     model: Named
     data: Named
@@ -197,9 +198,9 @@ class TeacherCard(Card):
     source: str | None = None
 
     @model_validator(mode="after")
-    def one_origin(self) -> TeacherCard:
-        if (self.weights is None) == (self.recipe is None):
-            raise ValueError("a teacher has either 'weights' or the 'recipe' that trains them")
+    def some_origin(self) -> TeacherCard:
+        if self.weights is None and self.recipe is None:
+            raise ValueError("a teacher has 'weights', or the 'recipe' that trains them, or both")
         return self
 
 

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = Path(__file__).parent
+# In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
+SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
+
 
 def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
@@ -73,9 +77,10 @@ def write_json(file: Path, data: Any) -> None:
 
 
 def weight_folders() -> list[Path]:
-    """Where weight files are looked for, in order: `$KDBENCH_WEIGHTS` (several with ':'), ./weights, the cache."""
+    """Where weight files are looked for, in order: `$KDBENCH_WEIGHTS` (several with ':'), ./weights, the cache, and
+    what comes with kdbench."""
     folders = [Path(part) for part in os.environ.get("KDBENCH_WEIGHTS", "").split(os.pathsep) if part]
-    return [*folders, Path("weights"), home() / "weights"]
+    return [*folders, Path("weights"), home() / "weights", SHARE / "registry" / "weights"]
 
 
 def find_weights(file: str) -> Path | None:

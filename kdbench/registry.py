@@ -19,16 +19,13 @@ from pydantic import BaseModel
 
 from kdbench.cards import KINDS, SourceCard
 from kdbench.errors import UserError, did_you_mean
+from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
 from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
 from kdbench.tree import Tree, shown
 from kdbench.validation import validated
 
 C = TypeVar("C", bound=BaseModel)
-
-_PACKAGE = Path(__file__).parent
-# In a wheel, cards and recipes lie inside the package; in a checkout, beside it.
-SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 
 # Keywords that the engine fills in for every model; recipes cannot.
 MODEL_KEYWORDS = ("classes", "channels", "image_size")

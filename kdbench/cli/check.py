@@ -112,7 +112,7 @@ def command(
         f"data {domains}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
         f"computed {computed}, baseline {planned.baseline}"
     )
-    for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
+    for teacher in {c.spec.teacher.identity(): c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
     for keeper in _keepers(planned.cells):

@@ -103,7 +103,7 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
         raise UserError(
             f"{needs}, and '{teacher.name}' is a weight file, which has none",
             where=where,
-            hint="choose a teacher that is trained from a recipe with 'route:'",
+            hint="choose a teacher that is trained from a recipe with 'route:' (of a card with both: 'trained: true')",
         )
     if teacher.trained_by.route is None:
         raise UserError(

@@ -34,8 +34,9 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
             registry.options(f"{part}s", getattr(card, part).name, tree.at(part))
     elif kind == "teachers":
         assert isinstance(card, TeacherCard)
-        recipe = Tree.of({"data": {"name": card.data.name}, "teacher": {"name": name}}, where)
-        teacher_spec(recipe, registry, weights_must_exist=False)
+        for trained in {card.weights is None, card.recipe is not None}:
+            choice = {"data": {"name": card.data.name}, "teacher": {"name": name, "trained": trained}}
+            teacher_spec(Tree.of(choice, where), registry, weights_must_exist=False)
     elif kind == "methods":
         protocol = Tree.of(_PROTOCOL, where)
         given = Tree.of({"method": {"name": name}}, where)

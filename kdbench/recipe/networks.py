@@ -87,8 +87,11 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         )
     model = _teacher_model(card_tree.at("model"), registry)
     normalization = card.normalization or registry.card("datasets", card.data.name).normalization
+    trained = bool(given.data.get("trained")) or card.weights is None
     trained_by = None
-    if card.recipe is not None:
+    if trained:
+        if card.recipe is None:
+            raise UserError(f"the teacher '{name}' has no recipe to be trained by", where=given.origin(("trained",)))
         origin = card_tree.origin(("recipe",))
         beside = Path(origin.rpartition(":")[0]).parent / card.recipe
         trained_by = _training_of(
@@ -105,9 +108,9 @@ def teacher_spec(tree: Tree, registry: Registry, weights_must_exist: bool = True
         name=name,
         model=model,
         normalization=validated(Normalization, given.at("normalization"), "teacher") if own else normalization,
-        weights=weights_spec(name, card.weights) if card.weights is not None else None,
+        weights=None if trained or card.weights is None else weights_spec(name, card.weights),
         trained_by=trained_by,
-        accuracy=None if foreign else card.accuracy,
+        accuracy=None if foreign or trained else card.accuracy,
         classes=known[1] if foreign else None,
         known_classes=trained_by.data.only_classes if trained_by is not None else None,
     )

@@ -68,6 +68,7 @@ class TeacherChoice(Strict):
     model: Named | None = None
     weights: str | None = Field(None, description="file with a state dict (.safetensors, or .pt with weights only)")
     normalization: Normalization | None = None
+    trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
@@ -75,6 +76,8 @@ class TeacherChoice(Strict):
             raise ValueError("a teacher is the name of a teacher card, or 'model' together with 'weights'")
         if self.name is not None and (self.model is not None or self.weights is not None):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
+        if self.trained and self.name is None:
+            raise ValueError("a teacher with 'weights' is not trained: leave out 'trained'")
         return self
 
 

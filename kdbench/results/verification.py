@@ -258,14 +258,15 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         )
         add(name, "size of the student", student, record.models.student.model_dump())
         if record.teacher is not None:
-            add(name, "teacher hash", record.teacher.name, record.teacher.sha256)
-            add(name, "teacher accuracy", (record.teacher.name, tested), record.teacher.accuracy)
+            teacher = _taught_by(record)
+            add(name, "teacher hash", teacher, record.teacher.sha256)
+            add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
             size = record.models.teacher and record.models.teacher.model_dump()
-            add(name, "size of the teacher", record.teacher.name, size)
+            add(name, "size of the teacher", teacher, size)
             # In the form of today: versions differ in what they leave out.
             spec = spec_of(record)
             said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
-            add(name, "teacher's description", record.teacher.name, said)
+            add(name, "teacher's description", teacher, said)
         streams = (record.model_extra or {}).get("seeds", {}).get("streams")
         stages = record.spec.get("method", {}).get("stages", {}).values()
         # Batch sources have streams of their own.
@@ -277,14 +278,15 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
             if record.teacher is not None and of is not None and trained.identity in (of.identity(), of.identity(True)):
                 if (weights := trained.files.get(STUDENT)) is not None:
-                    add(name, "teacher hash", record.teacher.name, weights)
+                    add(name, "teacher hash", _taught_by(record), weights)
                 # A teacher that was tested on its source alone is measured once more on the cells' target.
+                teacher = _taught_by(record)
                 if record.target is None or record.teacher.source_accuracy is None:
                     tested = record.target.name if record.target is not None else record.data.name
-                    add(name, "teacher accuracy", (record.teacher.name, tested), trained.result.test.last)
+                    add(name, "teacher accuracy", (teacher, tested), trained.result.test.last)
                 else:
-                    add(name, "teacher accuracy", record.teacher.name, record.teacher.source_accuracy)
-                    add(name, "teacher accuracy", record.teacher.name, trained.result.test.last)
+                    add(name, "teacher accuracy", teacher, record.teacher.source_accuracy)
+                    add(name, "teacher accuracy", teacher, trained.result.test.last)
     different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
     for what, _, values in different:
         fewest = min(values.values(), key=len)
@@ -292,6 +294,11 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         yield Finding("disagrees", f"the {what} is not one: {shown}", ", ".join(dict.fromkeys(fewest[:3])))
     if groups and not different:
         yield Finding("agrees", "data, teachers and networks are the same in all records that share them", "records")
+
+
+def _taught_by(record: Record) -> Hashable:
+    """A teacher's name, and whether a recipe trained it: a card may have weights too."""
+    return record.teacher and record.teacher.name, bool((record.spec.get("teacher") or {}).get("trained_by"))
 
 
 def _tables(folder: Folder) -> Iterator[Finding]:

@@ -11,10 +11,11 @@ import yaml
 
 from kdbench.cards import KINDS
 from kdbench.errors import UserError
+from kdbench.files import SHARE
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
-from kdbench.registry import SHARE, Registry
+from kdbench.registry import Registry
 
 RECIPE = """\
 data: {name: digits, per_class: 10}

@@ -264,7 +264,7 @@ def test_third_party_student(kdbench: Kdbench, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
-    """It carries registry and recipes."""
+    """It carries registry, recipes, weights and the notices that belong to them."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=ROOT,
@@ -275,6 +275,11 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
     wheel = next(tmp_path.glob("*.whl"))
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
+    for name in ("wrn_22_4_cifar10", "bss_resnet26_cifar10"):
+        weights = Path("registry", "weights", f"{name}.safetensors")
+        assert (site / "kdbench" / "share" / weights).read_bytes() == (ROOT / weights).read_bytes()
+    licences = {file.name for file in site.glob("*.dist-info/licenses/*")}
+    assert licences == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
     code = "import kdbench, sys; from kdbench.cli import main; print(kdbench.__file__, file=sys.stderr); main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "ls", "recipes"],

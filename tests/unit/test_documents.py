@@ -27,6 +27,17 @@ def test_the_readme_shows_the_quickstarts_own_table() -> None:
     assert all(row in table for row in rows)
 
 
+def test_the_readmes_first_numbers_are_those_of_the_records() -> None:
+    folder = ROOT / "results" / "ab_wrn_30_epochs_h200"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition(f"results/{folder.name}: begin -->")[2].partition("<!--")[0].splitlines()
+    names, _, numbers = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown if row.startswith("|")]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-seed0-*/record.json")]
+    expected = {record["cell"]["label"]: f"{record['result']['test']['last']:.2f}" for record in records}
+    (teacher,) = {record["teacher"]["accuracy"] for record in records if record["teacher"]}
+    assert len(records) == 7 and dict(zip(names, numbers, strict=True)) == expected | {"teacher": f"{teacher:.2f}"}
+
+
 @pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
 def test_every_committed_table_is_rebuilt_from_its_records(folder: Path) -> None:
     records = read_records([folder])

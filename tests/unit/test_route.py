@@ -26,10 +26,10 @@ from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
-from kdbench.files import sha256_of
+from kdbench.files import SHARE, sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
-from kdbench.registry import SHARE, Registry
+from kdbench.registry import Registry
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {
