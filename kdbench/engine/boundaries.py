@@ -317,18 +317,8 @@ def of_cells(
     """
     registry = Registry(options.registries)
     specs = [cell_of(record.spec, registry, str(record.folder)) for record in records]
-    known: dict[str, list[TeacherSpec]] = {}
-    for spec in specs:
-        if spec.teacher is not None and spec.teacher.classes is None:
-            of_data = known.setdefault(spec.data.name, [])
-            if all(spec.teacher.identity() != other.identity() for other in of_data):
-                of_data.append(spec.teacher)
     teachers: dict[str, tuple[Classifier, Pairs, Ways, int, Sequence[str], dict[str, str]]] = {}
-    against: list[TeacherSpec | None] = []
-    for spec in specs:
-        candidates = known.get(spec.data.name, [])
-        teacher = spec.teacher or (candidates[0] if len(candidates) == 1 else None)
-        against.append(teacher if teacher is not None and teacher.classes is None else None)
+    against = _held_against(specs)
     compared = [number for number, teacher in enumerate(against) if teacher is not None]
     # The first of equals.
     shown = max(compared, key=lambda number: makes_boundary_samples(specs[number]), default=None)
@@ -356,6 +346,22 @@ def of_cells(
                 pair = (int(pairs.base[image]), int(pairs.target[image]))
                 looks.append(way_to_look_at(networks, "teacher", pairs.images[image], *pair, names))
         yield record, similarity(own, ways, each), looks
+
+
+def _held_against(specs: Sequence[CellSpec]) -> list[TeacherSpec | None]:
+    """The teacher that each cell is held against: its own, or the only one that others have on its data."""
+    known: dict[str, list[TeacherSpec]] = {}
+    for spec in specs:
+        if spec.teacher is not None and spec.teacher.classes is None:
+            of_data = known.setdefault(spec.data.name, [])
+            if all(spec.teacher.identity() != other.identity() for other in of_data):
+                of_data.append(spec.teacher)
+    against: list[TeacherSpec | None] = []
+    for spec in specs:
+        candidates = known.get(spec.data.name, [])
+        teacher = spec.teacher or (candidates[0] if len(candidates) == 1 else None)
+        against.append(teacher if teacher is not None and teacher.classes is None else None)
+    return against
 
 
 def of_teacher(

@@ -20,6 +20,7 @@ from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import TeacherFile
+from kdbench.engine.timeline import Timeline
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec, recorded
 from kdbench.results.record import LOGITS, STUDENT, summary
@@ -48,21 +49,17 @@ def finish(
     Returns:
         the record.
     """
-    spec = member.spec
-    data, target = domains
     member.student.model.eval()
     _, logits = score(member.student, batches.test)
-    with atomic(folder / LOGITS) as temporary:
-        save_file({"logits": logits.to(torch.float16).cpu().contiguous()}, temporary)
-    with atomic(folder / STUDENT) as temporary:
-        save_file(
-            {
-                k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for k, v in member.student.model.state_dict().items()
-            },
-            temporary,
-        )
-    line, log = member.timeline, member.log
+    weights = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in member.student.model.state_dict().items()
+    }
+    for name, tensors in ((LOGITS, {"logits": logits.to(torch.float16).cpu().contiguous()}), (STUDENT, weights)):
+        with atomic(folder / name) as temporary:
+            save_file(tensors, temporary)
+    spec, log = member.spec, member.log
+    about_data, about_target = _data(domains, batches)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "kdbench": kdbench.__version__,
@@ -71,42 +68,13 @@ def finish(
         "recipe": cell.pop("recipe"),
         "cell": cell,
         "spec": recorded(spec),
-        "budget": {
-            "steps": line.total,
-            "epochs": round(line.epochs(line.total), 4),
-            "extra_epochs": round(line.epochs(line.extra), 4),
-            "batches_per_epoch": line.batches_per_epoch,
-            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
-        },
-        "result": {
-            "test": summary(log.history, "test"),
-            "validation": summary(log.history, "validation") if len(batches.validation) else None,
-            "agreement": log.history[-1].get("agreement", {}),
-            "agreement_reference": log.history[-1].get("agreement_reference"),
-            # On the source, and of the teacher that the cell trained, where there are such.
-            **{part: summary(log.history, part) for part in ("source", "teacher") if part in log.history[-1]},
-            **by_classes(spec.data, logits, batches.test.labels),
-        },
-        "teacher": None
-        if teacher is None or spec.teacher is None
-        else {
-            "name": spec.teacher.name,
-            "sha256": teacher.sha256,
-            "accuracy": teacher.accuracy,
-            **({} if spec.target is None else {"source_accuracy": teacher.source_accuracy}),
-        },
+        "budget": _budget(member.timeline),
+        "result": _result(member, batches, logits),
+        "teacher": _teacher(spec, teacher),
         **({"anchors": member.anchors.record()} if member.anchors else {}),
         **({"route": log.route} if log.route else {}),
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "train": len(batches.train),
-            "validation": len(batches.validation),
-            "test": len((batches.source_test or batches.test).labels),
-            "classes": len(data.classes),
-            "origin": data.origin,
-        },
-        **_about(target, batches),
+        "data": about_data,
+        **({"target": about_target} if about_target else {}),
         "models": {
             "student": size_of(member.student.model, spec.data),
             "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
@@ -128,19 +96,57 @@ def finish(
     return record
 
 
-def _about(target: ImageData | Pictures | None, batches: Batches) -> dict[str, Any]:
-    """The target domain as the record describes it: its `train` images are there without labels."""
-    if target is None or batches.target is None:
-        return {}
-    about = {
-        "name": target.name,
-        "fingerprint": target.fingerprint,
-        "train": len(batches.target.train),
-        "test": len(batches.test.labels),
-        "classes": len(target.classes),
-        "origin": target.origin,
+def _budget(line: Timeline) -> dict[str, Any]:
+    return {
+        "steps": line.total,
+        "epochs": round(line.epochs(line.total), 4),
+        "extra_epochs": round(line.epochs(line.extra), 4),
+        "batches_per_epoch": line.batches_per_epoch,
+        "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
     }
-    return {"target": about}
+
+
+def _result(member: Member, batches: Batches, logits: Tensor) -> dict[str, Any]:
+    history = member.log.history
+    return {
+        "test": summary(history, "test"),
+        "validation": summary(history, "validation") if len(batches.validation) else None,
+        "agreement": history[-1].get("agreement", {}),
+        "agreement_reference": history[-1].get("agreement_reference"),
+        # On the source, and of the teacher that the cell trained, where there are such.
+        **{part: summary(history, part) for part in ("source", "teacher") if part in history[-1]},
+        **by_classes(member.spec.data, logits, batches.test.labels),
+    }
+
+
+def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
+    if file is None or spec.teacher is None:
+        return None
+    on_source = {} if spec.target is None else {"source_accuracy": file.source_accuracy}
+    return {"name": spec.teacher.name, "sha256": file.sha256, "accuracy": file.accuracy, **on_source}
+
+
+def _data(
+    domains: tuple[ImageData | Pictures, ImageData | Pictures | None], batches: Batches
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The data set and the target domain as the record describes them: of the target, `train` images have no labels."""
+    data, target = domains
+    source_test = batches.source_test or batches.test
+    about = _described(data, len(batches.train), len(source_test.labels)) | {"validation": len(batches.validation)}
+    if target is None or batches.target is None:
+        return about, None
+    return about, _described(target, len(batches.target.train), len(batches.test.labels))
+
+
+def _described(data: ImageData | Pictures, train: int, test: int) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "train": train,
+        "test": test,
+        "classes": len(data.classes),
+        "origin": data.origin,
+    }
 
 
 def streams(spec: CellSpec) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,20 +87,16 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     seen = [(layer.student, layer.teacher) for term in every if term.measured for layer in term.layers]
     looked_at = FLOAT * sum(math.prod(shapes[s]) + 2 * math.prod(teacher_shapes[t]) for s, t in seen)
-    saved = 0
-    for stage_name, stage in terms.items():
-        learning = own_teacher if "teacher" in spec.method.stages[stage_name].trains else None
-        names = list(dict.fromkeys(name for term in stage.values() for name in term.input_sets))
-        labels = torch.zeros(IMAGES, dtype=torch.int64)
-        sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
-        with _Saved(student, *([learning.model] if learning else [])) as kept:
-            values: dict[str, dict[str, dict[str, Tensor]]] = {
-                "student": {n: extractor(sets[n].images, _points(stage.values(), "student", n)) for n in names},
-                "teacher": {n: _taught(learning, teacher_shapes, sets[n].images, stage.values(), n) for n in names},
-            }
-            total = sum(term(values, sets) for term in stage.values())
-        assert isinstance(total, Tensor)
-        saved = max(saved, kept.bytes)
+    saved = max(
+        _saved_by_stage(
+            stage.values(),
+            extractor,
+            own_teacher if "teacher" in spec.method.stages[name].trains else None,
+            shape,
+            teacher_shapes,
+        )
+        for name, stage in terms.items()
+    )
     own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(own_teacher.model) if own_teacher else 0)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
@@ -114,6 +110,31 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
         views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
     return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
+
+
+def _saved_by_stage(
+    terms: Collection[Term],
+    student: Extractor,
+    learning: Extractor | None,
+    shape: tuple[int, int, int],
+    teacher_shapes: Mapping[str, tuple[int, ...]],
+) -> int:
+    """Bytes that autograd keeps of a stage's terms, for `IMAGES` images.
+
+    Args:
+        learning: the teacher, where the stage trains it.
+    """
+    names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
+    labels = torch.zeros(IMAGES, dtype=torch.int64)
+    sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
+    with _Saved(student.model, *([learning.model] if learning else [])) as kept:
+        values: dict[str, dict[str, dict[str, Tensor]]] = {
+            "student": {n: student(sets[n].images, _points(terms, "student", n)) for n in names},
+            "teacher": {n: _taught(learning, teacher_shapes, sets[n].images, terms, n) for n in names},
+        }
+        total = sum(term(values, sets) for term in terms)
+    assert isinstance(total, Tensor)
+    return kept.bytes
 
 
 def peak_memory(device: torch.device) -> int:
