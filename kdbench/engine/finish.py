@@ -18,7 +18,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.batches import TARGET, Batches
 from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
-from kdbench.engine.member import Member
+from kdbench.engine.member import Log, Member
 from kdbench.engine.teachers import TeacherFile
 from kdbench.engine.timeline import Timeline
 from kdbench.files import atomic, sha256_of, write_json
@@ -79,12 +79,7 @@ def finish(
             "student": size_of(member.student.model, spec.data),
             "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
         },
-        "compute": {
-            **compute,
-            "seconds": round(log.seconds + log.evaluation_seconds, 3),
-            "training_seconds": round(log.seconds, 3),
-            "images_per_second": round(log.images / max(log.seconds, 1e-9), 1),
-        },
+        "compute": compute | _times(log),
         "sources": {name: source.record() for name, source in member.sources.items()},
         "operations": {name: operation.record() for name, operation in member.operations.items()},
         "seeds": streams(spec),
@@ -94,6 +89,14 @@ def finish(
     write_json(folder / "record.json", record)
     (folder / checkpoint.NAME).unlink(missing_ok=True)
     return record
+
+
+def _times(log: Log) -> dict[str, float]:
+    return {
+        "seconds": round(log.seconds + log.evaluation_seconds, 3),
+        "training_seconds": round(log.seconds, 3),
+        "images_per_second": round(log.images / max(log.seconds, 1e-9), 1),
+    }
 
 
 def _budget(line: Timeline) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import plain_record, write
 
 from kdbench.engine.batches import split
 from kdbench.engine.dry import Size
@@ -58,8 +59,7 @@ def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Esti
     teacher = cells[-1].spec.teacher
     assert teacher is not None
     folder = teacher_folder(teacher, tmp_path)
-    folder.mkdir(parents=True)
-    (folder / "record.json").write_text("{}")
+    write(folder, plain_record(), [])
     assert estimate.teachers(cells, tmp_path, set()) == 0
 
 
