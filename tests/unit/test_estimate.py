@@ -57,9 +57,9 @@ def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Esti
     assert once == 600 * 64 * 1000.0 + 10 * 599 * 100.0
     assert estimate.teachers(cells, tmp_path, known) == 0
     teacher = cells[-1].spec.teacher
-    assert teacher is not None
+    assert teacher is not None and teacher.trained_by is not None
     folder = teacher_folder(teacher, tmp_path)
-    write(folder, plain_record(), [])
+    write(folder, plain_record() | {"identity": teacher.trained_by.identity()}, [])
     assert estimate.teachers(cells, tmp_path, set()) == 0
 
 
