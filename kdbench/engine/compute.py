@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict
 
 from kdbench.recipe.schema import ComputeChoice
 
@@ -31,8 +33,11 @@ class Computing:
         worth: steps from which on a graph is worth its compilation; what is used for fewer runs eagerly.
     """
 
-    precision: str = "float32"
-    layout: str = "contiguous"
+    # Where one is read from a file, that must fit to the letter.
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
     compile: bool = False
     cuda_graphs: bool = False
     worth: int = 0

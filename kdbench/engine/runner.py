@@ -14,16 +14,30 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import Computing, plainest
 from kdbench.engine.pool import Pool
-from kdbench.engine.scheduling import BEGUN, CellState, Memories, Work, balanced, begun, cohorts_of, fitting, kind
+from kdbench.engine.scheduling import (
+    Begun,
+    CellState,
+    Memories,
+    Work,
+    balanced,
+    begin,
+    begun,
+    cohorts_of,
+    fitting,
+    kind,
+)
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
+from kdbench.reading import inside, read_json
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
+from kdbench.results.record import read_record
 
 RECORD = "record.json"
 # Folder beside the runs for what batch sources make once for several cells.
@@ -96,7 +110,7 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
                 "cells": [cell.slug for cell in plan.cells],
             },
         )
-        states = [CellState(i, label(cell), folder / cell.slug) for i, cell in enumerate(plan.cells)]
+        states = [CellState(i, label(cell), inside(folder, cell.slug)) for i, cell in enumerate(plan.cells)]
         for cell, state in zip(plan.cells, states, strict=True):
             if is_finished(state.folder):
                 state.state = "finished"
@@ -104,6 +118,9 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
         open_cells = [
             (cell, state) for cell, state in zip(plan.cells, states, strict=True) if state.state != "finished"
         ]
+        # What is damaged of the way in which they began is told before a teacher is trained.
+        for cell, state in open_cells:
+            begun(state.folder), choosing.kept(folder, cell.spec.compute)
         if open_cells:
             with pool_for(options) as pool:
                 memory = try_out([cell.spec for cell, _ in open_cells], pool)
@@ -288,9 +305,8 @@ def computings_for(
 def _chose(folder: Path, key: str) -> bool:
     """Whether a finished cell left the same things open."""
     try:
-        spec = json.loads((folder / RECORD).read_text(encoding="utf-8"))["spec"]
-        return choosing.key(CellSpec.model_validate(spec).compute) == key
-    except (OSError, ValueError, KeyError):
+        return choosing.key(CellSpec.model_validate(read_record(folder).spec).compute) == key
+    except ValidationError:
         return False
 
 
@@ -347,14 +363,14 @@ def _cells(
     for cohort in cohorts:
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
         kept = begun(cohort[0][1].folder)
-        threads = kept.get("threads", threads)
+        threads = kept.threads or threads
         for _, state in cohort:
-            write_json(state.folder / BEGUN, kept | {"threads": threads})
+            begin(state.folder, Begun(threads=threads, logits=kept.logits))
         tasks.append(
             {
                 "task": "cohort",
                 "threads": threads,
-                "logits": kept.get("logits"),
+                "logits": kept.logits,
                 "computing": computings[choosing.key(cohort[0][0].spec.compute)].plain(),
                 "teacher_folder": _teacher_folder_of(cohort, options),
                 "shared": str(options.runs / SOURCES),
@@ -421,13 +437,14 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
 def _rename(file: Path, place: dict[str, Any]) -> None:
     """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
     try:
-        text = file.read_text(encoding="utf-8")
-        record = json.loads(text)
-        record |= {"recipe": place["recipe"], "cell": {key: value for key, value in place.items() if key != "recipe"}}
-        record["spec"]["method"]["label"] = place["label"]
-    except (OSError, ValueError, KeyError, TypeError):
+        read_record(file)
+    except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    if record != json.loads(text):
+    before = read_json(file)
+    record = before | {"recipe": place["recipe"], "cell": {k: v for k, v in place.items() if k != "recipe"}}
+    method = record["spec"].get("method") or {}
+    record["spec"] |= {"method": method | {"label": place["label"]}}
+    if record != before:
         write_json(file, record)
 
 

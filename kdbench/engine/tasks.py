@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from kdbench.engine.member import Member, Places, Teacher
 from kdbench.engine.memory import memory_of, peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
-from kdbench.engine.scheduling import BEGUN
+from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import (
     TeacherFile,
@@ -40,8 +39,9 @@ from kdbench.engine.teachers import (
 )
 from kdbench.engine.trial import Work, choose, possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import sweep, write_json
+from kdbench.files import sweep
 from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.results.record import read_record
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
 
@@ -177,8 +177,8 @@ class Desk:
                 locks.enter_context(_alone(Path(cell["folder"])))
             # An orphan of a killed run may have finished a cell while this task waited for its folder.
             for cell in [cell for cell in cells if (Path(cell["folder"]) / "record.json").is_file()]:
-                record = json.loads((Path(cell["folder"]) / "record.json").read_text(encoding="utf-8"))
-                self._finished(cell["id"], record)
+                record = read_record(cell["folder"])
+                self._finished(cell["id"], record.result.test.last, record.compute.seconds)
                 specs.pop(cells.index(cell))
                 cells.remove(cell)
             if not cells:
@@ -192,7 +192,7 @@ class Desk:
             teacher = self._teacher(first, file, device, computing)
             source = self._logits(first, file, data, batches, teacher, task["logits"], device)
             for cell in cells:
-                write_json(Path(cell["folder"]) / BEGUN, {"threads": task["threads"], "logits": source})
+                begin(Path(cell["folder"]), Begun(threads=task["threads"], logits=source))
             before = fingerprint(teacher.network.model) if teacher else None
             seats: dict[int, Seat] = {}
             for cell, spec in zip(cells, specs, strict=True):
@@ -239,7 +239,7 @@ class Desk:
                     compute,
                 )
                 seat.log.close()
-                self._finished(ids[id(seat)], record)
+                self._finished(ids[id(seat)], record["result"]["test"]["last"], record["compute"]["seconds"])
 
             Cohort(
                 list(seats.values()), batches, teacher, report, done, self.stopping, task["checkpoint_seconds"], tell
@@ -248,8 +248,7 @@ class Desk:
                 if seat.failure is not None:
                     self.emit(event="cell_failed", cell=ids[id(seat)], message=seat.failure)
 
-    def _finished(self, cell_id: int, record: dict[str, Any]) -> None:
-        accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
+    def _finished(self, cell_id: int, accuracy: float, seconds: float) -> None:
         self.emit(event="cell_finished", cell=cell_id, accuracy=accuracy, seconds=seconds)
 
     def _progress(self, cell_id: int, seat: Seat) -> None:
