@@ -50,9 +50,7 @@ def kept(folder: Path, choice: ComputeChoice) -> Computing | None:
 
 def keep(folder: Path, choice: ComputeChoice, computing: dict[str, Any], why: str, tried: Sequence[Any]) -> Computing:
     """Remember a choice with what was measured for it."""
-    chosen = Chosen(
-        asked=choice.fixed(), computing=checked(Computing, computing, "computing"), why=why, tried=list(tried)
-    )
+    chosen = Chosen(asked=choice.fixed(), computing=Computing(**computing), why=why, tried=list(tried))
     entries = _entries(folder) | {key(choice): chosen}
     write_json(folder / NAME, {name: entry.model_dump(mode="json") for name, entry in entries.items()})
     return chosen.computing

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
 from kdbench.recipe.schema import ComputeChoice
 
@@ -33,14 +33,14 @@ class Computing:
         worth: steps from which on a graph is worth its compilation; what is used for fewer runs eagerly.
     """
 
-    # Where one is read from a file, that must fit to the letter.
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    # Where one is read from a file: no other keys.
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     precision: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["contiguous", "channels_last"] = "contiguous"
-    compile: bool = False
-    cuda_graphs: bool = False
-    worth: int = 0
+    compile: StrictBool = False
+    cuda_graphs: StrictBool = False
+    worth: NonNegativeInt = 0
 
     @property
     def name(self) -> str:
@@ -69,8 +69,8 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
         cuda: whether on a CUDA device, where compiled networks are tried as CUDA graphs too.
     """
     fixed = choice.fixed()
-    precisions = [fixed["precision"]] if "precision" in fixed else ["float32", *(["bfloat16"] if bfloat16 else [])]
-    layouts = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
+    precisions: list[Any] = [fixed["precision"]] if "precision" in fixed else ["float32", *(["bfloat16"] if bfloat16 else [])]
+    layouts: list[Any] = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
     compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
     ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]
     graphs = [Computing(w.precision, w.layout, True, cuda_graphs=True) for w in ways if w.compile and cuda]

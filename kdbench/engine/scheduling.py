@@ -111,7 +111,7 @@ class Begun(Strict):
     """How a cell began: `threads` of its worker, and `logits`, the table that its teacher's logits come from ("" where
     they are computed). Bits depend on both, so it goes on in the same way. Nothing for a cell that did not begin."""
 
-    threads: int | None = Field(None, ge=1, le=MOST_THREADS)
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
     logits: str | None = None
 
 

@@ -420,7 +420,7 @@ def unfinished(paths: Iterable[str | Path]) -> list[Path]:
 
 
 class _Score(Part):
-    accuracy: float = Field(ge=0, le=100)
+    accuracy: float = Field(default=0, ge=0, le=100)
 
 
 class _Evaluation(Part):
@@ -428,14 +428,14 @@ class _Evaluation(Part):
 
     step: int = Field(ge=0)
     # Absent or of this form; never null.
-    epoch: float = Field(None)
-    seconds: float = Field(None)
-    test: _Score = Field(None)
-    validation: _Score = Field(None)
-    source: _Score = Field(None)
-    teacher: _Score = Field(None)
-    agreement: dict[str, float] = Field(None)
-    agreement_reference: dict[str, float] = Field(None)
+    epoch: float = 0
+    seconds: float = 0
+    test: _Score = _Score()
+    validation: _Score = _Score()
+    source: _Score = _Score()
+    teacher: _Score = _Score()
+    agreement: dict[str, float] = {}
+    agreement_reference: dict[str, float] = {}
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
