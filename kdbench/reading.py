@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,10 +85,10 @@ def read_as(form: type[T], file: Path, hint: str | None = None, most: int = LARG
     Raises:
         UserError: what `read_json` refuses, or another form; it names the place in the file.
     """
-    return checked(form, read_json(file, hint, most), str(file), hint)
+    return of_form(form, read_json(file, hint, most), str(file), hint)
 
 
-def checked(form: type[T], data: Any, where: str, hint: str | None = None) -> T:
+def of_form(form: type[T], data: Any, where: str, hint: str | None = None) -> T:
     """Plain data as an instance of a model or another type. UserError with the place of what does not fit."""
     try:
         return TypeAdapter(form).validate_python(data)
@@ -114,6 +115,12 @@ def plain_name(name: str) -> str:
     if len(name.encode()) > LONGEST:
         raise ValueError(f"the name {shown} has more than {LONGEST} bytes")
     return name
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two names are one folder on a system that tells neither cases nor forms of Unicode apart."""
+    a, b = (unicodedata.normalize("NFC", name).casefold() for name in (a, b))
+    return a == b
 
 
 def inside(folder: Path, *names: str) -> Path:

@@ -12,7 +12,7 @@ from kdbench.cards import Strict
 from kdbench.engine.compute import Computing
 from kdbench.errors import UserError
 from kdbench.files import write_json
-from kdbench.reading import checked, read_as
+from kdbench.reading import of_form, read_as
 from kdbench.recipe.schema import ComputeChoice
 from kdbench.results.record import RECORD, read_record
 
@@ -61,7 +61,7 @@ def of_records(folders: Sequence[Path]) -> Computing | None:
     for folder in folders:
         compute = read_record(folder).compute
         plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
-        return checked(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
+        return of_form(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
     return None
 
 

@@ -11,7 +11,7 @@ from kdbench.engine import choosing
 from kdbench.engine.runner import Listener, Options, run, teacher_folder
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.errors import CellError, UserError, did_you_mean
-from kdbench.reading import checked
+from kdbench.reading import of_form
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec
 from kdbench.results import statistics
@@ -165,7 +165,7 @@ def _as_it_was(folder: Path, record: Record) -> None:
     """A cell that began goes on in the way in which it began: with as many threads."""
     if record.compute.device == "cpu":
         where = str(record.folder or record.identity[:8])
-        begin(folder, checked(Begun, {"threads": record.compute.threads}, where, "leave this cell out: --cell NAME"))
+        begin(folder, of_form(Begun, {"threads": record.compute.threads}, where, "leave this cell out: --cell NAME"))
 
 
 def _conditions(record: Record) -> dict[str, Any]:

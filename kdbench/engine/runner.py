@@ -34,14 +34,12 @@ from kdbench.engine.scheduling import (
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
-from kdbench.reading import inside, read_json
-from kdbench.recipe.planning import Plan, PlannedCell
+from kdbench.reading import inside, read_json, same_name
+from kdbench.recipe.planning import SOURCES, TEACHERS, Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
 from kdbench.results.record import read_record
 
 RECORD = "record.json"
-# Folder beside the runs for what batch sources make once for several cells.
-SOURCES = "sources"
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,7 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     """
     listener = listener or Silent()
     folder = options.runs / plan.name
+    _check_case(folder)
     with alone(folder):
         write_json(
             folder / "recipe.json",
@@ -139,6 +138,17 @@ def run(plan: Plan, options: Options, listener: Listener | None = None) -> Outco
     return Outcome(
         folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
     )
+
+
+def _check_case(folder: Path) -> None:
+    """Refuse a folder beside which another lies whose name many systems take for the same."""
+    for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if other.name != folder.name and same_name(other.name, folder.name):
+            raise UserError(
+                f"there is another run, '{other.name}', whose name is the same on other systems",
+                where=str(folder),
+                hint="rename the recipe's file, or give another folder: --runs DIR",
+            )
 
 
 def label(cell: PlannedCell) -> str:
@@ -223,7 +233,7 @@ def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy."""
     identity = spec.trained_by.identity() if spec.trained_by else spec.weights.sha256  # type: ignore[union-attr]
-    return runs / "teachers" / f"{spec.name}-{identity[:8]}"
+    return inside(runs / TEACHERS, f"{spec.name}-{identity[:8]}")
 
 
 def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Listener) -> None:

@@ -407,7 +407,11 @@ def _seat(
     member = Member(spec, batches, own, device, computing, _places(task, file if own else None, folder))
     state = checkpoint.load(folder, key, member.state())
     if state is not None:
-        member.load_state(state)
+        try:
+            member.load_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            file = folder / checkpoint.NAME
+            raise CellError(f"{file} does not fit this cell ({error}): remove it, and the cell begins anew") from None
     return Seat(member, folder, key, MetricsLog(folder, member.history))
 
 

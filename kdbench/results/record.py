@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kdbench.errors import UserError
-from kdbench.reading import checked, inside, parsed, plain_name, read_as, read_json, read_text
+from kdbench.reading import of_form, inside, parsed, plain_name, read_as, read_json, read_text
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -350,7 +350,7 @@ def read_record(path: str | Path) -> Record:
             where=where,
             hint="update kdbench",
         )
-    return checked(Record, {**plain, "folder": file.parent}, where, _AGAIN)
+    return of_form(Record, {**plain, "folder": file.parent}, where, _AGAIN)
 
 
 _AGAIN = "remove its folder and run the cell again, or leave it out"
@@ -455,7 +455,7 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         # A loss may have grown out of all bounds: it stands there, and no table reads it.
         entries.append(parsed(line, f"{file}:{number}", _AGAIN, finite=False))
-        checked(_Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
+        of_form(_Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
     return entries
 
 
