@@ -86,18 +86,17 @@ def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> n
 
     Its input is normalized as the record's protocol says (`record.spec["protocol"]["normalization"]`).
     """
-    import json
-
     from kdbench.engine.build import build_model, load_weights, read_weights
     from kdbench.errors import UserError
     from kdbench.recipe.schema import DataSpec, ModelSpec
     from kdbench.registry import Registry
+    from kdbench.results.record import read_record
 
     Registry(Path(registry) for registry in registries)
     folder = Path(folder)
     if not (folder / "record.json").is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
-    spec = json.loads((folder / "record.json").read_text(encoding="utf-8"))["spec"]
+    spec = read_record(folder).spec
     model_spec = ModelSpec.model_validate(spec["student"]).model_copy(update={"weights": None})
     model = build_model(model_spec, DataSpec.model_validate(spec["data"]))
     file = folder / "student.safetensors"

@@ -69,7 +69,8 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
         cuda: whether on a CUDA device, where compiled networks are tried as CUDA graphs too.
     """
     fixed = choice.fixed()
-    precisions: list[Any] = [fixed["precision"]] if "precision" in fixed else ["float32", *(["bfloat16"] if bfloat16 else [])]
+    hardware = ["float32", *(["bfloat16"] if bfloat16 else [])]
+    precisions: list[Any] = [fixed["precision"]] if "precision" in fixed else hardware
     layouts: list[Any] = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
     compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
     ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]

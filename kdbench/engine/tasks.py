@@ -410,8 +410,9 @@ def _seat(
         try:
             member.load_state(state)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            file = folder / checkpoint.NAME
-            raise CellError(f"{file} does not fit this cell ({error}): remove it, and the cell begins anew") from None
+            raise CellError(
+                f"{folder / checkpoint.NAME} does not fit this cell ({error}): remove it, and the cell begins anew"
+            ) from None
     return Seat(member, folder, key, MetricsLog(folder, member.history))
 
 

@@ -10,7 +10,7 @@ from kdbench.engine.runner import teacher_folder
 from kdbench.errors import UserError
 from kdbench.reading import inside
 from kdbench.results import sums
-from kdbench.results.record import METRICS, RECORD, RUN, read_record, read_run
+from kdbench.results.record import METRICS, RECORD, RUN, metrics, read_record, read_run
 from kdbench.results.soundness import spec_of
 
 
@@ -47,6 +47,8 @@ def publish(run: Path, out: Path) -> Path:
                 shutil.copy(file, made)
         for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:
             inside(made, copy).mkdir()
+            # What cannot be read again is not worth keeping.
+            read_record(inside(folder, RECORD)), metrics(folder)
             for file_name in (RECORD, METRICS):
                 shutil.copy(inside(folder, file_name), made / copy)
         sums.write(made)

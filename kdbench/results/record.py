@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kdbench.errors import UserError
-from kdbench.reading import of_form, inside, parsed, plain_name, read_as, read_json, read_text
+from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -366,7 +366,7 @@ class Run(Part):
     name: Name | None = None
     title: str = ""
     recipe: dict[str, Any] | None = None
-    cells: list[Name] | None = None
+    cells: list[Name] | None = Field(default=None, min_length=1)
 
     @field_validator("cells")
     @classmethod

@@ -146,7 +146,8 @@ class MadeImages:
             images, labels = found["images"], found["labels"]
         except (SafetensorError, KeyError) as error:
             raise UserError(f"a batch of made images is damaged: {error}", where=str(file), hint=_AGAIN) from None
-        if images.dtype != torch.float16 or images.ndim != 4 or labels.dtype != torch.int64 or len(images) != len(labels):
+        form = (images.dtype, images.ndim, labels.dtype, labels.shape)
+        if form != (torch.float16, 4, torch.int64, images.shape[:1]):
             raise UserError("a batch of made images holds something else", where=str(file), hint=_AGAIN)
         return images, labels
 
