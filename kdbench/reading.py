@@ -123,8 +123,11 @@ def same_name(a: str, b: str) -> bool:
     return a == b
 
 
-def inside(folder: Path, *names: str) -> Path:
+def inside(folder: Path, *names: str, where: str | None = None) -> Path:
     """The path below a folder to which names lead that came from data.
+
+    Args:
+        where: they stand; the folder where absent.
 
     Raises:
         UserError: a name that is no plain one, or a link on the way that leaves the folder.
@@ -132,7 +135,8 @@ def inside(folder: Path, *names: str) -> Path:
     try:
         path = folder.joinpath(*map(plain_name, names))
     except ValueError as error:
-        raise UserError(str(error), where=str(folder), hint="names in it lead to nowhere but below it") from None
+        hint = "names in it lead to nowhere but below it"
+        raise UserError(str(error), where=where or str(folder), hint=hint) from None
     try:
         within = path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):
@@ -140,7 +144,7 @@ def inside(folder: Path, *names: str) -> Path:
     if not within:
         raise UserError(
             f"'{'/'.join(names)}' is a link that leaves the folder",
-            where=str(folder),
+            where=where or str(folder),
             hint="put what it points to in its place",
         )
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -20,6 +21,8 @@ from kdbench.cards import Strict
 from kdbench.errors import UserError
 from kdbench.files import home
 from kdbench.reading import read_as
+
+log = logging.getLogger("kdbench")
 
 ABOUT = "table.json"
 VALUES = "logits.bin"
@@ -75,8 +78,13 @@ def tables_folder() -> Path:
 
 
 def tables() -> list[Table]:
-    """All tables on this machine, whole or not, by name."""
-    found = (read(folder) for folder in sorted(tables_folder().glob("*")))
+    """All tables on this machine, whole or not, by name. A damaged one is told and left out."""
+    found = []
+    for folder in sorted(tables_folder().glob("*")):
+        try:
+            found.append(read(folder))
+        except UserError as error:
+            log.warning("%s", error)
     return [table for table in found if table is not None]
 
 

@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, str]:
         digest, two_spaces, name = line.partition("  ")
         if len(digest) != 64 or not two_spaces or not name:
             raise UserError("this line is no sha256 with a path", where=f"{file}:{number}")
-        inside(folder, *name.split("/"))
+        inside(folder, *name.split("/"), where=f"{file}:{number}")
         found[name] = digest
     return found
 

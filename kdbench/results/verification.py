@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from kdbench.engine.runner import names
 from kdbench.errors import UserError
+from kdbench.reading import inside
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
@@ -101,7 +102,7 @@ def read_folder(path: Path) -> Folder:
     for file in sorted(path.glob(f"*/{RECORD}")):
         name = file.parent.name
         try:
-            records[name] = read_record(file)
+            records[name] = read_record(inside(path, name, RECORD))
             histories[name] = metrics(file.parent) if (file.parent / METRICS).is_file() else []
         except UserError as error:
             findings.append(Finding("disagrees", error.what, name))
@@ -143,7 +144,10 @@ def _sound(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         if name not in folder.histories:
             continue
-        found = list(problems(record, folder.histories[name]))
+        try:
+            found = list(problems(record, folder.histories[name]))
+        except UserError as error:
+            found = [f"its resolved recipe asks for {error.what}"]
         if record.status != "finished":
             found.append(f"its status is '{record.status}'")
         if name in folder.planned:
