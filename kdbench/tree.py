@@ -13,6 +13,10 @@ from typing import Any
 import yaml
 
 from kdbench.errors import UserError
+from kdbench.reading import DEEPEST, read_text
+
+# Of one file, with what its aliases stand for.
+MOST_ENTRIES = 100_000
 
 Path = tuple[str | int, ...]
 
@@ -30,11 +34,7 @@ class Tree:
     @classmethod
     def read(cls, file: FilePath) -> Tree:
         """Parse one YAML file (safe types only; a key given twice is an error, not a silent overwrite)."""
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot be read: {error}", where=shown(file)) from None
-        return cls.parse(text, shown(file))
+        return cls.parse(read_text(file), shown(file))
 
     @classmethod
     def parse(cls, text: str, source: str) -> Tree:
@@ -53,6 +53,8 @@ class Tree:
             ) from None
         except yaml.YAMLError as error:
             raise UserError(f"not valid YAML: {error}", where=source) from None
+        except RecursionError:
+            raise UserError(f"nested more than {DEEPEST} deep", where=source) from None
         return cls(data, origins)
 
     @classmethod
@@ -118,6 +120,10 @@ def dotted(path: Path) -> str:
 
 def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str]) -> Any:
     origins.setdefault(path, f"{source}:{node.start_mark.line + 1}")
+    if len(path) > DEEPEST:
+        raise RecursionError
+    if len(origins) > MOST_ENTRIES:
+        raise UserError(f"more than {MOST_ENTRIES:,} entries, aliases written out", where=source)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:

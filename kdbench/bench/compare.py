@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdbench.bench.lanes import Lane, Process
-from kdbench.engine.compute import Computing
+from kdbench.engine.compute import Computing, Precision
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.schema import CellSpec
@@ -27,7 +27,7 @@ class Machine:
     """
 
     about: dict[str, Any]
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     compiler: bool
     peak: Callable[[str], float]
 
@@ -183,7 +183,7 @@ class Rounds:
     ) -> None:
         self.machine, self.device, self.threads = machine, device, threads
         self.rounds, self.seconds, self.tell = rounds, seconds, tell
-        self.peaks = dict.fromkeys(machine.precisions, 0.0)
+        self.peaks: dict[str, float] = dict.fromkeys(machine.precisions, 0.0)
         self.started: list[Process] = []
 
     def start(self, lanes: Sequence[Lane], needed: bool = False) -> list[Process]:

@@ -8,6 +8,7 @@ import torch
 
 from kdbench.bench.compare import Machine
 from kdbench.engine.build import build_model
+from kdbench.engine.compute import Precision
 from kdbench.engine.finish import machine, size_of
 from kdbench.engine.trial import bfloat16_computes, compiler_works
 from kdbench.recipe.schema import CellSpec
@@ -24,7 +25,7 @@ def machine_of(device: torch.device, threads: int, compiled: bool) -> Machine:
     """
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    precisions = ("float32", "bfloat16") if bfloat16_computes(device) else ("float32",)
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16") if bfloat16_computes(device) else ("float32",)
     about = machine(device, threads)
     return Machine(about, precisions, compiled and compiler_works(device), lambda precision: _peak(precision, device))
 

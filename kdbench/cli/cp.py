@@ -19,11 +19,12 @@ def command(
 ) -> None:
     """Copy a shipped recipe of this very version, to be edited."""
     from kdbench.files import write_text
+    from kdbench.reading import read_text
     from kdbench.recipe.loading import find
 
     source = find(recipe)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists() and not force:
         raise UserError(f"'{target}' exists", where="kdbench cp", hint="choose another name, or --force")
-    write_text(target, source.read_text(encoding="utf-8"))
+    write_text(target, read_text(source))
     print(f"{target}\n  run it:  kdbench run {target}")

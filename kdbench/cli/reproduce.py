@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import CellError, UserError, did_you_mean
+from kdbench.reading import same_name
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import Plan
@@ -85,8 +87,7 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
     for index, recipe in enumerate(card.profiles[profile]):
         card_file = Path(tree.origin(("profiles", profile, index)).rpartition(":")[0])
         plans.append(plan(find(recipe, card_file.parent), registry))
-    names = [planned.name for planned in plans]
-    if len(set(names)) < len(names):
+    if any(same_name(a.name, b.name) for a, b in itertools.combinations(plans, 2)):
         raise UserError("two recipes have one name, and so one folder", where=tree.origin(("profiles", profile)))
     return plans
 

@@ -29,7 +29,7 @@ def command(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
     data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
     download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,

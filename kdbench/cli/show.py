@@ -24,6 +24,7 @@ def command(
     from kdbench.cli.console import console as page
     from kdbench.cli.console import print_yaml
     from kdbench.cli.ls import ALIASES
+    from kdbench.reading import read_text
     from kdbench.recipe.loading import dump, find
     from kdbench.registry import Registry
     from kdbench.signature import REQUIRED
@@ -32,7 +33,7 @@ def command(
     console = page()
     kind = ALIASES.get(kind, kind)
     if kind == "recipes" and name:
-        print_yaml(find(name).read_text(encoding="utf-8"))
+        print_yaml(read_text(find(name)))
         return
     if name is None:
         found = [k for k in KINDS if kind in cards.names(k)]

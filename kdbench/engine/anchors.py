@@ -16,6 +16,7 @@ from kdbench.engine.batches import Part
 from kdbench.engine.build import load_weights, read_weights
 from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
+from kdbench.reading import inside
 from kdbench.recipe.schema import AnchorSpec
 
 
@@ -40,7 +41,7 @@ class Route:
             UserError: the file is gone, or is not what was kept.
         """
         entry = self.entries[position]
-        file = self.folder / entry["file"]
+        file = inside(self.folder, entry["file"])
         if not file.is_file() or sha256_of(file) != entry["sha256"]:
             raise UserError(
                 f"the teacher's checkpoint at step {entry['step']} is {'damaged' if file.is_file() else 'gone'}",

@@ -106,6 +106,15 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ) from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
+        held = f"the entries {', '.join(map(repr, [*loaded][:5]))}" if isinstance(loaded, Mapping) else "no entries"
+        raise UserError(
+            f"the weight file holds no state dict: a {type(loaded).__name__} with {held}",
+            where=str(file),
+            hint="save the network's state_dict() alone",
+        )
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 

@@ -8,45 +8,60 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdbench.cards import Strict
 from kdbench.engine.compute import Computing
 from kdbench.errors import UserError
 from kdbench.files import write_json
+from kdbench.reading import of_form, read_as
 from kdbench.recipe.schema import ComputeChoice
+from kdbench.results.record import RECORD, read_record
 
 NAME = "compute.json"
+_AGAIN = "remove the file: finished cells are kept, the others are tried anew"
+
+
+class Chosen(Strict):
+    """What was chosen for cells that leave the same things open, and what was measured for it."""
+
+    asked: dict[str, Any]
+    computing: Computing
+    why: str
+    tried: list[Any]
 
 
 def kept(folder: Path, choice: ComputeChoice) -> Computing | None:
-    """How this run computes what was left open in such a way, if it began already."""
-    entry = _entries(folder).get(key(choice))
-    try:
-        return Computing(**entry["computing"]) if entry else None
-    except (TypeError, KeyError):
+    """How this run computes what was left open in such a way, if it began already.
+
+    Raises:
+        UserError: the file is damaged, or says something else than the recipe does.
+    """
+    found = _entries(folder).get(key(choice))
+    if found is None:
+        return None
+    computing = found.computing.plain()
+    if other := [name for name, value in choice.fixed().items() if computing[name] != value]:
         raise UserError(
-            "how this run computes is written in a form that this version does not know",
+            f"it computes with {other[0]} {computing[other[0]]}, the recipe says {choice.fixed()[other[0]]}",
             where=str(folder / NAME),
-            hint="remove the file: finished cells are kept, the others are tried anew",
-        ) from None
+            hint=_AGAIN,
+        )
+    return found.computing
 
 
 def keep(folder: Path, choice: ComputeChoice, computing: dict[str, Any], why: str, tried: Sequence[Any]) -> Computing:
     """Remember a choice with what was measured for it."""
-    entries = _entries(folder)
-    entries[key(choice)] = {"asked": choice.fixed(), "computing": computing, "why": why, "tried": list(tried)}
-    write_json(folder / NAME, entries)
-    return Computing(**computing)
+    chosen = Chosen(asked=choice.fixed(), computing=Computing(**computing), why=why, tried=list(tried))
+    entries = _entries(folder) | {key(choice): chosen}
+    write_json(folder / NAME, {name: entry.model_dump(mode="json") for name, entry in entries.items()})
+    return chosen.computing
 
 
 def of_records(folders: Sequence[Path]) -> Computing | None:
-    """How finished cells were computed, from the first record that says it."""
+    """How finished cells were computed, from the first of them."""
     for folder in folders:
-        try:
-            compute = json.loads((folder / "record.json").read_text(encoding="utf-8"))["compute"]
-            return Computing(
-                compute["precision"], compute.get("layout", "contiguous"), bool(compute.get("compile", False))
-            )
-        except (OSError, ValueError, KeyError):
-            continue
+        compute = read_record(folder).compute
+        plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
+        return of_form(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
     return None
 
 
@@ -54,9 +69,5 @@ def key(choice: ComputeChoice) -> str:
     return json.dumps(choice.fixed(), sort_keys=True)
 
 
-def _entries(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _entries(folder: Path) -> dict[str, Chosen]:
+    return read_as(dict[str, Chosen], folder / NAME, _AGAIN) if (folder / NAME).exists() else {}

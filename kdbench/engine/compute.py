@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
 from kdbench.recipe.schema import ComputeChoice
+
+Precision = Literal["float32", "bfloat16"]
 
 # What a process holds before it has any data: Python and torch with its libraries.
 PROCESS = 900_000_000
@@ -31,11 +35,14 @@ class Computing:
         worth: steps from which on a graph is worth its compilation; what is used for fewer runs eagerly.
     """
 
-    precision: str = "float32"
-    layout: str = "contiguous"
-    compile: bool = False
-    cuda_graphs: bool = False
-    worth: int = 0
+    # Where one is read from a file: no other keys.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    precision: Precision = "float32"
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    compile: StrictBool = False
+    cuda_graphs: StrictBool = False
+    worth: NonNegativeInt = 0
 
     @property
     def name(self) -> str:
@@ -64,8 +71,9 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
         cuda: whether on a CUDA device, where compiled networks are tried as CUDA graphs too.
     """
     fixed = choice.fixed()
-    precisions = [fixed["precision"]] if "precision" in fixed else ["float32", *(["bfloat16"] if bfloat16 else [])]
-    layouts = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
+    hardware = ["float32", *(["bfloat16"] if bfloat16 else [])]
+    precisions: list[Any] = [fixed["precision"]] if "precision" in fixed else hardware
+    layouts: list[Any] = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
     compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
     ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]
     graphs = [Computing(w.precision, w.layout, True, cuda_graphs=True) for w in ways if w.compile and cuda]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +68,7 @@ def pools_in(folders: Iterable[Path]) -> dict[str, MadeImages]:
     for folder in folders:
         own = {}
         for file in sorted(folder.rglob(POOL)) if folder.is_dir() else []:
-            try:
-                pool = MadeImages(file.parent, json.loads(file.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
-                raise UserError(f"a pool of images cannot be read: {error}", where=str(file)) from None
-            if pool.whole():
+            if (pool := MadeImages.at(file.parent)).whole():
                 below = str(file.parent.relative_to(folder))
                 own[folder.name if below == "." else below] = pool
         if not own:

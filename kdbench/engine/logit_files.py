@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -11,12 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
 
+from kdbench.cards import Strict
 from kdbench.errors import UserError
 from kdbench.files import home
+from kdbench.reading import read_as
+
+log = logging.getLogger("kdbench")
 
 ABOUT = "table.json"
 VALUES = "logits.bin"
@@ -61,7 +67,10 @@ def table_at(key: dict[str, Any], name: str) -> Table:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     plain = re.sub(r"[^\w.-]", "_", name)
     folder = tables_folder() / f"{plain}-{key['precision']}-{digest[:10]}"
-    return read(folder) or Table(folder, name, key, 0, 0.0)
+    found = read(folder)
+    if found is not None and found.key != key:
+        raise UserError("this table of teacher logits is another one than its folder says", str(folder), _AGAIN)
+    return found or Table(folder, name, key, 0, 0.0)
 
 
 def tables_folder() -> Path:
@@ -69,8 +78,13 @@ def tables_folder() -> Path:
 
 
 def tables() -> list[Table]:
-    """All tables on this machine, whole or not, by name."""
-    found = (read(folder) for folder in sorted(tables_folder().glob("*")))
+    """All tables on this machine, whole or not, by name. A damaged one is told and left out."""
+    found = []
+    for folder in sorted(tables_folder().glob("*")):
+        try:
+            found.append(read(folder))
+        except UserError as error:
+            log.warning("%s", error)
     return [table for table in found if table is not None]
 
 
@@ -81,12 +95,34 @@ def clear(table: Table) -> None:
         shutil.rmtree(table.folder)
 
 
+class _Key(BaseModel):
+    """What is read of a table's key."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    images: int = Field(ge=1)
+    views: int = Field(ge=1)
+    classes: int = Field(ge=1)
+    precision: Literal["float32", "bfloat16"]
+
+
+class _About(Strict):
+    name: str
+    key: _Key
+    done: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    sha256: str | None = None
+
+
+_AGAIN = "remove its folder and fill it again ('kdbench logits fill RECIPE')"
+
+
 def read(folder: Path) -> Table | None:
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        return Table(folder, about["name"], about["key"], about["done"], about["seconds"], about.get("sha256"))
-    except (OSError, ValueError, KeyError):
+    """The table of a folder; None where there is none. UserError where what it says of itself is damaged."""
+    if not (folder / ABOUT).exists():
         return None
+    about = read_as(_About, folder / ABOUT, _AGAIN)
+    return Table(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
 
 
 @contextmanager

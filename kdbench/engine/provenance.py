@@ -37,7 +37,7 @@ class Provenance:
 
     def pool(self, name: str, pool: MadeImages) -> None:
         """A pool of made images. Its sha256 is that of its batches' own in hex, one a line, in their order."""
-        digests = [pool.about(batch)["sha256"] for batch in pool.whole()]
+        digests = [pool.about(batch).sha256 for batch in pool.whole()]
         digest = hashlib.sha256("".join(f"{one}\n" for one in digests).encode()).hexdigest()
         self.pools.append({"name": name, "batches": len(digests), "sha256": digest})
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from kdbench.engine import choosing
 from kdbench.engine.runner import Listener, Options, run, teacher_folder
-from kdbench.engine.scheduling import BEGUN
+from kdbench.engine.scheduling import Begun, begin
 from kdbench.errors import CellError, UserError, did_you_mean
-from kdbench.files import write_json
+from kdbench.reading import of_form
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import CellSpec
@@ -158,7 +158,8 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
 def _as_it_was(folder: Path, record: Record) -> None:
     """A cell that began goes on in the way in which it began: with as many threads."""
     if record.compute.device == "cpu":
-        write_json(folder / BEGUN, {"threads": record.compute.threads})
+        where = str(record.folder or record.identity[:8])
+        begin(folder, of_form(Begun, {"threads": record.compute.threads}, where, "leave this cell out: --cell NAME"))
 
 
 def _conditions(record: Record) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from kdbench.engine import choosing
 from kdbench.engine.compute import Computing, plainest
@@ -40,16 +41,25 @@ from kdbench.engine.messages import (
     TryOut,
 )
 from kdbench.engine.pool import Pool
-from kdbench.engine.scheduling import BEGUN, CellState, Memories, Work, balanced, begun, cohorts_of, fitting, kind
+from kdbench.engine.scheduling import (
+    Begun,
+    CellState,
+    Memories,
+    Work,
+    balanced,
+    begin,
+    begun,
+    cohorts_of,
+    fitting,
+    kind,
+)
 from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
-from kdbench.recipe.planning import Plan, PlannedCell
+from kdbench.reading import inside, read_json, same_name
+from kdbench.recipe.planning import SOURCES, TEACHERS, Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
-from kdbench.results.record import RECORD, Record, finished_record, student_file
-
-# Folder beside the runs for what batch sources make once for several cells.
-SOURCES = "sources"
+from kdbench.results.record import RECORD, Record, finished_record, read_record, student_file
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ def run(
     listener = listener or Silent()
     folder = options.runs / plan.name
     folder_of = partial(teacher_folder, runs=options.runs)
+    _check_case(folder)
     with alone(folder):
         states = [CellState(i, label(cell), _place(folder, cell)) for i, cell in enumerate(plan.cells)]
         write_json(
@@ -134,6 +145,9 @@ def run(
             },
         )
         finished = Finished(list(zip(plan.cells, states, strict=True)), published or {}, listener.say)
+        # What is damaged of the way in which they began is told before a teacher is trained.
+        for cell, state in finished.open:
+            begun(state.folder), choosing.kept(folder, cell.spec.compute)
         # Who only wants a table need not have the device.
         with pool_for(options if finished.open or finished.taken else replace(options, device="cpu")) as pool:
             memory = try_out([cell.spec for cell, _ in finished.open], pool)
@@ -161,6 +175,17 @@ def run(
     )
 
 
+def _check_case(folder: Path) -> None:
+    """Refuse a folder beside which another lies whose name many systems take for the same."""
+    for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if other.name != folder.name and same_name(other.name, folder.name):
+            raise UserError(
+                f"there is another run, '{other.name}', whose name is the same on other systems",
+                where=str(folder),
+                hint="rename the recipe's file, or give another folder: --runs DIR",
+            )
+
+
 def label(cell: PlannedCell) -> str:
     """A cell as people call it."""
     others = [f"{path} {value}" for path, value in cell.axes.items() if not path.startswith("method")]
@@ -169,7 +194,8 @@ def label(cell: PlannedCell) -> str:
 
 def _place(folder: Path, cell: PlannedCell) -> Path:
     """A cell's folder, also where an earlier version finished it under another name."""
-    return next((folder / slug for slug in cell.slugs if is_finished(folder / slug)), folder / cell.slug)
+    places = [inside(folder, slug) for slug in cell.slugs]
+    return next((place for place in places if is_finished(place)), places[0])
 
 
 def is_finished(folder: Path) -> bool:
@@ -253,8 +279,8 @@ def train_teachers(specs: list[CellSpec], options: Options, pool: Pool, listener
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy."""
     if (own := spec.trained_by) is None:
-        return runs / "teachers" / f"{spec.name}-{spec.weights.sha256[:8]}"  # type: ignore[union-attr]
-    places = [runs / "teachers" / f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
+        return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8]}")  # type: ignore[union-attr]
+    places = [inside(runs / TEACHERS, f"{spec.name}-{own.identity(earlier)[:8]}") for earlier in (False, True)]
     return next((place for place in places if is_finished(place)), places[0])
 
 
@@ -336,9 +362,8 @@ def computings_for(
 def _chose(folder: Path, key: str) -> bool:
     """Whether a finished cell left the same things open."""
     try:
-        spec = json.loads((folder / RECORD).read_text(encoding="utf-8"))["spec"]
-        return choosing.key(CellSpec.model_validate(spec).compute) == key
-    except (OSError, ValueError, KeyError):
+        return choosing.key(CellSpec.model_validate(read_record(folder).spec).compute) == key
+    except ValidationError:
         return False
 
 
@@ -395,9 +420,9 @@ def _cells(
     for cohort in cohorts:
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
         kept = begun(cohort[0][1].folder)
-        threads = kept.get("threads", threads)
+        threads = kept.threads or threads
         for _, state in cohort:
-            write_json(state.folder / BEGUN, kept | {"threads": threads})
+            begin(state.folder, Begun(threads=threads, logits=kept.logits))
         tasks.append(
             TrainCohort(
                 cells=[
@@ -405,7 +430,7 @@ def _cells(
                     for cell, state in cohort
                 ],
                 computing=computings[choosing.key(cohort[0][0].spec.compute)],
-                logits=kept.get("logits"),
+                logits=kept.logits,
                 teacher_folder=_teacher_folder_of(cohort, options),
                 shared=options.runs / SOURCES,
                 threads=threads,
@@ -468,11 +493,12 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
 def _rename(file: Path, place: dict[str, Any]) -> None:
     """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
     try:
-        text = file.read_text(encoding="utf-8")
-        record = json.loads(text)
-        record |= {"recipe": place["recipe"], "cell": {key: value for key, value in place.items() if key != "recipe"}}
-        record["spec"]["method"]["label"] = place["label"]
-    except (OSError, ValueError, KeyError, TypeError):
+        read_record(file)
+    except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    if record != json.loads(text):
+    before = read_json(file)
+    record = before | {"recipe": place["recipe"], "cell": {k: v for k, v in place.items() if k != "recipe"}}
+    method = record["spec"].get("method") or {}
+    record["spec"] |= {"method": method | {"label": place["label"]}}
+    if record != before:
         write_json(file, record)

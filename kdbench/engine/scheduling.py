@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import Field
+
+from kdbench.cards import Strict
 from kdbench.engine import choosing
 from kdbench.engine.compute import cohort_bytes
+from kdbench.files import write_json
+from kdbench.reading import read_as
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.schema import CellSpec
 
 # Says how a cell began, so that it goes on in the same way.
 BEGUN = "cell.json"
+# Of one worker.
+MOST_THREADS = 1024
 
 
 @dataclass
@@ -54,7 +60,7 @@ def cohorts_of(cells: list[Work]) -> list[list[Work]]:
         spec = cell.spec
         extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
         protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-        kept = begun(state.folder)
+        kept = begun(state.folder).model_dump()
         compute = choosing.key(spec.compute)
         domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
         base = json.dumps([domains, spec.seed, protocol, compute, extra, kept])
@@ -101,11 +107,20 @@ def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None) ->
     return result
 
 
-def begun(folder: Path) -> dict[str, Any]:
+class Begun(Strict):
     """How a cell began: `threads` of its worker, and `logits`, the table that its teacher's logits come from ("" where
-    they are computed). Bits depend on both, so it goes on in the same way. Empty for a cell that did not begin."""
-    try:
-        found = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("threads", "logits") if key in found}
-    except (OSError, ValueError, TypeError):
-        return {}
+    they are computed). Bits depend on both, so it goes on in the same way. Nothing for a cell that did not begin."""
+
+    threads: int | None = Field(default=None, ge=1, le=MOST_THREADS)
+    logits: str | None = None
+
+
+def begun(folder: Path) -> Begun:
+    """How a cell began. UserError where its file is damaged."""
+    file = folder / BEGUN
+    return read_as(Begun, file, "remove the cell's folder: it begins anew") if file.exists() else Begun()
+
+
+def begin(folder: Path, how: Begun) -> None:
+    """Keep how a cell begins."""
+    write_json(folder / BEGUN, how.model_dump(exclude_none=True))

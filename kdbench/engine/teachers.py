@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
@@ -22,10 +23,13 @@ from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
+from kdbench.reading import of_form, read_json
 from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
 from kdbench.results.record import finished_record, student_file
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
+
+log = logging.getLogger("kdbench")
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,10 @@ def measured(
         "model": recorded(spec.model),
         "normalization": spec.normalization.model_dump(mode="json"),
     }
-    found = _read(kept)
-    if found is None or any(found.get(name) != value for name, value in key.items()):
+    accuracy = _measured_before(kept, key)
+    if accuracy is None:
         accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), part_for_testing(data_spec, data, device))
         write_json(kept, {"name": spec.name, **key, "accuracy": accuracy})
-    else:
-        accuracy = found["accuracy"]
     if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
             f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
@@ -146,13 +148,13 @@ def on_target(
         return file
     key = {"sha256": file.sha256, "data": target.fingerprint, "normalization": spec.normalization.model_dump()}
     kept = folder / f"on_{target_spec.name}.json"
-    found = _read(kept)
-    if found is None or any(found.get(name) != value for name, value in key.items()):
+    accuracy = _measured_before(kept, key)
+    if accuracy is None:
         teacher = load_teacher(spec, source, file.file, device)
-        found = {**key, "accuracy": accuracy_of(teacher, part_for_testing(target_spec, target, device))}
-        write_json(kept, found)
+        accuracy = accuracy_of(teacher, part_for_testing(target_spec, target, device))
+        write_json(kept, {**key, "accuracy": accuracy})
     by_source = spec.trained_by is None or spec.trained_by.target is None
-    return replace(file, accuracy=found["accuracy"], source_accuracy=file.accuracy if by_source else None)
+    return replace(file, accuracy=accuracy, source_accuracy=file.accuracy if by_source else None)
 
 
 def trained(folder: Path) -> TeacherFile | None:
@@ -184,9 +186,20 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+class _Kept(BaseModel):
+    """What is read of an accuracy that was kept."""
+
+    accuracy: float = Field(ge=0, le=100, strict=True)
+
+
+def _measured_before(file: Path, key: dict[str, Any]) -> float | None:
+    """The accuracy in percent that was kept with this key; None where it is to be measured."""
+    if not file.exists():
         return None
-    return loaded
+    try:
+        found = read_json(file)
+        accuracy = of_form(_Kept, found, str(file)).accuracy
+    except UserError as error:
+        log.warning("%s; the teacher is measured again", str(error))
+        return None
+    return accuracy if all(found.get(name) == value for name, value in key.items()) else None

@@ -7,7 +7,12 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
+
+# A budget may stand in anybody's record: what would take the memory of the machine to count is refused.
+MOST_STEPS = 10**9
+MOST_EVALUATIONS = 10**5
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,16 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
         budget = spec.protocol.steps
     else:
         assert spec.protocol.epochs is not None
-        budget = max(round(spec.protocol.epochs * per_epoch), 1)
+        budget = _steps(spec.protocol.epochs * per_epoch)
     stages = spec.method.stages
     lengths = {}
     for name, stage in stages.items():
         if stage.extra_epochs is not None:
-            lengths[name] = max(round(stage.extra_epochs * per_epoch), 1)
+            lengths[name] = _steps(stage.extra_epochs * per_epoch)
         elif stage.extra_share is not None:
-            lengths[name] = max(round(stage.extra_share * budget), 1)
+            lengths[name] = _steps(stage.extra_share * budget)
         elif stage.share is not None:
-            lengths[name] = max(round(stage.share * budget), 1)
+            lengths[name] = _steps(stage.share * budget)
     extra = sum(lengths[name] for name, stage in stages.items() if stage.extra)
     rest = [name for name in stages if name not in lengths]
     if rest:
@@ -97,7 +102,9 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     for name in stages:
         spans.append(Span(name, start, start + lengths[name]))
         start += lengths[name]
-    total = start
+    total = _steps(start)
+    if (total // per_epoch if spec.evaluations == "epoch" else spec.evaluations) > MOST_EVALUATIONS:
+        raise UserError(f"more than {MOST_EVALUATIONS:,} evaluations", hint="give 'evaluations' as a smaller number")
     if spec.evaluations == "epoch":
         points = set(range(per_epoch, total + 1, per_epoch))
     else:
@@ -109,6 +116,14 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     points |= {span.stop for span in spans}
     points.discard(0)
     return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))
+
+
+def _steps(wanted: float) -> int:
+    """To the nearest whole number, at least one. UserError for what nobody can train."""
+    if wanted > MOST_STEPS:
+        hint = f"give fewer 'epochs' or 'steps': {MOST_STEPS:.0e} steps are the most"
+        raise UserError(f"a budget of {wanted:.3g} steps", hint=hint)
+    return max(round(wanted), 1)
 
 
 def planned_timeline(spec: CellSpec) -> Timeline:

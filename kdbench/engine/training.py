@@ -24,13 +24,13 @@ from kdbench.engine.memory import peak_memory
 from kdbench.engine.messages import CellFailed, CellFinished, CellTask, Doing, Event, Note, Progress, TrainCohort
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
-from kdbench.engine.scheduling import BEGUN
+from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, fingerprint
 from kdbench.engine.trial import possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import sweep, write_json
+from kdbench.files import sweep
 from kdbench.results.record import finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
@@ -84,7 +84,7 @@ class Training:
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
         self.cells: dict[TrainingCell, CellTask] = {}
         for cell in cells:
-            write_json(cell.folder / BEGUN, {"threads": task.threads, "logits": table})
+            begin(cell.folder, Begun(threads=task.threads, logits=table))
             try:
                 self.cells[self._built(cell)] = cell
             except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
@@ -108,7 +108,13 @@ class Training:
         name = f"{spec.method.label}, seed {spec.seed}"
         state = checkpoint.load(cell.folder, key, member.state(), lambda text: self.emit(Note(text=f"{name}: {text}")))
         if state is not None:
-            member.load_state(state)
+            try:
+                member.load_state(state)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                kept = cell.folder / checkpoint.NAME
+                raise CellError(
+                    f"{kept} does not fit this cell ({error}): remove it, and the cell begins anew"
+                ) from None
         return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
 
     def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:

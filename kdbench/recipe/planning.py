@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.loading import load, put, typed
 from kdbench.recipe.resolving import Variant, resolve
 from kdbench.recipe.schema import CellSpec, Recipe
 from kdbench.registry import Registry, written_out
 from kdbench.tree import Tree
 from kdbench.validation import fields_at
+
+# Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
+TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,10 @@ class PlannedCell:
     def _slug(self, identity: str) -> str:
         parts = [self.spec.method.name]
         parts += [f"{path.rpartition('.')[2]}_{_name(value)}" for path, value in self.axes.items() if path != "method"]
-        text = "-".join([*parts, f"seed{self.spec.seed}", identity[:8]])
-        return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in text)
+        plain = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
+        end = f"-seed{self.spec.seed}-{identity[:8]}"
+        # What is too long for a folder's name is cut: the identity tells cells apart.
+        return plain.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,25 @@ def plan(
             where=tree.origin(("baseline",)),
             hint=did_you_mean(base.baseline, methods),
         )
-    name = Path(str(recipe)).stem if not isinstance(recipe, dict) else "recipe"
+    name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
     return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data)
+
+
+def run_name(recipe: str) -> str:
+    """What the runs of a recipe's file are called, and their folder beside those of other recipes.
+
+    Raises:
+        UserError: a name that not every system takes for a folder, or that runs use for something else.
+    """
+    name = Path(recipe).stem
+    try:
+        if plain_name(name).casefold() in OWN_FOLDERS:
+            raise ValueError(f"runs keep what they share in a folder called '{name.casefold()}'")
+    except ValueError as error:
+        raise UserError(
+            f"a recipe's runs lie in a folder of its name: {error}", where=recipe, hint="rename the recipe's file"
+        ) from None
+    return name
 
 
 def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
 from kdbench.engine.runner import teacher_folder
 from kdbench.errors import UserError
+from kdbench.reading import inside
 from kdbench.results import sums
-from kdbench.results.record import METRICS, RECORD, RUN, read_record
+from kdbench.results.record import METRICS, RECORD, RUN, metrics, read_record, read_run
 from kdbench.results.soundness import spec_of
 
 
@@ -20,22 +20,20 @@ def publish(run: Path, out: Path) -> Path:
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
 
     Raises:
-        UserError: no run, cells that are not finished, or something else than results in the way.
+        UserError: no run, cells that are not finished, links that leave the run, or something else than results in the
+            way.
     """
-    try:
-        plan = json.loads((run / RUN).read_text(encoding="utf-8"))
-        cells, name = list(plan["cells"]), str(plan["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            "this is no folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}"
-        ) from None
-    if open_cells := [cell for cell in cells if not (run / cell / RECORD).is_file()]:
+    plan = read_run(run) if (run / RUN).is_file() else None
+    if plan is None or plan.name is None or not plan.cells:
+        raise UserError("this is no folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}")
+    cells, name = plan.cells, plan.name
+    if open_cells := [cell for cell in cells if not inside(run, cell, RECORD).is_file()]:
         raise UserError(
             f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one",
             where=str(run),
             hint="run the recipe again: it goes on where it was stopped",
         )
-    target = out / name
+    target = inside(out, name)
     if target.resolve() == run.resolve():
         raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
     if target.exists() and not (target / RUN).is_file():
@@ -48,9 +46,11 @@ def publish(run: Path, out: Path) -> Path:
             if file.parent == run:
                 shutil.copy(file, made)
         for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:
-            (made / copy).mkdir()
+            inside(made, copy).mkdir()
+            # What cannot be read again is not worth keeping.
+            read_record(inside(folder, RECORD)), metrics(folder)
             for file_name in (RECORD, METRICS):
-                shutil.copy(folder / file_name, made / copy)
+                shutil.copy(inside(folder, file_name), made / copy)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")

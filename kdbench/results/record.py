@@ -6,17 +6,17 @@ file is an error that names it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -192,6 +192,60 @@ class Anchor(Part):
     )
 
 
+class _Options(Part):
+    at: list[str | float] = []
+    gamma: float = 0.1
+    momentum: float | None = None
+
+
+class _Named(Part):
+    name: str = ""
+    options: _Options | None = None
+
+
+class _Source(Part):
+    target: str | None = None
+    gives: list[str] = []
+
+
+class _Stage(Part):
+    optimizer: _Named | None = None
+    schedule: _Named | None = None
+    source: _Source | None = None
+
+
+class _Method(Part):
+    name: str | None = None
+    label: str | None = None
+    stages: dict[str, _Stage] | None = None
+
+
+class _Teacher(Part):
+    name: str | None = None
+    accuracy: float | None = None
+    model: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
+
+
+class _Protocol(Part):
+    augmentation: dict[str, Any] | None = None
+
+
+class _Spec(Part):
+    """What is read of a resolved recipe in whatever version's form it is."""
+
+    data: dict[str, Any] | None = None
+    target: dict[str, Any] | None = None
+    student: dict[str, Any] | None = None
+    teacher: _Teacher | None = None
+    protocol: _Protocol | None = None
+    method: _Method | None = None
+
+
+class _Seeds(Part):
+    streams: list[str] | None = None
+
+
 class Record(Part):
     """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it."""
 
@@ -214,6 +268,18 @@ class Record(Part):
     files: dict[str, str] = Field({}, description="name of a file that was left beside the record -> sha256, in hex")
     git: Git | None = None
     folder: Path | None = Field(None, exclude=True, repr=False)
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _of_readable_form(cls, spec: Any) -> Any:
+        """It stays as it is: another version's is compared, not understood."""
+        _Spec.model_validate(spec)
+        return spec
+
+    @model_validator(mode="after")
+    def _with_readable_seeds(self) -> Record:
+        _Seeds.model_validate((self.model_extra or {}).get("seeds") or {})
+        return self
 
     def accuracy(self, metric: Metric) -> float:
         """Test accuracy in percent.
@@ -276,16 +342,9 @@ def read_record(path: str | Path) -> Record:
     if file.is_dir():
         file = file / RECORD
     where = str(file)
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("there is no record", where=where, hint=f"give a folder that holds a {RECORD}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"this record is damaged: {error}",
-            where=where,
-            hint="remove its folder and run the cell again, or leave it out",
-        ) from None
+    if not file.exists():
+        raise UserError("there is no record", where=where, hint=f"give a folder that holds a {RECORD}")
+    plain = read_json(file, _AGAIN)
     if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int) or "kdbench" not in plain:
         raise UserError("this is no record of kdbench", where=where, hint="leave this folder out")
     if plain["schema"] > SCHEMA:
@@ -295,17 +354,35 @@ def read_record(path: str | Path) -> Record:
             where=where,
             hint="update kdbench",
         )
-    try:
-        return Record.model_validate({**plain, "folder": file.parent})
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(
-            f"this record is damaged: '{place}': {first['msg']}{more}",
-            where=where,
-            hint="remove its folder and run the cell again, or leave it out",
-        ) from None
+    return of_form(Record, {**plain, "folder": file.parent}, where, _AGAIN)
+
+
+_AGAIN = "remove its folder and run the cell again, or leave it out"
+
+
+Name = Annotated[str, AfterValidator(plain_name)]
+
+
+class Run(Part):
+    """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells. An older
+    version's says less."""
+
+    name: Name | None = None
+    title: str = ""
+    recipe: dict[str, Any] | None = None
+    cells: list[Name] | None = Field(default=None, min_length=1)
+
+    @field_validator("cells")
+    @classmethod
+    def _each_once(cls, cells: list[str] | None) -> list[str] | None:
+        if cells is not None and len({cell.casefold() for cell in cells}) < len(cells):
+            raise ValueError("a cell is named twice")
+        return cells
+
+
+def read_run(folder: Path) -> Run:
+    """The recipe.json of a run's folder. UserError where it is absent or damaged."""
+    return read_as(Run, folder / RUN, "run the recipe again: it is written anew, and finished cells are kept")
 
 
 def finished_record(folder: Path) -> Record | None:
@@ -376,11 +453,10 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
 
 def _records_below(folder: Path) -> list[Path]:
     """Records below a folder by path; of a run's folder, those of the cells that its last plan had."""
-    try:
-        cells = json.loads((folder / RUN).read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
+    cells = read_run(folder).cells if (folder / RUN).exists() else None
+    if cells is None:
         return sorted(folder.rglob(RECORD))
-    return sorted(file for cell in cells if (file := folder / cell / RECORD).is_file())
+    return sorted(file for cell in cells if (file := inside(folder, cell) / RECORD).is_file())
 
 
 def unfinished(paths: Iterable[str | Path]) -> list[Path]:
@@ -388,6 +464,25 @@ def unfinished(paths: Iterable[str | Path]) -> list[Path]:
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     begun = {file.parent for path in given if path.is_dir() for file in path.rglob(METRICS)}
     return sorted(folder for folder in begun if not (folder / RECORD).is_file())
+
+
+class _Score(Part):
+    accuracy: float = Field(default=0, ge=0, le=100)
+
+
+class _Evaluation(Part):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int = Field(ge=0)
+    # Absent or of this form; never null.
+    epoch: float = 0
+    seconds: float = 0
+    test: _Score = _Score()
+    validation: _Score = _Score()
+    source: _Score = _Score()
+    teacher: _Score = _Score()
+    agreement: dict[str, float] = {}
+    agreement_reference: dict[str, float] = {}
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -399,30 +494,15 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
         UserError: absent or damaged; names file and line.
     """
     file = Path(folder) / METRICS
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read: {error}",
-            where=str(file),
-            hint=f"what is made of evaluations needs the {METRICS} beside the record",
-        ) from None
+    text = read_text(file, f"what is made of evaluations needs the {METRICS} beside the record")
     lines = text.splitlines()
     if lines and not text.endswith("\n") and not (file.parent / RECORD).is_file():
         lines.pop()
     entries = []
     for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"this line is damaged: {error.msg}",
-                where=f"{file}:{number}",
-                hint="remove the cell's folder and run it again, or leave it out",
-            ) from None
-        if not isinstance(entry, dict) or "step" not in entry:
-            raise UserError("this line is no evaluation of kdbench", where=f"{file}:{number}")
-        entries.append(entry)
+        # A loss may have grown out of all bounds: it stands there, and no table reads it.
+        entries.append(parsed(line, f"{file}:{number}", _AGAIN, finite=False))
+        of_form(_Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
     return entries
 
 

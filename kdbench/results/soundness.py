@@ -51,7 +51,7 @@ def _names(record: Record) -> Iterator[str]:
         yield from _same(f"cell.{name}", getattr(cell, name), (spec.get(name) or {}).get("name"))
     yield from _same("cell.label", cell.label, (spec.get("method") or {}).get("label"))
     yield from _same("cell.seed", cell.seed, spec.get("seed"))
-    seeds: dict[str, Any] = (record.model_extra or {}).get("seeds", {})
+    seeds: dict[str, Any] = (record.model_extra or {}).get("seeds") or {}
     if seeds:
         yield from _same("seeds.seed", seeds.get("seed"), cell.seed)
         split = (spec.get("data") or {}).get("split_seed")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_text
+from kdbench.reading import inside, read_text
 from kdbench.results.record import METRICS, RECORD, RUN
 
 NAME = "SHA256SUMS"
@@ -22,10 +23,10 @@ _KEPT_OF_CELLS = (RECORD, METRICS)
 
 def kept(folder: Path) -> list[Path]:
     """Files of a run's or results folder that are published, by path: its tables and plots, and every record with its
-    metrics one folder below."""
+    metrics one folder below. UserError for a link that leaves the folder."""
     files = {file for pattern in _KEPT for file in folder.glob(pattern)}
     files |= {file for name in _KEPT_OF_CELLS for file in folder.glob(f"*/{name}")}
-    return sorted(file for file in files if file.is_file())
+    return sorted(inside(folder, *file.relative_to(folder).parts) for file in files if file.is_file())
 
 
 def write(folder: Path) -> Path:
@@ -47,14 +48,15 @@ def read(folder: Path) -> dict[str, str]:
     """Path below the folder -> sha256.
 
     Raises:
-        UserError: a line that is none of these.
+        UserError: a line that is none of these, or a path that leaves the folder.
     """
     file = folder / NAME
     found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         digest, two_spaces, name = line.partition("  ")
         if len(digest) != 64 or not two_spaces or not name:
             raise UserError("this line is no sha256 with a path", where=f"{file}:{number}")
+        inside(folder, *name.split("/"), where=f"{file}:{number}")
         found[name] = digest
     return found
 

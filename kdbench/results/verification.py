@@ -15,12 +15,13 @@ from typing import Any, Literal
 from kdbench.engine.runner import names
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.reading import inside
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.schema import CellSpec, recorded
 from kdbench.registry import Registry
 from kdbench.results import sums
-from kdbench.results.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, metrics, read_record
+from kdbench.results.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, Run, metrics, read_record, read_run
 from kdbench.results.soundness import problems, spec_of
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
@@ -44,14 +45,12 @@ class Folder:
     """What lies in a results folder, as far as it could be read.
 
     Attributes:
-        cells: folder names of the planned cells; None where recipe.json names none.
         records, histories: by folder name, teachers' among them.
         unread: what could not be read.
     """
 
     path: Path
-    run: dict[str, Any]
-    cells: list[str] | None
+    run: Run
     records: dict[str, Record]
     histories: dict[str, list[dict[str, Any]]]
     unread: list[Finding]
@@ -59,7 +58,8 @@ class Folder:
     @property
     def planned(self) -> dict[str, Record]:
         """Records of the comparison's cells: without teachers'."""
-        named = self.cells if self.cells is not None else [name for name in self.records if _is_cell(name)]
+        cells = self.run.cells
+        named = cells if cells is not None else [name for name in self.records if _is_cell(name)]
         return {name: self.records[name] for name in named if name in self.records}
 
 
@@ -103,22 +103,20 @@ def verdict(findings: Iterable[Finding]) -> str:
 def read_folder(path: Path) -> Folder:
     """What can be read of a results folder, and what cannot."""
     findings: list[Finding] = []
-    run: Any = {}
+    run = Run()
     try:
-        run = json.loads((path / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        findings.append(Finding("disagrees", f"it cannot be read: {error}", RUN))
-    run = run if isinstance(run, dict) else {}
+        run = read_run(path)
+    except UserError as error:
+        findings.append(Finding("disagrees", error.what, RUN))
     records, histories = {}, {}
     for file in sorted(path.glob(f"*/{RECORD}")):
         name = file.parent.name
         try:
-            records[name] = read_record(file)
+            records[name] = read_record(inside(path, name, RECORD))
             histories[name] = metrics(file.parent) if (file.parent / METRICS).is_file() else []
         except UserError as error:
             findings.append(Finding("disagrees", error.what, name))
-    cells = run.get("cells")
-    return Folder(path, run, cells if isinstance(cells, list) else None, records, histories, findings)
+    return Folder(path, run, records, histories, findings)
 
 
 def _sums(folder: Folder) -> Iterator[Finding]:
@@ -134,19 +132,20 @@ def _sums(folder: Folder) -> Iterator[Finding]:
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
     """Every planned cell has a record; what else has one is said."""
-    if folder.cells is None:
+    cells = folder.run.cells
+    if cells is None:
         what = "it names no cells (an older version wrote it): all records here are taken for its"
         yield Finding("unchecked", what, RUN, "which cells were planned")
         return
-    missing = [cell for cell in folder.cells if cell not in folder.records]
-    extra = [name for name in folder.records if name not in folder.cells and _is_cell(name)]
+    missing = [cell for cell in cells if cell not in folder.records]
+    extra = [name for name in folder.records if name not in cells and _is_cell(name)]
     yield from (Finding("disagrees", "planned, and has no sound record", cell) for cell in missing)
     # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
     yield from (
         Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
     )
     if not missing:
-        yield Finding("agrees", f"its {len(folder.cells)} cells have their records", RUN)
+        yield Finding("agrees", f"its {len(cells)} cells have their records", RUN)
 
 
 def _sound(folder: Folder) -> Iterator[Finding]:
@@ -155,14 +154,17 @@ def _sound(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         if name not in folder.histories:
             continue
-        found = list(problems(record, folder.histories[name]))
+        try:
+            found = list(problems(record, folder.histories[name]))
+        except UserError as error:
+            found = [f"its resolved recipe asks for {error.what}"]
         if record.status != "finished":
             found.append(f"its status is '{record.status}'")
         if name in folder.planned:
             if not name.endswith(f"-{record.identity[:8]}"):
                 found.append(f"its folder is not named after its identity, {record.identity[:8]}")
-            if record.recipe != folder.run.get("name"):
-                found.append(f"its recipe is '{record.recipe}', {RUN} says '{folder.run.get('name')}'")
+            if record.recipe != folder.run.name:
+                found.append(f"its recipe is '{record.recipe}', {RUN} says '{folder.run.name}'")
         wrong += bool(found)
         yield from (Finding("disagrees", what, name) for what in found)
     if not folder.records:
@@ -254,7 +256,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "data origin", record.target.name, record.target.origin)
         tested = record.target.name if record.target is not None else record.data.name
         student = json.dumps(
-            [record.spec.get("student"), record.spec.get("data", {}).get("image_size")], sort_keys=True
+            [record.spec.get("student"), (record.spec.get("data") or {}).get("image_size")], sort_keys=True
         )
         add(name, "size of the student", student, record.models.student.model_dump())
         if record.teacher is not None:
@@ -267,10 +269,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             spec = spec_of(record)
             said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
             add(name, "teacher's description", teacher, said)
-        streams = (record.model_extra or {}).get("seeds", {}).get("streams")
-        stages = record.spec.get("method", {}).get("stages", {}).values()
+        streams = ((record.model_extra or {}).get("seeds") or {}).get("streams")
+        stages = ((record.spec.get("method") or {}).get("stages") or {}).values()
         # Batch sources have streams of their own.
-        drawing = [stage["source"]["target"] for stage in stages if stage.get("source")]
+        drawing = [stage["source"].get("target") for stage in stages if stage.get("source")]
         add(name, "list of random streams", json.dumps([record.kdbench, record.target is None, drawing]), streams)
     for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
         for name, record in folder.planned.items():
@@ -325,23 +327,22 @@ def _tables(folder: Folder) -> Iterator[Finding]:
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     """What the recorded recipe plans with today's cards."""
     check = "what its recipe plans today"
-    recipe = folder.run.get("recipe")
-    if not isinstance(recipe, dict) or folder.cells is None:
-        lacks = "recipe" if not isinstance(recipe, dict) else "cells"
+    recipe, cells = folder.run.recipe, folder.run.cells
+    if recipe is None or cells is None:
+        lacks = "recipe" if recipe is None else "cells"
         yield Finding("unchecked", f"not planned again: it holds no {lacks}", RUN, check)
         return
     try:
         # Nothing is trained: the teachers' weights need not be here.
-        planned = plan(recipe, registry, weights_must_exist=False)
-        today = replace(planned, name=str(folder.run.get("name")))
+        today = replace(plan(recipe, registry, weights_must_exist=False), name=str(folder.run.name))
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
     by_slug = {next((s for s in cell.slugs if s in folder.records), cell.slug): cell for cell in today.cells}
-    if list(by_slug) != folder.cells:
+    if list(by_slug) != cells:
         specs = [spec_of(record) for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
-        other = len(set(by_slug) - set(folder.cells))
+        other = len(set(by_slug) - set(cells))
         yield Finding(
             "disagrees" if ours else "unchecked",
             f"its recipe, planned with the cards of today, gives {len(by_slug)} cells, {other} of them other ones"
@@ -366,7 +367,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             if recorded.get(key) != value:
                 wrong += 1
                 yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
-    if folder.run.get("title") != today.title:
+    if folder.run.title != today.title:
         wrong += 1
         yield Finding("disagrees", "its title is not that of its recipe", RUN)
     if not wrong:

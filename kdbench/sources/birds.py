@@ -54,6 +54,6 @@ def _table(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), hint="unpack the archive again") from None
     for number, row in enumerate(rows, 1):
-        if len(row) != 2 or not row[0].isdigit():
+        if len(row) != 2 or not row[0].isdecimal():
             raise UserError("not a line 'number text'", where=f"{file}:{number}", hint="unpack the archive again")
     return {row[0]: row[1].strip() for row in rows}

@@ -74,7 +74,7 @@ def imageclef(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the list cannot be read: {error}", where=str(file), hint="unpack it again") from None
     for number, line in enumerate(lines, 1):
-        if len(line) != 2 or not line[1].isdigit() or ".." in line[0]:
+        if len(line) != 2 or not line[1].isdecimal() or ".." in line[0]:
             raise UserError("not a line '<picture> <class>'", where=f"{file}:{number}", hint="unpack it again")
     pictures = [(place / name.lstrip("/"), int(label)) for name, label in lines]
     if {label for _, label in pictures} != set(range(_CLASSES["imageclef"])):

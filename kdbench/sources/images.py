@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdbench.errors import UserError
+from kdbench.reading import of_form, parsed
+
 log = logging.getLogger("kdbench")
 
 _LAYOUT = "1"
@@ -169,16 +172,19 @@ def _load(path: Path, name: str) -> ImageData | None:
             tensors = {key: file.get_tensor(key) for key in _TENSORS}
         data = ImageData(
             name,
-            tuple(json.loads(about["classes"])),
+            tuple(of_form(list[str], parsed(about["classes"], str(path)), str(path))),
             **tensors,
             fingerprint=about["fingerprint"],
             origin=about["origin"],
         )
+        bytes_and_labels = [(torch.uint8, 4), (torch.int64, 1)] * 2
+        if [(part.dtype, part.ndim) for part in tensors.values()] != bytes_and_labels:
+            raise UserError("these are no images")
         if fingerprint(*tensors.values()) == data.fingerprint:
             return data
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, UserError):
         pass
     log.warning("%s is damaged; the images are decoded again", path)
     return None

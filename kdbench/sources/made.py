@@ -9,21 +9,57 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdbench.errors import UserError
 from kdbench.files import atomic, sha256_of, sweep, write_json
+from kdbench.reading import read_as, read_json
 
 # Images on a side of the picture.
 SIDE = 8
 POOL = "pool.json"
+
+
+class About(BaseModel):
+    """What a batch's JSON file says of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    terms: dict[str, float] = {}
+    seconds: float = Field(0.0, ge=0)
+
+
+class Making(BaseModel):
+    """What is read of how a pool was made."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    teacher: str
+    classes: list[int] = Field(min_length=1)
+    image_shape: list[int] = Field(min_length=3, max_length=3)
+    settings: dict[str, Any]
+
+
+class Pool(BaseModel):
+    """What is read of a pool.json: how a pool was made, or to which pool a cell added its images, and with which
+    settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    added_to: Making | None = None
+    settings: dict[str, Any]
+    data_classes: int | None = None
 
 
 class MadeImages:
@@ -44,6 +80,14 @@ class MadeImages:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return cls(folder / digest[:16], key, notes)
 
+    @classmethod
+    def at(cls, folder: Path) -> MadeImages:
+        """The pool that lies in a folder. UserError where its pool.json is damaged."""
+        found = read_as(Pool, folder / POOL, _AGAIN)
+        if found.added_to is None:
+            read_as(Making, folder / POOL, _AGAIN)
+        return cls(folder, read_json(folder / POOL))
+
     def file(self, batch: int) -> Path:
         return self.folder / f"batch_{batch:05d}.safetensors"
 
@@ -57,8 +101,8 @@ class MadeImages:
 
     def whole(self) -> list[int]:
         """Numbers of all batches that are whole, in order, wherever they begin."""
-        numbers = [int(file.stem.rpartition("_")[2]) for file in sorted(self.folder.glob("batch_*.json"))]
-        return [number for number in numbers if self.file(number).is_file()]
+        names = [re.fullmatch(r"batch_(\d{5,9})", file.stem) for file in sorted(self.folder.glob("batch_*.json"))]
+        return [number for name in names if name and self.file(number := int(name[1])).is_file()]
 
     def begin(self) -> None:
         """Make the folder, or clear what a killed process left half-written. For whoever holds the lock."""
@@ -79,14 +123,9 @@ class MadeImages:
         write_json(self.file(batch).with_suffix(".json"), {"sha256": digest, "images": len(labels), **about})
         return digest
 
-    def about(self, batch: int) -> dict[str, Any]:
-        """What a batch's JSON file says."""
-        file = self.file(batch).with_suffix(".json")
-        try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"a batch of made images cannot be read: {error}", where=str(file), hint=_AGAIN) from None
-        return found
+    def about(self, batch: int) -> About:
+        """What a batch's JSON file says. UserError where it is absent or damaged."""
+        return read_as(About, self.file(batch).with_suffix(".json"), _AGAIN)
 
     def read(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor]:
         """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch.
@@ -97,13 +136,20 @@ class MadeImages:
         Raises:
             UserError: it is not there, or is not what was written.
         """
-        file, expected = self.file(batch), sha256 or self.about(batch)["sha256"]
+        file, expected = self.file(batch), sha256 or self.about(batch).sha256
         if not file.is_file() or sha256_of(file) != expected:
             raise UserError(
                 "a batch of made images is missing or has changed since it was made", where=str(file), hint=_AGAIN
             )
-        found = load_file(file)
-        return found["images"], found["labels"]
+        try:
+            found = load_file(file)
+            images, labels = found["images"], found["labels"]
+        except (SafetensorError, KeyError) as error:
+            raise UserError(f"a batch of made images is damaged: {error}", where=str(file), hint=_AGAIN) from None
+        form = (images.dtype, images.ndim, labels.dtype, labels.shape)
+        if form != (torch.float16, 4, torch.int64, images.shape[:1]):
+            raise UserError("a batch of made images holds something else", where=str(file), hint=_AGAIN)
+        return images, labels
 
     def picture(self, batches: Sequence[int], each: int) -> None:
         """Draw the first `each` images of some batches, 64 images in all, eight in a row, into `grid.png`.

@@ -24,18 +24,24 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
+from kdbench.reading import read_as
 from kdbench.sources.folder import SUFFIXES, cores, entries, not_found
 
 log = logging.getLogger("kdbench")
 
 # What the test split's folder may be called.
 TEST_FOLDERS = ("test", "val")
+# Bytes of a file of sums at most: millions of pictures.
+MOST_SUMS = 1 << 30
+Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +175,9 @@ def _sums(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
     digest = hashlib.sha256(json.dumps(sorted(stamps)).encode()).hexdigest()[:32]
     kept = cache / f"{name}-{digest}.json"
     try:
-        known: dict[str, str] = json.loads(kept.read_text(encoding="utf-8"))
+        known = read_as(dict[str, Sum], kept, most=MOST_SUMS) if kept.exists() else {}
         return {file: known[str(file)] for file in files}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         pass
     with ThreadPoolExecutor(cores()) as pool:
         sums = dict(zip(files, pool.map(sha256_of, files), strict=True))

@@ -342,17 +342,17 @@ class SynthesizedImages(Source):
             self.added.append((growth, digest, seconds))
 
     def _digests(self) -> list[str]:
-        return [self.pool.about(batch)["sha256"] for batch in range(self.batches)] if self.pool else []
+        return [self.pool.about(batch).sha256 for batch in range(self.batches)] if self.pool else []
 
     def record(self) -> dict[str, Any]:
         """Images, where they lie, what they took, and the mean final terms of the pool's batches."""
         abouts = [self.pool.about(batch) for batch in range(self.batches)] if self.pool is not None else []
-        names = abouts[0]["terms"] if abouts else []
+        names = abouts[0].terms if abouts else {}
         return {
             "pool": self.pool.folder.name if self.pool is not None else None,
             "images": self.batches * self.size,
-            "seconds": round(sum(about["seconds"] for about in abouts), 1),
-            "terms": {name: sum(about["terms"][name] for about in abouts) / len(abouts) for name in names},
+            "seconds": round(sum(about.seconds for about in abouts), 1),
+            "terms": {name: sum(about.terms.get(name, 0.0) for about in abouts) / len(abouts) for name in names},
             "added_images": len(self.added) * self.size,
             "added_seconds": round(sum(seconds for _, _, seconds in self.added), 1),
         }

@@ -618,7 +618,7 @@ def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
     train(member, batches, teacher, 2)
     state = member.state()
     about = next(tmp_path.glob("shared/synthesized/*/batch_00000.json"))
-    about.write_text(about.read_text().replace('"sha256": "', '"sha256": "0', 1))
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"sha256": "0" * 64}))
     again, _ = member_in(spec, teacher, tmp_path)
     with pytest.raises(CellError, match="have changed"):
         again.load_state(state)

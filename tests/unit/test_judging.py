@@ -112,5 +112,5 @@ def test_a_folder_without_pools_and_a_damaged_one_are_told(pools: Path) -> None:
     with pytest.raises(UserError, match="no made images here"):
         pools_in([pools, pools / "sources" / "begun"])
     (pools / "cell" / "b" / "pool.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="damaged"):
         pools_in([pools])

@@ -1,0 +1,174 @@
+"""The one door for what is read from a folder. Whoever wrote it, it is data: limited in size and depth, of a known
+form, and a name in it leads to nowhere but into its folder. Anything else is one message that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from kdbench.errors import UserError
+
+# Bytes of a file, levels of its nesting, and size of its whole numbers, at most. A record has 15 kB and ten levels.
+LARGEST = 1 << 25
+DEEPEST = 100
+WIDEST = 1 << 63
+# Bytes of a name: file systems take 255, and temporary files have longer names than those that they replace.
+LONGEST = 200
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+T = TypeVar("T")
+
+
+def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
+    """The text of a regular file of at most so many bytes.
+
+    Raises:
+        UserError: absent, no regular file, too large, not UTF-8.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError("this is no file", where=str(file), hint=hint)
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+        if len(content) > most:
+            raise UserError(f"this file is too large: more than {most >> 20} MB", where=str(file), hint=hint)
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError("cannot be read: there is no such file", where=str(file), hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None
+
+
+def parsed(text: str, where: str, hint: str | None = None, finite: bool = True) -> Any:
+    """JSON as plain data.
+
+    Args:
+        finite: refuse NaN and infinite numbers.
+
+    Raises:
+        UserError: no JSON, a key given twice, nested too deeply, a number or text that no program of ours writes.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        level: list[tuple[tuple[Any, ...], Any]] = [((), data)]
+        for _ in range(DEEPEST):
+            for path, value in level:
+                _check(path, value, finite)
+            level = [((*path, key), inner) for path, value in level for key, inner in _entries(value)]
+        if level:
+            raise RecursionError
+    except RecursionError:
+        raise UserError(f"this file is damaged: nested more than {DEEPEST} deep", where=where, hint=hint) from None
+    except ValueError as error:
+        raise UserError(f"this file is damaged: {error}", where=where, hint=hint) from None
+    return data
+
+
+def read_json(file: Path, hint: str | None = None, most: int = LARGEST) -> Any:
+    """A JSON file as plain data. UserError as `read_text` and `parsed` have it."""
+    return parsed(read_text(file, hint, most), str(file), hint)
+
+
+def read_as(form: type[T], file: Path, hint: str | None = None, most: int = LARGEST) -> T:
+    """A JSON file as an instance of a model or another type.
+
+    Raises:
+        UserError: what `read_json` refuses, or another form; it names the place in the file.
+    """
+    return of_form(form, read_json(file, hint, most), str(file), hint)
+
+
+def of_form(form: type[T], data: Any, where: str, hint: str | None = None) -> T:
+    """Plain data as an instance of a model or another type. UserError with the place of what does not fit."""
+    try:
+        return TypeAdapter(form).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        said = "this should be a mapping" if first["type"] in ("model_type", "dataclass_type") else first["msg"]
+        what = f"'{place}': {said}" if place else said
+        raise UserError(f"this file is damaged: {what}{more}", where=where, hint=hint) from None
+
+
+def plain_name(name: str) -> str:
+    """`name`, if it can name a folder on every system and nothing else. ValueError says why it cannot."""
+    shown = repr(name if len(name) <= 60 else f"{name[:60]}…")
+    if not name.strip(". "):
+        raise ValueError(f"{shown} is no name of a folder")
+    if name[0] == "." or name[0].isspace() or name[-1] == "." or name[-1].isspace():
+        raise ValueError(f"the name {shown} begins with a dot or a space, or ends with one")
+    if bad := re.search(r'[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff<>:"/\\|?*]', name):
+        raise ValueError(f"the name {shown} holds {bad[0]!r}, which not every system takes")
+    if _DEVICES.fullmatch(name):
+        raise ValueError(f"the name {shown} is that of a device on Windows")
+    if len(name.encode()) > LONGEST:
+        raise ValueError(f"the name {shown} has more than {LONGEST} bytes")
+    return name
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two names are one folder on a system that tells neither cases nor forms of Unicode apart."""
+    a, b = (unicodedata.normalize("NFC", name).casefold() for name in (a, b))
+    return a == b
+
+
+def inside(folder: Path, *names: str, where: str | None = None) -> Path:
+    """The path below a folder to which names lead that came from data.
+
+    Args:
+        where: they stand; the folder where absent.
+
+    Raises:
+        UserError: a name that is no plain one, or a link on the way that leaves the folder.
+    """
+    try:
+        path = folder.joinpath(*map(plain_name, names))
+    except ValueError as error:
+        hint = "names in it lead to nowhere but below it"
+        raise UserError(str(error), where=where or str(folder), hint=hint) from None
+    try:
+        within = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        within = False
+    if not within:
+        raise UserError(
+            f"'{'/'.join(names)}' is a link that leaves the folder",
+            where=where or str(folder),
+            hint="put what it points to in its place",
+        )
+    return path
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
+
+
+def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
+    texts = [value, *path[-1:]]
+    if bad := next((found for text in texts if isinstance(text, str) and (found := _CONTROL.search(text))), None):
+        raise ValueError(f"a text holds the character {bad[0]!r}")
+    place = ".".join(map(str, path))
+    if isinstance(value, float) and finite and not math.isfinite(value):
+        raise ValueError(f"'{place}': {value} is no number")
+    if isinstance(value, int) and abs(value) > WIDEST:
+        raise ValueError(f"'{place}': this number is out of all bounds")
