@@ -19,12 +19,15 @@ from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
+from kdbench.models.places import Place, Unordered
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
 from kdbench.signature import parameters
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
+# Places of the hook points of networks that were built before: they are found by running the network.
+_places: dict[str, dict[str, Place]] = {}
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
 
@@ -166,7 +169,15 @@ def start_from(
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
     shape = (data.channels, data.image_size, data.image_size)
-    return Extractor(model, places(model, spec.hooks, spec.name, shape), spec.name)
+    untrained = spec.untrained()
+    key = f"{untrained.model_dump_json()} {data.classes} {shape}"
+    if key not in _places:
+
+        def larger(side: int) -> nn.Module:
+            return build_model(untrained, data.model_copy(update={"image_size": side}))
+
+        _places[key] = places(model, spec.hooks, spec.name, shape, larger)
+    return Extractor(model, _places[key], spec.name)
 
 
 def build_schedule(spec: TargetSpec | None) -> Schedule:
@@ -233,6 +244,9 @@ class Term(nn.Module):
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(call) else call
         for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
             shapes = (own[0][student], teacher_shapes[teacher] if with_teacher else ())
+            for shape in shapes:
+                if isinstance(shape, Unordered):
+                    raise shape.error
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
                 connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
-from kdbench.models.hooks import Place
+from kdbench.models.places import Place
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
