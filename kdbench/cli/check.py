@@ -30,6 +30,7 @@ def command(
     from kdbench.cli.console import console as page
     from kdbench.engine.runner import is_finished
     from kdbench.recipe.planning import plan
+    from kdbench.recipe.remarks import remarks
     from kdbench.registry import Registry
 
     planned = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
@@ -115,6 +116,8 @@ def command(
     for teacher in {c.spec.teacher.name: c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
+    for remark in remarks(cell.spec for cell in planned.cells):
+        console.print(f"note: {remark}", style="yellow", markup=False)
     for keeper in _keepers(planned.cells):
         kept = keeper.route or 0
         each = 4 * estimate.size(keeper.student, keeper.data).parameters

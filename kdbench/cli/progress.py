@@ -69,6 +69,9 @@ class _Base:
 class _Lines(_Base):
     """For logs and pipes: one line when a cell ends, and one now and then."""
 
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     def begin(self, cells: list[CellState], title: str) -> None:
         super().begin(cells, title)
         self.last = time.monotonic()
@@ -99,6 +102,12 @@ class _Lines(_Base):
 class _Live(_Base):
     """For terminals: bars of the running cells under one bar for all."""
 
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text, style="yellow"))
+
     def begin(self, cells: list[CellState], title: str) -> None:
         super().begin(cells, title)
         self.all = Progress(
@@ -110,7 +119,7 @@ class _Live(_Base):
             TextColumn("{task.fields[left]}"),
         )
         self.task = self.all.add_task(title, total=len(cells), left="", completed=self._finished())
-        self.live = Live(self._view(), console=Console(stderr=True), refresh_per_second=4, transient=True)
+        self.live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
         self.live.start()
 
     def doing(self, text: str) -> None:

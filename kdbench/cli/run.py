@@ -71,9 +71,13 @@ def carry_out(planned: Plan, options: Options) -> Outcome:
     """
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
+    from kdbench.recipe.remarks import remarks
 
+    shown = listener()
+    for remark in remarks(cell.spec for cell in planned.cells):
+        shown.say(f"note: {remark}")
     try:
-        outcome = run_plan(planned, options, listener())
+        outcome = run_plan(planned, options, shown)
     except KeyboardInterrupt:
         print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

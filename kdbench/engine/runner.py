@@ -53,8 +53,9 @@ class Options:
 
 
 class Listener(Protocol):
-    """Is told what happens. `update` comes after every change."""
+    """Is told what happens. `update` comes after every change; `say` is for what nobody should miss, at any time."""
 
+    def say(self, text: str) -> None: ...
     def begin(self, cells: list[CellState], title: str) -> None: ...
     def doing(self, text: str) -> None: ...
     def update(self, cell: CellState) -> None: ...
@@ -62,6 +63,7 @@ class Listener(Protocol):
 
 
 class Silent:
+    def say(self, text: str) -> None: ...
     def begin(self, cells: list[CellState], title: str) -> None: ...
     def doing(self, text: str) -> None: ...
     def update(self, cell: CellState) -> None: ...
@@ -216,7 +218,7 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
         starts = [spec.student.start.sha256] if spec.student.start else []
-        given = " ".join([*([teacher.weights.sha256] if teacher and teacher.weights else []), *starts]) or None
+        given = " ".join([*([teacher.identity()] if teacher else []), *starts]) or None
         data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
         if given is None and data in prepared:
             continue
@@ -263,6 +265,8 @@ def _carry_out(tasks: list[dict[str, Any]], pool: Pool, listener: Listener) -> N
     for event in pool.carry_out(tasks):
         if event["event"] == "doing":
             listener.doing(event["text"])
+        elif event["event"] == "note":
+            listener.say(event["text"])
         elif event["event"] == "failed":
             raise error_of(event)
 

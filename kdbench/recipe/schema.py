@@ -67,6 +67,9 @@ class TeacherChoice(Strict):
     model: Named | None = None
     weights: str | None = Field(None, description="file with a state dict (.safetensors, or .pt with weights only)")
     normalization: Normalization | None = None
+    accuracy: float | None = Field(
+        None, ge=0, le=100, description="beside 'weights': expected test accuracy in percent, checked after loading"
+    )
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
@@ -74,6 +77,8 @@ class TeacherChoice(Strict):
             raise ValueError("a teacher is the name of a teacher card, or 'model' together with 'weights'")
         if self.name is not None and (self.model is not None or self.weights is not None):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
+        if self.name is not None and self.accuracy is not None:
+            raise ValueError("'accuracy' stands beside 'weights', or on the teacher's card")
         return self
 
 
