@@ -62,8 +62,8 @@ class Card(Strict):
     note: str | None = Field(None, description="what a reader should know")
 
 
-# The deviation of values in [0, 1] is 0.5 at most, a little more where it was estimated. 1 leaves the scale as it is, and
-# 1 / 255 = 0.0039 brings pixels to 0 to 255; below half of that, numbers have been divided by 255 once too often.
+# The deviation of values in [0, 1] is 0.5 at most, a little more where it was estimated. 1 leaves the scale as it is,
+# and 1 / 255 = 0.0039 brings pixels to 0 to 255; half of that and less was divided by 255 once too often.
 _DEVIATIONS = (0.002, 0.501)
 
 

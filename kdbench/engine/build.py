@@ -95,11 +95,16 @@ def _weight_file(spec: ModelSpec) -> Path:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file (tensors only, nothing is executed)."""
+    return weights_and_choice(file)[0]
+
+
+def weights_and_choice(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The same, and a sentence where the file holds several and one was chosen (weights and their moving average)."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
+            return load_file(file), None
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
         raise UserError(
@@ -107,9 +112,28 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             where=str(file),
             hint="it must hold a state dict (.safetensors, or torch.save of tensors)",
         ) from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    choice = None
+    if isinstance(loaded, Mapping) and isinstance(taken := loaded.get("state_dict"), Mapping):
+        others = [key for key, value in loaded.items() if value is not taken and _alike(value, taken)]
+        if others:
+            not_taken = ", ".join(f"'{key}'" for key in others)
+            choice = f"{file} holds several networks' weights: 'state_dict' is taken, not {not_taken}"
+        loaded = taken
+    return {key.removeprefix("module."): value for key, value in loaded.items()}, choice
+
+
+def choices_of(spec: CellSpec) -> list[str]:
+    """Of a cell's weight files that are here: a sentence for each that holds several networks' weights."""
+    teacher = spec.teacher.weights if spec.teacher is not None else None
+    names = [spec.student.weights, *(weights.file for weights in (spec.student.start, teacher) if weights is not None)]
+    files = {file for name in names if name is not None and (file := find_weights(name)) is not None}
+    return [choice for file in sorted(files) if (choice := weights_and_choice(file)[1]) is not None]
+
+
+def _alike(one: object, other: Mapping[str, Tensor]) -> bool:
+    """Whether something holds tensors by the same names."""
+    names = {str(key).removeprefix("module.") for key in other}
+    return isinstance(one, Mapping) and names <= {str(key).removeprefix("module.") for key in one}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:

@@ -94,6 +94,7 @@ def finish(
             "sha256": teacher.sha256,
             "accuracy": teacher.accuracy,
             **({} if spec.target is None else {"source_accuracy": teacher.source_accuracy}),
+            **({"doubts": list(teacher.doubts)} if teacher.doubts else {}),
         },
         **({"anchors": member.anchors} if member.anchors else {}),
         **({"route": member.kept} if member.kept else {}),

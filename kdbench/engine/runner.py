@@ -218,6 +218,7 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
         starts = [spec.student.start.sha256] if spec.student.start else []
+        starts += [spec.student.weights_sha256] if spec.student.weights_sha256 else []
         given = " ".join([*([teacher.identity()] if teacher else []), *starts]) or None
         data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
         if given is None and data in prepared:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from kdbench.engine import checkpoint, logits
 from kdbench.engine.batches import Batches, load_data
-from kdbench.engine.build import resolve
+from kdbench.engine.build import choices_of, resolve
 from kdbench.engine.cohort import Cohort, Seat
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import try_out
@@ -30,6 +30,7 @@ from kdbench.engine.scheduling import BEGUN
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import (
     TeacherFile,
+    as_used,
     fingerprint,
     load_teacher,
     locate,
@@ -91,9 +92,13 @@ class Desk:
         data, _ = self._domains(spec, task)
         if spec.student.start is not None:
             locate(spec.student.start, task["download"])
-        if spec.teacher is not None and spec.teacher.weights is not None:
+        if spec.teacher is not None:
             self.emit(event="doing", task=task["id"], text=f"teacher {spec.teacher.name}")
-            self._teacher_file(spec, data, task, device)
+            file = self._teacher_file(spec, data, task, device)
+            for doubt in file.doubts if file else ():
+                self.emit(event="note", text=f"warning: {doubt}")
+        for choice in choices_of(spec):
+            self.emit(event="note", text=f"note: {choice}")
 
     def prepare_sources(self, task: dict[str, Any], device: torch.device) -> None:
         """What a cell's batch sources need before it trains."""
@@ -305,6 +310,8 @@ class Desk:
         )
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
+        if spec.teacher.trained_by is not None:
+            file = as_used(spec.teacher, file, folder, spec.data, data, device)
         if spec.target is not None:
             target = self._load(spec.target, task)
             file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, device)

@@ -13,14 +13,15 @@ from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import SLICE, Normalizer, Part
+from kdbench.engine.batches import Normalizer
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.measuring import Seen, doubts, kept, look
 from kdbench.engine.member import Teacher
 from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.errors import UserError
-from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
+from kdbench.files import find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
@@ -30,13 +31,16 @@ from kdbench.sources.pictures import Pictures
 class TeacherFile:
     """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
     other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept.
-    `source_accuracy`: on the source, where `accuracy` is that on a target domain."""
+    `source_accuracy`: on the source, where `accuracy` is that on a target domain. `data`: fingerprint of the data that
+    it was trained on here. `doubts`: sentences that its user should read."""
 
     file: Path
     sha256: str
     accuracy: float | None
     route: Route | None = None
     source_accuracy: float | None = None
+    data: str | None = None
+    doubts: tuple[str, ...] = ()
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -105,29 +109,40 @@ def measured(
 ) -> TeacherFile:
     """A teacher of given weights with its accuracy on the test part, measured once and kept beside the runs."""
     assert spec.weights is not None
-    file = locate(spec.weights, download)
+    file = TeacherFile(locate(spec.weights, download), spec.weights.sha256, None)
     if spec.classes is not None:
-        return TeacherFile(file, spec.weights.sha256, None)
-    kept = folder / "teacher.json"
-    key = {
-        "sha256": spec.weights.sha256,
-        "data": data.fingerprint,
-        "model": spec.model.model_dump(mode="json"),
-        "normalization": spec.normalization.model_dump(mode="json"),
-    }
-    found = _read(kept)
-    if found is None or any(found.get(name) != value for name, value in key.items()):
-        accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), part_for_testing(data_spec, data, device))
-        write_json(kept, {"name": spec.name, **key, "accuracy": accuracy})
-    else:
-        accuracy = found["accuracy"]
-    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TEACHER_TOLERANCE:
+        return file
+    seen = _seen(spec, file, folder / "teacher.json", data_spec, data_spec, data, device)
+    if spec.accuracy is not None and abs(seen.accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
-            f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
-            where=str(file),
-            hint="check the data, the model's options and the normalization",
+            f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % where {spec.accuracy:.2f} % is stated",
+            where=str(file.file),
+            hint="check the data and the order of their classes, the model's options and the normalization",
         )
-    return TeacherFile(file, spec.weights.sha256, accuracy)
+    return replace(file, accuracy=seen.accuracy, doubts=_doubts(spec, seen, data_spec, None))
+
+
+def as_used(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    folder: Path,
+    data_spec: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> TeacherFile:
+    """A teacher that was trained here, with its accuracy by the input that it gets here: its record's where that is the
+    same, else measured once and kept beside it."""
+    assert spec.trained_by is not None
+    if spec.classes is not None:
+        return replace(file, accuracy=None)
+    same = spec.normalization == spec.trained_by.protocol.normalization and file.data == data.fingerprint
+    if same and spec.trained_by.target is None and file.accuracy is not None:
+        return replace(file, doubts=_doubts(spec, Seen(file.accuracy), data_spec, None))
+    seen = _seen(spec, file, folder / "as_used.json", data_spec, data_spec, data, device)
+    recorded = None
+    if spec.trained_by.target is None and file.accuracy is not None:
+        recorded = (file.accuracy, "the record of its training")
+    return replace(file, accuracy=seen.accuracy, doubts=_doubts(spec, seen, data_spec, recorded))
 
 
 def on_target(
@@ -142,15 +157,37 @@ def on_target(
     """The same with its accuracy on the target domain's test part, measured once and kept beside it."""
     if spec.classes is not None:
         return file
-    key = {"sha256": file.sha256, "data": target.fingerprint, "normalization": spec.normalization.model_dump()}
-    kept = folder / f"on_{target_spec.name}.json"
-    found = _read(kept)
-    if found is None or any(found.get(name) != value for name, value in key.items()):
-        teacher = load_teacher(spec, source, file.file, device)
-        found = {**key, "accuracy": accuracy_of(teacher, part_for_testing(target_spec, target, device))}
-        write_json(kept, found)
+    seen = _seen(spec, file, folder / f"on_{target_spec.name}.json", source, target_spec, target, device)
     by_source = spec.trained_by is None or spec.trained_by.target is None
-    return replace(file, accuracy=found["accuracy"], source_accuracy=file.accuracy if by_source else None)
+    return replace(file, accuracy=seen.accuracy, source_accuracy=file.accuracy if by_source else None)
+
+
+def _seen(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    kept_in: Path,
+    known: DataSpec,
+    tested: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> Seen:
+    """A teacher of the data `known` on the test part of others, or of these."""
+    key = {
+        "sha256": file.sha256,
+        "data": data.fingerprint,
+        "model": spec.model.model_dump(mode="json"),
+        "normalization": spec.normalization.model_dump(mode="json"),
+    }
+
+    def measure() -> Seen:
+        part = part_for_testing(tested, data, device)
+        return look(load_teacher(spec, known, file.file, device), part, tested.classes)
+
+    return kept(kept_in, key, {"name": spec.name}, measure)
+
+
+def _doubts(spec: TeacherSpec, seen: Seen, data: DataSpec, expected: tuple[float, str] | None) -> tuple[str, ...]:
+    return tuple(doubts(spec.name, seen, data.classes, expected, spec.known_classes is not None))
 
 
 def trained(folder: Path) -> TeacherFile | None:
@@ -161,16 +198,8 @@ def trained(folder: Path) -> TeacherFile | None:
         return None
     kept = record.get("route")
     route = Route(folder / FOLDER, tuple(kept)) if kept else None
-    return TeacherFile(file, sha256_of(file), record["result"]["test"]["last"], route)
-
-
-@torch.no_grad()
-def accuracy_of(teacher: Teacher, part: Part) -> float:
-    """Accuracy on a part, in percent."""
-    right = 0
-    for images, labels in part.slices(SLICE[part.labels.device.type]):
-        right += int((teacher(images, ["logits"])["logits"].argmax(dim=1) == labels).sum())
-    return round(100 * right / len(part.labels), 4)
+    accuracy, data = record["result"]["test"]["last"], record["data"]["fingerprint"]
+    return TeacherFile(file, sha256_of(file), accuracy, route, data=data)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What a plan does that its reader may not expect: whose normalization images get, where a start's weights come from."""
+"""What a plan does that its reader may not expect: whose normalization images get, whose weights a student has."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def _start(spec: CellSpec) -> list[str]:
         found.append(f"the student starts from weights that were trained on '{training.data.name}'")
     if not alike(training.normalization, spec.protocol.normalization):
         found.append(
-            f"the student starts from weights that were trained on images normalized by {said(training.normalization)}; "
-            f"here it is {said(spec.protocol.normalization)}: to go on with theirs, write it under 'protocol'"
+            "the student starts from weights that were trained on images normalized by "
+            f"{said(training.normalization)}; here it is {said(spec.protocol.normalization)}: to go on with theirs, "
+            "write it under 'protocol'"
         )
     return found
