@@ -75,7 +75,7 @@ def _mean_of_pixels(value: float) -> float:
 
 def _deviation_of_pixels(value: float) -> float:
     if not (_DEVIATIONS[0] <= value <= _DEVIATIONS[1] or value == 1):
-        lost = "; it seems to be divided by 255 once too often" if 0 < value < _DEVIATIONS[0] else ""
+        lost = "; it seems to be divided by 255 once too often" if value < _DEVIATIONS[0] else ""
         raise ValueError(f"{_PIXELS}, where a deviation is above 0 and at most 0.5, or 1 for none{_scale(value)}{lost}")
     return value
 
@@ -94,7 +94,7 @@ class Normalization(Strict):
     """
 
     mean: list[Annotated[float, AfterValidator(_mean_of_pixels)]]
-    std: list[Annotated[float, AfterValidator(_deviation_of_pixels)]]
+    std: list[Annotated[float, Field(gt=0), AfterValidator(_deviation_of_pixels)]]
 
 
 class Augmentation(Strict):
@@ -130,7 +130,10 @@ class ModelCard(TargetCard):
 
 
 class HookCard(Card):
-    points: dict[PointName, str] = Field(description="hook point -> module path (its output), or input(path)")
+    points: dict[PointName, str] = Field(
+        description="hook point -> module path (its output), or input(path); around it channels_last(…)"
+        " or channels_first(…), where running the network cannot tell the order of a map's axes"
+    )
 
 
 class LossCard(Card):

@@ -22,6 +22,7 @@ from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders
+from kdbench.recipe.beside import training_of
 from kdbench.recipe.schema import DataSpec, TeacherSpec
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
@@ -119,7 +120,13 @@ def measured(
             where=str(file.file),
             hint="check the data and the order of their classes, the model's options and the normalization",
         )
-    return replace(file, accuracy=seen.accuracy, doubts=_doubts(spec, seen, data_spec, None))
+    training, recorded = training_of(file.file), None
+    if training is not None and training.result is not None and training.spec.target is None:
+        recorded = (training.result.test.last, "the record beside its weights")
+    found = _doubts(spec, seen, data_spec, recorded)
+    if training is not None and training.data.fingerprint != data.fingerprint:
+        found += (f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint",)
+    return replace(file, accuracy=seen.accuracy, doubts=found)
 
 
 def as_used(

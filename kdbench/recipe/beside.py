@@ -3,11 +3,9 @@ classes that it knows."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdbench.cards import Normalization
 from kdbench.errors import UserError
@@ -17,7 +15,9 @@ _RECORD, _STUDENT, _ROUTE = "record.json", "student.safetensors", "route"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    """As much of a record as is needed here."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _Data(_Part):
@@ -30,21 +30,46 @@ class _Protocol(_Part):
     normalization: Normalization
 
 
-class Training(_Part):
-    """How a student was trained, as the record beside its weights says."""
-
+class _Spec(_Part):
     data: _Data
     target: _Data | None = None
     protocol: _Protocol
 
+
+class _Used(_Part):
+    fingerprint: str
+
+
+class _Test(_Part):
+    last: float = Field(ge=0, le=100)
+
+
+class _Result(_Part):
+    test: _Test
+
+
+class _Checkpoint(_Part):
+    file: str
+    sha256: str
+
+
+class Training(_Part):
+    """How a student was trained, as the record beside its weights says. `result`: None of a checkpoint on its way."""
+
+    spec: _Spec
+    data: _Used
+    result: _Result | None
+    files: dict[str, str] = {}
+    route: list[_Checkpoint] = []
+
     @property
     def normalization(self) -> Normalization:
         """That of the student's images."""
-        return self.protocol.normalization
+        return self.spec.protocol.normalization
 
     def knows(self, data: str, classes: int) -> bool:
         """Whether its classes are those of a data set."""
-        return any((part.name, part.classes) == (data, classes) for part in (self.data, self.target) if part)
+        return any((part.name, part.classes) == (data, classes) for part in (self.spec.data, self.spec.target) if part)
 
 
 def training_of(file: Path) -> Training | None:
@@ -58,20 +83,18 @@ def training_of(file: Path) -> Training | None:
     if not record.is_file() or not (inside_route or file.name == _STUDENT):
         return None
     try:
-        plain: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        training = Training.model_validate(plain["spec"])
-        hashes = {kept["file"]: kept["sha256"] for kept in plain.get("route") or ()} if inside_route else {}
-        expected = (hashes if inside_route else plain.get("files") or {}).get(file.name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        training = Training.model_validate_json(record.read_bytes())
+    except (OSError, ValidationError) as error:
         raise UserError(
             f"the record beside the weights cannot be read: {next(iter(str(error).splitlines()), '')}",
             where=str(record),
             hint="copy the weights to another folder to use them without it",
         ) from None
-    if expected is not None and expected != sha256_of(file):
+    hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files
+    if (expected := hashes.get(file.name)) is not None and expected != sha256_of(file):
         raise UserError(
             "these weights are not those of the record beside them: another sha256",
             where=str(file),
             hint="put the right file back, or copy this one to another folder to use it without the record",
         )
-    return training
+    return training.model_copy(update={"result": None}) if inside_route else training

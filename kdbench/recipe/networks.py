@@ -127,8 +127,8 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     training = training_of(file)
     if training is not None and not training.knows(data, card.classes):
         raise UserError(
-            f"these weights know the {training.data.classes} classes of '{training.data.name}', by the record beside "
-            f"them, not the {card.classes} of '{data}'",
+            f"these weights know the {training.spec.data.classes} classes of '{training.spec.data.name}', by the "
+            f"record beside them, not the {card.classes} of '{data}'",
             where=given.origin(("weights",)),
             hint=f"where the classes are the same, a teacher card with 'data: {data}' says so",
         )
@@ -140,7 +140,7 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
             "normalization": choice.normalization or own,
             "weights": weights,
             "accuracy": choice.accuracy,
-            "known_classes": training.data.only_classes if training is not None else None,
+            "known_classes": training.spec.data.only_classes if training is not None else None,
         }
     )
 

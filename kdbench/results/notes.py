@@ -146,7 +146,9 @@ def _normalizations(comparison: Comparison) -> list[Note]:
 
 def _teachers_in_doubt(comparison: Comparison) -> list[Note]:
     """What was seen of a teacher before it taught, and where students that had none are better than it."""
-    found = dict.fromkeys(doubt for r in comparison.records if r.teacher is not None for doubt in r.teacher.doubts)
+    found = dict.fromkeys(
+        doubt for r in comparison.records if r.teacher is not None for doubt in r.teacher.doubts or ()
+    )
     for column in comparison.columns:
         alone: dict[str, list[float]] = {}
         teachers: dict[str, float] = {}
