@@ -76,8 +76,7 @@ def places(
         larger: builds the network anew for another side of images, for such as take one size only.
     """
     if hooks == "derived":
-        derived = derived_places(model, model_name, image_shape)
-        return _in_order(with_orders(model, derived, set(), model_name, image_shape, larger))
+        return _in_order(derived_places(model, model_name, image_shape, larger))
     found, stated = {}, set()
     for point, text in hooks.items():
         if point == LOGITS:

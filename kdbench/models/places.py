@@ -20,8 +20,9 @@ from kdbench.models.dry import UNSUITABLE, dry_call, dry_images, undisturbed
 
 # The axes of a map [N, ., ., .] that are its channels, height and width.
 Order = tuple[int, int, int]
-STATED: dict[str, Order] = {"channels_first": (1, 2, 3), "channels_last": (3, 1, 2)}
-FIRST = STATED["channels_first"]
+FIRST: Order = (1, 2, 3)
+LAST: Order = (3, 1, 2)
+STATED: dict[str, Order] = {"channels_first": FIRST, "channels_last": LAST}
 
 # The other images' height and width, by these factors: unequal, so that the two are told apart, unless that cannot be.
 _GROWN = ((2, 3), (2, 2))

@@ -133,6 +133,15 @@ def test_maps_of_libraries_networks_come_channels_first(name: str) -> None:
         assert torch.equal(values[layer], expected) and tuple(expected.shape[1:]) == shapes[layer]
 
 
+@pytest.mark.parametrize("name", ["timm swin", "timm swin v2"])
+def test_an_order_that_a_network_of_one_size_declares_is_taken(name: str) -> None:
+    extractor = derived(name, None)
+    images = torch.randn(2, *IMAGE)
+    with torch.no_grad():
+        value = extractor(images, ["layer1"])["layer1"]
+    assert torch.equal(value, output_of(extractor.model, "layers.0", images).permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_map_whose_shape_tells_nothing(fixed: bool) -> None:
     """8 × 8 pixels and 8 channels, behind modules that say nothing of axes."""
