@@ -62,11 +62,39 @@ class Card(Strict):
     note: str | None = Field(None, description="what a reader should know")
 
 
-class Normalization(Strict):
-    """Per-channel mean and standard deviation of pixel values in [0, 1]."""
+# The deviation of values in [0, 1] is 0.5 at most, a little more where it was estimated. 1 leaves the scale as it is,
+# and 1 / 255 = 0.0039 brings pixels to 0 to 255; half of that and less was divided by 255 once too often.
+_DEVIATIONS = (0.002, 0.501)
 
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0)]]
+
+def _mean_of_pixels(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{_PIXELS}{_scale(value)}")
+    return value
+
+
+def _deviation_of_pixels(value: float) -> float:
+    if not (_DEVIATIONS[0] <= value <= _DEVIATIONS[1] or value == 1):
+        lost = "; it seems to be divided by 255 once too often" if value < _DEVIATIONS[0] else ""
+        raise ValueError(f"{_PIXELS}, where a deviation is above 0 and at most 0.5, or 1 for none{_scale(value)}{lost}")
+    return value
+
+
+_PIXELS = "it is of pixels in [0, 1]"
+
+
+def _scale(value: float) -> str:
+    return f": on the scale 0 to 255? Divide by 255: {value / 255:.4f}" if 1 < value <= 255 else ""
+
+
+class Normalization(Strict):
+    """Per-channel mean and standard deviation of pixel values in [0, 1]; mean 0 and deviation 1 leave them as they are.
+
+    Numbers that cannot belong to such values (those of the scale 0 to 255) are errors.
+    """
+
+    mean: list[Annotated[float, AfterValidator(_mean_of_pixels)]]
+    std: list[Annotated[float, Field(gt=0), AfterValidator(_deviation_of_pixels)]]
 
 
 class Augmentation(Strict):
@@ -108,7 +136,10 @@ class ModelCard(TargetCard):
 
 
 class HookCard(Card):
-    points: dict[PointName, str] = Field(description="hook point -> module path (its output), or input(path)")
+    points: dict[PointName, str] = Field(
+        description="hook point -> module path (its output), or input(path); around it channels_last(…)"
+        " or channels_first(…), where running the network cannot tell the order of a map's axes"
+    )
 
 
 class LossCard(CodeCard):

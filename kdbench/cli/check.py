@@ -30,12 +30,14 @@ def command(
     from kdbench.cli.console import console as page
     from kdbench.engine.runner import is_finished
     from kdbench.recipe.planning import plan
+    from kdbench.recipe.remarks import remarks
     from kdbench.registry import Registry
 
     planned = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
 
     import torch
 
+    from kdbench.engine.build import choices_of
     from kdbench.engine.compute import plainest
     from kdbench.engine.dry import try_out
     from kdbench.engine.estimate import Estimate, memory, workers
@@ -115,6 +117,9 @@ def command(
     for teacher in {c.spec.teacher.identity(): c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         origin = "trained from its own recipe first" if teacher.trained_by else f"weights {teacher.weights.file}"  # type: ignore[union-attr]
         console.print(f"teacher {teacher.name}: {origin}")
+    choices = dict.fromkeys(choice for cell in planned.cells for choice in choices_of(cell.spec))
+    for remark in [*remarks(cell.spec for cell in planned.cells), *choices]:
+        console.print(f"note: {remark}", style="yellow", markup=False)
     for keeper in _keepers(planned.cells):
         kept = keeper.route or 0
         each = 4 * estimate.size(keeper.student, keeper.data).parameters

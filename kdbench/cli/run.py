@@ -77,11 +77,15 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     """
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
+    from kdbench.recipe.remarks import remarks
     from kdbench.results.adopting import published
 
+    shown = listener()
+    for remark in remarks(cell.spec for cell in planned.cells):
+        shown.say(f"note: {remark}")
     found = published(planned, results / planned.name) if results is not None else {}
     try:
-        outcome = run_plan(planned, options, listener(), (results or Path()) / planned.name, found)
+        outcome = run_plan(planned, options, shown, (results or Path()) / planned.name, found)
     except KeyboardInterrupt:
         print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

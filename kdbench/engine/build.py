@@ -19,12 +19,15 @@ from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
+from kdbench.models.places import Place, Unordered
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
 from kdbench.signature import parameters
 from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
+# Places of the hook points of networks that were built before: they are found by running the network.
+_places: dict[str, dict[str, Place]] = {}
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
 
@@ -92,11 +95,16 @@ def _weight_file(spec: ModelSpec) -> Path:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file (tensors only, nothing is executed)."""
+    return weights_and_choice(file)[0]
+
+
+def weights_and_choice(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The same, and a sentence where the file holds several and one was chosen (weights and their moving average)."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
+            return load_file(file), None
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
         raise UserError(
@@ -104,8 +112,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             where=str(file),
             hint="it must hold a state dict (.safetensors, or torch.save of tensors)",
         ) from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    choice = None
+    if isinstance(loaded, Mapping) and isinstance(taken := loaded.get("state_dict"), Mapping):
+        others = [key for key, value in loaded.items() if value is not taken and _alike(value, taken)]
+        if others:
+            not_taken = ", ".join(f"'{key}'" for key in others)
+            choice = f"{file} holds several networks' weights: 'state_dict' is taken, not {not_taken}"
+        loaded = taken
     if not isinstance(loaded, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
     ):
@@ -115,7 +128,21 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             where=str(file),
             hint="save the network's state_dict() alone",
         )
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    return {key.removeprefix("module."): value for key, value in loaded.items()}, choice
+
+
+def choices_of(spec: CellSpec) -> list[str]:
+    """Of a cell's weight files that are here: a sentence for each that holds several networks' weights."""
+    teacher = spec.teacher.weights if spec.teacher is not None else None
+    names = [spec.student.weights, *(weights.file for weights in (spec.student.start, teacher) if weights is not None)]
+    files = {file for name in names if name is not None and (file := find_weights(name)) is not None}
+    return [choice for file in sorted(files) if (choice := weights_and_choice(file)[1]) is not None]
+
+
+def _alike(one: object, other: Mapping[str, Tensor]) -> bool:
+    """Whether something holds tensors by the same names."""
+    names = {str(key).removeprefix("module.") for key in other}
+    return isinstance(one, Mapping) and names <= {str(key).removeprefix("module.") for key in one}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:
@@ -175,7 +202,15 @@ def start_from(
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
     shape = (data.channels, data.image_size, data.image_size)
-    return Extractor(model, places(model, spec.hooks, spec.name, shape), spec.name)
+    untrained = spec.untrained()
+    key = f"{untrained.model_dump_json()} {data.classes} {shape}"
+    if key not in _places:
+
+        def larger(side: int) -> nn.Module:
+            return build_model(untrained, data.model_copy(update={"image_size": side}))
+
+        _places[key] = places(model, spec.hooks, spec.name, shape, larger)
+    return Extractor(model, _places[key], spec.name)
 
 
 def build_schedule(spec: TargetSpec | None) -> Schedule:
@@ -234,6 +269,9 @@ class Term(nn.Module):
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(call) else call
         for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
             shapes = (own[0][student], teacher_shapes[teacher] if with_teacher else ())
+            for shape in shapes:
+                if isinstance(shape, Unordered):
+                    raise shape.error
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
                 connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")

@@ -126,7 +126,8 @@ def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
     if file is None or spec.teacher is None:
         return None
     on_source = {} if spec.target is None else {"source_accuracy": file.source_accuracy}
-    return {"name": spec.teacher.name, "sha256": file.sha256, "accuracy": file.accuracy, **on_source}
+    doubts = {"doubts": list(file.doubts)} if file.doubts else {}
+    return {"name": spec.teacher.name, "sha256": file.sha256, "accuracy": file.accuracy, **on_source, **doubts}
 
 
 def _data(

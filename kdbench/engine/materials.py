@@ -12,7 +12,7 @@ from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import TeacherFile, load_teacher, measured, on_target, trained
+from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.images import ImageData
@@ -73,6 +73,8 @@ class Materials:
             )
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
+        if spec.teacher.trained_by is not None:
+            file = as_used(spec.teacher, file, folder, spec.data, self.data(spec.data), self.device)
         if spec.target is not None:
             target = self.data(spec.target)
             file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, self.device)

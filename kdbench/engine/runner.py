@@ -291,7 +291,8 @@ def prepare(specs: list[CellSpec], options: Options, pool: Pool, listener: Liste
     for spec in sorted(specs, key=lambda spec: spec.teacher is None):
         teacher = spec.teacher
         starts = [spec.student.start.sha256] if spec.student.start else []
-        given = " ".join([*([teacher.weights.sha256] if teacher and teacher.weights else []), *starts]) or None
+        starts += [spec.student.weights_sha256] if spec.student.weights_sha256 else []
+        given = " ".join([*([teacher.identity()] if teacher else []), *starts]) or None
         data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
         if given is None and data in prepared:
             continue
@@ -337,6 +338,8 @@ def _carry_out(tasks: list[Task], pool: Pool, listener: Listener) -> None:
     for event in pool.carry_out(tasks):
         if isinstance(event, Doing):
             listener.doing(event.text)
+        elif isinstance(event, Note):
+            listener.say(event.text)
         elif isinstance(event, Failed):
             raise event.error
 

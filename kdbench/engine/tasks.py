@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kdbench.engine import logits
-from kdbench.engine.build import resolve
+from kdbench.engine.build import choices_of, resolve
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import try_out
 from kdbench.engine.inputs import SourceContext, SourceFiles
@@ -24,6 +24,7 @@ from kdbench.engine.messages import (
     FillLogits,
     FingerprintRead,
     MemoryNeeded,
+    Note,
     Order,
     Prepare,
     PrepareSources,
@@ -96,9 +97,13 @@ class TaskRunner:
         self.materials.domains(spec)
         if spec.student.start is not None:
             locate(spec.student.start, self.materials.settings.download)
-        if spec.teacher is not None and spec.teacher.weights is not None:
+        if spec.teacher is not None:
             self.doing(f"teacher {spec.teacher.name}")
-            self.materials.teacher_file(spec, task.teacher_folder)
+            file = self.materials.teacher_file(spec, task.teacher_folder)
+            for doubt in file.doubts if file else ():
+                self.emit(Note(text=f"warning: {doubt}"))
+        for choice in choices_of(spec):
+            self.emit(Note(text=f"note: {choice}"))
 
     def prepare_sources(self, task: PrepareSources) -> None:
         """What a cell's batch sources need before it trains."""

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
 from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import SLICE, Part
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.measuring import Seen, doubts, kept, look
 from kdbench.engine.network import Normalizer
 from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
-from kdbench.files import find_weights, home, sha256_of, weight_folders, write_json
-from kdbench.reading import of_form, read_json
+from kdbench.files import find_weights, home, sha256_of, weight_folders
+from kdbench.recipe.beside import training_of
 from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
 from kdbench.results.record import finished_record, student_file
 from kdbench.sources.images import ImageData
 from kdbench.sources.pictures import Pictures
-
-log = logging.getLogger("kdbench")
 
 
 @dataclass(frozen=True)
 class TeacherFile:
     """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
     other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept.
-    `source_accuracy`: on the source, where `accuracy` is that on a target domain."""
+    `source_accuracy`: on the source, where `accuracy` is that on a target domain. `data`: fingerprint of the data that
+    it was trained on here. `doubts`: sentences that its user should read."""
 
     file: Path
     sha256: str
     accuracy: float | None
     route: Route | None = None
     source_accuracy: float | None = None
+    data: str | None = None
+    doubts: tuple[str, ...] = ()
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -111,27 +109,46 @@ def measured(
 ) -> TeacherFile:
     """A teacher of given weights with its accuracy on the test part, measured once and kept beside the runs."""
     assert spec.weights is not None
-    file = locate(spec.weights, download)
+    file = TeacherFile(locate(spec.weights, download), spec.weights.sha256, None)
     if spec.classes is not None:
-        return TeacherFile(file, spec.weights.sha256, None)
-    kept = folder / "teacher.json"
-    key = {
-        "sha256": spec.weights.sha256,
-        "data": data.fingerprint,
-        "model": recorded(spec.model),
-        "normalization": spec.normalization.model_dump(mode="json"),
-    }
-    accuracy = _measured_before(kept, key)
-    if accuracy is None:
-        accuracy = accuracy_of(load_teacher(spec, data_spec, file, device), part_for_testing(data_spec, data, device))
-        write_json(kept, {"name": spec.name, **key, "accuracy": accuracy})
-    if spec.accuracy is not None and abs(accuracy - spec.accuracy) > TEACHER_TOLERANCE:
+        return file
+    seen = _seen(spec, file, folder / "teacher.json", data_spec, data_spec, data, device)
+    if spec.accuracy is not None and abs(seen.accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
-            f"the teacher '{spec.name}' reaches {accuracy:.2f} % where its card says {spec.accuracy:.2f} %",
-            where=str(file),
-            hint="check the data, the model's options and the normalization",
+            f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % where {spec.accuracy:.2f} % is stated",
+            where=str(file.file),
+            hint="check the data and the order of their classes, the model's options and the normalization",
         )
-    return TeacherFile(file, spec.weights.sha256, accuracy)
+    training, on_record = training_of(file.file), None
+    if training is not None and training.result is not None and training.spec.target is None:
+        on_record = (training.result.test.last, "the record beside its weights")
+    found = _doubts(spec, seen, data_spec, on_record)
+    if training is not None and training.data.fingerprint != data.fingerprint:
+        found += (f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint",)
+    return replace(file, accuracy=seen.accuracy, doubts=found)
+
+
+def as_used(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    folder: Path,
+    data_spec: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> TeacherFile:
+    """A teacher that was trained here, with its accuracy by the input that it gets here: its record's where that is the
+    same, else measured once and kept beside it."""
+    assert spec.trained_by is not None
+    if spec.classes is not None:
+        return replace(file, accuracy=None)
+    same = spec.normalization == spec.trained_by.protocol.normalization and file.data == data.fingerprint
+    if same and spec.trained_by.target is None and file.accuracy is not None:
+        return replace(file, doubts=_doubts(spec, Seen(file.accuracy), data_spec, None))
+    seen = _seen(spec, file, folder / "as_used.json", data_spec, data_spec, data, device)
+    on_record = None
+    if spec.trained_by.target is None and file.accuracy is not None:
+        on_record = (file.accuracy, "the record of its training")
+    return replace(file, accuracy=seen.accuracy, doubts=_doubts(spec, seen, data_spec, on_record))
 
 
 def on_target(
@@ -146,15 +163,37 @@ def on_target(
     """The same with its accuracy on the target domain's test part, measured once and kept beside it."""
     if spec.classes is not None:
         return file
-    key = {"sha256": file.sha256, "data": target.fingerprint, "normalization": spec.normalization.model_dump()}
-    kept = folder / f"on_{target_spec.name}.json"
-    accuracy = _measured_before(kept, key)
-    if accuracy is None:
-        teacher = load_teacher(spec, source, file.file, device)
-        accuracy = accuracy_of(teacher, part_for_testing(target_spec, target, device))
-        write_json(kept, {**key, "accuracy": accuracy})
+    seen = _seen(spec, file, folder / f"on_{target_spec.name}.json", source, target_spec, target, device)
     by_source = spec.trained_by is None or spec.trained_by.target is None
-    return replace(file, accuracy=accuracy, source_accuracy=file.accuracy if by_source else None)
+    return replace(file, accuracy=seen.accuracy, source_accuracy=file.accuracy if by_source else None)
+
+
+def _seen(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    kept_in: Path,
+    known: DataSpec,
+    tested: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> Seen:
+    """A teacher of the data `known` on the test part of others, or of these."""
+    key = {
+        "sha256": file.sha256,
+        "data": data.fingerprint,
+        "model": recorded(spec.model),
+        "normalization": spec.normalization.model_dump(mode="json"),
+    }
+
+    def measure() -> Seen:
+        part = part_for_testing(tested, data, device)
+        return look(load_teacher(spec, known, file.file, device), part, tested.classes)
+
+    return kept(kept_in, key, {"name": spec.name}, measure)
+
+
+def _doubts(spec: TeacherSpec, seen: Seen, data: DataSpec, expected: tuple[float, str] | None) -> tuple[str, ...]:
+    return tuple(doubts(spec.name, seen, data.classes, expected, spec.known_classes is not None))
 
 
 def trained(folder: Path) -> TeacherFile | None:
@@ -164,17 +203,9 @@ def trained(folder: Path) -> TeacherFile | None:
     if record is None:
         return None
     file = student_file(record)
-    kept = tuple(checkpoint.model_dump(mode="json") for checkpoint in record.route)
-    return TeacherFile(file, sha256_of(file), record.result.test.last, Route(folder / FOLDER, kept) if kept else None)
-
-
-@torch.no_grad()
-def accuracy_of(teacher: Teacher, part: Part) -> float:
-    """Accuracy on a part, in percent."""
-    right = 0
-    for images, labels in part.slices(SLICE[part.labels.device.type]):
-        right += int((teacher(images, ["logits"])["logits"].argmax(dim=1) == labels).sum())
-    return round(100 * right / len(part.labels), 4)
+    checkpoints = tuple(checkpoint.model_dump(mode="json") for checkpoint in record.route)
+    route = Route(folder / FOLDER, checkpoints) if checkpoints else None
+    return TeacherFile(file, sha256_of(file), record.result.test.last, route, data=record.data.fingerprint)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -184,22 +215,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-class _Kept(BaseModel):
-    """What is read of an accuracy that was kept."""
-
-    accuracy: float = Field(ge=0, le=100, strict=True)
-
-
-def _measured_before(file: Path, key: dict[str, Any]) -> float | None:
-    """The accuracy in percent that was kept with this key; None where it is to be measured."""
-    if not file.exists():
-        return None
-    try:
-        found = read_json(file)
-        accuracy = of_form(_Kept, found, str(file)).accuracy
-    except UserError as error:
-        log.warning("%s; the teacher is measured again", str(error))
-        return None
-    return accuracy if all(found.get(name) == value for name, value in key.items()) else None

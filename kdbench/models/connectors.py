@@ -2,8 +2,8 @@
 
 Each function takes the shapes of one sample, maps (C, H, W) or vectors (C,), and returns the module that brings the
 student's feature [N, *student_shape] to [N, *teacher_shape]. Initial values come from torch's default random
-generator alone. What cannot be bridged is a UserError. Shapes carry no axis names: a channels-last map (H, W, C) passes
-for (C, H, W), so hook points that give channels-last maps must not be connected here.
+generator alone. What cannot be bridged is a UserError. Shapes carry no axis names: hook points give every map as
+(C, H, W), however the network keeps it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
-from kdbench.models.hooks import Place
+from kdbench.models.places import FIRST, LAST, Place, with_orders
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -36,10 +37,19 @@ class _Call:
     output: Any
 
 
-def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> dict[str, Place]:
+def derived_places(
+    model: nn.Module,
+    model_name: str,
+    image_shape: tuple[int, int, int],
+    larger: Callable[[int], nn.Module] | None = None,
+) -> dict[str, Place]:
     """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled.
 
-    UserError when no stages can be found, or the network cannot run on such images.
+    Args:
+        larger: builds the network anew for another side of images, for such as take one size only.
+
+    Raises:
+        UserError: no stages can be found, or the network cannot run on such images.
     """
     calls, logits = _trace(model, model_name, image_shape)
     last = {call.path: call for call in calls}
@@ -61,7 +71,13 @@ def derived_places(model: nn.Module, model_name: str, image_shape: tuple[int, in
     classifier = _classifier(calls, logits)
     if classifier is not None:
         found["pooled"] = Place(classifier, "input")
-    return found
+    ordered = with_orders(model, found, set(), model_name, image_shape, larger)
+    # timm's networks may declare the order of their stages' maps.
+    declared = {"NCHW": FIRST, "NHWC": LAST}.get(str(getattr(model, "output_fmt", "")))
+    return {
+        point: place._replace(order=declared) if place.order is None and point.startswith("layer") else place
+        for point, place in ordered.items()
+    }
 
 
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_Call], object]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdbench.models.dry import dry_call, dry_images, undisturbed
-from kdbench.models.hooks import LOGITS, Extractor, Place
+from kdbench.models.hooks import LOGITS, Extractor
+from kdbench.models.places import FIRST, Place
 
 
 class Untraceable(Exception):
@@ -88,7 +89,9 @@ class _Tracer(fx.Tracer):
     def _note(self, point: str, value: object) -> None:
         if isinstance(value, fx.Proxy):
             # Where the network overwrites the tensor afterwards, the graph keeps a copy of this moment.
-            self.found[point] = (value.clone() if point in self.copied else value).node
+            value = value.clone() if point in self.copied else value
+            order = self.places[point].order
+            self.found[point] = (value if order in (FIRST, None) else value.permute(0, *order)).node
 
 
 def _compare(extractor: Extractor, traced: Traced, training: bool, image_shape: tuple[int, int, int]) -> None:

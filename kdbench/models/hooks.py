@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from kdbench.cards import POINT_GROUPS
 from kdbench.errors import UserError, did_you_mean
+from kdbench.models.derived import derived_places
 from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
+from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
 
 LOGITS = "logits"
-
-
-class Place(NamedTuple):
-    """A module's output, or its (first) input."""
-
-    path: str
-    side: Literal["input", "output"]
-
-    def __str__(self) -> str:
-        return f"input({self.path})" if self.side == "input" else self.path
-
-
-def parse_place(text: str) -> Place:
-    """`layer1.-1.relu` -> its output, `input(layer1.-1.relu)` -> its input."""
-    match = re.fullmatch(r"input\((.+)\)", text)
-    return Place(match[1], "input") if match else Place(text, "output")
 
 
 def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
@@ -72,33 +58,39 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
 
 
 def places(
-    model: nn.Module, hooks: Mapping[str, str] | Literal["derived"], model_name: str, image_shape: tuple[int, int, int]
+    model: nn.Module,
+    hooks: Mapping[str, str] | Literal["derived"],
+    model_name: str,
+    image_shape: tuple[int, int, int],
+    larger: Callable[[int], nn.Module] | None = None,
 ) -> dict[str, Place]:
     """Every hook point that a model has, without `logits`, in the order stem, layer1, layer1.preact, …, pooled.
 
+    Maps come as [N, C, H, W], whatever the network keeps them as; tokens [N, T, C] come as they are.
+
     Args:
         hooks: hook point -> module path or `input(path)`, where a part of a path may be a negative index; or 'derived',
-            which finds stages, pre-activations and the classifier's input by looking at how the network runs. Derived
-            features of transformers may be tokens [N, T, C] or channels-last maps [N, H, W, C]; they come as they are.
+            which finds stages, pre-activations and the classifier's input by looking at how the network runs. Around a
+            place, `channels_last(…)` or `channels_first(…)` states the order of axes where running cannot tell it.
         image_shape: (channels, height, width).
+        larger: builds the network anew for another side of images, for such as take one size only.
     """
     if hooks == "derived":
-        from kdbench.models.derived import derived_places
-
-        return _in_order(derived_places(model, model_name, image_shape))
-    found = {}
+        return _in_order(derived_places(model, model_name, image_shape, larger))
+    found, stated = {}, set()
     for point, text in hooks.items():
         if point == LOGITS:
             raise UserError(f"model '{model_name}': 'logits' is what the model returns, and no place of its own")
-        place = parse_place(text)
+        place, states_order = parse_place(text)
         path = _resolved(model, place.path)
         if path is None:
             raise UserError(
                 f"hook point '{point}': model '{model_name}' has no module '{place.path}'",
                 hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]),
             )
-        found[point] = Place(path, place.side)
-    return _in_order(found)
+        found[point] = place._replace(path=path)
+        stated |= {point} if states_order else set()
+    return _in_order(with_orders(model, found, stated, model_name, image_shape, larger))
 
 
 class Extractor:
@@ -117,14 +109,15 @@ class Extractor:
         """Shapes of all points and of `logits`, of one sample, by a dry forward of two images in eval mode.
 
         Raises:
-            UserError: an image that the network cannot take; a point that is not reached, gives no tensor, or gives
-                values that are not finite.
+            UserError: an image that the network cannot take; a point that is not reached, gives no tensor, gives
+                something else than one value for each image, or values that are not finite.
         """
         with undisturbed(self.model, training=False):
             run = _Run(self, list(self.places), checking=True)
+            images = dry_images(self.model, image_shape)
             try:
                 with run:
-                    logits = dry_call(self.model, dry_images(self.model, image_shape))
+                    logits = dry_call(self.model, images)
             except UNSUITABLE as error:
                 raise cannot_take(self.model_name, image_shape, error) from None
         values = {name: run.value(name) for name in self.places}
@@ -133,7 +126,21 @@ class Extractor:
             raise UserError(
                 f"model '{self.model_name}' gives logits that are not finite", hint="check its weights for NaN"
             )
-        return {name: tuple(value.shape[1:]) for name, value in values.items()}
+        return {name: self._shape_of(name, value, len(images)) for name, value in values.items()}
+
+    def _shape_of(self, point: str, value: Tensor, images: int) -> tuple[int, ...]:
+        if value.shape[:1] != (images,):
+            raise UserError(
+                f"hook point '{point}' ({self.places.get(point, 'output')}) of model '{self.model_name}' gives "
+                f"{list(value.shape)} for {images} images: its first axis is not the images'",
+                hint="choose a module that gives one value for each image",
+            )
+        place, shape = self.places.get(point), tuple(value.shape[1:])
+        if place is None or place.order is not None:
+            return shape
+        nobody_knows = Unordered(shape)
+        nobody_knows.error = unordered(point, place, self.model_name, shape)
+        return nobody_knows
 
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         """Run the network and return what was found at the points.
@@ -269,7 +276,10 @@ class _Run:
             )
         if self.behaviours is not None and found.value is found.original and self.overwritten(point):
             raise RuntimeError(f"{self._where(point)}: the network overwrote the value, but not so in its dry run")
-        return found.value
+        place = self.extractor.places[point]
+        if place.order is None and not self.checking:
+            raise unordered(point, place, self.extractor.model_name, tuple(found.value.shape[1:]))
+        return place.ordered(found.value)
 
     def overwritten(self, point: str) -> bool:
         found = self._found.get(point)

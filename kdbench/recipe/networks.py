@@ -6,10 +6,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from kdbench.cards import Normalization, TeacherCard, Weights
+from kdbench.cards import DatasetCard, Normalization, TeacherCard, Weights
 from kdbench.errors import UserError
 from kdbench.files import find_weights, recorded_sha256, sha256_of, weight_folders
 from kdbench.names import own_name
+from kdbench.recipe.beside import training_of
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import typed
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TeacherSpec, WeightsSpec
@@ -130,10 +131,26 @@ def _own_teacher(tree: Tree, given: Tree, registry: Registry) -> TeacherSpec:
     file = _existing(choice.weights, given.origin(("weights",)))
     digest = _file_hash(file)
     weights = {"file": str(file), "sha256": digest}
-    normalization = choice.normalization or registry.card("datasets", tree.data["data"]["name"]).normalization
-    model = _teacher_model(given.at("model"), registry)
+    data = tree.data["data"]["name"]
+    card: DatasetCard = registry.card("datasets", data)
+    training = training_of(file)
+    if training is not None and not training.knows(data, card.classes):
+        raise UserError(
+            f"these weights know the {training.spec.data.classes} classes of '{training.spec.data.name}', by the "
+            f"record beside them, not the {card.classes} of '{data}'",
+            where=given.origin(("weights",)),
+            hint=f"where the classes are the same, a teacher card with 'data: {data}' says so",
+        )
+    own = training.normalization if training is not None else card.normalization
     return TeacherSpec.model_validate(
-        {"name": file.stem, "model": model, "normalization": normalization, "weights": weights}
+        {
+            "name": file.stem,
+            "model": _teacher_model(given.at("model"), registry),
+            "normalization": choice.normalization or own,
+            "weights": weights,
+            "accuracy": choice.accuracy,
+            "known_classes": training.spec.data.only_classes if training is not None else None,
+        }
     )
 
 

@@ -69,6 +69,9 @@ class TeacherChoice(Strict):
     weights: str | None = Field(None, description="file with a state dict (.safetensors, or .pt with weights only)")
     normalization: Normalization | None = None
     trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
+    accuracy: float | None = Field(
+        None, ge=0, le=100, description="beside 'weights': expected test accuracy in percent, checked after loading"
+    )
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
@@ -78,6 +81,8 @@ class TeacherChoice(Strict):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
         if self.trained and self.name is None:
             raise ValueError("a teacher with 'weights' is not trained: leave out 'trained'")
+        if self.name is not None and self.accuracy is not None:
+            raise ValueError("'accuracy' stands beside 'weights', or on the teacher's card")
         return self
 
 

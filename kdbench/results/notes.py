@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdbench.cards import PublishedCard
+from kdbench.recipe.remarks import replaced_normalization
 from kdbench.results import statistics, training
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
 from kdbench.results.record import LAST_EPOCHS, Metric, Record
 from kdbench.results.sharing import unlike_baseline
+from kdbench.results.soundness import spec_of
 
 if TYPE_CHECKING:
     from kdbench.results.tables import Row
 
 Interval = Literal["student", "bootstrap"]
+# Percentage points by which a plain student must be better than a teacher to be told.
+_BELOW = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def notes_of(
     for name, say in _ATTRIBUTES:
         notes += [note] if (note := _attribute(comparison, name, say)) is not None else []
         notes += [note] if name == "Protocol" and (note := _training(comparison)) is not None else []
+    notes += _normalizations(comparison) + _teachers_in_doubt(comparison)
     if any(record.result.source is not None for record in comparison.records):
         notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
     if any(record.result.by_classes for record in comparison.records):
@@ -129,6 +135,44 @@ def _reference(records: Sequence[Record], points: Sequence[str]) -> str:
 def _percent(values: Sequence[float]) -> str:
     low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
     return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _normalizations(comparison: Comparison) -> list[Note]:
+    """Where students did not get the data card's normalization."""
+    specs = [spec for record in comparison.records if (spec := spec_of(record)) is not None]
+    said = dict.fromkeys(remark for spec in specs for remark in replaced_normalization(spec))
+    return [Note(remark[:1].upper() + remark[1:]) for remark in said]
+
+
+def _teachers_in_doubt(comparison: Comparison) -> list[Note]:
+    """What was seen of a teacher before it taught, and where students that had none are better than it."""
+    found = dict.fromkeys(
+        doubt for r in comparison.records if r.teacher is not None for doubt in r.teacher.doubts or ()
+    )
+    for column in comparison.columns:
+        alone: dict[str, list[float]] = {}
+        teachers: dict[str, float] = {}
+        for row in comparison.rows:
+            for record in comparison.cell(row, column).values():
+                if record.teacher is not None and record.teacher.accuracy is not None:
+                    teachers[record.teacher.name] = record.teacher.accuracy
+                elif _plain(record):
+                    alone.setdefault(row.label, []).append(record.result.test.last)
+        means = {label: math.fsum(values) / len(values) for label, values in alone.items()}
+        best = max(means, key=lambda label: means[label], default="")
+        for name, accuracy in teachers.items():
+            if best and accuracy < means[best] - _BELOW:
+                place = f" ({column.label})" if comparison.axes else ""
+                found[f"the teacher '{name}', {accuracy:.2f} %, is below the plain student '{best}'{place}"] = None
+    return [Note(text[:1].upper() + text[1:], warning=True) for text in found]
+
+
+def _plain(record: Record) -> bool:
+    """Whether a student learned from labelled images alone."""
+    spec = spec_of(record) if record.teacher is None else None
+    stages = list(spec.method.stages.values()) if spec is not None else []
+    terms = [term for stage in stages for term in stage.losses.values()]
+    return bool(terms) and all({*term.loss.inputs} <= {"student", "labels"} and term.input == "data" for term in terms)
 
 
 def missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:

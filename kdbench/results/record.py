@@ -118,6 +118,9 @@ class Teacher(Part):
     sha256: str
     accuracy: float | None = Field(None, ge=0, le=100)
     source_accuracy: float | None = Field(None, ge=0, le=100, description="where `accuracy` is on a target domain")
+    doubts: list[str] | None = Field(
+        None, description="what was seen of it that should make its user doubt, in sentences"
+    )
 
 
 class Data(Part):

@@ -21,7 +21,7 @@ SIZE = 64
 Family = tuple[list[tuple[int, ...]], int, list[int], bool]
 RESNET18: Family = ([(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)], 512, [1, 2, 3, 4], True)
 VGG11: Family = ([(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)], 4096, [1, 2, 3, 4, 5], False)
-TINY_SWIN: Family = ([(16, 16, 96), (8, 8, 192), (4, 4, 384), (2, 2, 768)], 768, [], False)
+TINY_SWIN: Family = ([(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)], 768, [], False)
 MOBILENETV2 = [(16, 32, 32), (24, 16, 16), (32, 8, 8), (96, 4, 4), (320, 2, 2)]
 EFFICIENTNET = [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
 DENSENET = [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (1024, 2, 2)]
@@ -83,7 +83,7 @@ def randomize(model: nn.Module) -> None:
 def derived(name: str, size: int = SIZE) -> Extractor:
     model = build(name, size)
     randomize(model)
-    return Extractor(model, places(model, "derived", name, (3, size, size)), name)
+    return Extractor(model, places(model, "derived", name, (3, size, size), lambda side: build(name, side)), name)
 
 
 def images(n: int = 2, size: int = SIZE) -> Tensor:

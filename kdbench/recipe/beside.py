@@ -1,0 +1,94 @@
+"""What stands beside a weight file: a student that kdbench trained brings along how its images were normalized, and the
+classes that it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdbench.cards import Normalization
+from kdbench.errors import UserError
+from kdbench.files import sha256_of
+from kdbench.reading import read_as
+
+_RECORD, _STUDENT, _ROUTE = "record.json", "student.safetensors", "route"
+
+
+class _Part(BaseModel):
+    """As much of a record as is needed here."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Data(_Part):
+    name: str
+    classes: int
+    only_classes: list[int] | None = None
+
+
+class _Protocol(_Part):
+    normalization: Normalization
+
+
+class _Spec(_Part):
+    data: _Data
+    target: _Data | None = None
+    protocol: _Protocol
+
+
+class _Used(_Part):
+    fingerprint: str
+
+
+class _Test(_Part):
+    last: float = Field(ge=0, le=100)
+
+
+class _Result(_Part):
+    test: _Test
+
+
+class _Checkpoint(_Part):
+    file: str
+    sha256: str
+
+
+class Training(_Part):
+    """How a student was trained, as the record beside its weights says. `result`: None of a checkpoint on its way."""
+
+    spec: _Spec
+    data: _Used
+    result: _Result | None
+    files: dict[str, str] = {}
+    route: list[_Checkpoint] = []
+
+    @property
+    def normalization(self) -> Normalization:
+        """That of the student's images."""
+        return self.spec.protocol.normalization
+
+    def knows(self, data: str, classes: int) -> bool:
+        """Whether its classes are those of a data set."""
+        return any((part.name, part.classes) == (data, classes) for part in (self.spec.data, self.spec.target) if part)
+
+
+def training_of(file: Path) -> Training | None:
+    """The training that left a weight file, a student's or one of the checkpoints on its way; None for any other file.
+
+    Raises:
+        UserError: a record that cannot be read, or of other weights.
+    """
+    inside_route = file.parent.name == _ROUTE
+    record = (file.parent.parent if inside_route else file.parent) / _RECORD
+    if not record.is_file() or not (inside_route or file.name == _STUDENT):
+        return None
+    training = read_as(Training, record, "copy the weights to another folder to use them without it")
+    hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files
+    if (expected := hashes.get(file.name)) is not None and expected != sha256_of(file):
+        raise UserError(
+            "these weights are not those of the record beside them: another sha256",
+            where=str(file),
+            hint="put the right file back, or copy this one to another folder to use it without the record",
+        )
+    return training.model_copy(update={"result": None}) if inside_route else training

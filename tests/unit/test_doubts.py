@@ -1,0 +1,244 @@
+"""A teacher's accuracy is that with the input it gets here, and what should make its user doubt is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from synthetic import comparison, make
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.engine import teachers
+from kdbench.engine.batches import ResidentPart
+from kdbench.engine.build import build_model, choices_of, read_weights
+from kdbench.engine.measuring import doubts, look
+from kdbench.engine.teachers import TeacherFile, as_used, measured
+from kdbench.errors import UserError
+from kdbench.files import sha256_of
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+from kdbench.results.tables import build
+from kdbench.sources.images import ImageData
+
+SHIPPED = Registry()
+CLASSES = 10
+
+
+class Answers:
+    """A teacher that answers f(label) for images that hold their label."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        self.answer = answer
+
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        return {"logits": F.one_hot(self.answer(images[:, 0, 0, 0].long()), CLASSES).float()}
+
+
+def said_of(answer: Callable[[Tensor], Tensor], **more: Any) -> tuple[float, str]:
+    """Accuracy and doubts of such a teacher on 20 images of each class."""
+    labels = torch.arange(CLASSES).repeat(20)
+    part = ResidentPart(labels.to(torch.uint8).view(-1, 1, 1, 1), labels)
+    seen = look(Answers(answer), part, CLASSES)  # type: ignore[arg-type]
+    return seen.accuracy, " ".join(doubts("t", seen, CLASSES, more.get("expected"), more.get("partial", False)))
+
+
+def nine_in_ten(labels: Tensor) -> Tensor:
+    """Right answers, but for every tenth image."""
+    wrong = torch.arange(len(labels)) // CLASSES % 10 == 0
+    return torch.where(wrong, (labels + 3) % CLASSES, labels)
+
+
+SWAPPED = torch.tensor([1, 0, *range(2, CLASSES)])
+# As text is sorted: 1, 10, 2, ….
+AS_TEXT = torch.tensor(sorted(range(CLASSES), key=lambda k: str(k + 1)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "accuracy", "holds", "lacks"),
+    [
+        (nine_in_ten, 90.0, (), ("reaches",)),
+        (lambda x: SWAPPED[nine_in_ten(x)], 72.0, ("in another order it would have 90.00 %",), ("chance", "never")),
+        (
+            lambda x: AS_TEXT[nine_in_ten(x)],
+            9.0,
+            ("in another order it would have 90.00 %", "near chance, 10.00 %"),
+            (),
+        ),
+        (lambda x: (nine_in_ten(x) + 1) % CLASSES, 0.0, ("in another order it would have 90.00 %", "chance"), ()),
+        # Off by one, with a background as class 0: the last class has no output here.
+        (lambda x: (x + 1).clamp(max=9), 10.0, ("near chance", "never answers 1 of the 10 classes"), ()),
+        (lambda x: x % 5, 50.0, ("never answers 5 of the 10 classes",), ("order", "chance")),
+        (lambda x: torch.full_like(x, 3), 10.0, ("near chance", "never answers 9 of the 10"), ("order",)),
+    ],
+)
+def test_a_teacher_that_does_not_know_these_labels_is_doubted(
+    answer: Callable[[Tensor], Tensor], accuracy: float, holds: Sequence[str], lacks: Sequence[str]
+) -> None:
+    found, said = said_of(answer)
+    assert found == pytest.approx(accuracy)
+    assert all(words in said for words in holds) and not any(words in said for words in lacks), said
+
+
+def test_classes_that_a_teacher_is_known_not_to_have_learned_are_no_doubt() -> None:
+    assert said_of(lambda x: x % 5, partial=True)[1] == ""
+
+
+def test_a_teacher_off_its_recorded_accuracy_is_doubted() -> None:
+    assert (
+        "the record of its training says 99.17 %"
+        in said_of(nine_in_ten, expected=(99.17, "the record of its training"))[1]
+    )
+    assert said_of(nine_in_ten, expected=(90.05, "the record of its training"))[1] == ""
+
+
+# --- under which conditions
+
+
+def cell(**teacher: Any) -> CellSpec:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
+    named = {"name": "wrn_16_2_digits"} if "model" not in teacher else {}
+    return plan(recipe | {"teacher": named | teacher}, SHIPPED).cells[0].spec
+
+
+@pytest.fixture
+def data() -> ImageData:
+    return tiny.images(cell().data, per_class=5)
+
+
+def weights(spec: CellSpec, folder: Path) -> Path:
+    file = folder / "weights.safetensors"
+    assert spec.teacher is not None
+    save_file(build_model(spec.teacher.model, spec.data, seed=3).state_dict(), file)
+    return file
+
+
+def by_hand(spec: CellSpec, file: Path, data: ImageData) -> float:
+    assert spec.teacher is not None
+    model = build_model(spec.teacher.model, spec.data).eval()
+    model.load_state_dict(read_weights(file))
+    mean, std = (
+        torch.tensor(part).view(-1, 1, 1) for part in (spec.teacher.normalization.mean, spec.teacher.normalization.std)
+    )
+    with torch.no_grad():
+        answers = model((data.test_images / 255 - mean) / std).argmax(dim=1)
+    return 100 * (answers == data.test_labels).float().mean().item()
+
+
+def test_a_trained_teachers_accuracy_is_that_with_the_input_it_gets(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = cell()
+    assert spec.teacher is not None
+    path = weights(spec, tmp_path)
+    recorded = TeacherFile(path, sha256_of(path), 99.0, data=data.fingerprint)
+    assert as_used(spec.teacher, recorded, tmp_path, spec.data, data, tiny.CPU) == recorded
+    other = cell(normalization={"mean": [0.9], "std": [0.01]})
+    assert other.teacher is not None
+    for case, file in ((other, recorded), (spec, replace(recorded, data="of other data"))):
+        assert case.teacher is not None
+        found = as_used(case.teacher, file, tmp_path, case.data, data, tiny.CPU)
+        assert found.accuracy == pytest.approx(by_hand(case, path, data), abs=1e-3)
+        assert any("the record of its training says 99.00 %" in doubt for doubt in found.doubts)
+        with monkeypatch.context() as once:
+            once.setattr(teachers, "load_teacher", None)
+            assert as_used(case.teacher, file, tmp_path, case.data, data, tiny.CPU) == found
+    # One of other classes has none here.
+    foreign = spec.teacher.model_copy(update={"classes": 7})
+    assert as_used(foreign, recorded, tmp_path, spec.data, data, tiny.CPU).accuracy is None
+
+
+def test_an_accuracy_that_a_recipe_states_is_checked(tmp_path: Path, data: ImageData) -> None:
+    path = weights(cell(), tmp_path)
+    own = {"model": "wrn_16_2", "weights": str(path)}
+    right = by_hand(cell(**own), path, data)
+    for stated in (right, right + 5):
+        spec = cell(**own, accuracy=stated)
+        assert spec.identity() == cell(**own).identity() and spec.teacher is not None
+        if stated == right:
+            assert measured(spec.teacher, tmp_path, False, spec.data, data, tiny.CPU).accuracy == pytest.approx(right)
+        else:
+            with pytest.raises(UserError, match=f"reaches {right:.2f} % where {stated:.2f} % is stated"):
+                measured(spec.teacher, tmp_path, False, spec.data, data, tiny.CPU)
+    with pytest.raises(UserError, match="'teacher'"):
+        cell(accuracy=90.0)
+
+
+def test_a_student_that_teaches_is_held_to_its_record(tmp_path: Path, data: ImageData) -> None:
+    path = weights(cell(), tmp_path).rename(tmp_path / "student.safetensors")
+    spec = cell().model_dump(mode="json")
+    right = by_hand(cell(), path, data)
+    for fingerprint, last, said in (
+        (data.fingerprint, right, ()),
+        (data.fingerprint, 99.0, ("the record beside its weights says 99.00 %",)),
+        ("of other data", right, ("was trained on other data of that name",)),
+    ):
+        record = {"spec": spec, "data": {"fingerprint": fingerprint}, "result": {"test": {"last": last}}}
+        (tmp_path / "record.json").write_text(json.dumps(record))
+        taught = cell(model="wrn_16_2", weights=str(path))
+        assert taught.teacher is not None
+        found = measured(taught.teacher, tmp_path, False, taught.data, data, tiny.CPU).doubts
+        # Untrained, it is near chance in any case.
+        own = [doubt for doubt in found if "record" in doubt or "other data" in doubt]
+        assert len(own) == len(said) and all(words in doubt for words, doubt in zip(said, own, strict=True))
+
+
+def test_which_of_several_networks_in_a_file_is_taken_is_said(tmp_path: Path) -> None:
+    state = {"weight": torch.ones(2), "bias": torch.zeros(2)}
+    average = {f"module.{key}": value + 1 for key, value in state.items()}
+    file = tmp_path / "ema.pth"
+    torch.save({"state_dict": state, "state_dict_ema": average, "optimizer": {"state": {}}, "epoch": 3}, file)
+    spec = cell(model="wrn_16_2", weights=str(file))
+    assert choices_of(spec) == [f"{file} holds several networks' weights: 'state_dict' is taken, not 'state_dict_ema'"]
+    assert torch.equal(read_weights(file)["weight"], torch.ones(2))
+    torch.save({"state_dict": state, "optimizer": {"state": {}}}, file)
+    assert choices_of(spec) == []
+
+
+# --- below the table
+
+
+def records(**over: Any) -> list[Any]:
+    """Three seeds of the plain student and of KD by a teacher of 90 %."""
+    specs = plan(
+        {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "teacher": "wrn_16_2_digits"}
+        | {"compare": {"method": ["ce", "kd"]}},
+        SHIPPED,
+    ).cells
+    plain = {c.spec.method.name: c.spec.model_dump(mode="json") for c in specs}
+    return [
+        make(method, seed, value, order=order, spec=plain[method], **(over if method == "kd" else {"teacher": None}))
+        for order, (method, value) in enumerate((("ce", 93.0), ("kd", 80.0)))
+        for seed in (0, 1, 2)
+    ]
+
+
+def warnings(found: list[Any]) -> str:
+    return " ".join(note.text for note in build(found).notes if note.warning)
+
+
+def test_a_teacher_below_its_plain_student_is_told_below_the_table() -> None:
+    assert "is below the plain student" not in warnings(records(teacher__accuracy=92.5))
+    assert "The teacher 'wrn_22_4_cifar10', 39.90 %, is below the plain student 'CE'" in warnings(
+        records(teacher__accuracy=39.9)
+    )
+    assert "is below the plain student" not in warnings(comparison({"kd": [30.0], "ab": [93.0]}))
+
+
+def test_doubts_and_another_normalization_are_told_below_the_table() -> None:
+    assert "It never answers" in warnings(records(teacher__doubts=["it never answers 5 of the 10 classes"]))
+    found = records()
+    text = " ".join(note.text for note in build(found).notes)
+    assert "of the data card" not in text
+    for record in found:
+        record.spec["protocol"]["normalization"] = {"mean": [0.5], "std": [0.5]}
+    text = " ".join(note.text for note in build(found).notes)
+    assert "The student's images are normalized by mean 0.5 and deviation 0.5 (protocol 'digits'), not by" in text
