@@ -82,9 +82,16 @@ def changed(data: Any, path: tuple[Any, ...]) -> Any:
         inner[path[-1]] = value[:-1] + ("1" if value[-1:] != "1" else "2")
     else:
         text = repr(value)
-        at = max(i for i, c in enumerate(text) if c.isdigit() and "e" not in text[:i])
-        inner[path[-1]] = type(value)(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+        digits = [i for i, c in enumerate(text) if c.isdigit() and "e" not in text[:i]]
+        # Of a float's last digit, two neighbours can be one and the same number: then the digit before it.
+        others = (type(value)(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]) for at in reversed(digits))
+        inner[path[-1]] = next(other for other in others if other != value)
     return copy
+
+
+@pytest.mark.parametrize("value", [0.7336739618113522, 0.9913927380188265, 0.5, 1e-07, 9, "a", "1", True])
+def test_a_changed_value_is_another_one(value: Any) -> None:
+    assert changed({"a": [value]}, ("a", 0)) != {"a": [value]}
 
 
 @pytest.mark.slow
