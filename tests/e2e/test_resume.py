@@ -38,9 +38,13 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]
 
 
+# As a shell without job control starts a background job. Whoever starts the tests, this is what the run gets.
+INTERRUPTS_IGNORED = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+
+
 def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kdbench", *arguments(folder, *more)],
+        [*INTERRUPTS_IGNORED, sys.executable, "-m", "kdbench", *arguments(folder, *more)],
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
