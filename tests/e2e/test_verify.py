@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Kdbench
+from conftest import ROOT, TINY, Kdbench
 
 from kdbench.registry import Registry
 from kdbench.results import sums
@@ -19,7 +18,6 @@ from kdbench.results.verification import Finding, verify
 
 HERE = Path(__file__).parent
 REGISTRY = Registry([HERE / "registry"])
-TINY = [HERE / "recipes" / "tiny.yaml", "--registry", HERE / "registry"]
 
 # What stands in one place only, so that no other entry can contradict it. The sums are there for these.
 ALONE = {
@@ -37,17 +35,10 @@ ALONE = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def finished(tiny_run: Path) -> Path:
     """A published run of two methods and two seeds."""
-    folder = tmp_path_factory.mktemp("verified")
-    overrides = ["seeds=2", "steps=12", "evaluations=3"]
-    for words in (["run", *TINY, *overrides, "--jobs", "1", "--threads", "1"], ["publish", "runs/tiny"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "kdbench", *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-    return folder / "results" / "tiny"
+    return tiny_run / "results" / "tiny"
 
 
 @pytest.fixture
