@@ -37,9 +37,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def same_beginning() -> None:
+    """Every test begins alike: with one thread, and with the draws of one seed where it asks for none of its own."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

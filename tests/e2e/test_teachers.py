@@ -1,4 +1,4 @@
-"""The public CIFAR-10 teachers give exactly their published accuracies, each with its own normalization, in float32."""
+"""The public CIFAR-10 teachers give their published accuracies, each with its own normalization, in float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_accuracy_is_exactly_the_published_one(
+def test_accuracy_is_the_published_one(
     name: str, cifar10_root: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
@@ -35,4 +35,5 @@ def test_accuracy_is_exactly_the_published_one(
     data = cifar10(roots=[cifar10_root], download=False, cache=cifar10_root / "cache", **spec.data.options)
     assert spec.teacher is not None
     found = measured(spec.teacher, tmp_path, False, spec.data, data, torch.device("cpu"))
-    assert found.accuracy == PUBLISHED[name]
+    # One image of 10,000 may lie so near to a boundary that another processor's last digits decide.
+    assert found.accuracy == pytest.approx(PUBLISHED[name], abs=0.0101)

@@ -18,10 +18,13 @@ import json, os, sys, time
 print(json.dumps({"event": "ready", "cuda": %s}), flush=True)
 for line in sys.stdin:
     task = json.loads(line)
-    if task.get("dies"):
+    if marker := task.get("dies"):
+        open(marker, "w").close()
         os._exit(9)
-    # Long enough for every worker to get its part.
-    time.sleep(0.2)
+    while task.get("after") and not os.path.exists(task["after"]):
+        time.sleep(0.01)
+    # Long enough for a death to be noticed.
+    time.sleep(task.get("seconds", 0))
     print(json.dumps({"event": "done", "device": task["device"], "worker": os.getpid()}), flush=True)
 """
 
@@ -69,10 +72,10 @@ def test_more_workers_than_gpus_share_them_and_their_memory(machine: Any) -> Non
     assert Counter(by_worker.values()) == {"cuda:0": 2, "cuda:1": 2}
 
 
-def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any) -> None:
+def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any, tmp_path: Path) -> None:
     machine(2)
-    first, second, *rest = tasks(8)
-    found = done("auto", None, [first, {**second, "dies": True}, *rest])
+    first, second, *rest = ({**task, "after": str(tmp_path / "dead"), "seconds": 0.2} for task in tasks(8))
+    found = done("auto", None, [first, {**second, "dies": str(tmp_path / "dead")}, *rest])
     assert [event["event"] for event in found].count("failed") == 1
     by_worker = {event["worker"]: event["device"] for event in found if event["event"] == "done"}
     assert sorted(by_worker.values()) == ["cuda:0", "cuda:1"]
