@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -53,6 +54,10 @@ def version(show_version: bool = typer.Option(False, "--version", help="Print th
 
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
+    # A shell without job control starts its background jobs with interrupts ignored. They are answered all the same:
+    # an interrupt loses nothing here, every cell is checkpointed first, and no other way of stopping a run is as clean.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -40,9 +40,9 @@ class SGD(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        for name, value in (("learning rate", lr), ("momentum", momentum), ("weight decay", weight_decay)):
             if value < 0:
-                raise ValueError(f"{name} must be at least 0, not {value}")
+                raise ValueError(f"the {name} must be at least 0, not {value}")
         if nesterov and not momentum:
             raise ValueError("Nesterov's form needs a momentum")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})

@@ -288,7 +288,15 @@ def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown:
 
 
 def save(figure: Figure, file: str | Path) -> Path:
-    """Write the PNG atomically, without a date or a version in it."""
+    """Lay the figure out and write the PNG atomically, without a date or a version in it."""
+    # The solver of the layout takes its variables in the order of their addresses in memory, so that its sums end in
+    # one digit or another; where an edge then lies on half a pixel, pixels differ.
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    for axis in figure.axes:
+        left, bottom, width, height = (float(np.float32(part)) for part in axis.get_position(original=True).bounds)
+        axis.set_position((left, bottom, width, height))
     file = Path(file)
     with atomic(file) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -10,7 +10,7 @@ from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
-from kdbench.recipe.planning import plan
+from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
 
@@ -39,12 +39,24 @@ def two_steps(spec: CellSpec) -> CellSpec:
     )
 
 
+def covering(cells: list[PlannedCell]) -> list[PlannedCell]:
+    """So many cells that every value of every compared path is in one: a method that trains with one student and a
+    student that trains with one method do so with each other."""
+    values = {id(cell): {(path, str(value)) for path, value in cell.axes.items()} for cell in cells}
+    chosen = cells[:1]
+    missing = set().union(*values.values()) - values[id(chosen[0])]
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(values[id(cell)] & missing)))
+        missing -= values[id(chosen[-1])]
+    return chosen
+
+
 def cells() -> dict[str, CellSpec]:
-    """Every cell of every recipe that is another one in two steps."""
+    """Every recipe's cells that are others in two steps."""
     seen: dict[str, str] = {}
     found = {}
     for name in recipe_names():
-        for cell in plan(name, REGISTRY, ("seeds=1",), weights_must_exist=False).cells:
+        for cell in covering(plan(name, REGISTRY, ("seeds=1",), weights_must_exist=False).cells):
             spec = two_steps(cell.spec)
             if spec.identity() not in seen:
                 seen[spec.identity()] = name

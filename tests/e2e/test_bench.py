@@ -38,8 +38,6 @@ def test_all_lanes(kdbench: Kdbench, tmp_path: Path) -> None:
     for row in result["rows"]:
         assert len(row["images_per_second"]) == 2 and min(row["images_per_second"]) > 0
     assert [f"{result['ratios'][role]:.2f}" for role in ("run", "cohort", "table")] == list(ratios.groups())
-    # What runs no teacher, of six times the student's size, is faster.
-    assert result["ratios"]["table"] > 1
 
 
 def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Path) -> None:

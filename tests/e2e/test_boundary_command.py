@@ -5,35 +5,28 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Kdbench
+from conftest import TINY, Kdbench, Once
 
 from kdbench.engine.boundaries import of_cells
 from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options
 from kdbench.results.record import read_records
 
-HERE = Path(__file__).parent
-REGISTRY = ["--registry", HERE / "registry"]
+REGISTRY = TINY[1:]
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(once: Once, command_line: Kdbench) -> Path:
     """Two seeds of a plain student, of KD and of BSS, behind a teacher that was trained in the same runs."""
-    folder = tmp_path_factory.mktemp("boundary")
-    recipe = [HERE / "recipes" / "tiny.yaml", "compare.method=[ce, kd, bss]", "seeds=2", "steps=30", "evaluations=1"]
-    command = [sys.executable, "-m", "kdbench", "run", *map(str, [*recipe, *REGISTRY])]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "tiny"
+    words = ("run", *TINY, "compare.method=[ce, kd, bss]", "seeds=2", "steps=30", "evaluations=1", "--jobs", "1")
+    return once("boundary", lambda folder: command_line(*words, cwd=folder)) / "runs" / "tiny"
 
 
 def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
@@ -74,7 +67,7 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
 
 def test_the_picture_is_of_a_cell_with_boundary_samples_and_of_several_classes(finished: Path) -> None:
     records = sorted(read_records([finished]), key=lambda one: (one.cell.order or 0, one.cell.seed))
-    options = Options(runs=finished.parent, registries=(HERE / "registry",))
+    options = Options(runs=finished.parent, registries=(Path(TINY[2]),))
     looked = of_cells(records, options, 30, 1, CPU, print, Provenance(CPU), pictures=4)
     looks = {f"{record.cell.label}, seed {record.cell.seed}": looks for record, _, looks in looked if looks}
     assert list(looks) == ["BSS, seed 0"]

@@ -1,21 +1,13 @@
-"""Distillation without data by the whole way through the runner: nothing real is read; interrupted, it ends alike."""
+"""Distillation without data by the whole way through the runner: nothing real is read."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import guarded
 import pytest
-import torch
-from conftest import Kdbench
 from safetensors.torch import save_file
-from test_resume import left_by
 
 import kdbench
 from kdbench.engine.build import build_model
@@ -83,43 +75,3 @@ def test_nothing_real_is_read_by_a_whole_run(registry: Path, recipe: Path, tmp_p
     # The guard guards: whoever trains on the data set meets it.
     with pytest.raises(CellError, match="1 of 2 cells failed: KD, seed 0: .*a guarded value was read"):
         kdbench.run(recipe, ["compare.method=[noise_kd, kd]"], runs=runs, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_interrupted_while_images_are_added_it_leaves_at_once_and_ends_alike(
-    registry: Path, recipe: Path, kdbench: Kdbench, tmp_path: Path
-) -> None:
-    def command(runs: Path) -> list[str]:
-        more = ["compare.method=[adaptive_deep_inversion]", "method.every=3", "method.iterations=100"]
-        where = ["--registry", str(registry), "--runs", str(runs), "--jobs", "1", "--threads", "1"]
-        return ["run", str(recipe), *more, *where, "--device", "cpu", "--checkpoint-seconds", "1000"]
-
-    kdbench(*command(tmp_path / "whole"))
-    runs = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole" / "sources", runs / "sources")
-    run = subprocess.Popen(
-        [sys.executable, "-m", "kdbench", *command(runs)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ,
-    )
-    # Step 4 is measured; two steps later, in a moment, the second batch is added.
-    deadline = time.monotonic() + 120
-    while not any(file.stat().st_size for file in runs.glob("data_free/*/metrics.jsonl")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.3)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(timeout=60) == 130
-    (kept,) = runs.glob("data_free/*/checkpoint.pt")
-    state = torch.load(kept, weights_only=True)
-    assert state["step"] == 6 and len(state["sources"]["distillation"]["added"]) == 1
-    assert len(list(kept.parent.glob("synthesized/distillation/*.safetensors"))) == 1
-    kdbench(*command(runs))
-    got, expected = left_by(runs), left_by(tmp_path / "whole")
-    for cell, parts in expected.items():
-        for found in (got[cell], parts):
-            found["record"]["sources"]["distillation"].pop("added_seconds")
-        assert [part for part, value in parts.items() if got[cell][part] != value] == []
-    assert got.keys() == expected.keys()

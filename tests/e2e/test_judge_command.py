@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import Kdbench
+from conftest import TINY, Kdbench, Once
 
 from kdbench.sources.digits import load
 from kdbench.sources.made import MadeImages
 
-HERE = Path(__file__).parent
-REGISTRY = ["--registry", HERE / "registry"]
+REGISTRY = TINY[1:]
 METHODS = (
     "compare.method=[ce, {name: deep_inversion, batches: 1, images: 20, iterations: 120, feature: 1.0, jitter: 0},"
     " {name: noise_kd, batches: 1, images: 20}]"
@@ -26,13 +23,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judge")
-    recipe = [HERE / "recipes" / "tiny.yaml", METHODS, "seeds=1", "steps=60", "evaluations=1"]
-    command = [sys.executable, "-m", "kdbench", "run", *map(str, [*recipe, *REGISTRY])]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs"
+def finished(once: Once, command_line: Kdbench) -> Path:
+    words = ("run", *TINY, METHODS, "seeds=1", "steps=60", "evaluations=1", "--jobs", "1")
+    return once("judge", lambda folder: command_line(*words, cwd=folder)) / "runs"
 
 
 def judged(folder: Path) -> list[dict[str, str]]:

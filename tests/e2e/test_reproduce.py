@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,20 +34,6 @@ def test_a_study_is_run_published_and_verified(kdbench: Kdbench, tmp_path: Path)
     again = kdbench(*TINY, "--profile", "full").stdout
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
     assert "estimate for what is not finished: 0:00" in again
-
-
-@pytest.mark.slow
-def test_an_interrupted_study_goes_on(kdbench: Kdbench, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "kdbench", *map(str, TINY), "--profile", "small"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not list((tmp_path / "runs").rglob("metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode in (0, 130)
-    assert "published" in kdbench(*TINY, "--profile", "small").stdout
 
 
 @pytest.mark.slow

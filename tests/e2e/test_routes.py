@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Kdbench
+from conftest import Kdbench, Once
+from kills import Strike, assert_alike, struck
 
 TEACHER = "data: digits\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nsteps: 30\nevaluations: 2\nroute: 5\n"
 RECIPE = """\
@@ -26,7 +23,6 @@ compare:
   method: [kd, rco, rco_one_stage, rco_greedy, rco_long]
 """
 CARDS = "teachers:\n  routed: {model: wrn_10_1, data: digits, recipe: teacher.yaml}\n"
-TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +41,9 @@ def words(cards: Path, runs: Path) -> list[str]:
     return ["run", str(cards / "routes.yaml"), *where, "--jobs", "1", "--threads", "1", "--checkpoint-seconds", "0"]
 
 
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_times(part) for key, part in value.items() if key not in TIMES}
-    return [without_times(part) for part in value] if isinstance(value, list) else value
-
-
-def left_by(runs: Path) -> dict[str, Any]:
-    """Weights, routes and records, by the file's place."""
-    files = [f for f in runs.rglob("*") if f.suffix == ".safetensors" or f.name in ("record.json", "index.json")]
-    return {
-        str(f.relative_to(runs)): without_times(json.loads(f.read_text())) if f.suffix == ".json" else f.read_bytes()
-        for f in sorted(files)
-    }
-
-
 @pytest.fixture(scope="module")
-def whole(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("whole")
-    subprocess.run([sys.executable, "-m", "kdbench", *words(cards, runs)], check=True, capture_output=True, timeout=300)
-    return runs
+def whole(cards: Path, once: Once, command_line: Kdbench) -> Path:
+    return once("routes", lambda folder: command_line(*words(cards, folder), cwd=folder))
 
 
 def records(runs: Path) -> dict[str, Any]:
@@ -118,24 +97,12 @@ def test_anchors_reproduce_from_the_record(whole: Path, cards: Path, kdbench: Kd
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_ends_alike(whole: Path, cards: Path, tmp_path: Path) -> None:
-    """Killed in the teacher's training and in the students', several times."""
-    for wait in (4.0, 5.0, 6.0, 6.5, 7.0, 8.0, 9.0, 120.0):
-        run = subprocess.Popen(
-            [sys.executable, "-m", "kdbench", *words(cards, tmp_path)],
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            assert run.wait(timeout=wait) == 0
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-    got, expected = left_by(tmp_path), left_by(whole)
-    assert got.keys() == expected.keys()
-    assert [name for name in expected if got[name] != expected[name]] == []
+def test_killed_anywhere_it_ends_alike(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """In the teacher's training, between two points of its route, and in the students', between two anchors."""
+    struck(words(cards, tmp_path), Strike("step", 20))
+    struck(words(cards, tmp_path), Strike("step", 60))
+    kdbench(*words(cards, tmp_path))
+    assert_alike(tmp_path, whole)
 
 
 @pytest.mark.slow

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Kdbench
-from test_resume import left_by
+from conftest import Kdbench, Once
+from kills import Strike, assert_alike, struck
 from test_verify import changed, leaves
 
 from kdbench.registry import Registry
@@ -28,13 +23,14 @@ RECIPE = str(HERE / "recipes" / "tiny_domains.yaml")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(once: Once, command_line: Kdbench) -> Path:
     """A run and its published copy."""
-    folder = tmp_path_factory.mktemp("domains")
-    for words in (["run", RECIPE, *OPTIONS], ["publish", "runs/tiny_domains"]):
-        done = subprocess.run([sys.executable, "-m", "kdbench", *words], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        command_line("run", RECIPE, *OPTIONS, cwd=folder)
+        command_line("publish", "runs/tiny_domains", cwd=folder)
+
+    return once("domains", make)
 
 
 def record_of(folder: Path, method: str) -> dict[str, Any]:
@@ -100,23 +96,9 @@ def test_a_cell_with_a_teacher_of_its_own_comes_back_exactly(finished: Path, kdb
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_an_uninterrupted_one(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     """Weights, logits, records and metrics of all cells, the trained teacher's accuracy among them."""
-    command = [sys.executable, "-m", "kdbench", "run", RECIPE, *OPTIONS, "--runs", str(tmp_path)]
-    kills = 0
-    for _ in range(2):
-        process = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
-        )
-        begin = time.monotonic()
-        while process.poll() is None and time.monotonic() - begin < 120:
-            if list(tmp_path.rglob("checkpoint*")):
-                time.sleep(0.5)
-                break
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills and subprocess.run(command, capture_output=True).returncode == 0
-    assert left_by(tmp_path / "tiny_domains") == left_by(finished / "runs" / "tiny_domains")
+    run = ["run", RECIPE, *OPTIONS, "--runs", tmp_path]
+    struck(run, Strike("step", 50))
+    kdbench(*run)
+    assert_alike(tmp_path / "tiny_domains", finished / "runs" / "tiny_domains")

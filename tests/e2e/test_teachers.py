@@ -24,11 +24,11 @@ SHIPPED = {"bss_resnet26_cifar10": 92.55, "wrn_22_4_cifar10": 95.41}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_accuracy_is_exactly_the_published_one(
+def test_accuracy_is_the_published_one(
     name: str, cifar10_root: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
-    assert accuracy(name, cifar10_root, tmp_path) == PUBLISHED[name]
+    assert accuracy(name, cifar10_root, tmp_path) == pytest.approx(PUBLISHED[name], abs=0.0101)
 
 
 @pytest.mark.slow
@@ -44,4 +44,5 @@ def accuracy(teacher: str, cifar10_root: Path, folder: Path) -> float | None:
     spec = plan(recipe, Registry()).cells[0].spec
     data = cifar10(roots=[cifar10_root], download=False, cache=cifar10_root / "cache", **spec.data.options)
     assert spec.teacher is not None
+    # One image of 10,000 may lie so near to a boundary that another processor's last digits decide.
     return measured(spec.teacher, folder, False, spec.data, data, torch.device("cpu")).accuracy

@@ -191,8 +191,9 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
         assert len(batches_of(mixed, pair[0], CPU, pair[1]).test.labels) == 6
 
 
-@pytest.mark.parametrize("method", ["uda", "uda_kd", "uda_kd_official", "uda_then_kd", "kd_then_uda"])
-@pytest.mark.parametrize("at", [3, 5])
+@pytest.mark.parametrize(
+    ("method", "at"), [("uda", 3), ("uda_kd", 3), ("uda_kd_official", 5), ("uda_then_kd", 5), ("kd_then_uda", 5)]
+)
 def test_a_killed_cell_goes_on_bit_identically(method: str, at: int) -> None:
     spec = cell(method)
     whole, batches, teacher = member_of(spec)

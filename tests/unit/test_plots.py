@@ -216,6 +216,23 @@ def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path: Path) -> No
         assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_last_digits_of_a_layout_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver of the layout ends in one digit or another, as its variables lie in memory."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    def drawn(noise: float) -> bytes:
+        def execute(engine: Any, figure: Any) -> None:
+            width = figure.get_size_inches()[0] * plots.DPI
+            for axis in figure.axes:
+                # An edge on half a pixel goes to one side or the other.
+                axis.set_position(((100.5 + noise) / width, 0.2, 0.6, 0.6))
+
+        monkeypatch.setattr(ConstrainedLayoutEngine, "execute", execute)
+        return plots.final_accuracies([make()], tmp_path / "picture.png").read_bytes()
+
+    assert drawn(1e-12) == drawn(-1e-12) != drawn(1.0)
+
+
 def test_the_users_matplotlib_settings_stay_out_and_stay_theirs(tmp_path: Path) -> None:
     import matplotlib
 

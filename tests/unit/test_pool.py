@@ -22,11 +22,15 @@ import json, os, sys, time
 print(json.dumps({"kind": "ready", "cuda": %s}), flush=True)
 for line in sys.stdin:
     order = json.loads(line)
-    if order["task"]["threads"] == 99:
+    number, dead = order["task"]["threads"], %r
+    if number == 99:
+        open(dead, "w").close()
         os._exit(9)
-    # Long enough for every worker to get its part.
+    while number >= 100 and not os.path.exists(dead):
+        time.sleep(0.01)
+    # Long enough for every worker to get its part, and for a death to be noticed.
     time.sleep(0.2)
-    text = f"{os.getpid()} {order['device']} {order['task']['threads']}"
+    text = f"{os.getpid()} {order['device']} {number}"
     print(json.dumps({"kind": "doing", "text": text}), flush=True)
     print(json.dumps({"kind": "done"}), flush=True)
 """
@@ -38,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     start = subprocess.Popen
 
     def of(gpus: int) -> None:
-        (tmp_path / "worker.py").write_text(WORKER % ([10_000_000_000] * gpus))
+        (tmp_path / "worker.py").write_text(WORKER % ([10_000_000_000] * gpus, str(tmp_path / "dead")))
         stand_in = lambda command, **options: start([sys.executable, str(tmp_path / "worker.py")], **options)  # noqa: E731
         monkeypatch.setattr(pool.subprocess, "Popen", stand_in)
 
@@ -79,7 +83,8 @@ def test_more_workers_than_gpus_share_them_and_their_memory(machine: Any) -> Non
 
 def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any) -> None:
     machine(2)
-    first, _, *rest = tasks(8)
+    # The others wait for the death.
+    first, *rest = [TryOut(specs=[], threads=100 + i) for i in range(7)]
     found = done("auto", None, [first, TryOut(specs=[], threads=99), *rest])
     assert sum(isinstance(event, Failed) for event in found) == 1
     by_worker = {worker: device for worker, device, _ in where(found)}
