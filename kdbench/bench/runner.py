@@ -17,10 +17,10 @@ from kdbench.bench.peers import plain_loop, torchdistill_loop
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
-from kdbench.engine.log import MetricsLog
+from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.logits import PartLogits
 from kdbench.engine.member import Member
-from kdbench.engine.program import Program, make_graphs
+from kdbench.engine.program import Group, make_graphs
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation
@@ -58,35 +58,16 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
         values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
         teacher.logits = PartLogits(values.to(device), batches.positions)
     members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
-    for member in members:
-        # The longest stage is what a run mostly does.
-        spans = member.timeline.spans
-        longest = max(range(len(spans)), key=lambda i: spans[i].steps)
-        member.step = spans[longest].start
-        member.enter(longest)
     make_graphs(members, batches, teacher)
-    program = Program(batches, teacher)
     folder = Path(tempfile.mkdtemp())
-    cells = [TrainingCell(m, folder, {}, MetricsLog(folder, [], tensorboard=False)) for m in members]
-    starts = [member.step for member in members]
-    # Not to its end, where the next stage would begin.
-    most = max(min(member.stage.span.steps for member in members) - 1, 1)
-    left = 0
+    cells = [TrainingCell(enter_longest_stage(member), folder, {}, None) for member in members]
+    step = endless([Group(batches, teacher, cells)], computing)
 
-    def step() -> int:
-        nonlocal left
-        if not left:
-            for member, start in zip(members, starts, strict=True):
-                member.step = start
-                member.ready(lambda text: None, lambda: False)
-            left = program.prepare(members, most)
-        program.step(cells)
-        left -= 1
-        for failure in (cell.failure for cell in cells if cell.failure):
-            raise RuntimeError(failure)
+    def train() -> int:
+        step()
         return batches.batch_size * len(members)
 
-    return step
+    return train
 
 
 LOOPS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {

@@ -252,6 +252,14 @@ class Batches:
             self.epoch.begin(permutation(n, self.seed, f"{stream}order", epoch), self.augmentation.view_id(draws))
             self._drawn = (stream, epoch)
 
+    def sizes(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Images in the present batch of each of these input sets."""
+        return tuple(self._of(name)._size for name in names)
+
+    @property
+    def _size(self) -> int:
+        return len(self.epoch.rows)
+
     def feed(self, names: Iterable[str]) -> None:
         """The host's part of the coming step."""
         for name in names:

@@ -22,13 +22,14 @@ class TrainingCell:
 
     Attributes:
         key: what its checkpoint must agree in.
+        log: None for cells that only try something out.
         failure: why it cannot go on. recorded: whether its record is written.
     """
 
     member: Member
     folder: Path
     key: dict[str, Any]
-    log: MetricsLog
+    log: MetricsLog | None
     failure: str | None = None
     recorded: bool = False
 

@@ -1,4 +1,4 @@
-"""The training loop: cells that share data, seed and teacher, side by side behind one teacher pass."""
+"""The training loop: cells side by side, those that share data, seed and teacher behind one teacher pass."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import torch
 
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import evaluate, score
-from kdbench.engine.program import Program, make_graphs
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.program import Group, Program, make_graphs
 
 PROGRESS_SECONDS = 0.25
 
 
 @dataclass
 class Cohort:
-    """Cells with one data order. One that fails or is finished leaves the others untouched.
+    """Cells that train side by side. One that fails or is finished leaves the others untouched.
 
     Args:
+        program: that runs their steps.
         report: called with (cell, None) for progress and (cell, metrics) after an evaluation.
         finish: called with a cell whose member is finished, to write its record.
         stop: asked before every step; True ends the loop after a checkpoint.
@@ -32,9 +31,7 @@ class Cohort:
         tell: called with (cell, text) when a member does something long beside its steps.
     """
 
-    cells: list[TrainingCell]
-    batches: Batches
-    teacher: Teacher | None
+    program: Program
     report: Callable[[TrainingCell, dict[str, Any] | None], None]
     finish: Callable[[TrainingCell], None]
     stop: Callable[[], bool]
@@ -46,12 +43,12 @@ class Cohort:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         self._saved = time.monotonic()
-        program = Program(self.batches, self.teacher)
-        make_graphs([cell.member for cell in self.cells if cell.active], self.batches, self.teacher)
+        for group in self.program.groups:
+            make_graphs([cell.member for cell in group.cells if cell.active], group.batches, group.teacher)
         while active := [cell for cell in self.cells if cell.active]:
             # Members resume each from their own checkpoint: those that are behind catch up alone.
             step = min(cell.member.step for cell in active)
-            if not self._due(active) and not self._stretch(program, [c for c in active if c.member.step == step]):
+            if not self._due(active) and not self._stretch([c for c in active if c.member.step == step]):
                 self.save()
                 return False
             if time.monotonic() - self._saved >= self.checkpoint_seconds:
@@ -74,7 +71,7 @@ class Cohort:
                     return True
         return False
 
-    def _stretch(self, program: Program, cells: list[TrainingCell]) -> bool:
+    def _stretch(self, cells: list[TrainingCell]) -> bool:
         """A stretch of steps of cells that are at the same step. False when stopped."""
         if self.stop():
             return False
@@ -82,10 +79,10 @@ class Cohort:
         if not all(prepared):
             return False
         cells = [cell for cell in cells if cell.active]
-        for _ in range(program.prepare([cell.member for cell in cells]) if cells else 0):
+        for _ in range(self.program.prepare(cells) if cells else 0):
             if self.stop():
                 return False
-            program.step(cells)
+            self.program.step(cells)
             self._progress(cells)
             if not all(cell.active for cell in cells) or time.monotonic() - self._saved >= self.checkpoint_seconds:
                 break
@@ -118,7 +115,7 @@ class Cohort:
         member.meter.clear()
         # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
-        measured = evaluate(member, self.batches, self.teacher)
+        measured = evaluate(member, self._group(cell).batches, self._group(cell).teacher)
         since = log.history[-1]["seconds"] if log.history else 0.0
         entry = {
             "step": member.step,
@@ -131,13 +128,14 @@ class Cohort:
             "seconds": round(log.seconds, 4),
         }
         log.history.append(entry)
+        assert cell.log is not None
         cell.log.append(entry)
         log.evaluation_seconds += time.perf_counter() - begin
         self.report(cell, entry)
 
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
-        member, validation = cell.member, self.batches.validation
+        member, validation = cell.member, self._group(cell).batches.validation
         begin = time.perf_counter()
         member.check_finite()
         member.student.model.eval()
@@ -147,16 +145,24 @@ class Cohort:
         keep(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)
         member.log.evaluation_seconds += time.perf_counter() - begin
 
+    @property
+    def cells(self) -> list[TrainingCell]:
+        return [cell for group in self.program.groups for cell in group.cells]
+
+    def _group(self, cell: TrainingCell) -> Group:
+        return next(group for group in self.program.groups if cell in group.cells)
+
     def _finish(self, cell: TrainingCell) -> None:
         self.finish(cell)
         cell.recorded = True
 
     def _settle(self) -> None:
         """Wait for the steps that a GPU still has before it: they are training, not the evaluation that follows."""
-        if self.batches.device.type != "cuda":
+        device = self.program.groups[0].batches.device
+        if device.type != "cuda":
             return
         begin = time.perf_counter()
-        torch.cuda.synchronize(self.batches.device)
+        torch.cuda.synchronize(device)
         active = [cell for cell in self.cells if cell.active]
         for cell in active:
             cell.member.log.seconds += (time.perf_counter() - begin) / len(active)

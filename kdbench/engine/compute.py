@@ -7,7 +7,7 @@ chooses it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, StrictBool
@@ -31,7 +31,7 @@ class Computing:
             optimizer states and every test stay float32.
         layout: "contiguous" or "channels_last", of images, feature maps and convolutions' weights.
         compile: whether networks run as graphs made by torch.compile, where they can be traced.
-        cuda_graphs: whether those graphs are replayed as CUDA graphs.
+        cuda_graphs: whether whole steps are recorded as CUDA graphs and replayed: always on a GPU, where it can be had.
         worth: steps from which on a graph is worth its compilation; what is used for fewer runs eagerly.
     """
 
@@ -68,7 +68,7 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
     Args:
         bfloat16: whether the hardware computes in it. Where it does not, only an explicit choice uses it.
         compiler: whether torch.compile can work here.
-        cuda: whether on a CUDA device, where compiled networks are tried as CUDA graphs too.
+        cuda: whether on a CUDA device, where steps are recorded and replayed.
     """
     fixed = choice.fixed()
     hardware = ["float32", *(["bfloat16"] if bfloat16 else [])]
@@ -76,8 +76,7 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
     layouts: list[Any] = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
     compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
     ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]
-    graphs = [Computing(w.precision, w.layout, True, cuda_graphs=True) for w in ways if w.compile and cuda]
-    return [*ways, *graphs]
+    return [replace(way, cuda_graphs=cuda) for way in ways]
 
 
 def cohort_bytes(memories: Iterable[Mapping[str, int]]) -> int:

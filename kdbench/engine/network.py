@@ -87,9 +87,6 @@ class Network:
             raise CellError(
                 f"torch.compile failed on '{self.extractor.model_name}': {reason}; run with compute.compile=false"
             ) from None
-        if self.frozen and self.computing.cuda_graphs:
-            # The next network's replay takes the memory back of what waits for no backward pass.
-            values = [value.clone() for value in values]
         found = dict(zip(names, values, strict=True))
         return {point: found[point] for point in points}
 
@@ -131,9 +128,7 @@ class Network:
 
     def _compiled(self, graph: Traced) -> Callable[..., Any]:
         options: dict[str, Any] = {}
-        if self.computing.cuda_graphs:
-            options["triton.cudagraphs"] = True
-        elif self.frozen and next(self.model.parameters()).device.type == "cpu":
+        if self.frozen and next(self.model.parameters()).device.type == "cpu":
             # Weights become constants, packed for the kernels once, with batch norms folded into convolutions.
             options["freezing"] = True
         return torch.compile(graph.module, dynamic=False, options=options or None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from kdbench.engine.batches import Batches
+from kdbench.engine.batches import MOST_STEPS, Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.member import Member
 from kdbench.engine.network import together
@@ -14,17 +15,30 @@ from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import Teacher
 
 
+@dataclass(eq=False)
+class Group:
+    """Cells with one data order, side by side behind one teacher pass."""
+
+    batches: Batches
+    teacher: Teacher | None
+    cells: list[TrainingCell]
+
+    def among(self, cells: Collection[TrainingCell]) -> list[TrainingCell]:
+        """Its cells that are among these."""
+        return [cell for cell in self.cells if cell in cells]
+
+
 class Program:
-    """Runs stretches of steps of members that are at the same step.
+    """Runs stretches of steps of cells that are at the same step, one after the other.
 
     Args:
-        batches, teacher: that the members share.
+        groups: of all cells; those of several seeds may train in one program.
     """
 
-    def __init__(self, batches: Batches, teacher: Teacher | None) -> None:
-        self.batches, self.teacher = batches, teacher
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
 
-    def prepare(self, members: Sequence[Member], most: int | None = None) -> int:
+    def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
         """Put what the coming steps need on the device.
 
         Args:
@@ -33,26 +47,41 @@ class Program:
         Returns:
             how many steps can be taken before the host has to act again.
         """
-        steps = self.batches.seek(members[0].step, members[0].timeline, _sets_of(members))
-        for member in members:
-            steps = member.steps_alike(min(steps, most or steps))
-        for member in members:
-            member.prepare(steps)
-        return steps
-
-    def step(self, cells: Sequence[TrainingCell]) -> None:
-        """One step of these cells. One that fails leaves the others untouched."""
-        begin = time.perf_counter()
-        members = [cell.member for cell in cells]
-        self.batches.feed(_sets_of(members))
-        sets, taught = shared_part(self.batches, self.teacher, members)
-        shared = (time.perf_counter() - begin) / len(cells)
+        for group, members in self._present(cells):
+            most = min(most, group.batches.seek(members[0].step, members[0].timeline, sets_of(members)))
         for cell in cells:
+            most = cell.member.steps_alike(most)
+        for cell in cells:
+            cell.member.prepare(most)
+        return most
+
+    def step(self, cells: Collection[TrainingCell]) -> None:
+        """One step of these cells. One that fails leaves the others untouched."""
+        for group, members in self._present(cells):
             begin = time.perf_counter()
-            with cell.failures():
-                cell.member.before_step()
-                cell.member.after_step(train(cell.member, sets, taught))
-            cell.member.log.seconds += time.perf_counter() - begin + shared
+            group.batches.feed(sets_of(members))
+            sets, taught = shared_part(group.batches, group.teacher, members)
+            shared = (time.perf_counter() - begin) / len(members)
+            for cell in group.among(cells):
+                begin = time.perf_counter()
+                with cell.failures():
+                    cell.member.before_step()
+                    cell.member.after_step(train(cell.member, sets, taught))
+                cell.member.log.seconds += time.perf_counter() - begin + shared
+
+    def replayed(self, member: Member) -> bool:
+        """Whether steps of a member were replayed."""
+        return False
+
+    def eager_stages(self, member: Member) -> dict[str, str]:
+        """Stages of a member whose steps could not be replayed, and why."""
+        return {}
+
+    def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Group, list[Member]]]:
+        """Groups that have some of these cells, with their members."""
+        for group in self.groups:
+            if members := [cell.member for cell in group.among(cells)]:
+                yield group, members
 
 
 def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | None) -> None:
@@ -87,6 +116,6 @@ def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset
     return uses
 
 
-def _sets_of(members: Iterable[Member]) -> list[str]:
+def sets_of(members: Iterable[Member]) -> list[str]:
     """Input sets that the data give and some member reads."""
     return list(dict.fromkeys(name for member in members for name in member.stage.shared_sets))

@@ -100,9 +100,15 @@ class StreamedBatches(Batches):
             self._ahead = deque()
             parts = self.drawing.addresses(step, timeline, self._ahead)
             self._decoding = _decoded(self.pictures, self.drawing.area, parts, self.device)
-        self._next = step
+        self._next, self._timeline = step, timeline
         position = place_of(step, timeline)[2]
         return max(min(timeline.batches_per_epoch, len(self.train) // self.batch_size) - position, 1)
+
+    @property
+    def _size(self) -> int:
+        assert self._next is not None
+        first = place_of(self._next, self._timeline)[2] * self.batch_size
+        return min(self.batch_size, len(self.train) - first)
 
     def _feed(self) -> None:
         """Take the pictures of the coming step, which were decoded meanwhile."""

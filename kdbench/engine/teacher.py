@@ -92,6 +92,10 @@ class Teacher:
                 found |= self.network.step(self.network.normalizer(batch.images), rest)
         return found
 
+    def logits_elsewhere(self, device: torch.device) -> bool:
+        """Whether its table of logits is too large for the device that trains."""
+        return self.logits is not None and self.logits.logits.device.type != device.type
+
     def given(self, shared: Values, sets: Sets) -> OfSets:
         # What others of the cohort asked for is not this member's: its "data" may be made.
         return {name: dict(found) for name, found in shared.items() if name in sets}

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
+from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import Computing
@@ -24,6 +25,7 @@ from kdbench.engine.memory import peak_memory
 from kdbench.engine.messages import CellFailed, CellFinished, CellTask, Doing, Event, Note, Progress, TrainCohort
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.program import Group, Program
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teacher import Teacher
@@ -49,9 +51,7 @@ def train_cohort(task: TrainCohort, materials: Materials, emit: Emit, stopping: 
             return
         training = Training(task, cells, materials, emit)
         Cohort(
-            list(training.cells),
-            training.batches,
-            training.teacher,
+            training.program,
             training.report,
             training.finish,
             stopping,
@@ -89,6 +89,7 @@ class Training:
                 self.cells[self._built(cell)] = cell
             except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
                 emit(CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
+        self.program = program_of([Group(self.batches, self.teacher, list(self.cells))], self.computing)
 
     def _built(self, cell: CellTask) -> TrainingCell:
         """A cell of the cohort, from its checkpoint if there is one."""
@@ -152,7 +153,7 @@ class Training:
             member.anchors.check()
         compute = {
             **machine(self.device, self.task.threads),
-            **way_of(member, teacher),
+            **way_of(member, teacher, self.program),
             "cohort": len(self.cells),
             "peak_memory_bytes": peak_memory(self.device),
         }
@@ -166,6 +167,7 @@ class Training:
             teacher.network.model if teacher else None,
             compute,
         )
+        assert cell.log is not None
         cell.log.close()
         accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
         self.emit(CellFinished(cell=self.cells[cell].id, accuracy=accuracy, seconds=seconds))
@@ -180,7 +182,7 @@ def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
     return True
 
 
-def way_of(member: Member, teacher: Teacher | None) -> dict[str, Any]:
+def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
     way: Computing = member.computing
     asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
@@ -192,10 +194,11 @@ def way_of(member: Member, teacher: Teacher | None) -> dict[str, Any]:
         "layout": way.layout,
         # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
         "compile": graphs,
-        "cuda_graphs": way.cuda_graphs and graphs,
+        "cuda_graphs": program.replayed(member),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": "float32, eager",
         **({"not_compiled": untraceable} if untraceable else {}),
+        **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
     }
 
 

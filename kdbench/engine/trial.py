@@ -8,15 +8,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from kdbench.engine.batches import Batches, Sets
+from kdbench.engine.capture import WARM
+from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing, candidates
+from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
-from kdbench.engine.program import make_graphs
+from kdbench.engine.program import Group, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import OfSets, Teacher
 from kdbench.errors import CellError, UserError
@@ -33,6 +37,8 @@ GAIN = 0.05
 COST = 0.1
 # How far a way's first losses may be from the plainest way's.
 OFF = {"float32": 1e-3, "bfloat16": 0.05}
+# Replayed steps in a measurement.
+REPLAYS = 20
 # Cells of a cohort that are measured at most: they differ little, and all would take long.
 CELLS = 3
 
@@ -135,7 +141,7 @@ def choose(
         if not one.remark and one.seconds(work) < (1 - GAIN) * predicted:
             best = one
     way = best.computing
-    eager = next((one for one in tried if one.computing == replace(way, compile=False, cuda_graphs=False)), None)
+    eager = next((one for one in tried if one.computing == replace(way, compile=False)), None)
     return Choice(_settled(way, best, eager), why, [one.plain(work) for one in tried])
 
 
@@ -152,7 +158,7 @@ def _promising(way: Computing, best: Tried, tried: list[Tried], device: torch.de
 def possible(way: Computing, device: torch.device) -> Computing:
     """A way that was chosen elsewhere, without what this machine lacks: graphs give the numbers of eager networks."""
     if way.compile and not compiler_works(device):
-        way = replace(way, compile=False, cuda_graphs=False)
+        way = replace(way, compile=False)
     return replace(way, cuda_graphs=False) if way.cuda_graphs and device.type != "cuda" else way
 
 
@@ -177,9 +183,12 @@ def _measure(
     try:
         teacher = load(way)
         members = [
-            _in_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, files)) for s in specs
+            enter_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, files)) for s in specs
         ]
         make_graphs(members, batches, teacher)
+        if way.cuda_graphs:
+            one.compiling, one.student, one.losses = _replayed(members, batches, teacher, way)
+            return one
 
         def shared() -> tuple[Sets, OfSets]:
             batches.seek(members[0].step, members[0].timeline, names)
@@ -212,12 +221,25 @@ def _measure(
     return one
 
 
-def _in_longest_stage(member: Member) -> Member:
-    spans = member.timeline.spans
-    longest = max(range(len(spans)), key=lambda i: spans[i].steps)
-    member.step = spans[longest].start
-    member.enter(longest)
-    return member
+def _replayed(
+    members: list[Member], batches: Batches, teacher: Teacher | None, way: Computing
+) -> tuple[float, float, list[float]]:
+    """Seconds until the members' steps are recorded, seconds of one student in a replayed step (its part of the
+    teacher's pass included), and their first losses."""
+    cells = [TrainingCell(member, Path(), {}, None) for member in members]
+    step = endless([Group(batches, teacher, cells)], way)
+
+    def taken(steps: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(batches.device)
+        return time.perf_counter() - begin
+
+    first = taken(1)
+    losses = [member.meter.result()["loss"] for member in members]
+    recording = first + taken(WARM)
+    return recording, min(taken(REPLAYS), taken(REPLAYS)) / REPLAYS / len(members), losses
 
 
 def _times(action: Callable[[], T], device: torch.device) -> tuple[T, float, float]:
