@@ -58,9 +58,9 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
         values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
         teacher.logits = PartLogits(values.to(device), batches.positions)
     members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
-    make_graphs(members, batches, teacher)
     folder = Path(tempfile.mkdtemp())
     cells = [TrainingCell(enter_longest_stage(member), folder, {}, None) for member in members]
+    make_graphs(members, batches, teacher)
     step = endless([Group(batches, teacher, cells)], computing)
 
     def train() -> int:

@@ -119,6 +119,7 @@ class Epoch:
     def __init__(self, device: torch.device) -> None:
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         self.order, self.views, self.rows = nothing, nothing, nothing
+        self._rows_of: dict[int, Tensor] = {}
         self.first = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, order: Tensor, views: Tensor) -> None:
@@ -132,8 +133,9 @@ class Epoch:
     def seek(self, first: int, size: int) -> None:
         """Let the next batch begin at an image of the pass, with so many images."""
         self.first.fill_(first)
-        if len(self.rows) != size:
-            self.rows = torch.arange(size, device=self.first.device)
+        if size not in self._rows_of:
+            self._rows_of[size] = torch.arange(size, device=self.first.device)
+        self.rows = self._rows_of[size]
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Positions in the training set and views of the next batch, int64 [size] each."""

@@ -217,7 +217,7 @@ class CapturedProgram(Program):
             recording.shared = self.recorder.record(shared)
             for cell in cells:
                 if cell in self.drawing:
-                    recording.alone[cell] = self.recorder.record(calls[cell])
+                    recording.alone[cell] = self.recorder.record(lambda cell=cell: calls[cell]())  # type: ignore[misc]
         except (RuntimeError, ValueError) as error:
             why = f"recording failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
             for cell in cells:

@@ -14,7 +14,7 @@ from kdbench.engine import choosing, trial
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import REFERENCE, Computing, candidates
 from kdbench.engine.member import Member
-from kdbench.engine.program import make_graphs
+from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.trial import Tried, Work, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
@@ -327,4 +327,4 @@ def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compile
     batches, teacher = batches_for(spec), teacher_of(spec, way)
     member = Member(spec, batches, teacher, CPU, way)
     make_graphs([member], batches, teacher)
-    assert way_of(member, teacher)["compile"] is compiled
+    assert way_of(member, teacher, Program([]))["compile"] is compiled

@@ -23,6 +23,7 @@ from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
+from kdbench.engine.program import Group, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -538,9 +539,7 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
         log = MetricsLog(folder / "cell", member.log.history, tensorboard=False)
         seat = TrainingCell(member, folder / "cell", {"a": 1}, log)
         cohort = Cohort(
-            [seat],
-            batches,
-            teacher,
+            Program([Group(batches, teacher, [seat])]),
             lambda *_: None,
             lambda _: None,
             lambda: iterations >= stop_after,

@@ -18,6 +18,7 @@ from kdbench.engine.cohort import Cohort
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
+from kdbench.engine.program import Group, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -87,7 +88,7 @@ def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = la
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, CPU)
         seats.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    Cohort(seats, batches, teacher, lambda seat, entry: None, lambda seat: None, stop).run()
+    Cohort(Program([Group(batches, teacher, seats)]), lambda seat, entry: None, lambda seat: None, stop).run()
     return seats
 
 

@@ -101,6 +101,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
+from kdbench.engine.program import Group, Program
 from kdbench.engine.memory import peak_memory
 from kdbench.recipe.schema import CellSpec
 from pathlib import Path
@@ -117,7 +118,7 @@ at = []
 def look(seat, entry):
     if entry is not None:
         at.append(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
-Cohort(seats, batches, teacher, look, lambda seat: None, lambda: False).run()
+Cohort(Program([Group(batches, teacher, seats)]), look, lambda seat: None, lambda: False).run()
 print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s in seats if s.failure]}))
 """
 

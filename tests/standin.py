@@ -1,0 +1,107 @@
+"""A stand-in for CUDA graphs that works on a processor, and fails where a graph would go wrong without a word.
+
+A graph replays what it recorded, on the memory that it recorded: it never looks at Python again. The stand-in runs the
+recorded call once more in place of a replay, and demands that this is the very same computation: the same operations on
+the same shapes with the same numbers, and no tensor from outside that was not there when it was recorded. What was
+replaced since, or told anew as a number, is found so; and what a graph may not hold at all (a value that is read, a
+tensor made of the host's numbers) when it is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# Operations that give the host a value of the device, and those that bring numbers of the host to it.
+READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
+MAKES = {"aten::lift_fresh", "aten::lift_fresh_copy"}
+
+
+class Watched(TorchDispatchMode):
+    """Notes the operations of a call, with their numbers and shapes, and the memory from outside that they touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[str, tuple[Any, ...]]] = []
+        self.inside: dict[int, Any] = {}
+        self.outside: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, _ = tree_flatten((args, kwargs))
+        for value in flat:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self.inside and storage._cdata not in self.outside:
+                    whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                    self.outside[storage._cdata] = (whole, whole.clone())
+        told = tuple((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else str(a) for a in flat)
+        self.operations.append((func._schema.name, told))
+        found = func(*args, **kwargs)
+        for value in tree_flatten(found)[0]:
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.outside:
+                # Held, so that no later tensor can come to lie in the same place.
+                self.inside[value.untyped_storage()._cdata] = value.untyped_storage()
+        return found
+
+    def put_back(self) -> None:
+        """Have all memory from outside as it was before."""
+        for whole, before in self.outside.values():
+            whole.copy_(before)
+
+
+class StandIn:
+    """A `kdbench.engine.capture.Recorder` without a GPU.
+
+    Attributes:
+        recorded: how many calls were recorded. replayed: how many replays there were.
+    """
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = self.last = 0
+        self.made: dict[int, Any] = {}
+
+    def run(self, call: Callable[[], None]) -> None:
+        call()
+
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        state = torch.get_rng_state()
+        with Watched() as watched:
+            call()
+        watched.put_back()
+        torch.set_rng_state(state)
+        names = {name for name, _ in watched.operations}
+        assert not names & READS, f"a recorded step reads values: {names & READS}"
+        assert not names & MAKES, f"a recorded step makes tensors of the host's numbers: {names & MAKES}"
+        self.recorded += 1
+        number = self.recorded
+
+        def replay() -> None:
+            if number <= self.last:
+                # A new step: what the calls of the last one made for each other is gone.
+                self.made = {}
+            self.last = number
+            with Watched() as again:
+                call()
+            known = watched.outside.keys() | self.made.keys()
+            new = [whole for key, (whole, _) in again.outside.items() if key not in known]
+            assert not new, f"stale: {len(new)} tensors were replaced since the step was recorded"
+            self.made |= again.inside
+            assert len(again.operations) == len(watched.operations), "stale: the step is another computation"
+            for a, b in zip(watched.operations, again.operations, strict=True):
+                assert a == b, f"stale: {b} was recorded as {a}"
+            self.replayed += 1
+
+        return replay
+
+    def side_by_side(self, calls: Sequence[Callable[[], None]]) -> None:
+        for call in calls:
+            call()
+
+    def drawn(self) -> int:
+        return hash(torch.get_rng_state().numpy().tobytes())

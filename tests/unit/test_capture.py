@@ -1,0 +1,286 @@
+"""Steps are recorded once and replayed, without a GPU by a stand-in that fails on all that a graph would get wrong: for
+every method and stage, replayed steps are the eager ones bit for bit. What cannot be recorded says why, and loses
+nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from standin import StandIn
+from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
+from torch.nn import functional as F
+
+from kdbench.engine import capture
+from kdbench.engine.batches import Batches
+from kdbench.engine.capture import CapturedProgram
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member
+from kdbench.engine.program import Group, Program
+from kdbench.engine.teachers import fingerprint
+from kdbench.recipe.planning import plan
+from kdbench.recipe.schema import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+METHODS = REGISTRY.names("methods")
+STEPS = 14
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of a few steps are worth recording here."""
+    monkeypatch.setattr(capture, "WARM", 2)
+    monkeypatch.setattr(capture, "FEWEST", 3)
+
+
+def cell(method: str | dict[str, Any], steps: int = STEPS, batch: int = 2, **more: Any) -> CellSpec:
+    """A cell whose stages have so many steps each."""
+    name = method if isinstance(method, str) else method["name"]
+    recipe = {
+        # With all that a method may need: validation images, and a route of the teacher.
+        "data": {"name": "digits", "validation": 100},
+        "teacher": "wrn_16_2_digits_route",
+        "student": student_of(name),
+        "protocol": {"name": "digits", "augmentation": {"padding": 1, "mode": "reflect", "flip": True}},
+        "method": method,
+    }
+    spec = plan(recipe | target_for(name, REGISTRY) | more, REGISTRY).cells[0].spec
+    n = len(spec.method.stages)
+    spec = shortened(spec, steps=steps * n, batch=batch)
+    equal = {
+        name: stage.model_copy(update={"share": 1 / n if i < n - 1 else None})
+        for i, (name, stage) in enumerate(spec.method.stages.items())
+    }
+    return spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal}), "evaluations": 0})
+
+
+def group_of(specs: list[CellSpec], folder: Path, per_class: int = 24) -> Group:
+    data = images(specs[0].data, per_class=per_class)
+    target = images(specs[0].target, per_class=8, seed=1) if specs[0].target else None
+    batches = Batches(specs[0], data, CPU, target)
+    teacher = next((t for t in map(untrained_teacher, specs) if t), None)
+    cells = []
+    for i, spec in enumerate(specs):
+        member = Member(spec, batches, teacher if spec.teacher else None, CPU)
+        cells.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
+    return Group(batches, teacher, cells)
+
+
+def trained(program: Program) -> None:
+    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    for group in program.groups:
+        assert [cell.failure for cell in group.cells] == [None] * len(group.cells)
+
+
+def outcome(group: Group) -> list[Any]:
+    """All that training leaves: weights, and what was measured on the way."""
+    timeless = ("images_per_second", "seconds")
+    return [
+        (
+            fingerprint(cell.member.student.model),
+            fingerprint(cell.member.terms),
+            cell.member.own_teacher and fingerprint(cell.member.own_teacher.model),
+            [{key: v for key, v in entry.items() if key not in timeless} for entry in cell.member.log.history],
+        )
+        for cell in group.cells
+    ]
+
+
+def both(
+    specs: list[CellSpec],
+    folder: Path,
+    change: Callable[[Group], None] = lambda group: None,
+    recorder: StandIn | None = None,
+    per_class: int = 24,
+) -> CapturedProgram:
+    """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded."""
+    eager, recorded = (group_of(specs, folder / name, per_class) for name in ("eager", "recorded"))
+    for group in (eager, recorded):
+        change(group)
+    trained(Program([eager]))
+    program = CapturedProgram([recorded], recorder or StandIn())
+    trained(program)
+    assert outcome(recorded) == outcome(eager)
+    return program
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_of_every_method_is_replayed_or_says_why_not(method: str, tmp_path: Path) -> None:
+    program = both([cell(method)], tmp_path)
+    (of,) = program.groups[0].cells
+    recorder: Any = program.recorder
+    said = program.eager_stages(of.member)
+    for name, stage in of.member.spec.method.stages.items():
+        source = of.member.sources.get(name)
+        if source is not None and source.by_step:
+            assert said[name] == source.by_step
+        else:
+            assert name not in said and (of.member, name) in program.done, f"{name}: {said.get(name)}"
+            assert stage.losses
+    assert recorder.replayed >= len(program.done) or len(said) == len(of.member.spec.method.stages)
+
+
+def test_a_cohort_is_one_recording_and_members_that_leave_make_another(tmp_path: Path) -> None:
+    """AB's stages end in the middle of the others' only one."""
+    specs = [cell(method, steps=2 * STEPS if i else STEPS) for i, method in enumerate(("ab", "ce", "kd", "at"))]
+    program = both(specs, tmp_path)
+    assert len([r for r in program.recordings.values() if r]) == 2
+
+
+def test_seeds_side_by_side_are_the_cells_alone(tmp_path: Path) -> None:
+    specs = [cell("kd").model_copy(update={"seed": seed}) for seed in (0, 1)]
+    alone = [group_of([spec], tmp_path / f"alone{spec.seed}") for spec in specs]
+    for group in alone:
+        trained(Program([group]))
+    together = [group_of([spec], tmp_path / f"together{spec.seed}") for spec in specs]
+    program = CapturedProgram(together, StandIn())
+    trained(program)
+    assert [outcome(group) for group in together] == [outcome(group) for group in alone]
+    assert len(program.recordings) == 1 and all(program.recordings.values())
+
+
+def test_a_smaller_last_batch_is_a_recording_of_its_own_or_eager(tmp_path: Path) -> None:
+    """50 images in batches of 8: six whole ones and one of two, in every epoch."""
+    spec = cell("kd", steps=28, batch=8)
+    program = both([spec], tmp_path, per_class=5)
+    sizes = {key[-1] for key in program.recordings if key}
+    assert (8,) in sizes
+
+
+def with_dropout(group: Group) -> None:
+    for one in group.cells[:1]:
+        model: Any = one.member.student.model
+        model.fc.register_forward_pre_hook(lambda module, args: F.dropout(args[0], 0.3, module.training))
+
+
+def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_address(tmp_path: Path) -> None:
+    program = both([cell("kd"), cell("ce")], tmp_path, with_dropout)
+    (recording,) = [r for r in program.recordings.values() if r]
+    assert [c.member.spec.method.name for c in recording.alone] == ["kd"]
+    alone = both([cell("kd")], tmp_path / "alone", with_dropout)
+    assert outcome(alone.groups[0])[0] == outcome(program.groups[0])[0]
+
+
+def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
+    class Fails(StandIn):
+        def record(self, call: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    program = both([cell("kd")], tmp_path, recorder=Fails())
+    (why,) = program.eager_stages(program.groups[0].cells[0].member).values()
+    assert why == "recording failed: CUDA error: operation not permitted when stream is capturing"
+    assert not program.replayed(program.groups[0].cells[0].member)
+
+
+def test_rates_of_an_optimizer_that_takes_numbers_are_no_stretch(tmp_path: Path) -> None:
+    protocol = {"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}, "schedule": "cosine"}
+    program = both([cell("kd", protocol=protocol)], tmp_path)
+    assert program.eager_stages(program.groups[0].cells[0].member) == {
+        "classification": "its optimizer takes its rates from the host"
+    }
+
+
+# --- what a graph would get wrong without a word
+
+
+def clear_momentum(member: Member) -> None:
+    for one in member.stage.optimizers:
+        for kept in one.optimizer.state.values():
+            kept["momentum_buffer"] = torch.zeros_like(kept["momentum_buffer"])
+
+
+def load_optimizer(member: Member) -> None:
+    for one in member.stage.optimizers:
+        one.optimizer.load_state_dict(one.optimizer.state_dict())
+
+
+def rate_as_number(member: Member) -> None:
+    one = member.stage.optimizers[0]
+    one.on_device = False
+    one.optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+
+
+def order_replaced(member: Member) -> None:
+    epoch = member.batches.epoch
+    epoch.order = epoch.order.clone()
+
+
+def position_replaced(member: Member) -> None:
+    member.batches.epoch.first = member.batches.epoch.first.clone()
+
+
+def statistics_replaced(member: Member) -> None:
+    norm = next(m for m in member.student.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.running_mean = norm.running_mean.clone()  # type: ignore[union-attr]
+
+
+def weight_as_number(member: Member) -> None:
+    now = member.stage.now
+    member.stage.now = lambda: (dict.fromkeys(now()[0], 1.0 + member.step), now()[1])  # type: ignore[assignment, return-value]
+
+
+def sums_replaced(member: Member) -> None:
+    member.meter.sums = torch.zeros_like(member.meter.sums)
+
+
+def term_with_a_count(member: Member) -> None:
+    term = next(iter(member.stage.terms.values()))
+    forward = term.forward
+    term.forward = lambda values, sets: forward(values, sets) * (1 + member.step)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        clear_momentum,
+        load_optimizer,
+        rate_as_number,
+        order_replaced,
+        position_replaced,
+        statistics_replaced,
+        weight_as_number,
+        sums_replaced,
+        term_with_a_count,
+    ],
+)
+def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], None], tmp_path: Path) -> None:
+    group = group_of([cell("kd")], tmp_path)
+    program = CapturedProgram([group], StandIn())
+    (one,) = group.cells
+    assert one.member.ready(lambda text: None, lambda: False)
+    assert program.prepare(group.cells) > 5
+    for _ in range(4):
+        program.step(group.cells)
+    assert program.replayed(one.member) and one.failure is None
+    trap(one.member)
+    with pytest.raises(AssertionError, match="stale"):
+        program.step(group.cells)
+        program.step(group.cells)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda value: value * value.item(), "reads values"),
+        (lambda value: value * torch.tensor(2.0), "host's numbers"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
+    loss: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    group = group_of([cell("kd")], tmp_path)
+    program = CapturedProgram([group], StandIn())
+    term = next(iter(group.cells[0].member.stage.terms.values()))
+    forward = term.forward
+    term.forward = lambda values, sets: loss(forward(values, sets))  # type: ignore[method-assign]
+    group.cells[0].member.ready(lambda text: None, lambda: False)
+    program.prepare(group.cells)
+    with pytest.raises(AssertionError, match=message):
+        for _ in range(4):
+            program.step(group.cells)
