@@ -129,7 +129,7 @@ def check_options(
 
 
 def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
+    if not _finite(value):
         raise UserError(f"'{parameter.name}' of {what} cannot be {value}", where=where, hint="it must be finite")
     if parameter.type is None:
         return value
@@ -141,6 +141,13 @@ def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
         if isinstance(value, str) and parameter.type in (int, float):
             hint += "; write a number without quotes"
         raise UserError(f"'{parameter.name}' of {what} cannot be {value!r}", where=where, hint=hint) from None
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers in plain data are finite: others have no place in a record."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _from_arguments(arguments: ast.arguments, skip: int) -> dict[str, Parameter]:

@@ -160,9 +160,15 @@ class CapturedProgram(Program):
         return {stage: why for (_, stage), why in own.items()}
 
     def _kind(self, cells: Collection[TrainingCell]) -> Any:
-        """What makes two steps the same computation: the cells' stages and terms, and the sizes of their batches."""
-        stages = [(cell.member.stage, *(tuple(turn.counting) for turn in cell.member.stage.turns)) for cell in cells]
-        return (*stages, *(group.batches.sizes(sets_of(members)) for group, members in self._present(cells)))
+        """What makes two steps the same computation, on the same memory: the cells' stages, terms, optimizers' states
+        and sources, and the sizes of their batches."""
+        kinds: list[Any] = []
+        for stage in (cell.member.stage for cell in cells):
+            counting = tuple(tuple(turn.active) for turn in stage.turns)
+            states = tuple(one.renewed for one in stage.optimizers)
+            kinds.append((stage, counting, states, stage.source.memory() if stage.source else None))
+        kinds += [group.batches.sizes(sets_of(members)) for group, members in self._present(cells)]
+        return tuple(kinds)
 
     def _why_not(self, cells: Collection[TrainingCell], steps: int) -> str | None:
         """Why a stretch of these cells cannot be recorded, or is not worth it; None where it can."""
@@ -186,12 +192,12 @@ class CapturedProgram(Program):
 
         def call() -> None:
             for group, members in self._present(cells):
-                sets, taught = shared_part(group.batches, group.teacher, members)
+                sets, teacher_values = shared_part(group.batches, group.teacher, members)
                 for cell in group.among(cells):
                     with cell.failures():
                         cell.member.before_step()
                         before = self.recorder.drawn()
-                        images[cell] = train(cell.member, sets, taught)
+                        images[cell] = train(cell.member, sets, teacher_values)
                         if self.recorder.drawn() != before:
                             self.drawing.add(cell)
 
@@ -205,11 +211,11 @@ class CapturedProgram(Program):
 
         def shared() -> None:
             for group, members in self._present(cells):
-                sets, taught = shared_part(group.batches, group.teacher, members)
-                recording.holds += [sets, taught]
+                sets, teacher_values = shared_part(group.batches, group.teacher, members)
+                recording.holds += [sets, teacher_values]
                 for cell in group.among(cells):
-                    calls[cell] = lambda cell=cell, sets=sets, taught=taught: recording.images.update(  # type: ignore[misc]
-                        {cell: train(cell.member, sets, taught)}
+                    calls[cell] = lambda cell=cell, sets=sets, teacher_values=teacher_values: recording.images.update(  # type: ignore[misc]
+                        {cell: train(cell.member, sets, teacher_values)}
                     )
             self.recorder.side_by_side([calls[cell] for cell in quiet])
 

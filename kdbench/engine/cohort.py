@@ -11,6 +11,7 @@ import torch
 
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep
+from kdbench.engine.batches import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import evaluate, score
 from kdbench.engine.program import Group, Program, make_graphs
@@ -73,13 +74,14 @@ class Cohort:
 
     def _stretch(self, cells: list[TrainingCell]) -> bool:
         """A stretch of steps of cells that are at the same step. False when stopped."""
-        if self.stop():
-            return False
-        prepared = [self._ready(cell) for cell in cells]
-        if not all(prepared):
-            return False
-        cells = [cell for cell in cells if cell.active]
-        for _ in range(self.program.prepare(cells) if cells else 0):
+        for cell in cells:
+            if self.stop() or not self._ready(cell):
+                return False
+        # Up to where others wait: from there on they go together.
+        ahead = [cell.member.step - cells[0].member.step for cell in self.cells if cell.active]
+        most = min((steps for steps in ahead if steps > 0), default=MOST_STEPS)
+        for _ in range(self._prepare([cell for cell in cells if cell.active], most)):
+            cells = [cell for cell in cells if cell.active]
             if self.stop():
                 return False
             self.program.step(cells)
@@ -87,6 +89,18 @@ class Cohort:
             if not all(cell.active for cell in cells) or time.monotonic() - self._saved >= self.checkpoint_seconds:
                 break
         return True
+
+    def _prepare(self, cells: list[TrainingCell], most: int) -> int:
+        """Prepare the next steps of cells, which is a part of their training; how many these are."""
+        if not cells:
+            return 0
+        self._settle()
+        begin = time.perf_counter()
+        steps = self.program.prepare(cells, most)
+        for cell in cells:
+            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+        self._progress([cell for cell in cells if cell.failure is not None])
+        return steps if any(cell.active for cell in cells) else 0
 
     def _ready(self, cell: TrainingCell) -> bool:
         """Let a member prepare its next steps. False when it was stopped before it could."""
@@ -96,6 +110,8 @@ class Cohort:
         if done:
             # What was stopped is lost, as with a kill: whoever resumes spends the time again.
             cell.member.log.seconds += time.perf_counter() - begin
+        if cell.failure is not None:
+            self._progress([cell])
         return done
 
     def _progress(self, cells: Sequence[TrainingCell]) -> None:

@@ -130,6 +130,10 @@ class Source(ABC):
         """For how many steps what `ready` made will hold. Asked right after it."""
         return 1 if self.by_step else MOST_STEPS
 
+    def memory(self) -> Any:
+        """What tells whether its sets still come from the same memory: a recorded step is made anew when it changes."""
+        return None
+
     @abstractmethod
     def sets(self, now: SourceStep) -> dict[str, Batch]:
         """The input sets of a step that the card says it gives. Unless the host acts at every step, this reads no value

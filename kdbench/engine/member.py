@@ -19,8 +19,8 @@ from kdbench.engine.meter import Meter
 from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
-from kdbench.engine.stage import Stage, asked_points, pace_of, shared_sets
-from kdbench.engine.teacher import OfSets, OwnTeacher, Teacher, own_teacher_stages
+from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_sets
+from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.engine.timeline import timeline
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec
@@ -168,7 +168,7 @@ class Member:
         self.stage = Stage(
             spec,
             span,
-            pace_of(self.timeline.spans, self.spec.method.stages, index),
+            schedule_span_of(self.timeline.spans, self.spec.method.stages, index),
             self.timeline,
             self.terms_of(span.name),
             before.optimizers if before is not None and spec.continues and follows else self._optimizers(span.name),
@@ -208,7 +208,7 @@ class Member:
         """Do what comes before the next steps: the stage's anchor and operation, and what its source makes ahead.
 
         Returns:
-            False when stopped: no step may be taken then, and nothing but what lies in files has changed.
+            False when stopped: no step may be taken then, and whoever asks again goes on from there.
         """
         name = self.stage.span.name
         if self.anchors is not None and self.stage.spec.anchor is not None and self.anchors.stage != name:
@@ -240,20 +240,20 @@ class Member:
 
     def before_step(self) -> None:
         """The host's part of the coming step: where its draws begin, and the rates of optimizers that take numbers."""
-        torch.manual_seed(address(self.spec.seed, "dropout", self.step))
+        seed_draws(address(self.spec.seed, "dropout", self.step), self.device)
         for optimizer in self.stage.optimizers:
             optimizer.set_rates(self.stage.progress(self.step))
 
     def after_step(self, images: int) -> None:
         """Count a step that was done."""
-        self.meter.count([*(name for turn in self.stage.turns for name in turn.counting), "loss"], images)
+        self.meter.count([*(name for turn in self.stage.turns for name in turn.active), "loss"], images)
         self.log.images += images
         self.log.rate = self.stage.rate(self.step)
         self.step += 1
         if self.step == self.stage.span.stop and not self.finished:
             self.enter(self.timeline.stage(self.step))
 
-    def make(self, sets: Sets, values: dict[str, OfSets]) -> Sets:
+    def make(self, sets: Sets, values: dict[str, PointValues]) -> Sets:
         """The input sets that the stage's source makes of what it reads."""
         source, reads = self.stage.source, self.stage.spec.source
         assert source is not None and reads is not None
@@ -312,7 +312,7 @@ class Member:
         self.enter(self.timeline.stage(min(self.step, self.timeline.total - 1)))
         if not self.finished:
             for optimizer, kept in zip(self.stage.optimizers, state["optimizers"], strict=True):
-                optimizer.optimizer.load_state_dict(kept)
+                optimizer.load_state(kept)
         for name, source in self.sources.items():
             source.load_state(state["sources"][name])
         for name, kept in state["operations"].items():
@@ -359,6 +359,13 @@ class Member:
         return OperationContext(
             self.student, teacher, self.batches.image_shape, self.device, batch, self.stage.span.name
         )
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Let draws of networks and losses begin at a seed: `torch.manual_seed` without a look at other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _student(spec: CellSpec, teacher: Teacher | None, device: torch.device) -> Any:

@@ -47,6 +47,7 @@ class SGD(torch.optim.Optimizer):
             raise ValueError("Nesterov's form needs a momentum")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
         for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
             if momentum:
                 for parameter in group["params"]:
@@ -84,14 +85,17 @@ class ScheduledOptimizer:
 
     Attributes:
         on_device: whether its rates are tensors. torch's own optimizers take numbers on CPUs.
+        renewed: how often its state became another one; a recorded step holds the one before.
     """
 
     def __init__(self, optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
         self.optimizer = build_optimizer(optimizer, trained)
         groups = self.optimizer.param_groups
         self.on_device = all(isinstance(group["lr"], Tensor) for group in groups)
-        self.base_rates = [float(optimizer.options.get("lr", group["lr"])) for group in groups]
+        # In full: on the device they are rounded.
+        self.base_rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
         self.schedule = build_schedule(schedule)
+        self.renewed = 0
 
     def rates(self, progress: float) -> list[float]:
         """The rate of every group at a progress through the schedule."""
@@ -102,12 +106,22 @@ class ScheduledOptimizer:
         """Whether momentum is forgotten at a progress; `before`: progress at the step before."""
         return any(before + 1e-9 < reset <= progress + 1e-9 for reset in self.schedule.resets)
 
-    def forget(self) -> None:
-        """Forget momentum: what the optimizer keeps becomes what it was at first, in the same tensors."""
+    def reset_state(self) -> None:
+        """Forget momentum: what the optimizer keeps becomes what it was at first, of SGD in the same tensors."""
+        if not isinstance(self.optimizer, SGD):
+            self.optimizer.state.clear()
+            self.renewed += 1
+            return
         for kept in self.optimizer.state.values():
-            for value in kept.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            kept["momentum_buffer"].zero_()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from the state dict of such an optimizer, with rates in the same tensors."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        self.renewed += 1
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def set_rates(self, progress: float) -> None:
         """Let an optimizer that takes numbers have the rates of a progress."""
@@ -133,9 +147,12 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     options: dict[str, Any] = dict(spec.options)
     if parameters[0].is_cuda and "capturable" in inspect.signature(kind).parameters:
         rate = options.get("lr", inspect.signature(kind).parameters["lr"].default)
+        groups: list[Any] = [{"params": parameters, "initial_lr": rate}]
         options |= {"capturable": True, "lr": torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)}
+    else:
+        groups = parameters
     try:
-        optimizer: torch.optim.Optimizer = kind(parameters, **options)
+        optimizer: torch.optim.Optimizer = kind(groups, **options)
     except ValueError as error:
         raise UserError(f"optimizer '{spec.name}': {error}") from None
     return optimizer

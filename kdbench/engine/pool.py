@@ -177,8 +177,12 @@ class Pool:
 
     def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
-        for line in worker.stdout:
-            self.events.put((number, EVENT.validate_json(line)))
+        try:
+            for line in worker.stdout:
+                self.events.put((number, EVENT.validate_json(line)))
+        except ValueError:
+                # Of another version, as when the package was changed under a run: the rest is not understood either.
+            worker.kill()
         self.events.put((number, Gone(code=worker.wait())))
 
     def _send(self, number: int, task: Task) -> bool:

@@ -39,7 +39,7 @@ class Program:
         self.groups = groups
 
     def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
-        """Put what the coming steps need on the device.
+        """Put what the coming steps need on the device. A cell for which that fails leaves the others untouched.
 
         Args:
             most: steps, at most.
@@ -50,9 +50,11 @@ class Program:
         for group, members in self._present(cells):
             most = min(most, group.batches.seek(members[0].step, members[0].timeline, sets_of(members)))
         for cell in cells:
-            most = cell.member.steps_alike(most)
+            with cell.failures():
+                most = max(cell.member.steps_alike(most), 1)
         for cell in cells:
-            cell.member.prepare(most)
+            with cell.failures():
+                cell.member.prepare(most)
         return most
 
     def step(self, cells: Collection[TrainingCell]) -> None:
@@ -60,13 +62,13 @@ class Program:
         for group, members in self._present(cells):
             begin = time.perf_counter()
             group.batches.feed(sets_of(members))
-            sets, taught = shared_part(group.batches, group.teacher, members)
+            sets, teacher_values = shared_part(group.batches, group.teacher, members)
             shared = (time.perf_counter() - begin) / len(members)
             for cell in group.among(cells):
                 begin = time.perf_counter()
                 with cell.failures():
                     cell.member.before_step()
-                    cell.member.after_step(train(cell.member, sets, taught))
+                    cell.member.after_step(train(cell.member, sets, teacher_values))
                 cell.member.log.seconds += time.perf_counter() - begin + shared
 
     def replayed(self, member: Member) -> bool:

@@ -25,25 +25,25 @@ class Turn:
 
     Attributes:
         points: network ("student", "teacher") -> input set -> hook points that the terms read.
-        counting: names of the terms whose weight is not 0 in the present stretch. The others are not computed.
+        active: names of the terms whose weight is not 0 in the present stretch. The others are not computed.
     """
 
     terms: dict[str, Term]
     optimizers: list[ScheduledOptimizer]
     points: dict[str, dict[str, list[str]]]
-    counting: list[str] = field(default_factory=list)
+    active: list[str] = field(default_factory=list)
 
     def reads(self, names: Iterable[str]) -> bool:
         """Whether a term that counts reads one of these input sets."""
-        return bool({*names} & {name for term in self.counting for name in self.terms[term].input_sets})
+        return bool({*names} & {name for term in self.active for name in self.terms[term].input_sets})
 
 
 class Stage:
     """Built when a member enters a stage.
 
     Args:
-        spec: of the stage. span: its steps. pace: the steps of its schedules: its own, and those of stages that it
-            continues or that continue it.
+        spec: of the stage. span: its steps. schedule_span: the steps of its schedules: its own, and those of stages
+            that it continues or that continue it.
         timeline: of the member.
         terms: its loss terms by name.
         optimizers: of the student and its connectors, then of a teacher that trains.
@@ -56,7 +56,7 @@ class Stage:
         self,
         spec: StageSpec,
         span: Span,
-        pace: Span,
+        schedule_span: Span,
         timeline: Timeline,
         terms: dict[str, Term],
         optimizers: list[ScheduledOptimizer],
@@ -64,11 +64,11 @@ class Stage:
         source: Source | None,
         device: torch.device,
     ) -> None:
-        self.spec, self.span, self.pace, self.timeline = spec, span, pace, timeline
+        self.spec, self.span, self.schedule_span, self.timeline = spec, span, schedule_span, timeline
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
         self.turns = self._turns()
-        self.numbers = Numbers(len(terms) + sum(len(one.base_rates) for one in optimizers), device)
+        self.table = ScheduleTable(len(terms) + sum(len(one.base_rates) for one in optimizers), device)
 
     @property
     def made(self) -> list[str]:
@@ -81,7 +81,7 @@ class Stage:
         return shared_sets(self.terms.values(), self.spec)
 
     @cached_property
-    def asked(self) -> dict[str, list[str]]:
+    def teacher_points(self) -> dict[str, list[str]]:
         """What the stage needs of a shared teacher on these: input set -> hook points."""
         if self.teacher is None or not self.teacher.shared_with_others:
             return {}
@@ -90,7 +90,7 @@ class Stage:
 
     def progress(self, step: int) -> float:
         """Progress through the schedules, in [0, 1), before a step."""
-        return (step - self.pace.start) / self.pace.steps
+        return (step - self.schedule_span.start) / self.schedule_span.steps
 
     def rate(self, step: int) -> float:
         """The rate of the first optimizer at a step."""
@@ -117,21 +117,21 @@ class Stage:
             [*self.weights(at).values(), *(rate for rates in self.rates(at) for rate in rates)]
             for at in range(step, step + steps)
         ]
-        self.numbers.fill(rows)
+        self.table.fill(rows)
         for optimizer, resets in zip(self.optimizers, self._resets(step), strict=True):
             if resets:
-                optimizer.forget()
+                optimizer.reset_state()
         counting = self._counting(step)
         for turn in self.turns:
-            turn.counting = [name for name in turn.terms if name in counting]
+            turn.active = [name for name in turn.terms if name in counting]
 
-    def now(self) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
-        """Weights of the terms and rates of the optimizers at the present step, on the device."""
-        row = self.numbers.now()
-        rates: list[Sequence[Tensor]] = []
+    def next_numbers(self) -> tuple[dict[str, Tensor], dict[ScheduledOptimizer, Sequence[Tensor]]]:
+        """Weights of the terms and rates of the optimizers at the present step, on the device; goes on to the next."""
+        row = self.table.next_row()
+        rates: dict[ScheduledOptimizer, Sequence[Tensor]] = {}
         at = len(self.terms)
         for optimizer in self.optimizers:
-            rates.append(row[at : at + len(optimizer.base_rates)])
+            rates[optimizer] = row[at : at + len(optimizer.base_rates)]
             at += len(optimizer.base_rates)
         return dict(zip(self.terms, row, strict=False)), rates
 
@@ -157,8 +157,8 @@ class Stage:
         return Turn(terms, optimizers, points)
 
 
-class Numbers:
-    """A row of numbers for each of the coming steps, on the device."""
+class ScheduleTable:
+    """Weights and rates of the coming steps on the device, a row for each step."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.rows = torch.zeros(MOST_STEPS, columns, device=device)
@@ -169,8 +169,8 @@ class Numbers:
         self.rows[: len(rows)].copy_(torch.tensor(rows, dtype=torch.float32))
         self.at.zero_()
 
-    def now(self) -> tuple[Tensor, ...]:
-        """The numbers of the present step, scalars. Goes on to the next one."""
+    def next_row(self) -> tuple[Tensor, ...]:
+        """The numbers of the present step, scalars; goes on to the next."""
         row = self.rows.index_select(0, self.at).squeeze(0)
         self.at.add_(1)
         return row.unbind()
@@ -218,7 +218,7 @@ def batch_norms(model: nn.Module, policy: str) -> Iterator[None]:
             norm.track_running_stats = track
 
 
-def pace_of(spans: Sequence[Span], stages: Mapping[str, StageSpec], stage: int) -> Span:
+def schedule_span_of(spans: Sequence[Span], stages: Mapping[str, StageSpec], stage: int) -> Span:
     """Steps of the schedules that a stage is in: its own, and those of stages that it continues or that continue it."""
     first = last = stage
     while stages[spans[first].name].continues:

@@ -17,52 +17,51 @@ from kdbench.engine.batches import Batches, Sets
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.stage import Turn, batch_norms
-from kdbench.engine.teacher import OfSets, Teacher
+from kdbench.engine.teacher import PointValues, Teacher
 
 
-def shared_part(batches: Batches, teacher: Teacher | None, members: Iterable[Member]) -> tuple[Sets, OfSets]:
-    """What the members of a cohort share: the step's input sets, and one teacher pass for all that is asked of it."""
+def shared_part(batches: Batches, teacher: Teacher | None, members: Iterable[Member]) -> tuple[Sets, PointValues]:
+    """What the members of a cohort share: the step's input sets, and one teacher pass for all that is needed of it."""
     names: dict[str, None] = {}
-    asked: dict[str, dict[str, None]] = {}
+    needed: dict[str, dict[str, None]] = {}
     for member in members:
         names.update(dict.fromkeys(member.stage.shared_sets))
-        for name, points in member.stage.asked.items():
-            asked.setdefault(name, {}).update(dict.fromkeys(points))
+        for name, points in member.stage.teacher_points.items():
+            needed.setdefault(name, {}).update(dict.fromkeys(points))
     sets = batches.sets(names)
+    teacher_values = teacher.shared(sets, {name: [*points] for name, points in needed.items()}) if teacher else {}
     batches.advance(names)
-    taught = teacher.shared(sets, {name: [*points] for name, points in asked.items()}) if teacher else {}
-    return sets, taught
+    return sets, teacher_values
 
 
-def train(member: Member, sets: Sets, taught: OfSets) -> int:
+def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
     """One optimizer step of a member; more than one where its stage trains in turns.
 
     Args:
-        sets, taught: the cohort's, of which the member takes what is its own.
+        sets, teacher_values: the cohort's, of which the member takes what is its own.
 
     Returns:
         how many images it saw.
     """
     stage = member.stage
-    weights, rates = stage.now()
-    rates_of = dict(zip(map(id, stage.optimizers), rates, strict=True))
+    weights, rates = stage.next_numbers()
     found: dict[str, Tensor] = {}
     total = torch.zeros((), device=member.device)
     for turn in stage.turns:
         with autocast(member.computing.precision, member.device):
-            seen, values = inputs_of(member, turn, sets, taught)
-            losses = {name: turn.terms[name](values, seen) for name in turn.counting}
+            seen, values = inputs_of(member, turn, sets, teacher_values)
+            losses = {name: turn.terms[name](values, seen) for name in turn.active}
             loss = weighted_sum(losses, weights, member.device)
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
         if losses:
             loss.backward()
         for optimizer in turn.optimizers:
-            optimizer.step(rates_of[id(optimizer)])
+            optimizer.step(rates[optimizer])
         total = total + loss.detach()
         found |= losses
     member.meter.add(found | {"loss": total})
-    # Epochs count the data set's own images; sets beside it are seen with them.
+    # Images a second are those of the data set, or of what stands in its place.
     counted = [seen["data"]] if "data" in stage.shared_sets else seen.values()
     return max(len(batch.images) for batch in counted)
 
@@ -75,15 +74,17 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], de
     return total
 
 
-def inputs_of(member: Member, turn: Turn, sets: Sets, taught: OfSets) -> tuple[Sets, dict[str, OfSets]]:
+def inputs_of(
+    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues
+) -> tuple[Sets, dict[str, PointValues]]:
     """A turn's input sets, and both networks' values on them: network -> input set -> hook point -> value.
 
     A batch source sees the logits on what it reads before it makes its own sets.
     """
     stage = member.stage
     seen = {name: sets[name] for name in stage.shared_sets}
-    given = stage.teacher.given(taught, seen) if stage.teacher else {}
-    values: dict[str, OfSets] = {"student": {}, "teacher": given}
+    given = stage.teacher.of_shared(teacher_values, seen) if stage.teacher else {}
+    values: dict[str, PointValues] = {"student": {}, "teacher": given}
     run_networks(member, turn, seen, values)
     if turn.reads(stage.made):
         made = member.make(seen, values)
@@ -92,13 +93,13 @@ def inputs_of(member: Member, turn: Turn, sets: Sets, taught: OfSets) -> tuple[S
     return seen, values
 
 
-def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, OfSets]) -> None:
+def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, PointValues]) -> None:
     """Add both networks' values on these input sets, where a turn reads them and they are not there yet."""
     student, stage = member.student, member.stage
     for name, points in turn.points["student"].items():
         if name in sets:
             policy = stage.spec.batch_norm.get(name, "shared")
-            # Graphs are made for batch norms that take part.
+            # Compiled graphs are traced with batch norms in their usual mode.
             run = student.step if policy == "shared" else student
             with batch_norms(student.model, policy):
                 values["student"][name] = run(student.normalizer(sets[name].images), points)

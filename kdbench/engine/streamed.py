@@ -90,7 +90,8 @@ class StreamedBatches(Batches):
         self._next: int | None = None
         # Indices and views of the batches that are being decoded, the next one first.
         self._ahead: deque[tuple[Tensor, Tensor]] = deque()
-        # Pictures, indices and views of the present batch.
+        # Pictures, indices and views of the present batch, in tensors that stay for every size of batch.
+        self._held: dict[int, tuple[Tensor, ...]] = {}
         self._present: tuple[Tensor, ...] = ()
         self._add_target(spec, target)
 
@@ -119,11 +120,10 @@ class StreamedBatches(Batches):
 
     def _hold(self, *present: Tensor) -> None:
         """Keep a batch in the same tensors as the one before, where it has their shapes."""
-        if [tensor.shape for tensor in self._present] != [tensor.shape for tensor in present]:
-            self._present = present
-            return
-        for tensor, new in zip(self._present, present, strict=True):
-            tensor.copy_(new)
+        self._present = self._held.setdefault(len(present[0]), present)
+        if self._present is not present:
+            for tensor, new in zip(self._present, present, strict=True):
+                tensor.copy_(new)
 
     def batch(self) -> Batch:
         images, index, view = self._present

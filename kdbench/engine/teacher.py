@@ -1,6 +1,6 @@
 """A stage's teacher: the one that a cohort shares, or one of a member's own.
 
-Both answer the same two questions of a step: what of the shared pass is this member's (`given`), and what are the
+Both answer the same two questions of a step: what of the shared pass is this member's (`of_shared`), and what are the
 values on an input set of its own (`values`).
 """
 
@@ -23,7 +23,7 @@ from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import StageSpec
 
 # Input set -> hook point -> value.
-OfSets = dict[str, dict[str, Tensor]]
+PointValues = dict[str, dict[str, Tensor]]
 
 
 class StageTeacher(Protocol):
@@ -32,7 +32,7 @@ class StageTeacher(Protocol):
     network: Network
     shared_with_others: bool
 
-    def given(self, shared: Values, sets: Sets) -> OfSets:
+    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
         """What of the cohort's shared pass belongs to the member that has these input sets."""
         ...
 
@@ -70,7 +70,7 @@ class Teacher:
         with torch.no_grad():
             return self.network(self.network.normalizer(images), points)
 
-    def shared(self, sets: Sets, asked: Mapping[str, Sequence[str]]) -> OfSets:
+    def shared(self, sets: Sets, asked: Mapping[str, Sequence[str]]) -> PointValues:
         """Values of hook points on a step's input sets, for all members at once, in the run's precision.
 
         Logits of the data set come from their table where there is one, everything else from one pass that runs no
@@ -96,7 +96,7 @@ class Teacher:
         """Whether its table of logits is too large for the device that trains."""
         return self.logits is not None and self.logits.logits.device.type != device.type
 
-    def given(self, shared: Values, sets: Sets) -> OfSets:
+    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
         # What others of the cohort asked for is not this member's: its "data" may be made.
         return {name: dict(found) for name, found in shared.items() if name in sets}
 
@@ -124,7 +124,7 @@ class OwnTeacher:
     def model(self) -> torch.nn.Module:
         return self.network.model
 
-    def given(self, shared: Values, sets: Sets) -> OfSets:
+    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
         return {}
 
     def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:

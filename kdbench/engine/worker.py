@@ -57,8 +57,12 @@ class Worker:
                 self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
 
     def _listen(self) -> None:
-        for line in self.orders:
-            self.queue.put(Order.model_validate_json(line))
+        try:
+            for line in self.orders:
+                self.queue.put(Order.model_validate_json(line))
+        except ValueError as error:
+            # The run and its worker are of two versions, as when the package was changed under a run.
+            self.emit(Failed(message=f"the worker does not understand its run: {error}; start the command again"))
         self.stopping.set()
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)

@@ -252,6 +252,9 @@ class SynthesizedImages(Source):
         left = each - since % each
         return min(left, self.every - since) if self.every else left
 
+    def memory(self) -> Any:
+        return len(self.images())
+
     def _growth(self, now: SourceStep) -> tuple[int, int]:
         """How many batches are to be there beside the pool's at a step, and the steps since the last of them."""
         done = now.step - now.begin

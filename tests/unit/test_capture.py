@@ -221,8 +221,8 @@ def statistics_replaced(member: Member) -> None:
 
 
 def weight_as_number(member: Member) -> None:
-    now = member.stage.now
-    member.stage.now = lambda: (dict.fromkeys(now()[0], 1.0 + member.step), now()[1])  # type: ignore[assignment, return-value]
+    now = member.stage.next_numbers
+    member.stage.next_numbers = lambda: (dict.fromkeys(now()[0], 1.0 + member.step), now()[1])  # type: ignore[assignment, return-value]
 
 
 def sums_replaced(member: Member) -> None:

@@ -255,7 +255,7 @@ def test_an_adapted_teacher_stays_the_cells_own_in_the_next_stage() -> None:
     train(member, batches, teacher, 4)
     assert member.stage.span.name == "distillation" and fingerprint(member.student.model) == student
     adapted = fingerprint(member.own_teacher.model)
-    assert member.stage.asked == {}
+    assert member.stage.teacher_points == {}
     train(member, batches, teacher, 3)
     # Frozen, in eval mode, and not the shared one.
     assert fingerprint(member.own_teacher.model) == adapted != fingerprint(teacher.network.model)
