@@ -27,8 +27,8 @@ def two_steps(spec: CellSpec) -> CellSpec:
         name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
         for i, (name, stage) in enumerate(spec.method.stages.items())
     }
-    # Pictures of 224 pixels would take a minute each.
-    size = min(spec.data.image_size, 64)
+    # Larger pictures would take a minute each, and show no more of a recipe.
+    size = min(spec.data.image_size, 16)
     small = {"image_size": size, "streamed": False}
     return spec.model_copy(
         update={
