@@ -71,8 +71,9 @@ def _parsed(kind: type[T], plain: Any, where: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
+        said = "this should be a mapping" if first["type"] in ("model_type", "dict_type") else first["msg"]
         raise NotHere(
-            f"this record's recipe has a form that this version cannot read: '{place}': {first['msg']}",
+            f"this record's recipe has a form that this version cannot read: '{place}': {said}",
             where=where,
             hint="check out the commit that the record names",
         ) from None

@@ -129,7 +129,7 @@ def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
             member = Member(spec, batches, None, CPU, way)
             train(member, batches, None, 120)
             member.student.model.eval()
-            accuracies.append(score(member, batches.test)[0]["accuracy"])
+            accuracies.append(score(member.student, batches.test)[0]["accuracy"])
         plain.append(accuracies[0])
         differences.append(accuracies[1] - accuracies[0])
     assert min(plain) > 80, "the plain students learned nothing: the comparison would show nothing"

@@ -652,7 +652,7 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
         teachers.append(load_teacher(spec.teacher, spec.data, locate(spec.teacher.weights, False), CPU))
     own, other = teachers
     settings = Inversion(iterations=100, feature=1.0, decay="cosine", tv=1e-3)
-    mean, std = own.normalizer.mean, own.normalizer.std
+    mean, std = own.network.normalizer.mean, own.network.normalizer.std
     result = synthesize(own.network.model, balanced(30, 10), (3, 32, 32), settings, Address(0, "x", 0), mean, std)
     assert result is not None
 

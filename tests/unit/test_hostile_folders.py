@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import kdbench
 from kdbench.cli import main
-from kdbench.engine import choosing, logit_files, runner, teachers
+from kdbench.engine import choosing, logit_files, measuring, runner
 from kdbench.engine.anchors import Route
 from kdbench.engine.build import read_weights
 from kdbench.engine.rerun import rerun
@@ -433,11 +433,16 @@ def test_a_teachers_kept_accuracy_of_another_form_is_measured_again_and_told(
     accuracy: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, key = tmp_path / "teacher.json", {"sha256": "a", "data": "b"}
-    file.write_text(json.dumps(key | {"accuracy": 93.5}))
-    assert teachers._measured_before(file, key) == 93.5
-    assert teachers._measured_before(file, key | {"data": "c"}) is None
+
+    def kept(key: dict[str, str]) -> measuring.Seen:
+        return measuring.kept(file, key, {}, lambda: measuring.Seen(12.5))
+
+    seen = key | {"accuracy": 93.5, "reordered": None, "unused": 0}
+    for before in (seen, seen | {"data": "c"}):
+        file.write_text(json.dumps(before))
+        assert kept(key).accuracy == (93.5 if before is seen else 12.5)
     change("teacher.json", "accuracy", accuracy)(tmp_path)
-    assert teachers._measured_before(file, key) is None
+    assert kept(key).accuracy == 12.5
     assert "measured again" in caplog.text
 
 

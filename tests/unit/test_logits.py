@@ -111,7 +111,7 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     member = Member(spec, batches, teacher, CPU)
     sets = sets_at(batches, 0, member.timeline, ["data"])
     got = teacher.shared(sets, {"data": ["layer2", "logits"]})["data"]
-    plain = teacher_of(spec).step(sets, {"data": ["layer2", "logits"]})["data"]
+    plain = teacher_of(spec).shared(sets, {"data": ["layer2", "logits"]})["data"]
     assert torch.equal(got["layer2"], plain["layer2"])
     assert torch.allclose(got["logits"], plain["logits"] + 1, atol=1e-4)
 

@@ -13,8 +13,8 @@ from conftest import ROOT
 from kdbench.tree import Tree
 
 RUNNER = sorted(file for part in ("engine", "recipe", "cli") for file in (ROOT / "kdbench" / part).rglob("*.py"))
-# Keys that are also words of Python or of a message, and where: the mode of a file, the hint of an error.
-WORDS = {("engine/logits.py", "ab"), ("engine/worker.py", "hint")}
+# Keys that are also words of Python, and where: the mode of a file.
+WORDS = {("engine/logits.py", "ab")}
 
 
 def keys() -> dict[str, re.Pattern[str]]:
