@@ -5,7 +5,7 @@ PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-kills peers bench bench-gpu lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick test-long peers bench bench-gpu lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -28,10 +28,10 @@ test: setup ## all tests
 	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 test-quick: setup ## tests without the slow ones
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not kills'
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not long'
 
-test-kills: setup ## a run killed at twenty random moments, beside the suite's chosen ones
-	$(BIN)/python -m pytest -m kills
+test-long: setup ## beside the suite: random kills, every method compiled, every public teacher
+	$(BIN)/python -m pytest -n auto -m long
 
 # torchdistill's metadata asks for a newer torch than the pinned one; it is measured on the same torch as everything else.
 peers: setup ## install what the benchmark compares with

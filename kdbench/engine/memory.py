@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
 from kdbench.engine.dry import costs_of
+from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec
@@ -141,8 +140,7 @@ def peak_memory(device: torch.device) -> int:
     """The most memory that this process had so far, in bytes: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()
 
 
 class _Saved:

@@ -38,7 +38,7 @@ def test_killed_at_bad_moments(whole: Path, kdbench: Kdbench, tmp_path: Path) ->
     assert_alike(tmp_path, whole)
 
 
-@pytest.mark.kills
+@pytest.mark.long
 def test_killed_at_random_moments(whole: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     """Twenty kills spread over few runs: each run is killed until it is through, alternately the command alone and the
     whole process group."""

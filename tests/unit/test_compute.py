@@ -107,10 +107,10 @@ def test_bfloat16_gives_the_losses_and_gradients_of_the_reference_within_its_dig
 
 @pytest.mark.slow
 @pytest.mark.skipif(not compiler_works(CPU), reason="torch.compile needs a C++ compiler")
-def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference() -> None:
-    """A stage that reads features before their ReLUs and one that reads logits; of the other methods' losses nothing is
-    compiled."""
-    hold(Computing(layout="channels_last", compile=True), 1e-4, 1e-4, ["ab"])
+@pytest.mark.parametrize("methods", [["ab"], pytest.param(METHODS, marks=pytest.mark.long)], ids=["ab", "all"])
+def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference(methods: list[str]) -> None:
+    """AB has a stage that reads features before their ReLUs and one that reads logits; no loss is compiled."""
+    hold(Computing(layout="channels_last", compile=True), 1e-4, 1e-4, methods)
 
 
 @pytest.mark.slow
