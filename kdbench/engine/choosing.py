@@ -61,6 +61,7 @@ def of_records(folders: Sequence[Path]) -> Computing | None:
     for folder in folders:
         compute = read_record(folder).compute
         plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
+        plain["cuda_graphs"] = compute.device == "cuda"
         return of_form(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
     return None
 

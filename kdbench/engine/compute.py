@@ -58,8 +58,8 @@ REFERENCE = Computing()
 
 
 def plainest(choice: ComputeChoice) -> Computing:
-    """The way that a choice leaves open and that is nearest to the reference."""
-    return candidates(choice, bfloat16=False, compiler=False, cuda=False)[0]
+    """The way that a choice leaves open and that is nearest to the reference. On a CPU its steps are not recorded."""
+    return candidates(choice, bfloat16=False, compiler=False, cuda=True)[0]
 
 
 def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool) -> list[Computing]:
@@ -76,7 +76,8 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
     layouts: list[Any] = [fixed["layout"]] if "layout" in fixed else ["contiguous", "channels_last"]
     compiled = [fixed["compile"]] if "compile" in fixed else [False, *([True] if compiler else [])]
     ways = [Computing(p, layout, c) for c in compiled for p in precisions for layout in layouts]
-    return [replace(way, cuda_graphs=cuda) for way in ways]
+    # The reference is eager everywhere.
+    return [replace(way, cuda_graphs=cuda and choice.mode == "auto") for way in ways]
 
 
 def cohort_bytes(memories: Iterable[Mapping[str, int]]) -> int:

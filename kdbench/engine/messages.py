@@ -122,10 +122,12 @@ class Order(Message):
 
 
 class Ready(Message):
-    """The worker can take tasks. `cuda`: free bytes of every CUDA device."""
+    """The worker can take tasks. `cuda`: free bytes of every CUDA device. `unusable`: why a GPU that is there is none
+    of them, "" where none is."""
 
     kind: Literal["ready"] = "ready"
     cuda: list[int]
+    unusable: str = ""
 
 
 class Doing(Message):

@@ -62,6 +62,9 @@ class SGD(torch.optim.Optimizer):
             closure: of torch's interface; there is none here.
         """
         for group in self.param_groups:
+            if group["params"][0].is_cuda:
+                self._step_together(group)
+                continue
             decay, momentum = group["weight_decay"], group["momentum"]
             for parameter in group["params"]:
                 change = parameter.grad
@@ -74,6 +77,24 @@ class SGD(torch.optim.Optimizer):
                     change = change.add(kept, alpha=momentum) if group["nesterov"] else kept
                 # An addition scaled by the rate rounds once, as torch's does; a product and a sum round twice.
                 parameter.addcmul_(change, group["lr"], value=-1)
+
+
+    def _step_together(self, group: dict[str, Any]) -> None:
+        """The same for all parameters at once: on a GPU a handful of kernels in place of a handful each."""
+        decay, momentum = group["weight_decay"], group["momentum"]
+        moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+        changes: Sequence[Tensor] = [parameter.grad for parameter in moved if parameter.grad is not None]
+        if not moved:
+            return
+        if decay:
+            changes = torch._foreach_add(changes, moved, alpha=decay)
+        if momentum:
+            kept = [self.state[parameter]["momentum_buffer"] for parameter in moved]
+            torch._foreach_mul_(kept, momentum)
+            torch._foreach_add_(kept, changes)
+            changes = torch._foreach_add(changes, kept, alpha=momentum) if group["nesterov"] else kept
+        # torch's stubs lack the overload with a tensor.
+        torch._foreach_sub_(moved, torch._foreach_mul(changes, group["lr"]))  # type: ignore[call-overload]
 
 
 class ScheduledOptimizer:

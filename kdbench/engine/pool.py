@@ -78,6 +78,9 @@ class Pool:
         jobs: most workers at once; by default one for each core, or each GPU.
         paths: folders that workers import users' modules from.
         settings: that every order carries.
+
+    Attributes:
+        unusable: why a GPU that is there cannot be used, "" where there is none such.
     """
 
     def __init__(self, device: str, jobs: int | None, paths: tuple[Path, ...], settings: Settings) -> None:
@@ -100,6 +103,7 @@ class Pool:
             if not isinstance(ready, Ready):
                 code = ready.code if isinstance(ready, Gone) else 1
                 raise CellError(f"{_gone(code)} before it could begin; what it printed stands above")
+            self.unusable = ready.unusable
             self._choose_devices(len(ready.cuda))
             self.memory = self._memory(ready.cuda)
         except BaseException:
@@ -157,7 +161,11 @@ class Pool:
                 )
             self.devices = [self.device]
         elif self.device == "cuda" and not gpus:
-            raise UserError("there is no CUDA device", where="--device", hint="use --device cpu or auto")
+            raise UserError(
+                "there is no CUDA device" + (f" that torch can use: {self.unusable}" if self.unusable else ""),
+                where="--device",
+                hint="use --device cpu or auto" + (", or a torch that fits the driver" if self.unusable else ""),
+            )
         elif gpus and self.device in ("auto", "cuda"):
             self.devices = [f"cuda:{i}" for i in range(gpus)]
         else:

@@ -130,8 +130,7 @@ def run(
         KeyboardInterrupt: after all cells were checkpointed.
     """
     listener = listener or Silent()
-    folder = options.runs / plan.name
-    folder_of = partial(teacher_folder, runs=options.runs)
+    folder, folder_of = options.runs / plan.name, partial(teacher_folder, runs=options.runs)
     _check_case(folder)
     with alone(folder):
         states = [CellState(i, label(cell), _place(folder, cell)) for i, cell in enumerate(plan.cells)]
@@ -164,15 +163,30 @@ def run(
             listener.begin(states, plan.title or plan.name)
             try:
                 if finished.open:
-                    prepare([cell.spec for cell, _ in finished.open], options, pool, listener)
-                    done = [state.folder for state in states if state.state == "finished"]
-                    computings = computings_for(folder, finished.open, done, options, pool, listener)
-                    _cells(plan, finished.open, computings, memory, options, pool, listener)
+                    if pool.unusable:
+                        listener.say(f"warning: there is a GPU that torch cannot use: {pool.unusable}")
+                    _train(plan, finished.open, states, memory, options, pool, listener)
             finally:
                 listener.end()
     return Outcome(
         folder, [s.folder for s in states if s.state == "finished"], [s for s in states if s.state == "failed"]
     )
+
+
+def _train(
+    plan: Plan,
+    cells: list[Work],
+    states: list[CellState],
+    memory: Memories,
+    options: Options,
+    pool: Pool,
+    listener: Listener,
+) -> None:
+    """Train the cells of a run that are not finished."""
+    prepare([cell.spec for cell, _ in cells], options, pool, listener)
+    done = [state.folder for state in states if state.state == "finished"]
+    computings = computings_for(options.runs / plan.name, cells, done, options, pool, listener)
+    _cells(plan, cells, computings, memory, options, pool, listener)
 
 
 def _check_case(folder: Path) -> None:

@@ -13,11 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import IO
 
 from kdbench.engine.messages import Done, Event, Failed, Order, Ready
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
+
+# There where NVIDIA's driver is loaded.
+DRIVER = Path("/dev/nvidiactl")
 
 
 class Worker:
@@ -43,7 +47,7 @@ class Worker:
         from kdbench.engine.tasks import TaskRunner
 
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        self.emit(Ready(cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus]))
+        self.emit(Ready(cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus], unusable=unusable_gpu()))
         runner = TaskRunner(self.emit, self.stopping.is_set)
         while (order := self.queue.get()) is not None:
             try:
@@ -67,6 +71,19 @@ class Worker:
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)
         os._exit(1)
+
+
+def unusable_gpu() -> str:
+    """Why torch cannot use an NVIDIA GPU that the system has; "" where it can, or where there is none."""
+    import torch
+
+    if torch.cuda.is_available() or not DRIVER.exists():
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "torch finds no CUDA device"
 
 
 def main() -> None:

@@ -43,6 +43,25 @@ def test_it_is_torchs_bit_for_bit(options: dict[str, Any]) -> None:
         assert [len(a) for a, b in zip(own, torchs, strict=True) if not torch.equal(a, b)] == []
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}], ids=str)
+def test_all_parameters_at_once_move_as_one_by_one(options: dict[str, Any]) -> None:
+    """On a GPU, where rounding may differ in the last place."""
+    torch.manual_seed(0)
+    own, torchs = ([nn.Parameter(torch.arange(1.0, n + 1)) for n in (3, 17)] for _ in range(2))
+    idle = nn.Parameter(torch.ones(2))
+    ours, theirs = SGD([*own, idle], lr=0.1, **options), torch.optim.SGD(torchs, lr=0.1, **options)
+    for _ in range(3):
+        for a, b in zip(own, torchs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        with torch.no_grad():
+            ours._step_together(ours.param_groups[0])
+        theirs.step()
+    for a, b in zip(own, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert torch.equal(idle, torch.ones(2))
+
+
 def test_a_parameter_without_a_gradient_stays() -> None:
     parameter = nn.Parameter(torch.ones(3))
     SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.1).step()

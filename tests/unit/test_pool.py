@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from kdbench.engine import pool
+from kdbench.engine import pool, worker
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.messages import CellTask, Doing, Event, Failed, Order, Settings, Task, TrainCohort, TryOut
 from kdbench.errors import UserError
@@ -118,3 +119,24 @@ def test_without_a_gpu_auto_is_the_processor_and_cuda_an_error(machine: Any) -> 
     assert {device for _, device, _ in where(done("auto", 2, tasks(3)))} == {"cpu"}
     with pytest.raises(UserError, match="no CUDA device"):
         done("cuda", 1, tasks(1))
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine(0)
+    script = tmp_path / "worker.py"
+    script.write_text(script.read_text().replace('"cuda": []', '"cuda": [], "unusable": "the driver is too old"'))
+    with pool.Pool("auto", 1, (), Settings()) as workers:
+        assert workers.devices == ["cpu"] and workers.unusable == "the driver is too old"
+    with pytest.raises(UserError, match="that torch can use: the driver is too old"):
+        done("cuda", 1, tasks(1))
+    # What a worker finds out: nothing without a driver, and torch's own reason with one.
+    monkeypatch.setattr(worker, "DRIVER", tmp_path / "none")
+    assert worker.unusable_gpu() == ""
+    monkeypatch.setattr(worker, "DRIVER", script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def fails() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    assert worker.unusable_gpu() == "The NVIDIA driver on your system is too old"
