@@ -83,16 +83,16 @@ class SGD(torch.optim.Optimizer):
         """The same for all parameters at once: on a GPU a handful of kernels in place of a handful each."""
         decay, momentum = group["weight_decay"], group["momentum"]
         moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-        changes: Sequence[Tensor] = [parameter.grad for parameter in moved if parameter.grad is not None]
+        changes: list[Any] = [parameter.grad for parameter in moved]
         if not moved:
             return
         if decay:
-            changes = torch._foreach_add(changes, moved, alpha=decay)
+            changes = list(torch._foreach_add(changes, moved, alpha=decay))
         if momentum:
             kept = [self.state[parameter]["momentum_buffer"] for parameter in moved]
             torch._foreach_mul_(kept, momentum)
             torch._foreach_add_(kept, changes)
-            changes = torch._foreach_add(changes, kept, alpha=momentum) if group["nesterov"] else kept
+            changes = list(torch._foreach_add(changes, kept, alpha=momentum)) if group["nesterov"] else kept
         # torch's stubs lack the overload with a tensor.
         torch._foreach_sub_(moved, torch._foreach_mul(changes, group["lr"]))  # type: ignore[call-overload]
 
