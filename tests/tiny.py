@@ -77,8 +77,8 @@ class MadeUpRoute(Route):
     def weights(self, position: int) -> dict[str, Tensor]:
         self.__dict__["asked"].append(position)
         first: dict[str, Tensor] = self.__dict__["first"]
-        more = 1 + position / 10
-        return {name: value * more if value.is_floating_point() else value.clone() for name, value in first.items()}
+        less = 1 - position / 50
+        return {name: value * less if value.is_floating_point() else value.clone() for name, value in first.items()}
 
 
 def untrained_teacher(spec: CellSpec) -> Teacher | None:
