@@ -32,15 +32,6 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def recorded_sha256(file: Path) -> str | None:
-    """What a cell's record beside a file says of its bytes; None where there is none, or where it does not say."""
-    try:
-        found = json.loads((file.parent / "record.json").read_text(encoding="utf-8"))["files"][file.name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(found)
-
-
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,

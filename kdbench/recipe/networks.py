@@ -8,7 +8,7 @@ from typing import Any
 
 from kdbench.cards import DatasetCard, Normalization, TeacherCard, Weights
 from kdbench.errors import UserError
-from kdbench.files import find_weights, recorded_sha256, sha256_of, weight_folders
+from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.names import own_name
 from kdbench.recipe.beside import training_of
 from kdbench.recipe.datasets import spec_of_card
@@ -198,14 +198,8 @@ def _existing(weights: str, where: str) -> Path:
 @functools.cache
 def _file_hash(file: Path) -> str:
     """sha256 of the user's weights. UserError where a cell's record beside them names another one."""
-    digest = sha256_of(file)
-    if recorded_sha256(file) not in (None, digest):
-        raise UserError(
-            "these weights are not those of the record beside them: the file is damaged, or another one",
-            where=str(file),
-            hint="put the right one back, or train it again; away from the record it counts as a file of your own",
-        )
-    return digest
+    training_of(file)
+    return sha256_of(file)
 
 
 def _classes(data: str, registry: Registry) -> tuple[str, int]:
