@@ -18,6 +18,7 @@ from kdbench.engine.teachers import trained
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import Plan, plan
+from kdbench.recipe.schema import recorded
 from kdbench.registry import Registry
 from kdbench.results import sums
 from kdbench.results.adopting import published
@@ -107,6 +108,7 @@ def test_weights_are_used_only_if_they_are_those_of_the_record(tmp_path: Path) -
     file.write_bytes(b"weights")
     assert student_file(read_record(folder)) == file, "a record of an earlier version holds no sha256"
     plain = json.loads((folder / "record.json").read_text()) | {"files": {file.name: sha256_of(file)}}
+    plain["spec"] = recorded(planned().cells[0].spec)
     (folder / "record.json").write_text(json.dumps(plain))
     found = trained(folder)
     assert found is not None and found.sha256 == sha256_of(file)
