@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from kdbench.engine.batches import MOST_STEPS
+from kdbench.engine.batches import MOST_STEPS, Sets
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, sets_of
 from kdbench.engine.step import shared_part, train
+from kdbench.engine.teacher import PointValues
 
 log = logging.getLogger("kdbench")
 
@@ -96,28 +98,29 @@ class CudaRecorder:
         return int(torch.cuda.default_generators[index].get_offset())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
     """A recorded step.
 
     Attributes:
-        shared: replays the groups' shared parts and all cells that draw nothing.
+        shared: replays what the cells share, and all cells that draw nothing.
         alone: cells that draw at random, each with what replays it: its draws begin at an address of its own.
         images: how many each cell sees in a step.
-        holds: what must live as long as this does: tensors that one graph leaves to another, and what the key names.
+        calls: what was recorded. They hold what one graph leaves to another, and must live as long.
     """
 
-    shared: Call = lambda: None
-    alone: dict[TrainingCell, Call] = field(default_factory=dict)
-    images: dict[TrainingCell, int] = field(default_factory=dict)
-    holds: list[Any] = field(default_factory=list)
+    shared: Call
+    alone: dict[TrainingCell, Call]
+    images: dict[TrainingCell, int]
+    calls: tuple[Call, dict[TrainingCell, Call]]
 
 
 class CapturedProgram(Program):
     """Records the step of every kind of stretch once, and replays it.
 
     Attributes:
-        eager: why stages run as ever. Failing to record never ends a run.
+        recordings: by the kind of stretch; None where recording failed, which never ends a run.
+        eager: why stages run as ever. done: stages of which a step was recorded.
     """
 
     def __init__(self, groups: Sequence[Group], recorder: Recorder) -> None:
@@ -128,29 +131,32 @@ class CapturedProgram(Program):
         self.drawing: set[TrainingCell] = set()
         self.eager: dict[tuple[Member, str], str] = {}
         self.done: set[tuple[Member, str]] = set()
-        self._key: Any = None
+        # Of the present stretch; None where it is not to be recorded.
+        self._kind: Any = None
 
     def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
         steps = super().prepare(cells, most)
-        self._key = self._kind(cells)
-        if self._key not in self.recordings and (why := self._why_not(cells, steps)):
-            for cell in cells:
+        present = [cell for cell in cells if cell.active]
+        self._kind = self._kind_of(present)
+        if self._kind not in self.recordings and (why := self._why_not(present, steps)):
+            for cell in present:
                 self.eager.setdefault(_stage(cell), why)
-            self._key = None
+            self._kind = None
         return steps
 
     def step(self, cells: Collection[TrainingCell]) -> None:
-        if self._key is None or self.recordings.get(self._key, 0) is None:
+        kind = self._kind
+        if kind is not None and kind not in self.recordings:
+            if self.warmed.setdefault(kind, 0) < WARM:
+                self.warmed[kind] += 1
+                self._warm(cells)
+                return
+            self.recordings[kind] = self._record(cells)
+        recording = self.recordings.get(kind)
+        if recording is None:
             super().step(cells)
-        elif recording := self.recordings.get(self._key):
-            self._replay(recording, cells)
-        elif self.warmed.setdefault(self._key, 0) < WARM:
-            self.warmed[self._key] += 1
-            self._warm(cells)
         else:
-            self.recordings[self._key] = self._record(cells)
-            self.done |= set(map(_stage, cells)) if self.recordings[self._key] else set()
-            self.step(cells)
+            self._replay(recording, cells)
 
     def replayed(self, member: Member) -> bool:
         return any(of is member for of, _ in self.done)
@@ -159,14 +165,14 @@ class CapturedProgram(Program):
         own = {key: why for key, why in self.eager.items() if key[0] is member and key not in self.done}
         return {stage: why for (_, stage), why in own.items()}
 
-    def _kind(self, cells: Collection[TrainingCell]) -> Any:
+    def _kind_of(self, cells: Collection[TrainingCell]) -> Any:
         """What makes two steps the same computation, on the same memory: the cells' stages, terms, optimizers' states
         and sources, and the sizes of their batches."""
         kinds: list[Any] = []
         for stage in (cell.member.stage for cell in cells):
-            counting = tuple(tuple(turn.active) for turn in stage.turns)
+            active = tuple(tuple(turn.active) for turn in stage.turns)
             states = tuple(one.renewed for one in stage.optimizers)
-            kinds.append((stage, counting, states, stage.source.memory() if stage.source else None))
+            kinds.append((stage, active, states, stage.source.memory() if stage.source else None))
         kinds += [group.batches.sizes(sets_of(members)) for group, members in self._present(cells)]
         return tuple(kinds)
 
@@ -186,51 +192,60 @@ class CapturedProgram(Program):
                 return "its teacher's logits do not lie on the device"
         return None if steps > 1 else "every step of it is of another kind"
 
-    def _warm(self, cells: Collection[TrainingCell]) -> None:
-        """A step as recorded ones run, which also tells which cells draw at random."""
-        images: dict[TrainingCell, int] = {}
-
-        def call() -> None:
-            for group, members in self._present(cells):
-                sets, teacher_values = shared_part(group.batches, group.teacher, members)
-                for cell in group.among(cells):
-                    with cell.failures():
-                        cell.member.before_step()
-                        before = self.recorder.drawn()
-                        images[cell] = train(cell.member, sets, teacher_values)
-                        if self.recorder.drawn() != before:
-                            self.drawing.add(cell)
-
-        self._between(cells, lambda: self.recorder.run(call), images)
-
-    def _record(self, cells: Collection[TrainingCell]) -> Recording | None:
-        """The step of these cells, recorded; None where that fails, which is told."""
-        recording = Recording(holds=[self._key])
-        quiet = [cell for cell in cells if cell not in self.drawing]
-        calls: dict[TrainingCell, Call] = {}
+    def _calls(
+        self, cells: Collection[TrainingCell], images: dict[TrainingCell, int]
+    ) -> tuple[Call, dict[TrainingCell, Call]]:
+        """A step of these cells: a call for what they share, and then one for each cell, which notes its images."""
+        parts: dict[TrainingCell, tuple[Sets, PointValues]] = {}
 
         def shared() -> None:
             for group, members in self._present(cells):
-                sets, teacher_values = shared_part(group.batches, group.teacher, members)
-                recording.holds += [sets, teacher_values]
-                for cell in group.among(cells):
-                    calls[cell] = lambda cell=cell, sets=sets, teacher_values=teacher_values: recording.images.update(  # type: ignore[misc]
-                        {cell: train(cell.member, sets, teacher_values)}
-                    )
-            self.recorder.side_by_side([calls[cell] for cell in quiet])
+                part = shared_part(group.batches, group.teacher, members)
+                parts.update(dict.fromkeys(group.among(cells), part))
+
+        def trained(cell: TrainingCell) -> None:
+            images[cell] = train(cell.member, *parts[cell])
+
+        return shared, {cell: partial(trained, cell) for cell in cells}
+
+    def _warm(self, cells: Collection[TrainingCell]) -> None:
+        """A step as recorded ones run, which also tells which cells draw at random."""
+        images: dict[TrainingCell, int] = {}
+        shared, own = self._calls(cells, images)
+
+        def watched(cell: TrainingCell) -> None:
+            with cell.failures():
+                cell.member.before_step()
+                before = self.recorder.drawn()
+                own[cell]()
+                if self.recorder.drawn() != before:
+                    self.drawing.add(cell)
+
+        def step() -> None:
+            shared()
+            self.recorder.side_by_side([partial(watched, cell) for cell in cells])
+
+        self._between(cells, lambda: self.recorder.run(step), images)
+
+    def _record(self, cells: Collection[TrainingCell]) -> Recording | None:
+        """The step of these cells, recorded; None where that fails, which is told."""
+        images: dict[TrainingCell, int] = {}
+        shared, own = self._calls(cells, images)
+
+        def together() -> None:
+            shared()
+            self.recorder.side_by_side([own[cell] for cell in cells if cell not in self.drawing])
 
         try:
-            recording.shared = self.recorder.record(shared)
-            for cell in cells:
-                if cell in self.drawing:
-                    recording.alone[cell] = self.recorder.record(lambda cell=cell: calls[cell]())  # type: ignore[misc]
+            replay = self.recorder.record(together)
+            alone = {cell: self.recorder.record(own[cell]) for cell in cells if cell in self.drawing}
         except (RuntimeError, ValueError) as error:
             why = f"recording failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
-            for cell in cells:
-                self.eager[_stage(cell)] = why
+            self.eager |= dict.fromkeys(map(_stage, cells), why)
             log.warning("a step could not be recorded, so its stretch runs eagerly: %s", why)
             return None
-        return recording
+        self.done |= set(map(_stage, cells))
+        return Recording(replay, alone, images, (together, own))
 
     def _replay(self, recording: Recording, cells: Collection[TrainingCell]) -> None:
         def run() -> None:
@@ -248,10 +263,11 @@ class CapturedProgram(Program):
             group.batches.feed(sets_of(members))
         run()
         for cell in cells:
-            if cell.failure is None:
+            if cell.active:
                 cell.member.after_step(images[cell])
+        each = (time.perf_counter() - begin) / len(cells)
         for cell in cells:
-            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+            cell.member.log.seconds += each
 
 
 def _stage(cell: TrainingCell) -> tuple[Member, str]:

@@ -178,6 +178,28 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
     assert not program.replayed(program.groups[0].cells[0].member)
 
 
+def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
+    """Epochs of ten steps: the first records both cells, before the second one of them fails."""
+    group = group_of([cell("kd", steps=30), cell("ce", steps=30)], tmp_path / "both", per_class=2)
+    failing, other = group.cells
+    prepare, left = failing.member.prepare, []
+
+    def fails(steps: int) -> None:
+        if failing.member.step:
+            left.append(fingerprint(failing.member.student.model))
+            raise ValueError("a schedule that ends")
+        prepare(steps)
+
+    failing.member.prepare = fails  # type: ignore[method-assign]
+    program = CapturedProgram([group], StandIn())
+    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
+    assert left == [fingerprint(failing.member.student.model)]
+    alone = group_of([cell("ce", steps=30)], tmp_path / "alone", per_class=2)
+    trained(Program([alone]))
+    assert outcome(group)[1] == outcome(alone)[0] and other.failure is None
+
+
 def test_rates_of_an_optimizer_that_takes_numbers_are_no_stretch(tmp_path: Path) -> None:
     protocol = {"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}, "schedule": "cosine"}
     program = both([cell("kd", protocol=protocol)], tmp_path)
