@@ -18,9 +18,9 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.endless import endless, enter_longest_stage
-from kdbench.engine.logits import PartLogits
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, make_graphs
+from kdbench.engine.teacher import PartLogits
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
 from kdbench.sources.augment import Augmentation

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,12 @@ from torch import Tensor
 
 from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
 from kdbench.engine.network import autocast
+from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, ProtocolSpec, recorded
 from kdbench.sources.augment import Augmentation
 from kdbench.sources.images import ImageData
-
-if TYPE_CHECKING:
-    from kdbench.engine.teacher import Teacher
 
 # Version of the layout on disk.
 LAYOUT = 1
@@ -41,25 +39,6 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 NOTE_SECONDS = 5.0
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class PartLogits:
-    """A table's logits for the images of one training part.
-
-    Args:
-        logits: [images of the whole training set, views, classes].
-        positions: int64 [images of the part], their places in the whole.
-    """
-
-    def __init__(self, logits: Tensor, positions: Tensor) -> None:
-        self.logits, self.positions = logits, positions
-
-    def at(self, index: Tensor, view: Tensor) -> Tensor:
-        """Logits [N, classes] of views of the part's images, in the precision in which the teacher computed them."""
-        where, device = self.positions[index], index.device
-        if self.logits.device != device:
-            where, view = where.to(self.logits.device), view.to(self.logits.device)
-        return self.logits[where, view].to(device)
 
 
 def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kdbench.engine.batches import Batches, load_data
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teacher import PartLogits, Teacher
 from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
@@ -113,5 +113,5 @@ class Materials:
         if not table.complete:
             return ""
         values = logits.opened(table, teacher, data, spec.protocol, self.device)
-        teacher.logits = logits.PartLogits(values, batches.positions)
+        teacher.logits = PartLogits(values, batches.positions)
         return table.folder.name

@@ -19,7 +19,7 @@ from kdbench.engine.meter import Meter
 from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
-from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_sets
+from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.engine.timeline import timeline
 from kdbench.errors import CellError, UserError
@@ -133,9 +133,7 @@ class Member:
         name = self.timeline.spans[self.timeline.stage(step)].name
         if name in own_teacher_stages(self.spec.method.stages):
             return {}
-        spec, terms = self.spec.method.stages[name], self.terms_of(name).values()
-        shared = shared_sets(terms, spec)
-        return {name: points for name, points in asked_points(terms, spec, "teacher").items() if name in shared}
+        return shared_teacher_points(self.terms_of(name).values(), self.spec.method.stages[name])
 
     def student_uses(self) -> dict[frozenset[str], int]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""

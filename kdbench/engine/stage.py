@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,8 +85,7 @@ class Stage:
         """What the stage needs of a shared teacher on these: input set -> hook points."""
         if self.teacher is None or not self.teacher.shared_with_others:
             return {}
-        points = asked_points(self.terms.values(), self.spec, "teacher")
-        return {name: found for name, found in points.items() if name in self.shared_sets}
+        return shared_teacher_points(self.terms.values(), self.spec)
 
     def progress(self, step: int) -> float:
         """Progress through the schedules, in [0, 1), before a step."""
@@ -192,6 +191,12 @@ def shared_sets(terms: Iterable[Term], spec: StageSpec) -> list[str]:
     read = dict.fromkeys(name for term in terms for name in term.input_sets)
     made: Sequence[str] = spec.source.gives if spec.source else ()
     return [name for name in [*read, *(spec.source.reads if spec.source else ())] if name not in made]
+
+
+def shared_teacher_points(terms: Collection[Term], spec: StageSpec) -> dict[str, list[str]]:
+    """What a stage needs of a teacher on the input sets that the data give: input set -> hook points."""
+    shared = shared_sets(terms, spec)
+    return {name: points for name, points in asked_points(terms, spec, "teacher").items() if name in shared}
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from kdbench.engine.anchors import Route
 from kdbench.engine.batches import Batch, Sets
 from kdbench.engine.build import Shape, Values
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.logits import PartLogits
 from kdbench.engine.network import Network, Normalizer, autocast
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import StageSpec
@@ -39,6 +38,25 @@ class StageTeacher(Protocol):
     def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
         """Values of hook points on a batch of the member's own."""
         ...
+
+
+class PartLogits:
+    """A table's logits for the images of one training part.
+
+    Args:
+        logits: [images of the whole training set, views, classes].
+        positions: int64 [images of the part], their places in the whole.
+    """
+
+    def __init__(self, logits: Tensor, positions: Tensor) -> None:
+        self.logits, self.positions = logits, positions
+
+    def at(self, index: Tensor, view: Tensor) -> Tensor:
+        """Logits [N, classes] of views of the part's images, in the precision in which the teacher computed them."""
+        where, device = self.positions[index], index.device
+        if self.logits.device != device:
+            where, view = where.to(self.logits.device), view.to(self.logits.device)
+        return self.logits[where, view].to(device)
 
 
 class Teacher:
