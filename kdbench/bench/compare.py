@@ -120,6 +120,8 @@ def compare(
 ) -> Result:
     """Time the ways to compute one cell, and by the fastest of them the cohort and the run with a table, beside peers.
 
+    Each technique is built on the best so far. Times are compared within the same rounds only.
+
     Args:
         flops: of one image's forward pass, of the "teacher" and the "student".
         rounds: turns of every lane; in each round all lanes have one.
@@ -140,32 +142,46 @@ def compare(
             Lane("plain PyTorch loop", "plain", one, allocator=False),
         ]
     rounds_of = Rounds(machine, device, threads, rounds, seconds, tell)
-    try:
-        # A way that does not work here leaves the others their times; a peer must be there.
-        techniques = rounds_of.start(others, needed=True) + rounds_of.start(_ways(one, machine, device))
-        taken = rounds_of.measure(techniques, "techniques")
-        best = max(techniques[len(others) :], key=lambda process: statistics.median(taken[process.lane.name]))
-        for process in techniques[1:]:
-            if process is not best:
-                process.end()
-        way = best.lane
-        table = replace(way, name=f"{way.name}, logit table", table=True)
-        cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
-        final = [techniques[0], best, *rounds_of.start([cohort, table], needed=True)]
-        last = rounds_of.measure(final, "cohort and table")
-    finally:
-        rounds_of.end()
 
     def row(process: Process, taken: dict[str, list[float]]) -> Row:
         lane = process.lane
         teacher = 0.0 if lane.table else flops["teacher"] / len(lane.specs)
         # Backward costs twice forward.
         work = 3 * flops["student"] + teacher
-        return Row(lane, taken[lane.name], taken[techniques[0].lane.name], process.warm["seconds"], work)
+        return Row(lane, taken[lane.name], taken[first.lane.name], process.warm["seconds"], work)
 
-    roles = {role: row(process, last) for role, process in zip(("run", "cohort", "table"), final[1:], strict=True)}
-    rows = [*(row(process, taken) for process in techniques), roles["cohort"], roles["table"]]
+    try:
+        # A way that does not work here leaves the others their times; a peer must be there.
+        peers_here, ways = rounds_of.start(others, needed=True), rounds_of.start(_ways(one, machine, device))
+        first = (peers_here + ways)[0]
+        taken = rounds_of.measure([*peers_here, *ways], "without graphs")
+        best = fastest(ways, taken)
+        rounds_of.end(besides=(first, best))
+        rows = [row(process, taken) for process in (*peers_here, *ways)]
+        # Compilation takes a minute: only the best so far is compiled.
+        if graphs := rounds_of.start(_graphs(best.lane, machine, device)):
+            taken = rounds_of.measure(_each_once(first, best, *graphs), "graphs")
+            rows += [row(process, taken) for process in graphs]
+            best = fastest([best, *graphs], taken)
+            rounds_of.end(besides=(first, best))
+        way = best.lane
+        table = replace(way, name=f"{way.name}, logit table", table=True)
+        cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
+        final = [best, *rounds_of.start([cohort, table], needed=True)]
+        taken = rounds_of.measure(_each_once(first, *final), "cohort and table")
+    finally:
+        rounds_of.end()
+    roles = {role: row(process, taken) for role, process in zip(("run", "cohort", "table"), final, strict=True)}
+    rows += [roles["cohort"], roles["table"]]
     return Result(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
+
+
+def fastest(processes: Sequence[Process], taken: dict[str, list[float]]) -> Process:
+    return max(processes, key=lambda process: statistics.median(taken[process.lane.name]))
+
+
+def _each_once(*processes: Process) -> list[Process]:
+    return list(dict.fromkeys(processes))
 
 
 class Rounds:
@@ -215,26 +231,29 @@ class Rounds:
                 taken[process.lane.name].append(process.turn(self.seconds))
         return taken
 
-    def end(self) -> None:
+    def end(self, besides: Sequence[Process] = ()) -> None:
+        """End the lanes' processes, but for those."""
         for process in self.started:
-            process.end()
+            if process not in besides:
+                process.end()
 
 
 def _ways(specs: list[dict[str, Any]], machine: Machine, device: str) -> list[Lane]:
-    """kdbench's lanes for one cell: the plain one, and every way that may be the fastest, whatever the others give."""
+    """kdbench's lanes for one cell without graphs, the plain one first."""
     lanes = [Lane("kdbench, float32", "kdbench", specs, allocator=False)]
     if device == "cpu":
         lanes.append(Lane("float32, memory kept", "kdbench", specs))
     for precision in machine.precisions:
-        way = Computing(precision, "channels_last")
-        lanes.append(Lane(f"{precision}, channels_last", "kdbench", specs, way))
-        if machine.compiler:
-            way = replace(way, compile=True)
-            lanes.append(Lane(f"{precision}, channels_last, compiled", "kdbench", specs, way))
-            if device != "cpu":
-                graphs = replace(way, cuda_graphs=True)
-                lanes.append(Lane(f"{precision}, channels_last, compiled, CUDA graphs", "kdbench", specs, graphs))
+        lanes.append(Lane(f"{precision}, channels_last", "kdbench", specs, Computing(precision, "channels_last")))
     return lanes
+
+
+def _graphs(best: Lane, machine: Machine, device: str) -> list[Lane]:
+    """The best lane so far as a graph, in every way that this machine has."""
+    compiled = [replace(best.computing, compile=True)] if machine.compiler else []
+    # Whole steps are recorded with compiled networks and without.
+    recorded = [] if device == "cpu" else [replace(way, cuda_graphs=True) for way in (best.computing, *compiled)]
+    return [replace(best, name=way.name, computing=way) for way in compiled + recorded]
 
 
 def _first_seed(plan: Plan) -> list[CellSpec]:
