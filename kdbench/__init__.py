@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas
     from torch import nn
 
-    from kdbench.results.record import Record
+    from kdbench.record import Record
 
 __version__ = "0.1.0"
 __all__ = ["load_student", "run", "table"]
@@ -50,8 +50,8 @@ def run(
     from kdbench.engine.runner import run as run_plan
     from kdbench.errors import CellError
     from kdbench.recipe.planning import plan
+    from kdbench.record import read_records
     from kdbench.registry import Registry
-    from kdbench.results.record import read_records
 
     folders = tuple(Path(folder) for folder in registries)
     texts = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, dict) else overrides
@@ -69,7 +69,7 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
     Args:
         options: those of `kdbench.results.tables.build` (baseline, metric, interval, published).
     """
-    from kdbench.results.record import Record, read_records
+    from kdbench.record import Record, read_records
     from kdbench.results.tables import build, to_frame
 
     given = list(records)
@@ -89,8 +89,8 @@ def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> n
     from kdbench.engine.build import build_model, load_weights, read_weights
     from kdbench.errors import UserError
     from kdbench.recipe.recorded import student_of
+    from kdbench.record import read_record, student_file
     from kdbench.registry import Registry
-    from kdbench.results.record import read_record, student_file
 
     folder = Path(folder)
     if not (folder / "record.json").is_file():

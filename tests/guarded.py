@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.sources.digits import load
-from kdbench.sources.images import ImageData
+from kdbench.data.digits import load
+from kdbench.data.images import ImageData
 
 # What tells nothing of the values.
 ABOUT = {

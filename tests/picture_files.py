@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kdbench.sources import birds
+from kdbench.data import birds
 
 SIZES = [(40, 30), (30, 40), (33, 33), (90, 20), (20, 90), (64, 48), (47, 61)]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdbench.data.images import ImageData, canonical
 from kdbench.engine.anchors import Route
 from kdbench.engine.batches import Batches, Sets
 from kdbench.engine.build import build_extractor, build_model
@@ -15,10 +16,9 @@ from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.timeline import Timeline
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
-from kdbench.sources.images import ImageData, canonical
 
 CPU = torch.device("cpu")
 

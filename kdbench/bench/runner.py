@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from kdbench.bench.peers import plain_loop, torchdistill_loop
+from kdbench.data.augment import Augmentation
+from kdbench.data.images import ImageData
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
@@ -23,8 +25,6 @@ from kdbench.engine.program import Group, make_graphs
 from kdbench.engine.teacher import PartLogits
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.images import ImageData
 
 # Images of the made-up training set: speed does not depend on what they show.
 IMAGES = 10_240

@@ -12,8 +12,8 @@ from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
-    from kdbench.engine.boundaries import Ends, Similarity
-    from kdbench.results.record import Record
+    from kdbench.methods.bss.analysis import Ends, Similarity
+    from kdbench.record import Record
 
 EXAMPLES = (
     "Examples:  kdbench boundary runs/bss_small   ·   kdbench boundary runs/bss --images 1000 --picture   ·   "
@@ -73,8 +73,8 @@ def command(
     pixel values.
     """
     from kdbench.cli.run import check_device
+    from kdbench.record import read_records
     from kdbench.registry import Registry
-    from kdbench.results.record import read_records
 
     check_device(device)
     if not folders and not attack:
@@ -91,10 +91,10 @@ def command(
 
     import torch
 
-    from kdbench.engine.boundaries import of_cells, of_teacher
     from kdbench.engine.provenance import Provenance
     from kdbench.engine.runner import Options
-    from kdbench.results.boundary_picture import boundary_picture
+    from kdbench.methods.bss.analysis import of_cells, of_teacher
+    from kdbench.methods.bss.picture import boundary_picture
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.startswith("cuda") and not torch.cuda.is_available():

@@ -42,7 +42,7 @@ def command(
     from kdbench.engine.dry import try_out
     from kdbench.engine.estimate import Estimate, memory, workers
     from kdbench.engine.pool import available_memory
-    from kdbench.engine.timeline import planned_timeline
+    from kdbench.recipe.timeline import planned_timeline
 
     console = page()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ import typer
 from kdbench.cli.options import RegistryOption
 
 if TYPE_CHECKING:
-    from kdbench.engine.judging import Judgement
+    from kdbench.methods.deep_inversion.judging import Judgement
 
 EXAMPLES = (
     "Examples:  kdbench judge runs/sources --by resnet32_cifar10   ·   "
@@ -45,9 +45,9 @@ def command(
 
     import torch
 
-    from kdbench.engine.judging import judge, pools_in, students_as_judges, teacher_as_judge
     from kdbench.engine.provenance import Provenance
     from kdbench.engine.runner import Options
+    from kdbench.methods.deep_inversion.judging import judge, pools_in, students_as_judges, teacher_as_judge
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options = Options(runs=runs, download=download, registries=tuple(registry or ()), device=chosen)

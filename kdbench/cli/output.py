@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
-    from kdbench.results import sums
-    from kdbench.results.record import read_records
+    from kdbench.record import read_records
     from kdbench.results.tables import build
+    from kdbench.verify import sums
 
     table = build(read_records(folders), unfinished=failed)
     print_table(table)
@@ -29,7 +29,7 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
 def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text
-    from kdbench.results.record import read_records
+    from kdbench.record import read_records
     from kdbench.results.texts import texts
 
     written = texts(table, read_records(folders))
@@ -40,8 +40,8 @@ def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
 
 def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
     """Learning curves, agreement (where it was logged) and final accuracies as PNG."""
+    from kdbench.record import read_records
     from kdbench.results.plots import agreement, final_accuracies, learning_curves
-    from kdbench.results.record import read_records
 
     records = read_records(folders)
     drawn = [

@@ -19,7 +19,7 @@ def command(
     The page that 'kdbench table --out' writes has these curves too, beside the table and its runs.
     """
     from kdbench.cli.output import write_plots
-    from kdbench.results import sums
+    from kdbench.verify import sums
 
     drawn = write_plots(folders, out or folders[0])
     sums.renew(out or folders[0], drawn)

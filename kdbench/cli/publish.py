@@ -19,7 +19,7 @@ def command(
     A few hundred kilobytes that can be committed: 'kdbench table' makes the table again from them, 'kdbench verify'
     checks them.
     """
-    from kdbench.results.publishing import publish
+    from kdbench.verify.publishing import publish
 
     for run in runs:
         print(publish(run, out))

@@ -45,7 +45,7 @@ def command(
     from kdbench.cli.run import carry_out, check_device, failure
     from kdbench.engine.runner import Options
     from kdbench.registry import Registry
-    from kdbench.results.publishing import publish
+    from kdbench.verify.publishing import publish
 
     check_device(device)
     folders = tuple(registry or ())

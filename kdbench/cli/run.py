@@ -78,7 +78,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
     from kdbench.recipe.remarks import remarks
-    from kdbench.results.adopting import published
+    from kdbench.verify.adopting import published
 
     shown = listener()
     for remark in remarks(cell.spec for cell in planned.cells):

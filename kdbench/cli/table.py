@@ -43,10 +43,10 @@ def command(
 ) -> None:
     """Print the table of all records below FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
+    from kdbench.record import read_records, unfinished
     from kdbench.registry import Registry
-    from kdbench.results import sums
-    from kdbench.results.record import read_records, unfinished
     from kdbench.results.tables import build
+    from kdbench.verify import sums
 
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))

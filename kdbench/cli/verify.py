@@ -45,7 +45,7 @@ def command(
     from kdbench.cli.run import check_device
     from kdbench.engine.runner import Options
     from kdbench.registry import Registry
-    from kdbench.results.verification import Finding, verdict, verify
+    from kdbench.verify.verification import Finding, verdict, verify
 
     check_device(device)
     if cell is not None and not rerun:
@@ -73,9 +73,9 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     from dataclasses import replace
 
     from kdbench.cli.progress import listener
-    from kdbench.engine.rerun import choose, rerun
-    from kdbench.results.record import RECORD, read_record
-    from kdbench.results.verification import read_folder
+    from kdbench.record import RECORD, read_record
+    from kdbench.verify.rerun import choose, rerun
+    from kdbench.verify.verification import read_folder
 
     # A damaged record is told already; the others can be run.
     records = read_folder(folder).planned

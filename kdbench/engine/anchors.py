@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdbench.engine import route
 from kdbench.engine.batches import Part
 from kdbench.engine.build import load_weights, read_weights
 from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.reading import inside
+from kdbench.recipe import route
 from kdbench.recipe.schema import AnchorSpec
 
 

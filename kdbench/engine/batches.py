@@ -11,14 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdbench.engine.timeline import Timeline, batches_per_epoch
+from kdbench.data.augment import Augmentation
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
+from kdbench.data.splits import subset, validation
+from kdbench.data.streams import generator, permutation
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.images import ImageData
-from kdbench.sources.pictures import Pictures
-from kdbench.sources.splits import subset, validation
-from kdbench.sources.streams import generator, permutation
+from kdbench.recipe.timeline import Timeline, batches_per_epoch
 
 
 @dataclass(frozen=True)

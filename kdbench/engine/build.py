@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.cards import Weights
+from kdbench.data.streams import address
 from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
@@ -23,7 +24,6 @@ from kdbench.models.places import Place, Unordered
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
 from kdbench.signature import parameters
-from kdbench.sources.streams import address
 
 Shape = tuple[int, ...]
 # Places of the hook points of networks that were built before: they are found by running the network.

@@ -14,7 +14,7 @@ from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.schema import ComputeChoice
-from kdbench.results.record import RECORD, read_record
+from kdbench.record import RECORD, read_record
 
 NAME = "compute.json"
 _AGAIN = "remove the file: finished cells are kept, the others are tried anew"

@@ -14,9 +14,9 @@ from kdbench.engine.finish import size_of
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.teachers import untrained_teacher
-from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import UserError
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.timeline import planned_timeline
 
 CPU = torch.device("cpu")
 # Images in a timed batch: enough to fill the machine, few enough to be quick.

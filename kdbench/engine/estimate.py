@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from kdbench.data.folder import cores
 from kdbench.engine.compute import cohort_bytes
 from kdbench.engine.dry import Size, costs_of, measure
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
 from kdbench.engine.runner import is_finished, teacher_folder
 from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
-from kdbench.engine.timeline import planned_timeline, training_images
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, StageSpec
-from kdbench.sources.folder import cores
+from kdbench.recipe.timeline import planned_timeline, training_images
 
 
 class Estimate:

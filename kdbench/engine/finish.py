@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdbench
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import TARGET, Batches
 from kdbench.engine.build import resolve
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Log, Member
 from kdbench.engine.teachers import TeacherFile
-from kdbench.engine.timeline import Timeline
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, DataSpec, recorded
-from kdbench.results.record import LOGITS, STUDENT, summary
-from kdbench.sources.images import ImageData
-from kdbench.sources.pictures import Pictures
+from kdbench.recipe.timeline import Timeline
+from kdbench.record import LOGITS, STUDENT, summary
 
 SCHEMA = 1
 

@@ -13,7 +13,7 @@ from kdbench.engine.scheduling import CellState, Work
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
-from kdbench.results.record import METRICS, RECORD, Record, finished_record, student_file
+from kdbench.record import METRICS, RECORD, Record, finished_record, student_file
 
 
 class DataHere:

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdbench.data.augment import Augmentation
+from kdbench.data.images import ImageData
 from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.recipe.schema import CellSpec, ProtocolSpec, recorded
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.images import ImageData
 
 # Version of the layout on disk.
 LAYOUT = 1

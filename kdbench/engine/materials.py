@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
 from kdbench.engine.batches import Batches, load_data
 from kdbench.engine.compute import Computing
@@ -15,8 +17,6 @@ from kdbench.engine.teacher import PartLogits, Teacher
 from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.images import ImageData
-from kdbench.sources.pictures import Pictures
 
 AnyData = ImageData | Pictures
 
@@ -68,9 +68,7 @@ class Materials:
         if spec.teacher.weights is None:
             file = trained(folder)
         else:
-            file = measured(
-                spec.teacher, folder, self.settings.download, spec.data, self.data(spec.data), self.device
-            )
+            file = measured(spec.teacher, folder, self.settings.download, spec.data, self.data(spec.data), self.device)
         if file is None:
             raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
         if spec.teacher.trained_by is not None:

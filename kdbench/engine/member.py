@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdbench.engine import route
+from kdbench.data.streams import address
 from kdbench.engine.anchors import AnchorTeacher
 from kdbench.engine.batches import SLICE, Batch, Batches, Sets
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms, start_from
@@ -21,10 +21,10 @@ from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
-from kdbench.engine.timeline import timeline
 from kdbench.errors import CellError, UserError
+from kdbench.recipe import route
 from kdbench.recipe.schema import CellSpec
-from kdbench.sources.streams import address
+from kdbench.recipe.timeline import timeline
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from kdbench.data.augment import Augmentation
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
 from kdbench.engine.dry import costs_of
@@ -18,7 +19,6 @@ from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.schema import CellSpec
-from kdbench.sources.augment import Augmentation
 
 # Parameter, gradient, momentum.
 COPIES = 3

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kdbench.cards import Normalization
+from kdbench.data.augment import normalize
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError
 from kdbench.models.graph import Traced, Untraceable, traced
 from kdbench.models.hooks import Extractor
-from kdbench.sources.augment import normalize
 
 # What will be asked of a network: sets of hook points, and for how many steps each.
 Uses = Mapping[frozenset[str], int]

@@ -78,7 +78,6 @@ class SGD(torch.optim.Optimizer):
                 # An addition scaled by the rate rounds once, as torch's does; a product and a sum round twice.
                 parameter.addcmul_(change, group["lr"], value=-1)
 
-
     def _step_together(self, group: dict[str, Any]) -> None:
         """The same for all parameters at once: on a GPU a handful of kernels in place of a handful each."""
         decay, momentum = group["weight_decay"], group["momentum"]

@@ -202,7 +202,7 @@ class Pool:
             for line in worker.stdout:
                 self.events.put((number, EVENT.validate_json(line)))
         except ValueError:
-                # Of another version, as when the package was changed under a run: the rest is not understood either.
+            # Of another version, as when the package was changed under a run: the rest is not understood either.
             worker.kill()
         self.events.put((number, Gone(code=worker.wait())))
 

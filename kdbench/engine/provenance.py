@@ -14,7 +14,7 @@ import torch
 import kdbench
 from kdbench.engine.finish import git_state, machine
 from kdbench.files import sha256_of, write_json
-from kdbench.sources.made import MadeImages
+from kdbench.methods.deep_inversion.made import MadeImages
 
 
 class Provenance:

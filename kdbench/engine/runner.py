@@ -53,13 +53,13 @@ from kdbench.engine.scheduling import (
     fitting,
     kind,
 )
-from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
 from kdbench.reading import inside, read_json, same_name
 from kdbench.recipe.planning import SOURCES, TEACHERS, Plan, PlannedCell
 from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
-from kdbench.results.record import RECORD, Record, finished_record, read_record, student_file
+from kdbench.recipe.timeline import planned_timeline
+from kdbench.record import RECORD, Record, finished_record, read_record, student_file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from kdbench.engine.build import Term
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
-from kdbench.engine.timeline import Span, Timeline
 from kdbench.recipe.schema import StageSpec
+from kdbench.recipe.timeline import Span, Timeline
 
 
 @dataclass

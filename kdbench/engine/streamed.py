@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kdbench.data.augment import Augmentation
+from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
+from kdbench.data.streams import generator, permutation, uniform
 from kdbench.engine.batches import Batch, Batches, Part, ResidentPart, place_of, split
-from kdbench.engine.timeline import Timeline
 from kdbench.recipe.schema import CellSpec, DataSpec
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized_crop
-from kdbench.sources.images import ImageData
-from kdbench.sources.pictures import Pictures
-from kdbench.sources.streams import generator, permutation, uniform
+from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16
 BATCHES_AHEAD = 3

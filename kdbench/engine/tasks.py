@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
 from kdbench.engine.build import choices_of, resolve
 from kdbench.engine.compute import REFERENCE, Computing
@@ -41,7 +42,6 @@ from kdbench.engine.teachers import load_teacher, locate, untrained_teacher
 from kdbench.engine.training import train_cohort
 from kdbench.engine.trial import Work, choose, possible
 from kdbench.errors import CellError, UserError
-from kdbench.sources.pictures import Pictures
 
 
 class TaskRunner:

@@ -10,21 +10,21 @@ import torch
 from torch import nn
 
 from kdbench.cards import TEACHER_TOLERANCE, Weights
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
 from kdbench.engine.anchors import Route
 from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.measuring import Seen, doubts, kept, look
 from kdbench.engine.network import Normalizer
-from kdbench.engine.route import FOLDER
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.beside import training_of
+from kdbench.recipe.route import FOLDER
 from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
-from kdbench.results.record import finished_record, student_file
-from kdbench.sources.images import ImageData
-from kdbench.sources.pictures import Pictures
+from kdbench.record import finished_record, student_file
 
 
 @dataclass(frozen=True)

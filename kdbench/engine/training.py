@@ -33,7 +33,7 @@ from kdbench.engine.teachers import TeacherFile, fingerprint
 from kdbench.engine.trial import possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import sweep
-from kdbench.results.record import finished_record
+from kdbench.record import finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS

@@ -1,5 +1,6 @@
 """Boundary supporting samples. Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision
-Boundary, AAAI 2019, arXiv 1805.05532. The attack that makes the samples is `kdbench.sources.attack.boundary_attack`."""
+Boundary, AAAI 2019, arXiv 1805.05532. The attack that makes the samples is
+`kdbench.methods.bss.attack`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ What is minimized over the pixels of images, with the network fixed (section 3.2
 
     CE(f(x), y) + α_tv R_TV(x) + α_l2 R_l2(x) + α_f R_feature(x) + α_c R_compete(x)
 
-Unlike the losses of students these have gradients with respect to images. `kdbench.sources.inversion` minimizes them.
+Unlike the losses of students these have gradients with respect to images. `kdbench.methods.deep_inversion` minimizes
+them.
 """
 
 from __future__ import annotations

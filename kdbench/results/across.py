@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kdbench.record import Metric
 from kdbench.results.comparison import Column, Comparison, Row
 from kdbench.results.ranking import Improvement, average_ranks, critical_distance, probability_of_improvement
-from kdbench.results.record import Metric
 from kdbench.results.statistics import summarize
 
 

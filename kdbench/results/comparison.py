@@ -12,8 +12,8 @@ from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.schema import recorded
-from kdbench.results.record import Record
-from kdbench.results.soundness import spec_of
+from kdbench.record import Record
+from kdbench.verify.soundness import spec_of
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy"}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.errors import UserError
+from kdbench.record import Record
 from kdbench.results import training
 from kdbench.results.comparison import Column, Comparison
-from kdbench.results.record import Record
 
 DAGGER = "†"
 

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.errors import UserError
+from kdbench.record import METRICS, metrics
 from kdbench.results.comparison import Column, Comparison, Row
-from kdbench.results.record import METRICS, metrics
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C2D04", "#3B0F70")
-MARKERS = "osD^vP*X<>"
-LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKS_ON_CURVE = 7
 # A method this many times farther below the median than the best is above it is left out of the enlarged part.
 FAR_BELOW = 3.0
@@ -75,7 +73,7 @@ def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[s
             raise UserError(
                 "a record that was not read from a folder has no curve",
                 where=record.identity[:8],
-                hint="read records with kdbench.results.record.read_records",
+                hint="read records with kdbench.record.read_records",
             )
         log[record.identity] = metrics(record.folder)
     return log

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdbench.cards import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
+from kdbench.record import LAST_EPOCHS, Metric, Record
 from kdbench.results import statistics, training
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
-from kdbench.results.record import LAST_EPOCHS, Metric, Record
 from kdbench.results.sharing import unlike_baseline
-from kdbench.results.soundness import spec_of
+from kdbench.verify.soundness import spec_of
 
 if TYPE_CHECKING:
     from kdbench.results.tables import Row

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 from kdbench.recipe.loading import dump
+from kdbench.record import Record
 from kdbench.results import svg
 from kdbench.results.comparison import Column, Comparison, Row, compare
 from kdbench.results.curves import (
@@ -25,7 +26,6 @@ from kdbench.results.curves import (
 )
 from kdbench.results.layout import Grid, Text, accuracy, layout
 from kdbench.results.notes import Note, said_computing, said_machine
-from kdbench.results.record import Record
 from kdbench.results.tables import Table
 
 # Nothing may be loaded, from anywhere: what the page needs is in it.

@@ -4,18 +4,17 @@ in any order."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdbench.files import atomic
+from kdbench.drawing import DPI, MARKERS, save, style
+from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
 from kdbench.results.curves import (
-    MARKERS,
     MARKS_ON_CURVE,
     Curve,
     Look,
@@ -27,7 +26,6 @@ from kdbench.results.curves import (
     look,
 )
 from kdbench.results.notes import metric_label
-from kdbench.results.record import Metric, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 
 MARKER_SIZES = {"*": 8.5, "P": 6.5, "X": 6.5}
 ACROSS = 3
-DPI = 160
 
 
 def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
@@ -223,35 +220,6 @@ def _draw(axis: Axes, curve: Curve, style: Look, label: str) -> None:
     )
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Our own look, whatever the user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "font.size": 9,
-                "axes.titlesize": 9,
-                "axes.titleweight": "bold",
-                "axes.labelsize": 9,
-                "legend.fontsize": 9,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.grid": True,
-                "grid.color": "#dddddd",
-                "grid.linewidth": 0.6,
-                "axes.axisbelow": True,
-                "lines.linewidth": 1.5,
-                "lines.markersize": 5,
-                "axes.formatter.useoffset": False,
-                "text.parse_math": False,
-            }
-        )
-        yield
-
-
 def _grid(count: int, across: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `across` in a row, each of `size` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -285,19 +253,3 @@ def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown:
         frameon=False,
         handlelength=3.2,
     )
-
-
-def save(figure: Figure, file: str | Path) -> Path:
-    """Lay the figure out and write the PNG atomically, without a date or a version in it."""
-    # The solver of the layout takes its variables in the order of their addresses in memory, so that its sums end in
-    # one digit or another; where an edge then lies on half a pixel, pixels differ.
-    if (engine := figure.get_layout_engine()) is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")
-    for axis in figure.axes:
-        left, bottom, width, height = (float(np.float32(part)) for part in axis.get_position(original=True).bounds)
-        axis.set_position((left, bottom, width, height))
-    file = Path(file)
-    with atomic(file) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    return file

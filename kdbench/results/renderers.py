@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdbench.record import Record
 from kdbench.results.comparison import in_order, text
 from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.notes import Note
-from kdbench.results.record import Record
 from kdbench.results.tables import Table, flat
 
 # What an article's page holds: ems of its \small and \footnotesize across, and lines of \small down beside the caption.

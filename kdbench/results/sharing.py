@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from kdbench.record import Record
 from kdbench.results.comparison import Comparison
-from kdbench.results.record import Record
 
 
 def unlike_baseline(comparison: Comparison) -> dict[str, list[str]]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from kdbench.results.curves import MARKERS, MARKS_ON_CURVE, Look
+from kdbench.drawing import MARKERS
+from kdbench.results.curves import MARKS_ON_CURVE, Look
 
 WIDTH, HEIGHT = 440, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 42

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench.cards import PublishedCard
 from kdbench.errors import UserError
+from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.across import Across, across
 from kdbench.results.comparison import Column, Comparison, compare
 from kdbench.results.copied import CopiedRow, copied_rows
 from kdbench.results.notes import Interval, Note, across_notes, listed, metric_label, missing, notes_of, source_note
-from kdbench.results.record import Metric, Record
 
 if TYPE_CHECKING:
     import pandas

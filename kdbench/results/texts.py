@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kdbench.record import Record
 from kdbench.results.page import html
-from kdbench.results.record import Record
 from kdbench.results.renderers import latex, markdown, records_csv, table_csv
 from kdbench.results.tables import Table
 

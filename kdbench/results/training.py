@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kdbench.results.record import Record
+from kdbench.record import Record
 
 
 def batch_size(record: Record) -> float | None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import TINY, Kdbench, Once
 
-from kdbench.engine.boundaries import of_cells
 from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options
-from kdbench.results.record import read_records
+from kdbench.methods.bss.analysis import of_cells
+from kdbench.record import read_records
 
 REGISTRY = TINY[1:]
 CPU = torch.device("cpu")

@@ -102,8 +102,8 @@ def test_python_api(finished: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     import kdbench
-    from kdbench.sources.augment import normalize
-    from kdbench.sources.digits import load
+    from kdbench.data.augment import normalize
+    from kdbench.data.digits import load
 
     frame = kdbench.table([finished])
     assert len(frame) == 2

@@ -14,18 +14,18 @@ from kdbench.cli.output import write_tables
 from kdbench.engine.runner import Options, Outcome, Silent, run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
+from kdbench.record import read_record
 from kdbench.registry import Registry
-from kdbench.results.adopting import published
-from kdbench.results.publishing import publish
-from kdbench.results.record import read_record
-from kdbench.results.verification import verify
+from kdbench.verify.adopting import published
+from kdbench.verify.publishing import publish
+from kdbench.verify.verification import verify
 
 pytestmark = pytest.mark.slow
 
 CARDS = """
 datasets:
   mine:
-    target: "kdbench.sources.folder:load"
+    target: "kdbench.data.folder:load"
     args: {folder: mine}
     title: Mine
     classes: 3

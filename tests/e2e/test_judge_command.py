@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, Kdbench, Once
 
-from kdbench.sources.digits import load
-from kdbench.sources.made import MadeImages
+from kdbench.data.digits import load
+from kdbench.methods.deep_inversion.made import MadeImages
 
 REGISTRY = TINY[1:]
 METHODS = (

@@ -13,8 +13,8 @@ from kills import Strike, assert_alike, struck
 from test_verify import changed, leaves
 
 from kdbench.registry import Registry
-from kdbench.results import sums
-from kdbench.results.verification import verify
+from kdbench.verify import sums
+from kdbench.verify.verification import verify
 
 HERE = Path(__file__).parent
 REGISTRY = Registry([HERE / "registry"])

@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdbench.data.cifar import cifar10
 from kdbench.engine.teachers import measured
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
-from kdbench.sources.cifar import cifar10
 
-PUBLISHED = {
-    "resnet20_cifar10": 91.73,
-    "resnet32_cifar10": 92.63,
-    "resnet44_cifar10": 93.10,
-    "resnet56_cifar10": 93.39,
-}
+PUBLISHED = {"resnet20_cifar10": 91.73, "resnet32_cifar10": 92.63, "resnet44_cifar10": 93.10, "resnet56_cifar10": 93.39}
 # What comes with kdbench, by the cards; the first as its authors say. Rounding may differ by an image elsewhere.
 SHIPPED = {"bss_resnet26_cifar10": 92.55, "wrn_22_4_cifar10": 95.41}
 # From the same authors, in the same form, by the same code.

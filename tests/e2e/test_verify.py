@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, TINY, Kdbench
 
 from kdbench.registry import Registry
-from kdbench.results import sums
-from kdbench.results.verification import Finding, verify
+from kdbench.verify import sums
+from kdbench.verify.verification import Finding, verify
 
 HERE = Path(__file__).parent
 REGISTRY = Registry([HERE / "registry"])

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdbench.results.record import Record, read_records
+from kdbench.record import Record, read_records
 
 
 def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: Any) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from synthetic import comparison, make
 
+from kdbench.record import Record
 from kdbench.results.across import Across
-from kdbench.results.record import Record
 from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import build
 

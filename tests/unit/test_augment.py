@@ -10,8 +10,8 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+from kdbench.data.augment import Augmentation, Draws, normalize
 from kdbench.errors import UserError
-from kdbench.sources.augment import Augmentation, Draws, normalize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 MODES = {"zero": "constant", "reflect": "reflect"}

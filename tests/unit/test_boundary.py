@@ -20,16 +20,9 @@ from torch.nn import functional as F
 
 from kdbench import losses
 from kdbench.cards import Normalization
+from kdbench.data.streams import uniform
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import SLICE, Batch
-from kdbench.engine.boundaries import (
-    boundary_similarity,
-    ends_of_attacks,
-    makes_boundary_samples,
-    pairs_of,
-    varied,
-    way_to_look_at,
-)
 from kdbench.engine.finish import streams
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
@@ -37,14 +30,21 @@ from kdbench.engine.network import Normalizer
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
+from kdbench.methods.bss.analysis import (
+    boundary_similarity,
+    ends_of_attacks,
+    makes_boundary_samples,
+    pairs_of,
+    varied,
+    way_to_look_at,
+)
+from kdbench.methods.bss.attack import StepRule, again, base_samples, boundary_attack, target_classes
+from kdbench.methods.bss.picture import boundary_picture
+from kdbench.methods.bss.source import STREAM, BoundarySamples
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
-from kdbench.results.boundary_picture import boundary_picture
 from kdbench.schedules import linear
-from kdbench.sources.attack import StepRule, again, base_samples, boundary_attack, target_classes
-from kdbench.sources.boundary import STREAM, BoundarySamples
-from kdbench.sources.streams import uniform
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
@@ -792,9 +792,9 @@ def test_where_the_authors_teachers_attacks_end(cifar10_root: Path, teacher_fold
     gap 0.012, L2 1.07; the released step 100 %, 87 %, gap 9.4, L2 4.71."""
     from safetensors.torch import load_file
 
+    from kdbench.data.augment import normalize
     from kdbench.engine.batches import load_data
     from kdbench.models.resnet_cifar import bss_resnet
-    from kdbench.sources.augment import normalize
 
     spec = plan({"data": "cifar10", "student": "bss_resnet8", "protocol": "bss_official", "method": "ce"}, REGISTRY)
     data = load_data(spec.cells[0].spec.data, [cifar10_root], False, tmp_path)

@@ -13,8 +13,8 @@ from synthetic import comparison, make
 
 from kdbench.cards import ProtocolCard, PublishedCard
 from kdbench.errors import UserError
+from kdbench.record import Record
 from kdbench.registry import Registry
-from kdbench.results.record import Record
 from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import Table, build
 

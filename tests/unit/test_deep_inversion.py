@@ -29,13 +29,13 @@ from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
+from kdbench.methods.deep_inversion import inversion
+from kdbench.methods.deep_inversion.inversion import Address, Inversion, balanced, synthesize
+from kdbench.methods.deep_inversion.made import MadeImages, grid
+from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
-from kdbench.sources import inversion
-from kdbench.sources.inversion import Address, Inversion, balanced, synthesize
-from kdbench.sources.made import MadeImages, grid
-from kdbench.sources.synthesized import SynthesizedImages
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 from kdbench.cli.schema import build as build_schema
+from kdbench.record import read_records
 from kdbench.results.page import html
-from kdbench.results.record import read_records
 from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import build
 

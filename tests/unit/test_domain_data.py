@@ -14,13 +14,13 @@ from PIL import Image
 from tiny import images
 
 from kdbench.cards import Weights
+from kdbench.data import domains, jpeg, mnist
+from kdbench.data.images import moments, resized
 from kdbench.engine.build import build_model
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
-from kdbench.sources import domains, jpeg, mnist
-from kdbench.sources.images import moments, resized
 
 REGISTRY = Registry()
 

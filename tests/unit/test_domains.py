@@ -147,7 +147,7 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
     for name, seed in (("near", 0), ("far", 50)):
         write_pictures(tmp_path / name, seed=seed)
         card = {
-            "target": "kdbench.sources.pictures:load",
+            "target": "kdbench.data.pictures:load",
             "streamed": True,
             "args": {"folder": name, "short_side": 20},
             "title": name,
@@ -325,7 +325,7 @@ def test_a_public_teachers_card_speaks_of_the_source() -> None:
     """Its accuracy on the target is another one, and no mistake of the record."""
     from types import SimpleNamespace
 
-    from kdbench.results.soundness import _teacher
+    from kdbench.verify.soundness import _teacher
 
     def told(accuracy: float, source: float, target: object) -> list[str]:
         teacher = SimpleNamespace(name="resnet56_cifar10", sha256="0", accuracy=accuracy, source_accuracy=source)

@@ -16,6 +16,7 @@ from synthetic import comparison, make
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdbench.data.images import ImageData
 from kdbench.engine import teachers
 from kdbench.engine.batches import ResidentPart
 from kdbench.engine.build import build_model, choices_of, read_weights
@@ -27,7 +28,6 @@ from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
 from kdbench.results.tables import build
-from kdbench.sources.images import ImageData
 
 SHIPPED = Registry()
 CLASSES = 10

@@ -12,9 +12,9 @@ from kdbench.engine.batches import split
 from kdbench.engine.dry import Size
 from kdbench.engine.estimate import Estimate
 from kdbench.engine.runner import teacher_folder
-from kdbench.engine.timeline import training_images, validation_images
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.schema import DataSpec
+from kdbench.recipe.timeline import training_images, validation_images
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 from synthetic import make, plain_record, write
 
-from kdbench.engine.boundaries import _check_made_from
 from kdbench.engine.finished import DataHere, Finished
 from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.scheduling import CellState
 from kdbench.engine.teachers import trained
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.methods.bss.analysis import _check_made_from
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.schema import recorded
+from kdbench.record import Record, finished_record, read_record, student_file
 from kdbench.registry import Registry
-from kdbench.results import sums
-from kdbench.results.adopting import published
 from kdbench.results.comparison import compare
-from kdbench.results.record import Record, finished_record, read_record, student_file
-from kdbench.results.verification import _files, read_folder
+from kdbench.verify import sums
+from kdbench.verify.adopting import published
+from kdbench.verify.verification import _files, read_folder
 
 E2E = Path(__file__).parent.parent / "e2e"
 OLD, NEW = "cd" * 32, "ef" * 32

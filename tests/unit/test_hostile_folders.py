@@ -23,18 +23,18 @@ from kdbench.cli import main
 from kdbench.engine import choosing, logit_files, measuring, runner
 from kdbench.engine.anchors import Route
 from kdbench.engine.build import read_weights
-from kdbench.engine.rerun import rerun
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.methods.deep_inversion.made import MadeImages
 from kdbench.reading import DEEPEST, LARGEST, inside, parsed, plain_name, read_json
 from kdbench.recipe.planning import Plan, plan, run_name
 from kdbench.recipe.schema import CellSpec, ComputeChoice
+from kdbench.record import read_record
 from kdbench.registry import Registry
-from kdbench.results.record import read_record
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
-from kdbench.sources.made import MadeImages
 from kdbench.tree import Tree
+from kdbench.verify.rerun import rerun
 
 CELLS = ["ce-seed0-dd220819", "kd-seed0-9d9a250a"]
 CE, KD = CELLS
@@ -210,10 +210,7 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     # record.json.
     "a record is a pipe": (pipe, ("publish", "verify")),
     "a record is deep": (put(RECORD, '{"schema": 1, "kdbench": ' + DEEP + "}"), ("verify", *READERS)),
-    "a record is rather deep": (
-        change(RECORD, "novelty", Raw("[" * DEEPEST + "]" * DEEPEST)),
-        ("verify", "table"),
-    ),
+    "a record is rather deep": (change(RECORD, "novelty", Raw("[" * DEEPEST + "]" * DEEPEST)), ("verify", "table")),
     "an accuracy is NaN": (change(RECORD, "result.test.last", float("nan")), ("verify", "table")),
     "an accuracy is infinite": (change(RECORD, "result.test.last", Raw("1e999")), ("verify", "table")),
     "an accuracy stands twice": (named_twice, ("verify", "table")),
@@ -222,10 +219,7 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a label has half a character": (change(RECORD, "cell.label", "\ud800"), ("verify", "table")),
     "a student is a list": (change(RECORD, "spec.student", [1]), ("verify", "table")),
     "stages are a text": (change(RECORD, "spec.method.stages", "x"), ("verify", "table")),
-    "a schedule is a number": (
-        change(RECORD, "spec.method.stages.classification.schedule", 5),
-        ("verify", "table"),
-    ),
+    "a schedule is a number": (change(RECORD, "spec.method.stages.classification.schedule", 5), ("verify", "table")),
     "seeds are a list": (change(RECORD, "seeds", [1]), ("verify", "table")),
     "streams are a number": (change(RECORD, "seeds", {"streams": 5}), ("verify", "table")),
     "no data": (change(RECORD, "spec.data", None), ("verify",)),

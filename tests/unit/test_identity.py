@@ -22,8 +22,8 @@ from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.schema import CellSpec, recorded
 from kdbench.registry import SHARE, Registry
 from kdbench.results.comparison import differences
-from kdbench.results.verification import verify
 from kdbench.tree import Tree, shown
+from kdbench.verify.verification import verify
 
 IDENTITIES = Path(__file__).with_name("identities.yaml")
 RESULTS = SHARE / "results"

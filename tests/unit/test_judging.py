@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdbench.engine.judging import Judge, judge, pools_in
 from kdbench.errors import UserError
+from kdbench.methods.deep_inversion.judging import Judge, judge, pools_in
+from kdbench.methods.deep_inversion.made import MadeImages
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import DataSpec
 from kdbench.registry import Registry
-from kdbench.sources.made import MadeImages
 
 CPU = torch.device("cpu")
 KEY: dict[str, Any] = {

@@ -12,6 +12,8 @@ import pytest
 import torch
 from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
+from kdbench.data.augment import Augmentation
+from kdbench.data.images import ImageData
 from kdbench.engine import logit_files, logits
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
@@ -22,8 +24,6 @@ from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
 from kdbench.registry import Registry
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.images import ImageData
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {

@@ -19,10 +19,10 @@ from kdbench.engine.finish import by_classes
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
-from kdbench.engine.timeline import training_images
 from kdbench.errors import UserError
 from kdbench.losses import kd, kd_over_classes
 from kdbench.recipe.planning import plan
+from kdbench.recipe.timeline import training_images
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

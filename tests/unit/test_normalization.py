@@ -22,7 +22,7 @@ SHIPPED = Registry()
 CARDS = """\
 datasets:
   mine:
-    target: kdbench.sources.digits:load
+    target: kdbench.data.digits:load
     title: digits by another name
     classes: 10
     channels: 1

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from synthetic import comparison, finished, make, plain_record, write
 
+from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.errors import UserError
+from kdbench.record import read_records
 from kdbench.results import svg
-from kdbench.results.curves import COLOURS, LINES, MARKERS, Look
+from kdbench.results.curves import Look
 from kdbench.results.page import html, sort_value
-from kdbench.results.record import read_records
 from kdbench.results.tables import build
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from synthetic import make, plain_record, write
 
 from kdbench.errors import UserError
+from kdbench.record import Record, read_records
 from kdbench.results import plots
-from kdbench.results.record import Record, read_records
 
 LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
 ALL = (plots.learning_curves, plots.agreement, plots.final_accuracies)

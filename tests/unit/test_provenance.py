@@ -12,7 +12,7 @@ import torch
 
 import kdbench
 from kdbench.engine.provenance import Provenance, command_line
-from kdbench.sources.made import MadeImages
+from kdbench.methods.deep_inversion.made import MadeImages
 
 
 @pytest.mark.parametrize(

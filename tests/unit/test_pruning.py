@@ -16,7 +16,7 @@ from kdbench.engine.build import build_model, start_from
 from kdbench.engine.finish import size_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
-from kdbench.models.pruning import filters, importance, least_important, size_without, switch_off
+from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off
 
 SHAPE = (1, 8, 8)
 

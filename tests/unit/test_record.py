@@ -12,7 +12,7 @@ import pytest
 from synthetic import make, plain_record, write
 
 from kdbench.errors import UserError
-from kdbench.results.record import Record, metrics, read_record, read_records, unfinished
+from kdbench.record import Record, metrics, read_record, read_records, unfinished
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_records_are_frozen() -> None:
 
 def test_results_need_no_torch() -> None:
     code = (
-        "import sys, kdbench.results.record, kdbench.results.statistics, kdbench.results.tables, "
+        "import sys, kdbench.record, kdbench.results.statistics, kdbench.results.tables, "
         "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots, kdbench.results.page, "
-        "kdbench.results.verification, kdbench.results.publishing, kdbench.engine.rerun\n"
+        "kdbench.verify.verification, kdbench.verify.publishing, kdbench.verify.rerun\n"
         "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

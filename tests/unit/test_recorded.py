@@ -14,18 +14,18 @@ import pytest
 import torch
 
 import kdbench
-from kdbench.engine.boundaries import of_cells
-from kdbench.engine.judging import students_as_judges
 from kdbench.engine.provenance import Provenance
-from kdbench.engine.rerun import choose
 from kdbench.engine.runner import Options
 from kdbench.errors import UserError
+from kdbench.methods.bss.analysis import of_cells
+from kdbench.methods.deep_inversion.judging import students_as_judges
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import recorded
+from kdbench.record import Record, read_record
 from kdbench.registry import SHARE, Registry
-from kdbench.results.record import Record, read_record
-from kdbench.results.verification import verify
+from kdbench.verify.rerun import choose
+from kdbench.verify.verification import verify
 
 REGISTRY = Registry()
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import torch
 from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, step_together, train, untrained_teacher
 from torch import Tensor, nn
 
-from kdbench.engine import checkpoint, route
+from kdbench.engine import checkpoint
 from kdbench.engine.anchors import AnchorTeacher, Route
 from kdbench.engine.batches import Batches, ResidentPart
 from kdbench.engine.cell import TrainingCell
@@ -25,11 +25,12 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
-from kdbench.engine.timeline import planned_timeline
 from kdbench.errors import CellError, UserError
 from kdbench.files import SHARE, sha256_of
+from kdbench.recipe import route
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

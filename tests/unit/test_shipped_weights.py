@@ -18,7 +18,7 @@ from kdbench.recipe.checking import check_card
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
-from kdbench.results.verification import verify
+from kdbench.verify.verification import verify
 
 FOLDER = SHARE / "registry" / "weights"
 FILES = sorted(FOLDER.glob("*.safetensors"))

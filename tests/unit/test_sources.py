@@ -23,9 +23,9 @@ import torch
 import yaml
 from PIL import Image
 
+from kdbench.data import cifar, digits, folder, images
+from kdbench.data.images import ImageData
 from kdbench.errors import UserError
-from kdbench.sources import cifar, digits, folder, images
-from kdbench.sources.images import ImageData
 
 CARDS = yaml.safe_load((Path(__file__).parents[2] / "registry/datasets/image_sets.yaml").read_text(encoding="utf-8"))
 SMALL = replace(cifar.CIFAR10, counts={"train": 100, "test": 20})

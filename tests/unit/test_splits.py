@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
+from kdbench.data import splits, streams
 from kdbench.errors import UserError
-from kdbench.sources import splits, streams
 
 
 def labels_of(*sizes: int) -> torch.Tensor:

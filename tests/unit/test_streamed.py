@@ -15,25 +15,25 @@ from tiny import CPU, train, untrained_teacher
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from kdbench.data import birds, pictures, scenes
+from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.data.folder import not_found
+from kdbench.data.images import ImageData
+from kdbench.data.streams import uniform
 from kdbench.engine.batches import Batches, load_data
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.streamed import StreamedBatches, batches_of, part_for_testing
-from kdbench.engine.timeline import timeline
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.timeline import timeline
 from kdbench.registry import Registry
-from kdbench.sources import birds, pictures, scenes
-from kdbench.sources.decoding import NUMBERS, centre, crop_box, picture, resized_crop
-from kdbench.sources.folder import not_found
-from kdbench.sources.images import ImageData
-from kdbench.sources.streams import uniform
 
 CARDS = """
 datasets:
   tiny_pictures:
-    target: "kdbench.sources.pictures:load"
+    target: "kdbench.data.pictures:load"
     streamed: true
     args: {folder: tiny_pictures, short_side: 28}
     title: Tiny pictures

@@ -17,12 +17,12 @@ import pytest
 from synthetic import comparison, make, write
 
 from kdbench.errors import UserError
+from kdbench.record import Record, read_records
 from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.layout import layout
 from kdbench.results.notes import Note
 from kdbench.results.page import html
-from kdbench.results.record import Record, read_records
 from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
 from kdbench.results.tables import Cell, Table, build, to_frame
 

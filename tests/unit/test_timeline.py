@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kdbench.engine.timeline import batches_per_epoch, timeline
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.timeline import batches_per_epoch, timeline
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

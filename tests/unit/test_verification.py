@@ -8,10 +8,10 @@ from pathlib import Path
 from synthetic import comparison, write
 
 from kdbench.registry import Registry
-from kdbench.results import sums
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
-from kdbench.results.verification import Finding, verdict, verify
+from kdbench.verify import sums
+from kdbench.verify.verification import Finding, verdict, verify
 
 AGREES = Finding("agrees", "made again", "table.md")
 VALUES = {"ce": [93.5, 93.7], "kd": [94.0, 94.1]}

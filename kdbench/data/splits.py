@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdbench.data.streams import words
 from kdbench.errors import UserError
-from kdbench.sources.streams import words
 
 
 def subset(labels: Tensor, *, fraction: float | None = None, per_class: int | None = None, seed: int) -> Tensor:

@@ -19,13 +19,13 @@ from filelock import FileLock
 from torch import Tensor
 
 import kdbench
+from kdbench.data.augment import Augmentation
+from kdbench.data.streams import generator, permutation
 from kdbench.engine.batches import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.sources.augment import Augmentation
-from kdbench.sources.inversion import Address, Inversion, Synthesized, balanced, synthesize
-from kdbench.sources.made import SIDE, MadeImages, halves
-from kdbench.sources.streams import generator, permutation
+from kdbench.methods.deep_inversion.inversion import Address, Inversion, Synthesized, balanced, synthesize
+from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
 
 FOLDER = "synthesized"
 # Bytes of a value as the images are kept.

@@ -306,7 +306,7 @@ class Record(Part):
             raise UserError(
                 "a record that was not read from a folder has no evaluations",
                 where=where,
-                hint="read records with kdbench.results.record.read_records",
+                hint="read records with kdbench.record.read_records",
             )
         budget = self.budget
         # A whole number; `epochs` is rounded.

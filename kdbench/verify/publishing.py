@@ -9,9 +9,9 @@ from pathlib import Path
 from kdbench.engine.runner import teacher_folder
 from kdbench.errors import UserError
 from kdbench.reading import inside
-from kdbench.results import sums
-from kdbench.results.record import METRICS, RECORD, RUN, metrics, read_record, read_run
-from kdbench.results.soundness import spec_of
+from kdbench.record import METRICS, RECORD, RUN, metrics, read_record, read_run
+from kdbench.verify import sums
+from kdbench.verify.soundness import spec_of
 
 
 def publish(run: Path, out: Path) -> Path:

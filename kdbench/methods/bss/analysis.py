@@ -22,12 +22,12 @@ from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.errors import UserError
 from kdbench.files import home, sha256_of
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
+from kdbench.methods.bss.attack import RATES, StepRule, boundary_attack
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.record import Record, student_file
 from kdbench.registry import Registry
-from kdbench.results.record import Record, student_file
-from kdbench.sources.attack import RATES, StepRule, boundary_attack
 
 # Logits of pixel values [N, C, H, W] on the scale of [0, 1].
 Classifier = Callable[[Tensor], Tensor]
@@ -213,7 +213,7 @@ def ends_of_attacks(
         network: images [N, C, H, W] -> logits [N, K].
         images: in the space in which the network takes them. labels: int64 [N].
         targets: classes an image is moved to, those that the network takes for most probable; None: all others.
-        iterations, epsilon, clamp: as in `kdbench.sources.attack.boundary_attack`.
+        iterations, epsilon, clamp: as in `kdbench.methods.bss.attack.boundary_attack`.
 
     Returns:
         one for each rule: Newton's, the released code's.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
-from kdbench.results import sums
-from kdbench.results.record import RECORD, RUN, Record, finished_record, metrics, read_record
-from kdbench.results.soundness import problems
+from kdbench.record import RECORD, RUN, Record, finished_record, metrics, read_record
+from kdbench.verify import sums
+from kdbench.verify.soundness import problems
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

@@ -15,10 +15,10 @@ from kdbench.reading import of_form
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import CellSpec
+from kdbench.record import Record, metrics, read_record
 from kdbench.registry import Registry
 from kdbench.results import statistics
-from kdbench.results.record import Record, metrics, read_record
-from kdbench.results.soundness import spec_of
+from kdbench.verify.soundness import spec_of
 
 # Of `compute`, what says how long it took and what does not touch a number. All else is a condition of equal bits.
 _NO_CONDITION = {

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdbench.sources import cifar
-from kdbench.sources.folder import cores
-from kdbench.sources.images import ImageData, cached, canonical
+from kdbench.data import cifar
+from kdbench.data.folder import cores
+from kdbench.data.images import ImageData, cached, canonical
 
 _CHUNK = 1000
 

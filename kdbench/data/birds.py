@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdbench.data.folder import not_found
+from kdbench.data.pictures import Pictures, find, folder_of_tests, from_folders, gather
 from kdbench.errors import UserError
-from kdbench.sources.folder import not_found
-from kdbench.sources.pictures import Pictures, find, folder_of_tests, from_folders, gather
 
 TABLES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 _NAMES = ("CUB_200_2011", "cub200")

@@ -3,7 +3,7 @@
 A data set of one's own needs a card only:
 
     my_shapes:
-      target: "kdbench.sources.folder:load"
+      target: "kdbench.data.folder:load"
       args: {folder: my_shapes}        # found in the data folders: <data folder>/my_shapes/{train,test}/<class>/*.png
       title: My shapes
       classes: 3
@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdbench.data.images import ImageData, cached, canonical
 from kdbench.errors import UserError
-from kdbench.sources.images import ImageData, cached, canonical
 
 SUFFIXES = (".webp", ".png", ".bmp", ".jpg", ".jpeg")
 SPLITS = ("train", "test")

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdbench.cards import TEACHER_TOLERANCE
-from kdbench.engine import route
-from kdbench.engine.timeline import Timeline, planned_timeline, timeline, training_images, validation_images
+from kdbench.recipe import route
 from kdbench.recipe.schema import CellSpec
-from kdbench.results.record import Record, summary
+from kdbench.recipe.timeline import Timeline, planned_timeline, timeline, training_images, validation_images
+from kdbench.record import Record, summary
 
 
 def spec_of(record: Record) -> CellSpec | None:

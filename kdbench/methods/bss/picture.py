@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kdbench.results.curves import COLOURS, LINES
-from kdbench.results.plots import DPI, save, style
+from kdbench.drawing import COLOURS, DPI, LINES, save, style
 
 
 class Way(Protocol):
-    """What is drawn of one image; `kdbench.engine.boundaries.Look` is one. Arrays or tensors: image and moved [H, W, C]
+    """What is drawn of one image, as `analysis.Look` is. Arrays or tensors: image and moved [H, W, C]
     of pixel values on the scale of [0, 1]; at [M]; scores: network -> the base and the target class's logits, [M] each.
     """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdbench.data.folder import not_found
+from kdbench.data.pictures import Pictures, find, folder_of_tests, from_folders, gather
 from kdbench.errors import UserError
-from kdbench.sources.folder import not_found
-from kdbench.sources.pictures import Pictures, find, folder_of_tests, from_folders, gather
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
 _NAMES = ("mit67", "indoorCVPR_09", "mit_indoor_scenes")

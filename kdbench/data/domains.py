@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from kdbench.data.folder import SUFFIXES, not_found
+from kdbench.data.pictures import Pictures, class_folders, find, gather
 from kdbench.errors import UserError
-from kdbench.sources.folder import SUFFIXES, not_found
-from kdbench.sources.pictures import Pictures, class_folders, find, gather
 
 _OFFICE = ("office31", "domain_adaptation_images", "Original_images", "office")
 _CLEF = ("image_CLEF", "imageclef", "image-clef")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from kdbench.data.images import ImageData, canonical
+from kdbench.data.splits import validation
 from kdbench.errors import UserError
-from kdbench.sources.images import ImageData, canonical
-from kdbench.sources.splits import validation
 
 _TEST = 599  # one third of 1,797
 

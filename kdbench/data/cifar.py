@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdbench.data.folder import Listing, listing, not_found, read
+from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.errors import UserError
-from kdbench.sources.folder import Listing, listing, not_found, read
-from kdbench.sources.images import ImageData, cached, canonical, checked
 
 log = logging.getLogger("kdbench")
 

@@ -3,7 +3,7 @@
 A data set of one's own needs a card only:
 
     my_pictures:
-      target: "kdbench.sources.pictures:load"
+      target: "kdbench.data.pictures:load"
       streamed: true
       args: {folder: my_pictures}      # <data folder>/my_pictures/{train,test}/<class>/*.jpg
       title: My pictures
@@ -30,10 +30,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kdbench.data.folder import SUFFIXES, cores, entries, not_found
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.reading import read_as
-from kdbench.sources.folder import SUFFIXES, cores, entries, not_found
 
 log = logging.getLogger("kdbench")
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdbench.data.streams import address, uniform
 from kdbench.losses.deep_inversion import BatchNormInputs, competition, l2_norm, total_variation
-from kdbench.sources.streams import address, uniform
 
 
 @dataclass(frozen=True)

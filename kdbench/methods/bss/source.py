@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kdbench.data.streams import uniform
 from kdbench.engine.batches import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.sources.attack import again, base_samples, boundary_attack, target_classes
-from kdbench.sources.streams import uniform
+from kdbench.methods.bss.attack import again, base_samples, boundary_attack, target_classes
 
 # One number for each image of a step's batch, by (seed, stream, step).
 STREAM = "boundary_targets"
@@ -27,7 +27,7 @@ class BoundarySamples(Source):
 
     Args:
         attack_size: images to attack in a step, at most; the paper's code has 64 of 256.
-        step, rate, iterations, epsilon: as in `kdbench.sources.attack.boundary_attack`.
+        step, rate, iterations, epsilon: as in `kdbench.methods.bss.attack.boundary_attack`.
         clamp: lowest and highest value of the teacher's normalized images; null for none.
         reject: leave out what did not reach its target class (the paper); false keeps all (the authors' code).
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdbench.sources.folder import converted, damaged, opened
+from kdbench.data.folder import converted, damaged, opened
 
 # Tries for a random crop that fits, and the numbers that one picture's crop is made from.
 TRIES = 10

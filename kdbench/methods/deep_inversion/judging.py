@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from kdbench.engine.batches import SLICE
-from kdbench.engine.boundaries import Classifier, student_of, weights_of
 from kdbench.engine.runner import Options
 from kdbench.engine.teachers import load_teacher
 from kdbench.errors import UserError
+from kdbench.methods.bss.analysis import Classifier, student_of, weights_of
+from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.schema import DataSpec
+from kdbench.record import read_records, student_file
 from kdbench.registry import Registry
-from kdbench.results.record import read_records, student_file
-from kdbench.sources.made import POOL, MadeImages
 
 
 @dataclass(frozen=True)

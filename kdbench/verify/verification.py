@@ -19,12 +19,12 @@ from kdbench.reading import inside
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.schema import CellSpec, recorded
+from kdbench.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, Run, metrics, read_record, read_run
 from kdbench.registry import Registry
-from kdbench.results import sums
-from kdbench.results.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, Run, metrics, read_record, read_run
-from kdbench.results.soundness import problems, spec_of
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
+from kdbench.verify import sums
+from kdbench.verify.soundness import problems, spec_of
 
 Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdbench.engine.operations import Operation, OperationContext
 from kdbench.errors import UserError
 from kdbench.losses.kd import kd
-from kdbench.models.pruning import filters, importance, least_important, size_without, switch_off
+from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off
 
 
 class TaylorPruning(Operation):
-    """Switches off a share of the student's filters; see `kdbench.models.pruning`.
+    """Switches off a share of the student's filters; see `kdbench.methods.pruning.filters`.
 
     Args:
         share: of all filters, in (0, 1); every layer keeps one at least.

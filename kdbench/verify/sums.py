@@ -12,7 +12,7 @@ from pathlib import Path
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_text
 from kdbench.reading import inside, read_text
-from kdbench.results.record import METRICS, RECORD, RUN
+from kdbench.record import METRICS, RECORD, RUN
 
 NAME = "SHA256SUMS"
 
