@@ -86,6 +86,19 @@ class Accuracies(Part):
         return {key: value for key, value in data.items() if key not in ("mean_last", "mean_last_of")}
 
 
+# Metric -> hook point -> value.
+Metrics = dict[str, dict[str, float]]
+
+
+def _with_metrics_by_name(data: Any) -> Any:
+    """A result, or a line of metrics.jsonl: earlier versions had one metric, with a key of its own."""
+    if not isinstance(data, dict) or "metrics" in data:
+        return data
+    former = {"agreement": "metrics", "agreement_reference": "references"}
+    named = {former[key]: {"agreement": data[key]} for key in former if data.get(key) not in (None, {})}
+    return {key: value for key, value in data.items() if key not in former} | named
+
+
 class Tail(NamedTuple):
     """Mean test accuracy in percent over the evaluations of the last epochs, and how many these are."""
 
@@ -98,13 +111,16 @@ class Result(Part):
     validation: Accuracies | None = None
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
     teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
-    agreement: dict[str, float] = Field({}, description="hook point -> share of equal activation signs in [0, 1]")
-    agreement_reference: dict[str, float] | None = Field(
-        None, description="hook point -> that share for a student that ignores its input"
-    )
+    metrics: Metrics = Field({}, description="metric that a loss card declares -> hook point -> value after training")
+    references: Metrics = Field({}, description="the same of a student that ignores its input, where a card has it")
     by_classes: dict[str, float] | None = Field(
         None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, data: Any) -> Any:
+        return _with_metrics_by_name(data)
 
     def also(self) -> dict[str, float]:
         """Accuracies after the last step beside that on the test part, in percent: source, teacher, trained_on, others,
@@ -484,12 +500,13 @@ class _Evaluation(Part):
     validation: _Score = _Score()
     source: _Score = _Score()
     teacher: _Score = _Score()
-    agreement: dict[str, float] = {}
-    agreement_reference: dict[str, float] = {}
+    metrics: Metrics = {}
+    references: Metrics = {}
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps.
+    """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps, in the form of today: a line of
+    an earlier version has its only metric, the agreement, in `metrics` too.
 
     The last line of a cell that is not finished may be cut off and is then left out.
 
@@ -504,7 +521,7 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, 1):
         # A loss may have grown out of all bounds: it stands there, and no table reads it.
-        entries.append(parsed(line, f"{file}:{number}", _AGAIN, finite=False))
+        entries.append(_with_metrics_by_name(parsed(line, f"{file}:{number}", _AGAIN, finite=False)))
         of_form(_Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
     return entries
 

@@ -24,8 +24,8 @@ def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[
         {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
         "source": same on the source's test part, where the test part is a target domain's,
         "teacher": same of the teacher on the test part, where the cell trains it,
-        "agreement": {hook point: share}, …one entry for every metric that a loss card declares, and as
-        "agreement_reference" the value of a student that ignores its input, where the card has a reference}.
+        "metrics": {metric: {hook point: value}}, the metrics that the loss cards declare, and "references": the same
+        of a student that ignores its input, where a card has a reference}. Both are absent where there are none.
     """
     member.student.model.eval()
     member.terms.eval()
@@ -61,7 +61,7 @@ def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
 
 
 @torch.no_grad()
-def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, float]]:
+def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, dict[str, float]]]:
     """Metrics of the loss terms so far, averaged over evenly spaced test images. Terms of past stages are measured
     with their connectors as they were left: whether the student keeps what a first stage taught it is the question."""
     seen = [span.name for span in member.timeline.spans if span.start < max(member.step, 1)]
@@ -76,7 +76,7 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
     sums: dict[str, dict[str, Tensor]] = {}
     # Of two terms that measure one point, the later stage's counts.
     references = {
-        (f"{metric}_reference", layer.student): (layer.teacher, reference())
+        (metric, layer.student): (layer.teacher, reference())
         for term in terms
         for metric, reference in term.references.items()
         for layer in term.layers
@@ -94,10 +94,13 @@ def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, f
             into = sums.setdefault(metric, {})
             for point, value in points.items():
                 into[point] = into.get(point, 0) + value * len(labels)
-    found = {
-        metric: {point: value.item() / len(part.labels) for point, value in points.items()}
-        for metric, points in sums.items()
+    found: dict[str, dict[str, float]] = {}
+    for (metric, point), (_, reference) in references.items():
+        found.setdefault(metric, {})[point] = reference.value()
+    return {
+        "metrics": {
+            metric: {point: value.item() / len(part.labels) for point, value in points.items()}
+            for metric, points in sums.items()
+        },
+        "references": found,
     }
-    for (name, point), (_, reference) in references.items():
-        found.setdefault(name, {})[point] = reference.value()
-    return found

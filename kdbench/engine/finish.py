@@ -114,8 +114,8 @@ def _result(member: Member, batches: Batches, logits: Tensor) -> dict[str, Any]:
     return {
         "test": summary(history, "test"),
         "validation": summary(history, "validation") if len(batches.validation) else None,
-        "agreement": history[-1].get("agreement", {}),
-        "agreement_reference": history[-1].get("agreement_reference"),
+        "metrics": history[-1].get("metrics", {}),
+        "references": history[-1].get("references", {}),
         # On the source, and of the teacher that the cell trained, where there are such.
         **{part: summary(history, part) for part in ("source", "teacher") if part in history[-1]},
         **by_classes(member.spec.data, logits, batches.test.labels),

@@ -47,7 +47,7 @@ class MetricsLog:
 
 
 def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All numbers of an entry as TensorBoard tags: train/loss, train/<term>, test/accuracy, agreement/<point> …"""
+    """All numbers of an entry as TensorBoard tags: train/loss, train/<term>, test/accuracy, metrics/<name>/<point> …"""
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{key}/")

@@ -86,7 +86,7 @@ def accuracy_of(entry: Mapping[str, Any]) -> float | None:
 
 def agreement_at(point: str) -> Value:
     """Of one evaluation: the share in [0, 1] at a hook point."""
-    return lambda entry: entry.get("agreement", {}).get(point)
+    return lambda entry: entry.get("metrics", {}).get("agreement", {}).get(point)
 
 
 def curve_of(comparison: Comparison, row: Row, column: Column, log: Logs, value: Value) -> Curve | None:

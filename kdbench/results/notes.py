@@ -123,7 +123,7 @@ _INTERVALS: dict[Interval, str] = {
 def _reference(records: Sequence[Record], points: Sequence[str]) -> str:
     """What agreement must be held against."""
     found = {
-        point: [share[point] for r in records if point in (share := r.result.agreement_reference or {})]
+        point: [share[point] for r in records if point in (share := r.result.references.get("agreement", {}))]
         for point in points
     }
     shares = [f"{_percent(values)} at {point}" for point, values in found.items() if values]

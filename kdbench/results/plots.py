@@ -88,7 +88,8 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
     """
     comparison = compare(records, baseline)
     log = logs(comparison)
-    points = sorted({point for entries in log.values() for entry in entries for point in entry.get("agreement", {})})
+    entries = [entry for several in log.values() for entry in several]
+    points = sorted({point for entry in entries for point in entry.get("metrics", {}).get("agreement", {})})
     if not points:
         return None
     with style():
@@ -106,7 +107,7 @@ def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | No
                     share[point]
                     for row in comparison.rows
                     for record in comparison.cell(row, column).values()
-                    if point in (share := record.result.agreement_reference or {})
+                    if point in (share := record.result.references.get("agreement", {}))
                 ]:
                     axis.axhline(statistics.summarize(references).mean, color="0.35", linewidth=1.0, linestyle=":")
                     axis.annotate(

@@ -149,7 +149,7 @@ def build(
     copied = copied_rows(comparison, published or {}, metric_label(comparison.records, metric), mark)
     summed = across(comparison, metric)
     teachers = _teachers(comparison)
-    points = tuple(sorted({point for record in comparison.records for point in record.result.agreement}))
+    points = tuple(sorted({point for r in comparison.records for point in r.result.metrics.get("agreement", {})}))
     notes = [*notes_of(comparison, rows, metric, tests, points, interval), *missing(comparison, names)]
     notes += across_notes(summed, comparison.baseline.label)
     if copied:
@@ -365,7 +365,7 @@ def _cell(
         said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
     if difference is not None and difference.n > 1 and difference.p is None:
         said.append("equal differences for all seeds: no spread, so no interval and no test")
-    points = sorted({point for record in records for point in record.result.agreement})
+    points = sorted({point for record in records for point in record.result.metrics.get("agreement", {})})
     return Cell(
         seeds=tuple(group),
         values=tuple(record.accuracy(metric) for record in records),
@@ -379,7 +379,7 @@ def _cell(
         epochs=budget.epochs,
         extra_epochs=budget.extra_epochs,
         agreement={
-            point: _mean([r.result.agreement[point] for r in records if point in r.result.agreement])
+            point: _mean([shares[point] for r in records if point in (shares := r.result.metrics.get("agreement", {}))])
             for point in points
         },
         also=_also(records),

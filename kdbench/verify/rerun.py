@@ -140,7 +140,7 @@ def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance
     # What the record holds: a later version may measure more.
     before, after = (r.result.model_dump(exclude_none=True) for r in (record, again))
     if any(after.get(name) != value for name, value in before.items()):
-        unequal.append("the result (last, best, validation or agreement)")
+        unequal.append("the result (last, best, validation or metrics)")
     if record.teacher != again.teacher:
         unequal.append("the teacher")
     if (record.anchors, record.route) != (again.anchors, again.route):

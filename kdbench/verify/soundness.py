@@ -148,9 +148,8 @@ def _results(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
             yield from _same(f"result.{part}.{name}", getattr(recorded, name), value, "the metrics say")
     if not record.data.validation:
         yield from _same("result.validation", result.validation, None)
-    yield from _same("result.agreement", result.agreement, history[-1].get("agreement", {}), "the metrics say")
-    reference = history[-1].get("agreement_reference")
-    yield from _same("result.agreement_reference", result.agreement_reference, reference, "the metrics say")
+    for name in ("metrics", "references"):
+        yield from _same(f"result.{name}", getattr(result, name), history[-1].get(name, {}), "the metrics say")
 
 
 def _course(record: Record, history: list[dict[str, Any]], line: Timeline | None) -> Iterator[str]:

@@ -58,7 +58,7 @@ def test_tensorboard_has_every_term(finished: Path) -> None:
         "train/boundary",
         "train/kd",
         "test/accuracy",
-        "agreement/layer1.preact",
+        "metrics/agreement/layer1.preact",
         "lr",
         "images_per_second",
     } <= tags

@@ -55,7 +55,7 @@ def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: 
         "result": {
             "test": {"last": round(last, 4), "best": round(names["best"], 4), "best_step": 77000},
             "validation": None,
-            "agreement": names["agreement"],
+            "metrics": {"agreement": names["agreement"]} if names["agreement"] else {},
         },
         "teacher": teacher and {"name": teacher, "sha256": "ab" * 32, "accuracy": 95.5},
         "data": {
@@ -131,7 +131,7 @@ def finished(folder: Path, values: dict[str, list[float]], **over: Any) -> list[
                 "step": step,
                 "epoch": step / 100,
                 "test": {"accuracy": 50 + step / 20},
-                "agreement": {"layer1.preact": 0.7},
+                "metrics": {"agreement": {"layer1.preact": 0.7}},
             }
             for step in range(0, 900, 100)
         ]

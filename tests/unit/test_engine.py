@@ -179,14 +179,11 @@ def test_evaluation_changes_nothing() -> None:
     train(member, batches, teacher, 2)
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
     measured = evaluate(member, batches, teacher)
-    assert set(measured) == {"test", "agreement", "agreement_reference"}
-    assert (
-        set(measured["agreement"])
-        == set(measured["agreement_reference"])
-        == {"layer1.preact", "layer2.preact", "layer3.preact"}
-    )
-    assert all(0 <= share <= 1 for share in measured["agreement"].values())
-    assert all(0.5 <= share <= 1 for share in measured["agreement_reference"].values())
+    assert set(measured) == {"test", "metrics", "references"}
+    shares, of_constant = measured["metrics"]["agreement"], measured["references"]["agreement"]
+    assert set(shares) == set(of_constant) == {"layer1.preact", "layer2.preact", "layer3.preact"}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert all(0.5 <= share <= 1 for share in of_constant.values())
     assert [m.training for m in member.student.model.modules()] == modes
     for name, value in member.student.model.state_dict().items():
         assert torch.equal(value, before["student"][name])

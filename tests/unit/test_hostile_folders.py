@@ -234,7 +234,8 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "metrics have no part": (put(METRICS, '{"step": 1, "test": null}\n'), ("verify", "publish")),
     "metrics have NaN": (put(METRICS, '{"step": 1, "test": {"accuracy": NaN}}\n'), ("verify", "publish")),
     "metrics have a huge step": (put(METRICS, f'{{"step": {10**400}}}\n'), ("verify", "publish")),
-    "agreement is a list": (put(METRICS, '{"step": 1, "agreement": [1]}\n'), ("verify", "publish")),
+    "a metric is a list": (put(METRICS, '{"step": 1, "metrics": {"m": [1]}}\n'), ("verify", "publish")),
+    "an earlier agreement is a list": (put(METRICS, '{"step": 1, "agreement": [1]}\n'), ("verify", "publish")),
     # Pools of made images.
     "a pool is a list": (put(POOL_FILE, "[]"), ("judge",)),
     "a pool says nothing": (put(POOL_FILE, "{}"), ("judge",)),

@@ -31,7 +31,11 @@ def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, 
                     "epoch": float(epoch),
                     "test": {"accuracy": 80 + k + seed / 10 + epoch / 10, "loss": 1.0},
                     **(
-                        {"agreement": {"layer1.preact": 0.5 + epoch / 100, "layer2.preact": 0.4 + epoch / 100}}
+                        {
+                            "metrics": {
+                                "agreement": {"layer1.preact": 0.5 + epoch / 100, "layer2.preact": 0.4 + epoch / 100}
+                            }
+                        }
                         if method == "ab"
                         else {}
                     ),
@@ -132,7 +136,7 @@ def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: li
 def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
-    records = run(tmp_path / "runs", result__agreement_reference={"layer1.preact": 0.61})
+    records = run(tmp_path / "runs", result__references={"agreement": {"layer1.preact": 0.61}})
     plots.agreement(records, tmp_path / "agreement.png")
     first, second = figures[0].axes
     assert list(first.get_lines()[-1].get_ydata()) == [0.61, 0.61]

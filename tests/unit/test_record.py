@@ -21,11 +21,12 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     record = read_record(write(tmp_path / "cell", plain))
     assert record.cell.method == "ab"
     assert record.accuracy("last") == 94.1234
-    assert record.result.agreement == {"layer1.preact": 0.83}
+    assert record.result.metrics == {"agreement": {"layer1.preact": 0.83}}
     assert record.result.validation is not None and record.result.validation.best == 93.5
     assert record.budget.extra_epochs == 30.0
     assert record.folder == tmp_path / "cell"
     written = without_nothing(json.loads(json.dumps(record.plain())))
+    plain["result"]["references"] = {}
     expected = without_nothing(plain | {"cell": {**plain["cell"], "title": ""}})
     assert {key: written[key] for key in expected} == expected
 
@@ -170,9 +171,23 @@ def test_unfinished_cells_are_found(tmp_path: Path) -> None:
 def test_metrics_are_read(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0}},
-        {"step": 782, "agreement": {"layer1.preact": 0.7}},
+        {"step": 782, "metrics": {"agreement": {"layer1.preact": 0.7}}, "references": {}},
     ]
     assert metrics(write(tmp_path / "cell", plain_record(), lines)) == lines
+
+
+def test_records_and_metrics_of_earlier_versions_have_their_agreement_among_the_metrics(tmp_path: Path) -> None:
+    plain = plain_record("ab")
+    former = {"agreement": {"layer1.preact": 0.83}, "agreement_reference": {"layer1.preact": 0.7}}
+    plain["result"] = {"test": plain["result"]["test"], **former}
+    folder = write(tmp_path / "cell", plain, [{"step": 1, **former}, {"step": 2, "agreement": {}}])
+    named = {"metrics": {"agreement": {"layer1.preact": 0.83}}, "references": {"agreement": {"layer1.preact": 0.7}}}
+    result = read_record(folder).result
+    assert {"metrics": result.metrics, "references": result.references} == named
+    assert not result.model_extra
+    assert metrics(folder) == [{"step": 1, **named}, {"step": 2}]
+    plain["result"] |= {"agreement": {}, "agreement_reference": None}
+    assert read_record(write(tmp_path / "none", plain)).result.metrics == {}
 
 
 def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_finished(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() ->
     agreement = {"layer1.preact": 0.96, "layer2.preact": 0.7}
     assert "ignores its input was not recorded" in notes(build(comparison(VALUES, agreement=agreement)))
     records = [
-        make("ab", seed, agreement=agreement, result__agreement_reference={"layer1.preact": 0.951 + 0.007 * seed})
+        make("ab", seed, agreement=agreement, result__references={"agreement": {"layer1.preact": 0.951 + 0.007 * seed}})
         for seed in (0, 1)
     ]
     said = notes(build(records))
