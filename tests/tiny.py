@@ -16,7 +16,7 @@ from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teacher import Teacher
-from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
 

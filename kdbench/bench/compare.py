@@ -12,7 +12,7 @@ from kdbench.bench.lanes import Lane, Process
 from kdbench.engine.compute import Computing, Precision
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from kdbench.engine.build import build_model
 from kdbench.engine.compute import Precision
 from kdbench.engine.finish import machine, size_of
 from kdbench.engine.trial import bfloat16_computes, compiler_works
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 SIZE = {"cpu": 2048, "cuda": 8192}
 REPEATS = 8

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10
 
 from kdbench.engine.build import build_model
 from kdbench.errors import UserError
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 TEMPERATURE = 4.0
 ALPHA = 0.1  # of the labels

@@ -24,7 +24,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Group, make_graphs
 from kdbench.engine.teacher import PartLogits
 from kdbench.engine.teachers import untrained_teacher
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 
 # Images of the made-up training set: speed does not depend on what they show.
 IMAGES = 10_240

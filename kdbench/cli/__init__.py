@@ -46,7 +46,7 @@ app.add_typer(logits.app, name="logits")
 @app.callback(invoke_without_command=True)
 def version(show_version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
     if show_version:
-        from kdbench import __version__
+        from kdbench.version import __version__
 
         print(f"kdbench {__version__}")
         raise typer.Exit

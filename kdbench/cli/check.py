@@ -12,7 +12,7 @@ from kdbench.cli.progress import clock
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import PlannedCell
-    from kdbench.recipe.schema import CellSpec
+    from kdbench.recipe.specs import CellSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 

@@ -17,7 +17,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.reading import inside
 from kdbench.recipe import route
-from kdbench.recipe.schema import AnchorSpec
+from kdbench.recipe.specs import AnchorSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kdbench.data.pictures import Pictures
 from kdbench.data.splits import subset, validation
 from kdbench.data.streams import generator, permutation
 from kdbench.errors import UserError
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch
 
 

@@ -21,7 +21,7 @@ from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
 from kdbench.models.hooks import Extractor, expand, places
 from kdbench.models.places import Place, Unordered
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
 from kdbench.signature import parameters
 

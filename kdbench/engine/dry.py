@@ -15,7 +15,7 @@ from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.errors import UserError
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.recipe.timeline import planned_timeline
 
 CPU = torch.device("cpu")

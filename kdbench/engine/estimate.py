@@ -16,7 +16,7 @@ from kdbench.engine.memory import memory_of
 from kdbench.engine.runner import is_finished, teacher_folder
 from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
 from kdbench.recipe.planning import PlannedCell
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, StageSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 
 

@@ -24,7 +24,7 @@ from kdbench.engine.runner import (
 from kdbench.engine.scheduling import CellState, Work
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
-from kdbench.recipe.schema import TermSpec
+from kdbench.recipe.specs import TermSpec
 
 
 def fill_logits(

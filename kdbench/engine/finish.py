@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import kdbench
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine import checkpoint
@@ -23,9 +22,10 @@ from kdbench.engine.evaluation import score
 from kdbench.engine.member import Log, Member
 from kdbench.engine.teachers import TeacherFile
 from kdbench.files import atomic, sha256_of, write_json
-from kdbench.recipe.schema import CellSpec, DataSpec, recorded
+from kdbench.recipe.specs import CellSpec, DataSpec, recorded
 from kdbench.recipe.timeline import Timeline
 from kdbench.record import LOGITS, STUDENT, summary
+from kdbench.version import __version__
 
 SCHEMA = 1
 
@@ -62,7 +62,7 @@ def finish(
     about_data, about_target = _data(domains, batches)
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "kdbench": kdbench.__version__,
+        "kdbench": __version__,
         "status": "finished",
         "identity": spec.identity(),
         "recipe": cell.pop("recipe"),
@@ -224,7 +224,7 @@ def processor() -> str:
 @cache
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that kdbench runs from, or None when it is installed."""
-    root = Path(kdbench.__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -12,7 +12,7 @@ from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import CellState, Work
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
-from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import METRICS, RECORD, Record, finished_record, student_file
 
 

@@ -17,7 +17,7 @@ import torch
 from kdbench.engine.batches import MOST_STEPS, Batch, Sets
 from kdbench.engine.build import Values, resolve
 from kdbench.engine.network import Network
-from kdbench.recipe.schema import CellSpec, SourceSpec
+from kdbench.recipe.specs import CellSpec, SourceSpec
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
-from kdbench.recipe.schema import CellSpec, ProtocolSpec, recorded
+from kdbench.recipe.specs import CellSpec, ProtocolSpec, recorded
 
 # Version of the layout on disk.
 LAYOUT = 1

@@ -16,7 +16,7 @@ from kdbench.engine.messages import Settings
 from kdbench.engine.teacher import PartLogits, Teacher
 from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 
 AnyData = ImageData | Pictures
 

@@ -23,7 +23,7 @@ from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_t
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.errors import CellError, UserError
 from kdbench.recipe import route
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
 
 

@@ -18,7 +18,7 @@ from kdbench.engine.dry import costs_of
 from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.models.hooks import Extractor
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 # Parameter, gradient, momentum.
 COPIES = 3

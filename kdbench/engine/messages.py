@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 
 
 class Message(BaseModel):

@@ -12,7 +12,7 @@ import torch
 from kdbench.engine.batches import Batch
 from kdbench.engine.build import resolve
 from kdbench.engine.network import Network
-from kdbench.recipe.schema import OperationSpec
+from kdbench.recipe.specs import OperationSpec
 
 
 @dataclass(frozen=True)

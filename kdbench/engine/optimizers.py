@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdbench.engine.build import build_schedule, resolve
 from kdbench.errors import UserError
-from kdbench.recipe.schema import TargetSpec
+from kdbench.recipe.specs import TargetSpec
 
 
 class SGD(torch.optim.Optimizer):

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-import kdbench
 from kdbench.engine.finish import git_state, machine
 from kdbench.files import sha256_of, write_json
 from kdbench.methods.deep_inversion.made import MadeImages
+from kdbench.version import __version__
 
 
 class Provenance:
@@ -46,7 +46,7 @@ class Provenance:
         file = csv.with_suffix(".json")
         about = {
             "command": command_line(["kdbench", *sys.argv[1:]], Path.cwd()),
-            "kdbench": kdbench.__version__,
+            "kdbench": __version__,
             "git": git_state(),
             "machine": machine(self.device, torch.get_num_threads()),
             "data": [{"name": name, "fingerprint": found} for name, found in self.data.items()],

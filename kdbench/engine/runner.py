@@ -57,7 +57,8 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import home, write_json
 from kdbench.reading import inside, read_json, same_name
 from kdbench.recipe.planning import SOURCES, TEACHERS, Plan, PlannedCell
-from kdbench.recipe.schema import CellSpec, ComputeChoice, TeacherSpec
+from kdbench.recipe.schema import ComputeChoice
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import RECORD, Record, finished_record, read_record, student_file
 

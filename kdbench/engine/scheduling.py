@@ -14,7 +14,7 @@ from kdbench.engine.compute import cohort_bytes
 from kdbench.files import write_json
 from kdbench.reading import read_as
 from kdbench.recipe.planning import PlannedCell
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 # Says how a cell began, so that it goes on in the same way.
 BEGUN = "cell.json"

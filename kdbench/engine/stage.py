@@ -15,7 +15,7 @@ from kdbench.engine.build import Term
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
-from kdbench.recipe.schema import StageSpec
+from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 
 

@@ -23,7 +23,7 @@ from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.data.streams import generator, permutation, uniform
 from kdbench.engine.batches import Batch, Batches, Part, ResidentPart, place_of, split
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16

@@ -19,7 +19,7 @@ from kdbench.engine.build import Shape, Values
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Network, Normalizer, autocast
 from kdbench.models.hooks import Extractor
-from kdbench.recipe.schema import StageSpec
+from kdbench.recipe.specs import StageSpec
 
 # Input set -> hook point -> value.
 PointValues = dict[str, dict[str, Tensor]]

@@ -23,7 +23,7 @@ from kdbench.errors import UserError
 from kdbench.files import find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.beside import training_of
 from kdbench.recipe.route import FOLDER
-from kdbench.recipe.schema import DataSpec, TeacherSpec, recorded
+from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
 
 

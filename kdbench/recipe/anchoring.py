@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdbench.cards import Anchors, StageCard
 from kdbench.errors import UserError
-from kdbench.recipe.schema import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
+from kdbench.recipe.specs import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
 from kdbench.tree import Tree
 
 

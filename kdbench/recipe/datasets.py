@@ -6,7 +6,8 @@ from typing import Any
 
 from kdbench.cards import DatasetCard
 from kdbench.errors import UserError
-from kdbench.recipe.schema import DataSpec, Recipe
+from kdbench.recipe.schema import Recipe
+from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 

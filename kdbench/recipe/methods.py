@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kdbench.cards import MethodCard, Named, ProtocolCard, StageCard, TermCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.anchoring import expanded
-from kdbench.recipe.schema import (
+from kdbench.recipe.specs import (
     DataSpec,
     LossSpec,
     MethodSpec,

@@ -13,7 +13,7 @@ from kdbench.names import own_name
 from kdbench.recipe.beside import training_of
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import typed
-from kdbench.recipe.schema import CellSpec, DataSpec, ModelSpec, TeacherSpec, WeightsSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TeacherSpec, WeightsSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 from kdbench.validation import validated

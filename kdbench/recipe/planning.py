@@ -12,7 +12,8 @@ from kdbench.errors import UserError, did_you_mean
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.loading import load, put, typed
 from kdbench.recipe.resolving import Variant, resolve
-from kdbench.recipe.schema import CellSpec, Recipe
+from kdbench.recipe.schema import Recipe
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry, written_out
 from kdbench.tree import Tree
 from kdbench.validation import fields_at

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from kdbench.cards import Weights
 from kdbench.errors import UserError
 from kdbench.recipe.networks import weights_spec
-from kdbench.recipe.schema import (
+from kdbench.recipe.specs import (
     CellSpec,
     DataSpec,
     LossSpec,

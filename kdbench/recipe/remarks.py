@@ -8,7 +8,7 @@ from pathlib import Path
 from kdbench.cards import Normalization
 from kdbench.files import find_weights
 from kdbench.recipe.beside import training_of
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 
 # Half a step of pixels of 8 bits: means and deviations that are closer are the same, rounded.
 _SAME = 0.5 / 255

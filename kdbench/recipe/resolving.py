@@ -12,7 +12,8 @@ from kdbench.recipe.datasets import check_channels, data_spec, target_spec
 from kdbench.recipe.loading import typed
 from kdbench.recipe.methods import check_target, needs_teacher, resolve_method
 from kdbench.recipe.networks import model_spec, teacher_spec
-from kdbench.recipe.schema import CellSpec, ModelSpec, ProtocolSpec, Recipe
+from kdbench.recipe.schema import Recipe
+from kdbench.recipe.specs import CellSpec, ModelSpec, ProtocolSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 from kdbench.validation import validated

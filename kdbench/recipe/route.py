@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from kdbench.recipe.schema import AnchorSpec
+from kdbench.recipe.specs import AnchorSpec
 
 # Folder beside a cell's record for the checkpoints of its route, and the index inside it.
 FOLDER = "route"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kdbench.errors import UserError
-from kdbench.recipe.schema import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec
 
 # A budget may stand in anybody's record: what would take the memory of the machine to count is refused.
 MOST_STEPS = 10**9

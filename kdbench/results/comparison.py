@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
-from kdbench.recipe.schema import recorded
+from kdbench.recipe.specs import recorded
 from kdbench.record import Record
 from kdbench.verify.soundness import spec_of
 

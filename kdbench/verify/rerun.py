@@ -14,7 +14,7 @@ from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import of_form
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.recorded import cell_of
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.record import Record, metrics, read_record
 from kdbench.registry import Registry
 from kdbench.results import statistics

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.recipe import route
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline, planned_timeline, timeline, training_images, validation_images
 from kdbench.record import Record, summary
 

@@ -18,7 +18,7 @@ from kdbench.files import sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
-from kdbench.recipe.schema import CellSpec, recorded
+from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, Run, metrics, read_record, read_run
 from kdbench.registry import Registry
 from kdbench.results.tables import build

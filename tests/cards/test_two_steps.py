@@ -11,7 +11,7 @@ from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import PlannedCell, plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

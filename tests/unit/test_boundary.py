@@ -42,7 +42,7 @@ from kdbench.methods.bss.attack import StepRule, again, base_samples, boundary_a
 from kdbench.methods.bss.picture import boundary_picture
 from kdbench.methods.bss.source import STREAM, BoundarySamples
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 from kdbench.schedules import linear
 

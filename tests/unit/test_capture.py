@@ -24,7 +24,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

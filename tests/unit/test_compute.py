@@ -19,7 +19,8 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.trial import Tried, Work, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec, ComputeChoice
+from kdbench.recipe.schema import ComputeChoice
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

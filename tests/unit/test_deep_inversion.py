@@ -34,7 +34,7 @@ from kdbench.methods.deep_inversion.inversion import Address, Inversion, balance
 from kdbench.methods.deep_inversion.made import MadeImages, grid
 from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

@@ -23,7 +23,7 @@ from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 

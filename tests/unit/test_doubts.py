@@ -25,7 +25,7 @@ from kdbench.engine.teachers import TeacherFile, as_used, measured
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 from kdbench.results.tables import build
 

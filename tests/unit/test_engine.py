@@ -23,7 +23,7 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

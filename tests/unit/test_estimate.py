@@ -13,7 +13,7 @@ from kdbench.engine.dry import Size
 from kdbench.engine.estimate import Estimate
 from kdbench.engine.runner import teacher_folder
 from kdbench.recipe.planning import PlannedCell, plan
-from kdbench.recipe.schema import DataSpec
+from kdbench.recipe.specs import DataSpec
 from kdbench.recipe.timeline import training_images, validation_images
 from kdbench.registry import Registry
 

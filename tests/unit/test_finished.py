@@ -18,7 +18,7 @@ from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.bss.analysis import _check_made_from
 from kdbench.recipe.planning import Plan, plan
-from kdbench.recipe.schema import recorded
+from kdbench.recipe.specs import recorded
 from kdbench.record import Record, finished_record, read_record, student_file
 from kdbench.registry import Registry
 from kdbench.results.comparison import compare

@@ -19,7 +19,7 @@ from kdbench.names import frozen
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
-from kdbench.recipe.schema import CellSpec, recorded
+from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.registry import SHARE, Registry
 from kdbench.results.comparison import differences
 from kdbench.tree import Tree, shown

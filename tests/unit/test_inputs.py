@@ -14,7 +14,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}

@@ -13,7 +13,7 @@ from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.judging import Judge, judge, pools_in
 from kdbench.methods.deep_inversion.made import MadeImages
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import DataSpec
+from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 
 CPU = torch.device("cpu")

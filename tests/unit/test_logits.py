@@ -22,7 +22,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.teacher import PartLogits, Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

@@ -112,7 +112,7 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.memory import peak_memory
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from pathlib import Path
 specs = [CellSpec.model_validate(s) for s in json.loads(sys.stdin.read())]
 data = images(specs[0].data, per_class=26)

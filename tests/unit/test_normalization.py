@@ -15,7 +15,7 @@ from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.remarks import remarks
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 SHIPPED = Registry()

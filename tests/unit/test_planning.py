@@ -10,7 +10,7 @@ import pytest
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan, plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 REGISTRY = Registry()

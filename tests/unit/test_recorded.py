@@ -21,7 +21,7 @@ from kdbench.methods.bss.analysis import of_cells
 from kdbench.methods.deep_inversion.judging import students_as_judges
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import cell_of
-from kdbench.recipe.schema import recorded
+from kdbench.recipe.specs import recorded
 from kdbench.record import Record, read_record
 from kdbench.registry import SHARE, Registry
 from kdbench.verify.rerun import choose

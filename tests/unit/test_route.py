@@ -29,7 +29,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import SHARE, sha256_of
 from kdbench.recipe import route
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry
 

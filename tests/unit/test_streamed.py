@@ -26,7 +26,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.streamed import StreamedBatches, batches_of, part_for_testing
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
 from kdbench.registry import Registry
 

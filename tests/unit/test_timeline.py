@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import CellSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import batches_per_epoch, timeline
 from kdbench.registry import Registry
 

@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import kdbench
 from kdbench.engine.batches import SLICE, load_data
 from kdbench.engine.network import Normalizer
 from kdbench.engine.provenance import Provenance
 from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained
+from kdbench.engine.trained import load_student
 from kdbench.errors import UserError
 from kdbench.files import home, sha256_of
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, StepRule, boundary_attack
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.recorded import cell_of
-from kdbench.recipe.schema import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, student_file
 from kdbench.registry import Registry
 
@@ -501,7 +501,7 @@ def weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
 
 def student_of(record: Record, spec: CellSpec, registries: Sequence[Path], device: torch.device) -> Classifier:
     """The student of a finished cell. UserError where its weights are not beside its record."""
-    model = kdbench.load_student(student_file(record).parent, registries).to(device).requires_grad_(False)
+    model = load_student(student_file(record).parent, registries).to(device).requires_grad_(False)
     normalizer = Normalizer(spec.protocol.normalization, device)
     return lambda images: model(normalizer(images))
 

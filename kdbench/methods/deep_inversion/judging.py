@@ -18,7 +18,7 @@ from kdbench.methods.bss.analysis import Classifier, student_of, weights_of
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.networks import teacher_alone
 from kdbench.recipe.recorded import cell_of
-from kdbench.recipe.schema import DataSpec
+from kdbench.recipe.specs import DataSpec
 from kdbench.record import read_records, student_file
 from kdbench.registry import Registry
 

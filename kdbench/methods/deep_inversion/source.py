@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-import kdbench
 from kdbench.data.augment import Augmentation
 from kdbench.data.streams import generator, permutation
 from kdbench.engine.batches import Batch, Epoch
@@ -26,6 +25,7 @@ from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.methods.deep_inversion.inversion import Address, Inversion, Synthesized, balanced, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
+from kdbench.version import __version__
 
 FOLDER = "synthesized"
 # Bytes of a value as the images are kept.
@@ -212,7 +212,7 @@ class SynthesizedImages(Source):
         return {
             "terms": made.terms,
             "seconds": round(time.monotonic() - start, 3),
-            "kdbench": kdbench.__version__,
+            "kdbench": __version__,
             "torch": torch.__version__,
             "device": self.context.device.type,
             "threads": torch.get_num_threads(),

@@ -1,0 +1,27 @@
+"""The trained network of a finished cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from kdbench.engine.build import build_model, load_weights, read_weights
+from kdbench.errors import UserError
+from kdbench.recipe.recorded import student_of
+from kdbench.record import read_record, student_file
+from kdbench.registry import Registry
+
+
+def load_student(folder: Path, registries: Iterable[str | Path] = ()) -> nn.Module:
+    """The student of a finished cell's folder, in eval mode, on the CPU. See `kdbench.load_student`."""
+    if not (folder / "record.json").is_file():
+        raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
+    record = read_record(folder)
+    student, data = student_of(record.spec, Registry(Path(registry) for registry in registries), str(folder))
+    # Its own first weights, or those it started from, are not needed any more.
+    model = build_model(student.untrained(), data)
+    file = student_file(record)
+    load_weights(model, read_weights(file), student.name, str(file))
+    return model.eval()

@@ -1,0 +1,307 @@
+"""A cell with every card resolved: plain data that is hashed into the cell's identity, sent to worker processes and
+kept in the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Network, Normalization, Statistics, Trained, Weights
+from kdbench.names import content_name, is_content
+from kdbench.recipe.schema import ROUTE_MOST, ComputeChoice
+
+
+class Spec(BaseModel):
+    """Resolved plain data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetSpec(Spec):
+    """A registered thing with its options: what to call, and with what."""
+
+    name: str
+    target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
+    options: dict[str, Any] = {}
+    source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
+    version: int = Field(1, description="of the card")
+    counts_as: dict[str, str] = Field({}, description="target -> what is hashed in its place, where it differs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def own_code_by_its_content(cls, data: Any) -> Any:
+        """Records of earlier versions name the module of a user's own code."""
+        if isinstance(data, dict) and "counts_as" not in data:
+            target, sha256 = data.get("target"), data.get("source_sha256")
+            if isinstance(target, str) and ":" in target and isinstance(sha256, str):
+                return {**data, "counts_as": {target: content_name(target, sha256)}}
+        return data
+
+
+class DataSpec(TargetSpec):
+    classes: int
+    channels: int
+    image_size: int
+    train: int = Field(description="images of the whole training set")
+    test: int = Field(description="images of the test set")
+    normalization: Normalization
+    fraction: float | None = None
+    per_class: int | None = None
+    only_classes: list[int] | None = None
+    validation: float | int = 0
+    split_seed: int | None = None
+    root: str | None = None
+    streamed: bool = False
+
+
+class WeightsSpec(Weights):
+    """The weights of a teacher card. `counts_as`: as of a `TargetSpec`, of `layout`."""
+
+    counts_as: dict[str, str] = {}
+
+
+class ModelSpec(TargetSpec):
+    hooks: dict[str, str] | Literal["derived"]
+    weights: str | None = None
+    weights_sha256: str | None = None
+    start: WeightsSpec | None = None
+
+    def untrained(self) -> ModelSpec:
+        """This model with first weights."""
+        return self.model_copy(update={"weights": None, "start": None})
+
+    def not_started(self) -> ModelSpec:
+        """This model without the card's weights that it will start from, which may not be here yet."""
+        return self.model_copy(update={"start": None})
+
+    def reading(self, points: set[str]) -> ModelSpec:
+        """This model with only those hook points (or members of groups) that are read."""
+        if isinstance(self.hooks, str):
+            return self
+        groups = [pattern for name, pattern in POINT_GROUPS.items() if name in points]
+        used = {p: at for p, at in self.hooks.items() if p in points or any(g.fullmatch(p) for g in groups)}
+        return self.model_copy(update={"hooks": used})
+
+
+class LossSpec(TargetSpec):
+    inputs: list[str]
+    metrics: dict[str, str] = {}
+    references: dict[str, str] = {}
+
+
+class SourceSpec(TargetSpec):
+    reads: list[str]
+    gives: list[str]
+    teacher: bool
+
+
+class OperationSpec(TargetSpec):
+    teacher: bool
+
+
+class TermSpec(Spec):
+    loss: LossSpec
+    student: str = "logits"
+    teacher: str = "logits"
+    input: str = "data"
+    of: Network = "student"
+    against: str | None = None
+    detach: bool = True
+    connector: TargetSpec | None = None
+    weight: float = 1.0
+    weight_schedule: TargetSpec | list[TargetSpec] | None = None
+    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
+
+
+class AnchorSpec(Spec):
+    """The checkpoint of the teacher's route that a stage learns from: number `at` (from 0) of `n`.
+
+    `delta` and `images` belong to the greedy choice.
+    """
+
+    choose: Literal["equal", "greedy", "converged"]
+    n: int
+    at: int
+    delta: float | None = None
+    images: int | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.at == self.n - 1
+
+
+class StageSpec(Spec):
+    """`share` is a part of the steps in [0, 1]; None: what the others leave, or what is on top of the budget:
+    `extra_epochs`, or `extra_share`, a part of the budget. `continues`: goes on with the optimizer and schedule of the
+    stage before."""
+
+    share: float | None = None
+    extra_epochs: float | None = None
+    extra_share: float | None = None
+    continues: bool = False
+    anchor: AnchorSpec | None = None
+    trains: list[Trained] = ["student"]
+    alternating: bool = False
+    source: SourceSpec | None = None
+    begins: OperationSpec | None = None
+    losses: dict[str, TermSpec]
+    optimizer: TargetSpec
+    schedule: TargetSpec
+    teacher_optimizer: TargetSpec | None = None
+    teacher_schedule: TargetSpec | None = None
+    modes: Modes = Modes()
+    batch_norm: dict[str, Statistics] = {}
+
+    @property
+    def extra(self) -> bool:
+        """Whether its steps are on top of the protocol's budget."""
+        return self.extra_epochs is not None or self.extra_share is not None
+
+
+class MethodSpec(Spec):
+    name: str
+    label: str
+    starts_from: Literal["teacher"] | None = None
+    stages: dict[str, StageSpec]
+
+
+class ProtocolSpec(Spec):
+    name: str
+    batch_size: int
+    last_batch: Literal["keep", "drop"]
+    augmentation: Augmentation
+    normalization: Normalization
+    epochs: float | None = None
+    steps: int | None = None
+
+
+class TeacherSpec(Spec):
+    name: str
+    model: ModelSpec
+    normalization: Normalization
+    weights: WeightsSpec | None = None
+    trained_by: CellSpec | None = None
+    accuracy: float | None = None
+    classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
+    known_classes: list[int] | None = Field(None, description="those that it was trained on, where these are not all")
+
+    def knows(self, data: DataSpec) -> DataSpec:
+        """The data as this teacher takes them: with its own classes."""
+        return data if self.classes is None else data.model_copy(update={"classes": self.classes})
+
+    def identity(self) -> str:
+        """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""
+        return _digest(self.model_copy(update={"model": self.model.model_copy(update={"hooks": {}})}))
+
+
+class CellSpec(Spec):
+    """One cell: the unit that runs, resumes and is recorded."""
+
+    data: DataSpec
+    target: DataSpec | None = None
+    teacher: TeacherSpec | None = None
+    student: ModelSpec
+    method: MethodSpec
+    protocol: ProtocolSpec
+    seed: int
+    evaluations: int | Literal["epoch"] = 50
+    compute: ComputeChoice = ComputeChoice()
+    route: int | None = Field(None, gt=0, le=ROUTE_MOST)
+
+    @property
+    def tested(self) -> DataSpec:
+        """The data whose test set counts."""
+        return self.target or self.data
+
+    def identity(self, earlier: bool = False) -> str:
+        """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
+        that has its default (so that a new field with a default, or a new hook point, reruns nothing).
+
+        Args:
+            earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
+                one identity.
+        """
+        terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
+        own = {term.student for term in terms if term.of == "student"}
+        taught = {term.teacher for term in terms} | {term.student for term in terms if term.of == "teacher"}
+        changes: dict[str, Any] = {"student": self.student.reading(own)}
+        # However it is said: what is fixed counts.
+        changes["compute"] = ComputeChoice(**self.compute.fixed())
+        if self.teacher is not None:
+            model = self.teacher.model.reading(taught)
+            changes["teacher"] = self.teacher.model_copy(update={"model": model})
+        return _digest(self.model_copy(update=changes), earlier)
+
+
+# Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
+# no number. Files count by their sha256, code by what it counts as.
+_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references", "counts_as"}
+
+
+def recorded(spec: Spec) -> dict[str, Any]:
+    """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
+    plain: dict[str, Any] = spec.model_dump(mode="json", exclude_none=True)
+    _name_code(spec, plain)
+    return plain
+
+
+def _name_code(value: Any, plain: Any) -> None:
+    """Put names in the place of targets, in the plain form of a spec or of a part of one."""
+    if isinstance(value, TargetSpec | WeightsSpec):
+        plain |= {part: _named(plain[part], value.counts_as) for part in _CODE if part in plain}
+        del plain["counts_as"]
+        # As in records of before there were versions.
+        if plain.get("version") == 1:
+            del plain["version"]
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields.keys() & plain.keys():
+            _name_code(getattr(value, name), plain[name])
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _name_code(part, plain.get(key))
+    elif isinstance(value, list):
+        for part, plain_part in zip(value, plain, strict=True):
+            _name_code(part, plain_part)
+
+
+# Fields of specs that hold targets, or mappings of names to targets.
+_CODE = ("target", "metrics", "references", "layout")
+
+
+def _named(code: Any, names: dict[str, str]) -> Any:
+    if isinstance(code, dict):
+        return {key: names.get(target, target) for key, target in code.items()}
+    return names.get(code, code)
+
+
+def _digest(spec: Spec, earlier: bool = False) -> str:
+    return hashlib.sha256(json.dumps(_numbers(spec, earlier), sort_keys=True).encode()).hexdigest()
+
+
+def _numbers(value: Any, earlier: bool) -> Any:
+    if isinstance(value, BaseModel):
+        dropped = _NOT_NUMBERS | ({"weights"} if isinstance(value, ModelSpec) else set())
+        # What a thing is called does not count where its target does.
+        dropped |= {"name"} if not isinstance(value, MethodSpec) else {"name", "label"}
+        result = {}
+        for name, field in type(value).model_fields.items():
+            part = getattr(value, name)
+            if name not in dropped and (field.is_required() or part != field.default):
+                if isinstance(value, TargetSpec | WeightsSpec) and name in _CODE:
+                    part = _named(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
+                if isinstance(value, DataSpec) and name == "options":
+                    part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}
+                # Stages follow each other, and sums of losses round by their order.
+                ordered = name in ("stages", "losses") and isinstance(part, dict)
+                result[name] = (
+                    [[key, _numbers(p, earlier)] for key, p in part.items()] if ordered else _numbers(part, earlier)
+                )
+        return result
+    if isinstance(value, dict):
+        return {key: _numbers(part, earlier) for key, part in value.items() if not (earlier and key in _NOT_NUMBERS)}
+    if isinstance(value, list | tuple):
+        return [_numbers(part, earlier) for part in value]
+    return value
