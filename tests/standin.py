@@ -22,6 +22,15 @@ READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::
 MAKES = {"aten::lift_fresh", "aten::lift_fresh_copy"}
 
 
+class Broken(BaseException):
+    """A graph would go wrong here. No `Exception`: a recording that fails ends no run, and this must be seen."""
+
+
+def demand(holds: bool, why: str) -> None:
+    if not holds:
+        raise Broken(why)
+
+
 class Watched(TorchDispatchMode):
     """Notes the operations of a call, with their numbers and shapes, and the memory from outside that they touch."""
 
@@ -76,8 +85,8 @@ class StandIn:
         watched.put_back()
         torch.set_rng_state(state)
         names = {name for name, _ in watched.operations}
-        assert not names & READS, f"a recorded step reads values: {names & READS}"
-        assert not names & MAKES, f"a recorded step makes tensors of the host's numbers: {names & MAKES}"
+        demand(not names & READS, f"a recorded call reads values: {names & READS}")
+        demand(not names & MAKES, f"a recorded call makes tensors of the host's numbers: {names & MAKES}")
         self.recorded += 1
         number = self.recorded
 
@@ -90,11 +99,11 @@ class StandIn:
                 call()
             known = watched.outside.keys() | self.made.keys()
             new = [whole for key, (whole, _) in again.outside.items() if key not in known]
-            assert not new, f"stale: {len(new)} tensors were replaced since the step was recorded"
+            demand(not new, f"stale: {len(new)} tensors were replaced since the call was recorded")
             self.made |= again.inside
-            assert len(again.operations) == len(watched.operations), "stale: the step is another computation"
+            demand(len(again.operations) == len(watched.operations), "stale: the call is another computation")
             for a, b in zip(watched.operations, again.operations, strict=True):
-                assert a == b, f"stale: {b} was recorded as {a}"
+                demand(a == b, f"stale: {b} was recorded as {a}")
             self.replayed += 1
 
         return replay

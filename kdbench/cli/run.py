@@ -30,6 +30,9 @@ def command(
         int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")] = None,
+    seeds_together: Annotated[
+        bool | None, typer.Option(help="Whether a worker trains several seeds at once (default: on a GPU).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
     data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
     download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
@@ -55,6 +58,7 @@ def command(
         runs=runs,
         jobs=jobs,
         threads=threads,
+        seeds_together=seeds_together,
         device=device,
         data_roots=tuple(data or ()),
         download=download,

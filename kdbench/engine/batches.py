@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -49,7 +49,12 @@ MOST_STEPS = 1024
 
 
 class Part(Protocol):
-    """A fixed set of N images with labels, int64 [N] on the device. Its length is told without a look at either."""
+    """A fixed set of N images with labels, int64 [N] on the device. Its length is told without a look at either.
+
+    resident: whether its images lie on the device and stay where they are.
+    """
+
+    resident: ClassVar[bool]
 
     @property
     def labels(self) -> Tensor: ...
@@ -71,6 +76,7 @@ class ResidentPart:
 
     images: Tensor
     labels: Tensor
+    resident: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,6 +96,7 @@ class _LaterPart:
     size: int
     take: Callable[[], Tensor]
     take_labels: Callable[[], Tensor]
+    resident: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return self.size

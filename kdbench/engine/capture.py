@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+from torch import nn
 
 from kdbench.engine.batches import MOST_STEPS, Sets
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
+from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, sets_of
+from kdbench.engine.recorder import Call, CudaRecorder, Recorder
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import PointValues
 
@@ -30,81 +32,15 @@ WARM = 4
 # Recording takes about a second: fewer steps are not worth it.
 FEWEST = 20
 
-Call = Callable[[], None]
-
-
-class Recorder(Protocol):
-    """What can record a call."""
-
-    def run(self, call: Call) -> None:
-        """Run a call where recorded ones run."""
-        ...
-
-    def record(self, call: Call) -> Call:
-        """Record a call, which computes nothing now. Returns what replays it."""
-        ...
-
-    def side_by_side(self, calls: Sequence[Call]) -> None:
-        """Run calls that do not depend on each other, inside `run` or `record`."""
-        ...
-
-    def drawn(self) -> int:
-        """A number that changes whenever something was drawn at random."""
-        ...
-
-
-class CudaRecorder:
-    """CUDA graphs on a stream of their own; calls side by side have a stream each.
-
-    Follows PyTorch's notes on CUDA graphs (docs.pytorch.org, notes/cuda).
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.side: list[torch.cuda.Stream] = []
-        # Graphs of one program never run at the same time.
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def run(self, call: Call) -> None:
-        here = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            call()
-        here.wait_stream(self.stream)
-
-    def record(self, call: Call) -> Call:
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that decode pictures, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            call()
-        replay: Call = graph.replay
-        return replay
-
-    def side_by_side(self, calls: Sequence[Call]) -> None:
-        here = torch.cuda.current_stream(self.device)
-        while len(self.side) < len(calls):
-            self.side.append(torch.cuda.Stream(self.device))
-        for stream, call in zip(self.side, calls, strict=False):
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                call()
-        for stream in self.side[: len(calls)]:
-            here.wait_stream(stream)
-
-    def drawn(self) -> int:
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-        return int(torch.cuda.default_generators[index].get_offset())
-
 
 @dataclass(frozen=True)
 class Recording:
     """A recorded step.
 
     Attributes:
-        shared: replays what the cells share, and all cells that draw nothing.
-        alone: cells that draw at random, each with what replays it: its draws begin at an address of its own.
+        shared: replays what the cells share, and all cells that are in no other call.
+        alone: cells that draw at random, each with what replays it: its draws begin at an address of its own. And cells
+            that cannot be recorded, each with its step itself.
         images: how many each cell sees in a step.
         calls: what was recorded. They hold what one graph leaves to another, and must live as long.
     """
@@ -112,15 +48,25 @@ class Recording:
     shared: Call
     alone: dict[TrainingCell, Call]
     images: dict[TrainingCell, int]
-    calls: tuple[Call, dict[TrainingCell, Call]]
+    calls: tuple[list[Call], dict[TrainingCell, Call]]
+
+
+@dataclass(frozen=True)
+class RecordedEvaluation:
+    """An evaluation, and what replays it: what it found lies in the same memory every time."""
+
+    measurement: Measurement
+    replay: Call
 
 
 class CapturedProgram(Program):
-    """Records the step of every kind of stretch once, and replays it.
+    """Records the step of every kind of stretch once, and replays it; and each cell's evaluation.
 
     Attributes:
         recordings: by the kind of stretch; None where recording failed, which never ends a run.
+        apart: cells of the present stretch that cannot be recorded, and why. They take their steps after the others'.
         eager: why stages run as ever. done: stages of which a step was recorded.
+        kinds: what each cell's last evaluation looked at. evaluations: those that are recorded; None where that failed.
     """
 
     def __init__(self, groups: Sequence[Group], recorder: Recorder) -> None:
@@ -129,14 +75,19 @@ class CapturedProgram(Program):
         self.recordings: dict[Any, Recording | None] = {}
         self.warmed: dict[Any, int] = {}
         self.drawing: set[TrainingCell] = set()
+        self.apart: dict[TrainingCell, str] = {}
         self.eager: dict[tuple[Member, str], str] = {}
         self.done: set[tuple[Member, str]] = set()
+        self.kinds: dict[TrainingCell, Any] = {}
+        self.evaluations: dict[TrainingCell, RecordedEvaluation | None] = {}
         # Of the present stretch; None where it is not to be recorded.
         self._kind: Any = None
 
     def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
         steps = super().prepare(cells, most)
         present = [cell for cell in cells if cell.active]
+        self.apart = {cell: why for cell in present if (why := _why_apart(cell.member))}
+        self.eager |= {_stage(cell): why for cell, why in self.apart.items()}
         self._kind = self._kind_of(present)
         if self._kind not in self.recordings and (why := self._why_not(present, steps)):
             for cell in present:
@@ -178,40 +129,37 @@ class CapturedProgram(Program):
 
     def _why_not(self, cells: Collection[TrainingCell], steps: int) -> str | None:
         """Why a stretch of these cells cannot be recorded, or is not worth it; None where it can."""
-        for cell in cells:
-            member = cell.member
-            stage = member.stage
-            if stage.source is not None and stage.source.by_step:
-                return stage.source.by_step
-            if not all(one.on_device for one in stage.optimizers):
-                return "its optimizer takes its rates from the host"
-            if stage.span.stop - member.step < FEWEST:
-                return f"fewer than {FEWEST} steps are left of it"
+        if self.apart and len(self.apart) == len(cells):
+            return next(iter(self.apart.values()))
         for group, _ in self._present(cells):
             if group.teacher is not None and group.teacher.logits_elsewhere(group.batches.device):
                 return "its teacher's logits do not lie on the device"
-        return None if steps > 1 else "every step of it is of another kind"
+        if min(cell.member.stage.span.stop - cell.member.step for cell in cells) < FEWEST:
+            return f"fewer than {FEWEST} steps are left of it"
+        # A cell that cannot be recorded may need the host at every step; the others' steps stay the same.
+        return None if steps > 1 or self.apart else "every step of it is of another kind"
 
     def _calls(
         self, cells: Collection[TrainingCell], images: dict[TrainingCell, int]
-    ) -> tuple[Call, dict[TrainingCell, Call]]:
-        """A step of these cells: a call for what they share, and then one for each cell, which notes its images."""
+    ) -> tuple[list[Call], dict[TrainingCell, Call]]:
+        """A step of these cells: a call for what each group shares, and then one for each cell, which notes its
+        images."""
         parts: dict[TrainingCell, tuple[Sets, PointValues]] = {}
 
-        def shared() -> None:
-            for group, members in self._present(cells):
-                part = shared_part(group.batches, group.teacher, members)
-                parts.update(dict.fromkeys(group.among(cells), part))
+        def shared(group: Group, members: list[Member]) -> None:
+            part = shared_part(group.batches, group.teacher, members)
+            parts.update(dict.fromkeys(group.among(cells), part))
 
         def trained(cell: TrainingCell) -> None:
             images[cell] = train(cell.member, *parts[cell])
 
-        return shared, {cell: partial(trained, cell) for cell in cells}
+        groups: list[Call] = [partial(shared, group, members) for group, members in self._present(cells)]
+        return groups, {cell: partial(trained, cell) for cell in cells}
 
     def _warm(self, cells: Collection[TrainingCell]) -> None:
         """A step as recorded ones run, which also tells which cells draw at random."""
         images: dict[TrainingCell, int] = {}
-        shared, own = self._calls(cells, images)
+        groups, own = self._calls(cells, images)
 
         def watched(cell: TrainingCell) -> None:
             with cell.failures():
@@ -222,52 +170,122 @@ class CapturedProgram(Program):
                     self.drawing.add(cell)
 
         def step() -> None:
-            shared()
-            self.recorder.side_by_side([partial(watched, cell) for cell in cells])
+            self.recorder.side_by_side(groups)
+            self.recorder.side_by_side([partial(watched, cell) for cell in cells if cell not in self.apart])
 
-        self._between(cells, lambda: self.recorder.run(step), images)
+        alone = {cell: own[cell] for cell in cells if cell in self.apart}
+        self._between(cells, partial(self.recorder.run, step), alone, images)
 
     def _record(self, cells: Collection[TrainingCell]) -> Recording | None:
         """The step of these cells, recorded; None where that fails, which is told."""
         images: dict[TrainingCell, int] = {}
-        shared, own = self._calls(cells, images)
+        groups, own = self._calls(cells, images)
+        apart = {cell: own[cell] for cell in cells if cell in self.apart}
+        drawing = [cell for cell in cells if cell in self.drawing and cell not in apart]
 
         def together() -> None:
-            shared()
-            self.recorder.side_by_side([own[cell] for cell in cells if cell not in self.drawing])
+            self.recorder.side_by_side(groups)
+            self.recorder.side_by_side([own[cell] for cell in cells if cell not in apart and cell not in drawing])
 
         try:
             replay = self.recorder.record(together)
-            alone = {cell: self.recorder.record(own[cell]) for cell in cells if cell in self.drawing}
-        except (RuntimeError, ValueError) as error:
-            why = f"recording failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+            alone = {cell: self.recorder.record(own[cell]) for cell in drawing}
+        except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, eager steps do or tell
+            why = f"recording failed: {_first_line(error)}"
             self.eager |= dict.fromkeys(map(_stage, cells), why)
             log.warning("a step could not be recorded, so its stretch runs eagerly: %s", why)
             return None
-        self.done |= set(map(_stage, cells))
-        return Recording(replay, alone, images, (together, own))
+        self.done |= {_stage(cell) for cell in cells if cell not in apart}
+        # Their images are known after their step.
+        images |= dict.fromkeys(apart, 0)
+        return Recording(replay, alone | apart, images, (groups, own))
 
     def _replay(self, recording: Recording, cells: Collection[TrainingCell]) -> None:
-        def run() -> None:
-            recording.shared()
-            for cell, replay in recording.alone.items():
-                cell.member.before_step()
-                replay()
+        self._between(cells, recording.shared, recording.alone, recording.images)
 
-        self._between(cells, run, recording.images)
-
-    def _between(self, cells: Collection[TrainingCell], run: Call, images: dict[TrainingCell, int]) -> None:
-        """What the host does before and after a step: feed the batches, count, share the time out."""
+    def _between(
+        self,
+        cells: Collection[TrainingCell],
+        together: Call,
+        alone: dict[TrainingCell, Call],
+        images: dict[TrainingCell, int],
+    ) -> None:
+        """A step of all, with what the host does before and after it: feed the batches, count, share the time out."""
         begin = time.perf_counter()
+        own: dict[TrainingCell, float] = {}
         for group, members in self._present(cells):
             group.batches.feed(sets_of(members))
-        run()
+        together()
+        for cell, call in alone.items():
+            alone_since = time.perf_counter()
+            with cell.failures():
+                cell.member.before_step()
+                call()
+            own[cell] = time.perf_counter() - alone_since
         for cell in cells:
             if cell.active:
                 cell.member.after_step(images[cell])
-        each = (time.perf_counter() - begin) / len(cells)
+        each = (time.perf_counter() - begin - sum(own.values())) / len(cells)
         for cell in cells:
-            cell.member.log.seconds += each
+            cell.member.log.seconds += each + own.get(cell, 0.0)
+
+    def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
+        group = self.group_of(cell)
+        return evaluate(cell.member, group.batches, group.teacher, partial(self._measured, cell))
+
+    def evaluations_replayed(self, member: Member) -> bool:
+        return any(cell.member is member and recorded for cell, recorded in self.evaluations.items())
+
+    def _measured(self, cell: TrainingCell, measurement: Measurement) -> Measurement:
+        """A cell's first evaluation runs as ever, the next is recorded where more are to come, all others replayed."""
+        kind = (measurement.stages, _memory(cell.member))
+        known, recorded = self.kinds.get(cell), self.evaluations.get(cell)
+        self.kinds[cell] = kind
+        if kind != known:
+            self.evaluations.pop(cell, None)
+        elif recorded is None and cell not in self.evaluations and measurement.resident and _more_to_come(cell.member):
+            recorded = self.evaluations[cell] = self._recorded(measurement)
+        if kind != known or recorded is None:
+            self.recorder.run(measurement.compute)
+            return measurement
+        recorded.replay()
+        return recorded.measurement
+
+    def _recorded(self, measurement: Measurement) -> RecordedEvaluation | None:
+        try:
+            return RecordedEvaluation(measurement, self.recorder.record(measurement.compute))
+        except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, the evaluation itself does
+            log.warning("an evaluation could not be recorded, so it runs eagerly: %s", _first_line(error))
+            return None
+
+
+def _why_apart(member: Member) -> str | None:
+    """Why steps of a member cannot be recorded, whatever the others do; None where they can."""
+    source = member.stage.source
+    if source is not None and source.by_step:
+        return source.by_step
+    if not all(one.on_device for one in member.stage.optimizers):
+        return "its optimizer takes its rates from the host"
+    return None
+
+
+def _more_to_come(member: Member) -> bool:
+    """Whether it pays to record an evaluation: at least two are left."""
+    return sum(at > member.step for at in member.timeline.evaluations) >= 2
+
+
+def _memory(member: Member) -> tuple[int, ...]:
+    """Where all lies that an evaluation reads of a member: a recording of it is of no use elsewhere."""
+    modules: list[nn.Module] = [member.student.model, member.terms]
+    modules += [member.own_teacher.model] if member.own_teacher is not None else []
+    return tuple(t.data_ptr() for module in modules for t in (*module.parameters(), *module.buffers()))
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, or what came before it: a recording that fails tells only that it ended badly."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _stage(cell: TrainingCell) -> tuple[Member, str]:

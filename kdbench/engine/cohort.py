@@ -1,4 +1,4 @@
-"""The training loop: cells side by side, those that share data, seed and teacher behind one teacher pass."""
+"""The training loop: the cells of a program side by side."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep
 from kdbench.engine.batches import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.evaluation import evaluate, score
-from kdbench.engine.program import Group, Program, make_graphs
+from kdbench.engine.evaluation import score
+from kdbench.engine.program import Program, make_graphs
 
 PROGRESS_SECONDS = 0.25
 
@@ -44,9 +44,9 @@ class Cohort:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         self._saved = time.monotonic()
-        for group in self.program.groups:
-            make_graphs([cell.member for cell in group.cells if cell.active], group.batches, group.teacher)
-        while active := [cell for cell in self.cells if cell.active]:
+        first = self.program.groups[0]
+        make_graphs([cell.member for cell in self.program.cells if cell.active], first.batches, first.teacher)
+        while active := [cell for cell in self.program.cells if cell.active]:
             # Members resume each from their own checkpoint: those that are behind catch up alone.
             step = min(cell.member.step for cell in active)
             if not self._due(active) and not self._stretch([c for c in active if c.member.step == step]):
@@ -78,7 +78,7 @@ class Cohort:
             if self.stop() or not self._ready(cell):
                 return False
         # Up to where others wait: from there on they go together.
-        ahead = [cell.member.step - cells[0].member.step for cell in self.cells if cell.active]
+        ahead = [cell.member.step - cells[0].member.step for cell in self.program.cells if cell.active]
         most = min((steps for steps in ahead if steps > 0), default=MOST_STEPS)
         for _ in range(self._prepare([cell for cell in cells if cell.active], most)):
             cells = [cell for cell in cells if cell.active]
@@ -131,7 +131,7 @@ class Cohort:
         member.meter.clear()
         # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
-        measured = evaluate(member, self._group(cell).batches, self._group(cell).teacher)
+        measured = self.program.evaluate(cell)
         since = log.history[-1]["seconds"] if log.history else 0.0
         entry = {
             "step": member.step,
@@ -151,7 +151,7 @@ class Cohort:
 
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
-        member, validation = cell.member, self._group(cell).batches.validation
+        member, validation = cell.member, self.program.group_of(cell).batches.validation
         begin = time.perf_counter()
         member.check_finite()
         member.student.model.eval()
@@ -160,13 +160,6 @@ class Cohort:
         epoch = member.timeline.epochs(member.step)
         keep(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)
         member.log.evaluation_seconds += time.perf_counter() - begin
-
-    @property
-    def cells(self) -> list[TrainingCell]:
-        return [cell for group in self.program.groups for cell in group.cells]
-
-    def _group(self, cell: TrainingCell) -> Group:
-        return next(group for group in self.program.groups if cell in group.cells)
 
     def _finish(self, cell: TrainingCell) -> None:
         self.finish(cell)
@@ -179,13 +172,13 @@ class Cohort:
             return
         begin = time.perf_counter()
         torch.cuda.synchronize(device)
-        active = [cell for cell in self.cells if cell.active]
+        active = [cell for cell in self.program.cells if cell.active]
         for cell in active:
             cell.member.log.seconds += (time.perf_counter() - begin) / len(active)
 
     def save(self) -> None:
         """Write the checkpoints of all members that are still training."""
-        for cell in self.cells:
+        for cell in self.program.cells:
             if cell.active:
                 with cell.failures():
                     checkpoint.save(cell.folder, {"key": cell.key, **cell.member.state()})

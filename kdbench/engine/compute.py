@@ -80,8 +80,17 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
     return [replace(way, cuda_graphs=cuda and choice.mode == "auto") for way in ways]
 
 
-def cohort_bytes(memories: Iterable[Mapping[str, int]]) -> int:
-    """Bytes that a worker needs for a cohort (fields of `memory.Memory`, as plain data): its members take turns."""
-    members = list(memories)
-    shared = max(m["teacher"] for m in members) + sum(m["features"] + m["member"] for m in members)
-    return PROCESS + max(m["data"] for m in members) + round(KEPT * (shared + max(m["step"] for m in members)))
+def program_bytes(cohorts: Iterable[Iterable[Mapping[str, int]]], at_once: bool) -> int:
+    """Bytes that a worker needs for the cohorts of a program (fields of `memory.Memory` of each cell, as plain data).
+
+    Args:
+        at_once: whether all cells take their steps at once, as recorded ones do on a GPU, and not in turns.
+    """
+    groups = [list(memories) for memories in cohorts]
+    cells = [one for group in groups for one in group]
+    data = sum(max(one["data"] for one in group) for group in groups)
+    # One copy of the teacher's weights would do; its passes go side by side.
+    teacher = sum(max(one["teacher"] for one in group) for group in groups)
+    steps = [one["step"] for one in cells]
+    held = teacher + sum(one["features"] + one["member"] for one in cells) + (sum(steps) if at_once else max(steps))
+    return PROCESS + data + round(KEPT * held)

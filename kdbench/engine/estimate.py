@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from kdbench.data.folder import cores
-from kdbench.engine.compute import cohort_bytes
 from kdbench.engine.dry import Size, costs_of, measure
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
 from kdbench.engine.runner import is_finished, teacher_folder
-from kdbench.engine.scheduling import CellState, balanced, cohorts_of, kind
+from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of, kind
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
@@ -111,12 +110,13 @@ class Estimate:
 
 
 def memory(cells: Iterable[PlannedCell], jobs: int, device: torch.device) -> int:
-    """Bytes that the largest cohort takes when so many workers share the cells out."""
+    """Bytes that the largest cohort takes when so many workers share the cells out. On a GPU several of one comparison
+    train as one program, where these fit."""
     work = [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
     kinds = {kind(cell.spec): cell.spec for cell, _ in work}
     taken = {name: asdict(memory_of(spec, device)) for name, spec in kinds.items()}
     cohorts = balanced(cohorts_of(work), jobs)
-    return max(cohort_bytes([taken[kind(cell.spec)] for cell, _ in cohort]) for cohort in cohorts)
+    return max(bytes_of([cohort], taken, device.type == "cuda") for cohort in cohorts)
 
 
 def workers(device: torch.device, cells: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +19,96 @@ from kdbench.engine.teacher import Teacher
 PROBE_IMAGES = 2000
 
 
-def evaluate(member: Member, batches: Batches, teacher: Teacher | None) -> dict[str, Any]:
-    """Metrics of a member at its present step; its modes are as before afterwards.
+class Measurement:
+    """An evaluation of a member at its present step. `compute` runs on the device alone, so that it can be recorded;
+    `plain` waits for it and reads what it found."""
 
-    Returns:
-        {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
-        "source": same on the source's test part, where the test part is a target domain's,
-        "teacher": same of the teacher on the test part, where the cell trains it,
-        "metrics": {metric: {hook point: value}}, the metrics that the loss cards declare, and "references": the same
-        of a student that ignores its input, where a card has a reference}. Both are absent where there are none.
+    def __init__(self, member: Member, batches: Batches, teacher: Teacher | None) -> None:
+        self.member, self.teacher, self.test = member, teacher, batches.test
+        self.parts: dict[str, tuple[Network, Part]] = {"test": (member.student, batches.test)}
+        if len(batches.validation):
+            self.parts["validation"] = (member.student, batches.validation)
+        if batches.source_test is not None:
+            self.parts["source"] = (member.student, batches.source_test)
+        if (own := member.trained_teacher) is not None:
+            self.parts["teacher"] = (own, batches.test)
+        # Terms of past stages are measured with their connectors as they were left: whether the student keeps what a
+        # first stage taught it is the question.
+        self.stages = tuple(span.name for span in member.timeline.spans if span.start < max(member.step, 1))
+        self.scores: dict[str, Scores] = {}
+        self.metrics: Metrics | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether all images lie on the device."""
+        return all(part.resident for _, part in self.parts.values())
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Run the networks over all parts, in eval mode."""
+        self.scores = {name: scores(network, part) for name, (network, part) in self.parts.items()}
+        terms = [term for name in self.stages for term in self.member.terms_of(name).values() if term.measured]
+        if self.teacher is not None and terms:
+            self.metrics = Metrics(terms)
+            for images, labels in _probed(self.test).slices(SLICE[self.member.device.type]):
+                student = self.member.student(self.member.student.normalizer(images), self.metrics.points("student"))
+                self.metrics.add(student, self.teacher(images, self.metrics.points("teacher")), len(labels))
+
+    def plain(self) -> dict[str, Any]:
+        """What was found.
+
+        Returns:
+            {"test": {"accuracy": percent, "loss": mean cross-entropy}, "validation": same (if there is such a part),
+            "source": same on the source's test part, where the test part is a target domain's,
+            "teacher": same of the teacher on the test part, where the cell trains it,
+            "metrics": {metric: {hook point: value}}, the metrics that the loss cards declare, and "references": the
+            same of a student that ignores its input, where a card has a reference}. Both are absent where there are
+            none.
+        """
+        found: dict[str, Any] = {name: one.plain() for name, one in self.scores.items()}
+        return found | (self.metrics.plain() if self.metrics else {})
+
+
+def computed(measurement: Measurement) -> Measurement:
+    """Let a measurement be computed."""
+    measurement.compute()
+    return measurement
+
+
+def evaluate(
+    member: Member,
+    batches: Batches,
+    teacher: Teacher | None,
+    carry_out: Callable[[Measurement], Measurement] = computed,
+) -> dict[str, Any]:
+    """Metrics of a member at its present step, as `Measurement.plain` gives them; its modes are as before afterwards.
+
+    Args:
+        carry_out: gives the measurement that was carried out: this one, or a recorded one that was replayed.
     """
-    member.student.model.eval()
-    member.terms.eval()
-    student = member.student
-    result: dict[str, Any] = {"test": score(student, batches.test)[0]}
-    if len(batches.validation):
-        result["validation"] = score(student, batches.validation)[0]
-    if batches.source_test is not None:
-        result["source"] = score(student, batches.source_test)[0]
-    if (own := member.trained_teacher) is not None:
-        own.model.eval()
-        result["teacher"] = score(own, batches.test)[0]
-    if teacher is not None:
-        result |= probe(member, teacher, batches.test)
+    member.set_modes(evaluating=True)
+    measured = carry_out(Measurement(member, batches, teacher))
     member.set_modes()
-    return result
+    return measured.plain()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A network's answers on a part: how many are right, the sum of cross-entropies, and all logits [N, classes]."""
+
+    right: Tensor
+    loss: Tensor
+    logits: Tensor
+
+    def plain(self) -> dict[str, float]:
+        """Accuracy in percent and mean cross-entropy."""
+        n = len(self.logits)
+        return {"accuracy": 100 * self.right.item() / n, "loss": self.loss.item() / n}
 
 
 @torch.no_grad()
-def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
-    """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
+def scores(network: Network, part: Part) -> Scores:
+    """What a network answers on a part. Reads nothing from the device."""
     all_logits = []
     device = part.labels.device
     right = torch.zeros((), dtype=torch.int64, device=device)
@@ -56,51 +118,58 @@ def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
         right = right + (logits.argmax(dim=1) == labels).sum()
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
         all_logits.append(logits)
-    n = len(part.labels)
-    return {"accuracy": 100 * right.item() / n, "loss": loss.item() / n}, torch.cat(all_logits)
+    return Scores(right, loss, torch.cat(all_logits))
 
 
-@torch.no_grad()
-def probe(member: Member, teacher: Teacher, test: Part) -> dict[str, dict[str, dict[str, float]]]:
-    """Metrics of the loss terms so far, averaged over evenly spaced test images. Terms of past stages are measured
-    with their connectors as they were left: whether the student keeps what a first stage taught it is the question."""
-    seen = [span.name for span in member.timeline.spans if span.start < max(member.step, 1)]
-    terms: list[Any] = [term for name in seen for term in member.terms_of(name).values() if term.measured]
-    if not terms:
-        return {}
-    stride = max(1, -(-len(test.labels) // PROBE_IMAGES))
-    part = test.every(stride)
-    student_points, teacher_points = (
-        [point for term in terms for point in term.points(network)["data"]] for network in ("student", "teacher")
-    )
-    sums: dict[str, dict[str, Tensor]] = {}
-    # Of two terms that measure one point, the later stage's counts.
-    references = {
-        (metric, layer.student): (layer.teacher, reference())
-        for term in terms
-        for metric, reference in term.references.items()
-        for layer in term.layers
-    }
-    for images, labels in part.slices(SLICE[member.device.type]):
-        student = member.student(member.student.normalizer(images), student_points)
-        values = teacher(images, teacher_points)
+def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
+    """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
+    found = scores(network, part)
+    return found.plain(), found.logits
+
+
+class Metrics:
+    """Metrics of loss terms, averaged over images."""
+
+    def __init__(self, terms: list[Any]) -> None:
+        self.terms, self.images = terms, 0
+        self.sums: dict[str, dict[str, Tensor]] = {}
+        # Of two terms that measure one point, the later stage's counts.
+        self.references = {
+            (metric, layer.student): (layer.teacher, reference())
+            for term in terms
+            for metric, reference in term.references.items()
+            for layer in term.layers
+        }
+
+    def points(self, network: str) -> list[str]:
+        """Hook points of the "student" or the "teacher" that they read."""
+        return [point for term in self.terms for point in term.points(network)["data"]]
+
+    def add(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], images: int) -> None:
+        """Add both networks' values on further images. Reads nothing from the device."""
         here: dict[str, dict[str, Tensor]] = {}
-        for term in terms:
-            for metric, points in term.measure(student, values).items():
+        for term in self.terms:
+            for metric, points in term.measure(student, teacher).items():
                 here.setdefault(metric, {}).update(points)
-        for point, reference in references.values():
-            reference.add(values[point])
+        for point, reference in self.references.values():
+            reference.add(teacher[point])
         for metric, points in here.items():
-            into = sums.setdefault(metric, {})
+            into = self.sums.setdefault(metric, {})
             for point, value in points.items():
-                into[point] = into.get(point, 0) + value * len(labels)
-    found: dict[str, dict[str, float]] = {}
-    for (metric, point), (_, reference) in references.items():
-        found.setdefault(metric, {})[point] = reference.value()
-    return {
-        "metrics": {
-            metric: {point: value.item() / len(part.labels) for point, value in points.items()}
-            for metric, points in sums.items()
-        },
-        "references": found,
-    }
+                into[point] = into.get(point, 0) + value * images
+        self.images += images
+
+    def plain(self) -> dict[str, dict[str, dict[str, float]]]:
+        """"metrics" and "references", each by metric and hook point of the student."""
+        references: dict[str, dict[str, float]] = {}
+        for (metric, point), (_, reference) in self.references.items():
+            references.setdefault(metric, {})[point] = reference.value()
+        metrics = {
+            metric: {point: value.item() / self.images for point, value in points.items()}
+            for metric, points in self.sums.items()
+        }
+        return {"metrics": metrics, "references": references}
+
+
+def _probed(test: Part) -> Part:
+    return test.every(max(1, -(-len(test.labels) // PROBE_IMAGES)))

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
-from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.batches import load_data
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
-from kdbench.engine.teacher import PartLogits, Teacher
+from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec
@@ -86,20 +87,20 @@ class Materials:
         teacher.route = file.route
         return teacher
 
-    def give_logits(
-        self, spec: CellSpec, file: TeacherFile | None, batches: Batches, teacher: Teacher | None, kept: str | None
-    ) -> str:
-        """Give a teacher the table of its logits, where there is a whole one or the cells began with it.
+    def logits(
+        self, spec: CellSpec, file: TeacherFile | None, teacher: Teacher | None, kept: str | None
+    ) -> tuple[str, Tensor | None]:
+        """The table of a teacher's logits, where there is a whole one or the cells began with it.
 
         Args:
             kept: name of the table that they began with, "" for none, None for cells that begin now.
 
         Returns:
-            the name of the table, "" for none.
+            the name of the table, "" for none, and its logits [images, views, classes].
         """
         data = self.data(spec.data)
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
-            return ""
+            return "", None
         key = logits.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name)
         if kept is not None and not (table.complete and table.folder.name == kept):
@@ -109,7 +110,5 @@ class Materials:
                 hint="fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders",
             )
         if not table.complete:
-            return ""
-        values = logits.opened(table, teacher, data, spec.protocol, self.device)
-        teacher.logits = PartLogits(values, batches.positions)
-        return table.folder.name
+            return "", None
+        return table.folder.name, logits.opened(table, teacher, data, spec.protocol, self.device)

@@ -193,14 +193,15 @@ class Member:
             )
         return optimizers
 
-    def set_modes(self) -> None:
-        """Modes of this stage; evaluation changes them and calls this again."""
+    def set_modes(self, evaluating: bool = False) -> None:
+        """Modes of this stage, or of an evaluation between its steps."""
         modes, trains = self.stage.spec.modes, self.stage.spec.trains
-        self.student.model.train(modes.student == "train")
+        self.student.model.train(not evaluating and modes.student == "train")
         if self.own_teacher is not None:
-            self.own_teacher.model.train(modes.teacher == "train")
+            self.own_teacher.model.train(not evaluating and modes.teacher == "train")
         for name, terms in self.terms.items():
-            terms.train(name == f"stage:{self.stage.span.name}" and "connectors" in trains)
+            own = name == f"stage:{self.stage.span.name}" and "connectors" in trains
+            terms.train(own and not evaluating)
 
     def ready(self, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Do what comes before the next steps: the stage's anchor and operation, and what its source makes ahead.

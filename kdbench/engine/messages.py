@@ -83,8 +83,8 @@ class CellTask(Message):
 
 
 class TrainCohort(Task):
-    """Train cells side by side. `logits`: the table of teacher logits that they began with, "" for none, None for
-    cells that begin now."""
+    """Train cells side by side, those of one seed behind one teacher pass. `logits`: the table of teacher logits that
+    they began with, "" for none, None for cells that begin now."""
 
     kind: Literal["train_cohort"] = "train_cohort"
     cells: list[CellTask]

@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kdbench.engine.batches import MOST_STEPS, Batches
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.network import together
 from kdbench.engine.step import shared_part, train
@@ -71,8 +73,24 @@ class Program:
                     cell.member.after_step(train(cell.member, sets, teacher_values))
                 cell.member.log.seconds += time.perf_counter() - begin + shared
 
+    def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
+        """Metrics of a cell at its present step, as `Measurement.plain` gives them."""
+        group = self.group_of(cell)
+        return evaluate(cell.member, group.batches, group.teacher)
+
+    @property
+    def cells(self) -> list[TrainingCell]:
+        return [cell for group in self.groups for cell in group.cells]
+
+    def group_of(self, cell: TrainingCell) -> Group:
+        return next(group for group in self.groups if cell in group.cells)
+
     def replayed(self, member: Member) -> bool:
         """Whether steps of a member were replayed."""
+        return False
+
+    def evaluations_replayed(self, member: Member) -> bool:
+        """Whether evaluations of a member were replayed."""
         return False
 
     def eager_stages(self, member: Member) -> dict[str, str]:
@@ -87,7 +105,12 @@ class Program:
 
 
 def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | None) -> None:
-    """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it."""
+    """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it.
+
+    Args:
+        members: of all groups of a program. batches, teacher: of any of them: batches of all have one shape, and all
+            have one teacher's network.
+    """
     shape = (batches.batch_size, *batches.image_shape)
     by_student: dict[str, list[Member]] = {}
     for member in members:

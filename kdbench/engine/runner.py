@@ -51,6 +51,7 @@ from kdbench.engine.scheduling import (
     begun,
     cohorts_of,
     fitting,
+    joined,
     kind,
 )
 from kdbench.errors import CellError, UserError
@@ -68,11 +69,13 @@ class Options:
     """How to run: everything that is not in the recipe because it changes no number.
 
     jobs: worker processes (None: one for each CPU core or GPU). threads: of each worker (None: cores shared out).
+    seeds_together: whether a worker trains several seeds of a comparison at once, as memory allows (None: on a GPU).
     """
 
     runs: Path = Path("runs")
     jobs: int | None = None
     threads: int | None = None
+    seeds_together: bool | None = None
     device: str = "auto"
     data_roots: tuple[Path, ...] = ()
     download: bool = True
@@ -432,10 +435,14 @@ def _cells(
     listener: Listener,
 ) -> None:
     states = {state.id: state for _, state in cells}
-    cohorts = fitting(balanced(cohorts_of(cells), pool.jobs), memory, pool.memory)
-    busy = min(pool.jobs, len(cohorts))
+    on_gpu = pool.devices != ["cpu"]
+    cohorts = fitting(balanced(cohorts_of(cells), pool.jobs), memory, pool.memory, at_once=on_gpu)
+    programs = [[cohort] for cohort in cohorts]
+    if options.seeds_together if options.seeds_together is not None else on_gpu:
+        programs = joined(cohorts, pool.jobs, memory, pool.memory, at_once=on_gpu)
+    busy = min(pool.jobs, len(programs))
     tasks = []
-    for cohort in cohorts:
+    for cohort in ([work for cohort in program for work in cohort] for program in programs):
         threads = options.threads or max(1, min(pool.threads, pool.cores // busy))
         kept = begun(cohort[0][1].folder)
         threads = kept.threads or threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pydantic import Field
 
 from kdbench.cards import Strict
 from kdbench.engine import choosing
-from kdbench.engine.compute import cohort_bytes
+from kdbench.engine.compute import program_bytes
 from kdbench.files import write_json
 from kdbench.reading import read_as
 from kdbench.recipe.planning import PlannedCell
@@ -57,21 +58,27 @@ def cohorts_of(cells: list[Work]) -> list[list[Work]]:
     without a teacher goes along: it costs the others nothing."""
     groups: dict[str, dict[str, list[Work]]] = {}
     for cell, state in cells:
-        spec = cell.spec
-        extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
-        protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-        kept = begun(state.folder).model_dump()
-        compute = choosing.key(spec.compute)
-        domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
-        base = json.dumps([domains, spec.seed, protocol, compute, extra, kept])
-        key = spec.teacher.identity() if spec.teacher else ""
-        groups.setdefault(base, {}).setdefault(key, []).append((cell, state))
+        key = cell.spec.teacher.identity() if cell.spec.teacher else ""
+        groups.setdefault(_group((cell, state)), {}).setdefault(key, []).append((cell, state))
     result = []
     for by_teacher in groups.values():
         alone = by_teacher.pop("", [])
         first, *others = by_teacher.values() or [[]]
         result += [[*alone, *first], *others]
     return result
+
+
+def _group(work: Work, seed: bool = True) -> str:
+    """What cells must have in common to see the same batches, and to begin alike; without its seed, to see batches of
+    one shape."""
+    (cell, state) = work
+    spec = cell.spec
+    extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
+    protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
+    kept = begun(state.folder).model_dump()
+    compute = choosing.key(spec.compute)
+    domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+    return json.dumps([domains, spec.seed if seed else None, protocol, compute, extra, kept])
 
 
 def balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
@@ -87,7 +94,12 @@ def balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
     return whole + parts
 
 
-def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None) -> list[list[Work]]:
+def bytes_of(cohorts: Iterable[list[Work]], memory: Memories, at_once: bool) -> int:
+    """Bytes that a worker needs for cohorts in one program; `at_once` as `program_bytes` takes it."""
+    return program_bytes([[memory[kind(cell.spec)] for cell, _ in cohort] for cohort in cohorts], at_once)
+
+
+def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None, at_once: bool) -> list[list[Work]]:
     """The same cohorts, those that would need more than `limit` bytes split.
 
     A cell that does not fit alone stays alone: what is predicted is not certain.
@@ -98,12 +110,38 @@ def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None) ->
     for cohort in cohorts:
         part: list[Work] = []
         for work in cohort:
-            needed = [memory[kind(cell.spec)] for cell, _ in [*part, work]]
-            if part and cohort_bytes(needed) > limit:
+            if part and bytes_of([[*part, work]], memory, at_once) > limit:
                 result.append(part)
                 part = []
             part = [*part, work]
         result.append(part)
+    return result
+
+
+def joined(
+    cohorts: list[list[Work]], jobs: int, memory: Memories, limit: float | None, at_once: bool
+) -> list[list[list[Work]]]:
+    """Cohorts as programs for `jobs` workers: those that differ in their seed alone go together, as far as `limit`
+    bytes allow, and while no worker is left without one."""
+    most = -(-len(cohorts) // jobs)
+    alike: dict[str, list[list[Work]]] = {}
+    for cohort in cohorts:
+        teacher = next((cell.spec.teacher.identity() for cell, _ in cohort if cell.spec.teacher), "")
+        alike.setdefault(f"{_group(cohort[0], seed=False)} {teacher}", []).append(cohort)
+    result = []
+    for of_kind in alike.values():
+        programs: list[list[list[Work]]] = [[] for _ in range(-(-len(of_kind) // most))]
+        for cohort in of_kind:
+
+            def takes(program: list[list[Work]], cohort: list[Work] = cohort) -> bool:
+                seeds = {other[0][0].spec.seed for other in program}
+                fits = limit is None or bytes_of([*program, cohort], memory, at_once) <= limit
+                return not program or (cohort[0][0].spec.seed not in seeds and fits)
+
+            if not any(map(takes, programs)):
+                programs.append([])
+            min(filter(takes, programs), key=len).append(cohort)
+        result += [program for program in programs if program]
     return result
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class StreamedPart:
     labels: Tensor
     short_side: int
     size: int
+    resident: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.files)

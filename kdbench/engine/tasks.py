@@ -127,8 +127,8 @@ class TaskRunner:
 
         def teacher(way: Computing) -> Teacher | None:
             loaded = self.materials.teacher(first, file, way)
-            self.materials.give_logits(first, file, batches, loaded, None)
-            return loaded
+            _, table = self.materials.logits(first, file, loaded, None)
+            return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
         choice = choose(
             first.compute,

@@ -83,6 +83,12 @@ class Teacher:
         self.network = Network(extractor, normalizer, computing, frozen=True)
         self.network.model.eval().requires_grad_(False)
 
+    def with_logits(self, table: Tensor, positions: Tensor) -> Teacher:
+        """The same teacher, network and all, with a table of its logits for one training part (see `PartLogits`)."""
+        found = copy.copy(self)
+        found.logits = PartLogits(table, positions)
+        return found
+
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         """Values of hook points for bytes [N, C, H, W], in float32, without gradients."""
         with torch.no_grad():

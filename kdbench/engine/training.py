@@ -11,7 +11,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
@@ -75,26 +74,41 @@ class Training:
         self.computing = possible(task.computing, self.device)
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
-        self.batches: Batches = batches_of(first, self.domains[0], self.device, self.domains[1])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.file = materials.teacher_file(first, task.teacher_folder)
         self.teacher = materials.teacher(first, self.file, self.computing)
-        table = materials.give_logits(first, self.file, self.batches, self.teacher, task.logits)
+        self.table, self.logits = materials.logits(first, self.file, self.teacher, task.logits)
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
         self.cells: dict[TrainingCell, CellTask] = {}
-        for cell in cells:
-            begin(cell.folder, Begun(threads=task.threads, logits=table))
-            try:
-                self.cells[self._built(cell)] = cell
-            except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
-                emit(CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
-        self.program = program_of([Group(self.batches, self.teacher, list(self.cells))], self.computing)
+        seeds = dict.fromkeys(cell.spec.seed for cell in cells)
+        groups = [self._group([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
+        self.program = program_of(groups, self.computing)
 
-    def _built(self, cell: CellTask) -> TrainingCell:
-        """A cell of the cohort, from its checkpoint if there is one."""
+    def _group(self, cells: list[CellTask]) -> Group:
+        """Cells of one seed, built; those that could not be are told."""
+        first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
+        batches = batches_of(first, self.domains[0], self.device, self.domains[1])
+        teacher = self.teacher
+        if teacher is not None and self.logits is not None:
+            # Every seed may have another training part, whose images are in other places of the table.
+            teacher = teacher.with_logits(self.logits, batches.positions)
+        group = Group(batches, teacher, [])
+        for cell in cells:
+            begin(cell.folder, Begun(threads=self.task.threads, logits=self.table))
+            try:
+                built = self._built(cell, group)
+            except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
+                self.emit(CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
+            else:
+                group.cells.append(built)
+                self.cells[built] = cell
+        return group
+
+    def _built(self, cell: CellTask, group: Group) -> TrainingCell:
+        """A cell of a group, from its checkpoint if there is one."""
         spec, (data, target) = cell.spec, self.domains
-        teacher, file = (self.teacher, self.file) if spec.teacher is not None else (None, None)
+        teacher, file = (group.teacher, self.file) if spec.teacher is not None else (None, None)
         key = {
             "identity": spec.identity(),
             "data": data.fingerprint,
@@ -105,7 +119,7 @@ class Training:
             "teacher": file.sha256 if file else None,
         }
         files = SourceFiles(file.sha256 if file else "", cell.folder, self.task.shared)
-        member = Member(spec, self.batches, teacher, self.device, self.computing, files)
+        member = Member(spec, group.batches, teacher, self.device, self.computing, files)
         name = f"{spec.method.label}, seed {spec.seed}"
         state = checkpoint.load(cell.folder, key, member.state(), lambda text: self.emit(Note(text=f"{name}: {text}")))
         if state is not None:
@@ -142,8 +156,8 @@ class Training:
         Raises:
             CellError: a frozen teacher is not what it was.
         """
-        member = cell.member
-        teacher: Teacher | None = self.teacher if member.spec.teacher is not None else None
+        member, group = cell.member, self.program.group_of(cell)
+        teacher = group.teacher if member.spec.teacher is not None else None
         file: TeacherFile | None = self.file if teacher else None
         if teacher is not None and fingerprint(teacher.network.model) != self.untouched:
             raise CellError(
@@ -154,14 +168,15 @@ class Training:
         compute = {
             **machine(self.device, self.task.threads),
             **way_of(member, teacher, self.program),
-            "cohort": len(self.cells),
+            "cohort": len(group.cells),
+            **({"seeds_together": len(self.program.groups)} if len(self.program.groups) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
         }
         record = finish(
             member,
             cell.folder,
             dict(self.cells[cell].names),
-            self.batches,
+            group.batches,
             self.domains,
             file,
             teacher.network.model if teacher else None,
@@ -196,7 +211,7 @@ def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[st
         "compile": graphs,
         "cuda_graphs": program.replayed(member),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
-        "evaluation": "float32, eager",
+        "evaluation": f"float32, {'replayed' if program.evaluations_replayed(member) else 'eager'}",
         **({"not_compiled": untraceable} if untraceable else {}),
         **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
     }

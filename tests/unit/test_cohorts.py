@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdbench.engine.scheduling import CellState, Work, balanced, cohorts_of
+from kdbench.engine.scheduling import CellState, Memories, Work, balanced, cohorts_of, joined, kind
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -22,6 +22,43 @@ def work(**recipe: Any) -> list[Work]:
 
 def methods(cohorts: list[list[Work]]) -> list[list[str]]:
     return [[cell.spec.method.name for cell, _ in cohort] for cohort in cohorts]
+
+
+def memory_of(cells: list[Work], gigabytes: int) -> Memories:
+    one = {"data": 0, "teacher": 0, "features": 0, "member": gigabytes * 10**9, "step": 0}
+    return {kind(cell.spec): one for cell, _ in cells}
+
+
+def seeds(programs: list[list[list[Work]]]) -> list[list[int]]:
+    return [[cohort[0][0].spec.seed for cohort in program] for program in programs]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "limit", "expected"),
+    [
+        (1, None, [[0, 1, 2, 3, 4]]),
+        (2, None, [[0, 2, 4], [1, 3]]),
+        (5, None, [[0], [1], [2], [3], [4]]),
+        # Three cells of 1 GB each, and what a process and its allocator take: two cohorts in 15 GB.
+        (1, 15e9, [[0, 1], [2, 3], [4]]),
+        # One that does not fit even alone trains alone.
+        (1, 1e9, [[0], [1], [2], [3], [4]]),
+    ],
+)
+def test_seeds_go_together_as_memory_and_workers_allow(jobs: int, limit: float | None, expected: Any) -> None:
+    cells = work(compare={"method": ["ce", "kd", "ab"]}, seeds=5)
+    programs = joined(cohorts_of(cells), jobs, memory_of(cells, 1), limit, at_once=True)
+    assert seeds(programs) == expected
+    assert sorted(w[1].id for p in programs for c in p for w in c) == [w[1].id for w in cells]
+
+
+def test_what_differs_in_more_than_its_seed_goes_in_another_program() -> None:
+    cells = work(method="kd", compare={"data.per_class": [5, 10]}, seeds=2)
+    programs = joined(cohorts_of(cells), 1, memory_of(cells, 1), None, at_once=True)
+    assert [{cohort[0][0].spec.data.per_class for cohort in program} for program in programs] == [{5}, {10}]
+    # Parts of one cohort were parted for their memory: they do not come together again.
+    parts = [[one] for one in work(compare={"method": ["ce", "kd"]}, seeds=1)]
+    assert len(joined(parts, 1, memory_of([w for p in parts for w in p], 1), None, at_once=True)) == 2
 
 
 def test_cells_of_one_seed_form_a_cohort_with_the_plain_student() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine.compute import cohort_bytes
+from kdbench.engine.compute import program_bytes
 from kdbench.engine.memory import Memory, memory_of
 from kdbench.engine.pool import available_memory
 from kdbench.engine.scheduling import CellState, Work, cohorts_of, fitting, kind
@@ -39,8 +39,10 @@ def cohort() -> list[Work]:
 def test_members_take_turns() -> None:
     """Parameters add up, activations do not."""
     one = {"data": 1 * GB, "teacher": 2 * GB, "features": 0, "member": GB // 10, "step": 3 * GB}
-    more = cohort_bytes([one] * 5) - cohort_bytes([one])
+    more = program_bytes([[one] * 5], at_once=False) - program_bytes([[one]], at_once=False)
     assert 4 * GB // 10 <= more < GB
+    # Recorded steps go side by side.
+    assert program_bytes([[one] * 5], at_once=True) - program_bytes([[one]], at_once=True) > 4 * one["step"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_members_take_turns() -> None:
 def test_a_cohort_that_does_not_fit_is_split(limit: float | None, expected: list[int]) -> None:
     work = cohort()
     memory = {kind(cell.spec): {"data": GB, "teacher": GB, "features": 0, "member": GB, "step": 0} for cell, _ in work}
-    parts = fitting([work], memory, limit)
+    parts = fitting([work], memory, limit, at_once=False)
     assert [len(part) for part in parts] == expected
     assert [id(w) for part in parts for w in part] == [id(w) for w in work]
 
@@ -149,7 +151,7 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
         )
         for cell in plan(recipe, REGISTRY).cells
     ]
-    predicted = cohort_bytes([asdict(memory_of(spec, torch.device("cpu"))) for spec in specs])
+    predicted = program_bytes([[asdict(memory_of(spec, torch.device("cpu"))) for spec in specs]], at_once=False)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(Path(__file__).parent.parent), str(tmp_path)],
         input=json.dumps([spec.model_dump(mode="json") for spec in specs]),

@@ -1,0 +1,118 @@
+"""Recording calls and replaying them: on a GPU, CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+
+log = logging.getLogger("kdbench")
+
+Call = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """What can record a call."""
+
+    def run(self, call: Call) -> None:
+        """Run a call where recorded ones run."""
+        ...
+
+    def record(self, call: Call) -> Call:
+        """Record a call, which computes nothing now. Returns what replays it."""
+        ...
+
+    def side_by_side(self, calls: Sequence[Call]) -> None:
+        """Run calls that do not depend on each other, inside `run` or `record`."""
+        ...
+
+    def drawn(self) -> int:
+        """A number that changes whenever something was drawn at random."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs on a stream of their own; calls side by side have a stream each.
+
+    Follows PyTorch's notes on CUDA graphs (docs.pytorch.org, notes/cuda) and NVIDIA's guide to them in PyTorch
+    (docs.nvidia.com/dl-cuda-graph).
+    """
+
+    # Recordings that failed. torch's allocator asks them to the end of the process which memory is theirs.
+    failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.side: list[torch.cuda.Stream] = []
+        # Graphs of one program never run at the same time, and none reads what another left but where `Recording` holds
+        # it: so they may share memory, in whatever order they are replayed.
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, call: Call) -> None:
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            call()
+        here.wait_stream(self.stream)
+
+    def record(self, call: Call) -> Call:
+        # What nobody holds any more must not be destroyed while a recording goes on.
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        try:
+            graph = self._recorded(call)
+        except BaseException:
+            self._recover()
+            raise
+        replay: Call = graph.replay
+        return replay
+
+    def _recorded(self, call: Call) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self.failed.append(graph)
+        # Other threads, such as those that decode pictures, may use the GPU meanwhile. After a recording that fails
+        # torch does not go back to the stream before; the outer context does.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+        ):
+            call()
+        self.failed.remove(graph)
+        return graph
+
+    def _recover(self) -> None:
+        """Bring torch back from a recording that failed: its pool stays reserved, so there must be another one, and the
+        random generator believes that it is still being recorded until a recording succeeds."""
+        self.pool = torch.cuda.graph_pool_handle()
+        anything = torch.zeros(1, device=self.device)
+
+        def call() -> None:
+            anything.zero_()
+
+        try:
+            self._recorded(call)
+        except RuntimeError as error:
+            log.warning("the GPU may be unusable after a recording that failed: %s", error)
+
+    def side_by_side(self, calls: Sequence[Call]) -> None:
+        here = torch.cuda.current_stream(self.device)
+        while len(self.side) < len(calls):
+            self.side.append(torch.cuda.Stream(self.device))
+        begun: list[torch.cuda.Stream] = []
+        try:
+            for stream, call in zip(self.side, calls, strict=False):
+                stream.wait_stream(here)
+                begun.append(stream)
+                with torch.cuda.stream(stream):
+                    call()
+        finally:
+            for stream in begun:
+                here.wait_stream(stream)
+
+    def drawn(self) -> int:
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        return int(torch.cuda.default_generators[index].get_offset())
