@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 # As a shell without job control starts a background job. Whoever starts the tests, this is what the run gets.
 INTERRUPTS_IGNORED = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
-TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "git", "peak_memory_bytes"}
+TIMES = {"seconds", "training_seconds", "images_per_second", "cohort", "seeds_together", "git", "peak_memory_bytes"}
 
 
 class Strike(NamedTuple):

@@ -66,7 +66,7 @@ class CapturedProgram(Program):
         recordings: by the kind of stretch; None where recording failed, which never ends a run.
         apart: cells of the present stretch that cannot be recorded, and why. They take their steps after the others'.
         eager: why stages run as ever. done: stages of which a step was recorded.
-        kinds: what each cell's last evaluation looked at. evaluations: those that are recorded; None where that failed.
+        evaluated: kinds of evaluations that there were. evaluations: those that are recorded; None where that failed.
     """
 
     def __init__(self, groups: Sequence[Group], recorder: Recorder) -> None:
@@ -78,8 +78,8 @@ class CapturedProgram(Program):
         self.apart: dict[TrainingCell, str] = {}
         self.eager: dict[tuple[Member, str], str] = {}
         self.done: set[tuple[Member, str]] = set()
-        self.kinds: dict[TrainingCell, Any] = {}
-        self.evaluations: dict[TrainingCell, RecordedEvaluation | None] = {}
+        self.evaluated: set[Any] = set()
+        self.evaluations: dict[Any, RecordedEvaluation | None] = {}
         # Of the present stretch; None where it is not to be recorded.
         self._kind: Any = None
 
@@ -234,18 +234,16 @@ class CapturedProgram(Program):
         return evaluate(cell.member, group.batches, group.teacher, partial(self._measured, cell))
 
     def evaluations_replayed(self, member: Member) -> bool:
-        return any(cell.member is member and recorded for cell, recorded in self.evaluations.items())
+        return any(kind[0].member is member and recorded for kind, recorded in self.evaluations.items())
 
     def _measured(self, cell: TrainingCell, measurement: Measurement) -> Measurement:
         """A cell's first evaluation runs as ever, the next is recorded where more are to come, all others replayed."""
-        kind = (measurement.stages, _memory(cell.member))
-        known, recorded = self.kinds.get(cell), self.evaluations.get(cell)
-        self.kinds[cell] = kind
-        if kind != known:
-            self.evaluations.pop(cell, None)
-        elif recorded is None and cell not in self.evaluations and measurement.resident and _more_to_come(cell.member):
-            recorded = self.evaluations[cell] = self._recorded(measurement)
-        if kind != known or recorded is None:
+        kind = (cell, measurement.stages, _memory(cell.member))
+        if kind in self.evaluated and kind not in self.evaluations and measurement.resident and _more_to_come(cell):
+            self.evaluations[kind] = self._recorded(measurement)
+        self.evaluated.add(kind)
+        recorded = self.evaluations.get(kind)
+        if recorded is None:
             self.recorder.run(measurement.compute)
             return measurement
         recorded.replay()
@@ -269,9 +267,9 @@ def _why_apart(member: Member) -> str | None:
     return None
 
 
-def _more_to_come(member: Member) -> bool:
+def _more_to_come(cell: TrainingCell) -> bool:
     """Whether it pays to record an evaluation: at least two are left."""
-    return sum(at > member.step for at in member.timeline.evaluations) >= 2
+    return sum(at > cell.member.step for at in cell.member.timeline.evaluations) >= 2
 
 
 def _memory(member: Member) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -36,6 +37,23 @@ def test_killed_at_bad_moments(whole: Path, kdbench: Kdbench, tmp_path: Path) ->
     struck(words(tmp_path), Strike("record", 1))
     kdbench(*words(tmp_path))
     assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_several_seeds_in_one_program_are_the_cells_alone_also_when_killed(
+    once: Once, command_line: Kdbench, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    """By default that is so on a GPU alone; the records say it, and nothing else differs."""
+    few = ("seeds=2", "steps=30", "evaluations=3")
+    alone = once("two seeds", lambda folder: command_line(*words(folder), *few, cwd=folder))
+    together = [*words(tmp_path), *few, "--seeds-together"]
+    struck(together, Strike("second stage", 1))
+    struck(together, Strike("record", 2))
+    kdbench(*together)
+    records = [json.loads(file.read_text()) for file in (tmp_path / "tiny").glob("*/record.json")]
+    assert len(records) == 4 and {record["compute"]["cohort"] for record in records} <= {1, 2}
+    assert 2 in {record["compute"].get("seeds_together") for record in records}
+    assert_alike(tmp_path, alone)
 
 
 @pytest.mark.long

@@ -303,3 +303,107 @@ def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
     with pytest.raises(Broken, match=message):
         for _ in range(4):
             program.step(group.cells)
+
+
+# --- a cell that cannot be recorded, in a program with others
+
+
+def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path: Path) -> None:
+    """BSS attacks by what its networks answer; KD beside it is replayed, and both are what they are alone."""
+    specs = [cell(method, steps=24) for method in ("bss", "kd")]
+    specs = [spec.model_copy(update={"evaluations": 2}) for spec in specs]
+    program = both(specs, tmp_path)
+    bss, kd = program.groups[0].cells
+    assert program.replayed(kd.member) and program.eager_stages(kd.member) == {}
+    said = program.eager_stages(bss.member)
+    assert not program.replayed(bss.member) and all("attacked" in why for why in said.values()) and said
+    alone = group_of(specs[1:], tmp_path / "alone")
+    trained(Program([alone]))
+    assert outcome(alone)[0] == outcome(program.groups[0])[1]
+
+
+def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Path) -> None:
+    specs = [cell(method, steps=24) for method in ("bss", "kd")]
+    group = group_of(specs, tmp_path / "both")
+    failing, other = group.cells
+    make = failing.member.make
+
+    def fails(*args: Any) -> Any:
+        if failing.member.step == 10:
+            raise ValueError("an attack that ends")
+        return make(*args)
+
+    failing.member.make = fails  # type: ignore[method-assign]
+    program = CapturedProgram([group], StandIn())
+    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    assert "an attack that ends" in str(failing.failure) and failing.member.step == 10
+    assert other.failure is None and program.replayed(other.member)
+    alone = group_of(specs[1:], tmp_path / "alone")
+    trained(Program([alone]))
+    assert outcome(alone)[0] == outcome(group)[1]
+
+
+# --- evaluations
+
+
+def evaluated(spec: CellSpec, evaluations: int = 5) -> CellSpec:
+    return spec.model_copy(update={"evaluations": evaluations})
+
+
+@pytest.mark.parametrize("method", ["kd", "ab", "ab_kd_ce", "at", "fitnets", "uda_kd", "rco"])
+def test_evaluations_are_replayed_and_measure_what_eager_ones_do(method: str, tmp_path: Path) -> None:
+    """Of weights that a step moves in place, of batch norms' statistics, of connectors of stages that are over; `both`
+    compares all that was measured."""
+    spec = cell(method)
+    stages = len(spec.method.stages)
+    program = both([evaluated(spec, 5 * stages)], tmp_path)
+    (of,) = program.groups[0].cells
+    losses = [entry["test"]["loss"] for entry in of.member.log.history]
+    assert len(losses) == 5 * stages and len(set(losses)) > 3
+    # One recording for every set of stages that are measured.
+    assert [kind[1] for kind in program.evaluations] == [tuple(spec.method.stages)[: i + 1] for i in range(stages)]
+    assert all(program.evaluations.values()) and program.evaluations_replayed(of.member)
+
+
+def test_a_single_evaluation_is_not_worth_recording(tmp_path: Path) -> None:
+    program = both([evaluated(cell("kd"), 2)], tmp_path)
+    assert not program.evaluations
+
+
+def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
+    """As after an operation that prunes, or whatever else replaces a parameter."""
+
+    def replaces(group: Group) -> None:
+        (of,) = group.cells
+        before, model = of.member.before_step, of.member.student.model
+
+        def moved() -> None:
+            before()
+            if of.member.step == 6:
+                for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+                    norm.running_mean = norm.running_mean.clone()  # type: ignore[union-attr]
+
+        of.member.before_step = moved  # type: ignore[method-assign]
+
+    specs = [evaluated(cell("kd", protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}}), 7)]
+    program = both(specs, tmp_path, replaces)
+    (of,) = program.groups[0].cells
+    assert len(program.evaluations) == 2 and all(program.evaluations.values())
+
+
+def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> None:
+    class Fails(StandIn):
+        def record(self, call: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError("out of memory")
+
+    program = both([evaluated(cell("kd"))], tmp_path, recorder=Fails())
+    assert not program.evaluations_replayed(program.groups[0].cells[0].member)
+
+
+def test_a_metric_that_reads_a_value_would_be_found(tmp_path: Path) -> None:
+    group = group_of([evaluated(cell("ab"))], tmp_path)
+    terms = group.cells[0].member.terms_of("boundaries")
+    for term in terms.values():
+        term.metrics = {"agreement": lambda student, teacher: torch.full((), (student > 0).float().mean().item())}
+    with pytest.raises(Broken, match="reads values"):
+        trained(CapturedProgram([group], StandIn()))
