@@ -160,7 +160,7 @@ class Metrics:
         self.images += images
 
     def plain(self) -> dict[str, dict[str, dict[str, float]]]:
-        """"metrics" and "references", each by metric and hook point of the student."""
+        """ "metrics" and "references", each by metric and hook point of the student."""
         references: dict[str, dict[str, float]] = {}
         for (metric, point), (_, reference) in self.references.items():
             references.setdefault(metric, {})[point] = reference.value()
