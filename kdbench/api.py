@@ -28,7 +28,7 @@ def run(
         overrides: texts "dotted.path=value", or a mapping of dotted paths to values.
         runs: folder under which `runs/<recipe>/` is written.
         registries: further registry folders.
-        options: fields of `kdbench.engine.runner.Options` (jobs, threads, device, data_roots, download …).
+        options: fields of `kdbench.engine.options.Options` (jobs, threads, device, data_roots, download …).
 
     Returns:
         the records of the finished cells, in the order of the comparison.
@@ -39,7 +39,7 @@ def run(
     """
     import json
 
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.engine.runner import run as run_plan
     from kdbench.errors import CellError
     from kdbench.recipe.planning import plan

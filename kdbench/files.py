@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from kdbench.errors import UserError
+
 _PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
 SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
@@ -48,6 +52,26 @@ def atomic(file: Path) -> Iterator[Path]:
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(lock: Path, wait: float, otherwise: UserError) -> Iterator[None]:
+    """Hold a lock file against other processes for as long as the block lasts.
+
+    Args:
+        wait: seconds to wait for who has it; -1: for ever.
+        otherwise: what to raise when that was in vain.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=wait)
+    except Timeout:
+        raise otherwise from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sweep(folder: Path) -> None:

@@ -91,8 +91,8 @@ def command(
 
     import torch
 
+    from kdbench.engine.options import Options
     from kdbench.engine.provenance import Provenance
-    from kdbench.engine.runner import Options
     from kdbench.methods.bss.analysis import of_cells, of_teacher
     from kdbench.methods.bss.picture import boundary_picture
 

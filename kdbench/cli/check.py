@@ -28,7 +28,6 @@ def command(
     from rich.table import Table
 
     from kdbench.cli.console import console as page
-    from kdbench.engine.runner import is_finished
     from kdbench.recipe.planning import plan
     from kdbench.recipe.remarks import remarks
     from kdbench.registry import Registry
@@ -39,10 +38,11 @@ def command(
 
     from kdbench.engine.build import choices_of
     from kdbench.engine.compute import plainest
-    from kdbench.engine.dry import try_out
+    from kdbench.engine.dry import check_cell
     from kdbench.engine.estimate import Estimate, memory, workers
     from kdbench.engine.pool import available_memory
     from kdbench.recipe.timeline import planned_timeline
+    from kdbench.record import finished_record
 
     console = page()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ def command(
         key = cell.spec.model_copy(update={"seed": 0}).identity()
         if key not in tried:
             tried.add(key)
-            try_out(cell.spec)
+            check_cell(cell.spec)
 
     estimate = Estimate(device, time)
     networks = Table("network", "role", "parameters", "MFLOPs an image", box=None, header_style="bold")
@@ -82,7 +82,7 @@ def command(
         cell, line = cells[0], planned_timeline(cells[0].spec)
         stages = " + ".join(f"{span.name} {span.steps}" for span in line.spans)
         others = [f"{path} {value}" for path, value in cell.axes.items() if not path.startswith("method")]
-        done = sum(is_finished(runs / planned.name / c.slug) for c in cells)
+        done = sum(finished_record(runs / planned.name / c.slug) is not None for c in cells)
         row = [", ".join([cell.spec.method.label, *others]), stages, f"{line.epochs(line.total):.4g}", str(len(cells))]
         if time:
             row.append(clock(estimate.cell(cell.spec) + estimate.passes(cell.spec)))
@@ -129,7 +129,7 @@ def command(
     console.print(networks)
     console.print(terms)
     console.print(rows)
-    left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
+    left = [cell for cell in planned.cells if finished_record(runs / planned.name / cell.slug) is None]
     at_once = workers(device, len(left))
     if left:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]

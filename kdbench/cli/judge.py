@@ -45,8 +45,8 @@ def command(
 
     import torch
 
+    from kdbench.engine.options import Options
     from kdbench.engine.provenance import Provenance
-    from kdbench.engine.runner import Options
     from kdbench.methods.deep_inversion.judging import judge, pools_in, students_as_judges, teacher_as_judge
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

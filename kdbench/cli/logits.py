@@ -39,7 +39,7 @@ def fill(
     """
     from kdbench.engine.filling import fill_logits
     from kdbench.engine.messages import TableFound
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 

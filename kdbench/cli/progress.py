@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from kdbench.engine.runner import Listener
+from kdbench.engine.options import Listener
 from kdbench.engine.scheduling import CellState
 
 LINE_SECONDS = 15.0

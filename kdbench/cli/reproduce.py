@@ -43,7 +43,7 @@ def command(
     does not stop the others; it is not published, and the exit code is 1.
     """
     from kdbench.cli.run import carry_out, check_device, failure
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.registry import Registry
     from kdbench.verify.publishing import publish
 
@@ -100,7 +100,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     from kdbench.cli.console import console as page
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import Estimate, workers
-    from kdbench.engine.runner import is_finished
+    from kdbench.record import finished_record
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -112,7 +112,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     total = 0.0
     known: set[str] = set()
     for planned in plans:
-        left = [cell for cell in planned.cells if not is_finished(runs / planned.name / cell.slug)]
+        left = [cell for cell in planned.cells if finished_record(runs / planned.name / cell.slug) is None]
         at_once = workers(device, len(left))
         teachers, cells = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + cells

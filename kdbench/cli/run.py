@@ -13,7 +13,8 @@ from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
 from kdbench.errors import CellError, UserError
 
 if TYPE_CHECKING:
-    from kdbench.engine.runner import Options, Outcome
+    from kdbench.engine.options import Options
+    from kdbench.engine.runner import Outcome
     from kdbench.recipe.planning import Plan
 
 EXAMPLES = (
@@ -47,7 +48,7 @@ def command(
     The same command again goes on where it was stopped; finished cells are never run again, nor are those that
     'kdbench publish' has put into results/<recipe>: so a published table grows by seeds.
     """
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 

@@ -12,7 +12,7 @@ from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.registry import Registry
 
 EXAMPLES = (
@@ -43,7 +43,7 @@ def command(
 
     from kdbench.cli.console import console as page
     from kdbench.cli.run import check_device
-    from kdbench.engine.runner import Options
+    from kdbench.engine.options import Options
     from kdbench.registry import Registry
     from kdbench.verify.verification import Finding, verdict, verify
 

@@ -332,7 +332,7 @@ class Term(nn.Module):
             for name, metric in self.metrics.items()
         }
 
-    def try_out(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
+    def check(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
         """Compute the term once on random values of the right shapes.
 
         Raises:

@@ -1,20 +1,32 @@
-"""How networks are computed: precision, memory layout, compilation. Imports no torch.
+"""How networks are computed: precision, memory layout, compilation; chosen once for a run and kept beside its cells.
+Imports no torch.
 
-Plain float32, contiguous and eager is the reference; every other way is held to it by tests and by the trial that
-chooses it.
+Plain float32, contiguous and eager is the reference; every other way is compared with it by tests and by the trial
+that chooses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
+from kdbench.cards import Strict
+from kdbench.errors import UserError
+from kdbench.files import write_json
+from kdbench.reading import of_form, read_as
 from kdbench.recipe.schema import ComputeChoice
+from kdbench.record import RECORD, read_record
 
 Precision = Literal["float32", "bfloat16"]
+
+# The file of a run in which its ways to compute are kept.
+NAME = "compute.json"
+_AGAIN = "remove the file: finished cells are kept, the others are tried anew"
 
 # What a process holds before it has any data: Python and torch with its libraries.
 PROCESS = 900_000_000
@@ -80,17 +92,88 @@ def candidates(choice: ComputeChoice, bfloat16: bool, compiler: bool, cuda: bool
     return [replace(way, cuda_graphs=cuda and choice.mode == "auto") for way in ways]
 
 
-def program_bytes(cohorts: Iterable[Iterable[Mapping[str, int]]], at_once: bool) -> int:
-    """Bytes that a worker needs for the cohorts of a program (fields of `memory.Memory` of each cell, as plain data).
+class Chosen(Strict):
+    """What was chosen for cells that leave the same things open (`asked`: what they fix), and what was measured."""
+
+    asked: dict[str, Any]
+    computing: Computing
+    why: str
+    tried: list[Any] = []
+
+
+def kept(folder: Path, choice: ComputeChoice) -> Computing | None:
+    """How this run computes what was left open in such a way, if it began already.
+
+    Raises:
+        UserError: the file is damaged, or says something else than the recipe does.
+    """
+    found = _entries(folder).get(key(choice))
+    if found is None:
+        return None
+    computing = found.computing.plain()
+    if other := [name for name, value in choice.fixed().items() if computing[name] != value]:
+        raise UserError(
+            f"it computes with {other[0]} {computing[other[0]]}, the recipe says {choice.fixed()[other[0]]}",
+            where=str(folder / NAME),
+            hint=_AGAIN,
+        )
+    return found.computing
+
+
+def keep(folder: Path, chosen: Chosen) -> None:
+    """Remember a choice in the folder of a run."""
+    entries = _entries(folder) | {json.dumps(chosen.asked, sort_keys=True): chosen}
+    write_json(folder / NAME, {name: entry.model_dump(mode="json") for name, entry in entries.items()})
+
+
+def of_records(folders: Sequence[Path]) -> Computing | None:
+    """How finished cells were computed, from the first of them."""
+    for folder in folders:
+        compute = read_record(folder).compute
+        plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
+        plain["cuda_graphs"] = compute.device == "cuda"
+        return of_form(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
+    return None
+
+
+def key(choice: ComputeChoice) -> str:
+    return json.dumps(choice.fixed(), sort_keys=True)
+
+
+def _entries(folder: Path) -> dict[str, Chosen]:
+    return read_as(dict[str, Chosen], folder / NAME, _AGAIN) if (folder / NAME).exists() else {}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a cell takes.
+
+    Attributes:
+        data: the data set and its splits, shared by a cohort.
+        teacher: weights and a forward pass, shared by a cohort.
+        features: of the teacher, for one batch, as this cell reads them.
+        member: parameters, gradients, momentum, and what batch sources hold: all the time.
+        step: activations of its own training step, with its batch source's passes, or of a test, while its turn lasts.
+    """
+
+    data: int
+    teacher: int
+    features: int
+    member: int
+    step: int
+
+
+def program_bytes(cohorts: Iterable[Iterable[Memory]], at_once: bool) -> int:
+    """Bytes that a worker needs for the cohorts of a program.
 
     Args:
         at_once: whether all cells take their steps at once, as recorded ones do on a GPU, and not in turns.
     """
-    groups = [list(memories) for memories in cohorts]
-    cells = [one for group in groups for one in group]
-    data = sum(max(one["data"] for one in group) for group in groups)
+    groups = [list(cohort) for cohort in cohorts]
+    cells = [cell for group in groups for cell in group]
+    data = sum(max(cell.data for cell in group) for group in groups)
     # One copy of the teacher's weights would do; its passes go side by side.
-    teacher = sum(max(one["teacher"] for one in group) for group in groups)
-    steps = [one["step"] for one in cells]
-    held = teacher + sum(one["features"] + one["member"] for one in cells) + (sum(steps) if at_once else max(steps))
+    teacher = sum(max(cell.teacher for cell in group) for group in groups)
+    steps = [cell.step for cell in cells]
+    held = teacher + sum(cell.features + cell.member for cell in cells) + (sum(steps) if at_once else max(steps))
     return PROCESS + data + round(KEPT * held)

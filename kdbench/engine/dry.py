@@ -33,7 +33,7 @@ class Size:
     training: float = 0.0
 
 
-def try_out(spec: CellSpec) -> None:
+def check_cell(spec: CellSpec) -> None:
     """Build a cell's networks (the teacher without its weights), its connectors, loss terms and optimizers.
 
     Raises:
@@ -53,7 +53,7 @@ def try_out(spec: CellSpec) -> None:
         trained = [*student.parameters()] if "student" in stage.trains else []
         trains_teacher = "teacher" in stage.trains
         for term in terms.values():
-            term.try_out(shapes, teacher, data.classes)
+            term.check(shapes, teacher, data.classes)
             if [*term.parameters()] and "connectors" not in stage.trains:
                 raise UserError(
                     f"method '{spec.method.name}', stage '{name}': the loss '{term.name}' has parameters of its own, "

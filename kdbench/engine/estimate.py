@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kdbench.data.folder import cores
 from kdbench.engine.dry import Size, costs_of, measure
+from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
-from kdbench.engine.runner import is_finished, teacher_folder
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of, kind
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
+from kdbench.record import finished_record
 
 
 class Estimate:
@@ -84,10 +84,9 @@ class Estimate:
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
         """Seconds of several cells: a cohort pays for its teacher's passes once."""
-        work = [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
         total = 0.0
-        for cohort in cohorts_of(work):
-            specs = [cell.spec for cell, _ in cohort]
+        for cohort in cohorts_of([CellState(cell, i) for i, cell in enumerate(cells)]):
+            specs = [cell.spec for cell in cohort]
             total += sum(map(self.cell, specs)) + max(map(self.passes, specs))
         return total
 
@@ -103,7 +102,7 @@ class Estimate:
             if teacher is None or teacher.trained_by is None or teacher.identity() in known:
                 continue
             known.add(teacher.identity())
-            if not is_finished(teacher_folder(teacher, runs)):
+            if finished_record(teacher_folder(teacher, runs)) is None:
                 inner = PlannedCell(teacher.trained_by, {}, 0)
                 total += self.cells([inner]) + self.teachers([inner], runs, known)
         return total
@@ -112,10 +111,10 @@ class Estimate:
 def memory(cells: Iterable[PlannedCell], jobs: int, device: torch.device) -> int:
     """Bytes that the largest cohort takes when so many workers share the cells out. On a GPU several of one comparison
     train as one program, where these fit."""
-    work = [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
-    kinds = {kind(cell.spec): cell.spec for cell, _ in work}
-    taken = {name: asdict(memory_of(spec, device)) for name, spec in kinds.items()}
-    cohorts = balanced(cohorts_of(work), jobs)
+    states = [CellState(cell, i) for i, cell in enumerate(cells)]
+    kinds = {kind(cell.spec): cell.spec for cell in states}
+    taken = {name: memory_of(spec, device) for name, spec in kinds.items()}
+    cohorts = balanced(cohorts_of(states), jobs)
     return max(bytes_of([cohort], taken, device.type == "cuda") for cohort in cohorts)
 
 

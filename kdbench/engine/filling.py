@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kdbench.engine import choosing
+from kdbench.engine import compute
 from kdbench.engine.compute import plainest
-from kdbench.engine.finished import DataHere
-from kdbench.engine.messages import Failed, Filled, FillLogits, TableFound
-from kdbench.engine.runner import (
-    Listener,
-    Options,
-    alone,
-    computings_for,
-    is_finished,
-    label,
-    pool_for,
-    prepare,
-    teacher_folder,
-    train_teachers,
-    try_out,
-)
-from kdbench.engine.scheduling import CellState, Work
+from kdbench.engine.finished import DataHere, teacher_folder
+from kdbench.engine.messages import Filled, FillLogits, TableFound
+from kdbench.engine.options import Listener, Options
+from kdbench.engine.scheduling import CellState
+from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.specs import TermSpec
+from kdbench.record import finished_record
 
 
 def fill_logits(
@@ -41,45 +31,42 @@ def fill_logits(
         told: is given every teacher and its table before that is filled.
         filled: is given images done and seconds of this call, now and then.
     """
-    wanted: dict[str, Work] = {}
-    for i, cell in enumerate(plan.cells):
+    folder = options.runs / plan.name
+    cells = [CellState(cell, i, folder / cell.slug) for i, cell in enumerate(plan.cells)]
+    wanted: dict[str, CellState] = {}
+    for cell in cells:
         spec = cell.spec
         terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
         if spec.teacher is not None and any(_reads_logits(t) for t in terms):
-            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, choosing.key(spec.compute)]
-            wanted.setdefault(str(parts), (cell, CellState(i, label(cell), options.runs / plan.name / cell.slug)))
+            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, compute.key(spec.compute)]
+            wanted.setdefault(str(parts), cell)
     if not wanted:
         raise UserError("no method of this recipe reads its teacher's logits", where=plan.name)
-    folder = options.runs / plan.name
-    with alone(folder), pool_for(options) as pool:
-        specs = [cell.spec for cell, _ in wanted.values()]
-        try_out(specs, pool)
-        if not estimate:
-            train_teachers(specs, options, pool, listener, DataHere(pool, listener.say))
-            prepare(specs, options, pool, listener)
-        teachers = {spec.teacher.identity() for spec in specs if spec.teacher}
-        known = [c for c in plan.cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
-        work = [(c, CellState(i, label(c), folder / c.slug)) for i, c in enumerate(known)]
-        done = [state.folder for _, state in work if is_finished(state.folder)]
+    first = list(wanted.values())
+    with locked_run(folder), Session(options, listener) as session:
+        session.check_cells(first)
         if estimate:
-            keys = {choosing.key(spec.compute): spec.compute for spec in specs}
-            computings = {key: choosing.kept(folder, choice) or plainest(choice) for key, choice in keys.items()}
+            choices = {compute.key(cell.spec.compute): cell.spec.compute for cell in first}
+            computings = {key: compute.kept(folder, choice) or plainest(choice) for key, choice in choices.items()}
         else:
-            computings = computings_for(folder, work, done, options, pool, listener)
-        for cell, _ in wanted.values():
-            assert cell.spec.teacher is not None
+            session.train_teachers(first, DataHere(session.pool, listener.say))
+            session.prepare(first)
+            teachers = {cell.spec.teacher.identity() for cell in first if cell.spec.teacher}
+            known = [c for c in cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
+            done = [cell.folder for cell in known if finished_record(cell.folder) is not None]
+            computings = session.computings(folder, known, done)
+        for spec in (cell.spec for cell in first):
+            assert spec.teacher is not None
             task = FillLogits(
-                spec=cell.spec,
-                computing=computings[choosing.key(cell.spec.compute)],
+                spec=spec,
+                computing=computings[compute.key(spec.compute)],
                 estimate=estimate,
-                teacher_folder=teacher_folder(cell.spec.teacher, options.runs),
-                threads=options.threads or pool.threads,
+                teacher_folder=teacher_folder(spec.teacher, options.runs),
+                threads=options.threads or session.pool.threads,
             )
-            for event in pool.carry_out([task]):
-                if isinstance(event, Failed):
-                    raise event.error
+            for event in session.events([task]):
                 if isinstance(event, TableFound):
-                    told(cell.spec.teacher.name, event)
+                    told(spec.teacher.name, event)
                 elif isinstance(event, Filled):
                     filled(event.done, event.seconds)
 

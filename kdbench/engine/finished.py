@@ -4,14 +4,17 @@ learn from. Imports no torch."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.pool import Pool
-from kdbench.engine.scheduling import CellState, Work
+from kdbench.engine.scheduling import Cells, CellState
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.reading import inside
+from kdbench.recipe.planning import TEACHERS, Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import METRICS, RECORD, Record, finished_record, student_file
 
@@ -65,88 +68,86 @@ class Finished:
     an average with others would lose something or tell something wrong. A published one is left where it is.
 
     Args:
-        work: all cells of the run. published: name of a cell's folder, or a teacher's, -> its record there.
+        cells: all of the run.
+        published: name of a cell's folder, or a teacher's, -> its record there.
+        runs: the folder that holds the teachers' folders.
         say: is told what was not taken, and why.
     """
 
-    def __init__(self, work: list[Work], published: Mapping[str, Record], say: Callable[[str], None]) -> None:
-        self.work, self.published, self.say = work, published, say
-        found = {state.id: finished_record(state.folder) for _, state in work}
+    def __init__(self, cells: Cells, published: Mapping[str, Record], runs: Path, say: Callable[[str], None]) -> None:
+        self.cells, self.published, self.runs, self.say = cells, published, runs, say
+        found = {cell.id: finished_record(cell.folder) for cell in cells}
         self.own = {number: record for number, record in found.items() if record is not None}
         self.taken = {
-            state.id: published[cell.slug]
-            for cell, state in work
-            if state.id not in self.own and cell.slug in published
+            cell.id: published[cell.cell.slug]
+            for cell in cells
+            if cell.id not in self.own and cell.cell.slug in published
         }
 
     @property
-    def open(self) -> list[Work]:
+    def open(self) -> Cells:
         """Cells that are to be trained."""
-        return [(cell, state) for cell, state in self.work if state.id not in self.own | self.taken]
+        return [cell for cell in self.cells if cell.id not in self.own | self.taken]
 
-    def compare_data(self, here: DataHere, folder_of: Callable[[TeacherSpec], Path]) -> None:
+    @property
+    def recorded(self) -> list[tuple[CellState, Record]]:
+        """Cells that need no training, those of the folder first: they say what published ones must fit to."""
+        records = self.own | self.taken
+        found = [(cell, records[cell.id]) for cell in self.cells if cell.id in records]
+        return sorted(found, key=lambda of: of[0].id not in self.own)
+
+    def compare_data(self, here: DataHere) -> None:
         """Raises UserError for cells of the folder, or teachers that were trained for it, that were made from other
         data."""
-        for cell, _ in self.open:
+        for cell in self.open:
             for part in (cell.spec.data, cell.spec.target):
                 if part is not None:
                     here.fingerprint(part, needed=True)
         self._sort_out(
-            "made from other data",
-            {state.id: here.unlike(cell.spec, self._record(state)) for cell, state in self._records()},
+            "made from other data", {cell.id: here.unlike(cell.spec, record) for cell, record in self.recorded}
         )
-        teachers = {c.spec.teacher.identity(): c.spec.teacher for c, _ in self.work if c.spec.teacher is not None}
+        teachers = {c.spec.teacher.identity(): c.spec.teacher for c in self.cells if c.spec.teacher is not None}
         for teacher in teachers.values():
-            if teacher.trained_by is not None and (record := finished_record(folder_of(teacher))) is not None:
+            if teacher.trained_by is not None and (record := finished_record(teacher_folder(teacher, self.runs))):
                 check_teacher(teacher, record, here)
 
-    def compare_teachers(self, folder_of: Callable[[TeacherSpec], Path]) -> None:
+    def compare_teachers(self) -> None:
         """Raises UserError for cells of the folder that learned from other weights of a trained teacher than those
         from which the open cells would learn, or than each other."""
         expected: dict[str, str] = {}
-        for cell, _ in self.open:
+        for cell in self.open:
             teacher = cell.spec.teacher
-            if teacher is not None and teacher.trained_by is not None and teacher.identity() not in expected:
-                record = finished_record(folder_of(teacher))
-                if record is not None:
-                    expected[teacher.identity()] = sha256_of(student_file(record))
+            if teacher is None or teacher.trained_by is None or teacher.identity() in expected:
+                continue
+            if record := finished_record(teacher_folder(teacher, self.runs)):
+                expected[teacher.identity()] = sha256_of(student_file(record))
         reasons = {}
-        # Those of the folder first: they say what published ones must fit to.
-        for cell, state in sorted(self._records(), key=lambda work: work[1].id not in self.own):
-            record = self._record(state)
+        for cell, record in self.recorded:
             if cell.spec.teacher is not None and record.teacher is not None:
                 sha256 = expected.setdefault(cell.spec.teacher.identity(), record.teacher.sha256)
                 if sha256 != record.teacher.sha256:
                     before = record.teacher.sha256[:12]
-                    reasons[state.id] = f"'{record.teacher.name}' had the sha256 {before}, here it has {sha256[:12]}"
+                    reasons[cell.id] = f"'{record.teacher.name}' had the sha256 {before}, here it has {sha256[:12]}"
         self._sort_out("taught by another teacher", reasons)
 
     def adopt(self, results: Path, folder: Path) -> None:
         """Copy the published cells into the run's folder, with the records of teachers that were trained for them."""
-        for _, state in self.work:
-            if state.id in self.taken:
-                source = self.taken[state.id].folder
-                assert source is not None
-                _copy(source, state.folder)
+        for cell, record in self.recorded:
+            if cell.id in self.taken:
+                assert record.folder is not None
+                _copy(record.folder, cell.folder)
+            cell.state = "finished"
         if self.taken:
-            for teacher in self.published.keys() - {state.folder.name for _, state in self.work}:
+            for teacher in self.published.keys() - {cell.folder.name for cell in self.cells}:
                 _copy(results / teacher, folder / teacher)
             self.say(
                 f"{_cells(len(self.taken))} taken from {results}, records without weights; with --no-adopt they are "
                 "trained here"
             )
-        for _, state in self._records():
-            state.state = "finished"
-
-    def _records(self) -> list[Work]:
-        return [(cell, state) for cell, state in self.work if state.id in self.own | self.taken]
-
-    def _record(self, state: CellState) -> Record:
-        return (self.own | self.taken)[state.id]
 
     def _sort_out(self, what: str, reasons: Mapping[int, str]) -> None:
         """Leave published cells for which there is a reason; raise UserError for those of the folder."""
-        names = {state.id: state.folder for _, state in self.work}
+        folders = {cell.id: str(cell.folder) for cell in self.cells}
         found = [number for number, why in reasons.items() if why]
         left = [number for number in found if number in self.taken]
         for number in left:
@@ -154,12 +155,50 @@ class Finished:
         if left:
             self.say(f"{_cells(len(left))} of published results not taken, {what}: {reasons[left[0]]}")
         if own := [number for number in found if number in self.own]:
+            more = f" and {len(own) - 3} more" if len(own) > 3 else ""
             raise UserError(
                 f"{_cells(len(own))} finished before {'was' if len(own) == 1 else 'were'} {what}: {reasons[own[0]]}",
-                where=_listed(names[number] for number in own),
+                where=", ".join(folders[number] for number in own[:3]) + more,
                 hint="nothing is averaged over both: give this run another folder (--runs DIR), bring back what it "
                 "was made from, or remove the folders of these cells, which are then trained again",
             )
+
+
+def cell_folder(folder: Path, cell: PlannedCell) -> Path:
+    """A cell's folder in a run's, also where an earlier version finished it under another name."""
+    return _finished_or_first([inside(folder, slug) for slug in cell.slugs])
+
+
+def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
+    """Folder of a teacher: the records of its training, or its measured accuracy."""
+    if (own := spec.trained_by) is None:
+        return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8]}")  # type: ignore[union-attr]
+    names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
+    return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
+
+
+def _finished_or_first(folders: list[Path]) -> Path:
+    return next((folder for folder in folders if finished_record(folder) is not None), folders[0])
+
+
+def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
+    """What a record says of its cell's place in the comparison."""
+    spec = cell.spec
+    return {
+        "recipe": plan.name,
+        "method": spec.method.name,
+        "label": spec.method.label,
+        "student": spec.student.name,
+        "teacher": spec.teacher.name if spec.teacher else None,
+        "data": spec.data.name,
+        "target": spec.target.name if spec.target else None,
+        "protocol": spec.protocol.name,
+        "seed": spec.seed,
+        "axes": cell.axes,
+        "order": cell.order,
+        "baseline": plan.baseline,
+        "title": plan.title,
+    }
 
 
 def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
@@ -184,8 +223,3 @@ def _copy(source: Path, target: Path) -> None:
 
 def _cells(number: int) -> str:
     return f"{number} {'cell' if number == 1 else 'cells'}"
-
-
-def _listed(folders: Iterable[Path]) -> str:
-    shown = list(map(str, folders))
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

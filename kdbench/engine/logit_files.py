@@ -8,18 +8,16 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdbench.cards import Strict
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import home, locked
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")
@@ -90,7 +88,7 @@ def tables() -> list[Table]:
 
 def clear(table: Table) -> None:
     """Remove a table. UserError when it is being filled."""
-    with alone(table.folder):
+    with filling(table.folder):
         (table.folder / ABOUT).unlink(missing_ok=True)
         shutil.rmtree(table.folder)
 
@@ -125,15 +123,7 @@ def read(folder: Path) -> Table | None:
     return Table(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """The right to change a table."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0.5)
-    except Timeout:
-        raise UserError("another process fills this table", where=str(folder), hint="wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def filling(folder: Path) -> AbstractContextManager[None]:
+    """The right to change a table. UserError where another process has it."""
+    taken = UserError("another process fills this table", where=str(folder), hint="wait for it, or stop it")
+    return locked(folder.with_name(f".{folder.name}.lock"), 0.5, taken)

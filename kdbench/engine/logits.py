@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
-from kdbench.engine.logit_files import ABOUT, VALUES, Table, alone, read
+from kdbench.engine.logit_files import ABOUT, VALUES, Table, filling, read
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
@@ -118,7 +118,7 @@ def fill(
         UserError: the disk is too small, or another process fills this table.
     """
     table.folder.mkdir(parents=True, exist_ok=True)
-    with alone(table.folder):
+    with filling(table.folder):
         table = read(table.folder) or table
         table = _made_room(table)
         images, views, _ = table.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.data.augment import Augmentation
 from kdbench.engine.batches import SLICE, Batch
 from kdbench.engine.build import Term, build_extractor, build_model, build_terms
+from kdbench.engine.compute import Memory
 from kdbench.engine.dry import costs_of
 from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
@@ -29,25 +29,6 @@ MAPS = 4
 # Images in the pass that is measured.
 IMAGES = 2
 FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a cell takes.
-
-    Attributes:
-        data: the data set and its parts, shared by a cohort.
-        teacher: weights and a forward pass, shared by a cohort.
-        features: of the teacher, for one batch, as this cell reads them.
-        member: parameters, gradients, momentum, and what batch sources hold: all the time.
-        step: activations of its own training step, with its batch source's passes, or of a test, while its turn lasts.
-    """
-
-    data: int
-    teacher: int
-    features: int
-    member: int
-    step: int
 
 
 def memory_of(spec: CellSpec, device: torch.device) -> Memory:

@@ -1,38 +1,74 @@
-"""What a run and its workers tell each other: tasks one way, events the other, a JSON line each. Imports no torch."""
+"""What a run and its workers tell each other: tasks one way, events the other, a line each. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict
 
-from kdbench.engine.compute import Computing
+from kdbench.engine.compute import Chosen, Computing, Memory
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec
 
+M = TypeVar("M", bound="Message")
+
 
 class Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=False)
+    """On the line: the name of its class, a space, and its fields as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def line(self) -> str:
+        return f"{type(self).__name__} {self.model_dump_json()}\n"
+
+
+def read_line(form: type[M], line: str) -> M:
+    """The message of a line.
+
+    Args:
+        form: `Task` or `Event`.
+
+    Raises:
+        ValueError: there is no such message, or it has other fields.
+    """
+    name, _, fields = line.partition(" ")
+    kinds = {kind.__name__: kind for kind in form.__subclasses__()}
+    if name not in kinds:
+        raise ValueError(f"no message '{name[:40]}' is known")
+    return kinds[name].model_validate_json(fields)
+
+
+class Settings(Message):
+    """What holds for all tasks of a run."""
+
+    data_roots: list[Path] = []
+    download: bool = False
+    cache: Path = Path()
+    checkpoint_seconds: float = 60.0
 
 
 class Task(Message):
-    """What a worker can be asked to do. `threads`: that it may use."""
+    """What a worker can be asked to do.
+
+    Attributes:
+        threads: that it may use. device, settings: filled in by whoever sends it.
+    """
 
     threads: int = 1
+    device: str = "cpu"
+    settings: Settings = Settings()
 
 
-class TryOut(Task):
-    """Build every kind of cell once; told by a `MemoryNeeded` each."""
+class CheckCells(Task):
+    """Build every kind of cell once; answered by a `MemoryNeeded` each."""
 
-    kind: Literal["try_out"] = "try_out"
     specs: list[CellSpec]
 
 
 class ReadFingerprint(Task):
-    """Told by a `FingerprintRead`. `download`: whether the data may be downloaded, where the run allows it."""
+    """Answered by a `FingerprintRead`. `download`: whether the data may be downloaded, where the run allows it."""
 
-    kind: Literal["read_fingerprint"] = "read_fingerprint"
     data: DataSpec
     download: bool
 
@@ -40,22 +76,21 @@ class ReadFingerprint(Task):
 class Prepare(Task):
     """Have the data in the cache and the teacher measured."""
 
-    kind: Literal["prepare"] = "prepare"
     spec: CellSpec
     teacher_folder: Path | None
 
 
-class PrepareSources(Prepare):
+class PrepareSources(Task):
     """Make what a cell's batch sources need before it trains, in `shared`."""
 
-    kind: Literal["prepare_sources"] = "prepare_sources"  # type: ignore[assignment]
+    spec: CellSpec
+    teacher_folder: Path | None
     shared: Path
 
 
 class Trial(Task):
-    """Choose how to compute by measuring on cells of one cohort; told by a `Chosen`."""
+    """Choose how to compute by measuring on cells of one cohort; answered by a `TrialDone`."""
 
-    kind: Literal["trial"] = "trial"
     specs: list[CellSpec]
     student_steps: float
     teacher_steps: float
@@ -64,9 +99,9 @@ class Trial(Task):
 
 
 class FillLogits(Task):
-    """Fill a table of teacher logits, or with `estimate` only tell what that takes; told by `TableFound`, `Filled`."""
+    """Fill a table of teacher logits, or with `estimate` only tell what that takes; answered by `TableFound` and
+    `Filled`."""
 
-    kind: Literal["fill_logits"] = "fill_logits"
     spec: CellSpec
     computing: Computing
     estimate: bool
@@ -86,7 +121,6 @@ class TrainCohort(Task):
     """Train cells side by side, those of one seed behind one teacher pass. `logits`: the table of teacher logits that
     they began with, "" for none, None for cells that begin now."""
 
-    kind: Literal["train_cohort"] = "train_cohort"
     cells: list[CellTask]
     computing: Computing
     logits: str | None
@@ -94,83 +128,49 @@ class TrainCohort(Task):
     shared: Path
 
 
-AnyTask = Annotated[
-    TryOut | ReadFingerprint | Prepare | PrepareSources | Trial | FillLogits | TrainCohort, Field(discriminator="kind")
-]
+class Event(Message):
+    """What a worker tells."""
 
 
-class Settings(Message):
-    """What holds for all tasks of a run."""
-
-    data_roots: list[Path] = []
-    download: bool = False
-    cache: Path = Path()
-    checkpoint_seconds: float = 60.0
-
-
-class Order(Message):
-    """A task for a worker, with the device to do it on."""
-
-    device: str
-    settings: Settings
-    task: AnyTask
-
-    @classmethod
-    def of(cls, task: Task, device: str, settings: Settings) -> Order:
-        """The order to do a task."""
-        return cls(device=device, settings=settings, task=task)  # type: ignore[arg-type]
-
-
-class Ready(Message):
+class Ready(Event):
     """The worker can take tasks. `cuda`: free bytes of every CUDA device. `unusable`: why a GPU that is there is none
     of them, "" where none is."""
 
-    kind: Literal["ready"] = "ready"
     cuda: list[int]
     unusable: str = ""
 
 
-class Doing(Message):
+class Doing(Event):
     """Something long goes on, of a cell or of the whole task."""
 
-    kind: Literal["doing"] = "doing"
     text: str
     cell: int | None = None
 
 
-class Note(Message):
+class Note(Event):
     """What nobody should miss."""
 
-    kind: Literal["note"] = "note"
     text: str
 
 
-class MemoryNeeded(Message):
-    """Bytes that a kind of cell takes: fields of `engine.memory.Memory`."""
+class MemoryNeeded(Event):
+    """What a kind of cell takes (`scheduling.kind`)."""
 
-    kind: Literal["memory_needed"] = "memory_needed"
-    key: str
-    memory: dict[str, int]
+    kind: str
+    memory: Memory
 
 
-class FingerprintRead(Message):
-    kind: Literal["fingerprint_read"] = "fingerprint_read"
+class FingerprintRead(Event):
     fingerprint: str
 
 
-class Chosen(Message):
-    """How cells compute, why, and what was measured."""
-
-    kind: Literal["chosen"] = "chosen"
-    computing: Computing
-    why: str
-    tried: list[dict[str, Any]]
+class TrialDone(Event):
+    chosen: Chosen
 
 
-class TableFound(Message):
+class TableFound(Event):
     """A table of teacher logits. `seconds`: that filling the rest takes."""
 
-    kind: Literal["table_found"] = "table_found"
     folder: Path
     images: int
     views: int
@@ -180,16 +180,14 @@ class TableFound(Message):
     seconds: float
 
 
-class Filled(Message):
+class Filled(Event):
     """Images of a table that are done, after so many seconds of this call."""
 
-    kind: Literal["filled"] = "filled"
     done: int
     seconds: float
 
 
-class Progress(Message):
-    kind: Literal["progress"] = "progress"
+class Progress(Event):
     cell: int
     step: int
     total: int
@@ -197,26 +195,22 @@ class Progress(Message):
     accuracy: float | None
 
 
-class CellFinished(Message):
-    kind: Literal["cell_finished"] = "cell_finished"
+class CellFinished(Event):
     cell: int
     accuracy: float
     seconds: float
 
 
-class CellFailed(Message):
-    kind: Literal["cell_failed"] = "cell_failed"
+class CellFailed(Event):
     cell: int
     message: str
 
 
-class Done(Message):
+class Done(Event):
     """The task is done."""
 
-    kind: Literal["done"] = "done"
 
-
-class Failed(Message):
+class Failed(Event):
     """The task could not be done.
 
     Attributes:
@@ -224,7 +218,6 @@ class Failed(Message):
         cells: of the task, filled in by the run.
     """
 
-    kind: Literal["failed"] = "failed"
     message: str
     by_user: bool = False
     where: str | None = None
@@ -240,27 +233,7 @@ class Failed(Message):
         return CellError(self.message + (f"\n{self.trace}" if self.trace else ""))
 
 
-class Gone(Message):
-    """The worker ended, told by whoever reads its events."""
+class Gone(Event):
+    """The worker ended; told by whoever reads its events."""
 
-    kind: Literal["gone"] = "gone"
     code: int
-
-
-Event = (
-    Ready
-    | Doing
-    | Note
-    | MemoryNeeded
-    | FingerprintRead
-    | Chosen
-    | TableFound
-    | Filled
-    | Progress
-    | CellFinished
-    | CellFailed
-    | Done
-    | Failed
-    | Gone
-)
-EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.messages import EVENT, Done, Event, Failed, Gone, Order, Ready, Settings, Task, TrainCohort
+from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Settings, Task, TrainCohort, read_line
 from kdbench.errors import CellError, UserError
 
 # How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
@@ -77,7 +77,7 @@ class Pool:
         device: auto, cpu, cuda or cuda:N.
         jobs: most workers at once; by default one for each core, or each GPU.
         paths: folders that workers import users' modules from.
-        settings: that every order carries.
+        settings: that every task carries.
 
     Attributes:
         unusable: why a GPU that is there cannot be used, "" where there is none such.
@@ -200,7 +200,7 @@ class Pool:
         assert worker.stdout is not None
         try:
             for line in worker.stdout:
-                self.events.put((number, EVENT.validate_json(line)))
+                self.events.put((number, read_line(Event, line)))
         except ValueError:
             # Of another version, as when the package was changed under a run: the rest is not understood either.
             worker.kill()
@@ -211,8 +211,8 @@ class Pool:
         stdin = self.workers[number].stdin
         assert stdin is not None
         try:
-            order = Order.of(task, self._device(number), self.settings)
-            stdin.write(order.model_dump_json() + "\n")
+            order = task.model_copy(update={"device": self._device(number), "settings": self.settings})
+            stdin.write(order.line())
             stdin.flush()
         except OSError:
             return False

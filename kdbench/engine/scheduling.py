@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import Field
 
 from kdbench.cards import Strict
-from kdbench.engine import choosing
-from kdbench.engine.compute import program_bytes
+from kdbench.engine import compute
+from kdbench.engine.compute import Memory, program_bytes
 from kdbench.files import write_json
 from kdbench.reading import read_as
 from kdbench.recipe.planning import PlannedCell
@@ -25,12 +25,17 @@ MOST_THREADS = 1024
 
 @dataclass
 class CellState:
-    """Progress of one cell, for whoever watches. `state`: waiting, running, finished, failed. `doing`: something long
-    beside its steps, "" in them."""
+    """A planned cell in a run, and its progress for whoever watches.
 
+    Attributes:
+        name: what it is called where that is not what the comparison calls it.
+        state: waiting, running, finished, failed. doing: something long beside its steps, "" in them.
+    """
+
+    cell: PlannedCell
     id: int
-    label: str
-    folder: Path
+    folder: Path = Path()
+    name: str = ""
     state: str = "waiting"
     step: int = 0
     total: int = 0
@@ -40,48 +45,58 @@ class CellState:
     seconds: float = 0.0
     message: str = ""
 
+    @property
+    def spec(self) -> CellSpec:
+        return self.cell.spec
 
-# A cell and its progress.
-Work = tuple[PlannedCell, CellState]
+    @property
+    def label(self) -> str:
+        """The cell as people call it."""
+        others = [f"{path} {value}" for path, value in self.cell.axes.items() if not path.startswith("method")]
+        return self.name or ", ".join([self.spec.method.label, *others, f"seed {self.spec.seed}"])
 
 
-# What each kind of cell takes (fields of engine.memory.Memory), by the identity that it has with seed 0.
-Memories = dict[str, dict[str, int]]
+Cells = list[CellState]
+# What each kind of cell takes, by `kind`.
+Memories = dict[str, Memory]
 
 
 def kind(spec: CellSpec) -> str:
+    """What cells that differ in the seed alone have in common."""
     return spec.model_copy(update={"seed": 0}).identity()
 
 
-def cohorts_of(cells: list[Work]) -> list[list[Work]]:
+def cohorts_of(cells: Cells) -> list[Cells]:
     """Cells that may train behind one teacher pass: the same data, source and target, seed, batches and teacher. A cell
     without a teacher goes along: it costs the others nothing."""
-    groups: dict[str, dict[str, list[Work]]] = {}
-    for cell, state in cells:
-        key = cell.spec.teacher.identity() if cell.spec.teacher else ""
-        groups.setdefault(_group((cell, state)), {}).setdefault(key, []).append((cell, state))
+    groups: dict[str, dict[str, Cells]] = {}
+    for cell in cells:
+        groups.setdefault(_group(cell), {}).setdefault(_teacher([cell]), []).append(cell)
     result = []
     for by_teacher in groups.values():
-        alone = by_teacher.pop("", [])
+        untaught = by_teacher.pop("", [])
         first, *others = by_teacher.values() or [[]]
-        result += [[*alone, *first], *others]
+        result += [[*untaught, *first], *others]
     return result
 
 
-def _group(work: Work, seed: bool = True) -> str:
+def _group(cell: CellState, seed: bool = True) -> str:
     """What cells must have in common to see the same batches, and to begin alike; without its seed, to see batches of
     one shape."""
-    (cell, state) = work
     spec = cell.spec
     extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
     protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
-    kept = begun(state.folder).model_dump()
-    compute = choosing.key(spec.compute)
+    kept = begun(cell.folder).model_dump()
     domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
-    return json.dumps([domains, spec.seed if seed else None, protocol, compute, extra, kept])
+    return json.dumps([domains, spec.seed if seed else None, protocol, compute.key(spec.compute), extra, kept])
 
 
-def balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
+def _teacher(cells: Cells) -> str:
+    """Identity of the teacher of a cohort's cells, "" where they have none."""
+    return next((cell.spec.teacher.identity() for cell in cells if cell.spec.teacher), "")
+
+
+def balanced(cohorts: list[Cells], jobs: int) -> list[Cells]:
     """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
     left = len(cohorts) % jobs
     if not left:
@@ -94,49 +109,46 @@ def balanced(cohorts: list[list[Work]], jobs: int) -> list[list[Work]]:
     return whole + parts
 
 
-def bytes_of(cohorts: Iterable[list[Work]], memory: Memories, at_once: bool) -> int:
+def bytes_of(cohorts: Iterable[Cells], memory: Memories, at_once: bool) -> int:
     """Bytes that a worker needs for cohorts in one program; `at_once` as `program_bytes` takes it."""
-    return program_bytes([[memory[kind(cell.spec)] for cell, _ in cohort] for cohort in cohorts], at_once)
+    return program_bytes([[memory[kind(cell.spec)] for cell in cohort] for cohort in cohorts], at_once)
 
 
-def fitting(cohorts: list[list[Work]], memory: Memories, limit: float | None, at_once: bool) -> list[list[Work]]:
+def fitting(cohorts: list[Cells], memory: Memories, limit: float | None, at_once: bool) -> list[Cells]:
     """The same cohorts, those that would need more than `limit` bytes split.
 
-    A cell that does not fit alone stays alone: what is predicted is not certain.
+    A cell that does not fit by itself is a cohort of its own: what is predicted is not certain.
     """
     if limit is None:
         return cohorts
     result = []
     for cohort in cohorts:
-        part: list[Work] = []
-        for work in cohort:
-            if part and bytes_of([[*part, work]], memory, at_once) > limit:
+        part: Cells = []
+        for cell in cohort:
+            if part and bytes_of([[*part, cell]], memory, at_once) > limit:
                 result.append(part)
                 part = []
-            part = [*part, work]
+            part = [*part, cell]
         result.append(part)
     return result
 
 
-def joined(
-    cohorts: list[list[Work]], jobs: int, memory: Memories, limit: float | None, at_once: bool
-) -> list[list[list[Work]]]:
+def joined(cohorts: list[Cells], jobs: int, memory: Memories, limit: float | None, at_once: bool) -> list[list[Cells]]:
     """Cohorts as programs for `jobs` workers: those that differ in their seed alone go together, as far as `limit`
     bytes allow, and while no worker is left without one."""
     most = -(-len(cohorts) // jobs)
-    alike: dict[str, list[list[Work]]] = {}
+    alike: dict[str, list[Cells]] = {}
     for cohort in cohorts:
-        teacher = next((cell.spec.teacher.identity() for cell, _ in cohort if cell.spec.teacher), "")
-        alike.setdefault(f"{_group(cohort[0], seed=False)} {teacher}", []).append(cohort)
+        alike.setdefault(f"{_group(cohort[0], seed=False)} {_teacher(cohort)}", []).append(cohort)
     result = []
     for of_kind in alike.values():
-        programs: list[list[list[Work]]] = [[] for _ in range(-(-len(of_kind) // most))]
+        programs: list[list[Cells]] = [[] for _ in range(-(-len(of_kind) // most))]
         for cohort in of_kind:
 
-            def takes(program: list[list[Work]], cohort: list[Work] = cohort) -> bool:
-                seeds = {other[0][0].spec.seed for other in program}
+            def takes(program: list[Cells], cohort: Cells = cohort) -> bool:
+                seeds = {other[0].spec.seed for other in program}
                 fits = limit is None or bytes_of([*program, cohort], memory, at_once) <= limit
-                return not program or (cohort[0][0].spec.seed not in seeds and fits)
+                return not program or (cohort[0].spec.seed not in seeds and fits)
 
             if not any(map(takes, programs)):
                 programs.append([])

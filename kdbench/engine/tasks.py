@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
 from kdbench.engine.build import choices_of, resolve
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.dry import try_out
+from kdbench.engine.dry import check_cell
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
 from kdbench.engine.messages import (
-    Chosen,
+    CheckCells,
     Doing,
     Event,
     Filled,
@@ -26,7 +25,6 @@ from kdbench.engine.messages import (
     FingerprintRead,
     MemoryNeeded,
     Note,
-    Order,
     Prepare,
     PrepareSources,
     ReadFingerprint,
@@ -34,13 +32,14 @@ from kdbench.engine.messages import (
     Task,
     TrainCohort,
     Trial,
-    TryOut,
+    TrialDone,
 )
+from kdbench.engine.scheduling import kind
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, locate, untrained_teacher
 from kdbench.engine.training import train_cohort
-from kdbench.engine.trial import Work, choose, possible
+from kdbench.engine.trial import Steps, choose, possible
 from kdbench.errors import CellError, UserError
 
 
@@ -56,15 +55,15 @@ class TaskRunner:
         self.emit, self.stopping = emit, stopping
         self.materials = Materials()
 
-    def run(self, order: Order) -> None:
+    def run(self, task: Task) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
-        torch.set_num_threads(order.task.threads)
+        torch.set_num_threads(task.threads)
         # float32 means float32: TensorFloat-32 keeps ten bits of the mantissa.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        self.materials.settings, self.materials.device = order.settings, torch.device(order.device)
+        self.materials.settings, self.materials.device = task.settings, torch.device(task.device)
         kinds: dict[type[Task], Callable[[Any], None]] = {
-            TryOut: self.try_out,
+            CheckCells: self.check_cells,
             ReadFingerprint: self.read_fingerprint,
             Prepare: self.prepare,
             PrepareSources: self.prepare_sources,
@@ -72,7 +71,7 @@ class TaskRunner:
             FillLogits: self.fill_logits,
             TrainCohort: self.train_cohort,
         }
-        kinds[type(order.task)](order.task)
+        kinds[type(task)](task)
 
     @property
     def device(self) -> torch.device:
@@ -81,11 +80,11 @@ class TaskRunner:
     def doing(self, text: str) -> None:
         self.emit(Doing(text=text))
 
-    def try_out(self, task: TryOut) -> None:
+    def check_cells(self, task: CheckCells) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
         for spec in task.specs:
-            try_out(spec)
-            self.emit(MemoryNeeded(key=spec.identity(), memory=asdict(memory_of(spec, self.device))))
+            check_cell(spec)
+            self.emit(MemoryNeeded(kind=kind(spec), memory=memory_of(spec, self.device)))
 
     def read_fingerprint(self, task: ReadFingerprint) -> None:
         self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
@@ -130,17 +129,17 @@ class TaskRunner:
             _, table = self.materials.logits(first, file, loaded, None)
             return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
-        choice = choose(
+        chosen = choose(
             first.compute,
             task.specs,
             batches,
             teacher,
-            Work(task.student_steps, task.teacher_steps),
+            Steps(task.student_steps, task.teacher_steps),
             self.device,
             self.doing,
             SourceFiles(file.sha256 if file else "", None, task.shared),
         )
-        self.emit(Chosen(computing=choice.computing, why=choice.why, tried=choice.tried))
+        self.emit(TrialDone(chosen=chosen))
 
     def _domains_on_device(self, spec: Any) -> tuple[Any, torch.device, Any]:
         data, target = self.materials.domains(spec)

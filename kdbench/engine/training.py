@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from kdbench.engine import checkpoint
 from kdbench.engine.capture import program_of
@@ -31,7 +29,7 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, fingerprint
 from kdbench.engine.trial import possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import sweep
+from kdbench.files import locked, sweep
 from kdbench.record import finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
@@ -44,7 +42,9 @@ def train_cohort(task: TrainCohort, materials: Materials, emit: Emit, stopping: 
     """Train a cohort. Cells' failures are told as events; the others go on."""
     with ExitStack() as locks:
         for cell in task.cells:
-            locks.enter_context(_alone(cell.folder))
+            taken = UserError(f"another process works in {cell.folder}", hint="wait for it, or stop it")
+            locks.enter_context(locked(cell.folder / ".cell.lock", LOCK_SECONDS, taken))
+            sweep(cell.folder)
         cells = [cell for cell in task.cells if not _finished_meanwhile(cell, emit)]
         if not cells:
             return
@@ -215,19 +215,3 @@ def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[st
         **({"not_compiled": untraceable} if untraceable else {}),
         **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
     }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The right to write into a cell's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".cell.lock")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f"another process works in {folder}", hint="wait for it, or stop it") from None
-    try:
-        sweep(folder)
-        yield
-    finally:
-        lock.release()

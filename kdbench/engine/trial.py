@@ -16,7 +16,7 @@ import torch
 from kdbench.engine.batches import Batches, Sets
 from kdbench.engine.capture import WARM
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Computing, candidates
+from kdbench.engine.compute import Chosen, Computing, candidates
 from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
@@ -45,11 +45,11 @@ CELLS = 3
 
 
 @dataclass(frozen=True)
-class Work:
+class Steps:
     """What one worker has before it: steps of students, and steps with a teacher."""
 
-    student_steps: float
-    teacher_steps: float
+    of_students: float
+    with_teacher: float
 
 
 @dataclass
@@ -64,26 +64,17 @@ class Tried:
     remark: str = ""
     error: Exception | None = None
 
-    def seconds(self, work: Work) -> float:
-        return self.compiling + work.student_steps * self.student + work.teacher_steps * self.teacher
+    def seconds(self, ahead: Steps) -> float:
+        return self.compiling + ahead.of_students * self.student + ahead.with_teacher * self.teacher
 
-    def plain(self, work: Work) -> dict[str, Any]:
+    def plain(self, ahead: Steps) -> dict[str, Any]:
         measured = {
             "student_step_seconds": round(self.student, 5),
             "teacher_pass_seconds": round(self.teacher, 5),
             "compiling_seconds": round(self.compiling, 1),
-            "predicted_seconds": round(self.seconds(work), 1),
+            "predicted_seconds": round(self.seconds(ahead), 1),
         }
         return {"way": self.computing.name, **(measured if self.student else {}), "remark": self.remark}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The way chosen, why, and what was measured."""
-
-    computing: Computing
-    why: str
-    tried: list[dict[str, Any]]
 
 
 def choose(
@@ -91,11 +82,11 @@ def choose(
     specs: Sequence[CellSpec],
     batches: Batches,
     teacher: Callable[[Computing], Teacher | None],
-    work: Work,
+    ahead: Steps,
     device: torch.device,
     tell: Callable[[str], None],
     files: SourceFiles = SourceFiles(),  # noqa: B008 - frozen
-) -> Choice:
+) -> Chosen:
     """Measure the ways that a choice leaves open and take the fastest.
 
     Args:
@@ -107,26 +98,28 @@ def choose(
     Raises:
         UserError: what is asked for cannot be done here.
     """
+
+    def chosen(computing: Computing, why: str, measured: Sequence[Any] = ()) -> Chosen:
+        return Chosen(asked=choice.fixed(), computing=computing, why=why, tried=list(measured))
+
     ways = candidates(choice, bfloat16_computes(device), compiler_works(device), device.type == "cuda")
     if len(ways) == 1:
-        return Choice(_settled(ways[0]), "as the recipe says", [])
-    sample = [specs[i * (len(specs) - 1) // (CELLS - 1)] for i in range(CELLS)] if len(specs) > CELLS else specs
+        return chosen(_settled(ways[0]), "as the recipe says")
     begin = time.monotonic()
     tried: list[Tried] = []
 
     def measured(way: Computing) -> Tried:
         tell(f"trial of {way.name}")
-        one = _measure(way, sample, batches, teacher, device, files)
-        _compare(one, tried)
-        tried.append(one)
-        return one
+        tried.append(_measure(way, specs, batches, teacher, device, files))
+        _compare(tried[-1], tried[:-1])
+        return tried[-1]
 
     best = measured(ways[0])
     if best.error is not None:
         raise best.error
     why = "the fastest that was measured"
     for way in ways[1:]:
-        predicted = best.seconds(work)
+        predicted = best.seconds(ahead)
         if predicted < SHORT:
             why = f"about {predicted:.0f} s of work for a worker: too short for a choice to matter"
             break
@@ -139,11 +132,11 @@ def choose(
         if way.compile and not _promising(way, best, tried, device):
             continue
         one = measured(way)
-        if not one.remark and one.seconds(work) < (1 - GAIN) * predicted:
+        if not one.remark and one.seconds(ahead) < (1 - GAIN) * predicted:
             best = one
     way = best.computing
     eager = next((one for one in tried if one.computing == replace(way, compile=False)), None)
-    return Choice(_settled(way, best, eager), why, [one.plain(work) for one in tried])
+    return chosen(_settled(way, best, eager), why, [one.plain(ahead) for one in tried])
 
 
 def _promising(way: Computing, best: Tried, tried: list[Tried], device: torch.device) -> bool:
@@ -181,6 +174,8 @@ def _measure(
 ) -> Tried:
     """Time a way on throw-away students. Whatever fails is its remark."""
     one = Tried(way)
+    if len(specs) > CELLS:
+        specs = [specs[i * (len(specs) - 1) // (CELLS - 1)] for i in range(CELLS)]
     try:
         teacher = load(way)
         members = [

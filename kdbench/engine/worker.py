@@ -1,4 +1,4 @@
-"""A worker process: orders come in as JSON lines, events go out as JSON lines.
+"""A worker process: tasks come in as lines, events go out as lines.
 
 Started by the runner as `python -m kdbench.engine.worker`. When its input ends (the runner is gone, however it went) it
 writes its checkpoints and leaves; so no orphan goes on computing beside a resumed run.
@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from kdbench.engine.messages import Done, Event, Failed, Order, Ready
+from kdbench.engine.messages import Done, Event, Failed, Ready, Task, read_line
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
 
@@ -25,16 +25,16 @@ DRIVER = Path("/dev/nvidiactl")
 
 
 class Worker:
-    """Takes orders from one stream and sends events to another, until the orders end."""
+    """Takes tasks from one stream and sends events to another, until the tasks end."""
 
-    def __init__(self, orders: IO[str], events: IO[str]) -> None:
-        self.orders, self.events = orders, events
+    def __init__(self, tasks: IO[str], events: IO[str]) -> None:
+        self.tasks, self.events = tasks, events
         self.stopping = threading.Event()
-        self.queue: queue.Queue[Order | None] = queue.Queue()
+        self.queue: queue.Queue[Task | None] = queue.Queue()
 
     def emit(self, event: Event) -> None:
         try:
-            self.events.write(event.model_dump_json() + "\n")
+            self.events.write(event.line())
             self.events.flush()
         except BrokenPipeError:
             # The runner is gone; what matters now is the checkpoint.
@@ -49,9 +49,9 @@ class Worker:
         gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
         self.emit(Ready(cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus], unusable=unusable_gpu()))
         runner = TaskRunner(self.emit, self.stopping.is_set)
-        while (order := self.queue.get()) is not None:
+        while (task := self.queue.get()) is not None:
             try:
-                runner.run(order)
+                runner.run(task)
                 self.emit(Done())
             except UserError as error:
                 self.emit(Failed(message=error.what, by_user=True, where=error.where, hint=error.hint))
@@ -62,8 +62,8 @@ class Worker:
 
     def _listen(self) -> None:
         try:
-            for line in self.orders:
-                self.queue.put(Order.model_validate_json(line))
+            for line in self.tasks:
+                self.queue.put(read_line(Task, line))
         except ValueError as error:
             # The run and its worker are of two versions, as when the package was changed under a run.
             self.emit(Failed(message=f"the worker does not understand its run: {error}; start the command again"))

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from kdbench.engine.runner import teacher_folder
+from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
 from kdbench.reading import inside
 from kdbench.record import METRICS, RECORD, RUN, metrics, read_record, read_run

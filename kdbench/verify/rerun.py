@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine import choosing
-from kdbench.engine.runner import Listener, Options, run, teacher_folder
+from kdbench.engine import compute
+from kdbench.engine.compute import Chosen
+from kdbench.engine.finished import teacher_folder
+from kdbench.engine.options import Listener, Options
+from kdbench.engine.runner import run
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import of_form
@@ -106,8 +109,9 @@ def rerun(
     cell = PlannedCell(spec, dict(record.cell.axes), record.cell.order or 0)
     plan = Plan("again", f"{record.cell.label}, seed {record.cell.seed}, again", [cell], spec.method.name)
     _as_it_was(options.runs / plan.name / cell.slug, record)
-    if (way := choosing.of_records([record.folder] if record.folder else [])) is not None:
-        choosing.keep(options.runs / plan.name, spec.compute, way.plain(), "as the record says", [])
+    if (way := compute.of_records([record.folder] if record.folder else [])) is not None:
+        chosen = Chosen(asked=spec.compute.fixed(), computing=way, why="as the record says")
+        compute.keep(options.runs / plan.name, chosen)
     trained = spec.teacher.trained_by if spec.teacher is not None else None
     if spec.teacher is not None and trained is not None:
         for teacher in teachers:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kdbench.engine.runner import names
+from kdbench.engine.finished import names
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.reading import inside

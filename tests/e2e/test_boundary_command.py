@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import TINY, Kdbench, Once
 
+from kdbench.engine.options import Options
 from kdbench.engine.provenance import Provenance
-from kdbench.engine.runner import Options
 from kdbench.methods.bss.analysis import of_cells
 from kdbench.record import read_records
 

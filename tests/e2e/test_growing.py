@@ -11,7 +11,8 @@ from picture_files import write_pictures
 
 import kdbench
 from kdbench.cli.output import write_tables
-from kdbench.engine.runner import Options, Outcome, Silent, run
+from kdbench.engine.options import Options, Silent
+from kdbench.engine.runner import Outcome, run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.record import read_record

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdbench.engine.scheduling import CellState, Memories, Work, balanced, cohorts_of, joined, kind
+from kdbench.engine.compute import Memory
+from kdbench.engine.scheduling import Cells, CellState, Memories, balanced, cohorts_of, joined, kind
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -15,22 +15,22 @@ REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
 
 
-def work(**recipe: Any) -> list[Work]:
+def work(**recipe: Any) -> Cells:
     cells = plan(RECIPE | recipe, REGISTRY).cells
-    return [(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)]
+    return [CellState(cell, i) for i, cell in enumerate(cells)]
 
 
-def methods(cohorts: list[list[Work]]) -> list[list[str]]:
-    return [[cell.spec.method.name for cell, _ in cohort] for cohort in cohorts]
+def methods(cohorts: list[Cells]) -> list[list[str]]:
+    return [[cell.spec.method.name for cell in cohort] for cohort in cohorts]
 
 
-def memory_of(cells: list[Work], gigabytes: int) -> Memories:
-    one = {"data": 0, "teacher": 0, "features": 0, "member": gigabytes * 10**9, "step": 0}
-    return {kind(cell.spec): one for cell, _ in cells}
+def memory_of(cells: Cells, gigabytes: int) -> Memories:
+    one = Memory(data=0, teacher=0, features=0, member=gigabytes * 10**9, step=0)
+    return {kind(cell.spec): one for cell in cells}
 
 
-def seeds(programs: list[list[list[Work]]]) -> list[list[int]]:
-    return [[cohort[0][0].spec.seed for cohort in program] for program in programs]
+def seeds(programs: list[list[Cells]]) -> list[list[int]]:
+    return [[cohort[0].spec.seed for cohort in program] for program in programs]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_seeds_go_together_as_memory_and_workers_allow(jobs: int, limit: float |
     cells = work(compare={"method": ["ce", "kd", "ab"]}, seeds=5)
     programs = joined(cohorts_of(cells), jobs, memory_of(cells, 1), limit, at_once=True)
     assert seeds(programs) == expected
-    assert sorted(w[1].id for p in programs for c in p for w in c) == [w[1].id for w in cells]
+    assert sorted(w.id for p in programs for c in p for w in c) == [w.id for w in cells]
 
 
 def test_what_differs_in_more_than_its_seed_goes_in_another_program() -> None:
     cells = work(method="kd", compare={"data.per_class": [5, 10]}, seeds=2)
     programs = joined(cohorts_of(cells), 1, memory_of(cells, 1), None, at_once=True)
-    assert [{cohort[0][0].spec.data.per_class for cohort in program} for program in programs] == [{5}, {10}]
+    assert [{cohort[0].spec.data.per_class for cohort in program} for program in programs] == [{5}, {10}]
     # Parts of one cohort were parted for their memory: they do not come together again.
     parts = [[one] for one in work(compare={"method": ["ce", "kd"]}, seeds=1)]
     assert len(joined(parts, 1, memory_of([w for p in parts for w in p], 1), None, at_once=True)) == 2
@@ -64,7 +64,7 @@ def test_what_differs_in_more_than_its_seed_goes_in_another_program() -> None:
 def test_cells_of_one_seed_form_a_cohort_with_the_plain_student() -> None:
     cohorts = cohorts_of(work(compare={"method": ["ce", "kd", "ab"]}, seeds=2))
     assert methods(cohorts) == [["ce", "kd", "ab"]] * 2
-    assert [{cell.spec.seed for cell, _ in cohort} for cohort in cohorts] == [{0}, {1}]
+    assert [{cell.spec.seed for cell in cohort} for cohort in cohorts] == [{0}, {1}]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import CPU, batches_for, images, shortened, step, student_of, target_for, train, untrained_teacher
 
-from kdbench.engine import choosing, trial
+from kdbench.engine import compute, trial
 from kdbench.engine.batches import Batches
-from kdbench.engine.compute import REFERENCE, Computing, candidates
+from kdbench.engine.compute import REFERENCE, Chosen, Computing, candidates
 from kdbench.engine.member import Member
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.trial import Tried, Work, bfloat16_computes, choose, compiler_works
+from kdbench.engine.trial import Steps, Tried, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.schema import ComputeChoice
@@ -140,6 +140,10 @@ def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
 # --- choosing
 
 
+def chosen_for(choice: ComputeChoice, computing: Computing) -> Chosen:
+    return Chosen(asked=choice.fixed(), computing=computing, why="because")
+
+
 def way(student: float, teacher: float = 0.0, compiling: float = 0.0, losses: tuple[float, ...] = (1.0,)) -> Any:
     return {"student": student, "teacher": teacher, "compiling": compiling, "losses": list(losses)}
 
@@ -161,7 +165,7 @@ def chosen(
         [cell("ce")],
         None,
         lambda w: None,
-        Work(steps, 0),
+        Steps(steps, 0),
         CPU,
         lambda text: None,  # type: ignore[arg-type]
     )
@@ -240,11 +244,11 @@ def test_what_was_chosen_elsewhere_is_done_as_far_as_it_can_be_here(monkeypatch:
 
 
 def test_a_choice_of_another_version_is_told(tmp_path: Path) -> None:
-    choosing.keep(tmp_path, ComputeChoice(), REFERENCE.plain(), "because", [])
-    file = tmp_path / choosing.NAME
+    compute.keep(tmp_path, chosen_for(ComputeChoice(), REFERENCE))
+    file = tmp_path / compute.NAME
     file.write_text(file.read_text().replace('"layout": "contiguous",', '"layuot": "contiguous",', 1))
     with pytest.raises(UserError, match="layuot.*Unexpected keyword"):
-        choosing.kept(tmp_path, ComputeChoice())
+        compute.kept(tmp_path, ComputeChoice())
 
 
 def test_bfloat16_is_a_candidate_only_where_the_hardware_computes_in_it() -> None:
@@ -271,7 +275,7 @@ def test_the_trial_measures_real_ways() -> None:
         specs,
         batches,
         lambda w: teacher_of(specs[1], w),
-        Work(1e6, 1e6),
+        Steps(1e6, 1e6),
         CPU,
         lambda t: None,
     )
@@ -282,11 +286,11 @@ def test_the_trial_measures_real_ways() -> None:
 def test_a_choice_is_kept_and_belongs_to_what_was_asked(tmp_path: Path) -> None:
     auto, fixed = ComputeChoice(), ComputeChoice(precision="float32")
     way = Computing("bfloat16", "channels_last", compile=True, worth=7)
-    assert choosing.kept(tmp_path, auto) is None
-    assert choosing.keep(tmp_path, auto, way.plain(), "because", []) == way
-    assert choosing.kept(tmp_path, auto) == way and choosing.kept(tmp_path, fixed) is None
-    choosing.keep(tmp_path, fixed, REFERENCE.plain(), "because", [])
-    assert choosing.kept(tmp_path, auto) == way and choosing.kept(tmp_path, fixed) == REFERENCE
+    assert compute.kept(tmp_path, auto) is None
+    compute.keep(tmp_path, chosen_for(auto, way))
+    assert compute.kept(tmp_path, auto) == way and compute.kept(tmp_path, fixed) is None
+    compute.keep(tmp_path, chosen_for(fixed, REFERENCE))
+    assert compute.kept(tmp_path, auto) == way and compute.kept(tmp_path, fixed) == REFERENCE
 
 
 def test_the_same_computing_said_differently_is_the_same_cell() -> None:

@@ -22,7 +22,7 @@ from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
-from kdbench.recipe.planning import plan
+from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -268,10 +268,8 @@ def test_an_adapted_teacher_stays_the_cells_own_in_the_next_stage() -> None:
 
 def test_a_cohort_shares_both_domains() -> None:
     two = [cell("uda"), cell("kd"), cell("uda", target="mnist_8"), cell("ce", target=None)]
-    work: list[Any] = [
-        (type("Cell", (), {"spec": spec})(), CellState(i, "", Path("nowhere"))) for i, spec in enumerate(two)
-    ]
-    assert [[state.id for _, state in group] for group in cohorts_of(work)] == [[0, 1], [2], [3]]
+    cells = [CellState(PlannedCell(spec, {}, 0), i, Path("nowhere")) for i, spec in enumerate(two)]
+    assert [[state.id for state in group] for group in cohorts_of(cells)] == [[0, 1], [2], [3]]
 
 
 def test_a_target_is_part_of_what_a_cell_is() -> None:

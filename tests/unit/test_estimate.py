@@ -11,7 +11,7 @@ from synthetic import plain_record, write
 from kdbench.engine.batches import split
 from kdbench.engine.dry import Size
 from kdbench.engine.estimate import Estimate
-from kdbench.engine.runner import teacher_folder
+from kdbench.engine.finished import teacher_folder
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import DataSpec
 from kdbench.recipe.timeline import training_images, validation_images

@@ -65,20 +65,21 @@ class Scene:
 
     def __init__(self, runs: Path, plan: Plan, here: dict[str, str], taken: bool = False, **over: Any) -> None:
         self.runs, self.said = runs, []
-        self.work = [(cell, CellState(i, "", runs / "run" / cell.slug)) for i, cell in enumerate(plan.cells)]
-        cell, state = self.work[0]
+        self.cells = [CellState(cell, i, runs / "run" / cell.slug) for i, cell in enumerate(plan.cells)]
+        state = self.cells[0]
+        cell = state.cell
         place = runs / "results" / "run" / cell.slug if taken else state.folder
         record = leave(place, cell.spec.identity(), **over)
         self.pool = FakePool(here)
         say: Any = self.said.append
         self.here = DataHere(self.pool, say)  # type: ignore[arg-type]
-        self.finished = Finished(self.work, {cell.slug: record} if taken else {}, say)
+        self.finished = Finished(self.cells, {cell.slug: record} if taken else {}, runs, say)
 
     def teacher(self, spec: Any) -> Path:
         return self.runs / "teachers" / f"{spec.name}-{spec.trained_by.identity()[:8]}"
 
     def leave_teacher(self, weights: bytes, **over: Any) -> Path:
-        spec = self.work[0][0].spec.teacher
+        spec = self.cells[0].spec.teacher
         assert spec is not None and spec.trained_by is not None
         folder = self.teacher(spec)
         leave(folder, spec.trained_by.identity(), **over)
@@ -144,56 +145,56 @@ def test_finished_cells_count_only_for_their_data(
 ) -> None:
     scene = Scene(tmp_path, planned(seeds, *target), here, **over)
     with pytest.raises(UserError, match=f"made from other data.*{OLD[:12]}, here it has {NEW[:12]}") as error:
-        scene.finished.compare_data(scene.here, scene.teacher)
+        scene.finished.compare_data(scene.here)
     assert error.value.hint is not None and "--runs" in error.value.hint
     same = Scene(tmp_path / "same", planned(seeds, *target), dict.fromkeys(here, OLD), **over)
-    same.finished.compare_data(same.here, same.teacher)
-    assert same.said == [] and [cell.spec.seed for cell, _ in same.finished.open] == list(range(1, int(seeds[-1])))
+    same.finished.compare_data(same.here)
+    assert same.said == [] and [cell.spec.seed for cell in same.finished.open] == list(range(1, int(seeds[-1])))
 
 
 def test_a_teacher_counts_only_for_its_data(tmp_path: Path) -> None:
     scene = Scene(tmp_path, planned("seeds=2"), {"digits": NEW}, data__fingerprint=NEW)
     scene.leave_teacher(b"weights", data__fingerprint=OLD)
     with pytest.raises(UserError, match=f"'tiny_digits' was trained on other data.*{OLD[:12]}.*{NEW[:12]}"):
-        scene.finished.compare_data(scene.here, scene.teacher)
+        scene.finished.compare_data(scene.here)
 
 
 def test_data_that_are_absent_are_told_and_needed_only_for_training(tmp_path: Path) -> None:
     scene = Scene(tmp_path, planned(), {})
-    scene.finished.compare_data(scene.here, scene.teacher)
+    scene.finished.compare_data(scene.here)
     assert scene.said == ["what is finished was not compared with the data 'digits': there is no digits"]
     assert scene.pool.asked == [("digits", False)], "asked once, and nothing is downloaded for it"
     scene = Scene(tmp_path / "more", planned("seeds=2"), {})
     with pytest.raises(UserError, match="there is no digits"):
-        scene.finished.compare_data(scene.here, scene.teacher)
+        scene.finished.compare_data(scene.here)
 
 
 def test_cells_of_a_run_learned_from_one_teacher(tmp_path: Path) -> None:
     scene = Scene(tmp_path, planned("seeds=2"), {"digits": OLD})
     scene.leave_teacher(b"other weights")
     with pytest.raises(UserError, match=f"taught by another teacher: 'tiny_digits' had the sha256 {TEACHER[:12]}"):
-        scene.finished.compare_teachers(scene.teacher)
+        scene.finished.compare_teachers()
     # None is to be trained, but the finished ones differ.
-    cell, state = scene.work[1]
-    leave(state.folder, cell.spec.identity(), seed=1, teacher__sha256=NEW)
+    cell = scene.cells[1]
+    leave(cell.folder, cell.spec.identity(), seed=1, teacher__sha256=NEW)
     with pytest.raises(UserError, match=f"{NEW[:12]}, here it has {TEACHER[:12]}"):
-        Finished(scene.work, {}, print).compare_teachers(scene.teacher)
+        Finished(scene.cells, {}, scene.runs, print).compare_teachers()
 
 
 def test_published_cells_are_taken_where_they_fit_and_left_where_they_do_not(tmp_path: Path) -> None:
     for name, fingerprint, taken in (("fits", OLD, 1), ("other", NEW, 0)):
         scene = Scene(tmp_path / name, planned("seeds=2"), {"digits": fingerprint}, taken=True)
-        scene.finished.compare_data(scene.here, scene.teacher)
-        scene.finished.compare_teachers(scene.teacher)
+        scene.finished.compare_data(scene.here)
+        scene.finished.compare_teachers()
         scene.finished.adopt(scene.runs / "results" / "run", scene.runs / "run")
-        cell, state = scene.work[0]
-        assert (finished_record(state.folder) is not None) == (state.state == "finished") == bool(taken)
+        cell = scene.cells[0]
+        assert (finished_record(cell.folder) is not None) == (cell.state == "finished") == bool(taken)
         assert len(scene.finished.open) == 2 - taken
         (said,) = scene.said
         assert ("1 cell taken from" if taken else "not taken, made from other data") in said
     scene = Scene(tmp_path / "taught", planned("seeds=2"), {"digits": OLD}, taken=True)
     scene.leave_teacher(b"other weights")
-    scene.finished.compare_teachers(scene.teacher)
+    scene.finished.compare_teachers()
     assert len(scene.finished.open) == 2 and "not taken, taught by another teacher" in scene.said[0]
 
 

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 import kdbench
 from kdbench.cli import main
-from kdbench.engine import choosing, logit_files, measuring, runner
+from kdbench.engine import compute, logit_files, measuring, runner
 from kdbench.engine.anchors import Route
 from kdbench.engine.build import read_weights
+from kdbench.engine.finished import teacher_folder
+from kdbench.engine.options import Listener, Options, Silent
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages
@@ -57,7 +59,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text)
     teacher = CellSpec.model_validate(records[1].spec).teacher
     assert teacher is not None
-    shutil.copytree(committed / "teacher", runner.teacher_folder(teacher, root / "runs"))
+    shutil.copytree(committed / "teacher", teacher_folder(teacher, root / "runs"))
     pool = MadeImages(root / "runs" / "sources" / "synthesized" / "a", dict(POOL))
     pool.begin()
     pool.write(0, torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), {})
@@ -297,11 +299,11 @@ class Trained(Exception):
 def begun_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`kdbench run` on a prepared folder, up to the first thing that a worker would be asked to do."""
 
-    def pool_for(options: runner.Options) -> None:
+    def session(options: Options, listener: Listener) -> None:
         raise Trained
 
-    monkeypatch.setattr(runner, "pool_for", pool_for)
-    runner.run(planned(), runner.Options(runs=folder.parent))
+    monkeypatch.setattr(runner, "Session", session)
+    runner.run(planned(), Options(runs=folder.parent))
 
 
 @functools.cache
@@ -310,7 +312,7 @@ def planned() -> Plan:
     return plan(recipe, Registry())
 
 
-KEY = choosing.key(ComputeChoice())
+KEY = compute.key(ComputeChoice())
 PLAIN = {"precision": "float32", "layout": "contiguous", "compile": False, "cuda_graphs": False, "worth": 0}
 
 
@@ -359,9 +361,9 @@ def test_how_a_run_began_is_not_believed_unread(
 
 def test_a_choice_against_the_recipe_is_refused(tmp_path: Path) -> None:
     choice = ComputeChoice(precision="bfloat16")
-    (tmp_path / "compute.json").write_text(chosen().replace(json.dumps(KEY), json.dumps(choosing.key(choice))))
+    (tmp_path / "compute.json").write_text(chosen().replace(json.dumps(KEY), json.dumps(compute.key(choice))))
     with pytest.raises(UserError, match="precision float32, the recipe says bfloat16"):
-        choosing.kept(tmp_path, choice)
+        compute.kept(tmp_path, choice)
 
 
 def test_a_sound_beginning_and_a_link_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +384,7 @@ def test_threads_of_a_record_are_not_believed_unread(run: Path) -> None:
     record = read_record(run / KD)
     spec = CellSpec.model_validate(record.spec)
     with pytest.raises(UserError, match="threads"):
-        rerun(record, spec, [], [], runner.Options(runs=Path("again")), runner.Silent())
+        rerun(record, spec, [], [], Options(runs=Path("again")), Silent())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from kdbench import signature
-from kdbench.engine.runner import names
+from kdbench.engine.finished import names
 from kdbench.errors import UserError
 from kdbench.names import frozen
 from kdbench.recipe.loading import recipe_names

@@ -51,7 +51,6 @@ LONG_FILES = {
     "kdbench/cards.py",
     "kdbench/data/cifar.py",
     "kdbench/engine/build.py",
-    "kdbench/engine/runner.py",
     "kdbench/methods/bss/analysis.py",
     "kdbench/record.py",
     "kdbench/results/renderers.py",

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine.compute import program_bytes
-from kdbench.engine.memory import Memory, memory_of
+from kdbench.engine.compute import Memory, program_bytes
+from kdbench.engine.memory import memory_of
 from kdbench.engine.pool import available_memory
-from kdbench.engine.scheduling import CellState, Work, cohorts_of, fitting, kind
+from kdbench.engine.scheduling import Cells, CellState, cohorts_of, fitting, kind
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -31,29 +31,29 @@ RECIPE: dict[str, Any] = {
 GB = 10**9
 
 
-def cohort() -> list[Work]:
+def cohort() -> Cells:
     cells = plan(RECIPE, REGISTRY).cells
-    return cohorts_of([(cell, CellState(i, "", Path())) for i, cell in enumerate(cells)])[0]
+    return cohorts_of([CellState(cell, i) for i, cell in enumerate(cells)])[0]
 
 
 def test_members_take_turns() -> None:
     """Parameters add up, activations do not."""
-    one = {"data": 1 * GB, "teacher": 2 * GB, "features": 0, "member": GB // 10, "step": 3 * GB}
+    one = Memory(data=1 * GB, teacher=2 * GB, features=0, member=GB // 10, step=3 * GB)
     more = program_bytes([[one] * 5], at_once=False) - program_bytes([[one]], at_once=False)
     assert 4 * GB // 10 <= more < GB
     # Recorded steps go side by side.
-    assert program_bytes([[one] * 5], at_once=True) - program_bytes([[one]], at_once=True) > 4 * one["step"]
+    assert program_bytes([[one] * 5], at_once=True) - program_bytes([[one]], at_once=True) > 4 * one.step
 
 
 @pytest.mark.parametrize(
     ("limit", "expected"), [(None, [4]), (100 * GB, [4]), (7.5 * GB, [2, 2]), (1 * GB, [1, 1, 1, 1])]
 )
 def test_a_cohort_that_does_not_fit_is_split(limit: float | None, expected: list[int]) -> None:
-    work = cohort()
-    memory = {kind(cell.spec): {"data": GB, "teacher": GB, "features": 0, "member": GB, "step": 0} for cell, _ in work}
-    parts = fitting([work], memory, limit, at_once=False)
+    cells = cohort()
+    each = Memory(data=GB, teacher=GB, features=0, member=GB, step=0)
+    parts = fitting([cells], {kind(cell.spec): each for cell in cells}, limit, at_once=False)
     assert [len(part) for part in parts] == expected
-    assert [id(w) for part in parts for w in part] == [id(w) for w in work]
+    assert [id(w) for part in parts for w in part] == [id(w) for w in cells]
 
 
 def memory_with(method: str, **options: Any) -> Memory:
@@ -151,7 +151,7 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
         )
         for cell in plan(recipe, REGISTRY).cells
     ]
-    predicted = program_bytes([[asdict(memory_of(spec, torch.device("cpu"))) for spec in specs]], at_once=False)
+    predicted = program_bytes([[memory_of(spec, torch.device("cpu")) for spec in specs]], at_once=False)
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(Path(__file__).parent.parent), str(tmp_path)],
         input=json.dumps([spec.model_dump(mode="json") for spec in specs]),

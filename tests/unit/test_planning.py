@@ -128,7 +128,7 @@ def test_teachers_of_one_name_do_not_share_a_cohort(tmp_path: Path) -> None:
         teachers.append({"model": "wrn_16_2", "weights": str(tmp_path / name / "student.safetensors")})
     cells = planned(method="kd", teacher=teachers[0], compare={"teacher": teachers}).cells
     assert len(cells) == 2
-    assert len(cohorts_of([(cell, CellState(i, "", tmp_path / str(i))) for i, cell in enumerate(cells)])) == 2
+    assert len(cohorts_of([CellState(cell, i, tmp_path / str(i)) for i, cell in enumerate(cells)])) == 2
 
 
 def test_a_teachers_own_normalization_counts() -> None:
@@ -157,10 +157,10 @@ def test_what_cannot_be_is_told_before_anything_runs(change: str, message: str) 
     ],
 )
 def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: str) -> None:
-    from kdbench.engine.dry import try_out
+    from kdbench.engine.dry import check_cell
 
     with pytest.raises(UserError, match=message):
-        try_out(one(change, method="ce"))
+        check_cell(one(change, method="ce"))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: st
      ("(student - teacher).mean() * float('nan')", "gave nan"), ("no_such_name", "cannot be computed: NameError")],
 )  # fmt: skip
 def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, tmp_path: Path) -> None:
-    from kdbench.engine.dry import try_out
+    from kdbench.engine.dry import check_cell
 
     name = "loss_" + str(abs(hash(body)))
     (tmp_path / f"{name}.py").write_text(f"def far(student, teacher):\n    return {body}\n")
@@ -179,4 +179,4 @@ def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, t
     )
     (cell,) = planned(registry=Registry([tmp_path]), method="mine").cells
     with pytest.raises(UserError, match=message):
-        try_out(cell.spec)
+        check_cell(cell.spec)

@@ -13,17 +13,17 @@ import torch
 
 from kdbench.engine import pool, worker
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.messages import CellTask, Doing, Event, Failed, Order, Settings, Task, TrainCohort, TryOut
+from kdbench.engine.messages import CellTask, CheckCells, Doing, Event, Failed, Settings, Task, TrainCohort, read_line
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
 WORKER = """
 import json, os, sys, time
-print(json.dumps({"kind": "ready", "cuda": %s}), flush=True)
+print("Ready", json.dumps({"cuda": %s}), flush=True)
 for line in sys.stdin:
-    order = json.loads(line)
-    number, dead = order["task"]["threads"], %r
+    task = json.loads(line.partition(" ")[2])
+    number, dead = task["threads"], %r
     if number == 99:
         open(dead, "w").close()
         os._exit(9)
@@ -31,9 +31,9 @@ for line in sys.stdin:
         time.sleep(0.01)
     # Long enough for every worker to get its part, and for a death to be noticed.
     time.sleep(0.2)
-    text = f"{os.getpid()} {order['device']} {number}"
-    print(json.dumps({"kind": "doing", "text": text}), flush=True)
-    print(json.dumps({"kind": "done"}), flush=True)
+    text = f"{os.getpid()} {task['device']} {number}"
+    print("Doing", json.dumps({"text": text}), flush=True)
+    print("Done {}", flush=True)
 """
 
 
@@ -62,7 +62,7 @@ def where(events: list[Event]) -> list[list[str]]:
 
 def tasks(n: int) -> list[Task]:
     """Tasks that are told apart by their threads."""
-    return [TryOut(specs=[], threads=i) for i in range(n)]
+    return [CheckCells(specs=[], threads=i) for i in range(n)]
 
 
 def test_tasks_spread_over_all_gpus_one_worker_each(machine: Any) -> None:
@@ -85,8 +85,8 @@ def test_more_workers_than_gpus_share_them_and_their_memory(machine: Any) -> Non
 def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any) -> None:
     machine(2)
     # The others wait for the death.
-    first, *rest = [TryOut(specs=[], threads=100 + i) for i in range(7)]
-    found = done("auto", None, [first, TryOut(specs=[], threads=99), *rest])
+    first, *rest = [CheckCells(specs=[], threads=100 + i) for i in range(7)]
+    found = done("auto", None, [first, CheckCells(specs=[], threads=99), *rest])
     assert sum(isinstance(event, Failed) for event in found) == 1
     by_worker = {worker: device for worker, device, _ in where(found)}
     assert sorted(by_worker.values()) == ["cuda:0", "cuda:1"]
@@ -102,9 +102,9 @@ def test_a_failed_task_names_its_cells(machine: Any) -> None:
     (failed,) = [event for event in done("cpu", 1, [task]) if isinstance(event, Failed)]
     assert failed.cells == [3, 5]
     # What goes over the line comes out as it went in.
-    order = Order.of(task, "cpu", Settings())
-    assert Order.model_validate_json(order.model_dump_json()) == order
-    assert order.task.cells[0].spec.identity() == spec.identity()  # type: ignore[union-attr]
+    read = read_line(Task, task.line())
+    assert isinstance(read, TrainCohort) and read == task
+    assert read.cells[0].spec.identity() == spec.identity()
 
 
 def test_one_gpu_may_be_named_and_must_be_there(machine: Any) -> None:

@@ -9,12 +9,15 @@ from rich.console import Console
 
 from kdbench.cli import progress
 from kdbench.engine.scheduling import CellState
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
 
 
 def test_what_a_cell_does_beside_its_steps_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cell = CellState(0, "ADI, seed 0", Path(), "running", 3, 8, "distillation")
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 8, "method": "ce"}
+    cell = CellState(plan(recipe, Registry()).cells[0], 0, Path(), "ADI, seed 0", "running", 3, 8, "distillation")
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     lines = progress._Lines()
     lines.begin([cell], "title")

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import kdbench
+from kdbench.engine.options import Options
 from kdbench.engine.provenance import Provenance
-from kdbench.engine.runner import Options
 from kdbench.errors import UserError
 from kdbench.methods.bss.analysis import of_cells
 from kdbench.methods.deep_inversion.judging import students_as_judges

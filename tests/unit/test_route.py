@@ -212,8 +212,8 @@ def test_one_stage_with_the_converged_teacher_throughout_is_kd_bit_for_bit() -> 
 
 def test_longer_cells_are_no_cohort_of_the_others_and_routes_share_a_teacher_with_kd() -> None:
     cells = plan(RECIPE | {"compare": {"method": ["ce", "kd", "rco", "rco_long"]}}, REGISTRY).cells
-    cohorts = cohorts_of([(c, CellState(i, "", Path())) for i, c in enumerate(cells)])
-    assert [[c.spec.method.name for c, _ in cohort] for cohort in cohorts] == [["ce", "kd", "rco"], ["rco_long"]]
+    cohorts = cohorts_of([CellState(c, i) for i, c in enumerate(cells)])
+    assert [[c.spec.method.name for c in cohort] for cohort in cohorts] == [["ce", "kd", "rco"], ["rco_long"]]
     member, _, _ = member_of(short("rco"))
     assert all(member.teacher_uses(span.start) == {} for span in member.timeline.spans)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batches import SLICE, load_data
+from kdbench.engine.finished import teacher_folder
 from kdbench.engine.network import Normalizer
+from kdbench.engine.options import Options
 from kdbench.engine.provenance import Provenance
-from kdbench.engine.runner import Options, teacher_folder
 from kdbench.engine.streamed import part_for_testing
 from kdbench.engine.teachers import load_teacher, locate, trained
 from kdbench.engine.trained import load_student

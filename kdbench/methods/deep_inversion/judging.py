@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdbench.engine.batches import SLICE
-from kdbench.engine.runner import Options
+from kdbench.engine.options import Options
 from kdbench.engine.teachers import load_teacher
 from kdbench.errors import UserError
 from kdbench.methods.bss.analysis import Classifier, student_of, weights_of

@@ -1,0 +1,53 @@
+"""How to run, and who is told how it goes. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kdbench.engine.scheduling import CellState
+from kdbench.files import home
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: everything that is not in the recipe because it changes no number.
+
+    jobs: worker processes (None: one for each CPU core or GPU). threads: of each worker (None: cores shared out).
+    seeds_together: whether a worker trains several seeds of a comparison at once, as memory allows (None: on a GPU).
+    """
+
+    runs: Path = Path("runs")
+    jobs: int | None = None
+    threads: int | None = None
+    seeds_together: bool | None = None
+    device: str = "auto"
+    data_roots: tuple[Path, ...] = ()
+    download: bool = True
+    registries: tuple[Path, ...] = ()
+    checkpoint_seconds: float = 60.0
+
+    def roots(self) -> list[Path]:
+        """Folders searched for data, in order."""
+        from_env = [Path(part) for part in os.environ.get("KDBENCH_DATA", "").split(os.pathsep) if part]
+        return [*self.data_roots, *from_env, Path("data"), home() / "data"]
+
+
+class Listener(Protocol):
+    """Is told what happens. `update` comes after every change; `say` is for what nobody should miss, at any time."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, cells: list[CellState], title: str) -> None: ...
+    def doing(self, text: str) -> None: ...
+    def update(self, cell: CellState) -> None: ...
+    def end(self) -> None: ...
+
+
+class Silent:
+    def say(self, text: str) -> None: ...
+    def begin(self, cells: list[CellState], title: str) -> None: ...
+    def doing(self, text: str) -> None: ...
+    def update(self, cell: CellState) -> None: ...
+    def end(self) -> None: ...

@@ -1,0 +1,295 @@
+"""A run's workers at work: cells checked, data and teachers prepared, ways to compute chosen, cells trained. Imports no
+torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kdbench.engine import compute
+from kdbench.engine.compute import Computing, plainest
+from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
+from kdbench.engine.messages import (
+    CellFailed,
+    CellFinished,
+    CellTask,
+    CheckCells,
+    Doing,
+    Event,
+    Failed,
+    MemoryNeeded,
+    Note,
+    Prepare,
+    PrepareSources,
+    Progress,
+    Settings,
+    Task,
+    TrainCohort,
+    Trial,
+    TrialDone,
+)
+from kdbench.engine.options import Listener, Options
+from kdbench.engine.pool import Pool
+from kdbench.engine.scheduling import (
+    Begun,
+    Cells,
+    CellState,
+    Memories,
+    balanced,
+    begin,
+    begun,
+    cohorts_of,
+    fitting,
+    joined,
+    kind,
+)
+from kdbench.errors import CellError, UserError
+from kdbench.files import home, locked
+from kdbench.recipe.planning import SOURCES, Plan, PlannedCell
+from kdbench.recipe.schema import ComputeChoice
+from kdbench.recipe.specs import CellSpec, TeacherSpec
+from kdbench.recipe.timeline import planned_timeline
+from kdbench.record import finished_record, read_record, student_file
+
+
+class Session:
+    """What a run has its workers do.
+
+    Attributes:
+        memory: what the kinds of cells take that were checked.
+    """
+
+    def __init__(self, options: Options, listener: Listener) -> None:
+        self.options, self.listener = options, listener
+        settings = Settings(
+            data_roots=options.roots(),
+            download=options.download,
+            cache=home() / "cache",
+            checkpoint_seconds=options.checkpoint_seconds,
+        )
+        self.pool = Pool(options.device, options.jobs, options.registries, settings)
+        self.memory: Memories = {}
+
+    def __enter__(self) -> Session:
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.__exit__()
+
+    def events(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        """Have tasks done. Yields what concerns cells, or answers; the rest is told to the listener.
+
+        Raises:
+            UserError, CellError: a task failed that is not the training of cells, or that the user can mend.
+        """
+        for event in self.pool.carry_out(tasks):
+            if isinstance(event, Doing) and event.cell is None:
+                self.listener.doing(event.text)
+            elif isinstance(event, Note):
+                self.listener.say(event.text)
+            elif isinstance(event, Failed) and (event.by_user or not event.cells):
+                raise event.error
+            else:
+                yield event
+
+    def check_cells(self, cells: Cells) -> None:
+        """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
+        kinds = {kind(cell.spec): cell.spec.model_copy(update={"seed": 0}) for cell in cells}
+        unknown = [spec for name, spec in kinds.items() if name not in self.memory]
+        for event in self.events([CheckCells(specs=unknown)] if unknown else []):
+            if isinstance(event, MemoryNeeded):
+                self.memory[event.kind] = event.memory
+
+    def train_teachers(self, cells: Cells, here: DataHere) -> None:
+        """Train the teachers that have a recipe and no weights yet, each in a run of its own.
+
+        Raises:
+            UserError: for one that was trained before: its weights are gone or damaged, or it saw other data.
+        """
+        wanted: dict[str, TeacherSpec] = {}
+        for cell in cells:
+            if (teacher := cell.spec.teacher) is not None and teacher.trained_by is not None:
+                wanted.setdefault(teacher.trained_by.identity(), teacher)
+        for teacher in wanted.values():
+            folder = teacher_folder(teacher, self.options.runs)
+            # Another run may be training this very teacher: what it leaves is what this one needs.
+            with locked_run(folder, wait=-1):
+                if (record := finished_record(folder)) is not None:
+                    student_file(record)
+                    check_teacher(teacher, record, here)
+                else:
+                    self._train_teacher(teacher, folder, here)
+
+    def _train_teacher(self, teacher: TeacherSpec, folder: Path, here: DataHere) -> None:
+        assert teacher.trained_by is not None
+        title = f"teacher {teacher.name}"
+        planned = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
+        cell = CellState(planned, 0, folder, title)
+        plan = Plan(title, "", [planned], planned.spec.method.name)
+        self.train_teachers([cell], here)
+        self.listener.begin([cell], title)
+        try:
+            self.check_cells([cell])
+            self.train(plan, folder, [cell])
+        finally:
+            self.listener.end()
+        if cell.state != "finished":
+            raise CellError(f"the teacher '{teacher.name}' could not be trained: {cell.message}")
+
+    def prepare(self, cells: Cells) -> None:
+        """Data, teachers and what batch sources share, each once, so that several workers do not all fetch them."""
+        tasks: dict[tuple[str, ...], Task] = {}
+        for spec in sorted((cell.spec for cell in cells), key=lambda spec: spec.teacher is None):
+            data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
+            given = [spec.teacher.identity()] if spec.teacher else []
+            given += [spec.student.start.sha256] if spec.student.start else []
+            given += [spec.student.weights_sha256] if spec.student.weights_sha256 else []
+            if given or all(key[0] != data for key in tasks):
+                once = Prepare(spec=spec, teacher_folder=self._teacher_of(spec), threads=self.pool.threads)
+                tasks.setdefault((data, *given), once)
+        for task in tasks.values():
+            list(self.events([task]))
+        list(self.events(self._source_tasks(cells)))
+
+    def _source_tasks(self, cells: Cells) -> list[Task]:
+        """A task for each kind of batch source, teacher and seed: what is made before cells train."""
+        kinds: dict[str, CellSpec] = {}
+        for spec in (cell.spec for cell in cells):
+            sources = [stage.source.model_dump(mode="json") for stage in spec.method.stages.values() if stage.source]
+            if sources:
+                teacher = spec.teacher.identity() if spec.teacher else ""
+                domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+                kinds.setdefault(json.dumps([sources, teacher, domains, spec.seed], sort_keys=True), spec)
+        threads = self._threads(len(kinds))
+        shared = self.options.runs / SOURCES
+        return [
+            PrepareSources(spec=spec, teacher_folder=self._teacher_of(spec), shared=shared, threads=threads)
+            for spec in kinds.values()
+        ]
+
+    def computings(self, folder: Path, cells: Cells, finished: Sequence[Path] = ()) -> dict[str, Computing]:
+        """How cells compute, by what their recipe leaves open (`compute.key`): as this run began, else as its finished
+        cells were computed, else as a short trial finds fastest."""
+        result: dict[str, Computing] = {}
+        open_alike: dict[str, Cells] = {}
+        for cell in cells:
+            open_alike.setdefault(compute.key(cell.spec.compute), []).append(cell)
+        for key, alike in open_alike.items():
+            choice = alike[0].spec.compute
+            if choice.settled:
+                result[key] = plainest(choice)
+                continue
+            found = compute.kept(folder, choice) or compute.of_records([f for f in finished if _chose(f, key)])
+            result[key] = found or self._trial(folder, choice, alike)
+        return result
+
+    def _trial(self, folder: Path, choice: ComputeChoice, cells: Cells) -> Computing:
+        """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
+        cohorts = balanced(cohorts_of(cells), self.pool.jobs)
+        busy = min(self.pool.jobs, len(cohorts))
+        steps = {cell.id: planned_timeline(cell.spec).total for cell in cells}
+        taught = [[steps[cell.id] for cell in cohort if cell.spec.teacher is not None] for cohort in cohorts]
+        largest = max(cohorts, key=lambda cohort: sum(steps[cell.id] for cell in cohort))
+        task = Trial(
+            specs=list({kind(cell.spec): cell.spec for cell in largest}.values()),
+            student_steps=sum(steps.values()) / busy,
+            teacher_steps=sum(max(steps, default=0) for steps in taught) / busy,
+            threads=self._threads(busy),
+            teacher_folder=self._teacher_of(*(cell.spec for cell in largest)),
+            shared=self.options.runs / SOURCES,
+        )
+        (chosen,) = [event.chosen for event in self.events([task]) if isinstance(event, TrialDone)]
+        compute.keep(folder, chosen)
+        self.listener.doing(f"cells in {chosen.computing.name} ({chosen.why})")
+        return chosen.computing
+
+    def train(self, plan: Plan, folder: Path, cells: Cells, finished: Sequence[Path] = ()) -> None:
+        """Train cells that were checked, whose teachers are there.
+
+        Args:
+            folder: of the run. finished: folders of its cells that need no training.
+        """
+        self.prepare(cells)
+        computings = self.computings(folder, cells, finished)
+        states = {cell.id: cell for cell in cells}
+        programs = self._programs(cells)
+        tasks = []
+        for cohort in ([cell for cohort in program for cell in cohort] for program in programs):
+            kept = begun(cohort[0].folder)
+            threads = kept.threads or self._threads(len(programs))
+            for cell in cohort:
+                begin(cell.folder, Begun(threads=threads, logits=kept.logits))
+            tasks.append(
+                TrainCohort(
+                    cells=[CellTask(id=c.id, folder=c.folder, spec=c.spec, names=names(plan, c.cell)) for c in cohort],
+                    computing=computings[compute.key(cohort[0].spec.compute)],
+                    logits=kept.logits,
+                    teacher_folder=self._teacher_of(*(cell.spec for cell in cohort)),
+                    shared=self.options.runs / SOURCES,
+                    threads=threads,
+                )
+            )
+        for event in self.events(tasks):
+            self._follow(event, states)
+
+    def _programs(self, cells: Cells) -> list[list[Cells]]:
+        """Cells as cohorts, and these as programs: what a worker trains at once."""
+        jobs, limit, on_gpu = self.pool.jobs, self.pool.memory, self.pool.devices != ["cpu"]
+        cohorts = fitting(balanced(cohorts_of(cells), jobs), self.memory, limit, at_once=on_gpu)
+        together = self.options.seeds_together
+        if together if together is not None else on_gpu:
+            return joined(cohorts, jobs, self.memory, limit, at_once=on_gpu)
+        return [[cohort] for cohort in cohorts]
+
+    def _follow(self, event: Event, states: dict[int, CellState]) -> None:
+        """Let an event of a cohort change the states of its cells."""
+        if isinstance(event, Failed):
+            for cell in event.cells:
+                self._fail(states[cell], str(event.error))
+        elif isinstance(event, CellFailed):
+            self._fail(states[event.cell], event.message)
+        elif isinstance(event, Doing | Progress | CellFinished) and event.cell is not None:
+            state = states[event.cell]
+            if isinstance(event, Doing):
+                state.state, state.doing = "running", event.text
+            elif isinstance(event, CellFinished):
+                state.state, state.step, state.accuracy = "finished", state.total, event.accuracy
+                state.seconds = event.seconds
+            elif state.state != "finished":
+                state.state, state.step, state.total = "running", event.step, event.total
+                state.stage, state.accuracy, state.doing = event.stage, event.accuracy, ""
+            self.listener.update(state)
+
+    def _fail(self, state: CellState, message: str) -> None:
+        if state.state not in ("finished", "failed"):
+            state.state, state.message = "failed", message
+            self.listener.update(state)
+
+    def _threads(self, tasks: int) -> int:
+        """Threads of each of so many tasks."""
+        busy = max(min(self.pool.jobs, tasks), 1)
+        return self.options.threads or max(1, min(self.pool.threads, self.pool.cores // busy))
+
+    def _teacher_of(self, *specs: CellSpec) -> Path | None:
+        """The folder of the teacher of these cells."""
+        teacher = next((spec.teacher for spec in specs if spec.teacher is not None), None)
+        return teacher_folder(teacher, self.options.runs) if teacher else None
+
+
+def locked_run(folder: Path, wait: float = 0.5) -> AbstractContextManager[None]:
+    """A lock: only one run works in an output folder; another waits that many seconds for it (-1: for ever)."""
+    hint = "wait for it, stop it, or give another folder: --runs DIR"
+    return locked(folder / ".run.lock", wait, UserError(f"another run works in {folder}", hint=hint))
+
+
+def _chose(folder: Path, key: str) -> bool:
+    """Whether a finished cell left the same things open."""
+    try:
+        return compute.key(CellSpec.model_validate(read_record(folder).spec).compute) == key
+    except ValidationError:
+        return False
