@@ -159,6 +159,7 @@ class LossCard(CodeCard):
 class SourceCard(TargetCard):
     """A batch source: what makes a stage's input sets beside, or in place of, those of the data set."""
 
+    settings: Target | None = Field(None, description="a dataclass whose fields are further options of the target")
     reads: list[Name] = Field([], description="input sets that it is given, with both networks' logits on them")
     gives: list[Name] = Field(description="input sets that it makes")
     teacher: bool = Field(True, description="whether it needs a teacher")
@@ -168,6 +169,12 @@ class OperationCard(TargetCard):
     """What a stage may do to its student before its first step."""
 
     teacher: bool = Field(True, description="whether it needs a teacher")
+
+
+class AnalysisCard(TargetCard):
+    """What may be asked of finished cells (`kdbench analyse`)."""
+
+    title: str
 
 
 class DatasetCard(TargetCard):
@@ -435,6 +442,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "losses": LossCard,
     "sources": SourceCard,
     "operations": OperationCard,
+    "analyses": AnalysisCard,
     "connectors": TargetCard,
     "methods": MethodCard,
     "schedules": TargetCard,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kdbench.cards import KINDS, SourceCard
+from kdbench.cards import KINDS, AnalysisCard, SourceCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
@@ -138,10 +138,11 @@ class Registry:
         """A card of a kind as its typed form. UserError with the nearest names when there is none."""
         tree = self.tree(kind, name, where)
         card = validated(KINDS[kind], tree, f"{singular(kind)} card '{name}'")
-        for field, targets in (("target", [getattr(card, "target", None)]), ("metrics", getattr(card, "metrics", {}))):
-            for target in targets.values() if isinstance(targets, dict) else targets:
-                if target is not None:
-                    _check_target(target, tree.origin((field,)))
+        targets = [(field, getattr(card, field, None)) for field in ("target", "settings")]
+        targets += [("metrics", target) for target in getattr(card, "metrics", {}).values()]
+        for field, target in targets:
+            if target is not None:
+                _check_target(target, tree.origin((field,)))
         return card
 
     def fields(self, kind: str, name: str) -> dict[str, Any]:
@@ -198,9 +199,10 @@ class Registry:
         taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "roots", "download", "cache"}
         taken.add("known_classes")
         taken |= set(getattr(card, "inputs", ()))
-        # A source is built with its context first, whatever its author calls that.
-        inputs = 1 if isinstance(card, SourceCard) else len(getattr(card, "inputs", ()))
-        known = list(parameters(target).values())
+        # A source is built with its context first, whatever its author calls that, and so is an analysis.
+        inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(getattr(card, "inputs", ()))
+        settings = card.settings if isinstance(card, SourceCard) else None
+        known = [*parameters(target).values(), *(parameters(settings).values() if settings else ())]
         return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
 
 
@@ -214,6 +216,7 @@ def _check_target(target: str, where: str) -> None:
 
 def singular(kind: str) -> str:
     special = {
+        "analyses": "analysis",
         "losses": "loss",
         "hooks": "hooks",
         "datasets": "data set",

@@ -63,7 +63,7 @@ def parameters(target: str) -> dict[str, Parameter]:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and item.name == "__init__":
                     return _from_arguments(item.args, skip=1)
-            return {}
+            return _from_fields(node)
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
 
@@ -159,6 +159,18 @@ def _from_arguments(arguments: ast.arguments, skip: int) -> dict[str, Parameter]
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         result[argument.arg] = _parameter(argument, default, positional=False)
     return result
+
+
+def _from_fields(node: ast.ClassDef) -> dict[str, Parameter]:
+    """The fields of a dataclass; of another class nothing."""
+    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        return {}
+    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+    found = [
+        _parameter(ast.arg(ast.unparse(field.target), field.annotation), field.value, positional=False)
+        for field in fields
+    ]
+    return {parameter.name: parameter for parameter in found}
 
 
 def _parameter(argument: ast.arg, default: ast.expr | None, positional: bool) -> Parameter:

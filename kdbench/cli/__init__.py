@@ -8,11 +8,10 @@ import sys
 import typer
 
 from kdbench.cli import (
+    analyse,
     bench,
-    boundary,
     check,
     cp,
-    judge,
     logits,
     ls,
     plot,
@@ -35,9 +34,12 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, table, plot, boundary, judge, publish, verify, reproduce, ls, show, cp, schema, bench):
+for module in (run, check, table, plot, analyse, publish, verify, reproduce, ls, show, cp, schema, bench):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
+for name in ("boundary", "judge"):
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(name, hidden=True, context_settings=anything)(analyse.moved)
 
 
 app.add_typer(logits.app, name="logits")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from kdbench.errors import CellError, UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.methods.bss.analysis import (
     boundary_similarity,
+    crossing,
     ends_of_attacks,
     makes_boundary_samples,
     pairs_of,
     varied,
-    way_to_look_at,
 )
 from kdbench.methods.bss.attack import StepRule, again, base_samples, boundary_attack, target_classes
 from kdbench.methods.bss.picture import boundary_picture
@@ -687,14 +686,14 @@ def test_boundary_similarity_of_linear_networks() -> None:
     right = classifier("student")(x).argmax(dim=1) == labels
     ratio = torch.minimum(*lengths.values()) / torch.maximum(*lengths.values())
     cosine = F.cosine_similarity(weights["student"], weights["teacher"], dim=0).item()
-    assert 0 < found.images == found.pairs == int(right.sum()) < 50
-    assert found.student_arrived == found.teacher_arrived == 1
-    assert found.magnitude == pytest.approx(ratio[right].mean().item(), abs=0.02)
+    assert 0 < found["images"] == found["pairs"] == int(right.sum()) < 50
+    assert found["student_arrived"] == found["teacher_arrived"] == 1
+    assert found["magnitude"] == pytest.approx(ratio[right].mean().item(), abs=0.02)
     # Both move to the other side: the same way along one's own weights.
-    assert found.angle == pytest.approx(cosine, abs=0.01)
-    assert found.teacher_length == pytest.approx(lengths["teacher"][right].mean().item(), rel=0.02)
+    assert found["angle"] == pytest.approx(cosine, abs=0.01)
+    assert found["teacher_length"] == pytest.approx(lengths["teacher"][right].mean().item(), rel=0.02)
     same = boundary_similarity(classifier("teacher"), classifier("teacher"), x, labels)
-    assert (same.images, same.magnitude, same.angle) == (50, pytest.approx(1), pytest.approx(1))
+    assert (same["images"], same["magnitude"], same["angle"]) == (50, pytest.approx(1), pytest.approx(1))
 
 
 def test_pairs_are_the_likeliest_other_classes() -> None:
@@ -716,18 +715,18 @@ def test_ends_of_attacks_on_a_linear_network() -> None:
     # A third is labelled otherwise, and is not attacked.
     labels = torch.where(torch.arange(300) % 3 == 0, 1 - classes, classes)
     newton, released = ends_of_attacks(network, x, labels, iterations=1, epsilon=1e-3)
-    assert (newton.step, newton.rate, released.step, released.rate) == ("newton", 1.0, "released", 0.3)
-    assert newton.images == newton.pairs == released.images == 200
+    assert (newton["step"], newton["rate"], released["step"], released["rate"]) == ("newton", 1.0, "released", 0.3)
+    assert newton["images"] == newton["pairs"] == released["images"] == 200
     gap = (x @ w).abs()[labels == classes]
-    assert newton.margin_before == released.margin_before == pytest.approx(gap.quantile(0.5).item(), rel=1e-5)
-    assert newton.crossed == newton.arrived == 1 and newton.margin == pytest.approx(1e-3, rel=1e-2)
-    assert newton.length == pytest.approx(((gap + 1e-3) / w.norm()).mean().item(), rel=1e-4)
+    assert newton["margin_before"] == released["margin_before"] == pytest.approx(gap.quantile(0.5).item(), rel=1e-5)
+    assert newton["crossed"] == newton["arrived"] == 1 and newton["margin"] == pytest.approx(1e-3, rel=1e-2)
+    assert newton["length"] == pytest.approx(((gap + 1e-3) / w.norm()).mean().item(), rel=1e-4)
     left = gap - 0.3 * w.norm() * (gap + 1e-3)
-    assert released.crossed == released.arrived == (left < 0).float().mean().item()
-    assert released.margin == pytest.approx(left.abs().quantile(0.5).item(), rel=1e-4)
-    assert released.length == pytest.approx(0.3 * (gap + 1e-3).mean().item(), rel=1e-4)
+    assert released["crossed"] == released["arrived"] == (left < 0).float().mean().item()
+    assert released["margin"] == pytest.approx(left.abs().quantile(0.5).item(), rel=1e-4)
+    assert released["length"] == pytest.approx(0.3 * (gap + 1e-3).mean().item(), rel=1e-4)
     (moved, _) = ends_of_attacks(network, x, labels, iterations=1, clamp=(-0.1, 0.1))
-    assert moved.clamp == (-0.1, 0.1) and moved.crossed < 1
+    assert moved["clamp"] == (-0.1, 0.1) and moved["crossed"] < 1
     with pytest.raises(ValueError, match="none of the images"):
         ends_of_attacks(network, x, 1 - classes)
 
@@ -741,9 +740,9 @@ def test_attacks_go_through_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ends_of_attacks(network, x, network(x).argmax(dim=1))
     monkeypatch.setitem(SLICE, "cpu", 7)
     parts = ends_of_attacks(network, x, network(x).argmax(dim=1))
-    assert [one.pairs for one in parts] == [120, 120]
+    assert [one["pairs"] for one in parts] == [120, 120]
     for one, other in zip(whole, parts, strict=True):
-        numbers_of = [{k: v for k, v in asdict(ends).items() if isinstance(v, float)} for ends in (one, other)]
+        numbers_of = [{k: v for k, v in ends.items() if isinstance(v, float)} for ends in (one, other)]
         assert numbers_of[0] == pytest.approx(numbers_of[1], rel=1e-4)
 
 
@@ -769,7 +768,7 @@ def test_the_picture_shows_every_way_and_the_same_bytes(tmp_path: Path) -> None:
 
     classes = network(x).sort(descending=True).indices[:, :2].tolist()
     networks = {"teacher": network, "student": lambda images: -network(images)}
-    ways = [way_to_look_at(networks, "teacher", x[i], *classes[i], ["a", "b", "c"]) for i in range(2)]
+    ways = [crossing(networks, "teacher", x[i], *classes[i], ["a", "b", "c"]) for i in range(2)]
     base, target = ways[0].scores["teacher"]
     at = int((ways[0].at - 1).abs().argmin())
     assert base[0] > target[0] and base[-1] < target[-1]
@@ -779,7 +778,7 @@ def test_the_picture_shows_every_way_and_the_same_bytes(tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height > 300
     assert boundary_picture(ways[:1], tmp_path / "c.png").read_bytes() != first
-    with pytest.raises(ValueError, match="no way"):
+    with pytest.raises(ValueError, match="no image"):
         boundary_picture([], tmp_path / "d.png")
 
 

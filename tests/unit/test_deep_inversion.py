@@ -30,7 +30,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
 from kdbench.methods.deep_inversion import inversion
-from kdbench.methods.deep_inversion.inversion import Address, Inversion, balanced, synthesize
+from kdbench.methods.deep_inversion.inversion import Draws, Inversion, balanced, synthesize
 from kdbench.methods.deep_inversion.made import MadeImages, grid
 from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
@@ -188,7 +188,7 @@ def test_no_hook_stays_however_it_ends() -> None:
 
 
 def made(model: nn.Module, settings: Inversion, n: int = 9, batch: int = 0, **more: Any) -> Any:
-    return synthesize(model, balanced(n, 3), (1, 8, 8), settings, Address(0, "test", batch), MEAN, STD, **more)
+    return synthesize(model, balanced(n, 3), (1, 8, 8), settings, Draws(0, "test", batch), MEAN, STD, **more)
 
 
 def test_the_statistics_come_closer_and_the_classes_are_hit() -> None:
@@ -437,7 +437,7 @@ def test_batches_carry_the_pools_images_and_labels(tmp_path: Path) -> None:
     prepared(spec, teacher, tmp_path)
     member, _ = member_in(spec, teacher, tmp_path)
     source = member.sources["distillation"]
-    pool, labels = source.images().images, source.images().labels  # type: ignore[attr-defined]
+    pool, labels = source.images  # type: ignore[attr-defined]
     seen: list[int] = []
     for step in range(3):
         batch = made_at(source, moment(member, step))
@@ -481,7 +481,7 @@ def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bi
     whole, batches = member_in(spec, teacher, tmp_path)
     train(whole, batches, teacher, 11)
     source: Any = whole.sources["distillation"]
-    assert [number for number, _, _ in source.added] == [1, 2, 3] and len(source.images()) == 24 + 3 * 12
+    assert [number for number, _, _ in source.added] == [1, 2, 3] and source.memory() == 24 + 3 * 12
     added = {f.name: sha256_of(f) for f in (tmp_path / "cell").glob("**/*.safetensors")}
     assert len(set(added.values())) == 3
     record = source.record()
@@ -653,7 +653,7 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
     own, other = teachers
     settings = Inversion(iterations=100, feature=1.0, decay="cosine", tv=1e-3)
     mean, std = own.network.normalizer.mean, own.network.normalizer.std
-    result = synthesize(own.network.model, balanced(30, 10), (3, 32, 32), settings, Address(0, "x", 0), mean, std)
+    result = synthesize(own.network.model, balanced(30, 10), (3, 32, 32), settings, Draws(0, "x", 0), mean, std)
     assert result is not None
 
     def accuracy(teacher: Teacher) -> float:

@@ -37,7 +37,6 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ATTRIBUTES_OF_A_CLASS = 400, 60, 15
 # Offenders that are known. These lists may only shrink: never add to them.
 UPWARD = {
     ("kdbench.models.hooks", "kdbench.cards"),
-    ("kdbench.engine.provenance", "kdbench.methods.deep_inversion.made"),
     ("kdbench.results.comparison", "kdbench.verify.soundness"),
     ("kdbench.results.notes", "kdbench.verify.soundness"),
 }
@@ -51,7 +50,6 @@ LONG_FILES = {
     "kdbench/cards.py",
     "kdbench/data/cifar.py",
     "kdbench/engine/build.py",
-    "kdbench/methods/bss/analysis.py",
     "kdbench/record.py",
     "kdbench/results/renderers.py",
     "kdbench/results/tables.py",
@@ -59,12 +57,8 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "kdbench.bench.compare.compare",
     "kdbench.cli.bench.command",
-    "kdbench.cli.boundary.command",
     "kdbench.cli.check.command",
     "kdbench.cli.logits.fill",
-    "kdbench.methods.bss.attack.boundary_attack",
-    "kdbench.methods.deep_inversion.inversion.synthesize",
-    "kdbench.methods.deep_inversion.source.SynthesizedImages.__init__",
     "kdbench.recipe.resolving.resolve",
     "kdbench.results.tables.build",
     "kdbench.results.tables.flat",

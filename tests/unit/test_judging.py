@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.errors import UserError
-from kdbench.methods.deep_inversion.judging import Judge, judge, pools_in
+from kdbench.methods.deep_inversion.analysis import Judge, judged, pools_below
 from kdbench.methods.deep_inversion.made import MadeImages
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import DataSpec
@@ -57,22 +57,22 @@ def pools(tmp_path: Path) -> Path:
 
 
 def network(name: str = "reader", classes: range = range(10), **changes: int) -> Judge:
-    return Judge(name, digits().model_copy(update=changes), frozenset(classes), Path("reader"), lambda device: reader)
+    return Judge(name, digits().model_copy(update=changes), frozenset(classes), reader)
 
 
 def test_every_batch_counts(pools: Path) -> None:
-    found = list(judge(pools_in([pools]), [network()], CPU, print))
-    assert [(one.pool, one.maker, one.judge, one.images) for one in found] == [
+    found = list(judged(pools_below([pools]), [network()], CPU, print))
+    assert [(one["pool"], one["maker"], one["judge"], one["images"]) for one in found] == [
         ("cell/b", "wrn_16_2", "reader", 2),
         ("sources/a", "wrn_16_2", "reader", 8),
     ]
-    assert [one.right for one in found] == [1 / 2, 5 / 8]
-    assert found[0].settings == {"classes": 3, "iterations": 5, "competition": 10.0}
-    assert found[1].settings == {"classes": 3, "iterations": 5}
+    assert [one["right"] for one in found] == [1 / 2, 5 / 8]
+    settings = [dict(list(one.items())[5:]) for one in found]
+    assert settings == [{"classes": 3, "iterations": 5, "competition": 10.0}, {"classes": 3, "iterations": 5}]
 
 
 def test_a_pool_may_be_named_itself(pools: Path) -> None:
-    assert list(pools_in([pools / "sources" / "a", pools / "cell"])) == ["a", "b"]
+    assert list(pools_below([pools / "sources" / "a", pools / "cell"])) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def test_a_pool_may_be_named_itself(pools: Path) -> None:
 def test_images_that_a_network_does_not_know_are_left_out(pools: Path, stranger: Judge, reason: str) -> None:
     told: list[str] = []
     with pytest.raises(UserError, match=f"'stranger' can judge none of these images: .*{reason}"):
-        list(judge(pools_in([pools]), [network(), stranger], CPU, told.append))
+        list(judged(pools_below([pools]), [network(), stranger], CPU, told.append))
     assert not told, "told before anything was judged"
     own = KEY | {"image_shape": [stranger.data.channels, stranger.data.image_size, stranger.data.image_size]}
     other = MadeImages(pools / "other", own | {"classes": [1, 2]})
     other.begin()
     shape = (2, *own["image_shape"])
     other.write(0, torch.zeros(shape), torch.tensor([1, 2]), {})
-    found = list(judge(pools_in([pools]), [stranger], CPU, told.append))
-    assert [(one.pool, one.right) for one in found] == [("other", 1 / 2)]
+    found = list(judged(pools_below([pools]), [stranger], CPU, told.append))
+    assert [(one["pool"], one["right"]) for one in found] == [("other", 1 / 2)]
     assert len([line for line in told if "left out" in line and reason in line]) == 2
 
 
@@ -103,14 +103,14 @@ def test_data_of_another_number_of_classes_are_left_out(pools: Path) -> None:
     many.begin()
     many.write(0, written([0]), torch.tensor([0]), {})
     with pytest.raises(UserError, match="data of 100 classes, where it knows 10"):
-        list(judge(pools_in([pools / "many"]), [network()], CPU, print))
+        list(judged(pools_below([pools / "many"]), [network()], CPU, print))
 
 
 def test_a_folder_without_pools_and_a_damaged_one_are_told(pools: Path) -> None:
-    with pytest.raises(UserError, match="no made images here"):
-        pools_in([pools / "nowhere"])
-    with pytest.raises(UserError, match="no made images here"):
-        pools_in([pools, pools / "sources" / "begun"])
+    with pytest.raises(UserError, match="no synthesized images here"):
+        pools_below([pools / "nowhere"])
+    with pytest.raises(UserError, match="no synthesized images here"):
+        pools_below([pools, pools / "sources" / "begun"])
     (pools / "cell" / "b" / "pool.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        pools_in([pools])
+        pools_below([pools])

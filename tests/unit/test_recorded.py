@@ -14,11 +14,9 @@ import pytest
 import torch
 
 import kdbench
+from kdbench.engine.analysis import Analysis
 from kdbench.engine.options import Options
-from kdbench.engine.provenance import Provenance
 from kdbench.errors import UserError
-from kdbench.methods.bss.analysis import of_cells
-from kdbench.methods.deep_inversion.judging import students_as_judges
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.specs import recorded
@@ -167,13 +165,9 @@ def rerun(folder: Path) -> None:
     choose({folder.name: read_record(folder)}, None, REGISTRY)
 
 
-def boundary(folder: Path) -> None:
-    next(of_cells([read_record(folder)], Options(device="cpu"), 4, None, CPU, print, Provenance(CPU)))
-
-
-def judged(folder: Path) -> None:
-    for judge in students_as_judges(folder, Options(device="cpu")):
-        judge.load(CPU)
+def analysed(folder: Path) -> None:
+    cell = Analysis("mine", [], Options(device="cpu"), folder, print).cells_below(folder)[0]
+    raise AssertionError(f"{cell.name} was built")
 
 
 def hub(folder: Path) -> dict[str, Any]:
@@ -184,7 +178,7 @@ def hub(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", ["import", "hub"])
-@pytest.mark.parametrize("door", [rerun, kdbench.load_student, boundary, judged])
+@pytest.mark.parametrize("door", [rerun, kdbench.load_student, analysed])
 def test_every_door(door: Callable[[Path], object], way: str, evil: str, tmp_path: Path) -> None:
     folder = cell_folder(tmp_path)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))

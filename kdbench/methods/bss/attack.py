@@ -1,8 +1,14 @@
 """Images moved to a network's decision boundary. Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples
 Supporting Decision Boundary, AAAI 2019, arXiv 1805.05532.
 
-Plain functions of tensors, usable in anyone's loop. None reads a value from a GPU: shapes are fixed, masks say which
-rows count.
+With the gap L(x) = f_b(x) - f_k(x) of the logits of base class b and target class k, an image in class b moves by
+
+* "newton": x ← x - η (L + ε) ∇L / ‖∇L‖², η = 1: first-order Newton. On a linear network one step ends at L = -ε;
+* "released": x ← x - η (L + ε) ∇L / ‖∇L‖, η = 0.3, the authors' code: η ‖∇L‖ Newton steps in one, so it goes too far
+  wherever ‖∇L‖ > 1 / η.
+
+ε pushes it slightly across. Plain functions of tensors, usable in anyone's loop. None reads a value from a GPU: shapes
+are fixed, masks say which rows count.
 """
 
 from __future__ import annotations
@@ -50,14 +56,8 @@ def boundary_attack(
 ) -> Attacked:
     """Move images from their base class towards a target class until the network takes them for another class.
 
-    With the gap L(x) = f_b(x) - f_k(x) of two logits, an image that is still in its base class b moves by
-
-    * "newton": x ← x - η (L + ε) ∇L / ‖∇L‖², η = 1: first-order Newton. On a linear network one step ends at L = -ε;
-    * "released": x ← x - η (L + ε) ∇L / ‖∇L‖, η = 0.3, the authors' code: η ‖∇L‖ Newton steps in one, so it goes too
-      far wherever ‖∇L‖ > 1 / η.
-
-    An image stays where it left its base class, in the target class or in a third one, and where there is no way: where
-    ‖∇L‖ < 1e-12, or where a step would not end at a finite place. ε pushes it slightly across.
+    An image stays where it left its base class, in the target class or in a third one, and where no step is possible:
+    where ‖∇L‖ < 1e-12, or where a step would not end at a finite place.
 
     Args:
         network: images [N, ...] -> logits [N, K]; differentiable, in eval mode (no image's logits depend on another's).
@@ -73,9 +73,47 @@ def boundary_attack(
         images, logits, crossed and arrived, without gradients.
 
     Raises:
-        ValueError: classes that are not one for each image, an unknown rule, a rate that is not positive, or no
-            iteration.
+        ValueError: not one class for each image, an unknown step, a rate that is not positive, or no iteration.
     """
+    eta = _checked(images, base, target, step, rate, iterations, epsilon)
+    x, logits = images.detach(), None
+    # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
+    rows = torch.arange(len(images), device=images.device)
+    for left in reversed(range(iterations + 1)):
+        some = x[rows].requires_grad_(left > 0)
+        with torch.set_grad_enabled(left > 0):
+            here = network(some)
+            gap = (here.gather(1, base[rows, None]) - here.gather(1, target[rows, None])).squeeze(1)
+            total = gap.sum()
+        logits = here.detach().clone() if logits is None else logits.index_copy(0, rows, here.detach())
+        if not left:
+            break
+        (gradient,) = torch.autograd.grad(total, some)
+        moved, steep = _stepped(some.detach(), gradient, eta * (gap.detach() + epsilon), newton=step == "newton")
+        moved = moved if clamp is None else moved.clamp(*clamp)
+        moves = (here.detach().argmax(dim=1) == base[rows]) & steep & _finite(moved)
+        x = x.index_copy(0, rows, torch.where(moves.view(-1, *(1,) * (x.ndim - 1)), moved, some.detach()))
+        rows = _where(rows, moves)
+        if not len(rows):
+            break
+    assert logits is not None
+    winner, sound = logits.argmax(dim=1), _finite(x) & _finite(logits)
+    return Attacked(x, logits, sound & (winner != base), sound & (winner == target))
+
+
+def _stepped(x: Tensor, gradient: Tensor, gap: Tensor, newton: bool) -> tuple[Tensor, Tensor]:
+    """Images after a step of `gap` logits, and which of them have a slope to go down: [N, ...], bool [N]."""
+    length = gradient.flatten(1).norm(dim=1)
+    divisor = length.clamp_min(max(FLAT, torch.finfo(gradient.dtype).tiny ** 0.5))
+    size = gap / (divisor.square() if newton else divisor)
+    # No comparison holds for a length that is not a number.
+    return x - size.view(-1, *(1,) * (x.ndim - 1)) * gradient, length >= divisor
+
+
+def _checked(
+    images: Tensor, base: Tensor, target: Tensor, step: str, rate: float | None, iterations: int, epsilon: float
+) -> float:
+    """The attack's η, once its arguments are checked."""
     if base.shape != images.shape[:1] or target.shape != images.shape[:1]:
         raise ValueError(
             f"boundary_attack needs one base and one target class for each of {len(images)} images: "
@@ -83,41 +121,12 @@ def boundary_attack(
         )
     if step not in RATES:
         raise ValueError(f"step must be 'newton' or 'released', not {step!r}")
-    eta = RATES[step] if rate is None else rate
+    eta = RATES[step] if rate is None else rate  # type: ignore[index]
     if not eta > 0 or iterations < 1 or not epsilon >= 0:
         raise ValueError(
             f"rate must be positive, iterations at least 1, epsilon at least 0: {eta}, {iterations}, {epsilon}"
         )
-    x, logits = images.detach(), None
-    column = (-1, *(1,) * (images.ndim - 1))
-    # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
-    rows = torch.arange(len(images), device=images.device)
-    for done in range(iterations + 1):
-        last = done == iterations
-        part = x[rows].requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            here = network(part)
-            gap = (here.gather(1, base[rows, None]) - here.gather(1, target[rows, None])).squeeze(1)
-            total = gap.sum()
-        logits = here.detach().clone() if logits is None else logits.index_copy(0, rows, here.detach())
-        if last:
-            break
-        (gradient,) = torch.autograd.grad(total, part)
-        length = gradient.flatten(1).norm(dim=1)
-        divisor = length.clamp_min(max(FLAT, torch.finfo(gradient.dtype).tiny ** 0.5))
-        size = eta * (gap.detach() + epsilon) / (divisor.square() if step == "newton" else divisor)
-        moved = part.detach() - size.view(column) * gradient
-        if clamp is not None:
-            moved = moved.clamp(*clamp)
-        # No comparison holds for a length that is not a number.
-        moves = (here.detach().argmax(dim=1) == base[rows]) & (length >= divisor) & _finite(moved)
-        x = x.index_copy(0, rows, torch.where(moves.view(column), moved, part.detach()))
-        rows = _where(rows, moves)
-        if not len(rows):
-            break
-    assert logits is not None
-    winner, sound = logits.argmax(dim=1), _finite(x) & _finite(logits)
-    return Attacked(x, logits, sound & (winner != base), sound & (winner == target))
+    return eta
 
 
 def _finite(values: Tensor) -> Tensor:

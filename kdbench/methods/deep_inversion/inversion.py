@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,12 @@ class Inversion:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it lies above 0")
+        if len(self.betas) != 2:
+            raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.9, 0.999]")
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return asdict(self) | {"betas": list(self.betas)}
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
@@ -76,8 +83,8 @@ class Inversion:
 
 
 @dataclass(frozen=True)
-class Address:
-    """Where a batch's draws come from: (seed, stream, batch)."""
+class Draws:
+    """The random numbers of a batch, addressed by (seed, stream, batch)."""
 
     seed: int
     stream: str
@@ -115,7 +122,7 @@ def synthesize(
     labels: Tensor,
     image_shape: tuple[int, int, int],
     settings: Inversion,
-    draws: Address,
+    draws: Draws,
     mean: Tensor,
     std: Tensor,
     student: Callable[[Tensor], Tensor] | None = None,
@@ -140,38 +147,25 @@ def synthesize(
         the batch, or None when stopped.
 
     Raises:
-        ValueError: a teacher in train mode or without batch norms (where `feature` is not 0), or no student for the
-            competition.
+        ValueError: a teacher in train mode, or without batch norms, or no student for the competition.
     """
     if any(module.training for module in teacher.modules()):
         raise ValueError("the network must be in eval mode: its running statistics are what images are fitted to")
-    if settings.competition and student is None:
-        raise ValueError("the competition needs a student")
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     x = draws.noise((len(labels), *image_shape)).to(labels.device).requires_grad_()
-    best, lowest = x.detach().clone(), torch.full((), math.inf, device=labels.device)
-    kept: dict[str, Tensor] = {}
     # Beside the default, Adam's `foreach` and `fused` forms round differently.
     optimizer = torch.optim.Adam([x], lr=settings.lr, betas=settings.betas, foreach=False)
-    terms_of = _Terms(teacher, labels, settings, mean, std, student)
-    with terms_of:
-        moves = draws.moves(settings.iterations, settings.jitter)
-        for iteration, (down, across, mirrored) in enumerate(moves):
+    kept: dict[str, Tensor] = {}
+    with BatchNormInputs(teacher) if settings.feature else nullcontext() as norms:
+        terms_of = _Terms(teacher, labels, settings, norms, student, mean, std)
+        for iteration, (down, across, mirrored) in enumerate(draws.moves(settings.iterations, settings.jitter)):
             if stopping():
                 return None
             moved = torch.roll(x, (down, across), dims=(2, 3))
-            if settings.flip and mirrored:
-                moved = moved.flip(3)
-            terms = terms_of(moved)
+            terms = terms_of(moved.flip(3) if settings.flip and mirrored else moved)
             watch(iteration, terms)
             if settings.keep == "best":
-                better = terms["loss"].detach() < lowest
-                lowest = torch.where(better, terms["loss"].detach(), lowest)
-                best = torch.where(better, x.detach(), best)
-                kept = {
-                    name: torch.where(better, value.detach(), kept.get(name, value.detach()))
-                    for name, value in terms.items()
-                }
+                kept = _better(kept, {"images": x, **terms})
             # Of the images alone: a student's own gradients are its training's.
             (x.grad,) = torch.autograd.grad(terms["loss"], [x])
             optimizer.param_groups[0]["lr"] = settings.rate(iteration)
@@ -179,53 +173,50 @@ def synthesize(
             if settings.clip:
                 with torch.no_grad():
                     x.copy_(torch.minimum(torch.maximum(x, -mean / std), (1 - mean) / std))
-        if not kept:
-            with torch.no_grad():
-                best, kept = x.detach(), terms_of(x)
-    return Synthesized(best * std + mean, labels, {name: value.item() for name, value in kept.items()})
+        with torch.no_grad():
+            kept = kept or {"images": x.detach(), **terms_of(x)}
+    images = kept.pop("images")
+    return Synthesized(images * std + mean, labels, {name: value.item() for name, value in kept.items()})
 
 
+def _better(kept: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of two iterates the one with the lower loss, the earlier of equals, without waiting for the device."""
+    now = {name: value.detach().clone() for name, value in now.items()}
+    if not kept:
+        return now
+    better = (now["loss"] < kept["loss"]) | kept["loss"].isnan()
+    return {name: torch.where(better, value, kept[name]) for name, value in now.items()}
+
+
+@dataclass(frozen=True)
 class _Terms:
     """The terms of normalized images, unweighted, and "loss", their weighted sum. Terms of weight 0 are left out."""
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        labels: Tensor,
-        settings: Inversion,
-        mean: Tensor,
-        std: Tensor,
-        student: Callable[[Tensor], Tensor] | None,
-    ) -> None:
-        self.teacher, self.labels, self.settings, self.student = teacher, labels, settings, student
-        self.mean, self.std = mean, std
-        self.norms = BatchNormInputs(teacher) if settings.feature else None
-
-    def __enter__(self) -> None:
-        if self.norms is not None:
-            self.norms.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self.norms is not None:
-            self.norms.__exit__(None, None, None)
+    teacher: nn.Module
+    labels: Tensor
+    settings: Inversion
+    norms: BatchNormInputs | None
+    student: Callable[[Tensor], Tensor] | None
+    mean: Tensor
+    std: Tensor
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         chosen = self.settings
         logits = self.teacher(x)
-        terms = {"cross_entropy": F.cross_entropy(logits, self.labels)}
-        loss = terms["cross_entropy"]
+        loss = F.cross_entropy(logits, self.labels)
+        terms = {}
         if self.norms is not None:
             terms["feature"] = self.norms.distance(chosen.first_layer)
-            loss = loss + chosen.feature * terms["feature"]
         if chosen.tv:
             terms["tv"] = total_variation(x, chosen.per_image)
-            loss = loss + chosen.tv * terms["tv"]
         if chosen.l2:
             terms["l2"] = l2_norm(x, chosen.per_image)
-            loss = loss + chosen.l2 * terms["l2"]
         if chosen.competition:
-            assert self.student is not None
+            if self.student is None:
+                raise ValueError("the competition needs a student")
             of_student = self.student(x * self.std + self.mean)
             terms["competition"] = competition(of_student, logits, chosen.temperature, chosen.form)
-            loss = loss + chosen.competition * terms["competition"]
-        return {**terms, "loss": loss}
+        total = loss
+        for name, value in terms.items():
+            total = total + getattr(chosen, name) * value
+        return {"cross_entropy": loss, **terms, "loss": total}

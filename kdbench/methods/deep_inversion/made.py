@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,10 @@ class MadeImages:
         """What a batch's JSON file says. UserError where it is absent or damaged."""
         return read_as(About, self.file(batch).with_suffix(".json"), _AGAIN)
 
+    def digest(self, batches: Iterable[int]) -> str:
+        """sha256 of batches: that of their own in hex, one a line, in their order."""
+        return hashlib.sha256("".join(f"{self.about(batch).sha256}\n" for batch in batches).encode()).hexdigest()
+
     def read(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor]:
         """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch.
 
@@ -177,12 +181,9 @@ def halves(images: Tensor) -> Tensor:
 
 def grid(images: Tensor, zoom: int = 2) -> Image.Image:
     """Images [N, C, H, W] of one or three channels on the scale of [0, 1], cut off outside, eight in a row."""
-    n, c, h, w = images.shape
-    rows = -(-n // SIDE)
-    sheet = torch.ones(3 if c == 3 else 1, rows * (h + 1) + 1, SIDE * (w + 1) + 1)
-    for i, image in enumerate(images.float().clamp(0, 1)):
-        y, x = (i // SIDE) * (h + 1) + 1, (i % SIDE) * (w + 1) + 1
-        sheet[:, y : y + h, x : x + w] = image if c == 3 else image[:1]
-    pixels = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
-    picture = Image.fromarray(pixels)
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    sheet = make_grid(images.float().clamp(0, 1), nrow=SIDE, padding=1, pad_value=1.0)
+    picture = to_pil_image((sheet[: images.shape[1]] * 255).round().to(torch.uint8))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

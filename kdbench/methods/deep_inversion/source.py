@@ -11,8 +11,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -23,7 +23,7 @@ from kdbench.data.streams import generator, permutation
 from kdbench.engine.batches import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.methods.deep_inversion.inversion import Address, Inversion, Synthesized, balanced, synthesize
+from kdbench.methods.deep_inversion.inversion import Draws, Inversion, Synthesized, balanced, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
 from kdbench.version import __version__
 
@@ -61,86 +61,47 @@ class SynthesizedImages(Source):
         pool_seed: int | None = None,
         augment: bool = True,
         every: int = 0,
-        iterations: int = 2000,
-        lr: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        decay: Literal["none", "cosine"] = "none",
-        warmup: int = 0,
-        tv: float = 2.5e-5,
-        l2: float = 0.0,
-        feature: float = 100.0,
-        competition: float = 0.0,
-        first_layer: float = 1.0,
-        jitter: int = 2,
-        flip: bool = False,
-        per_image: bool = False,
-        clip: bool = False,
-        form: Literal["paper", "code"] = "paper",
-        temperature: float = 3.0,
-        keep: Literal["last", "best"] = "last",
+        **settings: Any,
     ) -> None:
-        if context.teacher is None:
+        spec = context.spec
+        if context.teacher is None or spec.teacher is None:
             raise UserError("images are synthesized from a teacher, and this cell has none")
         if batches < 1 or images < 1 or every < 0:
             raise UserError(
                 f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made",
                 hint="'batches' and 'images' are at least 1, 'every' at least 0",
             )
-        if len(betas) != 2:
-            raise UserError(f"Adam has two betas, not {len(betas)}", hint="write betas: [0.9, 0.999]")
         try:
-            chosen = Inversion(
-                iterations=iterations,
-                lr=lr,
-                betas=(betas[0], betas[1]),
-                decay=decay,
-                warmup=warmup,
-                tv=tv,
-                l2=l2,
-                feature=feature,
-                competition=competition,
-                first_layer=first_layer,
-                jitter=jitter,
-                flip=flip,
-                per_image=per_image,
-                clip=clip,
-                form=form,
-                temperature=temperature,
-                keep=keep,
-            )
+            self.settings = Inversion(**settings)
         except ValueError as error:
             raise UserError(f"stage '{context.stage}', source: {error}") from None
-        self.context, self.teacher, self.settings = context, context.teacher, chosen
+        self.context, self.teacher, self.as_set = context, context.teacher, as_set
         self.batches, self.size, self.every = batches, images, every
-        self.seed = context.spec.seed
-        self.pool_seed = self.seed if pool_seed is None else pool_seed
-        spec = context.spec
-        assert spec.teacher is not None
+        self.seed, self.batch_size = spec.seed, spec.protocol.batch_size
+        self.pool_seed = spec.seed if pool_seed is None else pool_seed
         known = spec.teacher.knows(spec.data)
-        self.as_set = as_set
         self.classes = spec.teacher.known_classes or list(range(known.classes))
         self.image_shape = (known.channels, known.image_size, known.image_size)
         # A pool is made before there is a student: two sources that differ in what they add share it.
-        self.pool_settings = Inversion(**(asdict(chosen) | {"competition": 0.0, "form": "paper", "temperature": 3.0}))
+        self.pool_settings = replace(self.settings, competition=0.0, form="paper", temperature=3.0)
         crop = spec.protocol.augmentation
         # Images have their size: where real ones are cut out of larger pictures, these are only mirrored.
         self.augmentation = Augmentation(crop.padding, crop.mode, crop.flip) if augment else Augmentation()
-        self.batch_size = spec.protocol.batch_size
         notes = {"data": known.name, "data_classes": known.classes}
-        key, shared = self.pool_key(), context.files.shared
-        self.pool = MadeImages.among(shared / FOLDER, key, notes) if shared is not None else None
-        folder = context.files.folder
-        own = folder / FOLDER / context.stage if folder is not None else None
-        added = {"added_to": key, "settings": _plain(chosen)}
+        self.key, files = self._key(), context.files
+        self.pool = MadeImages.among(files.shared / FOLDER, self.key, notes) if files.shared is not None else None
+        added = {"added_to": self.key, "settings": self.settings.plain()}
+        own = files.folder / FOLDER / context.stage if files.folder is not None else None
         self.own = MadeImages(own, added, notes) if own is not None else None
         # Number, sha256 and seconds of each batch that was added.
         self.added: list[tuple[int, str, float]] = []
-        self._images: _Growing | None = None
-        # Growth and number of the pass whose order lies on the device.
+        # Images, float16 [n, C, H, W], and labels, int64 [n], on the device, once they are asked for.
+        self._images: tuple[Tensor, Tensor] | None = None
+        # Growth and number of the pass whose order is on the device.
         self._pass: tuple[int, int] | None = None
         self.epoch = Epoch(context.device)
 
-    def pool_key(self) -> dict[str, Any]:
+    def _key(self) -> dict[str, Any]:
         """What decides about the pool's images, its size and the machine left out."""
         assert self.context.spec.teacher is not None
         return {
@@ -151,7 +112,7 @@ class SynthesizedImages(Source):
             "image_shape": list(self.image_shape),
             "images_per_batch": self.size,
             "seed": self.pool_seed,
-            "settings": _plain(self.pool_settings),
+            "settings": self.pool_settings.plain(),
         }
 
     @classmethod
@@ -170,13 +131,10 @@ class SynthesizedImages(Source):
         pool.begin()
         begun, first = time.monotonic(), pool.done
         for batch in range(first, self.batches):
-            left = ""
-            if batch > first:
-                each = (time.monotonic() - begun) / (batch - first)
-                left = f", {each:.0f} s each, about {(self.batches - batch) * each / 60:.0f} min left"
+            left = _left(time.monotonic() - begun, batch - first, self.batches - batch)
             tell(f"synthesizing images: batch {batch + 1} of {self.batches}{left}")
             start = time.monotonic()
-            made = self._make(self.pool_settings, Address(self.pool_seed, "pool", batch), None, stopping)
+            made = self._make(self.pool_settings, Draws(self.pool_seed, "pool", batch), None, stopping)
             if made is None:
                 return
             pool.write(batch, made.images, made.labels, self._about(made, start))
@@ -186,18 +144,17 @@ class SynthesizedImages(Source):
     def _make(
         self,
         settings: Inversion,
-        draws: Address,
+        draws: Draws,
         student: Callable[[Tensor], Tensor] | None,
         stopping: Callable[[], bool],
     ) -> Synthesized | None:
         turn = balanced(self.size, len(self.classes), draws.batch * self.size)
         labels = torch.tensor(self.classes)[turn].to(self.context.device)
-        normalizer = self.teacher.normalizer
-        model = self.teacher.model
         name = self.teacher.extractor.model_name
+        mean, std = self.teacher.normalizer.mean, self.teacher.normalizer.std
         try:
             made = synthesize(
-                model, labels, self.image_shape, settings, draws, normalizer.mean, normalizer.std, student, stopping
+                self.teacher.model, labels, self.image_shape, settings, draws, mean, std, student, stopping
             )
         except ValueError as error:
             raise UserError(f"images cannot be synthesized from '{name}': {error}") from None
@@ -218,29 +175,37 @@ class SynthesizedImages(Source):
             "threads": torch.get_num_threads(),
         }
 
-    def images(self) -> _Growing:
+    @property
+    def images(self) -> tuple[Tensor, Tensor]:
         """The pool, read when it is first asked for, and what was added."""
         if self._images is None:
-            device = self.context.device
             if self.pool is None:
                 # Only tried out: noise costs a step the same.
-                noise = halves(Address(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape)))
-                self._images = _Growing(noise.to(device), torch.tensor(self.classes, device=device))
+                noise = Draws(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape))
+                self._images = self._on_device(noise, torch.tensor(self.classes))
+            elif self.pool.done < self.batches:
+                raise UserError(
+                    f"{self.pool.done} of {self.batches} batches of synthesized images are there",
+                    where=str(self.pool.folder),
+                    hint="run the recipe again: they are made before its cells train",
+                )
             else:
-                if self.pool.done < self.batches:
-                    raise UserError(
-                        f"{self.pool.done} of {self.batches} batches of synthesized images are there",
-                        where=str(self.pool.folder),
-                        hint="run the recipe again: they are made before its cells train",
-                    )
                 read = [self.pool.read(batch) for batch in range(self.batches)]
-                images, labels = (torch.cat(parts).to(device) for parts in zip(*read, strict=True))
-                self._images = _Growing(images, labels)
+                images, labels = (torch.cat(values) for values in zip(*read, strict=True))
+                self._images = self._on_device(images, labels)
         return self._images
+
+    def _add(self, images: Tensor, labels: Tensor) -> None:
+        both = zip(self.images, self._on_device(images, labels), strict=True)
+        held, known = (torch.cat(values) for values in both)
+        self._images = held, known
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return halves(images).to(self.context.device), labels.to(self.context.device)
 
     def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         growth, _ = self._growth(now)
-        if growth > len(self.added) and not self._add(growth, now, tell, stopping):
+        if growth > len(self.added) and not self._grow(growth, now, tell, stopping):
             return False
         self._seek(now)
         return True
@@ -248,12 +213,12 @@ class SynthesizedImages(Source):
     def stretch(self, now: SourceStep) -> int:
         """Until the pass over the pool ends, or it grows."""
         growth, since = self._growth(now)
-        each = max(len(self.images()) // self.batch_size, 1)
+        each = max(self.memory() // self.batch_size, 1)
         left = each - since % each
         return min(left, self.every - since) if self.every else left
 
-    def memory(self) -> Any:
-        return len(self.images())
+    def memory(self) -> int:
+        return len(self.images[1])
 
     def _growth(self, now: SourceStep) -> tuple[int, int]:
         """How many batches are to be there beside the pool's at a step, and the steps since the last of them."""
@@ -264,7 +229,7 @@ class SynthesizedImages(Source):
         """Have the pass over the pool that a step belongs to on the device, at its batch."""
         growth, since = self._growth(now)
         assert now.ahead or growth == len(self.added), "asked for a step that was not made ready"
-        n = len(self.images())
+        n = self.memory()
         number, position = divmod(since, max(n // self.batch_size, 1))
         if self._pass != (growth, number):
             of_growth = f"/{growth}" if growth else ""
@@ -280,22 +245,19 @@ class SynthesizedImages(Source):
             self._seek(now)
         index, view = self.epoch.batch()
         self.epoch.advance()
-        pixels, labels = self.images().at(index)
-        return {self.as_set: Batch(self.augmentation.view(pixels, view), labels)}
+        images, labels = self.images
+        return {self.as_set: Batch(self.augmentation.view(images[index].float(), view), labels[index])}
 
-    def _add(self, growth: int, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+    def _grow(self, growth: int, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Synthesize a batch on which the present student and the teacher disagree. False when stopped before its end:
         then there is nothing of it."""
-        start = time.monotonic()
-        growths, left = self._growths(now.end - now.begin), ""
-        if self.added:
-            each = sum(seconds for _, _, seconds in self.added) / len(self.added)
-            left = f", {each:.0f} s each, about {(growths - growth + 1) * each / 60:.0f} min for those left"
+        start, growths = time.monotonic(), self._growths(now.end - now.begin)
+        seconds = sum(seconds for _, _, seconds in self.added)
+        left = _left(seconds, len(self.added), growths - growth + 1)
         tell(f"adding synthesized images: batch {growth} of {growths}{left}")
-        student = now.student
-        student.model.eval()
-        draws = Address(self.seed, f"adaptive/{self.context.stage}", growth)
-        made = self._make(self.settings, draws, student.logits, stopping)
+        now.student.model.eval()
+        draws = Draws(self.seed, f"adaptive/{self.context.stage}", growth)
+        made = self._make(self.settings, draws, now.student.logits, stopping)
         if made is None:
             return False
         digest = ""
@@ -305,7 +267,7 @@ class SynthesizedImages(Source):
             # Not of whatever lies there: a killed process may have gone on further than its last checkpoint.
             self.own.picture(range(1, growth + 1), SIDE)
         self.added.append((growth, digest, round(time.monotonic() - start, 3)))
-        self.images().add(halves(made.images), made.labels)
+        self._add(made.images, made.labels)
         return True
 
     def _growths(self, steps: int) -> int:
@@ -316,13 +278,13 @@ class SynthesizedImages(Source):
         growths = self._growths(steps)
         added = growths * self.size
         total = self.batches * self.size + added
-        # Room for what is added is doubled at a time.
+        # While images are added, there are the old and the new ones.
         held = HALF * math.prod(self.image_shape) * (2 * total if growths else total)
         return Cost(
             teacher=added * self.settings.iterations,
             student=added * self.settings.iterations if self.settings.competition else 0,
             prepared=self.batches * self.size * self.settings.iterations,
-            key=json.dumps(self.pool_key(), sort_keys=True),
+            key=json.dumps(self.key, sort_keys=True),
             at_once=self.size if growths and self.settings.iterations else 0,
             held=held,
         )
@@ -340,8 +302,7 @@ class SynthesizedImages(Source):
         for growth, digest, seconds in state["added"]:
             if self.own is None:
                 raise CellError("what this cell added to the synthesized images was not kept: it had no folder")
-            images, labels = self.own.read(growth, digest)
-            self.images().add(images.to(self.context.device), labels.to(self.context.device))
+            self._add(*self.own.read(growth, digest))
             self.added.append((growth, digest, seconds))
 
     def _digests(self) -> list[str]:
@@ -361,32 +322,6 @@ class SynthesizedImages(Source):
         }
 
 
-class _Growing:
-    """Images, float16 [n, C, H, W], and labels, int64 [n], on a device, with room to grow."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels, self.n = images, labels, len(labels)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def add(self, images: Tensor, labels: Tensor) -> None:
-        need = self.n + len(labels)
-        if need > len(self.labels):
-            # Doubled, so that adding many batches copies each image a few times at most.
-            room = max(2 * len(self.labels), need)
-            for name in ("images", "labels"):
-                old: Tensor = getattr(self, name)
-                new = old.new_zeros((room, *old.shape[1:]))
-                new[: self.n] = old[: self.n]
-                setattr(self, name, new)
-        self.images[self.n : need], self.labels[self.n : need] = images, labels
-        self.n = need
-
-    def at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel values in float32, and labels."""
-        return self.images[index].float(), self.labels[index]
-
-
-def _plain(settings: Inversion) -> dict[str, Any]:
-    return asdict(settings) | {"betas": list(settings.betas)}
+def _left(seconds: float, done: int, left: int) -> str:
+    """How long what is left will take, by what is done."""
+    return f", {seconds / done:.0f} s each, about {left * seconds / done / 60:.0f} min left" if done else ""

@@ -1,4 +1,4 @@
-"""`kdbench judge` on the pools of a finished run, as a user types it."""
+"""`kdbench analyse judge` on the pools of a finished run, as a user types it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finished(once: Once, command_line: Kdbench) -> Path:
 
 
 def judged(folder: Path) -> list[dict[str, str]]:
-    with (folder / "judged.csv").open(encoding="utf-8") as file:
+    with (folder / "judge.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -41,33 +41,33 @@ def test_a_student_judges_as_it_was_tested(finished: Path, kdbench: Kdbench, tmp
     real.begin()
     real.write(0, data.test_images.float() / 255, data.test_labels, {})
     plain = next((finished / "tiny").glob("ce-*"))
-    done = kdbench("judge", tmp_path / "real", "--by", plain, "--out", tmp_path, *REGISTRY)
+    done = kdbench("analyse", "judge", tmp_path / "real", f"by={plain}", "--out", tmp_path, *REGISTRY)
     (line,) = judged(tmp_path)
     accuracy = json.loads((plain / "record.json").read_text())["result"]["test"]["last"]
     assert int(line["images"]) == len(data.test_labels)
     assert 100 * float(line["right"]) == pytest.approx(accuracy, abs=0.4)
-    assert "as intended (%)" in done.stdout and "student, seed 0" in done.stdout
-    about = json.loads((tmp_path / "judged.json").read_text(encoding="utf-8"))
+    assert f"right {float(line['right']):.4g}" in done.stdout and "judge student, seed 0" in done.stdout
+    about = json.loads((tmp_path / "judge.json").read_text(encoding="utf-8"))
     weights = hashlib.sha256((plain / "student.safetensors").read_bytes()).hexdigest()
-    assert about["networks"] == [{"name": "student, seed 0", "sha256": weights}]
+    assert about["networks"] == [{"name": f"tiny/{plain.name}", "sha256": weights}]
     batch = hashlib.sha256((tmp_path / "real" / "batch_00000.safetensors").read_bytes()).hexdigest()
     digest = hashlib.sha256(f"{batch}\n".encode()).hexdigest()
     assert about["pools"] == [{"name": "real", "batches": 1, "sha256": digest}]
-    assert about["csv"]["sha256"] == hashlib.sha256((tmp_path / "judged.csv").read_bytes()).hexdigest()
+    assert about["csv"]["sha256"] == hashlib.sha256((tmp_path / "judge.csv").read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(about) and str(finished) not in json.dumps(about)
 
 
 def test_the_maker_sees_its_images_and_noise_differently(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     teacher = next(file.parent for file in (finished / "teachers").rglob("student.safetensors"))
-    kdbench("judge", finished / "sources", "--by", teacher, "--out", tmp_path, *REGISTRY)
+    kdbench("analyse", "judge", finished / "sources", f"by=[{teacher}]", "--out", tmp_path, *REGISTRY)
     right = {line["iterations"]: float(line["right"]) for line in judged(tmp_path)}
     assert right["120"] > 0.5 > right["0"]
 
 
 def test_bad_input_is_told(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
-    done = kdbench("judge", tmp_path, "--by", "wrn_16_2_digits", code=2)
-    assert "no made images here" in done.stderr
-    done = kdbench("judge", finished, "--by", "wrn_16_3_digits", code=2)
+    done = kdbench("analyse", "judge", tmp_path, "by=wrn_16_2_digits", code=2)
+    assert "no synthesized images here" in done.stderr
+    done = kdbench("analyse", "judge", finished, "by=wrn_16_3_digits", code=2)
     assert "unknown teacher" in done.stderr and "wrn_16_2_digits" in done.stderr
-    done = kdbench("judge", finished, "--by", "wrn_16_2_digits", "--runs", tmp_path, code=2)
+    done = kdbench("analyse", "judge", finished, "by=wrn_16_2_digits", "--runs", tmp_path, code=2)
     assert "run its recipe" in done.stderr and "Traceback" not in done.stderr

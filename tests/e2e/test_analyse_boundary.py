@@ -1,4 +1,4 @@
-"""`kdbench boundary` on the cells of a finished run, as a user types it."""
+"""`kdbench analyse boundary` and `attack` on the cells of a finished run, as a user types it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import csv
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from conftest import TINY, Kdbench, Once
 
+from kdbench.engine.analysis import Analysis
 from kdbench.engine.options import Options
-from kdbench.engine.provenance import Provenance
-from kdbench.methods.bss.analysis import of_cells
-from kdbench.record import read_records
+from kdbench.methods.bss import analysis
 
 REGISTRY = TINY[1:]
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +28,8 @@ def finished(once: Once, command_line: Kdbench) -> Path:
 
 
 def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
-    arguments = [finished, "--images", 30, "--targets", 3, "--picture", "--out", tmp_path / "out", *REGISTRY]
-    done = kdbench("boundary", *arguments)
+    arguments = [finished, "images=30", "targets=3", "picture=true", "--out", tmp_path / "out", *REGISTRY]
+    done = kdbench("analyse", "boundary", *arguments)
     with (tmp_path / "out" / "boundary.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [(line["method"], line["seed"]) for line in lines] == [
@@ -41,14 +39,14 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
         assert 0 < int(line["images"]) <= 30 and 0 < int(line["pairs"]) <= 3 * int(line["images"])
         assert 0 < float(line["magnitude"]) < 1 and -1 < float(line["angle"]) < 1
         assert float(line["teacher_arrived"]) > 0.5
-    for word in ("MagSim", "AngSim", "BSS", "±", "boundary_samples.png"):
+    for word in ("magnitude", "angle", "BSS", "±", "in all rows: recipe tiny, n 2", "boundary_samples.png"):
         assert word in done.stdout, word
     assert (tmp_path / "out" / "boundary_samples.png").stat().st_size > 10_000
     files = ("boundary.csv", "boundary.json", "boundary_samples.png")
     first = [(tmp_path / "out" / name).read_bytes() for name in files]
     about = json.loads(first[1])
     assert str(tmp_path) not in first[1].decode() and str(finished) not in first[1].decode()
-    assert about["command"].startswith("kdbench boundary") and "--targets 3" in about["command"]
+    assert about["command"].startswith("kdbench analyse boundary") and "targets=3" in about["command"]
     assert about["csv"]["sha256"] == hashlib.sha256(first[0]).hexdigest()
     records = {file.parent.name: json.loads(file.read_bytes()) for file in finished.glob("*/record.json")}
     networks = {one["name"]: one["sha256"] for one in about["networks"]}
@@ -61,22 +59,30 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
     assert {one["fingerprint"] for one in about["data"]} == {
         record["data"]["fingerprint"] for record in records.values()
     }
-    kdbench("boundary", *arguments)
+    kdbench("analyse", "boundary", *arguments)
     assert [(tmp_path / "out" / name).read_bytes() for name in files] == first
 
 
-def test_the_picture_is_of_a_cell_with_boundary_samples_and_of_several_classes(finished: Path) -> None:
-    records = sorted(read_records([finished]), key=lambda one: (one.cell.order or 0, one.cell.seed))
-    options = Options(runs=finished.parent, registries=(Path(TINY[2]),))
-    looked = of_cells(records, options, 30, 1, CPU, print, Provenance(CPU), pictures=4)
-    looks = {f"{record.cell.label}, seed {record.cell.seed}": looks for record, _, looks in looked if looks}
-    assert list(looks) == ["BSS, seed 0"]
-    (shown,) = looks.values()
-    assert len({look.base for look in shown}) == len(shown) == 4
-    assert all(list(look.scores) == ["teacher", "BSS, seed 0"] for look in shown)
-    plain = [record for record in records if record.cell.method in ("ce", "kd")]
-    looked = of_cells(plain, options, 30, 1, CPU, print, Provenance(CPU), pictures=4)
-    assert [bool(looks) for _, _, looks in looked] == [True, False, False, False], "else the first"
+def test_the_picture_is_of_a_cell_with_boundary_samples_and_of_several_classes(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(analysis, "boundary_picture", lambda crossings, file: drawn.append((crossings, file)))
+    options = Options(runs=finished.parent, registries=(Path(TINY[2]),), device="cpu")
+
+    def drawn_of(*folders: Path) -> Any:
+        given = Analysis("boundary", folders, options, tmp_path, print)
+        assert list(analysis.boundary(given, images=30, targets=1, picture=True))
+        ((crossings, file),) = drawn
+        assert file == tmp_path / "boundary_samples.png" and given.pictures == [file]
+        drawn.clear()
+        return crossings
+
+    shown = drawn_of(finished)
+    assert len({crossing.base for crossing in shown}) == len(shown) == 4
+    assert all(list(crossing.scores) == ["teacher", "BSS, seed 0"] for crossing in shown)
+    plain = drawn_of(*sorted(finished.glob("ce-*")), *finished.glob("kd-*"))
+    assert all(list(crossing.scores) == ["teacher", "student, seed 0"] for crossing in plain), "else the first"
 
 
 def test_the_record_counts_boundary_samples(finished: Path) -> None:
@@ -89,8 +95,8 @@ def test_the_record_counts_boundary_samples(finished: Path) -> None:
 
 def test_where_the_attacks_on_a_teacher_end(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     (teacher,) = {json.loads(file.read_bytes())["teacher"]["name"] for file in finished.glob("kd-*/record.json")}
-    arguments = ["--attack", teacher, "--images", 40, "--targets", 2, "--runs", finished.parent, *REGISTRY]
-    done = kdbench("boundary", *arguments)
+    arguments = [f"teachers={teacher}", "images=40", "targets=2", "--runs", finished.parent, *REGISTRY]
+    done = kdbench("analyse", "attack", *arguments)
     with (tmp_path / "attack.csv").open(encoding="utf-8") as file:
         newton, released = csv.DictReader(file)
     assert (newton["step"], newton["rate"], newton["clamp"]) == ("newton", "1", "-2.5 2.5")
@@ -104,23 +110,23 @@ def test_where_the_attacks_on_a_teacher_end(finished: Path, kdbench: Kdbench, tm
     about = json.loads((tmp_path / "attack.json").read_bytes())
     assert [one["name"] for one in about["networks"]] == [teacher] and len(about["data"]) == 1
     first = (tmp_path / "attack.csv").read_bytes()
-    kdbench("boundary", *arguments)
+    kdbench("analyse", "attack", *arguments)
     assert (tmp_path / "attack.csv").read_bytes() == first
-    assert "nothing to look at" in kdbench("boundary", code=2).stderr
-    assert "--picture" in kdbench("boundary", "--attack", teacher, "--picture", code=2).stderr
-    done = kdbench("boundary", "--attack", "wrn_16_3_digits", code=2)
+    done = kdbench("analyse", "attack", "teachers=[wrn_16_3_digits]", code=2)
     assert "unknown teacher" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_compared_is_told(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     plain = next(finished.glob("ce-seed0*"))
-    done = kdbench("boundary", plain, *REGISTRY, code=2)
+    assert "there is nothing to analyse" in kdbench("analyse", "boundary", code=2).stderr
+    assert "images are too few" in kdbench("analyse", "boundary", finished, "images=0", *REGISTRY, code=2).stderr
+    done = kdbench("analyse", "boundary", plain, *REGISTRY, code=2)
     assert "no cell has a teacher to compare with" in done.stderr and "Traceback" not in done.stderr
     copied = tmp_path / "runs" / "tiny" / "kd"
     copied.mkdir(parents=True)
     (copied / "record.json").write_bytes(next(finished.glob("kd-seed0*/record.json")).read_bytes())
-    done = kdbench("boundary", copied, *REGISTRY, code=2)
+    done = kdbench("analyse", "boundary", copied, *REGISTRY, code=2)
     assert "is not there" in done.stderr and "--runs" in done.stderr
-    done = kdbench("boundary", copied, "--runs", finished.parent, *REGISTRY, code=2)
+    done = kdbench("analyse", "boundary", copied, "--runs", finished.parent, *REGISTRY, code=2)
     assert "no weights of this cell's student" in done.stderr
-    assert "unknown device" in kdbench("boundary", copied, "--device", "abacus", code=2).stderr
+    assert "unknown device" in kdbench("analyse", "boundary", copied, "--device", "abacus", code=2).stderr
