@@ -82,9 +82,7 @@ def command(
 def moved(context: typer.Context) -> None:
     """What `kdbench boundary` and `kdbench judge` say."""
     name = context.info_name
-    raise UserError(
-        f"this command is now: kdbench analyse {name}", hint=f"'kdbench show analyses {name}' has its options"
-    )
+    raise UserError(f"this is now 'kdbench analyse {name}'", hint=f"'kdbench show analyses {name}' lists its options")
 
 
 def _options_and_folders(words: Iterable[str]) -> tuple[dict[str, str], list[Path]]:

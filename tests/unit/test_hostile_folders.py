@@ -87,8 +87,8 @@ COMMANDS: dict[str, list[str]] = {
     "table": ["table", "runs/quickstart", "--out", "tables"],
     "publish": ["publish", "runs/quickstart"],
     "plot": ["plot", "runs/quickstart", "--out", "tables"],
-    "boundary": ["boundary", "runs/quickstart", "--no-download", "--device", "cpu"],
-    "judge": ["judge", "runs/sources", "--by", "runs/quickstart", "--no-download", "--device", "cpu"],
+    "boundary": ["analyse", "boundary", "runs/quickstart", "--no-download", "--device", "cpu"],
+    "judge": ["analyse", "judge", "runs/sources", "by=runs/quickstart", "--no-download", "--device", "cpu"],
 }
 # All that read records.
 READERS = ("table", "publish", "plot", "boundary", "judge", "load_student")
