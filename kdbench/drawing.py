@@ -1,9 +1,13 @@
-"""The look of every plot, and how one is saved: for tables and for single methods alike."""
+"""The look of every plot, and how one is saved as PNG or put into a page as SVG: for tables and for single methods
+alike."""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,7 @@ import numpy as np
 from kdbench.files import atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C2D04", "#3B0F70")
@@ -44,13 +49,62 @@ def style() -> Iterator[None]:
                 "lines.markersize": 5,
                 "axes.formatter.useoffset": False,
                 "text.parse_math": False,
+                "font.sans-serif": ["DejaVu Sans"],
+                "svg.fonttype": "none",
             }
         )
         yield
 
 
+def panels(count: int, across: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes, at most `across` in a row, each of `size` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(across, count)
+    down = -(-count // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(down, across, squeeze=False, sharey="row" if sharey else False).flat)
+    for axis in axes[count:]:
+        figure.delaxes(axis)
+    return figure, axes[:count]
+
+
 def save(figure: Figure, file: str | Path) -> Path:
     """Lay the figure out and write the PNG atomically, without a date or a version in it."""
+    _lay_out(figure)
+    file = Path(file)
+    with atomic(file) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return file
+
+
+def svg(figure: Figure, title: str, name: str) -> str:
+    """The figure as an SVG element for a page: words as text, no date, no size of its own.
+
+    Args:
+        title: what it shows, read out to who cannot see it.
+        name: different for each figure of a page, so that no id in it comes twice.
+    """
+    import matplotlib
+
+    _lay_out(figure)
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    found = re.search(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>(.*</svg>)", stream.getvalue(), re.DOTALL)
+    assert found is not None
+    # Groups are numbered from 1 in every figure; other ids come from the name.
+    inside = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", found[2], flags=re.DOTALL)
+    inside = re.sub(r"\s+", " ", inside)
+    return (
+        f'<svg class="chart" role="img" aria-label="{escape(title)}" {found[1]} xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink">{inside}'
+    )
+
+
+def _lay_out(figure: Figure) -> None:
     # The solver of the layout takes its variables in the order of their addresses in memory, so that its sums end in
     # one digit or another; where an edge then lies on half a pixel, pixels differ.
     if (engine := figure.get_layout_engine()) is not None:
@@ -59,7 +113,3 @@ def save(figure: Figure, file: str | Path) -> Path:
     for axis in figure.axes:
         left, bottom, width, height = (float(np.float32(part)) for part in axis.get_position(original=True).bounds)
         axis.set_position((left, bottom, width, height))
-    file = Path(file)
-    with atomic(file) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    return file

@@ -39,17 +39,16 @@ def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
 
 
 def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
-    """Learning curves, agreement (where it was logged) and final accuracies as PNG."""
+    """Learning curves, every metric that was logged and final accuracies as PNG."""
     from kdbench.record import read_records
-    from kdbench.results.plots import agreement, final_accuracies, learning_curves
+    from kdbench.results.plots import final_accuracies, learning_curves, metric_curves
 
     records = read_records(folders)
-    drawn = [
+    return [
         learning_curves(records, out / "learning_curves.png"),
-        agreement(records, out / "agreement.png"),
+        *metric_curves(records, out),
         final_accuracies(records, out / "final_accuracies.png"),
     ]
-    return [file for file in drawn if file is not None]
 
 
 def print_table(table: Table) -> None:

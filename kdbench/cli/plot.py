@@ -1,4 +1,4 @@
-"""`kdbench plot`: learning curves, agreement and final accuracies as PNG."""
+"""`kdbench plot`: learning curves, metrics over training and final accuracies as PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the first folder).")] = None,
 ) -> None:
-    """Draw learning curves, activation agreement (where a method logs it) and the final accuracies.
+    """Draw learning curves, the metrics that losses log (a file for each) and the final accuracies.
 
     The page that 'kdbench table --out' writes has these curves too, beside the table and its runs.
     """

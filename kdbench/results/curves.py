@@ -1,24 +1,17 @@
-"""What pictures of a comparison share: curves over the epochs, the part of them worth enlarging, and how each method
-looks.
-
-Methods differ by colour (Okabe and Ito's palette, safe for colour-blind readers), marker and line style, so that
-pictures can be read in grey too.
-"""
+"""Curves of a comparison over the epochs, and the part of them that is worth enlarging."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.errors import UserError
 from kdbench.record import METRICS, metrics
 from kdbench.results.comparison import Column, Comparison, Row
 
-MARKS_ON_CURVE = 7
 # A method this many times farther below the median than the best is above it is left out of the enlarged part.
 FAR_BELOW = 3.0
 
@@ -26,14 +19,6 @@ FAR_BELOW = 3.0
 Curve = tuple[np.ndarray, np.ndarray]
 Logs = Mapping[str, list[dict[str, Any]]]
 Value = Callable[[Mapping[str, Any]], float | None]
-
-
-class Look(NamedTuple):
-    """Colour, marker and line style, in matplotlib's words."""
-
-    colour: str
-    marker: str
-    line: Any
 
 
 @dataclass(frozen=True)
@@ -45,17 +30,12 @@ class Part:
     below: tuple[str, ...]
     before: tuple[str, ...]
 
-    def title(self, between: str = " ") -> str:
+    @property
+    def title(self) -> str:
         """What it is, and in parentheses who is not in it."""
         absent = {"below": self.below, "ended before": self.before}
         said = "; ".join(f"{how}: {', '.join(labels)}" for how, labels in absent.items() if labels)
-        return f"last quarter{between}({said})" if said else "last quarter"
-
-
-def look(comparison: Comparison, row: Row) -> Look:
-    """A method's look: the same in all pictures of a comparison."""
-    i = comparison.rows.index(row)
-    return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
+        return f"last quarter\n({said})" if said else "last quarter"
 
 
 def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[str, Any]]]:
@@ -84,29 +64,28 @@ def accuracy_of(entry: Mapping[str, Any]) -> float | None:
     return entry.get("test", {}).get("accuracy")
 
 
-def agreement_at(point: str) -> Value:
-    """Of one evaluation: the share in [0, 1] at a hook point."""
-    return lambda entry: entry.get("metrics", {}).get("agreement", {}).get(point)
+def metric_at(metric: str, point: str) -> Value:
+    """Of one evaluation: a metric's value at a hook point."""
+    return lambda entry: entry.get("metrics", {}).get(metric, {}).get(point)
 
 
-def curve_of(comparison: Comparison, row: Row, column: Column, log: Logs, value: Value) -> Curve | None:
-    """The seeds' values at the evaluations that all of them have; None where there are none."""
-    seeds = []
-    for record in comparison.cell(row, column).values():
-        points = {
-            entry["step"]: (entry.get("epoch", entry["step"]), float(v))
-            for entry in log.get(record.identity, ())
-            if (v := value(entry)) is not None
-        }
-        if points:
-            seeds.append(points)
-    steps = sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []
-    if not steps:
-        return None
-    return (
-        np.array([seeds[0][step][0] for step in steps], dtype=float),
-        np.array([[points[step][1] for step in steps] for points in seeds]),
-    )
+def curves_of(comparison: Comparison, column: Column, log: Logs, value: Value) -> dict[Row, Curve]:
+    """Of each method that has any: its seeds' values at the evaluations that all of them have."""
+    curves = {}
+    for row in comparison.rows:
+        seeds = []
+        for record in comparison.cell(row, column).values():
+            points = {
+                entry["step"]: (entry.get("epoch", entry["step"]), float(v))
+                for entry in log.get(record.identity, ())
+                if (v := value(entry)) is not None
+            }
+            if points:
+                seeds.append(points)
+        if steps := sorted(set.intersection(*(set(points) for points in seeds))) if seeds else []:
+            epochs = np.array([seeds[0][step][0] for step in steps], dtype=float)
+            curves[row] = (epochs, np.array([[points[step][1] for step in steps] for points in seeds]))
+    return curves
 
 
 def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:

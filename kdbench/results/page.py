@@ -10,52 +10,64 @@ from pathlib import Path
 
 from kdbench.recipe.loading import dump
 from kdbench.record import Record
-from kdbench.results import svg
-from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.curves import (
-    Curve,
-    Logs,
-    Look,
-    Value,
-    accuracy_of,
-    agreement_at,
-    curve_of,
-    last_quarter,
-    logs,
-    look,
-)
-from kdbench.results.layout import Grid, Text, accuracy, layout
+from kdbench.results.comparison import Comparison, compare
+from kdbench.results.curves import logs
+from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.notes import Note, said_computing, said_machine
+from kdbench.results.plots import Panel, accuracy_panels, chart, cost_panels, metric_panels, metrics_of
 from kdbench.results.tables import Table
 
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-TEACHER = Look("#595959", "D", "-")
+CURVES = "Test accuracy, mean over the seeds ± one deviation (band)."
+METRIC = "At each hook point, mean over the seeds ± one deviation (band)."
+COSTS = (
+    "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that train "
+    "side by side share their teacher's passes."
+)
 FACTS = ("Recipe", "Protocol", "Data", "Teacher", "Machine", "Precision", "kdbench", "Python and torch", "Platform")
 
 
-def html(table: Table, records: Iterable[Record]) -> str:
+def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
     """The page of a table and the records that it was built from. Records whose metrics are not beside them have no
     curve, and the page says so.
+
+    Args:
+        charts: whether to draw them, which takes a second: what is left without is what `without_charts` leaves.
 
     Raises:
         UserError: damaged metrics.
     """
+    records = list(records)
     comparison = compare(records, table.baseline)
     log = logs(comparison, required=False)
+    lacking = len(comparison.records) - len(log)
+    missing = f" {lacking} of {len(comparison.records)} runs have no metrics.jsonl beside their record." * bool(lacking)
+
+    def drawn(key: str, said: str, panels: Sequence[Panel]) -> str:
+        figures = (
+            f"<figure><figcaption>{escape(panel.title)}</figcaption>"
+            f"{chart(comparison, panel, f'{key}-{n}') if charts else ''}</figure>"
+            for n, panel in enumerate(panels)
+        )
+        return f'<p class="small">{said}</p>\n<div class="charts">{"".join(figures)}</div>'
+
     sections = [
         ("table", "Table", _tables(table)),
-        ("curves", "Learning curves", _learning_curves(comparison, log)),
-        ("agreement", "Agreement with the teacher", _agreement(comparison, log, table.agreement)),
-        ("cost", "Accuracy against time and size", _costs(table, comparison)),
+        ("curves", "Learning curves", drawn("curves", CURVES + missing, accuracy_panels(comparison, log))),
+        *(
+            (f"metric-{n}", metric.replace("_", " ").capitalize(), drawn(f"metric-{n}", METRIC + missing, panels))
+            for n, metric in enumerate(metrics_of(log))
+            if (panels := metric_panels(comparison, log, metric))
+        ),
+        ("cost", "Accuracy against time and size", drawn("cost", COSTS, cost_panels(table, comparison))),
         ("runs", "Runs", _runs(table, comparison)),
         ("provenance", "Provenance", _provenance(comparison)),
     ]
-    shown = [(key, title, body) for key, title, body in sections if body]
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in shown)
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
     bodies = "\n".join(
         f'<section id="{key}" aria-labelledby="{key}-title">\n<h2 id="{key}-title">{title}</h2>\n{body}\n</section>'
-        for key, title, body in shown
+        for key, title, body in sections
     )
     title = escape(table.title or "Comparison")
     return (
@@ -67,6 +79,11 @@ def html(table: Table, records: Iterable[Record]) -> str:
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{bodies}\n</main>\n'
         f"<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
     )
+
+
+def without_charts(page: str) -> str:
+    """A page's data. Its charts are made of the same records, and look otherwise in another version of matplotlib."""
+    return re.sub(r'<svg class="chart".*?</svg>', "", page, flags=re.DOTALL)
 
 
 def sort_value(text: str) -> float | None:
@@ -140,129 +157,6 @@ def _anchor(row: int, column: int) -> str:
     return f"runs-{row}-{column}"
 
 
-def _learning_curves(comparison: Comparison, log: Logs) -> str:
-    figures = []
-    drawn: set[Row] = set()
-    for column in comparison.columns:
-        curves = _curves(comparison, column, log, accuracy_of)
-        if not curves:
-            continue
-        drawn |= curves.keys()
-        name = f"{column.label}: " if comparison.axes else ""
-        labels = ("epoch", "test accuracy (%)")
-        found = _lines(comparison, curves)
-        figures.append(_figure(f"{name}whole run", svg.lines(found, f"Learning curves, {name}whole run", labels)))
-        if part := last_quarter(curves):
-            title = name + part.title()
-            chart = svg.lines(found, f"Learning curves, {title}", labels, part.epochs, part.values)
-            figures.append(_figure(title, chart))
-    return _charts(comparison, drawn, figures, len(log), "Test accuracy, mean over the seeds ± one deviation (band).")
-
-
-def _agreement(comparison: Comparison, log: Logs, hook_points: Sequence[str]) -> str:
-    figures = []
-    drawn: set[Row] = set()
-    for column in comparison.columns:
-        for point in hook_points:
-            curves = _curves(comparison, column, log, agreement_at(point))
-            if not curves:
-                continue
-            drawn |= curves.keys()
-            title = f"{column.label}: {point}" if comparison.axes else point
-            chart = svg.lines(_lines(comparison, curves), f"Agreement, {title}", ("epoch", "share of equal signs"))
-            figures.append(_figure(title, chart))
-    if not hook_points:
-        return ""
-    said = "Share of neurons whose sign equals the teacher's, at each hook point; mean over the seeds ± one deviation."
-    return _charts(comparison, drawn, figures, len(log), said)
-
-
-def _curves(comparison: Comparison, column: Column, log: Logs, value: Value) -> dict[Row, Curve]:
-    return {
-        row: curve for row in comparison.rows if (curve := curve_of(comparison, row, column, log, value)) is not None
-    }
-
-
-def _lines(comparison: Comparison, curves: dict[Row, Curve]) -> list[svg.Line]:
-    return [
-        svg.Line(
-            look(comparison, row),
-            row.label,
-            epochs.tolist(),
-            values.mean(axis=0).tolist(),
-            values.std(axis=0, ddof=1).tolist() if len(values) > 1 else None,
-        )
-        for row, (epochs, values) in curves.items()
-    ]
-
-
-def _charts(comparison: Comparison, drawn: set[Row], figures: list[str], logged: int, said: str) -> str:
-    lacking = len(comparison.records) - logged
-    missing = ""
-    if lacking:
-        missing = f" {lacking} of {len(comparison.records)} runs have no metrics.jsonl beside their record."
-    rows = [(look(comparison, row), row.label) for row in comparison.rows if row in drawn]
-    return f'<p class="small">{said}{missing}</p>\n{_legend(rows)}\n<div class="charts">{"".join(figures)}</div>'
-
-
-def _legend(entries: Iterable[tuple[Look, str]]) -> str:
-    items = "".join(f"<li>{svg.swatch(style)}{escape(label)}</li>" for style, label in entries)
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _figure(title: str, chart: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
-
-
-def _costs(table: Table, comparison: Comparison) -> str:
-    """Accuracy against training time and against parameters, for each data set, since accuracies of two data sets have
-    no common axis."""
-    times: dict[str, list[svg.Point]] = {}
-    sizes: dict[str, list[svg.Point]] = {}
-    teachers: dict[str, dict[tuple[float, float], svg.Point]] = {}
-    for j, column in enumerate(comparison.columns):
-        for i, row in enumerate(comparison.rows):
-            cell, group = table.rows[i].cells[j], comparison.cell(row, column)
-            if cell is None:
-                continue
-            record = next(iter(group.values()))
-            name = row.label + (f", {column.label}" if comparison.axes else "")
-            style, href, size = look(comparison, row), f"#{_anchor(i, j)}", record.models.student.parameters
-            if cell.seconds > 0:
-                words = f"{name}: {accuracy(cell)} %, {cell.seconds:,.0f} s"
-                point = svg.Point(style, cell.seconds, cell.mean, cell.deviation, words, href)
-                times.setdefault(record.data.name, []).append(point)
-            if size:
-                words = f"{name}: {accuracy(cell)} %, {size:,} parameters"
-                sizes.setdefault(record.data.name, []).append(
-                    svg.Point(style, size, cell.mean, cell.deviation, words, href)
-                )
-            teacher, large = record.teacher, record.models.teacher
-            if teacher is not None and teacher.accuracy is not None and large is not None and large.parameters:
-                words = f"teacher {teacher.name}: {teacher.accuracy:.2f} %, {large.parameters:,} parameters"
-                point = svg.Point(TEACHER, large.parameters, teacher.accuracy, None, words)
-                teachers.setdefault(record.data.name, {})[large.parameters, teacher.accuracy] = point
-    figures = []
-    for data in dict.fromkeys([*times, *sizes]):
-        name = f"{data}: " if len(times.keys() | sizes.keys()) > 1 else ""
-        labels = "test accuracy (%)"
-        if data in times:
-            title = f"{name}training time of one seed"
-            figures.append(_figure(title, svg.points(times[data], f"Accuracy, {title}", ("seconds", labels))))
-        if data in sizes:
-            title = f"{name}parameters"
-            drawn = [*teachers.get(data, {}).values(), *sizes[data]]
-            chart = svg.points(drawn, f"Accuracy, {title}", ("parameters", labels), whole_numbers=True)
-            figures.append(_figure(title, chart))
-    entries = [(look(comparison, row), row.label) for row in comparison.rows]
-    entries += [(TEACHER, "teacher")] if teachers else []
-    said = (
-        "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that "
-        "train side by side share their teacher's passes."
-    )
-    return f'<p class="small">{said}</p>\n{_legend(entries)}\n<div class="charts">{"".join(figures)}</div>'
-
-
 def _runs(table: Table, comparison: Comparison) -> str:
     articles = []
     for i, row in enumerate(comparison.rows):
@@ -334,6 +228,8 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def _made_with(record: Record) -> tuple[str, ...]:
     data, teacher, compute, git = record.data, record.teacher, record.compute, record.git
+    network = record.models.teacher
+    size = "" if network is None or not network.parameters else f", {network.parameters:,} parameters"
     known = "" if teacher is None or teacher.accuracy is None else f", {teacher.accuracy:.2f} %"
     commit = "" if git is None else f", commit {git.commit}{' with uncommitted changes' if git.dirty else ''}"
     return (
@@ -341,7 +237,7 @@ def _made_with(record: Record) -> tuple[str, ...]:
         record.cell.protocol,
         f"{data.name}, {data.train:,} training, {data.validation:,} validation and {data.test:,} test images, from "
         f"{data.origin or 'an origin that was not recorded'}, fingerprint {data.fingerprint}",
-        "" if teacher is None else f"{teacher.name}{known}, sha256 {teacher.sha256}",
+        "" if teacher is None else f"{teacher.name}{known}{size}, sha256 {teacher.sha256}",
         said_machine(record),
         said_computing(record),
         f"{record.kdbench}{commit}",

@@ -1,43 +1,84 @@
-"""Learning curves, agreement over training, and final accuracies as PNG files. The same records give the same bytes,
-in any order."""
+"""Charts of a comparison: learning curves, metrics over training, accuracy against cost, accuracies of all seeds.
+
+Each chart is a panel that is drawn onto axes: several of them make a PNG file, one of them an SVG in the page. The same
+records give the same bytes, in any order. Methods differ by colour (Okabe and Ito's palette, safe for colour-blind
+readers), marker and line style, so that charts can be read in grey too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kdbench.drawing import DPI, MARKERS, save, style
+from kdbench import drawing
+from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.curves import (
-    MARKS_ON_CURVE,
-    Curve,
-    Look,
-    accuracy_of,
-    agreement_at,
-    curve_of,
-    last_quarter,
-    logs,
-    look,
-)
+from kdbench.results.curves import Curve, Logs, Part, accuracy_of, curves_of, last_quarter, logs, metric_at
 from kdbench.results.notes import metric_label
+from kdbench.results.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKER_SIZES = {"*": 8.5, "P": 6.5, "X": 6.5}
+MARKS_ON_CURVE = 7
 ACROSS = 3
+# Inches of a chart in the page, where text must be readable on a phone, and of a line of its legend.
+CHART = (4.2, 2.7)
+LEGEND_LINE = 0.19
+# A cost is drawn on a logarithmic axis from this ratio of its largest to its smallest value.
+LOG_FROM = 20.0
+
+
+class Look(NamedTuple):
+    """Colour, marker and line style, in matplotlib's words."""
+
+    colour: str
+    marker: str
+    line: Any
+
+    @property
+    def marking(self) -> dict[str, Any]:
+        return {"color": self.colour, "marker": self.marker, "markersize": MARKER_SIZES.get(self.marker, 5)}
+
+
+TEACHER = Look("#595959", "D", "-")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. `draw`: onto axes of any size, without the title."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
+class Point(NamedTuple):
+    """A method's accuracy in percent, with its deviation where there is one, against a cost `x` above 0."""
+
+    look: Look
+    label: str
+    x: float
+    y: float
+    deviation: float | None
+
+
+def look(comparison: Comparison, row: Row) -> Look:
+    """A method's look: the same in all charts of a comparison."""
+    i = comparison.rows.index(row)
+    return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
 
 
 def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
-    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison:
-    the whole run, and its last quarter enlarged where every column has evaluations in it.
+    """Test accuracy over epochs as a PNG file.
 
     Args:
         records: read from folders that hold metrics.jsonl.
@@ -47,202 +88,281 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
         UserError: a record without metrics.
     """
     comparison = compare(records, baseline)
-    log = logs(comparison)
-    curves = {
-        column: {
-            row: curve
-            for row in comparison.rows
-            if (curve := curve_of(comparison, row, column, log, accuracy_of)) is not None
-        }
-        for column in comparison.columns
-    }
-    parts = {column: last_quarter(by_row) for column, by_row in curves.items()}
-    # In each row of panels the same ones, or none could be found.
-    enlarged = all(parts.values())
-    panels = [(column, shown) for column, part in parts.items() for shown in ((None, part) if enlarged else (None,))]
-    with style():
-        figure, axes = _grid(len(panels), 2, (4.7, 3.2))
-        for axis, (column, part) in zip(axes, panels, strict=True):
-            for row, curve in curves[column].items():
-                _draw(axis, curve, look(comparison, row), row.label)
-            axis.set_xlabel("epoch")
-            name = f"{column.label}: " if comparison.axes else ""
-            if part is None:
-                axis.set_ylabel("test accuracy (%)")
-                axis.set_title(f"{name}whole run")
-            else:
-                axis.set_xlim(*part.epochs)
-                axis.set_ylim(*part.values)
-                axis.set_title(name + part.title("\n"))
-        _legend(figure, comparison, axes)
-        return save(figure, file)
+    panels = accuracy_panels(comparison, logs(comparison))
+    return _save(comparison, panels, file, 2, (4.7, 3.2))
 
 
-def agreement(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path | None:
-    """Share of equal activation signs of student and teacher over epochs, one panel for each hook point (and column),
-    mean over the seeds with a band of ± one deviation; dotted, where it was recorded, what a student has that ignores
-    its input. None, and no file, where no record has agreement.
+def metric_curves(records: Iterable[Record], folder: Path, *, baseline: str | None = None) -> list[Path]:
+    """Every metric that the records hold over epochs: a PNG file for each, named after the metric.
 
     Raises:
         UserError: a record without metrics.
     """
     comparison = compare(records, baseline)
     log = logs(comparison)
-    entries = [entry for several in log.values() for entry in several]
-    points = sorted({point for entry in entries for point in entry.get("metrics", {}).get("agreement", {})})
-    if not points:
-        return None
-    with style():
-        figure, axes = _grid(len(comparison.columns) * len(points), len(points), (3.5, 3.0), sharey=True)
-        drawn: set[Row] = set()
-        for i, column in enumerate(comparison.columns):
-            for j, point in enumerate(points):
-                axis = axes[i * len(points) + j]
-                for row in comparison.rows:
-                    curve = curve_of(comparison, row, column, log, agreement_at(point))
-                    if curve is not None:
-                        drawn.add(row)
-                        _draw(axis, curve, look(comparison, row), row.label)
-                if references := [
-                    share[point]
-                    for row in comparison.rows
-                    for record in comparison.cell(row, column).values()
-                    if point in (share := record.result.references.get("agreement", {}))
-                ]:
-                    axis.axhline(statistics.summarize(references).mean, color="0.35", linewidth=1.0, linestyle=":")
-                    axis.annotate(
-                        "input ignored",
-                        (1.0, statistics.summarize(references).mean),
-                        xycoords=axis.get_yaxis_transform(),
-                        xytext=(-3, 3),
-                        textcoords="offset points",
-                        ha="right",
-                        fontsize=7,
-                        color="0.35",
-                    )
-                axis.set_title(f"{column.label}: {point}" if comparison.axes else point)
-                axis.set_xlabel("epoch")
-                if j == 0:
-                    axis.set_ylabel("share of equal activation signs")
-        _legend(figure, comparison, axes, drawn)
-        return save(figure, file)
+    return [
+        _save(
+            comparison, metric_panels(comparison, log, metric), folder / f"{metric}.png", len(points), (3.5, 3.0), True
+        )
+        for metric, points in metrics_of(log).items()
+    ]
 
 
 def final_accuracies(
     records: Iterable[Record], file: str | Path, *, metric: Metric = "last", baseline: str | None = None
 ) -> Path:
-    """Final test accuracy of every seed as a point, with mean and ± one deviation, one line for each method, one panel
-    for each column. The teacher's accuracy is a dashed line where it is near, else it stands in the panel's title."""
-    from matplotlib.ticker import MaxNLocator
-
+    """Final test accuracy of every seed as a PNG file: a point for each, with mean and ± one deviation, a line for each
+    method, a panel for each column."""
     comparison = compare(records, baseline)
-    rows = comparison.rows
-    with style():
-        height = 0.9 + 0.36 * len(rows)
-        figure, axes = _grid(
-            len(comparison.columns), ACROSS, (4.4 if len(comparison.columns) > 1 else 6.0, height), sharey=True
-        )
-        for axis, column in zip(axes, comparison.columns, strict=False):
-            everything = []
-            for i, row in enumerate(rows):
-                values = [record.accuracy(metric) for record in comparison.cell(row, column).values()]
-                if not values:
-                    continue
-                everything += values
-                colour, marker, _ = look(comparison, row)
-                # Seeds of one line stand a little apart, in their order, so that equal values are seen as several.
-                offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
-                summary = statistics.summarize(values)
-                if summary.deviation is not None:
-                    ends = [summary.mean - summary.deviation, summary.mean + summary.deviation]
-                    axis.plot(ends, [i, i], color=colour, linewidth=5, alpha=0.25, solid_capstyle="butt", zorder=1)
-                axis.plot([summary.mean] * 2, [i - 0.28, i + 0.28], color=colour, linewidth=2, zorder=2)
-                axis.plot(
-                    values,
-                    i + offsets,
-                    linestyle="",
-                    marker=marker,
-                    color=colour,
-                    zorder=3,
-                    markersize=MARKER_SIZES.get(marker, 5),
-                    markeredgecolor="white",
-                    markeredgewidth=0.4,
-                )
-            axis.xaxis.set_major_locator(MaxNLocator(6))
-            axis.set_yticks(range(len(rows)), [row.label for row in rows])
-            axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.grid(axis="y", visible=False)
-            axis.set_xlabel("test accuracy (%)")
-            axis.set_title(_with_teacher(axis, comparison, column, everything, metric))
-        return save(figure, file)
+    panels = [_seeds_panel(comparison, column, metric) for column in comparison.columns]
+    width, height = 4.4 if len(panels) > 1 else 6.0, 0.9 + 0.36 * len(comparison.rows)
+    return _save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=False)
 
 
-def _with_teacher(axis: Axes, comparison: Comparison, column: Column, values: Sequence[float], metric: Metric) -> str:
-    """Draw the teacher's line if it is near the values; the panel's title."""
-    title = [column.label if comparison.axes else metric_label(comparison.records, metric)]
-    found = sorted(
-        {
-            (record.teacher.name, record.teacher.accuracy)
-            for row in comparison.rows
-            for record in comparison.cell(row, column).values()
-            if record.teacher is not None and record.teacher.accuracy is not None
-        }
-    )
-    if len(found) == 1 and values:
-        accuracy = found[0][1]
-        room = max(max(values) - min(values), 0.5)
-        if min(values) - room <= accuracy <= max(values) + room:
-            axis.axvline(accuracy, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
-            title.append(f"dashed: teacher {accuracy:.2f}")
-        else:
-            title.append(f"teacher {accuracy:.2f}")
-    return "; ".join(title)
+def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
+    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison:
+    the whole run, and its last quarter enlarged where every column has evaluations in it."""
+    panels = []
+    by_column = {column: curves_of(comparison, column, log, accuracy_of) for column in comparison.columns}
+    by_column = {column: curves for column, curves in by_column.items() if curves}
+    parts = {column: last_quarter(curves) for column, curves in by_column.items()}
+    for column, curves in by_column.items():
+        for part in (None, parts[column]) if all(parts.values()) else (None,):
+            name = f"{column.label}: " if comparison.axes else ""
+            title = name + ("whole run" if part is None else part.title)
+            panels.append(_curves_panel(comparison, title, curves, "test accuracy (%)", part=part))
+    return panels
 
 
-def _draw(axis: Axes, curve: Curve, style: Look, label: str) -> None:
+def metric_panels(comparison: Comparison, log: Logs, metric: str) -> list[Panel]:
+    """A metric over epochs, mean over the seeds with a band of ± one deviation: a panel for each hook point (and
+    column). Dotted, where it was recorded, the value of a student that ignores its input."""
+    panels = []
+    for column in comparison.columns:
+        for point in metrics_of(log)[metric]:
+            if curves := curves_of(comparison, column, log, metric_at(metric, point)):
+                title = f"{column.label}: {point}" if comparison.axes else point
+                reference = _reference(comparison, column, metric, point)
+                panels.append(_curves_panel(comparison, title, curves, metric.replace("_", " "), reference=reference))
+    return panels
+
+
+def cost_panels(table: Table, comparison: Comparison) -> list[Panel]:
+    """Accuracy against training time and against parameters, for each data set, since accuracies of two data sets have
+    no common axis."""
+    times: dict[str, list[Point]] = {}
+    sizes: dict[str, list[Point]] = {}
+    for j, column in enumerate(comparison.columns):
+        for i, row in enumerate(comparison.rows):
+            if (cell := table.rows[i].cells[j]) is None:
+                continue
+            record = next(iter(comparison.cell(row, column).values()))
+            style, data, parameters = look(comparison, row), record.data.name, record.models.student.parameters
+            if cell.seconds > 0:
+                times.setdefault(data, []).append(Point(style, row.label, cell.seconds, cell.mean, cell.deviation))
+            if parameters:
+                sizes.setdefault(data, []).append(Point(style, row.label, parameters, cell.mean, cell.deviation))
+            teacher, network = record.teacher, record.models.teacher
+            if teacher is not None and teacher.accuracy is not None and network is not None and network.parameters:
+                large = Point(TEACHER, "teacher", network.parameters, teacher.accuracy, None)
+                sizes.setdefault(data, []).append(large)
+    several = len(times.keys() | sizes.keys()) > 1
+    panels = []
+    for data in dict.fromkeys([*times, *sizes]):
+        name = f"{data}: " if several else ""
+        if data in times:
+            panels.append(_cost_panel(f"{name}training time of one seed", "seconds", times[data]))
+        if data in sizes:
+            panels.append(_cost_panel(f"{name}parameters", "parameters", list(dict.fromkeys(sizes[data]))))
+    return panels
+
+
+def chart(comparison: Comparison, panel: Panel, name: str) -> str:
+    """A panel with its legend as an SVG element.
+
+    Args:
+        name: different for each chart of a page.
+    """
+    with drawing.style():
+        figure, (axis,) = drawing.panels(1, 1, CHART)
+        panel.draw(axis)
+        lines = _legend(figure, comparison, [axis])
+        figure.set_figheight(CHART[1] + LEGEND_LINE * lines)
+        return drawing.svg(figure, " ".join(panel.title.split()), name)
+
+
+def metrics_of(log: Logs) -> dict[str, list[str]]:
+    """Metric -> hook points, of all that was logged."""
+    found: dict[str, set[str]] = {}
+    for entry in (entry for entries in log.values() for entry in entries):
+        for metric, points in entry.get("metrics", {}).items():
+            found.setdefault(metric, set()).update(points)
+    return {metric: sorted(found[metric]) for metric in sorted(found)}
+
+
+def _save(
+    comparison: Comparison,
+    panels: Sequence[Panel],
+    file: str | Path,
+    across: int,
+    size: tuple[float, float],
+    sharey: bool = False,
+    legend: bool = True,
+) -> Path:
+    with drawing.style():
+        figure, axes = drawing.panels(len(panels), across, size, sharey)
+        for axis, panel in zip(axes, panels, strict=True):
+            panel.draw(axis)
+            axis.set_title(panel.title)
+            if (place := axis.get_subplotspec()) is not None and not place.is_first_col():
+                axis.set_ylabel("")
+        if legend:
+            _legend(figure, comparison, axes)
+        return drawing.save(figure, file)
+
+
+def _curves_panel(
+    comparison: Comparison,
+    title: str,
+    curves: Mapping[Row, Curve],
+    label: str,
+    part: Part | None = None,
+    reference: float | None = None,
+) -> Panel:
+    def draw(axis: Axes) -> None:
+        for row, curve in curves.items():
+            _draw_curve(axis, curve, look(comparison, row), row.label)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        if part is not None:
+            axis.set_xlim(*part.epochs)
+            axis.set_ylim(*part.values)
+        if reference is not None:
+            axis.axhline(reference, color="0.35", linewidth=1.0, linestyle=":")
+            place: Any = {"xycoords": axis.get_yaxis_transform(), "xytext": (-3, 3), "textcoords": "offset points"}
+            axis.annotate("input ignored", (1.0, reference), ha="right", fontsize=7, color="0.35", **place)
+
+    return Panel(title, draw)
+
+
+def _draw_curve(axis: Axes, curve: Curve, style: Look, label: str) -> None:
     epochs, values = curve
-    colour, marker, line = style
     mean = values.mean(axis=0)
     if len(values) > 1:
         deviation = values.std(axis=0, ddof=1)
-        axis.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.14, linewidth=0)
+        axis.fill_between(epochs, mean - deviation, mean + deviation, color=style.colour, alpha=0.14, linewidth=0)
     every = max(1, math.ceil(len(epochs) / MARKS_ON_CURVE))
     # Markers begin at different places, so that they do not lie on each other.
-    start = (MARKERS.index(marker) * every) // len(MARKERS)
-    axis.plot(
-        epochs,
-        mean,
-        color=colour,
-        linestyle=line,
-        marker=marker,
-        markevery=(start, every),
-        markersize=MARKER_SIZES.get(marker, 5),
-        label=label,
-    )
+    start = (MARKERS.index(style.marker) * every) // len(MARKERS)
+    axis.plot(epochs, mean, linestyle=style.line, markevery=(start, every), label=label, **style.marking)
 
 
-def _grid(count: int, across: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, at most `across` in a row, each of `size` inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    across = min(across, count)
-    down = -(-count // across)
-    figure = Figure(figsize=(size[0] * across, size[1] * down), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(down, across, squeeze=False, sharey="row" if sharey else False).flat)
-    for axis in axes[count:]:
-        figure.delaxes(axis)
-    return figure, axes[:count]
+def _reference(comparison: Comparison, column: Column, metric: str, point: str) -> float | None:
+    """Mean value of students that ignore their input; None where it was not recorded."""
+    found = [
+        references[point]
+        for row in comparison.rows
+        for record in comparison.cell(row, column).values()
+        if point in (references := record.result.references.get(metric, {}))
+    ]
+    return statistics.summarize(found).mean if found else None
 
 
-def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown: set[Row] | None = None) -> None:
-    """One legend below all panels, in the order of the rows."""
+def _cost_panel(title: str, label: str, points: Sequence[Point]) -> Panel:
+    def draw(axis: Axes) -> None:
+        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+        known: set[str] = set()
+        for point in points:
+            # Once in the legend, though a method has a point for each column.
+            name = "" if point.label in known else point.label
+            known.add(point.label)
+            style: dict[str, Any] = point.look.marking | {"markersize": point.look.marking["markersize"] + 2}
+            edge: dict[str, Any] = {
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.5,
+                "elinewidth": 1.0,
+                "linestyle": "",
+            }
+            axis.errorbar(point.x, point.y, point.deviation, label=name, **style, **edge)
+        costs = [point.x for point in points]
+        scale = ""
+        if max(costs) / min(costs) >= LOG_FROM:
+            scale = " (logarithmic)"
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        else:
+            axis.margins(x=0.08)
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=label == "parameters"))
+        if label == "parameters":
+            axis.xaxis.set_major_formatter(EngFormatter())
+        axis.set_xlabel(label + scale)
+        axis.set_ylabel("test accuracy (%)")
+
+    return Panel(title, draw)
+
+
+def _seeds_panel(comparison: Comparison, column: Column, metric: Metric) -> Panel:
+    """Every seed of a column. The teacher's accuracy is a dashed line where it is near, else it stands in the title."""
+    by_row = [[r.accuracy(metric) for r in comparison.cell(row, column).values()] for row in comparison.rows]
+    title = column.label if comparison.axes else metric_label(comparison.records, metric)
+    everything = [value for values in by_row for value in values]
+    teacher = _teacher_of(comparison, column)
+    room = max(max(everything) - min(everything), 0.5) if everything else 0.0
+    near = teacher is not None and bool(everything) and (min(everything) - room <= teacher <= max(everything) + room)
+    if teacher is not None and everything:
+        title += f"; {'dashed: ' if near else ''}teacher {teacher:.2f}"
+
+    def draw(axis: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for i, (row, values) in enumerate(zip(comparison.rows, by_row, strict=True)):
+            if values:
+                _draw_seeds(axis, i, values, look(comparison, row))
+        if near and teacher is not None:
+            axis.axvline(teacher, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.set_yticks(range(len(by_row)), [row.label for row in comparison.rows])
+        axis.set_ylim(len(by_row) - 0.5, -0.5)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("test accuracy (%)")
+
+    return Panel(title, draw)
+
+
+def _draw_seeds(axis: Axes, line: int, values: Sequence[float], style: Look) -> None:
+    # Seeds of one line stand a little apart, in their order, so that equal values are seen as several.
+    offsets = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
+    summary = statistics.summarize(values)
+    if summary.deviation is not None:
+        ends = [summary.mean - summary.deviation, summary.mean + summary.deviation]
+        axis.plot(ends, [line, line], color=style.colour, linewidth=5, alpha=0.25, solid_capstyle="butt", zorder=1)
+    axis.plot([summary.mean] * 2, [line - 0.28, line + 0.28], color=style.colour, linewidth=2, zorder=2)
+    edge: dict[str, Any] = {"linestyle": "", "markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3}
+    axis.plot(values, line + offsets, **style.marking, **edge)
+
+
+def _teacher_of(comparison: Comparison, column: Column) -> float | None:
+    """The accuracy of a column's teacher in percent; None where there are several, or none was measured."""
+    found = {
+        (record.teacher.name, record.teacher.accuracy)
+        for row in comparison.rows
+        for record in comparison.cell(row, column).values()
+        if record.teacher is not None and record.teacher.accuracy is not None
+    }
+    return found.pop()[1] if len(found) == 1 else None
+
+
+def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes]) -> int:
+    """One legend below all panels, in the order of the rows; the number of its lines."""
     known: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    labels = [row.label for row in comparison.rows if row.label in known and (shown is None or row in shown)]
+    order = [row.label for row in comparison.rows]
+    labels = sorted(known, key=lambda label: order.index(label) if label in order else len(order))
     width = figure.get_size_inches()[0]
     longest = max((len(label) for label in labels), default=1)
     across = max(1, min(len(labels), int(width / (0.075 * longest + 0.65))))
@@ -254,3 +374,4 @@ def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes], shown:
         frameon=False,
         handlelength=3.2,
     )
+    return math.ceil(len(labels) / across)

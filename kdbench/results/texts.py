@@ -10,13 +10,17 @@ from kdbench.results.renderers import latex, markdown, records_csv, table_csv
 from kdbench.results.tables import Table
 
 
-def texts(table: Table, records: Iterable[Record]) -> dict[str, str]:
-    """File name -> content. The same from the same records, byte for byte."""
+def texts(table: Table, records: Iterable[Record], charts: bool = True) -> dict[str, str]:
+    """File name -> content. The same from the same records, byte for byte.
+
+    Args:
+        charts: whether the page has them.
+    """
     records = list(records)
     return {
         "table.md": markdown(table),
         "table.csv": table_csv(table),
         "table.tex": latex(table),
-        "table.html": html(table, records),
+        "table.html": html(table, records, charts),
         "records.csv": records_csv(records),
     }

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import random
 import re
-import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from synthetic import comparison, finished, make, plain_record, write
 
-from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.errors import UserError
 from kdbench.record import read_records
-from kdbench.results import svg
-from kdbench.results.curves import Look
-from kdbench.results.page import html, sort_value
+from kdbench.results.page import html, sort_value, without_charts
 from kdbench.results.tables import build
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
 SPECIAL = """<script>alert("x")</script> & 'a' → é"""
+
+
+COSTS = ["training time of one seed", "parameters"]
+
+
+def charts_of(text: str) -> list[str]:
+    """Titles of the charts that are drawn."""
+    return re.findall(r'<figcaption>([^<]*)</figcaption><svg class="chart"', text)
 
 
 class Page(HTMLParser):
@@ -67,8 +71,11 @@ def test_the_page_is_well_formed_and_every_address_is_a_place_in_it(tmp_path: Pa
     assert page.addresses
     for tag, address in page.addresses:
         assert address.startswith("#") and address[1:] in page.ids, (tag, address)
+    clips = re.findall(r"url\(([^)]*)\)", text)
+    assert clips and all(clip[0] == "#" and clip[1:] in page.ids for clip in clips)
     # No address in styles, scripts or attributes either; a namespace is a name.
-    assert not re.findall(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)|//cdn|fetch\(|XMLHttp|import\(", text)
+    namespace = r"(?!www\.w3\.org/(?:2000/svg|1999/xlink)\")"
+    assert not re.findall(rf"@import|https?://{namespace}|//cdn|fetch\(|XMLHttp|import\(", text)
 
 
 def test_every_number_of_the_table_leads_to_its_seeds(tmp_path: Path) -> None:
@@ -125,13 +132,35 @@ def test_records_without_metrics_have_no_curve_and_the_page_says_so(tmp_path: Pa
     (tmp_path / "kd-1" / "metrics.jsonl").unlink()
     text = html(build(records), records)
     assert "1 of 9 runs have no metrics.jsonl beside their record." in text
-    assert text.count("<polyline") == 3 * 2 + 3
+    assert charts_of(text) == ["whole run", "last quarter", "layer1.preact", *COSTS]
     bare = html(build(comparison(VALUES)), comparison(VALUES))
-    assert "9 of 9 runs have no metrics.jsonl" in bare and "<polyline" not in bare
+    assert "9 of 9 runs have no metrics.jsonl" in bare and charts_of(bare) == COSTS
     Page(bare)
     (tmp_path / "ab-0" / "metrics.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):
         html(build(records), records)
+
+
+def test_charts_are_words_and_shapes_of_the_records_and_the_rest_is_the_same_without_them(tmp_path: Path) -> None:
+    records = finished(tmp_path, VALUES)
+    table = build(records)
+    text = html(table, records)
+    for chart in re.findall(r'<svg class="chart".*?</svg>', text, flags=re.DOTALL):
+        # Words stay words, and every chart has its own legend.
+        assert all(f">{word}</text>" in chart for word in ("AB", *(() if "layer1" in chart else ("CE", "KD"))))
+    assert not re.search(r"\d{4}-\d\d-\d\dT|Matplotlib", text), "a date or a version"
+    bare = without_charts(text)
+    assert bare == html(table, records, charts=False) and "<svg" not in bare
+    for kept in ("94.50 ± 0.17", "last quarter", "Provenance and resolved recipe", records[0].identity[:12]):
+        assert kept in bare
+
+
+def test_the_teachers_size_is_said_and_drawn(tmp_path: Path) -> None:
+    records = finished(tmp_path, VALUES, models__teacher={"parameters": 2_748_890, "flops": 8.0e8})
+    text = html(build(records), records)
+    assert "95.50 %, 2,748,890 parameters, sha256" in text
+    size = text.rpartition('<svg class="chart"')[2]
+    assert ">teacher</text>" in size and ">parameters</text>" in size and "M</text>" in size
 
 
 def test_one_seed_and_one_method_make_a_page_too() -> None:
@@ -157,65 +186,3 @@ def test_one_seed_and_one_method_make_a_page_too() -> None:
 )
 def test_entries_are_sorted_by_their_first_number(text: str, value: float | None) -> None:
     assert sort_value(text) == value
-
-
-def shapes(chart: str) -> xml.Element:
-    return xml.fromstring(chart)
-
-
-def test_a_line_lies_where_its_values_are() -> None:
-    line = svg.Line(Look("#000000", "o", "-"), "a", [0, 50, 100], [80.0, 90.0, 85.0], [1.0, 2.0, 1.0])
-    chart = shapes(svg.lines([line], "t", ("epoch", "accuracy"), (0, 100), (80, 100)))
-    drawn = next(e for e in chart.iter() if e.tag.endswith("polyline")).attrib["points"]
-    places = [tuple(map(float, pair.split(","))) for pair in drawn.split()]
-    left, right, top, bottom = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.TOP, svg.HEIGHT - svg.BOTTOM
-    middle = (left + right) / 2
-    assert places == [
-        (left, bottom),
-        (middle, (top + bottom) / 2),
-        (right, pytest.approx(bottom - (bottom - top) / 4, abs=0.06)),
-    ]
-    band = next(e for e in chart.iter() if e.tag.endswith("polygon")).attrib["points"].split()
-    assert len(band) == 6
-
-
-def test_points_lead_somewhere_and_wide_ranges_are_logarithmic() -> None:
-    def point(x: float) -> svg.Point:
-        return svg.Point(Look("#000000", "s", "-"), x, 90.0, 0.5, f"{x} s", "#runs-0-0")
-
-    near, far = (svg.points([point(1.0), point(x)], "t", ("seconds", "accuracy")) for x in (9.0, 900.0))
-    assert "logarithmic" not in near and "seconds (logarithmic)" in far
-    chart = shapes(far)
-    links = [e for e in chart.iter() if e.tag.endswith("}a")]
-    assert [link.attrib["href"] for link in links] == ["#runs-0-0"] * 2
-    texts = [e.text for e in chart.iter() if e.tag.endswith("text")]
-    assert {"1", "10", "100"} <= set(texts)
-
-
-def test_every_look_has_its_own_shape() -> None:
-    swatches = [svg.swatch(Look(COLOURS[0], marker, LINES[0])) for marker in MARKERS]
-    assert len(set(swatches)) == len(MARKERS)
-    dashes = {svg.swatch(Look(COLOURS[0], "o", line)) for line in LINES}
-    assert len(dashes) == len(LINES)
-    for swatch in swatches:
-        shapes(swatch)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"), [(0, 1, False), (93.2, 94.9, False), (0.001, 0.0012, False), (3, 5e6, True), (1, 30, True)]
-)
-def test_ticks_are_inside_even_and_told_apart(low: float, high: float, log: bool) -> None:
-    axis = svg.Axis(low, high, 0, 100, log)
-    ticks = axis.ticks()
-    assert 2 <= len(ticks) <= 10
-    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
-    texts = axis.texts(ticks)
-    assert len(set(texts)) == len(texts)
-
-
-def test_ticks_in_words() -> None:
-    linear, log = svg.Axis(0, 1, 0, 1), svg.Axis(1, 2, 0, 1, True)
-    assert linear.texts([0.0, 500_000.0, 1_000_000.0]) == ["0", "0.5 M", "1.0 M"]
-    assert linear.texts([-5.0, 0.0, 5.0]) == ["−5", "0", "5"]
-    assert linear.texts([0.75, 0.8]) == ["0.75", "0.80"]
-    assert log.texts([1.0, 200.0, 10_000.0, 5e6]) == ["1", "200", "10 k", "5 M"]

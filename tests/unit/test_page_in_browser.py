@@ -199,11 +199,16 @@ def test_the_page_is_as_wide_as_the_screen_and_its_charts_are_drawn(browser: Bro
     assert len(boxes) == 5
     assert all(250 < w <= width and h > 150 for w, h in boxes)
     drawn = browser.script(
-        "return [...document.querySelectorAll('svg.chart svg')]"
-        ".map(s => [...s.querySelectorAll('polyline, circle, polygon')]"
+        "return [...document.querySelectorAll('svg.chart')]"
+        ".map(s => [...s.querySelectorAll('use, path')]"
         ".filter(e => e.getBoundingClientRect().width > 0).length)"
     )
-    assert all(count >= 3 for count in drawn)
+    assert len(drawn) == 5 and all(count >= 20 for count in drawn)
+    smallest = browser.script(
+        "const words = [...document.querySelectorAll('svg.chart text')];"
+        "return Math.min(...words.map(t => t.getBoundingClientRect().height))"
+    )
+    assert smallest >= 9, "words too small to read"
 
 
 def test_printed_it_keeps_the_table_and_drops_what_only_a_screen_has_use_for(browser: Browser, page: Path) -> None:

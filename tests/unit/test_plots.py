@@ -13,12 +13,23 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic import make, plain_record, write
 
+from kdbench import drawing
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.results import plots
+from kdbench.results.comparison import compare
+from kdbench.results.tables import build
 
 LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
-ALL = (plots.learning_curves, plots.agreement, plots.final_accuracies)
+
+
+def draw_all(records: list[Record], folder: Path) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    return [
+        plots.learning_curves(records, folder / "learning_curves.png"),
+        *plots.metric_curves(records, folder),
+        plots.final_accuracies(records, folder / "final_accuracies.png"),
+    ]
 
 
 def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, **over: Any) -> list[Record]:
@@ -125,7 +136,7 @@ def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, 
 
 
 def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: list[Figure]) -> None:
-    assert plots.agreement(run(tmp_path / "runs"), tmp_path / "agreement.png") == tmp_path / "agreement.png"
+    assert plots.metric_curves(run(tmp_path / "runs"), tmp_path) == [tmp_path / "agreement.png"]
     assert [axis.get_title() for axis in figures[0].axes] == ["layer1.preact", "layer2.preact"]
     for axis, start in zip(figures[0].axes, (0.5, 0.4), strict=True):
         (line,) = axis.get_lines()
@@ -137,7 +148,7 @@ def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
     records = run(tmp_path / "runs", result__references={"agreement": {"layer1.preact": 0.61}})
-    plots.agreement(records, tmp_path / "agreement.png")
+    plots.metric_curves(records, tmp_path)
     first, second = figures[0].axes
     assert list(first.get_lines()[-1].get_ydata()) == [0.61, 0.61]
     assert [text.get_text() for text in first.texts] == ["input ignored"]
@@ -145,8 +156,48 @@ def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
 
 
 def test_no_agreement_is_no_file(tmp_path: Path) -> None:
-    assert plots.agreement(run(tmp_path / "runs", ("ce", "kd")), tmp_path / "agreement.png") is None
+    assert plots.metric_curves(run(tmp_path / "runs", ("ce", "kd")), tmp_path) == []
     assert not (tmp_path / "agreement.png").exists()
+
+
+def drawn_costs(records: list[Record]) -> dict[str, Any]:
+    """Axes of the charts of accuracy against cost, by their titles."""
+    found = {}
+    for panel in plots.cost_panels(build(records), compare(records)):
+        _, (axis,) = drawing.panels(1, 1, (4.0, 3.0))
+        panel.draw(axis)
+        found[panel.title] = axis
+    return found
+
+
+def test_accuracy_is_drawn_against_time_and_size() -> None:
+    values = {"ce": [90.0, 91.0], "kd": [92.0, 94.0]}
+    records = [
+        make(m, s, v, order=k, compute__training_seconds=seconds)
+        for k, (m, seconds) in enumerate((("ce", 10.0), ("kd", 30.0)))
+        for s, v in enumerate(values[m])
+    ]
+    times = drawn_costs(records)["training time of one seed"]
+    places = [(bars[0].get_xdata()[0], bars[0].get_ydata()[0]) for bars in times.containers]
+    assert places == [(10.0, pytest.approx(90.5)), (30.0, pytest.approx(93.0))]
+    (whisker,) = times.containers[1][2][0].get_segments()
+    assert whisker[:, 1] == pytest.approx([93 - 2**0.5, 93 + 2**0.5])
+    assert times.get_xlabel() == "seconds" and times.get_xscale() == "linear"
+    slow = [*records, make("slow", 0, 95.0, order=2, compute__training_seconds=900.0)]
+    assert drawn_costs(slow)["training time of one seed"].get_xlabel() == "seconds (logarithmic)"
+    large = drawn_costs(
+        [make("kd", s, 90.0 + s, models__teacher={"parameters": 5_000_000, "flops": 1.0}) for s in (0, 1)]
+    )
+    sizes = large["parameters"].containers
+    assert [bars.get_label() for bars in sizes] == ["KD", "teacher"]
+    assert [bars[0].get_xdata()[0] for bars in sizes] == [691674, 5_000_000]
+
+
+def test_two_data_sets_have_no_common_axis() -> None:
+    records = [make("kd", s, 90.0 + s, data=data, recipe=data) for data in ("cifar10", "cifar100") for s in (0, 1)]
+    assert list(drawn_costs(records)) == [
+        f"{data}: {what}" for data in ("cifar10", "cifar100") for what in ("training time of one seed", "parameters")
+    ]
 
 
 def test_every_seed_is_a_point(tmp_path: Path, figures: list[Figure]) -> None:
@@ -169,16 +220,14 @@ def test_the_teacher_is_a_line_only_where_it_is_near(tmp_path: Path, figures: li
 def test_one_seed_and_several_columns(tmp_path: Path, figures: list[Figure]) -> None:
     run(tmp_path / "runs", seeds=1, student="wrn_16_2")
     records = run(tmp_path / "runs", seeds=1, student="wrn_40_1")
-    for draw in ALL:
-        assert draw(records, tmp_path / f"{draw.__name__}.png") is not None
+    assert all(file.is_file() for file in draw_all(records, tmp_path))
     assert len(figures[0].axes) == 4 and len(figures[1].axes) == 4 and len(figures[2].axes) == 2
 
 
 def test_labels_do_not_overlap(tmp_path: Path, figures: list[Figure]) -> None:
     run(tmp_path / "runs", student="wrn_16_2")
     records = run(tmp_path / "runs", student="wrn_40_1")
-    for draw in ALL:
-        draw(records, tmp_path / f"{draw.__name__}.png")
+    draw_all(records, tmp_path)
     for figure in figures:
         page = figure.bbox
         texts = [
@@ -212,12 +261,9 @@ def _inside(axis: Any, label: Any) -> bool:
 
 def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path: Path) -> None:
     records = run(tmp_path / "runs")
-    for draw in ALL:
-        first = draw(records, tmp_path / "first.png")
-        random.Random(1).shuffle(records)
-        second = draw(records, tmp_path / "second.png")
-        assert first is not None and second is not None
-        assert first.read_bytes() == second.read_bytes()
+    first = [file.read_bytes() for file in draw_all(records, tmp_path / "first")]
+    random.Random(1).shuffle(records)
+    assert [file.read_bytes() for file in draw_all(records, tmp_path / "second")] == first
 
 
 def test_the_last_digits_of_a_layout_are_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +272,7 @@ def test_the_last_digits_of_a_layout_are_not_seen(tmp_path: Path, monkeypatch: p
 
     def drawn(noise: float) -> bytes:
         def execute(engine: Any, figure: Any) -> None:
-            width = figure.get_size_inches()[0] * plots.DPI
+            width = figure.get_size_inches()[0] * drawing.DPI
             for axis in figure.axes:
                 # An edge on half a pixel goes to one side or the other.
                 axis.set_position(((100.5 + noise) / width, 0.2, 0.6, 0.6))
