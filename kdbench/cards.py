@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from kdbench.forms import Card, Name, Named, Strict, WithOptions
+from kdbench.models.points import point_name
+from kdbench.published import PublishedCard
 from kdbench.schedules import share
 
 
@@ -21,45 +24,12 @@ def _target(text: str) -> str:
     return text
 
 
-def _point(name: str) -> str:
-    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|pooled", name):
-        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, or pooled")
-    return name
-
-
-# Names that stand for all hook points of one form, in the order of the layers.
-POINT_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
-
-# What authors of methods call their stages and losses.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
-PointName = Annotated[str, AfterValidator(_point)]
+PointName = Annotated[str, AfterValidator(point_name)]
 Mode = Literal["train", "eval"]
 Network = Literal["student", "teacher"]
 Statistics = Literal["shared", "frozen", "separate"]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, text is never taken for a number, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Named(BaseModel):
-    """A card's name with options for its target, beside each other: `{name: sgd, lr: 0.1}`."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class Card(Strict):
-    paper: str | None = Field(None, description="key of a paper card")
-    note: str | None = Field(None, description="what a reader should know")
 
 
 # The deviation of values in [0, 1] is 0.5 at most, a little more where it was estimated. 1 leaves the scale as it is,
@@ -177,15 +147,20 @@ class AnalysisCard(TargetCard):
     title: str
 
 
-class DatasetCard(TargetCard):
-    title: str
+class DataFields(BaseModel):
+    """What a data card and the data of a cell both say."""
+
     classes: int
     channels: int
     image_size: int
-    train: int
-    test: int
+    train: int = Field(description="images of the whole training set")
+    test: int = Field(description="images of the test set")
     normalization: Normalization
     streamed: bool = Field(False, description="read from disk while training: for what is larger than memory")
+
+
+class DatasetCard(DataFields, TargetCard):
+    title: str
     licence: str | None = None
     source: str | None = None
 
@@ -214,7 +189,7 @@ class Weights(Strict):
     file: str = Field(description="file name looked for in the weight folders, or a path")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     url: str | None = None
-    layout: str | None = Field(None, description="module:object that turns the file's state dict into ours")
+    layout: str | None = Field(default=None, description="module:object that turns the file's state dict into ours")
 
 
 # A teacher's accuracy on its card is exact; other hardware may round a few images to the other side (percent points).
@@ -242,28 +217,28 @@ class TeacherCard(Card):
         return self
 
 
-class TermCard(BaseModel):
-    """One loss term. The loss function's own options stand beside these keys."""
+class TermFields(BaseModel):
+    """What a loss term says on a card and in a cell."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-    loss: str
-    hook: str | None = Field(None, description="hook point or group, on both networks")
-    student: str | None = Field(None, description="hook point or group of the student")
-    teacher: str | None = Field(None, description="hook point or group of the teacher")
     input: Name = Field("data", description="input set whose values (and labels) the term takes")
     of: Network = Field("student", description="network whose value is the loss's `student`; of the teacher: trains it")
     against: Name | None = Field(None, description="input set on which the same network gives the loss's `other`")
     detach: bool = Field(True, description="no gradient goes through the loss's `teacher`")
-    connector: Named | None = None
     weight: float = 1.0
+    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
+
+
+class TermCard(TermFields, WithOptions):
+    """One loss term. The loss function's own options stand beside these keys."""
+
+    loss: str
+    hook: str | None = Field(None, description="hook point or group, on both networks")
+    student: str | None = Field(None, description="hook point or group of the student")
+    teacher: str | None = Field(None, description="hook point or group of the teacher")
+    connector: Named | None = None
     weight_schedule: Named | list[Named] | None = Field(
         None, description="multiplies the weight over the stage; several: their product"
     )
-    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 Trained = Literal["student", "connectors", "teacher"]
@@ -295,14 +270,25 @@ class Anchors(Strict):
     images: int = Field(10_000, gt=0, description="greedy: at most so many images of the validation part are looked at")
 
 
-class StageCard(Strict):
-    share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
+class StageFields(BaseModel):
+    """What a stage says on a card and in a cell."""
+
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
     trains: list[Trained] = ["student"]
     alternating: bool = Field(
         False,
         description="the teacher's own terms make a step of it first, then everything is computed anew for the others",
     )
+    modes: Modes = Modes()
+    batch_norm: dict[Name, Statistics] = Field(
+        {},
+        description="what the student's batch norms do with an input set: add it to their running statistics (shared), "
+        "use these and leave them (frozen), or use the batch's own and leave them (separate)",
+    )
+
+
+class StageCard(StageFields, Strict):
+    share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
     anchors: Anchors | None = Field(None, description="the teacher is, one after another, checkpoints of its route")
     begins: Named | None = Field(None, description="an operation on the student, before the first step")
@@ -313,12 +299,6 @@ class StageCard(Strict):
         None, description="of a teacher that is trained; the optimizer where absent"
     )
     teacher_schedule: Named | None = Field(None, description="of a teacher that is trained; the schedule where absent")
-    modes: Modes = Modes()
-    batch_norm: dict[Name, Statistics] = Field(
-        {},
-        description="what the student's batch norms do with an input set: add it to their running statistics (shared), "
-        "use these and leave them (frozen), or use the batch's own and leave them (separate)",
-    )
 
 
 class MethodCard(Card):
@@ -354,86 +334,6 @@ class PaperCard(Strict):
     year: int
     url: str | None = None
     arxiv: str | None = None
-
-
-Percent = Annotated[float, Field(ge=0, le=100)]
-MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
-
-
-def _words(value: Any) -> Any:
-    return value["name"] if isinstance(value, dict) and list(value) == ["name"] else value
-
-
-# Of keys that hold a card elsewhere: the registry writes a plain text out as a card's name.
-Words = Annotated[str, BeforeValidator(_words)]
-
-
-class PublishedProtocol(Strict):
-    """How published numbers came about. What a source does not say is absent."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    extra_epochs: float | None = Field(default=None, gt=0, description="on top of `epochs`")
-    batch_size: int | None = Field(default=None, gt=0)
-    reported: Literal["last", "best"] | None = Field(default=None, description="last, or best on the test set")
-    runs: int | None = Field(default=None, gt=0)
-    optimizer: Words | None = Field(
-        default=None, description="as 'SGD with momentum 0.9', or '… Nesterov momentum 0.9'"
-    )
-    learning_rate: float | None = Field(default=None, gt=0, description="the first one")
-    weight_decay: float | None = Field(default=None, ge=0)
-    schedule: Words | None = Field(
-        default=None, description="of the learning rate, as '× 0.1 at 50/75 %': times gamma at shares of `epochs`"
-    )
-    augmentation: str | None = Field(
-        default=None, description="as 'crop after padding 4 and flip', or '… reflect padding 4 …'"
-    )
-    note: str | None = None
-
-
-class PublishedNetwork(Strict):
-    name: str = Field(description="key of a model card where there is one")
-    accuracy: Percent | None = None
-
-
-class PublishedPair(Strict):
-    """A column of a published table."""
-
-    teacher: PublishedNetwork | None = None
-    student: PublishedNetwork
-    protocol: PublishedProtocol = Field(PublishedProtocol(), description="where this column departs from the table's")
-
-
-class PublishedRow(Strict):
-    """A method's row: one entry for each pair, null where the source has none."""
-
-    title: str
-    accuracies: list[Percent | MeanDeviation | None] = Field(description="or [mean, deviation]")
-    protocol: PublishedProtocol = Field(PublishedProtocol(), description="where this row departs from the table's")
-
-
-class PublishedCard(Card):
-    """A table of somebody else's, copied: test accuracies in percent."""
-
-    title: str
-    source: str = Field(description="where the numbers were read")
-    data: Named
-    protocol: PublishedProtocol = PublishedProtocol()
-    pairs: dict[Name, PublishedPair]
-    methods: dict[Name, PublishedRow]
-
-    @model_validator(mode="after")
-    def one_entry_for_each_pair(self) -> PublishedCard:
-        for name, row in self.methods.items():
-            if len(row.accuracies) != len(self.pairs):
-                raise ValueError(f"'{name}' has {len(row.accuracies)} accuracies for {len(self.pairs)} pairs")
-        return self
-
-    def protocol_of(self, method: str, pair: PublishedPair) -> PublishedProtocol:
-        """The table's protocol with what the pair's column says otherwise, and the method's row after it."""
-        found = self.protocol
-        for own in (pair.protocol, self.methods[method].protocol):
-            found = found.model_copy(update=own.model_dump(exclude_unset=True))
-        return found
 
 
 KINDS: dict[str, type[BaseModel]] = {

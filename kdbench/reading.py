@@ -93,12 +93,17 @@ def of_form(form: type[T], data: Any, where: str, hint: str | None = None) -> T:
     try:
         return TypeAdapter(form).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        said = "this should be a mapping" if first["type"] in ("model_type", "dataclass_type") else first["msg"]
-        what = f"'{place}': {said}" if place else said
-        raise UserError(f"this file is damaged: {what}{more}", where=where, hint=hint) from None
+        raise UserError(f"this file is damaged: {fault(error)}", where=where, hint=hint) from None
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that pydantic found in data, and where."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    mapping = first["type"] in ("model_type", "dataclass_type", "dict_type")
+    said = "this should be a mapping" if mapping else first["msg"]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return (f"'{place}': {said}" if place else said) + more
 
 
 def plain_name(name: str) -> str:

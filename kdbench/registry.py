@@ -27,26 +27,20 @@ from kdbench.validation import validated
 
 C = TypeVar("C", bound=BaseModel)
 
-# Keywords that the engine fills in for every model; recipes cannot.
-MODEL_KEYWORDS = ("classes", "channels", "image_size")
+# Keywords that the engine fills in; recipes cannot: of models, of connectors, of optimizers, of data sets.
+_OF_THE_ENGINE = {
+    *("classes", "channels", "image_size"),
+    *("student_shape", "teacher_shape"),
+    "params",
+    *("roots", "download", "cache", "known_classes"),
+}
 
 # Keys under which a card's name may be written as plain text: `optimizer: sgd` means `optimizer: {name: sgd}`.
-_NAMED = {
-    "optimizer",
-    "schedule",
-    "connector",
-    "weight_schedule",
-    "source",
-    "begins",
-    "teacher_optimizer",
-    "teacher_schedule",
-    "model",
-    "student",
-    "teacher",
-    "data",
-    "protocol",
-    "method",
-}
+_NAMED_IN_TERMS = {"connector", "weight_schedule"}
+_NAMED_IN_STAGES = {"optimizer", "schedule", "teacher_optimizer", "teacher_schedule", "source", "begins"}
+_NAMED = {"optimizer", "schedule", "model", "student", "teacher", "data", "protocol", "method"}
+# Mappings whose keys are their author's names, or networks.
+_AS_WRITTEN = {"parameters", "modes", "batch_norm"}
 
 
 class Registry:
@@ -104,8 +98,7 @@ class Registry:
                     where=tree.origin((key,)),
                     hint=f"the first is at {first}; choose another key",
                 )
-            subtree = tree.at(key)
-            self.trees[kind][key] = subtree
+            self.trees[kind][key] = tree.at(key)
 
     def keys(self, kind: str) -> list[str]:
         """Keys of a kind, templates as they stand (`wrn_{depth}_{width}`)."""
@@ -138,11 +131,14 @@ class Registry:
         """A card of a kind as its typed form. UserError with the nearest names when there is none."""
         tree = self.tree(kind, name, where)
         card = validated(KINDS[kind], tree, f"{singular(kind)} card '{name}'")
-        targets = [(field, getattr(card, field, None)) for field in ("target", "settings")]
-        targets += [("metrics", target) for target in getattr(card, "metrics", {}).values()]
-        for field, target in targets:
-            if target is not None:
-                _check_target(target, tree.origin((field,)))
+        settings = [(".settings", tree.data["settings"])] if tree.data.get("settings") else []
+        for at, target in [*targets_in(tree.data), *settings]:
+            # A target whose file and object can be found, without importing it.
+            try:
+                parameters(target)
+            except UserError as error:
+                path = tuple(at.split(".")[1:]) or ("target",)
+                raise UserError(error.what, error.where or tree.origin(path), error.hint) from None
         return card
 
     def fields(self, kind: str, name: str) -> dict[str, Any]:
@@ -167,51 +163,43 @@ class Registry:
             if not isinstance(base_name, str) or base_name == name or base_name in seen:
                 raise UserError("'include' names another card", where=tree.origin(("include",)))
             base, _ = self._tree(kind, base_name, tree.origin(("include",)), (*seen, name))
-            own = Tree({k: v for k, v in tree.data.items() if k != "include"}, tree.origins)
-            tree = base.merged(own)
+            tree = base.merged(tree.without("include"))
         return tree, fields
 
     def options(
-        self, kind: str, name: str, given: Tree, ignore: Iterable[str] = ("name",), also_known: tuple[str, ...] = ()
+        self, kind: str, given: Tree, own: tuple[str, ...] = ("name",), what: str | None = None
     ) -> dict[str, Any]:
         """Typed options of a named thing: the card's fixed args, a template's fields, and what is given.
 
         Args:
-            given: the mapping in which the options stand; its keys in `ignore` are not options.
+            given: the mapping in which the options stand.
+            own: its keys that are no options. The first one holds the name.
+            what: for messages.
         """
-        card = self.card(kind, name, given.origin(("name",)))
-        what = f"{singular(kind)} '{name}'"
-        tree = self.tree(kind, name)
-        known = self.settable(card.target, card)
-        fixed = getattr(card, "args", {})
-        with_origin = {key: tree.origin(("args", key)) for key in fixed}
-        options = fixed | self.fields(kind, name)
+        name = given.data[own[0]]
+        card = self.card(kind, name, given.origin(own[:1]))
+        origins = {key: self.tree(kind, name).origin(("args", key)) for key in getattr(card, "args", {})}
+        options = getattr(card, "args", {}) | self.fields(kind, name)
         for key, value in given.data.items():
-            if key not in ignore:
+            if key not in own:
                 options[key] = value
-                with_origin[key] = given.origin((key,))
+                origins[key] = given.origin((key,))
         return check_options(
-            card.target, options, known, lambda key: with_origin.get(key, given.origin(())), what, also_known
+            options,
+            self.settable(card.target, card),
+            lambda key: origins.get(key, given.origin(())),
+            what or f"{singular(kind)} '{name}'",
+            own[1:],
         )
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
-        taken = {*MODEL_KEYWORDS, "student_shape", "teacher_shape", "params", "roots", "download", "cache"}
-        taken.add("known_classes")
-        taken |= set(getattr(card, "inputs", ()))
+        taken = _OF_THE_ENGINE | set(getattr(card, "inputs", ()))
         # A source is built with its context first, whatever its author calls that, and so is an analysis.
         inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(getattr(card, "inputs", ()))
         settings = card.settings if isinstance(card, SourceCard) else None
         known = [*parameters(target).values(), *(parameters(settings).values() if settings else ())]
         return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
-
-
-def _check_target(target: str, where: str) -> None:
-    """A target whose file and object can be found, without importing it."""
-    try:
-        parameters(target)
-    except UserError as error:
-        raise UserError(error.what, error.where or where, error.hint) from None
 
 
 def singular(kind: str) -> str:
@@ -235,24 +223,18 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
     origins = dict(tree.origins)
 
     def walk(data: Any, path: tuple[str | int, ...]) -> Any:
-        if not isinstance(data, dict) or path[-1:] == ("parameters",):
+        if not isinstance(data, dict) or {*path[-1:]} & _AS_WRITTEN:
             return data
+        keys = {"losses": _NAMED_IN_TERMS, "stages": _NAMED_IN_STAGES}.get(str(path[-2]) if path[1:] else "", _NAMED)
+        if not path:
+            keys = keys | {"compute"} | ({"target"} if recipe else set())
         result = {}
         for key, value in data.items():
             here = (*path, key)
-            # In a loss term, `student:` and `teacher:` are hook points, not networks; in `modes`, they are modes.
-            plain = key in ("student", "teacher") and ("losses" in path[-2:-1] or path[-1:] == ("modes",))
-            # In `batch_norm` they name input sets.
-            plain |= path[-1:] == ("batch_norm",)
-            # Elsewhere, `source:` says where something comes from.
-            plain |= key == "source" and "stages" not in path[-2:-1]
-            named = key in _NAMED or (recipe and key == "target" and not path)
-            if named and isinstance(value, str) and not plain:
-                value = {"name": value}
-                origins[(*here, "name")] = tree.origin(here)
-            elif key == "compute" and not path and isinstance(value, str):
-                value = {"mode": value}
-                origins[(*here, "mode")] = tree.origin(here)
+            if key in keys and isinstance(value, str):
+                word = "mode" if key == "compute" else "name"
+                value = {word: value}
+                origins[(*here, word)] = tree.origin(here)
             elif key == "weight_schedule" and isinstance(value, list):
                 value = [{"name": one} if isinstance(one, str) else one for one in value]
             elif key == "stages" and isinstance(value, list):

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,14 +102,13 @@ def own_code_sha256(target: str) -> str | None:
 
 
 def check_options(
-    target: str,
     options: dict[str, Any],
     known: dict[str, Parameter],
-    where: Any,
+    where: Callable[[str | None], str],
     what: str,
     also_known: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Options for a target, typed; numbers given as text, unknown names and missing ones are errors.
+    """Options for a target, typed: numbers given as text, unknown names and missing ones are errors.
 
     Args:
         where: function from an option's name (or None) to "file:line".

@@ -76,6 +76,10 @@ class Tree:
         n = len(path)
         return Tree(data, {p[n:]: o for p, o in self.origins.items() if p[:n] == path} | {(): self.origin(path)})
 
+    def without(self, *keys: str) -> Tree:
+        """This mapping without some of its keys."""
+        return Tree({key: value for key, value in self.data.items() if key not in keys}, self.origins)
+
     def merged(self, over: Tree) -> Tree:
         """This tree with another laid over it: mappings merge, everything else is replaced. A mapping that has a `name`
         replaces a mapping of another name whole: the options of one optimizer say nothing to another."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdbench.cli.options import RegistryOption
+from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, RegistryOption
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def command(
         Path | None, typer.Option(help="Folder for what is written (default: the first folder, else the current one).")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs, where trained teachers are.")] = Path("runs"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
-    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
+    download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
     """Run the analysis NAME on finished cells, print its table, and write it as CSV.
@@ -48,10 +48,8 @@ def command(
     A JSON file beside the CSV holds the command, the versions, and the hashes of all data and networks. To add an
     analysis of your own, put a card and a Python function into a registry folder.
     """
-    from kdbench.cli.run import check_device
     from kdbench.registry import Registry
 
-    check_device(device)
     cards = Registry(registry or ())
     given, folders = _options_and_folders(words or ())
     target, options = cards.card("analyses", name, "kdbench analyse").target, _checked(cards, name, given)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.options import RegistryOption
+from kdbench.cli.options import DeviceOption, RegistryOption
 from kdbench.errors import UserError
 
 EXAMPLES = (
@@ -23,7 +23,7 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every lane, interleaved.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of one turn.")] = 3.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
     compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it needs minutes to start.")] = True,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
@@ -38,12 +38,10 @@ def command(
     import importlib.util
 
     from kdbench.bench.compare import Result, compare, table
-    from kdbench.cli.run import check_device
     from kdbench.files import write_json
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
-    check_device(device)
     if peers and importlib.util.find_spec("torchdistill") is None:
         raise UserError(
             "torchdistill, which the comparison needs, is not installed",

@@ -5,13 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
+from kdbench.cli.options import (
+    DataOption,
+    DeviceOption,
+    DownloadOption,
+    Overrides,
+    RecipeArgument,
+    RegistryOption,
+    RunsOption,
+)
 from kdbench.cli.progress import clock, listener
 from kdbench.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from kdbench.engine.messages import TableFound
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,21 +35,20 @@ app = typer.Typer(
 def fill(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Only tell size and time.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print size and time and exit.")] = False,
+    runs: RunsOption = Path("runs"),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
-    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
+    download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
     """Compute the logits of RECIPE's teacher for every view of every training image.
 
-    Methods that need only these (KD) then run no teacher, in every run with this teacher, data, augmentation and
-    precision. Size and time are told first. Stop it at any moment: the same command goes on from there.
+    Methods that need nothing else (KD) then run no teacher, in every run with this teacher, data, augmentation and
+    precision. Size and time are printed first. You can interrupt it: the same command continues.
     """
     from kdbench.engine.filling import fill_logits
-    from kdbench.engine.messages import TableFound
     from kdbench.engine.options import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
@@ -54,38 +64,46 @@ def fill(
         download=download,
         registries=folders,
     )
-    current: list[tuple[str, TableFound]] = []
+    progress = _Progress()
+    try:
+        fill_logits(planned, options, estimate, progress.table_found, progress.filled, listener())
+    except KeyboardInterrupt:
+        print("\ninterrupted: all progress is saved; repeat the command to continue", file=sys.stderr)
+        raise typer.Exit(130) from None
 
-    def told(teacher: str, table: TableFound) -> None:
-        current[:] = [(teacher, table)]
+
+class _Progress:
+    """Prints each teacher's table, and how far it is filled."""
+
+    teacher: str
+    table: TableFound
+    shown = 0.0
+
+    def table_found(self, teacher: str, table: TableFound) -> None:
+        self.teacher, self.table = teacher, table
         what = (
             f"{teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
             f"{table.bytes / 1e6:,.1f} MB in {table.folder}"
         )
         if table.done >= table.images:
-            print(f"{what}: already whole")
+            print(f"{what}: already complete")
         else:
             so_far = f", {table.done / table.images:.0%} are there" if table.done else ""
             print(f"{what}{so_far}: about {clock(table.seconds)} here", flush=True)
 
-    shown = 0.0
-
-    def filled(done: int, seconds: float) -> None:
-        nonlocal shown
-        teacher, table = current[0]
-        whole = done >= table.images
-        if whole or time.monotonic() - shown > (2 if sys.stderr.isatty() else 30):
-            shown = time.monotonic()
+    def filled(self, done: int, seconds: float) -> None:
+        table, live = self.table, sys.stderr.isatty()
+        complete = done >= table.images
+        if complete or time.monotonic() - self.shown > (2 if live else 30):
+            self.shown = time.monotonic()
             left = seconds / max(done - table.done, 1) * (table.images - done)
-            text = f"whole after {clock(seconds)}" if whole else f"{done / table.images:.1%}, about {clock(left)} left"
-            end = "\n" if whole or not sys.stderr.isatty() else "\r"
-            print(f"  {teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
-
-    try:
-        fill_logits(planned, options, estimate, told, filled, listener())
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is filled is kept; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+            text = (
+                f"complete after {clock(seconds)}"
+                if complete
+                else f"{done / table.images:.1%}, about {clock(left)} left"
+            )
+            end = "\r" if live and not complete else "\n"
+            print(f"  {self.teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
 
 
 @app.command("ls")
@@ -109,7 +127,7 @@ def ls() -> None:
             " × ".join(str(n) for n in table.shape),
             table.key["precision"],
             f"{table.bytes / 1e6:,.1f}",
-            "whole" if table.complete else f"{table.done / table.shape[0]:.1%}",
+            "complete" if table.complete else f"{table.done / table.shape[0]:.1%}",
             clock(table.seconds),
         )
     console().print(shown)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kdbench.errors import UserError
+
+
+def check_device(device: str) -> str:
+    """The name of a device. UserError for what is none."""
+    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
+    return device
+
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
@@ -13,7 +24,10 @@ RecipeArgument = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of the recipe.")]
 RegistryOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        help="Folder with further cards and their Python files: it is code, and is trusted as code (repeatable)."
-    ),
+    typer.Option(help="Folder with your own cards and their Python files. Its code is executed (repeatable)."),
 ]
+RunsOption = Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")]
+JobsOption = Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.", callback=check_device)]
+DataOption = Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")]
+DownloadOption = Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdbench.cli.options import RegistryOption
+from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, JobsOption, RegistryOption, RunsOption
 from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import same_name
 
@@ -26,28 +26,25 @@ EXAMPLES = (
 def command(
     study: Annotated[str, typer.Argument(help="Key of a study card ('kdbench ls studies').")],
     profile: Annotated[str, typer.Option(help="Which of the study's profiles.")] = "full",
-    cost: Annotated[bool, typer.Option(help="Only say what it would cost.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
+    cost: Annotated[bool, typer.Option(help="Print the estimated cost and exit.")] = False,
+    runs: RunsOption = Path("runs"),
     results: Annotated[Path, typer.Option(help="Folder for what is published.")] = Path("results"),
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
-    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    jobs: JobsOption = None,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
+    download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
     """Run the recipes of STUDY one after the other and publish each to results/ when all its cells are finished.
 
-    It says first what it will cost. The same command again goes on where it was stopped. A recipe in which a cell fails
-    does not stop the others; it is not published, and the exit code is 1.
+    It prints the estimated cost first. Repeat the command after an interruption: it continues where it stopped. If a
+    cell fails, the other recipes still run; the failed recipe is not published, and the exit code is 1.
     """
-    from kdbench.cli.run import carry_out, check_device, failure
+    from kdbench.cli.run import carry_out, failure
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
     from kdbench.verify.publishing import publish
 
-    check_device(device)
     folders = tuple(registry or ())
     plans = plans_of(study, profile, Registry(folders))
     _print_cost(plans, runs, device)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
-from kdbench.errors import CellError, UserError
+from kdbench.cli.options import (
+    DataOption,
+    DeviceOption,
+    DownloadOption,
+    JobsOption,
+    Overrides,
+    RecipeArgument,
+    RegistryOption,
+    RunsOption,
+)
+from kdbench.errors import CellError
 
 if TYPE_CHECKING:
     from kdbench.engine.options import Options
@@ -26,33 +34,30 @@ EXAMPLES = (
 def command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    runs: Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")] = Path("runs"),
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")
-    ] = None,
+    runs: RunsOption = Path("runs"),
+    jobs: JobsOption = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")] = None,
     seeds_together: Annotated[
         bool | None, typer.Option(help="Whether a worker trains several seeds at once (default: on a GPU).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")] = "auto",
-    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
+    download: DownloadOption = True,
     registry: RegistryOption = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
     results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
-    adopt: Annotated[bool, typer.Option(help="Whether cells that are published there count as finished.")] = True,
+    adopt: Annotated[bool, typer.Option(help="Whether published cells of this recipe count as finished.")] = True,
 ) -> None:
     """Train every cell of RECIPE that is not finished yet, then print and write the table.
 
     RECIPE is a file or the name of a shipped recipe ('kdbench ls recipes'). Further words KEY.PATH=VALUE override it.
-    The same command again goes on where it was stopped; finished cells are never run again, nor are those that
-    'kdbench publish' has put into results/<recipe>: so a published table grows by seeds.
+    Repeat the command after an interruption: it continues where it stopped. Finished cells are never run again, nor are
+    those that 'kdbench publish' has put into results/<recipe>: so you can add seeds to a published table.
     """
     from kdbench.engine.options import Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
-    check_device(device)
     folders = tuple(registry or ())
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
     options = Options(
@@ -92,7 +97,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     try:
         outcome = run_plan(planned, options, shown, (results or Path()) / planned.name, found)
     except KeyboardInterrupt:
-        print("interrupted: everything is checkpointed; the same command goes on from here", file=sys.stderr)
+        print("interrupted: all progress is saved; repeat the command to continue", file=sys.stderr)
         raise typer.Exit(130) from None
     if outcome.finished:
         from kdbench.cli.output import write_tables
@@ -107,9 +112,3 @@ def failure(planned: Plan, outcome: Outcome) -> CellError:
     return CellError(
         f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
     )
-
-
-def check_device(device: str) -> None:
-    """UserError for what is no device."""
-    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")

@@ -11,7 +11,7 @@ from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from kdbench.cards import PublishedCard
+    from kdbench.published import PublishedCard
     from kdbench.registry import Registry
 
 EXAMPLES = (

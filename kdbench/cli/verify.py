@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdbench.cli.options import RegistryOption
+from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, RegistryOption
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ def command(
         float | None,
         typer.Option(min=0, help="Percent points, where equal bits cannot be expected (default: 3 deviations, ≥ 1)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the rerun: auto, cpu, cuda, or cuda:N.")] = "auto",
-    data: Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")] = None,
-    download: Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")] = True,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
+    download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
     """Say whether the table, the records and the recipe in FOLDER agree; with --rerun, whether a number comes back.
@@ -42,12 +42,10 @@ def command(
     from rich.text import Text
 
     from kdbench.cli.console import console as page
-    from kdbench.cli.run import check_device
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
     from kdbench.verify.verification import Finding, verdict, verify
 
-    check_device(device)
     if cell is not None and not rerun:
         raise UserError("'--cell' says what to run again", where="--cell", hint="add --rerun")
     folders = tuple(registry or ())

@@ -19,8 +19,9 @@ from kdbench.data.streams import address
 from kdbench.engine.batches import Batch, Sets
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of
-from kdbench.models.hooks import Extractor, expand, places
+from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place, Unordered
+from kdbench.models.points import expand
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TargetSpec, TermSpec
 from kdbench.schedules import Schedule, product
 from kdbench.signature import parameters

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kdbench.cards import Strict
 from kdbench.errors import UserError
 from kdbench.files import home, locked
+from kdbench.forms import Strict
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")

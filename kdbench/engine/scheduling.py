@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from kdbench.cards import Strict
 from kdbench.engine import compute
 from kdbench.engine.compute import Memory, program_bytes
 from kdbench.files import write_json
+from kdbench.forms import Strict
 from kdbench.reading import read_as
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec

@@ -120,10 +120,10 @@ def measured(
             hint="check the data and the order of their classes, the model's options and the normalization",
         )
     training, on_record = training_of(file.file), None
-    if training is not None and training.result is not None and training.spec.target is None:
-        on_record = (training.result.test.last, "the record beside its weights")
+    if training is not None and training.accuracy is not None and training.target is None:
+        on_record = (training.accuracy, "the record beside its weights")
     found = _doubts(spec, seen, data_spec, on_record)
-    if training is not None and training.data.fingerprint != data.fingerprint:
+    if training is not None and training.fingerprint != data.fingerprint:
         found += (f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint",)
     return replace(file, accuracy=seen.accuracy, doubts=found)
 

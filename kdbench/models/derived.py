@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
-from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
 from kdbench.models.places import FIRST, LAST, Place, with_orders
+from kdbench.models.probing import UNSUITABLE, cannot_take, dry_run, watched
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -82,30 +81,20 @@ def derived_places(
 
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_Call], object]:
     """All calls of modules in the order in which they end, with their outputs, and the network's own output."""
-    meta = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
     large = (image_shape[0], max(_SIDE, image_shape[1]), max(_SIDE, image_shape[2]))
-    names = {module: name for name, module in model.named_modules()}
     failure: Exception | None = None
     # Without computing anything where that is possible; networks of a fixed size refuse the large image.
-    for shape, tensors in ((large, meta), (image_shape, meta), (image_shape, None)):
+    for shape, meta in ((large, True), (image_shape, True), (image_shape, False)):
         calls: list[_Call] = []
 
-        def note(module: nn.Module, args: Any, output: Any, calls: list[_Call] = calls) -> None:
-            calls.append(_Call(names[module], module, output))
+        def noted(module: nn.Module, path: str, calls: list[_Call] = calls) -> Callable[[object], None]:
+            return lambda output: calls.append(_Call(path, module, output))
 
-        handles = [module.register_forward_hook(note) for module in names]
         try:
-            with undisturbed(model, training=False):
-                images = dry_images(model, shape)
-                return calls, dry_call(model, images.to("meta") if tensors else images, tensors)
+            with watched([(module, "output", noted(module, path)) for path, module in model.named_modules()]):
+                return calls, dry_run(model, shape, meta)
         except UNSUITABLE as error:
             failure = error
-        finally:
-            for handle in handles:
-                handle.remove()
     assert failure is not None
     raise cannot_take(model_name, image_shape, failure)
 

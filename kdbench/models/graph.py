@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kdbench.models.dry import dry_call, dry_images, undisturbed
-from kdbench.models.hooks import LOGITS, Extractor
+from kdbench.models.hooks import Extractor
 from kdbench.models.places import FIRST, Place
+from kdbench.models.points import LOGITS
+from kdbench.models.probing import dry_call, dry_images, undisturbed
 
 
 class Untraceable(Exception):

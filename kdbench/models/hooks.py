@@ -10,51 +10,20 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from kdbench.cards import POINT_GROUPS
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
-from kdbench.models.dry import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed
 from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
-
-LOGITS = "logits"
-
-
-def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
-    """Hook points in the order asked for, groups replaced by their points in the order of layers.
-
-    Args:
-        names: hook points and groups (`layers`, `layers.preact`).
-        available: the points that a model has.
-        model_name: for messages.
-
-    Raises:
-        UserError: a point that the model lacks; a `.preact`, or the group of them, where a layer ends without a ReLU.
-    """
-    known = list(available)
-    whose = f"model '{model_name}'" if model_name else "the model"
-    result: list[str] = []
-    for name in names:
-        pattern = POINT_GROUPS.get(name)
-        if pattern is None:
-            result.append(_existing(name, known, whose))
-            continue
-        members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
-        if name == "layers.preact":
-            for layer in expand(["layers"], known, model_name):
-                _existing(f"{layer}.preact", known, whose)
-        if not members:
-            raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
-        result += members
-    return result
+from kdbench.models.points import LOGITS, existing, in_order
+from kdbench.models.probing import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed, watched
 
 
 def places(
@@ -76,7 +45,7 @@ def places(
         larger: builds the network anew for another side of images, for such as take one size only.
     """
     if hooks == "derived":
-        return _in_order(derived_places(model, model_name, image_shape, larger))
+        return in_order(derived_places(model, model_name, image_shape, larger))
     found, stated = {}, set()
     for point, text in hooks.items():
         if point == LOGITS:
@@ -90,7 +59,7 @@ def places(
             )
         found[point] = place._replace(path=path)
         stated |= {point} if states_order else set()
-    return _in_order(with_orders(model, found, stated, model_name, image_shape, larger))
+    return in_order(with_orders(model, found, stated, model_name, image_shape, larger))
 
 
 class Extractor:
@@ -116,7 +85,7 @@ class Extractor:
             run = _Run(self, list(self.places), checking=True)
             images = dry_images(self.model, image_shape)
             try:
-                with run:
+                with run.watching():
                     logits = dry_call(self.model, images)
             except UNSUITABLE as error:
                 raise cannot_take(self.model_name, image_shape, error) from None
@@ -154,7 +123,7 @@ class Extractor:
         """
         for point in points:
             if point != LOGITS and point not in self.places:
-                _existing(point, [*self.places, LOGITS], f"model '{self.model_name}'")
+                existing(point, [*self.places, LOGITS], f"model '{self.model_name}'")
         if not points:
             return {}
         if self._behaviours is None:
@@ -162,7 +131,7 @@ class Extractor:
         asked = list(dict.fromkeys(point for point in points if point != LOGITS))
         run = _Run(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
         logits: object = None
-        with run, suppress(_Stop):
+        with run.watching(), suppress(_Stop):
             logits = self.model(images)
         values = {point: run.value(point) for point in asked}
         if LOGITS in points:
@@ -181,7 +150,7 @@ class Extractor:
         found = []
         for training in (False, True):
             try:
-                with undisturbed(self.model, training), _Run(self, list(self.places)) as run:
+                with undisturbed(self.model, training), _Run(self, list(self.places)).watching() as run:
                     dry_call(self.model, dry_images(self.model, shape).to(images.device))
             except UNSUITABLE:
                 # The real run will say what is wrong, if anything is: networks exist that fail on noise only.
@@ -237,7 +206,7 @@ _ACTIVE = _Active()
 
 @dataclass(eq=False)
 class _Run:
-    """One forward with hooks at some points. They are there inside its `with` only."""
+    """One forward with hooks at some points. They are there while it is `watching`."""
 
     extractor: Extractor
     points: list[str]
@@ -250,21 +219,17 @@ class _Run:
         self.calls = dict.fromkeys(self.points, 0)
         self._found: dict[str, _Found] = {}
         self._waiting = set(self.points)
-        self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> _Run:
-        try:
-            for point in self.points:
-                self._attach(point, self.extractor.places[point])
-        except BaseException:
-            self._detach()
-            raise
-        _ACTIVE.runs.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _ACTIVE.runs.remove(self)
-        self._detach()
+    @contextmanager
+    def watching(self) -> Iterator[_Run]:
+        """Inside, hooks are there."""
+        model, at = self.extractor.model, self.extractor.places
+        with watched([(model.get_submodule(at[p].path), at[p].side, partial(self._take, p)) for p in self.points]):
+            _ACTIVE.runs.append(self)
+            try:
+                yield self
+            finally:
+                _ACTIVE.runs.remove(self)
 
     def value(self, point: str) -> Tensor:
         """What was found at a point. UserError when it was not reached."""
@@ -284,29 +249,6 @@ class _Run:
     def overwritten(self, point: str) -> bool:
         found = self._found.get(point)
         return found is not None and found.version is not None and found.original._version != found.version
-
-    def _attach(self, point: str, place: Place) -> None:
-        path = _resolved(self.extractor.model, place.path)
-        if path is None:
-            raise UserError(f"hook point '{point}': model '{self.extractor.model_name}' has no module '{place.path}'")
-        module = self.extractor.model.get_submodule(path)
-
-        def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._take(point, next(iter((*args, *kwargs.values())), None))
-
-        def on_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._take(point, output)
-
-        self._handles.append(
-            module.register_forward_pre_hook(on_input, with_kwargs=True)
-            if place.side == "input"
-            else module.register_forward_hook(on_output)
-        )
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _take(self, point: str, value: object) -> None:
         if _ACTIVE.runs[-1:] != [self]:
@@ -346,31 +288,6 @@ def _resolved(model: nn.Module, path: str) -> str | None:
         names.append(part)
         module = children[part]
     return ".".join(names)
-
-
-def _in_order(found: Mapping[str, Place]) -> dict[str, Place]:
-    def key(point: str) -> tuple[int, int, bool, str]:
-        match = re.fullmatch(r"layer(\d+)(\.preact)?", point)
-        group = 1 if match else {"stem": 0, "pooled": 2}.get(point, 3)
-        return group, int(match[1]) if match else 0, bool(match and match[2]), point
-
-    return {point: found[point] for point in sorted(found, key=key)}
-
-
-def _existing(point: str, known: Sequence[str], whose: str) -> str:
-    if point in known:
-        return point
-    layer, _, rest = point.partition(".")
-    if rest == "preact" and layer in known:
-        raise UserError(
-            f"{whose} has no '{point}': {layer} does not end in a ReLU",
-            hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'",
-        )
-    raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
-
-
-def _has(known: Sequence[str]) -> str:
-    return f"it has {', '.join(known)}" if known else "it has none"
 
 
 def _kind(value: object) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from kdbench.errors import UserError
-from kdbench.models.dry import UNSUITABLE, dry_call, dry_images, undisturbed
+from kdbench.models.probing import UNSUITABLE, dry_run, watched
 
 # The axes of a map [N, ., ., .] that are its channels, height and width.
 Order = tuple[int, int, int]
@@ -162,14 +163,6 @@ def _shapes_of_larger(
         return {}
 
 
-def _watch(module: nn.Module, point: str, side: str, note: Callable[[str, object], None]) -> RemovableHandle:
-    if side == "input":
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: note(point, next(iter((*args, *kwargs.values())), None)), with_kwargs=True
-        )
-    return module.register_forward_hook(lambda _, args, output: note(point, output))
-
-
 def _shapes(model: nn.Module, found: Mapping[str, Place], image_shape: tuple[int, int, int]) -> _Shapes:
     """Shapes of what is found at places for two images, as far as the network comes with images of this size. Where it
     would take long, nothing is computed."""
@@ -179,21 +172,10 @@ def _shapes(model: nn.Module, found: Mapping[str, Place], image_shape: tuple[int
         if isinstance(value, Tensor):
             shapes[point] = tuple(value.shape)
 
-    meta = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    for tensors in (meta, None) if image_shape[1] * image_shape[2] > _FEW else (None,):
-        handles = [_watch(model.get_submodule(place.path), point, place.side, note) for point, place in found.items()]
-        try:
-            with undisturbed(model, training=False):
-                images = dry_images(model, image_shape)
-                dry_call(model, images.to("meta") if tensors else images, tensors)
-        except UNSUITABLE:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+    places = [(model.get_submodule(place.path), place.side, partial(note, point)) for point, place in found.items()]
+    for meta in (True, False) if image_shape[1] * image_shape[2] > _FEW else (False,):
+        with watched(places), suppress(*UNSUITABLE):
+            dry_run(model, image_shape, meta)
         if shapes.keys() == found.keys():
             break
     return shapes

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasPath, BaseModel, ConfigDict, Field
 
 from kdbench.cards import Normalization
 from kdbench.errors import UserError
@@ -27,50 +27,29 @@ class _Data(_Part):
     only_classes: list[int] | None = None
 
 
-class _Protocol(_Part):
-    normalization: Normalization
-
-
-class _Spec(_Part):
-    data: _Data
-    target: _Data | None = None
-    protocol: _Protocol
-
-
-class _Used(_Part):
-    fingerprint: str
-
-
-class _Test(_Part):
-    last: float = Field(ge=0, le=100)
-
-
-class _Result(_Part):
-    test: _Test
-
-
 class _Checkpoint(_Part):
     file: str
     sha256: str
 
 
 class Training(_Part):
-    """How a student was trained, as the record beside its weights says. `result`: None of a checkpoint on its way."""
+    """How a student was trained, as the record beside its weights says.
 
-    spec: _Spec
-    data: _Used
-    result: _Result | None
+    `normalization`: of the student's images. `fingerprint`: of the data. `accuracy`: on the test set of `target`, or of
+    `data` where there is none; None for a checkpoint of a route.
+    """
+
+    data: _Data = Field(validation_alias=AliasPath("spec", "data"))
+    target: _Data | None = Field(None, validation_alias=AliasPath("spec", "target"))
+    normalization: Normalization = Field(validation_alias=AliasPath("spec", "protocol", "normalization"))
+    fingerprint: str = Field(validation_alias=AliasPath("data", "fingerprint"))
+    accuracy: float | None = Field(ge=0, le=100, validation_alias=AliasPath("result", "test", "last"))
     files: dict[str, str] = {}
     route: list[_Checkpoint] = []
 
-    @property
-    def normalization(self) -> Normalization:
-        """That of the student's images."""
-        return self.spec.protocol.normalization
-
     def knows(self, data: str, classes: int) -> bool:
         """Whether its classes are those of a data set."""
-        return any((part.name, part.classes) == (data, classes) for part in (self.spec.data, self.spec.target) if part)
+        return any((part.name, part.classes) == (data, classes) for part in (self.data, self.target) if part)
 
 
 def training_of(file: Path) -> Training | None:
@@ -91,4 +70,4 @@ def training_of(file: Path) -> Training | None:
             where=str(file),
             hint="put the right file back, or copy this one to another folder to use it without the record",
         )
-    return training.model_copy(update={"result": None}) if inside_route else training
+    return training.model_copy(update={"accuracy": None}) if inside_route else training

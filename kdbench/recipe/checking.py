@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
-from kdbench.cards import Anchors, MethodCard, Named, ProtocolCard, StageCard, TeacherCard, TermCard
+from kdbench.cards import MethodCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.loading import find, load
-from kdbench.recipe.methods import resolve_method
-from kdbench.recipe.networks import model_spec, teacher_spec
-from kdbench.recipe.resolving import Variant
+from kdbench.recipe.methods import method_spec
+from kdbench.recipe.named import named_spec
+from kdbench.recipe.networks import model_spec
+from kdbench.recipe.planning import teacher_of_card
+from kdbench.recipe.stages import NAMED_KINDS
+from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry
 from kdbench.tree import Tree
-from kdbench.validation import validated
+from kdbench.validation import fields_at
 
 # A protocol in whose place any other could stand, for checking what a method says of optimizers and schedules.
-_PROTOCOL = {"batch_size": 1, "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "constant"}, "steps": 1}
+_PROTOCOL = {"optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "constant"}}
 
 
 def check_card(registry: Registry, kind: str, name: str) -> None:
@@ -27,23 +32,16 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
         registry.card("papers", card.paper, tree.origin(("paper",)))
     if kind == "models":
         model_spec(Tree.of({"name": name}, where), registry)
-        if card.hooks != "derived":
-            registry.card("hooks", card.hooks, tree.origin(("hooks",)))
     elif kind == "protocols":
         for part in ("optimizer", "schedule"):
-            registry.options(f"{part}s", getattr(card, part).name, tree.at(part))
+            named_spec(f"{part}s", tree.at(part), registry)
     elif kind == "teachers":
-        assert isinstance(card, TeacherCard)
         for trained in {card.weights is None, card.recipe is not None}:
-            choice = {"data": {"name": card.data.name}, "teacher": {"name": name, "trained": trained}}
-            teacher_spec(Tree.of(choice, where), registry, weights_must_exist=False)
+            teacher_of_card(name, registry, where, trained, weights_must_exist=False)
     elif kind == "methods":
-        protocol = Tree.of(_PROTOCOL, where)
-        given = Tree.of({"method": {"name": name}}, where)
-        resolve_method(Variant(given, {}), validated(ProtocolCard, protocol, "protocol"), protocol, registry)
-        assert isinstance(card, MethodCard)
+        method_spec(Variant(Tree.of({"method": {"name": name}}, where), {}), Tree.of(_PROTOCOL, where), registry)
         for parameter, path in card.parameters.items():
-            _check_parameter(card, parameter, path, registry, tree.origin(("parameters", parameter)))
+            _check_parameter(tree, parameter, path, registry)
     elif kind == "studies":
         for profile, recipes in card.profiles.items():
             for index, recipe in enumerate(recipes):
@@ -63,27 +61,19 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
                 )
 
 
-def _check_parameter(card: MethodCard, name: str, path: str, registry: Registry, where: str) -> None:
-    """A short name must point at a key that exists: of a stage, of a loss term, or an option of its loss."""
-    parts = path.split(".")
+def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:
+    """A short name must point at a key that exists: of a stage, of a loss term, or an option of what is named there."""
+    *parents, last = path.split(".")
     known: list[str] = []
-    if len(parts) >= 3 and parts[0] == "stages" and parts[1] in card.stages:
-        known = list(StageCard.model_fields)
-        for key, kind in (("source", "sources"), ("begins", "operations")):
-            named: Named | None = getattr(card.stages[parts[1]], key)
-            if parts[2] == key and len(parts) == 4 and named is not None:
-                target = registry.card(kind, named.name)
-                options = list(registry.settable(target.target, target))
-                if parts[3] not in options:
-                    hint = did_you_mean(parts[3], options)
-                    raise UserError(f"the parameter '{name}' points to nothing: {path}", where=where, hint=hint)
-        if parts[2] == "anchors" and len(parts) == 4 and card.stages[parts[1]].anchors is not None:
-            known, parts = list(Anchors.model_fields), parts[1:]
-        if parts[2] == "losses" and len(parts) >= 5 and parts[3] in card.stages[parts[1]].losses:
-            loss = registry.card("losses", card.stages[parts[1]].losses[parts[3]].loss)
-            known = [*TermCard.model_fields, *registry.settable(loss.target, loss)]
-            parts = parts[2:]
-    if len(parts) < 3 or parts[2] not in known:
+    inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
+    if isinstance(inside, dict):
+        known = fields_at(MethodCard, tuple(parents))
+        kind = "losses" if parents[-2:-1] == ["losses"] else NAMED_KINDS.get(parents[-1])
+        if kind is not None:
+            card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
+            known += registry.settable(card.target, card)
+    if last not in known:
+        where = tree.origin(("parameters", name))
         raise UserError(
-            f"the parameter '{name}' points to nothing: {path}", where=where, hint=did_you_mean(parts[-1], known)
+            f"the parameter '{name}' points to nothing: {path}", where=where, hint=did_you_mean(last, known)
         )

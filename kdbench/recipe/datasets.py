@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdbench.cards import DatasetCard
+from kdbench.cards import Normalization
 from kdbench.errors import UserError
+from kdbench.recipe.named import spec_of
 from kdbench.recipe.schema import Recipe
 from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
@@ -71,23 +72,11 @@ def _sizes(classes: int, channels: int, size: int) -> str:
 
 
 def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
-    card: DatasetCard = registry.card("datasets", name)
-    return DataSpec(
-        name=name,
-        **registry.code("datasets", name),
-        options=card.args,
-        classes=card.classes,
-        channels=card.channels,
-        image_size=card.image_size,
-        train=card.train,
-        test=card.test,
-        normalization=card.normalization,
-        streamed=card.streamed,
-        **more,
-    )
+    spec: DataSpec = spec_of("datasets", name, registry, registry.card("datasets", name).args, **more)
+    return spec
 
 
-def check_channels(normalization: Any, data: DataSpec, where: str) -> None:
+def check_channels(normalization: Normalization, data: DataSpec, where: str) -> None:
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
         raise UserError(
             f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'",

@@ -84,12 +84,8 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
     if path[0] == "compare" and len(path) > 1:
         path = ("compare", ".".join(path[1:]))
     tree = _without_other_budget(tree, {dotted_path})
-    value_tree = Tree.of(value, where)
-    inner: object = value
-    for key in reversed(path):
-        inner = {key: inner}
-    whole = Tree(inner, {path[:n]: where for n in range(len(path))} | {path + p: where for p in value_tree.origins})
-    return tree.merged(written_out(whole, recipe=True))
+    over = Tree({}, {}).put(path, Tree.of(value, where))
+    return tree.merged(written_out(over, recipe=True))
 
 
 def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
@@ -110,7 +106,7 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
         except UserError as error:
             raise UserError(error.what, where=tree.origin(("include",)), hint=error.hint) from None
         base = base.merged(_load_file(included, (*seen, file.resolve())))
-    own = Tree({k: v for k, v in tree.data.items() if k != "include"}, tree.origins)
+    own = tree.without("include")
     _check_keys(own)
     return _without_other_budget(base, set(own.data)).merged(own) if base.data else own
 
@@ -118,7 +114,7 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
 def _without_other_budget(tree: Tree, given: set[str]) -> Tree:
     """Of 'epochs' and 'steps' the later one holds: `tree` without the one that `given` replaces by the other."""
     replaced = {other for key, other in (("epochs", "steps"), ("steps", "epochs")) if key in given}
-    return Tree({k: v for k, v in tree.data.items() if k not in replaced}, tree.origins)
+    return tree.without(*replaced)
 
 
 def _check_keys(tree: Tree) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,15 @@ from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.reading import LONGEST, plain_name
-from kdbench.recipe.loading import load, put, typed
-from kdbench.recipe.resolving import Variant, resolve
-from kdbench.recipe.schema import Recipe
-from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry, written_out
+from kdbench.recipe.cells import cell_spec
+from kdbench.recipe.datasets import spec_of_card
+from kdbench.recipe.loading import load, typed
+from kdbench.recipe.networks import teacher_spec
+from kdbench.recipe.schema import TeacherChoice
+from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.variants import means_nothing, variants
+from kdbench.registry import Registry
 from kdbench.tree import Tree
-from kdbench.validation import fields_at
 
 # Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
 TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
@@ -81,30 +83,22 @@ def plan(
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("'seeds' needs at least one seed, none twice", where=tree.origin(("seeds",)))
     cells: dict[str, PlannedCell] = {}
-    # A method's keys that the recipe gives for all methods must mean something to one of them.
+    # A method's keys that the recipe gives for all methods must mean something to one of them, and so must what it
+    # compares.
     unused = {key: tree.origin(("method", key)) for key in base.method if "method" in base.compare and key != "name"}
-    for order, combination in enumerate(_combinations(base, tree)):
-        variant = _variant(tree, combination)
-        first, foreign = resolve(variant, seeds[0], registry, weights_must_exist)
+    idle = {path: tree.origin(("compare", path)) for path in base.compare}
+    trained = functools.partial(_teacher_cell, registry)
+    for order, variant in enumerate(variants(base, tree)):
+        first, foreign = cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
         unused = {key: where for key, where in unused.items() if key in foreign}
-        axes = {path: value for path, value in variant.axes.items() if not _is_foreign(path, foreign)}
+        axes = {path: value for path, value in variant.axes.items() if not means_nothing(path, foreign)}
+        idle = {path: where for path, where in idle.items() if path not in axes}
         for seed in seeds:
             spec = first.model_copy(update={"seed": seed})
             cells.setdefault(spec.identity(), PlannedCell(spec, axes, order))
-    for key, where in unused.items():
-        raise UserError(
-            f"no method of this comparison has '{key}'",
-            where=where,
-            hint=did_you_mean(key, _parameters(cells.values(), registry)),
-        )
-    for path in base.compare:
-        if all(path not in cell.axes for cell in cells.values()):
-            last = path.removeprefix("method.")
-            raise UserError(
-                f"no method of this comparison has '{last}'",
-                where=tree.origin(("compare", path)),
-                hint=did_you_mean(last, _parameters(cells.values(), registry)),
-            )
+    for path, where in (unused | idle).items():
+        key, known = path.removeprefix("method."), _parameters(cells.values(), registry)
+        raise UserError(f"no method of this comparison has '{key}'", where=where, hint=did_you_mean(key, known))
     _check_names(cells.values(), tree)
     methods = list(dict.fromkeys(cell.spec.method.name for cell in cells.values()))
     if base.baseline is not None and base.baseline not in methods:
@@ -115,6 +109,41 @@ def plan(
         )
     name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
     return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data)
+
+
+# Teachers' recipes that are being planned, to notice a circle.
+_open: list[str] = []
+
+
+@functools.cache
+def _teacher_cell(registry: Registry, recipe: str, where: str, data_root: str | None) -> CellSpec:
+    """The one cell of a teacher's own recipe."""
+    if recipe in _open:
+        raise UserError(f"the recipe '{recipe}' trains a teacher that it needs itself", where=where)
+    overrides = () if data_root is None else (f"data.root={data_root}",)
+    _open.append(recipe)
+    try:
+        cells = plan(recipe, registry, overrides).cells
+    finally:
+        _open.remove(recipe)
+    if len(cells) != 1:
+        raise UserError(f"a teacher's recipe has one cell; '{recipe}' has {len(cells)}", where=where)
+    return cells[0].spec
+
+
+def teacher_of_card(
+    name: str, registry: Registry, where: str, trained: bool = False, weights_must_exist: bool = True
+) -> tuple[TeacherSpec, DataSpec]:
+    """A teacher of a card and the data that it knows, without a recipe.
+
+    Args:
+        trained: by its own recipe, though the card has weights.
+    """
+    data = registry.card("teachers", name, where).data.name
+    tree = Tree.of({"teacher": {"name": name, "trained": trained}, "data": {"name": data}}, where)
+    choice = TeacherChoice(name=name, trained=trained)
+    teacher = teacher_spec(choice, tree, registry, functools.partial(_teacher_cell, registry), weights_must_exist)
+    return teacher, spec_of_card(data, registry)
 
 
 def run_name(recipe: str) -> str:
@@ -148,56 +177,6 @@ def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
         seen.add(key)
 
 
-def _combinations(base: Recipe, tree: Tree) -> list[dict[str, Any]]:
-    known = [key for key in fields_at(Recipe, ()) if key not in ("compare", "seeds", "title", "baseline")]
-    for path, values in base.compare.items():
-        where = tree.origin(("compare", path))
-        first = path.split(".")[0]
-        if first not in known:
-            raise UserError(f"'compare' has an unknown path '{path}'", where=where, hint=did_you_mean(first, known))
-        if not values:
-            raise UserError(f"'compare.{path}' has no values", where=where)
-    if "method" in base.compare and "name" in base.method:
-        raise UserError(
-            "a method is named beside the compared ones",
-            where=tree.origin(("method",)),
-            hint="either 'method:' or 'compare: {method: […]}'",
-        )
-    if "method" not in base.compare and "name" not in base.method:
-        raise UserError(
-            "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
-        )
-    return [dict(zip(base.compare, values, strict=True)) for values in itertools.product(*base.compare.values())]
-
-
-def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
-    """The recipe of one combination. A compared method is put first: other paths may go into it."""
-    axes: dict[str, Any] = {}
-    shared: set[str] = set()
-    own: frozenset[str] = frozenset()
-    if "method" in combination:
-        where = tree.origin(("compare", "method"))
-        value = combination["method"]
-        given = written_out(Tree.of({"method": value}, where))
-        named = isinstance(given.data["method"], dict) and isinstance(given.data["method"].get("name"), str)
-        if not named:
-            raise UserError(f"a compared method is a name, or a mapping with a 'name', not {value!r}", where=where)
-        # What the recipe says of `method` without naming one holds for every compared method that has it.
-        for_all = {key: v for key, v in tree.data.get("method", {}).items() if key != "name"}
-        shared = {key for key in for_all if key not in given.data["method"]}
-        tree = Tree({**tree.data, "method": for_all}, tree.origins).merged(given)
-        extra = [f"{k} {v}" for k, v in given.data["method"].items() if k not in ("name", "label", "stages")]
-        axes["method"] = given.data["method"].get("label") or ", ".join([given.data["method"]["name"], *extra])
-        own = frozenset(given.data["method"])
-    for path, value in combination.items():
-        if path != "method":
-            tree = put(tree, path, value, tree.origin(("compare", path)))
-            axes[path] = value
-            if path.startswith("method."):
-                shared.add(path.split(".")[1])
-    return Variant(tree, {path: axes[path] for path in combination}, frozenset(shared), own)
-
-
 def _parameters(cells: Iterable[PlannedCell], registry: Registry) -> set[str]:
     """Short names of all parameters of the methods, and their stages as paths."""
     names: set[str] = set()
@@ -205,14 +184,6 @@ def _parameters(cells: Iterable[PlannedCell], registry: Registry) -> set[str]:
         card = registry.card("methods", method)
         names |= {*card.parameters, *(f"stages.{stage}" for stage in card.stages)}
     return names
-
-
-def _is_foreign(path: str, foreign: set[str]) -> bool:
-    return (
-        path.split(".")[0] in foreign
-        or path in foreign
-        or (path.startswith("method.") and path.split(".")[1] in foreign)
-    )
 
 
 def _name(value: Any) -> str:

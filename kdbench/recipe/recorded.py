@@ -11,24 +11,16 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kdbench.cards import Weights
+from kdbench.cards import LossCard, Weights
 from kdbench.errors import UserError
+from kdbench.reading import fault
+from kdbench.recipe.named import repeated
 from kdbench.recipe.networks import weights_spec
-from kdbench.recipe.specs import (
-    CellSpec,
-    DataSpec,
-    LossSpec,
-    ModelSpec,
-    StageSpec,
-    TargetSpec,
-    TeacherSpec,
-    TermSpec,
-    WeightsSpec,
-)
+from kdbench.recipe.specs import CellSpec, DataSpec, LossSpec, ModelSpec, Spec, TargetSpec, TeacherSpec, WeightsSpec
+from kdbench.recipe.stages import NAMED_KINDS
 from kdbench.registry import Registry, singular
 from kdbench.signature import check_options
 
-S = TypeVar("S", bound=TargetSpec)
 T = TypeVar("T", CellSpec, ModelSpec, DataSpec)
 
 
@@ -36,6 +28,15 @@ class NotHere(UserError):
     """What a record names is not, or not in that form, in this installation. Other refusals are of records that no
     version of kdbench wrote."""
 
+
+# Fields of specs that hold a card's thing, and the card's kind.
+_KINDS = NAMED_KINDS | {
+    "data": "datasets",
+    "loss": "losses",
+    "model": "models",
+    "student": "models",
+    "target": "datasets",
+}
 
 _COMMIT = "check out the commit that the record names, where its cards are"
 _OWN = "a card of your own lies in a registry folder: name it with --registry (registries=[…] in Python)"
@@ -51,7 +52,8 @@ def cell_of(spec: Any, registry: Registry, where: str) -> CellSpec:
         UserError: it is of a form that this version does not know, names what no card here is called, or says of a card
             what that card does not say.
     """
-    return _Reader(registry, where).cell(_parsed(CellSpec, spec, where))
+    cell: CellSpec = _Reader(registry, where).built(_parsed(CellSpec, spec, where))
+    return cell
 
 
 def student_of(spec: Any, registry: Registry, where: str) -> tuple[ModelSpec, DataSpec]:
@@ -62,18 +64,16 @@ def student_of(spec: Any, registry: Registry, where: str) -> tuple[ModelSpec, Da
     """
     plain = spec if isinstance(spec, Mapping) else {}
     student = _parsed(ModelSpec, plain.get("student"), where)
-    return _Reader(registry, where).model(student), _parsed(DataSpec, plain.get("data"), where)
+    model: ModelSpec = _Reader(registry, where).built(student, "student")
+    return model, _parsed(DataSpec, plain.get("data"), where)
 
 
 def _parsed(kind: type[T], plain: Any, where: str) -> T:
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        said = "this should be a mapping" if first["type"] in ("model_type", "dict_type") else first["msg"]
         raise NotHere(
-            f"this record's recipe has a form that this version cannot read: '{place}': {said}",
+            f"this record's recipe has a form that this version cannot read: {fault(error)}",
             where=where,
             hint="check out the commit that the record names",
         ) from None
@@ -92,108 +92,32 @@ class _Reader:
     def not_here(self, what: str, hint: str = _COMMIT) -> NotHere:
         return NotHere(f"this record cannot be built here: {what}", where=self.where, hint=hint)
 
-    def cell(self, spec: CellSpec) -> CellSpec:
-        stages = {name: self.stage(stage) for name, stage in spec.method.stages.items()}
-        return spec.model_copy(
-            update={
-                "data": self.data(spec.data),
-                "target": self.data(spec.target) if spec.target is not None else None,
-                "teacher": self.teacher(spec.teacher) if spec.teacher is not None else None,
-                "student": self.model(spec.student),
-                "method": spec.method.model_copy(update={"stages": stages}),
-            }
-        )
-
-    def stage(self, stage: StageSpec) -> StageSpec:
-        parts: dict[str, Any] = {
-            part: self.thing(kind, found)
-            for part, kind in (
-                ("optimizer", "optimizers"),
-                ("schedule", "schedules"),
-                ("teacher_optimizer", "optimizers"),
-                ("teacher_schedule", "schedules"),
+    def built(self, said: Any, field: str = "") -> Any:
+        """What a field of a record's spec says, with every card in it looked up."""
+        if isinstance(said, list):
+            return [self.built(one, field) for one in said]
+        if isinstance(said, dict):
+            return {key: self.built(one) for key, one in said.items()}
+        if isinstance(said, TargetSpec):
+            return self.thing(_KINDS[field], said)
+        if isinstance(said, TeacherSpec) and (not said.name or any(mark in said.name for mark in "/\\\0")):
+            # Folders are called after it.
+            raise self.refused(f"a teacher cannot be called '{said.name}'")
+        if isinstance(said, WeightsSpec):
+            return self.weights(said, may_be_own=True)
+        if isinstance(said, Spec):
+            return said.model_copy(
+                update={name: self.built(getattr(said, name), name) for name in type(said).model_fields}
             )
-            if (found := getattr(stage, part)) is not None
-        }
-        if (source := stage.source) is not None:
-            parts["source"] = self.thing("sources", source, "reads", "gives", "teacher")
-        if (operation := stage.begins) is not None:
-            parts["begins"] = self.thing("operations", operation, "teacher")
-        return stage.model_copy(update={**parts, "losses": {key: self.term(one) for key, one in stage.losses.items()}})
+        return said
 
-    def term(self, term: TermSpec) -> TermSpec:
-        schedule = term.weight_schedule
-        if schedule is not None:
-            several = isinstance(schedule, list)
-            read = [self.thing("schedules", one) for one in (schedule if isinstance(schedule, list) else [schedule])]
-            schedule = read if several else read[0]
-        connector = self.thing("connectors", term.connector) if term.connector is not None else None
-        return term.model_copy(
-            update={"loss": self.loss(term.loss), "connector": connector, "weight_schedule": schedule}
-        )
-
-    def loss(self, loss: LossSpec) -> LossSpec:
-        card = self.card("losses", loss)
-        built = self.thing("losses", loss, "inputs")
-        if loss.metrics.keys() != card.metrics.keys():
-            raise self.not_here(f"the metrics of the loss '{loss.name}' are not those of its card")
-        for name, target in loss.metrics.items():
-            self.check_code(f"metric '{name}' of the loss '{loss.name}'", target, card.metrics[name], built.counts_as)
-        return built.model_copy(update={"metrics": card.metrics, "references": card.references})
-
-    def data(self, data: DataSpec) -> DataSpec:
-        fields = ("classes", "channels", "image_size", "train", "test", "normalization", "streamed")
-        built = self.thing("datasets", data, *fields)
-        if data.options != self.card("datasets", data).args:
-            raise self.not_here(f"the options of the data set '{data.name}' are not those of its card")
-        return built.model_copy(update={"options": data.options})
-
-    def model(self, model: ModelSpec) -> ModelSpec:
-        built = self.thing("models", model)
-        return built.model_copy(update={"start": self.weights(model.start)}) if model.start is not None else built
-
-    def teacher(self, teacher: TeacherSpec) -> TeacherSpec:
-        # Folders are called after it.
-        if not teacher.name or any(mark in teacher.name for mark in "/\\\0"):
-            raise self.refused(f"a teacher cannot be called '{teacher.name}'")
-        return teacher.model_copy(
-            update={
-                "model": self.model(teacher.model),
-                "weights": self.weights(teacher.weights, teacher.name) if teacher.weights is not None else None,
-                "trained_by": self.cell(teacher.trained_by) if teacher.trained_by is not None else None,
-            }
-        )
-
-    def weights(self, weights: WeightsSpec, own: str | None = None) -> WeightsSpec:
-        """Those of a teacher card that has a file of this sha256 and reads it in this way.
-
-        Args:
-            own: the name of a teacher, which may have a user's own file.
-        """
-        for key in self.registry.keys("teachers"):
-            plain = self.registry.tree("teachers", key).data.get("weights")
-            if isinstance(plain, dict) and plain.get("sha256") == weights.sha256:
-                card: Weights = self.registry.card("teachers", key).weights
-                built = weights_spec(key, card)
-                if weights.layout in (card.layout, *built.counts_as.values()):
-                    return built
-        if own is None or weights.layout is not None or weights.url is not None:
-            raise self.not_here(f"no teacher card here has the weights '{weights.file}'", _OWN)
-        return weights
-
-    def card(self, kind: str, spec: TargetSpec) -> Any:
+    def thing(self, kind: str, spec: TargetSpec) -> TargetSpec:
+        """A named thing from its card."""
+        what = f"the {singular(kind)} '{spec.name}'"
         try:
-            return self.registry.card(kind, spec.name, self.where)
+            card = self.registry.card(kind, spec.name, self.where)
         except UserError as error:
             raise self.not_here(error.what, _OWN) from None
-
-    def thing(self, kind: str, spec: S, *same: str) -> S:
-        """A named thing from its card.
-
-        Args:
-            same: fields that the record repeats from the card.
-        """
-        card, what = self.card(kind, spec), f"the {singular(kind)} '{spec.name}'"
         code = self.registry.code(kind, spec.name)
         if spec.source_sha256 != code["source_sha256"]:
             raise self.not_here(
@@ -204,15 +128,48 @@ class _Reader:
             self.check_code(f"code of {what}", spec.target, card.target, code["counts_as"])
         if spec.version != code["version"]:
             raise self.not_here(f"{what} has version {code['version']} here, and {spec.version} in the record")
-        for field in same:
-            if getattr(spec, field) != getattr(card, field):
+        more: dict[str, Any] = {}
+        if isinstance(spec, LossSpec):
+            more = self.metrics(spec, card, code["counts_as"])
+        for field, value in repeated(kind, card).items():
+            if field not in more and getattr(spec, field) != value:
                 raise self.not_here(f"'{field}' of {what} is not what its card says")
         try:
             settable = self.registry.settable(card.target, card)
-            options = check_options(card.target, spec.options, settable, lambda key: self.where, what)
+            options = check_options(spec.options, settable, lambda key: self.where, what)
         except UserError as error:
             raise self.not_here(error.what) from None
-        return spec.model_copy(update={**code, "options": options})
+        if not isinstance(spec, DataSpec):
+            more["options"] = options
+        elif spec.options != card.args:
+            raise self.not_here(f"the options of {what} are not those of its card")
+        if isinstance(spec, ModelSpec) and spec.start is not None:
+            more["start"] = self.weights(spec.start)
+        return spec.model_copy(update={**code, **more})
+
+    def metrics(self, loss: LossSpec, card: LossCard, counts_as: Mapping[str, str]) -> dict[str, Any]:
+        if loss.metrics.keys() != card.metrics.keys():
+            raise self.not_here(f"the metrics of the loss '{loss.name}' are not those of its card")
+        for name, target in loss.metrics.items():
+            self.check_code(f"metric '{name}' of the loss '{loss.name}'", target, card.metrics[name], counts_as)
+        return {"metrics": card.metrics, "references": card.references}
+
+    def weights(self, weights: WeightsSpec, may_be_own: bool = False) -> WeightsSpec:
+        """Those of a teacher card that has a file of this sha256 and reads it in this way.
+
+        Args:
+            may_be_own: whether it may be a user's own file, as a teacher's may.
+        """
+        for key in self.registry.keys("teachers"):
+            plain = self.registry.tree("teachers", key).data.get("weights")
+            if isinstance(plain, dict) and plain.get("sha256") == weights.sha256:
+                card: Weights = self.registry.card("teachers", key).weights
+                built = weights_spec(key, card)
+                if weights.layout in (card.layout, *built.counts_as.values()):
+                    return built
+        if not may_be_own or weights.layout is not None or weights.url is not None:
+            raise self.not_here(f"no teacher card here has the weights '{weights.file}'", _OWN)
+        return weights
 
     def check_code(self, what: str, said: str, present: str, counts_as: Mapping[str, str]) -> None:
         """A record names code by what it counts as, or by where it lay when that was the same place as now."""

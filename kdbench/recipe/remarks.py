@@ -74,7 +74,7 @@ def _start(spec: CellSpec) -> list[str]:
         return []
     found = []
     if not training.knows(spec.data.name, spec.data.classes):
-        found.append(f"the student starts from weights that were trained on '{training.spec.data.name}'")
+        found.append(f"the student starts from weights that were trained on '{training.data.name}'")
     if not alike(training.normalization, spec.protocol.normalization):
         found.append(
             "the student starts from weights that were trained on images normalized by "

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdbench.cards import Named, Normalization, PointName, Strict
+from kdbench.cards import Normalization, PointName
+from kdbench.forms import Named, Strict
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100
@@ -47,11 +48,16 @@ class TeacherChoice(Strict):
 
     name: str | None = Field(None, description="key of a teacher card")
     model: Named | None = None
-    weights: str | None = Field(None, description="file with a state dict (.safetensors, or .pt with weights only)")
+    weights: str | None = Field(
+        default=None, description="file with a state dict (.safetensors, or .pt with weights only)"
+    )
     normalization: Normalization | None = None
     trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
     accuracy: float | None = Field(
-        None, ge=0, le=100, description="beside 'weights': expected test accuracy in percent, checked after loading"
+        default=None,
+        ge=0,
+        le=100,
+        description="beside 'weights': expected test accuracy in percent, checked after loading",
     )
 
     @model_validator(mode="after")

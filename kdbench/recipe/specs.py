@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import POINT_GROUPS, Augmentation, Modes, Network, Normalization, Statistics, Trained, Weights
+from kdbench.cards import Augmentation, DataFields, Normalization, StageFields, TermFields, Weights
+from kdbench.models.points import POINT_GROUPS
 from kdbench.names import content_name, is_content
 from kdbench.recipe.schema import ROUTE_MOST, ComputeChoice
 
@@ -41,20 +42,13 @@ class TargetSpec(Spec):
         return data
 
 
-class DataSpec(TargetSpec):
-    classes: int
-    channels: int
-    image_size: int
-    train: int = Field(description="images of the whole training set")
-    test: int = Field(description="images of the test set")
-    normalization: Normalization
+class DataSpec(DataFields, TargetSpec):
     fraction: float | None = None
     per_class: int | None = None
     only_classes: list[int] | None = None
     validation: float | int = 0
     split_seed: int | None = None
     root: str | None = None
-    streamed: bool = False
 
 
 class WeightsSpec(Weights):
@@ -102,18 +96,12 @@ class OperationSpec(TargetSpec):
     teacher: bool
 
 
-class TermSpec(Spec):
+class TermSpec(TermFields, Spec):
     loss: LossSpec
     student: str = "logits"
     teacher: str = "logits"
-    input: str = "data"
-    of: Network = "student"
-    against: str | None = None
-    detach: bool = True
     connector: TargetSpec | None = None
-    weight: float = 1.0
     weight_schedule: TargetSpec | list[TargetSpec] | None = None
-    layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
 
 class AnchorSpec(Spec):
@@ -133,18 +121,15 @@ class AnchorSpec(Spec):
         return self.at == self.n - 1
 
 
-class StageSpec(Spec):
+class StageSpec(StageFields, Spec):
     """`share` is a part of the steps in [0, 1]; None: what the others leave, or what is on top of the budget:
     `extra_epochs`, or `extra_share`, a part of the budget. `continues`: goes on with the optimizer and schedule of the
     stage before."""
 
     share: float | None = None
-    extra_epochs: float | None = None
     extra_share: float | None = None
     continues: bool = False
     anchor: AnchorSpec | None = None
-    trains: list[Trained] = ["student"]
-    alternating: bool = False
     source: SourceSpec | None = None
     begins: OperationSpec | None = None
     losses: dict[str, TermSpec]
@@ -152,8 +137,6 @@ class StageSpec(Spec):
     schedule: TargetSpec
     teacher_optimizer: TargetSpec | None = None
     teacher_schedule: TargetSpec | None = None
-    modes: Modes = Modes()
-    batch_norm: dict[str, Statistics] = {}
 
     @property
     def extra(self) -> bool:
@@ -185,8 +168,12 @@ class TeacherSpec(Spec):
     weights: WeightsSpec | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
-    classes: int | None = Field(None, description="its own number of classes, where it was trained on other data")
-    known_classes: list[int] | None = Field(None, description="those that it was trained on, where these are not all")
+    classes: int | None = Field(
+        default=None, description="its own number of classes, where it was trained on other data"
+    )
+    known_classes: list[int] | None = Field(
+        default=None, description="those that it was trained on, where these are not all"
+    )
 
     def knows(self, data: DataSpec) -> DataSpec:
         """The data as this teacher takes them: with its own classes."""

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from kdbench.cards import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.errors import UserError
+from kdbench.published import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.record import Record
 from kdbench.results import training
 from kdbench.results.comparison import Column, Comparison

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from kdbench.cards import PublishedCard
+from kdbench.published import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
 from kdbench.record import LAST_EPOCHS, Metric, Record
 from kdbench.results import statistics, training

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdbench.cards import PublishedCard
 from kdbench.errors import UserError
+from kdbench.published import PublishedCard
 from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.across import Across, across

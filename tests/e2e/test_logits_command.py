@@ -20,8 +20,8 @@ def test_told_filled_used_and_cleared(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "views × 10 classes" in told and "MB" in told and "about" in told
     assert "no tables" in kdbench("logits", "ls", **home).stdout
     kdbench("logits", "fill", *TINY, *REGISTRY, **home)
-    assert "already whole" in kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
-    assert "whole" in kdbench("logits", "ls", **home).stdout
+    assert "already complete" in kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
+    assert "complete" in kdbench("logits", "ls", **home).stdout
     kdbench("run", *TINY, *REGISTRY, **home)
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
     used = {record["cell"]["method"]: record["compute"]["teacher_logits"] for record in records}

@@ -11,8 +11,9 @@ import pytest
 from pydantic import ValidationError
 from synthetic import comparison, make
 
-from kdbench.cards import ProtocolCard, PublishedCard
+from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError
+from kdbench.published import PublishedCard
 from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.renderers import latex, markdown, table_csv

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet, timm_model, torchvision_model
-from kdbench.models.hooks import Extractor, Place, expand, places
+from kdbench.models.hooks import Extractor, places
+from kdbench.models.places import Place
+from kdbench.models.points import expand
 
 SIZE = 64
 

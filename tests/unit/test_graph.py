@@ -11,9 +11,10 @@ from kdbench.cards import Normalization
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import Computing
 from kdbench.engine.network import Network, Normalizer
-from kdbench.models.dry import undisturbed
 from kdbench.models.graph import Untraceable, traced
-from kdbench.models.hooks import LOGITS, Extractor
+from kdbench.models.hooks import Extractor
+from kdbench.models.points import LOGITS
+from kdbench.models.probing import undisturbed
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet, timm_model, torchvision_model
-from kdbench.models.hooks import Extractor, Place, expand, places
+from kdbench.models.hooks import Extractor, places
 from kdbench.models.mobilenetv2 import mobilenet_v2
+from kdbench.models.places import Place
+from kdbench.models.points import expand
 from kdbench.models.resnet_cifar import bss_resnet, crd_resnet, resnet
 from kdbench.models.vgg import vgg
 from kdbench.models.wrn import wide_resnet

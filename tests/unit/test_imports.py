@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("record",),
     ("recipe",),
-    ("registry", "cards"),
+    ("registry", "cards", "published", "forms"),
     ("models",),
     ("data",),
     ("losses",),
@@ -36,18 +36,15 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ATTRIBUTES_OF_A_CLASS = 400, 60, 15
 
 # Offenders that are known. These lists may only shrink: never add to them.
 UPWARD = {
-    ("kdbench.models.hooks", "kdbench.cards"),
     ("kdbench.results.comparison", "kdbench.verify.soundness"),
     ("kdbench.results.notes", "kdbench.verify.soundness"),
 }
 CIRCLES = {
-    frozenset({"kdbench.recipe." + name for name in ("methods", "networks", "planning", "resolving")}),
     frozenset({"kdbench.bench.peers", "kdbench.bench.runner"}),
     frozenset({"kdbench.results.notes", "kdbench.results.tables"}),
     frozenset({"kdbench.engine.batches", "kdbench.engine.build", "kdbench.engine.streamed"}),
 }
 LONG_FILES = {
-    "kdbench/cards.py",
     "kdbench/data/cifar.py",
     "kdbench/engine/build.py",
     "kdbench/record.py",
@@ -57,9 +54,6 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "kdbench.bench.compare.compare",
     "kdbench.cli.bench.command",
-    "kdbench.cli.check.command",
-    "kdbench.cli.logits.fill",
-    "kdbench.recipe.resolving.resolve",
     "kdbench.results.tables.build",
     "kdbench.results.tables.flat",
 }

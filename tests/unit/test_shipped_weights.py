@@ -15,8 +15,7 @@ from kdbench.engine.teachers import load_teacher, locate
 from kdbench.errors import UserError
 from kdbench.files import SHARE
 from kdbench.recipe.checking import check_card
-from kdbench.recipe.networks import teacher_alone
-from kdbench.recipe.planning import plan
+from kdbench.recipe.planning import plan, teacher_of_card
 from kdbench.registry import Registry
 from kdbench.verify.verification import verify
 
@@ -33,7 +32,7 @@ def test_the_folder_holds_two_teachers_and_stays_small() -> None:
 @pytest.mark.parametrize("name", [file.stem for file in FILES])
 def test_every_file_is_its_cards_and_loads_exactly(name: str) -> None:
     """The card's hash, and every value, also of float16 in float32 parameters; counters stay whole numbers."""
-    spec, data = teacher_alone(name, REGISTRY, "here")
+    spec, data = teacher_of_card(name, REGISTRY, "here")
     assert spec.weights is not None and spec.trained_by is None and spec.accuracy is not None
     file = locate(spec.weights, download=False)
     assert file == FOLDER / f"{name}.safetensors"

@@ -17,7 +17,7 @@ from kdbench.errors import UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, boundary_attack
 from kdbench.methods.bss.picture import Crossing, boundary_picture
-from kdbench.recipe.networks import teacher_alone
+from kdbench.recipe.planning import teacher_of_card
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 
 # What pixel values can be: an image stays one while it is moved.
@@ -172,7 +172,7 @@ def attack(
     _check_targets(targets)
     low, high = analysis.registry.card("sources", "boundary_samples").args["clamp"]
     for name in dict.fromkeys([teachers] if isinstance(teachers, str) else teachers):
-        spec, data = teacher_alone(name, analysis.registry, "teachers")
+        spec, data = teacher_of_card(name, analysis.registry, "teachers")
         analysis.tell(f"{name}: attacks from {images} test images")
         test = analysis.test_images(data, images)
         network, _ = analysis.teacher(spec, data)

@@ -14,7 +14,7 @@ from kdbench.engine.analysis import Analysis, PixelLogits, Row
 from kdbench.engine.batches import SLICE
 from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
-from kdbench.recipe.networks import teacher_alone
+from kdbench.recipe.planning import teacher_of_card
 from kdbench.recipe.specs import DataSpec
 
 
@@ -82,7 +82,7 @@ def pools_below(folders: Iterable[Path]) -> dict[str, MadeImages]:
 
 
 def _teacher(name: str, analysis: Analysis) -> Judge:
-    spec, data = teacher_alone(name, analysis.registry, "by")
+    spec, data = teacher_of_card(name, analysis.registry, "by")
     classes = frozenset(spec.known_classes or range(data.classes))
     return Judge(name, data, classes, analysis.teacher(spec, data)[0].logits)
 

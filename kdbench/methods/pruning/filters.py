@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.models.dry import dry_call, dry_images, undisturbed
+from kdbench.models.probing import dry_call, dry_images, undisturbed
 
 # Name of a batch norm -> which of its channels are kept, bool [C].
 Kept = Mapping[str, Tensor]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from kdbench.errors import UserError
 
@@ -40,6 +42,45 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def watched(places: Iterable[tuple[nn.Module, Literal["input", "output"], Callable[[object], None]]]) -> Iterator[None]:
+    """Inside, every call of a module gives its (first) input or its output to a function."""
+    handles: list[RemovableHandle] = []
+    try:
+        for module, side, note in places:
+
+            def on_input(_: nn.Module, args: Any, kwargs: Any, note: Callable[[object], None] = note) -> None:
+                note(next(iter((*args, *kwargs.values())), None))
+
+            def on_output(_: nn.Module, args: Any, output: Any, note: Callable[[object], None] = note) -> None:
+                note(output)
+
+            handles.append(
+                module.register_forward_pre_hook(on_input, with_kwargs=True)
+                if side == "input"
+                else module.register_forward_hook(on_output)
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dry_run(model: nn.Module, image_shape: tuple[int, int, int], meta: bool = False) -> object:
+    """The network's output for two images of noise, in eval mode.
+
+    Args:
+        meta: compute nothing, follow the shapes alone.
+    """
+    tensors = None
+    if meta:
+        held = (*model.named_parameters(), *model.named_buffers())
+        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in held}
+    with undisturbed(model, training=False):
+        images = dry_images(model, image_shape)
+        return dry_call(model, images.to("meta") if meta else images, tensors)
 
 
 def dry_call(model: nn.Module, images: Tensor, tensors: dict[str, Tensor] | None = None) -> object:

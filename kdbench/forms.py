@@ -1,0 +1,37 @@
+"""What the typed forms of cards and recipes have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# What authors of methods call their stages and losses.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, text is never taken for a number, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class WithOptions(BaseModel):
+    """Options for a target stand beside the model's own keys."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Named(WithOptions):
+    """A card's name with options for its target, beside each other: `{name: sgd, lr: 0.1}`."""
+
+    name: str
+
+
+class Card(Strict):
+    paper: str | None = Field(None, description="key of a paper card")
+    note: str | None = Field(None, description="what a reader should know")

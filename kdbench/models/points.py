@@ -1,0 +1,80 @@
+"""The names of hook points, the same for every model.
+
+`stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits`; `layers` and `layers.preact`
+stand for all of them in the order of the layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from kdbench.errors import UserError
+
+P = TypeVar("P")
+
+LOGITS = "logits"
+# Names that stand for all hook points of one form.
+POINT_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
+
+
+def point_name(name: str) -> str:
+    """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""
+    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|pooled", name):
+        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, or pooled")
+    return name
+
+
+def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
+    """Hook points in the order asked for, groups replaced by their points in the order of layers.
+
+    Args:
+        names: hook points and groups (`layers`, `layers.preact`).
+        available: the points that a model has.
+        model_name: for messages.
+
+    Raises:
+        UserError: a point that the model lacks; a `.preact`, or the group of them, where a layer ends without a ReLU.
+    """
+    known = list(available)
+    whose = f"model '{model_name}'" if model_name else "the model"
+    result: list[str] = []
+    for name in names:
+        pattern = POINT_GROUPS.get(name)
+        if pattern is None:
+            result.append(existing(name, known, whose))
+            continue
+        members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
+        if name == "layers.preact":
+            for layer in expand(["layers"], known, model_name):
+                existing(f"{layer}.preact", known, whose)
+        if not members:
+            raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
+        result += members
+    return result
+
+
+def in_order(found: Mapping[str, P]) -> dict[str, P]:
+    def key(point: str) -> tuple[int, int, bool, str]:
+        match = re.fullmatch(r"layer(\d+)(\.preact)?", point)
+        group = 1 if match else {"stem": 0, "pooled": 2}.get(point, 3)
+        return group, int(match[1]) if match else 0, bool(match and match[2]), point
+
+    return {point: found[point] for point in sorted(found, key=key)}
+
+
+def existing(point: str, known: Sequence[str], whose: str) -> str:
+    if point in known:
+        return point
+    layer, _, rest = point.partition(".")
+    if rest == "preact" and layer in known:
+        raise UserError(
+            f"{whose} has no '{point}': {layer} does not end in a ReLU",
+            hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'",
+        )
+    raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
+
+
+def _has(known: Sequence[str]) -> str:
+    return f"it has {', '.join(known)}" if known else "it has none"

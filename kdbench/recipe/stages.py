@@ -1,0 +1,127 @@
+"""The stages of a method and their loss terms, every name in them looked up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdbench.cards import StageCard, StageFields, TermCard, TermFields
+from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.named import named_spec
+from kdbench.recipe.specs import SourceSpec, StageSpec, TermSpec
+from kdbench.registry import Registry
+from kdbench.schedules import share
+from kdbench.tree import Tree
+
+# Input sets that the data give; the second one in recipes that name a target domain.
+SHARED_INPUTS = ("data", "target")
+
+# Keys of a stage that name a card, and its kind.
+PARTS = {
+    "optimizer": "optimizers",
+    "schedule": "schedules",
+    "teacher_optimizer": "optimizers",
+    "teacher_schedule": "schedules",
+    "source": "sources",
+    "begins": "operations",
+}
+# The same with those of a term.
+NAMED_KINDS = PARTS | {"connector": "connectors", "weight_schedule": "schedules"}
+
+
+def stage_spec(card: StageCard, tree: Tree, protocol: Tree, registry: Registry, what: str) -> StageSpec:
+    """A stage of a method.
+
+    Args:
+        tree: of the stage. protocol: of the protocol, whose optimizer and schedule a stage has unless it names others;
+            of one that it names too, it changes only what it says.
+    """
+    if not card.losses:
+        raise UserError(f"{what} has no losses", where=tree.origin(()))
+    parts: dict[str, Any] = {}
+    for part, kind in PARTS.items():
+        given = [one.at(part) for one in (protocol, tree) if one.data.get(part) is not None]
+        if given:
+            parts[part] = named_spec(kind, given[0].merged(given[-1]), registry)
+    losses = {
+        name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
+        for name, term in card.losses.items()
+    }
+    _check(card, parts.get("source"), losses, tree, what)
+    same = {name: getattr(card, name) for name in StageFields.model_fields}
+    return StageSpec(share=share(card.share) if card.share else None, losses=losses, **parts, **same)
+
+
+def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
+    loss = named_spec("losses", tree, registry, own=("loss", *TermCard.model_fields), what=what)
+    if term.hook is not None and (term.student or term.teacher):
+        raise UserError(
+            f"{what}: 'hook' means both networks; beside it 'student' and 'teacher' say it twice",
+            where=tree.origin(("hook",)),
+            hint="keep either 'hook', or 'student' and 'teacher'",
+        )
+    if term.connector is not None and not {"student", "teacher"} <= {*loss.inputs}:
+        raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
+    schedule: Any = None
+    if isinstance(term.weight_schedule, list):
+        several = range(len(term.weight_schedule))
+        schedule = [named_spec("schedules", tree.at("weight_schedule", i), registry) for i in several]
+    elif term.weight_schedule is not None:
+        schedule = named_spec("schedules", tree.at("weight_schedule"), registry)
+    return TermSpec(
+        loss=loss,
+        student=term.hook or term.student or "logits",
+        teacher=term.hook or term.teacher or "logits",
+        connector=named_spec("connectors", tree.at("connector"), registry) if term.connector is not None else None,
+        weight_schedule=schedule,
+        **{name: getattr(term, name) for name in TermFields.model_fields},
+    )
+
+
+def _check(card: StageCard, source: SourceSpec | None, losses: dict[str, TermSpec], tree: Tree, what: str) -> None:
+    """Terms take input sets that there are, and train what the stage trains."""
+    given = [*SHARED_INPUTS, *(source.gives if source else ())]
+    for name, term in losses.items():
+        _check_term(term, card, given, tree.at("losses", name), f"loss '{name}' in {what}")
+    if "teacher" in card.trains and all(term.of != "teacher" for term in losses.values()):
+        raise UserError(
+            f"{what} trains the teacher, but no loss is the teacher's own",
+            where=tree.origin(("trains",)),
+            hint="add 'of: teacher' to one, or leave 'teacher' out of 'trains'",
+        )
+    if card.alternating and ("teacher" not in card.trains or source is not None):
+        raise UserError(
+            f"{what} alternates "
+            + ("with a batch source" if source is not None else "with the teacher, which it does not train"),
+            where=tree.origin(("alternating",)),
+            hint="'alternating' is for stages that train the teacher on the data's own input sets",
+        )
+    if unknown := [name for name in card.batch_norm if name not in given]:
+        raise _no_input_set(unknown[0], given, what, tree.origin(("batch_norm", unknown[0])))
+
+
+def _check_term(term: TermSpec, card: StageCard, given: list[str], tree: Tree, what: str) -> None:
+    for key, name in (("input", term.input), ("against", term.against)):
+        if name is not None and name not in given:
+            raise _no_input_set(name, given, what, tree.origin((key,)))
+    if "other" in term.loss.inputs and term.against is None:
+        raise UserError(
+            f"{what}: the loss '{term.loss.name}' compares with another input set",
+            where=tree.origin(("loss",)),
+            hint="name it with 'against'",
+        )
+    if "other" not in term.loss.inputs and term.against is not None:
+        raise UserError(
+            f"{what}: the loss '{term.loss.name}' compares with no other input set",
+            where=tree.origin(("against",)),
+            hint="leave 'against' out",
+        )
+    if term.of == "teacher" and "teacher" not in card.trains:
+        raise UserError(
+            f"{what} is the teacher's own, which this stage does not train",
+            where=tree.origin(("of",)),
+            hint="add 'teacher' to the stage's 'trains'",
+        )
+
+
+def _no_input_set(name: str, given: list[str], what: str, where: str) -> UserError:
+    return UserError(f"{what}: there is no input set '{name}'", where=where, hint=did_you_mean(name, given))

@@ -1,0 +1,90 @@
+"""A comparison multiplied out: the recipe's tree for each combination of compared values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.loading import put
+from kdbench.recipe.schema import Recipe
+from kdbench.registry import written_out
+from kdbench.tree import Tree
+
+# Keys of a recipe that are no part of a single cell.
+_NOT_COMPARED = ("compare", "seeds", "title", "baseline")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe's tree for one combination of compared values.
+
+    `axes`: compared dotted path -> its value. `shared`: keys below `method` that were given for all compared methods; a
+    method that lacks one ignores it. `own`: keys that stand beside this method's name in the comparison.
+    """
+
+    tree: Tree
+    axes: dict[str, Any]
+    shared: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
+
+
+def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
+    """All combinations, the last compared path running fastest.
+
+    Raises:
+        UserError: a path that no recipe has, one without values, no method, or a method beside the compared ones.
+    """
+    known = [key for key in Recipe.model_fields if key not in _NOT_COMPARED]
+    for path, values in recipe.compare.items():
+        where = tree.origin(("compare", path))
+        first = path.split(".")[0]
+        if first not in known:
+            raise UserError(f"'compare' has an unknown path '{path}'", where=where, hint=did_you_mean(first, known))
+        if not values:
+            raise UserError(f"'compare.{path}' has no values", where=where)
+    if "method" in recipe.compare and "name" in recipe.method:
+        raise UserError(
+            "a method is named beside the compared ones",
+            where=tree.origin(("method",)),
+            hint="either 'method:' or 'compare: {method: […]}'",
+        )
+    if "method" not in recipe.compare and "name" not in recipe.method:
+        raise UserError(
+            "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
+        )
+    for combination in itertools.product(*recipe.compare.values()):
+        yield _variant(tree, dict(zip(recipe.compare, combination, strict=True)))
+
+
+def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
+    """The recipe of one combination. A compared method is put first: other paths may go into it."""
+    axes = dict(combination)
+    shared: set[str] = set()
+    own: frozenset[str] = frozenset()
+    if "method" in combination:
+        where = tree.origin(("compare", "method"))
+        given = written_out(Tree.of({"method": combination["method"]}, where))
+        method = given.data["method"]
+        if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+            raise UserError(f"a compared method is a name, or a mapping with a 'name', not {method!r}", where=where)
+        # What the recipe says of `method` without naming one holds for every compared method that has it.
+        for_all = {key: v for key, v in tree.data.get("method", {}).items() if key != "name"}
+        shared = for_all.keys() - method.keys()
+        own = frozenset(method)
+        tree = Tree({**tree.data, "method": for_all}, tree.origins).merged(given)
+        extra = [f"{k} {v}" for k, v in method.items() if k not in ("name", "label", "stages")]
+        axes["method"] = method.get("label") or ", ".join([method["name"], *extra])
+    for path, value in combination.items():
+        if path != "method":
+            tree = put(tree, path, value, tree.origin(("compare", path)))
+            shared |= {path.split(".")[1]} if path.startswith("method.") else set()
+    return Variant(tree, axes, frozenset(shared), own)
+
+
+def means_nothing(path: str, foreign: set[str]) -> bool:
+    """Whether a compared path is among the parts of a recipe that a cell does not have."""
+    first, _, rest = path.partition(".")
+    return bool({path, first} & foreign) or (first == "method" and rest.partition(".")[0] in foreign)
