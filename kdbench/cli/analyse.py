@@ -102,7 +102,7 @@ def _checked(cards: Registry, name: str, given: dict[str, str]) -> dict[str, Any
     origins = {key: f"command line, '{key}={text}'" for key, text in given.items()}
     plain = {key: Tree.parse(text, origins[key]).data if text.strip() else None for key, text in given.items()}
     paths: dict[tuple[str | int, ...], str] = {(key,): origin for key, origin in origins.items()}
-    return cards.options("analyses", name, Tree(plain, {(): "kdbench analyse", **paths}))
+    return cards.options("analyses", Tree(plain | {"name": name}, {(): "kdbench analyse", **paths}))
 
 
 def _print(rows: Sequence[Row]) -> None:
