@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
-from kdbench.cards import Strict
+from kdbench.forms import Strict
 from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.reading import of_form, read_as
