@@ -5,7 +5,7 @@ PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-long peers bench bench-gpu lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick test-long peers bench bench-gpu docs lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -46,19 +46,23 @@ bench-gpu: peers ## the benchmark on a GPU, and the time of one 240-epoch run; w
 	$(BIN)/kdbench bench ab_wrn ab_resnet speed --device cuda --json $(OUT)/bench.json
 	$(BIN)/kdbench run speed --no-adopt --device cuda --runs $(OUT)
 
+# Strict: a link or an anchor that leads nowhere is an error.
+docs: setup ## the documentation as a site in build/site, to be read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lint: setup ## ruff
 	$(BIN)/ruff check .
 
 types: setup ## mypy
 	$(BIN)/mypy
 
-check: lint types test ## everything that CI checks
+check: lint types docs test ## everything that CI checks
 
 reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small fits an afternoon on two CPU cores
 	$(BIN)/kdbench reproduce cifar --profile $(PROFILE)
 
 lock: setup ## renew requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra docs --no-emit-index-url --no-header \
 	  --no-annotate --output-file requirements.lock pyproject.toml
 
 clean: ## remove the environment and caches, keep runs and results

@@ -1,6 +1,6 @@
 """A new method is one Python file and one YAML card, in a user's folder or in an installed package.
 
-These are the steps of CONTRIBUTING.md, taken from that very page, so that the page cannot go stale.
+These are the steps of docs/adding-a-method.md, taken from that page, so that it stays true.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TINY = Path(__file__).parent
 
 
 def blocks() -> dict[str, str]:
-    """Code blocks of CONTRIBUTING.md whose first line names a file."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    """Code blocks of docs/adding-a-method.md whose first line names a file."""
+    text = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     found = {}
     for indented in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.S):
         body = textwrap.dedent(indented)

@@ -1,13 +1,18 @@
-"""README and results say what the records say."""
+"""README, documentation and results say what the records say, and every command in them works."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Kdbench
 
 from kdbench.cli.schema import build as build_schema
 from kdbench.record import read_records
@@ -16,26 +21,51 @@ from kdbench.results.renderers import latex, markdown, table_csv
 from kdbench.results.tables import build
 
 TABLES = sorted(file.parent for file in (ROOT / "results").glob("*/table.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
-def test_the_readme_shows_the_quickstarts_own_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition("table.md: begin -->")[2].partition("<!--")[0].split("\n")
-    rows = [line for line in shown if line.startswith("|")]
+def shown(page: str, name: str) -> list[list[str]]:
+    """The cells of the table that a page shows between the comments `NAME: begin` and `NAME: end`."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"{name}: begin -->")[2].partition("<!--")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|") and "--:" not in line]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+def test_getting_started_shows_the_quickstarts_own_table() -> None:
+    rows = shown("docs/getting-started.md", "results/quickstart/table.md")
     table = (ROOT / "results" / "quickstart" / "table.md").read_text(encoding="utf-8").split("\n")
     assert len(rows) > 5
-    assert all(row in table for row in rows)
+    assert all("| " + " | ".join(row).replace("|  ", "| ").strip() in _packed(table) for row in rows[1:])
+
+
+def _packed(lines: list[str]) -> str:
+    return "\n".join(re.sub(r"\| +(?=\|)", "| ", line) for line in lines)
 
 
 def test_the_readmes_first_numbers_are_those_of_the_records() -> None:
     folder = ROOT / "results" / "ab_wrn_30_epochs_h200"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition(f"results/{folder.name}: begin -->")[2].partition("<!--")[0].splitlines()
-    names, _, numbers = [[cell.strip() for cell in row.strip("|").split("|")] for row in shown if row.startswith("|")]
+    _, *rows = shown("README.md", f"results/{folder.name}")
     records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-seed0-*/record.json")]
-    expected = {record["cell"]["label"]: f"{record['result']['test']['last']:.2f}" for record in records}
+    accuracies = {record["cell"]["label"]: record["result"]["test"]["last"] for record in records}
     (teacher,) = {record["teacher"]["accuracy"] for record in records if record["teacher"]}
-    assert len(records) == 7 and dict(zip(names, numbers, strict=True)) == expected | {"teacher": f"{teacher:.2f}"}
+    plain = accuracies["student"]
+    expected = [["teacher", f"{teacher:.2f}", ""], ["student", f"{plain:.2f}", ""]]
+    expected += [
+        [label, f"{value:.2f}", f"{value - plain:+.2f}"] for label, value in accuracies.items() if label != "student"
+    ]
+    assert len(records) == 7 and sorted(rows) == sorted(expected)
+
+
+def test_the_ratios_on_the_page_about_speed_are_the_measured_ones() -> None:
+    file = ROOT / "results" / "speed" / "amd_epyc_2_cores.json"
+    _, *rows = shown("docs/speed.md", f"results/speed/{file.name}")
+    measured = json.loads(file.read_text(encoding="utf-8"))["results"]
+    assert rows == [
+        [one["title"], *(f"{one['ratios'][which]:.2f}" for which in ("run", "cohort", "table"))] for one in measured
+    ]
 
 
 @pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
@@ -49,17 +79,106 @@ def test_every_committed_table_is_rebuilt_from_its_records(folder: Path) -> None
     assert html(table, records, charts=False) == without_charts(page)
 
 
-def test_every_file_that_the_documents_name_exists() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_the_documents_name_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    named += re.findall(r"`((?:tests|kdbench|registry|recipes|results)/[\w./]+)", text)
+    for name in named:
+        if "<" not in name:
+            assert (page.parent / name).exists() or (ROOT / name.split("::")[0]).exists(), f"{page}: {name}"
+    for file, test in re.findall(r"`(tests/[\w./]+)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {file}::{test}"
 
-    for page in ("README.md", "CONTRIBUTING.md", "results/README.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
-            r"`((?:tests|kdbench|registry|recipes|results)/[\w./]+)", text
-        )
-        for name in named:
-            if "<" not in name:
-                found = (ROOT / page).parent / name
-                assert found.exists() or (ROOT / name.split("::")[0]).exists(), f"{page}: {name}"
+
+def commands(page: Path) -> Iterator[str]:
+    """The shell commands of a page: lines of its code blocks without a language, and those in the text's code."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```\n(.*?)^ *```$", text, flags=re.S | re.M)
+    inline = re.findall(r"`((?:kdbench|make|pip) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for line in [line for block in blocks for line in block.splitlines()] + inline:
+        command = " ".join(line.partition(" #")[0].split())
+        # Capital words stand for something of the reader's.
+        if command.startswith(("kdbench ", "make ", "pip ")) and not re.search(r"\b(NAME|KIND|COMMAND)\b", command):
+            yield command
+
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+
+
+def planned(words: list[str]) -> list[str]:
+    """What stands for a command that takes long: its plan or its estimate."""
+    match words:
+        case [_] if words[0] not in ("ls", "schema"):
+            return [*words, "--help"]
+        case ["run", *rest]:
+            return ["check", *rest, "--no-time"]
+        case ["logits", "fill", recipe, *_]:
+            return ["check", recipe, "--no-time"]
+        case ["analyse", name, *rest]:
+            return ["show", "analyses", name, *(rest[-2:] if "--registry" in rest else [])]
+        case ["cp", *_]:
+            return [*words, "--force"]
+        case ["reproduce", *_] if "--cost" not in words:
+            return [*words, "--cost"]
+        case ["verify", *rest]:
+            return ["verify", *(word for word in rest if word != "--rerun")]
+        case ["bench", *_]:
+            return ["bench", "--help"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
+    """A folder as the documents suppose it: a checkout's cards and results, a finished run, and a user's own files."""
+    folder = tmp_path_factory.mktemp("documents")
+    for name in ("recipes", "registry"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(tiny_run / "runs", folder / "runs")
+    (folder / "results").mkdir()
+    for result in TABLES:
+        (folder / "results" / result.name).symlink_to(result)
+    shutil.copy(ROOT / "recipes" / "quickstart.yaml", folder / "my.yaml")
+    (folder / "FOLDER").mkdir()
+    for page in PAGES:
+        # The files of a user's own that a page shows, each with its name in the first line.
+        for name, body in re.findall(
+            r"^ *# (my_\w+/[\w.]+)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.S | re.M
+        ):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(textwrap.dedent(body), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_the_documents_works(command: str, place: Path, command_line: Kdbench) -> None:
+    program, *words = shlex.split(command)
+    if program == "make":
+        done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif program == "pip":
+        what = " ".join(words[1:]) or "."
+        assert re.fullmatch(r"\.(\[\w+\])?|kdbench\[\w+\]", what)
+        for extra in re.findall(r"\[(\w+)\]", what):
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    else:
+        command_line(*planned(words), cwd=place)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_in_the_documents_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M):
+        exec(compile(block, str(page), "exec"), {})
+
+
+def test_the_documents_hold_commands() -> None:
+    assert "kdbench run recipes/ab_wrn.yaml" in COMMANDS and "make quickstart" in COMMANDS and len(COMMANDS) > 25
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
 
 
 def test_the_editors_schema_is_up_to_date() -> None:
