@@ -1,8 +1,9 @@
-"""Losses as plain functions of tensors, usable in anyone's training loop, in the manner of `torch.nn.functional`.
+"""Losses as plain functions of tensors, for any training loop, in the manner of `torch.nn.functional`.
 
 Every function takes the student's tensor first, then the teacher's (or the labels), and returns a scalar. No gradient
-reaches the teacher, but for `kl_divergence`; `mmd` takes two samples of one network. float16 and bfloat16 are computed
-in float32; float32 and float64 stay as they are. Shapes that do not fit are a ValueError that names both.
+reaches the teacher, except in `kl_divergence`. `mmd` takes features of one network on two sets of images. float16 and
+bfloat16 inputs are computed in float32; float32 and float64 keep their type. Shapes that do not match raise a
+ValueError that names both.
 """
 
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse

@@ -1,5 +1,8 @@
-"""Activation boundaries. Heo, Lee, Yun, Choi: Knowledge Transfer via Distillation of Activation Boundaries Formed by
-Hidden Neurons, AAAI 2019, arXiv 1811.03233."""
+"""Activation Boundaries (AB).
+
+Heo, Lee, Yun, Choi: Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons. AAAI 2019,
+arXiv 1811.03233.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,30 @@ from kdbench.losses.checks import full, logits_shape, same_shape
 
 
 def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
-    """Squared hinge on the signs of the teacher's neurons, summed over all elements, divided by the batch size.
+    r"""Squared hinge loss on the signs of the teacher's neurons: the paper's alternative loss.
 
-    The paper's alternative loss ‖ρ(T) ∘ σ(μ - S) + (1 - ρ(T)) ∘ σ(μ + S)‖²₂ with ρ(t) = 1[t > 0] and σ = ReLU: with
-    y = +1 where t > 0 and -1 elsewhere (t = 0 counts as inactive), Σ max(0, μ - y s)² / N. Only the side of the
-    boundary matters, never the teacher's magnitude. Both tensors are taken *before* the ReLU.
+    $$
+    L = \frac{1}{N} \left\| \rho(T) \circ \sigma(\mu \mathbf{1} - S)
+    + (\mathbf{1} - \rho(T)) \circ \sigma(\mu \mathbf{1} + S) \right\|_2^2
+    $$
 
-    A sum, so it grows with C·H·W: weights such as 3/1000 belong to this reduction and to CIFAR-sized maps.
+    ρ(t) is 1 if t > 0 and 0 otherwise, and σ is the ReLU. With y = +1 for active teacher neurons and y = -1 for the
+    others (t = 0 is inactive), each neuron adds max(0, μ - y s)². Only the side of the boundary matters, not the
+    teacher's magnitude. Both tensors are values *before* the ReLU.
+
+    The loss is summed over all elements and divided by the batch size, so it grows with C·H·W. The official weight
+    3/1000 is for this reduction and for feature maps of CIFAR size.
 
     Args:
-        student: [N, ...], after the connector.
-        teacher: same shape.
-        margin: μ > 0; 1 in every official script.
+        student: Responses before the ReLU, after the connector, [N, ...].
+        teacher: Responses before the ReLU, same shape.
+        margin: μ, above 0. The official scripts use 1.
 
     Returns:
-        Scalar, at least 0; 0 when every student neuron is beyond the margin on the teacher's side.
+        Scalar, at least 0. It is 0 if every student neuron is beyond the margin on the teacher's side.
 
     Raises:
-        ValueError: when the shapes differ, or the margin is not positive.
+        ValueError: The shapes differ, or the margin is not positive.
     """
     same_shape(student, teacher, "activation_boundary")
     if not margin > 0:
@@ -39,21 +48,25 @@ def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -
 
 
 def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of logits after each sample's own mean is taken off: what a constant on all logits is, softmax
-    does not see.
+    r"""Mean squared error of logits after each sample's own mean is subtracted.
 
-    The term by which AB's script for transferred teachers lets an extra classifier on the student's pooled features
-    follow the teacher's logits on its own classes (there called DTL, weighted by 10).
+    $$
+    L = \frac{1}{NK} \sum_{n,k} \left( (s_{nk} - \bar{s}_n) - (t_{nk} - \bar{t}_n) \right)^2
+    $$
+
+    A constant on all logits of a sample does not change its softmax, so it does not count here either. AB's script for
+    MIT scenes uses this term ("DTL", weight 10) with an extra classifier on the student's pooled features, which
+    follows the teacher's logits on the teacher's own classes.
 
     Args:
-        student: [N, K], of the extra classifier (a connector).
-        teacher: same shape.
+        student: Logits of the extra classifier (a connector), [N, K].
+        teacher: The teacher's logits, same shape.
 
     Returns:
-        Scalar, at least 0, a mean over N and K.
+        Scalar, at least 0: the mean over N and K.
 
     Raises:
-        ValueError: when the shapes differ, or are not [N, K].
+        ValueError: The shapes differ, or are not [N, K].
     """
     logits_shape(student, teacher, "centred_mse")
     difference = full(student) - full(teacher.detach())
@@ -61,31 +74,35 @@ def centred_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def activation_agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """Share of neurons on the teacher's side of the boundary: 1 - mean(1[s > 0] XOR 1[t > 0]).
+    r"""Share of neurons that are on the teacher's side of their boundary.
 
-    One minus the paper's activation transfer loss per neuron; 0 counts as inactive in both. The official script prints
-    it as "activation similarity".
+    $$
+    A = 1 - \frac{1}{|S|} \left\| \rho(T) - \rho(S) \right\|_1
+    $$
+
+    One minus the paper's activation transfer loss per neuron. 0 is inactive in both networks. The official script
+    prints this number as "activation similarity".
 
     Args:
-        student: [N, ...], after the connector.
-        teacher: same shape.
+        student: Responses before the ReLU, after the connector, [N, ...].
+        teacher: Responses before the ReLU, same shape.
 
     Returns:
         Scalar in [0, 1], without gradient.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: The shapes differ.
     """
     same_shape(student, teacher, "activation_agreement")
     return ((student > 0) == (teacher > 0)).float().mean()
 
 
 class ConstantAgreement:
-    """What `activation_agreement` must be held against: the agreement of the best student that never looks at its
-    input, whose every neuron stays on the side on which its teacher's is more often.
+    """The reference for `activation_agreement`: the agreement of the best student that ignores its input.
 
-    Where most sums of a residual network are positive this is near 1, and a high agreement says little. The sides are
-    chosen on the same images, which favours the constant a little: by 0.4/√n for a neuron active on half of n images.
+    Each of its neurons stays on the side on which the teacher's neuron is more often. If most responses of a network
+    are positive, this reference is near 1, and a high agreement says little. The sides are chosen on the same images,
+    which favours the reference a little: by 0.4/√n for a neuron that is active on half of n images.
     """
 
     def __init__(self) -> None:
@@ -93,17 +110,25 @@ class ConstantAgreement:
         self.images = 0
 
     def add(self, teacher: Tensor) -> None:
-        """Further images. teacher: [N, ...], before the ReLU, the same shape but for N in every call."""
+        """Count a batch of images.
+
+        Args:
+            teacher: The teacher's responses before the ReLU, [N, ...]. All dimensions but N are the same in every
+                call.
+        """
         active = (teacher > 0).sum(dim=0)
         self.active = active if self.active is None else self.active + active
         self.images += len(teacher)
 
     def value(self) -> float:
-        """The mean over neurons of max(p, 1 - p), p the share of images on which the teacher's neuron is active: in
-        [0.5, 1].
+        """The agreement so far.
+
+        Returns:
+            The mean over neurons of max(p, 1 - p), in [0.5, 1], where p is the share of images on which the teacher's
+            neuron is active.
 
         Raises:
-            ValueError: before any image.
+            ValueError: No image was counted yet.
         """
         if self.active is None or not self.images:
             raise ValueError("the agreement of a constant needs images")

@@ -1,4 +1,4 @@
-"""Attention transfer. Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017, arXiv 1612.03928."""
+"""Attention transfer (AT). Zagoruyko, Komodakis: Paying More Attention to Attention. ICLR 2017, arXiv 1612.03928."""
 
 from __future__ import annotations
 
@@ -14,28 +14,34 @@ from kdbench.losses.checks import full, shape
 def attention_transfer(
     student: Tensor, teacher: Tensor, p: float = 2, form: Literal["code", "paper"] = "code"
 ) -> Tensor:
-    """Distance of the activation-based attention maps of one pair of layers (the paper's equation 2).
+    r"""Distance between the attention maps of a student's and a teacher's layer (equation 2 of the paper).
 
-    A map is Q = vec(Σ_c |A_c|^p), divided by its L2 norm, one unit vector of H·W elements a sample. The two forms:
+    $$
+    Q = \operatorname{vec}\left( \sum_c |A_c|^p \right), \qquad
+    d_n = \frac{Q_S}{\|Q_S\|_2} - \frac{Q_T}{\|Q_T\|_2}
+    $$
 
-    * "code": mean over samples and positions of (Q_s - Q_t)², as in the authors' code; in [0, 2 / (H·W)].
-    * "paper": mean over samples of ‖Q_s - Q_t‖₂; in [0, √2]. The paper's factor β / 2 belongs to the term's weight.
+    Each sample has one unit vector of H·W elements for each network. The loss has two forms:
 
-    Both are invariant to positive scaling of either feature, since Q is. Maps of different size: the larger *feature*
-    is average-pooled to the smaller before its map is taken, as the usual re-implementations do (the authors' code
-    does not handle that case). |A|^p equals A^p for every even p and for features after a ReLU.
+    - "code", as in the authors' code: the mean of the squared elements of d over samples and positions, in
+      [0, 2 / (H·W)].
+    - "paper": the mean of ‖d‖₂ over samples, in [0, √2]. The paper's factor β / 2 is left to the term's weight.
+
+    Both stay the same if either feature is multiplied by a positive number. If the maps differ in size, the larger
+    *feature* is average-pooled to the smaller size first, as the usual re-implementations do; the authors' code does
+    not handle that case. |A|^p equals A^p for even p and for features after a ReLU.
 
     Args:
-        student: [N, C, H, W]; C may differ from the teacher's.
-        teacher: [N, C', H', W'].
-        p: exponent, at least 1; 2 in the authors' code.
-        form: which of the two distances.
+        student: Feature map, [N, C, H, W]. C may differ from the teacher's.
+        teacher: Feature map, [N, C', H', W'].
+        p: Exponent, at least 1. The authors' code uses 2.
+        form: Which of the two forms.
 
     Returns:
         Scalar, at least 0. A sample whose feature is zero everywhere has the zero map, not NaN.
 
     Raises:
-        ValueError: when either is not [N, C, H, W], the batches differ, or p is below 1.
+        ValueError: A tensor is not [N, C, H, W], the batch sizes differ, p is below 1, or there is no such form.
     """
     if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(
@@ -55,7 +61,7 @@ def attention_transfer(
 
 
 def _attention(feature: Tensor, size: tuple[int, int], p: float) -> Tensor:
-    """Unit attention vectors [N, H·W]. The mean over channels in place of the sum cancels in the normalization."""
+    """Unit attention vectors, [N, H·W]. The mean over channels is the sum up to a factor that cancels."""
     if feature.shape[2:] != size:
         feature = F.adaptive_avg_pool2d(feature, size)
     return F.normalize(feature.abs().pow(p).mean(dim=1).flatten(1), dim=1)

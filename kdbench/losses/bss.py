@@ -1,6 +1,8 @@
-"""Boundary supporting samples. Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision
-Boundary, AAAI 2019, arXiv 1805.05532. The attack that makes the samples is
-`kdbench.methods.bss.attack`."""
+"""Boundary supporting samples (BSS).
+
+Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision Boundary. AAAI 2019, arXiv
+1805.05532. `kdbench.methods.bss.attack` makes the samples.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,26 @@ from kdbench.losses.checks import full, logits_shape, same_shape, shape
 def soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 3.0
 ) -> Tensor:
-    """-Σ_k softmax(teacher / T)_k log softmax(student / T)_k, mean over the samples that count.
+    r"""Cross-entropy between softened outputs, averaged over the samples that count.
 
-    The paper's L_KD on clean images and L_BS on boundary supporting samples; no factor T². Its gradient is that of
-    `kd(scale=False)` over the same samples, from which it differs by the teacher's entropy.
+    $$
+    L = -\frac{1}{|M|} \sum_{n \in M} \sum_k p^T_{nk} \log p^S_{nk}, \qquad p = \operatorname{softmax}(z / T)
+    $$
+
+    This is the authors' L_KD on clean images and L_BS on boundary supporting samples. It has no factor T². It differs
+    from `kd(scale=False)` on the same samples by the teacher's entropy, a constant, so the gradients are equal.
 
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        mask: bool [N], which samples count; None for all.
-        temperature: T > 0; 3 in the authors' code.
+        mask: Which samples count (M), bool [N]. None means all.
+        temperature: T, above 0. The authors' code uses 3.
 
     Returns:
-        Scalar, at least 0; 0 when no sample counts.
+        Scalar, at least 0. It is 0 if no sample counts.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], the mask is not bool [N], or T is not positive.
+        ValueError: The shapes are not the same [N, K], the mask is not bool [N], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "soft_cross_entropy")
     if not temperature > 0:
@@ -42,22 +48,26 @@ def soft_cross_entropy(
 
 
 def magnitude_similarity(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """MagSim: mean over samples of min(‖s‖, ‖t‖) / max(‖s‖, ‖t‖), for the two networks' ways to the boundary.
+    r"""MagSim: how similar the distances of the two networks' boundaries are.
 
-    s and t are the displacements of one image to each network's own boundary with one class: where both have the same
-    length, the boundaries are equally far. The paper names the measure and its range; the formula is the usual reading,
-    and no code of the authors' has it.
+    $$
+    \text{MagSim} = \frac{1}{|M|} \sum_{n \in M} \frac{\min(\|s_n\|, \|t_n\|)}{\max(\|s_n\|, \|t_n\|)}
+    $$
+
+    s and t are the displacements that move one image to each network's own boundary with one class. If both have the
+    same length, the boundaries are equally far away. The paper names the measure and its range. The formula is the
+    usual reading and is unverified: the authors published no code for it.
 
     Args:
-        student: displacements [N, ...].
-        teacher: same shape.
-        mask: bool [N], which samples count; None for all.
+        student: Displacements, [N, ...].
+        teacher: Displacements, same shape.
+        mask: Which samples count (M), bool [N]. None means all.
 
     Returns:
-        Scalar in [0, 1], without gradient; NaN when no sample counts. A way of length 0 counts 0.
+        Scalar in [0, 1], without gradient. NaN if no sample counts. A displacement of length 0 counts as 0.
 
     Raises:
-        ValueError: when the shapes differ, or the mask is not bool [N].
+        ValueError: The shapes differ, or the mask is not bool [N].
     """
     own, other, _ = _ways(student, teacher, "magnitude_similarity")
     each = torch.minimum(own, other) / torch.maximum(own, other).clamp_min(torch.finfo(own.dtype).tiny)
@@ -65,13 +75,25 @@ def magnitude_similarity(student: Tensor, teacher: Tensor, mask: Tensor | None =
 
 
 def angle_similarity(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """AngSim: mean over samples of the cosine ⟨s, t⟩ / (‖s‖ ‖t‖) of the two networks' ways to the boundary.
+    r"""AngSim: how similar the directions to the two networks' boundaries are.
 
-    Arguments, formula's origin and errors as in `magnitude_similarity`.
+    $$
+    \text{AngSim} = \frac{1}{|M|} \sum_{n \in M} \frac{\langle s_n, t_n \rangle}{\|s_n\| \, \|t_n\|}
+    $$
+
+    s and t are as in `magnitude_similarity`, and this formula is unverified for the same reason.
+
+    Args:
+        student: Displacements, [N, ...].
+        teacher: Displacements, same shape.
+        mask: Which samples count (M), bool [N]. None means all.
 
     Returns:
-        Scalar in [-1, 1] (the paper reports values in [0, 1]), without gradient; NaN when no sample counts. A way of
-        length 0 counts 0.
+        Scalar in [-1, 1], without gradient; the paper gives the range [0, 1]. NaN if no sample counts. A displacement
+        of length 0 counts as 0.
+
+    Raises:
+        ValueError: The shapes differ, or the mask is not bool [N].
     """
     own, other, product = _ways(student, teacher, "angle_similarity")
     tiny = torch.finfo(own.dtype).tiny
@@ -79,7 +101,7 @@ def angle_similarity(student: Tensor, teacher: Tensor, mask: Tensor | None = Non
 
 
 def _ways(student: Tensor, teacher: Tensor, what: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of both, and their inner products: [N] each."""
+    """Lengths of both displacements and their inner products, [N] each."""
     same_shape(student, teacher, what)
     s, t = (full(way.detach()).flatten(1) for way in (student, teacher))
     return s.norm(dim=1), t.norm(dim=1), (s * t).sum(dim=1)

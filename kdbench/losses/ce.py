@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: the loss of the plain student, and one term of most methods."""
+"""Cross-entropy with the labels: the loss of the plain student and one term of most methods."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from kdbench.losses.checks import full, shape
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-Σ_k q_k log softmax(student)_k, batch mean.
+    r"""Cross-entropy between the labels and the student's probabilities, averaged over the batch.
+
+    $$
+    L = -\frac{1}{N} \sum_{n,k} q_{nk} \log p^S_{nk}, \qquad q = (1 - \varepsilon)\, y + \frac{\varepsilon}{K}
+    $$
 
     Args:
-        student: logits [N, K].
-        labels: class indices, int64 [N]; or soft targets [N, K], each row a distribution.
-        label_smoothing: ε in [0, 1]; q = (1 - ε) · target + ε / K.
+        student: Logits, [N, K].
+        labels: Class indices, int64 [N]; or soft targets [N, K], where each row is a distribution.
+        label_smoothing: ε, in [0, 1].
 
     Returns:
         Scalar, at least 0.
 
     Raises:
-        ValueError: when the shapes do not fit, or ε lies outside [0, 1].
+        ValueError: The shapes do not match, or ε is outside [0, 1].
     """
     soft = labels.is_floating_point()
     if student.ndim != 2 or len(student) == 0 or labels.shape != (student.shape if soft else student.shape[:1]):

@@ -1,4 +1,4 @@
-"""What every loss does to its tensors before it computes."""
+"""Checks and conversions that all losses share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from torch import Tensor
 
 
 def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
-    """Raises ValueError unless both are [N, ...] of one shape with N > 0; nothing is ever broadcast."""
+    """Check that both tensors are [N, ...] of the same shape with N > 0; nothing is broadcast.
+
+    Raises:
+        ValueError: They are not. The message names the loss and both shapes.
+    """
     if student.shape != teacher.shape:
         raise ValueError(f"{loss} needs equal shapes: student {shape(student)}, teacher {shape(teacher)}")
     if student.ndim < 1 or len(student) == 0:
@@ -14,17 +18,21 @@ def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
 
 
 def logits_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
-    """Raises ValueError unless both are [N, K] of one shape."""
+    """Check that both tensors are [N, K] of the same shape.
+
+    Raises:
+        ValueError: They are not. The message names the loss and both shapes.
+    """
     same_shape(student, teacher, loss)
     if student.ndim != 2:
         raise ValueError(f"{loss} needs logits [N, K]: student {shape(student)}, teacher {shape(teacher)}")
 
 
 def full(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32: sums over thousands of elements lose every digit otherwise."""
+    """float16 and bfloat16 become float32, since sums over thousands of elements would lose every digit."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def shape(tensor: Tensor) -> list[int]:
-    """A shape as messages print it."""
+    """A shape as error messages print it."""
     return list(tensor.shape)

@@ -1,11 +1,14 @@
-"""DeepInversion and Adaptive DeepInversion. Yin et al.: Dreaming to Distill, CVPR 2020, arXiv 1912.08795.
+r"""DeepInversion and Adaptive DeepInversion (ADI). Yin et al.: Dreaming to Distill. CVPR 2020, arXiv 1912.08795.
 
-What is minimized over the pixels of images, with the network fixed (section 3.2 and 3.3 of the paper):
+The network is fixed, and this is minimized over the pixels of images (sections 3.2 and 3.3 of the paper):
 
-    CE(f(x), y) + α_tv R_TV(x) + α_l2 R_l2(x) + α_f R_feature(x) + α_c R_compete(x)
+$$
+\mathrm{CE}(f(x), y) + \alpha_{tv} R_{TV}(x) + \alpha_{\ell_2} R_{\ell_2}(x) + \alpha_f R_{feature}(x)
++ \alpha_c R_{compete}(x)
+$$
 
-Unlike the losses of students these have gradients with respect to images. `kdbench.methods.deep_inversion` minimizes
-them.
+These terms have gradients with respect to images, unlike the losses of students. `kdbench.methods.deep_inversion`
+minimizes them.
 """
 
 from __future__ import annotations
@@ -28,18 +31,23 @@ CLAMPED = (0.01, 0.99)
 
 
 def batch_norm_distance(inputs: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """‖μ(x) − mean‖₂ + ‖σ²(x) − variance‖₂ of one layer (R_feature's summand, equation 4).
+    r"""How far the statistics of one layer are from its batch norm's (one summand of R_feature, equation 4).
+
+    $$
+    \left\| \mu(x) - \text{mean} \right\|_2 + \left\| \sigma^2(x) - \text{variance} \right\|_2
+    $$
 
     Args:
-        inputs: what enters a batch norm, [N, C, ...]; its statistics are over images and positions, the variance
-            biased, as a batch norm in train mode takes it for normalizing.
-        mean, variance: the batch norm's running statistics, [C].
+        inputs: What enters the batch norm, [N, C, ...]. Its statistics are over images and positions; the variance is
+            the biased one, which a batch norm uses in train mode.
+        mean: The batch norm's running mean, [C].
+        variance: The batch norm's running variance, [C].
 
     Returns:
-        Scalar, at least 0; 0 where the statistics agree. The norms are not squared.
+        Scalar, at least 0. It is 0 if the statistics agree. The norms are not squared.
 
     Raises:
-        ValueError: when the shapes do not fit.
+        ValueError: The shapes do not match.
     """
     if inputs.ndim < 2 or len(inputs) == 0 or mean.shape != (inputs.shape[1],) or variance.shape != mean.shape:
         raise ValueError(
@@ -52,13 +60,16 @@ def batch_norm_distance(inputs: Tensor, mean: Tensor, variance: Tensor) -> Tenso
 
 
 class BatchNormInputs:
-    """The distances of all batch norms of a network, while in its `with` block: R_feature.
+    """R_feature: the distances of all batch norms of a network, as a context manager.
 
-    Hooks stand at the batch norms' inputs inside the block only, however it is left. The network belongs in eval mode:
-    in train mode every layer would see statistics that the layers before it just normalized.
+    Hooks are at the batch norms' inputs inside the `with` block only; they are removed however it ends. The network
+    should be in eval mode. In train mode each layer would see statistics that the layers before it just normalized.
+
+    Args:
+        network: A network with batch norms.
 
     Raises:
-        ValueError: a network without batch norms that keep running statistics.
+        ValueError: The network has no batch norm that keeps running statistics.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -80,10 +91,16 @@ class BatchNormInputs:
         self._handles, self._found = [], []
 
     def distance(self, first: float = 1.0) -> Tensor:
-        """Sum over the batch norms that ran since the last call, in the order in which they ran. Scalar.
+        """Sum over the batch norms that ran since the last call, in the order in which they ran.
 
         Args:
-            first: factor of the first one. 1 in the paper; 10 in the authors' code for ImageNet.
+            first: Factor of the first one. 1 in the paper, 10 in the authors' code for ImageNet.
+
+        Returns:
+            Scalar, at least 0.
+
+        Raises:
+            ValueError: The network did not run since the last call.
         """
         found, self._found = self._found, []
         if not found:
@@ -99,18 +116,25 @@ class BatchNormInputs:
 
 
 def total_variation(images: Tensor, per_image: bool = False) -> Tensor:
-    """Sum of the L2 norms of four maps of differences: between neighbours across, down, and on both diagonals.
+    r"""R_TV: sum of the L2 norms of four difference maps.
+
+    $$
+    R_{TV}(x) = \| \Delta_{\rightarrow} x \|_2 + \| \Delta_{\downarrow} x \|_2
+    + \| \Delta_{\searrow} x \|_2 + \| \Delta_{\swarrow} x \|_2
+    $$
+
+    The differences are between neighbours across, down, and on both diagonals.
 
     Args:
         images: [N, C, H, W] with H and W at least 2.
-        per_image: norms of each image, averaged. By default one norm goes over the whole batch, as in the authors'
-            code: it grows as √N, so a weight belongs to a batch size.
+        per_image: Whether to take the norms of each image and average them. By default one norm goes over the whole
+            batch, as in the authors' code. It grows with √N, so a weight is for one batch size.
 
     Returns:
-        Scalar, at least 0; 0 for images of one colour.
+        Scalar, at least 0. It is 0 for images of one colour.
 
     Raises:
-        ValueError: when there are no neighbours.
+        ValueError: The images are not [N, C, H, W] or smaller than 2 × 2 pixels.
     """
     if images.ndim != 4 or len(images) == 0 or min(images.shape[2:]) < 2:
         raise ValueError(f"total_variation needs [N, C, H, W] of at least 2×2 pixels: {shape(images)}")
@@ -125,9 +149,22 @@ def total_variation(images: Tensor, per_image: bool = False) -> Tensor:
 
 
 def l2_norm(images: Tensor, per_image: bool = False) -> Tensor:
-    """‖x‖₂ of [N, ...], over the whole batch, or of each image, averaged (`per_image`, the authors' ImageNet code).
+    r"""R_l2: the L2 norm of images.
 
-    Scalar, at least 0. Over the whole batch it grows as √N.
+    $$
+    R_{\ell_2}(x) = \| x \|_2
+    $$
+
+    Args:
+        images: [N, ...].
+        per_image: Whether to average the norms of the images, as in the authors' ImageNet code. By default one norm
+            goes over the whole batch and grows with √N.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: The images are not a batch [N, ...].
     """
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(f"l2_norm needs a batch [N, ...]: {shape(images)}")
@@ -137,25 +174,32 @@ def l2_norm(images: Tensor, per_image: bool = False) -> Tensor:
 def jensen_shannon(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0, form: Literal["paper", "code"] = "paper"
 ) -> Tensor:
-    """Distance of two networks' softened outputs, batch mean, in nats.
+    r"""Jensen-Shannon divergence of two networks' softened outputs (equation 8), in nats, averaged over the batch.
 
-    With p and q their probabilities at `temperature` and M = (p + q) / 2:
+    $$
+    \mathrm{JS} = \tfrac{1}{2} \mathrm{KL}(p \,\|\, M) + \tfrac{1}{2} \mathrm{KL}(q \,\|\, M),
+    \qquad M = \tfrac{1}{2}(p + q)
+    $$
 
-    * `form` "paper" (equation 8): ½ KL(p ‖ M) + ½ KL(q ‖ M), the Jensen-Shannon divergence, in [0, ln 2].
-    * `form` "code" (the authors' code): ½ KL(M ‖ p) + ½ KL(M ‖ q), of p, q and M each clamped to [0.01, 0.99], after
-      which they no longer sum to 1. Not bounded by ln 2.
+    p and q are the networks' probabilities at `temperature`. The loss has two forms:
 
-    Gradients go to both: whoever moves only images asks for those of the images.
+    - "paper": the formula above, in [0, ln 2].
+    - "code", as in the authors' code: ½ KL(M ‖ p) + ½ KL(M ‖ q), with p, q and M clamped to [0.01, 0.99], so that they
+      no longer sum to 1. ln 2 is no bound.
+
+    Gradients go to both networks' logits.
 
     Args:
-        student_logits, teacher_logits: [N, K].
-        temperature: above 0; 3 in the authors' code, whatever KD uses.
+        student_logits: [N, K].
+        teacher_logits: [N, K].
+        temperature: Above 0. The authors' code uses 3.
+        form: Which of the two forms.
 
     Returns:
-        Scalar; 0 where the two agree.
+        Scalar, 0 if the two networks agree.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], T is not positive, or there is no such form.
+        ValueError: The shapes are not the same [N, K], the temperature is not positive, or there is no such form.
     """
     logits_shape(student_logits, teacher_logits, "jensen_shannon")
     if not temperature > 0:
@@ -178,10 +222,25 @@ def jensen_shannon(
 def competition(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 3.0, form: Literal["paper", "code"] = "paper"
 ) -> Tensor:
-    """R_compete = 1 − JS (equation 7): small for images on which student and teacher disagree. Scalar, in [0, 1].
+    r"""R_compete (equation 7): small for images on which student and teacher disagree.
 
-    Args as for `jensen_shannon`. The authors' code clamps its divergence to [0, 1] first, and so does this in both
-    forms; the paper's never reaches the upper end.
+    $$
+    R_{compete}(x) = 1 - \mathrm{JS}(p^T, p^S)
+    $$
+
+    The divergence is clamped to [0, 1] first, as in the authors' code. The paper's form never reaches the upper end.
+
+    Args:
+        student_logits: [N, K].
+        teacher_logits: [N, K].
+        temperature: Above 0. The authors' code uses 3.
+        form: The form of `jensen_shannon`.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Raises:
+        ValueError: As for `jensen_shannon`.
     """
     return 1 - jensen_shannon(student_logits, teacher_logits, temperature, form).clamp(0, 1)
 
@@ -193,22 +252,28 @@ def kd_over_classes(
     temperature: float = 1.0,
     conditional: bool = True,
 ) -> Tensor:
-    """KL(teacher ‖ student) where the teacher knows some of the classes only, batch mean (section 4.5).
+    r"""KL divergence from a teacher that knows only some of the classes, averaged over the batch (section 4.5).
 
-    The teacher's probabilities are those among its own classes. The student's are too when `conditional`, p(· | C_o) of
-    the paper's third term: how it divides what it gives to them. Else they are among all classes, as on images of the
-    teacher's classes: what it gives to others counts against it.
+    $$
+    L = \frac{1}{N} \sum_n \mathrm{KL}\left( p^T_n(\cdot \mid C_o) \,\|\, p^S_n(\cdot \mid C_o) \right)
+    $$
+
+    C_o are the teacher's classes. With `conditional` the student's probabilities are those among C_o, as in the third
+    term of the paper's continual learning. Without it they are those among all classes, as on images of the teacher's
+    classes: what the student gives to other classes counts against it.
 
     Args:
-        student_logits, teacher_logits: [N, K]; the teacher's logits of classes that it does not know are not looked at.
-        known_classes: labels that the teacher was trained on; None for all. The engine fills it in.
-        temperature: above 0.
+        student_logits: [N, K].
+        teacher_logits: [N, K]. Logits of classes outside C_o are ignored.
+        known_classes: The labels C_o. None means all. The engine fills it in.
+        temperature: Above 0.
+        conditional: Whether the student's probabilities are those among C_o.
 
     Returns:
         Scalar, at least 0.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], or T is not positive.
+        ValueError: The shapes are not the same [N, K], or the temperature is not positive.
     """
     logits_shape(student_logits, teacher_logits, "kd_over_classes")
     if not temperature > 0:

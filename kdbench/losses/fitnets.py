@@ -1,4 +1,4 @@
-"""FitNets. Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets, ICLR 2015."""
+"""FitNets. Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets. ICLR 2015."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from kdbench.losses.checks import full, same_shape
 
 
 def fitnets(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error between the regressed student feature and the teacher's hint, over all elements.
+    r"""Mean squared error between the regressed student feature and the teacher's hint.
 
-    The paper's hint loss is half the squared Euclidean distance of one sample, ½ ‖u_h(x) - r(v_g(x))‖²: for features
-    of D elements a sample it is D / 2 times this value. The mean is what later implementations share.
+    $$
+    L = \frac{1}{ND} \sum_n \left\| u_h(x_n) - r(v_g(x_n)) \right\|_2^2
+    $$
+
+    u_h is the teacher's feature of D elements, v_g the student's, and r the regressor (a connector). The mean is what
+    later implementations share. The paper's hint loss is ½ ‖u_h(x) - r(v_g(x))‖² for each sample, D / 2 times this
+    value, so the paper's weights do not carry over.
 
     Args:
-        student: [N, ...], after the regressor (a connector).
-        teacher: same shape.
+        student: Feature after the regressor, [N, ...].
+        teacher: Feature, same shape.
 
     Returns:
-        Scalar, at least 0.
+        Scalar, at least 0: the mean over all elements.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: The shapes differ.
     """
     same_shape(student, teacher, "fitnets")
     return F.mse_loss(full(student), full(teacher.detach()))

@@ -1,4 +1,7 @@
-"""Knowledge distillation. Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531."""
+"""Knowledge distillation (KD).
+
+Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network. arXiv 1503.02531.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,29 @@ from kdbench.losses.checks import full, logits_shape
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, scale: bool = True) -> Tensor:
-    """KL(softmax(teacher / T) ‖ softmax(student / T)), summed over classes, batch mean; × T² when `scale`.
+    r"""KL divergence from the teacher's to the student's softened outputs.
 
-    The gradient with respect to the student's logits is (p_s - p_t) / (T N), × T² when `scale`: the T² keeps its size
-    about independent of T, as section 2 of the paper recommends. It differs from cross-entropy with the teacher's soft
-    targets by the teacher's entropy, a constant: gradients are equal, and this value is 0 when the two agree.
+    $$
+    L = \frac{T^2}{N} \sum_{n,k} p^T_{nk} \log \frac{p^T_{nk}}{p^S_{nk}}, \qquad p = \operatorname{softmax}(z / T)
+    $$
+
+    It is summed over classes and averaged over the batch. Without `scale` the factor T² is 1. The gradient with
+    respect to the student's logits is (p_S - p_T) / (T N), times T² with `scale`; the factor keeps its size about
+    independent of T, as section 2 of the paper recommends. The loss differs from cross-entropy with the teacher's soft
+    targets by the teacher's entropy, a constant: the gradients are equal, and this loss is 0 if the two networks
+    agree.
 
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        temperature: T > 0.
-        scale: multiply by T². The codes of AB and BSS leave it out.
+        temperature: T, above 0.
+        scale: Whether to multiply by T². The codes of AB and BSS do not.
 
     Returns:
-        Scalar, at least 0; finite for any finite logits.
+        Scalar, at least 0, finite for all finite logits.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], or T is not positive.
+        ValueError: The shapes are not the same [N, K], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "kd")
     if not temperature > 0:

@@ -1,4 +1,4 @@
-"""KL divergence of softened outputs, either way round, with gradients to both sides."""
+"""KL divergence of softened outputs in either direction, with gradients to both networks."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ def kl_divergence(
     scale: bool = True,
     kl_direction: Literal["forward", "reversed"] = "forward",
 ) -> Tensor:
-    """KL(p_t ‖ p_s) of softmax(· / T), summed over classes, batch mean; "reversed": KL(p_s ‖ p_t). × T² when `scale`.
+    r"""KL divergence of softened outputs, in either direction.
 
-    The one loss whose gradient reaches the teacher's logits too: for methods whose teacher learns from its student. A
-    term's `detach` (true by default) ends it before it gets there; forward and detached it is `kd`.
+    $$
+    \text{forward:}\ \frac{T^2}{N} \sum_n \mathrm{KL}(p^T_n \,\|\, p^S_n), \qquad
+    \text{reversed:}\ \frac{T^2}{N} \sum_n \mathrm{KL}(p^S_n \,\|\, p^T_n), \qquad p = \operatorname{softmax}(z / T)
+    $$
+
+    Its gradient reaches the teacher's logits too, for methods whose teacher learns from its student. In a recipe a
+    term's `detach` (true by default) stops that gradient. Forward and detached, it equals `kd`.
 
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        temperature: T > 0.
-        scale: multiply by T².
-        kl_direction: which of the two the mean is over: the teacher's classes (forward), or the student's (reversed).
+        temperature: T, above 0.
+        scale: Whether to multiply by T². Without it the factor is 1.
+        kl_direction: "forward" weights classes by the teacher's probabilities, "reversed" by the student's.
 
     Returns:
-        Scalar, at least 0; finite for any finite logits.
+        Scalar, at least 0, finite for all finite logits.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], T is not positive, or the direction is no direction.
+        ValueError: The shapes are not the same [N, K], T is not positive, or there is no such direction.
     """
     logits_shape(student_logits, teacher_logits, "kl_divergence")
     if not temperature > 0:

@@ -1,5 +1,8 @@
-"""Maximum mean discrepancy. Gretton et al.: A Kernel Two-Sample Test, JMLR 13, 2012; several Gaussian kernels as in
-Long et al.: Learning Transferable Features with Deep Adaptation Networks, arXiv 1502.02791."""
+"""Maximum mean discrepancy (MMD).
+
+Gretton et al.: A Kernel Two-Sample Test. JMLR 13, 2012. Several Gaussian kernels as in Long et al.: Learning
+Transferable Features with Deep Adaptation Networks. arXiv 1502.02791.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,30 @@ def mmd(
     reduction: Literal["sum", "mean"] = "sum",
     eps: float = 1e-12,
 ) -> Tensor:
-    """Squared MMD of two samples of one network's features, biased estimator over the whole batches.
+    r"""Squared MMD between one network's features on two sets of images (biased estimator over the whole batches).
 
-    With k(a, b) = Σᵢ exp(-‖a - b‖² / σᵢ): mean k(x, x') + mean k(y, y') - 2 mean k(x, y), all pairs, each with itself
-    too. σᵢ = σ̄ · factor^(i - ⌊kernels / 2⌋), i = 0 … kernels - 1, around σ̄, the mean squared distance of all ordered
-    pairs of different samples of the two batches together, through which no gradient goes.
+    $$
+    L = \frac{1}{N^2} \sum_{n,n'} k(x_n, x_{n'}) + \frac{1}{M^2} \sum_{m,m'} k(y_m, y_{m'})
+    - \frac{2}{NM} \sum_{n,m} k(x_n, y_m),
+    \qquad k(a, b) = \sum_i e^{-\|a - b\|^2 / \sigma_i}
+    $$
+
+    The bandwidths are σᵢ = σ̄ · factor^(i - ⌊kernels / 2⌋) for i = 0 … kernels - 1. σ̄ is the mean squared distance of
+    all ordered pairs of different samples in both batches together; no gradient goes through it.
 
     Args:
-        student: features [N, …] on one input set, at least one; flattened.
-        other: the same network's features on another set, [M, …] of the same shape but for N.
-        kernels: number of Gaussian kernels.
-        factor: ratio of neighbouring bandwidths.
-        reduction: "sum" of the kernels (as in the code of arXiv 2005.07839), or their "mean".
-        eps: least σ̄, for batches that are one point.
+        student: Features on one input set, [N, ...] with N at least 1. They are flattened.
+        other: The same network's features on another set, [M, ...], the same shape except for M.
+        kernels: Number of Gaussian kernels, at least 1.
+        factor: Ratio of neighbouring bandwidths, above 0.
+        reduction: The "sum" over the kernels (as in the code of arXiv 2005.07839) or their "mean".
+        eps: Smallest σ̄, for batches whose samples are all equal.
 
     Returns:
-        Scalar in [0, 2 · kernels] ("mean": [0, 2]), but for rounding; 0 for equal samples.
+        Scalar in [0, 2 · kernels] for "sum" and in [0, 2] for "mean", up to rounding. It is 0 for equal samples.
 
     Raises:
-        ValueError: when the shapes do not fit, or an option is out of range.
+        ValueError: The shapes do not match, or an option is out of range.
     """
     if student.shape[1:] != other.shape[1:] or student.ndim < 2 or not len(student) or not len(other):
         raise ValueError(f"mmd needs two batches [N, …] of one shape: {shape(student)} and {shape(other)}")
