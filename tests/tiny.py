@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData, canonical
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import Batches, Sets
+from kdbench.engine.batch import Sets
+from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 
 from kdbench.bench.peers import plain_loop, torchdistill_loop
-from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
+from kdbench.engine.domain import augmentation_of
 from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, make_graphs
-from kdbench.engine.teacher import PartLogits
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.recipe.specs import CellSpec, DataSpec
 
@@ -52,11 +51,10 @@ def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int
     batches = Batches(first, data, device)
     teacher = untrained_teacher(first.teacher, first.data, device, computing)
     if lane["table"]:
-        chosen = first.protocol.augmentation
-        views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
+        views = augmentation_of(first.protocol).views
         kind = torch.bfloat16 if computing.precision == "bfloat16" else torch.float32
         values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
-        teacher.logits = PartLogits(values.to(device), batches.positions)
+        teacher = teacher.with_logits(values.to(device), batches.positions)
     members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
     folder = Path(tempfile.mkdtemp())
     cells = [TrainingCell(enter_longest_stage(member), folder, {}, None) for member in members]

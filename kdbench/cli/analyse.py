@@ -57,8 +57,8 @@ def command(
     import torch
 
     from kdbench.engine.analysis import Analysis
-    from kdbench.engine.build import resolve
     from kdbench.engine.options import Options
+    from kdbench.engine.targets import import_target
 
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if chosen.startswith("cuda") and not torch.cuda.is_available():
@@ -69,7 +69,7 @@ def command(
     first = folders[0] if folders else Path()
     into = out or (first if first.is_dir() else first.parent)
     analysis = Analysis(name, folders, where, into, lambda text: print(text, file=sys.stderr, flush=True))
-    rows: list[Row] = list(resolve(target)(analysis, **options))
+    rows: list[Row] = list(import_target(target)(analysis, **options))
     if not rows:
         raise UserError(f"the analysis '{name}' found nothing", where=", ".join(map(str, folders)))
     files = analysis.write(rows)

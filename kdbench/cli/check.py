@@ -40,9 +40,9 @@ def command(
 
     import torch
 
-    from kdbench.engine.build import choices_of
     from kdbench.engine.dry import check_cell
     from kdbench.engine.estimate import Estimate
+    from kdbench.engine.weights import choices_of
 
     console = page()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

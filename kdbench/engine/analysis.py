@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdbench.engine.batches import SLICE, load_data
+from kdbench.engine.batch import SLICE
+from kdbench.engine.batches import split_for_testing
 from kdbench.engine.finish import git_state, machine
 from kdbench.engine.finished import teacher_folder
+from kdbench.engine.materials import load_data
 from kdbench.engine.network import Network, Normalizer
 from kdbench.engine.options import Options
-from kdbench.engine.streamed import part_for_testing
-from kdbench.engine.teachers import load_teacher, locate, trained
+from kdbench.engine.teachers import load_teacher, trained
 from kdbench.engine.trained import load_student
+from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import home, sha256_of, write_json, write_text
 from kdbench.recipe.recorded import cell_of
@@ -157,7 +159,7 @@ class Analysis:
             raise UserError(f"{count} images are too few", where=self.name, hint="ask for at least 1")
         roots = [Path(root) for root in ([data.root] if data.root else self.options.roots())]
         loaded = load_data(data, roots, self.options.download, home() / "cache")
-        part = part_for_testing(data, loaded, self.device)
+        part = split_for_testing(data, loaded, self.device)
         slices = list(part.every(max(1, -(-len(part.labels) // count))).slices(SLICE[self.device.type]))
         self.note("data", name=data.name, fingerprint=loaded.fingerprint)
         pixels = torch.cat([images.float() / 255 for images, _ in slices])

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdbench.engine.batches import Part
-from kdbench.engine.build import load_weights, read_weights
+from kdbench.engine.batch import Split
+from kdbench.engine.weights import load_weights, read_weights
 from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.reading import inside
@@ -97,7 +97,7 @@ class AnchorTeacher:
         network: nn.Module,
         student_logits: Callable[[Tensor], Tensor],
         anchor_logits: Callable[[Tensor], Tensor],
-        validation: Part,
+        validation: Split,
         slice_size: int,
     ) -> None:
         self.anchors, self.route, self.network = anchors, checkpoints, network

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from kdbench.engine.batches import MOST_STEPS, Sets
+from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import Measurement, evaluate

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.build import where_raised
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
+from kdbench.engine.targets import where_raised
 from kdbench.errors import CellError, UserError
 
 

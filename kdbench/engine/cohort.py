@@ -11,7 +11,7 @@ import torch
 
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep
-from kdbench.engine.batches import MOST_STEPS
+from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import score
 from kdbench.engine.program import Program, make_graphs

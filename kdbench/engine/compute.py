@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
-from kdbench.forms import Strict
 from kdbench.errors import UserError
 from kdbench.files import write_json
+from kdbench.forms import Strict
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.schema import ComputeChoice
 from kdbench.record import RECORD, read_record

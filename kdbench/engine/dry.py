@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from kdbench.engine.build import build_extractor, build_model, build_terms
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.finish import size_of
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.terms import build_terms
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.recipe.timeline import planned_timeline

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.engine.batches import SLICE, Batches, Part
+from kdbench.engine.batch import SLICE, Split
+from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import Network
 from kdbench.engine.teacher import Teacher
@@ -25,7 +26,7 @@ class Measurement:
 
     def __init__(self, member: Member, batches: Batches, teacher: Teacher | None) -> None:
         self.member, self.teacher, self.test = member, teacher, batches.test
-        self.parts: dict[str, tuple[Network, Part]] = {"test": (member.student, batches.test)}
+        self.parts: dict[str, tuple[Network, Split]] = {"test": (member.student, batches.test)}
         if len(batches.validation):
             self.parts["validation"] = (member.student, batches.validation)
         if batches.source_test is not None:
@@ -107,7 +108,7 @@ class Scores:
 
 
 @torch.no_grad()
-def scores(network: Network, part: Part) -> Scores:
+def scores(network: Network, part: Split) -> Scores:
     """What a network answers on a part. Reads nothing from the device."""
     all_logits = []
     device = part.labels.device
@@ -121,7 +122,7 @@ def scores(network: Network, part: Part) -> Scores:
     return Scores(right, loss, torch.cat(all_logits))
 
 
-def score(network: Network, part: Part) -> tuple[dict[str, float], Tensor]:
+def score(network: Network, part: Split) -> tuple[dict[str, float], Tensor]:
     """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
     found = scores(network, part)
     return found.plain(), found.logits
@@ -171,5 +172,5 @@ class Metrics:
         return {"metrics": metrics, "references": references}
 
 
-def _probed(test: Part) -> Part:
+def _probed(test: Split) -> Split:
     return test.every(max(1, -(-len(test.labels) // PROBE_IMAGES)))

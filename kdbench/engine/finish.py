@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import TARGET, Batches
-from kdbench.engine.build import resolve
+from kdbench.engine.batch import TARGET
+from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Log, Member
+from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import TeacherFile
 from kdbench.files import atomic, sha256_of, write_json
 from kdbench.recipe.specs import CellSpec, DataSpec, recorded
@@ -159,7 +160,7 @@ def streams(spec: CellSpec) -> dict[str, Any]:
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     drawn = ["order", "augmentation", *cropped]
     of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
-    sources = [resolve(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
+    sources = [import_target(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
     own = dict.fromkeys(name for source in sources for name in source.streams)
     return {
         "seed": spec.seed,

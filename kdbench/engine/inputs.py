@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from kdbench.engine.batches import MOST_STEPS, Batch, Sets
-from kdbench.engine.build import Values, resolve
+from kdbench.engine.batch import MOST_STEPS, Batch, Sets
 from kdbench.engine.network import Network
+from kdbench.engine.targets import import_target
+from kdbench.engine.terms import Values
 from kdbench.recipe.specs import CellSpec, SourceSpec
 
 
@@ -156,5 +157,5 @@ class Source(ABC):
 
 
 def build_source(spec: SourceSpec, context: SourceContext) -> Source:
-    source: Source = resolve(spec.target)(context, **spec.options)
+    source: Source = import_target(spec.target)(context, **spec.options)
     return source

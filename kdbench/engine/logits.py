@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
+from kdbench.engine.domain import augmentation_of
 from kdbench.engine.logit_files import ABOUT, VALUES, Table, filling, read
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
@@ -60,7 +60,7 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
         "augmentation": spec.protocol.augmentation.model_dump(mode="json"),
         "precision": precision,
         "images": len(data.train_labels),
-        "views": _augmentation(spec.protocol).views,
+        "views": augmentation_of(spec.protocol).views,
         "classes": teacher.knows(spec.data).classes,
     }
 
@@ -82,7 +82,7 @@ def opened(table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSp
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
     at = torch.randint(images, (SAMPLE,), generator=generator)
     view = torch.randint(views, (SAMPLE,), generator=generator)
-    pixels = _augmentation(protocol).view(data.train_images[at].to(device), view.to(device))
+    pixels = augmentation_of(protocol).view(data.train_images[at].to(device), view.to(device))
     computed = _logits(teacher, pixels).float().cpu()
     error = (logits[at, view].float() - computed).abs().max() / computed.abs().max().clamp(min=1e-12)
     if not error <= TOLERANCE[table.key["precision"]]:
@@ -126,7 +126,7 @@ def fill(
         all_views = torch.arange(views, device=device)
         shape = (together * views, *data.train_images.shape[1:])
         teacher.network.prepare({frozenset({"logits"}): -(-images // together)}, shape, training=False)
-        augmentation = _augmentation(protocol)
+        augmentation = augmentation_of(protocol)
         begin = noted = time.monotonic()
         done, before = table.done, table.seconds
         stored = _mapped(table, "r+")
@@ -154,7 +154,7 @@ def seconds_an_image(
     together = max(1, PASS[device.type] // table.shape[1])
     views = torch.arange(table.shape[1], device=device)
     pixels = data.train_images[:together].to(device)
-    batch = _augmentation(protocol).view(pixels.repeat_interleave(len(views), dim=0), views.repeat(len(pixels)))
+    batch = augmentation_of(protocol).view(pixels.repeat_interleave(len(views), dim=0), views.repeat(len(pixels)))
     taken = 0.0
     for _ in range(2):
         begin = time.perf_counter()
@@ -166,11 +166,6 @@ def seconds_an_image(
 def _logits(teacher: Teacher, pixels: Tensor) -> Tensor:
     with torch.no_grad(), autocast(teacher.network.computing.precision, pixels.device):
         return teacher.network.step(teacher.network.normalizer(pixels), ["logits"])["logits"]
-
-
-def _augmentation(protocol: ProtocolSpec) -> Augmentation:
-    chosen = protocol.augmentation
-    return Augmentation(chosen.padding, chosen.mode, chosen.flip)
 
 
 def _mapped(table: Table, mode: str) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
-from kdbench.engine.batches import load_data
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
+from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
 from kdbench.errors import CellError, UserError
@@ -112,3 +112,26 @@ class Materials:
         if not table.complete:
             return "", None
         return table.folder.name, logits.opened(table, teacher, data, spec.protocol, self.device)
+
+
+def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:
+    """The data set of a spec, checked against its card."""
+    data: ImageData | Pictures = import_target(spec.target)(roots=roots, download=download, cache=cache, **spec.options)
+    if isinstance(data, Pictures) != spec.streamed:
+        raise UserError(
+            f"the data set '{spec.name}' is {'not ' if spec.streamed else ''}read from disk while training, its card "
+            f"says {'it is' if spec.streamed else 'nothing of it'}",
+            hint="correct 'streamed' in the card",
+        )
+    found = [len(data.classes), len(data.train_labels), len(data.test_labels)]
+    said = [spec.classes, spec.train, spec.test]
+    if isinstance(data, ImageData):
+        found += data.train_images.shape[1:]
+        said += (spec.channels, spec.image_size, spec.image_size)
+    if found != said:
+        raise UserError(
+            f"the data set '{spec.name}' is not what its card says: {found} against {said} "
+            "(classes, training images, test images, channels, height, width)",
+            hint="correct the card, or the files",
+        )
+    return data

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from kdbench.cards import TEACHER_TOLERANCE
-from kdbench.engine.batches import SLICE, Part
+from kdbench.engine.batch import SLICE, Split
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import write_json
@@ -39,7 +39,7 @@ class Seen:
 
 
 @torch.no_grad()
-def look(teacher: Teacher, part: Part, classes: int) -> Seen:
+def look(teacher: Teacher, part: Split, classes: int) -> Seen:
     """A network's answers on a part of so many classes."""
     device = part.labels.device
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)

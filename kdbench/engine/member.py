@@ -11,8 +11,9 @@ from torch import nn
 
 from kdbench.data.streams import address
 from kdbench.engine.anchors import AnchorTeacher
-from kdbench.engine.batches import SLICE, Batch, Batches, Sets
-from kdbench.engine.build import Term, build_extractor, build_model, build_terms, start_from
+from kdbench.engine.batch import SLICE, Batch, Sets
+from kdbench.engine.batches import Batches
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep, build_source
 from kdbench.engine.meter import Meter
@@ -21,6 +22,8 @@ from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
+from kdbench.engine.terms import Term, build_terms
+from kdbench.engine.weights import start_from
 from kdbench.errors import CellError, UserError
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.data.augment import Augmentation
-from kdbench.engine.batches import SLICE, Batch
-from kdbench.engine.build import Term, build_extractor, build_model, build_terms
+from kdbench.engine.batch import SLICE, Batch
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import Memory
+from kdbench.engine.domain import augmentation_of
 from kdbench.engine.dry import costs_of
 from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
+from kdbench.engine.terms import Term, build_terms
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec
 
@@ -86,8 +87,7 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     both = sum(2 * (part.train + part.test) * math.prod(shape) for part in domains)
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
-        chosen = spec.protocol.augmentation
-        views = Augmentation(chosen.padding, chosen.mode, chosen.flip).views
+        views = augmentation_of(spec.protocol).views
         both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
     return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
 

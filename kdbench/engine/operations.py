@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from kdbench.engine.batches import Batch
-from kdbench.engine.build import resolve
+from kdbench.engine.batch import Batch
 from kdbench.engine.network import Network
+from kdbench.engine.targets import import_target
 from kdbench.recipe.specs import OperationSpec
 
 
@@ -60,5 +60,5 @@ class Operation(ABC):
 
 
 def build_operation(spec: OperationSpec) -> Operation:
-    operation: Operation = resolve(spec.target)(**spec.options)
+    operation: Operation = import_target(spec.target)(**spec.options)
     return operation

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.build import build_schedule, resolve
+from kdbench.engine.build import build_schedule
+from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.recipe.specs import TargetSpec
 
@@ -163,7 +164,7 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     Raises:
         UserError: options that it refuses.
     """
-    kind = resolve(spec.target)
+    kind = import_target(spec.target)
     options: dict[str, Any] = dict(spec.options)
     if parameters[0].is_cuda and "capturable" in inspect.signature(kind).parameters:
         rate = options.get("lr", inspect.signature(kind).parameters["lr"].default)

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.engine.batches import MOST_STEPS, Batches
+from kdbench.engine.batch import MOST_STEPS
+from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member

@@ -10,11 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.batches import MOST_STEPS, place_of
-from kdbench.engine.build import Term
+from kdbench.engine.batch import MOST_STEPS
+from kdbench.engine.domain import place_of
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
+from kdbench.engine.terms import Term
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from kdbench.engine.batches import Batches, Sets
+from kdbench.engine.batch import Sets
+from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.stage import Turn, batch_norms
@@ -83,7 +84,8 @@ def inputs_of(
     """
     stage = member.stage
     seen = {name: sets[name] for name in stage.shared_sets}
-    given = stage.teacher.of_shared(teacher_values, seen) if stage.teacher else {}
+    # What others of the cohort asked for is not this member's.
+    given = {name: dict(teacher_values[name]) for name in stage.teacher_points}
     values: dict[str, PointValues] = {"student": {}, "teacher": given}
     run_networks(member, turn, seen, values)
     if turn.reads(stage.made):
@@ -106,4 +108,4 @@ def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, Point
     for name, points in turn.points["teacher"].items():
         if name in sets and name not in values["teacher"]:
             assert stage.teacher is not None
-            values["teacher"][name] = stage.teacher.values(sets[name], points)
+            values["teacher"][name] = stage.teacher(sets[name].images, points)

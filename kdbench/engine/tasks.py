@@ -9,7 +9,7 @@ import torch
 
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
-from kdbench.engine.build import choices_of, resolve
+from kdbench.engine.batches import Batches
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.dry import check_cell
 from kdbench.engine.inputs import SourceContext, SourceFiles
@@ -35,11 +35,12 @@ from kdbench.engine.messages import (
     TrialDone,
 )
 from kdbench.engine.scheduling import kind
-from kdbench.engine.streamed import batches_of
+from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import load_teacher, locate, untrained_teacher
+from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cohort
 from kdbench.engine.trial import Steps, choose, possible
+from kdbench.engine.weights import choices_of, locate
 from kdbench.errors import CellError, UserError
 
 
@@ -114,14 +115,14 @@ class TaskRunner:
         for name, stage in spec.method.stages.items():
             if stage.source is not None:
                 context = SourceContext(spec, name, self.device, network, files)
-                resolve(stage.source.target).prepare(context, self.doing, self.stopping, **stage.source.options)
+                import_target(stage.source.target).prepare(context, self.doing, self.stopping, **stage.source.options)
         if self.stopping():
             raise CellError("stopped; the same command goes on from here")
 
     def trial(self, task: Trial) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
         first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
-        batches = batches_of(first, *self._domains_on_device(first))
+        batches = Batches(first, *self._domains_on_device(first))
         file = self.materials.teacher_file(first, task.teacher_folder)
 
         def teacher(way: Computing) -> Teacher | None:

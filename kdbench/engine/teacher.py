@@ -1,7 +1,7 @@
 """A stage's teacher: the one that a cohort shares, or one of a member's own.
 
-Both answer the same two questions of a step: what of the shared pass is this member's (`of_shared`), and what are the
-values on an input set of its own (`values`).
+Both are called for the values on images of a member's own. The shared one runs once a step for all members of a cohort
+(`shared`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.anchors import Route
-from kdbench.engine.batches import Batch, Sets
-from kdbench.engine.build import Shape, Values
+from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Network, Normalizer, autocast
+from kdbench.engine.terms import Shape
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import StageSpec
 
@@ -31,28 +31,24 @@ class StageTeacher(Protocol):
     network: Network
     shared_with_others: bool
 
-    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
-        """What of the cohort's shared pass belongs to the member that has these input sets."""
-        ...
-
-    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
-        """Values of hook points on a batch of the member's own."""
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+        """Values of hook points for images as a batch holds them."""
         ...
 
 
-class PartLogits:
-    """A table's logits for the images of one training part.
+class SplitLogits:
+    """A table's logits for the images of one training split.
 
     Args:
         logits: [images of the whole training set, views, classes].
-        positions: int64 [images of the part], their places in the whole.
+        positions: int64 [images of the split], their places in the whole.
     """
 
     def __init__(self, logits: Tensor, positions: Tensor) -> None:
         self.logits, self.positions = logits, positions
 
     def at(self, index: Tensor, view: Tensor) -> Tensor:
-        """Logits [N, classes] of views of the part's images, in the precision in which the teacher computed them."""
+        """Logits [N, classes] of views of the split's images, in the precision in which the teacher computed them."""
         where, device = self.positions[index], index.device
         if self.logits.device != device:
             where, view = where.to(self.logits.device), view.to(self.logits.device)
@@ -64,7 +60,7 @@ class Teacher:
 
     Args:
         shapes: of its hook points, per image.
-        logits: the table of its logits for the training part, where there is one.
+        logits: the table of its logits for the training split, where there is one.
         route: the checkpoints of its training, where they were kept.
     """
 
@@ -76,7 +72,7 @@ class Teacher:
         normalizer: Normalizer,
         shapes: Mapping[str, Shape],
         computing: Computing = REFERENCE,
-        logits: PartLogits | None = None,
+        logits: SplitLogits | None = None,
         route: Route | None = None,
     ) -> None:
         self.shapes, self.logits, self.route = shapes, logits, route
@@ -84,9 +80,9 @@ class Teacher:
         self.network.model.eval().requires_grad_(False)
 
     def with_logits(self, table: Tensor, positions: Tensor) -> Teacher:
-        """The same teacher, network and all, with a table of its logits for one training part (see `PartLogits`)."""
+        """The same teacher, network and all, with a table of its logits for one training part (see `SplitLogits`)."""
         found = copy.copy(self)
-        found.logits = PartLogits(table, positions)
+        found.logits = SplitLogits(table, positions)
         return found
 
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
@@ -120,13 +116,6 @@ class Teacher:
         """Whether its table of logits is too large for the device that trains."""
         return self.logits is not None and self.logits.logits.device.type != device.type
 
-    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
-        # What others of the cohort asked for is not this member's: its "data" may be made.
-        return {name: dict(found) for name, found in shared.items() if name in sets}
-
-    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
-        return self(batch.images, points)
-
 
 class OwnTeacher:
     """A copy of the shared teacher that belongs to one member: in train mode, trained along, or another checkpoint.
@@ -148,12 +137,9 @@ class OwnTeacher:
     def model(self) -> torch.nn.Module:
         return self.network.model
 
-    def of_shared(self, shared: Values, sets: Sets) -> PointValues:
-        return {}
-
-    def values(self, batch: Batch, points: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.trains):
-            return self.network(self.network.normalizer(batch.images), points)
+            return self.network(self.network.normalizer(images), points)
 
 
 def own_teacher_stages(stages: Mapping[str, StageSpec]) -> set[str]:

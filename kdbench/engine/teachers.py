@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdbench.cards import TEACHER_TOLERANCE, Weights
+from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.anchors import Route
-from kdbench.engine.build import build_extractor, build_model, load_weights, read_weights, resolve
+from kdbench.engine.batches import split_for_testing
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.measuring import Seen, doubts, kept, look
 from kdbench.engine.network import Normalizer
-from kdbench.engine.streamed import part_for_testing
+from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
+from kdbench.engine.weights import load_weights, locate, read_weights
 from kdbench.errors import UserError
-from kdbench.files import find_weights, home, sha256_of, weight_folders
+from kdbench.files import sha256_of
 from kdbench.recipe.beside import training_of
 from kdbench.recipe.route import FOLDER
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
@@ -43,36 +45,6 @@ class TeacherFile:
     doubts: tuple[str, ...] = ()
 
 
-def locate(weights: Weights, download: bool) -> Path:
-    """A weight file with the right hash: from the weight folders, or downloaded into the cache."""
-    file = find_weights(weights.file)
-    if file is None:
-        if weights.url is None or not download:
-            tried = ", ".join(str(folder) for folder in weight_folders())
-            raise UserError(
-                f"there is no weight file '{weights.file}'",
-                hint=f"looked in {tried}; put it there, set KDBENCH_WEIGHTS, or allow the download"
-                + (f" of {weights.url}" if weights.url else ""),
-            )
-        file = home() / "weights" / weights.file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=weights.sha256, progress=False)
-        except (OSError, RuntimeError) as error:
-            tried = ", ".join(str(folder) for folder in weight_folders())
-            raise UserError(
-                f"the weights could not be downloaded from {weights.url}: {error}",
-                hint=f"get '{weights.file}' by hand and put it into one of: {tried}",
-            ) from None
-    if sha256_of(file) != weights.sha256:
-        raise UserError(
-            f"the weight file has another sha256 than its card says ({weights.sha256[:12]}…)",
-            where=str(file),
-            hint="it is damaged or another file: replace it",
-        )
-    return file
-
-
 def load_teacher(
     spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
 ) -> Teacher:
@@ -80,7 +52,7 @@ def load_teacher(
     model = build_model(spec.model, spec.knows(data))
     state = read_weights(file)
     if spec.weights is not None and spec.weights.layout is not None:
-        state = resolve(spec.weights.layout)(state)
+        state = import_target(spec.weights.layout)(state)
     load_weights(model, state, spec.model.name, str(file))
     return _as_teacher(model, spec, data, device, computing)
 
@@ -186,7 +158,7 @@ def _seen(
     }
 
     def measure() -> Seen:
-        part = part_for_testing(tested, data, device)
+        part = split_for_testing(tested, data, device)
         return look(load_teacher(spec, known, file.file, device), part, tested.classes)
 
     return kept(kept_in, key, {"name": spec.name}, measure)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from kdbench.engine.build import build_model, load_weights, read_weights
+from kdbench.engine.build import build_model
+from kdbench.engine.weights import load_weights, read_weights
 from kdbench.errors import UserError
 from kdbench.recipe.recorded import student_of
 from kdbench.record import read_record, student_file

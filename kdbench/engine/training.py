@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kdbench.engine import checkpoint
+from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
@@ -24,7 +25,6 @@ from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
 from kdbench.engine.scheduling import Begun, begin
-from kdbench.engine.streamed import batches_of
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, fingerprint
 from kdbench.engine.trial import possible
@@ -88,7 +88,7 @@ class Training:
     def _group(self, cells: list[CellTask]) -> Group:
         """Cells of one seed, built; those that could not be are told."""
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
-        batches = batches_of(first, self.domains[0], self.device, self.domains[1])
+        batches = Batches(first, self.domains[0], self.device, self.domains[1])
         teacher = self.teacher
         if teacher is not None and self.logits is not None:
             # Every seed may have another training part, whose images are in other places of the table.

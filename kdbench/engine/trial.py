@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from kdbench.engine.batches import Batches, Sets
+from kdbench.engine.batch import Sets
+from kdbench.engine.batches import Batches
 from kdbench.engine.capture import WARM
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Chosen, Computing, candidates

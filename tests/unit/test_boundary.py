@@ -21,7 +21,7 @@ from kdbench import losses
 from kdbench.cards import Normalization
 from kdbench.data.streams import uniform
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import SLICE, Batch
+from kdbench.engine.batch import SLICE, Batch
 from kdbench.engine.finish import streams
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
@@ -792,7 +792,7 @@ def test_where_the_authors_teachers_attacks_end(cifar10_root: Path, teacher_fold
     from safetensors.torch import load_file
 
     from kdbench.data.augment import normalize
-    from kdbench.engine.batches import load_data
+    from kdbench.engine.materials import load_data
     from kdbench.models.resnet_cifar import bss_resnet
 
     spec = plan({"data": "cifar10", "student": "bss_resnet8", "protocol": "bss_official", "method": "ce"}, REGISTRY)

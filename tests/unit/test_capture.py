@@ -229,12 +229,12 @@ def rate_as_number(member: Member) -> None:
 
 
 def order_replaced(member: Member) -> None:
-    epoch = member.batches.epoch
+    epoch = member.batches.source.epoch
     epoch.order = epoch.order.clone()
 
 
 def position_replaced(member: Member) -> None:
-    member.batches.epoch.first = member.batches.epoch.first.clone()
+    member.batches.source.epoch.first = member.batches.source.epoch.first.clone()
 
 
 def statistics_replaced(member: Member) -> None:

@@ -117,8 +117,8 @@ def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference(methods:
 @pytest.mark.slow
 def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
     """Digits, two seeds: their test accuracies differ from plain ones by no more than seeds do among themselves."""
-    from kdbench.engine.batches import load_data
     from kdbench.engine.evaluation import score
+    from kdbench.engine.materials import load_data
 
     differences, plain = [], []
     for seed in range(2):

@@ -16,7 +16,8 @@ from tiny import CPU, images, shortened, step_together, train, untrained_teacher
 from torch import nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batch, Batches
+from kdbench.engine.batch import Batch
+from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.evaluation import evaluate
@@ -414,7 +415,7 @@ def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) ->
     # The guard guards: a step on the data set's batch is seen, and so are looks at images or labels alone.
     for look in (
         lambda: batches.at(0, member.timeline),
-        lambda: batches.images,
+        lambda: batches.train.images,
         lambda: batches.train.labels,
         lambda: next(iter(batches.train.slices(1))),
         # A validation part is taken from the training images by their labels, for whoever asks for one.
@@ -641,7 +642,8 @@ def test_settings_that_make_no_sense_are_told() -> None:
 @pytest.mark.slow
 def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-32, trained by itself, on images from ResNet-20: chance is 10 %, and images are few and quickly made."""
-    from kdbench.engine.teachers import load_teacher, locate
+    from kdbench.engine.teachers import load_teacher
+    from kdbench.engine.weights import locate
 
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
     teachers = []
@@ -666,7 +668,7 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
 @pytest.mark.slow
 def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> None:
     """A real teacher of the digits, trained here for a few steps; no student sees a real image."""
-    from kdbench.engine.batches import load_data
+    from kdbench.engine.materials import load_data
 
     def real(method: str | dict[str, Any], steps: int, **more: Any) -> CellSpec:
         return plan(RECIPE | more | {"method": method, "steps": steps, "compute": "reference"}, REGISTRY).cells[0].spec

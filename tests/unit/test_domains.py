@@ -13,13 +13,13 @@ from picture_files import write_pictures
 from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, step_together, train
 
 from kdbench.cards import DatasetCard
-from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import streams
+from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import CellState, cohorts_of
-from kdbench.engine.streamed import batches_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
 from kdbench.recipe.planning import PlannedCell, plan
@@ -170,12 +170,12 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
             del REGISTRY.trees["datasets"][name]
     assert spec.target is not None
     near, far = (load_data(part, [tmp_path], False, tmp_path / "cache") for part in (spec.data, spec.target))
-    batches = batches_of(spec, near, CPU, far)
+    batches = Batches(spec, near, CPU, far)
     member, _, _ = member_of(spec.model_copy(update={"data": spec.data.model_copy(update={"streamed": False})}))
     line = member.timeline
     seen = [sets_at(batches, at, line, ["data", "target"]) for at in range(6)]
     assert [len(sets["target"].images) for sets in seen] == [4, 4, 4, 3, 4, 4]
-    fresh = sets_at(batches_of(spec, near, CPU, far), 5, line, ["target"])["target"]
+    fresh = sets_at(Batches(spec, near, CPU, far), 5, line, ["target"])["target"]
     assert torch.equal(fresh.images, seen[5]["target"].images) and fresh.labels is None
     assert not torch.equal(seen[0]["data"].images, seen[0]["target"].images)
     resident = images(spec.data)
@@ -186,9 +186,9 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
                 for part, data in zip(("data", "target"), pair, strict=True)
             }
         )
-        sets = sets_at(batches_of(mixed, pair[0], CPU, pair[1]), 0, line, ["data", "target"])
+        sets = sets_at(Batches(mixed, pair[0], CPU, pair[1]), 0, line, ["data", "target"])
         assert sets["data"].images.shape == sets["target"].images.shape == (4, 3, 16, 16)
-        assert len(batches_of(mixed, pair[0], CPU, pair[1]).test.labels) == 6
+        assert len(Batches(mixed, pair[0], CPU, pair[1]).test.labels) == 6
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from kdbench.data.images import ImageData
 from kdbench.engine import teachers
-from kdbench.engine.batches import ResidentPart
-from kdbench.engine.build import build_model, choices_of, read_weights
+from kdbench.engine.build import build_model
 from kdbench.engine.measuring import doubts, look
+from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.teachers import TeacherFile, as_used, measured
+from kdbench.engine.weights import choices_of, read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
@@ -46,7 +47,7 @@ class Answers:
 def said_of(answer: Callable[[Tensor], Tensor], **more: Any) -> tuple[float, str]:
     """Accuracy and doubts of such a teacher on 20 images of each class."""
     labels = torch.arange(CLASSES).repeat(20)
-    part = ResidentPart(labels.to(torch.uint8).view(-1, 1, 1, 1), labels)
+    part = ResidentSplit(labels.to(torch.uint8).view(-1, 1, 1, 1), labels)
     seen = look(Answers(answer), part, CLASSES)  # type: ignore[arg-type]
     return seen.accuracy, " ".join(doubts("t", seen, CLASSES, more.get("expected"), more.get("partial", False)))
 

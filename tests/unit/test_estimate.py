@@ -8,7 +8,7 @@ import pytest
 import torch
 from synthetic import plain_record, write
 
-from kdbench.engine.batches import split
+from kdbench.engine.domain import split
 from kdbench.engine.dry import Size
 from kdbench.engine.estimate import Estimate
 from kdbench.engine.finished import teacher_folder

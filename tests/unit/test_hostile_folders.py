@@ -22,9 +22,9 @@ import kdbench
 from kdbench.cli import main
 from kdbench.engine import compute, logit_files, measuring, runner
 from kdbench.engine.anchors import Route
-from kdbench.engine.build import read_weights
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.options import Listener, Options, Silent
+from kdbench.engine.weights import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages

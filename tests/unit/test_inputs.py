@@ -21,7 +21,7 @@ RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "stude
 
 SOURCE = '''
 import torch
-from kdbench.engine.batches import Batch
+from kdbench.engine.batch import Batch
 from kdbench.engine.inputs import Source
 
 class Mirrored(Source):

@@ -19,7 +19,7 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import Table, table_at
 from kdbench.engine.member import Member
-from kdbench.engine.teacher import PartLogits, Teacher
+from kdbench.engine.teacher import SplitLogits, Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -91,7 +91,7 @@ def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
         batches = Batches(spec, data, CPU)
         if teacher is with_table:
             values = logits.opened(table, teacher, data, spec.protocol, CPU)
-            teacher.logits = PartLogits(values, batches.positions)
+            teacher.logits = SplitLogits(values, batches.positions)
             teacher.network.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
         member = Member(spec, batches, teacher, CPU)
         assert batches.positions.tolist() != list(range(len(batches.positions)))
@@ -107,7 +107,7 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     data, teacher = images(spec.data), teacher_of(spec)
     values = logits.opened(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
     batches = Batches(spec, data, CPU)
-    teacher.logits = PartLogits(values + 1, batches.positions)
+    teacher.logits = SplitLogits(values + 1, batches.positions)
     member = Member(spec, batches, teacher, CPU)
     sets = sets_at(batches, 0, member.timeline, ["data"])
     got = teacher.shared(sets, {"data": ["layer2", "logits"]})["data"]
@@ -233,7 +233,7 @@ def test_listing_and_clearing(tmp_path: Path) -> None:
     (tmp_path / "teacher_logits" / "rubbish").mkdir()
     (tmp_path / "teacher_logits" / "rubbish" / "table.json").write_text("{")
     assert [t.folder for t in logit_files.tables()] == [table.folder]
-    with logit_files.alone(table.folder), pytest.raises(UserError, match="another process"):
+    with logit_files.filling(table.folder), pytest.raises(UserError, match="another process"):
         logit_files.clear(table)
     logit_files.clear(table)
     assert logit_files.tables() == [] and not table.folder.exists()

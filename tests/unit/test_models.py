@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.build import resolve
+from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet
 from kdbench.models.mobilenetv2 import mobilenet_v2
@@ -247,7 +247,7 @@ def test_cards_build_what_their_names_say(name: str, parameters: int) -> None:
     card = registry.card("models", name)
     options = card.args | registry.fields("models", name)
     with torch.device("meta"):
-        model = resolve(card.target)(**options, classes=10, channels=3, image_size=32)
+        model = import_target(card.target)(**options, classes=10, channels=3, image_size=32)
     assert count(model) == parameters
 
 

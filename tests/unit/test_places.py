@@ -14,7 +14,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as tv
 
-from kdbench.engine.build import build_terms
+from kdbench.engine.terms import build_terms
 from kdbench.errors import UserError
 from kdbench.losses import attention_transfer
 from kdbench.models.graph import traced

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.build import resolve
+from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.registry import Registry
 from kdbench.signature import REQUIRED, Parameter, parameters
@@ -88,12 +88,12 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
         inputs = [values[name] for name in card.inputs]
         try:
-            value = resolve(card.target)(*inputs, **options)
+            value = import_target(card.target)(*inputs, **options)
         except (ValueError, RuntimeError, IndexError, TypeError):
             continue
         (gradient,) = torch.autograd.grad(value, student)
         found |= {what: float(value.detach()), f"gradient of {what}": digest(gradient)}
-        found |= {f"{name} of {what}": float(resolve(target)(*inputs)) for name, target in card.metrics.items()}
+        found |= {f"{name} of {what}": float(import_target(target)(*inputs)) for name, target in card.metrics.items()}
     return found
 
 
@@ -101,7 +101,7 @@ def of_connector(card: Any, options: dict[str, Any]) -> dict[str, float]:
     found = {}
     for shapes in (((4, 6, 6), (6, 6, 6)), ((4, 6, 6), (6, 3, 3)), ((4, 3, 3), (6, 6, 6)), ((4, 6, 6), (4, 6, 6))):
         try:
-            module = resolve(card.target)(*shapes, **options)
+            module = import_target(card.target)(*shapes, **options)
         except (ValueError, UserError):
             continue
         found[f"{shapes[0]} to {shapes[1]}"] = digest(filled(module)(rand(3, *shapes[0])))
@@ -109,14 +109,14 @@ def of_connector(card: Any, options: dict[str, Any]) -> dict[str, float]:
 
 
 def of_schedule(card: Any, options: dict[str, Any]) -> dict[str, float]:
-    schedule = resolve(card.target)(**options)
+    schedule = import_target(card.target)(**options)
     return {f"at {at}": schedule.at(at, at) for at in (0.0, 0.1, 0.37, 0.65, 1.0)}
 
 
 def of_optimizer(card: Any, options: dict[str, Any]) -> dict[str, float]:
     parameter = nn.Parameter(rand(8))
     needed = {"momentum": GIVEN["momentum"]} if options.get("nesterov") else {}
-    optimizer = resolve(card.target)([parameter], **{"lr": GIVEN["lr"], **needed, **options})
+    optimizer = import_target(card.target)([parameter], **{"lr": GIVEN["lr"], **needed, **options})
     for step in range(3):
         parameter.grad = rand(8, seed=step)
         optimizer.step()
@@ -127,7 +127,7 @@ def of_model(name: str) -> dict[str, float]:
     options = REGISTRY.fields("models", name)
     torch.manual_seed(0)
     card = REGISTRY.card("models", name)
-    model = resolve(card.target)(**{**card.args, **options}, classes=5, channels=3, image_size=32)
+    model = import_target(card.target)(**{**card.args, **options}, classes=5, channels=3, image_size=32)
     drawn = sum(float(parameter.detach().double().pow(2).sum()) for parameter in model.parameters())
     return {"initial": drawn, "logits": digest(filled(model).eval()(rand(2, 3, 32, 32)))}
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import AnchorTeacher, Route
-from kdbench.engine.batches import Batches, ResidentPart
+from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
+from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -113,7 +114,7 @@ class Scores:
 def test_greedy_choice_against_a_naive_one(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, at_once, k = 11, 4, 6
-    part = ResidentPart(torch.arange(n).view(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
+    part = ResidentSplit(torch.arange(n).view(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
     student = Scores(torch.randn(1, n, 5, generator=generator, dtype=torch.float64))
     # Checkpoints that move away from the student, by steps of random length: some choices are early, some late.
     growth = torch.rand(k, 1, 1, generator=generator, dtype=torch.float64).cumsum(0)
@@ -336,7 +337,7 @@ def test_the_choice_is_made_on_images_split_off_the_training_set() -> None:
     train(member, batches, teacher, 8)
     assert counted.reads > 0
     held_out = torch.cat([found for found, _ in counted.part.slices(100)])
-    rest = batches.images
+    rest = batches.train.images
     assert len(held_out) + len(rest) == len(data.train_images)
     assert not any(torch.equal(a, b) for a in held_out for b in rest)
     # Only where H decides: not for the first anchor, nor for the last.

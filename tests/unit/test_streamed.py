@@ -20,10 +20,11 @@ from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_cr
 from kdbench.data.folder import not_found
 from kdbench.data.images import ImageData
 from kdbench.data.streams import uniform
-from kdbench.engine.batches import Batches, load_data
+from kdbench.engine.batches import Batches, split_for_testing
 from kdbench.engine.evaluation import evaluate
+from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
-from kdbench.engine.streamed import StreamedBatches, batches_of, part_for_testing
+from kdbench.engine.streamed import StreamedDomain
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -135,14 +136,14 @@ def test_grey_pictures_become_colours_and_broken_ones_are_named(tmp_path: Path) 
 
 def test_the_data_card_chooses_the_source(registry: Registry, root: Path) -> None:
     spec = spec_of(registry)
-    batches = batches_of(spec, read(spec, root), CPU)
-    assert isinstance(batches, StreamedBatches)
+    batches = Batches(spec, read(spec, root), CPU)
+    assert isinstance(batches.source, StreamedDomain)
     assert len(batches.train.labels) == 15 and len(batches.test.labels) == 6
     parts = list(batches.test.slices(4))
     assert [tuple(images.shape) for images, _ in parts] == [(4, 3, 24, 24), (2, 3, 24, 24)]
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 0, 1, 1, 2, 2]
     assert batches.test.every(2).labels.tolist() == [0, 1, 2]
-    assert len(part_for_testing(spec.data, read(spec, root), CPU).labels) == 6
+    assert len(split_for_testing(spec.data, read(spec, root), CPU).labels) == 6
     resident = spec.data.model_copy(update={"streamed": False})
     with pytest.raises(UserError, match="correct 'streamed'"):
         load_data(resident, [root], False, root / "cache")
@@ -153,13 +154,13 @@ def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) 
     spec = spec_of(registry)
     data = read(spec, root)
     line = timeline(spec, 15)
-    batches = StreamedBatches(spec, data, CPU)
+    batches = Batches(spec, data, CPU)
     in_order = [batches.at(step, line) for step in range(line.total)]
     assert [len(batch.labels) for batch in in_order] == [4, 4, 4, 3, 4, 4, 4, 3, 4]
     assert sorted(torch.cat([batch.index for batch in in_order[:4]]).tolist()) == list(range(15))
     for batch in in_order:
         assert torch.equal(batch.labels, data.train_labels[batch.index])
-    fresh = StreamedBatches(spec, data, CPU)
+    fresh = Batches(spec, data, CPU)
     torch.set_num_threads(2)
     try:
         for step in (5, 6, 2, 8, 0):
@@ -168,7 +169,7 @@ def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) 
                 assert torch.equal(getattr(again, name), getattr(in_order[step], name)), (step, name)
     finally:
         torch.set_num_threads(1)
-    other = StreamedBatches(spec.model_copy(update={"seed": 1}), data, CPU).at(0, line)
+    other = Batches(spec.model_copy(update={"seed": 1}), data, CPU).at(0, line)
     assert not torch.equal(other.images, in_order[0].images)
     first = {int(i): image for batch in in_order[:4] for i, image in zip(batch.index, batch.images, strict=True)}
     second = {int(i): image for batch in in_order[4:8] for i, image in zip(batch.index, batch.images, strict=True)}
@@ -185,20 +186,20 @@ def test_without_a_resized_crop_the_centres_are_cropped_as_resident_images_are(r
     ]
     resident = ImageData("x", data.classes, centres[0], data.train_labels, centres[1], data.test_labels, "", "")
     line = timeline(spec, 15)
-    streamed, expected = StreamedBatches(spec, data, CPU), Batches(spec, resident, CPU)
+    streamed, expected = Batches(spec, data, CPU), Batches(spec, resident, CPU)
     for step in range(6):
         assert torch.equal(streamed.at(step, line).images, expected.at(step, line).images), step
 
 
 def test_subsets_and_validation_are_split_off(registry: Registry, root: Path) -> None:
     spec = spec_of(registry, data={"name": "tiny_pictures", "validation": 3, "per_class": 2})
-    batches = batches_of(spec, read(spec, root), CPU)
+    batches = Batches(spec, read(spec, root), CPU)
     assert batches.train.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(batches.validation.labels) == 3
 
 
 def test_a_cell_trains_on_pictures(registry: Registry, root: Path) -> None:
     spec = spec_of(registry)
-    batches = batches_of(spec, read(spec, root), CPU)
+    batches = Batches(spec, read(spec, root), CPU)
     member = Member(spec, batches, None, CPU)
     train(member, batches, None, 9)
     member.check_finite()
@@ -210,7 +211,7 @@ def test_a_broken_picture_is_one_clear_error(registry: Registry, root: Path, thr
     spec = spec_of(registry)
     broken = root / "tiny_pictures" / "train" / "c1" / "2.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    batches = batches_of(spec, read(spec, root), CPU)
+    batches = Batches(spec, read(spec, root), CPU)
     torch.set_num_threads(threads)
     try:
         with pytest.raises(UserError, match="damaged or cut short") as error:
@@ -336,7 +337,7 @@ def test_a_teacher_of_other_classes_teaches_its_features_only(
         spec_of(registry, teacher="other_classes", method="kd")
     teacher = untrained_teacher(spec)
     assert teacher is not None and teacher.shapes["logits"] == (10,)
-    batches = batches_of(spec, read(spec, root), CPU)
+    batches = Batches(spec, read(spec, root), CPU)
     member = Member(spec, batches, teacher, CPU)
     train(member, batches, teacher, 2)
     member.check_finite()

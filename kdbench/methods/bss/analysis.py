@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.analysis import Analysis, FinishedCell, PixelLogits, Row
-from kdbench.engine.batches import SLICE
+from kdbench.engine.batch import SLICE
 from kdbench.errors import UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, boundary_attack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.streams import uniform
-from kdbench.engine.batches import Batch
+from kdbench.engine.batch import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.methods.bss.attack import again, base_samples, boundary_attack, target_classes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kdbench.engine.analysis import Analysis, PixelLogits, Row
-from kdbench.engine.batches import SLICE
+from kdbench.engine.batch import SLICE
 from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.planning import teacher_of_card

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.streams import generator, permutation
-from kdbench.engine.batches import Batch, Epoch
+from kdbench.engine.batch import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.methods.deep_inversion.inversion import Draws, Inversion, Synthesized, balanced, synthesize

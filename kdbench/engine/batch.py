@@ -1,0 +1,98 @@
+"""A batch, the splits of a data set that it comes from, and one pass over them: the types that the engine shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One input set of a step. Every method reads what it needs.
+
+    images: [N, C, H, W] on the device: bytes after augmentation, or float32 pixel values on the scale of [0, 1] (made
+    images may leave it); each network gets its own normalization of them. labels: int64 [N]; None where nobody may know
+    them. index: int64 [N], position in the training split. view: int64 [N], which augmented view it is. mask: bool [N],
+    which images count in a loss (None: all).
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    index: Tensor | None = None
+    view: Tensor | None = None
+    mask: Tensor | None = None
+
+
+# Input sets of a step by name: "data" is the data set's batch, "target" the target domain's, without labels.
+Sets = dict[str, Batch]
+TARGET = "target"
+# Images that are looked at at once outside of training.
+SLICE = {"cpu": 250, "cuda": 2000}
+# Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.
+MOST_STEPS = 1024
+
+
+class Split(Protocol):
+    """A training, validation or test split: N images with labels, int64 [N] on the device. Its length is told without a
+    look at either.
+
+    Attributes:
+        resident: whether the images lie on the device.
+    """
+
+    resident: ClassVar[bool]
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, bytes [n, C, H, W] on the device, and their labels: `size` at a time, in order."""
+        ...
+
+    def every(self, stride: int) -> Split:
+        """Every stride-th image."""
+        ...
+
+
+class Epoch:
+    """One pass over a set of images: its order and views on the device, and where its next batch begins.
+
+    Everything that a step needs lies in tensors that stay the same objects from pass to pass, so a recorded step finds
+    the next pass in them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self.order, self.views, self.rows = nothing, nothing, nothing
+        self._rows_of: dict[int, Tensor] = {}
+        self.first = torch.zeros((), dtype=torch.int64, device=device)
+
+    def begin(self, order: Tensor, views: Tensor) -> None:
+        """Take the order and the views of a new pass, int64 [images] each."""
+        if self.order.shape == order.shape:
+            self.order.copy_(order)
+            self.views.copy_(views)
+        else:
+            self.order, self.views = (drawn.to(self.first.device) for drawn in (order, views))
+
+    def seek(self, first: int, size: int) -> None:
+        """Let the next batch begin at an image of the pass, with so many images."""
+        self.first.fill_(first)
+        if size not in self._rows_of:
+            self._rows_of[size] = torch.arange(size, device=self.first.device)
+        self.rows = self._rows_of[size]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Positions in the training split and views of the next batch, int64 [size] each."""
+        rows = self.first + self.rows
+        return self.order[rows], self.views[rows]
+
+    def advance(self) -> None:
+        """Go on to the batch after that."""
+        self.first.add_(len(self.rows))

@@ -1,0 +1,103 @@
+"""One data set's splits, and the training batch of every step as a function of (seed, step)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kdbench.data.augment import Augmentation
+from kdbench.data.splits import subset, validation
+from kdbench.data.streams import generator, permutation
+from kdbench.engine.batch import Batch, Split
+from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
+from kdbench.recipe.timeline import Timeline, batches_per_epoch
+
+
+class Domain(ABC):
+    """One of a cell's data sets: the only one, the source, or the target.
+
+    Draws are addressed: an epoch's order by (seed, "order", epoch), its augmentation by (seed, "augmentation", epoch).
+    Steps of a budget on top of the protocol's use streams of their own, so that the others stay paired between methods.
+
+    Before a stretch of steps, `seek` puts what they need on the device. Then, step by step, `feed` does the host's
+    part, `batch` gives the batch and `advance` goes on.
+
+    Attributes:
+        prefix: of the streams that are drawn from.
+        size: images in the present batch.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+
+    def __init__(self, spec: CellSpec, device: torch.device, prefix: str) -> None:
+        self.seed, self.device, self.prefix = spec.seed, device, prefix
+        self.batch_size, self.last_batch = spec.protocol.batch_size, spec.protocol.last_batch
+        self.augmentation = augmentation_of(spec.protocol)
+        self.size = 0
+
+    def seek(self, step: int, timeline: Timeline) -> int:
+        """Put what the steps from one on need on the device.
+
+        Returns:
+            for how many steps it holds: until the epoch ends, or a smaller batch comes.
+        """
+        each = batches_per_epoch(len(self.train), self.batch_size, self.last_batch)
+        timeline = replace(timeline, batches_per_epoch=each)
+        position = place_of(step, timeline)[2]
+        self.size = min(self.batch_size, len(self.train) - position * self.batch_size)
+        self._seek(step, timeline)
+        return max(min(each, len(self.train) // self.batch_size) - position, 1)
+
+    @abstractmethod
+    def _seek(self, step: int, timeline: Timeline) -> None: ...
+
+    def feed(self) -> None:  # noqa: B027 - nothing where all lies on the device
+        """The host's part of the coming step."""
+
+    @abstractmethod
+    def batch(self) -> Batch:
+        """The batch of the present step."""
+
+    def advance(self) -> None:  # noqa: B027 - nothing where feeding goes on
+        """Go on to the next step."""
+
+    def draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order and views of an epoch, int64 [images] each, on the CPU.
+
+        Args:
+            stream: prefix of its streams, as `place_of` gives it.
+        """
+        stream, n = f"{self.prefix}{stream}", len(self.train)
+        views = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+        return permutation(n, self.seed, f"{stream}order", epoch), self.augmentation.view_id(views)
+
+
+def augmentation_of(protocol: ProtocolSpec) -> Augmentation:
+    """The views of a protocol's images."""
+    chosen = protocol.augmentation
+    return Augmentation(chosen.padding, chosen.mode, chosen.flip)
+
+
+def place_of(step: int, timeline: Timeline) -> tuple[str, int, int]:
+    """Prefix of the streams that a step draws from, its epoch, and its position in the epoch."""
+    stream, number = ("extra/", step) if step < timeline.extra else ("", step - timeline.extra)
+    return stream, *divmod(number, timeline.batches_per_epoch)
+
+
+def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the labelled training split and of the validation split: seeded, stratified, disjoint."""
+    split_seed = spec.split_seed if spec.split_seed is not None else seed
+    train, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
+    if spec.validation:
+        train, held_out = validation(labels, size=spec.validation, seed=split_seed)
+    if spec.only_classes is not None:
+        train = train[torch.isin(labels[train], torch.tensor(spec.only_classes))]
+    if spec.fraction is not None or spec.per_class is not None:
+        chosen = subset(labels[train], fraction=spec.fraction, per_class=spec.per_class, seed=split_seed)
+        train = train[chosen]
+    return train, held_out
