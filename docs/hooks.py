@@ -174,10 +174,10 @@ def method_pages() -> Iterator[tuple[str, str]]:
     for file, keys in by_file("methods").items():
         parts = [method(cards, key) for key in keys]
         title = cards.card("methods", keys[0]).title
-        losses = sorted({term.loss for key in keys for term in terms(cards.card("methods", key))})
+        used = {term.loss for key in keys for term in terms(cards.card("methods", key))}
         # Losses of the same paper stand before the methods, those of others behind them.
-        own = by_file("losses").get(file, [])
-        first, last = ([loss(cards, key) for key in losses if (key in own) is mine] for mine in (True, False))
+        own = [key for key in by_file("losses").get(file, []) if key in used]
+        first, last = ([loss(cards, key) for key in losses] for losses in (own, sorted(used.difference(own))))
         yield f"methods/{file}.md", "\n".join([f"# {title}\n", *first, *parts, *last])
 
 
@@ -260,7 +260,8 @@ def loss(cards: Registry, key: str) -> str:
     lines = [f"## Loss `{key}` {{ #loss-{key} }}\n", summary.strip(), ""]
     if card.note:
         lines += [f"{sentence(card.note)}.", ""]
-    options = cards.settable(card.target, card).values()
+    # What is no plain value, such as a mask, is the engine's to give.
+    options = [option for option in cards.settable(card.target, card).values() if option.type is not None]
     if options:
         rows = [[code(o.name), code(o.annotation), code(repr(o.default))] for o in options]
         lines += [table(["option", "type", "default"], rows)]
@@ -275,7 +276,7 @@ def result_pages() -> Iterator[tuple[str, str]]:
         folder = file.parent
         text = file.read_text(encoding="utf-8")
         pictures = [picture.name for picture in sorted(folder.glob("*.png"))]
-        lines = [f"# {folder.name}\n", text, ""]
+        lines = [f"# {folder.name}\n", reading(folder.name), text, ""]
         lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n" for name in pictures]
         links = {
             "interactive.html": "the page with every run behind its numbers",
@@ -285,6 +286,13 @@ def result_pages() -> Iterator[tuple[str, str]]:
         }
         lines += ["Also: " + ", ".join(f"[{label}]({name})" for name, label in links.items()) + "."]
         yield f"results/{folder.name}/table.md", "\n".join(lines)
+
+
+def reading(name: str) -> str:
+    """What results/README.md says about a table, with links from the table's own folder."""
+    sections = re.split(r"^## ", (RESULTS / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    found = [body for title, _, body in (section.partition("\n") for section in sections) if name in title.split()]
+    return re.sub(r"\]\((?!http|#)", "](../", found[0]) if found else ""
 
 
 def speed_tables() -> str:
@@ -316,6 +324,8 @@ def commands() -> str:
     root: Any = typer.main.get_command(app)
     parts = ["# Commands\n\nThe same texts as `kdbench COMMAND --help`.\n"]
     for name, command in root.commands.items():
+        if command.hidden:
+            continue
         parts += [command_section(f"kdbench {name}", command)]
         for inner, below in getattr(command, "commands", {}).items():
             parts += [command_section(f"kdbench {name} {inner}", below)]
@@ -410,9 +420,9 @@ def recipes() -> str:
     """The shipped recipes by what their first comment lines say."""
     rows = []
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
-        about, command, time = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines()[:3]]
-        rows.append([code(file.stem), about, code(" ".join(command.split("  ")[0].split())), time])
+        about, _, time = [line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines()[:3]]
+        rows.append([code(file.stem), about.replace("->", "→"), time])
     return (
         "# All recipes\n\nThe recipes that come with kdbench: `kdbench run NAME`, `kdbench show recipes NAME`, "
-        "`kdbench cp NAME`.\n\n" + table(["recipe", "what it shows", "command", "time"], rows)
+        "`kdbench cp NAME`.\n\n" + table(["recipe", "what it shows", "time"], rows)
     )
