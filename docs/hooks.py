@@ -173,7 +173,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
     cards = Registry()
     for file, keys in by_file("methods").items():
         parts = [method(cards, key) for key in keys]
-        title = cards.card("methods", keys[0]).title
+        title = cards.card("methods", file).title if file in keys else file.replace("_", " ").capitalize()
         used = {term.loss for key in keys for term in terms(cards.card("methods", key))}
         # Losses of the same paper stand before the methods, those of others behind them.
         own = [key for key in by_file("losses").get(file, []) if key in used]
@@ -258,8 +258,6 @@ def loss(cards: Registry, key: str) -> str:
     function = getattr(importlib.import_module(module), name)
     summary = re.split(r"\n(?:Args|Returns|Raises):", inspect.getdoc(function) or "")[0]
     lines = [f"## Loss `{key}` {{ #loss-{key} }}\n", summary.strip(), ""]
-    if card.note:
-        lines += [f"{sentence(card.note)}.", ""]
     # What is no plain value, such as a mask, is the engine's to give.
     options = [option for option in cards.settable(card.target, card).values() if option.type is not None]
     if options:
