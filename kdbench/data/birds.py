@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdbench.data.folder import not_found
-from kdbench.data.pictures import Pictures, find, folder_of_tests, from_folders, gather
+from kdbench.data.pictures import Pictures, from_folders, gather, list_lines, official_or_folders
 from kdbench.errors import UserError
 
 TABLES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
 _NAMES = ("CUB_200_2011", "cub200")
+_AGAIN = "unpack the archive again"
 
 
 def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 256) -> Pictures:
@@ -25,13 +25,12 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     Raises:
         UserError: no data, tables that do not fit each other, a picture that is not there.
     """
-    place = find(roots, _NAMES, lambda root: (root / "images.txt").is_file())
-    if place is None:
-        place = find(roots, _NAMES, lambda root: (root / "train").is_dir() and folder_of_tests(root) is not None)
-        if place is not None:
-            return from_folders(place, "cub200", cache, short_side)
-        wanted = "CUB_200_2011/{images/, images.txt, …} or cub200/{train,test}/<class>/*"
-        raise UserError("CUB-200-2011 is not here", hint=not_found(roots, wanted))
+    wanted = "CUB_200_2011/{images/, images.txt, …} or cub200/{train,test}/<class>/*"
+    place, official = official_or_folders(
+        roots, _NAMES, lambda root: (root / "images.txt").is_file(), "CUB-200-2011 is not here", wanted
+    )
+    if not official:
+        return from_folders(place, "cub200", cache, short_side)
     names, pictures, labels, split = (_table(place / name) for name in TABLES)
     if not pictures.keys() == labels.keys() == split.keys() or not set(labels.values()) <= names.keys():
         raise UserError(
@@ -49,11 +48,11 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
 
 def _table(file: Path) -> dict[str, str]:
     """Number -> text of a file of lines "number text"."""
-    try:
-        rows = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file), hint="unpack the archive again") from None
-    for number, row in enumerate(rows, 1):
-        if len(row) != 2 or not row[0].isdecimal():
-            raise UserError("not a line 'number text'", where=f"{file}:{number}", hint="unpack the archive again")
-    return {row[0]: row[1].strip() for row in rows}
+    rows: dict[str, str] = {}
+    for line, where in list_lines(file, _AGAIN):
+        match line.split(maxsplit=1):
+            case [number, text] if number.isdecimal():
+                rows[number] = text
+            case _:
+                raise UserError("not a line 'number text'", where=where, hint=_AGAIN)
+    return rows

@@ -11,7 +11,7 @@ import socket
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,16 @@ from kdbench.errors import UserError
 
 log = logging.getLogger("kdbench")
 
+_CLASSES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CLASSES_100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
 _SECONDS = 30.0  # without a byte from a server before the next one is tried
 
 
@@ -38,8 +48,8 @@ class Cifar:
         names: (file, key) of the class names, in the order of the labels.
         labels: key of the labels in the pickled files.
         classes: names in official order, which is alphabetical.
-        counts: split -> number of images, the same for every class.
         torchvision: class of torchvision.datasets with the archive's address and checksum.
+        counts: split -> number of images, the same for every class.
     """
 
     name: str
@@ -48,8 +58,8 @@ class Cifar:
     names: tuple[str, str]
     labels: str
     classes: tuple[str, ...]
-    counts: dict[str, int]
     torchvision: str
+    counts: dict[str, int] = field(default_factory=lambda: {"train": 50_000, "test": 10_000})
 
 
 CIFAR10 = Cifar(
@@ -58,8 +68,7 @@ CIFAR10 = Cifar(
     files={"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
     names=("batches.meta", "label_names"),
     labels="labels",
-    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    counts={"train": 50_000, "test": 10_000},
+    classes=tuple(_CLASSES_10.split()),
     torchvision="CIFAR10",
 )
 
@@ -69,109 +78,7 @@ CIFAR100 = Cifar(
     files={"train": ("train",), "test": ("test",)},
     names=("meta", "fine_label_names"),
     labels="fine_labels",
-    classes=(
-        "apple",
-        "aquarium_fish",
-        "baby",
-        "bear",
-        "beaver",
-        "bed",
-        "bee",
-        "beetle",
-        "bicycle",
-        "bottle",
-        "bowl",
-        "boy",
-        "bridge",
-        "bus",
-        "butterfly",
-        "camel",
-        "can",
-        "castle",
-        "caterpillar",
-        "cattle",
-        "chair",
-        "chimpanzee",
-        "clock",
-        "cloud",
-        "cockroach",
-        "couch",
-        "crab",
-        "crocodile",
-        "cup",
-        "dinosaur",
-        "dolphin",
-        "elephant",
-        "flatfish",
-        "forest",
-        "fox",
-        "girl",
-        "hamster",
-        "house",
-        "kangaroo",
-        "keyboard",
-        "lamp",
-        "lawn_mower",
-        "leopard",
-        "lion",
-        "lizard",
-        "lobster",
-        "man",
-        "maple_tree",
-        "motorcycle",
-        "mountain",
-        "mouse",
-        "mushroom",
-        "oak_tree",
-        "orange",
-        "orchid",
-        "otter",
-        "palm_tree",
-        "pear",
-        "pickup_truck",
-        "pine_tree",
-        "plain",
-        "plate",
-        "poppy",
-        "porcupine",
-        "possum",
-        "rabbit",
-        "raccoon",
-        "ray",
-        "road",
-        "rocket",
-        "rose",
-        "sea",
-        "seal",
-        "shark",
-        "shrew",
-        "skunk",
-        "skyscraper",
-        "snail",
-        "snake",
-        "spider",
-        "squirrel",
-        "streetcar",
-        "sunflower",
-        "sweet_pepper",
-        "table",
-        "tank",
-        "telephone",
-        "television",
-        "tiger",
-        "tractor",
-        "train",
-        "trout",
-        "tulip",
-        "turtle",
-        "wardrobe",
-        "whale",
-        "willow_tree",
-        "wolf",
-        "woman",
-        "worm",
-    ),
-    counts={"train": 50_000, "test": 10_000},
+    classes=tuple(_CLASSES_100.split()),
     torchvision="CIFAR100",
 )
 
@@ -249,7 +156,7 @@ def _read(cifar: Cifar, source: Path, cache: Path) -> ImageData:
         files = [source / file for files in (*cifar.files.values(), (cifar.names[0],)) for file in files]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError(f"{', '.join(missing)} missing", where=str(source), hint="unpack the archive again")
+            raise _broken(f"{', '.join(missing)} missing", source)
         stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         return cached(lambda: _from_batches(cifar, source), cache, cifar.name, stamps, "batches")
     found = listing(source)
@@ -258,36 +165,30 @@ def _read(cifar: Cifar, source: Path, cache: Path) -> ImageData:
 
 
 def _check_listing(cifar: Cifar, found: Listing) -> None:
+    again = "unpack the data set again"
     for split, total in cifar.counts.items():
         here, classes = str(found.root / split), found.files[split]
-        missing = [name for name in cifar.classes if name not in classes]
-        extra = [name for name in classes if name not in cifar.classes]
-        if missing or extra:
-            problems = [
-                f"{what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-                for what, names in (("missing", missing), ("not of this set", extra))
-                if names
-            ]
-            raise UserError(
-                f"the class folders are not those of {cifar.name} ({'; '.join(problems)})",
-                where=here,
-                hint="unpack the data set again, all parts of it",
-            )
+        problems = []
+        for what, odd in (
+            ("missing", {*cifar.classes} - {*classes}),
+            ("not of this set", {*classes} - {*cifar.classes}),
+        ):
+            if odd:
+                problems.append(f"{what}: {', '.join(sorted(odd)[:10])}{', …' if len(odd) > 10 else ''}")
+        if problems:
+            what = f"the class folders are not those of {cifar.name} ({'; '.join(problems)})"
+            raise UserError(what, where=here, hint=f"{again}, all parts of it")
         each = total // len(cifar.classes)
         for name, files in classes.items():
             if len(files) != each:
-                raise UserError(
-                    f"{len(files)} images instead of {each}", where=f"{here}/{name}", hint="unpack the data set again"
-                )
+                raise UserError(f"{len(files)} images instead of {each}", where=f"{here}/{name}", hint=again)
 
 
 def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
     names_file = folder / cifar.names[0]
     names = _unpickled(names_file, cifar.names[1])
     if not isinstance(names, list) or sorted(names) != list(cifar.classes):
-        raise UserError(
-            f"the class names are not those of {cifar.name}", where=str(names_file), hint="unpack the archive again"
-        )
+        raise _broken(f"the class names are not those of {cifar.name}", names_file)
     to_label = torch.tensor([cifar.classes.index(name) for name in names])
     parts = {}
     for split, total in cifar.counts.items():
@@ -297,11 +198,7 @@ def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
         each = total // len(cifar.classes)
         if (counts != each).any():
             c = int((counts != each).nonzero()[0])
-            raise UserError(
-                f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}",
-                where=str(folder),
-                hint="unpack the archive again",
-            )
+            raise _broken(f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}", folder)
     return canonical(cifar.name, cifar.classes, parts["train"], parts["test"], f"pickled batches ({cifar.batches})")
 
 
@@ -310,14 +207,10 @@ def _batch(cifar: Cifar, file: Path) -> tuple[Tensor, Tensor]:
     data, labels = _unpickled(file, "data"), _unpickled(file, cifar.labels)
     whole = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
     if not whole or not isinstance(labels, list) or len(labels) != len(data):
-        raise UserError(
-            "not a batch of 32x32 images and their labels", where=str(file), hint="unpack the archive again"
-        )
+        raise _broken("not a batch of 32x32 images and their labels", file)
     numbers = torch.tensor(labels, dtype=torch.int64)
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(cifar.classes):
-        raise UserError(
-            f"labels outside 0 … {len(cifar.classes) - 1}", where=str(file), hint="unpack the archive again"
-        )
+        raise _broken(f"labels outside 0 … {len(cifar.classes) - 1}", file)
     return torch.from_numpy(np.ascontiguousarray(data)).view(-1, 3, 32, 32), numbers
 
 
@@ -346,21 +239,13 @@ def _unpickled(file: Path, key: str) -> Any:
         with file.open("rb") as stream:
             return _ArraysOnly(stream, encoding="latin1").load()[key]
     except (KeyError, TypeError):
-        raise UserError(f"the file has no '{key}'", where=str(file), hint="unpack the archive again") from None
-    except (
-        OSError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        ImportError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        raise UserError(
-            f"the file is damaged or cut short ({error})", where=str(file), hint="unpack the archive again"
-        ) from None
+        raise _broken(f"the file has no '{key}'", file) from None
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
+        raise _broken(f"the file is damaged or cut short ({error})", file) from None
+
+
+def _broken(what: str, where: Path) -> UserError:
+    return UserError(what, where=str(where), hint="unpack the archive again")
 
 
 def _archive(cifar: Cifar) -> tuple[str, str, str]:

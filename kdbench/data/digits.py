@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdbench.data.images import ImageData, canonical
-from kdbench.data.splits import validation
+from kdbench.data.images import ImageData, with_fixed_split
 from kdbench.errors import UserError
 
 _TEST = 599  # one third of 1,797
@@ -31,13 +30,5 @@ def load(roots: list[Path], download: bool, cache: Path) -> ImageData:
     levels = torch.from_numpy(raw.images).unsqueeze(1)
     images = (levels * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(raw.target).to(torch.int64)
-    everything = canonical("digits", map(str, raw.target_names), (images, labels), (images[:0], labels[:0]), "")
-    images, labels = everything.train_images, everything.train_labels
-    train, test = validation(labels, size=_TEST, seed=0)
-    return canonical(
-        "digits",
-        everything.classes,
-        (images[train], labels[train]),
-        (images[test], labels[test]),
-        f"scikit-learn {importlib.metadata.version('scikit-learn')}",
-    )
+    origin = f"scikit-learn {importlib.metadata.version('scikit-learn')}"
+    return with_fixed_split("digits", map(str, raw.target_names), images, labels, _TEST, origin)

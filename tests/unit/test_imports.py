@@ -43,7 +43,7 @@ CIRCLES = {
     frozenset({"kdbench.bench.peers", "kdbench.bench.runner"}),
     frozenset({"kdbench.results.notes", "kdbench.results.tables"}),
 }
-LONG_FILES = {"kdbench/data/cifar.py", "kdbench/record.py", "kdbench/results/renderers.py", "kdbench/results/tables.py"}
+LONG_FILES = {"kdbench/record.py", "kdbench/results/renderers.py", "kdbench/results/tables.py"}
 LONG_FUNCTIONS = {
     "kdbench.bench.compare.compare",
     "kdbench.cli.bench.command",

@@ -259,7 +259,7 @@ def test_scenes_take_the_official_lists(tmp_path: Path) -> None:
     ("what", "message"),
     [
         ("absent", "MIT indoor scenes are not here"),
-        ("no list", "the list of the split cannot be read"),
+        ("no list", "the list cannot be read"),
         ("a class less", "66 classes instead of 67"),
         ("no picture", "a listed picture cannot be read"),
         ("strange line", "TrainImages.txt:1: not a line <class>/<picture>"),
@@ -291,7 +291,7 @@ def test_birds_take_the_official_tables(tmp_path: Path) -> None:
     ("what", "message"),
     [
         ("absent", "CUB-200-2011 is not here"),
-        ("no table", "classes.txt: cannot be read"),
+        ("no table", "classes.txt: the list cannot be read"),
         ("a row less", "do not list the same pictures"),
         ("strange split", "is in no split"),
         ("strange row", "images.txt:1: not a line"),
