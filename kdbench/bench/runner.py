@@ -19,10 +19,10 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.domain import augmentation_of
-from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, make_graphs
 from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.trial import endless, enter_longest_stage
 from kdbench.recipe.specs import CellSpec, DataSpec
 
 # Images of the made-up training set: speed does not depend on what they show.

@@ -40,7 +40,7 @@ def command(
 
     import torch
 
-    from kdbench.engine.dry import check_cell
+    from kdbench.engine.check import check_cell
     from kdbench.engine.estimate import Estimate
     from kdbench.engine.weights import choices_of
 

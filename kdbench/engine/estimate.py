@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from kdbench.data.folder import cores
-from kdbench.engine.dry import Size, costs_of, measure
+from kdbench.engine.build import build_model
+from kdbench.engine.check import costs_of
+from kdbench.engine.finish import size_of
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
@@ -17,6 +22,19 @@ from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 from kdbench.record import finished_record
+
+# Images in a timed batch: enough to fill the machine, few enough to be quick.
+TIMED = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network: parameters, FLOPs of one forward image (a multiply-add is two), seconds an image (0: not timed)."""
+
+    parameters: int
+    flops: int
+    forward: float = 0.0
+    training: float = 0.0
 
 
 class Estimate:
@@ -141,3 +159,39 @@ def _sets(stage: StageSpec, network: str) -> set[str]:
         elif network == "teacher" and "teacher" in term.loss.inputs:
             found.add(term.input)
     return found
+
+
+def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device) -> Size:
+    """Size of a model, and with `timed` its seconds an image: forward alone, and a whole training step."""
+    network = build_model(model.untrained(), data).to(device)
+    size = size_of(network, data)
+    forward = training = 0.0
+    if timed:
+        images = torch.randn(TIMED, data.channels, data.image_size, data.image_size, device=device)
+        labels = torch.zeros(TIMED, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            F.cross_entropy(network(images), labels).backward()
+
+        def look() -> None:
+            with torch.no_grad():
+                network(images)
+
+        network.train()
+        training = _seconds(step, device) / TIMED
+        network.eval()
+        forward = _seconds(look, device) / TIMED
+    return Size(int(size["parameters"]), int(size["flops"]), forward, training)
+
+
+def _seconds(action: Callable[[], None], device: torch.device) -> float:
+    """Time of an action, the better of two after a warm-up."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.engine.batch import SLICE, Batch
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.check import BuiltCell, build_cell, costs_of
 from kdbench.engine.compute import Memory
 from kdbench.engine.domain import augmentation_of
-from kdbench.engine.dry import costs_of
 from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
-from kdbench.engine.terms import Term, build_terms
+from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec
 
@@ -32,53 +31,39 @@ IMAGES = 2
 FLOAT = 4
 
 
-def memory_of(spec: CellSpec, device: torch.device) -> Memory:
+def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = None) -> Memory:
     """Predicted for float32 without compilation: other ways take less for activations.
 
     Args:
         device: on which the cell will train; it says how many images are tested at once.
+        built: the cell, where it is built already.
     """
-    data = spec.data
+    cell = built or build_cell(spec)
+    data, student, terms = spec.data, cell.student.model, cell.terms
     shape = (data.channels, data.image_size, data.image_size)
     batch = min(spec.protocol.batch_size, data.train)
-    student = build_model(spec.student.not_started(), data)
-    extractor = build_extractor(student, spec.student, data)
-    shapes = extractor.shapes(shape)
     teacher_bytes = copy = passing = 0
     costs = costs_of(spec).values()
-    teacher_shapes: Mapping[str, tuple[int, ...]] = {}
-    own_teacher: Extractor | None = None
-    if spec.teacher is not None:
-        known = spec.teacher.knows(data)
-        model = build_model(spec.teacher.model.untrained(), known)
-        teacher_extractor = build_extractor(model, spec.teacher.model, known)
-        teacher_shapes = teacher_extractor.shapes(shape)
+    learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
+    if cell.teacher is not None:
+        model = cell.teacher.model
         copy = _bytes(model) * bool(own_teacher_stages(spec.method.stages))
-        if any("teacher" in stage.trains for stage in spec.method.stages.values()):
-            own_teacher = teacher_extractor
         if at_once := max((cost.at_once for cost in costs), default=0):
             passing = _passing(model, shape) * at_once
             if any(cost.student for cost in costs):
                 passing += _passing(student, shape) * at_once
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
-    terms = build_terms(spec, shapes, teacher_shapes)
     every = [term for stage in terms.values() for term in stage.values()]
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
-    features = FLOAT * sum(math.prod(teacher_shapes[p]) for _, p in read)
+    features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) for _, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     seen = [(layer.student, layer.teacher) for term in every if term.measured for layer in term.layers]
-    looked_at = FLOAT * sum(math.prod(shapes[s]) + 2 * math.prod(teacher_shapes[t]) for s, t in seen)
+    looked_at = FLOAT * sum(math.prod(cell.shapes[s]) + 2 * math.prod(cell.teacher_shapes[t]) for s, t in seen)
     saved = max(
-        _saved_by_stage(
-            stage.values(),
-            extractor,
-            own_teacher if "teacher" in spec.method.stages[name].trains else None,
-            shape,
-            teacher_shapes,
-        )
+        _saved(stage.values(), cell, learning if "teacher" in spec.method.stages[name].trains else None, shape)
         for name, stage in terms.items()
     )
-    own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(own_teacher.model) if own_teacher else 0)
+    own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(learning.model) if learning else 0)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     held = sum(cost.held for cost in costs)
@@ -88,17 +73,11 @@ def memory_of(spec: CellSpec, device: torch.device) -> Memory:
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
         views = augmentation_of(spec.protocol).views
-        both += 0 if data.streamed else FLOAT * data.train * views * teacher_shapes["logits"][0]
+        both += 0 if data.streamed else FLOAT * data.train * views * cell.teacher_shapes["logits"][0]
     return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
 
 
-def _saved_by_stage(
-    terms: Collection[Term],
-    student: Extractor,
-    learning: Extractor | None,
-    shape: tuple[int, int, int],
-    teacher_shapes: Mapping[str, tuple[int, ...]],
-) -> int:
+def _saved(terms: Collection[Term], cell: BuiltCell, learning: Extractor | None, shape: tuple[int, int, int]) -> int:
     """Bytes that autograd keeps of a stage's terms, for `IMAGES` images.
 
     Args:
@@ -107,10 +86,18 @@ def _saved_by_stage(
     names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
     labels = torch.zeros(IMAGES, dtype=torch.int64)
     sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
-    with _Saved(student.model, *([learning.model] if learning else [])) as kept:
+
+    def taught(name: str) -> dict[str, Tensor]:
+        """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
+        if learning is None:
+            return {point: torch.randn(IMAGES, *size) for point, size in cell.teacher_shapes.items()}
+        points = _points(terms, "teacher", name)
+        return learning(sets[name].images, points) if points else {}
+
+    with _Saved(cell.student.model, *([learning.model] if learning else [])) as kept:
         values: dict[str, dict[str, dict[str, Tensor]]] = {
-            "student": {n: student(sets[n].images, _points(terms, "student", n)) for n in names},
-            "teacher": {n: _taught(learning, teacher_shapes, sets[n].images, terms, n) for n in names},
+            "student": {n: cell.student(sets[n].images, _points(terms, "student", n)) for n in names},
+            "teacher": {n: taught(n) for n in names},
         }
         total = sum(term(values, sets) for term in terms)
     assert isinstance(total, Tensor)
@@ -145,16 +132,6 @@ class _Saved:
             self.known.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
-
-
-def _taught(
-    teacher: Extractor | None, shapes: Mapping[str, tuple[int, ...]], images: Tensor, terms: Iterable[Term], name: str
-) -> dict[str, Tensor]:
-    """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
-    if teacher is not None:
-        points = _points(terms, "teacher", name)
-        return teacher(images, points) if points else {}
-    return {point: torch.randn(len(images), *size) for point, size in shapes.items()}
 
 
 def _passing(model: nn.Module, shape: tuple[int, int, int]) -> int:

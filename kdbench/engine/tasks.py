@@ -10,8 +10,8 @@ import torch
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logits
 from kdbench.engine.batches import Batches
+from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.dry import check_cell
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
@@ -84,8 +84,8 @@ class TaskRunner:
     def check_cells(self, task: CheckCells) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
         for spec in task.specs:
-            check_cell(spec)
-            self.emit(MemoryNeeded(kind=kind(spec), memory=memory_of(spec, self.device)))
+            memory = memory_of(spec, self.device, check_cell(spec))
+            self.emit(MemoryNeeded(kind=kind(spec), memory=memory))
 
     def read_fingerprint(self, task: ReadFingerprint) -> None:
         self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))

@@ -159,6 +159,7 @@ class Term(nn.Module):
                 value.requires_grad_()
         try:
             result = self(values, sets)
+            self.train()
         except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
             own = student if self.spec.of == "student" else teacher
             pairs = ", ".join(

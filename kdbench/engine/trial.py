@@ -15,10 +15,9 @@ import torch
 
 from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
-from kdbench.engine.capture import WARM
+from kdbench.engine.capture import WARM, program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Chosen, Computing, candidates
-from kdbench.engine.endless import endless, enter_longest_stage
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, make_graphs
@@ -275,3 +274,39 @@ def compiler_works(device: torch.device) -> bool:
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+def enter_longest_stage(member: Member) -> Member:
+    """Have a member at the first step of the stage in which a run mostly is."""
+    spans = member.timeline.spans
+    longest = max(range(len(spans)), key=lambda i: spans[i].steps)
+    member.step = spans[longest].start
+    member.enter(longest)
+    return member
+
+
+def endless(groups: Sequence[Group], computing: Computing) -> Callable[[], None]:
+    """A step of all cells, which can be called any number of times: their stages begin anew before they end.
+
+    Raises:
+        RuntimeError: a cell failed.
+    """
+    program = program_of(groups, computing)
+    cells = [cell for group in groups for cell in group.cells]
+    starts = [cell.member.step for cell in cells]
+    most = max(min(cell.member.stage.span.steps for cell in cells) - 1, 1)
+    left = 0
+
+    def step() -> None:
+        nonlocal left
+        if not left:
+            for cell, start in zip(cells, starts, strict=True):
+                cell.member.step = start
+                cell.member.ready(lambda text: None, lambda: False)
+            left = program.prepare(cells, most)
+        program.step(cells)
+        left -= 1
+        for failure in (cell.failure for cell in cells if cell.failure):
+            raise RuntimeError(failure)
+
+    return step

@@ -254,7 +254,7 @@ def test_teacher_and_student_each_get_their_own_normalization() -> None:
 
 
 def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
-    from kdbench.engine.dry import check_cell
+    from kdbench.engine.check import check_cell
 
     method = {"name": "ab", "stages": {"boundaries": {"losses": {"boundary": {"connector": "conv1x1_bn"}}}}}
     spec = (

@@ -9,8 +9,7 @@ import torch
 from synthetic import plain_record, write
 
 from kdbench.engine.domain import split
-from kdbench.engine.dry import Size
-from kdbench.engine.estimate import Estimate
+from kdbench.engine.estimate import Estimate, Size
 from kdbench.engine.finished import teacher_folder
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import DataSpec

@@ -1,0 +1,91 @@
+"""A cell built once before anything trains: what cannot be built is told now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.inputs import Cost, SourceContext, build_source
+from kdbench.engine.optimizers import build_optimizer
+from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.terms import Shape, Term, build_terms
+from kdbench.errors import UserError
+from kdbench.models.hooks import Extractor
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.timeline import planned_timeline
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BuiltCell:
+    """A cell's networks (the teacher without its weights) and loss terms, with the shapes of all hook points."""
+
+    student: Extractor
+    shapes: Mapping[str, Shape]
+    teacher: Extractor | None
+    teacher_shapes: Mapping[str, Shape]
+    terms: Mapping[str, Mapping[str, Term]]
+
+
+def build_cell(spec: CellSpec) -> BuiltCell:
+    """Build what a cell consists of, on the CPU.
+
+    Raises:
+        UserError: a model that cannot be built, a hook point that does not exist, a pair that no connector can bridge.
+    """
+
+    def built(model: ModelSpec, data: DataSpec) -> Extractor:
+        return build_extractor(build_model(model, data), model, data)
+
+    image = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+    student, teacher = built(spec.student.not_started(), spec.data), None
+    if spec.teacher is not None:
+        teacher = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
+    shapes, teacher_shapes = student.shapes(image), teacher.shapes(image) if teacher else {}
+    return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(spec, shapes, teacher_shapes))
+
+
+def check_cell(spec: CellSpec) -> BuiltCell:
+    """Build a cell, compute its loss terms once on random values, and build its optimizers.
+
+    Raises:
+        UserError: what of it cannot be built or computed, or that a stage trains nothing.
+    """
+    cell = build_cell(spec)
+    for name, terms in cell.terms.items():
+        stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
+        trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
+        for term in terms.values():
+            term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
+            if [*term.parameters()] and "connectors" not in stage.trains:
+                raise UserError(
+                    f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train",
+                    hint="write 'trains: [student, connectors]'",
+                )
+            trained += term.parameters() if "connectors" in stage.trains else []
+        if not trained and "teacher" not in stage.trains:
+            raise UserError(f"{where}: nothing to train", hint="add 'student' to its 'trains'")
+        if trained:
+            build_optimizer(stage.optimizer, trained)
+        if "teacher" in stage.trains and cell.teacher is not None:
+            build_optimizer(stage.teacher_optimizer or stage.optimizer, [*cell.teacher.model.parameters()])
+    return cell
+
+
+def costs_of(spec: CellSpec) -> dict[str, Cost]:
+    """Stage -> what its batch source takes, by sources whose teacher has the right shape and knows nothing."""
+    named = {name: stage.source for name, stage in spec.method.stages.items() if stage.source is not None}
+    if not named:
+        return {}
+    teacher = untrained_teacher(spec.teacher, spec.data, CPU, REFERENCE) if spec.teacher is not None else None
+    frozen = teacher.network if teacher else None
+    steps = {span.name: span.steps for span in planned_timeline(spec).spans}
+    return {
+        name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
+        for name, source in named.items()
+    }
