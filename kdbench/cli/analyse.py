@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,8 @@ from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, Regist
 from kdbench.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas
+
     from kdbench.engine.analysis import Row
     from kdbench.registry import Registry
 
@@ -106,62 +107,45 @@ def _checked(cards: Registry, name: str, given: dict[str, str]) -> dict[str, Any
 
 
 def _print(rows: Sequence[Row]) -> None:
-    """The columns in which rows differ as a table, and below it what is the same in all of them."""
+    """The columns in which rows differ as a table, and below it what is the same in all of them.
+
+    Rows that differ in numbers alone are one, with mean ± deviation, if each seed comes once among them.
+    """
+    import pandas
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
     from rich import box
     from rich.table import Table
 
     from kdbench.cli.console import console
-    from kdbench.engine.analysis import columns_of
 
-    groups = _by_seeds(rows)
-    shown = [_shown(group, over_seeds=len(groups) < len(rows)) for group in groups]
-    names = columns_of(shown)
-    same = [name for name in names if len({row.get(name, "") for row in shown}) == 1]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (differing := [name for name in names if name not in same]):
-        numbers = all(_is_number(row.get(name, 0)) for row in rows)
-        table.add_column(name, justify="right" if numbers else "left")
-    for row in shown:
-        table.add_row(*(row.get(name, "–") for name in differing))
+    frame = pandas.DataFrame(rows)
+    texts = [name for name in map(str, frame) if is_bool_dtype(frame[name]) or not is_numeric_dtype(frame[name])]
+    frame[texts] = frame[texts].astype(object).where(frame[texts].notna(), "–").astype(str)
+    over_seeds = "seed" in frame and bool(texts) and not frame.duplicated([*texts, "seed"]).any()
+    # Each row alone is the mean of itself.
+    groups: Any = frame.groupby(texts if over_seeds else frame.index, sort=False)
+    shown = pandas.DataFrame({name: groups[name].agg("first" if name in texts else _mean) for name in frame})
+    if over_seeds and len(shown) < len(frame):
+        shown["seed"] = groups.size().astype(str)
+        shown = shown.rename(columns={"seed": "seeds"})
+    differing = [name for name in map(str, shown) if shown[name].nunique() > 1]
     if differing:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in differing:
+            table.add_column(name, justify="left" if name in texts else "right")
+        for row in shown[differing].itertuples(index=False):
+            table.add_row(*row)
         console().print(table)
-    facts = [f"{name} {shown[0][name]}" for name in same if shown[0][name]]
+    facts = [f"{name} {shown[name].iloc[0]}" for name in shown if name not in differing and shown[name].iloc[0]]
     console().print(("in all rows: " if differing else "") + ", ".join(facts), markup=False)
 
 
-def _by_seeds(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in numbers alone together, if each seed comes once among them; else each row alone."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        texts = {name: value for name, value in row.items() if not _is_number(value)}
-        groups.setdefault(str(texts), []).append(row)
-    seeds = [[row.get("seed") for row in group] for group in groups.values()]
-    paired = all(None not in group and len(set(group)) == len(group) for group in seeds)
-    return list(groups.values()) if paired else [[row] for row in rows]
+def _mean(values: pandas.Series[Any]) -> str:
+    """Mean ± deviation in a few digits; of whole numbers the mean alone."""
+    from pandas.api.types import is_integer_dtype
 
-
-def _shown(group: Sequence[Row], over_seeds: bool) -> dict[str, str]:
-    """Texts of a row, or of the means over several seeds."""
-    if over_seeds:
-        group = [{("n" if name == "seed" else name): value for name, value in row.items()} for row in group]
-    texts = {}
-    for name, value in group[0].items():
-        numbers = [row[name] for row in group] if _is_number(value) else []
-        texts[name] = str(len(group)) if over_seeds and name == "n" else _mean(numbers) if numbers else str(value)
-    return texts
-
-
-def _mean(values: Sequence[float]) -> str:
-    """Mean ± deviation in four digits; of whole numbers the mean alone."""
-    from kdbench.results.statistics import summarize
-
-    finite = [value for value in values if not math.isnan(value)]
-    if not finite:
+    if is_integer_dtype(values):
+        return f"{values.mean():.0f}"
+    if (found := values.dropna()).empty:
         return "–"
-    found = summarize(finite)
-    spread = "" if found.deviation is None or isinstance(finite[0], int) else f" ± {found.deviation:.2g}"
-    return (f"{found.mean:.0f}" if isinstance(finite[0], int) else f"{found.mean:.4g}") + spread
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{found.mean():.4g}" + (f" ± {found.std():.2g}" if len(found) > 1 else "")

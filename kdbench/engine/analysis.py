@@ -6,12 +6,10 @@ over: each element is a row of the table, as a plain dictionary.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -237,23 +235,11 @@ def _weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV with all their columns. Floats have six digits, a tuple is written as its numbers."""
+    """Rows as CSV with all their columns, floats with six digits."""
+    import pandas
 
-    def shown(value: Any) -> Any:
-        if isinstance(value, float):
-            return f"{value:.6g}"
-        return " ".join(map(str, map(shown, value))) if isinstance(value, tuple) else value
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(rows), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: shown(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def columns_of(rows: Iterable[Row]) -> list[str]:
-    """The columns of all rows, in the order in which they first come."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+    text: str = pandas.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return text
 
 
 def command_line(arguments: Sequence[str], folder: Path) -> str:

@@ -39,7 +39,7 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
         assert 0 < int(line["images"]) <= 30 and 0 < int(line["pairs"]) <= 3 * int(line["images"])
         assert 0 < float(line["magnitude"]) < 1 and -1 < float(line["angle"]) < 1
         assert float(line["teacher_arrived"]) > 0.5
-    for word in ("magnitude", "angle", "BSS", "±", "in all rows: recipe tiny, n 2", "boundary_samples.png"):
+    for word in ("magnitude", "angle", "BSS", "±", "in all rows: recipe tiny, seeds 2", "boundary_samples.png"):
         assert word in done.stdout, word
     assert (tmp_path / "out" / "boundary_samples.png").stat().st_size > 10_000
     files = ("boundary.csv", "boundary.json", "boundary_samples.png")

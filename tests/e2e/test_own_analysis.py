@@ -71,7 +71,7 @@ def test_an_analysis_of_ones_own(tiny_run: Path, own: list[str | Path], kdbench:
     for line in lines:
         assert 100 * float(line["right"]) == pytest.approx(accuracies[line["method"], int(line["seed"])], abs=1e-3)
         assert 0.1 < float(line["sure"]) < 1
-    assert "±" in done.stdout and "in all rows: recipe tiny, n 2" in done.stdout
+    assert "±" in done.stdout and "in all rows: recipe tiny, seeds 2" in done.stdout
     about = json.loads((tmp_path / "out" / "confidence.json").read_text(encoding="utf-8"))
     assert {one["name"] for one in about["networks"]} == {f"tiny/{name}" for name in records}
     (data,) = about["data"]

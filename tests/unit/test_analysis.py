@@ -31,8 +31,8 @@ def test_a_command_names_no_place_of_the_machine(arguments: list[str], shown: st
 
 
 def test_rows_may_have_different_columns() -> None:
-    rows = [{"name": "a, b", "share": 1 / 3, "range": (-2.5, 2.5)}, {"name": "c", "count": 3}]
-    assert as_csv(rows) == 'name,share,range,count\n"a, b",0.333333,-2.5 2.5,\nc,,,3\n'
+    rows = [{"name": "a, b", "share": 1 / 3, "range": [-2.5, 2.5]}, {"name": "c", "count": 3}]
+    assert as_csv(rows) == 'name,share,range,count\n"a, b",0.333333,"[-2.5, 2.5]",\nc,,,3\n'
 
 
 def test_all_that_was_analysed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

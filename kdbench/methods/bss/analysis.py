@@ -314,11 +314,12 @@ def ends_of_attacks(
             columns = [ended.crossed, ended.arrived, _margin(before), _margin(ended.logits), length]
             rows.append(torch.stack([column.float() for column in columns], dim=1))
         crossed, arrived, margin_before, margin, length = torch.cat(rows).unbind(dim=1)
-        settings |= {"clamp": clamp, "images": int(right.sum()), "pairs": len(pairs.images)}
+        settings["clamp"] = " ".join(map(str, clamp)) if clamp else None
+        counts = {"images": int(right.sum()), "pairs": len(pairs.images)}
         means = {"crossed": crossed.mean(), "arrived": arrived.mean()}
         medians = {"margin_before": margin_before.quantile(0.5), "margin": margin.quantile(0.5)}
         values = {**means, **medians, "length": length.mean()}
-        found.append(settings | {name: float(value) for name, value in values.items()})
+        found.append(settings | counts | {name: float(value) for name, value in values.items()})
     return found
 
 

@@ -27,42 +27,40 @@ def filters(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, st
     outputs: dict[int, tuple[str, Tensor]] = {}
     found: dict[str, str] = {}
 
-    def after(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, args: Any, output: Tensor) -> None:
+    def after(conv: str) -> Callable[..., None]:
+        def remember(_: nn.Module, args: Any, output: Tensor) -> None:
             # Held, so that no other tensor gets its id.
-            outputs[id(output)] = (name, output)
+            outputs[id(output)] = (conv, output)
 
-        return look
+        return remember
 
-    def before(name: str) -> Callable[..., None]:
-        def look(norm: nn.Module, args: Any) -> None:
+    def before(norm: str) -> Callable[..., None]:
+        def recognize(_: nn.Module, args: tuple[Tensor]) -> None:
             if id(args[0]) in outputs:
-                found[name] = outputs[id(args[0])][0]
+                found[norm] = outputs[id(args[0])][0]
 
-        return look
+        return recognize
 
-    _with_hooks(
-        model,
-        image_shape,
-        {name: after(name) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)},
-        {name: before(name) for name, m in model.named_modules() if _can_switch(m)},
-    )
+    convs = {name: after(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    norms = {
+        name: before(name) for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine
+    }
+    _with_hooks(model, image_shape, convs, norms)
     return {norm: conv for norm, conv in found.items() if not _used_elsewhere(model, image_shape, norm, conv)}
 
 
 def _used_elsewhere(model: nn.Module, image_shape: tuple[int, int, int], norm: str, conv: str) -> bool:
     """Whether a convolution's output reaches the logits although its batch norm gives zeros: by a shortcut, say."""
-    logits = []
-    for value in (0.0, 1.0):
 
-        def filled(_: nn.Module, args: Any, output: Tensor, value: float = value) -> Tensor:
+    def logits(value: float) -> Tensor:
+        def filled(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             return torch.full_like(output, value)
 
-        def silent(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return torch.zeros_like(output)
+        return _with_hooks(
+            model, image_shape, {conv: filled, norm: lambda _, args, output: torch.zeros_like(output)}, {}
+        )
 
-        logits.append(_with_hooks(model, image_shape, {conv: filled, norm: silent}, {}))
-    return not torch.equal(*logits)
+    return not torch.equal(logits(0.0), logits(1.0))
 
 
 def importance(norm: nn.Module) -> Tensor:
@@ -140,32 +138,24 @@ def size_without(model: nn.Module, image_shape: tuple[int, int, int], kept: Kept
     flops = 0
     hooks: dict[str, Callable[..., Any]] = {}
 
-    def conv(name: str) -> Callable[..., Any]:
-        def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def layer(name: str) -> Callable[..., Tensor]:
+        def count(module: nn.Conv2d | nn.Linear, args: tuple[Tensor], output: Tensor) -> Tensor:
             nonlocal parameters, flops
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            entering = args[0]
-            own = module.weight.numel()
-            inputs = own // module.weight.shape[0]
-            rows = int(kept[of_conv[name]].sum()) if name in of_conv else module.weight.shape[0]
-            if isinstance(module, nn.Linear):
-                positions, inputs_left = 1, _alive(entering, 1)
-            else:
-                positions = output.shape[2] * output.shape[3]
-                alive = _alive(entering, 1) if module.groups == 1 else entering.shape[1]
-                inputs_left = alive * inputs * module.groups // module.in_channels
-                rows = rows if module.groups == 1 else module.weight.shape[0]
-                inputs_left = inputs_left if module.groups == 1 else inputs
-            parameters -= own - rows * inputs_left
-            if module.bias is not None:
-                parameters -= module.weight.shape[0] - rows
-            flops += 2 * rows * inputs_left * positions
+            outputs, inputs = len(module.weight), module.weight[0].numel()
+            if getattr(module, "groups", 1) == 1:
+                outputs = int(kept[of_conv[name]].sum()) if name in of_conv else outputs
+                # Channels that are not zero throughout.
+                alive = int((args[0].transpose(0, 1).flatten(1) != 0).any(dim=1).sum())
+                inputs = alive * inputs // args[0].shape[1]
+            parameters -= module.weight.numel() - outputs * inputs
+            parameters -= 0 if module.bias is None else len(module.weight) - outputs
+            flops += 2 * outputs * inputs * output[0, 0].numel()
             return torch.ones_like(output)
 
-        return look
+        return count
 
-    def norm(name: str) -> Callable[..., Any]:
-        def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def norm(name: str) -> Callable[..., Tensor]:
+        def count(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             nonlocal parameters
             if name not in kept:
                 return torch.ones_like(output)
@@ -173,24 +163,15 @@ def size_without(model: nn.Module, image_shape: tuple[int, int, int], kept: Kept
             parameters -= 2 * int((mask == 0).sum())
             return torch.ones_like(output) * mask.view(-1, *[1] * (output.ndim - 2))
 
-        return look
+        return count
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            hooks[name] = conv(name)
+            hooks[name] = layer(name)
         elif isinstance(module, _BatchNorm):
             hooks[name] = norm(name)
     _with_hooks(model, image_shape, hooks, {})
     return {"parameters": parameters, "flops": flops}
-
-
-def _alive(entering: Tensor, dim: int) -> int:
-    """Channels that are not zero throughout."""
-    return int((entering.transpose(0, dim).flatten(1) != 0).any(dim=1).sum())
-
-
-def _can_switch(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.affine
 
 
 def _with_hooks(
