@@ -143,16 +143,16 @@ class MadeImages:
         file, expected = self.file(batch), sha256 or self.about(batch).sha256
         if not file.is_file() or sha256_of(file) != expected:
             raise UserError(
-                "a batch of made images is missing or has changed since it was made", where=str(file), hint=_AGAIN
+                "a batch of images is missing or has changed since it was made", where=str(file), hint=_AGAIN
             )
         try:
             found = load_file(file)
             images, labels = found["images"], found["labels"]
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"a batch of made images is damaged: {error}", where=str(file), hint=_AGAIN) from None
+            raise UserError(f"a batch of images is damaged: {error}", where=str(file), hint=_AGAIN) from None
         form = (images.dtype, images.ndim, labels.dtype, labels.shape)
         if form != (torch.float16, 4, torch.int64, images.shape[:1]):
-            raise UserError("a batch of made images holds something else", where=str(file), hint=_AGAIN)
+            raise UserError("a batch of synthesized images holds something else", where=str(file), hint=_AGAIN)
         return images, labels
 
     def picture(self, batches: Sequence[int], each: int) -> None:
