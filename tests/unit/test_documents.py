@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, Kdbench
 
 from kdbench.cli.schema import build as build_schema
@@ -89,6 +91,33 @@ def test_every_file_that_the_documents_name_exists(page: Path) -> None:
             assert (page.parent / name).exists() or (ROOT / name.split("::")[0]).exists(), f"{page}: {name}"
     for file, test in re.findall(r"`(tests/[\w./]+)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {file}::{test}"
+
+
+def test_code_that_the_documents_name_exists() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`(kdbench(?:\.\w+)+)(?::\w+)?[`(]", page.read_text(encoding="utf-8")):
+            module, _, last = name.rpartition(".")
+            try:
+                found = hasattr(importlib.import_module(module), last) or importlib.import_module(name)
+            except ModuleNotFoundError:
+                found = False
+            assert found, f"{page.name}: {name}"
+        for module, name in re.findall(r"`(kdbench[\w.]*):(\w+)`", page.read_text(encoding="utf-8")):
+            assert hasattr(importlib.import_module(module), name), f"{page.name}: {module}:{name}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_the_recipe_in_the_documents_is_the_shipped_one(page: str) -> None:
+    block = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)[0]
+    assert yaml.safe_load(block) == yaml.safe_load((ROOT / "recipes" / "ab_wrn.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_card_in_the_readme_is_part_of_the_shipped_one() -> None:
+    block = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S | re.M)[1]
+    card = yaml.safe_load((ROOT / "registry" / "methods" / "ab.yaml").read_text(encoding="utf-8"))["ab"]
+    shown = yaml.safe_load(block)["ab"]
+    stages = [{key: stage[key] for key in part} for stage, part in zip(card["stages"], shown["stages"], strict=True)]
+    assert shown == {key: card[key] for key in shown} | {"stages": stages}
 
 
 def commands(page: Path) -> Iterator[str]:
