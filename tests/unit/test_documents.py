@@ -123,7 +123,7 @@ def test_the_card_in_the_readme_is_part_of_the_shipped_one() -> None:
 def commands(page: Path) -> Iterator[str]:
     """The shell commands of a page: lines of its code blocks without a language, and those in the text's code."""
     text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```\n(.*?)^ *```$", text, flags=re.S | re.M)
+    blocks = [body for language, body in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.S | re.M) if not language]
     inline = re.findall(r"`((?:kdbench|make|pip) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     for line in [line for block in blocks for line in block.splitlines()] + inline:
         command = " ".join(line.partition(" #")[0].split())

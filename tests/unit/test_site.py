@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def site(once: Once) -> Path:
     def make(folder: Path) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+            [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
             cwd=ROOT,
             capture_output=True,
             text=True,
