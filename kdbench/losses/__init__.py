@@ -1,14 +1,16 @@
 """Losses as plain functions of tensors, for any training loop, in the manner of `torch.nn.functional`.
 
 Every function takes the student's tensor first, then the teacher's (or the labels), and returns a scalar. No gradient
-reaches the teacher, except in `kl_divergence`. `mmd` takes features of one network on two sets of images. float16 and
-bfloat16 inputs are computed in float32; float32 and float64 keep their type. Shapes that do not match raise a
-ValueError that names both.
+reaches the teacher, except in `kl_divergence` and `neighbour_congruence`. `mmd` takes features of one network on two
+sets of images. A loss with parameters of its own is a module, built with the shapes of one sample of each network.
+float16 and bfloat16 inputs are computed in float32; float32 and float64 keep their type. Shapes that do not match raise
+a ValueError that names both.
 """
 
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
+from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.deep_inversion import (
     BatchNormInputs,
@@ -19,14 +21,23 @@ from kdbench.losses.deep_inversion import (
     l2_norm,
     total_variation,
 )
+from kdbench.losses.dist import dist
+from kdbench.losses.dkd import dkd
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import kl_divergence
 from kdbench.losses.mmd import mmd
+from kdbench.losses.nst import neuron_selectivity
+from kdbench.losses.pkt import pkt
+from kdbench.losses.rkd import rkd_angle, rkd_distance
+from kdbench.losses.sp import similarity_preserving
+from kdbench.losses.vid import VariationalInformation, gaussian_nll
 
 __all__ = [
     "BatchNormInputs",
     "ConstantAgreement",
+    "NeighbourCongruence",
+    "VariationalInformation",
     "activation_agreement",
     "activation_boundary",
     "angle_similarity",
@@ -35,14 +46,24 @@ __all__ = [
     "centred_mse",
     "competition",
     "cross_entropy",
+    "dist",
+    "dkd",
     "fitnets",
+    "gaussian_nll",
     "jensen_shannon",
     "kd",
     "kd_over_classes",
+    "kernel_congruence",
     "kl_divergence",
     "l2_norm",
     "magnitude_similarity",
     "mmd",
+    "neighbour_congruence",
+    "neuron_selectivity",
+    "pkt",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity_preserving",
     "soft_cross_entropy",
     "total_variation",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, shape
+from kdbench.losses.features import maps_of_one_size
 
 
 def attention_transfer(
@@ -43,25 +43,18 @@ def attention_transfer(
     Raises:
         ValueError: A tensor is not [N, C, H, W], the batch sizes differ, p is below 1, or there is no such form.
     """
-    if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher) or len(student) == 0:
-        raise ValueError(
-            "attention_transfer needs maps [N, C, H, W] of one batch: "
-            f"student {shape(student)}, teacher {shape(teacher)}"
-        )
+    student, teacher = maps_of_one_size(student, teacher.detach(), "attention_transfer")
     if not p >= 1:
         raise ValueError(f"p must be at least 1, not {p}")
     if form not in ("code", "paper"):
         raise ValueError(f"form must be 'code' or 'paper', not {form!r}")
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    difference = _attention(full(student), size, p) - _attention(full(teacher.detach()), size, p)
+    difference = _attention(student, p) - _attention(teacher, p)
     if form == "code":
         return difference.square().mean()
     distances: Tensor = torch.linalg.vector_norm(difference, dim=1)
     return distances.mean()
 
 
-def _attention(feature: Tensor, size: tuple[int, int], p: float) -> Tensor:
+def _attention(feature: Tensor, p: float) -> Tensor:
     """Unit attention vectors, [N, H·W]. The mean over channels is the sum up to a factor that cancels."""
-    if feature.shape[2:] != size:
-        feature = F.adaptive_avg_pool2d(feature, size)
     return F.normalize(feature.abs().pow(p).mean(dim=1).flatten(1), dim=1)

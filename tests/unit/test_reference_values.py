@@ -6,6 +6,7 @@ to new ones, unseen. This test only says that numbers changed; whether they are 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -87,8 +88,12 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
         values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
         inputs = [values[name] for name in card.inputs]
+        loss = import_target(card.target)
         try:
-            value = import_target(card.target)(*inputs, **options)
+            if inspect.isclass(loss):
+                value = filled(loss(student.shape[1:], teacher.shape[1:], **options))(*inputs)
+            else:
+                value = loss(*inputs, **options)
         except (ValueError, RuntimeError, IndexError, TypeError):
             continue
         (gradient,) = torch.autograd.grad(value, student)

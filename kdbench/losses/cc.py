@@ -1,0 +1,92 @@
+"""Correlation congruence. Peng, Jin, Liu, Li, Wu, Liu, Zhou, Zhang: Correlation Congruence for Knowledge Distillation,
+ICCV 2019, arXiv 1904.01802."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, same_shape
+from kdbench.losses.features import inner_products, same_batch
+
+
+def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ_d δ_id δ_(i+1)d with δ = |s - t|, mean over the N - 1 neighbours in the order of the batch.
+
+    The loss that stands for CC in the usual CIFAR-100 tables: two images that follow each other in the batch should not
+    differ from the teacher's in the same dimensions. No kernel is in it. The gradient reaches the teacher's embedding
+    too, which learns; the caller detaches the teacher's feature before it is embedded.
+
+    Args:
+        student: embeddings [N, D].
+        teacher: embeddings [N, D].
+
+    Returns:
+        Scalar, at least 0; 0 for equal embeddings, and for a batch of one. Also 0 where of each two neighbours one
+        agrees with the teacher: it is no distance.
+
+    Raises:
+        ValueError: when the shapes differ.
+    """
+    same_shape(student, teacher, "neighbour_congruence")
+    distance = (full(student) - full(teacher)).abs().flatten(1)
+    return (distance[:-1] * distance[1:]).sum() / max(len(distance) - 1, 1)
+
+
+class NeighbourCongruence(nn.Module):
+    """`neighbour_congruence` of two learned embeddings, a fully connected layer for each network.
+
+    The layers begin with torch's default values and train with the student.
+
+    Args:
+        student_shape: of one sample, without the batch; flattened.
+        teacher_shape: of one sample.
+        dim: width of the embeddings.
+    """
+
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, dim: int = 128) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, not {dim}")
+        self.student = nn.Linear(math.prod(student_shape), dim)
+        self.teacher = nn.Linear(math.prod(teacher_shape), dim)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of features [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
+        return neighbour_congruence(self.student(student.flatten(1)), self.teacher(teacher.detach().flatten(1)))
+
+
+def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
+    """Mean squared difference of the two networks' correlations between the images of a batch, by a Gaussian kernel.
+
+    Of unit vectors a, b the kernel is exp(-γ ‖a - b‖²) = e^(-2γ) exp(2γ aᵀb); it is taken by its Taylor series up to
+    the order P: k(a, b) = e^(-2γ) Σ_(p = 0..P) (2γ)^p / p! · (aᵀb)^p. Widths of the networks may differ.
+
+    Args:
+        student: [N, ...], flattened, divided by each row's L2 norm.
+        teacher: [N, ...], the same.
+        gamma: γ > 0.
+        order: P, at least 1.
+
+    Returns:
+        Scalar, at least 0, mean over all N² pairs; 0 for equal features.
+
+    Raises:
+        ValueError: when the batches differ, or an option is out of range.
+    """
+    same_batch(student, teacher, "kernel_congruence")
+    if not gamma > 0 or order < 1:
+        raise ValueError(f"gamma must be positive and order at least 1, not {gamma} and {order}")
+    return F.mse_loss(_correlations(student, gamma, order), _correlations(teacher.detach(), gamma, order))
+
+
+def _correlations(feature: Tensor, gamma: float, order: int) -> Tensor:
+    rows = F.normalize(full(feature).flatten(1), dim=1)
+    cosines = inner_products(rows, rows)
+    series = torch.ones_like(cosines)
+    for p in range(order, 0, -1):  # Horner's scheme
+        series = 1 + 2 * gamma / p * cosines * series
+    return math.exp(-2 * gamma) * series

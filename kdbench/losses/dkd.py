@@ -1,0 +1,65 @@
+"""Decoupled knowledge distillation. Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022,
+arXiv 2203.08679."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, logits_shape, shape
+
+
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    """T² (α TCKD + β NCKD), the two parts into which KD falls at the label y; batch mean.
+
+    With p = softmax(z / T): TCKD = KL(b_t ‖ b_s) of b = (p_y, 1 - p_y), target against all others, and
+    NCKD = KL(p̂_t ‖ p̂_s) of p̂ = softmax of z / T over the K - 1 other classes. KD is TCKD + (1 - p_t(y)) NCKD: the more
+    certain the teacher, the less KD hears of the others; here their weight is β, whatever the teacher thinks of y.
+
+    Args:
+        student_logits: [N, K].
+        teacher_logits: [N, K].
+        labels: class indices, int64 [N].
+        alpha: α, weight of TCKD.
+        beta: β, weight of NCKD.
+        temperature: T > 0.
+
+    Returns:
+        Scalar, at least 0 for α, β ≥ 0; finite for any finite logits.
+
+    Raises:
+        ValueError: when the logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not positive.
+    """
+    logits_shape(student_logits, teacher_logits, "dkd")
+    if student_logits.shape[1] < 2 or labels.shape != student_logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            "dkd needs logits [N, K] of at least two classes with class indices [N]: "
+            f"student {shape(student_logits)}, labels {shape(labels)} of {labels.dtype}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    own_target, own_others = _decoupled(full(student_logits) / temperature, labels)
+    target, others = _decoupled(full(teacher_logits.detach()) / temperature, labels)
+    tckd = F.kl_div(own_target, target, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(own_others, others, reduction="batchmean", log_target=True)
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of (p_y, 1 - p_y) [N, 2], and of the probabilities among the other classes [N, K - 1].
+
+    By logarithms throughout: 1 - p_y rounds to 0 long before its logarithm is out of reach.
+    """
+    labels = labels.unsqueeze(1)
+    places = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = logits.gather(1, places + (places >= labels))
+    target = torch.cat([logits.gather(1, labels), others.logsumexp(dim=1, keepdim=True)], dim=1)
+    return F.log_softmax(target, dim=1), F.log_softmax(others, dim=1)

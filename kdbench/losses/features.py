@@ -1,0 +1,53 @@
+"""What several losses of features need: two batches that fit, two maps of one size, and products of all pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, shape
+
+
+def same_batch(student: Tensor, teacher: Tensor, loss: str) -> None:
+    """Raises ValueError unless both are [N, ...] of one N > 0, with at least one more dimension each."""
+    if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher) or len(student) == 0:
+        raise ValueError(
+            f"{loss} needs features [N, ...] of one batch: student {shape(student)}, teacher {shape(teacher)}"
+        )
+
+
+def maps_of_one_size(student: Tensor, teacher: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """Both maps in full precision, the larger one average-pooled to the smaller, height and width each for itself.
+
+    Args:
+        student: [N, C, H, W].
+        teacher: [N, C', H', W'].
+        loss: name for the message.
+
+    Returns:
+        [N, C, h, w] and [N, C', h, w], h = min(H, H'), w = min(W, W').
+
+    Raises:
+        ValueError: when either is not [N, C, H, W], or the batches differ.
+    """
+    if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher) or len(student) == 0:
+        raise ValueError(
+            f"{loss} needs maps [N, C, H, W] of one batch: student {shape(student)}, teacher {shape(teacher)}"
+        )
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    return _pooled(full(student), size), _pooled(full(teacher), size)
+
+
+def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of all rows of `a` [..., n, d] with all rows of `b` [..., m, d]: [..., n, m].
+
+    In the precision of its arguments: under autocast a matrix product would be computed in half precision, which leaves
+    nothing of the differences between similarities.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return full(a) @ full(b).transpose(-2, -1)

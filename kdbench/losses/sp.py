@@ -1,0 +1,36 @@
+"""Similarity-preserving distillation. Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019,
+arXiv 1907.09682."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full
+from kdbench.losses.features import inner_products, same_batch
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the two networks' similarities between the images of a batch, mean over all pairs.
+
+    With A = the features as rows [N, D], and G = A Aᵀ whose rows are divided by their L2 norms:
+    ‖G_s - G_t‖²_F / N². Both networks' widths may differ, since each G is [N, N]. Positive scaling of either feature
+    changes nothing. A weight belongs to a batch size: the rows' entries shrink as 1/√N.
+
+    Args:
+        student: [N, ...], flattened.
+        teacher: [N, ...], flattened.
+
+    Returns:
+        Scalar in [0, 4 / N]; after a ReLU, where no similarity is negative, in [0, 2 / N].
+
+    Raises:
+        ValueError: when the batches differ, or a feature is not [N, ...].
+    """
+    same_batch(student, teacher, "similarity_preserving")
+    return F.mse_loss(_similarities(student), _similarities(teacher.detach()))
+
+
+def _similarities(feature: Tensor) -> Tensor:
+    rows = full(feature).flatten(1)
+    return F.normalize(inner_products(rows, rows), dim=1)

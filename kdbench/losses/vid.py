@@ -1,0 +1,96 @@
+"""Variational information distillation. Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for
+Knowledge Transfer, CVPR 2019, arXiv 1904.05835."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, shape
+from kdbench.losses.features import maps_of_one_size
+
+
+def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+    """½ [(t - μ)² / σ_c² + log σ_c²], mean over all elements: -log q(t | s) of a Gaussian q, without its constant.
+
+    A lower bound of the mutual information of the two networks' features grows as this falls.
+
+    Args:
+        mean: μ, what the student predicts, [N, C, H, W].
+        teacher: [N, C, H, W].
+        variance: σ² of each channel, [C], positive.
+
+    Returns:
+        Scalar; negative where variances are below 1 and predictions good enough.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+    """
+    if mean.ndim != 4 or mean.shape != teacher.shape or variance.shape != mean.shape[1:2]:
+        raise ValueError(
+            "gaussian_nll needs maps [N, C, H, W] and a variance [C]: "
+            f"mean {shape(mean)}, teacher {shape(teacher)}, variance {shape(variance)}"
+        )
+    # torch's own gaussian_nll_loss looks at every variance on the host.
+    variance = full(variance).view(1, -1, 1, 1)
+    return ((full(mean) - full(teacher.detach())).square() / variance + variance.log()).mean() / 2
+
+
+class VariationalInformation(nn.Module):
+    """`gaussian_nll` of a teacher's map given the student's, by a learned mean and a learned variance a channel.
+
+    The mean is a regressor of three 1×1 convolutions without bias, ReLU between them, the inner ones as wide as the
+    teacher's map; torch's default initial values. The variance is softplus(a) + ε of one parameter a channel. Of two
+    sizes the larger map is average-pooled to the smaller before.
+
+    Args:
+        student_shape: (C, H, W).
+        teacher_shape: (C', H', W').
+        variance: σ² of every channel at first, above ε.
+        eps: ε, the least variance.
+        learned: whether the variances are parameters. False keeps them as they are; the loss is then a mean squared
+            error divided by 2 σ², but for a constant.
+    """
+
+    def __init__(
+        self,
+        student_shape: tuple[int, ...],
+        teacher_shape: tuple[int, ...],
+        *,
+        variance: float = 5.0,
+        eps: float = 1e-5,
+        learned: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(student_shape) != 3 or len(teacher_shape) != 3:
+            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        if not variance > eps > 0:
+            raise ValueError(f"the variance must be above eps, and eps positive, not {variance} and {eps}")
+        channels = teacher_shape[0]
+        self.regressor = nn.Sequential(
+            nn.Conv2d(student_shape[0], channels, kernel_size=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=1, bias=False),
+        )
+        self.eps = eps
+        # The inverse of the softplus, in a form that does not overflow.
+        before = torch.full((channels,), variance - eps + math.log(-math.expm1(eps - variance)))
+        if learned:
+            self.before_softplus = nn.Parameter(before)
+        else:
+            self.register_buffer("before_softplus", before)
+
+    @property
+    def variance(self) -> Tensor:
+        """σ² of each channel, [C']."""
+        return F.softplus(full(self.before_softplus)) + self.eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
+        student, teacher = maps_of_one_size(student, teacher.detach(), "variational_information")
+        return gaussian_nll(self.regressor(student), teacher, self.variance)
