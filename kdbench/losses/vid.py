@@ -92,5 +92,5 @@ class VariationalInformation(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
-        student, teacher = maps_of_one_size(student, teacher.detach(), "variational_information")
+        student, teacher = maps_of_one_size(student, teacher, "variational_information")
         return gaussian_nll(self.regressor(student), teacher, self.variance)
