@@ -50,7 +50,7 @@ def _deviation_of_pixels(value: float) -> float:
     return value
 
 
-_PIXELS = "it is of pixels in [0, 1]"
+_PIXELS = "it must be for pixel values in [0, 1]"
 
 
 def _scale(value: float) -> str:

@@ -37,7 +37,7 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
     """
     try:
         if file.exists() and not file.is_file():
-            raise UserError("this is no file", where=str(file), hint=hint)
+            raise UserError("this is not a regular file", where=str(file), hint=hint)
         with file.open("rb") as stream:
             content = stream.read(most + 1)
         if len(content) > most:
@@ -110,7 +110,7 @@ def plain_name(name: str) -> str:
     """`name`, if it can name a folder on every system and nothing else. ValueError says why it cannot."""
     shown = repr(name if len(name) <= 60 else f"{name[:60]}…")
     if not name.strip(". "):
-        raise ValueError(f"{shown} is no name of a folder")
+        raise ValueError(f"{shown} cannot be a folder name")
     if name[0] == "." or name[0].isspace() or name[-1] == "." or name[-1].isspace():
         raise ValueError(f"the name {shown} begins with a dot or a space, or ends with one")
     if bad := re.search(r'[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff<>:"/\\|?*]', name):
@@ -140,7 +140,7 @@ def inside(folder: Path, *names: str, where: str | None = None) -> Path:
     try:
         path = folder.joinpath(*map(plain_name, names))
     except ValueError as error:
-        hint = "names in it lead to nowhere but below it"
+        hint = "names in it must stay inside this folder"
         raise UserError(str(error), where=where or str(folder), hint=hint) from None
     try:
         within = path.resolve().is_relative_to(folder.resolve())
@@ -148,9 +148,9 @@ def inside(folder: Path, *names: str, where: str | None = None) -> Path:
         within = False
     if not within:
         raise UserError(
-            f"'{'/'.join(names)}' is a link that leaves the folder",
+            f"'{'/'.join(names)}' is a link that points outside the folder",
             where=where or str(folder),
-            hint="put what it points to in its place",
+            hint="replace the link by what it points to",
         )
     return path
 
@@ -171,9 +171,9 @@ def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
 def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
     texts = [value, *path[-1:]]
     if bad := next((found for text in texts if isinstance(text, str) and (found := _CONTROL.search(text))), None):
-        raise ValueError(f"a text holds the character {bad[0]!r}")
+        raise ValueError(f"a text contains the character {bad[0]!r}")
     place = ".".join(map(str, path))
     if isinstance(value, float) and finite and not math.isfinite(value):
-        raise ValueError(f"'{place}': {value} is no number")
+        raise ValueError(f"'{place}': {value} is not a number")
     if isinstance(value, int) and abs(value) > WIDEST:
-        raise ValueError(f"'{place}': this number is out of all bounds")
+        raise ValueError(f"'{place}': this number is too large")

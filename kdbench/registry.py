@@ -250,10 +250,10 @@ def _stages_by_name(stages: list[Any], path: tuple[str | int, ...], origins: dic
     for index, stage in enumerate(stages):
         where = tree.origin((*path, index))
         if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
-            raise UserError("every stage has a 'name'", where=where, hint="add 'name:'")
+            raise UserError("every stage needs a 'name'", where=where, hint="add 'name:'")
         name = stage["name"]
         if name in result:
-            raise UserError(f"two stages are called '{name}'", where=where, hint="give each its own name")
+            raise UserError(f"two stages are called '{name}'", where=where, hint="use different names")
         result[name] = {key: value for key, value in stage.items() if key != "name"}
         n = len(path) + 1
         moved = {(*path, name, *p[n:]): o for p, o in tree.origins.items() if p[:n] == (*path, index)}

@@ -127,7 +127,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     if len(path) > DEEPEST:
         raise RecursionError
     if len(origins) > MOST_ENTRIES:
-        raise UserError(f"more than {MOST_ENTRIES:,} entries, aliases written out", where=source)
+        raise UserError(f"more than {MOST_ENTRIES:,} entries after expanding aliases", where=source)
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -136,9 +136,9 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
                 raise UserError("a key must be a plain word", where=where)
             key = key_node.value
             if key == "<<":
-                raise UserError("YAML merge keys are not used here", where=where, hint="use 'include:' instead")
+                raise UserError("YAML merge keys are not supported", where=where, hint="use 'include:' instead")
             if key in result:
-                raise UserError(f"the key '{key}' stands twice in one mapping", where=where, hint="keep one of them")
+                raise UserError(f"the key '{key}' is given twice in one mapping", where=where, hint="keep one of them")
             origins[(*path, key)] = where
             result[key] = _construct(value_node, (*path, key), source, origins)
         return result
@@ -147,7 +147,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     try:
         scalar = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not a value that YAML knows: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
+        raise UserError(f"not a valid YAML value: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
     # YAML 1.1 takes 1e-3 for text because it lacks the dot; nobody who writes it means text.
     if isinstance(scalar, str) and not getattr(node, "style", None) and _SCIENTIFIC.match(scalar):
         return float(scalar)

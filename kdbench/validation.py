@@ -54,7 +54,7 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
     if isinstance(value, str) and ("number" in message or "integer" in message):
         return f"{place}cannot be the text {value!r}", f"{message}; write a number without quotes"
     if isinstance(value, dict | list) or not loc:
-        return f"{place}is not right", message
+        return f"{place}is invalid", message
     return f"{place}cannot be {value!r}", message
 
 

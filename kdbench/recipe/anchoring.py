@@ -35,7 +35,7 @@ def expanded(
         for new, part in _parts(name, stage, anchors, 1 - taken).items():
             if new in stages:
                 raise UserError(
-                    f"stage '{name}': its anchors make a stage '{new}', which there is already", where=where
+                    f"stage '{name}': its anchors would create a stage '{new}', which already exists", where=where
                 )
             result[new] = part
             data[new] = data[name]
@@ -83,7 +83,7 @@ def _check(stage: StageSpec, anchors: Anchors, what: str, where: str) -> None:
         raise UserError(f"{what} has anchors, but no loss that reads the teacher", where=where)
     if anchors.rates == "continue" and "connectors" in stage.trains:
         raise UserError(
-            f"{what}: connectors live for one anchor, so its optimizer cannot go on to the next",
+            f"{what}: connectors are dropped after each anchor, so the optimizer cannot continue to the next",
             where=where,
             hint="write 'rates: restart', or use a loss without connector",
         )
@@ -109,7 +109,7 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
         raise UserError(
             f"{needs}, and the recipe of '{teacher.name}' keeps none",
             where=where,
-            hint="add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 even checkpoints",
+            hint="add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 evenly spaced checkpoints",
         )
     if most := max((a.n for a in anchors if a.n > (teacher.trained_by.route or 0)), default=0):
         raise UserError(

@@ -66,7 +66,7 @@ def training_of(file: Path) -> Training | None:
     hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files
     if (expected := hashes.get(file.name)) is not None and expected != sha256_of(file):
         raise UserError(
-            "these weights are not those of the record beside them: another sha256",
+            "these weights do not match the record next to them (different sha256)",
             where=str(file),
             hint="put the right file back, or copy this one to another folder to use it without the record",
         )

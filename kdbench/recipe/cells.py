@@ -94,7 +94,7 @@ def _protocol(
     resident = [part.name for part in (data, target) if part is not None and not part.streamed]
     if augmentation.resized_crop and resident:
         raise UserError(
-            f"'resized_crop' crops pictures of any size while they are read; those of '{resident[0]}' lie in memory",
+            f"'resized_crop' crops pictures of any size while they are read; those of '{resident[0]}' are in memory",
             where=merged.origin(("augmentation", "resized_crop")),
             hint="use 'padding', or a data card with 'streamed: true'",
         )

@@ -26,7 +26,7 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         )
     if left < card.classes or (choice.per_class or 0) * card.classes > left:
         raise UserError(
-            f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this",
+            f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice",
             where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
             hint=f"after the validation split {left:.0f} images are left",
         )

@@ -90,7 +90,7 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
 
 def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
     if file.resolve() in seen:
-        raise UserError("a recipe includes itself", where=str(file), hint="break the circle of 'include:'")
+        raise UserError("a recipe includes itself", where=str(file), hint="remove the circular 'include:'")
     tree = Tree.read(file)
     if not isinstance(tree.data, dict) or not tree.data:
         raise UserError("a recipe is a mapping of keys to values", where=str(file))

@@ -150,14 +150,14 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
             )
         if stage.extra and stage.share is not None:
             raise UserError(
-                f"method '{method}', stage '{name}': 'share' and 'extra_epochs' exclude each other", where=where
+                f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where=where
             )
     rest = [name for name, stage in stages.items() if stage.share is None and not stage.extra]
     if len(rest) > 1:
         raise UserError(
-            f"method '{method}': the stages {rest} all lack a share",
+            f"method '{method}': the stages {rest} have no share",
             where=where,
-            hint="exactly one stage may leave it out and take the rest",
+            hint="only one stage may leave it out and take the rest",
         )
     total = sum(stage.share or 0.0 for stage in stages.values())
     if total > 1 + 1e-9 or (rest and total >= 1) or (not rest and abs(total - 1) > 1e-9):

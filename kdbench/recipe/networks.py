@@ -47,7 +47,10 @@ def _start(teacher: str, model: ModelSpec, where: str, registry: Registry) -> We
     """The weights of a teacher card, for a student of the same model."""
     card: TeacherCard = registry.card("teachers", teacher, where)
     if card.weights is None:
-        raise UserError(f"the teacher '{teacher}' is trained by a recipe: no student can start from it", where=where)
+        raise UserError(
+            f"the teacher '{teacher}' has no weight file (a recipe trains it): no student can start from it",
+            where=where,
+        )
     theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
     if (theirs.name, theirs.options) != (model.name, model.options):
         raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model.name}'", where=where)
@@ -78,7 +81,7 @@ def teacher_spec(
     foreign = (card.data.name, theirs.classes) != (data, registry.card("datasets", data).classes)
     if foreign and not card.transfers:
         raise UserError(
-            f"the teacher '{name}' knows the classes of '{card.data.name}', not of '{data}'",
+            f"the teacher '{name}' was trained on the classes of '{card.data.name}', not of '{data}'",
             where=where,
             hint="choose a teacher of this data ('kdbench ls teachers')",
         )
@@ -108,7 +111,7 @@ def _training(
     """The cell that trains a card's teacher."""
     if card.recipe is None:
         raise UserError(
-            f"the teacher '{name}' has no recipe to be trained by", where=tree.origin(("teacher", "trained"))
+            f"the teacher '{name}' has no recipe, so it cannot be trained", where=tree.origin(("teacher", "trained"))
         )
     origin = registry.tree("teachers", name).origin(("recipe",))
     beside = Path(origin.rpartition(":")[0]).parent / card.recipe
@@ -148,7 +151,7 @@ def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
     for key in ("weights", "start"):
         if key in tree.data:
             raise UserError(
-                "a teacher's 'weights' stand beside its 'model', not inside",
+                "write a teacher's 'weights' next to its 'model', not inside it",
                 where=tree.origin((key,)),
                 hint="move 'weights' one level up",
             )
@@ -162,7 +165,7 @@ def _existing(weights: str, where: str) -> Path:
         raise UserError(
             f"there is no weight file '{weights}'",
             where=where,
-            hint=f"tried it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it",
+            hint=f"looked for it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it",
         )
     return file
 

@@ -81,7 +81,7 @@ def plan(
     base = typed(tree)
     seeds = list(range(base.seeds)) if isinstance(base.seeds, int) else base.seeds
     if not seeds or len(set(seeds)) != len(seeds):
-        raise UserError("'seeds' needs at least one seed, none twice", where=tree.origin(("seeds",)))
+        raise UserError("'seeds' needs at least one seed, and each only once", where=tree.origin(("seeds",)))
     cells: dict[str, PlannedCell] = {}
     # A method's keys that the recipe gives for all methods must mean something to one of them, and so must what it
     # compares.
@@ -119,7 +119,7 @@ _open: list[str] = []
 def _teacher_cell(registry: Registry, recipe: str, where: str, data_root: str | None) -> CellSpec:
     """The one cell of a teacher's own recipe."""
     if recipe in _open:
-        raise UserError(f"the recipe '{recipe}' trains a teacher that it needs itself", where=where)
+        raise UserError(f"the recipe '{recipe}' needs the teacher that it trains", where=where)
     overrides = () if data_root is None else (f"data.root={data_root}",)
     _open.append(recipe)
     try:
@@ -127,7 +127,7 @@ def _teacher_cell(registry: Registry, recipe: str, where: str, data_root: str | 
     finally:
         _open.remove(recipe)
     if len(cells) != 1:
-        raise UserError(f"a teacher's recipe has one cell; '{recipe}' has {len(cells)}", where=where)
+        raise UserError(f"a teacher's recipe must have exactly one cell; '{recipe}' has {len(cells)}", where=where)
     return cells[0].spec
 
 
@@ -155,10 +155,10 @@ def run_name(recipe: str) -> str:
     name = Path(recipe).stem
     try:
         if plain_name(name).casefold() in OWN_FOLDERS:
-            raise ValueError(f"runs keep what they share in a folder called '{name.casefold()}'")
+            raise ValueError(f"runs keep shared files in a folder called '{name.casefold()}'")
     except ValueError as error:
         raise UserError(
-            f"a recipe's runs lie in a folder of its name: {error}", where=recipe, hint="rename the recipe's file"
+            f"runs are kept in a folder named after the recipe: {error}", where=recipe, hint="rename the recipe's file"
         ) from None
     return name
 
@@ -172,7 +172,7 @@ def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
             raise UserError(
                 f"two different cells are both called '{cell.spec.method.label}'",
                 where=tree.origin(("compare", "method")),
-                hint="give each a 'label'",
+                hint="give each its own 'label'",
             )
         seen.add(key)
 

@@ -39,7 +39,7 @@ _KINDS = NAMED_KINDS | {
 }
 
 _COMMIT = "check out the commit that the record names, where its cards are"
-_OWN = "a card of your own lies in a registry folder: name it with --registry (registries=[…] in Python)"
+_OWN = "if it is your own card, pass its registry folder with --registry (registries=[…] in Python)"
 
 
 def cell_of(spec: Any, registry: Registry, where: str) -> CellSpec:
@@ -86,8 +86,8 @@ class _Reader:
         self.registry, self.where = registry, where
 
     def refused(self, what: str) -> UserError:
-        hint = "no version of kdbench writes this: leave the folder out, or get it again from where it comes"
-        return UserError(f"this record is not built: {what}", where=self.where, hint=hint)
+        hint = "no version of kdbench writes this: leave the folder out, or get a fresh copy of it"
+        return UserError(f"this record is refused: {what}", where=self.where, hint=hint)
 
     def not_here(self, what: str, hint: str = _COMMIT) -> NotHere:
         return NotHere(f"this record cannot be built here: {what}", where=self.where, hint=hint)

@@ -29,7 +29,7 @@ class DataChoice(Strict):
     @model_validator(mode="after")
     def one_subset(self) -> DataChoice:
         if self.fraction is not None and self.per_class is not None:
-            raise ValueError("'fraction' and 'per_class' exclude each other")
+            raise ValueError("'fraction' and 'per_class' cannot be combined")
         if self.only_classes is not None and self.per_class is None:
             raise ValueError("'only_classes' needs 'per_class': a data card does not say how many images a class has")
         return self
@@ -85,7 +85,7 @@ class StudentChoice(Named):
     @model_validator(mode="after")
     def one_start(self) -> StudentChoice:
         if self.weights is not None and self.start is not None:
-            raise ValueError("'weights' and 'start' exclude each other")
+            raise ValueError("'weights' and 'start' cannot be combined")
         return self
 
 

@@ -55,7 +55,7 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
     loss = named_spec("losses", tree, registry, own=("loss", *TermCard.model_fields), what=what)
     if term.hook is not None and (term.student or term.teacher):
         raise UserError(
-            f"{what}: 'hook' means both networks; beside it 'student' and 'teacher' say it twice",
+            f"{what}: 'hook' is for both networks; do not combine it with 'student' or 'teacher'",
             where=tree.origin(("hook",)),
             hint="keep either 'hook', or 'student' and 'teacher'",
         )
@@ -84,7 +84,7 @@ def _check(card: StageCard, source: SourceSpec | None, losses: dict[str, TermSpe
         _check_term(term, card, given, tree.at("losses", name), f"loss '{name}' in {what}")
     if "teacher" in card.trains and all(term.of != "teacher" for term in losses.values()):
         raise UserError(
-            f"{what} trains the teacher, but no loss is the teacher's own",
+            f"{what} trains the teacher, but no loss has 'of: teacher'",
             where=tree.origin(("trains",)),
             hint="add 'of: teacher' to one, or leave 'teacher' out of 'trains'",
         )
@@ -105,19 +105,19 @@ def _check_term(term: TermSpec, card: StageCard, given: list[str], tree: Tree, w
             raise _no_input_set(name, given, what, tree.origin((key,)))
     if "other" in term.loss.inputs and term.against is None:
         raise UserError(
-            f"{what}: the loss '{term.loss.name}' compares with another input set",
+            f"{what}: the loss '{term.loss.name}' needs a second input set",
             where=tree.origin(("loss",)),
             hint="name it with 'against'",
         )
     if "other" not in term.loss.inputs and term.against is not None:
         raise UserError(
-            f"{what}: the loss '{term.loss.name}' compares with no other input set",
+            f"{what}: the loss '{term.loss.name}' takes no second input set",
             where=tree.origin(("against",)),
             hint="leave 'against' out",
         )
     if term.of == "teacher" and "teacher" not in card.trains:
         raise UserError(
-            f"{what} is the teacher's own, which this stage does not train",
+            f"{what} has 'of: teacher', but this stage does not train the teacher",
             where=tree.origin(("of",)),
             hint="add 'teacher' to the stage's 'trains'",
         )

@@ -174,7 +174,7 @@ MISTAKES = [
     ("the method is misspelt", "[ce, kd, ab]", "[ce, kd, abb]", "unknown method 'abb'|ab", 7),
     ("the budget is of the wrong type", "steps: 20", "steps: many", "'steps' cannot be|number", 5),
     ("two budgets", "steps: 20", "steps: 20\nepochs: 3", "either 'epochs' or 'steps'", 1),
-    ("a key stands twice", "steps: 20", "steps: 20\nsteps: 30", "stands twice", 6),
+    ("a key stands twice", "steps: 20", "steps: 20\nsteps: 30", "given twice", 6),
     ("the protocol does not exist", "protocol: digits", "protocol: digit", "unknown protocol 'digit'|digits", 4),
     ("the test set's share is out of range", "per_class: 10", "fraction: 1.5", "less than or equal to 1", 1),
     (

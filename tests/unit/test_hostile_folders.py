@@ -375,7 +375,7 @@ def test_a_sound_beginning_and_a_link_of_a_cell(tmp_path: Path, monkeypatch: pyt
         begun_run(cell.parent, monkeypatch)
     shutil.move(cell, tmp_path / "elsewhere")
     cell.symlink_to("../../elsewhere")
-    with pytest.raises(UserError, match="leaves the folder"):
+    with pytest.raises(UserError, match="points outside the folder"):
         begun_run(cell.parent, monkeypatch)
 
 
@@ -392,7 +392,7 @@ def test_threads_of_a_record_are_not_believed_unread(run: Path) -> None:
              "a:b.yaml", "a\u202eb.yaml", ". ..yaml", "nul.x.yaml", f"{'x' * 300}.yaml"],
 )  # fmt: skip
 def test_a_run_is_called_so_that_it_has_a_folder_of_its_own(name: str) -> None:
-    with pytest.raises(UserError, match="lie in a folder of its name") as error:
+    with pytest.raises(UserError, match="folder named after the recipe") as error:
         run_name(f"somewhere/{name}")
     assert error.value.hint == "rename the recipe's file"
 
@@ -525,7 +525,7 @@ def test_a_checkpoint_of_a_route_lies_in_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a": {"b": [0, NaN]}}', "'a.b.1': nan is no number"),
+        ('{"a": {"b": [0, NaN]}}', "'a.b.1': nan is not a number"),
         ('{"a": -Infinity}', "'a': -inf"),
         ('{"a": 1e400}', "'a': inf"),
         (f'{{"a": {10**30}}}', "'a': this number is out"),

@@ -205,9 +205,9 @@ def test_a_resumed_member_goes_on_bit_for_bit(registry: Registry, trains: bool) 
     [
         ({"losses": {"ce": {"input": "mirrored"}}}, "there is no input set 'mirrored'"),
         ({"batch_norm": {"mirrow": "frozen"}}, "there is no input set 'mirrow'"),
-        ({"losses": {"ce": {"against": "mirror"}}}, "compares with no other input set"),
-        ({"losses": {"ce": {"of": "teacher"}}}, "is the teacher's own, which this stage does not train"),
-        ({"trains": ["student", "teacher"]}, "trains the teacher, but no loss is the teacher's own"),
+        ({"losses": {"ce": {"against": "mirror"}}}, "takes no second input set"),
+        ({"losses": {"ce": {"of": "teacher"}}}, "has 'of: teacher', but this stage does not train"),
+        ({"trains": ["student", "teacher"]}, "trains the teacher, but no loss has 'of: teacher'"),
         ({"source": "mirored"}, "unknown source 'mirored'"),
     ],
 )
