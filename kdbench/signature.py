@@ -32,7 +32,6 @@ _TYPES: dict[str, Any] = {
     "list": list,
     "tuple": tuple,
     "dict": dict,
-    "None": None,
     "Literal": Literal,
 }
 
@@ -181,29 +180,13 @@ def _parameter(argument: ast.arg, default: ast.expr | None, positional: bool) ->
             value = ast.literal_eval(default)
         except ValueError:
             value = ast.unparse(default)
-    return Parameter(argument.arg, _plain_type(argument.annotation), text, value, positional)
+    return Parameter(argument.arg, _plain_type(text), text, value, positional)
 
 
-def _plain_type(annotation: ast.expr | None) -> Any:
+def _plain_type(annotation: str) -> Any:
     """The type an annotation stands for, or None. `float | Tensor` counts as float: a recipe can only write numbers."""
-    if annotation is None:
-        return None
-    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
-        parts = [part for part in _union(annotation) if ast.unparse(part).rpartition(".")[2] != "Tensor"]
-        types = [_plain_type(part) if ast.unparse(part) != "None" else type(None) for part in parts]
-        if any(t is None for t in types):
-            return None
-        return functools.reduce(lambda a, b: a | b, types)
-    names = {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}
-    if not names <= set(_TYPES):
-        return None
+    parts = [part for part in annotation.split(" | ") if part.rpartition(".")[2] != "Tensor"]
     try:
-        return eval(ast.unparse(annotation), {"__builtins__": {}}, _TYPES)
-    except (TypeError, NameError):
+        return eval(" | ".join(parts), {"__builtins__": {}}, _TYPES)
+    except (NameError, SyntaxError, TypeError):
         return None
-
-
-def _union(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _union(node.left) + _union(node.right)
-    return [node]

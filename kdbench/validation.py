@@ -20,23 +20,19 @@ def validated(model: type[M], tree: Tree, what: str) -> M:
     except ValidationError as error:
         findings = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", str(e["loc"])))
         first = findings[0]
-        loc: Path = tuple(part for part in first["loc"] if _is_key(part, tree.data, first["loc"]))
+        loc = _keys(first["loc"], tree.data) + (first["loc"][-1:] if first["type"] == "missing" else ())
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         text, hint = _explain(model, first, loc)
         raise UserError(f"{what}: {text}{more}", where=tree.origin(loc), hint=hint) from None
 
 
-def _is_key(part: str | int, data: Any, loc: tuple[str | int, ...]) -> bool:
-    """Whether a part of pydantic's location is a key of ours, not the name of a type inside a union."""
-    return not (
-        isinstance(part, str)
-        and (
-            part in {"[key]"}
-            or "[" in part
-            or part.startswith("function-")
-            or (part in {"int", "float", "str", "bool"} and part == loc[-1])
-        )
-    )
+def _keys(loc: Path, data: Any) -> Path:
+    """The parts of pydantic's location that lead through data. The others name types inside unions."""
+    found: Path = ()
+    for part in loc:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            found, data = (*found, part), data[part]
+    return found
 
 
 def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:

@@ -7,12 +7,25 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from kdbench.cards import Augmentation, DataFields, Normalization, StageFields, TermFields, Weights
 from kdbench.models.points import POINT_GROUPS
 from kdbench.names import content_name, is_content
 from kdbench.recipe.schema import ROUTE_MOST, ComputeChoice
+
+# Fields of specs that hold targets, or mappings of names to targets.
+_CODE = ("target", "metrics", "references", "layout")
+# The context in which a spec is written for a record.
+_RECORD = "record"
 
 
 class Spec(BaseModel):
@@ -21,7 +34,24 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TargetSpec(Spec):
+class Coded(BaseModel):
+    """What names code. In a record and in an identity, code counts under a name that stays when it moves."""
+
+    counts_as: dict[str, str] = Field(default={}, description="target -> what is hashed in its place, where it differs")
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        plain: dict[str, Any] = handler(self)
+        if info.context == _RECORD:
+            plain |= {part: _named(plain[part], self.counts_as) for part in _CODE if part in plain}
+            del plain["counts_as"]
+            # As in records of before there were versions.
+            if plain.get("version") == 1:
+                del plain["version"]
+        return plain
+
+
+class TargetSpec(Coded, Spec):
     """A registered thing with its options: what to call, and with what."""
 
     name: str
@@ -29,7 +59,6 @@ class TargetSpec(Spec):
     options: dict[str, Any] = {}
     source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
     version: int = Field(1, description="of the card")
-    counts_as: dict[str, str] = Field({}, description="target -> what is hashed in its place, where it differs")
 
     @model_validator(mode="before")
     @classmethod
@@ -51,10 +80,8 @@ class DataSpec(DataFields, TargetSpec):
     root: str | None = None
 
 
-class WeightsSpec(Weights):
-    """The weights of a teacher card. `counts_as`: as of a `TargetSpec`, of `layout`."""
-
-    counts_as: dict[str, str] = {}
+class WeightsSpec(Coded, Weights):
+    """The weights of a teacher card."""
 
 
 class ModelSpec(TargetSpec):
@@ -230,32 +257,7 @@ _NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mi
 
 def recorded(spec: Spec) -> dict[str, Any]:
     """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
-    plain: dict[str, Any] = spec.model_dump(mode="json", exclude_none=True)
-    _name_code(spec, plain)
-    return plain
-
-
-def _name_code(value: Any, plain: Any) -> None:
-    """Put names in the place of targets, in the plain form of a spec or of a part of one."""
-    if isinstance(value, TargetSpec | WeightsSpec):
-        plain |= {part: _named(plain[part], value.counts_as) for part in _CODE if part in plain}
-        del plain["counts_as"]
-        # As in records of before there were versions.
-        if plain.get("version") == 1:
-            del plain["version"]
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields.keys() & plain.keys():
-            _name_code(getattr(value, name), plain[name])
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            _name_code(part, plain.get(key))
-    elif isinstance(value, list):
-        for part, plain_part in zip(value, plain, strict=True):
-            _name_code(part, plain_part)
-
-
-# Fields of specs that hold targets, or mappings of names to targets.
-_CODE = ("target", "metrics", "references", "layout")
+    return spec.model_dump(mode="json", exclude_none=True, context=_RECORD)
 
 
 def _named(code: Any, names: dict[str, str]) -> Any:
@@ -277,7 +279,7 @@ def _numbers(value: Any, earlier: bool) -> Any:
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
-                if isinstance(value, TargetSpec | WeightsSpec) and name in _CODE:
+                if isinstance(value, Coded) and name in _CODE:
                     part = _named(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
                 if isinstance(value, DataSpec) and name == "options":
                     part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}

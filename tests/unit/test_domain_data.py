@@ -167,7 +167,7 @@ def test_a_student_starts_from_a_cards_weights_with_a_new_last_layer(
     ("student", "expected"),
     [
         ({"name": "torchvision:resnet34", "start": "resnet50_imagenet"}, "of 'torchvision:resnet50', not of"),
-        ({"name": "wrn_16_2", "start": "wrn_16_2_digits"}, "trained by a recipe"),
+        ({"name": "wrn_16_2", "start": "wrn_16_2_digits"}, "a recipe trains it"),
         ({"name": "torchvision:resnet34", "start": "resnet34_imagenet", "weights": "a.pt"}, "cannot be combined"),
         ({"name": "torchvision:resnet34", "start": "resnet35_imagenet"}, "resnet34_imagenet"),
     ],

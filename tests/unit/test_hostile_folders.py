@@ -400,7 +400,7 @@ def test_a_run_is_called_so_that_it_has_a_folder_of_its_own(name: str) -> None:
 def test_a_recipe_with_such_a_name_is_refused_and_others_are_not(tmp_path: Path) -> None:
     recipe = "{data: digits, student: wrn_10_1, protocol: digits, steps: 1, method: ce}"
     (tmp_path / "teachers.yaml").write_text(recipe)
-    with pytest.raises(UserError, match="keep what they share"):
+    with pytest.raises(UserError, match="keep shared files"):
         plan(tmp_path / "teachers.yaml", Registry())
     for name in ("a b", "kd.v2", "-x", "дистилляция", "100%", "teachers2"):
         assert run_name(f"x/{name}.yaml") == name
@@ -528,7 +528,7 @@ def test_a_checkpoint_of_a_route_lies_in_its_folder(tmp_path: Path) -> None:
         ('{"a": {"b": [0, NaN]}}', "'a.b.1': nan is not a number"),
         ('{"a": -Infinity}', "'a': -inf"),
         ('{"a": 1e400}', "'a': inf"),
-        (f'{{"a": {10**30}}}', "'a': this number is out"),
+        (f'{{"a": {10**30}}}', "'a': this number is too large"),
         ('{"a": 1, "a": 2}', "given twice"),
         ('{"a\\u0007": 1}', "the character"),
         ('{"a": "\\ud83d"}', "the character"),

@@ -529,7 +529,7 @@ def test_what_only_a_search_reads_makes_no_other_cell() -> None:
         ({"method": {"name": "rco", "stages": {"route": {"modes": {"teacher": "train"}}}}}, "anchors are frozen"),
         (
             {"method": {"name": "rco_one_stage", "stages": {"route": {"trains": ["student", "connectors"]}}}},
-            "connectors live for one anchor",
+            "connectors are dropped after each anchor",
         ),
         (
             {"method": {"name": "ce", "stages": {"classification": {"anchors": {"n": 2}}}}},
