@@ -551,7 +551,11 @@ def test_what_ours_write_comes_back(tmp_path: Path) -> None:
 
 
 def test_no_file_and_a_folder_are_told(tmp_path: Path) -> None:
-    for place, says in ((tmp_path / "absent", "no such file"), (tmp_path, "no file"), (Path("/dev/null"), "no file")):
+    for place, says in (
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "not a regular file"),
+        (Path("/dev/null"), "not a regular file"),
+    ):
         with pytest.raises(UserError, match=says) as error:
             read_json(place, "do this")
         assert error.value.where == str(place) and error.value.hint == "do this"
