@@ -8,7 +8,6 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,13 +59,7 @@ def parsed(text: str, where: str, hint: str | None = None, finite: bool = True) 
     """
     try:
         data = json.loads(text, object_pairs_hook=_once)
-        level: list[tuple[tuple[Any, ...], Any]] = [((), data)]
-        for _ in range(DEEPEST):
-            for path, value in level:
-                _check(path, value, finite)
-            level = [((*path, key), inner) for path, value in level for key, inner in _entries(value)]
-        if level:
-            raise RecursionError
+        _check((), data, finite)
     except RecursionError:
         raise UserError(f"this file is damaged: nested more than {DEEPEST} deep", where=where, hint=hint) from None
     except ValueError as error:
@@ -162,13 +155,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        return value.items()
-    return enumerate(value) if isinstance(value, list) else ()
-
-
 def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
+    """Raises ValueError for a number or text that no program of ours writes, RecursionError for too deep a nesting."""
+    if len(path) >= DEEPEST:
+        raise RecursionError
     texts = [value, *path[-1:]]
     if bad := next((found for text in texts if isinstance(text, str) and (found := _CONTROL.search(text))), None):
         raise ValueError(f"a text contains the character {bad[0]!r}")
@@ -177,3 +167,6 @@ def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
         raise ValueError(f"'{place}': {value} is not a number")
     if isinstance(value, int) and abs(value) > WIDEST:
         raise ValueError(f"'{place}': this number is too large")
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check((*path, key), inner, finite)

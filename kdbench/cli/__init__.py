@@ -46,7 +46,7 @@ app.add_typer(logits.app, name="logits")
 
 
 @app.callback(invoke_without_command=True)
-def version(show_version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def version(show_version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if show_version:
         from kdbench.version import __version__
 

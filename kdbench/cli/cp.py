@@ -15,9 +15,9 @@ EXAMPLES = "Examples:  kdbench cp quickstart my.yaml   ·   kdbench cp ab_wrn ."
 def command(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe ('kdbench ls recipes').")],
     destination: Annotated[Path, typer.Argument(help="File or folder.")] = Path("."),
-    force: Annotated[bool, typer.Option(help="Overwrite a file that exists.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Copy a shipped recipe of this very version, to be edited."""
+    """Copy a shipped recipe so that you can edit it."""
     from kdbench.files import write_text
     from kdbench.reading import read_text
     from kdbench.recipe.loading import find

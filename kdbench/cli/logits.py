@@ -145,7 +145,7 @@ def clear(
 
     known = {table.folder.name: table for table in logit_files.tables()}
     if not names and not everything:
-        raise UserError("which tables?", where="kdbench logits clear", hint="name them, or say --all")
+        raise UserError("no tables are named", where="kdbench logits clear", hint="name the tables, or use --all")
     for name in names or ():
         if name not in known:
             raise UserError(f"there is no table '{name}'", hint=did_you_mean(name, known))

@@ -1,4 +1,4 @@
-"""`kdbench ls`: what there is."""
+"""`kdbench ls`: the cards and recipes of this installation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def command(
     ] = None,
     registry: RegistryOption = None,
 ) -> None:
-    """List cards of a KIND, or the kinds with their numbers."""
+    """List the cards of a KIND, or all kinds with the number of their cards."""
     from rich.table import Table
 
     from kdbench.cards import KINDS

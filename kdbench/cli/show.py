@@ -13,11 +13,11 @@ EXAMPLES = "Examples:  kdbench show methods ab   Â·   kdbench show losses kd   Â
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="Kind of card, or 'recipes'; or a name that only one kind has.")],
+    kind: Annotated[str, typer.Argument(help="Kind of card, or 'recipes'. Optional if the name is unique.")],
     name: Annotated[str | None, typer.Argument(help="Key of the card.")] = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Show a card as it is used (includes followed), where it stands, its target's options and its paper."""
+    """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""
     from rich.table import Table
 
     from kdbench.cards import KINDS

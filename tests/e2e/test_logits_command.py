@@ -50,7 +50,7 @@ def test_a_run_goes_on_computing_as_it_began(kdbench: Kdbench, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("logits", "clear"), "which tables"),
+        (("logits", "clear"), "no tables are named"),
         (("logits", "clear", "nothing"), "there is no table 'nothing'"),
         (("logits", "fill", *TINY[:1], "compare.method=[ce]", *REGISTRY), "no method of this recipe reads"),
         (("run", *TINY, *REGISTRY, "compute=fast"), "'compute.mode' cannot be 'fast'"),
