@@ -26,7 +26,7 @@ def validated(model: type[M], tree: Tree, what: str) -> M:
         raise UserError(f"{what}: {text}{more}", where=tree.origin(loc), hint=hint) from None
 
 
-def _keys(loc: Path, data: Any) -> Path:
+def _keys(loc: tuple[Any, ...], data: Any) -> Path:
     """The parts of pydantic's location that lead through data. The others name types inside unions."""
     found: Path = ()
     for part in loc:

@@ -93,7 +93,7 @@ def test_numbers_of_the_scale_0_to_255_are_refused_wherever_they_are_written(
     ],
 )
 def test_what_no_pixels_in_0_to_1_can_have(mean: float, std: float) -> None:
-    with pytest.raises(ValueError, match=r"pixels in \[0, 1\]|greater than 0"):
+    with pytest.raises(ValueError, match=r"pixel values in \[0, 1\]|greater than 0"):
         Normalization(mean=[mean], std=[std])
 
 
@@ -212,7 +212,7 @@ def test_weights_that_are_not_those_of_the_record_beside_them_are_refused(tmp_pa
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="not those of the record beside them"):
+    with pytest.raises(UserError, match="do not match the record next to them"):
         taught_by(file)
     # Earlier versions kept no sha256.
     assert taught_by(student(tmp_path / "before", files={})).teacher is not None
