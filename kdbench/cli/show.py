@@ -43,7 +43,7 @@ def command(
                 where="kdbench show",
                 hint=f"say the kind first: kdbench show {found[0]} {kind}"
                 if found
-                else did_you_mean(kind, [n for k in KINDS for n in cards.names(k)]),
+                else did_you_mean(kind, sorted({n for k in KINDS for n in cards.names(k)})),
             )
         kind, name = found[0], kind
     if kind not in KINDS:
