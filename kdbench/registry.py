@@ -111,9 +111,19 @@ class Registry:
             result.extend(self.trees[kind][key].data.get("examples", []) if "{" in key else [key])
         return result
 
-    def tree(self, kind: str, name: str, where: str | None = None) -> Tree:
-        """A card as a tree, `include` followed, short forms written out."""
-        return self._tree(kind, name, where, ())[0]
+    def tree(self, kind: str, name: str, where: str | None = None, includers: tuple[str, ...] = ()) -> Tree:
+        """A card as a tree, `include` followed, short forms written out.
+
+        Args:
+            includers: names of the cards on whose behalf this one is read.
+        """
+        tree = written_out(self.trees[kind][self._find(kind, name, where)[0]])
+        if "include" not in tree.data:
+            return tree
+        base, place = tree.data["include"], tree.origin(("include",))
+        if not isinstance(base, str) or base in (name, *includers):
+            raise UserError("'include' names another card", where=place)
+        return self.tree(kind, base, place, (*includers, name)).merged(tree.without("include"))
 
     def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:
         """What a spec says of a card's code (fields of `TargetSpec`): where it lies now, and what it counts as."""
@@ -143,7 +153,7 @@ class Registry:
 
     def fields(self, kind: str, name: str) -> dict[str, Any]:
         """What a template key's fields stand for in a name: `wrn_16_2` -> {depth: 16, width: 2}."""
-        return self._tree(kind, name, None, ())[1]
+        return self._find(kind, name, None)[1]
 
     def _find(self, kind: str, name: str, where: str | None) -> tuple[str, dict[str, Any]]:
         """The key of the card that a name means, and a template key's fields."""
@@ -154,17 +164,6 @@ class Registry:
             if match is not None:
                 return key, match
         raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=did_you_mean(name, self.names(kind)))
-
-    def _tree(self, kind: str, name: str, where: str | None, seen: tuple[str, ...]) -> tuple[Tree, dict[str, Any]]:
-        key, fields = self._find(kind, name, where)
-        tree = written_out(self.trees[kind][key])
-        if "include" in tree.data:
-            base_name = tree.data["include"]
-            if not isinstance(base_name, str) or base_name == name or base_name in seen:
-                raise UserError("'include' names another card", where=tree.origin(("include",)))
-            base, _ = self._tree(kind, base_name, tree.origin(("include",)), (*seen, name))
-            tree = base.merged(tree.without("include"))
-        return tree, fields
 
     def options(
         self, kind: str, given: Tree, own: tuple[str, ...] = ("name",), what: str | None = None

@@ -17,7 +17,6 @@ def expanded(
         stages: as the cards say, without regard to anchors. tree: of the method.
     """
     result: dict[str, StageSpec] = {}
-    data, origins = dict(tree.data["stages"]), dict(tree.origins)
     taken = sum(stage.share or 0.0 for stage in stages.values())
     for name, stage in stages.items():
         anchors = cards[name].anchors
@@ -38,10 +37,8 @@ def expanded(
                     f"stage '{name}': its anchors would create a stage '{new}', which already exists", where=where
                 )
             result[new] = part
-            data[new] = data[name]
-            own = ("stages", name)
-            origins |= {("stages", new, *p[2:]): o for p, o in tree.origins.items() if p[:2] == own}
-    return result, Tree({**tree.data, "stages": data}, origins)
+            tree = tree.put(("stages", new), tree.at("stages", name))
+    return result, tree
 
 
 def _parts(name: str, stage: StageSpec, anchors: Anchors, rest: float) -> dict[str, StageSpec]:
