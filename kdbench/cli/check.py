@@ -80,18 +80,11 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
         spec = spec.teacher.trained_by if spec.teacher is not None else None
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
-
-
 def _networks(planned: Plan, estimate: Estimate) -> Table:
+    from kdbench.cli.console import listing
+
     sizes = ("parameters", "MFLOPs an image")
-    table = _table("network", "role", *sizes, right=sizes)
+    table = listing("network", "role", *sizes, right=sizes)
     rows: dict[tuple[str, str, str], tuple[ModelSpec, DataSpec]] = {}
     for spec in (cell.spec for cell in planned.cells):
         roles = [("student", spec.student, spec.data)]
@@ -105,11 +98,12 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
 
 def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
+    from kdbench.cli.console import listing
     from kdbench.recipe.timeline import planned_timeline
     from kdbench.record import finished_record
 
     timed = ["time a seed"] if estimate is not None else []
-    table = _table("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
+    table = listing("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
     orders: dict[int, list[PlannedCell]] = {}
     for cell in planned.cells:
         orders.setdefault(cell.order, []).append(cell)
@@ -128,9 +122,10 @@ def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
 
 
 def _terms(methods: Iterable[MethodSpec]) -> Table:
+    from kdbench.cli.console import listing
     from kdbench.recipe.methods import terms_of
 
-    table = _table("method", "stage", "loss", "student", "teacher", "connector", "weight")
+    table = listing("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
         for stage, name, term in terms_of(method):
             reads = {*term.loss.inputs}

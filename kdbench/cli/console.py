@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.syntax import Syntax
+from rich.table import Table
 
 
 def console() -> Console:
     """The terminal; in a log or pipe, which has no width to fit into, a wide page."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def listing(*columns: str, right: Iterable[str] = ()) -> Table:
+    """An empty table of plain rows. `right`: columns of numbers."""
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
 
 
 def print_yaml(text: str) -> None:

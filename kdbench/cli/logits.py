@@ -109,18 +109,14 @@ class _Progress:
 @app.command("ls")
 def ls() -> None:
     """List the tables on this machine."""
-    from rich.table import Table
-
-    from kdbench.cli.console import console
+    from kdbench.cli.console import console, listing
     from kdbench.engine.logit_files import tables, tables_folder
 
     found = tables()
     if not found:
         print(f"no tables in {tables_folder()}; 'kdbench logits fill RECIPE' makes one")
         return
-    shown = Table(
-        "table", "images × views × classes", "precision", "MB", "filled", "time", box=None, header_style="bold"
-    )
+    shown = listing("table", "images × views × classes", "precision", "MB", "filled", "time")
     for table in found:
         shown.add_row(
             table.folder.name,

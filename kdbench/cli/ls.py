@@ -20,17 +20,16 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """List the cards of a KIND, or all kinds with the number of their cards."""
-    from rich.table import Table
-
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
+    from kdbench.cli.console import listing
     from kdbench.recipe.loading import recipe_names
     from kdbench.registry import Registry
 
     cards = Registry(registry or ())
     console = page()
     if kind is None:
-        table = Table("kind", "cards", "for example", box=None, header_style="bold")
+        table = listing("kind", "cards", "for example")
         for name in KINDS:
             table.add_row(name, str(len(cards.keys(name))), ", ".join(cards.names(name)[:5]))
         table.add_row("recipes", str(len(recipe_names())), ", ".join(recipe_names()[:5]))
@@ -38,11 +37,11 @@ def command(
         return
     kind = ALIASES.get(kind, kind)
     if kind == "recipes":
-        table = Table("recipe", "what it shows", box=None, header_style="bold")
+        table = listing("recipe", "what it shows")
         for name in recipe_names():
             table.add_row(name, headline(name))
     elif kind in KINDS:
-        table = Table(kind, "what it is", "paper", box=None, header_style="bold")
+        table = listing(kind, "what it is", "paper")
         for key in cards.keys(kind):
             data = cards.tree(kind, cards.trees[kind][key].data.get("examples", [key])[0] if "{" in key else key).data
             shown = key.replace("{", "<").replace("}", ">")

@@ -92,9 +92,9 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
 def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
-    from rich.table import Table
 
     from kdbench.cli.console import console as page
+    from kdbench.cli.console import listing
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import Estimate, workers
     from kdbench.record import finished_record
@@ -103,9 +103,8 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_num_threads(1)
     estimate = Estimate(device)
-    table = Table("recipe", "cells", "finished", "teachers first", "then", box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    numbers = ("cells", "finished", "teachers first", "then")
+    table = listing("recipe", *numbers, right=numbers)
     total = 0.0
     known: set[str] = set()
     for planned in plans:

@@ -18,11 +18,9 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""
-    from rich.table import Table
-
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import print_yaml
+    from kdbench.cli.console import listing, print_yaml
     from kdbench.cli.ls import ALIASES
     from kdbench.reading import read_text
     from kdbench.recipe.loading import dump, find
@@ -38,13 +36,10 @@ def command(
     if name is None:
         found = [k for k in KINDS if kind in cards.names(k)]
         if len(found) != 1:
-            raise UserError(
-                f"'{kind}' is " + (f"a name in {', '.join(found)}" if found else "no card"),
-                where="kdbench show",
-                hint=f"say the kind first: kdbench show {found[0]} {kind}"
-                if found
-                else did_you_mean(kind, sorted({n for k in KINDS for n in cards.names(k)})),
-            )
+            what = f"several kinds have a card '{kind}': {', '.join(found)}" if found else f"there is no card '{kind}'"
+            near = did_you_mean(kind, sorted({n for k in KINDS for n in cards.names(k)}))
+            hint = f"name the kind first: kdbench show {found[0]} {kind}" if found else near
+            raise UserError(what, where="kdbench show", hint=hint)
         kind, name = found[0], kind
     if kind not in KINDS:
         raise UserError(f"unknown kind '{kind}'", where="kdbench show", hint=did_you_mean(kind, [*KINDS, "recipes"]))
@@ -53,7 +48,7 @@ def command(
     console.print(f"[dim]# {tree.origin(())}[/dim]", highlight=False)
     print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
-        table = Table("option", "type", "default", box=None, header_style="bold", title="options", title_justify="left")
+        table = listing("option", "type", "default")
         for option in cards.settable(card.target, card).values():
             table.add_row(
                 option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
