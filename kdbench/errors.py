@@ -1,4 +1,4 @@
-"""The two ways in which kdbench says no."""
+"""Errors: what the user can fix, and a cell that failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files on disk: whole or absent, never half; hashed; found in the places where users keep them."""
+"""Files: written atomically, hashed, and found in the folders where users keep weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cells are hashed by in place of where code lies: names that stay when it moves.
+"""Names by which cells are hashed in place of the location of their code, so that moving code changes no cell.
 
 A shipped card counts under its key, an older one under what `names.yaml` keeps for that key. A user's card counts by
 the content of the file that its code stands in, or, where it points at code of a shipped card, as that card does.

@@ -1,5 +1,5 @@
-"""The one door for what is read from a folder. Whoever wrote it, it is data: limited in size and depth, of a known
-form, and a name in it leads to nowhere but into its folder. Anything else is one message that names the file.
+"""Reads files that anybody may have written. They are data: limited in size and depth, of a known form, and names in
+them stay inside their folder. Anything else is one message that names the file.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Registry:
         return self.tree(kind, base, place, (*includers, name)).merged(tree.without("include"))
 
     def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:
-        """What a spec says of a card's code (fields of `TargetSpec`): where it lies now, and what it counts as."""
+        """A card's code as fields of a `TargetSpec`: where it is now, and what it counts as in identities."""
         card = self.card(kind, name, where)
         shipped, key = self.shipped[kind], self._find(kind, name, where)[0]
         counts_as = {target: shipped.name(key, at, target) for at, target in targets_in(card.model_dump())}

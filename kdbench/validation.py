@@ -1,4 +1,4 @@
-"""Pydantic's findings as one kdbench message: what, file and line, what to do."""
+"""Turns pydantic's errors into one message: what is wrong, file and line, what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works: in a terminal a live table, elsewhere a line now and then."""
+"""Progress of a run: a live table in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every builder checks about its arguments."""
+"""Checks of arguments that the builders of networks share."""
 
 from __future__ import annotations
 

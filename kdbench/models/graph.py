@@ -19,7 +19,7 @@ from kdbench.models.probing import dry_call, dry_images, undisturbed
 
 
 class Untraceable(Exception):
-    """This network cannot be had as a graph; says why."""
+    """This network cannot be traced; the message says why."""
 
 
 def traced(extractor: Extractor, points: Collection[str], training: bool, image_shape: tuple[int, int, int]) -> Traced:

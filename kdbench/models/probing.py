@@ -1,4 +1,4 @@
-"""Running a network to look at it, leaving no trace: modes, buffers and random states are as before."""
+"""Dry runs of a network: they leave modes, buffers and random states as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage with anchors becomes one stage for each of them. What such a stage cannot have is told here."""
+"""Writes a stage with anchors out as one stage for each, and refuses what such a stage cannot have."""
 
 from __future__ import annotations
 

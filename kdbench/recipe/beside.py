@@ -1,5 +1,5 @@
-"""What stands beside a weight file: a student that kdbench trained brings along how its images were normalized, and the
-classes that it knows."""
+"""The record next to a weight file: how the images of a student that kdbench trained were normalized, and which classes
+it knows."""
 
 from __future__ import annotations
 

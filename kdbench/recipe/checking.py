@@ -1,4 +1,4 @@
-"""Cards checked as thoroughly as using them does, without torch: for tests, and for users who write cards."""
+"""Checks cards as thoroughly as using them does, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a record says of its cell, built from the cards of this installation.
+"""Rebuilds the cell of a record from the cards of this installation.
 
 A record is data, whoever wrote it. Its names are looked up, the code is that of the cards found, options pass the
 signature of that code, and what cards say otherwise must be what the record says. Anything else is refused.

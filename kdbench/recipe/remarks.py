@@ -1,4 +1,4 @@
-"""What a plan does that its reader may not expect: whose normalization images get, whose weights a student has."""
+"""Notes on what may surprise in a plan: whose normalization images get, and whose weights a student starts from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a cell's steps belong: the budget in steps, its stages, its evaluation points. Pure arithmetic."""
+"""A cell's budget in steps, its stages and its evaluation points. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def training_images(spec: DataSpec) -> int:
 
 
 def _part(share: float, images: int) -> int:
-    """A share of images, halves up and in decimal arithmetic, as `sources.splits` takes it."""
+    """A share of images, halves up and in decimal arithmetic, as `data.splits` takes it."""
     return math.floor(Fraction(str(share)) * images + Fraction(1, 2))
 
 
