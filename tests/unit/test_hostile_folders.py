@@ -493,7 +493,7 @@ def test_made_images_of_another_form_are_refused_though_their_sum_fits(
     pool = MadeImages(tmp_path, dict(POOL))
     save_file(tensors, pool.file(0))
     pool.file(0).with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(pool.file(0))}))
-    with pytest.raises(UserError, match="batch of made images") as error:
+    with pytest.raises(UserError, match="batch of (synthesized )?images") as error:
         pool.read(0)
     assert error.value.where == str(pool.file(0)) and error.value.hint
 
