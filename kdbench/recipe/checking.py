@@ -66,7 +66,7 @@ def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> No
     *parents, last = path.split(".")
     known: list[str] = []
     inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
-    if isinstance(inside, dict):
+    if isinstance(inside, dict) and len(parents) > 1:
         known = fields_at(MethodCard, tuple(parents))
         kind = "losses" if parents[-2:-1] == ["losses"] else NAMED_KINDS.get(parents[-1])
         if kind is not None:

@@ -344,6 +344,36 @@ def test_every_key_of_cards_misspelt_is_an_error(
         registry.trees[kind][name] = original
 
 
+PARAMETERS = {
+    "stages.only.losses.kd.temperature": None,
+    "stages.only.losses.kd.weight": None,
+    "stages.only.losses.kd.temprature": "temperature",
+    "stages.only.losses.kt.temperature": "points to nothing",
+    "stages.only.optimizer.momentum": None,
+    "stages.only.optimizer.momentun": "momentum",
+    "stages.only.modes.teacher": None,
+    "stages.first.modes.teacher": "points to nothing",
+    "stages.only.anchors.n": "points to nothing",
+    "stages.only": "points to nothing",
+    "title": "points to nothing",
+}
+
+
+@pytest.mark.parametrize(("path", "hint"), PARAMETERS.items())
+def test_a_parameter_of_a_method_card_points_to_something(path: str, hint: str | None, tmp_path: Path) -> None:
+    stage = {"name": "only", "optimizer": {"name": "sgd", "lr": 0.1}, "losses": {"kd": {"loss": "kd"}}}
+    stage["modes"] = {"teacher": "train"}
+    card = {"title": "Mine", "parameters": {"short": path}, "stages": [stage]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"methods": {"mine": card}}, sort_keys=False))
+    registry = Registry([tmp_path])
+    if hint is None:
+        check_card(registry, "methods", "mine")
+        return
+    with pytest.raises(UserError, match="the parameter 'short' points to nothing") as error:
+        check_card(registry, "methods", "mine")
+    assert hint in str(error.value) and "mine.yaml:5" in str(error.value)
+
+
 def use(registry: Registry, kind: str, name: str) -> None:
     """Check a card as thoroughly as using it does, without torch."""
     examples = registry.trees[kind][name].data.get("examples", []) if "{" in name else [name]
