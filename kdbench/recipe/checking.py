@@ -67,7 +67,7 @@ def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> No
     known: list[str] = []
     inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
     if isinstance(inside, dict) and len(parents) > 1:
-        known = fields_at(MethodCard, tuple(parents))
+        known = fields_at(MethodCard, tuple(parents)) or list(inside)
         kind = "losses" if parents[-2:-1] == ["losses"] else NAMED_KINDS.get(parents[-1])
         if kind is not None:
             card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
