@@ -352,6 +352,8 @@ PARAMETERS = {
     "stages.only.optimizer.momentum": None,
     "stages.only.optimizer.momentun": "momentum",
     "stages.only.modes.teacher": None,
+    "stages.only.batch_norm.data": None,
+    "stages.only.batch_norm.other": "data",
     "stages.first.modes.teacher": "points to nothing",
     "stages.only.anchors.n": "points to nothing",
     "stages.only": "points to nothing",
@@ -362,7 +364,7 @@ PARAMETERS = {
 @pytest.mark.parametrize(("path", "hint"), PARAMETERS.items())
 def test_a_parameter_of_a_method_card_points_to_something(path: str, hint: str | None, tmp_path: Path) -> None:
     stage = {"name": "only", "optimizer": {"name": "sgd", "lr": 0.1}, "losses": {"kd": {"loss": "kd"}}}
-    stage["modes"] = {"teacher": "train"}
+    stage |= {"modes": {"teacher": "train"}, "batch_norm": {"data": "frozen"}}
     card = {"title": "Mine", "parameters": {"short": path}, "stages": [stage]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"methods": {"mine": card}}, sort_keys=False))
     registry = Registry([tmp_path])
