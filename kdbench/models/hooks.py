@@ -23,7 +23,7 @@ from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
 from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
 from kdbench.models.points import LOGITS, existing, in_order
-from kdbench.models.probing import UNSUITABLE, cannot_take, dry_call, dry_images, undisturbed, watched
+from kdbench.models.probing import IMAGES, UNSUITABLE, cannot_take, dry_call, dry_images, dry_run, undisturbed, watched
 
 
 def places(
@@ -81,27 +81,25 @@ class Extractor:
             UserError: an image that the network cannot take; a point that is not reached, gives no tensor, gives
                 something else than one value for each image, or values that are not finite.
         """
-        with undisturbed(self.model, training=False):
-            run = _Run(self, list(self.places), checking=True)
-            images = dry_images(self.model, image_shape)
-            try:
-                with run.watching():
-                    logits = dry_call(self.model, images)
-            except UNSUITABLE as error:
-                raise cannot_take(self.model_name, image_shape, error) from None
+        run = _Run(self, list(self.places), checking=True)
+        try:
+            with run.watching():
+                logits = dry_run(self.model, image_shape)
+        except UNSUITABLE as error:
+            raise cannot_take(self.model_name, image_shape, error) from None
         values = {name: run.value(name) for name in self.places}
         values[LOGITS] = self._logits(logits)
         if not torch.isfinite(values[LOGITS]).all():
             raise UserError(
                 f"model '{self.model_name}' gives logits that are not finite", hint="check its weights for NaN"
             )
-        return {name: self._shape_of(name, value, len(images)) for name, value in values.items()}
+        return {name: self._shape_of(name, value) for name, value in values.items()}
 
-    def _shape_of(self, point: str, value: Tensor, images: int) -> tuple[int, ...]:
-        if value.shape[:1] != (images,):
+    def _shape_of(self, point: str, value: Tensor) -> tuple[int, ...]:
+        if value.shape[:1] != (IMAGES,):
             raise UserError(
                 f"hook point '{point}' ({self.places.get(point, 'output')}) of model '{self.model_name}' gives "
-                f"{list(value.shape)} for {images} images: its first axis is not the images'",
+                f"{list(value.shape)} for {IMAGES} images: its first axis is not the images'",
                 hint="choose a module that gives one value for each image",
             )
         place, shape = self.places.get(point), tuple(value.shape[1:])
@@ -156,12 +154,10 @@ class Extractor:
                 # The real run will say what is wrong, if anything is: networks exist that fail on noise only.
                 return dict.fromkeys(self.places, _Behaviour(calls=None, overwritten=True))
             found.append({name: _Behaviour(run.calls[name], run.overwritten(name)) for name in self.places})
+        both = {name: (found[0][name], found[1][name]) for name in self.places}
         return {
-            name: _Behaviour(
-                calm.calls if calm.calls == found[1][name].calls else None,
-                calm.overwritten or found[1][name].overwritten,
-            )
-            for name, calm in found[0].items()
+            name: _Behaviour(calm.calls if calm.calls == busy.calls else None, calm.overwritten or busy.overwritten)
+            for name, (calm, busy) in both.items()
         }
 
     def _logits(self, value: object) -> Tensor:

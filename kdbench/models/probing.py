@@ -27,6 +27,10 @@ UNSUITABLE = (
 )
 
 
+# Images of a dry run: more than one, since batch norms in train mode refuse single pixels.
+IMAGES = 2
+
+
 @contextmanager
 def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """All modules in train or eval mode, no gradients, random numbers that are put back; then everything as before."""
@@ -90,7 +94,7 @@ def dry_call(model: nn.Module, images: Tensor, tensors: dict[str, Tensor] | None
     return functional_call(model, tensors, (images,))
 
 
-def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = 2) -> Tensor:
+def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMAGES) -> Tensor:
     """Noise [n, *image_shape] in the network's type and on its device, always the same values."""
     values = torch.randn(n, *image_shape, generator=torch.Generator().manual_seed(0))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
