@@ -23,7 +23,7 @@ FLOORS = (
     ("results",),
     ("methods",),
     ("engine",),
-    ("record",),
+    ("record", "record_parts"),
     ("recipe",),
     ("registry", "cards", "published", "forms"),
     ("models",),
