@@ -10,13 +10,33 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
+from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
+from kdbench.record_parts import (
+    Anchor,
+    Budget,
+    Cell,
+    Checkpoint,
+    Compute,
+    Data,
+    Evaluation,
+    Git,
+    Models,
+    Part,
+    Result,
+    Seeds,
+    SpecForm,
+    Tail,
+    Teacher,
+    with_metrics_by_name,
+)
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -32,241 +52,12 @@ FEWEST_EVALUATIONS = 3
 LARGEST_SHARE = 0.2
 
 
-class Part(BaseModel):
-    """A part of a record. Frozen; keeps what it does not know."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-
-class Cell(Part):
-    """Names of the cell and its place in the comparison."""
-
-    method: str
-    label: str
-    student: str
-    teacher: str | None = None
-    data: str
-    target: str | None = None
-    protocol: str
-    seed: int
-    axes: dict[str, Any] = Field({}, description="compared dotted recipe path -> this cell's value")
-    order: int | None = Field(None, description="place of its combination in the recipe")
-    baseline: str | None = Field(None, description="method to which the recipe compares")
-    title: str = Field("", description="the recipe's own")
-
-
-class StageSteps(Part):
-    name: str
-    steps: int = Field(ge=0)
-
-
-class Budget(Part):
-    """Optimizer steps and epochs over all stages; `extra_epochs` of them come on top of the protocol's budget."""
-
-    steps: int = Field(ge=0)
-    epochs: float = Field(ge=0)
-    extra_epochs: float = Field(0, ge=0)
-    stages: list[StageSteps] = []
-
-
-class Accuracies(Part):
-    """Accuracies of one part of the data, in percent: after the last step, and best of all evaluations."""
-
-    last: float = Field(ge=0, le=100)
-    best: float = Field(ge=0, le=100)
-    best_step: int = Field(ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former_mean(cls, data: Any) -> Any:
-        """Earlier versions kept a mean of the last evaluations, those of earlier stages among them: nothing may take it
-        for the mean over the last epochs."""
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if key not in ("mean_last", "mean_last_of")}
-
-
-# Metric -> hook point -> value.
-Metrics = dict[str, dict[str, float]]
-
-
-def _with_metrics_by_name(data: Any) -> Any:
-    """A result, or a line of metrics.jsonl: earlier versions had one metric, with a key of its own."""
-    if not isinstance(data, dict) or "metrics" in data:
-        return data
-    former = {"agreement": "metrics", "agreement_reference": "references"}
-    named = {former[key]: {"agreement": data[key]} for key in former if data.get(key) not in (None, {})}
-    return {key: value for key, value in data.items() if key not in former} | named
-
-
-class Tail(NamedTuple):
-    """Mean test accuracy in percent over the evaluations of the last epochs, and how many these are."""
-
-    mean: float
-    evaluations: int
-
-
-class Result(Part):
-    test: Accuracies
-    validation: Accuracies | None = None
-    source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
-    teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
-    metrics: Metrics = Field({}, description="metric that a loss card declares -> hook point -> value after training")
-    references: Metrics = Field({}, description="the same of a student that ignores its input, where a card has it")
-    by_classes: dict[str, float] | None = Field(
-        None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_any_version(cls, data: Any) -> Any:
-        return _with_metrics_by_name(data)
-
-    def also(self) -> dict[str, float]:
-        """Accuracies after the last step beside that on the test part, in percent: source, teacher, trained_on, others,
-        those that there are."""
-        parts = {"source": self.source, "teacher": self.teacher}
-        return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
-
-
-class Teacher(Part):
-    name: str
-    sha256: str
-    accuracy: float | None = Field(None, ge=0, le=100)
-    source_accuracy: float | None = Field(None, ge=0, le=100, description="where `accuracy` is on a target domain")
-    doubts: list[str] | None = Field(
-        None, description="what was seen of it that should make its user doubt, in sentences"
-    )
-
-
-class Data(Part):
-    """Images in each part, as they were used (after a subset and a validation split)."""
-
-    name: str
-    fingerprint: str
-    train: int = Field(ge=0)
-    validation: int = Field(0, ge=0)
-    test: int = Field(ge=1)
-    classes: int = Field(ge=1)
-    origin: str = ""
-
-
-class Size(Part):
-    parameters: int = Field(ge=0)
-    flops: float = Field(ge=0)
-
-
-class Models(Part):
-    student: Size
-    teacher: Size | None = None
-
-
-class Compute(Part):
-    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation."""
-
-    device: str
-    device_name: str
-    threads: int = Field(ge=0)
-    precision: str
-    layout: str = "contiguous"
-    compile: bool = False
-    cuda_graphs: bool = False
-    teacher_logits: str = "computed"
-    evaluation: str = "float32, eager"
-    seconds: float = Field(ge=0)
-    training_seconds: float | None = Field(None, ge=0)
-    cohort_seconds: float | None = Field(None, ge=0)
-    images_per_second: float = Field(ge=0)
-    python: str
-    torch: str
-    torchvision: str = ""
-    platform: str = ""
-
-
-class Git(Part):
-    commit: str
-    dirty: bool = False
-
-
-class Checkpoint(Part):
-    """A checkpoint that a cell kept of its way, for methods that learn from it."""
-
-    step: int = Field(ge=1)
-    epoch: float
-    file: str
-    sha256: str
-
-
-class Anchor(Part):
-    """The checkpoint of its teacher's route that a stage learned from; `checkpoint` is its position there, from 0."""
-
-    stage: str
-    checkpoint: int = Field(ge=0)
-    step: int
-    epoch: float
-    sha256: str
-    divergences: list[float] | None = Field(
-        None,
-        description="mean KL(checkpoint || student) of every checkpoint, in nats, where the choice was made on them",
-    )
-
-
-class _Options(Part):
-    at: list[str | float] = []
-    gamma: float = 0.1
-    momentum: float | None = None
-
-
-class _Named(Part):
-    name: str = ""
-    options: _Options | None = None
-
-
-class _Source(Part):
-    target: str | None = None
-    gives: list[str] = []
-
-
-class _Stage(Part):
-    optimizer: _Named | None = None
-    schedule: _Named | None = None
-    source: _Source | None = None
-
-
-class _Method(Part):
-    name: str | None = None
-    label: str | None = None
-    stages: dict[str, _Stage] | None = None
-
-
-class _Teacher(Part):
-    name: str | None = None
-    accuracy: float | None = None
-    model: dict[str, Any] | None = None
-    weights: dict[str, Any] | None = None
-
-
-class _Protocol(Part):
-    augmentation: dict[str, Any] | None = None
-
-
-class _Spec(Part):
-    """What is read of a resolved recipe in whatever version's form it is."""
-
-    data: dict[str, Any] | None = None
-    target: dict[str, Any] | None = None
-    student: dict[str, Any] | None = None
-    teacher: _Teacher | None = None
-    protocol: _Protocol | None = None
-    method: _Method | None = None
-
-
-class _Seeds(Part):
-    streams: list[str] | None = None
-
-
 class Record(Part):
-    """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it."""
+    """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it.
+
+    What follows from the resolved recipe, `spec`, is not written (`derived`), and is filled in when a record is read.
+    Earlier versions wrote it; then it stands as it was written, and `kdbench verify` compares.
+    """
 
     schema_version: int = Field(alias="schema")
     kdbench: str
@@ -284,21 +75,35 @@ class Record(Part):
     target: Data | None = Field(None, description="the domain adapted to and tested on; `train` images without labels")
     models: Models
     compute: Compute
+    sources: dict[str, Any] = Field({}, description="stage -> what its batch source says of itself")
+    operations: dict[str, Any] = Field({}, description="stage -> what its operation says of itself")
+    seeds: Seeds = Seeds()
     files: dict[str, str] = Field({}, description="name of a file that was left beside the record -> sha256, in hex")
     git: Git | None = None
     folder: Path | None = Field(None, exclude=True, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_what_follows(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (spec := _typed(data.get("spec"))) is not None:
+            try:
+                return _filled(data, derived(spec))
+            except (UserError, ArithmeticError, LookupError) as error:
+                what = error.what if isinstance(error, UserError) else str(error)
+                raise ValueError(f"its resolved recipe asks for {what}") from None
+        return data
 
     @field_validator("spec", mode="before")
     @classmethod
     def _of_readable_form(cls, spec: Any) -> Any:
         """It stays as it is: another version's is compared, not understood."""
-        _Spec.model_validate(spec)
+        SpecForm.model_validate(spec)
         return spec
 
-    @model_validator(mode="after")
-    def _with_readable_seeds(self) -> Record:
-        _Seeds.model_validate((self.model_extra or {}).get("seeds") or {})
-        return self
+    @cached_property
+    def resolved(self) -> CellSpec | None:
+        """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""
+        return _typed(self.spec)
 
     def accuracy(self, metric: Metric) -> float:
         """Test accuracy in percent.
@@ -348,7 +153,67 @@ class Record(Part):
 
     def plain(self) -> dict[str, Any]:
         """The record as the plain data of its file."""
-        return self.model_dump(mode="json", by_alias=True)
+        whole = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return whole if self.resolved is None else _without(whole, derived(self.resolved))
+
+
+def derived(spec: CellSpec) -> dict[str, Any]:
+    """What of a record follows from its resolved recipe, in the form of the record: names, counts, budget, seeds."""
+    line = planned_timeline(spec)
+    split = spec.data.split_seed
+
+    def images(data: DataSpec) -> dict[str, Any]:
+        return {"name": data.name, "test": data.test, "classes": data.classes}
+
+    return {
+        "cell": {
+            "method": spec.method.name,
+            "label": spec.method.label,
+            "student": spec.student.name,
+            "teacher": spec.teacher and spec.teacher.name,
+            "data": spec.data.name,
+            "target": spec.target and spec.target.name,
+            "protocol": spec.protocol.name,
+            "seed": spec.seed,
+        },
+        "budget": {
+            "steps": line.total,
+            "epochs": round(line.epochs(line.total), 4),
+            "extra_epochs": round(line.epochs(line.extra), 4),
+            "batches_per_epoch": line.batches_per_epoch,
+            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
+        },
+        "teacher": spec.teacher and {"name": spec.teacher.name},
+        "data": images(spec.data) | {"train": training_images(spec.data), "validation": validation_images(spec.data)},
+        "target": spec.target and images(spec.target) | {"train": spec.target.train},
+        "seeds": {"seed": spec.seed, "split": spec.seed if split is None else split},
+    }
+
+
+def _typed(spec: Any) -> CellSpec | None:
+    try:
+        return CellSpec.model_validate(spec)
+    except ValidationError:
+        return None
+
+
+def _filled(data: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Plain data with what it lacks of others."""
+    found = more | data
+    both = [key for key in more if isinstance(more[key], dict) and isinstance(data.get(key), dict)]
+    return found | {key: _filled(data[key], more[key]) for key in both}
+
+
+def _without(data: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Plain data without what others hold too."""
+    found = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and isinstance(more.get(key), dict):
+            if rest := _without(value, more[key]):
+                found[key] = rest
+        elif key not in more or value != more[key]:
+            found[key] = value
+    return found
 
 
 def read_record(path: str | Path) -> Record:
@@ -485,25 +350,6 @@ def unfinished(paths: Iterable[str | Path]) -> list[Path]:
     return sorted(folder for folder in begun if not (folder / RECORD).is_file())
 
 
-class _Score(Part):
-    accuracy: float = Field(default=0, ge=0, le=100)
-
-
-class _Evaluation(Part):
-    """What is read of a line of metrics.jsonl."""
-
-    step: int = Field(ge=0)
-    # Absent or of this form; never null.
-    epoch: float = 0
-    seconds: float = 0
-    test: _Score = _Score()
-    validation: _Score = _Score()
-    source: _Score = _Score()
-    teacher: _Score = _Score()
-    metrics: Metrics = {}
-    references: Metrics = {}
-
-
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps, in the form of today: a line of
     an earlier version has its only metric, the agreement, in `metrics` too.
@@ -521,8 +367,8 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, 1):
         # A loss may have grown out of all bounds: it stands there, and no table reads it.
-        entries.append(_with_metrics_by_name(parsed(line, f"{file}:{number}", _AGAIN, finite=False)))
-        of_form(_Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
+        entries.append(with_metrics_by_name(parsed(line, f"{file}:{number}", _AGAIN, finite=False)))
+        of_form(Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
     return entries
 
 

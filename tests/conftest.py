@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -131,3 +132,10 @@ def teacher_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the public teachers are not at hand: no {folder}, and KDBENCH_TEST_WEIGHTS is not set")
     return folder
+
+
+def filled(file: Path) -> dict[str, Any]:
+    """A record as plain data, with what follows from its resolved recipe and is not in its file."""
+    from kdbench.record import read_record
+
+    return read_record(file).model_dump(mode="json", by_alias=True)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdbench.engine.batch import Split
-from kdbench.engine.weights import load_weights, read_weights
+from kdbench.engine.weights import load_weights, read_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
-from kdbench.files import atomic, sha256_of, write_json
+from kdbench.files import sha256_of, write_json
 from kdbench.reading import inside
 from kdbench.recipe import route
 from kdbench.recipe.specs import AnchorSpec
@@ -69,11 +68,9 @@ def keep(
     """
     name = f"{step:08d}.safetensors"
     file = folder / route.FOLDER / name
-    state = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
     try:
-        with atomic(file) as temporary:
-            save_file(state, temporary)
-        entry = {"step": step, "epoch": round(epoch, 4), "file": name, "sha256": sha256_of(file)}
+        digest = save_tensors(file, weights_of(model))
+        entry = {"step": step, "epoch": round(epoch, 4), "file": name, "sha256": digest}
         kept.append(entry | ({"validation": measured} if measured is not None else {}))
         write_json(folder / route.FOLDER / route.INDEX, kept)
     except OSError as error:

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
-from kdbench.engine import checkpoint
 from kdbench.engine.batch import TARGET
 from kdbench.engine.batches import Batches
+from kdbench.engine.checkpoint import NAME as CHECKPOINT
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Log, Member
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import TeacherFile
-from kdbench.files import atomic, sha256_of, write_json
+from kdbench.engine.weights import save_tensors, weights_of
+from kdbench.files import write_json
 from kdbench.recipe.specs import CellSpec, DataSpec, recorded
-from kdbench.recipe.timeline import Timeline
-from kdbench.record import LOGITS, STUDENT, summary
+from kdbench.record import LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
+from kdbench.record_parts import Result
 from kdbench.version import __version__
-
-SCHEMA = 1
 
 
 def finish(
@@ -40,7 +38,7 @@ def finish(
     teacher: TeacherFile | None,
     teacher_model: nn.Module | None,
     compute: dict[str, Any],
-) -> dict[str, Any]:
+) -> Record:
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
@@ -52,43 +50,40 @@ def finish(
     """
     member.student.model.eval()
     _, logits = score(member.student, batches.test)
-    weights = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in member.student.model.state_dict().items()
-    }
-    for name, tensors in ((LOGITS, {"logits": logits.to(torch.float16).cpu().contiguous()}), (STUDENT, weights)):
-        with atomic(folder / name) as temporary:
-            save_file(tensors, temporary)
+    kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.student.model)}
+    files = {name: save_tensors(folder / name, tensors) for name, tensors in kept.items()}
     spec, log = member.spec, member.log
-    about_data, about_target = _data(domains, batches)
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kdbench": __version__,
-        "status": "finished",
-        "identity": spec.identity(),
-        "recipe": cell.pop("recipe"),
-        "cell": cell,
-        "spec": recorded(spec),
-        "budget": _budget(member.timeline),
-        "result": _result(member, batches, logits),
-        "teacher": _teacher(spec, teacher),
-        **({"anchors": member.anchors.record()} if member.anchors else {}),
-        **({"route": log.route} if log.route else {}),
-        "data": about_data,
-        **({"target": about_target} if about_target else {}),
-        "models": {
-            "student": size_of(member.student.model, spec.data),
-            "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
-        },
-        "compute": compute | _times(log),
-        "sources": {name: source.record() for name, source in member.sources.items()},
-        "operations": {name: operation.record() for name, operation in member.operations.items()},
-        "seeds": streams(spec),
-        "files": {name: sha256_of(folder / name) for name in (STUDENT, LOGITS)},
-        "git": git_state(),
-    }
-    write_json(folder / "record.json", record)
-    (folder / checkpoint.NAME).unlink(missing_ok=True)
+    about_data, about_target = _data(domains)
+    # What follows from the resolved recipe is filled in by the record itself.
+    record = Record.model_validate(
+        {
+            "schema": SCHEMA,
+            "kdbench": __version__,
+            "status": "finished",
+            "identity": spec.identity(),
+            "recipe": cell.pop("recipe"),
+            "cell": cell,
+            "spec": recorded(spec),
+            "result": _result(member, batches, logits),
+            "teacher": _teacher(spec, teacher),
+            "anchors": member.anchors.record() if member.anchors else [],
+            "route": log.route,
+            "data": about_data,
+            "target": about_target,
+            "models": {
+                "student": size_of(member.student.model, spec.data),
+                "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
+            },
+            "compute": compute | _times(log),
+            "sources": {name: source.record() for name, source in member.sources.items()},
+            "operations": {name: operation.record() for name, operation in member.operations.items()},
+            "seeds": {"streams": streams(spec)},
+            "files": files,
+            "git": git_state(),
+        }
+    )
+    write_json(folder / RECORD, record.plain())
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return record
 
 
@@ -100,85 +95,56 @@ def _times(log: Log) -> dict[str, float]:
     }
 
 
-def _budget(line: Timeline) -> dict[str, Any]:
-    return {
-        "steps": line.total,
-        "epochs": round(line.epochs(line.total), 4),
-        "extra_epochs": round(line.epochs(line.extra), 4),
-        "batches_per_epoch": line.batches_per_epoch,
-        "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
-    }
-
-
-def _result(member: Member, batches: Batches, logits: Tensor) -> dict[str, Any]:
+def _result(member: Member, batches: Batches, logits: Tensor) -> Result:
     history = member.log.history
-    return {
-        "test": summary(history, "test"),
-        "validation": summary(history, "validation") if len(batches.validation) else None,
-        "metrics": history[-1].get("metrics", {}),
-        "references": history[-1].get("references", {}),
-        # On the source, and of the teacher that the cell trained, where there are such.
-        **{part: summary(history, part) for part in ("source", "teacher") if part in history[-1]},
-        **by_classes(member.spec.data, logits, batches.test.labels),
-    }
+    # On the source, and of the teacher that the cell trained, where there are such.
+    parts = [part for part in ("test", "validation", "source", "teacher") if part in history[-1]]
+    return Result.model_validate(
+        {
+            **{part: summary(history, part) for part in parts},
+            "metrics": history[-1].get("metrics", {}),
+            "references": history[-1].get("references", {}),
+            "by_classes": by_classes(member.spec.data, logits, batches.test.labels),
+        }
+    )
 
 
 def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
     if file is None or spec.teacher is None:
         return None
     on_source = {} if spec.target is None else {"source_accuracy": file.source_accuracy}
-    doubts = {"doubts": list(file.doubts)} if file.doubts else {}
-    return {"name": spec.teacher.name, "sha256": file.sha256, "accuracy": file.accuracy, **on_source, **doubts}
+    return {"sha256": file.sha256, "accuracy": file.accuracy, **on_source, "doubts": list(file.doubts) or None}
 
 
 def _data(
-    domains: tuple[ImageData | Pictures, ImageData | Pictures | None], batches: Batches
+    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The data set and the target domain as the record describes them: of the target, `train` images have no labels."""
-    data, target = domains
-    source_test = batches.source_test or batches.test
-    about = _described(data, len(batches.train), len(source_test.labels)) | {"validation": len(batches.validation)}
-    if target is None or batches.target is None:
-        return about, None
-    return about, _described(target, len(batches.target.train), len(batches.test.labels))
+    """Of the data set and of the target domain what no card knows: which bytes they were."""
+    data, target = ({"fingerprint": one.fingerprint, "origin": one.origin} if one else None for one in domains)
+    assert data is not None
+    return data, target
 
 
-def _described(data: ImageData | Pictures, train: int, test: int) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "fingerprint": data.fingerprint,
-        "train": train,
-        "test": test,
-        "classes": len(data.classes),
-        "origin": data.origin,
-    }
-
-
-def streams(spec: CellSpec) -> dict[str, Any]:
-    """The seed, and what each stream of draws begins with."""
-    split_seed = spec.data.split_seed if spec.data.split_seed is not None else spec.seed
+def streams(spec: CellSpec) -> list[str]:
+    """What each stream of draws begins with."""
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     drawn = ["order", "augmentation", *cropped]
     of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
     sources = [import_target(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
     own = dict.fromkeys(name for source in sources for name in source.streams)
-    return {
-        "seed": spec.seed,
-        "split": split_seed,
-        "streams": ["init", "connectors", *drawn, *of_target, "dropout", *own],
-    }
+    return ["init", "connectors", *drawn, *of_target, "dropout", *own]
 
 
-def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, float] | None:
     """Of a student that trained on images of some classes: test accuracy in percent on these and on the others.
 
-    All classes compete in both; nothing for a student that trained on all.
+    All classes compete in both; None for a student that trained on all.
     """
     if data.only_classes is None:
-        return {}
+        return None
     right = (logits.argmax(dim=1) == labels).float()
     own = torch.isin(labels, torch.tensor(data.only_classes, device=labels.device))
-    return {"by_classes": {"trained_on": 100 * right[own].mean().item(), "others": 100 * right[~own].mean().item()}}
+    return {"trained_on": 100 * right[own].mean().item(), "others": 100 * right[~own].mean().item()}
 
 
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:

@@ -18,7 +18,7 @@ from kdbench.engine.scheduling import CellState, begun
 from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.files import write_json
-from kdbench.reading import read_json, same_name
+from kdbench.reading import same_name
 from kdbench.recipe.planning import Plan
 from kdbench.record import RECORD, Record, read_record
 
@@ -106,12 +106,11 @@ def _check_case(folder: Path) -> None:
 def _rename(file: Path, place: dict[str, Any]) -> None:
     """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
     try:
-        read_record(file)
+        before = read_record(file).plain()
     except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    before = read_json(file)
-    record = before | {"recipe": place["recipe"], "cell": {k: v for k, v in place.items() if k != "recipe"}}
-    method = record["spec"].get("method") or {}
-    record["spec"] |= {"method": method | {"label": place["label"]}}
+    method = (before["spec"].get("method") or {}) | {"label": place["label"]}
+    names = {"recipe": place["recipe"], "cell": {key: value for key, value in place.items() if key != "recipe"}}
+    record = Record.model_validate(before | names | {"spec": before["spec"] | {"method": method}}).plain()
     if record != before:
         write_json(file, record)

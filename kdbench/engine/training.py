@@ -30,7 +30,7 @@ from kdbench.engine.teachers import TeacherFile, fingerprint
 from kdbench.engine.trial import possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import locked, sweep
-from kdbench.record import finished_record
+from kdbench.record import Record, finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS
@@ -184,8 +184,7 @@ class Training:
         )
         assert cell.log is not None
         cell.log.close()
-        accuracy, seconds = record["result"]["test"]["last"], record["compute"]["seconds"]
-        self.emit(CellFinished(cell=self.cells[cell].id, accuracy=accuracy, seconds=seconds))
+        self.emit(_finished(self.cells[cell], record))
 
 
 def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
@@ -193,8 +192,12 @@ def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
     record = finished_record(cell.folder)
     if record is None:
         return False
-    emit(CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds))
+    emit(_finished(cell, record))
     return True
+
+
+def _finished(cell: CellTask, record: Record) -> CellFinished:
+    return CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds)
 
 
 def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[str, Any]:

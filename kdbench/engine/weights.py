@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdbench.cards import Weights
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
-from kdbench.files import find_weights, home, sha256_of, weight_folders
+from kdbench.files import atomic, find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.specs import CellSpec, ModelSpec
 
 
@@ -176,3 +177,18 @@ def start_from(
                 value[: len(state[key])] = state[key]
             else:
                 value.copy_(state[key])
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's parameters and buffers, contiguous and on the CPU."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file, whole or not at all. Returns its sha256."""
+    with atomic(file) as temporary:
+        save_file(tensors, temporary)
+    return sha256_of(file)

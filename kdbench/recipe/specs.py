@@ -180,7 +180,7 @@ class MethodSpec(Spec):
 
 class ProtocolSpec(Spec):
     name: str
-    batch_size: int
+    batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"]
     augmentation: Augmentation
     normalization: Normalization

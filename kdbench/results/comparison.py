@@ -13,7 +13,6 @@ from typing import Any
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record
-from kdbench.verify.soundness import spec_of
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy"}
@@ -355,7 +354,7 @@ def _check_made_alike(a: Record, b: Record) -> None:
 
 def _in_the_form_of_today(record: Record) -> dict[str, Any]:
     """A record's resolved recipe with what it leaves out as a default, and own code by its content."""
-    spec = spec_of(record)
+    spec = record.resolved
     return record.spec if spec is None else recorded(spec)
 
 

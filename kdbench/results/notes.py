@@ -14,7 +14,6 @@ from kdbench.results import statistics, training
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
 from kdbench.results.sharing import unlike_baseline
-from kdbench.verify.soundness import spec_of
 
 if TYPE_CHECKING:
     from kdbench.results.tables import Row
@@ -139,7 +138,7 @@ def _percent(values: Sequence[float]) -> str:
 
 def _normalizations(comparison: Comparison) -> list[Note]:
     """Where students did not get the data card's normalization."""
-    specs = [spec for record in comparison.records if (spec := spec_of(record)) is not None]
+    specs = [spec for record in comparison.records if (spec := record.resolved) is not None]
     said = dict.fromkeys(remark for spec in specs for remark in replaced_normalization(spec))
     return [Note(remark[:1].upper() + remark[1:]) for remark in said]
 
@@ -169,7 +168,7 @@ def _teachers_in_doubt(comparison: Comparison) -> list[Note]:
 
 def _plain(record: Record) -> bool:
     """Whether a student learned from labelled images alone."""
-    spec = spec_of(record) if record.teacher is None else None
+    spec = record.resolved if record.teacher is None else None
     stages = list(spec.method.stages.values()) if spec is not None else []
     terms = [term for stage in stages for term in stage.losses.values()]
     return bool(terms) and all({*term.loss.inputs} <= {"student", "labels"} and term.input == "data" for term in terms)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.record import Metrics, Record
+from kdbench.record import Record
 from kdbench.results.comparison import in_order, text
 from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.notes import Note
@@ -72,8 +72,7 @@ def records_csv(records: Iterable[Record]) -> str:
                 "best_step": test.best_step,
                 "validation_last": validation.last if validation else None,
                 "validation_best": validation.best if validation else None,
-                **_flat(record.result.metrics),
-                **_flat(record.result.references, "_reference"),
+                **record.result.numbers(),
                 **{f"also.{name}": value for name, value in record.result.also().items()},
                 "steps": record.budget.steps,
                 "epochs": record.budget.epochs,
@@ -464,14 +463,6 @@ def _latex_note(note: Note) -> str:
 
 def _md(value: str) -> str:
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", value.replace("\n", " "))
-
-
-def _flat(metrics: Metrics, suffix: str = "") -> dict[str, float]:
-    return {
-        f"{name}{suffix}.{point}": value
-        for name, points in sorted(metrics.items())
-        for point, value in sorted(points.items())
-    }
 
 
 def _md_row(entries: Iterable[str]) -> str:

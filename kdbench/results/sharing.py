@@ -36,7 +36,7 @@ def _data_order(record: Record) -> str | None:
         [
             record.data.fingerprint,
             record.data.train,
-            _seeds(record).get("split"),
+            record.seeds.split,
             target and [target.fingerprint, target.train],
             protocol.get("batch_size"),
             protocol.get("last_batch"),
@@ -66,11 +66,7 @@ _DRAWN: dict[str, Callable[[Record], str | None]] = {
 
 def _drawn(record: Record, stream: str, settings: list[Any]) -> str | None:
     """Two cells of one seed with the same stream and settings draw the same; None where a record names no streams."""
-    return json.dumps(settings, sort_keys=True) if stream in _seeds(record).get("streams", ()) else None
-
-
-def _seeds(record: Record) -> dict[str, Any]:
-    return (record.model_extra or {}).get("seeds") or {}
+    return json.dumps(settings, sort_keys=True) if stream in record.seeds.streams else None
 
 
 def _replaced(record: Record) -> list[Any]:

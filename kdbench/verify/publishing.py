@@ -11,7 +11,6 @@ from kdbench.errors import UserError
 from kdbench.reading import inside
 from kdbench.record import METRICS, RECORD, RUN, metrics, read_record, read_run
 from kdbench.verify import sums
-from kdbench.verify.soundness import spec_of
 
 
 def publish(run: Path, out: Path) -> Path:
@@ -62,7 +61,7 @@ def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:
     """Folders of the teachers that were trained for these cells, and what their copies are called."""
     found = {}
     for cell in cells:
-        spec = spec_of(read_record(run / cell))
+        spec = read_record(run / cell).resolved
         if spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None:
             # One that was not trained here may have come with published cells, as a record.
             for folder in (teacher_folder(spec.teacher, run.parent), *sorted(run.glob("teacher*"))):

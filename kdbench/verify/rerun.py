@@ -21,7 +21,6 @@ from kdbench.recipe.specs import CellSpec
 from kdbench.record import Record, metrics, read_record
 from kdbench.registry import Registry
 from kdbench.results import statistics
-from kdbench.verify.soundness import spec_of
 
 # Of `compute`, what says how long it took and what does not touch a number. All else is a condition of equal bits.
 _NO_CONDITION = {
@@ -77,7 +76,7 @@ def choose(records: dict[str, Record], name: str | None, registry: Registry) -> 
     if name is None:
 
         def cost(cell: str) -> tuple[bool, bool, float, str]:
-            spec = spec_of(records[cell])
+            spec = records[cell].resolved
             trains = spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None
             return spec is None, trains, records[cell].compute.seconds, cell
 

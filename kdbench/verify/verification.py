@@ -25,7 +25,7 @@ from kdbench.results.page import without_charts
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
-from kdbench.verify.soundness import problems, spec_of
+from kdbench.verify.soundness import problems
 
 Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 
@@ -171,7 +171,7 @@ def _sound(folder: Folder) -> Iterator[Finding]:
     if not folder.records:
         yield Finding("unchecked", "there is none that can be read", "records", "records")
         return
-    foreign = [name for name, record in folder.records.items() if spec_of(record) is None]
+    foreign = [name for name, record in folder.records.items() if record.resolved is None]
     if foreign:
         what = f"resolved recipes of {len(foreign)} have another version's form, {foreign[0]}'s for one"
         yield Finding("unchecked", what, "records", "records against their resolved recipes")
@@ -204,7 +204,7 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     some can, the others' resolved recipes were changed."""
     by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for name, record in folder.records.items():
-        spec = spec_of(record)
+        spec = record.resolved
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
         by_version[writer][name] = spec is not None and record.identity in (spec.identity(), spec.identity(True))
     for (version, commit), same in by_version.items():
@@ -267,17 +267,17 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             size = record.models.teacher and record.models.teacher.model_dump()
             add(name, "size of the teacher", teacher, size)
             # In the form of today: versions differ in what they leave out.
-            spec = spec_of(record)
+            spec = record.resolved
             said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
             add(name, "teacher's description", teacher, said)
-        streams = ((record.model_extra or {}).get("seeds") or {}).get("streams")
         stages = ((record.spec.get("method") or {}).get("stages") or {}).values()
         # Batch sources have streams of their own.
         drawing = [stage["source"].get("target") for stage in stages if stage.get("source")]
-        add(name, "list of random streams", json.dumps([record.kdbench, record.target is None, drawing]), streams)
+        kind = json.dumps([record.kdbench, record.target is None, drawing])
+        add(name, "list of random streams", kind, record.seeds.streams)
     for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
         for name, record in folder.planned.items():
-            spec = spec_of(record)
+            spec = record.resolved
             of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
             if record.teacher is not None and of is not None and trained.identity in (of.identity(), of.identity(True)):
                 if (weights := trained.files.get(STUDENT)) is not None:
@@ -343,7 +343,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         return
     by_slug = {next((s for s in cell.slugs if s in folder.records), cell.slug): cell for cell in today.cells}
     if list(by_slug) != cells:
-        specs = [spec_of(record) for record in folder.planned.values()]
+        specs = [record.resolved for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
         other = len(set(by_slug) - set(cells))
         yield Finding(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Kdbench, Once
+from conftest import TINY, Kdbench, Once, filled
 
 from kdbench.engine.analysis import Analysis
 from kdbench.engine.options import Options
@@ -48,7 +48,7 @@ def test_boundaries_of_finished_cells(finished: Path, kdbench: Kdbench, tmp_path
     assert str(tmp_path) not in first[1].decode() and str(finished) not in first[1].decode()
     assert about["command"].startswith("kdbench analyse boundary") and "targets=3" in about["command"]
     assert about["csv"]["sha256"] == hashlib.sha256(first[0]).hexdigest()
-    records = {file.parent.name: json.loads(file.read_bytes()) for file in finished.glob("*/record.json")}
+    records = {file.parent.name: filled(file) for file in finished.glob("*/record.json")}
     networks = {one["name"]: one["sha256"] for one in about["networks"]}
     teacher = records[next(name for name in records if name.startswith("kd"))]["teacher"]
     assert networks.pop(teacher["name"]) == teacher["sha256"]
@@ -86,7 +86,7 @@ def test_the_picture_is_of_a_cell_with_boundary_samples_and_of_several_classes(
 
 
 def test_the_record_counts_boundary_samples(finished: Path) -> None:
-    record = json.loads(next(finished.glob("bss-seed0*/record.json")).read_bytes())
+    record = filled(next(finished.glob("bss-seed0*/record.json")))
     counts = record["sources"]["classification"]
     assert 0 < counts["steps"] < record["budget"]["steps"], "none once their weight is nothing"
     assert counts["attacked"] >= counts["crossed"] >= counts["arrived"]
@@ -94,7 +94,7 @@ def test_the_record_counts_boundary_samples(finished: Path) -> None:
 
 
 def test_where_the_attacks_on_a_teacher_end(finished: Path, kdbench: Kdbench, tmp_path: Path) -> None:
-    (teacher,) = {json.loads(file.read_bytes())["teacher"]["name"] for file in finished.glob("kd-*/record.json")}
+    (teacher,) = {filled(file)["teacher"]["name"] for file in finished.glob("kd-*/record.json")}
     arguments = [f"teachers={teacher}", "images=40", "targets=2", "--runs", finished.parent, *REGISTRY]
     done = kdbench("analyse", "attack", *arguments)
     with (tmp_path / "attack.csv").open(encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, Kdbench
+from conftest import ROOT, TINY, Kdbench, filled
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         names = {file.name for file in cell.iterdir()}
         assert {"record.json", "metrics.jsonl", "student.safetensors", "test_logits.safetensors", "events"} <= names
         assert "checkpoint.pt" not in names
-        record = json.loads((cell / "record.json").read_text())
+        record = filled(cell / "record.json")
         assert record["budget"]["steps"] == 12
         assert record["data"]["train"] == 100
         assert record["teacher"]["accuracy"] > 0
@@ -109,7 +109,7 @@ def test_python_api(finished: Path, tmp_path: Path) -> None:
     assert len(frame) == 2
     cell = next(finished.glob("kd-*seed0*"))
     student = kdbench.load_student(cell)
-    record = json.loads((cell / "record.json").read_text())
+    record = filled(cell / "record.json")
     data = load(roots=[], download=False, cache=tmp_path)
     own = record["spec"]["protocol"]["normalization"]
     with torch.no_grad():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Kdbench
+from conftest import Kdbench, filled
 
 HERE = Path(__file__).parent
 TINY = (str(HERE / "recipes" / "tiny.yaml"), "seeds=1", "compare.method=[ce, kd]", "steps=10")
@@ -23,7 +23,7 @@ def test_told_filled_used_and_cleared(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "already complete" in kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
     assert "complete" in kdbench("logits", "ls", **home).stdout
     kdbench("run", *TINY, *REGISTRY, **home)
-    records = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
+    records = [filled(file) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
     used = {record["cell"]["method"]: record["compute"]["teacher_logits"] for record in records}
     assert used == {"ce": "computed", "kd": "table"}
     name = next((tmp_path / "home" / "teacher_logits").glob("*/table.json")).parent.name
@@ -42,7 +42,7 @@ def test_a_run_goes_on_computing_as_it_began(kdbench: Kdbench, tmp_path: Path) -
     choices[key]["computing"]["layout"] = "channels_last"
     kept.write_text(json.dumps(choices))
     kdbench("run", *TINY[:1], "seeds=2", *TINY[2:], *REGISTRY)
-    records = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
+    records = [filled(file) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
     ways = {record["cell"]["seed"]: record["compute"]["layout"] for record in records}
     assert ways == {0: "contiguous", 1: "channels_last"}
 

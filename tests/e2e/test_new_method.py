@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Kdbench
+from conftest import ROOT, Kdbench, filled
 
 TINY = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def test_method_from_a_folder(kdbench: Kdbench, tmp_path: Path) -> None:
         "--jobs",
         "1",
     )
-    records = [json.loads(file.read_text()) for file in (tmp_path / "runs" / "tiny").rglob("record.json")]
+    records = [filled(file) for file in (tmp_path / "runs" / "tiny").rglob("record.json")]
     assert {record["cell"]["method"] for record in records} == {"ce", "cosine"}
     losses = [
         json.loads(line)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from conftest import Kdbench
+from conftest import Kdbench, filled
 from kills import Strike, struck
 from picture_files import write_scenes
 
@@ -47,7 +46,7 @@ def test_scenes_train_and_an_interrupted_run_ends_with_the_same_bits(here: Path,
     kdbench(*words(here, here / "whole"), "compare.method=[ab_transfer, at]", "--threads", "1")
     cells = [file.parent for file in (here / "whole" / "ab_scenes").glob("*/record.json")]
     assert len(cells) == 2
-    record = json.loads((cells[0] / "record.json").read_text())
+    record = filled(cells[0] / "record.json")
     assert record["data"]["train"] == 134 and record["data"]["classes"] == 67
     assert record["teacher"]["accuracy"] is None
     assert "resized_crop" in record["seeds"]["streams"]

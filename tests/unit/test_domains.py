@@ -275,8 +275,8 @@ def test_a_cohort_shares_both_domains() -> None:
 def test_a_target_is_part_of_what_a_cell_is() -> None:
     plain, other, same = cell("ce", target=None), cell("source_only"), cell("ce")
     assert plain.identity() != other.identity() == same.identity()
-    assert "target" not in streams(plain)["streams"] and "target/order" in streams(other)["streams"]
-    assert set(streams(plain)["streams"]) < set(streams(other)["streams"])
+    assert "target/order" not in streams(plain) and "target/order" in streams(other)
+    assert set(streams(plain)) < set(streams(other))
 
 
 def test_memory_counts_both_domains_and_a_teacher_that_learns() -> None:
@@ -323,13 +323,14 @@ def test_a_public_teachers_card_speaks_of_the_source() -> None:
     """Its accuracy on the target is another one, and no mistake of the record."""
     from types import SimpleNamespace
 
-    from kdbench.verify.soundness import _teacher
+    from kdbench.verify.soundness import _origins
+
+    card = SimpleNamespace(accuracy=93.39, weights=None)
+    spec = SimpleNamespace(teacher=card, data=SimpleNamespace(options={}))
 
     def told(accuracy: float, source: float, target: object) -> list[str]:
-        teacher = SimpleNamespace(name="resnet56_cifar10", sha256="0", accuracy=accuracy, source_accuracy=source)
-        spec = {"teacher": {"accuracy": 93.39}}
-        named = SimpleNamespace(teacher="resnet56_cifar10")
-        return list(_teacher(SimpleNamespace(teacher=teacher, spec=spec, cell=named, target=target)))  # type: ignore[arg-type]
+        teacher = SimpleNamespace(accuracy=accuracy, source_accuracy=source)
+        return list(_origins(SimpleNamespace(teacher=teacher, data=None, target=target), spec))  # type: ignore[arg-type]
 
     assert told(83.6, 93.39, object()) == []
     assert len(told(83.6, 92.0, object())) == 1

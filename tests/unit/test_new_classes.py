@@ -157,13 +157,13 @@ def test_accuracies_of_both_groups() -> None:
     labels = torch.tensor([5, 5, 6, 1, 2, 3, 4, 0])
     guessed = torch.tensor([5, 6, 6, 1, 1, 1, 1, 1])
     logits = torch.nn.functional.one_hot(guessed, 10).float()
-    found = by_classes(data, logits, labels)["by_classes"]
+    found = by_classes(data, logits, labels)
     assert found["trained_on"] == pytest.approx(200 / 3, rel=1e-5) and found["others"] == pytest.approx(20, rel=1e-5)
-    assert by_classes(data.model_copy(update={"only_classes": None}), logits, labels) == {}
+    assert by_classes(data.model_copy(update={"only_classes": None}), logits, labels) is None
 
 
 def test_all_classes_are_no_choice_among_them() -> None:
     """Such a cell has no other classes to report, and is the one that says nothing of classes."""
     given = RECIPE | {"data": {"name": "digits", "only_classes": list(range(10)), "per_class": 3}, "method": "ce"}
     spec = plan(given, REGISTRY).cells[0].spec
-    assert spec.data.only_classes is None and by_classes(spec.data, torch.zeros(2, 10), torch.tensor([0, 1])) == {}
+    assert spec.data.only_classes is None and by_classes(spec.data, torch.zeros(2, 10), torch.tensor([0, 1])) is None

@@ -1,0 +1,274 @@
+"""The parts of a record, typed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Part(BaseModel):
+    """A part of a record. Frozen; keeps what it does not know."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Cell(Part):
+    """Names of the cell and its place in the comparison."""
+
+    method: str
+    label: str
+    student: str
+    teacher: str | None = None
+    data: str
+    target: str | None = None
+    protocol: str
+    seed: int
+    axes: dict[str, Any] = Field({}, description="compared dotted recipe path -> this cell's value")
+    order: int | None = Field(None, description="place of its combination in the recipe")
+    baseline: str | None = Field(None, description="method to which the recipe compares")
+    title: str = Field("", description="the recipe's own")
+
+
+class StageSteps(Part):
+    name: str
+    steps: int = Field(ge=0)
+
+
+class Budget(Part):
+    """Optimizer steps and epochs over all stages; `extra_epochs` of them come on top of the protocol's budget."""
+
+    steps: int = Field(ge=0)
+    epochs: float = Field(ge=0)
+    batches_per_epoch: int | None = None
+    extra_epochs: float = Field(0, ge=0)
+    stages: list[StageSteps] = []
+
+
+class Accuracies(Part):
+    """Accuracies of one part of the data, in percent: after the last step, and best of all evaluations."""
+
+    last: float = Field(ge=0, le=100)
+    best: float = Field(ge=0, le=100)
+    best_step: int = Field(ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_mean(cls, data: Any) -> Any:
+        """Earlier versions kept a mean of the last evaluations, those of earlier stages among them: nothing may take it
+        for the mean over the last epochs."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in ("mean_last", "mean_last_of")}
+
+
+# Metric -> hook point -> value.
+Metrics = dict[str, dict[str, float]]
+
+
+def with_metrics_by_name(data: Any) -> Any:
+    """A result, or a line of metrics.jsonl: earlier versions had one metric, with a key of its own."""
+    if not isinstance(data, dict) or "metrics" in data:
+        return data
+    former = {"agreement": "metrics", "agreement_reference": "references"}
+    named = {former[key]: {"agreement": data[key]} for key in former if data.get(key) not in (None, {})}
+    return {key: value for key, value in data.items() if key not in former} | named
+
+
+class Tail(NamedTuple):
+    """Mean test accuracy in percent over the evaluations of the last epochs, and how many these are."""
+
+    mean: float
+    evaluations: int
+
+
+class Result(Part):
+    test: Accuracies
+    validation: Accuracies | None = None
+    source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
+    teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
+    metrics: Metrics = Field({}, description="metric that a loss card declares -> hook point -> value after training")
+    references: Metrics = Field({}, description="the same of a student that ignores its input, where a card has it")
+    by_classes: dict[str, float] | None = Field(
+        None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, data: Any) -> Any:
+        return with_metrics_by_name(data)
+
+    def numbers(self) -> dict[str, float]:
+        """What may stand in a column of its own, by name: <metric>.<hook point>, and <metric>_reference.<hook point>
+        of a student that ignores its input."""
+        return {
+            f"{metric}{suffix}.{point}": value
+            for suffix, metrics in (("", self.metrics), ("_reference", self.references))
+            for metric, points in sorted(metrics.items())
+            for point, value in sorted(points.items())
+        }
+
+    def also(self) -> dict[str, float]:
+        """Accuracies after the last step beside that on the test part, in percent: source, teacher, trained_on, others,
+        those that there are."""
+        parts = {"source": self.source, "teacher": self.teacher}
+        return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
+
+
+class Teacher(Part):
+    name: str
+    sha256: str
+    accuracy: float | None = Field(None, ge=0, le=100)
+    source_accuracy: float | None = Field(None, ge=0, le=100, description="where `accuracy` is on a target domain")
+    doubts: list[str] | None = Field(
+        None, description="what was seen of it that should make its user doubt, in sentences"
+    )
+
+
+class Data(Part):
+    """Images in each part, as they were used (after a subset and a validation split)."""
+
+    name: str
+    fingerprint: str
+    train: int = Field(ge=0)
+    validation: int = Field(0, ge=0)
+    test: int = Field(ge=1)
+    classes: int = Field(ge=1)
+    origin: str = ""
+
+
+class Size(Part):
+    parameters: int = Field(ge=0)
+    flops: float = Field(ge=0)
+
+
+class Models(Part):
+    student: Size
+    teacher: Size | None = None
+
+
+class Compute(Part):
+    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation."""
+
+    device: str
+    device_name: str
+    threads: int = Field(ge=0)
+    precision: str
+    layout: str = "contiguous"
+    compile: bool = False
+    cuda_graphs: bool = False
+    teacher_logits: str = "computed"
+    evaluation: str = "float32, eager"
+    seconds: float = Field(ge=0)
+    training_seconds: float | None = Field(None, ge=0)
+    cohort_seconds: float | None = Field(None, ge=0)
+    images_per_second: float = Field(ge=0)
+    python: str
+    torch: str
+    torchvision: str = ""
+    platform: str = ""
+
+
+class Seeds(Part):
+    """The cell's seed, the one of its subset and split, and names of the streams that it draws from."""
+
+    seed: int | None = None
+    split: int | None = None
+    streams: list[str] = []
+
+
+class Git(Part):
+    commit: str
+    dirty: bool = False
+
+
+class Checkpoint(Part):
+    """A checkpoint that a cell kept of its way, for methods that learn from it."""
+
+    step: int = Field(ge=1)
+    epoch: float
+    file: str
+    sha256: str
+
+
+class Anchor(Part):
+    """The checkpoint of its teacher's route that a stage learned from; `checkpoint` is its position there, from 0."""
+
+    stage: str
+    checkpoint: int = Field(ge=0)
+    step: int
+    epoch: float
+    sha256: str
+    divergences: list[float] | None = Field(
+        None,
+        description="mean KL(checkpoint || student) of every checkpoint, in nats, where the choice was made on them",
+    )
+
+
+class _Options(Part):
+    at: list[str | float] = []
+    gamma: float = 0.1
+    momentum: float | None = None
+
+
+class _Named(Part):
+    name: str = ""
+    options: _Options | None = None
+
+
+class _Source(Part):
+    target: str | None = None
+    gives: list[str] = []
+
+
+class _Stage(Part):
+    optimizer: _Named | None = None
+    schedule: _Named | None = None
+    source: _Source | None = None
+
+
+class _Method(Part):
+    name: str | None = None
+    label: str | None = None
+    stages: dict[str, _Stage] | None = None
+
+
+class _Teacher(Part):
+    name: str | None = None
+    accuracy: float | None = None
+    model: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
+
+
+class _Protocol(Part):
+    augmentation: dict[str, Any] | None = None
+
+
+class SpecForm(Part):
+    """What is read of a resolved recipe in whatever version's form it is."""
+
+    data: dict[str, Any] | None = None
+    target: dict[str, Any] | None = None
+    student: dict[str, Any] | None = None
+    teacher: _Teacher | None = None
+    protocol: _Protocol | None = None
+    method: _Method | None = None
+
+
+class _Score(Part):
+    accuracy: float = Field(default=0, ge=0, le=100)
+
+
+class Evaluation(Part):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int = Field(ge=0)
+    # Absent or of this form; never null.
+    epoch: float = 0
+    seconds: float = 0
+    test: _Score = _Score()
+    validation: _Score = _Score()
+    source: _Score = _Score()
+    teacher: _Score = _Score()
+    metrics: Metrics = {}
+    references: Metrics = {}
