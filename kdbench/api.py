@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas
@@ -71,14 +71,17 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
     return to_frame(build([*found, *(read_records(paths) if paths else [])], **options))
 
 
-def load_student(folder: str | Path, registries: Iterable[str | Path] = ()) -> nn.Module:
+def load_student(
+    folder: str | Path, registries: Iterable[str | Path] = (), weights: Literal["last", "best"] = "last"
+) -> nn.Module:
     """The trained network of a finished cell's folder, in eval mode, on the CPU.
 
     Args:
         registries: folders with the user's own models, if it is one of them.
+        weights: after the last step, or of the best evaluation, where the recipe said `keep: best`.
 
     Its input is normalized as the record's protocol says (`record.spec["protocol"]["normalization"]`).
     """
     from kdbench.engine import trained
 
-    return trained.load_student(Path(folder), registries)
+    return trained.load_student(Path(folder), registries, weights)

@@ -21,6 +21,7 @@ from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
 from kdbench.record_parts import (
     Anchor,
+    Best,
     Budget,
     Cell,
     Checkpoint,
@@ -43,8 +44,12 @@ RECORD = "record.json"
 METRICS = "metrics.jsonl"
 RUN = "recipe.json"
 STUDENT = "student.safetensors"
+BEST = "student_best.safetensors"
 LOGITS = "test_logits.safetensors"
+# What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
+PUBLISHED = (METRICS, LOGITS, RECORD)
 Metric = Literal["last", "best", "mean_last"]
+Weights = Literal["last", "best"]
 # The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is
 # no mean of what was reached where these epochs are much of the training.
 LAST_EPOCHS = 10
@@ -71,6 +76,7 @@ class Record(Part):
     teacher: Teacher | None = None
     anchors: list[Anchor] = []
     route: list[Checkpoint] = []
+    best: Best | None = Field(None, description="the evaluation whose weights were kept too, by 'keep: best'")
     data: Data
     target: Data | None = Field(None, description="the domain adapted to and tested on; `train` images without labels")
     models: Models
@@ -185,7 +191,7 @@ def derived(spec: CellSpec) -> dict[str, Any]:
         },
         "teacher": spec.teacher and {"name": spec.teacher.name},
         "data": images(spec.data) | {"train": training_images(spec.data), "validation": validation_images(spec.data)},
-        "target": spec.target and images(spec.target) | {"train": spec.target.train},
+        "target": spec.target and images(spec.target) | {"train": spec.target.train, "validation": 0},
         "seeds": {"seed": spec.seed, "split": spec.seed if split is None else split},
     }
 
@@ -287,21 +293,30 @@ def finished_record(folder: Path) -> Record | None:
     return record
 
 
-def student_file(record: Record) -> Path:
+def student_file(record: Record, weights: Weights = "last") -> Path:
     """The weights of a finished cell's student, for whoever uses them. Records of earlier versions hold no sha256.
+
+    Args:
+        weights: "last", or "best" of a cell that kept those of its best evaluation.
 
     Raises:
         UserError: they are not beside the record, or not those that it names.
     """
     assert record.folder is not None
-    file = record.folder / STUDENT
+    if weights == "best" and record.best is None:
+        raise UserError(
+            "this cell kept no weights of its best evaluation",
+            where=str(record.folder),
+            hint="remove its folder and run the recipe again with keep=best, or take the last weights",
+        )
+    file = record.folder / (STUDENT if weights == "last" else BEST)
     if not file.is_file():
         raise UserError(
-            "there are no weights of this cell's student: published results hold records alone",
+            "there are no weights of this cell's student: published results hold none",
             where=str(record.folder),
             hint="give a folder of runs; in one, remove this folder and run the recipe again",
         )
-    expected = record.files.get(STUDENT)
+    expected = record.files.get(file.name)
     if expected is not None and (found := sha256_of(file)) != expected:
         raise UserError(
             f"these weights are not those of their record: sha256 {found[:12]}…, the record says {expected[:12]}…",

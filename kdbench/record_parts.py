@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -87,6 +87,13 @@ class Result(Part):
     validation: Accuracies | None = None
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
     teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
+    top5: float | None = Field(None, ge=0, le=100, description="top-5 accuracy in percent, of more than ten classes")
+    calibration_error: float | None = Field(
+        None, ge=0, le=100, description="expected, in percent: 15 bins of confidence (Guo et al. 2017)"
+    )
+    fidelity: float | None = Field(
+        None, ge=0, le=100, description="test images in percent for which the teacher predicts the same class"
+    )
     metrics: Metrics = Field({}, description="metric that a loss card declares -> hook point -> value after training")
     references: Metrics = Field({}, description="the same of a student that ignores its input, where a card has it")
     by_classes: dict[str, float] | None = Field(
@@ -99,9 +106,10 @@ class Result(Part):
         return with_metrics_by_name(data)
 
     def numbers(self) -> dict[str, float]:
-        """What may stand in a column of its own, by name: <metric>.<hook point>, and <metric>_reference.<hook point>
-        of a student that ignores its input."""
-        return {
+        """What may stand in a column of its own, by name, where it was measured: top5, calibration_error, fidelity,
+        <metric>.<hook point>, and <metric>_reference.<hook point> of a student that ignores its input."""
+        of_logits = {name: getattr(self, name) for name in ("top5", "calibration_error", "fidelity")}
+        return {name: value for name, value in of_logits.items() if value is not None} | {
             f"{metric}{suffix}.{point}": value
             for suffix, metrics in (("", self.metrics), ("_reference", self.references))
             for metric, points in sorted(metrics.items())
@@ -189,6 +197,15 @@ class Checkpoint(Part):
     epoch: float
     file: str
     sha256: str
+
+
+class Best(Part):
+    """The evaluation whose weights were kept beside the last ones: the first of the best, on the part that chose it.
+    `accuracy`: in percent."""
+
+    step: int = Field(ge=1)
+    part: Literal["validation", "test"]
+    accuracy: float = Field(ge=0, le=100)
 
 
 class Anchor(Part):

@@ -1,4 +1,4 @@
-"""`kdbench publish`: keep a finished run's tables and records, without its weights."""
+"""`kdbench publish`: keep a finished run's tables, records and test logits, without its weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders runs/<recipe> of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder for <recipe>/.")] = Path("results"),
 ) -> None:
-    """Copy tables, plots, records and metrics of finished RUNs to results/, with SHA256SUMS over all of them.
+    """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
-    A few hundred kilobytes that can be committed: 'kdbench table' makes the table again from them, 'kdbench verify'
-    checks them.
+    Small enough to be committed (ten classes have 20 bytes an image and cell): 'kdbench table' makes the table again
+    from them, 'kdbench verify' checks them.
     """
     from kdbench.verify.publishing import publish
 

@@ -36,6 +36,14 @@ def command(
             help="Published table whose numbers are shown too, or some methods of it ('kdbench ls published').",
         ),
     ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Numbers to show too: top5, calibration_error, fidelity (predictions that are the teacher's), or any "
+            "metric of a loss card.",
+        ),
+    ] = None,
     registry: RegistryOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
@@ -59,6 +67,7 @@ def command(
         metric,  # type: ignore[arg-type]
         unfinished=unfinished(folders),
         interval=interval,  # type: ignore[arg-type]
+        columns=[name for text in columns or () for name in text.split(",") if name],
         published=dict(_published(cards, text) for text in published or ()) if cards else None,
     )
     print_table(table)

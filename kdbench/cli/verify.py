@@ -44,23 +44,23 @@ def command(
     from kdbench.cli.console import console as page
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
-    from kdbench.verify.verification import Finding, verdict, verify
+    from kdbench.verify.findings import Finding, verdict
+    from kdbench.verify.verification import verify
 
     if cell is not None and not rerun:
         raise UserError("'--cell' says what to run again", where="--cell", hint="add --rerun")
     folders = tuple(registry or ())
     cards = Registry(folders)
     console = page()
-    findings = verify(folder, cards)
+    options = Options(
+        device=device, data_roots=tuple(data or ()), download=download, registries=folders, checkpoint_seconds=1e9
+    )
+    findings = verify(folder, cards, options.roots())
     for finding in findings:
         about = f"{finding.where}: " if finding.where else ""
         console.print(Text.assemble((f"{finding.level:<10}", COLOURS[finding.level]), f"{about}{finding.what}"))
-    if rerun:
-        options = Options(
-            device=device, data_roots=tuple(data or ()), download=download, registries=folders, checkpoint_seconds=1e9
-        )
-        if not _rerun(folder, cell, tolerance, options, cards):
-            findings.append(Finding("disagrees", "a cell run again does not give its number"))
+    if rerun and not _rerun(folder, cell, tolerance, options, cards):
+        findings.append(Finding("disagrees", "a cell run again does not give its number"))
     print(verdict(findings))
     if any(finding.level == "disagrees" for finding in findings):
         raise typer.Exit(1)
@@ -72,8 +72,8 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
 
     from kdbench.cli.progress import listener
     from kdbench.record import RECORD, read_record
+    from kdbench.verify.findings import read_folder
     from kdbench.verify.rerun import choose, rerun
-    from kdbench.verify.verification import read_folder
 
     # A damaged record is told already; the others can be run.
     records = read_folder(folder).planned

@@ -144,6 +144,7 @@ class Cohort:
             "seconds": round(log.seconds, 4),
         }
         log.history.append(entry)
+        member.keep_best()
         assert cell.log is not None
         cell.log.append(entry)
         log.evaluation_seconds += time.perf_counter() - begin

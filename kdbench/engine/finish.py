@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
+from kdbench.engine.answers import measured
 from kdbench.engine.batch import TARGET
 from kdbench.engine.batches import Batches
 from kdbench.engine.checkpoint import NAME as CHECKPOINT
@@ -24,7 +25,7 @@ from kdbench.engine.teachers import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import write_json
 from kdbench.recipe.specs import CellSpec, DataSpec, recorded
-from kdbench.record import LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
+from kdbench.record import BEST, LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
 from kdbench.record_parts import Result
 from kdbench.version import __version__
 
@@ -37,6 +38,7 @@ def finish(
     domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
     teacher: TeacherFile | None,
     teacher_model: nn.Module | None,
+    teacher_logits: Tensor | None,
     compute: dict[str, Any],
 ) -> Record:
     """Write a finished member's files, its record last: a folder with a record is whole.
@@ -44,6 +46,7 @@ def finish(
     Args:
         domains: the cell's data set, and its target domain.
         cell: the planned cell's names and axes, as the record shows them.
+        teacher_logits: of the shared teacher on the test part.
         compute: device, threads, precision and so on.
     Returns:
         the record.
@@ -51,9 +54,10 @@ def finish(
     member.student.model.eval()
     _, logits = score(member.student, batches.test)
     kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.student.model)}
+    if best := member.log.best:
+        kept[BEST] = best["weights"]
     files = {name: save_tensors(folder / name, tensors) for name, tensors in kept.items()}
     spec, log = member.spec, member.log
-    about_data, about_target = _data(domains)
     # What follows from the resolved recipe is filled in by the record itself.
     record = Record.model_validate(
         {
@@ -64,12 +68,12 @@ def finish(
             "recipe": cell.pop("recipe"),
             "cell": cell,
             "spec": recorded(spec),
-            "result": _result(member, batches, logits),
+            "result": _result(member, batches, logits, teacher_logits),
             "teacher": _teacher(spec, teacher),
             "anchors": member.anchors.record() if member.anchors else [],
             "route": log.route,
-            "data": about_data,
-            "target": about_target,
+            "best": best and {key: value for key, value in best.items() if key != "weights"},
+            **_data(*domains),
             "models": {
                 "student": size_of(member.student.model, spec.data),
                 "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
@@ -95,13 +99,17 @@ def _times(log: Log) -> dict[str, float]:
     }
 
 
-def _result(member: Member, batches: Batches, logits: Tensor) -> Result:
+def _result(member: Member, batches: Batches, logits: Tensor, teacher: Tensor | None) -> Result:
     history = member.log.history
+    if (own := member.trained_teacher) is not None:
+        own.model.eval()
+        teacher = score(own, batches.test)[1]
     # On the source, and of the teacher that the cell trained, where there are such.
     parts = [part for part in ("test", "validation", "source", "teacher") if part in history[-1]]
     return Result.model_validate(
         {
             **{part: summary(history, part) for part in parts},
+            **measured(logits, batches.test.labels, teacher),
             "metrics": history[-1].get("metrics", {}),
             "references": history[-1].get("references", {}),
             "by_classes": by_classes(member.spec.data, logits, batches.test.labels),
@@ -116,13 +124,12 @@ def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
     return {"sha256": file.sha256, "accuracy": file.accuracy, **on_source, "doubts": list(file.doubts) or None}
 
 
-def _data(
-    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _data(data: ImageData | Pictures, target: ImageData | Pictures | None) -> dict[str, Any]:
     """Of the data set and of the target domain what no card knows: which bytes they were."""
-    data, target = ({"fingerprint": one.fingerprint, "origin": one.origin} if one else None for one in domains)
-    assert data is not None
-    return data, target
+    domains = {"data": data, "target": target}
+    return {
+        name: {"fingerprint": one.fingerprint, "origin": one.origin} for name, one in domains.items() if one is not None
+    }
 
 
 def streams(spec: CellSpec) -> list[str]:

@@ -16,7 +16,7 @@ from kdbench.files import sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import TEACHERS, Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import METRICS, RECORD, Record, finished_record, student_file
+from kdbench.record import PUBLISHED, Record, finished_record, student_file
 
 
 class DataHere:
@@ -215,10 +215,10 @@ def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    # A record makes a folder whole, so it comes last.
-    for name in (METRICS, RECORD):
-        shutil.copyfile(source / name, target / f".{name}.part")
-        (target / f".{name}.part").replace(target / name)
+    for name in PUBLISHED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / f".{name}.part")
+            (target / f".{name}.part").replace(target / name)
 
 
 def _cells(number: int) -> str:

@@ -23,7 +23,7 @@ from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.engine.terms import Term, build_terms
-from kdbench.engine.weights import start_from
+from kdbench.engine.weights import start_from, weights_of
 from kdbench.errors import CellError, UserError
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec
@@ -39,6 +39,7 @@ class Log:
         images: that it was trained on. seconds: of training. evaluation_seconds: of evaluations.
         rate: the learning rate of the step before.
         route: checkpoints that it kept of its way, as its record lists them.
+        best: step, part, accuracy and weights of the best evaluation, where the recipe keeps it.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Log:
     evaluation_seconds: float = 0.0
     rate: float = 0.0
     route: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
 
 class Member:
@@ -285,6 +287,17 @@ class Member:
             f"the loss was not finite at step {step}, stage '{stage}', term {terms}; "
             + ("try a smaller learning rate or weight" if step else "look at the loss itself: nothing was trained yet")
         )
+
+    def keep_best(self) -> None:
+        """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good."""
+        if self.spec.keep is None:
+            return
+        entry = self.log.history[-1]
+        part = "validation" if "validation" in entry else "test"
+        accuracy = entry[part]["accuracy"]
+        if self.log.best is None or accuracy > self.log.best["accuracy"]:
+            found = {"step": entry["step"], "part": part, "accuracy": accuracy}
+            self.log.best = found | {"weights": weights_of(self.student.model)}
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed member needs, as tensors and plain data."""

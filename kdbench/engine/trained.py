@@ -11,11 +11,11 @@ from kdbench.engine.build import build_model
 from kdbench.engine.weights import load_weights, read_weights
 from kdbench.errors import UserError
 from kdbench.recipe.recorded import student_of
-from kdbench.record import read_record, student_file
+from kdbench.record import Weights, read_record, student_file
 from kdbench.registry import Registry
 
 
-def load_student(folder: Path, registries: Iterable[str | Path] = ()) -> nn.Module:
+def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: Weights = "last") -> nn.Module:
     """The student of a finished cell's folder, in eval mode, on the CPU. See `kdbench.load_student`."""
     if not (folder / "record.json").is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
@@ -23,6 +23,6 @@ def load_student(folder: Path, registries: Iterable[str | Path] = ()) -> nn.Modu
     student, data = student_of(record.spec, Registry(Path(registry) for registry in registries), str(folder))
     # Its own first weights, or those it started from, are not needed any more.
     model = build_model(student.untrained(), data)
-    file = student_file(record)
+    file = student_file(record, weights)
     load_weights(model, read_weights(file), student.name, str(file))
     return model.eval()

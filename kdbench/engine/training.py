@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
@@ -14,6 +16,7 @@ from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import Computing
+from kdbench.engine.evaluation import score
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
@@ -150,6 +153,11 @@ class Training:
                     )
                 )
 
+    @cached_property
+    def teacher_logits(self) -> Tensor | None:
+        """The shared teacher's on the test part, which is the same for all cells."""
+        return score(self.teacher.network, self.program.groups[0].batches.test)[1] if self.teacher else None
+
     def finish(self, cell: TrainingCell) -> None:
         """Write a cell's files and its record.
 
@@ -180,6 +188,7 @@ class Training:
             self.domains,
             file,
             teacher.network.model if teacher else None,
+            self.teacher_logits if teacher else None,
             compute,
         )
         assert cell.log is not None

@@ -50,7 +50,7 @@ def cell_spec(
             # Its weights mean what they do for images that are normalized as its own were.
             protocol = protocol.model_copy(update={"normalization": teacher.normalization})
     check_route(method, teacher, data, tree.origin(("teacher",)))
-    chosen = {key: getattr(recipe, key) for key in ("evaluations", "compute", "route")}
+    chosen = {key: getattr(recipe, key) for key in ("evaluations", "compute", "route", "keep")}
     spec = CellSpec(
         data=data,
         target=target,

@@ -143,6 +143,11 @@ class Recipe(Strict):
         le=ROUTE_MOST,
         description="keep the student's weights at so many even points, the last step included",
     )
+    keep: Literal["best"] | None = Field(
+        None,
+        description="beside the last weights keep those of the best evaluation: on the validation part where there is "
+        "one, else on the test part",
+    )
 
     @model_validator(mode="after")
     def one_budget(self) -> Recipe:

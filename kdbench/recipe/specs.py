@@ -224,6 +224,7 @@ class CellSpec(Spec):
     evaluations: int | Literal["epoch"] = 50
     compute: ComputeChoice = ComputeChoice()
     route: int | None = Field(None, gt=0, le=ROUTE_MOST)
+    keep: Literal["best"] | None = None
 
     @property
     def tested(self) -> DataSpec:
@@ -244,6 +245,8 @@ class CellSpec(Spec):
         changes: dict[str, Any] = {"student": self.student.reading(own)}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())
+        # What is left beside the last weights changes none of them.
+        changes["keep"] = None
         if self.teacher is not None:
             model = self.teacher.model.reading(taught)
             changes["teacher"] = self.teacher.model_copy(update={"model": model})

@@ -15,7 +15,7 @@ from kdbench.recipe.specs import recorded
 from kdbench.record import Record
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
-_NAMES_ONLY = {"label", "root", "file", "url", "accuracy"}
+_NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "keep"}
 
 Key = tuple[tuple[str, str], ...]
 
@@ -55,7 +55,7 @@ class Column:
 @dataclass(frozen=True)
 class Comparison:
     """`cells`: (row label, column key) -> seed -> record. A cell to which an axis means nothing (the plain student,
-    where teachers are compared) stands in every column of that axis."""
+    where teachers are compared) stands in every column of that axis. `asked`: names of numbers to show too."""
 
     rows: tuple[Row, ...]
     axes: tuple[Axis, ...]
@@ -64,21 +64,30 @@ class Comparison:
     cells: Mapping[tuple[str, Key], Mapping[int, Record]]
     records: tuple[Record, ...]
     notes: tuple[str, ...]
+    asked: tuple[str, ...] = ()
+
+    def also(self, record: Record) -> dict[str, float]:
+        """What is shown beside a record's accuracy, where it was measured."""
+        numbers = record.result.numbers()
+        return record.result.also() | {name: numbers[name] for name in self.asked if name in numbers}
 
     def cell(self, row: Row, column: Column) -> Mapping[int, Record]:
         """Seed -> record, in order of seeds; empty where nothing ran."""
         return self.cells.get((row.label, column.key), {})
 
 
-def compare(records: Iterable[Record], baseline: str | None = None) -> Comparison:
+def compare(records: Iterable[Record], baseline: str | None = None, asked: Iterable[str] = ()) -> Comparison:
     """Arrange finished records in rows (students without a teacher, then those with one, each in the order of the
     recipe) and columns (combinations of everything else that varies).
 
     Args:
         baseline: key or label of the method to compare with; the recipe's own by default.
+        asked: numbers to show beside the accuracies, by name as in records.csv (`top5`, `agreement.layer1.preact`), or
+            a metric for all its hook points (`agreement`).
 
     Raises:
-        UserError: no records, an unknown baseline, or different experiments that would stand in one place.
+        UserError: no records, an unknown baseline, a number that no record has, or different experiments that would
+            stand in one place.
     """
     ordered, notes = _unique(in_order(record for record in records if record.status == "finished"))
     if not ordered:
@@ -107,7 +116,21 @@ def compare(records: Iterable[Record], baseline: str | None = None) -> Compariso
         {place: dict(sorted(group.items())) for place, group in cells.items()},
         tuple(ordered),
         tuple(notes + ([note] if note else [])),
+        _asked(ordered, asked),
     )
+
+
+def _asked(records: list[Record], asked: Iterable[str]) -> tuple[str, ...]:
+    """Names of numbers that were asked for, a metric's name as those of all its hook points."""
+    known = dict.fromkeys(name for record in records for name in record.result.numbers())
+    found: dict[str, None] = {}
+    for name in asked:
+        own = [one for one in known if one == name or one.startswith(f"{name}.")]
+        if not own:
+            hint = did_you_mean(name, known) if known else "records of earlier versions have no numbers of this kind"
+            raise UserError(f"no record has the number '{name}'", where="columns", hint=hint)
+        found |= dict.fromkeys(own)
+    return tuple(found)
 
 
 def text(value: Any) -> str:

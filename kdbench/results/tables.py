@@ -117,6 +117,7 @@ def build(
     unfinished: Sequence[str | Path] = (),
     interval: Interval = "student",
     published: Mapping[str, PublishedCard] | None = None,
+    columns: Iterable[str] = (),
 ) -> Table:
     """The table of all records: rows are methods, columns the combinations of everything else that varies.
 
@@ -129,6 +130,7 @@ def build(
         unfinished: cells that began and have no record; a note says so.
         interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
         published: key -> card of published tables whose numbers are shown too, marked as copied.
+        columns: names of numbers to show too, see `comparison.compare`.
 
     Raises:
         UserError: no finished record, an unknown baseline, cells that cannot stand in one table, too few seeds for a
@@ -136,7 +138,7 @@ def build(
             one.
     """
     given = list(records)
-    comparison = compare(given, baseline)
+    comparison = compare(given, baseline, columns)
     names = [str(folder) for folder in unfinished]
     names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
     marks: dict[str, str] = {}
@@ -168,7 +170,7 @@ def build(
         copied,
         summed,
         points,
-        tuple(dict.fromkeys(name for record in comparison.records for name in record.result.also())),
+        tuple(dict.fromkeys(name for record in comparison.records for name in comparison.also(record))),
         tuple(notes),
     )
 
@@ -382,17 +384,17 @@ def _cell(
             point: _mean([shares[point] for r in records if point in (shares := r.result.metrics.get("agreement", {}))])
             for point in points
         },
-        also=_also(records),
+        also=_also(comparison, records),
         seconds=_mean([_seconds(record) for record in records]),
         images_per_second=_mean([record.compute.images_per_second for record in records]),
         marks=tuple(marks.setdefault(text, _letter(len(marks))) for text in said),
     )
 
 
-def _also(records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
+def _also(comparison: Comparison, records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
     values: dict[str, list[float]] = {}
     for record in records:
-        for name, accuracy in record.result.also().items():
+        for name, accuracy in comparison.also(record).items():
             values.setdefault(name, []).append(accuracy)
     return {name: (found.mean, found.deviation) for name, v in values.items() if (found := statistics.summarize(v))}
 

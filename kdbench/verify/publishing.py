@@ -1,4 +1,4 @@
-"""From a run's folder to what is worth keeping of it: tables, plots, records and metrics, no weights, no logits."""
+"""From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits, no weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
 from kdbench.reading import inside
-from kdbench.record import METRICS, RECORD, RUN, metrics, read_record, read_run
+from kdbench.record import PUBLISHED, RECORD, RUN, metrics, read_record, read_run
 from kdbench.verify import sums
 
 
@@ -48,8 +48,9 @@ def publish(run: Path, out: Path) -> Path:
             inside(made, copy).mkdir()
             # What cannot be read again is not worth keeping.
             read_record(inside(folder, RECORD)), metrics(folder)
-            for file_name in (RECORD, METRICS):
-                shutil.copy(inside(folder, file_name), made / copy)
+            for file_name in PUBLISHED:
+                if (file := inside(folder, file_name)).is_file():
+                    shutil.copy(file, made / copy)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")

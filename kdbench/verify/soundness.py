@@ -96,6 +96,9 @@ def _results(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:
             yield from _same(f"result.{part}.{name}", getattr(recorded, name), value, "the metrics say")
     if not record.data.validation:
         yield from _same("result.validation", result.validation, None)
+    if (best := record.best) is not None:
+        at = next((entry[best.part]["accuracy"] for entry in history if entry["step"] == best.step), None)
+        yield from _same("best", (best.step, best.accuracy), (summary(history, best.part)["best_step"], at))
     for name in ("metrics", "references"):
         yield from _same(f"result.{name}", getattr(result, name), history[-1].get(name, {}), "the metrics say")
 

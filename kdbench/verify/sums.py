@@ -12,20 +12,19 @@ from pathlib import Path
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_text
 from kdbench.reading import inside, read_text
-from kdbench.record import METRICS, RECORD, RUN
+from kdbench.record import PUBLISHED, RUN
 
 NAME = "SHA256SUMS"
 
-# What is kept of a run when it is published: everything but weights, logits, events and checkpoints.
+# What is kept of a run when it is published: everything but weights, events and checkpoints.
 _KEPT = (RUN, "table.*", "records.csv", "*.png", "*.html")
-_KEPT_OF_CELLS = (RECORD, METRICS)
 
 
 def kept(folder: Path) -> list[Path]:
     """Files of a run's or results folder that are published, by path: its tables and plots, and every record with its
-    metrics one folder below. UserError for a link that leaves the folder."""
+    metrics and test logits one folder below. UserError for a link that leaves the folder."""
     files = {file for pattern in _KEPT for file in folder.glob(pattern)}
-    files |= {file for name in _KEPT_OF_CELLS for file in folder.glob(f"*/{name}")}
+    files |= {file for name in PUBLISHED for file in folder.glob(f"*/{name}")}
     return sorted(inside(folder, *file.relative_to(folder).parts) for file in files if file.is_file())
 
 

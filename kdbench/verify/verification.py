@@ -1,6 +1,7 @@
 """Whether a results folder still agrees with itself: recipe, records, metrics, table, and the sums over all of them.
 
-Imports no torch. What cannot be checked (a record of an older version) is said, in the verdict too, never passed over.
+Imports torch only where there are test logits. What cannot be checked (a record of an older version) is said, in the
+verdict too, never passed over.
 """
 
 from __future__ import annotations
@@ -8,64 +9,31 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kdbench.engine.finished import names
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
-from kdbench.reading import inside
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
-from kdbench.record import LOGITS, METRICS, RECORD, RUN, STUDENT, Record, Run, metrics, read_record, read_run
+from kdbench.record import BEST, LOGITS, RUN, STUDENT, Record
 from kdbench.registry import Registry
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
+from kdbench.verify.findings import Finding, Folder, is_cell, read_folder
 from kdbench.verify.soundness import problems
 
-Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found. `where`: the file or cell that it is about. `check`: what could not be checked, of such a
-    finding."""
-
-    level: Level
-    what: str
-    where: str = ""
-    check: str = ""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What lies in a results folder, as far as it could be read.
-
-    Attributes:
-        records, histories: by folder name, teachers' among them.
-        unread: what could not be read.
-    """
-
-    path: Path
-    run: Run
-    records: dict[str, Record]
-    histories: dict[str, list[dict[str, Any]]]
-    unread: list[Finding]
-
-    @property
-    def planned(self) -> dict[str, Record]:
-        """Records of the comparison's cells: without teachers'."""
-        cells = self.run.cells
-        named = cells if cells is not None else [name for name in self.records if _is_cell(name)]
-        return {name: self.records[name] for name in named if name in self.records}
-
-
-def verify(path: Path, registry: Registry) -> list[Finding]:
+def verify(path: Path, registry: Registry, roots: Iterable[Path] = ()) -> list[Finding]:
     """Every check of a folder that `kdbench run` or `kdbench publish` wrote.
+
+    Args:
+        roots: folders searched for data, whose labels test logits are compared with.
 
     Raises:
         UserError: this is no such folder.
@@ -87,37 +55,7 @@ def verify(path: Path, registry: Registry) -> list[Finding]:
     ]
     for check in checks:
         findings += check(folder)
-    return findings + list(_cards(folder, registry)) + list(_planned_again(folder, registry))
-
-
-def verdict(findings: Iterable[Finding]) -> str:
-    """All findings in one line: whether everything agrees, and what was not checked."""
-    findings = list(findings)
-    wrong = sum(finding.level == "disagrees" for finding in findings)
-    skipped = list(dict.fromkeys(finding.check for finding in findings if finding.level == "unchecked"))
-    said = f"{wrong} {'disagreement' if wrong == 1 else 'disagreements'}" if wrong else "everything agrees"
-    if not skipped:
-        return said
-    return f"{said if wrong else 'everything checked agrees'}; not checked: {', '.join(skipped)}"
-
-
-def read_folder(path: Path) -> Folder:
-    """What can be read of a results folder, and what cannot."""
-    findings: list[Finding] = []
-    run = Run()
-    try:
-        run = read_run(path)
-    except UserError as error:
-        findings.append(Finding("disagrees", error.what, RUN))
-    records, histories = {}, {}
-    for file in sorted(path.glob(f"*/{RECORD}")):
-        name = file.parent.name
-        try:
-            records[name] = read_record(inside(path, name, RECORD))
-            histories[name] = metrics(file.parent) if (file.parent / METRICS).is_file() else []
-        except UserError as error:
-            findings.append(Finding("disagrees", error.what, name))
-    return Folder(path, run, records, histories, findings)
+    return [*findings, *_logits(folder, registry, roots), *_cards(folder, registry), *_planned_again(folder, registry)]
 
 
 def _sums(folder: Folder) -> Iterator[Finding]:
@@ -139,7 +77,7 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", what, RUN, "which cells were planned")
         return
     missing = [cell for cell in cells if cell not in folder.records]
-    extra = [name for name in folder.records if name not in cells and _is_cell(name)]
+    extra = [name for name in folder.records if name not in cells and is_cell(name)]
     yield from (Finding("disagrees", "planned, and has no sound record", cell) for cell in missing)
     # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
     yield from (
@@ -184,7 +122,7 @@ def _files(folder: Folder) -> Iterator[Finding]:
     """Weights and logits beside the records, where there are any, are those that the records name."""
     held, nameless = 0, 0
     for name, record in folder.records.items():
-        for file in (folder.path / name / left for left in (STUDENT, LOGITS)):
+        for file in (folder.path / name / left for left in (STUDENT, BEST, LOGITS)):
             if not file.is_file():
                 continue
             expected = record.files.get(file.name)
@@ -197,6 +135,25 @@ def _files(folder: Folder) -> Iterator[Finding]:
         yield Finding("remark", what, "files")
     if held:
         yield Finding("agrees", f"{held} of weights and logits compared with the sha256 in their records", "files")
+
+
+def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterator[Finding]:
+    """Test accuracies follow from the logits beside their records, where the data are here."""
+    held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
+    if not held:
+        return
+    from kdbench.verify.logits import contradictions
+
+    try:
+        data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
+        wrong = contradictions(held, data, roots)
+    except UserError as error:
+        what = f"accuracies were not counted again, for want of labels: {error.what}"
+        yield Finding("unchecked", what, LOGITS, "accuracies against the test logits")
+        return
+    yield from (Finding("disagrees", what, name) for name, what in wrong.items())
+    if not wrong:
+        yield Finding("agrees", f"the test accuracies of {len(held)} records follow from them", LOGITS)
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:
@@ -386,8 +343,3 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
 def _recomputed(spec: CellSpec, folder: Folder) -> bool:
     ours = (spec.identity(), spec.identity(earlier=True))
     return any(record.identity in ours for record in folder.planned.values())
-
-
-def _is_cell(name: str) -> bool:
-    """Whether a folder with a record is a cell of the comparison. A published teacher's is called so."""
-    return name != "teacher" and not name.startswith("teacher-")

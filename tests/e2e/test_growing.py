@@ -15,7 +15,7 @@ from kdbench.engine.options import Options, Silent
 from kdbench.engine.runner import Outcome, run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
-from kdbench.record import read_record
+from kdbench.record import LOGITS, read_record
 from kdbench.registry import Registry
 from kdbench.verify.adopting import published
 from kdbench.verify.publishing import publish
@@ -150,11 +150,14 @@ def test_a_published_table_grows_by_seeds(lab: Lab) -> None:
     (second / "checkpoint.pt").write_bytes(b"half of it")
     outcome, said = lab.go("seeds=2")
     assert len(outcome.finished) == 2
-    assert {file.parent for file in second.parent.rglob("*.safetensors")} == {second}, "the first is not trained"
+    assert {file.parent for file in second.parent.rglob("student.safetensors")} == {second}, "the first is not trained"
     assert f"1 cell taken from {made}" in said[0] and "KD, seed 1: its checkpoint is damaged: set aside" in said[1]
     lab.publish(outcome.finished)
     for folder in (made, lab.runs / "recipe"):
-        assert {finding.level for finding in verify(folder, lab.registry)} == {"agrees"}
+        assert {finding.level for finding in verify(folder, lab.registry, [lab.folder / "data"])} == {"agrees"}
+        # Where the data are not at hand, accuracies are not counted again, and that is said.
+        assert {finding.where for finding in verify(folder, lab.registry) if finding.level == "unchecked"} == {LOGITS}
+    assert len(list(made.glob("kd-*/test_logits.safetensors"))) == 2, "those of the first came along"
     assert len(list(made.glob("kd-*"))) == 2 and (made / "teacher" / "record.json").is_file()
     # For use, a record without weights is not finished, nor is one with others.
     with pytest.raises(UserError, match="no weights of this cell's student"):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Kdbench
+from conftest import TINY, Kdbench, filled
 
 CARDS = """\
 analyses:
@@ -62,7 +62,7 @@ def test_an_analysis_of_ones_own(tiny_run: Path, own: list[str | Path], kdbench:
     done = kdbench("analyse", "confidence", runs, "images=1000", "--out", tmp_path / "out", *own)
     with (tmp_path / "out" / "confidence.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    records = {file.parent.name: json.loads(file.read_bytes()) for file in runs.glob("*/record.json")}
+    records = {file.parent.name: filled(file) for file in runs.glob("*/record.json")}
     # All test images: the accuracy of the record.
     accuracies = {
         (one["cell"]["method"], one["cell"]["seed"]): one["result"]["test"]["last"] for one in records.values()

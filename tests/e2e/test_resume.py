@@ -11,9 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, Kdbench, Once
 from filelock import FileLock
 from kills import Strike, assert_alike, start, struck
+
+from kdbench import load_student
+from kdbench.data.augment import normalize
+from kdbench.data.digits import load
+from kdbench.errors import UserError
+from kdbench.record import read_record
 
 
 def words(runs: Path) -> list[str | Path]:
@@ -54,6 +61,47 @@ def test_several_seeds_in_one_program_are_the_cells_alone_also_when_killed(
     assert len(records) == 4 and {record["compute"]["cohort"] for record in records} <= {1, 2}
     assert 2 in {record["compute"].get("seeds_together") for record in records}
     assert_alike(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_kept_also_when_killed(
+    once: Once, command_line: Kdbench, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    few = ("compare.method=[ab]", "steps=24", "evaluations=6", "keep=best")
+    alone = once("best", lambda folder: command_line(*words(folder), *few, cwd=folder))
+    folder = next((alone / "tiny").glob("ab-*"))
+    record = read_record(folder)
+    best = record.best
+    assert best is not None and best.part == "test" and best.step == record.result.test.best_step
+    assert best.accuracy == pytest.approx(record.result.test.best, abs=1e-4)
+    # It is the same cell as without them, with the same last weights.
+    assert record.resolved is not None
+    assert record.identity == record.resolved.model_copy(update={"keep": None}).identity()
+    data = load(roots=[], download=False, cache=tmp_path)
+    own = record.resolved.protocol.normalization
+    for weights, expected in (("last", record.result.test.last), ("best", record.result.test.best)):
+        student = load_student(folder, weights=weights)  # type: ignore[arg-type]
+        with torch.no_grad():
+            answers = student(normalize(data.test_images, own.mean, own.std)).argmax(dim=1)
+        assert 100 * (answers == data.test_labels).double().mean().item() == pytest.approx(expected, abs=1e-3)
+    struck([*words(tmp_path), *few], Strike("checkpoint", 11, "run"))
+    struck([*words(tmp_path), *few], Strike("record", 0))
+    kdbench(*words(tmp_path), *few)
+    assert_alike(tmp_path, alone)
+    again = next((tmp_path / "tiny").glob("ab-*"))
+    assert len(list(again.glob("*.safetensors"))) == 3
+    # A changed record is told.
+    verified = kdbench("verify", tmp_path / "tiny", *TINY[1:])
+    assert "everything agrees" in verified.stdout
+    plain = json.loads((again / "record.json").read_text())
+    plain["best"]["step"] += 1
+    (again / "record.json").write_text(json.dumps(plain))
+    assert "best is" in kdbench("verify", tmp_path / "tiny", *TINY[1:], code=1).stdout
+    # A cell that kept none has none to load.
+    del plain["best"]
+    (again / "record.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="kept no weights of its best"):
+        load_student(again, weights="best")
 
 
 @pytest.mark.long

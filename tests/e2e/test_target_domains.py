@@ -83,7 +83,7 @@ def test_what_is_published_agrees_and_what_is_changed_in_it_is_told(finished: Pa
             file.write_text(json.dumps(changed(record, path), indent=1))
             sums.write(folder)
             assert [f for f in verify(folder, REGISTRY) if f.level == "disagrees"], path
-    assert record["target"]["name"] == "mnist_8"
+    assert record["spec"]["target"]["name"] == "mnist_8"
 
 
 @pytest.mark.slow

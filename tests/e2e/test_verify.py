@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TINY, Kdbench
+from safetensors.torch import load_file, save_file
 
+from kdbench.files import sha256_of
 from kdbench.registry import Registry
 from kdbench.verify import sums
-from kdbench.verify.verification import Finding, verify
+from kdbench.verify.findings import Finding
+from kdbench.verify.verification import verify
 
 HERE = Path(__file__).parent
 REGISTRY = Registry([HERE / "registry"])
@@ -32,8 +36,8 @@ ALONE = {
     "compute.seconds",  # told where it falls below the training's own
     "git.dirty",
     "data.origin",  # of another form it would be told, as the others' is
-    "files.student.safetensors",  # of published records the files themselves are not there
-    "files.test_logits.safetensors",
+    "result.calibration_error",  # of a teacher; a cell's stands in records.csv too
+    "files.student.safetensors",  # of published records the file itself is not there
 }
 
 
@@ -95,7 +99,9 @@ def test_a_run_and_its_published_copy_are_sound(finished: Path) -> None:
     names = {file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file()}
     assert {"recipe.json", "table.md", "table.csv", "table.tex", "records.csv", "SHA256SUMS"} <= names
     assert {"teacher/record.json", "teacher/metrics.jsonl"} <= names
-    assert not [name for name in names if "safetensors" in name or "events" in name or "lock" in name]
+    assert not [name for name in names if "student" in name or "events" in name or "lock" in name]
+    assert "teacher/test_logits.safetensors" in names
+    assert any("follow from them" in finding.what for finding in verify(finished, REGISTRY))
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=finished, capture_output=True)
     assert done.returncode == 0
 
@@ -157,6 +163,28 @@ def test_a_changed_table_is_told(folder: Path, name: str) -> None:
     assert {finding.where for finding in disagreements(folder)} == {"SHA256SUMS", name}
     sums.write(folder)
     assert [finding.where for finding in disagreements(folder)] == [name]
+
+
+@pytest.mark.slow
+def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
+    file = next(folder.glob("kd-seed0-*/test_logits.safetensors"))
+    record = file.with_name("record.json")
+    logits = load_file(file)["logits"]
+    assert logits.dtype == torch.float16
+    wrong = logits.roll(1, dims=1).contiguous()
+    save_file({"logits": wrong}, file)
+    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 2, "another file, another accuracy"
+    # Somebody makes the sha256 and the sums fit again.
+    plain = json.loads(record.read_text())
+    plain["files"][file.name] = sha256_of(file)
+    record.write_text(json.dumps(plain))
+    sums.write(folder)
+    assert [f.what for f in disagreements(folder) if "the test logits say" in f.what]
+    for damaged in (b"nothing", b""):
+        file.write_bytes(damaged)
+        assert any("cannot be read" in f.what for f in disagreements(folder))
+    save_file({"logits": logits[:7].contiguous()}, file)
+    assert any("no logits for these" in f.what for f in disagreements(folder))
 
 
 @pytest.mark.slow

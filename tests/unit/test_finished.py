@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from synthetic import make, plain_record, write
 
+from kdbench.engine.analysis import FinishedCell
 from kdbench.engine.finished import DataHere, Finished
 from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.scheduling import CellState
 from kdbench.engine.teachers import trained
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
-from kdbench.methods.bss.analysis import _check_made_from
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record, finished_record, read_record, student_file
@@ -24,7 +24,8 @@ from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.verify import sums
 from kdbench.verify.adopting import published
-from kdbench.verify.verification import _files, read_folder
+from kdbench.verify.findings import read_folder
+from kdbench.verify.verification import _files
 
 E2E = Path(__file__).parent.parent / "e2e"
 OLD, NEW = "cd" * 32, "ef" * 32
@@ -121,7 +122,7 @@ def test_weights_are_used_only_if_they_are_those_of_the_record(tmp_path: Path) -
     assert [one.level for one in _files(read_folder(tmp_path))] == ["disagrees", "agrees"]
     # The same file named by a recipe, as a start or as a teacher's weights.
     for named in (f"student.weights={file}", f"teacher={{model: wrn_10_1, weights: {file}}}"):
-        with pytest.raises(UserError, match="not those of the record beside them"):
+        with pytest.raises(UserError, match="do not match the record next to them"):
             planned(named)
 
 
@@ -231,8 +232,9 @@ def test_no_mean_is_taken_over_different_data_or_teachers(over: dict[str, Any]) 
 
 
 def test_an_analysis_is_of_the_data_and_the_teacher_of_the_record() -> None:
-    record = make("kd", 0)
-    _check_made_from(record, {"data 'cifar10'": OLD, "teacher 'wrn_22_4_cifar10'": TEACHER, "data 'other'": NEW})
-    for here in ({"data 'cifar10'": NEW}, {"teacher 'wrn_22_4_cifar10'": NEW}):
+    cell = FinishedCell(make("kd", 0), planned().cells[0].spec)
+    cell.check_made_from(OLD, "wrn_22_4_cifar10", TEACHER)
+    cell.check_made_from(OLD, "another", NEW)
+    for here in ((NEW, "wrn_22_4_cifar10", TEACHER), (OLD, "wrn_22_4_cifar10", NEW)):
         with pytest.raises(UserError, match=f"here it is {NEW[:12]}"):
-            _check_made_from(record, here)
+            cell.check_made_from(*here)

@@ -113,6 +113,10 @@ def test_every_shipped_card_of_code_is_told_by_its_key() -> None:
         assert len(new) == len(set(new)), f"{kind}: let one card include the other, in place of the same target twice"
 
 
+def test_weights_kept_beside_the_last_ones_are_no_part_of_what_a_cell_is() -> None:
+    assert one(keep="best").keep == "best" and one(keep="best").identity() == one().identity()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in frozen() if kind != "optimizers"])
 def test_a_new_card_is_hashed_by_its_key_and_as_an_alias_by_the_older_one(
     kind: str, monkeypatch: pytest.MonkeyPatch

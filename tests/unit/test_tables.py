@@ -340,6 +340,22 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
     assert beside.seeds_needed > alone.seeds_needed  # type: ignore[operator]
 
 
+def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
+    records = [make("ce", seed, 90.0, teacher=None, result__calibration_error=5.0 + seed) for seed in range(2)]
+    over = {"result__calibration_error": 3.0, "result__fidelity": 97.5, "agreement": {"layer1.preact": 0.75}}
+    records += [make("kd", seed, 91.0, order=1, **over) for seed in range(2)]
+    assert not build(records).also
+    table = build(records, columns=["fidelity", "calibration_error", "agreement"])
+    assert table.also == ("calibration_error", "fidelity", "agreement.layer1.preact")
+    shown = markdown(table)
+    assert "| method | calibration error | same answer as the teacher | agreement.layer1.preact |" in shown
+    assert "| CE | 5.50 ± 0.71 | – | – |" in shown and "| KD | 3.00 ± 0.00 | 97.50 ± 0.00 | 0.75 ± 0.00 |" in shown
+    with pytest.raises(UserError, match="(?s)no record has the number 'fidelty'.*did you mean 'fidelity'"):
+        build(records, columns=["fidelty"])
+    with pytest.raises(UserError, match="records of earlier versions"):
+        build(comparison(VALUES), columns=["top5"])
+
+
 def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() -> None:
     agreement = {"layer1.preact": 0.96, "layer2.preact": 0.7}
     assert "ignores its input was not recorded" in notes(build(comparison(VALUES, agreement=agreement)))

@@ -11,7 +11,8 @@ from kdbench.registry import Registry
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
-from kdbench.verify.verification import Finding, verdict, verify
+from kdbench.verify.findings import Finding, verdict
+from kdbench.verify.verification import verify
 
 AGREES = Finding("agrees", "made again", "table.md")
 VALUES = {"ce": [93.5, 93.7], "kd": [94.0, 94.1]}
