@@ -54,7 +54,7 @@ _PIXELS = "it must be for pixel values in [0, 1]"
 
 
 def _scale(value: float) -> str:
-    return f": on the scale 0 to 255? Divide by 255: {value / 255:.4f}" if 1 < value <= 255 else ""
+    return f"; if it is on the scale 0 to 255, divide it by 255: {value / 255:.4f}" if 1 < value <= 255 else ""
 
 
 class Normalization(Strict):

@@ -83,7 +83,7 @@ def teacher_spec(
         raise UserError(
             f"the teacher '{name}' was trained on the classes of '{card.data.name}', not of '{data}'",
             where=where,
-            hint="choose a teacher of this data ('kdbench ls teachers')",
+            hint="choose a teacher for this data ('kdbench ls teachers')",
         )
     model = _teacher_model(registry.tree("teachers", name).at("model"), registry)
     weights = None if choice.trained else card.weights

@@ -104,7 +104,7 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
         start += lengths[name]
     total = _steps(start)
     if (total // per_epoch if spec.evaluations == "epoch" else spec.evaluations) > MOST_EVALUATIONS:
-        raise UserError(f"more than {MOST_EVALUATIONS:,} evaluations", hint="give 'evaluations' as a smaller number")
+        raise UserError(f"more than {MOST_EVALUATIONS:,} evaluations", hint="reduce 'evaluations'")
     if spec.evaluations == "epoch":
         points = set(range(per_epoch, total + 1, per_epoch))
     else:
@@ -121,8 +121,8 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
 def _steps(wanted: float) -> int:
     """To the nearest whole number, at least one. UserError for what nobody can train."""
     if wanted > MOST_STEPS:
-        hint = f"give fewer 'epochs' or 'steps': {MOST_STEPS:.0e} steps are the most"
-        raise UserError(f"a budget of {wanted:.3g} steps", hint=hint)
+        hint = f"reduce 'epochs' or 'steps': the limit is {MOST_STEPS:.0e} steps"
+        raise UserError(f"a budget of {wanted:.3g} steps is too large", hint=hint)
     return max(round(wanted), 1)
 
 

@@ -77,7 +77,7 @@ def test_numbers_of_the_scale_0_to_255_are_refused_wherever_they_are_written(
         planned(tmp_path, **(texts | {file: "\n".join(lines)}))
     name = "cards/mine.yaml" if file == "cards" else "recipe.yaml"
     assert error.value.where is not None and error.value.where.endswith(f"{name}:{line}")
-    assert "Divide by 255: " + ("0.4850" if key == "mean" else "0.2290") in (error.value.hint or "")
+    assert "divide it by 255: " + ("0.4850" if key == "mean" else "0.2290") in (error.value.hint or "")
 
 
 @pytest.mark.parametrize(
