@@ -37,12 +37,10 @@ def _keys(loc: tuple[Any, ...], data: Any) -> Path:
 
 def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:
     kind, value = finding["type"], finding.get("input")
+    inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
     if kind == "extra_forbidden":
-        known = fields_at(model, loc[:-1])
-        inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
-        return f"unknown key '{loc[-1]}'{inside}", did_you_mean(str(loc[-1]), known)
+        return f"unknown key '{loc[-1]}'{inside}", did_you_mean(str(loc[-1]), fields_at(model, loc[:-1]))
     if kind == "missing":
-        inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
         return f"the key '{loc[-1]}' is missing{inside}", f"add '{loc[-1]}:'"
     message = finding["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
@@ -73,15 +71,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _step(annotation: Any, part: str | int) -> Any:
-    origin = typing.get_origin(annotation)
-    if origin is dict:
-        return typing.get_args(annotation)[1]
-    if origin is list:
-        return typing.get_args(annotation)[0]
-    for argument in typing.get_args(annotation) if origin is not None and not isinstance(annotation, type) else ():
-        if typing.get_origin(argument) in (dict, list):
-            return _step(argument, part)
+    for one in (annotation, *typing.get_args(annotation)):
+        if (origin := typing.get_origin(one)) in (dict, list):
+            return typing.get_args(one)[1 if origin is dict else 0]
     found = _model_in(annotation)
-    if found and isinstance(part, str) and part in found.model_fields:
-        return found.model_fields[part].annotation
-    return None
+    return found.model_fields[str(part)].annotation if found and part in found.model_fields else None
