@@ -82,17 +82,17 @@ class MadeUpRoute(Route):
         return {name: value * less if value.is_floating_point() else value.clone() for name, value in first.items()}
 
 
-def untrained_teacher(spec: CellSpec) -> Teacher | None:
+def untrained_teacher(spec: CellSpec, device: torch.device = CPU) -> Teacher | None:
     """The cell's teacher with first weights, and a made-up route where it is to have one."""
     if spec.teacher is None:
         return None
     known = spec.teacher.knows(spec.data)
     model = build_model(spec.teacher.model, known, seed=1)
-    extractor = build_extractor(model, spec.teacher.model, known)
+    extractor = build_extractor(model.to(device), spec.teacher.model, known)
     shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
     routed = spec.teacher.trained_by is not None and spec.teacher.trained_by.route is not None
     route = MadeUpRoute(spec.teacher, known) if routed else None
-    return Teacher(extractor, Normalizer(spec.teacher.normalization, CPU), extractor.shapes(shape), route=route)
+    return Teacher(extractor, Normalizer(spec.teacher.normalization, device), extractor.shapes(shape), route=route)
 
 
 def member_of(

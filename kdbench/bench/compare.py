@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +15,9 @@ from kdbench.engine.compute import Computing, Precision
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.specs import CellSpec
+
+# Images a second of lanes by name, round by round.
+Taken = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,24 @@ class Row:
     Attributes:
         rates: images a second, round by round; of a cohort, those of all its students.
         against: the baseline's rates in the same rounds.
-        warm: seconds until the lane had done its first steps.
-        flops: of one image in training, the teacher's share of a cohort included.
+        networks: FLOPs of one image's forward pass, of the "teacher" and the "student".
     """
 
-    lane: Lane
+    process: Process
     rates: list[float]
     against: list[float]
-    warm: float
-    flops: float
+    networks: dict[str, float]
+
+    @property
+    def lane(self) -> Lane:
+        return self.process.lane
+
+    @property
+    def flops(self) -> float:
+        """Of one image in training, the teacher's share of a cohort included."""
+        teacher = 0.0 if self.lane.table else self.networks["teacher"] / len(self.lane.specs)
+        # Backward costs twice forward.
+        return 3 * self.networks["student"] + teacher
 
     @property
     def median(self) -> float:
@@ -99,7 +113,7 @@ class Result:
                     "times_first": round(row.ratio, 3),
                     "ceiling": round(self.ceiling(row), 1),
                     "share_of_peak": round(row.median / self.ceiling(row), 3),
-                    "first_steps_seconds": round(row.warm, 1),
+                    "first_steps_seconds": round(row.process.warm, 1),
                 }
                 for row in self.rows
             ],
@@ -111,14 +125,14 @@ def compare(
     plan: Plan,
     machine: Machine,
     flops: dict[str, float],
-    device: str,
     threads: int,
     rounds: int,
     seconds: float,
     peers: bool,
     tell: Callable[[str], None],
 ) -> Result:
-    """Time the ways to compute one cell, and by the fastest of them the cohort and the run with a table, beside peers.
+    """Time on the CPU the ways to compute one cell, and by the fastest of them the cohort and the run with a table,
+    beside peers.
 
     Each technique is built on the best so far. Times are compared within the same rounds only.
 
@@ -128,38 +142,24 @@ def compare(
         seconds: of one turn.
         peers: whether torchdistill and the plain loop take part; without them the first lane is the baseline.
     """
-    cells = _first_seed(plan)
-    with_teacher = [spec for spec in cells if spec.teacher is not None]
-    logit = next((spec for spec in with_teacher if _reads(spec) == {"logits"}), None)
-    if logit is None:
-        raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
+    logit, cells = cells_of(plan)
     one, all_cells = [logit.model_dump(mode="json")], [spec.model_dump(mode="json") for spec in cells]
-    others = []
-    if peers:
-        others = [
-            Lane("torchdistill", "torchdistill", one, allocator=False, teacher_eval=False),
-            Lane("torchdistill, teacher in eval mode", "torchdistill", one, allocator=False),
-            Lane("plain PyTorch loop", "plain", one, allocator=False),
-        ]
-    rounds_of = Rounds(machine, device, threads, rounds, seconds, tell)
+    rounds_of = Rounds(machine, "cpu", threads, threads, rounds, seconds, tell)
 
-    def row(process: Process, taken: dict[str, list[float]]) -> Row:
-        lane = process.lane
-        teacher = 0.0 if lane.table else flops["teacher"] / len(lane.specs)
-        # Backward costs twice forward.
-        work = 3 * flops["student"] + teacher
-        return Row(lane, taken[lane.name], taken[first.lane.name], process.warm["seconds"], work)
+    def row(process: Process, taken: Taken) -> Row:
+        return Row(process, taken[process.lane.name], taken[first.lane.name], flops)
 
     try:
         # A way that does not work here leaves the others their times; a peer must be there.
-        peers_here, ways = rounds_of.start(others, needed=True), rounds_of.start(_ways(one, machine, device))
+        peers_here = rounds_of.start(peers_of(one) if peers else [], needed=True)
+        ways = rounds_of.start(_ways(one, machine))
         first = (peers_here + ways)[0]
         taken = rounds_of.measure([*peers_here, *ways], "without graphs")
         best = fastest(ways, taken)
         rounds_of.end(besides=(first, best))
         rows = [row(process, taken) for process in (*peers_here, *ways)]
         # Compilation takes a minute: only the best so far is compiled.
-        if graphs := rounds_of.start(_graphs(best.lane, machine, device)):
+        if graphs := rounds_of.start(_graphs(best.lane, machine)):
             taken = rounds_of.measure(_each_once(first, best, *graphs), "graphs")
             rows += [row(process, taken) for process in graphs]
             best = fastest([best, *graphs], taken)
@@ -176,7 +176,7 @@ def compare(
     return Result(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
 
 
-def fastest(processes: Sequence[Process], taken: dict[str, list[float]]) -> Process:
+def fastest(processes: Sequence[Process], taken: Taken) -> Process:
     return max(processes, key=lambda process: statistics.median(taken[process.lane.name]))
 
 
@@ -188,6 +188,7 @@ class Rounds:
     """Starts lanes and lets them take turns.
 
     Args:
+        threads: of each lane. at_once: how many lanes start at a time: most of it is imports and compilation.
         rounds: turns of every lane; in each round all lanes have one. seconds: of one turn.
 
     Attributes:
@@ -195,40 +196,75 @@ class Rounds:
     """
 
     def __init__(
-        self, machine: Machine, device: str, threads: int, rounds: int, seconds: float, tell: Callable[[str], None]
+        self,
+        machine: Machine,
+        device: str,
+        threads: int,
+        at_once: int,
+        rounds: int,
+        seconds: float,
+        tell: Callable[[str], None],
     ) -> None:
-        self.machine, self.device, self.threads = machine, device, threads
+        self.machine, self.device, self.threads, self.at_once = machine, device, threads, at_once
         self.rounds, self.seconds, self.tell = rounds, seconds, tell
         self.peaks: dict[str, float] = dict.fromkeys(machine.precisions, 0.0)
         self.started: list[Process] = []
 
-    def start(self, lanes: Sequence[Lane], needed: bool = False) -> list[Process]:
-        """Start lanes, as many at a time as there are cores: most of it is imports and compilation.
+    def start(self, lanes: Sequence[Lane], needed: bool = False, wait: float | None = None) -> list[Process]:
+        """Start lanes.
 
         Args:
             needed: whether one that cannot start is an error. Else it is left out, and that is told.
+            wait: seconds after which those that are not ready are left out.
         """
         self.tell(f"starting {', '.join(lane.name for lane in lanes)}")
-        with ThreadPoolExecutor(self.threads) as pool:
-            starting = [pool.submit(Process, lane, self.device, self.threads) for lane in lanes]
-        found = [future.result() for future in starting if future.exception() is None]
-        self.started += found
-        for error in (future.exception() for future in starting):
-            if error is not None and (needed or not isinstance(error, CellError)):
+        here = len(self.started)
+
+        def ready(lane: Lane) -> Process:
+            process = Process(lane, self.device, self.threads)
+            self.started.append(process)
+            return process.ready()
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            starting = [pool.submit(ready, lane) for lane in lanes]
+            late = {future for future in futures.wait(starting, timeout=wait).not_done if not future.cancel()}
+            for process in self.started[here:] if late else ():
+                if not process.warm:
+                    process.leave_out(f"it was not ready after {wait:.0f} s")
+        found = []
+        for future in (future for future in starting if not future.cancelled()):
+            error = future.exception()
+            if error is None:
+                found.append(future.result())
+            elif needed or not isinstance(error, CellError):
                 raise error
-            if error is not None:
+            else:
                 self.tell(f"left out: {error}")
         return found
 
-    def measure(self, processes: list[Process], what: str) -> dict[str, list[float]]:
-        """Images a second of every lane, round by round."""
-        taken: dict[str, list[float]] = {process.lane.name: [] for process in processes}
+    def measure(
+        self,
+        processes: list[Process],
+        what: str,
+        until: float = float("inf"),
+        after: Callable[[Taken], None] = lambda taken: None,
+    ) -> Taken:
+        """Images a second of every lane, round by round.
+
+        Args:
+            until: no round begins after this time of the monotonic clock, but the first. after: is given what was
+                measured so far, after each round.
+        """
+        taken: Taken = {process.lane.name: [] for process in processes}
         for number in range(self.rounds):
+            if number and time.monotonic() >= until:
+                break
             self.tell(f"{what}, round {number + 1} of {self.rounds}")
             for precision in self.peaks:
                 self.peaks[precision] = max(self.peaks[precision], self.machine.peak(precision))
             for process in processes:
                 taken[process.lane.name].append(process.turn(self.seconds))
+            after(taken)
         return taken
 
     def end(self, besides: Sequence[Process] = ()) -> None:
@@ -238,35 +274,52 @@ class Rounds:
                 process.end()
 
 
-def _ways(specs: list[dict[str, Any]], machine: Machine, device: str) -> list[Lane]:
+def peers_of(specs: list[dict[str, Any]]) -> list[Lane]:
+    """The lanes of peers, the baseline first."""
+    return [
+        Lane("torchdistill", "torchdistill", specs, allocator=False, teacher_eval=False),
+        Lane("torchdistill, teacher in eval mode", "torchdistill", specs, allocator=False),
+        Lane("plain PyTorch loop", "plain", specs, allocator=False),
+    ]
+
+
+def _ways(specs: list[dict[str, Any]], machine: Machine) -> list[Lane]:
     """kdbench's lanes for one cell without graphs, the plain one first."""
-    lanes = [Lane("kdbench, float32", "kdbench", specs, allocator=False)]
-    if device == "cpu":
-        lanes.append(Lane("float32, memory kept", "kdbench", specs))
+    lanes = [
+        Lane("kdbench, float32", "kdbench", specs, allocator=False),
+        Lane("float32, memory kept", "kdbench", specs),
+    ]
     for precision in machine.precisions:
         lanes.append(Lane(f"{precision}, channels_last", "kdbench", specs, Computing(precision, "channels_last")))
     return lanes
 
 
-def _graphs(best: Lane, machine: Machine, device: str) -> list[Lane]:
-    """The best lane so far as a graph, in every way that this machine has."""
+def _graphs(best: Lane, machine: Machine) -> list[Lane]:
+    """The best lane so far as a graph, where this machine can compile one."""
     compiled = [replace(best.computing, compile=True)] if machine.compiler else []
-    # Whole steps are recorded with compiled networks and without.
-    recorded = [] if device == "cpu" else [replace(way, cuda_graphs=True) for way in (best.computing, *compiled)]
-    return [replace(best, name=way.name, computing=way) for way in compiled + recorded]
+    return [replace(best, name=way.name, computing=way) for way in compiled]
 
 
-def _first_seed(plan: Plan) -> list[CellSpec]:
-    """The cells of the plan's first seed that could train as one cohort."""
+def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:
+    """A cell that reads its teacher's logits alone, and all cells of the plan's first seed that could train as one
+    cohort.
+
+    Raises:
+        UserError: there is no such cell.
+    """
     specs = [cell.spec for cell in plan.cells]
     teacher = next((spec.teacher.identity() for spec in specs if spec.teacher), None)
-    return [
+    cells = [
         spec
         for spec in specs
         if spec.seed == specs[0].seed
         and spec.data == specs[0].data
         and (spec.teacher is None or spec.teacher.identity() == teacher)
     ]
+    logit = next((spec for spec in cells if spec.teacher is not None and _reads(spec) == {"logits"}), None)
+    if logit is None:
+        raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
+    return logit, cells
 
 
 def _reads(spec: CellSpec) -> set[str]:

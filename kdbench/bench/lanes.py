@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,9 +25,11 @@ class Lane:
         name: as the report shows it.
         kind: "kdbench", "torchdistill" or "plain".
         specs: cells as plain data; more than one train as a cohort.
+        seeds: how often these train, in one program.
         computing: of kdbench's own lanes.
         allocator: whether memory is kept as in kdbench's workers.
         table: whether teacher logits come from a table.
+        whole_test: whether there are as many test images as the data set has, to time an evaluation.
         teacher_eval: of peers, whether their teacher is in eval mode.
     """
 
@@ -36,11 +39,17 @@ class Lane:
     computing: Computing = field(default_factory=Computing)
     allocator: bool = True
     table: bool = False
+    seeds: int = 1
+    whole_test: bool = False
     teacher_eval: bool = True
 
 
 class Process:
-    """A lane's process. It warms up when it starts and then waits for its turns."""
+    """A lane's process. It warms up when it starts and then waits for its turns.
+
+    Attributes:
+        warm: seconds until it was ready.
+    """
 
     def __init__(self, lane: Lane, device: str, threads: int) -> None:
         self.lane = lane
@@ -56,30 +65,50 @@ class Process:
             encoding="utf-8",
             env=environment,
         )
-        self.warm = self._ask({"lane": asdict(lane), "device": device, "threads": threads})
+        self.warm = 0.0
+        self._late = ""
+        self._say({"lane": asdict(lane), "device": device, "threads": threads})
+
+    def ready(self) -> Process:
+        """Itself, when it is warm."""
+        self.warm = self._answer()
+        return self
 
     def turn(self, seconds: float) -> float:
         """Train for about that long; images a second."""
-        rate: float = self._ask({"seconds": seconds})["rate"]
-        return rate
+        self._say(seconds)
+        return self._answer()
+
+    def evaluation(self) -> float:
+        """Seconds of one evaluation of one student."""
+        self._say("evaluation")
+        return self._answer()
+
+    def leave_out(self, why: str) -> None:
+        """End it while somebody waits for it, who is told why."""
+        self._late = why
+        self.process.kill()
 
     def end(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(OSError):
+            self.process.stdin.close()
         self.process.wait()
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+    def _say(self, question: Any) -> None:
+        assert self.process.stdin is not None
+        # What is gone is told by its answer, which does not come.
+        with suppress(OSError):
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = ""
+
+    def _answer(self) -> float:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            last = self.errors.read().strip().splitlines()[-1:]
-            raise CellError(f"the lane '{self.lane.name}' ended: {''.join(last)}")
-        answer: dict[str, Any] = json.loads(line)
+            last = self._late or "".join(self.errors.read().strip().splitlines()[-1:])
+            raise CellError(f"the lane '{self.lane.name}' ended: {last}")
+        answer: float = json.loads(line)
         return answer

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
+from kdbench.bench.made_up import made_up
 from kdbench.engine.build import build_model
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
@@ -37,8 +38,6 @@ class _InMemory(CIFAR10):
 
 
 def _data(spec: CellSpec) -> _InMemory:
-    from kdbench.bench.runner import made_up
-
     data, chosen = made_up(spec.data), spec.protocol.augmentation
     padding = "reflect" if chosen.mode == "reflect" else "constant"
     transform = transforms.Compose(

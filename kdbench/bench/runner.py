@@ -13,98 +13,132 @@ from typing import Any
 
 import torch
 
+from kdbench.bench.made_up import made_up
 from kdbench.bench.peers import plain_loop, torchdistill_loop
-from kdbench.data.images import ImageData
+from kdbench.engine import capture
 from kdbench.engine.batches import Batches
+from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, make_graphs
+from kdbench.engine.program import Group, Program, make_graphs
+from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import untrained_teacher
+from kdbench.recipe.specs import CellSpec
 from kdbench.engine.trial import endless, enter_longest_stage
-from kdbench.recipe.specs import CellSpec, DataSpec
 
-# Images of the made-up training set: speed does not depend on what they show.
-IMAGES = 10_240
-# Steps before the first measured one, after compilation.
-WARM = 2
+# Steps before the first measured one: compilation, and on a GPU those before a recording and two replays.
+WARM = {"cpu": 2, "cuda": capture.WARM + 3}
 
 
-def made_up(spec: DataSpec) -> ImageData:
-    """Random bytes in the shape of a data set."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (spec.channels, spec.image_size, spec.image_size)
-    images = torch.randint(0, 256, (IMAGES, *shape), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(IMAGES) % spec.classes
-    names = tuple(str(i) for i in range(spec.classes))
-    return ImageData(spec.name, names, images, labels, images[:64], labels[:64], "made up", "made up")
+class Loop:
+    """The engine's own steps for a lane's cells.
+
+    Args:
+        lane: as plain data. Its cells train once for each of its seeds, all in one program.
+    """
+
+    def __init__(self, lane: dict[str, Any], device: torch.device) -> None:
+        # float32 means float32, as in a worker; the peers keep torch's own setting.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.specs = [CellSpec.model_validate(spec) for spec in lane["specs"]]
+        self.computing, self.device = Computing(**lane["computing"]), device
+        self.first = next(spec for spec in self.specs if spec.teacher is not None)
+        assert self.first.teacher is not None
+        self.data = made_up(self.first.data, self.first.data.test if lane["whole_test"] else 64)
+        teacher = untrained_teacher(self.first.teacher, self.first.data, device, self.computing)
+        table = self._table() if lane["table"] else None
+        groups = [self._group(seed, teacher, table) for seed in range(lane["seeds"])]
+        self.program: Program = program_of(groups, self.computing)
+        self.cells = self.program.cells
+        make_graphs([cell.member for cell in self.cells], groups[0].batches, groups[0].teacher)
+        self.step = endless(self.program)
+
+    def train(self) -> int:
+        """Train one batch; its images, once a student."""
+        self.step()
+        return self.first.protocol.batch_size * len(self.cells)
+
+    def evaluate(self) -> None:
+        """Evaluate one student."""
+        self.program.evaluate(self.cells[0])
+
+    def _table(self) -> torch.Tensor:
+        views = augmentation_of(self.first.protocol).views
+        kind = torch.bfloat16 if self.computing.precision == "bfloat16" else torch.float32
+        return torch.randn(len(self.data.train_labels), views, self.first.data.classes).to(kind).to(self.device)
+
+    def _group(self, seed: int, teacher: Teacher, table: torch.Tensor | None) -> Group:
+        specs = [spec.model_copy(update={"seed": seed}) for spec in self.specs]
+        batches = Batches(specs[0], self.data, self.device)
+        if table is not None:
+            teacher = teacher.with_logits(table, batches.positions)
+        members = [Member(s, batches, teacher if s.teacher else None, self.device, self.computing) for s in specs]
+        folder = Path(tempfile.mkdtemp())
+        return Group(batches, teacher, [TrainingCell(enter_longest_stage(one), folder, {}, None) for one in members])
 
 
-def kdbench_loop(lane: dict[str, Any], device: torch.device) -> Callable[[], int]:
-    """The engine's own step for a lane's cells. A call trains one batch and returns its images, once a student."""
-    specs = [CellSpec.model_validate(spec) for spec in lane["specs"]]
-    computing = Computing(**lane["computing"])
-    first = next(spec for spec in specs if spec.teacher is not None)
-    assert first.teacher is not None
-    data = made_up(first.data)
-    batches = Batches(first, data, device)
-    teacher = untrained_teacher(first.teacher, first.data, device, computing)
-    if lane["table"]:
-        views = augmentation_of(first.protocol).views
-        kind = torch.bfloat16 if computing.precision == "bfloat16" else torch.float32
-        values = torch.randn(len(data.train_labels), views, first.data.classes).to(kind)
-        teacher = teacher.with_logits(values.to(device), batches.positions)
-    members = [Member(spec, batches, teacher if spec.teacher else None, device, computing) for spec in specs]
-    folder = Path(tempfile.mkdtemp())
-    cells = [TrainingCell(enter_longest_stage(member), folder, {}, None) for member in members]
-    make_graphs(members, batches, teacher)
-    step = endless([Group(batches, teacher, cells)], computing)
-
-    def train() -> int:
-        step()
-        return batches.batch_size * len(members)
-
-    return train
-
-
-LOOPS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {
-    "kdbench": kdbench_loop,
+PEERS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {
     "torchdistill": torchdistill_loop,
     "plain": plain_loop,
 }
+
+
+class Lane:
+    """Answers questions about one lane."""
+
+    def __init__(self, question: dict[str, Any]) -> None:
+        torch.set_num_threads(question["threads"])
+        self.device = torch.device(question["device"])
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        lane = question["lane"]
+        self.loop = Loop(lane, self.device) if lane["kind"] == "kdbench" else None
+        self.train = self.loop.train if self.loop else PEERS[lane["kind"]](lane, self.device)
+        for _ in range(WARM[self.device.type] + 1):
+            self.train()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for what a GPU still has before it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def rate(self, seconds: float) -> float:
+        """Train for about so long; images a second."""
+        images, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            images += self.train()
+        self.finish()
+        return images / (time.perf_counter() - begin)
+
+    def evaluation(self) -> float:
+        """Seconds of one evaluation, after those that record it."""
+        assert self.loop is not None
+        for _ in range(2):
+            self.loop.evaluate()
+        begin = time.perf_counter()
+        for _ in range(3):
+            self.loop.evaluate()
+        return (time.perf_counter() - begin) / 3
 
 
 def main() -> None:
     # What libraries print must not end up between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    step: Callable[[], int] | None = None
-    device = torch.device("cpu")
-
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    lane: Lane | None = None
     for line in sys.stdin:
         question = json.loads(line)
-        if "lane" in question:
-            torch.set_num_threads(question["threads"])
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            device = torch.device(question["device"])
+        if lane is None:
             begin = time.perf_counter()
-            step = LOOPS[question["lane"]["kind"]](question["lane"], device)
-            for _ in range(WARM + 1):
-                step()
-            finish()
-            answer = {"seconds": time.perf_counter() - begin}
+            lane = Lane(question)
+            answer = time.perf_counter() - begin
+        elif question == "evaluation":
+            answer = lane.evaluation()
         else:
-            assert step is not None
-            images, begin = 0, time.perf_counter()
-            while time.perf_counter() - begin < question["seconds"]:
-                images += step()
-            finish()
-            answer = {"rate": images / (time.perf_counter() - begin)}
+            answer = lane.rate(question)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

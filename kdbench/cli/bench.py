@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdbench.cli.options import DeviceOption, RegistryOption
 from kdbench.errors import UserError
+
+if TYPE_CHECKING:
+    from kdbench.recipe.planning import Plan
+
+# Side by side, for the time of a cohort.
+FIVE_METHODS = "compare.method=[ce, kd, kd_only, fitnets, at]"
 
 EXAMPLES = (
     "Examples:  kdbench bench   ·   kdbench bench ab_resnet --rounds 3   ·   "
@@ -26,6 +32,8 @@ def command(
     device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
     compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it needs minutes to start.")] = True,
+    quickstart: Annotated[bool, typer.Option(help="On a GPU: whether the quickstart is timed too.")] = True,
+    minutes: Annotated[float, typer.Option(min=0.5, help="On a GPU: when to stop, done or not.")] = 3.8,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,
 ) -> None:
@@ -34,13 +42,20 @@ def command(
     A method that reads its teacher's logits alone is trained in several ways; by the fastest, that method with a table
     of teacher logits, and all methods as one cohort. Lanes take turns, so that a busy machine slows all of them.
     About five minutes for each recipe on two CPU cores.
+
+    On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
+    the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
     """
     import importlib.util
 
     from kdbench.bench.compare import Result, compare, table
+    from kdbench.bench.gpu import Pair, bench_gpu, summary
     from kdbench.files import write_json
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     if peers and importlib.util.find_spec("torchdistill") is None:
         raise UserError(
@@ -51,35 +66,40 @@ def command(
     cards = Registry(registry or ())
     plans = [plan(recipe, cards) for recipe in recipes or ("ab_wrn",)]
 
-    import torch
+    from kdbench.bench.machine import machine_of
+    from kdbench.engine.device import chosen_device
 
-    from kdbench.bench.machine import flops_of, machine_of
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= gpus:
-        raise UserError(f"there is no device {device}", where="--device", hint=f"CUDA devices here: {gpus}")
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    on = chosen_device(device, tell)
     cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    machine = machine_of(torch.device(chosen), cores, compiled)
-
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
+    machine = machine_of(on, cores, compiled)
     print(f"{machine.about['device_name']}, {cores} threads, torch {machine.about['torch']}\n")
-    results: list[Result] = []
-    for planned in plans:
-        tell(f"{planned.title or planned.name}")
-        teacher = next((cell.spec for cell in planned.cells if cell.spec.teacher is not None), None)
-        if teacher is None:
-            raise UserError("the benchmark needs a recipe with a teacher", where=planned.name)
-        results.append(compare(planned, machine, flops_of(teacher), chosen, cores, rounds, seconds, peers, tell))
-        print(table(results[-1:]))
+
+    def keep(results: list[Result], times: dict[str, Any]) -> None:
         if json is not None:
-            write_json(json, {"machine": machine.about, "results": [one.plain() for one in results]})
+            more = {"times": times} if times else {}
+            write_json(json, {"machine": machine.about, "results": [one.plain() for one in results], **more})
 
-    def ratios(one: Result) -> str:
-        return " ".join(f"{role}={ratio:.2f}" for role, ratio in one.ratios.items())
+    if on.type == "cuda":
+        plans += [] if recipes else [plan("speed", cards, (FIVE_METHODS,))]
+        pairs = [Pair(planned, _flops(planned)) for planned in plans]
+        results, times = bench_gpu(pairs, machine, device, minutes, rounds, seconds, peers, quickstart, tell, keep)
+        print(table(results))
+    else:
+        results, times = [], {}
+        for planned in plans:
+            tell(f"{planned.title or planned.name}")
+            results.append(compare(planned, machine, _flops(planned), cores, rounds, seconds, peers, tell))
+            print(table(results[-1:]))
+            keep(results, times)
+    print(summary(results, times))
+    if results:
+        print("RATIO " + " ".join(f"{role}={ratio:.2f}" for role, ratio in results[0].ratios.items()))
 
-    for one in results:
-        print(f"{one.title}, against {one.rows[0].lane.name}: {ratios(one)}")
-    print(f"RATIO {ratios(results[0])}")
+
+def _flops(planned: Plan) -> dict[str, float]:
+    from kdbench.bench.machine import flops_of
+
+    teacher = next((cell.spec for cell in planned.cells if cell.spec.teacher is not None), None)
+    if teacher is None:
+        raise UserError("the benchmark needs a recipe with a teacher", where=planned.name)
+    return flops_of(teacher)

@@ -20,7 +20,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Chosen, Computing, candidates
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, make_graphs
+from kdbench.engine.program import Group, Program, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import PointValues, Teacher
 from kdbench.errors import CellError, UserError
@@ -223,7 +223,7 @@ def _replayed(
     """Seconds until the members' steps are recorded, seconds of one student in a replayed step (its part of the
     teacher's pass included), and their first losses."""
     cells = [TrainingCell(member, Path(), {}, None) for member in members]
-    step = endless([Group(batches, teacher, cells)], way)
+    step = endless(program_of([Group(batches, teacher, cells)], way))
 
     def taken(steps: int) -> float:
         begin = time.perf_counter()
@@ -285,14 +285,13 @@ def enter_longest_stage(member: Member) -> Member:
     return member
 
 
-def endless(groups: Sequence[Group], computing: Computing) -> Callable[[], None]:
+def endless(program: Program) -> Callable[[], None]:
     """A step of all cells, which can be called any number of times: their stages begin anew before they end.
 
     Raises:
         RuntimeError: a cell failed.
     """
-    program = program_of(groups, computing)
-    cells = [cell for group in groups for cell in group.cells]
+    cells = program.cells
     starts = [cell.member.step for cell in cells]
     most = max(min(cell.member.stage.span.steps for cell in cells) - 1, 1)
     left = 0

@@ -13,15 +13,11 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import IO
 
 from kdbench.engine.messages import Done, Event, Failed, Ready, Task, read_line
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
-
-# There where NVIDIA's driver is loaded.
-DRIVER = Path("/dev/nvidiactl")
 
 
 class Worker:
@@ -44,10 +40,11 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         import torch
 
+        from kdbench.engine.device import gpus, unusable_gpu
         from kdbench.engine.tasks import TaskRunner
 
-        gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        self.emit(Ready(cuda=[torch.cuda.mem_get_info(i)[0] for i in gpus], unusable=unusable_gpu()))
+        free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus())]
+        self.emit(Ready(cuda=free, unusable=unusable_gpu()))
         runner = TaskRunner(self.emit, self.stopping.is_set)
         while (task := self.queue.get()) is not None:
             try:
@@ -71,19 +68,6 @@ class Worker:
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)
         os._exit(1)
-
-
-def unusable_gpu() -> str:
-    """Why torch cannot use an NVIDIA GPU that the system has; "" where it can, or where there is none."""
-    import torch
-
-    if torch.cuda.is_available() or not DRIVER.exists():
-        return ""
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "torch finds no CUDA device"
 
 
 def main() -> None:

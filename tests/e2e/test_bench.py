@@ -6,9 +6,18 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Kdbench
+
+from kdbench.bench.compare import Machine, Result, cells_of
+from kdbench.bench.gpu import Pair, bench_gpu, summary
+from kdbench.bench.lanes import Lane
+from kdbench.engine.compute import Computing
+from kdbench.recipe.planning import plan
+from kdbench.recipe.timeline import planned_timeline
+from kdbench.registry import Registry
 
 RECIPE = """\
 data: cifar10
@@ -50,3 +59,39 @@ def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Pat
 def test_a_device_that_is_not_there_is_told(kdbench: Kdbench, device: str) -> None:
     done = kdbench("bench", "--no-peers", "--device", device, code=2)
     assert device in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path) -> None:
+    """Here on the processor, which records no steps: the lanes, their turns, and what is left out in time are the
+    same."""
+    recipe = {
+        "data": "digits",
+        "teacher": "wrn_16_2_digits",
+        "student": "wrn_10_1",
+        "protocol": {"name": "digits", "batch_size": 2},
+        "compare": {"method": ["ce", "kd"]},
+    }
+    machine = Machine({}, ("float32",), False, lambda precision: 1e9)
+    pairs = [Pair(plan(recipe, Registry()), {"teacher": 2e6, "student": 1e6})]
+    # A lane that is never ready is left out, and said so; the others keep their times.
+    pairs[0].lanes["late"] = [Lane("sleeps", "plain", [], Computing())]
+    said: list[str] = []
+    kept: list[dict[str, Any]] = []
+
+    def keep(results: list[Result], times: dict[str, Any]) -> None:
+        kept.append({"rows": [one.plain() for one in results], "times": dict(times)})
+
+    results, times = bench_gpu(pairs, machine, "cpu", 1.5, 2, 0.1, False, False, said.append, keep)
+    (result,) = results
+    assert set(result.roles) == {"run", "cohort"} and all(len(row.rates) == 2 for row in result.rows)
+    assert any("left out" in line and "sleeps" in line for line in said)
+    (whole,) = times.values()
+    steps, evaluations = planned_timeline(cells_of(pairs[0].plan)[0]).total, times
+    assert whole["run"]["minutes"] == pytest.approx(
+        steps * 2 / result.roles["run"].median / 60 / (1 - whole["run"]["evaluations"])
+    )
+    assert 0 < whole["run"]["evaluations"] < 1 and evaluations
+    # Round by round, so that who is cut off has what was measured.
+    assert len(kept) == 3 and kept[0]["rows"][0]["rows"][0]["images_per_second"]
+    text = summary(results, times)
+    assert "one run in full" in text and "2 side by side in full" in text

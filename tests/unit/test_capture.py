@@ -10,86 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from captured import METHODS, STEPS, cell, evaluated, outcome, short, trained, with_dropout
+from captured import both as both_on
+from captured import group_of as group_on
 from standin import Broken, StandIn
-from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
-from torch.nn import functional as F
+from tiny import CPU
 
-from kdbench.engine import capture
-from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram
-from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
-from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.teachers import fingerprint
-from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
-METHODS = REGISTRY.names("methods")
-STEPS = 14
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages of a few steps are worth recording here."""
-    monkeypatch.setattr(capture, "WARM", 2)
-    monkeypatch.setattr(capture, "FEWEST", 3)
-
-
-def cell(method: str | dict[str, Any], steps: int = STEPS, batch: int = 2, **more: Any) -> CellSpec:
-    """A cell whose stages have so many steps each."""
-    name = method if isinstance(method, str) else method["name"]
-    recipe = {
-        # With all that a method may need: validation images, and a route of the teacher.
-        "data": {"name": "digits", "validation": 100},
-        "teacher": "wrn_16_2_digits_route",
-        "student": student_of(name),
-        "protocol": {"name": "digits", "augmentation": {"padding": 1, "mode": "reflect", "flip": True}},
-        "method": method,
-    }
-    spec = plan(recipe | target_for(name, REGISTRY) | more, REGISTRY).cells[0].spec
-    n = len(spec.method.stages)
-    spec = shortened(spec, steps=steps * n, batch=batch)
-    equal = {
-        name: stage.model_copy(update={"share": 1 / n if i < n - 1 else None})
-        for i, (name, stage) in enumerate(spec.method.stages.items())
-    }
-    return spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal}), "evaluations": 0})
+__all__ = ["short"]
 
 
 def group_of(specs: list[CellSpec], folder: Path, per_class: int = 24) -> Group:
-    data = images(specs[0].data, per_class=per_class)
-    target = images(specs[0].target, per_class=8, seed=1) if specs[0].target else None
-    batches = Batches(specs[0], data, CPU, target)
-    teacher = next((t for t in map(untrained_teacher, specs) if t), None)
-    cells = []
-    for i, spec in enumerate(specs):
-        member = Member(spec, batches, teacher if spec.teacher else None, CPU)
-        cells.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    return Group(batches, teacher, cells)
-
-
-def trained(program: Program) -> None:
-    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
-    for group in program.groups:
-        assert [cell.failure for cell in group.cells] == [None] * len(group.cells)
-
-
-def outcome(group: Group) -> list[Any]:
-    """All that training leaves: weights, and what was measured on the way."""
-    timeless = ("images_per_second", "seconds")
-    return [
-        (
-            fingerprint(cell.member.student.model),
-            fingerprint(cell.member.terms),
-            cell.member.own_teacher and fingerprint(cell.member.own_teacher.model),
-            [{key: v for key, v in entry.items() if key not in timeless} for entry in cell.member.log.history],
-        )
-        for cell in group.cells
-    ]
+    return group_on(specs, folder, CPU, per_class)
 
 
 def both(
@@ -99,15 +37,7 @@ def both(
     recorder: StandIn | None = None,
     per_class: int = 24,
 ) -> CapturedProgram:
-    """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded."""
-    eager, recorded = (group_of(specs, folder / name, per_class) for name in ("eager", "recorded"))
-    for group in (eager, recorded):
-        change(group)
-    trained(Program([eager]))
-    program = CapturedProgram([recorded], recorder or StandIn())
-    trained(program)
-    assert outcome(recorded) == outcome(eager)
-    return program
+    return both_on(specs, folder, recorder or StandIn(), change, CPU, per_class)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,12 +81,6 @@ def test_a_smaller_last_batch_is_a_recording_of_its_own_or_eager(tmp_path: Path)
     program = both([spec], tmp_path, per_class=5)
     sizes = {key[-1] for key in program.recordings if key}
     assert (8,) in sizes
-
-
-def with_dropout(group: Group) -> None:
-    for one in group.cells[:1]:
-        model: Any = one.member.student.model
-        model.fc.register_forward_pre_hook(lambda module, args: F.dropout(args[0], 0.3, module.training))
 
 
 def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_address(tmp_path: Path) -> None:
@@ -344,10 +268,6 @@ def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Pat
 
 
 # --- evaluations
-
-
-def evaluated(spec: CellSpec, evaluations: int = 5) -> CellSpec:
-    return spec.model_copy(update={"evaluations": evaluations})
 
 
 @pytest.mark.parametrize("method", ["kd", "ab", "ab_kd_ce", "at", "fitnets", "uda_kd", "rco"])

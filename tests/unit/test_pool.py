@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine import pool, worker
+from kdbench.engine import device as devices
+from kdbench.engine import pool
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.messages import CellTask, CheckCells, Doing, Event, Failed, Settings, Task, TrainCohort, read_line
 from kdbench.errors import UserError
@@ -130,13 +131,13 @@ def test_a_gpu_that_torch_cannot_use_is_told(machine: Any, monkeypatch: pytest.M
     with pytest.raises(UserError, match="that torch can use: the driver is too old"):
         done("cuda", 1, tasks(1))
     # What a worker finds out: nothing without a driver, and torch's own reason with one.
-    monkeypatch.setattr(worker, "DRIVER", tmp_path / "none")
-    assert worker.unusable_gpu() == ""
-    monkeypatch.setattr(worker, "DRIVER", script)
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "none")
+    assert devices.unusable_gpu() == ""
+    monkeypatch.setattr(devices, "DRIVER", script)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def fails() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old\nPlease update")
 
     monkeypatch.setattr(torch.cuda, "init", fails)
-    assert worker.unusable_gpu() == "The NVIDIA driver on your system is too old"
+    assert devices.unusable_gpu() == "The NVIDIA driver on your system is too old"

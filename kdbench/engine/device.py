@@ -1,0 +1,55 @@
+"""Which device computes, and why a GPU that is there does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kdbench.errors import UserError
+
+# There where NVIDIA's driver is loaded.
+DRIVER = Path("/dev/nvidiactl")
+
+
+def gpus() -> int:
+    """How many GPUs torch can compute on."""
+    return torch.cuda.device_count() if not unusable_gpu() and torch.cuda.is_available() else 0
+
+
+def unusable_gpu() -> str:
+    """Why torch cannot use an NVIDIA GPU that the system has; "" where it can, or where there is none."""
+    if not torch.cuda.is_available() and not DRIVER.exists():
+        return ""
+    try:
+        torch.cuda.init()
+        # A GPU that is too old or too new for this torch is there, until something is computed.
+        torch.zeros(1, device="cuda").add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ""
+
+
+def not_used(why: str) -> str:
+    """What is said of a GPU that torch cannot use."""
+    return f"warning: there is a GPU that torch cannot use, so this computes on the CPU: {why}"
+
+
+def chosen_device(asked: str, tell: Callable[[str], None]) -> torch.device:
+    """The device that a command computes on: for "auto" a GPU, where there is one that torch can use.
+
+    Args:
+        tell: is told of a GPU that torch cannot use.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    here = gpus()
+    why = unusable_gpu()
+    if asked.startswith("cuda") and int(asked.partition(":")[2] or 0) >= here:
+        hint = f"CUDA devices here: {here}" + (f"; there is one that torch cannot use: {why}" if why else "")
+        raise UserError(f"there is no device {asked}", where="--device", hint=hint)
+    if asked == "auto" and why:
+        tell(not_used(why))
+    return torch.device(asked if asked != "auto" else "cuda" if here else "cpu")

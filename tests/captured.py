@@ -1,0 +1,157 @@
+"""Cells that train eagerly and by recorded steps, to be compared: on the CPU by a stand-in, on a GPU by CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
+from torch.nn import functional as F
+
+from kdbench.engine import capture
+from kdbench.engine.batches import Batches
+from kdbench.engine.capture import CapturedProgram
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cohort import Cohort
+from kdbench.engine.log import MetricsLog
+from kdbench.engine.member import Member
+from kdbench.engine.program import Group, Program
+from kdbench.engine.recorder import Recorder
+from kdbench.engine.teachers import fingerprint
+from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import CellSpec
+from kdbench.registry import Registry
+
+REGISTRY = Registry()
+METHODS = REGISTRY.names("methods")
+STEPS = 14
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of a few steps are worth recording here."""
+    monkeypatch.setattr(capture, "WARM", 2)
+    monkeypatch.setattr(capture, "FEWEST", 3)
+
+
+def cell(method: str | dict[str, Any], steps: int = STEPS, batch: int = 2, **more: Any) -> CellSpec:
+    """A cell whose stages have so many steps each."""
+    name = method if isinstance(method, str) else method["name"]
+    recipe = {
+        # With all that a method may need: validation images, and a route of the teacher.
+        "data": {"name": "digits", "validation": 100},
+        "teacher": "wrn_16_2_digits_route",
+        "student": student_of(name),
+        "protocol": {"name": "digits", "augmentation": {"padding": 1, "mode": "reflect", "flip": True}},
+        "method": method,
+    }
+    spec = plan(recipe | target_for(name, REGISTRY) | more, REGISTRY).cells[0].spec
+    n = len(spec.method.stages)
+    spec = shortened(spec, steps=steps * n, batch=batch)
+    equal = {
+        name: stage.model_copy(update={"share": 1 / n if i < n - 1 else None})
+        for i, (name, stage) in enumerate(spec.method.stages.items())
+    }
+    return spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal}), "evaluations": 0})
+
+
+def evaluated(spec: CellSpec, evaluations: int = 5) -> CellSpec:
+    return spec.model_copy(update={"evaluations": evaluations})
+
+
+def group_of(specs: list[CellSpec], folder: Path, device: torch.device = CPU, per_class: int = 24) -> Group:
+    data = images(specs[0].data, per_class=per_class)
+    target = images(specs[0].target, per_class=8, seed=1) if specs[0].target else None
+    batches = Batches(specs[0], data, device, target)
+    teacher = next((t for t in (untrained_teacher(spec, device) for spec in specs) if t), None)
+    cells = []
+    for i, spec in enumerate(specs):
+        member = Member(spec, batches, teacher if spec.teacher else None, device)
+        cells.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
+    return Group(batches, teacher, cells)
+
+
+def with_dropout(group: Group) -> None:
+    for one in group.cells[:1]:
+        model: Any = one.member.student.model
+        model.fc.register_forward_pre_hook(lambda module, args: F.dropout(args[0], 0.3, module.training))
+
+
+def trained(program: Program, stop: Callable[[], bool] = lambda: False) -> None:
+    Cohort(program, lambda cell, entry: None, lambda cell: None, stop).run()
+    for group in program.groups:
+        assert [cell.failure for cell in group.cells] == [None] * len(group.cells)
+
+
+def metrics(group: Group) -> list[list[dict[str, Any]]]:
+    """What was measured on the way, without times."""
+    timeless = ("images_per_second", "seconds")
+    return [
+        [{key: v for key, v in entry.items() if key not in timeless} for entry in cell.member.log.history]
+        for cell in group.cells
+    ]
+
+
+def modules(cell: TrainingCell) -> list[torch.nn.Module]:
+    """All that training changes."""
+    member = cell.member
+    return [member.student.model, member.terms, *([member.own_teacher.model] if member.own_teacher else [])]
+
+
+def outcome(group: Group) -> list[Any]:
+    """All that training leaves: weights, and what was measured on the way."""
+    cells = zip(group.cells, metrics(group), strict=True)
+    return [([fingerprint(module) for module in modules(cell)], measured) for cell, measured in cells]
+
+
+def assert_near(a: Group, b: Group, tolerance: float) -> None:
+    """The same up to a share of each weight's largest value, for arithmetic whose order is not settled."""
+    for one, other in zip(a.cells, b.cells, strict=True):
+        for module, twin in zip(modules(one), modules(other), strict=True):
+            for (name, value), (_, found) in zip(module.state_dict().items(), twin.state_dict().items(), strict=True):
+                off = (value.double() - found.double()).abs().max() if value.numel() else torch.zeros(())
+                most = value.double().abs().max().clamp(min=1e-3) if value.numel() else torch.ones(())
+                assert off <= tolerance * most, f"{one.member.spec.method.name}: {name} is off by {off / most:.2g}"
+
+
+def both(
+    specs: list[CellSpec],
+    folder: Path,
+    recorder: Recorder,
+    change: Callable[[Group], None] = lambda group: None,
+    device: torch.device = CPU,
+    per_class: int = 24,
+    same: Callable[[Group, Group], None] | None = None,
+) -> CapturedProgram:
+    """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded."""
+    eager, recorded = (group_of(specs, folder / name, device, per_class) for name in ("eager", "recorded"))
+    for group in (eager, recorded):
+        change(group)
+    trained(Program([eager]))
+    program = CapturedProgram([recorded], recorder)
+    trained(program)
+    (same or assert_same)(recorded, eager)
+    return program
+
+
+def assert_same(a: Group, b: Group) -> None:
+    assert outcome(a) == outcome(b)
+
+
+def resumed(
+    specs: list[CellSpec], folder: Path, recorder: Callable[[], Recorder], at: int, device: torch.device = CPU
+) -> Group:
+    """Cells that were stopped after some steps and went on from their states in another program."""
+    first = group_of(specs, folder / "first", device)
+    (any_cell, *_) = first.cells
+    trained(CapturedProgram([first], recorder()), lambda: any_cell.member.step >= at)
+    assert any_cell.member.step == at
+    second = group_of(specs, folder / "second", device)
+    for cell, before in zip(second.cells, first.cells, strict=True):
+        cell.member.load_state(copy.deepcopy(before.member.state()))
+    trained(CapturedProgram([second], recorder()))
+    return second
