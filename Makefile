@@ -5,7 +5,7 @@ PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-long peers bench bench-gpu docs lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick test-long test-gpu peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -33,6 +33,9 @@ test-quick: setup ## tests without the slow ones
 test-long: setup ## beside the suite: random kills, every method compiled, every public teacher
 	$(BIN)/python -m pytest -n auto -m long
 
+test-gpu: setup ## tests that need a GPU, some five minutes
+	$(BIN)/python -m pytest -m gpu
+
 # torchdistill's metadata asks for a newer torch than the pinned one; it is measured on the same torch as everything else.
 peers: setup ## install what the benchmark compares with
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps torchdistill==1.1.5
@@ -40,10 +43,11 @@ peers: setup ## install what the benchmark compares with
 bench: peers ## images per second, technique by technique, against torchdistill and a plain loop
 	$(BIN)/kdbench bench --json runs/bench.json
 
-# On a machine with a GPU, in one go: the same table there, and one run of the usual tables' protocol with its teacher.
 OUT ?= runs/gpu
-bench-gpu: peers ## the benchmark on a GPU, and the time of one 240-epoch run; writes to OUT
-	$(BIN)/kdbench bench ab_wrn ab_resnet speed --device cuda --json $(OUT)/bench.json
+bench-gpu: peers ## the same on a GPU, with whole runs extrapolated and the quickstart timed: four minutes; writes to OUT
+	$(BIN)/kdbench bench --device cuda --json $(OUT)/bench.json
+
+speed-gpu: setup ## one 240-epoch run of the usual tables' protocol on a GPU, in full, with its teacher; writes to OUT
 	$(BIN)/kdbench run speed --no-adopt --device cuda --runs $(OUT)
 
 # Strict: a link or an anchor that leads nowhere is an error (not with --quiet, which hides it from the count).

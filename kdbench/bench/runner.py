@@ -20,13 +20,14 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
+from kdbench.engine.device import use
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, make_graphs
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import untrained_teacher
-from kdbench.recipe.specs import CellSpec
 from kdbench.engine.trial import endless, enter_longest_stage
+from kdbench.recipe.specs import CellSpec
 
 # Steps before the first measured one: compilation, and on a GPU those before a recording and two replays.
 WARM = {"cpu": 2, "cuda": capture.WARM + 3}
@@ -40,8 +41,8 @@ class Loop:
     """
 
     def __init__(self, lane: dict[str, Any], device: torch.device) -> None:
-        # float32 means float32, as in a worker; the peers keep torch's own setting.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        # As in a worker; the peers keep torch's own settings.
+        use(device)
         self.specs = [CellSpec.model_validate(spec) for spec in lane["specs"]]
         self.computing, self.device = Computing(**lane["computing"]), device
         self.first = next(spec for spec in self.specs if spec.teacher is not None)
@@ -91,8 +92,6 @@ class Lane:
     def __init__(self, question: dict[str, Any]) -> None:
         torch.set_num_threads(question["threads"])
         self.device = torch.device(question["device"])
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         lane = question["lane"]
         self.loop = Loop(lane, self.device) if lane["kind"] == "kdbench" else None
         self.train = self.loop.train if self.loop else PEERS[lane["kind"]](lane, self.device)

@@ -55,21 +55,21 @@ def command(
     given, folders = _options_and_folders(words or ())
     target, options = cards.card("analyses", name, "kdbench analyse").target, _checked(cards, name, given)
 
-    import torch
-
     from kdbench.engine.analysis import Analysis
+    from kdbench.engine.device import chosen_device
     from kdbench.engine.options import Options
     from kdbench.engine.targets import import_target
 
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"there is no device {device}", where="--device", hint="CUDA devices here: 0")
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    chosen = str(chosen_device(device, tell))
     where = Options(
         runs=runs, data_roots=tuple(data or ()), download=download, registries=tuple(registry or ()), device=chosen
     )
     first = folders[0] if folders else Path()
     into = out or (first if first.is_dir() else first.parent)
-    analysis = Analysis(name, folders, where, into, lambda text: print(text, file=sys.stderr, flush=True))
+    analysis = Analysis(name, folders, where, into, tell)
     rows: list[Row] = list(import_target(target)(analysis, **options))
     if not rows:
         raise UserError(f"the analysis '{name}' found nothing", where=", ".join(map(str, folders)))

@@ -41,11 +41,12 @@ def command(
     import torch
 
     from kdbench.engine.check import check_cell
+    from kdbench.engine.device import chosen_device
     from kdbench.engine.estimate import Estimate
     from kdbench.engine.weights import choices_of
 
     console = page()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
     torch.set_num_threads(1)
     for spec in _distinct(cell.spec for cell in planned.cells):
         check_cell(spec)

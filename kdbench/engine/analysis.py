@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdbench.engine.batch import SLICE
 from kdbench.engine.batches import split_for_testing
+from kdbench.engine.device import use
 from kdbench.engine.finish import git_state, machine
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.materials import load_data
@@ -129,7 +130,7 @@ class Analysis:
         self, name: str, folders: Sequence[Path], options: Options, out: Path, tell: Callable[[str], None]
     ) -> None:
         self.name, self.folders, self.options, self.out, self.tell = name, folders, options, out, tell
-        self.device = torch.device(options.device)
+        self.device = use(torch.device(options.device))
         self.registry = Registry(options.registries)
         self.noted: dict[str, list[dict[str, Any]]] = {"data": [], "networks": []}
         self.pictures: list[Path] = []

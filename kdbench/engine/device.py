@@ -1,13 +1,15 @@
-"""Which device computes, and why a GPU that is there does not."""
+"""Which device computes, and why a GPU that is there does not. Imports torch only when it is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from kdbench.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # There where NVIDIA's driver is loaded.
 DRIVER = Path("/dev/nvidiactl")
@@ -15,11 +17,15 @@ DRIVER = Path("/dev/nvidiactl")
 
 def gpus() -> int:
     """How many GPUs torch can compute on."""
+    import torch
+
     return torch.cuda.device_count() if not unusable_gpu() and torch.cuda.is_available() else 0
 
 
 def unusable_gpu() -> str:
     """Why torch cannot use an NVIDIA GPU that the system has; "" where it can, or where there is none."""
+    import torch
+
     if not torch.cuda.is_available() and not DRIVER.exists():
         return ""
     try:
@@ -45,11 +51,24 @@ def chosen_device(asked: str, tell: Callable[[str], None]) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
-    here = gpus()
-    why = unusable_gpu()
+    import torch
+
+    here, why = gpus(), unusable_gpu()
     if asked.startswith("cuda") and int(asked.partition(":")[2] or 0) >= here:
         hint = f"CUDA devices here: {here}" + (f"; there is one that torch cannot use: {why}" if why else "")
         raise UserError(f"there is no device {asked}", where="--device", hint=hint)
     if asked == "auto" and why:
         tell(not_used(why))
     return torch.device(asked if asked != "auto" else "cuda" if here else "cpu")
+
+
+def use(device: torch.device) -> torch.device:
+    """Have this process compute on a device, in a float32 that is one: TensorFloat-32 keeps ten bits of the
+    mantissa."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        # Recordings, compiled code and seeds belong to the present device, not to that of a tensor.
+        torch.cuda.set_device(device)
+    return device

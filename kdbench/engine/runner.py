@@ -79,8 +79,6 @@ def run(
             listener.begin(cells, plan.title or plan.name)
             try:
                 if finished.open:
-                    if session.pool.unusable:
-                        listener.say(f"warning: there is a GPU that torch cannot use: {session.pool.unusable}")
                     done = [cell.folder for cell in cells if cell.state == "finished"]
                     session.train(plan, folder, finished.open, done)
             finally:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from kdbench.engine import compute
 from kdbench.engine.compute import Computing, plainest
+from kdbench.engine.device import not_used
 from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
 from kdbench.engine.messages import (
     CellFailed,
@@ -76,6 +77,8 @@ class Session:
 
     def __enter__(self) -> Session:
         self.pool.__enter__()
+        if self.pool.unusable and self.options.device == "auto":
+            self.listener.say(not_used(self.pool.unusable))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdbench.engine import logits
 from kdbench.engine.batches import Batches
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.device import use
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
@@ -39,7 +41,7 @@ from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cohort
-from kdbench.engine.trial import Steps, choose, possible
+from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
 from kdbench.engine.weights import choices_of, locate
 from kdbench.errors import CellError, UserError
 
@@ -59,10 +61,11 @@ class TaskRunner:
     def run(self, task: Task) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
         torch.set_num_threads(task.threads)
-        # float32 means float32: TensorFloat-32 keeps ten bits of the mantissa.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        self.materials.settings, self.materials.device = task.settings, torch.device(task.device)
+        self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
+        if self.device.type == "cuda":
+            # Recorded steps of the task before hold each other, and memory.
+            gc.collect()
+            torch.cuda.empty_cache()
         kinds: dict[type[Task], Callable[[Any], None]] = {
             CheckCells: self.check_cells,
             ReadFingerprint: self.read_fingerprint,
@@ -130,6 +133,8 @@ class TaskRunner:
             _, table = self.materials.logits(first, file, loaded, None)
             return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
+        if not compiler_works(self.device) and self.device.type == "cuda" and first.compute.compile is not False:
+            self.emit(Note(text=f"note: {NO_COMPILER}"))
         chosen = choose(
             first.compute,
             task.specs,

@@ -30,7 +30,7 @@ from kdbench.engine.program import Group, Program
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import TeacherFile, fingerprint
-from kdbench.engine.trial import possible
+from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import locked, sweep
 from kdbench.record import Record, finished_record
@@ -75,6 +75,8 @@ class Training:
     def __init__(self, task: TrainCohort, cells: list[CellTask], materials: Materials, emit: Emit) -> None:
         self.task, self.emit, self.device = task, emit, materials.device
         self.computing = possible(task.computing, self.device)
+        if self.computing.compile != task.computing.compile:
+            emit(Note(text=f"warning: {NO_COMPILER}"))
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
         if self.device.type == "cuda":

@@ -29,6 +29,10 @@ from kdbench.recipe.specs import CellSpec
 
 T = TypeVar("T")
 
+NO_COMPILER = (
+    "torch.compile cannot work here, so networks run as they are: on a GPU it needs Triton, on a CPU a compiler"
+)
+
 # Below this many seconds of predicted work nothing is tried: the plainest way is taken.
 SHORT = 60.0
 # Below this many, compiling is not tried: it takes about a minute on CPUs.

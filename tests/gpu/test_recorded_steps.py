@@ -1,0 +1,232 @@
+"""Steps recorded as CUDA graphs, on a GPU: `make test-gpu`, some five minutes. The same is asked of a stand-in in
+tests/unit/test_capture.py, which needs no GPU.
+
+A recorded run equals an eager one bit for bit where torch has deterministic kernels for all of it; else, and only where
+torch says so, to within `TOLERANCE` of each tensor's largest value after the few steps that are taken here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Read when cuBLAS begins: without it its results may differ from call to call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+from captured import (
+    METHODS,
+    REGISTRY,
+    assert_near,
+    assert_same,
+    both,
+    cell,
+    evaluated,
+    group_of,
+    resumed,
+    short,
+    trained,
+    with_dropout,
+)
+
+from kdbench.engine.capture import CapturedProgram
+from kdbench.engine.compute import program_bytes
+from kdbench.engine.device import gpus, use
+from kdbench.engine.memory import memory_of
+from kdbench.engine.program import Group, Program
+from kdbench.engine.recorder import CudaRecorder
+from kdbench.recipe.planning import plan
+
+__all__ = ["short"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpus(), reason="needs a GPU that torch can use")]
+
+GPU = torch.device("cuda", 0)
+TOLERANCE = 1e-3
+# Nothing of the kind is on any other: batch norms with few images magnify the last digit.
+IN_ANOTHER_ORDER = "does not have a deterministic implementation"
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[Callable[[Group, Group], None]]:
+    """Deterministic kernels where there are some. Compares bit for bit, unless torch warned that there was none."""
+    use(GPU)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+
+        def same(a: Group, b: Group) -> None:
+            if any(IN_ANOTHER_ORDER in str(one.message) for one in found):
+                assert_near(a, b, TOLERANCE)
+            else:
+                assert_same(a, b)
+
+        yield same
+    torch.use_deterministic_algorithms(False)
+
+
+Same = Callable[[Group, Group], None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_stage_of_every_method_is_replayed_or_says_why_not(
+    method: str, tmp_path: Path, deterministic: Same
+) -> None:
+    program = both([cell(method)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    (of,) = program.groups[0].cells
+    said = program.eager_stages(of.member)
+    for name in of.member.spec.method.stages:
+        source = of.member.sources.get(name)
+        expected = source.by_step if source is not None else None
+        assert said.get(name) == expected, f"{name}: {said.get(name)}"
+
+
+def test_a_cohort_is_what_its_cells_are_alone(tmp_path: Path, deterministic: Same) -> None:
+    """Also with cells that are evaluated on the way, and one that cannot be recorded."""
+    specs = [evaluated(cell(method, steps=24)) for method in ("kd", "at", "ce", "bss")]
+    together = group_of(specs, tmp_path / "together", GPU)
+    program = CapturedProgram([together], CudaRecorder(GPU))
+    trained(program)
+    assert all(program.replayed(one.member) for one in together.cells[:3])
+    assert all(program.evaluations_replayed(one.member) for one in together.cells)
+    for one, spec in zip(together.cells, specs, strict=True):
+        alone = group_of([spec], tmp_path / f"alone {spec.method.name}", GPU)
+        trained(CapturedProgram([alone], CudaRecorder(GPU)))
+        deterministic(Group(together.batches, together.teacher, [one]), alone)
+
+
+def test_several_seeds_in_one_program_are_what_they_are_alone(tmp_path: Path, deterministic: Same) -> None:
+    seeds = [[cell(m).model_copy(update={"seed": seed}) for m in ("kd", "at")] for seed in (0, 1, 2)]
+    together = [group_of(specs, tmp_path / f"together {i}", GPU) for i, specs in enumerate(seeds)]
+    program = CapturedProgram(together, CudaRecorder(GPU))
+    trained(program)
+    assert len(program.recordings) == 1 and all(program.recordings.values())
+    for i, specs in enumerate(seeds):
+        alone = group_of(specs, tmp_path / f"alone {i}", GPU)
+        trained(Program([alone]))
+        deterministic(together[i], alone)
+
+
+@pytest.mark.parametrize("methods", [["kd", "ab"], ["rco"]])
+def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(
+    methods: list[str], tmp_path: Path, deterministic: Same
+) -> None:
+    specs = [cell(method, steps=30) for method in methods]
+    whole = group_of(specs, tmp_path / "whole", GPU)
+    trained(CapturedProgram([whole], CudaRecorder(GPU)))
+    deterministic(resumed(specs, tmp_path, lambda: CudaRecorder(GPU), 12, GPU), whole)
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "adam", "lr": 0.001}, {"name": "adamw", "lr": 0.001}])
+def test_other_optimizers_take_their_rates_from_the_device(
+    optimizer: dict[str, Any], tmp_path: Path, deterministic: Same
+) -> None:
+    if optimizer["name"] not in REGISTRY.names("optimizers"):
+        pytest.fail(f"no such optimizer: {', '.join(REGISTRY.names('optimizers'))}")
+    protocol = {"name": "digits", "optimizer": optimizer, "schedule": "cosine"}
+    program = both([cell("kd", protocol=protocol)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+
+
+# --- what draws at random
+
+
+def test_a_network_that_draws_has_a_graph_of_its_own(tmp_path: Path, deterministic: Same) -> None:
+    specs = [cell("kd"), cell("ce")]
+    program = both(specs, tmp_path, CudaRecorder(GPU), with_dropout, GPU, same=deterministic)
+    (recording,) = [r for r in program.recordings.values() if r]
+    assert [one.member.spec.method.name for one in recording.alone] == ["kd"]
+    alone = both(specs[:1], tmp_path / "alone", CudaRecorder(GPU), with_dropout, GPU, same=deterministic)
+    first = program.groups[0]
+    deterministic(Group(first.batches, first.teacher, first.cells[:1]), alone.groups[0])
+
+
+def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path, deterministic: Same) -> None:
+    student = {"name": "timm:resnet10t", "options": {"drop_rate": 0.3}}
+    specs = [cell(method, student=student) for method in ("kd", "ce")]
+    program = both(specs, tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    (recording,) = [r for r in program.recordings.values() if r]
+    assert len(recording.alone) == 2
+    alone = both(specs[1:], tmp_path / "alone", CudaRecorder(GPU), device=GPU, same=deterministic)
+    first = program.groups[0]
+    deterministic(Group(first.batches, first.teacher, first.cells[1:]), alone.groups[0])
+
+
+# --- what cannot be recorded
+
+
+def reads_when_recorded(group: Group) -> None:
+    """A loss that looks at a value: eager steps can, a recording cannot."""
+    term = next(iter(group.cells[0].member.stage.terms.values()))
+    forward = term.forward
+
+    def looks(*values: Any) -> Any:
+        found = forward(*values)
+        if torch.cuda.is_current_stream_capturing():
+            found.item()
+        return found
+
+    term.forward = looks  # type: ignore[method-assign]
+
+
+def test_a_recording_that_fails_leaves_torch_usable(tmp_path: Path, deterministic: Same) -> None:
+    """The run goes on eagerly, also with what draws; and what can be recorded later is recorded."""
+
+    def both_changes(group: Group) -> None:
+        reads_when_recorded(group)
+        with_dropout(group)
+
+    recorder = CudaRecorder(GPU)
+    stream = torch.cuda.current_stream(GPU)
+    program = both([cell("kd"), cell("at")], tmp_path, recorder, both_changes, GPU, same=deterministic)
+    assert torch.cuda.current_stream(GPU) == stream
+    (why,) = program.eager_stages(program.groups[0].cells[0].member).values()
+    assert why.startswith("recording failed: CUDA error") and "captur" in why
+    later = both([cell("at")], tmp_path / "later", recorder, device=GPU, same=deterministic)
+    assert later.replayed(later.groups[0].cells[0].member)
+
+
+def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, deterministic: Same) -> None:
+    def looks(group: Group) -> None:
+        model = group.cells[0].member.student.model
+        forward = model.forward
+
+        def reads(images: Any) -> Any:
+            if torch.cuda.is_current_stream_capturing() and not model.training:
+                images.sum().item()
+            return forward(images)
+
+        model.forward = reads  # type: ignore[method-assign]
+
+    program = both([evaluated(cell("kd"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
+    of = program.groups[0].cells[0].member
+    assert program.replayed(of) and not program.evaluations_replayed(of)
+
+
+# --- memory
+
+
+def test_what_a_program_takes_is_no_more_than_was_announced(tmp_path: Path) -> None:
+    recipe = {
+        "data": "cifar10",
+        "teacher": "wrn_22_4_cifar10",
+        "student": "wrn_16_2",
+        "protocol": "ab_official",
+        "compare": {"method": ["kd", "at", "ab"]},
+        "seeds": 2,
+    }
+    specs = [one.spec for one in plan(recipe, REGISTRY).cells]
+    steps = [
+        s.model_copy(update={"protocol": s.protocol.model_copy(update={"epochs": None, "steps": 30})}) for s in specs
+    ]
+    seeds = [[s for s in steps if s.seed == seed] for seed in (0, 1)]
+    predicted = program_bytes([[memory_of(s, GPU) for s in of_seed] for of_seed in seeds], at_once=True)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_reserved(GPU)
+    groups = [group_of(copy.deepcopy(of_seed), tmp_path / str(i), GPU) for i, of_seed in enumerate(seeds)]
+    trained(CapturedProgram(groups, CudaRecorder(GPU)))
+    assert torch.cuda.max_memory_reserved(GPU) - before <= predicted
