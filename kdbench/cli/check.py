@@ -52,7 +52,7 @@ def command(
         check_cell(spec)
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
-    _print_heading(console, planned)
+    _print_heading(console, planned, device)
     choices = dict.fromkeys(choice for cell in planned.cells for choice in choices_of(cell.spec))
     for remark in [*remarks(cell.spec for cell in planned.cells), *choices]:
         console.print(f"note: {remark}", style="yellow", markup=False)
@@ -145,12 +145,15 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
     return table
 
 
-def _print_heading(console: Console, planned: Plan) -> None:
+def _print_heading(console: Console, planned: Plan, device: torch.device) -> None:
     from kdbench.engine.compute import plainest
+    from kdbench.engine.trial import possible
 
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in (first.data, first.target) if part is not None)
-    computed = plainest(first.compute).name if first.compute.settled else "as a short trial will choose"
+    computed = (
+        possible(plainest(first.compute), device).name if first.compute.settled else "as a short trial will choose"
+    )
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
         f"data {domains}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
