@@ -53,7 +53,9 @@ class Process:
 
     def __init__(self, lane: Lane, device: str, threads: int) -> None:
         self.lane = lane
-        environment = (ALLOCATOR if lane.allocator else {}) | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # Lanes that compile at once share the cores.
+        own = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+        environment = (ALLOCATOR if lane.allocator else {}) | os.environ | own
         # A file, not a pipe: what nobody reads would fill a pipe and stop the process.
         self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
