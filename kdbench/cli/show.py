@@ -18,6 +18,8 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""
+    from rich.markup import escape
+
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
     from kdbench.cli.console import listing, print_yaml
@@ -51,7 +53,9 @@ def command(
         table = listing("option", "type", "default")
         for option in cards.settable(card.target, card).values():
             table.add_row(
-                option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
+                option.name,
+                escape(option.annotation),
+                "required" if option.default is REQUIRED else repr(option.default),
             )
         if table.row_count:
             console.print(table)

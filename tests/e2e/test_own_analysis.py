@@ -39,7 +39,7 @@ class Drawn:
 
     def __iter__(self):
         self.analysis.picture("empty").write_bytes(b"png")
-        yield from ({"name": name} for name in self.names)
+        yield from ({"name": name, "seed": 0, "layer": 0.25 + layer} for layer, name in enumerate(self.names))
 '''
 
 pytestmark = pytest.mark.slow
@@ -86,7 +86,15 @@ def test_it_may_be_a_class_and_draw(own: list[str | Path], kdbench: Kdbench, tmp
     done = kdbench("analyse", "drawn", "names=[a, b]", *own)
     assert (tmp_path / "drawn_empty.png").read_bytes() == b"png"
     assert "written to .: drawn.csv, drawn.json, drawn_empty.png" in done.stdout
-    assert (tmp_path / "drawn.csv").read_text() == "name\na\nb\n"
+    assert (tmp_path / "drawn.csv").read_text() == "name,seed,layer\na,0,0.25\nb,0,1.25\n"
+    assert "list[str]" in kdbench("show", "analyses", "drawn", *own).stdout
+
+
+def test_rows_of_one_seed_are_not_averaged(own: list[str | Path], kdbench: Kdbench) -> None:
+    """They differ in something that is no repetition, here in the layer."""
+    said = kdbench("analyse", "drawn", "names=[a, a]", *own).stdout
+    assert "0.25" in said and "1.25" in said and "±" not in said
+    assert "in all rows: name a, seed 0" in said
 
 
 @pytest.mark.parametrize(

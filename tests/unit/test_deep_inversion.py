@@ -624,6 +624,14 @@ def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
         again.load_state(state)
 
 
+def test_every_setting_of_the_inversion_is_an_option_of_its_source() -> None:
+    card = REGISTRY.card("sources", "synthesized")
+    options = REGISTRY.settable(card.target, card)
+    plain = {name: options[name].default for name in Inversion().plain()}
+    assert plain == Inversion().plain() | {"betas": (0.9, 0.999)}
+    assert {"batches", "images", "every"} <= options.keys() and "context" not in options
+
+
 def test_settings_that_make_no_sense_are_told() -> None:
     spec = cell({"name": "deep_inversion", "rate": 0.0})
     teacher = untrained_teacher(spec)
@@ -632,6 +640,8 @@ def test_settings_that_make_no_sense_are_told() -> None:
         member_in(spec, teacher, Path("nowhere"))
     with pytest.raises(UserError, match="unknown key"):
         cell({"name": "noise_kd", "iterations": 3})
+    with pytest.raises(UserError, match="'jitter' of source 'synthesized' cannot be 1.5"):
+        cell({"name": "deep_inversion", "jitter": 1.5})
     with pytest.raises(UserError, match="Adam has two betas, not 1"):
         SynthesizedImages(place_of(spec, teacher, Path("nowhere")), betas=(0.5,))  # type: ignore[arg-type]
 
