@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from synthetic import make, plain_record, write
 
 from kdbench.errors import UserError
 from kdbench.record import Record, metrics, read_record, read_records, unfinished
+from kdbench.verify.soundness import problems
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -29,6 +31,38 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     plain["result"]["references"] = {}
     expected = without_nothing(plain | {"cell": {**plain["cell"], "title": ""}})
     assert {key: written[key] for key in expected} == expected
+
+
+COMMITTED = [next(folder.parent.glob("*/record.json")) for folder in sorted((ROOT / "results").glob("*/recipe.json"))]
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.parent.name)
+def test_what_follows_from_the_resolved_recipe_is_not_written_and_comes_back(tmp_path: Path, file: Path) -> None:
+    record = read_record(file)
+    plain = json.loads(json.dumps(record.plain()))
+    assert "budget" not in plain and plain["cell"].keys() <= {"axes", "order", "baseline", "title"}
+    assert plain["data"].keys() == {"fingerprint", "origin"} and plain["seeds"].keys() == {"streams"}
+    again = read_record(write(tmp_path / "cell", plain))
+    assert again.model_copy(update={"folder": record.folder}) == record
+    assert again.budget.steps == record.budget.steps > 0 and again.cell.label == record.cell.label
+
+
+def test_a_copy_in_an_earlier_record_that_contradicts_its_recipe_is_told(tmp_path: Path) -> None:
+    file = next((ROOT / "results" / "quickstart").glob("ab-seed0-*/record.json"))
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    history = metrics(file.parent)
+    assert not list(problems(read_record(file), history))
+    for part, name, value in (
+        ("cell", "label", "AB2"),
+        ("cell", "seed", 3),
+        ("budget", "steps", 601),
+        ("budget", "batches_per_epoch", 3),
+        ("data", "train", 101),
+        ("seeds", "split", 1),
+        ("teacher", "name", "another"),
+    ):
+        spoilt = write(tmp_path / f"{part}-{name}", plain | {part: plain[part] | {name: value}})
+        assert f"{part}.{name} is {value}, it follows" in "; ".join(problems(read_record(spoilt), history))
 
 
 def evaluated(folder: Path, steps: list[int], stages: list[tuple[str, int]], per_epoch: int = 10) -> Record:
