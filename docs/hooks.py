@@ -343,7 +343,9 @@ def command_section(name: str, command: Any) -> str:
     if rows:
         lines += [table(["argument or option", ""], rows)]
     if command.epilog:
-        examples = [part.strip() for part in command.epilog.removeprefix("Examples:").split("·")]
+        # In a terminal, rich takes [word] for markup unless it is escaped.
+        text = command.epilog.removeprefix("Examples:").replace("\\[", "[")
+        examples = [part.strip() for part in text.split("·")]
         lines += ["```text", *(" ".join(example.split()) for example in examples), "```\n"]
     return "\n".join(lines)
 

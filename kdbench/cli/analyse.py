@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples:  kdbench analyse boundary runs/bss_small images=1000 picture=true   ·   "
     "kdbench analyse attack teachers=bss_resnet26_cifar10 images=500 targets=1   ·   "
-    "kdbench analyse judge runs/sources 'by=[resnet32_cifar10, runs/inversion_cifar_small]'"
+    "kdbench analyse judge runs/sources 'by=\\[resnet32_cifar10, runs/inversion_cifar_small]'"
 )
 
 
