@@ -86,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = {target: name for name, target in COPIED.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     if page.file.src_uri.startswith(("methods/", "results/")) and page.file.src_uri not in COPIED.values():
         return markdown
-    markdown = markdown.replace("<!-- speed tables -->", speed_tables())
+    markdown = markdown.replace("<!-- speed tables -->", speed_tables()).replace("<!-- losses -->", losses())
     folder = (ROOT / source).parent
     here = Path(page.file.src_uri).parent
 
@@ -249,6 +249,13 @@ def default(cards: Registry, card: Any, path: str) -> object:
         return fixed[name]
     found = parameters(target.target).get(name)
     return found.default if found and found.default is not REQUIRED else None
+
+
+def losses() -> str:
+    """What mkdocstrings reads as: the docstrings of all files of losses."""
+    files = [file.stem for file in sorted((ROOT / "kdbench" / "losses").glob("*.py"))]
+    options = "    options: {show_root_heading: false, show_root_toc_entry: false, heading_level: 3}\n"
+    return "\n".join(f"::: kdbench.losses.{name}\n{options}" for name in files if name not in ("__init__", "checks"))
 
 
 def loss(cards: Registry, key: str) -> str:
