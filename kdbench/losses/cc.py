@@ -1,5 +1,8 @@
-"""Correlation congruence. Peng, Jin, Liu, Li, Wu, Liu, Zhou, Zhang: Correlation Congruence for Knowledge Distillation,
-ICCV 2019, arXiv 1904.01802."""
+"""Correlation congruence (CC).
+
+Peng, Jin, Liu, Li, Wu, Liu, Zhou, Zhang: Correlation Congruence for Knowledge Distillation. ICCV 2019, arXiv
+1904.01802.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,15 @@ from kdbench.losses.features import inner_products, same_batch
 
 
 def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Σ_d δ_id δ_(i+1)d with δ = |s - t|, mean over the N - 1 neighbours in the order of the batch.
+    r"""The loss called CC in the usual CIFAR-100 tables.
 
-    The loss that stands for CC in the usual CIFAR-100 tables: two images that follow each other in the batch should not
-    differ from the teacher's in the same dimensions. No kernel is in it. The gradient reaches the teacher's embedding
-    too, which learns; the caller detaches the teacher's feature before it is embedded.
+    $$
+    L = \frac{1}{N - 1} \sum_{i=1}^{N-1} \sum_d \delta_{id}\, \delta_{(i+1)d}, \qquad \delta = |s - t|
+    $$
+
+    Two images that follow each other in the batch should not differ from the teacher's embeddings in the same
+    dimensions. There is no kernel in it. The gradient reaches the teacher's embedding too, which learns; the caller
+    detaches the teacher's feature before it is embedded.
 
     Args:
         student: embeddings [N, D].
@@ -37,9 +44,13 @@ def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class NeighbourCongruence(nn.Module):
-    """`neighbour_congruence` of two learned embeddings, a fully connected layer for each network.
+    r"""`neighbour_congruence` of two learned embeddings, with a fully connected layer for each network.
 
-    The layers begin with torch's default values and train with the student.
+    $$
+    L = \frac{1}{N - 1} \sum_{i=1}^{N-1} \sum_d \delta_{id}\, \delta_{(i+1)d}, \qquad \delta = |W_S f_S - W_T f_T|
+    $$
+
+    The layers start with torch's default initialization and train with the student.
 
     Args:
         student_shape: of one sample, without the batch; flattened.
@@ -60,10 +71,15 @@ class NeighbourCongruence(nn.Module):
 
 
 def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
-    """Mean squared difference of the two networks' correlations between the images of a batch, by a Gaussian kernel.
+    r"""Mean squared difference of the two networks' correlations between the images of a batch, by a Gaussian kernel.
 
-    Of unit vectors a, b the kernel is exp(-γ ‖a - b‖²) = e^(-2γ) exp(2γ aᵀb); it is taken by its Taylor series up to
-    the order P: k(a, b) = e^(-2γ) Σ_(p = 0..P) (2γ)^p / p! · (aᵀb)^p. Widths of the networks may differ.
+    $$
+    L = \frac{1}{N^2} \sum_{i,j} \left( k(s_i, s_j) - k(t_i, t_j) \right)^2, \qquad
+    k(a, b) = e^{-2\gamma} \sum_{p=0}^{P} \frac{(2\gamma)^p}{p!} (a^\top b)^p
+    $$
+
+    k is the Taylor series of the kernel exp(-γ ‖a - b‖²) of unit vectors, up to order P. The widths of the networks
+    may differ.
 
     Args:
         student: [N, ...], flattened, divided by each row's L2 norm.

@@ -1,4 +1,4 @@
-"""DIST. Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, arXiv 2205.10536."""
+"""DIST. Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher. NeurIPS 2022, arXiv 2205.10536."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ def dist(
     scale: bool = True,
     eps: float = 1e-8,
 ) -> Tensor:
-    """β (1 - mean ρ of the rows) + γ (1 - mean ρ of the columns) of the two networks' probabilities; × T² when `scale`.
+    r"""One minus the correlation of the two networks' probabilities, over each image's classes and each class's images.
 
-    ρ is Pearson's correlation of p = softmax(z / T). Rows: one image's classes (inter-class); columns: one class over
-    the images of the batch (intra-class). Positive affine maps of the student's probabilities change nothing, so a
-    stronger teacher's sharper outputs need not be met exactly. The columns' part depends on the batch, and is γ without
-    gradient for a batch of one.
+    $$
+    L = T^2 \left( \beta \left( 1 - \frac{1}{N} \sum_n \rho(p^S_{n\cdot}, p^T_{n\cdot}) \right)
+    + \gamma \left( 1 - \frac{1}{K} \sum_k \rho(p^S_{\cdot k}, p^T_{\cdot k}) \right) \right),
+    \qquad p = \operatorname{softmax}(z / T)
+    $$
+
+    ρ is Pearson's correlation. Without `scale` the factor T² is 1. Scaling or shifting the student's probabilities
+    changes nothing, so the sharper outputs of a stronger teacher need not be matched exactly. The second part depends
+    on the batch; for a batch of one it is γ, without gradient.
 
     Args:
         student_logits: [N, K].

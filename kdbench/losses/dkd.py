@@ -1,5 +1,7 @@
-"""Decoupled knowledge distillation. Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022,
-arXiv 2203.08679."""
+"""Decoupled knowledge distillation (DKD).
+
+Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation. CVPR 2022, arXiv 2203.08679.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,16 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """T² (α TCKD + β NCKD), the two parts into which KD falls at the label y; batch mean.
+    r"""KD in two parts with weights of their own: one on the target class, one on the other classes.
 
-    With p = softmax(z / T): TCKD = KL(b_t ‖ b_s) of b = (p_y, 1 - p_y), target against all others, and
-    NCKD = KL(p̂_t ‖ p̂_s) of p̂ = softmax of z / T over the K - 1 other classes. KD is TCKD + (1 - p_t(y)) NCKD: the more
-    certain the teacher, the less KD hears of the others; here their weight is β, whatever the teacher thinks of y.
+    $$
+    L = \frac{T^2}{N} \sum_n \left( \alpha\, \mathrm{KL}(b^T_n \,\|\, b^S_n)
+    + \beta\, \mathrm{KL}(\hat p^T_n \,\|\, \hat p^S_n) \right)
+    $$
+
+    With p = softmax(z / T) and the label y, b = (p_y, 1 - p_y) is the target against all others (TCKD), and p̂ is the
+    softmax of z / T over the K - 1 other classes (NCKD). KD equals TCKD + (1 - p_y) NCKD with the teacher's p_y, so a
+    certain teacher tells little about the other classes. Here their weight is β.
 
     Args:
         student_logits: [N, K].
@@ -36,7 +43,8 @@ def dkd(
         Scalar, at least 0 for α, β ≥ 0; finite for any finite logits.
 
     Raises:
-        ValueError: when the logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not positive.
+        ValueError: when the logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not
+            positive.
     """
     logits_shape(student_logits, teacher_logits, "dkd")
     if student_logits.shape[1] < 2 or labels.shape != student_logits.shape[:1] or labels.is_floating_point():

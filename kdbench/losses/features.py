@@ -1,4 +1,4 @@
-"""What several losses of features need: two batches that fit, two maps of one size, and products of all pairs."""
+"""Helpers of several feature losses: checks of two batches, maps of the same size, and products of all pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from kdbench.losses.checks import full, shape
 
 
 def same_batch(student: Tensor, teacher: Tensor, loss: str) -> None:
-    """Raises ValueError unless both are [N, ...] of one N > 0, with at least one more dimension each."""
+    """Check that both are [N, ...] with the same N > 0 and at least one more dimension each.
+
+    Raises:
+        ValueError: They are not. The message names the loss and both shapes.
+    """
     if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(
             f"{loss} needs features [N, ...] of one batch: student {shape(student)}, teacher {shape(teacher)}"
@@ -46,8 +50,8 @@ def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of all rows of `a` [..., n, d] with all rows of `b` [..., m, d]: [..., n, m].
 
-    In the precision of its arguments: under autocast a matrix product would be computed in half precision, which leaves
-    nothing of the differences between similarities.
+    In the precision of its arguments: under autocast a matrix product would be computed in half precision, which
+    leaves nothing of the differences between similarities.
     """
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.transpose(-2, -1)

@@ -1,5 +1,7 @@
-"""Neuron selectivity transfer. Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
-arXiv 1707.01219."""
+"""Neuron selectivity transfer (NST).
+
+Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. arXiv 1707.01219.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,17 @@ from kdbench.losses.features import inner_products, maps_of_one_size
 
 
 def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy between the channels of two maps, with the polynomial kernel k(a, b) = (aᵀ b)².
+    r"""Squared maximum mean discrepancy between the channels of two maps, with a polynomial kernel.
 
-    A channel of a sample is a vector over positions, divided by its L2 norm: the network's samples are its channels.
-    mean k(s, s') + mean k(t, t') - 2 mean k(s, t), each over all pairs of channels, then over the batch. Numbers of
-    channels may differ; of two sizes the larger map is average-pooled to the smaller. Takes memory of C · C' numbers a
-    sample, not C · C' · H · W. Scaling a channel, even by a negative number, changes nothing.
+    $$
+    L = \frac{1}{C^2} \sum_{c,c'} k(s_c, s_{c'}) + \frac{1}{C'^2} \sum_{c,c'} k(t_c, t_{c'})
+    - \frac{2}{C C'} \sum_{c,c'} k(s_c, t_{c'}),
+    \qquad k(a, b) = (a^\top b)^2
+    $$
+
+    Each channel of an image is a vector over positions, divided by its L2 norm. The loss is averaged over the batch.
+    The numbers of channels may differ. If the maps differ in size, the larger one is average-pooled to the smaller
+    size. It needs memory for C · C' numbers per image. Scaling a channel, even by a negative number, changes nothing.
 
     Args:
         student: [N, C, H, W].

@@ -1,5 +1,7 @@
-"""Probabilistic knowledge transfer. Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge
-Transfer, ECCV 2018, arXiv 1803.10837."""
+"""Probabilistic knowledge transfer (PKT).
+
+Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018, arXiv 1803.10837.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from kdbench.losses.features import inner_products, same_batch
 
 
 def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
-    """Divergence of the two networks' probabilities that one image of a batch is another's neighbour.
+    r"""Divergence of the two networks' probabilities that one image of a batch is another's neighbour.
 
-    k_ij = (cos(f_i, f_j) + 1) / 2, p_ij = k_ij / Σ_j k_ij (j = i included), and the mean over all N² pairs of
-    t_ij log((t_ij + ε) / (s_ij + ε)). The mean of the rows' KL divergences is N times this value: that is why the usual
-    weight is 30000.
+    $$
+    L = \frac{1}{N^2} \sum_{i,j} t_{ij} \log \frac{t_{ij} + \varepsilon}{s_{ij} + \varepsilon}, \qquad
+    p_{ij} = \frac{k_{ij}}{\sum_{j'} k_{ij'}}, \qquad k_{ij} = \frac{\cos(f_i, f_j) + 1}{2}
+    $$
+
+    s and t are p of the student and of the teacher; j = i is included. The mean of the rows' KL divergences is N times
+    this value, which explains the usual weight of 30000.
 
     Args:
         student: [N, ...], flattened.

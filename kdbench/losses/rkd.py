@@ -1,5 +1,7 @@
-"""Relational knowledge distillation. Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019,
-arXiv 1904.05068."""
+"""Relational knowledge distillation (RKD).
+
+Park, Kim, Lu, Cho: Relational Knowledge Distillation. CVPR 2019, arXiv 1904.05068.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ from kdbench.losses.features import inner_products, same_batch
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor:
-    """Smooth L1 (Huber, δ = 1) of the distances between the images of a batch, in units of their mean distance.
+    r"""Difference of the distances between the images of a batch, in units of their mean distance.
 
-    D_ij = ‖f_i - f_j‖₂ divided by the mean over all i ≠ j, of each network; mean of the Huber loss over all N² entries,
-    the zeros of the diagonal included. Gradients go through the student's mean distance too. Rotation, translation and
-    scaling of either feature change nothing.
+    $$
+    L = \frac{1}{N^2} \sum_{i,j} h(D^S_{ij} - D^T_{ij}), \qquad
+    D_{ij} = \frac{\| f_i - f_j \|_2}{\operatorname{mean}_{i' \ne j'} \| f_{i'} - f_{j'} \|_2}
+    $$
+
+    h is the smooth L1 loss (Huber, δ = 1). The zeros of the diagonal are included. Gradients go through the student's
+    mean distance too. Rotation, translation and scaling of either feature change nothing.
 
     Args:
         student: [N, ...], flattened.
@@ -34,11 +40,16 @@ def rkd_distance(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor
 
 
 def rkd_angle(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor:
-    """Smooth L1 (Huber, δ = 1) of the cosines of the angles that the images of a batch make at each other.
+    r"""Difference of the angles between three images of a batch.
 
-    cos ∠ j i k = ⟨e_ij, e_ik⟩ with e_ij = (f_j - f_i) / ‖f_j - f_i‖₂; mean over all N³ triples, those included whose
-    images are not three (their cosines are 0 or 1 in both networks). Rotation, translation and scaling of either
-    feature change nothing. Takes memory of N³ + N² D numbers.
+    $$
+    L = \frac{1}{N^3} \sum_{i,j,k} h\left( \langle e^S_{ij}, e^S_{ik} \rangle - \langle e^T_{ij}, e^T_{ik} \rangle
+    \right), \qquad e_{ij} = \frac{f_j - f_i}{\| f_j - f_i \|_2}
+    $$
+
+    h is the smooth L1 loss (Huber, δ = 1). All N³ triples count, also those of fewer than three images, whose cosines
+    are 0 or 1 in both networks. Rotation, translation and scaling of either feature change nothing. It needs memory
+    for N³ + N² D numbers.
 
     Args:
         student: [N, ...], flattened.

@@ -1,5 +1,7 @@
-"""Similarity-preserving distillation. Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019,
-arXiv 1907.09682."""
+"""Similarity-preserving distillation (SP).
+
+Tung, Mori: Similarity-Preserving Knowledge Distillation. ICCV 2019, arXiv 1907.09682.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,15 @@ from kdbench.losses.features import inner_products, same_batch
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of the two networks' similarities between the images of a batch, mean over all pairs.
+    r"""Squared difference of the two networks' similarities between the images of a batch, averaged over all pairs.
 
-    With A = the features as rows [N, D], and G = A Aᵀ whose rows are divided by their L2 norms:
-    ‖G_s - G_t‖²_F / N². Both networks' widths may differ, since each G is [N, N]. Positive scaling of either feature
-    changes nothing. A weight belongs to a batch size: the rows' entries shrink as 1/√N.
+    $$
+    L = \frac{1}{N^2} \left\| G_S - G_T \right\|_F^2
+    $$
+
+    G is A Aᵀ with each row divided by its L2 norm, where the rows of A [N, D] are the features. The widths of the
+    networks may differ, since each G is [N, N]. Positive scaling of either feature changes nothing. A weight is for
+    one batch size, since the entries of the rows shrink as 1/√N.
 
     Args:
         student: [N, ...], flattened.

@@ -1,5 +1,8 @@
-"""Variational information distillation. Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for
-Knowledge Transfer, CVPR 2019, arXiv 1904.05835."""
+"""Variational information distillation (VID).
+
+Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for Knowledge Transfer. CVPR 2019, arXiv
+1904.05835.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from kdbench.losses.features import maps_of_one_size
 
 
 def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """½ [(t - μ)² / σ_c² + log σ_c²], mean over all elements: -log q(t | s) of a Gaussian q, without its constant.
+    r"""Negative log-likelihood of the teacher's map under a Gaussian, without its constant, averaged over all elements.
+
+    $$
+    L = \operatorname{mean}\ \tfrac{1}{2} \left( \frac{(t - \mu)^2}{\sigma_c^2} + \log \sigma_c^2 \right)
+    $$
 
     A lower bound of the mutual information of the two networks' features grows as this falls.
 
@@ -40,11 +47,16 @@ def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
 
 
 class VariationalInformation(nn.Module):
-    """`gaussian_nll` of a teacher's map given the student's, by a learned mean and a learned variance a channel.
+    r"""`gaussian_nll` of the teacher's map given the student's, with a learned mean and a learned variance per channel.
 
-    The mean is a regressor of three 1×1 convolutions without bias, ReLU between them, the inner ones as wide as the
-    teacher's map; torch's default initial values. The variance is softplus(a) + ε of one parameter a channel. Of two
-    sizes the larger map is average-pooled to the smaller before.
+    $$
+    L = \operatorname{mean}\ \tfrac{1}{2} \left( \frac{(t - \mu(s))^2}{\sigma_c^2} + \log \sigma_c^2 \right), \qquad
+    \sigma_c^2 = \operatorname{softplus}(a_c) + \varepsilon
+    $$
+
+    The mean μ is a regressor of three 1×1 convolutions without bias and with ReLUs between them; all are as wide as
+    the teacher's map and have torch's default initialization. If the maps differ in size, the larger one is
+    average-pooled to the smaller size first.
 
     Args:
         student_shape: (C, H, W).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -75,6 +76,14 @@ def test_every_method_has_its_section_with_formula_paper_and_differences(site: P
             assert f"Key: {key}\n" in text
             for difference in card.get("departs", []):
                 assert " ".join(difference.replace("`", "").split())[1:] in " ".join(text.split()), key
+
+
+def test_every_loss_of_a_card_has_its_formula() -> None:
+    for file in (ROOT / "registry" / "losses").glob("*.yaml"):
+        for key, card in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+            if "target" in card:
+                module, _, name = card["target"].partition(":")
+                assert "$$" in (getattr(importlib.import_module(module), name).__doc__ or ""), key
 
 
 def test_every_command_and_every_loss_has_its_section(site: Path) -> None:
