@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -218,7 +219,8 @@ def test_the_editors_schema_is_up_to_date() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_begins_with_what_it_shows_its_command_and_its_schema(recipe: Path) -> None:
-    comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert "kdbench run" in comment[1]
     assert "easured" in comment[2]
     schema = comment[-1].partition("$schema=")[2]
