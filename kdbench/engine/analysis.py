@@ -26,7 +26,8 @@ from kdbench.engine.finished import teacher_folder
 from kdbench.engine.materials import load_data
 from kdbench.engine.network import Network, Normalizer
 from kdbench.engine.options import Options
-from kdbench.engine.teachers import load_teacher, trained
+from kdbench.engine.teacher_files import trained
+from kdbench.engine.teachers import load_teacher
 from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError

@@ -21,7 +21,7 @@ from kdbench.engine.checkpoint import NAME as CHECKPOINT
 from kdbench.engine.evaluation import score
 from kdbench.engine.member import Log, Member
 from kdbench.engine.targets import import_target
-from kdbench.engine.teachers import TeacherFile
+from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import write_json
 from kdbench.recipe.specs import CellSpec, DataSpec, recorded

@@ -15,7 +15,8 @@ from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import TeacherFile, as_used, load_teacher, measured, on_target, trained
+from kdbench.engine.teacher_files import TeacherFile, given_weights, on_target, trained, with_accuracy
+from kdbench.engine.teachers import load_teacher
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec
 
@@ -66,17 +67,14 @@ class Materials:
         if spec.teacher is None:
             return None
         assert folder is not None
-        if spec.teacher.weights is None:
-            file = trained(folder)
-        else:
-            file = measured(spec.teacher, folder, self.settings.download, spec.data, self.data(spec.data), self.device)
+        teacher = spec.teacher
+        file = trained(folder) if teacher.weights is None else given_weights(teacher, self.settings.download)
         if file is None:
-            raise CellError(f"the teacher '{spec.teacher.name}' is not trained: there is no record in {folder}")
-        if spec.teacher.trained_by is not None:
-            file = as_used(spec.teacher, file, folder, spec.data, self.data(spec.data), self.device)
+            raise CellError(f"the teacher '{teacher.name}' is not trained: there is no record in {folder}")
+        file = with_accuracy(teacher, file, folder, spec.data, self.data(spec.data), self.device)
         if spec.target is not None:
             target = self.data(spec.target)
-            file = on_target(spec.teacher, file, folder, spec.data, spec.target, target, self.device)
+            file = on_target(teacher, file, folder, spec.data, spec.target, target, self.device)
         return file
 
     def teacher(self, spec: CellSpec, file: TeacherFile | None, computing: Computing) -> Teacher | None:

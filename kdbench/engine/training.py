@@ -29,7 +29,8 @@ from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import TeacherFile, fingerprint
+from kdbench.engine.teacher_files import TeacherFile
+from kdbench.engine.teachers import fingerprint
 from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import locked, sweep

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdbench.data.cifar import cifar10
-from kdbench.engine.teachers import measured
+from kdbench.engine.teacher_files import given_weights, with_accuracy
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -44,4 +44,6 @@ def accuracy(teacher: str, cifar10_root: Path, folder: Path) -> float | None:
     data = cifar10(roots=[cifar10_root], download=False, cache=cifar10_root / "cache", **spec.data.options)
     assert spec.teacher is not None
     # One image of 10,000 may lie so near to a boundary that another processor's last digits decide.
-    return measured(spec.teacher, folder, False, spec.data, data, torch.device("cpu")).accuracy
+    return with_accuracy(
+        spec.teacher, given_weights(spec.teacher, False), folder, spec.data, data, torch.device("cpu")
+    ).accuracy

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.images import ImageData
-from kdbench.engine import teachers
+from kdbench.engine import teacher_files
 from kdbench.engine.build import build_model
-from kdbench.engine.measuring import doubts, look
 from kdbench.engine.resident import ResidentSplit
-from kdbench.engine.teachers import TeacherFile, as_used, measured
+from kdbench.engine.teacher_files import TeacherFile, doubts, given_weights, look, with_accuracy
 from kdbench.engine.weights import choices_of, read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
@@ -49,7 +49,8 @@ def said_of(answer: Callable[[Tensor], Tensor], **more: Any) -> tuple[float, str
     labels = torch.arange(CLASSES).repeat(20)
     part = ResidentSplit(labels.to(torch.uint8).view(-1, 1, 1, 1), labels)
     seen = look(Answers(answer), part, CLASSES)  # type: ignore[arg-type]
-    return seen.accuracy, " ".join(doubts("t", seen, CLASSES, more.get("expected"), more.get("partial", False)))
+    known: Any = SimpleNamespace(name="t", known_classes=more.get("known"))
+    return seen.accuracy, " ".join(doubts(known, seen, CLASSES, more.get("expected")))
 
 
 def nine_in_ten(labels: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def test_a_teacher_that_does_not_know_these_labels_is_doubted(
 
 
 def test_classes_that_a_teacher_is_known_not_to_have_learned_are_no_doubt() -> None:
-    assert said_of(lambda x: x % 5, partial=True)[1] == ""
+    assert said_of(lambda x: x % 5, known=[0, 1, 2, 3, 4])[1] == ""
 
 
 def test_a_teacher_off_its_recorded_accuracy_is_doubted() -> None:
@@ -141,20 +142,20 @@ def test_a_trained_teachers_accuracy_is_that_with_the_input_it_gets(
     assert spec.teacher is not None
     path = weights(spec, tmp_path)
     recorded = TeacherFile(path, sha256_of(path), 99.0, data=data.fingerprint)
-    assert as_used(spec.teacher, recorded, tmp_path, spec.data, data, tiny.CPU) == recorded
+    assert with_accuracy(spec.teacher, recorded, tmp_path, spec.data, data, tiny.CPU) == recorded
     other = cell(normalization={"mean": [0.9], "std": [0.01]})
     assert other.teacher is not None
     for case, file in ((other, recorded), (spec, replace(recorded, data="of other data"))):
         assert case.teacher is not None
-        found = as_used(case.teacher, file, tmp_path, case.data, data, tiny.CPU)
+        found = with_accuracy(case.teacher, file, tmp_path, case.data, data, tiny.CPU)
         assert found.accuracy == pytest.approx(by_hand(case, path, data), abs=1e-3)
         assert any("the record of its training says 99.00 %" in doubt for doubt in found.doubts)
         with monkeypatch.context() as once:
-            once.setattr(teachers, "load_teacher", None)
-            assert as_used(case.teacher, file, tmp_path, case.data, data, tiny.CPU) == found
+            once.setattr(teacher_files, "load_teacher", None)
+            assert with_accuracy(case.teacher, file, tmp_path, case.data, data, tiny.CPU) == found
     # One of other classes has none here.
     foreign = spec.teacher.model_copy(update={"classes": 7})
-    assert as_used(foreign, recorded, tmp_path, spec.data, data, tiny.CPU).accuracy is None
+    assert with_accuracy(foreign, recorded, tmp_path, spec.data, data, tiny.CPU).accuracy is None
 
 
 def test_an_accuracy_that_a_recipe_states_is_checked(tmp_path: Path, data: ImageData) -> None:
@@ -165,10 +166,12 @@ def test_an_accuracy_that_a_recipe_states_is_checked(tmp_path: Path, data: Image
         spec = cell(**own, accuracy=stated)
         assert spec.identity() == cell(**own).identity() and spec.teacher is not None
         if stated == right:
-            assert measured(spec.teacher, tmp_path, False, spec.data, data, tiny.CPU).accuracy == pytest.approx(right)
+            assert with_accuracy(
+                spec.teacher, given_weights(spec.teacher, False), tmp_path, spec.data, data, tiny.CPU
+            ).accuracy == pytest.approx(right)
         else:
             with pytest.raises(UserError, match=f"reaches {right:.2f} % where {stated:.2f} % is stated"):
-                measured(spec.teacher, tmp_path, False, spec.data, data, tiny.CPU)
+                with_accuracy(spec.teacher, given_weights(spec.teacher, False), tmp_path, spec.data, data, tiny.CPU)
     with pytest.raises(UserError, match="'teacher'"):
         cell(accuracy=90.0)
 
@@ -186,7 +189,9 @@ def test_a_student_that_teaches_is_held_to_its_record(tmp_path: Path, data: Imag
         (tmp_path / "record.json").write_text(json.dumps(record))
         taught = cell(model="wrn_16_2", weights=str(path))
         assert taught.teacher is not None
-        found = measured(taught.teacher, tmp_path, False, taught.data, data, tiny.CPU).doubts
+        found = with_accuracy(
+            taught.teacher, given_weights(taught.teacher, False), tmp_path, taught.data, data, tiny.CPU
+        ).doubts
         # Untrained, it is near chance in any case.
         own = [doubt for doubt in found if "record" in doubt or "other data" in doubt]
         assert len(own) == len(said) and all(words in doubt for words, doubt in zip(said, own, strict=True))

@@ -14,7 +14,7 @@ from kdbench.engine.analysis import FinishedCell
 from kdbench.engine.finished import DataHere, Finished
 from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.scheduling import CellState
-from kdbench.engine.teachers import trained
+from kdbench.engine.teacher_files import trained
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import Plan, plan

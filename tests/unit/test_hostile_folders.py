@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import kdbench
 from kdbench.cli import main
-from kdbench.engine import compute, logit_files, measuring, runner
+from kdbench.engine import compute, logit_files, runner, teacher_files
 from kdbench.engine.anchors import Route
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.options import Listener, Options, Silent
@@ -432,8 +432,8 @@ def test_a_teachers_kept_accuracy_of_another_form_is_measured_again_and_told(
 ) -> None:
     file, key = tmp_path / "teacher.json", {"sha256": "a", "data": "b"}
 
-    def kept(key: dict[str, str]) -> measuring.Seen:
-        return measuring.kept(file, key, {}, lambda: measuring.Seen(12.5))
+    def kept(key: dict[str, str]) -> teacher_files.Seen:
+        return teacher_files.kept(file, key, {}, lambda: teacher_files.Seen(12.5))
 
     seen = key | {"accuracy": 93.5, "reordered": None, "unused": 0}
     for before in (seen, seen | {"data": "c"}):

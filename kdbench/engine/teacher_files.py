@@ -1,0 +1,226 @@
+"""A cell's teacher as files: its weights, its accuracy by the input that it gets here, and what about that its user
+should doubt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from kdbench.cards import TEACHER_TOLERANCE
+from kdbench.data.images import ImageData
+from kdbench.data.pictures import Pictures
+from kdbench.engine.anchors import Route
+from kdbench.engine.batch import SLICE, Split
+from kdbench.engine.batches import split_for_testing
+from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers import load_teacher
+from kdbench.engine.weights import locate
+from kdbench.errors import UserError
+from kdbench.files import sha256_of, write_json
+from kdbench.reading import of_form, read_json
+from kdbench.recipe.beside import training_of
+from kdbench.recipe.route import FOLDER
+from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
+from kdbench.record import finished_record, student_file
+
+log = logging.getLogger("kdbench")
+
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+# Percentage points that another order of classes must bring before it is told.
+_MORE = 5.0
+
+
+@dataclass(frozen=True)
+class TeacherFile:
+    """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
+    other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept.
+    `source_accuracy`: on the source, where `accuracy` is that on a target domain. `data`: fingerprint of the data that
+    it was trained on here. `doubts`: sentences that its user should read."""
+
+    file: Path
+    sha256: str
+    accuracy: float | None
+    route: Route | None = None
+    source_accuracy: float | None = None
+    data: str | None = None
+    doubts: tuple[str, ...] = ()
+
+
+def trained(folder: Path) -> TeacherFile | None:
+    """A teacher that was trained here, or None when it is not finished. UserError where its weights are gone, or are
+    not those that its record names."""
+    record = finished_record(folder)
+    if record is None:
+        return None
+    file = student_file(record)
+    checkpoints = tuple(checkpoint.model_dump(mode="json") for checkpoint in record.route)
+    route = Route(folder / FOLDER, checkpoints) if checkpoints else None
+    return TeacherFile(file, sha256_of(file), record.result.test.last, route, data=record.data.fingerprint)
+
+
+def given_weights(spec: TeacherSpec, download: bool) -> TeacherFile:
+    """A teacher whose card or recipe names a weight file."""
+    assert spec.weights is not None
+    return TeacherFile(locate(spec.weights, download), spec.weights.sha256, None)
+
+
+def with_accuracy(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    folder: Path,
+    data_spec: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> TeacherFile:
+    """A teacher's file with its accuracy by the input that it gets here: its record's where it was trained here by the
+    same, else measured once and kept in its folder.
+
+    Raises:
+        UserError: the recipe states another accuracy.
+    """
+    if spec.classes is not None:
+        return replace(file, accuracy=None)
+    on_record: tuple[float, str] | None = None
+    found: list[str] = []
+    if spec.trained_by is None:
+        training = training_of(file.file)
+        if training is not None and training.accuracy is not None and training.target is None:
+            on_record = (training.accuracy, "the record beside its weights")
+        if training is not None and training.fingerprint != data.fingerprint:
+            found = [f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint"]
+    elif spec.trained_by.target is None and file.accuracy is not None:
+        on_record = (file.accuracy, "the record of its training")
+        if spec.normalization == spec.trained_by.protocol.normalization and file.data == data.fingerprint:
+            return replace(file, doubts=doubts(spec, Seen(file.accuracy), data_spec.classes, None))
+    kept_in = folder / ("teacher.json" if spec.trained_by is None else "as_used.json")
+    seen = _seen(spec, file, kept_in, data_spec, data_spec, data, device)
+    if spec.accuracy is not None and abs(seen.accuracy - spec.accuracy) > TEACHER_TOLERANCE:
+        raise UserError(
+            f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % where {spec.accuracy:.2f} % is stated",
+            where=str(file.file),
+            hint="check the data and the order of their classes, the model's options and the normalization",
+        )
+    return replace(file, accuracy=seen.accuracy, doubts=(*doubts(spec, seen, data_spec.classes, on_record), *found))
+
+
+def on_target(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    folder: Path,
+    source: DataSpec,
+    target_spec: DataSpec,
+    target: ImageData | Pictures,
+    device: torch.device,
+) -> TeacherFile:
+    """The same with its accuracy on the target domain's test part, measured once and kept beside it."""
+    if spec.classes is not None:
+        return file
+    seen = _seen(spec, file, folder / f"on_{target_spec.name}.json", source, target_spec, target, device)
+    by_source = spec.trained_by is None or spec.trained_by.target is None
+    return replace(file, accuracy=seen.accuracy, source_accuracy=file.accuracy if by_source else None)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a network's answers on a test part, in percent.
+
+    accuracy: of right ones. reordered: what it would be if every output stood for the class that it answers most, where
+    these are all different ones; None where they are not. unused: how many of the part's classes it never answers.
+    """
+
+    accuracy: Percent
+    reordered: Percent | None = None
+    unused: Annotated[int, Field(ge=0)] = 0
+
+
+@torch.no_grad()
+def look(teacher: Teacher, part: Split, classes: int) -> Seen:
+    """A network's answers on a part of so many classes."""
+    device = part.labels.device
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    for images, labels in part.slices(SLICE[device.type]):
+        answers = teacher(images, ["logits"])["logits"].argmax(dim=1)
+        counts += torch.bincount(answers * classes + labels, minlength=classes * classes)
+    table = counts.view(classes, classes)
+    used = table.sum(dim=1) > 0
+    most, meant = table[used].max(dim=1)
+    n = len(part.labels)
+    different = len(meant.unique()) == len(meant)
+    return Seen(
+        round(100 * int(table.trace()) / n, 4),
+        round(100 * int(most.sum()) / n, 4) if different else None,
+        int((~used & (table.sum(dim=0) > 0)).sum()),
+    )
+
+
+def _seen(
+    spec: TeacherSpec,
+    file: TeacherFile,
+    kept_in: Path,
+    known: DataSpec,
+    tested: DataSpec,
+    data: ImageData | Pictures,
+    device: torch.device,
+) -> Seen:
+    """A teacher of the data `known` on the test part of others, or of these."""
+    key = {
+        "sha256": file.sha256,
+        "data": data.fingerprint,
+        "model": recorded(spec.model),
+        "normalization": spec.normalization.model_dump(mode="json"),
+    }
+
+    def measure() -> Seen:
+        part = split_for_testing(tested, data, device)
+        return look(load_teacher(spec, known, file.file, device), part, tested.classes)
+
+    return kept(kept_in, key, {"name": spec.name}, measure)
+
+
+def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callable[[], Seen]) -> Seen:
+    """What was seen before under the same key, else what is measured now, which is kept in the file.
+
+    Args:
+        about: is kept beside it, and does not count.
+    """
+    if file.exists():
+        try:
+            found = read_json(file)
+            seen = of_form(Seen, {field.name: found.get(field.name) for field in fields(Seen)}, str(file))
+            if all(found.get(name) == value for name, value in key.items()):
+                return seen
+        except UserError as error:
+            log.warning("%s; the teacher is measured again", str(error))
+    seen = measure()
+    write_json(file, {**about, **key, **asdict(seen)})
+    return seen
+
+
+def doubts(spec: TeacherSpec, seen: Seen, classes: int, expected: tuple[float, str] | None) -> tuple[str, ...]:
+    """What its user should know of a teacher before it teaches.
+
+    Args:
+        expected: an accuracy that is on record for it, and where.
+    """
+    found = []
+    chance = 100 / classes
+    if classes > 1 and seen.accuracy < min(2 * chance, chance + 10):
+        found.append(f"it is near chance, {chance:.2f} %")
+    if seen.reordered is not None and seen.reordered > seen.accuracy + _MORE:
+        found.append(
+            f"with its outputs in another order it would have {seen.reordered:.2f} %: are the classes of its training "
+            "in the order of these data?"
+        )
+    # One that is known not to have learned all classes may leave some out.
+    if seen.unused and spec.known_classes is None:
+        found.append(f"it never answers {seen.unused} of the {classes} classes")
+    if expected is not None and abs(seen.accuracy - expected[0]) > TEACHER_TOLERANCE:
+        found.append(f"{expected[1]} says {expected[0]:.2f} %")
+    reached = f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % with the input that it gets here"
+    return tuple(f"{reached}: {one}" for one in found)
