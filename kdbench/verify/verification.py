@@ -19,7 +19,7 @@ from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
-from kdbench.record import BEST, LOGITS, RUN, STUDENT, Record
+from kdbench.record import BEST, LOGITS, RUN, STUDENT
 from kdbench.registry import Registry
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
@@ -206,47 +206,39 @@ def _shared(folder: Folder) -> Iterator[Finding]:
     def add(cell: str, what: str, key: Hashable, value: Any) -> None:
         groups[(what, key)][json.dumps(value, sort_keys=True)].append(cell)
 
+    others = [record for name, record in folder.records.items() if name not in folder.planned]
     for name, record in folder.records.items():
-        add(name, "data fingerprint", record.data.name, record.data.fingerprint)
-        add(name, "data origin", record.data.name, record.data.origin)
-        if record.target is not None:
-            add(name, "data fingerprint", record.target.name, record.target.fingerprint)
-            add(name, "data origin", record.target.name, record.target.origin)
-        tested = record.target.name if record.target is not None else record.data.name
-        student = json.dumps(
-            [record.spec.get("student"), (record.spec.get("data") or {}).get("image_size")], sort_keys=True
-        )
+        for domain in filter(None, (record.data, record.target)):
+            add(name, "data fingerprint", domain.name, domain.fingerprint)
+            add(name, "data origin", domain.name, domain.origin)
+        spec = record.resolved
+        if spec is None:
+            continue
+        student = json.dumps([record.spec["student"], spec.data.image_size], sort_keys=True)
         add(name, "size of the student", student, record.models.student.model_dump())
-        if record.teacher is not None:
-            teacher = _taught_by(record)
-            add(name, "teacher hash", teacher, record.teacher.sha256)
-            add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
-            size = record.models.teacher and record.models.teacher.model_dump()
-            add(name, "size of the teacher", teacher, size)
-            # In the form of today: versions differ in what they leave out.
-            spec = record.resolved
-            said = recorded(spec.teacher) if spec is not None and spec.teacher else record.spec.get("teacher")
-            add(name, "teacher's description", teacher, said)
-        stages = ((record.spec.get("method") or {}).get("stages") or {}).values()
         # Batch sources have streams of their own.
-        drawing = [stage["source"].get("target") for stage in stages if stage.get("source")]
-        kind = json.dumps([record.kdbench, record.target is None, drawing])
-        add(name, "list of random streams", kind, record.seeds.streams)
-    for trained in [record for name, record in folder.records.items() if name not in folder.planned]:
-        for name, record in folder.planned.items():
-            spec = record.resolved
-            of = spec.teacher.trained_by if spec is not None and spec.teacher is not None else None
-            if record.teacher is not None and of is not None and trained.identity in (of.identity(), of.identity(True)):
-                if (weights := trained.files.get(STUDENT)) is not None:
-                    add(name, "teacher hash", _taught_by(record), weights)
-                # A teacher that was tested on its source alone is measured once more on the cells' target.
-                teacher = _taught_by(record)
-                if record.target is None or record.teacher.source_accuracy is None:
-                    tested = record.target.name if record.target is not None else record.data.name
-                    add(name, "teacher accuracy", (teacher, tested), trained.result.test.last)
-                else:
-                    add(name, "teacher accuracy", teacher, record.teacher.source_accuracy)
-                    add(name, "teacher accuracy", teacher, trained.result.test.last)
+        drawing = [stage.source.target for stage in spec.method.stages.values() if stage.source]
+        add(name, "list of random streams", (record.kdbench, record.target is None, *drawing), record.seeds.streams)
+        if record.teacher is None or spec.teacher is None:
+            continue
+        # A card may have weights, and a recipe to train by instead.
+        of = spec.teacher.trained_by
+        teacher, tested = (record.teacher.name, of is not None), (record.target or record.data).name
+        add(name, "teacher hash", teacher, record.teacher.sha256)
+        add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
+        add(name, "size of the teacher", teacher, record.models.teacher and record.models.teacher.model_dump())
+        # In the form of today: versions differ in what they leave out.
+        add(name, "teacher's description", teacher, recorded(spec.teacher))
+        trained = next((r for r in others if of and r.identity in (of.identity(), of.identity(True))), None)
+        if trained is None or name not in folder.planned:
+            continue
+        if (weights := trained.files.get(STUDENT)) is not None:
+            add(name, "teacher hash", teacher, weights)
+        # A teacher that was tested on its source alone is measured once more on the cells' target.
+        on_source = record.target is not None and record.teacher.source_accuracy is not None
+        key = teacher if on_source else (teacher, tested)
+        add(name, "teacher accuracy", key, record.teacher.source_accuracy if on_source else record.teacher.accuracy)
+        add(name, "teacher accuracy", key, trained.result.test.last)
     different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
     for what, _, values in different:
         fewest = min(values.values(), key=len)
@@ -254,11 +246,6 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         yield Finding("disagrees", f"the {what} is not one: {shown}", ", ".join(dict.fromkeys(fewest[:3])))
     if groups and not different:
         yield Finding("agrees", "data, teachers and networks are the same in all records that share them", "records")
-
-
-def _taught_by(record: Record) -> Hashable:
-    """A teacher's name, and whether a recipe trained it: a card may have weights too."""
-    return record.teacher and record.teacher.name, bool((record.spec.get("teacher") or {}).get("trained_by"))
 
 
 def _tables(folder: Folder) -> Iterator[Finding]:
