@@ -650,7 +650,7 @@ def test_parameters_reach_the_source_and_the_terms() -> None:
 
 
 def test_the_record_lists_the_sources_stream() -> None:
-    assert STREAM in streams(cell("bss"))["streams"] and STREAM not in streams(cell("kd"))["streams"]
+    assert STREAM in streams(cell("bss")) and STREAM not in streams(cell("kd"))
 
 
 def test_the_protocol_is_the_scripts() -> None:
