@@ -118,11 +118,14 @@ class LossCard(CodeCard):
     references: dict[str, Target] = Field(
         {}, description="metric -> class whose value a student reaches that ignores its input; logged beside the metric"
     )
+    shares: dict[str, str] = Field({}, description="metric in [0, 1] -> what it is a share of; shown in percent")
 
     @model_validator(mode="after")
     def _references_stand_beside_metrics(self) -> LossCard:
-        if strange := sorted(self.references.keys() - self.metrics.keys()):
-            raise ValueError(f"'references.{strange[0]}' stands beside no metric; there are: {', '.join(self.metrics)}")
+        for name, beside in (("references", self.references), ("shares", self.shares)):
+            if strange := sorted(beside.keys() - self.metrics.keys()):
+                there = ", ".join(self.metrics)
+                raise ValueError(f"'{name}.{strange[0]}' stands beside no metric; there are: {there}")
         return self
 
 

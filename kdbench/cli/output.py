@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.text import Text as RichText
 
+    from kdbench.results.contents import Table
     from kdbench.results.layout import Text as Entry
-    from kdbench.results.tables import Table
 
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:

@@ -1,11 +1,12 @@
-"""A table as grids of text. Markdown, LaTeX and the terminal show the same grids, so that they agree."""
+"""A table as grids of text. Markdown, LaTeX, the page and the terminal show the same grids, so that they agree."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+from kdbench.results.contents import CAP, Cell, MethodRow, Table
 from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
-from kdbench.results.tables import Cell, Table, seeds_text
 
 ABSENT = "–"
 # Accuracies beside the one on the test part, as a record names them.
@@ -52,39 +53,18 @@ def layout(table: Table) -> list[Grid]:
     return [grid for grid in (*grids, _also(table), _details(table)) if grid.rows]
 
 
-def accuracy(cell: Cell | None) -> str:
-    """Mean ± deviation, with the sign of a missing value where there is none."""
-    return ABSENT if cell is None else _spread(cell.mean, cell.deviation)
-
-
-def difference(cell: Cell | None) -> tuple[str, str, str, str]:
-    """Difference, its interval, its p value and the number of seeds needed, as texts."""
-    found = cell.difference if cell is not None else None
-    if found is None:
-        return ABSENT, ABSENT, ABSENT, ABSENT
-    interval = ABSENT if found.low is None or found.high is None else f"[{_signed(found.low)}, {_signed(found.high)}]"
-    p = ABSENT if found.p_holm is None else "<0.001" if found.p_holm < 0.001 else f"{found.p_holm:.3f}"
-    return _signed(found.mean), interval, p, seeds_text(found.seeds_needed) or ABSENT
-
-
-def common_suffix(points: tuple[str, ...]) -> str:
-    """ ".preact" of layer1.preact, layer2.preact; "" where they have none in common."""
-    suffixes = {point.partition(".")[2] for point in points}
-    suffix = suffixes.pop() if len(suffixes) == 1 else ""
-    return f".{suffix}" if suffix else ""
+def seeds_text(needed: int | None) -> str | None:
+    """Number of seeds as text, ">1000" above the cap."""
+    return None if needed is None else f">{CAP}" if needed > CAP else str(needed)
 
 
 def _single(table: Table) -> Grid:
-    rows: list[tuple[Text, ...]] = [
-        (Text(f"teacher {teacher.name}"), Text(_percent(teacher.accuracies[0])), *[Text("")] * 5)
-        for teacher in table.teachers
-    ]
-    rules = frozenset({len(rows)} if rows else ())
+    teachers = [(Text(f"teacher {t.name}"), Text(_percent(t.accuracies[0])), *_empty(5)) for t in table.teachers]
+    rows: list[tuple[Text, ...]] = list(teachers)
     for i, row in enumerate(table.rows):
         cell = row.cells[0]
-        compared = ("", "", "", "") if row.is_baseline else difference(cell)
-        n = Text(str(cell.n) if cell else ABSENT)
-        rows.append((Text(row.label), _entry(cell, (i, 0)), n, *map(Text, compared)))
+        compared = [Text("")] * 4 if row.is_baseline else _difference(cell)
+        rows.append((Text(row.label), _accuracy(cell, (i, 0)), Text(str(cell.n) if cell else ABSENT), *compared))
     header: tuple[str, ...] = (
         "method",
         f"accuracy, {table.metric_label}",
@@ -96,28 +76,19 @@ def _single(table: Table) -> Grid:
     )
     if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
         header, rows = header[:3], [row[:3] for row in rows]
+    rules = frozenset({len(teachers)} - {0})
     return _with_copied(table, Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules))
 
 
 def _accuracies(table: Table) -> Grid:
-    rows: list[tuple[Text, ...]] = [
-        (Text(f"teacher {teacher.name}"), *(Text(_percent(value)) for value in teacher.accuracies))
-        for teacher in table.teachers
-    ]
-    rules = frozenset({len(rows)} if rows else ())
-    rows += [
-        (Text(row.label), *(_entry(cell, (i, j), f" ({cell.n})" if cell else "") for j, cell in enumerate(row.cells)))
+    teachers = [(Text(f"teacher {t.name}"), *(Text(_percent(value)) for value in t.accuracies)) for t in table.teachers]
+    rows = [
+        (Text(row.label), *(_accuracy(c, (i, j), f" ({c.n})" if c else "") for j, c in enumerate(row.cells)))
         for i, row in enumerate(table.rows)
     ]
-    return _with_copied(
-        table,
-        Grid(
-            f"Accuracy, {table.metric_label}: mean ± deviation (n)",
-            ("method", *(column.label for column in table.columns)),
-            tuple(rows),
-            rules,
-        ),
-    )
+    caption = f"Accuracy, {table.metric_label}: mean ± deviation (n)"
+    header = ("method", *(column.label for column in table.columns))
+    return _with_copied(table, Grid(caption, header, (*teachers, *rows), frozenset({len(teachers)} - {0})))
 
 
 def _with_copied(table: Table, grid: Grid) -> Grid:
@@ -127,28 +98,25 @@ def _with_copied(table: Table, grid: Grid) -> Grid:
     for source in dict.fromkeys(row.source for row in table.copied):
         rules.add(len(rows))
         headings.add(len(rows))
-        rows.append((Text(f"copied{DAGGER}: {source}"), *[Text("")] * across))
+        rows.append((Text(f"copied{DAGGER}: {source}"), *_empty(across)))
         for row in table.copied:
             if row.source == source:
-                rows.append((Text(row.label), *_copied_entries(table, row, across)))
-    return Grid(grid.caption, grid.header, tuple(rows), frozenset(rules), frozenset(headings))
+                entries = _copied_entries(table, row)
+                rows.append((Text(row.label), *entries, *_empty(across - len(entries))))
+    return replace(grid, rows=tuple(rows), rules=frozenset(rules), headings=frozenset(headings))
 
 
-def _copied_entries(table: Table, row: CopiedRow, across: int) -> list[Text]:
+def _copied_entries(table: Table, row: CopiedRow) -> list[Text]:
+    def entry(cell: CopiedCell | None, tail: str = "") -> Text:
+        if cell is None:
+            return Text(ABSENT)
+        return Text(_spread(cell.mean, cell.deviation), tail=f"{DAGGER}{tail}", marks=cell.marks)
+
     if len(table.columns) > 1:
-        return [
-            Text(ABSENT) if cell is None else _copied_entry(cell, f" ({cell.runs})" if cell.runs else "")
-            for cell in row.cells
-        ]
+        return [entry(cell, f" ({cell.runs})" if cell and cell.runs else "") for cell in row.cells]
     cell = row.cells[0]
-    if cell is None:
-        return [Text(ABSENT), *[Text("")] * (across - 1)]
-    n = "" if row.method is None else str(cell.runs) if cell.runs else ABSENT
-    return [_copied_entry(cell), Text(n), *[Text("")] * (across - 2)]
-
-
-def _copied_entry(cell: CopiedCell, tail: str = "") -> Text:
-    return Text(_spread(cell.mean, cell.deviation), tail=f"{DAGGER}{tail}", marks=cell.marks)
+    n = "" if row.method is None or cell is None else str(cell.runs) if cell.runs else ABSENT
+    return [entry(cell), Text(n)]
 
 
 def _across(table: Table) -> Grid:
@@ -160,103 +128,107 @@ def _across(table: Table) -> Grid:
     rows = []
     for one in found.standings:
         better = one.improvement
-        share = ABSENT if better is None else f"{better.probability:.2f}"
-        interval = (
-            ABSENT
-            if better is None or better.low is None or better.high is None
-            else f"[{better.low:.2f}, {better.high:.2f}]"
-        )
+        share, interval = (ABSENT if better is None else f"{better.probability:.2f}"), ABSENT
+        if better is not None and better.low is not None and better.high is not None:
+            interval = f"[{better.low:.2f}, {better.high:.2f}]"
         if better is None and one.label == table.baseline:
             share = interval = ""
         rank = [Text(ABSENT if one.rank is None else f"{one.rank:.2f}")] if ranked else []
         rows.append((Text(one.label), *rank, Text(share), Text(interval)))
-    header = (
-        "method",
-        *(["average rank"] if ranked else []),
-        f"probability of improvement over {table.baseline}",
-        "95 % interval",
-    )
+    improvement = f"probability of improvement over {table.baseline}"
+    header = ("method", *(["average rank"] if ranked else []), improvement, "95 % interval")
     return Grid(f"Across the {len(table.columns)} columns", header, tuple(rows))
 
 
 def _differences(table: Table) -> Grid:
-    blocks = [
-        [
-            (
-                Text(row.label),
-                Text(str(cell.difference.n)),
-                *(Text(text, place=(k, i) if n == 0 else None) for n, text in enumerate(difference(cell))),
-            )
-            for k, row in enumerate(table.rows)
-            if not row.is_baseline and (cell := row.cells[i]) is not None and cell.difference is not None
-        ]
-        for i in range(len(table.columns))
-    ]
-    header = ("method", "n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
-    return _blocks(table, f"Differences to {table.baseline}", header, blocks)
+    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+        if row.is_baseline or cell.difference is None:
+            return []
+        first, *others = _difference(cell)
+        return [Text(str(cell.difference.n)), replace(first, place=place), *others]
+
+    header = ("n", f"difference to {table.baseline}", "95 % interval", "p", "seeds needed")
+    return _blocks(table, f"Differences to {table.baseline}", header, entries)
 
 
 def _also(table: Table) -> Grid:
     """Accuracies on other images or of other networks; no rows where there are none."""
-    blocks = [
-        [
-            (
-                Text(row.label),
-                *(Text(_spread(*cell.also[name]) if name in cell.also else ABSENT) for name in table.also),
-            )
-            for row in table.rows
-            if (cell := row.cells[i]) is not None and cell.also
-        ]
-        for i in range(len(table.columns))
-    ]
-    header = ("method", *(ALSO.get(name, name) for name in table.also))
-    return _blocks(table, "Other accuracies, last step: mean ± deviation", header, blocks)
+
+    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+        shown = [Text(_spread(*cell.also[name]) if name in cell.also else ABSENT) for name in table.also]
+        return shown if cell.also else []
+
+    header = tuple(ALSO.get(name, name) for name in table.also)
+    return _blocks(table, "Other accuracies, last step: mean ± deviation", header, entries)
 
 
 def _details(table: Table) -> Grid:
-    suffix = common_suffix(table.agreement)
+    """Metrics of the losses, and what a method costs beyond the protocol's budget and in time."""
     extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
-    header = (
-        "method",
-        *(["extra epochs"] if extra else []),
-        *(f"agreement {point.removesuffix(suffix)}" for point in table.agreement),
-        "seconds",
-    )
-    blocks = [
-        [
-            (
-                Text(row.label),
-                *([Text(f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0")] if extra else []),
-                *(
-                    Text(f"{100 * cell.agreement[point]:.1f} %" if point in cell.agreement else ABSENT)
-                    for point in table.agreement
-                ),
-                Text(f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}", place=(k, i)),
-            )
-            for k, row in enumerate(table.rows)
-            if (cell := row.cells[i]) is not None
-        ]
-        for i in range(len(table.columns))
-    ]
-    at = f" (at {suffix[1:]} of each layer)" if suffix else ""
-    return _blocks(table, f"Agreement with the teacher{at} and cost" if table.agreement else "Cost", header, blocks)
+
+    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+        shown = [f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0"] if extra else []
+        for measure in table.measures:
+            values = cell.metrics.get(measure.metric, {})
+            shown += [measure.show(values.get(point)) or ABSENT for point in measure.points]
+        seconds = f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"
+        return [*map(Text, shown), Text(seconds, place=place)]
+
+    header = ["extra epochs"] if extra else []
+    captions = []
+    for measure in table.measures:
+        # ".preact" of layer1.preact, layer2.preact is said once.
+        suffixes = {point.partition(".")[2] for point in measure.points}
+        suffix = suffixes.pop() if len(suffixes) == 1 else ""
+        captions.append(measure.title + (f" (at {suffix} of each layer)" if suffix else ""))
+        header += [f"{measure.title} {point.removesuffix(f'.{suffix}')}" for point in measure.points]
+    caption = ", ".join(captions)
+    caption = f"{caption[:1].upper()}{caption[1:]} and cost" if captions else "Cost"
+    return _blocks(table, caption, (*header, "seconds"), entries)
 
 
-def _blocks(table: Table, caption: str, header: tuple[str, ...], blocks: list[list[tuple[Text, ...]]]) -> Grid:
-    """One block of rows for each column of the table, headed by the column where there are several."""
+def _blocks(
+    table: Table,
+    caption: str,
+    header: tuple[str, ...],
+    entries: Callable[[MethodRow, Cell, tuple[int, int]], list[Text]],
+) -> Grid:
+    """One block of rows for each column of the table, headed by the column where there are several. Where a cell has no
+    entries, its row is left out."""
     rows: list[tuple[Text, ...]] = []
     rules, headings = set(), set()
-    for column, block in zip(table.columns, blocks, strict=True):
+    for i, column in enumerate(table.columns):
+        block = [
+            (Text(row.label), *found)
+            for k, row in enumerate(table.rows)
+            if (cell := row.cells[i]) is not None and (found := entries(row, cell, (k, i)))
+        ]
         if block and len(table.columns) > 1:
             rules.add(len(rows))
             headings.add(len(rows))
-            rows.append((Text(column.label), *[Text("")] * (len(header) - 1)))
+            rows.append((Text(column.label), *_empty(len(header))))
         rows += block
-    return Grid(caption, header, tuple(rows), frozenset(rules - {0}), frozenset(headings))
+    return Grid(caption, ("method", *header), tuple(rows), frozenset(rules - {0}), frozenset(headings))
 
 
-def _entry(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
-    return Text(ABSENT) if cell is None else Text(accuracy(cell), cell.best, cell.second, tail, cell.marks, place)
+def _accuracy(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
+    if cell is None:
+        return Text(ABSENT)
+    return Text(_spread(cell.mean, cell.deviation), cell.best, cell.second, tail, cell.marks, place)
+
+
+def _difference(cell: Cell | None) -> list[Text]:
+    """Difference, its interval, its p value and the number of seeds needed."""
+    found = cell.difference if cell is not None else None
+    if found is None:
+        return [Text(ABSENT)] * 4
+    interval = ABSENT if found.low is None or found.high is None else f"[{_signed(found.low)}, {_signed(found.high)}]"
+    p = ABSENT if found.p_holm is None else "<0.001" if found.p_holm < 0.001 else f"{found.p_holm:.3f}"
+    return [Text(_signed(found.mean)), Text(interval), Text(p), Text(seeds_text(found.seeds_needed) or ABSENT)]
+
+
+def _empty(count: int) -> list[Text]:
+    return [Text("")] * count
 
 
 def _spread(mean: float, deviation: float | None) -> str:

@@ -1,100 +1,105 @@
-"""The sentences below a table: what its numbers are, and what a reader must know before comparing them."""
+"""The facts below a table, one sentence each: what its numbers are, and what a reader must know before comparing."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from kdbench.published import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
-from kdbench.record import LAST_EPOCHS, Metric, Record
+from kdbench.record import Metric, Record
 from kdbench.results import statistics, training
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
+from kdbench.results.contents import Measure, MethodRow, Note
+from kdbench.results.copied import CopiedRow
+from kdbench.results.facts import FACTS, SHORT, joined, listed, metric_label, ranged
 from kdbench.results.sharing import unlike_baseline
-
-if TYPE_CHECKING:
-    from kdbench.results.tables import Row
 
 Interval = Literal["student", "bootstrap"]
 # Percentage points by which a plain student must be better than a teacher to be told.
 _BELOW = 1.0
 
-
-@dataclass(frozen=True)
-class Note:
-    """A sentence below the table. `mark`: letter by which cells refer to it. `warning`: not to be missed."""
-
-    text: str
-    mark: str | None = None
-    warning: bool = False
-
-
-def metric_label(records: Sequence[Record], metric: Metric) -> str:
-    """What the accuracies are, in words."""
-    if metric == "last":
-        return "last epoch"
-    if metric == "best":
-        return "best test epoch (optimistic)"
-    counts = sorted({record.tail.evaluations for record in records})
-    return f"mean of {ranged(counts)} evaluations in the last {LAST_EPOCHS} epochs"
+_INTERVALS: dict[Interval, str] = {
+    "student": "Student's t intervals",
+    "bootstrap": f"bootstrap-t intervals ({statistics.RESAMPLES:,} draws of the seeds)",
+}
 
 
 def notes_of(
-    comparison: Comparison, rows: Sequence[Row], metric: Metric, tests: int, points: Sequence[str], interval: Interval
+    comparison: Comparison,
+    rows: Sequence[MethodRow],
+    metric: Metric,
+    tests: int,
+    measures: Sequence[Measure],
+    interval: Interval,
 ) -> list[Note]:
+    """Everything but what belongs to single cells, to the columns taken together and to copied numbers.
+
+    Args:
+        tests: how many differences were tested.
+    """
     records = comparison.records
+    notes = [
+        *_accuracies(records, rows, metric),
+        *_differences(comparison, rows, tests, interval),
+        *_settings(comparison),
+        *_teachers_in_doubt(comparison),
+    ]
+    if any(record.result.source is not None for record in records):
+        notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
+    if any(record.result.by_classes for record in records):
+        notes.append(
+            Note("Accuracies on groups of classes are of the test images of these classes, with all classes competing")
+        )
+    for measure in measures:
+        notes += _measure(records, measure)
+    notes.append(
+        Note("Seconds are the mean training time of one seed; cells that train together share their teacher's passes")
+    )
+    return notes + [Note(text, warning=True) for text in comparison.notes]
+
+
+def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Metric) -> list[Note]:
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     counts = sorted({cell.n for cell in cells})
-    label = metric_label(records, metric)
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
-    spread = (
-        "one seed, so no deviation, no interval and no test"
-        if counts == [1]
-        else (f"mean ± sample deviation, n = {ranged(counts)} seeds ({listed(seeds)})")
-    )
-    notes = [Note(f"Test accuracy in %, {label}: {spread}", warning=metric == "best")]
-    differences = [cell.difference for cell in cells if cell.difference is not None]
-    if differences:
-        level = "5 %" if tests == 1 else f"5 % / {tests}, Holm's first step"
-        how = (
-            ""
-            if not tests
-            else (
-                f"; {_INTERVALS[interval]} and two-sided paired t test, p after Holm over the {tests} "
-                f"{'comparison' if tests == 1 else 'comparisons'} of this table; seeds needed: for 80 % power at "
-                f"{level}, were the seen difference and its deviation the true ones"
-            )
-        )
-        notes.append(Note(f"Differences are to {comparison.baseline.label}, {_paired(comparison, rows)}{how}"))
+    notes = [Note(f"Numbers are test accuracies in %, {metric_label(records, metric)}", warning=metric == "best")]
+    if counts == [1]:
+        notes.append(Note("There is one seed, so there is no deviation, no interval and no test"))
+    else:
+        shown = f"n = {ranged(counts)} seeds ({listed(seeds)})"
+        notes.append(Note(f"± is the sample standard deviation over the seeds, {shown}"))
     if len(rows) > 1:
-        notes.append(Note("Bold: highest mean, underlined: second; neither says that a difference is real"))
-    for name, say in _ATTRIBUTES:
-        notes += [note] if (note := _attribute(comparison, name, say)) is not None else []
-        notes += [note] if name == "Protocol" and (note := _training(comparison)) is not None else []
-    notes += _normalizations(comparison) + _teachers_in_doubt(comparison)
-    if any(record.result.source is not None for record in comparison.records):
-        notes.append(Note("The test accuracy is the target domain's, no label of which was used in training"))
-    if any(record.result.by_classes for record in comparison.records):
-        notes.append(Note("Accuracies on groups of classes are of test images of these, all classes competing"))
-    if points:
-        notes.append(
-            Note(
-                "Agreement: share of equal activation signs of student (through its connector) and teacher, "
-                f"after the last epoch; {_reference(records, points)}"
-            )
-        )
-    notes.append(
-        Note("Seconds: mean training time of one seed; cells that train side by side share their teacher's passes")
-    )
-    notes += [Note(text[:1].upper() + text[1:], warning=True) for text in comparison.notes]
+        notes.append(Note("Bold is the highest mean, underlined the second; neither says that a difference is real"))
     return notes
 
 
-def _paired(comparison: Comparison, rows: Sequence[Row]) -> str:
-    """What pairing by seed means here: what runs of one seed have in common, and in which rows they do not."""
+def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, interval: Interval) -> list[Note]:
+    if not any(cell is not None and cell.difference is not None for row in rows for cell in row.cells):
+        return []
+    notes = [
+        Note(f"Differences are in percentage points to {comparison.baseline.label}, seed by seed"),
+        Note(_paired(comparison, rows)),
+    ]
+    if tests:
+        level = "5 %" if tests == 1 else f"5 % / {tests} (Holm's first step)"
+        notes += [
+            Note(f"Intervals are 95 % {_INTERVALS[interval]} of the paired differences"),
+            Note(
+                "The p values are of two-sided paired t tests, after Holm's correction for the "
+                f"{'1 comparison' if tests == 1 else f'{tests} comparisons'} of this table"
+            ),
+            Note(
+                f"Seeds needed are for 80 % power at {level}, if the difference and its deviation are in truth as seen"
+            ),
+        ]
+    return notes
+
+
+def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
+    """What runs of one seed have in common, and in which rows they do not."""
     compared = {
         row.label for row in rows if any(cell is not None and cell.difference is not None for cell in row.cells)
     }
@@ -102,45 +107,63 @@ def _paired(comparison: Comparison, rows: Sequence[Row]) -> str:
     for what, labels in unlike_baseline(comparison).items():
         by_exceptions.setdefault(tuple(labels), []).append(what)
     said = [
-        f"same {_joined(common)}" + (f" except in {listed([repr(label) for label in labels], 6)}" if labels else "")
+        f"the same {joined(common)}" + (f" (not {listed([repr(label) for label in labels], 6)})" if labels else "")
         for labels, common in sorted(by_exceptions.items(), key=lambda one: len(one[0]))
         if set(labels) != compared
     ]
-    return f"paired by seed ({'; '.join(said)})" if said else "paired by the number of the seed alone"
+    if not said:
+        return "Runs of one seed have only its number in common, so pairing them gains nothing"
+    return f"Runs of one seed have {' and '.join(said)}"
 
 
-def _joined(words: Sequence[str]) -> str:
-    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-_INTERVALS: dict[Interval, str] = {
-    "student": "Student's 95 % interval",
-    "bootstrap": f"bootstrap-t 95 % interval ({statistics.RESAMPLES:,} draws of the seeds)",
-}
-
-
-def _reference(records: Sequence[Record], points: Sequence[str]) -> str:
-    """What agreement must be held against."""
-    found = {
-        point: [share[point] for r in records if point in (share := r.result.references.get("agreement", {}))]
-        for point in points
-    }
-    shares = [f"{_percent(values)} at {point}" for point, values in found.items() if values]
-    if not shares:
-        return "what a student reaches that ignores its input was not recorded"
-    return f"a student that ignores its input, each neuron on its teacher's more frequent side, has {listed(shares, 8)}"
-
-
-def _percent(values: Sequence[float]) -> str:
-    low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
-    return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def _normalizations(comparison: Comparison) -> list[Note]:
-    """Where students did not get the data card's normalization."""
+def _settings(comparison: Comparison) -> list[Note]:
+    """How the cells were trained and computed. Where methods are trained in different ways it is their own doing, no
+    mistake; every other fact that differs within a column is a warning."""
+    notes = []
+    for name in FACTS:
+        notes += _fact(comparison, name)
+        if name == "Protocol":
+            notes += _training(comparison)
     specs = [spec for record in comparison.records if (spec := record.resolved) is not None]
     said = dict.fromkeys(remark for spec in specs for remark in replaced_normalization(spec))
-    return [Note(remark[:1].upper() + remark[1:]) for remark in said]
+    return notes + [Note(remark) for remark in said]
+
+
+def _fact(comparison: Comparison, name: str) -> list[Note]:
+    """One fact of all records: its values, with the columns or (as a warning) the rows that have them."""
+    columns: dict[str, dict[str, None]] = {}
+    rows: dict[str, dict[str, None]] = {}
+    mixed = False
+    for column in comparison.columns:
+        here = set()
+        for row in comparison.rows:
+            for record in comparison.cell(row, column).values():
+                if value := FACTS[name](record, SHORT):
+                    here.add(value)
+                    columns.setdefault(value, {})[column.label] = None
+                    rows.setdefault(value, {})[row.label] = None
+        mixed |= len(here) > 1
+    if not rows:
+        return []
+    if len(rows) == 1:
+        return [Note(f"{name}: {next(iter(rows))}")]
+    where = rows if mixed else columns
+    shown = "; ".join(f"{value} ({listed(list(places), 6)})" for value, places in where.items())
+    if mixed:
+        shown = f"{shown}; this is mixed within the table, so differences may come from it"
+    return [Note(f"{name}: {shown}", warning=mixed)]
+
+
+def _training(comparison: Comparison) -> list[Note]:
+    rows: dict[str, dict[str, None]] = {}
+    for row in comparison.rows:
+        for column in comparison.columns:
+            for record in comparison.cell(row, column).values():
+                if said := training.settings(record):
+                    rows.setdefault(said, {})[row.label] = None
+    if len(rows) == 1:
+        return [Note(f"Training: {next(iter(rows))}")]
+    return [Note(f"Training of {listed(list(labels), 6)}: {said}") for said, labels in rows.items()]
 
 
 def _teachers_in_doubt(comparison: Comparison) -> list[Note]:
@@ -163,7 +186,7 @@ def _teachers_in_doubt(comparison: Comparison) -> list[Note]:
             if best and accuracy < means[best] - _BELOW:
                 place = f" ({column.label})" if comparison.axes else ""
                 found[f"the teacher '{name}', {accuracy:.2f} %, is below the plain student '{best}'{place}"] = None
-    return [Note(text[:1].upper() + text[1:], warning=True) for text in found]
+    return [Note(text, warning=True) for text in found]
 
 
 def _plain(record: Record) -> bool:
@@ -174,7 +197,25 @@ def _plain(record: Record) -> bool:
     return bool(terms) and all({*term.loss.inputs} <= {"student", "labels"} and term.input == "data" for term in terms)
 
 
+def _measure(records: Sequence[Record], measure: Measure) -> list[Note]:
+    """What a metric is, and what it must be compared with."""
+    what = "a metric of its loss" if measure.share_of is None else f"the share of {measure.share_of}"
+    notes = [Note(f"{measure.title} is {what}, after the last step")]
+    shown = []
+    for point in measure.points:
+        values = [v for r in records if (v := r.result.references.get(measure.metric, {}).get(point)) is not None]
+        if values:
+            ends = dict.fromkeys(str(measure.show(value)) for value in (min(values), max(values)))
+            shown.append(f"{' to '.join(ends)} at {point}")
+    if shown:
+        notes.append(Note(f"For comparison, a student that ignores its input can reach {listed(shown, 8)}"))
+    elif measure.share_of is not None:
+        notes.append(Note(f"The {measure.title} of a student that ignores its input was not recorded"))
+    return notes
+
+
 def missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
+    """Warnings of cells that are not there."""
     notes = []
     empty = [
         f"{row.label} ({column.label})" if comparison.axes else row.label
@@ -189,145 +230,44 @@ def missing(comparison: Comparison, unfinished: Sequence[str]) -> list[Note]:
     return notes
 
 
-def _said_protocol(record: Record) -> str:
-    budget = record.budget
-    return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
-
-
-def said_computing(record: Record) -> str:
-    """How networks were computed, as far as it was not plainly."""
-    compute = record.compute
-    parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
-    parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
-    parts += ["" if compute.teacher_logits == "computed" else f"teacher logits from a {compute.teacher_logits}"]
-    return ", ".join(part for part in parts if part)
-
-
-def _training(comparison: Comparison) -> Note | None:
-    """How the rows were trained in their main stages: where methods differ here it is their own doing, no mistake."""
-    rows: dict[str, dict[str, None]] = {}
-    for row in comparison.rows:
-        for column in comparison.columns:
-            for record in comparison.cell(row, column).values():
-                if said := training.settings(record):
-                    rows.setdefault(said, {})[row.label] = None
-    if not rows:
-        return None
-    alone = len(rows) == 1
-    return Note("Training: " + "; ".join(said + (f" ({listed([*of], 6)})" * (not alone)) for said, of in rows.items()))
-
-
-def _said_teacher(record: Record) -> str | None:
-    teacher = record.teacher
-    if teacher is None:
-        return None
-    accuracy = "accuracy not measured" if teacher.accuracy is None else f"{teacher.accuracy:.2f} %"
-    return f"{teacher.name}, {accuracy}, sha256 {teacher.sha256[:12]}"
-
-
-def _said_data(record: Record) -> str:
-    data = record.data
-    validation = f"{data.validation:,} validation, " if data.validation else ""
-    if (target := record.target) is not None:
-        return (
-            f"{data.name}, {data.train:,} training, {validation}fingerprint {data.fingerprint[:12]} → {target.name}, "
-            f"{target.train:,} without labels, {target.test:,} test images, fingerprint {target.fingerprint[:12]}"
-        )
-    return (
-        f"{data.name}, {data.train:,} training, {validation}{data.test:,} test images, "
-        f"fingerprint {data.fingerprint[:12]}"
-    )
-
-
-def said_machine(record: Record) -> str:
-    """Device, and the threads of a processor."""
-    compute = record.compute
-    if compute.device != "cpu":
-        return compute.device_name
-    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
-
-
-def _said_version(record: Record) -> str:
-    git = record.git
-    commit = "" if git is None else f", commit {git.commit[:12]}{' with uncommitted changes' if git.dirty else ''}"
-    return f"{record.kdbench}{commit}, torch {record.compute.torch}"
-
-
-# What must be the same within a column for its cells to be comparable, said in any case and warned of where it is not.
-_ATTRIBUTES: tuple[tuple[str, Callable[[Record], str | None]], ...] = (
-    ("Protocol", _said_protocol),
-    ("Teacher", _said_teacher),
-    ("Data", _said_data),
-    ("Machine", said_machine),
-    ("Precision", said_computing),
-    ("kdbench", _said_version),
-)
-
-
-def _attribute(comparison: Comparison, name: str, say: Callable[[Record], str | None]) -> Note | None:
-    """One attribute of all records: its value, or its values with the columns, or (as a warning) the rows, that have
-    them."""
-    by_value: dict[str, None] = {}
-    columns: dict[str, list[str]] = {}
-    rows: dict[str, list[str]] = {}
-    mixed = False
-    for column in comparison.columns:
-        here = set()
-        for row in comparison.rows:
-            for record in comparison.cell(row, column).values():
-                if (value := say(record)) is not None:
-                    here.add(value)
-                    by_value[value] = None
-                    rows.setdefault(value, []).append(row.label)
-        mixed |= len(here) > 1
-        for value in here:
-            columns.setdefault(value, []).append(column.label)
-    values = list(by_value)
-    if not values:
-        return None
-    if len(values) == 1:
-        return Note(f"{name}: {values[0]}" if name != "kdbench" else f"kdbench {values[0]}")
-    where = rows if mixed else columns
-    shown = "; ".join(f"{value} ({listed(list(dict.fromkeys(where[value])), 6)})" for value in values)
-    if mixed:
-        return Note(f"Mixed within the table, so differences may come from it. {name}: {shown}", warning=True)
-    return Note(f"{name}: {shown}")
-
-
-def source_note(key: str, card: PublishedCard) -> Note:
-    notes = [" ".join(note.split()).rstrip(".") for note in (card.note, card.protocol.note) if note]
-    return Note(". ".join([f"{key}: {card.title}; {card.source}", *(note[:1].upper() + note[1:] for note in notes)]))
-
-
 def across_notes(found: Across | None, baseline: str) -> list[Note]:
+    """How the columns were taken together."""
     if found is None:
         return []
     notes = []
     if found.columns:
-        distance = (
-            f"no critical distance: {found.why_no_distance}"
-            if found.critical_distance is None
-            else f"critical distance {found.critical_distance:.2f}: methods whose average ranks differ by less cannot "
-            "be told apart at 5 % over all pairs of methods (Nemenyi), with the columns as independent draws"
-            + (f", which they are only in part: some have {_joined(found.shared)} in common" if found.shared else "")
-        )
-        notes.append(
-            Note(f"Average rank over {found.columns} columns, 1 for the highest mean, ties sharing theirs; {distance}")
-        )
-    notes.append(
+        notes.append(Note(f"Average rank is over {found.columns} columns: 1 for the highest mean, ties share theirs"))
+        if found.critical_distance is None:
+            notes.append(Note(f"There is no critical distance of ranks: {found.why_no_distance}"))
+        else:
+            notes.append(
+                Note(
+                    f"Methods whose average ranks differ by less than {found.critical_distance:.2f}, the critical "
+                    "distance, cannot be told apart at 5 % over all pairs of methods (Nemenyi)"
+                )
+            )
+            but = f", which they are only in part: some have {joined(found.shared)} in common" if found.shared else ""
+            notes.append(Note(f"The critical distance takes the columns for independent{but}"))
+    return [
+        *notes,
         Note(
-            f"Probability of improvement: that a run of a method beats an independent run of {baseline} in the same "
-            "column, from all pairs of different seeds, averaged over the columns that both have, and for these "
-            "columns only; 95 % interval from leaving out one seed at a time in all of them, where the runs allow one"
-        )
-    )
+            f"Probability of improvement is that a run of a method beats an independent run of {baseline} in the same "
+            "column: the share among pairs of runs of different seeds, averaged over the columns that have both"
+        ),
+        Note(
+            "Its 95 % interval comes from leaving out one seed at a time, and is of these columns only; there is none "
+            "where the runs allow none"
+        ),
+    ]
+
+
+def copied_notes(copied: Sequence[CopiedRow], published: Mapping[str, PublishedCard]) -> list[Note]:
+    """Where copied numbers are from; nothing where there are none."""
+    if not copied:
+        return []
+    notes = [Note("†: numbers of other people, copied; never bold or underlined")]
+    for key, card in published.items():
+        more = [" ".join(note.split()).rstrip(".") for note in (card.note, card.protocol.note) if note]
+        said = [f"Source {key}: {card.title}; {card.source}", *(note[:1].upper() + note[1:] for note in more)]
+        notes.append(Note(". ".join(said)))
     return notes
-
-
-def ranged(counts: Sequence[int]) -> str:
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def listed(values: Sequence[Any], most: int = 12) -> str:
-    shown = [str(value) for value in values[:most]]
-    return ", ".join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")

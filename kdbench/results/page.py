@@ -11,11 +11,11 @@ from pathlib import Path
 from kdbench.recipe.loading import dump
 from kdbench.record import Record
 from kdbench.results.comparison import Comparison, compare
+from kdbench.results.contents import Note, Table
 from kdbench.results.curves import logs
+from kdbench.results.facts import FACTS
 from kdbench.results.layout import Grid, Text, layout
-from kdbench.results.notes import Note, said_computing, said_machine
 from kdbench.results.plots import Panel, accuracy_panels, chart, cost_panels, metric_panels, metrics_of
-from kdbench.results.tables import Table
 
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -25,7 +25,6 @@ COSTS = (
     "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that train "
     "side by side share their teacher's passes."
 )
-FACTS = ("Recipe", "Protocol", "Data", "Teacher", "Machine", "Precision", "kdbench", "Python and torch", "Platform")
 
 
 def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
@@ -220,30 +219,15 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """What the runs were made with; several values where they differ."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
-        for name, value in zip(FACTS, _made_with(record), strict=True):
+        compute = record.compute
+        for name, value in (
+            ("Recipe", record.recipe),
+            *((name, say(record, None)) for name, say in FACTS.items()),
+            ("Platform", f"Python {compute.python}, {compute.platform}"),
+        ):
             if value:
                 found.setdefault(name, {})[value] = None
-    return [(name, "; ".join(found[name])) for name in FACTS if name in found]
-
-
-def _made_with(record: Record) -> tuple[str, ...]:
-    data, teacher, compute, git = record.data, record.teacher, record.compute, record.git
-    network = record.models.teacher
-    size = "" if network is None or not network.parameters else f", {network.parameters:,} parameters"
-    known = "" if teacher is None or teacher.accuracy is None else f", {teacher.accuracy:.2f} %"
-    commit = "" if git is None else f", commit {git.commit}{' with uncommitted changes' if git.dirty else ''}"
-    return (
-        record.recipe,
-        record.cell.protocol,
-        f"{data.name}, {data.train:,} training, {data.validation:,} validation and {data.test:,} test images, from "
-        f"{data.origin or 'an origin that was not recorded'}, fingerprint {data.fingerprint}",
-        "" if teacher is None else f"{teacher.name}{known}{size}, sha256 {teacher.sha256}",
-        said_machine(record),
-        said_computing(record),
-        f"{record.kdbench}{commit}",
-        f"{compute.python}, {compute.torch}",
-        compute.platform,
-    )
+    return [(name, "; ".join(values)) for name, values in found.items()]
 
 
 def _provenance(comparison: Comparison) -> str:

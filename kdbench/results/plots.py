@@ -20,9 +20,9 @@ from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
+from kdbench.results.contents import Table
 from kdbench.results.curves import Curve, Logs, Part, accuracy_of, curves_of, last_quarter, logs, metric_at
-from kdbench.results.notes import metric_label
-from kdbench.results.tables import Table
+from kdbench.results.facts import metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,107 +5,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from kdbench.cards import LossCard
 from kdbench.errors import UserError
 from kdbench.published import PublishedCard
 from kdbench.record import Metric, Record
+from kdbench.record_parts import Metrics
+from kdbench.registry import Registry
 from kdbench.results import statistics
-from kdbench.results.across import Across, across
-from kdbench.results.comparison import Column, Comparison, compare
-from kdbench.results.copied import CopiedRow, copied_rows
-from kdbench.results.notes import Interval, Note, across_notes, listed, metric_label, missing, notes_of, source_note
-
-if TYPE_CHECKING:
-    import pandas
+from kdbench.results.across import across
+from kdbench.results.comparison import Column, Comparison, Row, compare
+from kdbench.results.contents import CAP, Cell, Difference, Measure, MethodRow, Note, Table, TeacherRow
+from kdbench.results.copied import copied_rows
+from kdbench.results.facts import listed, metric_label, sentence
+from kdbench.results.notes import Interval, across_notes, copied_notes, missing, notes_of
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
-CAP = 1000
 
 
-@dataclass(frozen=True)
-class Difference:
-    """To the baseline of the same column, over the seeds that both have, in percent points.
+class _Marks(dict[str, str]):
+    """What is said of a cell -> the letter of its note, given when it is first said."""
 
-    `low`, `high`, `p`, `p_holm` are None with one pair of seeds or without spread. `seeds_needed`: pairs with which the
-    seen difference would be found with 80 % power at Holm's first step, `ALPHA` over the number of the table's tests;
-    None without a test, CAP + 1 for more than CAP.
-    """
-
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    seeds_needed: int | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
-    seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
-    `agreement`: mean over the seeds. `also`: accuracies beside the one on the test part, mean and deviation.
-    `seconds`: mean training time of a seed."""
-
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
-    n: int
-    mean: float
-    deviation: float | None
-    best: bool
-    second: bool
-    difference: Difference | None
-    steps: int
-    epochs: float
-    extra_epochs: float
-    agreement: Mapping[str, float]
-    also: Mapping[str, tuple[float, float | None]]
-    seconds: float
-    images_per_second: float
-    marks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method; `cells` in the order of the table's columns, None where nothing is finished."""
-
-    method: str
-    label: str
-    is_baseline: bool
-    cells: tuple[Cell | None, ...]
-
-
-@dataclass(frozen=True)
-class TeacherRow:
-    """A teacher's accuracy in percent in each column, None where it does not teach or was not measured."""
-
-    name: str
-    accuracies: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """`axes`: dotted paths that vary across the columns, none where there is one column. `copied`: published numbers,
-    never ranked among ours. `across`: None with one column."""
-
-    title: str
-    metric: Metric
-    metric_label: str
-    baseline: str
-    axes: tuple[str, ...]
-    columns: tuple[Column, ...]
-    teachers: tuple[TeacherRow, ...]
-    rows: tuple[Row, ...]
-    copied: tuple[CopiedRow, ...]
-    across: Across | None
-    agreement: tuple[str, ...]
-    also: tuple[str, ...]
-    notes: tuple[Note, ...]
+    def __missing__(self, said: str) -> str:
+        self[said] = _letter(len(self))
+        return self[said]
 
 
 def build(
@@ -134,153 +62,52 @@ def build(
 
     Raises:
         UserError: no finished record, an unknown baseline, cells that cannot stand in one table, too few seeds for a
-            bootstrap, a cell without a mean over the last epochs, or a published table that has nothing to do with this
-            one.
+            bootstrap, no mean over the last epochs, or a published table that has nothing to do with this one.
     """
     given = list(records)
     comparison = compare(given, baseline, columns)
-    names = [str(folder) for folder in unfinished]
-    names += sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
-    marks: dict[str, str] = {}
+    failed = sorted(f"{r.cell.label}, seed {r.cell.seed}" for r in given if r.status != "finished")
+    marks = _Marks()
     differences, tests = _differences(comparison, metric, interval)
-    rows = _rows(comparison, metric, differences, marks)
-
-    def mark(said: str) -> str:
-        return marks.setdefault(said, _letter(len(marks)))
-
-    copied = copied_rows(comparison, published or {}, metric_label(comparison.records, metric), mark)
+    rows = _rows(comparison, metric, differences, marks.__getitem__)
+    label = metric_label(comparison.records, metric)
+    copied = copied_rows(comparison, published or {}, label, marks.__getitem__)
     summed = across(comparison, metric)
-    teachers = _teachers(comparison)
-    points = tuple(sorted({point for r in comparison.records for point in r.result.metrics.get("agreement", {})}))
-    notes = [*notes_of(comparison, rows, metric, tests, points, interval), *missing(comparison, names)]
-    notes += across_notes(summed, comparison.baseline.label)
-    if copied:
-        notes.append(Note("†: numbers of other people, copied; never bold or underlined"))
-        notes += [source_note(key, card) for key, card in (published or {}).items()]
+    measures = _measures(comparison.records)
+    notes = notes_of(comparison, rows, metric, tests, measures, interval)
+    notes += missing(comparison, [*map(str, unfinished), *failed])
+    notes += [*across_notes(summed, comparison.baseline.label), *copied_notes(copied, published or {})]
     notes += [Note(said, letter) for said, letter in marks.items()]
     return Table(
-        title if title is not None else _title(comparison),
-        metric,
-        metric_label(comparison.records, metric),
-        comparison.baseline.label,
-        tuple(axis.path for axis in comparison.axes),
-        comparison.columns,
-        teachers,
-        rows,
-        copied,
-        summed,
-        points,
-        tuple(dict.fromkeys(name for record in comparison.records for name in comparison.also(record))),
-        tuple(notes),
+        title=title if title is not None else _title(comparison),
+        metric=metric,
+        metric_label=label,
+        baseline=comparison.baseline.label,
+        axes=tuple(axis.path for axis in comparison.axes),
+        columns=comparison.columns,
+        teachers=_teachers(comparison),
+        rows=rows,
+        copied=copied,
+        across=summed,
+        measures=measures,
+        also=tuple(dict.fromkeys(name for record in comparison.records for name in comparison.also(record))),
+        notes=tuple(replace(note, text=sentence(note.text)) for note in notes),
     )
-
-
-def flat(table: Table) -> list[dict[str, Any]]:
-    """One plain row for every filled cell of a table: the content of the CSV file and of `to_frame`. Copied numbers
-    say where they are from in `copied_from`; nothing measured has that."""
-    result: list[dict[str, Any]] = []
-    across_by_label = {
-        one.label: {
-            "average_rank": _round(one.rank),
-            "improvement_probability": _round(one.improvement.probability) if one.improvement else None,
-            "improvement_low": _round(one.improvement.low) if one.improvement else None,
-            "improvement_high": _round(one.improvement.high) if one.improvement else None,
-        }
-        for one in (table.across.standings if table.across else ())
-    }
-    for row in table.rows:
-        for column, cell in zip(table.columns, row.cells, strict=True):
-            if cell is None:
-                continue
-            d = cell.difference
-            teacher = next(
-                (
-                    (t.name, accuracy)
-                    for t in table.teachers
-                    if (accuracy := t.accuracies[table.columns.index(column)]) is not None
-                ),
-                (None, None),
-            )
-            result.append(
-                {
-                    "method": row.method,
-                    "label": row.label,
-                    "baseline": row.is_baseline,
-                    **dict(column.key),
-                    "metric": table.metric,
-                    "n": cell.n,
-                    "seeds": " ".join(map(str, cell.seeds)),
-                    "mean": _round(cell.mean),
-                    "deviation": _round(cell.deviation),
-                    "rank": "best" if cell.best else "second" if cell.second else None,
-                    "difference": _round(d.mean) if d else None,
-                    "difference_low": _round(d.low) if d else None,
-                    "difference_high": _round(d.high) if d else None,
-                    "difference_n": d.n if d else None,
-                    "p": _round(d.p, 9) if d else None,
-                    "p_holm": _round(d.p_holm, 9) if d else None,
-                    "seeds_needed": seeds_text(d.seeds_needed) if d else None,
-                    "steps": cell.steps,
-                    "epochs": _round(cell.epochs),
-                    "extra_epochs": _round(cell.extra_epochs),
-                    **{f"agreement.{point}": _round(cell.agreement.get(point)) for point in table.agreement},
-                    **{f"also.{name}": _round(cell.also.get(name, (None,))[0]) for name in table.also},
-                    "seconds": _round(cell.seconds, 2),
-                    "images_per_second": _round(cell.images_per_second, 1),
-                    "teacher": teacher[0],
-                    "teacher_accuracy": teacher[1],
-                    "marks": " ".join(cell.marks) or None,
-                    **across_by_label.get(row.label, {}),
-                }
-            )
-    for copied in table.copied:
-        for column, entry in zip(table.columns, copied.cells, strict=True):
-            if entry is not None:
-                result.append(
-                    {
-                        "method": copied.method or "teacher",
-                        "label": copied.label,
-                        "baseline": False,
-                        **dict(column.key),
-                        "n": entry.runs,
-                        "mean": entry.mean,
-                        "deviation": entry.deviation,
-                        "marks": " ".join(entry.marks),
-                        "copied_from": copied.source,
-                    }
-                )
-    return result
-
-
-def to_frame(table: Table) -> pandas.DataFrame:
-    """The table as a data frame, one row for every method and column; the notes are in `frame.attrs["notes"]`."""
-    import pandas
-
-    frame = pandas.DataFrame(flat(table))
-    frame.attrs.update(
-        title=table.title,
-        metric=table.metric_label,
-        baseline=table.baseline,
-        notes=[f"{note.mark}: {note.text}" if note.mark else note.text for note in table.notes],
-    )
-    return frame
-
-
-def seeds_text(needed: int | None) -> str | None:
-    """Number of seeds as text, ">1000" above the cap."""
-    return None if needed is None else f">{CAP}" if needed > CAP else str(needed)
 
 
 def _rows(
-    comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Difference], marks: dict[str, str]
-) -> tuple[Row, ...]:
+    comparison: Comparison,
+    metric: Metric,
+    differences: Mapping[tuple[str, Column], Difference],
+    mark: Callable[[str], str],
+) -> tuple[MethodRow, ...]:
     by_column = [
-        [_cell(comparison, label.label, column, metric, differences, marks) for label in comparison.rows]
+        [_cell(comparison, line, column, metric, differences, mark) for line in comparison.rows]
         for column in comparison.columns
     ]
     ranked = [_ranked(cells) for cells in by_column]
     return tuple(
-        Row(row.method, row.label, row == comparison.baseline, tuple(cells[i] for cells in ranked))
+        MethodRow(row.method, row.label, row == comparison.baseline, tuple(cells[i] for cells in ranked))
         for i, row in enumerate(comparison.rows)
     )
 
@@ -299,8 +126,7 @@ def _differences(
             own = comparison.cell(row, column)
             if row == comparison.baseline:
                 continue
-            values = {seed: r.accuracy(metric) for seed, r in own.items()}
-            base_values = {seed: r.accuracy(metric) for seed, r in base.items()}
+            values, base_values = ({seed: r.accuracy(metric) for seed, r in group.items()} for group in (own, base))
             pair = statistics.paired(values, base_values, CONFIDENCE)
             if pair is None:
                 continue
@@ -342,32 +168,19 @@ def _bootstrapped(
 
 def _cell(
     comparison: Comparison,
-    label: str,
+    line: Row,
     column: Column,
     metric: Metric,
     differences: Mapping[tuple[str, Column], Difference],
-    marks: dict[str, str],
+    mark: Callable[[str], str],
 ) -> Cell | None:
-    group = comparison.cells.get((label, column.key), {})
+    group = comparison.cell(line, column)
     if not group:
         return None
     records = list(group.values())
     summary = statistics.summarize([record.accuracy(metric) for record in records])
     budget = records[0].budget
-    said = []
-    expected = _seeds(comparison, column)
-    if absent := [seed for seed in expected if seed not in group]:
-        said.append(f"{summary.n} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
-    if budget.extra_epochs:
-        said.append(f"trained {budget.extra_epochs:g} epochs beyond the protocol's budget")
-    if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, label, axis.path)]:
-        said.append(f"does not depend on {listed(free)}: the same runs in every such column")
-    difference = differences.get((label, column))
-    if difference is not None and difference.n < summary.n:
-        said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
-    if difference is not None and difference.n > 1 and difference.p is None:
-        said.append("equal differences for all seeds: no spread, so no interval and no test")
-    points = sorted({point for record in records for point in record.result.metrics.get("agreement", {})})
+    difference = differences.get((line.label, column))
     return Cell(
         seeds=tuple(group),
         values=tuple(record.accuracy(metric) for record in records),
@@ -380,15 +193,57 @@ def _cell(
         steps=budget.steps,
         epochs=budget.epochs,
         extra_epochs=budget.extra_epochs,
-        agreement={
-            point: _mean([shares[point] for r in records if point in (shares := r.result.metrics.get("agreement", {}))])
-            for point in points
-        },
+        metrics=_metrics(records),
         also=_also(comparison, records),
         seconds=_mean([_seconds(record) for record in records]),
         images_per_second=_mean([record.compute.images_per_second for record in records]),
-        marks=tuple(marks.setdefault(text, _letter(len(marks))) for text in said),
+        marks=tuple(map(mark, _remarks(comparison, line, column, difference))),
     )
+
+
+def _remarks(comparison: Comparison, line: Row, column: Column, difference: Difference | None) -> list[str]:
+    """What must be said of one cell."""
+    group = comparison.cell(line, column)
+    said = []
+    expected = sorted({record.cell.seed for record in _in_column(comparison, column)})
+    if absent := [seed for seed in expected if seed not in group]:
+        said.append(f"{len(group)} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
+    if extra := next(iter(group.values())).budget.extra_epochs:
+        said.append(f"trained {extra:g} epochs beyond the protocol's budget")
+    if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, line.label, axis.path)]:
+        said.append(f"does not depend on {listed(free)}: the same runs in every such column")
+    if difference is not None and difference.n < len(group):
+        said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
+    if difference is not None and difference.n > 1 and difference.p is None:
+        said.append("equal differences for all seeds: no spread, so no interval and no test")
+    return said
+
+
+def _measures(records: Iterable[Record]) -> tuple[Measure, ...]:
+    """All metrics that the records hold, by name."""
+    points: dict[str, set[str]] = {}
+    for record in records:
+        for metric, values in record.result.metrics.items():
+            points.setdefault(metric, set()).update(values)
+    return tuple(Measure(metric, tuple(sorted(points[metric])), _shares().get(metric)) for metric in sorted(points))
+
+
+@cache
+def _shares() -> dict[str, str]:
+    """Of the metrics of this installation's loss cards: which are shares, and of what."""
+    registry = Registry()
+    cards: list[LossCard] = [registry.card("losses", name) for name in registry.names("losses")]
+    return {metric: of for card in cards for metric, of in card.shares.items()}
+
+
+def _metrics(records: Sequence[Record]) -> Metrics:
+    """Means over the records that have them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        for metric, values in record.result.metrics.items():
+            for point, value in values.items():
+                found.setdefault(metric, {}).setdefault(point, []).append(value)
+    return {metric: {point: _mean(values) for point, values in points.items()} for metric, points in found.items()}
 
 
 def _also(comparison: Comparison, records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
@@ -450,8 +305,6 @@ def _title(comparison: Comparison) -> str:
 
 def _is_free(comparison: Comparison, group: Mapping[int, Record], label: str, path: str) -> bool:
     """Whether an axis means nothing to a cell: its records stand in several of the axis' values."""
-    if not group:
-        return False
     identity = next(iter(group.values())).identity
     values = {
         dict(key)[path]
@@ -465,10 +318,6 @@ def _in_column(comparison: Comparison, column: Column) -> list[Record]:
     return [record for row in comparison.rows for record in comparison.cell(row, column).values()]
 
 
-def _seeds(comparison: Comparison, column: Column) -> list[int]:
-    return sorted({record.cell.seed for record in _in_column(comparison, column)})
-
-
 def _seconds(record: Record) -> float:
     compute = record.compute
     return compute.seconds if compute.training_seconds is None else compute.training_seconds
@@ -476,10 +325,6 @@ def _seconds(record: Record) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.summarize(values).mean
-
-
-def _round(value: float | None, digits: int = 6) -> float | None:
-    return None if value is None else round(value, digits)
 
 
 def _letter(index: int) -> str:

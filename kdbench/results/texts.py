@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kdbench.record import Record
+from kdbench.results.contents import Table
+from kdbench.results.latex import latex
 from kdbench.results.page import html
-from kdbench.results.renderers import latex, markdown, records_csv, table_csv
-from kdbench.results.tables import Table
+from kdbench.results.renderers import markdown, records_csv, table_csv
 
 
 def texts(table: Table, records: Iterable[Record], charts: bool = True) -> dict[str, str]:

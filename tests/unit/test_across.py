@@ -10,7 +10,8 @@ from synthetic import comparison, make
 
 from kdbench.record import Record
 from kdbench.results.across import Across
-from kdbench.results.renderers import latex, markdown, table_csv
+from kdbench.results.latex import latex
+from kdbench.results.renderers import markdown, table_csv
 from kdbench.results.tables import build
 
 PAIRS = ("wrn_16_1", "wrn_16_2", "wrn_40_1", "resnet20")
@@ -67,7 +68,7 @@ def test_columns_of_one_teacher_its_data_and_its_seeds_have_no_distance() -> Non
     assert found.columns == 4 and found.critical_distance is None
     assert "all columns have teacher, data and seeds in common" in (found.why_no_distance or "")
     said = markdown(build(pairs(teacher="big")))
-    assert "no critical distance: all columns have teacher, data and seeds in common" in said
+    assert "There is no critical distance of ranks: all columns have teacher, data and seeds in common" in said
 
 
 def test_columns_that_share_only_a_part_have_a_distance_and_say_which() -> None:
@@ -80,7 +81,7 @@ def test_columns_that_share_only_a_part_have_a_distance_and_say_which() -> None:
             own = {"student": student, "teacher": f"big {i}", "data": f"set {i}", "recipe": f"recipe {i}"}
             apart += [make(method, 10 * i + s, v, order=k, **own) for s, v in enumerate(values)]
     assert summed(apart).shared == ()
-    assert "as independent draws\n" in markdown(build(apart))
+    assert "The critical distance takes the columns for independent.\n" in markdown(build(apart))
 
 
 def test_one_run_each_has_no_probability_of_improvement() -> None:
@@ -111,7 +112,7 @@ def test_budgets_of_one_pair_have_ranks_and_no_distance() -> None:
     found = summed(budgets)
     assert found.columns == 2 and found.critical_distance is None
     assert "not all different pairs" in (found.why_no_distance or "")
-    assert "no critical distance: the columns are not all different pairs" in markdown(build(budgets))
+    assert "There is no critical distance of ranks: the columns are not all different pairs" in markdown(build(budgets))
 
 
 def test_two_methods_have_no_distance() -> None:
@@ -137,7 +138,7 @@ def test_the_files_show_it() -> None:
     assert "Across the 4 columns:" in text
     assert "| AB | 1.00 | 1.00 | – |" in text
     assert "| CE | 2.75 |  |  |" in text
-    assert "critical distance 1.66" in text and "for these columns only" in text
+    assert "differ by less than 1.66, the critical distance," in text and "of these columns only" in text
     assert "Across the 4 columns" in latex(table)
     assert "average_rank" in table_csv(table).splitlines()[0]
     assert "average_rank" not in table_csv(build(comparison(VALUES)))

@@ -16,8 +16,10 @@ from kdbench.errors import UserError
 from kdbench.published import PublishedCard
 from kdbench.record import Record
 from kdbench.registry import Registry
-from kdbench.results.renderers import latex, markdown, table_csv
-from kdbench.results.tables import Table, build
+from kdbench.results.contents import Table
+from kdbench.results.latex import latex
+from kdbench.results.renderers import markdown, table_csv
+from kdbench.results.tables import build
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9]}
 
@@ -52,7 +54,7 @@ def records(**over: object) -> list[Record]:
 
 
 def note_of(table: Table, mark: str) -> str:
-    return next(note.text for note in table.notes if note.mark == mark)
+    return next(note.text for note in table.notes if note.mark == mark).removesuffix(".")
 
 
 def test_every_copied_number_is_marked_and_its_note_spells_the_protocol_out() -> None:
@@ -72,7 +74,7 @@ def test_every_copied_number_is_marked_and_its_note_spells_the_protocol_out() ->
     ce = table.copied[1].cells[0]
     assert ce is not None
     assert "not stated there: runs (here 3)" in note_of(table, ce.marks[0])
-    assert any(note.text == "other: A table; somewhere, README. Tuned on the test set" for note in table.notes)
+    assert any(note.text == "Source other: A table; somewhere, README. Tuned on the test set." for note in table.notes)
     for row in table.copied:
         for cell in row.cells:
             assert cell is not None and cell.marks
@@ -172,7 +174,7 @@ def test_the_files_show_the_dagger_and_never_rank_what_is_copied() -> None:
     # Ours stays the bold one although the copied number is higher.
     assert "**94.00 ± 0.10**" in text
     tex = latex(table)
-    assert r"94.82 $\pm$ 0.12\dag{}$^{\mathrm{c,d}}$" in tex and tex.isascii()
+    assert r"94.82 $\pm$ 0.12†\textsuperscript{c,d}" in tex
     rows = list(csv.DictReader(io.StringIO(table_csv(table))))
     copied = [r for r in rows if r["copied_from"]]
     assert [(r["method"], float(r["mean"]), r["n"], r["rank"]) for r in copied] == [

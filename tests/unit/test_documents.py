@@ -19,8 +19,9 @@ from conftest import ROOT, Kdbench
 
 from kdbench.cli.schema import build as build_schema
 from kdbench.record import read_records
+from kdbench.results.latex import latex
 from kdbench.results.page import html, without_charts
-from kdbench.results.renderers import latex, markdown, table_csv
+from kdbench.results.renderers import markdown, table_csv
 from kdbench.results.tables import build
 
 TABLES = sorted(file.parent for file in (ROOT / "results").glob("*/table.md"))

@@ -244,6 +244,7 @@ def test_doubts_and_another_normalization_are_told_below_the_table() -> None:
     found = records()
     text = " ".join(note.text for note in build(found).notes)
     assert "of the data card" not in text
+    found = records()
     for record in found:
         record.spec["protocol"]["normalization"] = {"mean": [0.5], "std": [0.5]}
     text = " ".join(note.text for note in build(found).notes)

@@ -102,7 +102,7 @@ def test_the_page_says_how_networks_were_computed_in_the_words_of_the_table(tmp_
     records = read_records([tmp_path])
     table = build(records)
     said = "bfloat16, channels_last, compiled"
-    assert f"Precision: {said}" in [note.text for note in table.notes]
+    assert f"Precision: {said}." in [note.text for note in table.notes]
     facts = html(table, records).partition('id="provenance"')[2]
     assert f"<dt>Precision</dt><dd>{said}</dd>" in facts
     assert "<dt>Machine</dt><dd>Model 7 Processor, 1 thread</dd>" in facts

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import comparison, make, write
+from synthetic import comparison, make, plain_record, write
 
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.registry import Registry
 from kdbench.results import statistics
+from kdbench.results.contents import Cell, Note, Table
+from kdbench.results.latex import PACKAGES, escape, latex
 from kdbench.results.layout import layout
-from kdbench.results.notes import Note
 from kdbench.results.page import html
-from kdbench.results.renderers import escape, latex, markdown, records_csv, table_csv
-from kdbench.results.tables import Cell, Table, build, to_frame
+from kdbench.results.plots import metric_curves
+from kdbench.results.renderers import markdown, records_csv, table_csv, to_frame
+from kdbench.results.tables import build
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
 SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
@@ -82,7 +84,7 @@ def test_means_deviations_and_differences() -> None:
     assert kd_to_ce.p_holm == pytest.approx(2 * 0.02020, abs=2e-5)
     assert ab_to_ce.p_holm == kd_to_ce.p_holm
     assert cell(table, "CE").difference is None
-    assert "Holm over the 2 comparisons" in notes(table)
+    assert "Holm's correction for the 2 comparisons" in notes(table)
 
 
 def test_best_and_second_are_by_the_shown_mean() -> None:
@@ -148,7 +150,7 @@ def test_one_seed_has_no_interval_and_no_test() -> None:
         None,
         None,
     )
-    assert "one seed, so no deviation, no interval and no test" in notes(table)
+    assert "There is one seed, so there is no deviation, no interval and no test." in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert row == "| KD | **94.00** | 1 | +1.00 | – | – | – |"
 
@@ -230,7 +232,7 @@ def test_other_axes_make_columns() -> None:
     # The order of values: numbers by size, names by the recipe's order.
     assert [round(cell(table, "KD", i).mean, 2) for i in range(4)] == [82.3, 81.3, 84.3, 83.3]
     assert all(cell(table, "KD", i).best for i in range(4))
-    assert "Holm over the 4 comparisons" in notes(table)
+    assert "Holm's correction for the 4 comparisons" in notes(table)
     frame = to_frame(table)
     assert list(frame["student"].unique()) == ["wrn_16_2", "wrn_16_1"]
     assert frame.loc[
@@ -250,8 +252,8 @@ def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one
     assert [column.label for column in table.columns] == ["big", "huge"]
     assert cell(table, "CE", 0).values == cell(table, "CE", 1).values
     assert [(t.name, t.accuracies) for t in table.teachers] == [("big", (95.5, None)), ("huge", (None, 95.5))]
-    assert "does not depend on teacher: the same runs in every such column" in notes(table)
-    assert "Holm over the 3 comparisons" in notes(table)
+    assert "Does not depend on teacher: the same runs in every such column" in notes(table)
+    assert "Holm's correction for the 3 comparisons" in notes(table)
 
 
 def test_different_students_of_two_recipes_are_never_pooled() -> None:
@@ -263,7 +265,7 @@ def test_different_students_of_two_recipes_are_never_pooled() -> None:
     assert [column.label for column in budgets.columns] == ["epochs 20", "epochs 200"]
     protocols = build(comparison(VALUES) + comparison(VALUES, protocol="crd", recipe="other"))
     assert protocols.axes == ("protocol",)
-    assert "Protocol: crd, 200 epochs (crd); ab_official, 200 epochs (ab_official)" in notes(protocols)
+    assert "Protocol: crd, 200 epochs (crd); ab_official, 200 epochs (ab_official)." in notes(protocols)
 
 
 def test_two_values_for_one_seed_are_refused() -> None:
@@ -295,7 +297,7 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     kd = cell(table, "KD")
     assert kd.n == 2 and len(kd.marks) == 1
     marked = next(note for note in table.notes if note.mark == kd.marks[0])
-    assert marked.text == "2 of 3 seeds: no finished cell for seed 2"
+    assert marked.text == "2 of 3 seeds: no finished cell for seed 2."
     assert cell(table, "AB").marks == ()
     assert "Not finished and not in the table: runs/x/kd-seed2, KD, seed 2" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
@@ -315,7 +317,7 @@ def test_partly_common_seeds_are_told() -> None:
     records = comparison({"ce": [93.0, 93.2, 93.1]}) + [make("kd", seed, 94 + seed / 10, order=1) for seed in (1, 2, 3)]
     kd = cell(build(records), "KD")
     assert kd.difference is not None and kd.difference.n == 2
-    assert "difference over the 2 of its seeds that CE has too" in notes(build(records))
+    assert "Difference over the 2 of its seeds that CE has too" in notes(build(records))
 
 
 def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
@@ -329,8 +331,8 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
             assert difference.p_holm is not None and difference.seeds_needed is not None
             # Whoever has the seeds that are needed has found the difference.
             assert difference.p_holm <= 0.05 or difference.seeds_needed > difference.n
-        said = "at 5 %, were" if methods == 1 else f"at 5 % / {methods}, Holm's first step, were"
-        assert f"seeds needed: for 80 % power {said}" in notes(table)
+        said = "at 5 %, if" if methods == 1 else f"at 5 % / {methods} (Holm's first step), if"
+        assert f"Seeds needed are for 80 % power {said}" in notes(table)
     # Mean 0.4, deviation 0.1; a second test asks for one seed more.
     one = build(comparison({key: VALUES[key] for key in ("ce", "kd")}))
     alone, beside = (cell(table, "KD").difference for table in (one, build(comparison(VALUES))))
@@ -358,14 +360,39 @@ def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
 
 def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() -> None:
     agreement = {"layer1.preact": 0.96, "layer2.preact": 0.7}
-    assert "ignores its input was not recorded" in notes(build(comparison(VALUES, agreement=agreement)))
+    said = notes(build(comparison(VALUES, agreement=agreement)))
+    assert "The agreement of a student that ignores its input was not recorded." in said
     records = [
         make("ab", seed, agreement=agreement, result__references={"agreement": {"layer1.preact": 0.951 + 0.007 * seed}})
         for seed in (0, 1)
     ]
     said = notes(build(records))
-    assert "ignores its input, each neuron on its teacher's more frequent side, has 95.1 to 95.8 %" in said
-    assert "at layer1.preact" in said and "at layer2.preact" not in said
+    assert "Agreement is the share of equal activation signs of student (through its connector) and teacher" in said
+    assert "a student that ignores its input can reach 95.1 % to 95.8 % at layer1.preact." in said
+
+
+def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: Path) -> None:
+    held = {"map_distance": {"layer1": 3.25, "layer2": 0.5}}
+    values = {"ce": [90.0, 91.0], "own": [92.0, 94.0]}
+    for m, several in values.items():
+        for s, v in enumerate(several):
+            line = {"step": 1, "epoch": 1.0, "test": {"accuracy": v}, "metrics": held if m == "own" else {}}
+            more = {"result__metrics": held} if m == "own" else {}
+            write(tmp_path / f"{m}-{s}", plain_record(m, s, v, order=len(m), agreement={}, **more), [line])
+    records = read_records([tmp_path])
+    table = build(records)
+    text = markdown(table)
+    assert "Map distance and cost:" in text
+    assert "| method | map distance layer1 | map distance layer2 | seconds |" in text
+    assert "| OWN | 3.25 | 0.5 |" in text
+    assert "Map distance is a metric of its loss, after the last step." in notes(table)
+    of_own = next(row for row in csv.DictReader(io.StringIO(table_csv(table))) if row["method"] == "own")
+    assert (of_own["map_distance.layer1"], of_own["map_distance.layer2"]) == ("3.25", "0.5")
+    assert "Map distance and cost." in latex(table)
+    page = html(table, records)
+    assert ">Map distance</h2>" in page and ">map distance</text>" in page
+    (drawn,) = metric_curves(records, tmp_path)
+    assert drawn == tmp_path / "map_distance.png" and drawn.is_file()
 
 
 def trained(rate: float, schedule: dict[str, Any]) -> dict[str, Any]:
@@ -380,10 +407,10 @@ def test_a_table_says_how_its_rows_were_trained() -> None:
         "batches of 64, SGD with momentum 0.9, learning rate 0.1, rate {}, augmentation: crop after reflect padding 4"
     )
     alike = [make(method, seed, **trained(0.1, drops)) for method in ("ce", "kd") for seed in (0, 1)]
-    assert f"Training: {common.format('× 0.2 at 30/60 %')} and flip" in [note.text for note in build(alike).notes]
+    assert f"Training: {common.format('× 0.2 at 30/60 %')} and flip." in [note.text for note in build(alike).notes]
     constant = [make("x", seed, **trained(0.1, {"name": "constant"})) for seed in (0, 1)]
-    (said,) = (note for note in build([*alike, *constant]).notes if note.text.startswith("Training: "))
-    assert f"{common.format('constant')} and flip (X)" in said.text and not said.warning
+    (said,) = (note for note in build([*alike, *constant]).notes if note.text.startswith("Training of X: "))
+    assert f"{common.format('constant')} and flip." in said.text and not said.warning
 
 
 def made(gives: str, steps: int = 200) -> dict[str, Any]:
@@ -401,23 +428,23 @@ COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"cl
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({}, "paired by seed (same data order, augmentation and initial student)"),
-        (made("boundary"), "paired by seed (same data order, augmentation and initial student)"),
-        (made("data"), "(same initial student; same data order and augmentation except in 'X')"),
-        (COPIED, "(same data order and augmentation; same initial student except in 'X')"),
+        ({}, "Runs of one seed have the same data order, augmentation and initial student."),
+        (made("boundary"), "Runs of one seed have the same data order, augmentation and initial student."),
+        (made("data"), "the same initial student and the same data order and augmentation (not 'X')."),
+        (COPIED, "the same data order and augmentation and the same initial student (not 'X')."),
         (
             {"spec__protocol": {"batch_size": 64}},
-            "(same initial student; same data order and augmentation except in 'X')",
+            "the same initial student and the same data order and augmentation (not 'X').",
         ),
         (
             {"spec__protocol": {"augmentation": {"flip": True}}},
-            "(same data order and initial student; same augmentation except in 'X')",
+            "the same data order and initial student and the same augmentation (not 'X').",
         ),
         (
             {"spec__student": {"weights": "own.pt"}},
-            "(same data order and augmentation; same initial student except in 'X')",
+            "the same data order and augmentation and the same initial student (not 'X').",
         ),
-        ({"seeds": {}}, "(same data order, augmentation and initial student except in 'X')"),
+        ({"seeds": {}}, "the same data order, augmentation and initial student (not 'X')."),
     ],
 )
 def test_the_note_on_pairing_says_what_the_cells_of_a_seed_share(over: dict[str, Any], says: str) -> None:
@@ -428,17 +455,17 @@ def test_the_note_on_pairing_says_what_the_cells_of_a_seed_share(over: dict[str,
 def test_cells_that_replace_data_alike_are_paired_and_those_that_share_nothing_are_told() -> None:
     both = {**made("data"), "spec__method": {**made("data")["spec__method"], "starts_from": "teacher"}}
     records = [make(m, s, 90 + k + s / 7, order=k, **both) for k, m in enumerate(("a", "b")) for s in (0, 1)]
-    assert "(same data order, augmentation and initial student)" in notes(build(records, baseline="a"))
+    assert "have the same data order, augmentation and initial student." in notes(build(records, baseline="a"))
     records += [make("ce", s, 89 + s / 5, teacher=None, order=2) for s in (0, 1)]
     said = notes(build(records, baseline="a"))
-    assert "(same data order, augmentation and initial student except in 'CE')" in said
+    assert "the same data order, augmentation and initial student (not 'CE')." in said
     said = notes(build(records, baseline="ce"))
-    assert "paired by the number of the seed alone" in said
+    assert "have only its number in common" in said
 
 
 def test_equal_differences_have_no_test() -> None:
     table = build(comparison({"ce": [93.0, 93.5], "kd": [94.0, 94.5]}))
-    assert "equal differences for all seeds" in notes(table)
+    assert "Equal differences for all seeds" in notes(table)
     assert cell(table, "KD").difference is not None and cell(table, "KD").difference.p is None  # type: ignore[union-attr]
 
 
@@ -459,7 +486,7 @@ def test_mixed_values_are_said_with_the_rows_that_have_them(path: str, value: An
     records += [make("kd", s, 91 + s, order=1, **{path: value}) for s in (0, 1)]
     warned = [note.text for note in build(records).notes if note.warning]
     assert len(warned) == 1 and says in warned[0]
-    assert warned[0].startswith("Mixed within the table")
+    assert "this is mixed within the table" in warned[0]
 
 
 def test_two_protocols_that_are_compared_side_by_side_are_columns() -> None:
@@ -500,11 +527,11 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     table = build(records)
     ab = cell(table, "AB_CRD")
     assert (ab.extra_epochs, ab.epochs) == (30.0, 230.0)
-    assert ab.agreement == {"layer1.preact": pytest.approx(0.805), "layer2.preact": pytest.approx(0.70)}
+    assert ab.metrics["agreement"] == {"layer1.preact": pytest.approx(0.805), "layer2.preact": pytest.approx(0.70)}
     assert ab.seconds == 120.5
     assert [(t.name, t.accuracies) for t in table.teachers] == [("wrn_22_4_cifar10", (95.5,))]
-    assert "trained 30 epochs beyond the protocol's budget" in notes(table)
-    assert "Mixed" not in notes(table)
+    assert "Trained 30 epochs beyond the protocol's budget" in notes(table)
+    assert "mixed" not in notes(table)
     text = markdown(table)
     assert "| AB\\_CRD | +30 | 80.5 % | 70.0 % | 120 |" in text
     assert "| teacher wrn\\_22\\_4\\_cifar10 | 95.50 |" in text
@@ -570,9 +597,8 @@ def test_markdown_is_well_formed_with_special_characters() -> None:
     assert text.startswith("**a\\|b**\n") and text.endswith("\n") and not text.endswith("\n\n")
 
 
-def test_latex_is_ascii_and_bold_best_underlined_second() -> None:
+def test_latex_has_bold_best_and_underlined_second() -> None:
     text = latex(build(comparison(VALUES), title=SPECIAL))
-    assert text.isascii()
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("AB &")).split(" & ")[1] == (
         r"\textbf{\boldmath 94.50 $\pm$ 0.17}"
@@ -586,20 +612,21 @@ def test_escaping() -> None:
     assert escape(r"50% of a_b & c#1 {x} \y ~z^2 $") == (
         r"50\% of a\_b \& c\#1 \{x\} \textbackslash{}y \textasciitilde{}z\textasciicircum{}2 \$"
     )
-    assert escape("é") == escape("e\u0301") == r"\'{e}"
+    assert escape("é") == escape("e\u0301") == "é"
+    assert escape("β ≥ Ω") == r"$\beta$ $\geq$ $\Omega$"
     assert escape("中") == "[U+4E2D]"
     assert escape("a\x00b\u200bc") == "abc"
 
 
 def compiled(folder: Path, body: str) -> str:
-    """Compile an article that loads booktabs alone; its text. Any complaint about width or height fails."""
+    """Compile an article with the packages that the file names; its text. A complaint about width or height fails."""
     if shutil.which("pdflatex") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("pdflatex is not installed, and CI must not skip this")
         pytest.skip("pdflatex is not installed")
     (folder / "t.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\n" + body + "\\end{document}\n",
-        encoding="ascii",
+        f"\\documentclass{{article}}{PACKAGES.partition('needs ')[2]}\\begin{{document}}\n{body}\\end{{document}}\n",
+        encoding="utf-8",
     )
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],

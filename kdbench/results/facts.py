@@ -1,0 +1,110 @@
+"""What a record says of how its number was made, in words, for notes below tables and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kdbench.record import LAST_EPOCHS, Metric, Record
+from kdbench.record_parts import Data
+
+# Letters of a hash that are shown below a table.
+SHORT = 12
+
+
+def metric_label(records: Sequence[Record], metric: Metric) -> str:
+    """What the accuracies are, in words."""
+    if metric == "last":
+        return "last epoch"
+    if metric == "best":
+        return "best test epoch (optimistic)"
+    counts = sorted({record.tail.evaluations for record in records})
+    return f"mean of {ranged(counts)} evaluations in the last {LAST_EPOCHS} epochs"
+
+
+def _protocol(record: Record, digits: int | None) -> str:
+    budget = record.budget
+    return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
+
+
+def _teacher(record: Record, digits: int | None) -> str:
+    teacher, network = record.teacher, record.models.teacher
+    if teacher is None:
+        return ""
+    accuracy = "accuracy not measured" if teacher.accuracy is None else f"{teacher.accuracy:.2f} %"
+    size = f"{network.parameters:,} parameters, " if digits is None and network and network.parameters else ""
+    return f"{teacher.name}, {accuracy}, {size}sha256 {teacher.sha256[:digits]}"
+
+
+def _data(record: Record, digits: int | None) -> str:
+    data, target = record.data, record.target
+    parts = [f"{data.name}", f"{data.train:,} training"]
+    parts += [f"{data.validation:,} validation"] if data.validation else []
+    parts += [f"{data.test:,} test images"] if target is None else []
+    said = ", ".join([*parts, *_source(data, digits)])
+    if target is None:
+        return said
+    parts = [target.name, f"{target.train:,} without labels", f"{target.test:,} test images", *_source(target, digits)]
+    return f"{said} → {', '.join(parts)}"
+
+
+def _source(data: Data, digits: int | None) -> list[str]:
+    origin = [f"from {data.origin or 'an origin that was not recorded'}"] if digits is None else []
+    return [*origin, f"fingerprint {data.fingerprint[:digits]}"]
+
+
+def _machine(record: Record, digits: int | None) -> str:
+    """Device, and the threads of a processor."""
+    compute = record.compute
+    if compute.device != "cpu":
+        return compute.device_name
+    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
+
+
+def _precision(record: Record, digits: int | None) -> str:
+    """How networks were computed, as far as it was not plainly."""
+    compute = record.compute
+    parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
+    parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
+    parts += ["" if compute.teacher_logits == "computed" else f"teacher logits from a {compute.teacher_logits}"]
+    return ", ".join(part for part in parts if part)
+
+
+def _version(record: Record, digits: int | None) -> str:
+    git = record.git
+    changes = " with uncommitted changes" if git is not None and git.dirty else ""
+    commit = "" if git is None else f", commit {git.commit[:digits]}{changes}"
+    return f"kdbench {record.kdbench}{commit}, torch {record.compute.torch}"
+
+
+# Name -> what a record says of it, with hashes cut to some digits (None: whole, and with all details); empty: nothing.
+# These must be the same within a column for its cells to be comparable.
+FACTS: dict[str, Callable[[Record, int | None], str]] = {
+    "Protocol": _protocol,
+    "Teacher": _teacher,
+    "Data": _data,
+    "Machine": _machine,
+    "Precision": _precision,
+    "Software": _version,
+}
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def joined(words: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def ranged(counts: Sequence[int]) -> str:
+    """ "3" or "3 to 5", of sorted counts."""
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def listed(values: Sequence[Any], most: int = 12) -> str:
+    """Values with commas, the first of many."""
+    shown = [str(value) for value in values[:most]]
+    return ", ".join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")
