@@ -63,8 +63,8 @@ def keep(
     A resumed cell keeps again what came after its last checkpoint, in the place of the same files.
 
     Args:
-        measured: accuracy and loss on the validation part, where there is one. Never on the test part: whoever chooses
-            among checkpoints must not see it.
+        measured: accuracy and loss on the validation split, where there is one. Never on the test split: whoever
+            chooses among checkpoints must not see it.
     """
     name = f"{step:08d}.safetensors"
     file = folder / route.FOLDER / name
@@ -84,7 +84,7 @@ class AnchorTeacher:
         anchors: stage -> its anchor, in order.
         network: frozen and in eval mode; its weights are replaced.
         student_logits, anchor_logits: logits of images, bytes [N, C, H, W], of the student and of this network.
-        validation: split off the training set; the greedy choice is made on it. The test part is not given at all.
+        validation: split off the training set; the greedy choice is made on it. The test split is not given at all.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class AnchorTeacher:
         """H of every checkpoint: mean KL(checkpoint || student) of their outputs at temperature 1, in nats.
 
         Args:
-            images: at most so many of the validation part, evenly spaced in its seeded random choice.
+            images: at most so many of the validation split, evenly spaced in its seeded random choice.
         """
         part = self.validation.every(-(-len(self.validation.labels) // images))
         student = torch.cat([self.student_logits(x) for x, _ in part.slices(self.slice_size)])

@@ -80,7 +80,7 @@ class Teacher:
         self.network.model.eval().requires_grad_(False)
 
     def with_logits(self, table: Tensor, positions: Tensor) -> Teacher:
-        """The same teacher, network and all, with a table of its logits for one training part (see `SplitLogits`)."""
+        """The same teacher, network and all, with a table of its logits for one training split (see `SplitLogits`)."""
         found = copy.copy(self)
         found.logits = SplitLogits(table, positions)
         return found

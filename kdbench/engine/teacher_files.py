@@ -118,7 +118,7 @@ def on_target(
     target: ImageData | Pictures,
     device: torch.device,
 ) -> TeacherFile:
-    """The same with its accuracy on the target domain's test part, measured once and kept beside it."""
+    """The same with its accuracy on the target domain's test split, measured once and kept beside it."""
     if spec.classes is not None:
         return file
     seen = _seen(spec, file, folder / f"on_{target_spec.name}.json", source, target_spec, target, device)
@@ -128,10 +128,10 @@ def on_target(
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a network's answers on a test part, in percent.
+    """Of a network's answers on a test split, in percent.
 
     accuracy: of right ones. reordered: what it would be if every output stood for the class that it answers most, where
-    these are all different ones; None where they are not. unused: how many of the part's classes it never answers.
+    these are all different ones; None where they are not. unused: how many of the split's classes it never answers.
     """
 
     accuracy: Percent
@@ -140,17 +140,17 @@ class Seen:
 
 
 @torch.no_grad()
-def look(teacher: Teacher, part: Split, classes: int) -> Seen:
-    """A network's answers on a part of so many classes."""
-    device = part.labels.device
+def look(teacher: Teacher, split: Split, classes: int) -> Seen:
+    """A network's answers on a split of so many classes."""
+    device = split.labels.device
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    for images, labels in part.slices(SLICE[device.type]):
+    for images, labels in split.slices(SLICE[device.type]):
         answers = teacher(images, ["logits"])["logits"].argmax(dim=1)
         counts += torch.bincount(answers * classes + labels, minlength=classes * classes)
     table = counts.view(classes, classes)
     used = table.sum(dim=1) > 0
     most, meant = table[used].max(dim=1)
-    n = len(part.labels)
+    n = len(split.labels)
     different = len(meant.unique()) == len(meant)
     return Seen(
         round(100 * int(table.trace()) / n, 4),
@@ -168,7 +168,7 @@ def _seen(
     data: ImageData | Pictures,
     device: torch.device,
 ) -> Seen:
-    """A teacher of the data `known` on the test part of others, or of these."""
+    """A teacher of the data `known` on the test split of others, or of these."""
     key = {
         "sha256": file.sha256,
         "data": data.fingerprint,
@@ -177,8 +177,8 @@ def _seen(
     }
 
     def measure() -> Seen:
-        part = split_for_testing(tested, data, device)
-        return look(load_teacher(spec, known, file.file, device), part, tested.classes)
+        split = split_for_testing(tested, data, device)
+        return look(load_teacher(spec, known, file.file, device), split, tested.classes)
 
     return kept(kept_in, key, {"name": spec.name}, measure)
 
