@@ -241,8 +241,7 @@ def test_a_teacher_below_its_plain_student_is_told_below_the_table() -> None:
 
 def test_doubts_and_another_normalization_are_told_below_the_table() -> None:
     assert "It never answers" in warnings(records(teacher__doubts=["it never answers 5 of the 10 classes"]))
-    found = records()
-    text = " ".join(note.text for note in build(found).notes)
+    text = " ".join(note.text for note in build(records()).notes)
     assert "of the data card" not in text
     found = records()
     for record in found:
