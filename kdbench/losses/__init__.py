@@ -12,6 +12,7 @@ from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
+from kdbench.losses.crd import ContrastiveRepresentation, draw_negatives, noise_contrastive
 from kdbench.losses.deep_inversion import (
     BatchNormInputs,
     batch_norm_distance,
@@ -23,33 +24,50 @@ from kdbench.losses.deep_inversion import (
 )
 from kdbench.losses.dist import dist
 from kdbench.losses.dkd import dkd
+from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_transfer
 from kdbench.losses.fitnets import fitnets
+from kdbench.losses.fsp import fsp, fsp_matrix
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import kl_divergence
 from kdbench.losses.mmd import mmd
 from kdbench.losses.nst import neuron_selectivity
+from kdbench.losses.ofd import batch_norm_margin, overhaul
 from kdbench.losses.pkt import pkt
+from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
+from kdbench.losses.simkd import Projector, reused_head, simkd
 from kdbench.losses.sp import similarity_preserving
 from kdbench.losses.vid import VariationalInformation, gaussian_nll
 
 __all__ = [
+    "AttentionFusion",
     "BatchNormInputs",
     "ConstantAgreement",
+    "ContrastiveRepresentation",
+    "KnowledgeReview",
     "NeighbourCongruence",
+    "Paraphraser",
+    "Projector",
+    "Translator",
     "VariationalInformation",
     "activation_agreement",
     "activation_boundary",
     "angle_similarity",
     "attention_transfer",
     "batch_norm_distance",
+    "batch_norm_margin",
     "centred_mse",
     "competition",
     "cross_entropy",
     "dist",
     "dkd",
+    "draw_negatives",
+    "factor_transfer",
     "fitnets",
+    "fsp",
+    "fsp_matrix",
     "gaussian_nll",
+    "hierarchical_context",
     "jensen_shannon",
     "kd",
     "kd_over_classes",
@@ -60,10 +78,14 @@ __all__ = [
     "mmd",
     "neighbour_congruence",
     "neuron_selectivity",
+    "noise_contrastive",
+    "overhaul",
     "pkt",
+    "reused_head",
     "rkd_angle",
     "rkd_distance",
     "similarity_preserving",
+    "simkd",
     "soft_cross_entropy",
     "total_variation",
 ]

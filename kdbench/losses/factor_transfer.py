@@ -1,0 +1,114 @@
+"""Factor transfer (FT).
+
+Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer. NeurIPS 2018, arXiv 1802.04977.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.losses.features import maps_of_one_size
+
+
+class Paraphraser(nn.Module):
+    """Autoencoder of a teacher's map; what lies in its middle are the teacher's factors.
+
+    Three 3×3 convolutions (C → C → C·rate → C·rate) and three transposed ones back, each with a leaky ReLU of slope 0.1
+    behind it, the last one too. It is trained to reconstruct its input, then kept as it is.
+
+    Args:
+        channels: C, of the teacher's map.
+        rate: Factors for each channel; C · rate is rounded down.
+        batch_norm: Whether a batch norm stands before each leaky ReLU.
+    """
+
+    def __init__(self, channels: int, *, rate: float = 0.5, batch_norm: bool = False) -> None:
+        super().__init__()
+        factors = _factors(channels, rate)
+        self.encoder = _encoder(channels, channels, factors, batch_norm)
+        self.decoder = nn.Sequential(
+            *_layer(nn.ConvTranspose2d(factors, factors, 3, padding=1), batch_norm),
+            *_layer(nn.ConvTranspose2d(factors, channels, 3, padding=1), batch_norm),
+            *_layer(nn.ConvTranspose2d(channels, channels, 3, padding=1), batch_norm),
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """The reconstruction of maps [N, C, H, W], of the same shape."""
+        reconstruction: Tensor = self.decoder(self.encoder(feature))
+        return reconstruction
+
+
+class Translator(nn.Module):
+    """A student's factors: an encoder like the paraphraser's from the student's map to as many factors.
+
+    Args:
+        student_channels: C, of the student's map.
+        teacher_channels: C', of the teacher's map.
+        rate: That of the paraphraser.
+        batch_norm: Whether a batch norm stands before each leaky ReLU.
+    """
+
+    def __init__(
+        self, student_channels: int, teacher_channels: int, *, rate: float = 0.5, batch_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder = _encoder(student_channels, student_channels, _factors(teacher_channels, rate), batch_norm)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Factors [N, C' · rate, H, W] of maps [N, C, H, W]."""
+        factors: Tensor = self.encoder(feature)
+        return factors
+
+
+def factor_transfer(student: Tensor, teacher: Tensor, form: Literal["factors", "attention"] = "factors") -> Tensor:
+    r"""Mean absolute difference of the two networks' normalized factors.
+
+    $$
+    L = \operatorname{mean} \left| \frac{F_S}{\|F_S\|_2} - \frac{F_T}{\|F_T\|_2} \right|
+    $$
+
+    F are one sample's factors as one vector. The form "factors" takes all of them, as the authors' code does;
+    "attention" takes the mean of their squares over channels, one value for each position, as HobbitLong/RepDistiller
+    does. If the maps differ in size, the larger one is average-pooled to the smaller size first.
+
+    Args:
+        student: Factors of the translator, [N, C, H, W].
+        teacher: Factors of the paraphraser, [N, C', H', W']. C' = C, except in the form "attention".
+        form: Which of the two forms.
+
+    Returns:
+        Scalar, at least 0. It does not change if either side is multiplied by a positive number.
+
+    Raises:
+        ValueError: A tensor is not [N, C, H, W], batch sizes or channels do not match, or there is no such form.
+    """
+    if form not in ("factors", "attention"):
+        raise ValueError(f"form must be 'factors' or 'attention', not {form!r}")
+    student, teacher = maps_of_one_size(student, teacher.detach(), "factor_transfer")
+    if form == "attention":
+        student, teacher = (factors.square().mean(dim=1) for factors in (student, teacher))
+    elif student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"factor_transfer needs equal numbers of factors, not {student.shape[1]}, {teacher.shape[1]}")
+    return F.l1_loss(F.normalize(student.flatten(1), dim=1), F.normalize(teacher.flatten(1), dim=1))
+
+
+def _factors(channels: int, rate: float) -> int:
+    if (factors := int(channels * rate)) < 1:
+        raise ValueError(f"a rate of {rate} leaves no factor of {channels} channels")
+    return factors
+
+
+def _encoder(inputs: int, middle: int, factors: int, batch_norm: bool) -> nn.Sequential:
+    return nn.Sequential(
+        *_layer(nn.Conv2d(inputs, middle, 3, padding=1), batch_norm),
+        *_layer(nn.Conv2d(middle, factors, 3, padding=1), batch_norm),
+        *_layer(nn.Conv2d(factors, factors, 3, padding=1), batch_norm),
+    )
+
+
+def _layer(convolution: nn.Conv2d | nn.ConvTranspose2d, batch_norm: bool) -> list[nn.Module]:
+    norm = [nn.BatchNorm2d(convolution.out_channels)] if batch_norm else []
+    return [convolution, *norm, nn.LeakyReLU(0.1)]

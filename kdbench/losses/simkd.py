@@ -1,0 +1,87 @@
+"""SimKD: the teacher's classifier, reused.
+
+Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teacher Classifier. CVPR 2022,
+arXiv 2203.14001.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdbench.losses.checks import same_shape
+from kdbench.losses.features import maps_of_one_size
+
+
+class Projector(nn.Module):
+    """From the student's last map to the teacher's, through a bottleneck.
+
+    Convolutions 1×1, 3×3 and 1×1 without bias, each followed by batch norm and ReLU, of C' / factor, C' / factor and C'
+    channels. A student's map that is larger than the teacher's is average-pooled to its size first. The projector stays
+    part of the student: it answers with the teacher's classifier behind it.
+
+    Args:
+        student_shape: (C, H, W).
+        teacher_shape: (C', H', W').
+        factor: By how much the bottleneck is narrower than the teacher's map.
+    """
+
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, factor: int = 2) -> None:
+        super().__init__()
+        if len(student_shape) != 3 or len(teacher_shape) != 3:
+            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        inputs, outputs = student_shape[0], teacher_shape[0]
+        if not 1 <= factor <= outputs:
+            raise ValueError(f"factor must lie between 1 and the teacher's {outputs} channels, not {factor}")
+        middle = outputs // factor
+        self.size = (min(student_shape[1], teacher_shape[1]), min(student_shape[2], teacher_shape[2]))
+        self.layers = nn.Sequential(
+            *_layer(nn.Conv2d(inputs, middle, 1, bias=False)),
+            *_layer(nn.Conv2d(middle, middle, 3, padding=1, bias=False)),
+            *_layer(nn.Conv2d(middle, outputs, 1, bias=False)),
+        )
+
+    def forward(self, student: Tensor) -> Tensor:
+        """Maps [N, C, H, W] as the teacher's, [N, C', min(H, H'), min(W, W')]."""
+        if student.shape[2:] != self.size:
+            student = F.adaptive_avg_pool2d(student, self.size)
+        projected: Tensor = self.layers(student)
+        return projected
+
+
+def simkd(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean squared error between the student's projected last map and the teacher's.
+
+    $$
+    L = \operatorname{mean} (P(F_S) - F_T)^2
+    $$
+
+    The only loss of the method: no labels and no logits. A teacher's map that is larger is average-pooled first.
+
+    Args:
+        student: P(F_S), the projector's output, [N, C, H, W].
+        teacher: F_T, after the ReLU, [N, C, H', W'].
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: The shapes do not match.
+    """
+    student, teacher = maps_of_one_size(student, teacher.detach(), "simkd")
+    same_shape(student, teacher, "simkd")
+    return F.mse_loss(student, teacher)
+
+
+def reused_head(projector: Projector, classifier: nn.Module) -> nn.Sequential:
+    """What stands in place of the student's own head: its last map [N, C, H, W] to logits, by the teacher's classifier.
+
+    Args:
+        projector: Trained by `simkd`.
+        classifier: The teacher's, from pooled features [N, C'] to logits.
+    """
+    return nn.Sequential(projector, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+
+
+def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]
