@@ -11,7 +11,7 @@ from scipy import stats
 from kdbench.results import ranking
 
 
-def test_average_ranks_are_scipys() -> None:
+def test_average_ranks_share_ties() -> None:
     draws = np.random.default_rng(0)
     # Integers, so that many are equal.
     values = draws.integers(0, 6, (20, 5)).astype(float)
