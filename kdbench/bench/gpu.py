@@ -177,11 +177,11 @@ def quickstart(device: str, limit: float) -> float | None:
 
 
 def summary(results: Sequence[Result], times: dict[str, Any]) -> str:
-    """Ratios and times, a line each."""
+    """Ratios and times, a line each; the ratios of the first result last, for programs."""
     lines = []
-    for result in results:
-        ratios = " ".join(f"{role}={ratio:.2f}" for role, ratio in result.ratios.items())
-        lines.append(f"{result.title}, against {result.rows[0].lane.name}: {ratios}")
+    ratios = [" ".join(f"{role}={ratio:.2f}" for role, ratio in result.ratios.items()) for result in results]
+    for result, of_result in zip(results, ratios, strict=True):
+        lines.append(f"{result.title}, against {result.rows[0].lane.name}: {of_result}")
         for role, whole in times.get(result.recipe, {}).items():
             students = len(result.roles[role].lane.specs)
             what = "one run" if students == 1 else f"{students} side by side"
@@ -192,4 +192,5 @@ def summary(results: Sequence[Result], times: dict[str, Any]) -> str:
     if "quickstart_seconds" in times:
         taken = times["quickstart_seconds"]
         lines.append("quickstart: " + (f"{taken:.0f} s" if taken is not None else "not done in the time that was left"))
+    lines += [f"RATIO {of_result}" for of_result in ratios[:1]]
     return "\n".join(lines)

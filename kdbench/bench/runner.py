@@ -30,7 +30,7 @@ from kdbench.engine.trial import endless, enter_longest_stage
 from kdbench.recipe.specs import CellSpec
 
 # Steps before the first measured one: compilation, and on a GPU those before a recording and two replays.
-WARM = {"cpu": 2, "cuda": capture.WARM + 3}
+WARM = {"cpu": 1, "cuda": capture.WARM + 3}
 
 
 class Loop:

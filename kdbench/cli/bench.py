@@ -27,7 +27,7 @@ EXAMPLES = (
 def command(
     recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Their pairs and methods.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every lane, interleaved.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of one turn.")] = 3.0,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Length of one turn (default: 2, on a GPU 1).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
@@ -46,8 +46,6 @@ def command(
     On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
     the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
     """
-    import importlib.util
-
     from kdbench.bench.compare import Result, compare, table
     from kdbench.bench.gpu import Pair, bench_gpu, summary
     from kdbench.files import write_json
@@ -57,12 +55,8 @@ def command(
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    if peers and importlib.util.find_spec("torchdistill") is None:
-        raise UserError(
-            "torchdistill, which the comparison needs, is not installed",
-            where="kdbench bench",
-            hint="pip install 'kdbench[peers]', or leave the peers out: --no-peers",
-        )
+    if peers:
+        _check_peers()
     cards = Registry(registry or ())
     plans = [plan(recipe, cards) for recipe in recipes or ("ab_wrn",)]
 
@@ -71,7 +65,7 @@ def command(
 
     on = chosen_device(device, tell)
     cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    machine = machine_of(on, cores, compiled)
+    machine, turn = machine_of(on, cores, compiled), seconds or (1.0 if on.type == "cuda" else 2.0)
     print(f"{machine.about['device_name']}, {cores} threads, torch {machine.about['torch']}\n")
 
     def keep(results: list[Result], times: dict[str, Any]) -> None:
@@ -82,18 +76,25 @@ def command(
     if on.type == "cuda":
         plans += [] if recipes else [plan("speed", cards, (FIVE_METHODS,))]
         pairs = [Pair(planned, _flops(planned)) for planned in plans]
-        results, times = bench_gpu(pairs, machine, device, minutes, rounds, seconds, peers, quickstart, tell, keep)
-        print(table(results))
+        results, times = bench_gpu(pairs, machine, str(on), minutes, rounds, turn, peers, quickstart, tell, keep)
     else:
         results, times = [], {}
         for planned in plans:
             tell(f"{planned.title or planned.name}")
-            results.append(compare(planned, machine, _flops(planned), cores, rounds, seconds, peers, tell))
-            print(table(results[-1:]))
+            results.append(compare(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
             keep(results, times)
-    print(summary(results, times))
-    if results:
-        print("RATIO " + " ".join(f"{role}={ratio:.2f}" for role, ratio in results[0].ratios.items()))
+    print(f"{table(results)}\n{summary(results, times)}")
+
+
+def _check_peers() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("torchdistill") is None:
+        raise UserError(
+            "torchdistill, which the comparison needs, is not installed",
+            where="kdbench bench",
+            hint="pip install 'kdbench[peers]', or leave the peers out: --no-peers",
+        )
 
 
 def _flops(planned: Plan) -> dict[str, float]:

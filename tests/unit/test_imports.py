@@ -38,7 +38,7 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ATTRIBUTES_OF_A_CLASS = 400, 60, 15
 UPWARD: set[tuple[str, str]] = set()
 CIRCLES: set[frozenset[str]] = set()
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS: set[str] = {"kdbench.bench.compare.compare", "kdbench.cli.bench.command"}
+LONG_FUNCTIONS: set[str] = set()
 LARGE_CLASSES: set[str] = set()
 
 
