@@ -81,6 +81,14 @@ def with_dropout(group: Group) -> None:
         model.fc.register_forward_pre_hook(lambda module, args: F.dropout(args[0], 0.3, module.training))
 
 
+def with_drop_rate(group: Group) -> None:
+    """timm's own dropout, before the last layer."""
+    for one in group.cells:
+        model: Any = one.member.student.model
+        assert model.drop_rate == 0.0
+        model.drop_rate = 0.3
+
+
 def trained(program: Program, stop: Callable[[], bool] = lambda: False) -> None:
     Cohort(program, lambda cell, entry: None, lambda cell: None, stop).run()
     for group in program.groups:

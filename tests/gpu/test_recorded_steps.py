@@ -31,6 +31,7 @@ from captured import (
     resumed,
     short,
     trained,
+    with_drop_rate,
     with_dropout,
 )
 
@@ -146,12 +147,11 @@ def test_a_network_that_draws_has_a_graph_of_its_own(tmp_path: Path, determinist
 
 
 def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path, deterministic: Same) -> None:
-    student = {"name": "timm:resnet10t", "options": {"drop_rate": 0.3}}
-    specs = [cell(method, student=student) for method in ("kd", "ce")]
-    program = both(specs, tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    specs = [cell(method, student="timm:resnet10t") for method in ("kd", "ce")]
+    program = both(specs, tmp_path, CudaRecorder(GPU), with_drop_rate, GPU, same=deterministic)
     (recording,) = [r for r in program.recordings.values() if r]
     assert len(recording.alone) == 2
-    alone = both(specs[1:], tmp_path / "alone", CudaRecorder(GPU), device=GPU, same=deterministic)
+    alone = both(specs[1:], tmp_path / "alone", CudaRecorder(GPU), with_drop_rate, GPU, same=deterministic)
     first = program.groups[0]
     deterministic(Group(first.batches, first.teacher, first.cells[1:]), alone.groups[0])
 

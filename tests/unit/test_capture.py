@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from captured import METHODS, STEPS, cell, evaluated, outcome, short, trained, with_dropout
+from captured import METHODS, STEPS, cell, evaluated, outcome, resumed, short, trained, with_drop_rate, with_dropout
 from captured import both as both_on
 from captured import group_of as group_on
 from standin import Broken, StandIn
@@ -89,6 +89,22 @@ def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_addres
     assert [c.member.spec.method.name for c in recording.alone] == ["kd"]
     alone = both([cell("kd")], tmp_path / "alone", with_dropout)
     assert outcome(alone.groups[0])[0] == outcome(program.groups[0])[0]
+
+
+def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path) -> None:
+    specs = [cell(method, student="timm:resnet10t") for method in ("kd", "ce")]
+    program = both(specs, tmp_path, with_drop_rate)
+    (recording,) = [r for r in program.recordings.values() if r]
+    assert len(recording.alone) == 2
+    alone = both(specs[1:], tmp_path / "alone", with_drop_rate)
+    assert outcome(alone.groups[0])[0] == outcome(program.groups[0])[1]
+
+
+def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(tmp_path: Path) -> None:
+    specs = [cell(method, steps=20) for method in ("kd", "ab")]
+    whole = group_of(specs, tmp_path / "whole")
+    trained(CapturedProgram([whole], StandIn()))
+    assert outcome(resumed(specs, tmp_path, StandIn, 9)) == outcome(whole)
 
 
 def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
