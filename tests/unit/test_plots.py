@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 from synthetic import make, plain_record, write
 
 from kdbench import drawing
@@ -301,3 +302,16 @@ def test_a_record_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no curve"):
         plots.learning_curves([make()], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_plot_has_a_palette_and_a_photograph_all_its_colours(tmp_path: Path) -> None:
+    with drawing.style():
+        figure, (axis,) = drawing.panels(1, 1, (4.0, 3.0))
+        axis.plot([0, 1], [0, 1], color="#0072B2")
+        plot = Image.open(drawing.save(figure, tmp_path / "plot.png"))
+        figure, (axis,) = drawing.panels(1, 1, (4.0, 3.0))
+        axis.imshow(np.random.default_rng(0).random((64, 64, 3)))
+        photograph = Image.open(drawing.save(figure, tmp_path / "photograph.png"))
+    assert plot.mode == "P" and photograph.mode == "RGB"
+    colours = {colour for _, colour in plot.convert("RGB").getcolors(1 << 24)}
+    assert {(255, 255, 255), (0, 0x72, 0xB2)} <= colours
