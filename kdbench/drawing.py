@@ -108,6 +108,8 @@ def svg(figure: Figure, title: str, name: str) -> str:
     assert found is not None
     # Groups are numbered from 1 in every figure; other ids come from the name.
     inside = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id=\"[^\"]*\"", "", found[2], flags=re.DOTALL)
+    # Hundredths of a point are fine enough, and a page may hold twenty charts. Words stand between the tags.
+    inside = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+| transform=\"rotate\(-0 .*?\"", r"\1", tag[0]), inside)
     inside = re.sub(r"\s+", " ", inside)
     return (
         f'<svg class="chart" role="img" aria-label="{escape(title)}" {found[1]} xmlns="http://www.w3.org/2000/svg" '
