@@ -211,6 +211,13 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         for domain in filter(None, (record.data, record.target)):
             add(name, "data fingerprint", domain.name, domain.fingerprint)
             add(name, "data origin", domain.name, domain.origin)
+        if record.teacher is not None:
+            # A card may have weights, and a recipe to train by instead. Read as it stands: of any version's form.
+            by_recipe = bool((record.spec.get("teacher") or {}).get("trained_by"))
+            teacher, tested = (record.teacher.name, by_recipe), (record.target or record.data).name
+            add(name, "teacher hash", teacher, record.teacher.sha256)
+            add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
+            add(name, "size of the teacher", teacher, record.models.teacher and record.models.teacher.model_dump())
         spec = record.resolved
         if spec is None:
             continue
@@ -221,12 +228,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         add(name, "list of random streams", (record.kdbench, record.target is None, *drawing), record.seeds.streams)
         if record.teacher is None or spec.teacher is None:
             continue
-        # A card may have weights, and a recipe to train by instead.
         of = spec.teacher.trained_by
-        teacher, tested = (record.teacher.name, of is not None), (record.target or record.data).name
-        add(name, "teacher hash", teacher, record.teacher.sha256)
-        add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
-        add(name, "size of the teacher", teacher, record.models.teacher and record.models.teacher.model_dump())
         # In the form of today: versions differ in what they leave out.
         add(name, "teacher's description", teacher, recorded(spec.teacher))
         trained = next((r for r in others if of and r.identity in (of.identity(), of.identity(True))), None)

@@ -219,6 +219,6 @@ def test_printed_it_keeps_the_table_and_drops_what_only_a_screen_has_use_for(bro
     file = page.with_name("page.pdf")
     file.write_bytes(pdf)
     text = subprocess.run(["pdftotext", "-layout", str(file), "-"], check=True, capture_output=True, text=True).stdout
-    for kept in ("AB", "94.50", "Learning curves", "Provenance", "mean ± sample deviation"):
+    for kept in ("AB", "94.50", "Learning curves", "Provenance", "sample standard deviation over the seeds"):
         assert kept in text, kept
     assert "A click on a title sorts" not in text
