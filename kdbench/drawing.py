@@ -23,8 +23,9 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vP*X<>"
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 DPI = 160
-# Share of a plot's pixels that a palette of 256 colours may change.
-MOST_CHANGED = 0.1
+# Colours in the palette of a plot, and the share of its pixels that this may change.
+PALETTE = 128
+MOST_CHANGED = 0.15
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def save(figure: Figure, file: str | Path) -> Path:
     drawn = Image.open(stream).convert("RGB")
     # A plot has few colours: with a palette its file is a third as large, and only shades at edges change. Photographs
     # need more.
-    few = drawn.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = drawn.quantize(PALETTE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     changed = (np.asarray(few.convert("RGB")) != np.asarray(drawn)).any(axis=-1).mean()
     with atomic(file) as temporary:
         picture = few if changed < MOST_CHANGED else drawn
