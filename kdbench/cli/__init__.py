@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Run, compare and publish knowledge-distillation experiments.",
-    epilog="Start with:  kdbench run quickstart   ·   kdbench ls   ·   kdbench show methods ab",
+    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
 for module in (run, check, table, plot, analyse, publish, verify, reproduce, ls, show, cp, schema, bench):

@@ -1,9 +1,11 @@
 """One training step of a cohort, from top to bottom: batch, teacher, and of each student values, losses, backward,
 optimizer, meter.
 
-All that a step reads lies on the device, and all that varies between methods is in what it calls: the stage's turns,
-its teacher, its batch source. It reads no value and makes no tensor of the host's numbers, so that a stretch of steps
-can run eagerly, or be recorded once and replayed. What the host has to do between the steps stands in `program.py`.
+Everything that a step uses is on the device already. It copies no value to the host and no number of the host to the
+device, so a stretch of steps can run eagerly, or be recorded once and replayed. What varies between methods is in what
+it calls: the stage's turns, its teacher, its batch source. What the host does between steps is in `program.py`.
+
+A member is a cell while it trains. A turn is a group of losses and the optimizers that step on them.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
             seen, values = inputs_of(member, turn, sets, teacher_values)
             losses = {name: turn.terms[name](values, seen) for name in turn.active}
             loss = weighted_sum(losses, weights, member.device)
+        # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
         if losses:
@@ -62,7 +65,7 @@ def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
         total = total + loss.detach()
         found |= losses
     member.meter.add(found | {"loss": total})
-    # Images a second are those of the data set, or of what stands in its place.
+    # Images of the data set count; a stage that reads none of them counts its largest input set.
     counted = [seen["data"]] if "data" in stage.shared_sets else seen.values()
     return max(len(batch.images) for batch in counted)
 

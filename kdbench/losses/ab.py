@@ -14,7 +14,7 @@ from kdbench.losses.checks import full, logits_shape, same_shape
 
 
 def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
-    r"""Squared hinge loss on the signs of the teacher's neurons: the paper's alternative loss.
+    r"""Squared hinge loss on the signs of the teacher's neurons: the paper's differentiable form.
 
     $$
     L = \frac{1}{N} \left\| \rho(T) \circ \sigma(\mu \mathbf{1} - S)
