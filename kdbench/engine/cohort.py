@@ -152,6 +152,7 @@ class Cohort:
 
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
+        self._settle()
         member, validation = cell.member, self.program.group_of(cell).batches.validation
         begin = time.perf_counter()
         member.check_finite()
@@ -179,6 +180,7 @@ class Cohort:
 
     def save(self) -> None:
         """Write the checkpoints of all members that are still training."""
+        self._settle()
         for cell in self.program.cells:
             if cell.active:
                 with cell.failures():

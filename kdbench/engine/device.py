@@ -59,7 +59,14 @@ def chosen_device(asked: str, tell: Callable[[str], None]) -> torch.device:
         raise UserError(f"there is no device {asked}", where="--device", hint=hint)
     if asked == "auto" and why:
         tell(not_used(why))
-    return torch.device(asked if asked != "auto" else "cuda" if here else "cpu")
+    return indexed(torch.device(asked if asked != "auto" else "cuda" if here else "cpu"))
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device with its number: torch takes "cuda" in some places and not in others."""
+    import torch
+
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def use(device: torch.device) -> torch.device:
@@ -68,6 +75,7 @@ def use(device: torch.device) -> torch.device:
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = indexed(device)
     if device.type == "cuda":
         # Recordings, compiled code and seeds belong to the present device, not to that of a tensor.
         torch.cuda.set_device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ class CudaRecorder:
         # Graphs of one program never run at the same time, and none reads what another left but where `Recording` holds
         # it: so they may share memory, in whatever order they are replayed.
         self.pool = torch.cuda.graph_pool_handle()
+        # A pool that no graph holds is gone.
+        self.holds_pool: torch.cuda.CUDAGraph | None = None
 
     def run(self, call: Call) -> None:
         here = torch.cuda.current_stream(self.device)
@@ -87,6 +90,8 @@ class CudaRecorder:
     def _recover(self) -> None:
         """Bring torch back from a recording that failed: its pool stays reserved, so there must be another one, and the
         random generator believes that it is still being recorded until a recording succeeds."""
+        for graph in self.failed[-1:]:
+            self._give_back(graph)
         self.pool = torch.cuda.graph_pool_handle()
         anything = torch.zeros(1, device=self.device)
 
@@ -94,9 +99,23 @@ class CudaRecorder:
             anything.zero_()
 
         try:
-            self._recorded(call)
+            self.holds_pool = self._recorded(call)
         except RuntimeError as error:
             log.warning("the GPU may be unusable after a recording that failed: %s", error)
+
+    def _give_back(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Give back the memory of a recording that failed. Where it was ended as it should, the graph can be reset.
+        Else torch's allocator has to be told that nothing is being recorded, or it never frees memory again."""
+        index = torch.cuda.current_device()
+        try:
+            graph.pool()
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+                torch._C._cuda_releasePool(index, self.pool)
+        else:
+            graph.reset()
+            self.failed.remove(graph)
 
     def side_by_side(self, calls: Sequence[Call]) -> None:
         here = torch.cuda.current_stream(self.device)

@@ -216,7 +216,8 @@ def _measure(
         if not way.compile:
             one.compiling = 0.0
     except (CellError, UserError, RuntimeError, MemoryError) as error:
-        one.error = error
+        # Its traceback would hold the networks, and with them memory that the next ways need.
+        one.error = error.with_traceback(None)
         one.remark = f"failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
     return one
 

@@ -141,3 +141,15 @@ def test_a_gpu_that_torch_cannot_use_is_told(machine: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "init", fails)
     assert devices.unusable_gpu() == "The NVIDIA driver on your system is too old"
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [("cuda", "cuda:0"), ("auto", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_gpu_is_always_used_by_its_number(asked: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device refuses one without."""
+    used: list[torch.device] = []
+    monkeypatch.setattr(devices, "gpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    device = devices.chosen_device(asked, print)
+    assert str(device) == chosen and devices.use(device) == device
+    devices.use(torch.device("cuda"))
+    assert [str(one) for one in used] == [chosen, "cuda:0"]
