@@ -37,7 +37,7 @@ def batch_norm_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """
     if weight.ndim != 1 or weight.shape != bias.shape:
         raise ValueError(f"a batch norm has weight and bias [C], not {shape(weight)} and {shape(bias)}")
-    sigma = full(weight).abs().clamp_min(torch.finfo(full(weight).dtype).tiny)
+    sigma = full(weight).abs()
     ratio = full(bias) / sigma
     log_share = torch.special.log_ndtr(-ratio)  # Φ(-μ/σ), whose quotient with φ is stable as a difference of logarithms
     tail = (-ratio.square() / 2 - math.log(2 * math.pi) / 2 - log_share).exp()
