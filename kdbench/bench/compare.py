@@ -38,7 +38,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measured:
     """One lane's result.
 
     Attributes:
@@ -74,7 +74,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Result:
+class Benchmark:
     """All rows of a recipe.
 
     Attributes:
@@ -85,11 +85,11 @@ class Result:
     recipe: str
     title: str
     batch: int
-    rows: list[Row]
-    roles: dict[str, Row]
+    rows: list[Measured]
+    roles: dict[str, Measured]
     peaks: dict[str, float]
 
-    def ceiling(self, row: Row) -> float:
+    def ceiling(self, row: Measured) -> float:
         """Images a second that arithmetic alone would allow."""
         return self.peaks[row.lane.computing.precision] / row.flops
 
@@ -121,7 +121,7 @@ class Result:
         }
 
 
-def compare(
+def benchmark(
     plan: Plan,
     machine: Machine,
     flops: dict[str, float],
@@ -130,7 +130,7 @@ def compare(
     seconds: float,
     peers: bool,
     tell: Callable[[str], None],
-) -> Result:
+) -> Benchmark:
     """Time on the CPU the ways to compute one cell, and by the fastest of them the cohort and the run with a table,
     beside peers.
 
@@ -146,8 +146,8 @@ def compare(
     one, all_cells = [logit.model_dump(mode="json")], [spec.model_dump(mode="json") for spec in cells]
     rounds_of = Rounds(machine, "cpu", threads, threads, rounds, seconds, tell)
 
-    def row(process: Process, taken: Taken) -> Row:
-        return Row(process, taken[process.lane.name], taken[first.lane.name], flops)
+    def row(process: Process, taken: Taken) -> Measured:
+        return Measured(process, taken[process.lane.name], taken[first.lane.name], flops)
 
     try:
         # A way that does not work here leaves the others their times; a peer must be there.
@@ -173,7 +173,7 @@ def compare(
         rounds_of.end()
     roles = {role: row(process, taken) for role, process in zip(("run", "cohort", "table"), final, strict=True)}
     rows += [roles["cohort"], roles["table"]]
-    return Result(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
+    return Benchmark(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
 
 
 def fastest(processes: Sequence[Process], taken: Taken) -> Process:
@@ -329,7 +329,7 @@ def _reads(spec: CellSpec) -> set[str]:
     return own | {term.teacher for term in terms if "teacher" in term.loss.inputs}
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Benchmark]) -> str:
     """The results as Markdown."""
     parts = []
     for result in results:

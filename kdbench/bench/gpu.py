@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.bench.compare import Machine, Result, Rounds, Row, Taken, cells_of, peers_of
+from kdbench.bench.compare import Benchmark, Machine, Measured, Rounds, Taken, cells_of, peers_of
 from kdbench.bench.lanes import Lane, Process
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError
@@ -64,22 +64,22 @@ class Pair:
             self.lanes["table"] = lanes(", logit table", ways, specs=one, table=True)
             self.lanes["seeds"] = lanes(f", {SEEDS} seeds at once", ways, specs=one, seeds=SEEDS)
 
-    def result(self, taken: Taken, peaks: dict[str, float]) -> Result | None:
+    def result(self, taken: Taken, peaks: dict[str, float]) -> Benchmark | None:
         """What was measured so far; None where nothing was."""
         here = [process for process in self.processes if taken.get(process.lane.name)]
         if not here:
             return None
         first = taken[here[0].lane.name]
-        rows = {p.lane.name: Row(p, taken[p.lane.name], first, self.flops) for p in here}
+        rows = {p.lane.name: Measured(p, taken[p.lane.name], first, self.flops) for p in here}
         roles = {}
         for role, lanes in self.lanes.items():
             of_role = [rows[lane.name] for lane in lanes if lane.name in rows]
             if of_role and role != "peers":
                 roles[role] = max(of_role, key=lambda row: row.median)
         batch = cells_of(self.plan)[0].protocol.batch_size
-        return Result(self.plan.name, self.plan.title or self.plan.name, batch, list(rows.values()), roles, peaks)
+        return Benchmark(self.plan.name, self.plan.title or self.plan.name, batch, list(rows.values()), roles, peaks)
 
-    def whole(self, result: Result) -> dict[str, dict[str, float]]:
+    def whole(self, result: Benchmark) -> dict[str, dict[str, float]]:
         """Of a single run and a cohort in full, by what a stretch of steps took: minutes, and the share that is
         evaluations."""
         spec, _ = cells_of(self.plan)
@@ -105,8 +105,8 @@ def bench_gpu(
     peers: bool,
     quick: bool,
     tell: Callable[[str], None],
-    keep: Callable[[list[Result], dict[str, Any]], None],
-) -> tuple[list[Result], dict[str, Any]]:
+    keep: Callable[[list[Benchmark], dict[str, Any]], None],
+) -> tuple[list[Benchmark], dict[str, Any]]:
     """Time pairs in at most so many minutes.
 
     Args:
@@ -125,7 +125,7 @@ def bench_gpu(
     times: dict[str, Any] = {}
     taken: Taken = {}
 
-    def results() -> list[Result]:
+    def results() -> list[Benchmark]:
         found = [(pair, pair.result(taken, rounds_of.peaks)) for pair in pairs]
         times.update({pair.plan.name: pair.whole(result) for pair, result in found if result is not None})
         return [result for _, result in found if result is not None]
@@ -176,7 +176,7 @@ def quickstart(device: str, limit: float) -> float | None:
         return time.monotonic() - begin
 
 
-def summary(results: Sequence[Result], times: dict[str, Any]) -> str:
+def summary(results: Sequence[Benchmark], times: dict[str, Any]) -> str:
     """Ratios and times, a line each; the ratios of the first result last, for programs."""
     lines = []
     ratios = [" ".join(f"{role}={ratio:.2f}" for role, ratio in result.ratios.items()) for result in results]

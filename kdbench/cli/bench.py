@@ -46,7 +46,7 @@ def command(
     On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
     the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
     """
-    from kdbench.bench.compare import Result, compare, table
+    from kdbench.bench.compare import Benchmark, benchmark, table
     from kdbench.bench.gpu import Pair, bench_gpu, summary
     from kdbench.files import write_json
     from kdbench.recipe.planning import plan
@@ -68,7 +68,7 @@ def command(
     machine, turn = machine_of(on, cores, compiled), seconds or (1.0 if on.type == "cuda" else 2.0)
     print(f"{machine.about['device_name']}, {cores} threads, torch {machine.about['torch']}\n")
 
-    def keep(results: list[Result], times: dict[str, Any]) -> None:
+    def keep(results: list[Benchmark], times: dict[str, Any]) -> None:
         if json is not None:
             more = {"times": times} if times else {}
             write_json(json, {"machine": machine.about, "results": [one.plain() for one in results], **more})
@@ -81,7 +81,7 @@ def command(
         results, times = [], {}
         for planned in plans:
             tell(f"{planned.title or planned.name}")
-            results.append(compare(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
+            results.append(benchmark(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
             keep(results, times)
     print(f"{table(results)}\n{summary(results, times)}")
 

@@ -29,7 +29,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Table:
+class LogitTable:
     """A table on disk.
 
     Attributes:
@@ -60,7 +60,7 @@ class Table:
         return math.prod(self.shape) * BYTES[self.key["precision"]]
 
 
-def table_at(key: dict[str, Any], name: str) -> Table:
+def table_at(key: dict[str, Any], name: str) -> LogitTable:
     """The table of a key, as far as it is filled."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     plain = re.sub(r"[^\w.-]", "_", name)
@@ -68,14 +68,14 @@ def table_at(key: dict[str, Any], name: str) -> Table:
     found = read(folder)
     if found is not None and found.key != key:
         raise UserError("this table of teacher logits is another one than its folder says", str(folder), _AGAIN)
-    return found or Table(folder, name, key, 0, 0.0)
+    return found or LogitTable(folder, name, key, 0, 0.0)
 
 
 def tables_folder() -> Path:
     return home() / "teacher_logits"
 
 
-def tables() -> list[Table]:
+def tables() -> list[LogitTable]:
     """All tables on this machine, whole or not, by name. A damaged one is told and left out."""
     found = []
     for folder in sorted(tables_folder().glob("*")):
@@ -86,7 +86,7 @@ def tables() -> list[Table]:
     return [table for table in found if table is not None]
 
 
-def clear(table: Table) -> None:
+def clear(table: LogitTable) -> None:
     """Remove a table. UserError when it is being filled."""
     with filling(table.folder):
         (table.folder / ABOUT).unlink(missing_ok=True)
@@ -115,12 +115,12 @@ class _About(Strict):
 _AGAIN = "remove its folder and fill it again ('kdbench logits fill RECIPE')"
 
 
-def read(folder: Path) -> Table | None:
+def read(folder: Path) -> LogitTable | None:
     """The table of a folder; None where there is none. UserError where what it says of itself is damaged."""
     if not (folder / ABOUT).exists():
         return None
     about = read_as(_About, folder / ABOUT, _AGAIN)
-    return Table(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
+    return LogitTable(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
 
 
 def filling(folder: Path) -> AbstractContextManager[None]:

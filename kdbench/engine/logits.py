@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.engine.domain import augmentation_of
-from kdbench.engine.logit_files import ABOUT, VALUES, Table, filling, read
+from kdbench.engine.logit_files import ABOUT, VALUES, LogitTable, filling, read
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
@@ -65,7 +65,9 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     }
 
 
-def opened(table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device) -> Tensor:
+def opened(
+    table: LogitTable, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
+) -> Tensor:
     """Logits [images, views, classes] of a whole table, compared with the teacher on a sample of views.
 
     Raises:
@@ -97,7 +99,7 @@ def opened(table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSp
 
 
 def fill(
-    table: Table,
+    table: LogitTable,
     teacher: Teacher,
     data: ImageData,
     protocol: ProtocolSpec,
@@ -148,7 +150,7 @@ def fill(
 
 
 def seconds_an_image(
-    table: Table, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
+    table: LogitTable, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
 ) -> float:
     """Time that all views of one training image take, the second of two passes."""
     together = max(1, PASS[device.type] // table.shape[1])
@@ -168,7 +170,7 @@ def _logits(teacher: Teacher, pixels: Tensor) -> Tensor:
         return teacher.network.step(teacher.network.normalizer(pixels), ["logits"])["logits"]
 
 
-def _mapped(table: Table, mode: str) -> Tensor:
+def _mapped(table: LogitTable, mode: str) -> Tensor:
     """The file as a tensor [images, views, classes]: "c" to read, "r+" and "w+" to write."""
     kind = _STORED[table.key["precision"]]
     # numpy has no bfloat16: the same bits as integers.
@@ -177,7 +179,7 @@ def _mapped(table: Table, mode: str) -> Tensor:
     return torch.from_numpy(array).view(kind)
 
 
-def _note(table: Table, done: int, seconds: float) -> None:
+def _note(table: LogitTable, done: int, seconds: float) -> None:
     """Say how far the table is filled, after its values are on the disk."""
     file = table.folder / VALUES
     with file.open("rb+") as stream:
@@ -187,7 +189,7 @@ def _note(table: Table, done: int, seconds: float) -> None:
     write_json(table.folder / ABOUT, about | whole)
 
 
-def _made_room(table: Table) -> Table:
+def _made_room(table: LogitTable) -> LogitTable:
     """The table with its file on the disk in full size, so that a full disk is told now and not in the middle of a
     store. A file that is gone or of another size begins anew."""
     file = table.folder / VALUES

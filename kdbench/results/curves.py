@@ -22,7 +22,7 @@ Value = Callable[[Mapping[str, Any]], float | None]
 
 
 @dataclass(frozen=True)
-class Part:
+class Excerpt:
     """A part of the curves: limits of epochs and of values, and the labels of methods that end below or before it."""
 
     epochs: tuple[float, float]
@@ -88,7 +88,7 @@ def curves_of(comparison: Comparison, column: Column, log: Logs, value: Value) -
     return curves
 
 
-def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
+def last_quarter(curves: Mapping[Row, Curve]) -> Excerpt | None:
     """The last quarter of the epochs with the values in it, bands of ± one deviation included. Methods that end far
     below most others are left out, or the others could not be told apart, and so are methods that trained for a shorter
     time. None without curves, and where one of the others has fewer than two evaluations in that quarter."""
@@ -112,7 +112,7 @@ def last_quarter(curves: Mapping[Row, Curve]) -> Part | None:
     bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle))
     room = max(0.06 * (max(high) - bottom), 0.05)
     beside = 0.01 * end
-    return Part(
+    return Excerpt(
         (float(begin - beside), float(end + beside)),
         (float(bottom - room), float(max(high) + room)),
         tuple(row.label for row, value in final.items() if value < bottom - room),

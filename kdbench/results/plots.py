@@ -21,7 +21,7 @@ from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
 from kdbench.results.contents import Table
-from kdbench.results.curves import Curve, Logs, Part, accuracy_of, curves_of, last_quarter, logs, metric_at
+from kdbench.results.curves import Curve, Excerpt, Logs, accuracy_of, curves_of, last_quarter, logs, metric_at
 from kdbench.results.facts import metric_label
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _curves_panel(
     title: str,
     curves: Mapping[Row, Curve],
     label: str,
-    part: Part | None = None,
+    part: Excerpt | None = None,
     reference: float | None = None,
 ) -> Panel:
     def draw(axis: Axes) -> None:

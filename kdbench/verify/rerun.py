@@ -119,10 +119,10 @@ def rerun(
     outcome = run(plan, replace(options, jobs=1), listener)
     if outcome.failed:
         raise CellError(outcome.failed[0].message)
-    return compare(record, read_record(outcome.finished[0]), siblings, tolerance)
+    return reproduction(record, read_record(outcome.finished[0]), siblings, tolerance)
 
 
-def compare(record: Record, again: Record, siblings: Iterable[Record], tolerance: float | None = None) -> Again:
+def reproduction(record: Record, again: Record, siblings: Iterable[Record], tolerance: float | None = None) -> Again:
     """Exactly where all conditions of equal bits agree and it is float32 on a CPU, else within the tolerance."""
     old, new = (_conditions(r) for r in (record, again))
     differing = [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Kdbench
 
-from kdbench.bench.compare import Machine, Result, cells_of
+from kdbench.bench.compare import Benchmark, Machine, cells_of
 from kdbench.bench.gpu import Pair, bench_gpu, summary
 from kdbench.bench.lanes import Lane
 from kdbench.engine.compute import Computing
@@ -78,7 +78,7 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     said: list[str] = []
     kept: list[dict[str, Any]] = []
 
-    def keep(results: list[Result], times: dict[str, Any]) -> None:
+    def keep(results: list[Benchmark], times: dict[str, Any]) -> None:
         kept.append({"rows": [one.plain() for one in results], "times": dict(times)})
 
     results, times = bench_gpu(pairs, machine, "cpu", 1.5, 2, 0.1, False, False, said.append, keep)

@@ -17,7 +17,7 @@ from kdbench.data.images import ImageData
 from kdbench.engine import logit_files, logits
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
-from kdbench.engine.logit_files import Table, table_at
+from kdbench.engine.logit_files import LogitTable, table_at
 from kdbench.engine.member import Member
 from kdbench.engine.teacher import SplitLogits, Teacher
 from kdbench.errors import UserError
@@ -53,11 +53,11 @@ def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
     return Teacher(plain.network.extractor, plain.network.normalizer, plain.shapes, way)
 
 
-def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> Table:
+def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> LogitTable:
     return table_at(logits.table_key(spec, sha256, data, precision), "some teacher")
 
 
-def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> Table:
+def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> LogitTable:
     table = table_for(spec, data, teacher.network.computing.precision)
     logits.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
     return table_for(spec, data, teacher.network.computing.precision)
