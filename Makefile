@@ -33,7 +33,7 @@ test-quick: setup ## tests without the slow ones
 test-long: setup ## beside the suite: random kills, every method compiled, every public teacher
 	$(BIN)/python -m pytest -n auto -m long
 
-test-gpu: setup ## tests that need a GPU, some five minutes
+test-gpu: setup ## tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 # torchdistill's metadata asks for a newer torch than the pinned one; it is measured on the same torch as everything else.
@@ -44,7 +44,7 @@ bench: peers ## images per second, technique by technique, against torchdistill 
 	$(BIN)/kdbench bench --json runs/bench.json
 
 OUT ?= runs/gpu
-bench-gpu: peers ## the same on a GPU, with whole runs extrapolated and the quickstart timed: four minutes; writes to OUT
+bench-gpu: peers ## the same on a GPU, with whole runs extrapolated and the quickstart timed; writes to OUT
 	$(BIN)/kdbench bench --device cuda --json $(OUT)/bench.json
 
 speed-gpu: setup ## one 240-epoch run of the usual tables' protocol on a GPU, in full, with its teacher; writes to OUT

@@ -41,7 +41,7 @@ def command(
 
     A method that reads its teacher's logits alone is trained in several ways; by the fastest, that method with a table
     of teacher logits, and all methods as one cohort. Lanes take turns, so that a busy machine slows all of them.
-    About five minutes for each recipe on two CPU cores.
+    Five to six minutes for each recipe on two CPU cores.
 
     On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
     the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
