@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, same_shape, shape
+from kdbench.losses.checks import full, logits_shape, positive, same_shape, shape
 
 
 def soft_cross_entropy(
@@ -38,8 +38,7 @@ def soft_cross_entropy(
         ValueError: The shapes are not the same [N, K], the mask is not bool [N], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "soft_cross_entropy")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     mask = _checked(mask, student_logits, "soft_cross_entropy")
     log_student = F.log_softmax(full(student_logits) / temperature, dim=1)
     taught = F.softmax(full(teacher_logits.detach()) / temperature, dim=1)

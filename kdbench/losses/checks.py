@@ -28,6 +28,16 @@ def logits_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
         raise ValueError(f"{loss} needs logits [N, K]: student {shape(student)}, teacher {shape(teacher)}")
 
 
+def positive(temperature: float) -> None:
+    """Check a temperature.
+
+    Raises:
+        ValueError: It is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+
+
 def full(tensor: Tensor) -> Tensor:
     """float16 and bfloat16 become float32, since sums over thousands of elements would lose every digit."""
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.losses.checks import full, logits_shape, shape
+from kdbench.losses.checks import full, logits_shape, positive, shape
 
 # Probabilities lie in this range in the authors' form of the competition.
 CLAMPED = (0.01, 0.99)
@@ -202,8 +202,7 @@ def jensen_shannon(
         ValueError: The shapes are not the same [N, K], the temperature is not positive, or there is no such form.
     """
     logits_shape(student_logits, teacher_logits, "jensen_shannon")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     log_p = F.log_softmax(full(teacher_logits) / temperature, dim=1)
     log_q = F.log_softmax(full(student_logits) / temperature, dim=1)
     if form == "paper":
@@ -276,8 +275,7 @@ def kd_over_classes(
         ValueError: The shapes are not the same [N, K], or the temperature is not positive.
     """
     logits_shape(student_logits, teacher_logits, "kd_over_classes")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     log_p, own = full(teacher_logits.detach()) / temperature, full(student_logits) / temperature
     if known_classes is None:
         return F.kl_div(F.log_softmax(own, 1), F.log_softmax(log_p, 1), reduction="batchmean", log_target=True)

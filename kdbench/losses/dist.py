@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.checks import full, logits_shape, positive
 
 
 def dist(
@@ -46,8 +46,7 @@ def dist(
         ValueError: when the shapes are not one [N, K], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "dist")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     own = F.softmax(full(student_logits) / temperature, dim=1)
     taught = F.softmax(full(teacher_logits.detach()) / temperature, dim=1)
     rows, columns = (1 - _correlation(own, taught, dim, eps).mean() for dim in (1, 0))

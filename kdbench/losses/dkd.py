@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, shape
+from kdbench.losses.checks import full, logits_shape, positive, shape
 
 
 def dkd(
@@ -52,8 +52,7 @@ def dkd(
             "dkd needs logits [N, K] of at least two classes with class indices [N]: "
             f"student {shape(student_logits)}, labels {shape(labels)} of {labels.dtype}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     own_target, own_others = _decoupled(full(student_logits) / temperature, labels)
     target, others = _decoupled(full(teacher_logits.detach()) / temperature, labels)
     tckd = F.kl_div(own_target, target, reduction="batchmean", log_target=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.checks import full, logits_shape, positive
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, scale: bool = True) -> Tensor:
@@ -37,8 +37,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0,
         ValueError: The shapes are not the same [N, K], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "kd")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     log_student = F.log_softmax(full(student_logits) / temperature, dim=1)
     log_teacher = F.log_softmax(full(teacher_logits.detach()) / temperature, dim=1)
     value = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

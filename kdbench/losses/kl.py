@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.checks import full, logits_shape, positive
 
 
 def kl_divergence(
@@ -41,8 +41,7 @@ def kl_divergence(
         ValueError: The shapes are not the same [N, K], T is not positive, or there is no such direction.
     """
     logits_shape(student_logits, teacher_logits, "kl_divergence")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    positive(temperature)
     if kl_direction not in ("forward", "reversed"):
         raise ValueError(f"kl_direction is 'forward' or 'reversed', not {kl_direction!r}")
     log_student = F.log_softmax(full(student_logits) / temperature, dim=1)
