@@ -21,6 +21,7 @@ from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.places import Place
 from kdbench.models.points import expand
 from kdbench.models.resnet_cifar import bss_resnet, crd_resnet, resnet
+from kdbench.models.shufflenet import shufflenet_v1, shufflenet_v2
 from kdbench.models.vgg import vgg
 from kdbench.models.wrn import wide_resnet
 
@@ -34,6 +35,8 @@ OWN: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "vgg8": ("vgg", lambda: vgg(8, classes=5), 4),
     "vgg13": ("vgg", lambda: vgg(13, classes=5), 4),
     "mobilenetv2_half": ("mobilenetv2", lambda: mobilenet_v2(width=0.5, classes=5), 4),
+    "shufflenet_v1": ("shufflenet", lambda: shufflenet_v1(classes=5), 3),
+    "shufflenet_v2": ("shufflenet", lambda: shufflenet_v2(classes=5), 3),
     "resnet18_32x32": ("resnet_32x32", lambda: small_image_resnet(18, classes=5), 4),
 }
 IMAGE = (3, 32, 32)
@@ -197,6 +200,26 @@ def test_cards_name_all_points(name: str) -> None:
                 "pooled": (1280,),
             },
         ),
+        (
+            "shufflenet_v1",
+            {
+                "stem": (24, 32, 32),
+                "layer1": (240, 16, 16),
+                "layer2.preact": (480, 8, 8),
+                "layer3": (960, 4, 4),
+                "pooled": (960,),
+            },
+        ),
+        (
+            "shufflenet_v2",
+            {
+                "stem": (24, 32, 32),
+                "layer1.preact": (116, 16, 16),
+                "layer2": (232, 8, 8),
+                "layer3": (464, 4, 4),
+                "pooled": (1024,),
+            },
+        ),
     ],
 )
 def test_shapes(name: str, expected: dict[str, tuple[int, ...]]) -> None:
@@ -205,7 +228,7 @@ def test_shapes(name: str, expected: dict[str, tuple[int, ...]]) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["resnet20", "bss_resnet8", "resnet8x4", "vgg8", "vgg13"])
+@pytest.mark.parametrize("name", ["resnet20", "bss_resnet8", "resnet8x4", "vgg8", "vgg13", "shufflenet_v1"])
 def test_the_relu_of_a_preactivation_is_the_layer(name: str, training: bool) -> None:
     extractor = own(name)
     extractor.model.train(training)
@@ -214,6 +237,16 @@ def test_the_relu_of_a_preactivation_is_the_layer(name: str, training: bool) -> 
         preact = values[f"{layer}.preact"]
         assert preact.min() < 0
         assert torch.equal(F.relu(preact), values[layer])
+
+
+def test_shufflenet_v2_shuffles_after_the_relu() -> None:
+    values = own("shufflenet_v2")(images(), ["layer2", "layer2.preact"])
+    half = values["layer2"].shape[1] // 2
+    preact = values["layer2.preact"]
+    assert preact[:, half:].min() < 0
+    assert preact[:, :half].min() >= 0
+    assert torch.equal(F.relu(preact[:, :half]), values["layer2"][:, ::2])
+    assert torch.equal(F.relu(preact[:, half:]), values["layer2"][:, 1::2])
 
 
 @pytest.mark.parametrize("name", ["wrn_10_1", "wrn_16_2"])

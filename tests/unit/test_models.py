@@ -15,6 +15,7 @@ from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet
 from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.resnet_cifar import PaddedShortcut, bss_resnet, crd_resnet, resnet
+from kdbench.models.shufflenet import GroupedBlock, shuffled, shufflenet_v1, shufflenet_v2
 from kdbench.models.vgg import vgg
 from kdbench.models.wrn import wide_resnet
 from kdbench.registry import Registry
@@ -47,7 +48,13 @@ REFERENCE: dict[str, tuple[Builder, int, int, list[float]]] = {
     "bss_resnet8": (lambda **k: bss_resnet(8, **k), 10, 75_290, [-0.50707591, 0.97121797, -0.2400983]),
     "bss_resnet26": (lambda **k: bss_resnet(26, **k), 10, 366_938, [-0.21212369, 2.0125889, -1.3591158]),
     "crd_resnet20": (lambda **k: crd_resnet(20, **k), 100, 278_324, [-0.91958911, 2.5767603, -1.1527425]),
+    "crd_resnet110": (lambda **k: crd_resnet(110, **k), 100, 1_736_564, [10.07028, 114.62408, -102.48772]),
     "resnet8x4": (lambda **k: crd_resnet(8, 4, **k), 100, 1_233_540, [3.3831259, 6.892247, -4.6130189]),
+    "resnet32x4": (lambda **k: crd_resnet(32, 4, **k), 100, 7_433_860, [-16.777348, 1.6080997, 16.494902]),
+    "wrn_40_1": (lambda **k: wide_resnet(40, 1, **k), 100, 569_780, [1.0014361, 1.3256872, -2.0440066]),
+    "wrn_40_2": (lambda **k: wide_resnet(40, 2, **k), 100, 2_255_156, [1.6294195, -3.8316317, 3.6506833]),
+    "shufflenet_v1": (shufflenet_v1, 100, 949_258, [-5.8399509, -89.475944, 16.089143]),
+    "shufflenet_v2": (shufflenet_v2, 100, 1_355_528, [0.22724567, 6.0412639, 11.209563]),
     "vgg8": (lambda **k: vgg(8, **k), 100, 3_965_028, [1.4372208, -1.760716, 2.0282019]),
     "vgg13": (lambda **k: vgg(13, **k), 100, 9_462_180, [1.6478624, -1.8221402, 1.8649233]),
     "mobilenetv2_half": (lambda **k: mobilenet_v2(6, 0.5, **k), 100, 812_836, [1.1152433, 2.2045754, -3.0060394]),
@@ -117,6 +124,30 @@ def test_padded_shortcuts_by_hand() -> None:
     assert not PaddedShortcut(stride=2, before=0, after=2)(x)[0, 2:].any()
 
 
+def test_shuffled_by_hand() -> None:
+    x = torch.arange(6.0).reshape(1, 6, 1, 1)
+    assert shuffled(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    assert torch.equal(shuffled(shuffled(x, 2), 3), x)
+
+
+def test_a_block_that_shrinks_keeps_its_input_beside_its_own_channels() -> None:
+    block = GroupedBlock(24, 240, 2, 1).eval()
+    nn.init.zeros_(block.bn3.weight)
+    x = torch.rand(1, 24, 4, 4)
+    out = block(x)
+    assert out.shape == (1, 240, 2, 2)
+    assert not out[:, :216].any()
+    assert torch.equal(out[:, 216:], nn.functional.avg_pool2d(x, 3, 2, 1))
+
+
+@pytest.mark.parametrize(("width", "millions"), [(0.5, 1.4), (1.0, 2.3), (1.5, 3.5), (2.0, 7.4)])
+def test_shufflenet_v2_parameters(width: float, millions: float) -> None:
+    """Ma et al., ECCV 2018, table 8, for 1000 classes, with the stem's 3×3 in place of 1×1."""
+    with torch.device("meta"):
+        model = shufflenet_v2(width, classes=1000)
+    assert (count(model) + 24 * 3 * 8) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
 def shortcut_of(model: nn.Module) -> nn.Module:
     return model.get_submodule("layer2.0.shortcut")
 
@@ -154,6 +185,7 @@ def test_small_images_train(name: str, channels: int, size: int) -> None:
         (resnet, {"depth": 20, "channels": 0}, "'channels'"),
         (crd_resnet, {"depth": 8, "width": 0}, "at least 1"),
         (mobilenet_v2, {"width": 0.01}, "width 0.01"),
+        (shufflenet_v2, {"width": 0.7}, "no ShuffleNetV2 of width 0.7"),
         (small_image_resnet, {"depth": 20}, "no residual network of depth 20"),
         (small_image_resnet, {"depth": 18, "channels": 0}, "'channels'"),
     ],
@@ -239,6 +271,8 @@ def test_public_bss_weights_have_our_names(teacher_folder: Path) -> None:
         ("crd_resnet20", 272_474),
         ("vgg13", 9_416_010),
         ("mobilenetv2_half", 697_546),
+        ("shufflenet_v1", 862_768),
+        ("shufflenet_v2", 1_263_278),
     ],
 )
 def test_cards_build_what_their_names_say(name: str, parameters: int) -> None:
