@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from kdbench.cards import KINDS, TermCard
 from kdbench.cli import app
-from kdbench.recipe.schema import Recipe
+from kdbench.recipe.choices import Recipe
 from kdbench.registry import Registry
 from kdbench.signature import REQUIRED, parameters
 

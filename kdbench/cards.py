@@ -67,7 +67,7 @@ class Normalization(Strict):
     std: list[Annotated[float, Field(gt=0), AfterValidator(_deviation_of_pixels)]]
 
 
-class Augmentation(Strict):
+class AugmentationFields(Strict):
     """Random crop after padding, and mirror, per image (torchvision's RandomCrop and RandomHorizontalFlip)."""
 
     padding: int = Field(0, ge=0)
@@ -78,7 +78,7 @@ class Augmentation(Strict):
     )
 
     @model_validator(mode="after")
-    def one_crop(self) -> Augmentation:
+    def one_crop(self) -> AugmentationFields:
         if self.resized_crop is not None:
             if len(self.resized_crop) != 2 or self.resized_crop[0] > self.resized_crop[1]:
                 raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
@@ -174,7 +174,7 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: Augmentation = Augmentation(padding=0, resized_crop=None)
+    augmentation: AugmentationFields = AugmentationFields(padding=0, resized_crop=None)
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named

@@ -31,11 +31,11 @@ from kdbench.record_parts import (
     Git,
     Models,
     Part,
+    RecordedTeacher,
     Result,
     Seeds,
     SpecForm,
     Tail,
-    Teacher,
     with_metrics_by_name,
 )
 
@@ -73,7 +73,7 @@ class Record(Part):
     spec: dict[str, Any] = {}
     budget: Budget
     result: Result
-    teacher: Teacher | None = None
+    teacher: RecordedTeacher | None = None
     anchors: list[Anchor] = []
     route: list[Checkpoint] = []
     best: Best | None = Field(None, description="the evaluation whose weights were kept too, by 'keep: best'")

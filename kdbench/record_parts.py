@@ -123,7 +123,7 @@ class Result(Part):
         return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
 
 
-class Teacher(Part):
+class RecordedTeacher(Part):
     name: str
     sha256: str
     accuracy: float | None = Field(None, ge=0, le=100)
@@ -145,14 +145,14 @@ class Data(Part):
     origin: str = ""
 
 
-class Size(Part):
+class ModelSize(Part):
     parameters: int = Field(ge=0)
     flops: float = Field(ge=0)
 
 
 class Models(Part):
-    student: Size
-    teacher: Size | None = None
+    student: ModelSize
+    teacher: ModelSize | None = None
 
 
 class Compute(Part):

@@ -59,7 +59,7 @@ class Process:
         # A file, not a pipe: what nobody reads would fill a pipe and stop the process.
         self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kdbench.bench.runner"],
+            [sys.executable, "-m", "kdbench.bench.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -30,7 +30,7 @@ def command(
 
 def build(registry: list[Path]) -> dict[str, Any]:
     """The schema: the typed recipe's own, with short forms and card names."""
-    from kdbench.recipe.schema import Recipe
+    from kdbench.recipe.choices import Recipe
     from kdbench.registry import Registry
 
     cards = Registry(registry)

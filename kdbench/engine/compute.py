@@ -19,7 +19,7 @@ from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.forms import Strict
 from kdbench.reading import of_form, read_as
-from kdbench.recipe.schema import ComputeChoice
+from kdbench.recipe.choices import ComputeChoice
 from kdbench.record import RECORD, read_record
 
 Precision = Literal["float32", "bfloat16"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
-from kdbench.engine import logits
+from kdbench.engine import logit_table
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
@@ -99,7 +99,7 @@ class Materials:
         data = self.data(spec.data)
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
             return "", None
-        key = logits.table_key(spec, file.sha256, data, teacher.network.computing.precision)
+        key = logit_table.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name)
         if kept is not None and not (table.complete and table.folder.name == kept):
             raise UserError(
@@ -109,7 +109,7 @@ class Materials:
             )
         if not table.complete:
             return "", None
-        return table.folder.name, logits.opened(table, teacher, data, spec.protocol, self.device)
+        return table.folder.name, logit_table.opened(table, teacher, data, spec.protocol, self.device)
 
 
 def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:

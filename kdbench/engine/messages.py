@@ -147,7 +147,7 @@ class Doing(Event):
     cell: int | None = None
 
 
-class Note(Event):
+class Announcement(Event):
     """What nobody should miss."""
 
     text: str

@@ -15,6 +15,7 @@ from kdbench.engine.compute import Computing, plainest
 from kdbench.engine.device import not_used
 from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
 from kdbench.engine.messages import (
+    Announcement,
     CellFailed,
     CellFinished,
     CellTask,
@@ -23,7 +24,6 @@ from kdbench.engine.messages import (
     Event,
     Failed,
     MemoryNeeded,
-    Note,
     Prepare,
     PrepareSources,
     Progress,
@@ -50,8 +50,8 @@ from kdbench.engine.scheduling import (
 )
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, locked
+from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import SOURCES, Plan, PlannedCell
-from kdbench.recipe.schema import ComputeChoice
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import finished_record, read_record, student_file
@@ -93,7 +93,7 @@ class Session:
         for event in self.pool.carry_out(tasks):
             if isinstance(event, Doing) and event.cell is None:
                 self.listener.doing(event.text)
-            elif isinstance(event, Note):
+            elif isinstance(event, Announcement):
                 self.listener.say(event.text)
             elif isinstance(event, Failed) and (event.by_user or not event.cells):
                 raise event.error

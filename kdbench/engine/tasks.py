@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kdbench.data.pictures import Pictures
-from kdbench.engine import logits
+from kdbench.engine import logit_table
 from kdbench.engine.batches import Batches
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
@@ -19,6 +19,7 @@ from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
 from kdbench.engine.messages import (
+    Announcement,
     CheckCells,
     Doing,
     Event,
@@ -26,7 +27,6 @@ from kdbench.engine.messages import (
     FillLogits,
     FingerprintRead,
     MemoryNeeded,
-    Note,
     Prepare,
     PrepareSources,
     ReadFingerprint,
@@ -104,9 +104,9 @@ class TaskRunner:
             self.doing(f"teacher {spec.teacher.name}")
             file = self.materials.teacher_file(spec, task.teacher_folder)
             for doubt in file.doubts if file else ():
-                self.emit(Note(text=f"warning: {doubt}"))
+                self.emit(Announcement(text=f"warning: {doubt}"))
         for choice in choices_of(spec):
-            self.emit(Note(text=f"note: {choice}"))
+            self.emit(Announcement(text=f"note: {choice}"))
 
     def prepare_sources(self, task: PrepareSources) -> None:
         """What a cell's batch sources need before it trains."""
@@ -134,7 +134,7 @@ class TaskRunner:
             return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
         if not compiler_works(self.device) and self.device.type == "cuda" and first.compute.compile is not False:
-            self.emit(Note(text=f"note: {NO_COMPILER}"))
+            self.emit(Announcement(text=f"note: {NO_COMPILER}"))
         chosen = choose(
             first.compute,
             task.specs,
@@ -166,9 +166,9 @@ class TaskRunner:
             file = self.materials.teacher_file(spec, task.teacher_folder)
             assert file is not None
             teacher, sha256 = load_teacher(spec.teacher, spec.data, file.file, device, way), file.sha256
-        table = table_at(logits.table_key(spec, sha256, data, way.precision), spec.teacher.name)
+        table = table_at(logit_table.table_key(spec, sha256, data, way.precision), spec.teacher.name)
         images, views, classes = table.shape
-        each = 0.0 if table.complete else logits.seconds_an_image(table, teacher, data, spec.protocol, device)
+        each = 0.0 if table.complete else logit_table.seconds_an_image(table, teacher, data, spec.protocol, device)
         self.emit(
             TableFound(
                 folder=table.folder,
@@ -186,7 +186,7 @@ class TaskRunner:
         def tell(done: int, seconds: float) -> None:
             self.emit(Filled(done=done, seconds=seconds))
 
-        if not logits.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
+        if not logit_table.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
             raise CellError("stopped; the same command goes on from here")
 
     def train_cohort(self, task: TrainCohort) -> None:

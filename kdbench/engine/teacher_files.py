@@ -24,7 +24,7 @@ from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.reading import of_form, read_json
-from kdbench.recipe.beside import training_of
+from kdbench.recipe.beside import origin_of
 from kdbench.recipe.route import FOLDER
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
@@ -89,7 +89,7 @@ def with_accuracy(
     on_record: tuple[float, str] | None = None
     found: list[str] = []
     if spec.trained_by is None:
-        training = training_of(file.file)
+        training = origin_of(file.file)
         if training is not None and training.accuracy is not None and training.target is None:
             on_record = (training.accuracy, "the record beside its weights")
         if training is not None and training.fingerprint != data.fingerprint:

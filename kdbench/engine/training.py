@@ -23,7 +23,16 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.materials import AnyData, Materials
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
-from kdbench.engine.messages import CellFailed, CellFinished, CellTask, Doing, Event, Note, Progress, TrainCohort
+from kdbench.engine.messages import (
+    Announcement,
+    CellFailed,
+    CellFinished,
+    CellTask,
+    Doing,
+    Event,
+    Progress,
+    TrainCohort,
+)
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
@@ -77,7 +86,7 @@ class Training:
         self.task, self.emit, self.device = task, emit, materials.device
         self.computing = possible(task.computing, self.device)
         if self.computing.compile != task.computing.compile:
-            emit(Note(text=f"warning: {NO_COMPILER}"))
+            emit(Announcement(text=f"warning: {NO_COMPILER}"))
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
         if self.device.type == "cuda":
@@ -127,7 +136,9 @@ class Training:
         files = SourceFiles(file.sha256 if file else "", cell.folder, self.task.shared)
         member = Member(spec, group.batches, teacher, self.device, self.computing, files)
         name = f"{spec.method.label}, seed {spec.seed}"
-        state = checkpoint.load(cell.folder, key, member.state(), lambda text: self.emit(Note(text=f"{name}: {text}")))
+        state = checkpoint.load(
+            cell.folder, key, member.state(), lambda text: self.emit(Announcement(text=f"{name}: {text}"))
+        )
         if state is not None:
             try:
                 member.load_state(state)

@@ -24,7 +24,7 @@ from kdbench.engine.program import Group, Program, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import PointValues, Teacher
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.schema import ComputeChoice
+from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.specs import CellSpec
 
 T = TypeVar("T")

@@ -32,7 +32,7 @@ class _Checkpoint(_Part):
     sha256: str
 
 
-class Training(_Part):
+class Origin(_Part):
     """How a student was trained, as the record beside its weights says.
 
     `normalization`: of the student's images. `fingerprint`: of the data. `accuracy`: on the test set of `target`, or of
@@ -52,7 +52,7 @@ class Training(_Part):
         return any((part.name, part.classes) == (data, classes) for part in (self.data, self.target) if part)
 
 
-def training_of(file: Path) -> Training | None:
+def origin_of(file: Path) -> Origin | None:
     """The training that left a weight file, a student's or one of the checkpoints on its way; None for any other file.
 
     Raises:
@@ -62,7 +62,7 @@ def training_of(file: Path) -> Training | None:
     record = (file.parent.parent if inside_route else file.parent) / _RECORD
     if not record.is_file() or not (inside_route or file.name == _STUDENT):
         return None
-    training = read_as(Training, record, "copy the weights to another folder to use them without it")
+    training = read_as(Origin, record, "copy the weights to another folder to use them without it")
     hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files
     if (expected := hashes.get(file.name)) is not None and expected != sha256_of(file):
         raise UserError(

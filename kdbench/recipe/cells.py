@@ -6,11 +6,11 @@ from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError
 from kdbench.models.points import POINT_GROUPS
 from kdbench.recipe.anchoring import check_route
+from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec
 from kdbench.recipe.loading import typed
 from kdbench.recipe.methods import check_target, method_spec, needs_teacher, terms_of
 from kdbench.recipe.networks import TeacherCell, student_spec, teacher_spec
-from kdbench.recipe.schema import Recipe
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, ProtocolSpec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry

@@ -6,8 +6,8 @@ from typing import Any
 
 from kdbench.cards import Normalization
 from kdbench.errors import UserError
+from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
-from kdbench.recipe.schema import Recipe
 from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree

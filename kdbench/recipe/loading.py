@@ -9,7 +9,7 @@ import yaml
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import SHARE
-from kdbench.recipe.schema import Recipe
+from kdbench.recipe.choices import Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
 from kdbench.validation import fields_at, validated

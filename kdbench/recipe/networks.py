@@ -11,9 +11,9 @@ from kdbench.cards import DatasetCard, TeacherCard, Weights
 from kdbench.errors import UserError
 from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.names import own_name
-from kdbench.recipe.beside import training_of
+from kdbench.recipe.beside import origin_of
+from kdbench.recipe.choices import StudentChoice, TeacherChoice
 from kdbench.recipe.named import named_spec
-from kdbench.recipe.schema import StudentChoice, TeacherChoice
 from kdbench.recipe.specs import CellSpec, ModelSpec, TeacherSpec, WeightsSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -129,7 +129,7 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     digest = _file_hash(file)
     data = tree.data["data"]["name"]
     card: DatasetCard = registry.card("datasets", data)
-    training = training_of(file)
+    training = origin_of(file)
     if training is not None and not training.knows(data, card.classes):
         raise UserError(
             f"these weights know the {training.data.classes} classes of '{training.data.name}', by the record beside "
@@ -173,5 +173,5 @@ def _existing(weights: str, where: str) -> Path:
 @functools.cache
 def _file_hash(file: Path) -> str:
     """sha256 of the user's weights. UserError where a cell's record beside them names another one."""
-    training_of(file)
+    origin_of(file)
     return sha256_of(file)

@@ -11,10 +11,10 @@ from typing import Any
 from kdbench.errors import UserError, did_you_mean
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
+from kdbench.recipe.choices import TeacherChoice
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import load, typed
 from kdbench.recipe.networks import teacher_spec
-from kdbench.recipe.schema import TeacherChoice
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.recipe.variants import means_nothing, variants
 from kdbench.registry import Registry

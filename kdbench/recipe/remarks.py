@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdbench.cards import Normalization
 from kdbench.files import find_weights
-from kdbench.recipe.beside import training_of
+from kdbench.recipe.beside import origin_of
 from kdbench.recipe.specs import CellSpec
 
 # Half a step of pixels of 8 bits: means and deviations that are closer are the same, rounded.
@@ -53,7 +53,7 @@ def _teacher(spec: CellSpec) -> list[str]:
     if teacher.trained_by is not None:
         own, origin = teacher.trained_by.protocol.normalization, "its training"
     else:
-        training = training_of(Path(teacher.weights.file)) if teacher.weights else None
+        training = origin_of(Path(teacher.weights.file)) if teacher.weights else None
         if training is None:
             return []
         own, origin = training.normalization, "its training, by the record beside its weights"
@@ -69,7 +69,7 @@ def _teacher(spec: CellSpec) -> list[str]:
 
 def _start(spec: CellSpec) -> list[str]:
     file = find_weights(spec.student.weights) if spec.student.weights is not None else None
-    training = training_of(file) if file is not None else None
+    training = origin_of(file) if file is not None else None
     if training is None:
         return []
     found = []

@@ -17,10 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from kdbench.cards import Augmentation, DataFields, Normalization, StageFields, TermFields, Weights
+from kdbench.cards import AugmentationFields, DataFields, Normalization, StageFields, TermFields, Weights
 from kdbench.models.points import POINT_GROUPS
 from kdbench.names import content_name, is_content
-from kdbench.recipe.schema import ROUTE_MOST, ComputeChoice
+from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
 
 # Fields of specs that hold targets, or mappings of names to targets.
 _CODE = ("target", "metrics", "references", "layout")
@@ -182,7 +182,7 @@ class ProtocolSpec(Spec):
     name: str
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"]
-    augmentation: Augmentation
+    augmentation: AugmentationFields
     normalization: Normalization
     epochs: float | None = None
     steps: int | None = None

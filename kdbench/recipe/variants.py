@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.choices import Recipe
 from kdbench.recipe.loading import put
-from kdbench.recipe.schema import Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
 

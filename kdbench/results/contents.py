@@ -62,7 +62,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
     seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
     `metrics`: metric -> hook point -> mean over the seeds. `also`: accuracies beside the one on the test part, mean and
@@ -93,7 +93,7 @@ class MethodRow:
     method: str
     label: str
     is_baseline: bool
-    cells: tuple[Cell | None, ...]
+    cells: tuple[Entry | None, ...]
 
 
 @dataclass(frozen=True)

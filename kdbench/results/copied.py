@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kdbench.errors import UserError
 from kdbench.published import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.record import Record
-from kdbench.results import training
+from kdbench.results import settings
 from kdbench.results.comparison import Column, Comparison
 
 DAGGER = "†"
@@ -130,7 +130,7 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
         (
             "batch size",
             _number(theirs.batch_size),
-            _range(b for r in records if (b := training.batch_size(r)) is not None),
+            _range(b for r in records if (b := settings.batch_size(r)) is not None),
         ),
         ("reported", theirs.reported and f"{theirs.reported} epoch", reported),
         ("runs", _number(theirs.runs), _range(runs.values())),
@@ -139,7 +139,7 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
         own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
         lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
     # What few sources say: where one side is unknown, there is nothing to spell out.
-    ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in training.SAID.items()}
+    ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in settings.SAID.items()}
     rest = {
         "optimizer": theirs.optimizer,
         "learning rate": _number(theirs.learning_rate),

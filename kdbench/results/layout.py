@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kdbench.results.contents import CAP, Cell, MethodRow, Table
+from kdbench.results.contents import CAP, Entry, MethodRow, Table
 from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
 
 ABSENT = "–"
@@ -141,7 +141,7 @@ def _across(table: Table) -> Grid:
 
 
 def _differences(table: Table) -> Grid:
-    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+    def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
         if row.is_baseline or cell.difference is None:
             return []
         first, *others = _difference(cell)
@@ -154,7 +154,7 @@ def _differences(table: Table) -> Grid:
 def _also(table: Table) -> Grid:
     """Accuracies on other images or of other networks; no rows where there are none."""
 
-    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+    def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
         shown = [Text(_spread(*cell.also[name]) if name in cell.also else ABSENT) for name in table.also]
         return shown if cell.also else []
 
@@ -166,7 +166,7 @@ def _details(table: Table) -> Grid:
     """Metrics of the losses, and what a method costs beyond the protocol's budget and in time."""
     extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
 
-    def entries(row: MethodRow, cell: Cell, place: tuple[int, int]) -> list[Text]:
+    def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
         shown = [f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0"] if extra else []
         for measure in table.measures:
             values = cell.metrics.get(measure.metric, {})
@@ -191,7 +191,7 @@ def _blocks(
     table: Table,
     caption: str,
     header: tuple[str, ...],
-    entries: Callable[[MethodRow, Cell, tuple[int, int]], list[Text]],
+    entries: Callable[[MethodRow, Entry, tuple[int, int]], list[Text]],
 ) -> Grid:
     """One block of rows for each column of the table, headed by the column where there are several. Where a cell has no
     entries, its row is left out."""
@@ -211,13 +211,13 @@ def _blocks(
     return Grid(caption, ("method", *header), tuple(rows), frozenset(rules - {0}), frozenset(headings))
 
 
-def _accuracy(cell: Cell | None, place: tuple[int, int], tail: str = "") -> Text:
+def _accuracy(cell: Entry | None, place: tuple[int, int], tail: str = "") -> Text:
     if cell is None:
         return Text(ABSENT)
     return Text(_spread(cell.mean, cell.deviation), cell.best, cell.second, tail, cell.marks, place)
 
 
-def _difference(cell: Cell | None) -> list[Text]:
+def _difference(cell: Entry | None) -> list[Text]:
     """Difference, its interval, its p value and the number of seeds needed."""
     found = cell.difference if cell is not None else None
     if found is None:

@@ -9,7 +9,7 @@ from typing import Literal
 from kdbench.published import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
 from kdbench.record import Metric, Record
-from kdbench.results import statistics, training
+from kdbench.results import settings, statistics
 from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
@@ -159,7 +159,7 @@ def _training(comparison: Comparison) -> list[Note]:
     for row in comparison.rows:
         for column in comparison.columns:
             for record in comparison.cell(row, column).values():
-                if said := training.settings(record):
+                if said := settings.in_a_line(record):
                     rows.setdefault(said, {})[row.label] = None
     if len(rows) == 1:
         return [Note(f"Training: {next(iter(rows))}")]

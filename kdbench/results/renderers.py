@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench.record import Record
 from kdbench.results.comparison import in_order, text
-from kdbench.results.contents import Cell, Note, Table
+from kdbench.results.contents import Entry, Note, Table
 from kdbench.results.layout import Text, layout, seeds_text
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _flat(table: Table) -> list[dict[str, Any]]:
     return result
 
 
-def _numbers(table: Table, cell: Cell) -> dict[str, Any]:
+def _numbers(table: Table, cell: Entry) -> dict[str, Any]:
     found = cell.difference
     difference = {"": "mean", "_low": "low", "_high": "high", "_n": "n"}
     return {

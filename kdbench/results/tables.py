@@ -19,7 +19,7 @@ from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.across import across
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.contents import CAP, Cell, Difference, Measure, MethodRow, Note, Table, TeacherRow
+from kdbench.results.contents import CAP, Difference, Entry, Measure, MethodRow, Note, Table, TeacherRow
 from kdbench.results.copied import copied_rows
 from kdbench.results.facts import listed, metric_label, sentence
 from kdbench.results.notes import Interval, across_notes, copied_notes, missing, notes_of
@@ -173,7 +173,7 @@ def _cell(
     metric: Metric,
     differences: Mapping[tuple[str, Column], Difference],
     mark: Callable[[str], str],
-) -> Cell | None:
+) -> Entry | None:
     group = comparison.cell(line, column)
     if not group:
         return None
@@ -181,7 +181,7 @@ def _cell(
     summary = statistics.summarize([record.accuracy(metric) for record in records])
     budget = records[0].budget
     difference = differences.get((line.label, column))
-    return Cell(
+    return Entry(
         seeds=tuple(group),
         values=tuple(record.accuracy(metric) for record in records),
         n=summary.n,
@@ -254,7 +254,7 @@ def _also(comparison: Comparison, records: Sequence[Record]) -> dict[str, tuple[
     return {name: (found.mean, found.deviation) for name, v in values.items() if (found := statistics.summarize(v))}
 
 
-def _ranked(cells: list[Cell | None]) -> list[Cell | None]:
+def _ranked(cells: list[Entry | None]) -> list[Entry | None]:
     """With the highest and second highest mean told, as shown with two decimals."""
     shown = sorted({round(cell.mean, 2) for cell in cells if cell is not None}, reverse=True)
     if sum(cell is not None for cell in cells) < 2:

@@ -142,7 +142,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
     held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
     if not held:
         return
-    from kdbench.verify.logits import contradictions
+    from kdbench.verify.recount import contradictions
 
     try:
         data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
@@ -301,6 +301,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         )
         return
     wrong = 0
+    renamed: dict[str, None] = {}
     present = {slug: folder.records[slug] for slug in by_slug if slug in folder.records}
     # A cell may have been trained as part of a larger comparison: what counts is which cells come before which.
     planned_places = _places({slug: by_slug[slug].order for slug in present})
@@ -313,9 +314,14 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         if recorded_places[slug] == planned_places[slug]:
             expected.pop("order")
         for key, value in json.loads(json.dumps(expected)).items():
-            if recorded.get(key) != value:
-                wrong += 1
-                yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
+            if recorded.get(key) == value:
+                continue
+            if key == "label":
+                renamed[f"'{recorded.get(key)}' is called '{value}' today"] = None
+                continue
+            wrong += 1
+            yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
+    yield from (Finding("remark", what, "labels") for what in renamed)
     if folder.run.title != today.title:
         wrong += 1
         yield Finding("disagrees", "its title is not that of its recipe", RUN)

@@ -18,8 +18,8 @@ from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.trial import Steps, Tried, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
+from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import plan
-from kdbench.recipe.schema import ComputeChoice
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 

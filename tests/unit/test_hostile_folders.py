@@ -29,8 +29,8 @@ from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages
 from kdbench.reading import DEEPEST, LARGEST, inside, parsed, plain_name, read_json
+from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import Plan, plan, run_name
-from kdbench.recipe.schema import ComputeChoice
 from kdbench.recipe.specs import CellSpec
 from kdbench.record import read_record
 from kdbench.registry import Registry

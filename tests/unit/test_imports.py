@@ -37,7 +37,7 @@ LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ATTRIBUTES_OF_A_CLASS = 400, 60, 15
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Name (`kdbench.recipe.schema`) -> the parsed file."""
+    """Name (`kdbench.recipe.choices`) -> the parsed file."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts

@@ -14,7 +14,7 @@ from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
-from kdbench.engine import logit_files, logits
+from kdbench.engine import logit_files, logit_table
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import LogitTable, table_at
@@ -39,7 +39,7 @@ VIEWS = 18
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDBENCH_HOME", str(tmp_path))
     # Several passes for a few images.
-    monkeypatch.setitem(logits.PASS, "cpu", 3 * VIEWS)
+    monkeypatch.setitem(logit_table.PASS, "cpu", 3 * VIEWS)
 
 
 def cell(method: str = "kd", **more: Any) -> CellSpec:
@@ -54,12 +54,12 @@ def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
 
 
 def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha256: str = "ab") -> LogitTable:
-    return table_at(logits.table_key(spec, sha256, data, precision), "some teacher")
+    return table_at(logit_table.table_key(spec, sha256, data, precision), "some teacher")
 
 
 def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> LogitTable:
     table = table_for(spec, data, teacher.network.computing.precision)
-    logits.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
+    logit_table.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
     return table_for(spec, data, teacher.network.computing.precision)
 
 
@@ -70,7 +70,7 @@ def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> 
     teacher = teacher_of(spec, precision)
     table = filled(spec, data, teacher)
     assert table.complete and table.shape == (20, VIEWS, 10)
-    values = logits.opened(table, teacher, data, spec.protocol, CPU)
+    values = logit_table.opened(table, teacher, data, spec.protocol, CPU)
     assert values.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
     augmentation = Augmentation(1, "zero", True)
     for image in (0, 7, 19):
@@ -90,7 +90,7 @@ def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
     for teacher in (with_table, without):
         batches = Batches(spec, data, CPU)
         if teacher is with_table:
-            values = logits.opened(table, teacher, data, spec.protocol, CPU)
+            values = logit_table.opened(table, teacher, data, spec.protocol, CPU)
             teacher.logits = SplitLogits(values, batches.positions)
             teacher.network.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
         member = Member(spec, batches, teacher, CPU)
@@ -105,7 +105,7 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     """So that a cell in a cohort learns from the same logits as alone."""
     spec = cell("fitnets")
     data, teacher = images(spec.data), teacher_of(spec)
-    values = logits.opened(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
+    values = logit_table.opened(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
     batches = Batches(spec, data, CPU)
     teacher.logits = SplitLogits(values + 1, batches.positions)
     member = Member(spec, batches, teacher, CPU)
@@ -133,7 +133,7 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
     whole = filled(spec, data, teacher)
     assert whole.complete and sum(ran) == (20 - part.done) * VIEWS
     fresh = teacher_of(spec)
-    values = logits.opened(whole, fresh, data, spec.protocol, CPU)
+    values = logit_table.opened(whole, fresh, data, spec.protocol, CPU)
     pixels = Augmentation(1, "zero", True).view(data.train_images, 5)
     assert torch.allclose(values[:, 5], fresh(pixels, ["logits"])["logits"], atol=1e-4)
 
@@ -142,7 +142,7 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
 def test_a_table_belongs_to_what_it_was_computed_from(change: str) -> None:
     spec, data = cell(), images(cell().data)
     assert spec.teacher is not None
-    key = logits.table_key(spec, "ab", data, "float32")
+    key = logit_table.table_key(spec, "ab", data, "float32")
     teacher, protocol, sha256, precision = spec.teacher, spec.protocol, "ab", "float32"
     if change == "weights":
         sha256 = "cd"
@@ -162,7 +162,7 @@ def test_a_table_belongs_to_what_it_was_computed_from(change: str) -> None:
         options = {**teacher.model.options, "depth": 22}
         teacher = teacher.model_copy(update={"model": teacher.model.model_copy(update={"options": options})})
     spec = spec.model_copy(update={"teacher": teacher, "protocol": protocol})
-    other = logits.table_key(spec, sha256, data, precision)
+    other = logit_table.table_key(spec, sha256, data, precision)
     assert other != key and table_at(other, "t").folder != table_at(key, "t").folder
 
 
@@ -183,7 +183,7 @@ def test_a_table_that_is_not_what_the_teacher_gives_is_an_error() -> None:
     with torch.no_grad():
         other.network.model.fc.weight.mul_(-1)
     with pytest.raises(UserError, match="is off by") as error:
-        logits.opened(table, other, data, spec.protocol, CPU)
+        logit_table.opened(table, other, data, spec.protocol, CPU)
     assert f"kdbench logits clear {table.folder.name}" in str(error.value)
 
 
@@ -194,7 +194,7 @@ def test_a_shortened_file_is_an_error() -> None:
     with (table.folder / "logits.bin").open("rb+") as stream:
         stream.truncate(100)
     with pytest.raises(UserError, match="another size"):
-        logits.opened(table, teacher, data, spec.protocol, CPU)
+        logit_table.opened(table, teacher, data, spec.protocol, CPU)
 
 
 def test_a_changed_value_is_an_error() -> None:
@@ -206,7 +206,7 @@ def test_a_changed_value_is_an_error() -> None:
         stream.seek(400)
         stream.write(b"\x01\x02\x03")
     with pytest.raises(UserError, match="sha256"):
-        logits.opened(table, teacher, data, spec.protocol, CPU)
+        logit_table.opened(table, teacher, data, spec.protocol, CPU)
 
 
 @pytest.mark.parametrize("loss", ["gone", "short"])
@@ -223,7 +223,7 @@ def test_what_was_filled_and_is_lost_is_filled_again(loss: str) -> None:
         with file.open("rb+") as stream:
             stream.truncate(10)
     whole = filled(spec, data, teacher)
-    values = logits.opened(whole, teacher, data, spec.protocol, CPU)
+    values = logit_table.opened(whole, teacher, data, spec.protocol, CPU)
     assert whole.complete and values.abs().flatten(1).amax(1).min() > 0
 
 
@@ -254,15 +254,15 @@ def test_how_far_it_is_filled_is_noted_only_after_the_values(monkeypatch: pytest
     spec, data = cell(), images(cell().data)
     teacher = teacher_of(spec)
     order: list[str] = []
-    monkeypatch.setattr(logits, "NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(logit_table, "NOTE_SECONDS", 0.0)
     monkeypatch.setattr("os.fsync", lambda handle: order.append("values"))
-    write = logits.write_json
+    write = logit_table.write_json
 
     def noting(file: Path, about: Any) -> None:
         order.append("note")
         write(file, about)
 
-    monkeypatch.setattr(logits, "write_json", noting)
+    monkeypatch.setattr(logit_table, "write_json", noting)
     table = filled(spec, data, teacher)
     noted = json.loads((table.folder / "table.json").read_text())
     assert noted["done"] == 20

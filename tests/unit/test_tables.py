@@ -20,7 +20,7 @@ from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.registry import Registry
 from kdbench.results import statistics
-from kdbench.results.contents import Cell, Note, Table
+from kdbench.results.contents import Entry, Note, Table
 from kdbench.results.latex import PACKAGES, escape, latex
 from kdbench.results.layout import layout
 from kdbench.results.page import html
@@ -32,7 +32,7 @@ VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3,
 SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
 
 
-def cell(table: Table, row: str, column: int = 0) -> Cell:
+def cell(table: Table, row: str, column: int = 0) -> Entry:
     found = next(r for r in table.rows if r.label == row).cells[column]
     assert found is not None
     return found

@@ -83,7 +83,7 @@ class Inversion:
 
 
 @dataclass(frozen=True)
-class Draws:
+class BatchDraws:
     """The random numbers of a batch, addressed by (seed, stream, batch)."""
 
     seed: int
@@ -122,7 +122,7 @@ def synthesize(
     labels: Tensor,
     image_shape: tuple[int, int, int],
     settings: Inversion,
-    draws: Draws,
+    draws: BatchDraws,
     mean: Tensor,
     std: Tensor,
     student: Callable[[Tensor], Tensor] | None = None,

@@ -51,7 +51,7 @@ class Making(BaseModel):
     settings: dict[str, Any]
 
 
-class Pool(BaseModel):
+class PoolFile(BaseModel):
     """What is read of a pool.json: how a pool was made, or to which pool a cell added its images, and with which
     settings."""
 
@@ -83,7 +83,7 @@ class MadeImages:
     @classmethod
     def at(cls, folder: Path) -> MadeImages:
         """The pool that lies in a folder. UserError where its pool.json is damaged."""
-        found = read_as(Pool, folder / POOL, _AGAIN)
+        found = read_as(PoolFile, folder / POOL, _AGAIN)
         if found.added_to is None:
             read_as(Making, folder / POOL, _AGAIN)
         return cls(folder, read_json(folder / POOL))

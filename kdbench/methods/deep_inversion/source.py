@@ -23,7 +23,7 @@ from kdbench.data.streams import generator, permutation
 from kdbench.engine.batch import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.methods.deep_inversion.inversion import Draws, Inversion, Synthesized, balanced, synthesize
+from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, Synthesized, balanced, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
 from kdbench.version import __version__
 
@@ -134,7 +134,7 @@ class SynthesizedImages(Source):
             left = _left(time.monotonic() - begun, batch - first, self.batches - batch)
             tell(f"synthesizing images: batch {batch + 1} of {self.batches}{left}")
             start = time.monotonic()
-            made = self._make(self.pool_settings, Draws(self.pool_seed, "pool", batch), None, stopping)
+            made = self._make(self.pool_settings, BatchDraws(self.pool_seed, "pool", batch), None, stopping)
             if made is None:
                 return
             pool.write(batch, made.images, made.labels, self._about(made, start))
@@ -144,7 +144,7 @@ class SynthesizedImages(Source):
     def _make(
         self,
         settings: Inversion,
-        draws: Draws,
+        draws: BatchDraws,
         student: Callable[[Tensor], Tensor] | None,
         stopping: Callable[[], bool],
     ) -> Synthesized | None:
@@ -181,7 +181,7 @@ class SynthesizedImages(Source):
         if self._images is None:
             if self.pool is None:
                 # Only tried out: noise costs a step the same.
-                noise = Draws(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape))
+                noise = BatchDraws(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape))
                 self._images = self._on_device(noise, torch.tensor(self.classes))
             elif self.pool.done < self.batches:
                 raise UserError(
@@ -256,7 +256,7 @@ class SynthesizedImages(Source):
         left = _left(seconds, len(self.added), growths - growth + 1)
         tell(f"adding synthesized images: batch {growth} of {growths}{left}")
         now.student.model.eval()
-        draws = Draws(self.seed, f"adaptive/{self.context.stage}", growth)
+        draws = BatchDraws(self.seed, f"adaptive/{self.context.stage}", growth)
         made = self._make(self.settings, draws, now.student.logits, stopping)
         if made is None:
             return False

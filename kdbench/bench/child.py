@@ -1,4 +1,4 @@
-"""One lane's process: builds what the lane trains, then trains it for some seconds whenever it is asked to."""
+"""The inside of a lane's process: builds what the lane trains, and trains it for some seconds when it is asked to."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ PEERS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = 
 }
 
 
-class Lane:
+class Child:
     """Answers questions about one lane."""
 
     def __init__(self, question: dict[str, Any]) -> None:
@@ -127,17 +127,17 @@ def main() -> None:
     # What libraries print must not end up between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    lane: Lane | None = None
+    child: Child | None = None
     for line in sys.stdin:
         question = json.loads(line)
-        if lane is None:
+        if child is None:
             begin = time.perf_counter()
-            lane = Lane(question)
+            child = Child(question)
             answer = time.perf_counter() - begin
         elif question == "evaluation":
-            answer = lane.evaluation()
+            answer = child.evaluation()
         else:
-            answer = lane.rate(question)
+            answer = child.rate(question)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

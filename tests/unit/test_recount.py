@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kdbench.verify.logits import accuracies
+from kdbench.verify.recount import accuracies
 
 
 def test_logits_that_rounding_made_equal_leave_the_accuracy_open(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def batch_size(record: Record) -> float | None:
     return float(size) if isinstance(size, int | float) else None
 
 
-def settings(record: Record) -> str:
+def in_a_line(record: Record) -> str:
     """Batches, augmentation, optimizer and schedule of the main stage in a line; empty where nothing is said."""
     size = batch_size(record)
     said = {name: words for name, say in SAID.items() if (words := say(record))}
