@@ -80,10 +80,14 @@ class StandIn:
 
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
         state = torch.get_rng_state()
-        with Watched() as watched:
-            call()
-        watched.put_back()
-        torch.set_rng_state(state)
+        watched = Watched()
+        try:
+            with watched:
+                call()
+        finally:
+            # A recording computes nothing, whether it fails or not.
+            watched.put_back()
+            torch.set_rng_state(state)
         names = {name for name, _ in watched.operations}
         demand(not names & READS, f"a recorded call reads values: {names & READS}")
         demand(not names & MAKES, f"a recorded call makes tensors of the host's numbers: {names & MAKES}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from kdbench.errors import UserError
 
 if TYPE_CHECKING:
     from kdbench.recipe.planning import Plan
+    from kdbench.registry import Registry
 
 # Side by side, for the time of a cohort.
 FIVE_METHODS = "compare.method=[ce, kd, kd_only, fitnets, at]"
@@ -49,7 +51,6 @@ def command(
     from kdbench.bench.compare import Benchmark, benchmark, table
     from kdbench.bench.gpu import Pair, bench_gpu, summary
     from kdbench.files import write_json
-    from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
     def tell(text: str) -> None:
@@ -58,7 +59,7 @@ def command(
     if peers:
         _check_peers()
     cards = Registry(registry or ())
-    plans = [plan(recipe, cards) for recipe in recipes or ("ab_wrn",)]
+    plans = plans_of(recipes, cards, gpu=False)
 
     from kdbench.bench.machine import machine_of
     from kdbench.engine.device import chosen_device
@@ -74,8 +75,7 @@ def command(
             write_json(json, {"machine": machine.about, "results": [one.plain() for one in results], **more})
 
     if on.type == "cuda":
-        plans += [] if recipes else [plan("speed", cards, (FIVE_METHODS,))]
-        pairs = [Pair(planned, _flops(planned)) for planned in plans]
+        pairs = [Pair(planned, _flops(planned)) for planned in plans_of(recipes, cards, gpu=True)]
         results, times = bench_gpu(pairs, machine, str(on), minutes, rounds, turn, peers, quickstart, tell, keep)
     else:
         results, times = [], {}
@@ -84,6 +84,15 @@ def command(
             results.append(benchmark(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
             keep(results, times)
     print(f"{table(results)}\n{summary(results, times)}")
+
+
+def plans_of(recipes: Sequence[str] | None, cards: Registry, gpu: bool) -> list[Plan]:
+    """What is measured: these recipes, or where there are none those that stand for all."""
+    from kdbench.recipe.planning import plan
+
+    if recipes:
+        return [plan(recipe, cards) for recipe in recipes]
+    return [plan("ab_wrn", cards), *([plan("speed", cards, (FIVE_METHODS,))] if gpu else [])]
 
 
 def _check_peers() -> None:

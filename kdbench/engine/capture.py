@@ -65,6 +65,7 @@ class CapturedProgram(Program):
     Attributes:
         recordings: by the kind of stretch; None where recording failed, which never ends a run.
         apart: cells of the present stretch that cannot be recorded, and why. They take their steps after the others'.
+        unrecordable: stages of cells whose recording failed, and why.
         eager: why stages run as ever. done: stages of which a step was recorded.
         evaluated: kinds of evaluations that there were. evaluations: those that are recorded; None where that failed.
     """
@@ -76,6 +77,7 @@ class CapturedProgram(Program):
         self.warmed: dict[Any, int] = {}
         self.drawing: set[TrainingCell] = set()
         self.apart: dict[TrainingCell, str] = {}
+        self.unrecordable: dict[tuple[Member, str], str] = {}
         self.eager: dict[tuple[Member, str], str] = {}
         self.done: set[tuple[Member, str]] = set()
         self.evaluated: set[Any] = set()
@@ -86,13 +88,19 @@ class CapturedProgram(Program):
     def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
         steps = super().prepare(cells, most)
         present = [cell for cell in cells if cell.active]
-        self.apart = {cell: why for cell in present if (why := _why_apart(cell.member))}
+        self.apart = {
+            cell: why for cell in present if (why := self.unrecordable.get(_stage(cell)) or _why_apart(cell.member))
+        }
         self.eager |= {_stage(cell): why for cell, why in self.apart.items()}
         self._kind = self._kind_of(present)
-        if self._kind not in self.recordings and (why := self._why_not(present, steps)):
-            for cell in present:
-                self.eager.setdefault(_stage(cell), why)
+        why = "" if self._kind in self.recordings else self._why_not(present)
+        if why:
             self._kind = None
+        elif steps == 1 and not self.apart:
+            # Until one kind comes again and again: in epochs of two batches, every second step is of the same.
+            why = "every step of it is of another kind"
+        for cell in present if why else ():
+            self.eager.setdefault(_stage(cell), why)
         return steps
 
     def step(self, cells: Collection[TrainingCell]) -> None:
@@ -127,8 +135,8 @@ class CapturedProgram(Program):
         kinds += [group.batches.sizes(sets_of(members)) for group, members in self._present(cells)]
         return tuple(kinds)
 
-    def _why_not(self, cells: Collection[TrainingCell], steps: int) -> str | None:
-        """Why a stretch of these cells cannot be recorded, or is not worth it; None where it can."""
+    def _why_not(self, cells: Collection[TrainingCell]) -> str:
+        """Why a stretch of these cells cannot be recorded, or is not worth it; "" where it can."""
         if self.apart and len(self.apart) == len(cells):
             return next(iter(self.apart.values()))
         for group, _ in self._present(cells):
@@ -136,8 +144,7 @@ class CapturedProgram(Program):
                 return "its teacher's logits do not lie on the device"
         if min(cell.member.stage.span.stop - cell.member.step for cell in cells) < FEWEST:
             return f"fewer than {FEWEST} steps are left of it"
-        # A cell that cannot be recorded may need the host at every step; the others' steps stay the same.
-        return None if steps > 1 or self.apart else "every step of it is of another kind"
+        return ""
 
     def _calls(
         self, cells: Collection[TrainingCell], images: dict[TrainingCell, int]
@@ -177,24 +184,37 @@ class CapturedProgram(Program):
         self._between(cells, partial(self.recorder.run, step), alone, images)
 
     def _record(self, cells: Collection[TrainingCell]) -> Recording | None:
-        """The step of these cells, recorded; None where that fails, which is told."""
+        """The step of these cells, recorded; None where that fails, which is told. A cell whose own step fails is put
+        apart, and the others are recorded without it."""
         images: dict[TrainingCell, int] = {}
         groups, own = self._calls(cells, images)
         apart = {cell: own[cell] for cell in cells if cell in self.apart}
         drawing = [cell for cell in cells if cell in self.drawing and cell not in apart]
+        at_work: list[TrainingCell] = []
+
+        def recorded(cell: TrainingCell) -> None:
+            at_work.append(cell)
+            own[cell]()
+            at_work.remove(cell)
 
         def together() -> None:
             self.recorder.side_by_side(groups)
-            self.recorder.side_by_side([own[cell] for cell in cells if cell not in apart and cell not in drawing])
+            begun = [cell for cell in cells if cell not in apart and cell not in drawing]
+            self.recorder.side_by_side([partial(recorded, cell) for cell in begun])
 
         try:
             replay = self.recorder.record(together)
-            alone = {cell: self.recorder.record(own[cell]) for cell in drawing}
+            alone = {cell: self.recorder.record(partial(recorded, cell)) for cell in drawing}
         except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, eager steps do or tell
             why = f"recording failed: {_first_line(error)}"
-            self.eager |= dict.fromkeys(map(_stage, cells), why)
-            log.warning("a step could not be recorded, so its stretch runs eagerly: %s", why)
-            return None
+            failed = at_work or cells
+            self.eager |= dict.fromkeys(map(_stage, failed), why)
+            log.warning("a step could not be recorded, so it runs eagerly: %s", why)
+            if not at_work or len(apart) + len(at_work) == len(cells):
+                return None
+            self.unrecordable |= dict.fromkeys(map(_stage, at_work), why)
+            self.apart |= dict.fromkeys(at_work, why)
+            return self._record(cells)
         self.done |= {_stage(cell) for cell in cells if cell not in apart}
         # Their images are known after their step.
         images |= dict.fromkeys(apart, 0)

@@ -14,6 +14,7 @@ from conftest import Kdbench
 from kdbench.bench.compare import Benchmark, Machine, cells_of
 from kdbench.bench.gpu import Pair, bench_gpu, summary
 from kdbench.bench.lanes import Lane
+from kdbench.cli.bench import plans_of
 from kdbench.engine.compute import Computing
 from kdbench.recipe.planning import plan
 from kdbench.recipe.timeline import planned_timeline
@@ -53,6 +54,12 @@ def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Pat
     (tmp_path / "at.yaml").write_text(RECIPE.replace("[ce, kd, at]", "[at]"))
     done = kdbench("bench", "at.yaml", "--no-peers", code=2)
     assert "logits alone" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_stands_for_all_on_a_gpu() -> None:
+    pair, crd = plans_of(None, Registry(), gpu=True)
+    assert len(cells_of(pair)[1]) == 7 and len(cells_of(crd)[1]) == 5
+    assert crd.cells[0].spec.protocol.batch_size == 64
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu"])

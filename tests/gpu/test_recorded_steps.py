@@ -159,33 +159,42 @@ def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path,
 # --- what cannot be recorded
 
 
-def reads_when_recorded(group: Group) -> None:
-    """A loss that looks at a value: eager steps can, a recording cannot."""
-    term = next(iter(group.cells[0].member.stage.terms.values()))
-    forward = term.forward
-
-    def looks(*values: Any) -> Any:
-        found = forward(*values)
-        if torch.cuda.is_current_stream_capturing():
-            found.item()
-        return found
-
-    term.forward = looks  # type: ignore[method-assign]
+def reads(loss: torch.Tensor) -> None:
+    """Eager steps can look at a value, a recording cannot."""
+    loss.item()
 
 
-def test_a_recording_that_fails_leaves_torch_usable(tmp_path: Path, deterministic: Same) -> None:
-    """The run goes on eagerly, also with what draws; and what can be recorded later is recorded."""
+def takes_too_much(loss: torch.Tensor) -> None:
+    torch.empty(2**50, dtype=torch.uint8, device=loss.device)
 
-    def both_changes(group: Group) -> None:
-        reads_when_recorded(group)
+
+@pytest.mark.parametrize(("what", "said"), [(reads, "captur"), (takes_too_much, "out of memory")])
+def test_a_recording_that_fails_leaves_torch_usable(
+    what: Callable[[torch.Tensor], None], said: str, tmp_path: Path, deterministic: Same
+) -> None:
+    """Its cell goes on eagerly, also with what draws; the other is recorded, and so is what comes later."""
+
+    def when_recorded(group: Group) -> None:
         with_dropout(group)
+        term = next(iter(group.cells[0].member.stage.terms.values()))
+        forward = term.forward
+
+        def looks(*values: Any) -> Any:
+            found = forward(*values)
+            if torch.cuda.is_current_stream_capturing():
+                what(found)
+            return found
+
+        term.forward = looks  # type: ignore[method-assign]
 
     recorder = CudaRecorder(GPU)
     stream = torch.cuda.current_stream(GPU)
-    program = both([cell("kd"), cell("at")], tmp_path, recorder, both_changes, GPU, same=deterministic)
+    program = both([cell("kd"), cell("at")], tmp_path, recorder, when_recorded, GPU, same=deterministic)
     assert torch.cuda.current_stream(GPU) == stream
-    (why,) = program.eager_stages(program.groups[0].cells[0].member).values()
-    assert why.startswith("recording failed: CUDA error") and "captur" in why
+    failing, other = program.groups[0].cells
+    (why,) = program.eager_stages(failing.member).values()
+    assert why.startswith("recording failed: CUDA") and said in why
+    assert program.replayed(other.member) and not program.eager_stages(other.member)
     later = both([cell("at")], tmp_path / "later", recorder, device=GPU, same=deterministic)
     assert later.replayed(later.groups[0].cells[0].member)
 
@@ -225,6 +234,7 @@ def test_what_a_program_takes_is_no_more_than_was_announced(tmp_path: Path) -> N
     ]
     seeds = [[s for s in steps if s.seed == seed] for seed in (0, 1)]
     predicted = program_bytes([[memory_of(s, GPU) for s in of_seed] for of_seed in seeds], at_once=True)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(GPU)
     before = torch.cuda.memory_reserved(GPU)
     groups = [group_of(copy.deepcopy(of_seed), tmp_path / str(i), GPU) for i, of_seed in enumerate(seeds)]

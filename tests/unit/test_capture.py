@@ -83,6 +83,13 @@ def test_a_smaller_last_batch_is_a_recording_of_its_own_or_eager(tmp_path: Path)
     assert (8,) in sizes
 
 
+def test_steps_that_change_in_turns_are_recorded_too(tmp_path: Path) -> None:
+    """Ten images in batches of 6: a batch of six, one of four, and again."""
+    program = both([cell("kd", steps=28, batch=6)], tmp_path, per_class=1)
+    assert {key[-1] for key, recording in program.recordings.items() if recording} == {(6,), (4,)}
+    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+
+
 def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_address(tmp_path: Path) -> None:
     program = both([cell("kd"), cell("ce")], tmp_path, with_dropout)
     (recording,) = [r for r in program.recordings.values() if r]
@@ -260,6 +267,40 @@ def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path:
     alone = group_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
     assert outcome(alone)[0] == outcome(program.groups[0])[1]
+
+
+@pytest.mark.parametrize("change", [lambda group: None, with_dropout])
+def test_a_cell_whose_recording_fails_leaves_the_others_theirs(change: Callable[[Group], None], tmp_path: Path) -> None:
+    class Notices(StandIn):
+        recording = False
+
+        def record(self, call: Callable[[], None]) -> Callable[[], None]:
+            self.recording = True
+            try:
+                return super().record(call)
+            finally:
+                self.recording = False
+
+    recorder = Notices()
+
+    def asks(group: Group) -> None:
+        change(group)
+        term = next(iter(group.cells[0].member.stage.terms.values()))
+        forward = term.forward
+
+        def looks(*values: Any) -> Any:
+            if recorder.recording:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return forward(*values)
+
+        term.forward = looks  # type: ignore[method-assign]
+
+    program = both([cell(method) for method in ("kd", "ce", "at")], tmp_path, asks, recorder=recorder)
+    failing, *others = program.groups[0].cells
+    (why,) = program.eager_stages(failing.member).values()
+    assert why == "recording failed: operation not permitted when stream is capturing"
+    assert all(program.replayed(one.member) and not program.eager_stages(one.member) for one in others)
+    assert not program.replayed(failing.member)
 
 
 def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Path) -> None:
