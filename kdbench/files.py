@@ -23,8 +23,13 @@ SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
     if set_by_user := os.environ.get("KDBENCH_HOME"):
-        return Path(set_by_user)
+        return Path(set_by_user).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdbench"
+
+
+def folders_in(variable: str) -> list[Path]:
+    """Folders that an environment variable names, several separated as in PATH."""
+    return [Path(part).expanduser() for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
 def sha256_of(file: Path) -> str:
@@ -94,14 +99,13 @@ def write_json(file: Path, data: Any) -> None:
 def weight_folders() -> list[Path]:
     """Where weight files are looked for, in order: `$KDBENCH_WEIGHTS` (several with ':'), ./weights, the cache, and
     what comes with kdbench."""
-    folders = [Path(part) for part in os.environ.get("KDBENCH_WEIGHTS", "").split(os.pathsep) if part]
-    return [*folders, Path("weights"), home() / "weights", SHARE / "registry" / "weights"]
+    return [*folders_in("KDBENCH_WEIGHTS"), Path("weights"), home() / "weights", SHARE / "registry" / "weights"]
 
 
 def find_weights(file: str) -> Path | None:
     """A weight file by name in the weight folders, or by its own path; None when it is nowhere."""
-    if Path(file).is_file():
-        return Path(file)
+    if (path := Path(file).expanduser()).is_file():
+        return path
     for folder in weight_folders():
         if (folder / file).is_file():
             return folder / file

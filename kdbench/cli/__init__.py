@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 
@@ -60,8 +62,13 @@ def main() -> None:
     # an interrupt loses nothing here, every cell is checkpointed first, and no other way of stopping a run is as clean.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell opens ~ at the beginning of a word only.
+    words = [
+        re.sub(r"^(--[\w-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)
+        for word in sys.argv[1:]
+    ]
     try:
-        app(standalone_mode=True)
+        app(words, standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -40,10 +40,10 @@ def command(
 
     import torch
 
+    from kdbench.engine.build import weight_notes
     from kdbench.engine.check import check_cell
     from kdbench.engine.device import chosen_device
     from kdbench.engine.estimate import Estimate
-    from kdbench.engine.weights import choices_of
 
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
@@ -53,8 +53,10 @@ def command(
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
     _print_heading(console, planned, device)
-    choices = dict.fromkeys(choice for cell in planned.cells for choice in choices_of(cell.spec))
-    for remark in [*remarks(cell.spec for cell in planned.cells), *choices]:
+    notes = dict.fromkeys(
+        note for spec in _distinct(cell.spec for cell in planned.cells) for note in weight_notes(spec)
+    )
+    for remark in [*remarks(cell.spec for cell in planned.cells), *notes]:
         console.print(f"note: {remark}", style="yellow", markup=False)
     for keeper in _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None):
         kept = keeper.route or 0

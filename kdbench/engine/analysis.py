@@ -157,8 +157,7 @@ class Analysis:
         """
         if count < 1:
             raise UserError(f"{count} images are too few", where=self.name, hint="ask for at least 1")
-        roots = [Path(root) for root in ([data.root] if data.root else self.options.roots())]
-        loaded = load_data(data, roots, self.options.download, home() / "cache")
+        loaded = load_data(data, data.roots(self.options.roots()), self.options.download, home() / "cache")
         part = split_for_testing(data, loaded, self.device)
         slices = list(part.every(max(1, -(-len(part.labels) // count))).slices(SLICE[self.device.type]))
         self.note("data", name=data.name, fingerprint=loaded.fingerprint)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.engine.batch import Split
-from kdbench.engine.weights import load_weights, read_weights, save_tensors, weights_of
+from kdbench.engine.weight_files import read_weights
+from kdbench.engine.weights import load_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.reading import inside

@@ -7,11 +7,12 @@ from torch import nn
 
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target
-from kdbench.engine.weights import load_weights, read_weights, start_from_card, weight_file
+from kdbench.engine.weights import load_file, locate, weight_file
 from kdbench.errors import UserError
+from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
-from kdbench.recipe.specs import DataSpec, ModelSpec, TargetSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TargetSpec
 from kdbench.schedules import Schedule
 
 # Places of the hook points of networks that were built before: they are found by running the network.
@@ -19,7 +20,29 @@ _places: dict[str, dict[str, Place]] = {}
 
 
 def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init") -> nn.Module:
-    """A network with initial values fixed by (seed, stream), or from the spec's weights."""
+    """A network with initial values fixed by (seed, stream), or from the spec's weights. Of weights with other classes
+    the last layer keeps its initial values."""
+    return _built(spec, data, seed, stream)[0]
+
+
+def weight_notes(spec: CellSpec) -> list[str]:
+    """What the user should know of the weight files of a cell that are here: which of several networks in one was
+    taken, and what was left out.
+
+    Raises:
+        UserError: weights that cannot be read or do not fit.
+    """
+    found: list[str] = []
+    student, teacher = spec.student, spec.teacher
+    if student.weights is not None or (student.start is not None and find_weights(student.start.file) is not None):
+        found += _built(student, spec.data)[1]
+    if teacher is not None and teacher.weights is not None and (file := find_weights(teacher.weights.file)) is not None:
+        model = build_model(teacher.model.untrained(), teacher.knows(spec.data))
+        found += load_file(model, file, teacher.model.name, teacher.weights.layout)
+    return found
+
+
+def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init") -> tuple[nn.Module, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(seed, stream))
         try:
@@ -32,11 +55,13 @@ def build_model(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "i
                 f"{data.image_size}, {data.classes} classes): {error}",
                 hint="'kdbench show models' lists what its options mean",
             ) from None
+    notes = []
     if spec.weights is not None:
-        load_weights(model, read_weights(weight_file(spec)), spec.name, spec.weights)
+        notes = load_file(model, weight_file(spec), spec.name, new_classes=True)
     if spec.start is not None:
-        start_from_card(model, spec.start, spec.name)
-    return model
+        file = locate(spec.start, download=False)
+        notes = load_file(model, file, spec.name, spec.start.layout, new_classes=True)
+    return model, notes
 
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:

@@ -36,7 +36,7 @@ class Materials:
 
     def data(self, spec: DataSpec, download: bool = True) -> AnyData:
         """A data set."""
-        roots = [Path(spec.root)] if spec.root else self.settings.data_roots
+        roots = spec.roots(self.settings.data_roots)
         key = f"{spec.name} {spec.options} {roots}"
         if key not in self._data:
             found = load_data(spec, roots, download and self.settings.download, self.settings.cache)

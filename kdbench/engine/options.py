@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kdbench.engine.scheduling import CellState
-from kdbench.files import home
+from kdbench.files import folders_in, home
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Options:
 
     def roots(self) -> list[Path]:
         """Folders searched for data, in order."""
-        from_env = [Path(part) for part in os.environ.get("KDBENCH_DATA", "").split(os.pathsep) if part]
-        return [*self.data_roots, *from_env, Path("data"), home() / "data"]
+        return [*self.data_roots, *folders_in("KDBENCH_DATA"), Path("data"), home() / "data"]
 
 
 class Listener(Protocol):

@@ -11,6 +11,7 @@ import torch
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logit_table
 from kdbench.engine.batches import Batches
+from kdbench.engine.build import weight_notes
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
@@ -42,7 +43,7 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cohort
 from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
-from kdbench.engine.weights import choices_of, locate
+from kdbench.engine.weights import locate
 from kdbench.errors import CellError, UserError
 
 
@@ -105,8 +106,8 @@ class TaskRunner:
             file = self.materials.teacher_file(spec, task.teacher_folder)
             for doubt in file.doubts if file else ():
                 self.emit(Announcement(text=f"warning: {doubt}"))
-        for choice in choices_of(spec):
-            self.emit(Announcement(text=f"note: {choice}"))
+        for note in weight_notes(spec):
+            self.emit(Announcement(text=f"note: {note}"))
 
     def prepare_sources(self, task: PrepareSources) -> None:
         """What a cell's batch sources need before it trains."""

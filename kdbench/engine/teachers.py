@@ -11,9 +11,8 @@ from torch import nn
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Normalizer
-from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.weights import load_weights, read_weights
+from kdbench.engine.weights import load_file
 from kdbench.recipe.specs import DataSpec, TeacherSpec
 
 
@@ -22,10 +21,7 @@ def load_teacher(
 ) -> Teacher:
     """The frozen network with its weights, on its device, in eval mode."""
     model = build_model(spec.model, spec.knows(data))
-    state = read_weights(file)
-    if spec.weights is not None and spec.weights.layout is not None:
-        state = import_target(spec.weights.layout)(state)
-    load_weights(model, state, spec.model.name, str(file))
+    load_file(model, file, spec.model.name, spec.weights.layout if spec.weights is not None else None)
     return _as_teacher(model, spec, data, device, computing)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from kdbench.engine.build import build_model
-from kdbench.engine.weights import load_weights, read_weights
+from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
 from kdbench.recipe.recorded import student_of
 from kdbench.record import Weights, read_record, student_file
@@ -23,6 +23,5 @@ def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: W
     student, data = student_of(record.spec, Registry(Path(registry) for registry in registries), str(folder))
     # Its own first weights, or those it started from, are not needed any more.
     model = build_model(student.untrained(), data)
-    file = student_file(record, weights)
-    load_weights(model, read_weights(file), student.name, str(file))
+    load_file(model, student_file(record, weights), student.name)
     return model.eval()

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from kdbench.cards import Weights
 from kdbench.engine.targets import import_target
+from kdbench.engine.weight_files import State, fitting, networks
 from kdbench.errors import UserError
 from kdbench.files import atomic, find_weights, home, sha256_of, weight_folders
-from kdbench.recipe.specs import CellSpec, ModelSpec
+from kdbench.recipe.specs import ModelSpec
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -56,85 +57,76 @@ def weight_file(spec: ModelSpec) -> Path:
     return file
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file (tensors only, nothing is executed)."""
-    return weights_and_choice(file)[0]
+def load_file(
+    model: nn.Module, file: Path, name: str, layout: str | None = None, new_classes: bool = False
+) -> list[str]:
+    """Load the weights of a file that fit a network, wherever they are in it.
+
+    Args:
+        name: of the network, for messages.
+        layout: module:object that turns the file's state dict into the network's.
+        new_classes: whether its last layer may have other classes there, and then keeps its first values.
+
+    Returns:
+        sentences on what its user should know: which of several networks was taken, what was left out.
+
+    Raises:
+        UserError: weights that do not fit, with what differs.
+    """
+    found = networks(file)
+    if layout is not None:
+        place, state = next(iter(found.items()))
+        found = {place: import_target(layout)({key.removeprefix("module."): value for key, value in state.items()})}
+    state, choice = fitting(found, model)
+    notes = [f"{file} holds several networks' weights: {choice}"] if choice else []
+    prefixes, why = getattr(model, "left_out", ((), ""))
+    if left_out := {key for key in state if key.startswith(prefixes)}:
+        state = {key: value for key, value in state.items() if key not in left_out}
+        notes.append(f"{file}: {why}")
+    own = model.state_dict()
+    other = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if new_classes and (classes := _other_classes(own, state, other)):
+        state = state | {key: own[key] for key in other}
+        notes.append(f"{file} has {classes[0]} classes: the last layer of '{name}', of {classes[1]}, begins anew")
+    load_weights(model, state, name, str(file))
+    return notes
 
 
-def weights_and_choice(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The same, and a sentence where the file holds several and one was chosen (weights and their moving average)."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file), None
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
+def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
+    """Load a state dict that must fit exactly. Counters of batch norms, which old files lack, may be missing."""
+    own = model.state_dict()
+    other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if classes := _other_classes(own, state, other):
         raise UserError(
-            f"the weight file cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}",
-            where=str(file),
-            hint="it must hold a state dict (.safetensors, or torch.save of tensors)",
-        ) from None
-    choice = None
-    if isinstance(loaded, Mapping) and isinstance(taken := loaded.get("state_dict"), Mapping):
-        others = [key for key, value in loaded.items() if value is not taken and _alike(value, taken)]
-        if others:
-            not_taken = ", ".join(f"'{key}'" for key in others)
-            choice = f"{file} holds several networks' weights: 'state_dict' is taken, not {not_taken}"
-        loaded = taken
-    if not isinstance(loaded, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
-    ):
-        held = f"the entries {', '.join(map(repr, [*loaded][:5]))}" if isinstance(loaded, Mapping) else "no entries"
-        raise UserError(
-            f"the weight file holds no state dict: a {type(loaded).__name__} with {held}",
-            where=str(file),
-            hint="save the network's state_dict() alone",
+            f"these weights of '{name}' are for {classes[0]} classes, where the data have {classes[1]}",
+            where=where,
+            hint=f"a teacher of other classes can teach its features: 'classes: {classes[0]}' beside its 'weights'; "
+            "a student may start from them, with a new last layer",
         )
-    return {key.removeprefix("module."): value for key, value in loaded.items()}, choice
-
-
-def choices_of(spec: CellSpec) -> list[str]:
-    """Of a cell's weight files that are here: a sentence for each that holds several networks' weights."""
-    teacher = spec.teacher.weights if spec.teacher is not None else None
-    names = [spec.student.weights, *(weights.file for weights in (spec.student.start, teacher) if weights is not None)]
-    files = {file for name in names if name is not None and (file := find_weights(name)) is not None}
-    return [choice for file in sorted(files) if (choice := weights_and_choice(file)[1]) is not None]
-
-
-def _alike(one: object, other: Mapping[str, Tensor]) -> bool:
-    """Whether something holds tensors by the same names."""
-    names = {str(key).removeprefix("module.") for key in other}
-    return isinstance(one, Mapping) and names <= {str(key).removeprefix("module.") for key in one}
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], name: str, where: str) -> None:
-    """Load a state dict that must fit exactly."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:4]]
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    strange = [key for key in state if key not in own]
+    shapes = [f"{key} {[*state[key].shape]} against {[*own[key].shape]}" for key in other]
+    differing = [
+        f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if keys[2:] else ''})"
+        for keys, what in ((missing, "missing"), (strange, "unknown"), (shapes, "of another shape"))
+        if keys
+    ]
+    if differing:
         raise UserError(
-            f"these weights do not fit '{name}': {' '.join(lines)}",
+            f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}",
             where=where,
             hint="check the model's name and options; two networks of one name can differ",
-        ) from None
-
-
-def start_from_card(model: nn.Module, weights: Weights, name: str) -> None:
-    """Load a card's weights; the one layer that has other classes there keeps its first values."""
-    file = locate(weights, download=False)
-    state = read_weights(file)
-    state = import_target(weights.layout)(state) if weights.layout is not None else state
-    own = model.state_dict()
-    new = {key: own[key] for key in state if key in own and own[key].shape != state[key].shape}
-    if len({key.rpartition(".")[0] for key in new}) > 1:
-        raise UserError(
-            f"these weights do not fit '{name}': {', '.join(list(new)[:4])} have other shapes",
-            where=str(file),
-            hint="only its last layer may have other classes",
         )
-    load_weights(model, state | new, name, str(file))
+    model.load_state_dict(state)
+
+
+def _other_classes(own: Mapping[str, Tensor], state: State, other: list[str]) -> tuple[int, int] | None:
+    """The classes of a state dict and of a network, where these are all that differs."""
+    layers = {key.rpartition(".")[0] for key in other}
+    rows = {(len(state[key]), len(own[key])) for key in other if state[key].ndim and own[key].ndim}
+    same = all(state[key].shape[1:] == own[key].shape[1:] for key in other)
+    fits = state.keys() <= own.keys() and all(key in state or key.endswith("num_batches_tracked") for key in own)
+    return next(iter(rows)) if len(layers) == len(rows) == 1 and same and fits else None
 
 
 def start_from(

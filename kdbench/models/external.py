@@ -14,6 +14,14 @@ from torch import nn
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.arguments import check_sizes
 
+# Networks with auxiliary classifiers, and what the entries of these in weight files begin with.
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+# torchvision builds them with `transform_input=True` for its own weights: that turns its usual normalization into this.
+_WITHOUT_AUXILIARY = (
+    "the auxiliary classifiers are left out. If the weights are torchvision's own, they take images normalized by mean "
+    "0.5 and deviation 0.5: write 'normalization: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}' beside them"
+)
+
 
 def timm_model(name: str, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
     """A network of timm: images [N, channels, image_size, image_size] -> logits [N, classes].
@@ -59,13 +67,15 @@ def torchvision_model(name: str, *, classes: int, channels: int = 3, image_size:
     options: dict[str, Any] = {"weights": None, "num_classes": classes}
     if "VisionTransformer" in str(inspect.signature(builder).return_annotation):
         options["image_size"] = image_size
-    if name in ("googlenet", "inception_v3"):
-        # Their auxiliary classifiers make the output in train mode a tuple.
+    if name in _AUXILIARY:
+        # They make the output in train mode a tuple.
         options |= {"aux_logits": False, "init_weights": True}
     try:
         model: nn.Module = builder(**options)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise _cannot(f"torchvision:{name}", channels, image_size, error) from None
+    if name in _AUXILIARY:
+        model.left_out = (_AUXILIARY[name], _WITHOUT_AUXILIARY)  # type: ignore[assignment]
     if channels != 3:
         _change_channels(model, channels)
     return model

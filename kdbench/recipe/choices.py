@@ -59,6 +59,12 @@ class TeacherChoice(Strict):
         le=100,
         description="beside 'weights': expected test accuracy in percent, checked after loading",
     )
+    classes: int | None = Field(
+        default=None,
+        gt=0,
+        description="beside 'weights': classes of its training, where they are not those of the data: its features can "
+        "teach, its logits cannot",
+    )
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
@@ -68,8 +74,10 @@ class TeacherChoice(Strict):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
         if self.trained and self.name is None:
             raise ValueError("a teacher with 'weights' is not trained: leave out 'trained'")
-        if self.name is not None and self.accuracy is not None:
-            raise ValueError("'accuracy' stands beside 'weights', or on the teacher's card")
+        if self.name is not None and (self.accuracy is not None or self.classes is not None):
+            raise ValueError("'accuracy' and 'classes' stand beside 'weights'; a teacher card has its own")
+        if self.accuracy is not None and self.classes is not None:
+            raise ValueError("the accuracy of a teacher of other classes cannot be checked on these data")
         return self
 
 

@@ -130,12 +130,13 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     data = tree.data["data"]["name"]
     card: DatasetCard = registry.card("datasets", data)
     training = origin_of(file)
-    if training is not None and not training.knows(data, card.classes):
+    if training is not None and choice.classes is None and not training.knows(data, card.classes):
         raise UserError(
             f"these weights know the {training.data.classes} classes of '{training.data.name}', by the record beside "
             f"them, not the {card.classes} of '{data}'",
             where=where,
-            hint=f"where the classes are the same, a teacher card with 'data: {data}' says so",
+            hint=f"'classes: {training.data.classes}' beside them lets their features teach; where the classes are the "
+            f"same, a teacher card with 'data: {data}' says so",
         )
     return TeacherSpec(
         name=file.stem,
@@ -143,6 +144,7 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
         normalization=choice.normalization or (training or card).normalization,
         weights=WeightsSpec(file=str(file), sha256=digest),
         accuracy=choice.accuracy,
+        classes=choice.classes,
         known_classes=training.data.only_classes if training is not None else None,
     )
 

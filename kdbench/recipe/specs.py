@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -78,6 +80,10 @@ class DataSpec(DataFields, TargetSpec):
     validation: float | int = 0
     split_seed: int | None = None
     root: str | None = None
+
+    def roots(self, others: Iterable[Path]) -> list[Path]:
+        """Folders searched for these data: its own, else the others."""
+        return [Path(self.root).expanduser()] if self.root else [Path(other).expanduser() for other in others]
 
 
 class WeightsSpec(Coded, Weights):

@@ -159,7 +159,7 @@ def test_a_student_starts_from_a_cards_weights_with_a_new_last_layer(
     with pytest.raises(UserError, match="another sha256"):
         build_model(student, spec.data)
     worse = start.model_copy(update={"sha256": sha256_of(tmp_path / "start.pt")})
-    with pytest.raises(UserError, match="other shapes"):
+    with pytest.raises(UserError, match="of another shape"):
         build_model(student.model_copy(update={"start": worse}), spec.data)
 
 

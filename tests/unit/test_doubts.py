@@ -22,7 +22,7 @@ from kdbench.engine import teacher_files
 from kdbench.engine.build import build_model
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.teacher_files import TeacherFile, doubts, given_weights, look, with_accuracy
-from kdbench.engine.weights import choices_of, read_weights
+from kdbench.engine.weight_files import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
@@ -195,18 +195,6 @@ def test_a_student_that_teaches_is_held_to_its_record(tmp_path: Path, data: Imag
         # Untrained, it is near chance in any case.
         own = [doubt for doubt in found if "record" in doubt or "other data" in doubt]
         assert len(own) == len(said) and all(words in doubt for words, doubt in zip(said, own, strict=True))
-
-
-def test_which_of_several_networks_in_a_file_is_taken_is_said(tmp_path: Path) -> None:
-    state = {"weight": torch.ones(2), "bias": torch.zeros(2)}
-    average = {f"module.{key}": value + 1 for key, value in state.items()}
-    file = tmp_path / "ema.pth"
-    torch.save({"state_dict": state, "state_dict_ema": average, "optimizer": {"state": {}}, "epoch": 3}, file)
-    spec = cell(model="wrn_16_2", weights=str(file))
-    assert choices_of(spec) == [f"{file} holds several networks' weights: 'state_dict' is taken, not 'state_dict_ema'"]
-    assert torch.equal(read_weights(file)["weight"], torch.ones(2))
-    torch.save({"state_dict": state, "optimizer": {"state": {}}}, file)
-    assert choices_of(spec) == []
 
 
 # --- below the table

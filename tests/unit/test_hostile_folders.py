@@ -24,7 +24,7 @@ from kdbench.engine import compute, logit_files, runner, teacher_files
 from kdbench.engine.anchors import Route
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.options import Listener, Options, Silent
-from kdbench.engine.weights import read_weights
+from kdbench.engine.weight_files import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages

@@ -1,0 +1,225 @@
+"""Weights load in whatever form codes and tools leave them; of what does not fit, one short message says why."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import os
+import pathlib
+import pickle
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdbench.engine.build import build_model, weight_notes
+from kdbench.engine.weights import load_file
+from kdbench.errors import UserError
+from kdbench.models.external import torchvision_model
+from kdbench.models.wrn import wide_resnet
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
+
+SHIPPED = Registry()
+
+
+def network(depth: int = 10, width: int = 1, classes: int = 10, channels: int = 1) -> nn.Module:
+    return wide_resnet(depth=depth, width=width, classes=classes, channels=channels, image_size=8)
+
+
+class Pair(nn.Module):
+    """As a Lightning module that distils."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.student = network(width=2), student
+
+
+class Options(dict):
+    """As the options of many codes."""
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def made() -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    torch.manual_seed(5)
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(4, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    return net, {key: value.clone() for key, value in net.state_dict().items()}, optimizer.state_dict()
+
+
+NET, STATE, OPTIMIZER = made()
+AVERAGE = {key: value * 2 for key, value in STATE.items()}
+FORMS: dict[str, Any] = {
+    "plain": STATE,
+    "DataParallel": under("module.", STATE),
+    "DataParallel and torch.compile": under("module._orig_mod.", STATE),
+    "torch.compile of a part": {
+        key.replace("block1.", "block1._orig_mod.") if key.startswith("block1.") else key: value
+        for key, value in STATE.items()
+    },
+    "state_dict": {"state_dict": STATE, "epoch": 3},
+    "RepDistiller": {"opt": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("x")), "model": STATE},
+    "mdistiller": {"epoch": 240, "model": STATE, "optimizer": OPTIMIZER, "best_acc": 75.6},
+    "any key": {"my_own": STATE, "acc": 91.0},
+    "deep and with any prefix": {"a": {"b": under("x.y.", STATE)}},
+    "Lightning": {
+        "state_dict": under("model.", STATE),
+        "optimizer_states": [OPTIMIZER],
+        "lr_schedulers": [],
+        "hyper_parameters": Options(lr=0.1),
+    },
+    "a loss with parameters": {"state_dict": under("net.", STATE) | {"criterion.centers": torch.zeros(3, 3)}},
+    "student beside teacher": {"state_dict": Pair(NET).state_dict()},
+    "student and teacher": {"teacher": network(width=2).state_dict(), "student": STATE},
+    "average beside": {"state_dict": STATE, "state_dict_ema": under("module.", AVERAGE)},
+    "average first": {"ema": {"decay": 0.9, "shadow": AVERAGE}, "model": STATE},
+    "numbers of NumPy": {"model": STATE, "best": np.float64(3), "all": np.zeros(3)},
+    "half": {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()},
+    "a mapping of its own kind": Options(model=Options(STATE)),
+    "defaultdict": defaultdict(dict, model=STATE),
+    "whole module": NET,
+    "whole modules": {"model": Pair(NET), "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.replace(" ", "_"))
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "legacy"])
+def test_weights_load_in_any_form(form: str, zipped: bool, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(FORMS[form], file, _use_new_zipfile_serialization=zipped)
+    model = network()
+    if form.startswith("whole") and not zipped:
+        with pytest.raises(UserError, match="a whole module in torch's form of before 1.6"):
+            load_file(model, file, "wrn_10_1")
+        return
+    notes = load_file(model, file, "wrn_10_1")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, STATE[key], atol=1e-3 if form == "half" else 0, rtol=0)
+    said = {
+        "average beside": f"{file} holds several networks' weights: 'state_dict' is taken, not 'state_dict_ema'",
+        "average first": f"{file} holds several networks' weights: 'model' is taken, not 'ema.shadow'",
+    }
+    assert notes == ([said[form]] if form in said else [])
+
+
+def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None:
+    old = {key: value for key, value in STATE.items() if not key.endswith("num_batches_tracked")}
+    save_file(under("model.", old), tmp_path / "w.safetensors")
+    model = network()
+    assert load_file(model, tmp_path / "w.safetensors", "wrn_10_1") == []
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in old.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([STATE], "no state dict, but: list"),
+        (STATE["fc.weight"], "no state dict, but: Tensor"),
+        ({0: STATE["fc.weight"]}, "no state dict, but: 0"),
+        ({}, "no state dict, but: nothing"),
+        (None, "no state dict"),
+        (OPTIMIZER, "no state dict, but: 'state', 'param_groups'"),
+        (network(width=2).state_dict(), "of 46 entries 1 unknown .* 33 of another shape"),
+        (network(depth=16).state_dict(), "36 unknown"),
+        (network(channels=3).state_dict(), r"conv1.weight \[16, 3, 3, 3\] against \[16, 1, 3, 3\]"),
+        ({key: value for key, value in STATE.items() if "fc" not in key}, r"2 missing \(fc.weight, fc.bias\)"),
+        (network(classes=7).state_dict(), "are for 7 classes, where the data have 10"),
+    ],
+)
+def test_what_does_not_fit_is_one_short_message(content: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(content, file)
+    with pytest.raises(UserError, match=said) as error:
+        load_file(network(), file, "wrn_10_1")
+    assert error.value.where == str(file) and error.value.hint and len(str(error.value)) < 400 + len(str(file))
+
+
+class Call:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("function", [os.system, subprocess.call, builtins.eval], ids=lambda f: f.__name__)
+def test_nothing_in_a_file_is_executed(function: Any, tmp_path: Path) -> None:
+    mark, file = tmp_path / "mark", tmp_path / "weights.pth"
+    text = f"open({str(mark)!r}, 'w')" if function is eval else f"touch {mark}"
+    torch.save({"model": STATE, "other": Call(function, text)}, file)
+    try:
+        load_file(network(), file, "wrn_10_1")
+    except UserError as error:
+        assert "calls" in str(error)
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_files_of_another_kind_are_told(tmp_path: Path) -> None:
+    torch.save(STATE, whole := tmp_path / "whole.pth")
+    torch.jit.trace(network().eval(), torch.zeros(1, 1, 8, 8)).save(str(tmp_path / "traced.pt"))
+    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:5000])
+    (tmp_path / "pickled.pkl").write_bytes(pickle.dumps(OPTIMIZER))
+    for name in ("text.pth", "text.safetensors", "empty.pth"):
+        (tmp_path / name).write_text("" if "empty" in name else "hello")
+    for file in tmp_path.iterdir():
+        if file != whole:
+            with pytest.raises(UserError, match="cannot be read: it is (damaged|a TorchScript)") as error:
+                load_file(network(), file, "wrn_10_1")
+            assert len(str(error.value)) < 400 + len(str(file)), file
+
+
+def spec(**over: Any) -> Any:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce", "steps": 2} | over
+    return plan(recipe, SHIPPED).cells[0].spec
+
+
+def test_a_student_starts_from_weights_of_other_classes_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"model": (state := network(classes=1000).state_dict())}, file)
+    cell = spec(student={"name": "wrn_10_1", "weights": str(file)})
+    assert weight_notes(cell) == [f"{file} has 1000 classes: the last layer of 'wrn_10_1', of 10, begins anew"]
+    found = build_model(cell.student, cell.data, seed=4)
+    first = build_model(cell.student.untrained(), cell.data, seed=4)
+    assert torch.equal(found.state_dict()["conv1.weight"], state["conv1.weight"])
+    assert torch.equal(found.state_dict()["fc.weight"], first.state_dict()["fc.weight"])
+
+
+def test_a_teacher_of_other_classes_teaches_features_only(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save(network(classes=1000).state_dict(), file)
+    teacher = {"model": "wrn_10_1", "weights": str(file), "classes": 1000}
+    assert weight_notes(spec(teacher=teacher, method="at")) == []
+    with pytest.raises(UserError, match="its own 1000 classes"):
+        spec(teacher=teacher, method="kd")
+    with pytest.raises(UserError, match="1000 classes, where the data have 10") as error:
+        weight_notes(spec(teacher={**teacher, "classes": None}, method="at"))
+    assert "classes: 1000" in str(error.value)
+
+
+def test_torchvisions_own_weights_load_without_their_auxiliary_classifiers(tmp_path: Path) -> None:
+    """And their hidden change of the input is the normalization that the note names."""
+    from torchvision.models import googlenet
+
+    torch.manual_seed(0)
+    theirs = googlenet(weights=None, num_classes=10, aux_logits=True, transform_input=True, init_weights=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = torchvision_model("googlenet", classes=10).eval()
+    (note,) = load_file(ours, tmp_path / "w.pth", "torchvision:googlenet")
+    assert "mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]" in note
+    pixels = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(
+        ours((pixels - 0.5) / 0.5), theirs((pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)), atol=1e-4, rtol=1e-3
+    )
