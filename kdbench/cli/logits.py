@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Tables of teacher logits: computed once for all views of all training images, used by every later run.",
+    help="Compute a teacher's logits once, for every crop and flip of each training image, and use them in later runs.",
     epilog="Examples:  kdbench logits fill ab_wrn --estimate   ·   kdbench logits fill ab_wrn   ·   kdbench logits ls",
 )
 
@@ -35,7 +35,7 @@ app = typer.Typer(
 def fill(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Print size and time and exit.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only print the size and the time.")] = False,
     runs: RunsOption = Path("runs"),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
@@ -43,10 +43,11 @@ def fill(
     download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
-    """Compute the logits of RECIPE's teacher for every view of every training image.
+    """Compute and save the logits of RECIPE's teacher for every crop and flip of each training image.
 
-    Methods that need nothing else (KD) then run no teacher, in every run with this teacher, data, augmentation and
-    precision. Size and time are printed first. You can interrupt it: the same command continues.
+    KD and other methods that use only the teacher's logits then train without running the teacher. Later runs use the
+    saved table if teacher, data, augmentation and precision are the same. Size and time are printed first. The command
+    can be interrupted; repeat it to continue.
     """
     from kdbench.engine.filling import fill_logits
     from kdbench.engine.options import Options
@@ -108,7 +109,7 @@ class _Progress:
 
 @app.command("ls")
 def ls() -> None:
-    """List the tables on this machine."""
+    """List the saved tables on this machine."""
     from kdbench.cli.console import console, listing
     from kdbench.engine.logit_files import tables, tables_folder
 
@@ -134,9 +135,9 @@ def clear(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[TABLE]...", help="As 'kdbench logits ls' names them.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All tables of this machine.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
 ) -> None:
-    """Remove tables. Runs that begin later compute their teacher again; no record is touched."""
+    """Delete saved tables. Later runs compute the teacher again; finished cells stay as they are."""
     from kdbench.engine import logit_files
 
     known = {table.folder.name: table for table in logit_files.tables()}

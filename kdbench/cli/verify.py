@@ -1,4 +1,4 @@
-"""`kdbench verify`: whether table, records and recipe of a results folder still agree."""
+"""`kdbench verify`: check that table, records and recipe of a results folder agree."""
 
 from __future__ import annotations
 
@@ -24,20 +24,27 @@ COLOURS = {"agrees": "green", "remark": "yellow", "unchecked": "yellow", "disagr
 
 def command(
     folder: Annotated[Path, typer.Argument(help="A folder of results/ or runs/ that holds one comparison.")],
-    rerun: Annotated[bool, typer.Option(help="Train one cell again and compare its number.")] = False,
-    cell: Annotated[str | None, typer.Option(help="Cell to train again (default: the cheapest).")] = None,
+    rerun: Annotated[bool, typer.Option(help="Also train one cell again and compare its accuracy.")] = False,
+    cell: Annotated[
+        str | None, typer.Option(help="The cell to train again (default: the one that took the least time).")
+    ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, help="Percent points, where equal bits cannot be expected (default: 3 deviations, ≥ 1)."),
+        typer.Option(
+            min=0,
+            help="Allowed difference in percentage points where a rerun cannot be exact, as on another processor "
+            "(default: 3 standard deviations over the seeds, at least 1).",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     data: DataOption = None,
     download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
-    """Say whether the table, the records and the recipe in FOLDER agree; with --rerun, whether a number comes back.
+    """Check that the files in FOLDER agree: the table with the records, these with their metrics and their recipe.
 
-    Exit codes: 0 they agree, 1 something disagrees, 2 the folder cannot be verified.
+    With --rerun, one cell is trained again too, and its accuracy compared. Exit codes: 0 everything agrees, 1 something
+    disagrees, 2 FOLDER cannot be checked.
     """
     from rich.text import Text
 

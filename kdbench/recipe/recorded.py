@@ -152,7 +152,7 @@ class _Reader:
             raise self.not_here(f"the metrics of the loss '{loss.name}' are not those of its card")
         for name, target in loss.metrics.items():
             self.check_code(f"metric '{name}' of the loss '{loss.name}'", target, card.metrics[name], counts_as)
-        return {"metrics": card.metrics, "references": card.references}
+        return {name: getattr(card, name) for name in ("metrics", "references", "shares")}
 
     def weights(self, weights: WeightsSpec, may_be_own: bool = False) -> WeightsSpec:
         """Those of a teacher card that has a file of this sha256 and reads it in this way.

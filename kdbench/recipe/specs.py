@@ -117,6 +117,7 @@ class LossSpec(TargetSpec):
     inputs: list[str]
     metrics: dict[str, str] = {}
     references: dict[str, str] = {}
+    shares: dict[str, str] = {}
 
 
 class SourceSpec(TargetSpec):
@@ -261,7 +262,9 @@ class CellSpec(Spec):
 
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
 # no number. Files count by their sha256, code by what it counts as.
-_NOT_NUMBERS = {"label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references", "counts_as"}
+_NOT_NUMBERS = {
+    "label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "references", "shares", "counts_as"
+}  # fmt: skip
 
 
 def recorded(spec: Spec) -> dict[str, Any]:

@@ -112,10 +112,10 @@ def _why_no_distance(
     pairs = set()
     for column in columns:
         records = [record for row in comparison.rows for record in comparison.cell(row, column).values()]
-        runs = {record.identity for record in records}
-        if seen & runs:
-            return "some runs stand in several columns"
-        seen |= runs
+        cells = {record.identity for record in records}
+        if seen & cells:
+            return "some numbers stand in several columns"
+        seen |= cells
         pairs.add(
             (
                 frozenset(record.cell.student for record in records),

@@ -15,7 +15,7 @@ from kdbench.recipe.specs import recorded
 from kdbench.record import Record
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
-_NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "keep"}
+_NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "shares", "keep"}
 
 Key = tuple[tuple[str, str], ...]
 

@@ -24,7 +24,7 @@ ALSO = {
 @dataclass(frozen=True)
 class Text:
     """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it.
-    `place`: row and column of the table whose runs the entry is of."""
+    `place`: row and column of the table whose cells the entry is of."""
 
     text: str
     bold: bool = False

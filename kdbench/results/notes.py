@@ -56,7 +56,7 @@ def notes_of(
     for measure in measures:
         notes += _measure(records, measure)
     notes.append(
-        Note("Seconds are the mean training time of one seed; cells that train together share their teacher's passes")
+        Note("Seconds are the mean training time of one seed; methods that train together share their teacher's passes")
     )
     return notes + [Note(text, warning=True) for text in comparison.notes]
 
@@ -92,14 +92,15 @@ def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, 
                 f"{'1 comparison' if tests == 1 else f'{tests} comparisons'} of this table"
             ),
             Note(
-                f"Seeds needed are for 80 % power at {level}, if the difference and its deviation are in truth as seen"
+                "The number of seeds needed gives an 80 % chance to show the difference at a level of "
+                f"{level}, if its true size and deviation are the measured ones"
             ),
         ]
     return notes
 
 
 def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
-    """What runs of one seed have in common, and in which rows they do not."""
+    """What cells of one seed have in common, and in which rows they do not."""
     compared = {
         row.label for row in rows if any(cell is not None and cell.difference is not None for cell in row.cells)
     }
@@ -112,8 +113,8 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
         if set(labels) != compared
     ]
     if not said:
-        return "Runs of one seed have only its number in common, so pairing them gains nothing"
-    return f"Runs of one seed have {' and '.join(said)}"
+        return "With one seed, methods have only its number in common, so pairing them gains nothing"
+    return f"With one seed, methods have {' and '.join(said)}"
 
 
 def _settings(comparison: Comparison) -> list[Note]:
@@ -251,12 +252,12 @@ def across_notes(found: Across | None, baseline: str) -> list[Note]:
     return [
         *notes,
         Note(
-            f"Probability of improvement is that a run of a method beats an independent run of {baseline} in the same "
-            "column: the share among pairs of runs of different seeds, averaged over the columns that have both"
+            f"Probability of improvement is that a method beats {baseline} in the same column when their seeds differ: "
+            "the share among pairs of different seeds, averaged over the columns that have both"
         ),
         Note(
             "Its 95 % interval comes from leaving out one seed at a time, and is of these columns only; there is none "
-            "where the runs allow none"
+            "where the seeds allow none"
         ),
     ]
 

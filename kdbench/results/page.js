@@ -21,7 +21,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Who follows a number to its runs sees all of them.
+// Who follows a number to its cells sees all of them.
 function unfold() {
   const target = document.getElementById(location.hash.slice(1));
   for (const details of target?.querySelectorAll("details") ?? []) details.open = true;

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: sortable tables, every number leading to its runs, curves,
+"""A comparison as one HTML page that needs nothing else: sortable tables, every number leading to its cells, curves,
 costs, and where everything comes from. Byte for byte the same from the same records, in any order."""
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
     comparison = compare(records, table.baseline)
     log = logs(comparison, required=False)
     lacking = len(comparison.records) - len(log)
-    missing = f" {lacking} of {len(comparison.records)} runs have no metrics.jsonl beside their record." * bool(lacking)
+    missing = f" {lacking} of {len(comparison.records)} cells have no metrics.jsonl beside their record." * bool(
+        lacking
+    )
 
     def drawn(key: str, said: str, panels: Sequence[Panel]) -> str:
         figures = (
@@ -60,7 +62,7 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
             if (panels := metric_panels(comparison, log, metric))
         ),
         ("cost", "Accuracy against time and size", drawn("cost", COSTS, cost_panels(table, comparison))),
-        ("runs", "Runs", _runs(table, comparison)),
+        ("cells", "Cells", _cells(table, comparison)),
         ("provenance", "Provenance", _provenance(comparison)),
     ]
     links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
@@ -99,7 +101,7 @@ def _tables(table: Table) -> str:
     grids = "\n".join(_grid(grid) for grid in layout(table))
     notes = "".join(_note(note) for note in table.notes)
     return (
-        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its runs.</p>\n'
+        f'<p class="small hint">A click on a title sorts. A number with dots below it leads to its cells.</p>\n'
         f'<div class="grids">{grids}</div>\n'
         f'<ul class="notes">{notes}</ul>'
     )
@@ -141,7 +143,7 @@ def _entry(entry: Text) -> str:
     elif entry.underline:
         shown = f"<u>{shown}</u>"
     if entry.place is not None:
-        shown = f'<a class="runs" href="#{_anchor(*entry.place)}">{shown}</a>'
+        shown = f'<a class="cells" href="#{_anchor(*entry.place)}">{shown}</a>'
     marks = ",".join(f'<a href="#note-{mark}">{mark}</a>' for mark in entry.marks)
     return shown + escape(entry.tail) + (f"<sup>{marks}</sup>" if marks else "")
 
@@ -153,10 +155,10 @@ def _note(note: Note) -> str:
 
 
 def _anchor(row: int, column: int) -> str:
-    return f"runs-{row}-{column}"
+    return f"cells-{row}-{column}"
 
 
-def _runs(table: Table, comparison: Comparison) -> str:
+def _cells(table: Table, comparison: Comparison) -> str:
     articles = []
     for i, row in enumerate(comparison.rows):
         for j, column in enumerate(comparison.columns):
@@ -168,7 +170,7 @@ def _runs(table: Table, comparison: Comparison) -> str:
 
 
 def _article(anchor: str, name: str, records: list[Record]) -> str:
-    """All that is known of one cell's runs."""
+    """All that is known of the cells behind one number."""
     head = ("seed", "last", "best", "at step", "training s", "images/s", "folder", "identity")
     rows = [
         (
@@ -216,7 +218,7 @@ def _list(facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What the runs were made with; several values where they differ."""
+    """What the cells were made with; several values where they differ."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         compute = record.compute
@@ -233,9 +235,9 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 def _provenance(comparison: Comparison) -> str:
     records = comparison.records
     seeds = sorted({record.cell.seed for record in records})
-    facts = [("Runs", f"{len(records)}, seeds {', '.join(map(str, seeds))}"), *_facts(records)]
+    facts = [("Cells", f"{len(records)}, seeds {', '.join(map(str, seeds))}"), *_facts(records)]
     return (
-        "<p>Every measured number above is made from the records of these runs, and nothing else: "
+        "<p>Every measured number above is made from the records of these cells, and nothing else: "
         "<code>kdbench table FOLDER --out FOLDER</code>, with the options that it had, makes this page again.</p>\n"
         + _list(facts)
     )

@@ -211,7 +211,7 @@ def _remarks(comparison: Comparison, line: Row, column: Column, difference: Diff
     if extra := next(iter(group.values())).budget.extra_epochs:
         said.append(f"trained {extra:g} epochs beyond the protocol's budget")
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, line.label, axis.path)]:
-        said.append(f"does not depend on {listed(free)}: the same runs in every such column")
+        said.append(f"does not depend on {listed(free)}: the same numbers in every such column")
     if difference is not None and difference.n < len(group):
         said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
     if difference is not None and difference.n > 1 and difference.p is None:
@@ -222,15 +222,19 @@ def _remarks(comparison: Comparison, line: Row, column: Column, difference: Diff
 def _measures(records: Iterable[Record]) -> tuple[Measure, ...]:
     """All metrics that the records hold, by name."""
     points: dict[str, set[str]] = {}
+    shares = _shipped_shares()
     for record in records:
         for metric, values in record.result.metrics.items():
             points.setdefault(metric, set()).update(values)
-    return tuple(Measure(metric, tuple(sorted(points[metric])), _shares().get(metric)) for metric in sorted(points))
+        stages = record.resolved.method.stages.values() if record.resolved is not None else ()
+        for term in (term for stage in stages for term in stage.losses.values()):
+            shares = shares | term.loss.shares
+    return tuple(Measure(metric, tuple(sorted(points[metric])), shares.get(metric)) for metric in sorted(points))
 
 
 @cache
-def _shares() -> dict[str, str]:
-    """Of the metrics of this installation's loss cards: which are shares, and of what."""
+def _shipped_shares() -> dict[str, str]:
+    """Which metrics of the shipped loss cards are shares, and of what: records of earlier versions do not say."""
     registry = Registry()
     cards: list[LossCard] = [registry.card("losses", name) for name in registry.names("losses")]
     return {metric: of for card in cards for metric, of in card.shares.items()}

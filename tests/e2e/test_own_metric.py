@@ -45,6 +45,7 @@ losses:
     inputs: [student, teacher]
     metrics: {likeness: "turned:likeness"}
     references: {likeness: "turned:OfZeros"}
+    shares: {likeness: the longest likeness}
 methods:
   turned:
     title: turned features
@@ -79,6 +80,12 @@ def test_a_metric_of_ones_own_reaches_record_and_csv(kdbench: Kdbench, tmp_path:
     assert float(by_method["turned"]["likeness.layer3"]) == result.metrics["likeness"]["layer3"]
     assert float(by_method["turned"]["likeness_reference.layer3"]) == 0.25
     assert by_method["ce"]["likeness.layer3"] == ""
+
+    # A share is shown in percent, as its card says, and by whoever has the records and not the card.
+    shown = kdbench("table", run).stdout
+    assert f"{100 * result.metrics['likeness']['layer3']:.1f} %" in shown
+    assert "Likeness is the share of the longest likeness" in shown
+    assert "a student that ignores its input can reach 25.0 % at layer3" in shown
 
     # What the test logits say stands there too: of ten classes no top-5, of a student without a teacher no fidelity.
     assert result.top5 is None and "top5" not in by_method["turned"]

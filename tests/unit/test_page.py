@@ -82,10 +82,10 @@ def test_every_number_of_the_table_leads_to_its_seeds(tmp_path: Path) -> None:
     records = finished(tmp_path, VALUES)
     text = html(build(records), records)
     for i, label in enumerate(("CE", "KD", "AB")):
-        article = text.partition(f'<article id="runs-{i}-0"')[2].partition("</article>")[0]
+        article = text.partition(f'<article id="cells-{i}-0"')[2].partition("</article>")[0]
         assert f">{label}<a" in article
         row = re.search(rf'<tr><th scope="row" data-value="{label}">.*?</tr>', text)
-        assert row is not None and f'href="#runs-{i}-0"' in row[0]
+        assert row is not None and f'href="#cells-{i}-0"' in row[0]
         for record in records:
             here = record.cell.label == label
             assert (f"<td>{record.identity[:12]}</td>" in article) == here
@@ -131,10 +131,10 @@ def test_records_without_metrics_have_no_curve_and_the_page_says_so(tmp_path: Pa
     records = finished(tmp_path, VALUES)
     (tmp_path / "kd-1" / "metrics.jsonl").unlink()
     text = html(build(records), records)
-    assert "1 of 9 runs have no metrics.jsonl beside their record." in text
+    assert "1 of 9 cells have no metrics.jsonl beside their record." in text
     assert charts_of(text) == ["whole run", "last quarter", "layer1.preact", *COSTS]
     bare = html(build(comparison(VALUES)), comparison(VALUES))
-    assert "9 of 9 runs have no metrics.jsonl" in bare and charts_of(bare) == COSTS
+    assert "9 of 9 cells have no metrics.jsonl" in bare and charts_of(bare) == COSTS
     Page(bare)
     (tmp_path / "ab-0" / "metrics.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):

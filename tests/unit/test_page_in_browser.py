@@ -1,4 +1,4 @@
-"""The HTML page in a real browser: it sorts, its numbers lead to their runs, and nothing leaves the page."""
+"""The HTML page in a real browser: it sorts, its numbers lead to their cells, and nothing leaves the page."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
     assert methods(browser)[1] == "AB"
 
 
-def test_a_number_leads_to_its_runs_with_recipe_seeds_and_provenance(browser: Browser, page: Path) -> None:
+def test_a_number_leads_to_its_cells_with_recipe_seeds_and_provenance(browser: Browser, page: Path) -> None:
     browser.open(page)
-    link = "table.sortable tbody tr:last-child td a.runs"
+    link = "table.sortable tbody tr:last-child td a.cells"
     target = browser.script(f"return document.querySelector('{link}').hash")
     browser.click(link)
     assert browser.script("return location.hash") == target

@@ -252,7 +252,7 @@ def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one
     assert [column.label for column in table.columns] == ["big", "huge"]
     assert cell(table, "CE", 0).values == cell(table, "CE", 1).values
     assert [(t.name, t.accuracies) for t in table.teachers] == [("big", (95.5, None)), ("huge", (None, 95.5))]
-    assert "Does not depend on teacher: the same runs in every such column" in notes(table)
+    assert "Does not depend on teacher: the same numbers in every such column" in notes(table)
     assert "Holm's correction for the 3 comparisons" in notes(table)
 
 
@@ -331,8 +331,8 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
             assert difference.p_holm is not None and difference.seeds_needed is not None
             # Whoever has the seeds that are needed has found the difference.
             assert difference.p_holm <= 0.05 or difference.seeds_needed > difference.n
-        said = "at 5 %, if" if methods == 1 else f"at 5 % / {methods} (Holm's first step), if"
-        assert f"Seeds needed are for 80 % power {said}" in notes(table)
+        level = "5 %" if methods == 1 else f"5 % / {methods} (Holm's first step)"
+        assert f"an 80 % chance to show the difference at a level of {level}, if its true size" in notes(table)
     # Mean 0.4, deviation 0.1; a second test asks for one seed more.
     one = build(comparison({key: VALUES[key] for key in ("ce", "kd")}))
     alone, beside = (cell(table, "KD").difference for table in (one, build(comparison(VALUES))))
@@ -428,8 +428,8 @@ COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"cl
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({}, "Runs of one seed have the same data order, augmentation and initial student."),
-        (made("boundary"), "Runs of one seed have the same data order, augmentation and initial student."),
+        ({}, "With one seed, methods have the same data order, augmentation and initial student."),
+        (made("boundary"), "With one seed, methods have the same data order, augmentation and initial student."),
         (made("data"), "the same initial student and the same data order and augmentation (not 'X')."),
         (COPIED, "the same data order and augmentation and the same initial student (not 'X')."),
         (
