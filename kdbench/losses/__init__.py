@@ -13,6 +13,7 @@ from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cros
 from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.crd import ContrastiveRepresentation, draw_negatives, noise_contrastive
+from kdbench.losses.cwd import channel_wise
 from kdbench.losses.deep_inversion import (
     BatchNormInputs,
     batch_norm_distance,
@@ -27,17 +28,27 @@ from kdbench.losses.dkd import dkd
 from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_transfer
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.fsp import fsp, fsp_matrix
+from kdbench.losses.ickd import inter_channel_correlation
 from kdbench.losses.kd import kd
+from kdbench.losses.kdsvd import singular_vectors
 from kdbench.losses.kl import kl_divergence
+from kdbench.losses.lskd import standardized, standardized_dkd, standardized_kd
+from kdbench.losses.mgd import MaskedGeneration
 from kdbench.losses.mmd import mmd
+from kdbench.losses.nkd import nkd
 from kdbench.losses.nst import neuron_selectivity
 from kdbench.losses.ofd import batch_norm_margin, overhaul
+from kdbench.losses.pad import PrimeAware, adaptive_mse
 from kdbench.losses.pkt import pkt
 from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
 from kdbench.losses.simkd import Projector, reused_head, simkd
 from kdbench.losses.sp import similarity_preserving
+from kdbench.losses.srd import SimpleRecipe, log_power_sum
+from kdbench.losses.tfkd import kd_over_elements, virtual_teacher
+from kdbench.losses.ttm import transformed_teacher
 from kdbench.losses.vid import VariationalInformation, gaussian_nll
+from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
     "AttentionFusion",
@@ -45,18 +56,23 @@ __all__ = [
     "ConstantAgreement",
     "ContrastiveRepresentation",
     "KnowledgeReview",
+    "MaskedGeneration",
     "NeighbourCongruence",
     "Paraphraser",
+    "PrimeAware",
     "Projector",
+    "SimpleRecipe",
     "Translator",
     "VariationalInformation",
     "activation_agreement",
     "activation_boundary",
+    "adaptive_mse",
     "angle_similarity",
     "attention_transfer",
     "batch_norm_distance",
     "batch_norm_margin",
     "centred_mse",
+    "channel_wise",
     "competition",
     "cross_entropy",
     "dist",
@@ -68,16 +84,20 @@ __all__ = [
     "fsp_matrix",
     "gaussian_nll",
     "hierarchical_context",
+    "inter_channel_correlation",
     "jensen_shannon",
     "kd",
     "kd_over_classes",
+    "kd_over_elements",
     "kernel_congruence",
     "kl_divergence",
     "l2_norm",
+    "log_power_sum",
     "magnitude_similarity",
     "mmd",
     "neighbour_congruence",
     "neuron_selectivity",
+    "nkd",
     "noise_contrastive",
     "overhaul",
     "pkt",
@@ -86,6 +106,13 @@ __all__ = [
     "rkd_distance",
     "similarity_preserving",
     "simkd",
+    "singular_vectors",
     "soft_cross_entropy",
+    "standardized",
+    "standardized_dkd",
+    "standardized_kd",
     "total_variation",
+    "transformed_teacher",
+    "virtual_teacher",
+    "weighted_soft_labels",
 ]

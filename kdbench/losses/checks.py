@@ -28,6 +28,20 @@ def logits_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
         raise ValueError(f"{loss} needs logits [N, K]: student {shape(student)}, teacher {shape(teacher)}")
 
 
+def labelled_logits(student: Tensor, teacher: Tensor, labels: Tensor, loss: str) -> None:
+    """Check that both tensors are [N, K] of the same shape with K ≥ 2, and the labels class indices [N].
+
+    Raises:
+        ValueError: They are not. The message names the loss and the shapes.
+    """
+    logits_shape(student, teacher, loss)
+    if student.shape[1] < 2 or labels.shape != student.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"{loss} needs logits [N, K] of at least two classes with class indices [N]: "
+            f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}"
+        )
+
+
 def positive(temperature: float) -> None:
     """Check a temperature.
 

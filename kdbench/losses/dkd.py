@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, positive, shape
+from kdbench.losses.checks import full, labelled_logits, positive
 
 
 def dkd(
@@ -46,12 +46,7 @@ def dkd(
         ValueError: when the logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not
             positive.
     """
-    logits_shape(student_logits, teacher_logits, "dkd")
-    if student_logits.shape[1] < 2 or labels.shape != student_logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            "dkd needs logits [N, K] of at least two classes with class indices [N]: "
-            f"student {shape(student_logits)}, labels {shape(labels)} of {labels.dtype}"
-        )
+    labelled_logits(student_logits, teacher_logits, labels, "dkd")
     positive(temperature)
     own_target, own_others = _decoupled(full(student_logits) / temperature, labels)
     target, others = _decoupled(full(teacher_logits.detach()) / temperature, labels)
@@ -65,8 +60,12 @@ def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     By logarithms throughout: 1 - p_y rounds to 0 long before its logarithm is out of reach.
     """
-    labels = labels.unsqueeze(1)
-    places = torch.arange(logits.shape[1] - 1, device=logits.device)
-    others = logits.gather(1, places + (places >= labels))
-    target = torch.cat([logits.gather(1, labels), others.logsumexp(dim=1, keepdim=True)], dim=1)
+    others = other_logits(logits, labels)
+    target = torch.cat([logits.gather(1, labels.unsqueeze(1)), others.logsumexp(dim=1, keepdim=True)], dim=1)
     return F.log_softmax(target, dim=1), F.log_softmax(others, dim=1)
+
+
+def other_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits [N, K] without the label's: [N, K - 1]."""
+    places = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, places + (places >= labels.unsqueeze(1)))

@@ -1,0 +1,49 @@
+"""Normalized knowledge distillation (NKD).
+
+Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+Normalized Loss and Customized Soft Labels. ICCV 2023, arXiv 2303.13005.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdbench.losses.checks import full, labelled_logits, positive
+from kdbench.losses.dkd import other_logits
+
+
+def nkd(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, gamma: float = 1.5, temperature: float = 1.0
+) -> Tensor:
+    r"""Cross-entropy on the label's class, weighted by the teacher's certainty, and among the other classes.
+
+    $$
+    L = -\frac{1}{N} \sum_n p^T_{n y_n} \log p^S_{n y_n}
+    - \frac{\gamma T^2}{N} \sum_n \sum_{k \ne y_n} \hat p^T_{nk} \log \hat p^S_{nk}
+    $$
+
+    p is the softmax of the logits, without temperature; p̂ that of z / T over the K - 1 other classes. Both parts are
+    cross-entropies: a student like its teacher is at the least value of the second part, but that is not 0, and the
+    first falls on.
+
+    Args:
+        student_logits: [N, K].
+        teacher_logits: [N, K].
+        labels: Class indices, int64 [N].
+        gamma: γ, weight of the other classes.
+        temperature: T, above 0, of the other classes alone.
+
+    Returns:
+        Scalar, at least 0 for γ ≥ 0.
+
+    Raises:
+        ValueError: The logits are not one [N, K] with K ≥ 2, the labels not [N] indices, or T not positive.
+    """
+    labelled_logits(student_logits, teacher_logits, labels, "nkd")
+    positive(temperature)
+    student, teacher = full(student_logits), full(teacher_logits.detach())
+    at_label = -F.cross_entropy(teacher, labels, reduction="none")
+    target = (at_label.exp() * F.cross_entropy(student, labels, reduction="none")).mean()
+    own, taught = (other_logits(logits, labels) / temperature for logits in (student, teacher))
+    return target + gamma * temperature**2 * F.cross_entropy(own, F.softmax(taught, dim=1))

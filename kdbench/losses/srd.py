@@ -1,0 +1,71 @@
+"""Simple recipe distillation (SRD).
+
+Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation. AAAI 2024, arXiv 2303.11098.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kdbench.losses.checks import full, same_shape
+
+
+def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Tensor:
+    r"""Logarithm of the sum of powers of all differences of a batch.
+
+    $$
+    L = \log \sum_{n,d} | u_{nd} - v_{nd} |^\alpha
+    $$
+
+    Args:
+        student: u, [N, D].
+        teacher: v, [N, D].
+        exponent: α, above 0.
+
+    Returns:
+        Scalar, log(N D) larger than the logarithm of the mean; -∞, without a gradient, where all elements are equal.
+
+    Raises:
+        ValueError: The shapes differ, or α is not positive.
+    """
+    same_shape(student, teacher, "log_power_sum")
+    if not exponent > 0:
+        raise ValueError(f"exponent must be positive, not {exponent}")
+    return (full(student) - full(teacher.detach())).abs().pow(exponent).sum().log()
+
+
+class SimpleRecipe(nn.Module):
+    r"""`log_power_sum` of projected features after batch norms without parameters.
+
+    $$
+    L = \log \sum_{n,d} \left| \operatorname{BN}(W s_n + b)_d - \operatorname{BN}(t_n)_d \right|^\alpha
+    $$
+
+    Args:
+        student_shape: (D,): the pooled feature.
+        teacher_shape: (D',).
+        exponent: α, above 0.
+        eps: Of the batch norms.
+    """
+
+    def __init__(
+        self,
+        student_shape: tuple[int, ...],
+        teacher_shape: tuple[int, ...],
+        *,
+        exponent: float = 4.0,
+        eps: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        if len(student_shape) != 1 or len(teacher_shape) != 1:
+            raise ValueError(f"it takes vectors (D,), not {student_shape} and {teacher_shape}")
+        self.projector = nn.Linear(student_shape[0], teacher_shape[0])
+        self.student_norm, self.teacher_norm = (
+            nn.BatchNorm1d(teacher_shape[0], eps=eps, affine=False) for _ in range(2)
+        )
+        self.exponent = exponent
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of features [N, D] and [N, D']; no gradient reaches the latter."""
+        own = self.student_norm(full(self.projector(student)))
+        return log_power_sum(own, self.teacher_norm(full(teacher.detach())), self.exponent)

@@ -1,0 +1,227 @@
+"""Losses of logits of 2020 to 2024 against loops, closed forms and other losses in float64, and what must not change
+them.
+
+Values and gradients were compared with sunshangquan/logit-standardization-KD f6e5aa5, yzd-v/cls_KD 1e5d48f, zkxufo/TTM
+fe457b3 and yuanli2333/Teacher-free-Knowledge-Distillation d000ab3 too, outside this project.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from kdbench import losses
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def logits() -> tuple[Tensor, Tensor]:
+    return 3 * rand(6, 5, seed=5), 3 * rand(6, 5, seed=6)
+
+
+def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(z / temperature) for z in row]
+    return [p / sum(powers) for p in powers]
+
+
+LOSSES: dict[str, Loss] = {
+    "standardized_kd": losses.standardized_kd,
+    "standardized_dkd": lambda s, t: losses.standardized_dkd(s, t, LABELS[: len(s)]),
+    "nkd": lambda s, t: losses.nkd(s, t, LABELS[: len(s)], temperature=2.0),
+    "wsld": lambda s, t: losses.weighted_soft_labels(s, t, LABELS[: len(s)]),
+    "ttm": losses.transformed_teacher,
+    "wttm": lambda s, t: losses.transformed_teacher(s, t, weighted=True),
+    "kd_over_elements": losses.kd_over_elements,
+}
+
+
+class TestLogitStandardization:
+    def test_by_loops(self) -> None:
+        found = losses.standardized(logits()[0])
+        for row, expected in zip(found.tolist(), logits()[0].tolist(), strict=True):
+            mean, deviation = statistics.mean(expected), statistics.stdev(expected)
+            assert row == pytest.approx([(z - mean) / (deviation + 1e-7) for z in expected], rel=1e-12)
+
+    def test_a_scale_and_a_shift_of_each_image_change_nothing(self) -> None:
+        student, teacher = logits()
+        scale, shift = rand(6, 1, seed=1).exp(), rand(6, 1, seed=2)
+        for loss in (LOSSES["standardized_kd"], LOSSES["standardized_dkd"]):
+            value = loss(student, teacher).item()
+            assert loss(scale * student + shift, teacher).item() == pytest.approx(value, rel=1e-6)
+            assert loss(student, scale * teacher + shift).item() == pytest.approx(value, rel=1e-6)
+            assert loss(-student, teacher).item() != pytest.approx(value, rel=1e-2)
+
+    def test_is_the_loss_behind_it_where_logits_are_standard(self) -> None:
+        student, teacher = (losses.standardized(z, eps=0.0) for z in logits())
+        value = losses.standardized_kd(student, teacher, 3.0).item()
+        assert value == pytest.approx(losses.kd(student, teacher, 3.0).item(), rel=1e-6)
+        value = losses.standardized_dkd(student, teacher, LABELS, 0.5, 4.0, 3.0).item()
+        assert value == pytest.approx(losses.dkd(student, teacher, LABELS, 0.5, 4.0, 3.0).item(), rel=1e-6)
+
+    def test_equal_logits_have_a_finite_gradient(self) -> None:
+        student = torch.ones(6, 5, requires_grad=True)
+        losses.standardized_kd(student, logits()[1].float()).backward()
+        assert student.grad is not None and student.grad.isfinite().all()
+
+    def test_one_class_has_no_deviation(self) -> None:
+        with pytest.raises(ValueError, match="two classes"):
+            losses.standardized_kd(torch.ones(2, 1), torch.ones(2, 1))
+
+
+class TestNKD:
+    def test_by_loops(self) -> None:
+        total = 0.0
+        for own, taught, y in zip(*(z.tolist() for z in logits()), LABELS.tolist(), strict=True):
+            total -= softmax(taught)[y] * math.log(softmax(own)[y])
+            rest = [softmax([z for k, z in enumerate(row) if k != y], 3.0) for row in (own, taught)]
+            total -= 3.5 * 9 * sum(t * math.log(s) for s, t in zip(*rest, strict=True))
+        value = losses.nkd(*logits(), LABELS, gamma=3.5, temperature=3.0).item()
+        assert value == pytest.approx(total / 6, rel=1e-12)
+
+    def test_the_label_is_not_among_the_others(self) -> None:
+        """Where a copy of this loss keeps it: the teacher's logit of the label moves the second part."""
+        student, teacher = logits()
+        moved = teacher.scatter_add(1, LABELS.unsqueeze(1), torch.full((6, 1), 1.0, dtype=torch.float64))
+        first = [losses.nkd(student, t, LABELS, gamma=0.0).item() for t in (teacher, moved)]
+        both = [losses.nkd(student, t, LABELS, gamma=2.0).item() for t in (teacher, moved)]
+        assert both[1] - both[0] == pytest.approx(first[1] - first[0], abs=1e-12)
+
+    def test_its_second_part_is_least_at_the_teachers(self) -> None:
+        _, teacher = logits()
+        student = teacher.clone().requires_grad_()
+        value = losses.nkd(student, teacher, LABELS, temperature=2.0) - losses.nkd(student, teacher, LABELS, gamma=0.0)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert gradient.abs().max() < 1e-12 and value > 0.1
+
+
+class TestWSLD:
+    def test_by_loops(self) -> None:
+        total = 0.0
+        for own, taught, y in zip(*(z.tolist() for z in logits()), LABELS.tolist(), strict=True):
+            weight = 1 - math.exp(math.log(softmax(own)[y]) / (-math.log(softmax(taught)[y]) + 1e-7))
+            pairs = zip(softmax(own, 2.0), softmax(taught, 2.0), strict=True)
+            total -= weight * sum(t * math.log(s) for s, t in pairs)
+        value = losses.weighted_soft_labels(*logits(), LABELS, temperature=2.0).item()
+        assert value == pytest.approx(4 * total / 6, rel=1e-10)
+
+    def test_no_gradient_flows_through_the_weights(self) -> None:
+        """That of each image is its weight times the gradient of a cross-entropy with soft targets."""
+        student, teacher = logits()
+        losses.weighted_soft_labels(student.requires_grad_(), teacher, LABELS, temperature=2.0).backward()
+        own, taught = (F.cross_entropy(z.detach(), LABELS, reduction="none") for z in (student, teacher))
+        weights = 1 - torch.exp(-own / taught)
+        expected = 2 * weights.unsqueeze(1) * (F.softmax(student.detach() / 2, 1) - F.softmax(teacher / 2, 1)) / 6
+        assert student.grad is not None and torch.allclose(student.grad, expected, rtol=1e-5)
+
+    def test_a_student_who_is_sure_to_be_right_is_left_alone(self) -> None:
+        student = torch.tensor([[200.0, 0.0]], requires_grad=True)
+        losses.weighted_soft_labels(student, torch.tensor([[0.5, 0.0]]), torch.tensor([0])).backward()
+        assert student.grad is not None and student.grad.abs().max() == 0
+
+
+class TestTransformedTeacher:
+    def test_by_loops(self) -> None:
+        gamma, plain, weighted = 0.3, 0.0, 0.0
+        for own, taught in zip(*(z.tolist() for z in logits()), strict=True):
+            powers = [p**gamma for p in softmax(taught)]
+            q = [p / sum(powers) for p in powers]
+            divergence = sum(t * math.log(t / s) for s, t in zip(softmax(own), q, strict=True))
+            plain, weighted = plain + divergence, weighted + sum(powers) * divergence
+        assert losses.transformed_teacher(*logits(), gamma).item() == pytest.approx(plain / 6, rel=1e-12)
+        value = losses.transformed_teacher(*logits(), gamma, weighted=True).item()
+        assert value == pytest.approx(weighted / 6, rel=1e-12)
+
+    def test_with_power_1_is_kd_without_temperature_weighted_or_not(self) -> None:
+        expected = losses.kd(*logits(), temperature=1.0).item()
+        for weighted in (False, True):
+            value = losses.transformed_teacher(*logits(), 1.0, weighted=weighted).item()
+            assert value == pytest.approx(expected, rel=1e-12)
+
+    def test_is_least_at_the_softened_teacher(self) -> None:
+        _, teacher = logits()
+        assert losses.transformed_teacher(0.2 * teacher, teacher, 0.2, weighted=True).item() == pytest.approx(
+            0, abs=1e-12
+        )
+
+    def test_power_out_of_range(self) -> None:
+        with pytest.raises(ValueError, match="gamma must be positive"):
+            losses.transformed_teacher(*logits(), 0.0)
+
+
+class TestTeacherFree:
+    def test_mean_over_elements_is_torchs(self) -> None:
+        student, teacher = logits()
+        own, taught = F.log_softmax(student / 6, dim=1), F.softmax(teacher / 6, dim=1)
+        expected = 36 * F.kl_div(own, taught, reduction="none").mean().item()
+        assert losses.kd_over_elements(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+
+    def test_virtual_teacher_by_loops(self) -> None:
+        total, student = 0.0, logits()[0]
+        for own, y in zip(student.tolist(), LABELS.tolist(), strict=True):
+            q = softmax([0.9 if k == y else 0.1 / 4 for k in range(5)], 2.0)
+            total += sum(t * math.log(t / s) for s, t in zip(softmax(own, 1.5), q, strict=True))
+        value = losses.virtual_teacher(student, LABELS, 2.0, 1.5, 0.9).item()
+        assert value == pytest.approx(total / 30, rel=1e-12)
+
+    def test_virtual_teacher_is_almost_uniform(self) -> None:
+        """As the authors' code has it: a student without any knowledge is close to it."""
+        assert 0 < losses.virtual_teacher(torch.zeros(6, 5), LABELS, 20.0).item() < 1e-4
+
+    def test_virtual_teacher_at_one_class_per_image_pulls_towards_the_label(self) -> None:
+        student = torch.zeros(6, 5, dtype=torch.float64, requires_grad=True)
+        losses.virtual_teacher(student, LABELS, 1.0).backward()
+        assert student.grad is not None and torch.equal(student.grad.argmin(dim=1), LABELS)
+        assert gradcheck(lambda s: losses.virtual_teacher(s, LABELS, 1.0), (student,))
+
+    @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"student_temperature": 0.0}, {"correct": 1.5}])
+    def test_options_out_of_range(self, options: dict[str, float]) -> None:
+        with pytest.raises(ValueError, match="positive|probability"):
+            losses.virtual_teacher(logits()[0], LABELS, **options)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+class TestAll:
+    def test_gradients(self, name: str) -> None:
+        student, teacher = logits()
+        if name == "wsld":  # its weights move with the student, and count as constants
+            return
+        assert gradcheck(lambda s: LOSSES[name](s, teacher), (student.requires_grad_(),))
+
+    def test_no_gradient_reaches_the_teacher(self, name: str) -> None:
+        student, teacher = logits()
+        LOSSES[name](student.requires_grad_(), teacher.requires_grad_()).backward()
+        assert student.grad is not None and student.grad.abs().max() > 0 and teacher.grad is None
+
+    def test_extreme_logits_are_finite(self, name: str) -> None:
+        student = torch.tensor([[300.0, -300.0, 0.0, 0.0, 0.0]] * 6, requires_grad=True)
+        value = LOSSES[name](student, -student.detach())
+        value.backward()
+        assert value.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+    def test_half_precision_is_computed_in_full(self, name: str) -> None:
+        student, teacher = (z.bfloat16() for z in logits())
+        value = LOSSES[name](student, teacher)
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(LOSSES[name](student.double(), teacher.double()).item(), rel=1e-5)
+
+    def test_a_batch_of_one_is_finite(self, name: str) -> None:
+        student, teacher = (z[:1] for z in logits())
+        assert LOSSES[name](student, teacher).isfinite()
+
+    def test_shapes_that_do_not_fit(self, name: str) -> None:
+        student, teacher = logits()
+        for other in (teacher[:-1], teacher[:, :-1], teacher[0]):
+            with pytest.raises(ValueError, match=r"student \[.*\], teacher \["):
+                LOSSES[name](student, other)
