@@ -1,0 +1,35 @@
+"""Every method goes on from its state as if it had not been stopped, with draws, statistics and memories of losses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from captured import METHODS, cell
+from tiny import member_of, train
+
+from kdbench.engine.member import Member
+from kdbench.engine.teachers import fingerprint
+from kdbench.recipe.specs import CellSpec
+
+
+def at(spec: CellSpec, steps: int, state: object = None) -> Member:
+    """The cell's member at a step, from the beginning or from a state."""
+    member, batches, teacher = member_of(spec)
+    if state is not None:
+        member.load_state(copy.deepcopy(state))
+    train(member, batches, teacher, steps - member.step)
+    return member
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_exactly(method: str) -> None:
+    spec = cell(method, steps=4)
+    end = spec.protocol.steps
+    assert end is not None
+    whole = at(spec, end)
+    # In the middle of the last stage, with that of the middle of the first one behind it.
+    stopped = at(spec, end - 2, at(spec, 2).state())
+    resumed = at(spec, end, stopped.state())
+    for one, other in ((whole.student.model, resumed.student.model), (whole.terms, resumed.terms)):
+        assert fingerprint(one) == fingerprint(other)
