@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,9 @@ def command(
     data: DataOption = None,
     download: DownloadOption = True,
     registry: RegistryOption = None,
+    sync_batch_norm: Annotated[
+        bool, typer.Option("--sync-batch-norm", help="Under torchrun on GPUs: batch norms take the whole batch.")
+    ] = False,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
     results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
     adopt: Annotated[bool, typer.Option(help="Whether published cells of this recipe count as finished.")] = True,
@@ -59,6 +63,12 @@ def command(
     from kdbench.registry import Registry
 
     folders = tuple(registry or ())
+    rank, ranks = started_by_torchrun()
+    if rank > 0:
+        from kdbench.engine.follower import follow
+        from kdbench.engine.messages import Settings
+
+        return follow(folders, Settings(ranks=ranks, sync_batch_norm=sync_batch_norm))
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
     options = Options(
         runs=runs,
@@ -70,10 +80,19 @@ def command(
         download=download,
         registries=folders,
         checkpoint_seconds=checkpoint_seconds,
+        ranks=ranks,
+        sync_batch_norm=sync_batch_norm,
     )
     outcome = carry_out(planned, options, results if adopt else None)
     if outcome.failed:
         raise failure(planned, outcome)
+
+
+def started_by_torchrun() -> tuple[int, int]:
+    """Rank of this process, and how many ranks there are: 0 and 1 for a run of its own."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def carry_out(planned: Plan, options: Options, results: Path | None = None) -> Outcome:

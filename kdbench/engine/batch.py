@@ -71,6 +71,7 @@ class Epoch:
         nothing = torch.empty(0, dtype=torch.int64, device=device)
         self.order, self.views, self.rows = nothing, nothing, nothing
         self._rows_of: dict[int, Tensor] = {}
+        self.size = 0
         self.first = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, order: Tensor, views: Tensor) -> None:
@@ -81,12 +82,12 @@ class Epoch:
         else:
             self.order, self.views = (drawn.to(self.first.device) for drawn in (order, views))
 
-    def seek(self, first: int, size: int) -> None:
-        """Let the next batch begin at an image of the pass, with so many images."""
+    def seek(self, first: int, size: int, share: slice = slice(None)) -> None:
+        """Let the next batch begin at an image of the pass, with so many images, of which a share is taken."""
         self.first.fill_(first)
         if size not in self._rows_of:
-            self._rows_of[size] = torch.arange(size, device=self.first.device)
-        self.rows = self._rows_of[size]
+            self._rows_of[size] = torch.arange(size, device=self.first.device)[share]
+        self.rows, self.size = self._rows_of[size], size
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Positions in the training split and views of the next batch, int64 [size] each."""
@@ -95,4 +96,4 @@ class Epoch:
 
     def advance(self) -> None:
         """Go on to the batch after that."""
-        self.first.add_(len(self.rows))
+        self.first.add_(self.size)

@@ -12,6 +12,7 @@ from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.batch import MOST_STEPS, TARGET, Batch, Sets, Split
 from kdbench.engine.domain import Domain
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentDomain, ResidentSplit
 from kdbench.engine.streamed import StreamedDomain, StreamedSplit
 from kdbench.recipe.specs import CellSpec, DataSpec
@@ -29,6 +30,7 @@ class Batches:
 
     Args:
         target: the target domain's data, where the cell has one. The labels of its training images are not read.
+        ranks: that share every batch out.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class Batches:
         data: ImageData | Pictures,
         device: torch.device,
         target: ImageData | Pictures | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.device, self.batch_size = device, spec.protocol.batch_size
+        self.device, self.batch_size, self.ranks = device, spec.protocol.batch_size, ranks
         self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
-        self.source = _domain(spec, data, device)
+        self.source = _domain(spec, data, device, ranks)
         self.train, self.validation, self.test = self.source.train, self.source.validation, self.source.test
         self.target: Domain | None = None
         self.source_test: Split | None = None
@@ -48,7 +51,7 @@ class Batches:
             if target is None:
                 raise ValueError("this cell has a target domain, whose data were not given")
             cell = spec.model_copy(update={"data": spec.target, "target": None})
-            self.target = _domain(cell, _unlabelled(target), device, f"{TARGET}/")
+            self.target = _domain(cell, _unlabelled(target), device, ranks, f"{TARGET}/")
             self.source_test, self.test = self.test, split_for_testing(spec.target, target, device)
 
     @property
@@ -66,7 +69,7 @@ class Batches:
         return min([MOST_STEPS, *(self._of(name).seek(step, timeline) for name in names)])
 
     def sizes(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Images in the present batch of each of these input sets."""
+        """Images in the present batch of each of these input sets, on all ranks."""
         return tuple(self._of(name).size for name in names)
 
     def feed(self, names: Iterable[str]) -> None:
@@ -109,9 +112,11 @@ def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.
     return ResidentSplit(data.test_images.to(device), labels)
 
 
-def _domain(spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str = "") -> Domain:
+def _domain(
+    spec: CellSpec, data: ImageData | Pictures, device: torch.device, ranks: Ranks, prefix: str = ""
+) -> Domain:
     kind = StreamedDomain if isinstance(data, Pictures) else ResidentDomain
-    return kind(spec, data, device, prefix)  # type: ignore[arg-type]
+    return kind(spec, data, device, prefix, ranks)  # type: ignore[arg-type]
 
 
 def _unlabelled(data: ImageData | Pictures) -> ImageData | Pictures:

@@ -50,3 +50,6 @@ class TrainingCell:
             file = self.folder / "error.txt"
             file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             self.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {file}{hint}"
+            if self.member.batches.ranks.size > 1:
+                # The other ranks may wait for this one in the middle of a step.
+                raise SystemExit(self.failure) from None

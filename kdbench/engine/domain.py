@@ -12,6 +12,7 @@ from kdbench.data.augment import Augmentation
 from kdbench.data.splits import subset, validation
 from kdbench.data.streams import generator, permutation
 from kdbench.engine.batch import Batch, Split
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch
 
@@ -27,15 +28,15 @@ class Domain(ABC):
 
     Attributes:
         prefix: of the streams that are drawn from.
-        size: images in the present batch.
+        size: images in the present batch, on all ranks.
     """
 
     train: Split
     validation: Split
     test: Split
 
-    def __init__(self, spec: CellSpec, device: torch.device, prefix: str) -> None:
-        self.seed, self.device, self.prefix = spec.seed, device, prefix
+    def __init__(self, spec: CellSpec, device: torch.device, prefix: str, ranks: Ranks = ALONE) -> None:
+        self.seed, self.device, self.prefix, self.ranks = spec.seed, device, prefix, ranks
         self.batch_size, self.last_batch = spec.protocol.batch_size, spec.protocol.last_batch
         self.augmentation = augmentation_of(spec.protocol)
         self.size = 0

@@ -40,6 +40,7 @@ class Log:
         rate: the learning rate of the step before.
         route: checkpoints that it kept of its way, as its record lists them.
         best: step, part, accuracy and weights of the best evaluation, where the recipe keeps it.
+        ranks: how many processes trained it together, one number after the other; nothing where it was always one.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Log:
     rate: float = 0.0
     route: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    ranks: list[int] = field(default_factory=list)
 
 
 class Member:
@@ -70,7 +72,7 @@ class Member:
         self.spec, self.batches, self.teacher, self.computing = spec, batches, teacher, computing
         self.timeline = timeline(spec, len(batches.train))
         normalizer = Normalizer(spec.protocol.normalization, device)
-        self.student = Network(_student(spec, teacher, device), normalizer, computing)
+        self.student = Network(_student(spec, teacher, batches), normalizer, computing)
         shapes = self.student.extractor.shapes(batches.image_shape)
         # Prefixed, because a name like "training" is already an attribute of every module.
         self.terms = nn.ModuleDict(
@@ -383,11 +385,13 @@ def seed_draws(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _student(spec: CellSpec, teacher: Teacher | None, device: torch.device) -> Any:
+def _student(spec: CellSpec, teacher: Teacher | None, batches: Batches) -> Any:
     """The student with its first values, on the device, and its hook points."""
     student = build_model(spec.student, spec.data, spec.seed)
     if spec.method.starts_from == "teacher":
         assert teacher is not None and spec.teacher is not None
         weights = {name: value.cpu() for name, value in teacher.network.model.state_dict().items()}
         start_from(student, weights, spec.student.name, spec.teacher.model.name, spec.teacher.known_classes)
-    return build_extractor(student.to(device), spec.student, spec.data)
+    if batches.ranks.sync_batch_norm:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    return build_extractor(student.to(batches.device), spec.student, spec.data)

@@ -40,12 +40,19 @@ def read_line(form: type[M], line: str) -> M:
 
 
 class Settings(Message):
-    """What holds for all tasks of a run."""
+    """What holds for all tasks of a run.
+
+    Attributes:
+        ranks: processes that train every cell together. sync_batch_norm: whether their batch norms take the whole
+            batch.
+    """
 
     data_roots: list[Path] = []
     download: bool = False
     cache: Path = Path()
     checkpoint_seconds: float = 60.0
+    ranks: int = 1
+    sync_batch_norm: bool = False
 
 
 class Task(Message):

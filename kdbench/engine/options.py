@@ -16,6 +16,8 @@ class Options:
 
     jobs: worker processes (None: one for each CPU core or GPU). threads: of each worker (None: cores shared out).
     seeds_together: whether a worker trains several seeds of a comparison at once, as memory allows (None: on a GPU).
+    ranks: processes that train every cell together, as torchrun started them; sync_batch_norm: whether their batch
+        norms take the whole batch.
     """
 
     runs: Path = Path("runs")
@@ -27,6 +29,8 @@ class Options:
     download: bool = True
     registries: tuple[Path, ...] = ()
     checkpoint_seconds: float = 60.0
+    ranks: int = 1
+    sync_batch_norm: bool = False
 
     def roots(self) -> list[Path]:
         """Folders searched for data, in order."""

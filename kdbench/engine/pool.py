@@ -138,6 +138,9 @@ class Pool:
             number, event = self.events.get()
             if isinstance(event, Gone):
                 self.workers.pop(number, None)
+                if self.settings.ranks > 1 and event.code:
+                    # The other ranks had met this one, and will meet no other.
+                    raise CellError(_gone(event.code))
                 if number not in assigned:
                     if event.code and self._died_idle():
                         raise CellError(_gone(event.code))

@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.engine.batch import MOST_STEPS
+from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.network import together
 from kdbench.engine.step import shared_part, train
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teacher import PointValues, Teacher
 
 
 @dataclass(eq=False)
@@ -71,8 +71,12 @@ class Program:
                 begin = time.perf_counter()
                 with cell.failures():
                     cell.member.before_step()
-                    cell.member.after_step(train(cell.member, sets, teacher_values))
+                    cell.member.after_step(self.train(cell.member, sets, teacher_values))
                 cell.member.log.seconds += time.perf_counter() - begin + shared
+
+    def train(self, member: Member, sets: Sets, teacher_values: PointValues) -> int:
+        """A member's part of a step; how many images it saw."""
+        return train(member, sets, teacher_values)
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
         """Metrics of a cell at its present step, as `Measurement.plain` gives them."""
@@ -112,7 +116,8 @@ def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | 
         members: of all groups of a program. batches, teacher: of any of them: batches of all have one shape, and all
             have one teacher's network.
     """
-    shape = (batches.batch_size, *batches.image_shape)
+    here = batches.ranks.share(batches.batch_size)
+    shape = (here.stop - here.start, *batches.image_shape)
     by_student: dict[str, list[Member]] = {}
     for member in members:
         student = member.spec.student

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdbench.data.images import ImageData
 from kdbench.engine.batch import Batch, Epoch, Split
 from kdbench.engine.domain import Domain, place_of, split
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 
@@ -71,8 +72,10 @@ class ResidentDomain(Domain):
         positions: int64 [N], places of the training split's images in the whole training set.
     """
 
-    def __init__(self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "") -> None:
-        super().__init__(spec, device, prefix)
+    def __init__(
+        self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(spec, device, prefix, ranks)
 
         def later(index: Tensor) -> LaterSplit:
             return LaterSplit(
@@ -93,7 +96,7 @@ class ResidentDomain(Domain):
         if self._drawn != (stream, epoch):
             self.epoch.begin(*self.draws(stream, epoch))
             self._drawn = (stream, epoch)
-        self.epoch.seek(position * self.batch_size, self.size)
+        self.epoch.seek(position * self.batch_size, self.size, self.ranks.share(self.size))
 
     def batch(self) -> Batch:
         index, view = self.epoch.batch()

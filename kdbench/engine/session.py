@@ -71,8 +71,12 @@ class Session:
             download=options.download,
             cache=home() / "cache",
             checkpoint_seconds=options.checkpoint_seconds,
+            ranks=options.ranks,
+            sync_batch_norm=options.sync_batch_norm,
         )
-        self.pool = Pool(options.device, options.jobs, options.registries, settings)
+        # Several ranks are one worker, which the others follow.
+        jobs = 1 if options.ranks > 1 else options.jobs
+        self.pool = Pool(options.device, jobs, options.registries, settings)
         self.memory: Memories = {}
 
     def __enter__(self) -> Session:
@@ -184,7 +188,8 @@ class Session:
             open_alike.setdefault(compute.key(cell.spec.compute), []).append(cell)
         for key, alike in open_alike.items():
             choice = alike[0].spec.compute
-            if choice.settled:
+            # What several ranks would take is not tried: the trial measures one process.
+            if choice.settled or self.options.ranks > 1:
                 result[key] = plainest(choice)
                 continue
             found = compute.kept(folder, choice) or compute.of_records([f for f in finished if _chose(f, key)])

@@ -10,7 +10,8 @@ A member is a cell while it trains. A turn is a group of losses and the optimize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,27 @@ def shared_part(batches: Batches, teacher: Teacher | None, members: Iterable[Mem
     return sets, teacher_values
 
 
-def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
+def losses_of(
+    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """A turn's weighted sum of losses, these by name, and how many images it saw."""
+    with autocast(member.computing.precision, member.device):
+        seen, values = inputs_of(member, turn, sets, teacher_values)
+        losses = {name: turn.terms[name](values, seen) for name in turn.active}
+        loss = weighted_sum(losses, weights, member.device)
+    # Images of the data set count; a stage that reads none of them counts its largest input set.
+    counted = [seen["data"]] if "data" in member.stage.shared_sets else seen.values()
+    return loss, losses, max(len(batch.images) for batch in counted)
+
+
+def train(
+    member: Member, sets: Sets, teacher_values: PointValues, losses_of: Callable[..., Any] = losses_of
+) -> int:
     """One optimizer step of a member; more than one where its stage trains in turns.
 
     Args:
         sets, teacher_values: the cohort's, of which the member takes what is its own.
+        losses_of: how a turn's losses are computed.
 
     Returns:
         how many images it saw.
@@ -51,10 +68,7 @@ def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
     found: dict[str, Tensor] = {}
     total = torch.zeros((), device=member.device)
     for turn in stage.turns:
-        with autocast(member.computing.precision, member.device):
-            seen, values = inputs_of(member, turn, sets, teacher_values)
-            losses = {name: turn.terms[name](values, seen) for name in turn.active}
-            loss = weighted_sum(losses, weights, member.device)
+        loss, losses, images = losses_of(member, turn, sets, teacher_values, weights)
         # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
@@ -65,9 +79,7 @@ def train(member: Member, sets: Sets, teacher_values: PointValues) -> int:
         total = total + loss.detach()
         found |= losses
     member.meter.add(found | {"loss": total})
-    # Images of the data set count; a stage that reads none of them counts its largest input set.
-    counted = [seen["data"]] if "data" in stage.shared_sets else seen.values()
-    return max(len(batch.images) for batch in counted)
+    return images
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], device: torch.device) -> Tensor:

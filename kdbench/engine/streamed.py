@@ -23,6 +23,7 @@ from kdbench.data.pictures import Pictures
 from kdbench.data.streams import uniform
 from kdbench.engine.batch import Batch
 from kdbench.engine.domain import Domain, place_of, split
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 
@@ -70,8 +71,10 @@ class StreamedDomain(Domain):
     picture is cropped and resized; without, its centre is taken.
     """
 
-    def __init__(self, spec: CellSpec, data: Pictures, device: torch.device, prefix: str = "") -> None:
-        super().__init__(spec, device, prefix)
+    def __init__(
+        self, spec: CellSpec, data: Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(spec, device, prefix, ranks)
         train, held_out = split(spec.data, data.train_labels, spec.seed)
 
         def of(files: Sequence[Path], labels: Tensor) -> StreamedSplit:
@@ -123,7 +126,8 @@ class StreamedDomain(Domain):
                 of_stream = epoch * timeline.batches_per_epoch + position
                 name = f"{self.prefix}{stream}resized_crop"
                 crops = uniform(len(crops) * NUMBERS, self.seed, name, of_stream).reshape(-1, NUMBERS).tolist()
-            yield Drawn(order[part], views[part], crops)
+            share = self.ranks.share(len(crops))
+            yield Drawn(order[part][share], views[part][share], crops[share])
 
 
 def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn]) -> Iterator[tuple[Drawn, Tensor]]:

@@ -15,6 +15,7 @@ from kdbench.engine.build import weight_notes
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
+from kdbench.engine.distributed import join, refuse, send
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
@@ -37,6 +38,7 @@ from kdbench.engine.messages import (
     Trial,
     TrialDone,
 )
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
@@ -53,16 +55,19 @@ class TaskRunner:
     Args:
         emit: sends an event.
         stopping: whether the run is being stopped; asked before every step.
+        ranks: that train cells together, where this process has met them.
     """
 
-    def __init__(self, emit: Callable[[Event], None], stopping: Callable[[], bool]) -> None:
-        self.emit, self.stopping = emit, stopping
+    def __init__(self, emit: Callable[[Event], None], stopping: Callable[[], bool], ranks: Ranks = ALONE) -> None:
+        self.emit, self.stopping, self.ranks = emit, stopping, ranks
         self.materials = Materials()
 
     def run(self, task: Task) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
         torch.set_num_threads(task.threads)
         self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
+        if task.settings.ranks > self.ranks.size:
+            self.ranks = join(task.settings)
         if self.device.type == "cuda":
             # Recorded steps of the task before hold each other, and memory.
             gc.collect()
@@ -88,6 +93,8 @@ class TaskRunner:
     def check_cells(self, task: CheckCells) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
         for spec in task.specs:
+            if self.ranks.size > 1:
+                refuse(spec, self.ranks.size)
             memory = memory_of(spec, self.device, check_cell(spec))
             self.emit(MemoryNeeded(kind=kind(spec), memory=memory))
 
@@ -191,4 +198,11 @@ class TaskRunner:
             raise CellError("stopped; the same command goes on from here")
 
     def train_cohort(self, task: TrainCohort) -> None:
-        train_cohort(task, self.materials, self.emit, self.stopping)
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            send(self.ranks, task)
+        train_cohort(task, self.materials, self.emit, self.stopping, self.ranks)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        if self.ranks.size > 1 and self.ranks.rank == 0:
+            send(self.ranks, None)

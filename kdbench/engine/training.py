@@ -36,10 +36,12 @@ from kdbench.engine.messages import (
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.teachers import fingerprint
+from kdbench.engine.together import Together
 from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError
 from kdbench.files import locked, sweep
@@ -51,8 +53,14 @@ LOCK_SECONDS = 2 * LEAVE_SECONDS
 Emit = Callable[[Event], None]
 
 
-def train_cohort(task: TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool]) -> None:
-    """Train a cohort. Cells' failures are told as events; the others go on."""
+def train_cohort(
+    task: TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
+) -> None:
+    """Train a cohort. Cells' failures are told as events; the others go on.
+
+    Args:
+        ranks: that train it together, all of which call this.
+    """
     with ExitStack() as locks:
         for cell in task.cells:
             taken = UserError(f"another process works in {cell.folder}", hint="wait for it, or stop it")
@@ -61,15 +69,21 @@ def train_cohort(task: TrainCohort, materials: Materials, emit: Emit, stopping: 
         cells = [cell for cell in task.cells if not _finished_meanwhile(cell, emit)]
         if not cells:
             return
-        training = Training(task, cells, materials, emit)
+        training = ranks.all_well(
+            lambda: Training(task, cells, materials, emit, ranks),
+            lambda built: [domain.fingerprint for domain in built.domains if domain is not None],
+        )
+        stop = stopping if ranks.size == 1 else ranks.agreed(stopping, training.state)
         Cohort(
             training.program,
             training.report,
             training.finish,
-            stopping,
+            stop,
             materials.settings.checkpoint_seconds,
             lambda cell, text: emit(Doing(text=text, cell=training.cells[cell].id)),
         ).run()
+        # Where ranks have come apart at the very end, they all learn of it.
+        stop()
         for trained, of in training.cells.items():
             if trained.failure is not None:
                 emit(CellFailed(cell=of.id, message=trained.failure))
@@ -82,8 +96,10 @@ class Training:
         cells: what trains -> its part of the task; those that could not be built are told and left out.
     """
 
-    def __init__(self, task: TrainCohort, cells: list[CellTask], materials: Materials, emit: Emit) -> None:
-        self.task, self.emit, self.device = task, emit, materials.device
+    def __init__(
+        self, task: TrainCohort, cells: list[CellTask], materials: Materials, emit: Emit, ranks: Ranks
+    ) -> None:
+        self.task, self.emit, self.device, self.ranks = task, emit, materials.device, ranks
         self.computing = possible(task.computing, self.device)
         if self.computing.compile != task.computing.compile:
             emit(Announcement(text=f"warning: {NO_COMPILER}"))
@@ -98,12 +114,12 @@ class Training:
         self.cells: dict[TrainingCell, CellTask] = {}
         seeds = dict.fromkeys(cell.spec.seed for cell in cells)
         groups = [self._group([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
-        self.program = program_of(groups, self.computing)
+        self.program = Together(groups, ranks) if ranks.size > 1 else program_of(groups, self.computing)
 
     def _group(self, cells: list[CellTask]) -> Group:
         """Cells of one seed, built; those that could not be are told."""
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
-        batches = Batches(first, self.domains[0], self.device, self.domains[1])
+        batches = Batches(first, self.domains[0], self.device, self.domains[1], self.ranks)
         teacher = self.teacher
         if teacher is not None and self.logits is not None:
             # Every seed may have another training part, whose images are in other places of the table.
@@ -132,6 +148,7 @@ class Training:
             "computing": self.computing.plain(),
             "device": self.device.type,
             "teacher": file.sha256 if file else None,
+            **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }
         files = SourceFiles(file.sha256 if file else "", cell.folder, self.task.shared)
         member = Member(spec, group.batches, teacher, self.device, self.computing, files)
@@ -147,6 +164,8 @@ class Training:
                 raise CellError(
                     f"{kept} does not fit this cell ({error}): remove it, and the cell begins anew"
                 ) from None
+        if self.ranks.size != (member.log.ranks or [1])[-1]:
+            member.log.ranks.append(self.ranks.size)
         return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
 
     def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:
@@ -166,6 +185,10 @@ class Training:
                         accuracy=member.log.history[-1]["test"]["accuracy"] if member.log.history else None,
                     )
                 )
+
+    def state(self) -> list[int]:
+        """How far every cell is, -1 for those that no longer train."""
+        return [cell.member.step if cell.active else -1 for cell in self.cells]
 
     @cached_property
     def teacher_logits(self) -> Tensor | None:
@@ -196,6 +219,9 @@ class Training:
             "cohort": len(group.cells),
             **({"seeds_together": len(self.program.groups)} if len(self.program.groups) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
+            # Of all processes that trained the cell, one after the other, how many ranks they were.
+            **({"ranks": member.log.ranks} if member.log.ranks else {}),
+            **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }
         record = finish(
             member,

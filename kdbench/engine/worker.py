@@ -56,6 +56,7 @@ class Worker:
                 self.emit(Failed(message=str(error)))
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
                 self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
+        runner.close()
 
     def _listen(self) -> None:
         try:

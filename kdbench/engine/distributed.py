@@ -1,0 +1,111 @@
+"""One cell over several processes, as `torchrun` starts them: how they find each other, and get what to do.
+
+Rank 0 is an ordinary run with one worker, which alone writes. The others do what that worker is told to do, each in a
+folder of its own that nobody keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kdbench.engine.device import gpus
+from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
+from kdbench.engine.ranks import Ranks
+from kdbench.errors import UserError
+from kdbench.recipe.specs import CellSpec
+from kdbench.versions import versions
+
+# How long ranks wait for what one of them does alone: data and teachers are prepared, an evaluation is written.
+PATIENCE = timedelta(days=7)
+# How long a rank waits in the middle of a step.
+STEP = timedelta(minutes=30)
+
+
+def join(settings: Settings) -> Ranks:
+    """Meet the other ranks.
+
+    Raises:
+        UserError: they are of other versions.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus() else "gloo", timeout=PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), control, settings.sync_batch_norm)
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, (platform.node(), versions()), control)
+    for rank, (node, here) in enumerate(found):
+        if here != found[0][1]:
+            raise UserError(
+                f"rank {rank} on {node} has {here}, rank 0 on {found[0][0]} has {found[0][1]}",
+                hint="install the same versions on all nodes",
+            )
+    return ranks
+
+
+def own_device(device: str) -> str:
+    """This rank's device, of the kind that rank 0 has."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not device.startswith("cuda"):
+        return device
+    if local >= gpus():
+        raise UserError(f"there is no GPU {local} for local rank {local}", hint=f"GPUs here: {gpus()}")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def send(ranks: Ranks, task: TrainCohort | None) -> None:
+    """Give the other ranks a task with the files that it begins from; None: there are no more."""
+    what: list[Any] = [None]
+    if task is not None:
+        folders = [*(cell.folder for cell in task.cells), *([task.teacher_folder] if task.teacher_folder else [])]
+        files = {str(folder): {str(f.relative_to(folder)): f.read_bytes() for f in _files(folder)} for folder in folders}
+        what = [(task.line(), files)]
+    dist.broadcast_object_list(what, 0, ranks.control)
+
+
+def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
+    """The next task, with its folders below one of this rank's own."""
+    what: list[Any] = [None]
+    dist.broadcast_object_list(what, 0, ranks.control)
+    if what[0] is None:
+        return None
+    line, files = what[0]
+    here = {folder: scratch / str(number) / Path(folder).name for number, folder in enumerate(files)}
+    for folder, contents in files.items():
+        for name, content in contents.items():
+            file = here[folder] / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    task = read_line(Task, line)
+    assert isinstance(task, TrainCohort)
+    cells = [cell.model_copy(update={"folder": here[str(cell.folder)]}) for cell in task.cells]
+    teacher = here[str(task.teacher_folder)] if task.teacher_folder else None
+    settings = task.settings.model_copy(update={"checkpoint_seconds": PATIENCE.total_seconds()})
+    own = {"cells": cells, "teacher_folder": teacher, "shared": scratch / "shared", "settings": settings}
+    return task.model_copy(update=own | {"device": own_device(task.device)})
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a cell begins or goes on from."""
+    names = ("record.json", "cell.json", "checkpoint.pt", "student.safetensors", "teacher.json", "as_used.json")
+    return [f for f in folder.rglob("*") if f.name in names or f.name.startswith("on_") or f.parent.name == "route"]
+
+
+def refuse(spec: CellSpec, ranks: int) -> None:
+    """Raises UserError for a cell that several ranks cannot train together."""
+    method = spec.method
+    for name, stage in method.stages.items():
+        what = "a batch source" if stage.source else "an operation" if stage.begins else ""
+        if what:
+            raise UserError(
+                f"method '{method.name}', stage '{name}': {what} is made for one process, here are {ranks} ranks",
+                hint="run it without torchrun; several cells at once go on several GPUs by themselves",
+            )
+    if spec.protocol.batch_size < ranks:
+        raise UserError(f"a batch of {spec.protocol.batch_size} images cannot be shared out among {ranks} ranks")

@@ -1,0 +1,103 @@
+"""Steps of cells that several ranks train together: each computes the networks on its share of a batch, and the losses
+of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.data.streams import address
+from kdbench.engine.batch import Batch, Sets
+from kdbench.engine.member import Member, seed_draws
+from kdbench.engine.network import autocast
+from kdbench.engine.program import Group, Program
+from kdbench.engine.ranks import Ranks, replicated, statistics
+from kdbench.engine.stage import Stage, Turn
+from kdbench.engine.step import inputs_of, train, weighted_sum
+from kdbench.engine.teacher import PointValues
+from kdbench.engine.terms import Term
+
+
+class Together(Program):
+    """A program whose cells are trained by several ranks, all of which run it.
+
+    Attributes:
+        replicas: what each member's present stage trains.
+    """
+
+    def __init__(self, groups: Sequence[Group], ranks: Ranks) -> None:
+        super().__init__(groups)
+        self.ranks = ranks
+        self.replicas: dict[Member, tuple[Stage, nn.Module]] = {}
+
+    def train(self, member: Member, sets: Sets, teacher_values: PointValues) -> int:
+        networks = [member.student.model, *([member.own_teacher.model] if member.own_teacher else [])]
+        stage, replica = self.replicas.get(member, (None, None))
+        if stage is not member.stage or replica is None:
+            replica = replicated([*networks, member.terms[f"stage:{member.stage.span.name}"]])
+            self.replicas[member] = member.stage, replica
+
+        def losses(member: Member, turn: Turn, *more: Any) -> Any:
+            # Without a loss there is no backward pass, which DistributedDataParallel would wait for.
+            return replica(losses_of, member, turn, *more) if turn.active else losses_of(member, turn, *more)
+
+        images = train(member, sets, teacher_values, losses)
+        self.ranks.average(statistics(networks))
+        return images
+
+
+def losses_of(
+    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """What `step.losses_of` gives, of the batch of all ranks."""
+    names = member.stage.shared_sets
+    sizes = dict(zip(names, member.batches.sizes(names), strict=True))
+    whole = Whole(member.batches.ranks, sizes)
+    with autocast(member.computing.precision, member.device):
+        # Networks draw for each rank's own images; losses draw alike on all ranks.
+        with torch.random.fork_rng([member.device] if member.device.type == "cuda" else []):
+            if rank := whole.ranks.rank:
+                seed_draws(address(member.spec.seed, f"dropout/rank {rank}", member.step), member.device)
+            seen, values = inputs_of(member, turn, sets, teacher_values)
+        losses = {name: whole.loss(turn.terms[name], values, seen) for name in turn.active}
+        loss = weighted_sum(losses, weights, member.device)
+    return loss, losses, sizes["data"] if "data" in sizes else max(sizes.values())
+
+
+@dataclass
+class Whole:
+    """The values and input sets of a step, gathered when a term first asks for them.
+
+    Args:
+        images: input set -> images of its whole batch.
+    """
+
+    ranks: Ranks
+    images: Mapping[str, int]
+    known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def loss(self, term: Term, values: Mapping[str, PointValues], sets: Sets) -> Tensor:
+        """A term's loss of the whole batch."""
+        asked = {
+            network: {
+                name: {point: self._of(name, values[network][name][point]) for point in dict.fromkeys(points)}
+                for name, points in term.points(network).items()
+            }
+            for network in values
+        }
+        return term(asked, {name: self._batch(name, sets[name]) for name in term.input_sets})
+
+    def _of(self, name: str, part: Tensor) -> Tensor:
+        """A value of an input set. Where it is the same tensor, it is gathered once."""
+        if id(part) not in self.known:
+            self.known[id(part)] = (part, self.ranks.whole(part, self.images[name]))
+        return self.known[id(part)][1]
+
+    def _batch(self, name: str, batch: Batch) -> Batch:
+        """An input set with all that a loss may read of it."""
+        parts = {key: getattr(batch, key) for key in ("labels", "index", "view", "mask")}
+        return replace(batch, **{key: self._of(name, part) for key, part in parts.items() if part is not None})

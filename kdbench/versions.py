@@ -1,0 +1,22 @@
+"""What must be the same wherever one run computes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from functools import cache
+from pathlib import Path
+
+from kdbench.files import SHARE
+from kdbench.version import __version__
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of kdbench and torch, and the sum of kdbench's own files and cards."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for root, pattern in ((package, "*.py"), (SHARE / "registry", "*.yaml")):
+        for file in sorted(root.rglob(pattern)):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return {"kdbench": __version__, "torch": importlib.metadata.version("torch"), "files": digest.hexdigest()[:12]}
