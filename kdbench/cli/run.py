@@ -64,6 +64,9 @@ def command(
 
     folders = tuple(registry or ())
     rank, ranks = started_by_torchrun()
+    if ranks > 1:
+        # DistributedDataParallel would remark at every stage that all parameters are used.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if rank > 0:
         from kdbench.engine.follower import follow
         from kdbench.engine.messages import Settings

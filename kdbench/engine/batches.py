@@ -112,9 +112,7 @@ def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.
     return ResidentSplit(data.test_images.to(device), labels)
 
 
-def _domain(
-    spec: CellSpec, data: ImageData | Pictures, device: torch.device, ranks: Ranks, prefix: str = ""
-) -> Domain:
+def _domain(spec: CellSpec, data: ImageData | Pictures, device: torch.device, ranks: Ranks, prefix: str = "") -> Domain:
     kind = StreamedDomain if isinstance(data, Pictures) else ResidentDomain
     return kind(spec, data, device, prefix, ranks)  # type: ignore[arg-type]
 

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from kdbench.engine.device import gpus
 from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
 from kdbench.engine.ranks import Ranks
+from kdbench.engine.versions import versions
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
-from kdbench.versions import versions
+from kdbench.record import LOGITS
 
 # How long ranks wait for what one of them does alone: data and teachers are prepared, an evaluation is written.
 PATIENCE = timedelta(days=7)
@@ -64,8 +65,7 @@ def send(ranks: Ranks, task: TrainCohort | None) -> None:
     what: list[Any] = [None]
     if task is not None:
         folders = [*(cell.folder for cell in task.cells), *([task.teacher_folder] if task.teacher_folder else [])]
-        files = {str(folder): {str(f.relative_to(folder)): f.read_bytes() for f in _files(folder)} for folder in folders}
-        what = [(task.line(), files)]
+        what = [(task.line(), {str(folder): _files(folder) for folder in folders})]
     dist.broadcast_object_list(what, 0, ranks.control)
 
 
@@ -91,10 +91,12 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
     return task.model_copy(update=own | {"device": own_device(task.device)})
 
 
-def _files(folder: Path) -> list[Path]:
-    """What a cell begins or goes on from."""
-    names = ("record.json", "cell.json", "checkpoint.pt", "student.safetensors", "teacher.json", "as_used.json")
-    return [f for f in folder.rglob("*") if f.name in names or f.name.startswith("on_") or f.parent.name == "route"]
+def _files(folder: Path) -> dict[str, bytes]:
+    """What a cell goes on from, or learns from: all but what only people read."""
+    found = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    unread = ("events", "metrics.jsonl", LOGITS)
+    names = {str(file.relative_to(folder)): file for file in found}
+    return {name: file.read_bytes() for name, file in names.items() if not name.startswith(unread)}
 
 
 def refuse(spec: CellSpec, ranks: int) -> None:

@@ -51,9 +51,7 @@ def losses_of(
     return loss, losses, max(len(batch.images) for batch in counted)
 
 
-def train(
-    member: Member, sets: Sets, teacher_values: PointValues, losses_of: Callable[..., Any] = losses_of
-) -> int:
+def train(member: Member, sets: Sets, teacher_values: PointValues, losses_of: Callable[..., Any] = losses_of) -> int:
     """One optimizer step of a member; more than one where its stage trains in turns.
 
     Args:

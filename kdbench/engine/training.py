@@ -164,8 +164,9 @@ class Training:
                 raise CellError(
                     f"{kept} does not fit this cell ({error}): remove it, and the cell begins anew"
                 ) from None
-        if self.ranks.size != (member.log.ranks or [1])[-1]:
-            member.log.ranks.append(self.ranks.size)
+        before = member.log.ranks or ([1] if state is not None else [])
+        if [self.ranks.size] != (before or [1])[-1:]:
+            member.log.ranks = [*before, self.ranks.size]
         return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
 
     def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ from kdbench.version import __version__
 def versions() -> dict[str, str]:
     """Versions of kdbench and torch, and the sum of kdbench's own files and cards."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for root, pattern in ((package, "*.py"), (SHARE / "registry", "*.yaml")):
         for file in sorted(root.rglob(pattern)):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())

@@ -1,0 +1,91 @@
+"""`torchrun -m kdbench run`: several processes train each cell together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, Kdbench
+from kills import Strike
+
+from kdbench.record import read_record
+
+# As `torchrun --nproc-per-node 2 -m kdbench`, on a port of its own.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdbench")
+
+
+def words(runs: Path) -> list[str]:
+    return [str(word) for word in ("run", *TINY, "--runs", runs, "--checkpoint-seconds", "0", "--threads", "1")]
+
+
+def start(words: list[str], strike: Strike | None = None) -> subprocess.Popen[str]:
+    paths = [str(ROOT), *([str(ROOT / "tests" / "killing")] if strike else [])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if strike:
+        environment |= {"STRIKE_WHEN": strike.when, "STRIKE_AFTER": str(strike.after), "STRIKE_AT_WHOM": strike.whom}
+    return subprocess.Popen(
+        [*TORCHRUN, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def records(runs: Path) -> list[dict[str, Any]]:
+    return [read_record(file).model_dump(mode="json") for file in sorted(runs.glob("tiny/*/record.json"))]
+
+
+def steps(runs: Path) -> list[list[int]]:
+    files = sorted(runs.glob("tiny/*/metrics.jsonl"))
+    return [[json.loads(line)["step"] for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.mark.slow
+def test_two_ranks_are_killed_and_one_process_goes_on(kdbench: Kdbench, tmp_path: Path) -> None:
+    killed = start(words(tmp_path), Strike("second stage", 0))
+    told = killed.communicate(timeout=200)[0]
+    assert killed.returncode == 1, told
+    assert not records(tmp_path)
+    kdbench(*words(tmp_path))
+    assert [record["compute"]["ranks"] for record in records(tmp_path)] == [[2, 1]] * 2
+    assert steps(tmp_path) == [sorted(set(one)) for one in steps(tmp_path)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_which_goes_on_with_the_same_command(tmp_path: Path) -> None:
+    run = start(words(tmp_path))
+    while not [*tmp_path.glob("tiny/*/checkpoint.pt")]:
+        assert run.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    of_rank = {
+        variables["RANK"]: int(child)
+        for child in children
+        if "RANK"
+        in (
+            variables := dict(
+                entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in entry
+            )
+        )
+    }
+    os.kill(of_rank["1"], signal.SIGKILL)
+    told = run.communicate(timeout=200)[0]
+    assert run.returncode == 1, told
+    again = start(words(tmp_path))
+    told = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, told
+    assert [record["compute"]["ranks"] for record in records(tmp_path)] == [[2]] * 2
+    assert told.count("accuracy, last epoch") == 1
+
+
+@pytest.mark.slow
+def test_what_ranks_cannot_train_together_is_told_before_anything_trains(tmp_path: Path) -> None:
+    run = start([*words(tmp_path), "compare.method=[bss]"])
+    told = run.communicate(timeout=200)[0]
+    assert run.returncode == 1
+    assert "a batch source is made for one process" in told
+    assert not [*tmp_path.rglob("record.json")]

@@ -1,0 +1,97 @@
+"""Two processes that train a cell together do what one does, whatever its losses read of a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import two_ranks
+from conftest import ROOT
+
+from kdbench.engine.distributed import refuse
+from kdbench.errors import UserError
+from kdbench.recipe.specs import CellSpec
+
+# Of the largest value of a kind: sums over a batch are taken in another order, and convolutions of other sizes.
+TOLERANCE = 2e-5
+
+
+def refused(spec: CellSpec) -> bool:
+    try:
+        refuse(spec, 2)
+    except UserError:
+        return True
+    return False
+
+
+def traits(spec: CellSpec) -> set[Any]:
+    """What a method has that could go wrong on shares of a batch."""
+    found: set[Any] = set()
+    for stage in spec.method.stages.values():
+        found |= {("stage", *stage.trains, stage.alternating, stage.anchor is not None and stage.anchor.choose)}
+        for term in stage.losses.values():
+            found |= {("loss", term.loss.name), ("reads", term.of, term.input, term.against, term.detach)}
+            found |= {("connector", term.connector.name)} if term.connector else set()
+    return found
+
+
+@cache
+def covering() -> list[str]:
+    """Methods that have all traits of all methods that several ranks may train."""
+    left = {name: traits(two_ranks.cell(name)) for name in two_ranks.REGISTRY.names("methods")}
+    left = {name: has for name, has in left.items() if not refused(two_ranks.cell(name))}
+    missing, chosen = set().union(*left.values()), []
+    while missing:
+        chosen.append(max(left, key=lambda name: len(left[name] & missing)))
+        missing -= left[chosen[-1]]
+    return chosen
+
+
+def pair(*methods: str) -> list[dict[str, Any]]:
+    """What both processes found, first one and then the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    words = [sys.executable, str(ROOT / "tests" / "two_ranks.py"), *methods]
+    started = [
+        subprocess.Popen(words, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [json.loads(line) for text in told for line in text.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_loss_on_two_ranks_is_that_on_one() -> None:
+    lines = pair(*covering())
+    assert [line["method"] for line in lines] == [*covering(), *covering()]
+    for line in lines:
+        assert "failed" not in line, line["failed"]
+        assert line["apart"].pop("images") == 0
+        assert max(line["apart"].values()) < TOLERANCE, line
+
+
+def test_every_loss_is_tested_or_refused() -> None:
+    tested = {trait[1] for name in covering() for trait in traits(two_ranks.cell(name)) if trait[0] == "loss"}
+    only_refused = {*two_ranks.REGISTRY.names("losses")} - tested
+    for name in two_ranks.REGISTRY.names("methods"):
+        spec = two_ranks.cell(name)
+        if {("loss", loss) for loss in only_refused} & traits(spec):
+            assert refused(spec), f"{name} is tested by nothing"
+
+
+def test_a_batch_source_is_refused_before_anything_trains() -> None:
+    with pytest.raises(UserError, match="a batch source is made for one process"):
+        refuse(two_ranks.cell("bss"), 2)
