@@ -36,7 +36,9 @@ GIVEN: dict[str, Any] = {
     "correct": 0.7,
 }  # fmt: skip
 # Small ones of each function that is not another package's.
-MODELS = ("wrn_10_1", "resnet8", "bss_resnet8", "resnet8x4", "vgg8", "mobilenetv2_half", "shufflenet_v1", "shufflenet_v2")
+MODELS = (
+    "wrn_10_1", "resnet8", "bss_resnet8", "resnet8x4", "vgg8", "mobilenetv2_half", "shufflenet_v1", "shufflenet_v2",
+)  # fmt: skip
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
