@@ -42,9 +42,18 @@ _NAMED = {"optimizer", "schedule", "model", "student", "teacher", "data", "proto
 # Mappings whose keys are their author's names, or networks.
 _AS_WRITTEN = {"parameters", "modes", "batch_norm"}
 
+# How one makes one's own of a kind without Python.
+_OWN = {
+    "datasets": "your own pictures: 'data: path/to/folder', or 'kdbench data FOLDER', which writes a card",
+    "teachers": "your own weights: 'teacher: {model: NAME, weights: FILE}', or a card with the 'recipe' that trains it",
+}
+
 
 class Registry:
     """All cards of all kinds.
+
+    Attributes:
+        notes: data set -> what its user should know of how its card was made.
 
     Args:
         folders: further registry folders, in order. Each is added to `sys.path`, since its cards point at its modules.
@@ -61,6 +70,7 @@ class Registry:
             self.folders.append(folder)
             if str(folder.resolve()) not in sys.path:
                 sys.path.append(str(folder.resolve()))
+        self.notes: dict[str, list[str]] = {}
         self._scan(self.folders[0])
         self.shipped = {kind: Shipped.of(kind, trees) for kind, trees in self.trees.items()}
         for folder in self.folders[1:]:
@@ -163,7 +173,9 @@ class Registry:
             match = _match(key, name, self.trees[kind][key].data.get("target"))
             if match is not None:
                 return key, match
-        raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=did_you_mean(name, self.names(kind)))
+        own = f"; {_OWN[kind]}" if kind in _OWN else ""
+        hint = did_you_mean(name, self.names(kind)) + own
+        raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=hint)
 
     def options(
         self, kind: str, given: Tree, own: tuple[str, ...] = ("name",), what: str | None = None

@@ -14,6 +14,7 @@ from kdbench.cli import (
     bench,
     check,
     cp,
+    data,
     logits,
     ls,
     plot,
@@ -36,7 +37,7 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, table, plot, analyse, publish, verify, reproduce, ls, show, cp, schema, bench):
+for module in (run, check, data, table, plot, analyse, publish, verify, reproduce, ls, show, cp, schema, bench):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
 for name in ("boundary", "judge"):

@@ -56,7 +56,7 @@ def command(
     notes = dict.fromkeys(
         note for spec in _distinct(cell.spec for cell in planned.cells) for note in weight_notes(spec)
     )
-    for remark in [*remarks(cell.spec for cell in planned.cells), *notes]:
+    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
         console.print(f"note: {remark}", style="yellow", markup=False)
     for keeper in _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None):
         kept = keeper.route or 0

@@ -113,7 +113,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     from kdbench.verify.adopting import published
 
     shown = listener()
-    for remark in remarks(cell.spec for cell in planned.cells):
+    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
         shown.say(f"note: {remark}")
     found = published(planned, results / planned.name) if results is not None else {}
     try:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdbench.data.folder import Listing, listing, not_found, read
+from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached, canonical, checked
+from kdbench.data.listing import Listing, listing, not_found
 from kdbench.errors import UserError
 
 log = logging.getLogger("kdbench")

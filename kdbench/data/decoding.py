@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdbench.data.folder import converted, damaged, opened
+from kdbench.data.listing import centred, converted, opened
 
 # Tries for a random crop that fits, and the numbers that one picture's crop is made from.
 TRIES = 10
@@ -25,13 +25,10 @@ RATIO = (3 / 4, 4 / 3)
 Box = tuple[int, int, int, int]
 
 
-def picture(file: Path) -> Image.Image:
-    """A file as RGB. UserError for what is no picture, is cut short, or has more than 8 bits a channel."""
-    try:
-        with opened(file) as image:
-            return converted(image, 3, file)
-    except OSError as error:
-        raise damaged(file, error) from None
+def picture(file: Path, channels: int = 3) -> Image.Image:
+    """A file as RGB, or grey. UserError for what is no picture, is cut short, or has more than 8 bits a channel."""
+    with opened(file) as image:
+        return converted(image, channels, file)
 
 
 def crop_box(numbers: Sequence[float], height: int, width: int, area: Sequence[float]) -> Box:
@@ -66,26 +63,10 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Tensor:
 
 
 def centre(image: Image.Image, short_side: int, size: int) -> Tensor:
-    """The picture with its shorter side brought to `short_side`, and of it the middle: uint8 [3, size, size].
-
-    Pictures of which less than `size` pixels are left in a direction are padded with zeros there.
-    """
-    width, height = image.size
-    width, height = (
-        (short_side, int(short_side * height / width))
-        if width <= height
-        else (int(short_side * width / height), short_side)
-    )
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = _offset(width, size), _offset(height, size)
-    # PIL fills with zeros what lies outside.
-    return _bytes(image.crop((left, top, left + size, top + size)))
-
-
-def _offset(length: int, size: int) -> int:
-    """Where the middle begins; outside the picture where it is the smaller one."""
-    return -((size - length) // 2) if length < size else round((length - size) / 2.0)
+    """The picture with its shorter side brought to `short_side`, and of it the middle: uint8 [channels, size, size]."""
+    return _bytes(centred(image, short_side, size))
 
 
 def _bytes(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    array = np.asarray(image)
+    return torch.from_numpy(np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))

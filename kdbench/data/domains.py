@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from kdbench.data.folder import SUFFIXES, class_folders, not_found
+from kdbench.data.listing import SUFFIXES, class_folders, not_found
 from kdbench.data.pictures import Pictures, find, gather, list_lines
 from kdbench.errors import UserError
 

@@ -1,6 +1,6 @@
 """Data sets of pictures that stay on disk: larger than memory, each picture of a size of its own.
 
-A data set of one's own needs a card only:
+A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
 
     my_pictures:
       target: "kdbench.data.pictures:load"
@@ -30,15 +30,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdbench.data.folder import SUFFIXES, class_folders, cores, not_found
+from kdbench.data.folder import held_out
+from kdbench.data.listing import cores, find_folder, in_folders, listing, not_found
+from kdbench.data.splits import validation
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")
 
-# What the test split's folder may be called.
-TEST_FOLDERS = ("test", "val")
 # Bytes of a file of sums at most: millions of pictures.
 MOST_SUMS = 1 << 30
 Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -73,7 +73,8 @@ Split = Sequence[tuple[Path, int]]
 
 
 def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_side: int = 256) -> Pictures:
-    """Pictures in folders of their classes, `<folder>/{train,test}/<class>/*` (`val` is taken for `test`).
+    """Pictures in folders of their classes (`kdbench.data.listing` says how they may lie). Of a folder in one piece a
+    stratified fifth is held out for testing.
 
     Args:
         roots: searched in order for a folder of this name; a root of this name counts itself.
@@ -85,32 +86,25 @@ def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_s
     Raises:
         UserError: no such folder, no pictures, or a class that is missing in a split.
     """
-    place = find(roots, (folder,), in_folders)
-    if place is None:
-        wanted = f"{folder}/{{train,test}}/<class>/*"
-        raise UserError(f"there is no picture folder '{folder}'", hint=not_found(roots, wanted))
-    return from_folders(place, folder, cache, short_side)
+    return from_folders(find_folder(roots, folder), folder, cache, short_side, in_one=True)
 
 
-def from_folders(root: Path, name: str, cache: Path, short_side: int) -> Pictures:
-    """The pictures of `root/{train,test}/<class>/*`."""
-    test = folder_of_tests(root)
-    assert test is not None
-    found = {split: class_folders(split) for split in (root / "train", test)}
-    classes = sorted({c for by_class in found.values() for c in by_class})
-    for split, by_class in found.items():
-        if empty := [c for c in classes if not by_class.get(c)]:
-            raise UserError(
-                f"no pictures of class {', '.join(map(repr, empty[:10]))}",
-                where=str(split),
-                hint=f"pictures end in {', '.join(SUFFIXES)}",
-            )
-    if not classes:
-        raise UserError("no class folders", where=str(root / "train"), hint="<class>/*.jpg are looked for")
-    train, tests = (
-        [(file, label) for label, c in enumerate(classes) for file in by_class[c]] for by_class in found.values()
-    )
-    return gather(name, classes, train, tests, cache, short_side, "picture folder")
+def from_folders(root: Path, name: str, cache: Path, short_side: int, in_one: bool = False) -> Pictures:
+    """The pictures of a folder, as `listing` takes it."""
+    found = listing(root, in_one).complete()
+    train, *others = [
+        [(file, label) for label, c in enumerate(found.classes) for file in by_class[c]]
+        for by_class in found.files.values()
+    ]
+    if others:
+        return gather(name, found.classes, train, others[0], cache, short_side, "picture folder")
+    # Split in an order that does not depend on names.
+    sums = _sums([file for file, _ in train], cache, name)
+    ordered = sorted(train, key=lambda one: (one[1], sums[one[0]], str(one[0])))
+    labels = torch.tensor([label for _, label in ordered])
+    parts = validation(labels, size=held_out(len(ordered)), seed=0)
+    train, test = ([ordered[i] for i in part.tolist()] for part in parts)
+    return gather(name, found.classes, train, test, cache, short_side, "picture folder, in one piece")
 
 
 def gather(
@@ -150,11 +144,6 @@ def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bo
     return None
 
 
-def folder_of_tests(root: Path) -> Path | None:
-    """The folder of the test split."""
-    return next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-
-
 def official_or_folders(
     roots: Iterable[Path], names: tuple[str, ...], official: Callable[[Path], bool], absent: str, wanted: str
 ) -> tuple[Path, bool]:
@@ -181,11 +170,6 @@ def list_lines(file: Path, hint: str) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the list cannot be read: {error}", where=str(file), hint=hint) from None
     return [(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def in_folders(root: Path) -> bool:
-    """Whether a folder holds `{train,test}`."""
-    return (root / "train").is_dir() and folder_of_tests(root) is not None
 
 
 def _sums(files: list[Path], cache: Path, name: str) -> dict[Path, str]:

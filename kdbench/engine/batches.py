@@ -108,7 +108,7 @@ def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.
     """The test split alone, without a split of the training set."""
     labels = data.test_labels.to(device)
     if isinstance(data, Pictures):
-        return StreamedSplit(data.test_files, labels, data.short_side, spec.image_size)
+        return StreamedSplit(data.test_files, labels, data.short_side, spec.image_size, spec.channels)
     return ResidentSplit(data.test_images.to(device), labels)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kdbench.data.folder import cores
+from kdbench.data.listing import cores
 from kdbench.engine.build import build_model
 from kdbench.engine.check import costs_of
 from kdbench.engine.finish import size_of

@@ -121,15 +121,21 @@ def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) ->
             f"says {'it is' if spec.streamed else 'nothing of it'}",
             hint="correct 'streamed' in the card",
         )
-    found = [len(data.classes), len(data.train_labels), len(data.test_labels)]
-    said = [spec.classes, spec.train, spec.test]
+    found: dict[str, object] = {
+        "classes": len(data.classes),
+        "train": len(data.train_labels),
+        "test": len(data.test_labels),
+    }
     if isinstance(data, ImageData):
-        found += data.train_images.shape[1:]
-        said += (spec.channels, spec.image_size, spec.image_size)
-    if found != said:
+        channels, height, width = data.train_images.shape[1:]
+        found |= {"channels": channels, "image_size": height if height == width else f"{height}×{width}"}
+    if wrong := [
+        f"{value} for '{key}', where the card says {getattr(spec, key)}"
+        for key, value in found.items()
+        if value != getattr(spec, key)
+    ]:
         raise UserError(
-            f"the data set '{spec.name}' is not what its card says: {found} against {said} "
-            "(classes, training images, test images, channels, height, width)",
-            hint="correct the card, or the files",
+            f"the data set '{spec.name}' is not what its card says: the files have {', and '.join(wrong)}",
+            hint="correct the card, or the files; 'kdbench data FOLDER' writes a card for a folder of pictures",
         )
     return data

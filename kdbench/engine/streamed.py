@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,12 +43,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """Picture files with labels. Images come as their centres, bytes [N, 3, size, size] on the device."""
+    """Picture files with labels. Images come as their centres, bytes [N, channels, size, size] on the device."""
 
     files: Sequence[Path]
     labels: Tensor
     short_side: int
     size: int
+    channels: int
     resident: ClassVar[bool] = False
 
     def __len__(self) -> int:
@@ -61,7 +62,7 @@ class StreamedSplit:
             yield images, self.labels[int(drawn.index[0]) : int(drawn.index[-1]) + 1]
 
     def every(self, stride: int) -> StreamedSplit:
-        return StreamedSplit(self.files[::stride], self.labels[::stride], self.short_side, self.size)
+        return replace(self, files=self.files[::stride], labels=self.labels[::stride])
 
 
 class StreamedDomain(Domain):
@@ -78,7 +79,7 @@ class StreamedDomain(Domain):
         train, held_out = split(spec.data, data.train_labels, spec.seed)
 
         def of(files: Sequence[Path], labels: Tensor) -> StreamedSplit:
-            return StreamedSplit(files, labels.to(device), data.short_side, spec.data.image_size)
+            return StreamedSplit(files, labels.to(device), data.short_side, spec.data.image_size, spec.data.channels)
 
         self.pictures = of([data.train_files[i] for i in train.tolist()], data.train_labels[train])
         self.train = self.pictures
@@ -131,7 +132,7 @@ class StreamedDomain(Domain):
 
 
 def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn]) -> Iterator[tuple[Drawn, Tensor]]:
-    """Batches in their order, each with its pictures, bytes [N, 3, size, size] on the split's device.
+    """Batches in their order, each with its pictures, bytes [N, channels, size, size] on the split's device.
 
     They are decoded ahead by as many threads as the cell has (decoding and resizing hold no lock of Python's); with one
     thread, when they are needed.
@@ -139,7 +140,7 @@ def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn
     device = split.labels.device
 
     def decode(index: int, numbers: list[float] | None) -> Tensor:
-        image = picture(split.files[index])
+        image = picture(split.files[index], split.channels)
         if numbers is None:
             return centre(image, split.short_side, split.size)
         return resized_crop(image, crop_box(numbers, image.height, image.width, area), split.size)

@@ -7,7 +7,7 @@ from kdbench.errors import UserError
 from kdbench.models.points import POINT_GROUPS
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
-from kdbench.recipe.datasets import check_channels, data_spec, target_spec
+from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
 from kdbench.recipe.loading import typed
 from kdbench.recipe.methods import check_target, method_spec, needs_teacher, terms_of
 from kdbench.recipe.networks import TeacherCell, student_spec, teacher_spec
@@ -26,7 +26,7 @@ def cell_spec(
     Args:
         trained: gives the cell that trains a teacher by its own recipe.
     """
-    tree = variant.tree
+    tree = with_folders(variant.tree, registry)
     recipe = typed(tree)
     data = data_spec(recipe, tree, registry)
     target = target_spec(recipe, data, tree, registry)

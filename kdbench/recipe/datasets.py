@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from kdbench.cards import Normalization
 from kdbench.errors import UserError
+from kdbench.files import home
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
 from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
+
+
+def with_folders(tree: Tree, registry: Registry) -> Tree:
+    """A recipe whose data are named by cards: a folder of pictures gets one, made from what is in it."""
+    for key in ("data", "target"):
+        choice = tree.data.get(key)
+        name = choice.get("name") if isinstance(choice, dict) else None
+        if not isinstance(name, str) or "root" in choice or name in registry.trees["datasets"]:
+            continue
+        if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or Path(name).is_dir()):
+            continue
+        where = tree.origin((key, "name"))
+        given = {**choice, "name": _card_of(Path(name).expanduser(), where, registry)}
+        given["root"] = str(Path(name).expanduser().resolve().parent)
+        tree = Tree({**tree.data, key: given}, {**tree.origins, (key, "root"): where})
+    return tree
+
+
+def _card_of(folder: Path, where: str, registry: Registry) -> str:
+    """The name of a card for a folder of pictures, which is added to the registry."""
+    from kdbench.data.survey import folder_name, survey
+
+    try:
+        seen, name = survey(folder, home() / "cache"), folder_name(folder)
+    except UserError as error:
+        raise UserError(f"{error.where}: {error.what}" if error.where else error.what, where, error.hint) from None
+    cards, origin = registry.trees["datasets"], str(folder.resolve())
+    if name in cards and cards[name].origin(()) != origin:
+        name = f"my_{name}"
+    if name in cards and cards[name].origin(()) != origin:
+        raise UserError(f"there are several data sets '{name}'", where=where, hint="rename the folder")
+    cards[name] = Tree.of(seen.card(folder.resolve().name), origin)
+    registry.notes[name] = [f"data {folder}: {'; '.join(seen.sentences())}"]
+    return name
 
 
 def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:

@@ -114,8 +114,9 @@ def _training(
             f"the teacher '{name}' has no recipe, so it cannot be trained", where=tree.origin(("teacher", "trained"))
         )
     origin = registry.tree("teachers", name).origin(("recipe",))
-    beside = Path(origin.rpartition(":")[0]).parent / card.recipe
-    cell = trained(str(beside) if beside.is_file() else card.recipe, origin, tree.data["data"].get("root"))
+    folder = Path(origin.rpartition(":")[0]).parent
+    beside = [file for file in (folder / card.recipe, folder / f"{card.recipe}.yaml") if file.is_file()]
+    cell = trained(str(beside[0]) if beside else card.recipe, origin, tree.data["data"].get("root"))
     if (cell.student.name, cell.student.options) != (model.name, model.options):
         raise UserError(f"teacher '{name}': its recipe trains '{cell.student.name}', not '{model.name}'", where=origin)
     return cell

@@ -60,6 +60,7 @@ class Plan:
     cells: list[PlannedCell]
     baseline: str
     recipe: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def plan(
@@ -108,7 +109,9 @@ def plan(
             hint=did_you_mean(base.baseline, methods),
         )
     name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
-    return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data)
+    data = {part.name for cell in cells.values() for part in (cell.spec.data, cell.spec.target) if part is not None}
+    notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
+    return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data, notes)
 
 
 # Teachers' recipes that are being planned, to notice a circle.

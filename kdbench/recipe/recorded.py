@@ -39,7 +39,10 @@ _KINDS = NAMED_KINDS | {
 }
 
 _COMMIT = "check out the commit that the record names, where its cards are"
-_OWN = "if it is your own card, pass its registry folder with --registry (registries=[…] in Python)"
+_OWN = (
+    "if it is your own card, pass its registry folder with --registry (registries=[…] in Python); for a folder of "
+    "pictures 'kdbench data FOLDER' writes one"
+)
 
 
 def cell_of(spec: Any, registry: Registry, where: str) -> CellSpec:

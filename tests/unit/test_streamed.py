@@ -17,8 +17,8 @@ from torchvision.transforms import functional as F
 
 from kdbench.data import birds, pictures, scenes
 from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_crop
-from kdbench.data.folder import not_found
 from kdbench.data.images import ImageData
+from kdbench.data.listing import not_found
 from kdbench.data.streams import uniform
 from kdbench.engine.batches import Batches, split_for_testing
 from kdbench.engine.evaluation import evaluate

@@ -1,0 +1,56 @@
+"""`kdbench data`: look at a folder of pictures, and write the data card for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdbench.errors import UserError
+
+EXAMPLES = "Examples:  kdbench data ~/pictures/birds   ·   kdbench data tiny-imagenet-200 --out my_cards"
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="A folder of pictures in folders of their classes.")],
+    out: Annotated[Path, typer.Option(help="Registry folder for the card.")] = Path("cards"),
+    force: Annotated[bool, typer.Option(help="Overwrite an existing card.")] = False,
+) -> None:
+    """Look at every picture in FOLDER, say what is there, and write its data card.
+
+    FOLDER holds train/<class>/* and test/<class>/*, or <class>/* alone, of which a fifth is then held out for testing.
+    A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
+    """
+    from kdbench.cli.console import console as page
+    from kdbench.cli.console import listing
+    from kdbench.data.survey import folder_name, survey
+    from kdbench.files import home, write_text
+    from kdbench.recipe.loading import dump
+
+    name = folder_name(folder)
+    file = out / "datasets" / f"{name}.yaml"
+    if file.exists() and not force:
+        raise UserError(f"'{file}' exists", where="kdbench data", hint="another folder (--out), or --force")
+    seen = survey(folder, home() / "cache", all_of_them=True, tell=lambda text: print(text, file=sys.stderr))
+    table = listing("class", *seen.counts, right=tuple(seen.counts))
+    classes = [*next(iter(seen.counts.values()))]
+    for label in classes[:20]:
+        table.add_row(label, *(str(by_class[label]) for by_class in seen.counts.values()))
+    if more := classes[20:]:
+        table.add_row(f"… {len(more)} more", *(str(sum(c[label] for label in more)) for c in seen.counts.values()))
+    console = page()
+    console.print(table, markup=False)
+    for sentence in seen.sentences():
+        console.print(sentence, markup=False)
+    modes = ", ".join(f"{count} {mode}" for mode, count in seen.modes.items())
+    mean, deviation = (" ".join(f"{value:.4f}" for value in part) for part in (seen.mean, seen.std))
+    console.print(f"pixels: {modes}; mean {mean}, deviation {deviation}", markup=False)
+    text = dump({name: seen.card(name)})
+    write_text(file, f"# kdbench data {folder}\n{text}")
+    console.print(f"written: {file}", markup=False)
+    console.print(
+        f"  use it:  data: {name}   and   kdbench run my.yaml --registry {out} --data {folder.resolve().parent}",
+        markup=False,
+    )

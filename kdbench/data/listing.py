@@ -1,0 +1,299 @@
+"""Pictures in folders of their classes: where they lie, and what of a folder is read. Imports no torch.
+
+`<folder>/{train,test}/<class>/**`, or `<folder>/<class>/**` in one piece. Pictures may lie in folders below their
+class's. `val`, `valid` and `validation` are taken for `test`, and so is a split whose pictures a file
+`<split>_annotations.txt` names (Tiny ImageNet's).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kdbench.errors import UserError
+
+# What is read, and endings of pictures that are not.
+SUFFIXES = (
+    *(".webp", ".png", ".bmp", ".jpg", ".jpeg", ".jfif", ".jpe", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
+NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
+# What the test split's folder may be called.
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+# Share of a folder in one piece that is held out for testing.
+HELD_OUT = 0.2
+
+# These name no file, and say nothing that concerns us.
+warnings.filterwarnings("ignore", "Palette images with Transparency")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+_MODES = {3: "RGB", 1: "L"}
+_READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds, before any picture is opened.
+
+    Attributes:
+        files: split -> class -> picture files, both sorted by name. One split "all" where it is in one piece.
+        folders: split -> its folder.
+        stamps: (path below the folder, bytes, modification time in ns) of every picture.
+    """
+
+    root: Path
+    files: dict[str, dict[str, list[Path]]]
+    folders: dict[str, Path]
+    stamps: list[tuple[str, int, int]]
+
+    @property
+    def classes(self) -> list[str]:
+        return sorted({name for classes in self.files.values() for name in classes})
+
+    @property
+    def kinds(self) -> list[str]:
+        """File types, without the dot."""
+        return sorted({os.path.splitext(name)[1][1:].lower() for name, _, _ in self.stamps})
+
+    def complete(self) -> Listing:
+        """This listing, if every split has pictures of every class. UserError says what is missing."""
+        for split, by_class in self.files.items():
+            where = str(self.folders[split])
+            if not self.classes:
+                raise UserError("no class folders", where=where, hint="pictures lie in folders named after their class")
+            if empty := [name for name in self.classes if not by_class.get(name)]:
+                like = {_plain(name): name for name in by_class}
+                others = [f"'{like[_plain(name)]}'" for name in empty if _plain(name) in like and name not in by_class]
+                shown = ", ".join(f"'{name}'" for name in empty[:10]) + (", …" if empty[10:] else "")
+                raise UserError(
+                    f"no images of class {shown}",
+                    where=where,
+                    hint=f"there is {', '.join(others)}, of another spelling"
+                    if others
+                    else f"images end in {', '.join(SUFFIXES[:5])}, or the like",
+                )
+        return self
+
+
+def listing(root: Path, in_one: bool = False) -> Listing:
+    """List a folder. Hidden files and files that are no pictures are left out.
+
+    Args:
+        in_one: whether its folders are classes, where there is none for training.
+
+    Raises:
+        UserError: a link to nothing, a file that is none, a picture of a kind that is not read; it is named.
+    """
+    if in_one and not (root / "train").is_dir():
+        folders = {"all": root}
+    else:
+        train = class_names(root / "train")
+        tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+        own = [test for test in tests if _annotated(test) or train & class_names(test)]
+        folders = {"train": root / "train", "test": [*own, *tests, root / "test"][0]}
+    files = {split: class_folders(folder) for split, folder in folders.items()}
+    found = [file for by_class in files.values() for images in by_class.values() for file in images]
+    stats = [(file, file.stat()) for file in found]
+    stamps = [(file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns) for file, status in stats]
+    return Listing(root, files, folders, stamps)
+
+
+def find_folder(roots: Iterable[Path], folder: str) -> Path:
+    """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
+    for root in (roots := list(roots)):
+        for place in (root / folder, *([root] if root.name == folder else [])):
+            if in_folders(place) or (not (place / "train").is_dir() and class_names(place)):
+                return place
+    wanted = f"{folder}/{{train,test}}/<class>/* or {folder}/<class>/*"
+    raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted))
+
+
+def in_folders(root: Path) -> bool:
+    """Whether a folder holds one for training and one for testing."""
+    return (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_FOLDERS)
+
+
+def class_names(split: Path) -> set[str]:
+    return {unicodedata.normalize("NFC", entry.name) for entry in entries(split) if entry.is_dir()}
+
+
+def class_folders(split: Path) -> dict[str, list[Path]]:
+    """Images of a folder by the names of its folders, which are classes, in composed Unicode; both sorted."""
+    if (named := _annotated(split)) is not None:
+        return named
+    found: dict[str, Path] = {}
+    for name in sorted(entry.name for entry in entries(split) if entry.is_dir()):
+        composed = unicodedata.normalize("NFC", name)
+        if composed in found:
+            raise UserError(
+                f"two class folders are called '{composed}', in two forms of Unicode",
+                where=str(split),
+                hint="move their pictures into one of them",
+            )
+        found[composed] = split / name
+    return {name: sorted(_pictures(found[name], ())) for name in sorted(found)}
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, without hidden files; nothing where there is no such folder."""
+    try:
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"the folder cannot be read: {error.strerror}", where=str(folder)) from None
+
+
+def _pictures(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Pictures in a folder and those below it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError("a link that leads back to a folder above it", where=str(folder), hint="remove the link")
+    for entry in entries(folder):
+        name, file = entry.name.lower(), Path(entry.path)
+        if entry.is_dir():
+            yield from _pictures(file, (*above, real))
+        elif name.endswith(NOT_READ):
+            raise UserError(
+                f"pictures that end in {file.suffix} are not read",
+                where=str(file),
+                hint="convert them to PNG or JPEG, or move them away",
+            )
+        elif name.endswith(SUFFIXES):
+            yield _regular(file)
+
+
+def _regular(file: Path) -> Path:
+    """The file, if it is one that can be read. Another kind (a pipe) would be waited for."""
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except OSError as error:
+        what = "a link to nothing" if file.is_symlink() else f"it cannot be read: {error.strerror}"
+        raise UserError(what, where=str(file), hint="get the picture, or remove this") from None
+    if not regular:
+        raise UserError("this is no regular file", where=str(file), hint="remove it")
+    return file
+
+
+def _annotated(split: Path) -> dict[str, list[Path]] | None:
+    """Images by the classes that `<split>_annotations.txt` gives them, a line "file<tab>class…" each; None without."""
+    file = split / f"{split.name}_annotations.txt"
+    if not file.is_file():
+        return None
+    found: dict[str, list[Path]] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the list cannot be read: {error}", where=str(file), hint="unpack it again") from None
+    for number, line in enumerate(lines, 1):
+        name, tab, rest = line.partition("\t")
+        if not line.strip():
+            continue
+        if not tab or "/" in name or "\\" in name or name.startswith("."):
+            raise UserError("not a line 'file<tab>class'", where=f"{file}:{number}", hint="unpack it again")
+        found.setdefault(rest.partition("\t")[0].strip(), []).append(_regular(split / "images" / name))
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def _plain(name: str) -> str:
+    """A name without what the eye may miss."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
+def opened(file: Path) -> Image.Image:
+    """An image file, its header read. UserError for what is no image."""
+    try:
+        return Image.open(file)
+    except Exception as error:  # noqa: BLE001 - a damaged header can fail in any way inside a decoder
+        raise damaged(file, error) from None
+
+
+def converted(image: Image.Image, channels: int, file: Path) -> Image.Image:
+    """An image decoded to RGB (3 channels) or grey (1), as it is stored: not turned as its EXIF data may say.
+
+    Raises:
+        UserError: pixels that do not fit into bytes, or a file that is cut short; it is named.
+    """
+    if image.mode not in _READABLE:
+        raise UserError(
+            f"the image has pixels of type '{image.mode}', which do not fit into bytes",
+            where=str(file),
+            hint="save it with 8 bits a channel",
+        )
+    try:
+        image.load()
+        return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+    except Exception as error:  # noqa: BLE001 - as above
+        raise damaged(file, error) from None
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """What is said of a file that cannot be decoded."""
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        return UserError(
+            f"the image has more than {most} million pixels, or a damaged header",
+            str(file),
+            "make it smaller, or remove it",
+        )
+    if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
+        return UserError(f"the image cannot be read: {error.strerror}", where=str(file), hint="see to it, or remove it")
+    what = str(error) or type(error).__name__
+    return UserError(f"the image is damaged or cut short ({what})", where=str(file), hint="copy or unpack it again")
+
+
+def pixels(file: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """An image's bytes [height, width, channels]. UserError where it has another size than (height, width)."""
+    with opened(file) as image:
+        if (image.height, image.width) != size:
+            raise UserError(
+                f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}",
+                where=str(file),
+                hint="all images of a data set have one size",
+            )
+        return np.asarray(converted(image, channels, file)).reshape(*size, channels)
+
+
+def centred(image: Image.Image, short_side: int, size: int) -> Image.Image:
+    """The picture with its shorter side brought to `short_side`, and of it the middle, size × size.
+
+    Pictures of which less than `size` pixels are left in a direction are padded with zeros there.
+    """
+    width, height = image.size
+    width, height = (
+        (short_side, int(short_side * height / width))
+        if width <= height
+        else (int(short_side * width / height), short_side)
+    )
+    image = image.resize((max(width, 1), max(height, 1)), Image.Resampling.BILINEAR)
+    left, top = _offset(width, size), _offset(height, size)
+    # PIL fills with zeros what lies outside.
+    return image.crop((left, top, left + size, top + size))
+
+
+def _offset(length: int, size: int) -> int:
+    """Where the middle begins; outside the picture where it is the smaller one."""
+    return -((size - length) // 2) if length < size else round((length - size) / 2.0)
+
+
+def not_found(roots: Iterable[Path], wanted: str) -> str:
+    """The hint for data that no root has: what was looked for, where, and how to point kdbench to it."""
+    tried = ", ".join(str(root) for root in roots) or "no folder is set"
+    return (
+        f"looked for {wanted}\n  in: {tried}\n"
+        "  Say where the data are: recipe key `data.root`, option `--data DIR`, or the environment's KDBENCH_DATA."
+    )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,270 @@
+"""Folders of pictures as people have them: what either loader reads of them, and the card that this makes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Kdbench
+from PIL import Image
+
+from kdbench.data import folder, pictures
+from kdbench.data.decoding import centre, picture
+from kdbench.data.images import moments
+from kdbench.data.survey import survey
+from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
+
+
+def photo(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def write(root: Path, sizes: list[tuple[int, int]] | None = None, mode: str = "RGB", **splits: int) -> Path:
+    """`root/<split>/{ant,bee}/*.png`; a split called "all" is the root itself."""
+    number = 0
+    for split, count in (splits or {"train": 6, "test": 2}).items():
+        for c in ("ant", "bee"):
+            place = root / c if split == "all" else root / split / c
+            place.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                number += 1
+                size = sizes[number % len(sizes)] if sizes else (32, 32)
+                photo(number, size, mode).save(place / f"{i}.png")
+    return root
+
+
+def resident(root: Path) -> Any:
+    return folder.load([root.parent], False, root.parent / "cache", folder=root.name)
+
+
+def streamed(root: Path) -> Any:
+    return pictures.load([root.parent], False, root.parent / "cache", folder=root.name)
+
+
+BOTH = pytest.mark.parametrize("load", [resident, streamed])
+Loader = Callable[[Path], Any]
+
+
+def counts(data: Any) -> list[list[int]]:
+    return [torch.bincount(labels).tolist() for labels in (data.train_labels, data.test_labels)]
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_test_split_may_be_called_otherwise(load: Loader, name: str, tmp_path: Path) -> None:
+    assert counts(load(write(tmp_path / "x", train=3, **{name: 2}))) == [[3, 3], [2, 2]]
+
+
+@BOTH
+def test_pictures_below_their_class_and_of_all_usual_kinds_are_read(load: Loader, tmp_path: Path) -> None:
+    root = write(tmp_path / "x")
+    (root / "train" / "bee" / "more" / "yet").mkdir(parents=True)
+    for i, kind in enumerate(("tif", "TIFF", "gif", "ppm", "jfif", "webp", "bmp", "jpeg")):
+        photo(100 + i).save(root / "train" / "bee" / "more" / "yet" / f"x.{kind}", "JPEG" if kind == "jfif" else None)
+    (root / "train" / "bee" / "notes.txt").write_text("no picture")
+    (root / "train" / "bee" / ".hidden.png").write_text("none")
+    assert counts(load(root)) == [[6, 14], [2, 2]]
+
+
+@BOTH
+def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    for c in ("n02", "n01"):
+        (root / "train" / c / "images").mkdir(parents=True)
+        (root / "train" / c / f"{c}_boxes.txt").write_text("0 0 1 1")
+        for i in range(3):
+            photo(i + 10 * int(c[2:])).save(root / "train" / c / "images" / f"{c}_{i}.JPEG")
+    for split in ("val", "test"):
+        (root / split / "images").mkdir(parents=True)
+        for i in range(4):
+            photo(100 + i).save(root / split / "images" / f"{split}_{i}.JPEG")
+    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in range(4)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    data = load(root)
+    assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n01\n")
+    with pytest.raises(UserError, match="not a line") as error:
+        load(root)
+    assert error.value.where == f"{root}/val/val_annotations.txt:1"
+
+
+def test_of_a_folder_in_one_piece_a_fifth_of_each_class_is_held_out_whatever_files_are_called(tmp_path: Path) -> None:
+    root = write(tmp_path / "x", all=10)
+    first = resident(root), streamed(root)
+    for number, file in enumerate(sorted(root.rglob("*.png"), reverse=True)):
+        file.rename(file.with_name(f"_{number}.png"))
+    again = resident(root), streamed(root)
+    for one, other in zip(first, again, strict=True):
+        assert counts(one) == counts(other) == [[8, 8], [2, 2]] and one.fingerprint == other.fingerprint
+    held_out = {file.read_bytes() for file in again[1].test_files}
+    assert len(held_out) == 4 and not held_out & {file.read_bytes() for file in again[1].train_files}
+
+
+@BOTH
+def test_names_in_two_forms_of_unicode_are_one_class(load: Loader, tmp_path: Path) -> None:
+    root = write(tmp_path / "x")
+    one, other = unicodedata.normalize("NFC", "guêpe"), unicodedata.normalize("NFD", "guêpe")
+    (root / "train" / "bee").rename(root / "train" / one)
+    (root / "test" / "bee").rename(root / "test" / other)
+    assert load(root).classes == ("ant", one)
+    (root / "train" / other).mkdir()
+    with pytest.raises(UserError, match="two forms of Unicode"):
+        load(root)
+
+
+def put_damage(root: Path, what: str) -> Path:
+    file = root / "train" / "bee" / "0.png"
+    file.unlink()
+    if what == "link to nothing":
+        file.symlink_to("/nowhere/x.png")
+    elif what == "pipe":
+        os.mkfifo(file)
+    elif what == "HEIC":
+        file = file.with_suffix(".heic")
+        file.write_bytes(b"x")
+    elif what == "link to a folder above":
+        file = root / "train" / "bee" / "loop"
+        file.symlink_to(root / "train" / "bee")
+    elif what == "too large":
+        Image.new("1", (20_000, 20_000)).save(file)
+    elif what == "no picture":
+        file.write_text("hello")
+    elif what == "16 bits":
+        Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("link to nothing", "a link to nothing"),
+        ("pipe", "no regular file"),
+        ("HEIC", r"end in \.heic are not read"),
+        ("link to a folder above", "leads back"),
+        ("too large", "more than 178 million pixels"),
+        ("no picture", "damaged"),
+        ("16 bits", "do not fit into bytes"),
+    ],
+)
+def test_what_cannot_be_read_is_named_by_both_loaders_and_the_survey(what: str, said: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "x")
+    file = put_damage(root, what)
+
+    def decoded() -> None:
+        for one in streamed(root).train_files:
+            centre(picture(one), 32, 32)
+
+    for read in (lambda: resident(root), decoded, lambda: survey(root, tmp_path / "cache")):
+        with pytest.raises(UserError, match=said) as error:
+            read()
+        assert error.value.where == str(file) and error.value.hint
+
+
+@BOTH
+def test_a_class_of_another_spelling_is_told(load: Loader, tmp_path: Path) -> None:
+    root = write(tmp_path / "x")
+    (root / "test" / "bee").rename(root / "test" / "Bee ")
+    with pytest.raises(UserError, match="no images of class") as error:
+        load(root)
+    assert "of another spelling" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "jpg", "gif", "tif", "webp", "ppm"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_pictures_of_every_kind_are_one_message(kind: str, tmp_path: Path) -> None:
+    """Whatever a decoder raises: 60 damaged files of each kind give a picture or a message that names them."""
+    photo(1, (40, 30)).save(whole := tmp_path / f"whole.{kind}")
+    file, draw, failed = tmp_path / f"x.{kind}", random.Random(kind), 0
+    for _ in range(60):
+        content = bytearray(whole.read_bytes())
+        for _ in range(draw.choice((1, 4, 40))):
+            content[draw.randrange(min(len(content), draw.choice((40, 4000))))] = draw.randrange(256)
+        file.write_bytes(content[: draw.choice((len(content), draw.randrange(len(content))))])
+        try:
+            assert np.asarray(centre(picture(file), 32, 32)).shape == (3, 32, 32)
+        except UserError as error:
+            failed += 1
+            assert error.where == str(file) and error.hint
+    assert failed
+
+
+def test_the_survey_of_images_of_one_size_measures_what_the_loader_gives(tmp_path: Path) -> None:
+    root = write(tmp_path / "x", mode="L")
+    seen = survey(root, tmp_path / "cache")
+    data = folder.load([tmp_path], False, tmp_path / "cache", folder="x", channels=1)
+    mean, deviation = moments(data.train_images)
+    assert seen.card("x") == {
+        "target": "kdbench.data.folder:load",
+        "args": {"folder": "x", "channels": 1},
+        "title": "x",
+        "classes": 2,
+        "channels": 1,
+        "image_size": 32,
+        "train": 12,
+        "test": 4,
+        "normalization": {"mean": [round(mean[0], 4)], "std": [round(deviation[0], 4)]},
+    }
+
+
+def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path: Path) -> None:
+    root = write(tmp_path / "x", sizes=[(70, 100), (130, 66), (300, 200)], all=10)
+    turned = photo(5, (80, 64))
+    turned.getexif()[0x0112] = 6
+    turned.save(root / "bee" / "turned.jpg", exif=turned.getexif())
+    seen = survey(root, tmp_path / "cache")
+    card = seen.card("x")
+    assert card["streamed"] and card["image_size"] == 64 and card["args"] == {"folder": "x", "short_side": 73}
+    assert (card["train"], card["test"]) == (17, 4) and counts(streamed(root)) == [[8, 9], [2, 2]]
+    said = "; ".join(seen.sentences())
+    assert "a fifth" in said and "1 are to be turned" in said and "64×64" in said
+    assert picture(root / "bee" / "turned.jpg").size == (80, 64)
+
+
+RECIPE = {"student": "wrn_10_1", "protocol": "ab_official", "method": "ce", "steps": 2}
+
+
+def test_a_folder_is_data_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDBENCH_HOME", str(tmp_path / "home"))
+    write(tmp_path / "shapes")
+    (other := tmp_path / "elsewhere").mkdir()
+    write(other / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    cells = {}
+    for name in (str(tmp_path / "shapes"), "./shapes", "shapes", "elsewhere/cifar10"):
+        planned = plan(RECIPE | {"data": {"name": name, "per_class": 2}}, Registry())
+        assert any("12 training and 4 test pictures of 2 classes" in note for note in planned.notes)
+        cells[name] = planned.cells[0].spec
+    first, *others, shipped = cells.values()
+    assert (first.data.name, first.data.classes, first.data.train, first.data.per_class) == ("shapes", 2, 12, 2)
+    assert {spec.identity() for spec in others} == {first.identity()}
+    assert shipped.data.name == "my_cifar10" and shipped.data.options["folder"] == "cifar10"
+    for name, said in (("./nothing", "there is no folder"), ("shapez", "unknown data set 'shapez'")):
+        with pytest.raises(UserError, match=said):
+            plan(RECIPE | {"data": name}, Registry())
+
+
+def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
+    write(tmp_path / "shapes", sizes=[(40, 33), (64, 50)])
+    (tmp_path / "my.yaml").write_text("data: shapes\n" + "".join(f"{k}: {v}\n" for k, v in RECIPE.items()))
+    done = kdbench("run", "my.yaml", "compute=reference", "--jobs", "1")
+    assert "12 training and 4 test pictures of 2 classes" in done.stderr
+    done = kdbench("data", "shapes")
+    assert (tmp_path / "cards" / "datasets" / "shapes.yaml").is_file(), done.stderr
+    assert re.search(r"ant +6 +2", done.stdout)
+    again = kdbench("run", "my.yaml", "compute=reference", "--registry", "cards", "--data", ".")
+    assert "1 finished before" in again.stderr, again.stderr
+    (tmp_path / "shapes" / "train" / "ant" / "0.png").write_bytes(b"x")
+    (tmp_path / "shapes" / "train" / "bee" / "0.png").write_bytes(b"x")
+    done = kdbench("data", "shapes", "--force", code=2)
+    assert "ant/0.png" in done.stderr and "bee/0.png" in done.stderr
