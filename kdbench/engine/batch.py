@@ -61,30 +61,37 @@ class Split(Protocol):
 
 
 class Epoch:
-    """One pass over a set of images: its order and views on the device, and where its next batch begins.
+    """One pass over a set of images, or several: their order and views on the device, and where the next batch begins.
 
     Everything that a step needs lies in tensors that stay the same objects from pass to pass, so a recorded step finds
     the next pass in them.
+
+    Args:
+        room: images of all passes that may lie there at once. Where more come, there are new tensors.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
-        self.order, self.views, self.rows = nothing, nothing, nothing
+    def __init__(self, device: torch.device, room: int = 0) -> None:
+        self.order, self.views = (torch.zeros(room, dtype=torch.int64, device=device) for _ in range(2))
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self._rows_of: dict[int, Tensor] = {}
         self.size = 0
         self.first = torch.zeros((), dtype=torch.int64, device=device)
 
     def begin(self, order: Tensor, views: Tensor) -> None:
-        """Take the order and the views of a new pass, int64 [images] each."""
-        if self.order.shape == order.shape:
-            self.order.copy_(order)
-            self.views.copy_(views)
+        """Take the order and the views of what comes next, int64 [images] each."""
+        if len(order) <= len(self.order):
+            self.order[: len(order)].copy_(order)
+            self.views[: len(views)].copy_(views)
         else:
             self.order, self.views = (drawn.to(self.first.device) for drawn in (order, views))
 
     def seek(self, first: int, size: int, share: slice = slice(None)) -> None:
-        """Let the next batch begin at an image of the pass, with so many images, of which a share is taken."""
+        """Let the next batch begin at an image, with so many images, of which a share is taken."""
         self.first.fill_(first)
+        self.resize(size, share)
+
+    def resize(self, size: int, share: slice = slice(None)) -> None:
+        """Let the next batch have so many images, of which a share is taken."""
         if size not in self._rows_of:
             self._rows_of[size] = torch.arange(size, device=self.first.device)[share]
         self.rows, self.size = self._rows_of[size], size

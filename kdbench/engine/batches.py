@@ -64,12 +64,12 @@ class Batches:
         """Put what the input sets of a step need on the device.
 
         Returns:
-            for how many steps it holds: until an epoch ends, or a smaller batch comes.
+            for how many steps it holds.
         """
         return min([MOST_STEPS, *(self._of(name).seek(step, timeline) for name in names)])
 
     def sizes(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Images in the present batch of each of these input sets, on all ranks."""
+        """Images in the batch of each of these input sets that was fed, on all ranks."""
         return tuple(self._of(name).size for name in names)
 
     def feed(self, names: Iterable[str]) -> None:

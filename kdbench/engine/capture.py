@@ -22,13 +22,13 @@ from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, sets_of
 from kdbench.engine.recorder import Call, CudaRecorder, Recorder
-from kdbench.engine.step import shared_part, train
+from kdbench.engine.step import input_sets, teacher_pass, train
 from kdbench.engine.teacher import PointValues
 
 log = logging.getLogger("kdbench")
 
 # Steps that run eagerly before one is recorded: what compiles or chooses its kernels does so in them.
-WARM = 4
+WARM = 3
 # Recording takes about a second: fewer steps are not worth it.
 FEWEST = 20
 
@@ -48,7 +48,7 @@ class Recording:
     shared: Call
     alone: dict[TrainingCell, Call]
     images: dict[TrainingCell, int]
-    calls: tuple[list[Call], dict[TrainingCell, Call]]
+    calls: tuple[list[SharedPart], dict[TrainingCell, Call]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,38 @@ class RecordedEvaluation:
 
     measurement: Measurement
     replay: Call
+
+
+class SharedPart:
+    """What the cells of a group share in a step, and who has to wait for what.
+
+    Attributes:
+        sets: the input sets, as they were made last.
+    """
+
+    def __init__(self, group: Group, members: Collection[Member], recorder: Recorder) -> None:
+        self.group, self.members, self.recorder = group, members, recorder
+        self.sets: Sets = {}
+        self._values: PointValues = {}
+        self._wait: Call | None = None
+
+    def begin(self) -> None:
+        """Make the input sets."""
+        self.sets = input_sets(self.group.batches, self.members)
+
+    def teach(self) -> None:
+        """The teacher's pass. Students may begin theirs meanwhile."""
+        self._values = teacher_pass(self.group.teacher, self.sets, self.members)
+        self._wait = self.recorder.so_far()
+
+    def taught(self) -> PointValues:
+        if self._wait is not None:
+            self._wait()
+        return self._values
+
+    def end(self) -> None:
+        """Nobody has to wait any more."""
+        self._wait = None
 
 
 class CapturedProgram(Program):
@@ -93,27 +125,27 @@ class CapturedProgram(Program):
         }
         self.eager |= {_stage(cell): why for cell, why in self.apart.items()}
         self._kind = self._kind_of(present)
-        why = "" if self._kind in self.recordings else self._why_not(present)
-        if why:
+        if not any(kind[0] == self._kind for kind in self.recordings) and (why := self._why_not(present)):
             self._kind = None
-        elif steps == 1 and not self.apart:
-            # Until one kind comes again and again: in epochs of two batches, every second step is of the same.
-            why = "every step of it is of another kind"
-        for cell in present if why else ():
-            self.eager.setdefault(_stage(cell), why)
+            for cell in present:
+                self.eager.setdefault(_stage(cell), why)
         return steps
 
     def step(self, cells: Collection[TrainingCell]) -> None:
-        kind = self._kind
-        if kind is not None and kind not in self.recordings:
+        self.feed(cells)
+        if self._kind is None:
+            self.take(cells)
+            return
+        kind = (self._kind, *(group.batches.sizes(sets_of(members)) for group, members in self._present(cells)))
+        if kind not in self.recordings:
             if self.warmed.setdefault(kind, 0) < WARM:
                 self.warmed[kind] += 1
                 self._warm(cells)
                 return
             self.recordings[kind] = self._record(cells)
-        recording = self.recordings.get(kind)
+        recording = self.recordings[kind]
         if recording is None:
-            super().step(cells)
+            self.take(cells)
         else:
             self._replay(recording, cells)
 
@@ -125,14 +157,13 @@ class CapturedProgram(Program):
         return {stage: why for (_, stage), why in own.items()}
 
     def _kind_of(self, cells: Collection[TrainingCell]) -> Any:
-        """What makes two steps the same computation, on the same memory: the cells' stages, terms, optimizers' states
-        and sources, and the sizes of their batches."""
+        """What makes two steps with batches of one size the same computation, on the same memory: the cells' stages,
+        terms, optimizers' states and sources."""
         kinds: list[Any] = []
         for stage in (cell.member.stage for cell in cells):
             active = tuple(tuple(turn.active) for turn in stage.turns)
             states = tuple(one.renewed for one in stage.optimizers)
             kinds.append((stage, active, states, stage.source.memory() if stage.source else None))
-        kinds += [group.batches.sizes(sets_of(members)) for group, members in self._present(cells)]
         return tuple(kinds)
 
     def _why_not(self, cells: Collection[TrainingCell]) -> str:
@@ -148,20 +179,24 @@ class CapturedProgram(Program):
 
     def _calls(
         self, cells: Collection[TrainingCell], images: dict[TrainingCell, int]
-    ) -> tuple[list[Call], dict[TrainingCell, Call]]:
-        """A step of these cells: a call for what each group shares, and then one for each cell, which notes its
-        images."""
-        parts: dict[TrainingCell, tuple[Sets, PointValues]] = {}
-
-        def shared(group: Group, members: list[Member]) -> None:
-            part = shared_part(group.batches, group.teacher, members)
+    ) -> tuple[list[SharedPart], dict[TrainingCell, Call]]:
+        """A step of these cells: what each group shares, and a call for each cell, which notes its images."""
+        parts: dict[TrainingCell, SharedPart] = {}
+        for group, members in self._present(cells):
+            part = SharedPart(group, members, self.recorder)
             parts.update(dict.fromkeys(group.among(cells), part))
 
         def trained(cell: TrainingCell) -> None:
-            images[cell] = train(cell.member, *parts[cell])
+            images[cell] = train(cell.member, parts[cell].sets, parts[cell].taught)
 
-        groups: list[Call] = [partial(shared, group, members) for group, members in self._present(cells)]
-        return groups, {cell: partial(trained, cell) for cell in cells}
+        return [*dict.fromkeys(parts.values())], {cell: partial(trained, cell) for cell in cells}
+
+    def _side_by_side(self, groups: Sequence[SharedPart], own: Sequence[Call]) -> None:
+        """What groups share, with the steps of cells beside their teachers' passes."""
+        self.recorder.side_by_side([group.begin for group in groups])
+        self.recorder.side_by_side([*(group.teach for group in groups), *own])
+        for group in groups:
+            group.end()
 
     def _warm(self, cells: Collection[TrainingCell]) -> None:
         """A step as recorded ones run, which also tells which cells draw at random."""
@@ -177,8 +212,7 @@ class CapturedProgram(Program):
                     self.drawing.add(cell)
 
         def step() -> None:
-            self.recorder.side_by_side(groups)
-            self.recorder.side_by_side([partial(watched, cell) for cell in cells if cell not in self.apart])
+            self._side_by_side(groups, [partial(watched, cell) for cell in cells if cell not in self.apart])
 
         alone = {cell: own[cell] for cell in cells if cell in self.apart}
         self._between(cells, partial(self.recorder.run, step), alone, images)
@@ -198,9 +232,8 @@ class CapturedProgram(Program):
             at_work.remove(cell)
 
         def together() -> None:
-            self.recorder.side_by_side(groups)
-            begun = [cell for cell in cells if cell not in apart and cell not in drawing]
-            self.recorder.side_by_side([partial(recorded, cell) for cell in begun])
+            with_others = [cell for cell in cells if cell not in apart and cell not in drawing]
+            self._side_by_side(groups, [partial(recorded, cell) for cell in with_others])
 
         try:
             replay = self.recorder.record(together)
@@ -230,11 +263,9 @@ class CapturedProgram(Program):
         alone: dict[TrainingCell, Call],
         images: dict[TrainingCell, int],
     ) -> None:
-        """A step of all, with what the host does before and after it: feed the batches, count, share the time out."""
+        """A step of all, with what the host does after it: count, share the time out."""
         begin = time.perf_counter()
         own: dict[TrainingCell, float] = {}
-        for group, members in self._present(cells):
-            group.batches.feed(sets_of(members))
         together()
         for cell, call in alone.items():
             alone_since = time.perf_counter()

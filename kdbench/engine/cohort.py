@@ -184,5 +184,7 @@ class Cohort:
         for cell in self.program.cells:
             if cell.active:
                 with cell.failures():
+                    assert cell.log is not None
+                    cell.log.flush()
                     checkpoint.save(cell.folder, {"key": cell.key, **cell.member.state()})
         self._saved = time.monotonic()

@@ -28,37 +28,42 @@ class Domain(ABC):
 
     Attributes:
         prefix: of the streams that are drawn from.
-        size: images in the present batch, on all ranks.
+        size: images in the batch that was fed, on all ranks.
     """
 
     train: Split
     validation: Split
     test: Split
 
-    def __init__(self, spec: CellSpec, device: torch.device, prefix: str, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks = ALONE
+    ) -> None:
+        self.train, self.validation = train, held_out
         self.seed, self.device, self.prefix, self.ranks = spec.seed, device, prefix, ranks
         self.batch_size, self.last_batch = spec.protocol.batch_size, spec.protocol.last_batch
         self.augmentation = augmentation_of(spec.protocol)
         self.size = 0
+        # Batches in an epoch, and where the next one is among them.
+        self.each = batches_per_epoch(len(self.train), self.batch_size, self.last_batch)
+        self._position = 0
 
     def seek(self, step: int, timeline: Timeline) -> int:
         """Put what the steps from one on need on the device.
 
         Returns:
-            for how many steps it holds: until the epoch ends, or a smaller batch comes.
+            for how many steps it holds.
         """
-        each = batches_per_epoch(len(self.train), self.batch_size, self.last_batch)
-        timeline = replace(timeline, batches_per_epoch=each)
-        position = place_of(step, timeline)[2]
-        self.size = min(self.batch_size, len(self.train) - position * self.batch_size)
-        self._seek(step, timeline)
-        return max(min(each, len(self.train) // self.batch_size) - position, 1)
+        timeline = replace(timeline, batches_per_epoch=self.each)
+        self._position = place_of(step, timeline)[2]
+        return self._seek(step, timeline)
 
     @abstractmethod
-    def _seek(self, step: int, timeline: Timeline) -> None: ...
+    def _seek(self, step: int, timeline: Timeline) -> int: ...
 
-    def feed(self) -> None:  # noqa: B027 - nothing where all lies on the device
+    def feed(self) -> None:
         """The host's part of the coming step."""
+        self.size = min(self.batch_size, len(self.train) - self._position * self.batch_size)
+        self._position = (self._position + 1) % self.each
 
     @abstractmethod
     def batch(self) -> Batch:

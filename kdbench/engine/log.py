@@ -38,6 +38,10 @@ class MetricsLog:
         if self.writer is not None:
             for tag, value in scalars(entry):
                 self.writer.add_scalar(tag, value, entry["step"])
+
+    def flush(self) -> None:
+        """Have everything on the disk: what a checkpoint has seen is not written again."""
+        if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.network import together
 from kdbench.engine.step import shared_part, train
-from kdbench.engine.teacher import PointValues, Teacher
+from kdbench.engine.teacher import Taught, Teacher
 
 
 @dataclass(eq=False)
@@ -62,21 +62,33 @@ class Program:
 
     def step(self, cells: Collection[TrainingCell]) -> None:
         """One step of these cells. One that fails leaves the others untouched."""
+        self.feed(cells)
+        self.take(cells)
+
+    def feed(self, cells: Collection[TrainingCell]) -> None:
+        """The host's part of the coming step's batches."""
+        begin = time.perf_counter()
+        for group, members in self._present(cells):
+            group.batches.feed(sets_of(members))
+        for cell in cells:
+            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+
+    def take(self, cells: Collection[TrainingCell]) -> None:
+        """A step on batches that were fed."""
         for group, members in self._present(cells):
             begin = time.perf_counter()
-            group.batches.feed(sets_of(members))
-            sets, teacher_values = shared_part(group.batches, group.teacher, members)
+            sets, taught = shared_part(group.batches, group.teacher, members)
             shared = (time.perf_counter() - begin) / len(members)
             for cell in group.among(cells):
                 begin = time.perf_counter()
                 with cell.failures():
                     cell.member.before_step()
-                    cell.member.after_step(self.train(cell.member, sets, teacher_values))
+                    cell.member.after_step(self.train(cell.member, sets, taught))
                 cell.member.log.seconds += time.perf_counter() - begin + shared
 
-    def train(self, member: Member, sets: Sets, teacher_values: PointValues) -> int:
+    def train(self, member: Member, sets: Sets, taught: Taught) -> int:
         """A member's part of a step; how many images it saw."""
-        return train(member, sets, teacher_values)
+        return train(member, sets, taught)
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
         """Metrics of a cell at its present step, as `Measurement.plain` gives them."""

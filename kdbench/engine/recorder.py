@@ -13,6 +13,8 @@ import torch
 log = logging.getLogger("kdbench")
 
 Call = Callable[[], None]
+# Bytes that torch keeps for eager steps, from which on they are given back before a recording.
+MUCH = 1_000_000_000
 
 
 class Recorder(Protocol):
@@ -27,7 +29,11 @@ class Recorder(Protocol):
         ...
 
     def side_by_side(self, calls: Sequence[Call]) -> None:
-        """Run calls that do not depend on each other, inside `run` or `record`."""
+        """Run calls, inside `run` or `record`. None may need what a later one does; see `so_far` for earlier ones."""
+        ...
+
+    def so_far(self) -> Call:
+        """Inside a call that runs side by side with others: what has another one wait for all that this one did."""
         ...
 
     def drawn(self) -> int:
@@ -64,26 +70,33 @@ class CudaRecorder:
 
     def record(self, call: Call) -> Call:
         # What nobody holds any more must not be destroyed while a recording goes on.
-        gc.collect()
-        torch.cuda.synchronize(self.device)
+        collects = gc.isenabled()
+        gc.disable()
         try:
+            torch.cuda.synchronize(self.device)
             graph = self._recorded(call)
         except BaseException:
             self._recover()
             raise
+        finally:
+            if collects:
+                gc.enable()
         replay: Call = graph.replay
         return replay
 
     def _recorded(self, call: Call) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.failed.append(graph)
-        # Other threads, such as those that decode pictures, may use the GPU meanwhile. After a recording that fails
-        # torch does not go back to the stream before; the outer context does.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream(self.device)),
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            call()
+        if torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) > MUCH:
+            # A recording cannot use what eager steps left behind.
+            torch.cuda.empty_cache()
+        with torch.cuda.stream(self.stream):
+            # Other threads, such as those that decode pictures, may use the GPU meanwhile.
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                call()
+            finally:
+                graph.capture_end()
         self.failed.remove(graph)
         return graph
 
@@ -131,6 +144,10 @@ class CudaRecorder:
         finally:
             for stream in begun:
                 here.wait_stream(stream)
+
+    def so_far(self) -> Call:
+        done = torch.cuda.current_stream(self.device).record_event()
+        return lambda: torch.cuda.current_stream(self.device).wait_event(done)
 
     def drawn(self) -> int:
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()

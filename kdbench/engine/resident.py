@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
-from kdbench.engine.batch import Batch, Epoch, Split
+from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, Split
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
+
+# Images in the epochs that are drawn at once, at most, where one has fewer.
+MOST_IMAGES = 65_536
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,41 @@ class ResidentDomain(Domain):
     def __init__(
         self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
     ) -> None:
-        super().__init__(spec, device, prefix, ranks)
-
         def later(index: Tensor) -> LaterSplit:
             return LaterSplit(
                 len(index), lambda: data.train_images[index].to(device), lambda: data.train_labels[index].to(device)
             )
 
         train, held_out = split(spec.data, data.train_labels, spec.seed)
-        self.positions = train.to(device)
         self.pictures = later(train)
-        self.train, self.validation = self.pictures, later(held_out)
+        super().__init__(spec, device, prefix, self.pictures, later(held_out), ranks)
+        self.positions = train.to(device)
         self.test = ResidentSplit(data.test_images.to(device), data.test_labels.to(device))
-        self.epoch = Epoch(device)
-        # Stream and number of the epoch that lies on the device.
-        self._drawn: tuple[str, int] | None = None
+        # Of each epoch, without what is dropped at its end.
+        self.used = min(len(train), self.each * self.batch_size)
+        self.epochs = max(1, min(MOST_IMAGES // self.used, MOST_STEPS // self.each))
+        self.epoch = Epoch(device, self.epochs * self.used)
+        # Stream of the epochs that lie on the device, and their numbers.
+        self._drawn: tuple[str, range] = ("", range(0))
 
-    def _seek(self, step: int, timeline: Timeline) -> None:
+    def _seek(self, step: int, timeline: Timeline) -> int:
         stream, epoch, position = place_of(step, timeline)
-        if self._drawn != (stream, epoch):
-            self.epoch.begin(*self.draws(stream, epoch))
-            self._drawn = (stream, epoch)
-        self.epoch.seek(position * self.batch_size, self.size, self.ranks.share(self.size))
+        if self._drawn[0] != stream or epoch not in self._drawn[1]:
+            # In a small data set epochs are short: several of them save the host much work between steps.
+            steps_left = (timeline.extra if step < timeline.extra else timeline.total) - step
+            count = max(1, min(self.epochs, -(-(position + steps_left) // self.each)))
+            self._drawn = (stream, range(epoch, epoch + count))
+            draws = [self.draws(stream, one) for one in self._drawn[1]]
+            order, views = (torch.cat([drawn[: self.used] for drawn in kind]) for kind in zip(*draws, strict=True))
+            self.epoch.begin(order, views)
+        before = epoch - self._drawn[1].start
+        size = min(self.batch_size, self.used - position * self.batch_size)
+        self.epoch.seek(before * self.used + position * self.batch_size, size, self.ranks.share(size))
+        return (len(self._drawn[1]) - before) * self.each - position
+
+    def feed(self) -> None:
+        super().feed()
+        self.epoch.resize(self.size, self.ranks.share(self.size))
 
     def batch(self) -> Batch:
         index, view = self.epoch.batch()

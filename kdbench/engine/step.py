@@ -10,7 +10,7 @@ A member is a cell while it trains. A turn is a group of losses and the optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,29 +21,39 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.stage import Turn, batch_norms
-from kdbench.engine.teacher import PointValues, Teacher
+from kdbench.engine.teacher import PointValues, Taught, Teacher
 
 
-def shared_part(batches: Batches, teacher: Teacher | None, members: Iterable[Member]) -> tuple[Sets, PointValues]:
-    """What the members of a cohort share: the step's input sets, and one teacher pass for all that is needed of it."""
-    names: dict[str, None] = {}
+def shared_part(batches: Batches, teacher: Teacher | None, members: Collection[Member]) -> tuple[Sets, Taught]:
+    """What the members of a cohort share: the step's input sets, and what the teacher gives on them."""
+    sets = input_sets(batches, members)
+    taught = teacher_pass(teacher, sets, members)
+    return sets, lambda: taught
+
+
+def input_sets(batches: Batches, members: Iterable[Member]) -> Sets:
+    """The input sets of the present step that members read; goes on to the next step."""
+    names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
+    sets = batches.sets(names)
+    batches.advance(names)
+    return sets
+
+
+def teacher_pass(teacher: Teacher | None, sets: Sets, members: Iterable[Member]) -> PointValues:
+    """One pass of the shared teacher for all that members need of it."""
     needed: dict[str, dict[str, None]] = {}
     for member in members:
-        names.update(dict.fromkeys(member.stage.shared_sets))
         for name, points in member.stage.teacher_points.items():
             needed.setdefault(name, {}).update(dict.fromkeys(points))
-    sets = batches.sets(names)
-    teacher_values = teacher.shared(sets, {name: [*points] for name, points in needed.items()}) if teacher else {}
-    batches.advance(names)
-    return sets, teacher_values
+    return teacher.shared(sets, {name: [*points] for name, points in needed.items()}) if teacher else {}
 
 
 def losses_of(
-    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues, weights: Mapping[str, Tensor]
+    member: Member, turn: Turn, sets: Sets, taught: Taught, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """A turn's weighted sum of losses, these by name, and how many images it saw."""
     with autocast(member.computing.precision, member.device):
-        seen, values = inputs_of(member, turn, sets, teacher_values)
+        seen, values = inputs_of(member, turn, sets, taught)
         losses = {name: turn.terms[name](values, seen) for name in turn.active}
         loss = weighted_sum(losses, weights, member.device)
     # Images of the data set count; a stage that reads none of them counts its largest input set.
@@ -51,11 +61,11 @@ def losses_of(
     return loss, losses, max(len(batch.images) for batch in counted)
 
 
-def train(member: Member, sets: Sets, teacher_values: PointValues, losses_of: Callable[..., Any] = losses_of) -> int:
+def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., Any] = losses_of) -> int:
     """One optimizer step of a member; more than one where its stage trains in turns.
 
     Args:
-        sets, teacher_values: the cohort's, of which the member takes what is its own.
+        sets, taught: the cohort's, of which the member takes what is its own.
         losses_of: how a turn's losses are computed.
 
     Returns:
@@ -66,7 +76,7 @@ def train(member: Member, sets: Sets, teacher_values: PointValues, losses_of: Ca
     found: dict[str, Tensor] = {}
     total = torch.zeros((), device=member.device)
     for turn in stage.turns:
-        loss, losses, images = losses_of(member, turn, sets, teacher_values, weights)
+        loss, losses, images = losses_of(member, turn, sets, taught, weights)
         # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
@@ -88,28 +98,30 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], de
     return total
 
 
-def inputs_of(
-    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues
-) -> tuple[Sets, dict[str, PointValues]]:
+def inputs_of(member: Member, turn: Turn, sets: Sets, taught: Taught) -> tuple[Sets, dict[str, PointValues]]:
     """A turn's input sets, and both networks' values on them: network -> input set -> hook point -> value.
 
     A batch source sees the logits on what it reads before it makes its own sets.
     """
     stage = member.stage
     seen = {name: sets[name] for name in stage.shared_sets}
-    # What others of the cohort asked for is not this member's.
-    given = {name: dict(teacher_values[name]) for name in stage.teacher_points}
-    values: dict[str, PointValues] = {"student": {}, "teacher": given}
-    run_networks(member, turn, seen, values)
+    values: dict[str, PointValues] = {"student": {}, "teacher": {}}
+    run_student(member, turn, seen, values)
+    if stage.teacher_points:
+        # Until here the shared teacher may run beside the student. What others asked of it is not this member's.
+        shared = taught()
+        values["teacher"] = {name: dict(shared[name]) for name in stage.teacher_points}
+    run_teacher(member, turn, seen, values)
     if turn.reads(stage.made):
         made = member.make(seen, values)
         seen |= made
-        run_networks(member, turn, made, values)
+        run_student(member, turn, made, values)
+        run_teacher(member, turn, made, values)
     return seen, values
 
 
-def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, PointValues]) -> None:
-    """Add both networks' values on these input sets, where a turn reads them and they are not there yet."""
+def run_student(member: Member, turn: Turn, sets: Sets, values: dict[str, PointValues]) -> None:
+    """Add the student's values on these input sets, where a turn reads them."""
     student, stage = member.student, member.stage
     for name, points in turn.points["student"].items():
         if name in sets:
@@ -118,7 +130,11 @@ def run_networks(member: Member, turn: Turn, sets: Sets, values: dict[str, Point
             run = student.step if policy == "shared" else student
             with batch_norms(student.model, policy):
                 values["student"][name] = run(student.normalizer(sets[name].images), points)
+
+
+def run_teacher(member: Member, turn: Turn, sets: Sets, values: dict[str, PointValues]) -> None:
+    """Add the values of a member's own teacher on these input sets, where a turn reads them and they are not there."""
     for name, points in turn.points["teacher"].items():
         if name in sets and name not in values["teacher"]:
-            assert stage.teacher is not None
-            values["teacher"][name] = stage.teacher(sets[name].images, points)
+            assert member.stage.teacher is not None
+            values["teacher"][name] = member.stage.teacher(sets[name].images, points)

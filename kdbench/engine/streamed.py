@@ -75,15 +75,14 @@ class StreamedDomain(Domain):
     def __init__(
         self, spec: CellSpec, data: Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
     ) -> None:
-        super().__init__(spec, device, prefix, ranks)
         train, held_out = split(spec.data, data.train_labels, spec.seed)
 
         def of(files: Sequence[Path], labels: Tensor) -> StreamedSplit:
             return StreamedSplit(files, labels.to(device), data.short_side, spec.data.image_size, spec.data.channels)
 
         self.pictures = of([data.train_files[i] for i in train.tolist()], data.train_labels[train])
-        self.train = self.pictures
-        self.validation = of([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
+        validation = of([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
+        super().__init__(spec, device, prefix, self.pictures, validation, ranks)
         self.test = of(data.test_files, data.test_labels)
         self.area = tuple(spec.protocol.augmentation.resized_crop or ())
         self._decoding: Iterator[tuple[Drawn, Tensor]] = iter(())
@@ -92,14 +91,16 @@ class StreamedDomain(Domain):
         self._held: dict[int, tuple[Tensor, ...]] = {}
         self._present: tuple[Tensor, ...] = ()
 
-    def _seek(self, step: int, timeline: Timeline) -> None:
+    def _seek(self, step: int, timeline: Timeline) -> int:
         """Steps in order are decoded ahead; any other begins anew there."""
         if self._next != step:
             self._decoding = decoded(self.pictures, self.area, self._drawn(step, timeline))
         self._next = step
+        return timeline.total - step
 
     def feed(self) -> None:
         """Take the pictures of the coming step, which were decoded meanwhile."""
+        super().feed()
         assert self._next is not None
         self._next += 1
         drawn, images = next(self._decoding)

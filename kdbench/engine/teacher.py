@@ -7,7 +7,7 @@ Both are called for the values on images of a member's own. The shared one runs 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,8 @@ from kdbench.recipe.specs import StageSpec
 
 # Input set -> hook point -> value.
 PointValues = dict[str, dict[str, Tensor]]
+# Gives what a cohort's teacher says on a step's input sets, and waits for it where it runs beside its students.
+Taught = Callable[[], PointValues]
 
 
 class StageTeacher(Protocol):

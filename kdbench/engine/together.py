@@ -18,7 +18,7 @@ from kdbench.engine.program import Group, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
 from kdbench.engine.stage import Stage, Turn
 from kdbench.engine.step import inputs_of, train, weighted_sum
-from kdbench.engine.teacher import PointValues
+from kdbench.engine.teacher import PointValues, Taught
 from kdbench.engine.terms import Term
 
 
@@ -34,7 +34,7 @@ class Together(Program):
         self.ranks = ranks
         self.replicas: dict[Member, tuple[Stage, nn.Module]] = {}
 
-    def train(self, member: Member, sets: Sets, teacher_values: PointValues) -> int:
+    def train(self, member: Member, sets: Sets, taught: Taught) -> int:
         networks = [member.student.model, *([member.own_teacher.model] if member.own_teacher else [])]
         stage, replica = self.replicas.get(member, (None, None))
         if stage is not member.stage or replica is None:
@@ -45,13 +45,13 @@ class Together(Program):
             # Without a loss there is no backward pass, which DistributedDataParallel would wait for.
             return replica(losses_of, member, turn, *more) if turn.active else losses_of(member, turn, *more)
 
-        images = train(member, sets, teacher_values, losses)
+        images = train(member, sets, taught, losses)
         self.ranks.average(statistics(networks))
         return images
 
 
 def losses_of(
-    member: Member, turn: Turn, sets: Sets, teacher_values: PointValues, weights: Mapping[str, Tensor]
+    member: Member, turn: Turn, sets: Sets, taught: Taught, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """What `step.losses_of` gives, of the batch of all ranks."""
     names = member.stage.shared_sets
@@ -62,7 +62,7 @@ def losses_of(
         with torch.random.fork_rng([member.device] if member.device.type == "cuda" else []):
             if rank := whole.ranks.rank:
                 seed_draws(address(member.spec.seed, f"dropout/rank {rank}", member.step), member.device)
-            seen, values = inputs_of(member, turn, sets, teacher_values)
+            seen, values = inputs_of(member, turn, sets, taught)
         losses = {name: whole.loss(turn.terms[name], values, seen) for name in turn.active}
         loss = weighted_sum(losses, weights, member.device)
     return loss, losses, sizes["data"] if "data" in sizes else max(sizes.values())

@@ -22,7 +22,7 @@ from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, make_graphs
 from kdbench.engine.step import shared_part, train
-from kdbench.engine.teacher import PointValues, Teacher
+from kdbench.engine.teacher import Taught, Teacher
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.specs import CellSpec
@@ -190,7 +190,7 @@ def _measure(
             one.compiling, one.student, one.losses = _replayed(members, batches, teacher, way)
             return one
 
-        def shared() -> tuple[Sets, PointValues]:
+        def shared() -> tuple[Sets, Taught]:
             batches.seek(members[0].step, members[0].timeline, names)
             batches.feed(names)
             return shared_part(batches, teacher, members)

@@ -126,8 +126,9 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
-    """Epochs of ten steps: the first records both cells, before the second one of them fails."""
-    group = group_of([cell("kd", steps=30), cell("ce", steps=30)], tmp_path / "both", per_class=2)
+    """Evaluated every ten steps: the first ten record both cells, before the next ones one of them fails."""
+    specs = [evaluated(cell(method, steps=30), 3) for method in ("kd", "ce")]
+    group = group_of(specs, tmp_path / "both", per_class=2)
     failing, other = group.cells
     prepare, left = failing.member.prepare, []
 
@@ -142,7 +143,7 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
     Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
     assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
     assert left == [fingerprint(failing.member.student.model)]
-    alone = group_of([cell("ce", steps=30)], tmp_path / "alone", per_class=2)
+    alone = group_of(specs[1:], tmp_path / "alone", per_class=2)
     trained(Program([alone]))
     assert outcome(group)[1] == outcome(alone)[0] and other.failure is None
 
