@@ -41,6 +41,7 @@ def run(
 
     from kdbench.engine.options import Options
     from kdbench.engine.runner import run as run_plan
+    from kdbench.engine.tuning import tuned
     from kdbench.errors import CellError
     from kdbench.recipe.planning import plan
     from kdbench.record import read_records
@@ -49,7 +50,9 @@ def run(
     folders = tuple(Path(folder) for folder in registries)
     texts = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, dict) else overrides
     planned = plan(recipe, Registry(folders), tuple(texts))
-    outcome = run_plan(planned, Options(runs=Path(runs), registries=folders, **options))
+    how = Options(runs=Path(runs), registries=folders, **options)
+    planned = tuned(planned, how)
+    outcome = run_plan(planned, how)
     if outcome.failed:
         failed = "; ".join(f"{state.label}: {state.message}" for state in outcome.failed)
         raise CellError(f"{len(outcome.failed)} of {len(planned.cells)} cells failed: {failed}")

@@ -27,6 +27,10 @@ class UserError(Exception):
         return type(self), (self.what, self.where, self.hint)
 
 
+# What a cell's failure begins with whose loss grew out of all bounds.
+NOT_FINITE = "the loss was not finite"
+
+
 class CellError(Exception):
     """A cell that cannot go on (a loss that is not finite, a full disk). The other cells continue; exit code 1."""
 

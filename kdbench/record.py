@@ -169,7 +169,8 @@ def derived(spec: CellSpec) -> dict[str, Any]:
     split = spec.data.split_seed
 
     def images(data: DataSpec) -> dict[str, Any]:
-        return {"name": data.name, "test": data.test, "classes": data.classes}
+        tested = data.test if data.tested_on == "test" else validation_images(data)
+        return {"name": data.name, "test": tested, "classes": data.classes}
 
     return {
         "cell": {

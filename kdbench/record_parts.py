@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +12,36 @@ class Part(BaseModel):
     """A part of a record. Frozen; keeps what it does not know."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Tried(Part):
+    """A setting that was tried: dotted path -> value, none for the recipe's own. `cells`: identities, one for each seed
+    of tuning. `accuracies`: on the validation part in percent after the last step; None where the loss was not finite.
+    """
+
+    setting: dict[str, Any] = {}
+    cells: list[str] = Field(min_length=1)
+    accuracies: list[Annotated[float, Field(ge=0, le=100)] | None]
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds; None where one of them failed."""
+        found = [accuracy for accuracy in self.accuracies if accuracy is not None]
+        return math.fsum(found) / len(found) if found and len(found) == len(self.accuracies) else None
+
+
+class Tuning(Part):
+    """How a cell's setting was chosen, without the test set. `validation`: images of the training set to choose by, or
+    their share."""
+
+    seeds: list[int]
+    validation: float | int
+    trials: list[Tried] = Field(min_length=1)
+
+    @property
+    def chosen(self) -> Tried:
+        """The first of those with the highest mean."""
+        return max(self.trials, key=lambda tried: -1.0 if tried.mean is None else tried.mean)
 
 
 class Cell(Part):
@@ -28,6 +59,7 @@ class Cell(Part):
     order: int | None = Field(None, description="place of its combination in the recipe")
     baseline: str | None = Field(None, description="method to which the recipe compares")
     title: str = Field("", description="the recipe's own")
+    tuning: Tuning | None = None
 
 
 class StageSteps(Part):

@@ -183,6 +183,12 @@ def _print_needs(
         here = f", of {free / 1e9:.1f} GB that are free here" if free is not None else ""
         most = memory(left, at_once, device) / 1e9
         console.print(f"memory: up to {most:.1f} GB for each of {at_once} workers{here}; what does not fit is split")
+    if planned.tried:
+        seconds = f": {clock(estimate.cells(planned.tried) / workers(device, len(planned.tried)))}" if time else ""
+        console.print(
+            f"first, methods try {planned.tune.trials if planned.tune else 0} settings each, on images of the training "
+            f"set, {len(planned.tried)} cells{seconds}"
+        )
     if not time:
         return
     where = f"{at_once} one-thread workers" if device.type == "cpu" else f"{at_once} GPU(s)"

@@ -97,6 +97,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     from kdbench.cli.console import listing
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import Estimate, workers
+    from kdbench.engine.tuning import tried_plan
     from kdbench.record import finished_record
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
@@ -108,14 +109,14 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     total = 0.0
     known: set[str] = set()
     for planned in plans:
-        left = [cell for cell in planned.cells if finished_record(runs / planned.name / cell.slug) is None]
+        folders = {planned.name: planned.cells, **({tried_plan(planned).name: planned.tried} if planned.tried else {})}
+        every = [(runs / name / cell.slug, cell) for name, cells in folders.items() for cell in cells]
+        left = [cell for folder, cell in every if finished_record(folder) is None]
         at_once = workers(device, len(left))
-        teachers, cells = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
-        total += teachers + cells
-        done = len(planned.cells) - len(left)
-        table.add_row(
-            planned.name, str(len(planned.cells)), str(done), clock(teachers) if teachers else "–", clock(cells)
-        )
+        teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
+        total += teachers + seconds
+        done = len(every) - len(left)
+        table.add_row(planned.name, str(len(every)), str(done), clock(teachers) if teachers else "–", clock(seconds))
     console = page()
     console.print(table)
     at_once = workers(device, sum(len(planned.cells) for planned in plans))

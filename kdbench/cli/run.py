@@ -109,15 +109,18 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     """
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
+    from kdbench.engine.tuning import tuned
     from kdbench.recipe.remarks import remarks
-    from kdbench.verify.adopting import published
+    from kdbench.verify.adopting import published, tried
 
     shown = listener()
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
         shown.say(f"note: {remark}")
-    found = published(planned, results / planned.name) if results is not None else {}
+    before = (results or Path()) / planned.name
     try:
-        outcome = run_plan(planned, options, shown, (results or Path()) / planned.name, found)
+        planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
+        found = published(planned, before) if results is not None else {}
+        outcome = run_plan(planned, options, shown, before, found)
     except KeyboardInterrupt:
         print("interrupted: all progress is saved; repeat the command to continue", file=sys.stderr)
         raise typer.Exit(130) from None

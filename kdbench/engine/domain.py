@@ -38,7 +38,8 @@ class Domain(ABC):
     def __init__(
         self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks = ALONE
     ) -> None:
-        self.train, self.validation = train, held_out
+        # Tested on the test set, unless the cell is tested on images held out of its training set.
+        self.train, self.validation, self.test = train, held_out, held_out
         self.seed, self.device, self.prefix, self.ranks = spec.seed, device, prefix, ranks
         self.batch_size, self.last_batch = spec.protocol.batch_size, spec.protocol.last_batch
         self.augmentation = augmentation_of(spec.protocol)

@@ -27,7 +27,7 @@ class Measurement:
     def __init__(self, member: Member, batches: Batches, teacher: Teacher | None) -> None:
         self.member, self.teacher, self.test = member, teacher, batches.test
         self.parts: dict[str, tuple[Network, Split]] = {"test": (member.student, batches.test)}
-        if len(batches.validation):
+        if len(batches.validation) and batches.test is not batches.validation:
             self.parts["validation"] = (member.student, batches.validation)
         if batches.source_test is not None:
             self.parts["source"] = (member.student, batches.source_test)

@@ -198,6 +198,7 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
         "order": cell.order,
         "baseline": plan.baseline,
         "title": plan.title,
+        **({"tuning": cell.tuning} if cell.tuning is not None else {}),
     }
 
 

@@ -24,7 +24,7 @@ from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_t
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.engine.terms import Term, build_terms
 from kdbench.engine.weights import start_from, weights_of
-from kdbench.errors import CellError, UserError
+from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
@@ -286,7 +286,7 @@ class Member:
         terms = ", ".join(name for name, at in bad.items() if at == step and name != "loss") or "the weighted sum"
         stage = self.timeline.spans[self.timeline.stage(step)].name
         raise CellError(
-            f"the loss was not finite at step {step}, stage '{stage}', term {terms}; "
+            f"{NOT_FINITE} at step {step}, stage '{stage}', term {terms}; "
             + ("try a smaller learning rate or weight" if step else "look at the loss itself: nothing was trained yet")
         )
 

@@ -87,7 +87,8 @@ class ResidentDomain(Domain):
         self.pictures = later(train)
         super().__init__(spec, device, prefix, self.pictures, later(held_out), ranks)
         self.positions = train.to(device)
-        self.test = ResidentSplit(data.test_images.to(device), data.test_labels.to(device))
+        if spec.data.tested_on == "test":
+            self.test = ResidentSplit(data.test_images.to(device), data.test_labels.to(device))
         # Of each epoch, without what is dropped at its end.
         self.used = min(len(train), self.each * self.batch_size)
         self.epochs = max(1, min(MOST_IMAGES // self.used, MOST_STEPS // self.each))

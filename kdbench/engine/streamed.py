@@ -83,7 +83,8 @@ class StreamedDomain(Domain):
         self.pictures = of([data.train_files[i] for i in train.tolist()], data.train_labels[train])
         validation = of([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
         super().__init__(spec, device, prefix, self.pictures, validation, ranks)
-        self.test = of(data.test_files, data.test_labels)
+        if spec.data.tested_on == "test":
+            self.test = of(data.test_files, data.test_labels)
         self.area = tuple(spec.protocol.augmentation.resized_crop or ())
         self._decoding: Iterator[tuple[Drawn, Tensor]] = iter(())
         self._next: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdbench.cards import Normalization, PointName
 from kdbench.forms import Named, Strict
@@ -23,6 +23,9 @@ class DataChoice(Strict):
         None, min_length=1, description="labels to train on; tests are of all classes. Goes with 'per_class'"
     )
     validation: float | int = Field(0, ge=0, description="images (or share below 1) split off the training set")
+    tested_on: Literal["test", "validation"] = Field(
+        "test", description="the test set, or the validation part in its place: for choosing by, without the test set"
+    )
     split_seed: int | None = Field(None, description="seed of subset and split; the cell's seed where absent")
     root: str | None = Field(None, description="folder that holds the data")
 
@@ -32,6 +35,8 @@ class DataChoice(Strict):
             raise ValueError("'fraction' and 'per_class' cannot be combined")
         if self.only_classes is not None and self.per_class is None:
             raise ValueError("'only_classes' needs 'per_class': a data card does not say how many images a class has")
+        if self.tested_on == "validation" and not self.validation:
+            raise ValueError("'tested_on: validation' needs a validation part: add 'validation'")
         return self
 
 
@@ -124,6 +129,49 @@ class ComputeChoice(Strict):
         return {"precision", "layout"} <= set(fixed) and fixed.get("compile") is False
 
 
+class Range(Strict):
+    """Numbers to try: evenly spread between two, or over their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def some_width(self) -> Range:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("'low' is below 'high', and above 0 with 'log'")
+        return self
+
+
+class Tune(BaseModel):
+    """What to try for every method before it comes into the table. Beside these keys stand parameters of a method
+    (`at.beta`) or of all that have it (`method.beta`), or fields of the protocol, each with a list or a range."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Range | list[Any]] = Field(init=False)
+
+    trials: int = Field(8, gt=1, description="settings that every method tries")
+    seeds: list[int] = Field([100], min_length=1, description="seeds to try them on; the table has others")
+    validation: float | int = Field(
+        0.2, gt=0, description="images (or share below 1) of the training set to choose by, where 'data' says none"
+    )
+
+    @model_validator(mode="after")
+    def something_once(self) -> Tune:
+        if not self.spaces:
+            raise ValueError("nothing is tuned: add a path with its values, as 'at.beta: [10.0, 100.0]'")
+        if few := [key for key, space in self.spaces.items() if isinstance(space, list) and len(space) < 2]:
+            raise ValueError(f"'{few[0]}' needs two values or more")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is given twice")
+        return self
+
+    @property
+    def spaces(self) -> dict[str, Range | list[Any]]:
+        """Dotted path -> what is tried there."""
+        return dict(self.__pydantic_extra__)
+
+
 class Recipe(Strict):
     """What a user writes. `compare` takes dotted paths of this very structure."""
 
@@ -137,6 +185,7 @@ class Recipe(Strict):
     protocol: dict[str, Any] = Field(description="a protocol card by name, with any of its fields beside it")
     method: dict[str, Any] = Field({}, description="a method card by name, with any of its fields or parameters")
     compare: dict[str, list[Any]] = Field({}, description="dotted recipe path -> the values to compare")
+    tune: Tune | None = Field(None, description="what every method may try first, without the test set")
     baseline: str | None = Field(None, description="method to which the table compares; the first one where absent")
     seeds: int | list[int] = Field(1, description="a count, or the seeds themselves")
     epochs: float | None = Field(None, gt=0, description="budget over all stages, in place of the protocol's")
@@ -161,4 +210,6 @@ class Recipe(Strict):
     def one_budget(self) -> Recipe:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("the budget is either 'epochs' or 'steps'")
+        if self.target is not None and (self.tune is not None or self.data.tested_on == "validation"):
+            raise ValueError("a target domain has no labels to choose by: leave out 'tune' and 'data.tested_on'")
         return self

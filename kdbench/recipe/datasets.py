@@ -81,6 +81,7 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         # All classes are no choice among them.
         only_classes=sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None,
         validation=choice.validation,
+        tested_on=choice.tested_on,
         split_seed=choice.split_seed,
         root=choice.root,
     )

@@ -81,8 +81,8 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
     known = fields_at(Recipe, ())
     if path[0] not in known:
         raise UserError(f"unknown key '{path[0]}'", where=where, hint=did_you_mean(path[0], known))
-    if path[0] == "compare" and len(path) > 1:
-        path = ("compare", ".".join(path[1:]))
+    if path[0] in ("compare", "tune") and len(path) > 1:
+        path = (path[0], ".".join(path[1:]))
     tree = _without_other_budget(tree, {dotted_path})
     over = Tree({}, {}).put(path, Tree.of(value, where))
     return tree.merged(written_out(over, recipe=True))

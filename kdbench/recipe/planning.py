@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
-from kdbench.recipe.choices import TeacherChoice
+from kdbench.recipe.choices import TeacherChoice, Tune
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import load, typed
 from kdbench.recipe.networks import teacher_spec
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.recipe.variants import means_nothing, variants
+from kdbench.recipe.tuning import Tuning
+from kdbench.recipe.variants import Variant, means_nothing, variants
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 
@@ -26,11 +27,13 @@ TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell with its place in the comparison. `axes`: compared dotted path -> value (without the seed)."""
+    """A cell with its place in the comparison. `axes`: compared dotted path -> value (without the seed). `tuning`: how
+    its setting was chosen, as its record says it."""
 
     spec: CellSpec
     axes: dict[str, Any]
     order: int
+    tuning: dict[str, Any] | None = None
 
     @property
     def slug(self) -> str:
@@ -52,8 +55,22 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A setting that a recipe tries: dotted path -> value, none for the recipe's own. `tried`: a cell for each seed of
+    tuning, on the validation part. `cells`: what the table gets if it is chosen."""
+
+    setting: dict[str, Any]
+    tried: list[PlannedCell]
+    cells: list[PlannedCell]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All cells of a recipe in the order of the comparison, a combination's seeds together."""
+    """All cells of a recipe in the order of the comparison, a combination's seeds together.
+
+    `candidates`: of a recipe that tunes, order of a combination -> what it tries. Until one is chosen
+    (`kdbench.engine.tuning`), `cells` are those of the first. `tune`: what the recipe says.
+    """
 
     name: str
     title: str
@@ -61,6 +78,14 @@ class Plan:
     baseline: str
     recipe: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    candidates: dict[int, list[Candidate]] = field(default_factory=dict)
+    tune: Tune | None = None
+
+    @property
+    def tried(self) -> list[PlannedCell]:
+        """The cells of all candidates, each once."""
+        every = (cell for several in self.candidates.values() for one in several for cell in one.tried)
+        return list({cell.spec.identity(): cell for cell in every}.values())
 
 
 def plan(
@@ -89,29 +114,88 @@ def plan(
     unused = {key: tree.origin(("method", key)) for key in base.method if "method" in base.compare and key != "name"}
     idle = {path: tree.origin(("compare", path)) for path in base.compare}
     trained = functools.partial(_teacher_cell, registry)
+    tuning = Tuning(base.tune, tree) if base.tune is not None else None
+    candidates: dict[int, list[Candidate]] = {}
+    seen: set[str] = set()
+
+    def resolved(variant: Variant) -> tuple[CellSpec, set[str]]:
+        return cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
+
     for order, variant in enumerate(variants(base, tree)):
-        first, foreign = cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
+        first, foreign = resolved(variant)
         unused = {key: where for key, where in unused.items() if key in foreign}
         axes = {path: value for path, value in variant.axes.items() if not means_nothing(path, foreign)}
         idle = {path: where for path, where in idle.items() if path not in axes}
-        for seed in seeds:
-            spec = first.model_copy(update={"seed": seed})
-            cells.setdefault(spec.identity(), PlannedCell(spec, axes, order))
+        if (identity := first.identity()) in seen:
+            continue
+        seen.add(identity)
+        found = [PlannedCell(first.model_copy(update={"seed": seed}), axes, order) for seed in seeds]
+        if tuning is not None and (tried := _candidates(tuning, variant, found, resolved)):
+            candidates[order], found = tried, tried[0].cells
+        for cell in found:
+            cells.setdefault(cell.spec.identity(), cell)
+    if tuning is not None:
+        tuning.check(seeds)
     for path, where in (unused | idle).items():
         key, known = path.removeprefix("method."), _parameters(cells.values(), registry)
         raise UserError(f"no method of this comparison has '{key}'", where=where, hint=did_you_mean(key, known))
     _check_names(cells.values(), tree)
-    methods = list(dict.fromkeys(cell.spec.method.name for cell in cells.values()))
-    if base.baseline is not None and base.baseline not in methods:
-        raise UserError(
-            f"the baseline '{base.baseline}' is not among the methods",
-            where=tree.origin(("baseline",)),
-            hint=did_you_mean(base.baseline, methods),
-        )
     name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
     data = {part.name for cell in cells.values() for part in (cell.spec.data, cell.spec.target) if part is not None}
     notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
-    return Plan(name, base.title, list(cells.values()), base.baseline or methods[0], tree.data, notes)
+    planned = list(cells.values())
+    baseline = _baseline(base.baseline, planned, tree)
+    return Plan(name, base.title, planned, baseline, tree.data, notes, candidates, base.tune)
+
+
+def _baseline(asked: str | None, cells: list[PlannedCell], tree: Tree) -> str:
+    """The method that is compared with: the one asked for, else the first."""
+    methods = list(dict.fromkeys(cell.spec.method.name for cell in cells))
+    if asked is not None and asked not in methods:
+        raise UserError(
+            f"the baseline '{asked}' is not among the methods",
+            where=tree.origin(("baseline",)),
+            hint=did_you_mean(asked, methods),
+        )
+    return asked or methods[0]
+
+
+def _candidates(
+    tuning: Tuning, variant: Variant, cells: list[PlannedCell], resolved: Callable[[Variant], tuple[CellSpec, set[str]]]
+) -> list[Candidate]:
+    """What a variant tries, each setting once; nothing where its method has nothing that is tuned.
+
+    Args:
+        cells: of the variant itself, one for each seed.
+    """
+    keys = tuning.keys(variant)
+    _, foreign = resolved(tuning.laid_over(variant, tuning.lowest(keys), keys))
+    keys = {path: key for path, key in keys.items() if not means_nothing(path, foreign)}
+    tuning.idle -= {*keys.values()}
+    found: dict[str, Candidate] = {}
+    for setting in tuning.settings(keys) if keys else ():
+        spec, _ = resolved(tuning.laid_over(variant, setting, keys))
+        own = [replace(cell, spec=spec.model_copy(update={"seed": cell.spec.seed})) for cell in cells]
+        tried = [_tried(own[0], setting, seed, tuning.tune) for seed in tuning.tune.seeds]
+        found.setdefault(spec.identity(), Candidate(setting, tried, own))
+        if len(found) == tuning.tune.trials:
+            return list(found.values())
+    if keys:
+        raise tuning.other_number(len(found), keys)
+    return []
+
+
+def _tried(cell: PlannedCell, setting: dict[str, Any], seed: int, tune: Tune) -> PlannedCell:
+    """A cell of the table as it is tried: with another seed, and tested on images of the training set."""
+    spec = cell.spec
+    data = {"validation": spec.data.validation or tune.validation, "tested_on": "validation"}
+    said = [f"{path.removeprefix('method.')} {_name(value)}" for path, value in setting.items()]
+    changes = {
+        "data": spec.data.model_copy(update=data),
+        "method": spec.method.model_copy(update={"label": ", ".join([spec.method.label, *said])}),
+        "seed": seed,
+    }
+    return PlannedCell(spec.model_copy(update=changes), cell.axes, cell.order)
 
 
 # Teachers' recipes that are being planned, to notice a circle.
@@ -126,11 +210,13 @@ def _teacher_cell(registry: Registry, recipe: str, where: str, data_root: str | 
     overrides = () if data_root is None else (f"data.root={data_root}",)
     _open.append(recipe)
     try:
-        cells = plan(recipe, registry, overrides).cells
+        planned = plan(recipe, registry, overrides)
     finally:
         _open.remove(recipe)
-    if len(cells) != 1:
+    if len(cells := planned.cells) != 1:
         raise UserError(f"a teacher's recipe must have exactly one cell; '{recipe}' has {len(cells)}", where=where)
+    if planned.candidates:
+        raise UserError(f"a teacher's recipe cannot be tuned: '{recipe}'", where=where, hint="remove its 'tune:'")
     return cells[0].spec
 
 

@@ -78,6 +78,7 @@ class DataSpec(DataFields, TargetSpec):
     per_class: int | None = None
     only_classes: list[int] | None = None
     validation: float | int = 0
+    tested_on: Literal["test", "validation"] = "test"
     split_seed: int | None = None
     root: str | None = None
 

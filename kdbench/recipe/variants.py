@@ -14,7 +14,7 @@ from kdbench.registry import written_out
 from kdbench.tree import Tree
 
 # Keys of a recipe that are no part of a single cell.
-_NOT_COMPARED = ("compare", "seeds", "title", "baseline")
+_NOT_COMPARED = ("compare", "tune", "seeds", "title", "baseline")
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ def _teacher(record: Record, digits: int | None) -> str:
 def _data(record: Record, digits: int | None) -> str:
     data, target = record.data, record.target
     parts = [f"{data.name}", f"{data.train:,} training"]
-    parts += [f"{data.validation:,} validation"] if data.validation else []
-    parts += [f"{data.test:,} test images"] if target is None else []
+    held_out = record.resolved is not None and record.resolved.data.tested_on == "validation"
+    parts += [f"{data.validation:,} validation"] if data.validation and not held_out else []
+    parts += [f"{data.test:,} {'validation' if held_out else 'test'} images"] if target is None else []
     said = ", ".join([*parts, *_source(data, digits)])
     if target is None:
         return said

@@ -16,6 +16,7 @@ from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
 from kdbench.results.facts import FACTS, SHORT, joined, listed, metric_label, ranged
 from kdbench.results.sharing import unlike_baseline
+from kdbench.results.tuned import tuning_notes
 
 Interval = Literal["student", "bootstrap"]
 # Percentage points by which a plain student must be better than a teacher to be told.
@@ -44,6 +45,7 @@ def notes_of(
     notes = [
         *_accuracies(records, rows, metric),
         *_differences(comparison, rows, tests, interval),
+        *tuning_notes(comparison),
         *_settings(comparison),
         *_teachers_in_doubt(comparison),
     ]
@@ -65,7 +67,9 @@ def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Me
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     counts = sorted({cell.n for cell in cells})
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
-    notes = [Note(f"Numbers are test accuracies in %, {metric_label(records, metric)}", warning=metric == "best")]
+    held_out = all(record.resolved is not None and record.resolved.data.tested_on == "validation" for record in records)
+    what = "accuracies on the validation part" if held_out else "test accuracies"
+    notes = [Note(f"Numbers are {what} in %, {metric_label(records, metric)}", warning=metric == "best")]
     if counts == [1]:
         notes.append(Note("There is one seed, so there is no deviation, no interval and no test"))
     else:

@@ -16,6 +16,7 @@ from kdbench.results.curves import logs
 from kdbench.results.facts import FACTS
 from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.plots import Panel, accuracy_panels, chart, cost_panels, metric_panels, metrics_of
+from kdbench.results.tuned import trials
 
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -62,6 +63,7 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
             if (panels := metric_panels(comparison, log, metric))
         ),
         ("cost", "Accuracy against time and size", drawn("cost", COSTS, cost_panels(table, comparison))),
+        *([("tuning", "Tuning", _tuning(tried))] if (tried := trials(comparison)) else []),
         ("cells", "Cells", _cells(table, comparison)),
         ("provenance", "Provenance", _provenance(comparison)),
     ]
@@ -156,6 +158,15 @@ def _note(note: Note) -> str:
 
 def _anchor(row: int, column: int) -> str:
     return f"cells-{row}-{column}"
+
+
+def _tuning(tried: Sequence[Sequence[str]]) -> str:
+    head = ("method", "setting", "mean", "of each seed", "")
+    return (
+        '<p class="small">Every setting that was tried, with its accuracy in % on the validation part.</p>\n'
+        f'<div class="scroll" role="region" aria-label="Settings that were tried" tabindex="0">'
+        f"{_plain_table(head, tried)}</div>"
+    )
 
 
 def _cells(table: Table, comparison: Comparison) -> str:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdbench.engine.tuning import known_of
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
-from kdbench.record import RECORD, RUN, Record, finished_record, metrics, read_record
+from kdbench.record import RECORD, RUN, Record, finished_record, metrics, read_record, read_records
 from kdbench.verify import sums
 from kdbench.verify.soundness import problems
+
+
+def tried(plan: Plan, folder: Path) -> dict[str, float | None]:
+    """Of a plan that tunes: the accuracies of tried cells (identity ->) that published results hold."""
+    if not plan.candidates or not (folder / RUN).is_file():
+        return {}
+    return known_of(read_records([folder]))
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.engine.finished import names
-from kdbench.errors import UserError
+from kdbench.engine.tuning import TRIALS, chosen, known_of, tried_plan
+from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
-from kdbench.recipe.planning import plan
+from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.record import BEST, LOGITS, RUN, STUDENT
@@ -146,7 +147,8 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
 
     try:
         data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
-        wrong = contradictions(held, data, roots)
+        # Other logits are not of the test set.
+        wrong = contradictions({n: r for n, r in held.items() if data[n].tested_on == "test"}, data, roots)
     except UserError as error:
         what = f"accuracies were not counted again, for want of labels: {error.what}"
         yield Finding("unchecked", what, LOGITS, "accuracies against the test logits")
@@ -283,7 +285,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         return
     try:
         # Nothing is trained: the teachers' weights need not be here.
-        today = replace(plan(recipe, registry, weights_must_exist=False), name=str(folder.run.name))
+        today = _as_run(plan(recipe, registry, weights_must_exist=False), folder)
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
@@ -327,6 +329,21 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         yield Finding("disagrees", "its title is not that of its recipe", RUN)
     if not wrong:
         yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+
+
+def _as_run(today: Plan, folder: Folder) -> Plan:
+    """A plan under a folder's name; of one that tunes, what the accuracies in its records choose, or what it tries.
+
+    Raises:
+        UserError: an accuracy is in no record.
+    """
+    name = str(folder.run.name)
+    if today.candidates and name.endswith(TRIALS):
+        return replace(tried_plan(today), name=name)
+    try:
+        return replace(chosen(today, known_of(folder.planned.values())), name=name)
+    except (KeyError, CellError) as error:
+        raise UserError(f"its records do not say how all settings were chosen ({error})", where=RUN) from None
 
 
 def _places(orders: dict[str, int | None]) -> dict[str, int]:

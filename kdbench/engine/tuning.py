@@ -1,0 +1,103 @@
+"""Chooses the settings of a recipe that tunes: the candidates' cells are trained, as a run of their own, and the table
+gets the best of each method. Imports no torch.
+
+The candidates are tested on a validation part in place of the test set, which nothing here touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from kdbench.engine.options import Listener, Options
+from kdbench.engine.runner import run
+from kdbench.errors import NOT_FINITE, CellError
+from kdbench.recipe.planning import Candidate, Plan, PlannedCell
+from kdbench.record import Record, read_record
+from kdbench.record_parts import Tuning
+
+# What the name of the candidates' run ends with.
+TRIALS = ".trials"
+# Identity of a tried cell -> its accuracy, None where its loss was not finite.
+Accuracies = Mapping[str, float | None]
+
+
+def tuned(plan: Plan, options: Options, listener: Listener | None = None, known: Accuracies | None = None) -> Plan:
+    """A plan whose cells have the best of the settings that its recipe tries; the plan itself where it tries none.
+
+    Args:
+        known: what published results hold. Where that is all of it, nothing is trained.
+
+    Raises:
+        CellError: a candidate failed otherwise than by a loss that is not finite, or none of a method did not.
+        UserError, KeyboardInterrupt: as of `run`.
+    """
+    if not plan.candidates:
+        return plan
+    if not known or any(cell.spec.identity() not in known for cell in plan.tried):
+        known = _trained(plan, options, listener)
+    return chosen(plan, known)
+
+
+def tried_plan(plan: Plan) -> Plan:
+    """The run of a plan's candidates: a folder beside its own."""
+    title = ": ".join(filter(None, [plan.title, "settings, tried on the validation part"]))
+    return Plan(f"{plan.name}{TRIALS}", title, plan.tried, plan.baseline, plan.recipe)
+
+
+def _trained(plan: Plan, options: Options, listener: Listener | None) -> Accuracies:
+    trials = tried_plan(plan)
+    outcome = run(trials, options, listener)
+    if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
+        raise CellError(
+            f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
+            f"{broken[0].label}: {broken[0].message}"
+        )
+    records = [read_record(folder) for folder in outcome.finished]
+    none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
+    return none | {record.identity: record.result.test.last for record in records}
+
+
+def chosen(plan: Plan, known: Accuracies) -> Plan:
+    """A plan whose cells have the best settings.
+
+    Raises:
+        CellError: all that a method tried had losses that were not finite.
+        KeyError: an accuracy is not known.
+    """
+    cells: dict[str, PlannedCell] = {}
+    for order in sorted({cell.order for cell in plan.cells}):
+        own = [cell for cell in plan.cells if cell.order == order]
+        if order in plan.candidates:
+            own = _best(plan, plan.candidates[order], known)
+        for cell in own:
+            cells.setdefault(cell.spec.identity(), cell)
+    return replace(plan, cells=list(cells.values()), candidates={})
+
+
+def _best(plan: Plan, candidates: list[Candidate], known: Accuracies) -> list[PlannedCell]:
+    assert plan.tune is not None
+    trials: list[dict[str, Any]] = []
+    for candidate in candidates:
+        identities = [cell.spec.identity() for cell in candidate.tried]
+        trials.append(
+            {"setting": candidate.setting, "cells": identities, "accuracies": [known[one] for one in identities]}
+        )
+    validation = candidates[0].tried[0].spec.data.validation
+    tuning = Tuning.model_validate({"seeds": plan.tune.seeds, "validation": validation, "trials": trials})
+    if tuning.chosen.mean is None:
+        raise CellError(f"'{candidates[0].cells[0].spec.method.label}': no setting has losses that are finite")
+    best = candidates[tuning.trials.index(tuning.chosen)]
+    return [replace(cell, tuning=tuning.model_dump(mode="json")) for cell in best.cells]
+
+
+def known_of(records: Iterable[Record]) -> dict[str, float | None]:
+    """The accuracies of tried cells that records of a table hold."""
+    return {
+        identity: accuracy
+        for record in records
+        if record.cell.tuning is not None
+        for tried in record.cell.tuning.trials
+        for identity, accuracy in zip(tried.cells, tried.accuracies, strict=True)
+    }

@@ -1,0 +1,68 @@
+"""What was tuned before a table was made: notes below it, and every setting that was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kdbench.record_parts import Tried, Tuning
+from kdbench.results.comparison import Comparison
+from kdbench.results.contents import Note
+from kdbench.results.facts import joined, listed
+
+
+def tunings(comparison: Comparison) -> Iterator[tuple[str, Tuning | None]]:
+    """Every place of the table, and how its setting was chosen; nothing where no place's was."""
+    if all(record.cell.tuning is None for record in comparison.records):
+        return
+    for row in comparison.rows:
+        for column in comparison.columns:
+            records = comparison.cell(row, column)
+            if records:
+                label = row.label + (f" ({column.label})" if comparison.axes else "")
+                yield label, next(iter(records.values())).cell.tuning
+
+
+def tuning_notes(comparison: Comparison) -> list[Note]:
+    """How settings were chosen, which, and where there was nothing to choose."""
+    found = list(tunings(comparison))
+    by_way: dict[str, list[str]] = {}
+    for label, tuning in found:
+        if tuning is not None:
+            seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {joined(list(map(str, tuning.seeds)))}"
+            part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
+            way = f"{len(tuning.trials)} trials each on {seeds}, by the accuracy on {part} of the training images"
+            by_way.setdefault(way, []).append(f"{label} ({said(tuning.chosen)})")
+    notes = [
+        Note(f"Tuned, {way}; the test set was not looked at. Chosen: {listed(chosen, 100)}")
+        for way, chosen in by_way.items()
+    ]
+    if notes and (untuned := [label for label, tuning in found if tuning is None]):
+        notes.append(Note(f"Not tuned: {listed(untuned)}"))
+    return notes
+
+
+def trials(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Every setting that was tried: the place it was for, what was set, mean accuracy in percent, that of each seed,
+    and whether it was chosen."""
+    return [
+        (
+            label,
+            said(tried),
+            "–" if tried.mean is None else f"{tried.mean:.2f}",
+            ", ".join("not finite" if one is None else f"{one:.2f}" for one in tried.accuracies),
+            "chosen" if tried is tuning.chosen else "",
+        )
+        for label, tuning in tunings(comparison)
+        if tuning is not None
+        for tried in tuning.trials
+    ]
+
+
+def said(tried: Tried) -> str:
+    """A setting in words, as 'beta 100, p 2'."""
+    values = (f"{path.removeprefix('method.')} {_value(value)}" for path, value in tried.setting.items())
+    return ", ".join(values) or "unchanged"
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""Tuned runs: killed among its trials one chooses what it would have chosen, and no trial reads a test label."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import END_TO_END, Kdbench, Once
+from kills import Strike, assert_alike, struck
+
+from kdbench.record import Record, read_record, read_records
+
+TUNE = (
+    "tune.trials=3",
+    "tune.kd.temperature=[1.0, 4.0, 16.0]",
+    "tune.ab.weight={low: 1.0e+30, high: 1.0e+38, log: true}",
+)
+FEW = ("seeds=2", "steps=12", "evaluations=3", "compute=reference")
+
+
+def words(runs: Path) -> list[str | Path]:
+    tiny = (END_TO_END / "recipes" / "tiny.yaml", "--registry", END_TO_END / "registry")
+    how = ("--runs", runs, "--checkpoint-seconds", "0", "--jobs", "1", "--threads", "1")
+    return ["run", *tiny, *how, *TUNE, *FEW]
+
+
+@pytest.fixture(scope="module")
+def whole(once: Once, command_line: Kdbench) -> Path:
+    """What an uninterrupted run leaves, and its table in `said`."""
+
+    def make(folder: Path) -> None:
+        done = command_line(*words(folder), cwd=folder)
+        (folder / "said").write_text(done.stdout)
+
+    return once("tuned", make)
+
+
+def of_method(runs: Path, method: str) -> list[Record]:
+    return [record for record in read_records([runs / "tiny"]) if record.cell.method == method]
+
+
+@pytest.mark.slow
+def test_the_best_setting_of_each_method_comes_into_the_table(whole: Path) -> None:
+    for method, path in (("kd", "method.temperature"), ("ab", "method.weight")):
+        records = of_method(whole, method)
+        assert [record.cell.seed for record in records] == [0, 1]
+        tuning = records[0].cell.tuning
+        assert tuning is not None and records[1].cell.tuning == tuning
+        assert (tuning.seeds, len(tuning.trials)) == ([100], 3)
+        trials = {r.identity: r for r in read_records([whole / "tiny.trials"])}
+        for tried in tuning.trials:
+            accuracy = trials[tried.cells[0]].result.test.last if tried.cells[0] in trials else None
+            assert tried.accuracies == [accuracy]
+        best = max(tuning.trials, key=lambda one: one.mean or 0.0)
+        assert tuning.chosen == best
+        stages = records[0].spec["method"]["stages"]
+        value = best.setting.get(path, 3.0e-3)
+        given = (
+            stages["classification"]["losses"]["kd"]["loss"]["options"]["temperature"]
+            if method == "kd"
+            else stages["boundaries"]["losses"]["boundary"]["weight"]
+        )
+        assert given == value
+    # One weight was far too large: its loss was not finite, which is a result.
+    ab = of_method(whole, "ab")[0].cell.tuning
+    assert ab is not None and None in [tried.mean for tried in ab.trials]
+
+
+@pytest.mark.slow
+def test_table_and_page_say_what_was_tried(whole: Path) -> None:
+    said = " ".join((whole / "said").read_text().split())
+    assert "Tuned, 3 trials each on seed 100, by the accuracy on 20 % of the training images" in said
+    page = (whole / "tiny" / "table.html").read_text()
+    section = page[page.index('id="tuning"') : page.index('id="cells"')]
+    assert section.count("<tr>") == 7 and section.count("chosen</td>") == 2 and "not finite" in section
+
+
+@pytest.mark.slow
+def test_killed_among_its_trials(whole: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """Inside a trial, between two records of trials, and inside the table's cells."""
+    struck(words(tmp_path), Strike("checkpoint", 9, "run"))
+    struck(words(tmp_path), Strike("record", 2))
+    struck(words(tmp_path), Strike("record", 2, "everybody"))
+    kdbench(*words(tmp_path))
+    (tmp_path / "said").touch()
+    assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
+    whole: Path, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    kdbench("publish", whole / "tiny", "--out", tmp_path / "results")
+    assert (
+        "everything agrees"
+        in kdbench("verify", tmp_path / "results" / "tiny", "--registry", END_TO_END / "registry").stdout
+    )
+    more = [word for word in words(tmp_path / "runs") if word != "seeds=2"]
+    done = kdbench(*more, "seeds=3", "--results", tmp_path / "results")
+    assert "4 cells taken from" in done.stderr
+    assert not (tmp_path / "runs" / "tiny.trials").exists()
+    assert len(read_records([tmp_path / "runs" / "tiny"])) == 6
+    # Another setting would have been chosen: then the cells are not those of the recipe.
+    record = next((tmp_path / "results" / "tiny").glob("kd-*/record.json"))
+    plain = json.loads(record.read_text())
+    for tried in plain["cell"]["tuning"]["trials"]:
+        tried["accuracies"] = [0.0 if tried["accuracies"] == [read_record(record).cell.tuning.chosen.mean] else 99.0]  # type: ignore[union-attr]
+    record.write_text(json.dumps(plain))
+    assert "disagrees" in kdbench("verify", tmp_path / "results" / "tiny", code=1).stdout
+
+
+SEALED = '''
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from kdbench.data import digits
+
+ROOT = Path(__file__).parent
+
+
+class Sealed(torch.Tensor):
+    """May be counted, and not looked at."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if (ROOT / "sealed").exists() and getattr(function, "__name__", "") not in ("__len__", "__get__"):
+            raise RuntimeError(f"the test set was looked at, by {function}")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def load(roots, download, cache):
+    data = digits.load(roots=roots, download=download, cache=cache)
+    sealed = {name: getattr(data, name).as_subclass(Sealed) for name in ("test_labels", "test_images")}
+    return dataclasses.replace(data, **sealed)
+'''
+CARDS = """
+datasets:
+  sealed:
+    title: digits whose test set may be sealed
+    target: sealed_digits:load
+    classes: 10
+    channels: 1
+    image_size: 8
+    train: 1198
+    test: 599
+    normalization: {mean: [0.30506], std: [0.37582]}
+teachers:
+  sealed_teacher: {model: wrn_10_1, data: sealed, recipe: ../teacher.yaml}
+"""
+RECIPE = """
+data: {name: sealed, per_class: 10}
+teacher: sealed_teacher
+student: wrn_10_1
+protocol: digits
+compute: reference
+steps: 8
+evaluations: 2
+keep: best
+compare: {method: [ce, kd]}
+"""
+
+
+@pytest.mark.slow
+def test_no_trial_looks_at_the_test_set(kdbench: Kdbench, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    (registry / "sealed_digits.py").write_text(SEALED)
+    (registry / "cards.yaml").write_text(CARDS)
+    teacher = (
+        "{data: sealed, student: wrn_10_1, protocol: digits, compute: reference, method: ce, steps: 8, evaluations: 1}"
+    )
+    (tmp_path / "teacher.yaml").write_text(teacher)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    call = ("run", "mine.yaml", "--registry", registry, "--jobs", "1", "--threads", "1")
+    tune = ("tune.trials=2", "tune.kd.temperature=[1.0, 4.0]")
+    # The teacher is trained, and tested, before.
+    kdbench(*call, "seeds=[7]")
+    (registry / "sealed").touch()
+    done = kdbench(*call, *tune, code=1)
+    assert "the test set was looked at" in done.stderr
+    assert len(list((tmp_path / "runs" / "mine.trials").glob("*/record.json"))) == 2
+    assert not list((tmp_path / "runs" / "mine").glob("*seed0*/record.json"))
+    tried = {r.identity: r.result.test.last for r in read_records([tmp_path / "runs" / "mine.trials"])}
+    (registry / "sealed").unlink()
+    kdbench(*call, *tune)
+    (record,) = [r for r in read_records([tmp_path / "runs" / "mine"]) if r.cell.method == "kd" and r.cell.seed == 0]
+    assert record.cell.tuning is not None
+    assert {one.cells[0]: one.mean for one in record.cell.tuning.trials} == tried
