@@ -5,7 +5,7 @@ PROFILE ?= full
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-long test-gpu peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick test-long test-gpu fuzz peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -32,6 +32,10 @@ test-quick: setup ## tests without the slow ones
 
 test-long: setup ## beside the suite: random kills, every method compiled, every public teacher
 	$(BIN)/python -m pytest -n auto -m long
+
+fuzz: setup ## recipes and run folders that are wrong in ways nobody thought of; SEED= chooses others
+	$(BIN)/python tests/fuzzing.py recipes 10000 $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/fuzzing.py folders 2000 $(if $(SEED),--seed $(SEED))
 
 test-gpu: setup ## tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

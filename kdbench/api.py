@@ -46,10 +46,11 @@ def run(
     from kdbench.recipe.planning import plan
     from kdbench.record import read_records
     from kdbench.registry import Registry
+    from kdbench.tree import plain
 
     folders = tuple(Path(folder) for folder in registries)
-    texts = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, dict) else overrides
-    planned = plan(recipe, Registry(folders), tuple(texts))
+    texts = [f"{k}={json.dumps(plain(v))}" for k, v in overrides.items()] if isinstance(overrides, dict) else overrides
+    planned = plan(plain(recipe) if isinstance(recipe, dict) else recipe, Registry(folders), tuple(texts))
     how = Options(runs=Path(runs), registries=folders, **options)
     planned = tuned(planned, how)
     outcome = run_plan(planned, how)

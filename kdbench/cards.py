@@ -83,7 +83,7 @@ class AugmentationFields(Strict):
             if len(self.resized_crop) != 2 or self.resized_crop[0] > self.resized_crop[1]:
                 raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
             if self.padding:
-                raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one")
+                raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one ('padding: 0')")
         return self
 
 

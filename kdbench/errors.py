@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_ENDLESS = re.compile(r"(\S{300})\S{200,}")
 
 
 class UserError(Exception):
@@ -16,8 +19,8 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, where: str | None = None, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what, self.where, self.hint = what, where, hint
+        self.what, self.where, self.hint = _readable(what), where and _readable(where), hint and _readable(hint)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
@@ -35,10 +38,21 @@ class CellError(Exception):
     """A cell that cannot go on (a loss that is not finite, a full disk). The other cells continue; exit code 1."""
 
 
+def _readable(text: str) -> str:
+    """A message in which no word goes on for ever, as a name in a damaged file may."""
+    return _ENDLESS.sub(r"\1…", text)
+
+
+def shortened(value: object) -> str:
+    """A value as it is shown in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known words, or all of them when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")

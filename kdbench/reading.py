@@ -22,7 +22,7 @@ WIDEST = 1 << 63
 # Bytes of a name: file systems take 255, and temporary files have longer names than those that they replace.
 LONGEST = 200
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -160,7 +160,7 @@ def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
     if len(path) >= DEEPEST:
         raise RecursionError
     texts = [value, *path[-1:]]
-    if bad := next((found for text in texts if isinstance(text, str) and (found := _CONTROL.search(text))), None):
+    if bad := next((found for text in texts if isinstance(text, str) and (found := CONTROL.search(text))), None):
         raise ValueError(f"a text contains the character {bad[0]!r}")
     place = ".".join(map(str, path))
     if isinstance(value, float) and finite and not math.isfinite(value):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from kdbench.cards import KINDS, AnalysisCard, SourceCard
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
 from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
@@ -167,6 +167,9 @@ class Registry:
 
     def _find(self, kind: str, name: str, where: str | None) -> tuple[str, dict[str, Any]]:
         """The key of the card that a name means, and a template key's fields."""
+        if not isinstance(name, str):
+            hint = "write the name of one; to compare several, list them under 'compare'"
+            raise UserError(f"the name of a {singular(kind)} is a text, not {shortened(name)}", where, hint)
         if name in self.trees[kind] and "{" not in name:
             return name, {}
         for key in self.keys(kind):

@@ -5,15 +5,17 @@ Errors in a recipe or card can then say where they are, also after includes, car
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
 from kdbench.errors import UserError
-from kdbench.reading import DEEPEST, read_text
+from kdbench.reading import CONTROL, DEEPEST, read_text
 
 # Of one file, with what its aliases stand for.
 MOST_ENTRIES = 100_000
@@ -98,6 +100,19 @@ class Tree:
         return self.merged(Tree(data, origins))
 
 
+def plain(data: Any) -> Any:
+    """Data from Python as YAML would give it: numbers of NumPy and torch, tuples and paths become plain ones."""
+    if isinstance(data, Mapping):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, os.PathLike):
+        return os.fspath(data)
+    if hasattr(data, "tolist"):
+        return data.tolist()
+    if isinstance(data, list | tuple | set | range):
+        return [plain(value) for value in data]
+    return int(data) if isinstance(data, Integral) and not isinstance(data, bool) else data
+
+
 def shown(file: FilePath) -> str:
     """A path as the user would write it: relative where that is shorter."""
     try:
@@ -134,7 +149,8 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
             where = f"{source}:{key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError("a key must be a plain word", where=where)
-            key = key_node.value
+            if bad := CONTROL.search(key := key_node.value):
+                raise UserError(f"a key holds the character {bad[0]!r}", where=where, hint="remove it")
             if key == "<<":
                 raise UserError("YAML merge keys are not supported", where=where, hint="use 'include:' instead")
             if key in result:
@@ -148,6 +164,9 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
         scalar = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not a valid YAML value: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
+    if isinstance(scalar, str) and (bad := CONTROL.search(scalar)):
+        where = f"{source}:{node.start_mark.line + 1}"
+        raise UserError(f"a text holds the character {bad[0]!r}", where=where, hint="remove it")
     # YAML 1.1 takes 1e-3 for text because it lacks the dot; nobody who writes it means text.
     if isinstance(scalar, str) and not getattr(node, "style", None) and _SCIENTIFIC.match(scalar):
         return float(scalar)

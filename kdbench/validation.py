@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.tree import Path, Tree, dotted
 
 M = TypeVar("M", bound=BaseModel)
@@ -18,12 +18,22 @@ def validated(model: type[M], tree: Tree, what: str) -> M:
     try:
         return model.model_validate(tree.data)
     except ValidationError as error:
-        findings = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", str(e["loc"])))
+        # Of a union the alternative that is a fixed word says least.
+        order = {"extra_forbidden": 0, "literal_error": 2}
+        findings = sorted(error.errors(), key=lambda e: (order.get(e["type"], 1), str(e["loc"])))
         first = findings[0]
         loc = _keys(first["loc"], tree.data) + (first["loc"][-1:] if first["type"] == "missing" else ())
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         text, hint = _explain(model, first, loc)
-        raise UserError(f"{what}: {text}{more}", where=tree.origin(loc), hint=hint) from None
+        raise UserError(f"{what}: {text}{more}", where=_place(tree, loc, first["type"]), hint=hint) from None
+
+
+def _place(tree: Tree, loc: Path, kind: str) -> str:
+    """Where a finding stands. What is wrong with a mapping as a whole is so by the key that came last: the user's own,
+    where others were inherited."""
+    inside = [tree.origins[path] for path in tree.origins if kind == "value_error" and path[:-1] == loc and path != loc]
+    files = {origin.rpartition(":")[0] for origin in inside}
+    return inside[-1] if len(files) > 1 else tree.origin(loc)
 
 
 def _keys(loc: tuple[Any, ...], data: Any) -> Path:
@@ -46,10 +56,14 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
     message = message[:1].lower() + message[1:]
     place = f"'{dotted(loc)}' " if loc else ""
     if isinstance(value, str) and ("number" in message or "integer" in message):
-        return f"{place}cannot be the text {value!r}", f"{message}; write a number without quotes"
+        return f"{place}cannot be the text {shortened(value)}", f"{message}; write a number without quotes"
+    if isinstance(value, list) and kind in ("model_type", "string_type"):
+        return f"{place}is one thing, not a list", f"to compare several: 'compare: {{{dotted(loc)}: […]}}'"
+    if kind == "model_type":
+        return f"{place}cannot be {shortened(value)}", f"it has the keys {', '.join(fields_at(model, loc))}"
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
-    return f"{place}cannot be {value!r}", message
+    return f"{place}cannot be {shortened(value)}", message
 
 
 def fields_at(model: type[BaseModel], loc: Path) -> list[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import os
 import re
 import signal
 import sys
+import unicodedata
 
 import typer
 
@@ -59,6 +63,7 @@ def version(show_version: bool = typer.Option(False, "--version", help="Print th
 
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
+    _fit_encodings()
     # A shell without job control starts its background jobs with interrupts ignored. They are answered all the same:
     # an interrupt loses nothing here, every cell is checkpointed first, and no other way of stopping a run is as clean.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -77,8 +82,46 @@ def main() -> None:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(
-            f"error: {error}\n  check that the path exists and can be written, and that the disk is not full",
-            file=sys.stderr,
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"the disk is full: {error.filename or 'nothing more can be written'}" if full else str(error)
+        hint = (
+            "make room and repeat the command: what is finished is kept"
+            if full
+            else "check that the path exists, is not too long, and can be written"
         )
+        print(f"error: {what[:1000]}\n  {hint}", file=sys.stderr)
         sys.exit(2)
+
+
+# What stands for characters that an output's encoding lacks.
+_ASCII = str.maketrans(
+    {
+        "–": "-",
+        "—": "-",
+        "−": "-",
+        "→": "->",
+        "…": "...",
+        "±": "+/-",
+        "×": "x",
+        "·": "-",
+        "²": "^2",
+        "≥": ">=",
+        "≤": "<=",
+    }
+    | {"━": "=", "╌": "-", "─": "-", "’": "'", "“": '"', "”": '"'}
+)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_ASCII)
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return plain or "?" * (error.end - error.start), error.end
+
+
+def _fit_encodings() -> None:
+    """Print what an output's encoding lacks in ASCII, rather than fail."""
+    codecs.register_error("kdbench", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="kdbench")

@@ -10,6 +10,7 @@ import typer
 
 from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
 from kdbench.cli.progress import clock
+from kdbench.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ def command(
 ) -> None:
     """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
     from kdbench.cli.console import console as page
+    from kdbench.cli.console import show
     from kdbench.recipe.planning import plan
     from kdbench.recipe.remarks import remarks
     from kdbench.registry import Registry
@@ -48,8 +50,11 @@ def command(
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
     torch.set_num_threads(1)
-    for spec in _distinct(cell.spec for cell in planned.cells):
-        check_cell(spec)
+    try:
+        for spec in _distinct(cell.spec for cell in planned.cells):
+            check_cell(spec)
+    except UserError as error:
+        raise planned.placed(error) from None
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
     _print_heading(console, planned, device)
@@ -62,9 +67,9 @@ def command(
         kept = keeper.route or 0
         size = kept * 4 * estimate.size(keeper.student, keeper.data).parameters / 1e6
         console.print(f"route: {kept} checkpoints of {keeper.student.name} are kept, {size:.0f} MB for each training")
-    console.print(networks)
-    console.print(_terms({cell.spec.method.label: cell.spec.method for cell in planned.cells}.values()))
-    console.print(cells)
+    methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
+    for table in (networks, _terms(methods.values()), cells):
+        show(console, table)
     _print_needs(console, planned, runs, estimate, device, time)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -21,6 +22,20 @@ def listing(*columns: str, right: Iterable[str] = ()) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
     return table
+
+
+def show(page: Console, table: Table) -> None:
+    """Print a table. Where it is too wide, its last columns are left out, rather than digits of all of them."""
+    left_out: list[str] = []
+    while len(table.columns) > 2 and _width(page, table) > page.width:
+        left_out.insert(0, str(table.columns.pop().header))
+    page.print(table)
+    if left_out:
+        page.print(f"  no room here for: {', '.join(left_out)}", style="dim", markup=False)
+
+
+def _width(page: Console, table: Table) -> int:
+    return Measurement.get(page, page.options.update(width=10_000, max_width=10_000), table).maximum
 
 
 def print_yaml(text: str) -> None:

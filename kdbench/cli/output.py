@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
-    """Print the table of finished cells, write it in every form, draw the plots, and say where everything is."""
+    """Write the table of finished cells in every form, draw the plots, print it, and say where everything is."""
     from kdbench.record import read_records
     from kdbench.results.tables import build
     from kdbench.verify import sums
 
     table = build(read_records(folders), unfinished=failed)
-    print_table(table)
     files = [*write_files(table, out, folders), *write_plots(folders, out)]
     files.append(sums.write(out))
+    print_table(table)
     print(f"written to {out}: {', '.join(file.name for file in files)}")
 
 
@@ -58,6 +58,7 @@ def print_table(table: Table) -> None:
     from rich.text import Text
 
     from kdbench.cli.console import console as page
+    from kdbench.cli.console import show
     from kdbench.results.layout import layout
 
     console = page()
@@ -70,7 +71,7 @@ def print_table(table: Table) -> None:
             if index in grid.rules:
                 shown.add_section()
             shown.add_row(*(_entry(entry) for entry in row), style="bold" if index in grid.headings else None)
-        console.print(shown)
+        show(console, shown)
     for note in table.notes:
         mark = f"{note.mark}: " if note.mark else ""
         console.print(Text(f"  {mark}{note.text}", style="yellow" if note.warning else "dim"))

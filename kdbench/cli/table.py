@@ -70,9 +70,9 @@ def command(
         columns=[name for text in columns or () for name in text.split(",") if name],
         published=dict(_published(cards, text) for text in published or ()) if cards else None,
     )
-    print_table(table)
     if out is not None:
         sums.renew(out, write_files(table, out, folders))
+    print_table(table)
 
 
 def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,14 +12,17 @@ from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
+from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.terms import Shape, Term, build_terms
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
-from kdbench.recipe.timeline import planned_timeline
+from kdbench.recipe.timeline import planned_timeline, training_images
 
 CPU = torch.device("cpu")
+# The largest networks that people distil into or from here have a tenth of these.
+MOST_PARAMETERS = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def build_cell(spec: CellSpec) -> BuiltCell:
     """
 
     def built(model: ModelSpec, data: DataSpec) -> Extractor:
+        _check_size(model, data)
         return build_extractor(build_model(model, data), model, data)
 
     image = (spec.data.channels, spec.data.image_size, spec.data.image_size)
@@ -50,6 +55,19 @@ def build_cell(spec: CellSpec) -> BuiltCell:
     return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(spec, shapes, teacher_shapes))
 
 
+def _check_size(spec: ModelSpec, data: DataSpec) -> None:
+    """Raises UserError for a network that would fill the memory of any machine before it is built."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = import_target(spec.target)(
+                **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
+            )
+    except Exception:  # noqa: BLE001 - not every network can be built without values; building it says what is wrong
+        return
+    if (n := sum(parameter.numel() for parameter in model.parameters())) > MOST_PARAMETERS:
+        raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
+
+
 def check_cell(spec: CellSpec) -> BuiltCell:
     """Build a cell, compute its loss terms once on random values, and build its optimizers.
 
@@ -57,6 +75,7 @@ def check_cell(spec: CellSpec) -> BuiltCell:
         UserError: what of it cannot be built or computed, or that a stage trains nothing.
     """
     cell = build_cell(spec)
+    _check_single_images(spec, cell)
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
         trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
@@ -75,6 +94,32 @@ def check_cell(spec: CellSpec) -> BuiltCell:
         if "teacher" in stage.trains and cell.teacher is not None:
             build_optimizer(stage.teacher_optimizer or stage.optimizer, [*cell.teacher.model.parameters()])
     return cell
+
+
+def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
+    """Raises UserError where a training batch is one image, and a batch norm then has one value of each channel."""
+    size, keeps = spec.protocol.batch_size, spec.protocol.last_batch == "keep"
+    images = [training_images(spec.data), *([spec.target.train] if spec.target else [])]
+    single = [n for n in images if n == 1 or size == 1 or (n % size == 1 and keeps)]
+    trained = {name for name, stage in spec.method.stages.items() if stage.modes.student == "train"}
+    if not single or not trained:
+        return
+    one = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+    layers = [layer for name in trained for term in cell.terms[name].values() for layer in term.layers]
+    parts = [(cell.student.model, one), *((part.connector, cell.shapes[part.student]) for part in layers)]
+    for module, shape in parts:
+        try:
+            with torch.no_grad():
+                copy.deepcopy(module).train()(torch.zeros(1, *shape))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                continue
+            which = "every batch is" if size == 1 else f"the last batch of {single[0]} images, {size} each, is"
+            raise UserError(
+                f"{which} one image, of which a batch norm of '{spec.student.name}' cannot take a deviation",
+                where=f"protocol '{spec.protocol.name}'",
+                hint="leave that batch out with 'protocol.last_batch: drop', or choose another 'protocol.batch_size'",
+            ) from None
 
 
 def costs_of(spec: CellSpec) -> dict[str, Cost]:

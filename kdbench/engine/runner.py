@@ -65,7 +65,10 @@ def run(
         if not finished.open and not finished.taken:
             options = replace(options, device="cpu")
         with Session(options, listener) as session:
-            session.check_cells(finished.open)
+            try:
+                session.check_cells(finished.open)
+            except UserError as error:
+                raise plan.placed(error) from None
             here = DataHere(session.pool, listener.say)
             finished.compare_data(here)
             session.train_teachers(finished.open, here)

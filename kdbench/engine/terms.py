@@ -66,7 +66,8 @@ class Term(nn.Module):
         if len(students) != len(teachers):
             raise UserError(
                 f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
-                hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}",
+                hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}. Choose as many of each with "
+                "'hooks' beside the model's name: 'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE}}'",
             )
         weights = _layer_weights(spec, len(students), place)
         self.connectors = nn.ModuleList()
@@ -166,6 +167,10 @@ class Term(nn.Module):
                 f"{layer.student} {own.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
                 for layer in self.layers
             )
+            said = str(error).replace(" ", "_")
+            for option, given in self.spec.loss.options.items():
+                if option in said:
+                    raise UserError(f"'{option}' of the loss '{self.name}' cannot be {given!r}: {error}") from None
             raise UserError(
                 f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
                 hint=f"student against teacher: {pairs}; a connector can change channels and sizes "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from kdbench.errors import UserError
 
+# Layers of a network, at most: what is deeper takes minutes to build.
+DEEPEST = 5000
+
 
 def check_sizes(model: str, *, classes: int, channels: int, image_size: int, smallest: int = 1) -> None:
     """UserError when a network cannot be built for such data.
@@ -29,6 +32,8 @@ def blocks_per_stage(model: str, depth: int, per_block: int, outside: int) -> in
         per_block: layers with weights in one block.
         outside: layers with weights outside the blocks.
     """
+    if depth > DEEPEST:
+        raise UserError(f"{model} has a depth of at most {DEEPEST}, not {depth}")
     period = 3 * per_block
     blocks, rest = divmod(depth - outside, period)
     if rest or blocks < 1:

@@ -11,6 +11,10 @@ from kdbench.forms import Named, Strict
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100
+# Of one cell.
+MOST_EVALUATIONS = 10**5
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class DataChoice(Strict):
@@ -187,10 +191,10 @@ class Recipe(Strict):
     compare: dict[str, list[Any]] = Field({}, description="dotted recipe path -> the values to compare")
     tune: Tune | None = Field(None, description="what every method may try first, without the test set")
     baseline: str | None = Field(None, description="method to which the table compares; the first one where absent")
-    seeds: int | list[int] = Field(1, description="a count, or the seeds themselves")
+    seeds: Annotated[int, Field(ge=1)] | list[Seed] = Field(1, description="a count, or the seeds themselves")
     epochs: float | None = Field(None, gt=0, description="budget over all stages, in place of the protocol's")
     steps: int | None = Field(None, gt=0, description="budget over all stages, in optimizer steps")
-    evaluations: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
+    evaluations: Annotated[int, Field(ge=0, le=MOST_EVALUATIONS)] | Literal["epoch"] = Field(
         50, description="even points at which to test, or after every epoch"
     )
     compute: ComputeChoice = Field(ComputeChoice(), description="auto, reference, or a mapping that fixes parts")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, did_you_mean
 from kdbench.files import SHARE
 from kdbench.recipe.choices import Recipe
@@ -80,7 +81,7 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
     path = tuple(dotted_path.split("."))
     known = fields_at(Recipe, ())
     if path[0] not in known:
-        raise UserError(f"unknown key '{path[0]}'", where=where, hint=did_you_mean(path[0], known))
+        raise UserError(f"unknown key '{path[0]}'", where=where, hint=_meant(path[0], known))
     if path[0] in ("compare", "tune") and len(path) > 1:
         path = (path[0], ".".join(path[1:]))
     tree = _without_other_budget(tree, {dotted_path})
@@ -122,7 +123,27 @@ def _check_keys(tree: Tree) -> None:
     known = [*fields_at(Recipe, ()), "include"]
     for key in tree.data:
         if key not in known:
-            raise UserError(f"unknown key '{key}'", where=tree.origin((key,)), hint=did_you_mean(str(key), known))
+            raise UserError(f"unknown key '{key}'", where=tree.origin((key,)), hint=_meant(str(key), known))
+
+
+# Where keys stand that people look for at the top of a recipe.
+_DEEPER = {
+    "protocol.optimizer": ("lr", "momentum", "weight_decay", "nesterov"),
+    "protocol": (*fields_at(ProtocolCard, ()), "normalization"),
+    "data": fields_at(Recipe, ("data",)),
+    "compute": fields_at(Recipe, ("compute",)),
+    "method": ("temperature", "alpha", "beta", "gamma", "weight", "label", "stages", "losses"),
+    "teacher": fields_at(Recipe, ("teacher",)),
+    "student": fields_at(Recipe, ("student",)),
+}
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    """A hint for a key that no recipe has at its top."""
+    if key == "seed":
+        return "'seeds=[42]' is the one seed 42, and 'seeds=42' are 42 seeds"
+    places = [f"'{place}.{key}'" for place, keys in _DEEPER.items() if key in keys]
+    return f"did you mean {' or '.join(places)}?" if places else did_you_mean(key, known)
 
 
 def dump(data: object) -> str:

@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any
 
 from kdbench.cards import MethodCard
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.recipe.anchoring import expanded
 from kdbench.recipe.specs import DataSpec, MethodSpec, StageSpec, TermSpec
 from kdbench.recipe.stages import stage_spec
@@ -46,6 +46,9 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
     short = tree.data.get("parameters", {})
     # Settings of one method in a comparison are told apart by what they set.
     own = [f"{k} {v}" for k, v in given.data.items() if k in variant.own and k not in _METHOD_KEYS]
+    if not isinstance(given.data.get("label", ""), str | None):
+        what = f"a label is a text, not {shortened(given.data['label'])}"
+        raise UserError(what, where=given.origin(("label",)), hint="put it in quotes")
     label = given.data.get("label") or ", ".join([tree.data.get("title", name), *own])
     foreign: set[str] = set()
     for key, value in given.data.items():

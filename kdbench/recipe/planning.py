@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from kdbench.recipe.loading import load, typed
 from kdbench.recipe.networks import teacher_spec
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.recipe.tuning import Tuning
-from kdbench.recipe.variants import Variant, means_nothing, variants
+from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry
-from kdbench.tree import Tree
+from kdbench.tree import Tree, walk
 
 # Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
 TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
@@ -80,12 +81,19 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     candidates: dict[int, list[Candidate]] = field(default_factory=dict)
     tune: Tune | None = None
+    origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def tried(self) -> list[PlannedCell]:
         """The cells of all candidates, each once."""
         every = (cell for several in self.candidates.values() for one in several for cell in one.tried)
         return list({cell.spec.identity(): cell for cell in every}.values())
+
+    def placed(self, error: UserError) -> UserError:
+        """An error of what was built from this plan with the place in the recipe of the first thing that it quotes."""
+        quoted = re.findall(r"'([^']+)'", error.what)
+        where = next((self.origins[word] for word in quoted if word in self.origins), None)
+        return UserError(error.what, error.where or where, error.hint)
 
 
 def plan(
@@ -105,7 +113,8 @@ def plan(
     """
     tree = load(recipe, overrides)
     base = typed(tree)
-    seeds = list(range(base.seeds)) if isinstance(base.seeds, int) else base.seeds
+    # No more than are too many: how many cells there are is checked with the comparison.
+    seeds = list(range(min(base.seeds, MOST_CELLS))) if isinstance(base.seeds, int) else base.seeds
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("'seeds' needs at least one seed, and each only once", where=tree.origin(("seeds",)))
     cells: dict[str, PlannedCell] = {}
@@ -145,7 +154,7 @@ def plan(
     notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
     planned = list(cells.values())
     baseline = _baseline(base.baseline, planned, tree)
-    return Plan(name, base.title, planned, baseline, tree.data, notes, candidates, base.tune)
+    return Plan(name, base.title, planned, baseline, tree.data, notes, candidates, base.tune, _words(tree))
 
 
 def _baseline(asked: str | None, cells: list[PlannedCell], tree: Tree) -> str:
@@ -196,6 +205,17 @@ def _tried(cell: PlannedCell, setting: dict[str, Any], seed: int, tune: Tune) ->
         "seed": seed,
     }
     return PlannedCell(spec.model_copy(update=changes), cell.axes, cell.order)
+
+
+def _words(tree: Tree) -> dict[str, str]:
+    """Keys and texts of a recipe -> where they stand, the more particular last."""
+    found: dict[str, str] = {}
+    for path in sorted(walk(tree.data), key=len):
+        value = functools.reduce(lambda data, key: data[key], path, tree.data)
+        for word in (str(path[-1]).rpartition(".")[2] if path else "", value):
+            if isinstance(word, str) and word:
+                found[word] = tree.origin(path)
+    return found
 
 
 # Teachers' recipes that are being planned, to notice a circle.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kdbench.errors import UserError
+from kdbench.recipe.choices import MOST_EVALUATIONS
 from kdbench.recipe.specs import CellSpec, DataSpec
 
 # A budget may stand in anybody's record: what would take the memory of the machine to count is refused.
 MOST_STEPS = 10**9
-MOST_EVALUATIONS = 10**5
 
 
 @dataclass(frozen=True)

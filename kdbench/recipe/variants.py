@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.loading import put
 from kdbench.registry import written_out
 from kdbench.tree import Tree
 
+# Cells of one recipe, at most.
+MOST_CELLS = 10_000
 # Keys of a recipe that are no part of a single cell.
 _NOT_COMPARED = ("compare", "tune", "seeds", "title", "baseline")
 
@@ -55,6 +58,12 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
         raise UserError(
             "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
         )
+    seeds = recipe.seeds if isinstance(recipe.seeds, int) else len(recipe.seeds)
+    if (cells := seeds * math.prod(map(len, recipe.compare.values()))) > MOST_CELLS:
+        where = tree.origin(("seeds",) if seeds > MOST_CELLS else ("compare",))
+        raise UserError(
+            f"{cells:,} cells, more than {MOST_CELLS:,}", where=where, hint="split the recipe, or take fewer seeds"
+        )
     for combination in itertools.product(*recipe.compare.values()):
         yield _variant(tree, dict(zip(recipe.compare, combination, strict=True)))
 
@@ -69,7 +78,8 @@ def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
         given = written_out(Tree.of({"method": combination["method"]}, where))
         method = given.data["method"]
         if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-            raise UserError(f"a compared method is a name, or a mapping with a 'name', not {method!r}", where=where)
+            what = f"a compared method is a name, or a mapping with a 'name', not {shortened(method)}"
+            raise UserError(what, where=where)
         # What the recipe says of `method` without naming one holds for every compared method that has it.
         for_all = {key: v for key, v in tree.data.get("method", {}).items() if key != "name"}
         shared = for_all.keys() - method.keys()

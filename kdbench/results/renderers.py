@@ -184,6 +184,17 @@ def _md_note(note: Note) -> str:
     return f"**{_md(note.text)}**" if note.warning else _md(note.text)
 
 
+def _no_formula(value: Any) -> Any:
+    """A value that no spreadsheet computes: text that begins like a formula gets an apostrophe, which they hide."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     """Columns in order of first appearance; a missing value is empty."""
     fields = list(dict.fromkeys(field for row in rows for field in row))
@@ -193,5 +204,5 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({field: _no_formula(value) for field, value in row.items()} for row in rows)
     return stream.getvalue()

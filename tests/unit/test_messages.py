@@ -1,0 +1,189 @@
+"""What a user can cause is one message with its place and a way out, told soon; output fits where it goes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from fuzzing import Found, folders, recipes
+from rich.console import Console
+from rich.table import Table
+
+from kdbench import api, cli
+from kdbench.cli.console import show
+from kdbench.engine.check import check_cell
+from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
+from kdbench.results.renderers import _no_formula
+from kdbench.tree import Tree, plain
+
+SHIPPED = Registry()
+RECIPE = """data: digits
+teacher: wrn_16_2_digits
+student: wrn_10_1
+protocol: digits
+steps: 20
+"""
+
+
+def written(folder: Path, more: str) -> str:
+    keys = {line.partition(":")[0] for line in more.splitlines()}
+    kept = [line for line in RECIPE.splitlines() if line.partition(":")[0] not in keys]
+    (folder / "r.yaml").write_text("\n".join([*kept, more]), encoding="utf-8")
+    return str(folder / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "said"),
+    [
+        ("method: {name: kd, label: 3}", 6, "a label is a text, not 3"),
+        ("compare: {method: [ce, {name: kd, label: 2020-01-01}]}", 6, "a label is a text"),
+        ("method: {name: 3}", 6, "the name of a method is a text, not 3"),
+        ("method: {name: {name: kd}}", 6, "the name of a method is a text"),
+        ("method: {name: null}", 6, "the name of a method is a text, not None"),
+        ("method: kd\nteacher: [wrn_16_2_digits, wrn_10_1]", 6, "compare: {teacher: […]}"),
+        ("method: kd\nseeds: 100000000", 7, "100,000,000 cells, more than 10,000"),
+        ("method: kd\nseeds: 10000000000000000000000000", 7, "more than 10,000"),
+        ("method: kd\nevaluations: 100000000", 7, "less than or equal to 100000"),
+        ("compare: {method: [kd], data.split_seed: [1, 2, 3], steps: &s [1,1,1,1], seeds: *s}", 6, "unknown path"),
+        ("method: kd\nprotocol: {name: ab_official, augmentation: {resized_crop: [0.1, 1.0]}}", 6, "padding: 0"),
+        ("method: kd\ntemperature: 4", 7, "'method.temperature'"),
+        ("method: kd\nseed: 4", 7, "'seeds=[42]' is the one seed 42"),
+        ("method: kd\nlr: 4", 7, "'protocol.optimizer.lr'"),
+        ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text holds the character"),
+    ],
+)
+def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, said: str, tmp_path: Path) -> None:
+    before = time.monotonic()
+    with pytest.raises(UserError) as error:
+        plan(written(tmp_path, more), SHIPPED)
+    assert time.monotonic() - before < 2
+    assert said in str(error.value) and str(error.value.where).endswith(f"r.yaml:{line}"), error.value
+
+
+@pytest.mark.parametrize(
+    ("more", "place", "said"),
+    [
+        ("method: {name: kd, temperature: 0}", "r.yaml:6", "'temperature' of the loss 'kd' cannot be 0"),
+        ("method: kd\nstudent: timm:nonsense", "r.yaml:6", "timm has no model 'nonsense'"),
+    ],
+)
+def test_what_is_found_when_networks_are_built_has_a_line_too(more: str, place: str, said: str, tmp_path: Path) -> None:
+    planned = plan(written(tmp_path, more), SHIPPED)
+    with pytest.raises(UserError) as error:
+        check_cell(planned.cells[0].spec)
+    placed = planned.placed(error.value)
+    assert said in str(placed)
+    if "timm" not in more:
+        assert str(placed.where).endswith(place), placed
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"data": {"name": "digits", "per_class": 13}, "protocol": {"batch_size": 43}}, "130 images, 43 each"),
+        ({"data": {"name": "digits", "per_class": 10}, "protocol": {"batch_size": 1}}, "every batch is one image"),
+        ({"data": {"name": "digits", "per_class": 13}, "protocol": {"batch_size": 43, "last_batch": "drop"}}, ""),
+        ({"data": {"name": "digits", "per_class": 13}, "protocol": {"batch_size": 42}}, ""),
+        ({"data": {"name": "digits", "per_class": 13}, "protocol": {"batch_size": 43}, "student": "wrn_10_1"}, ""),
+    ],
+)
+def test_a_last_batch_of_one_image_is_told_before_training(over: dict[str, Any], said: str) -> None:
+    recipe = {"student": "torchvision:resnet18", "method": "ce", "steps": 2} | over
+    recipe["protocol"] = {"name": "digits", **over["protocol"]}
+    spec = plan(recipe, SHIPPED).cells[0].spec
+    if not said:
+        check_cell(spec)
+        return
+    with pytest.raises(UserError, match=said) as error:
+        check_cell(spec)
+    assert "last_batch: drop" in str(error.value)
+
+
+def test_numbers_of_numpy_and_paths_are_plain_ones() -> None:
+    given = {"a": np.int64(3), "b": [np.float32(0.5), torch.tensor(2)], "c": Path("x"), "d": (True, np.bool_(False))}
+    found = plain(given)
+    assert found == {"a": 3, "b": [0.5, 2], "c": "x", "d": [True, False]}
+    assert [type(value) for value in (found["a"], found["b"][1], found["d"][1])] == [int, int, bool]
+
+
+def test_the_api_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def stop(recipe: Any, registry: Any, overrides: tuple[str, ...]) -> None:
+        taken.extend([recipe, overrides])
+        raise UserError("enough")
+
+    monkeypatch.setattr("kdbench.recipe.planning.plan", stop)
+    with pytest.raises(UserError, match="enough"):
+        api.run({"steps": np.int64(4)}, {"steps": np.int64(3), "data.root": Path("x")})
+    assert taken == [{"steps": 4}, ("steps=3", 'data.root="x"')]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_output_of_every_encoding(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kdbench", "table", str(ROOT / "results" / "continual_small")],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    text = done.stdout.decode(encoding)
+    assert ("+/-" if encoding == "ascii" else "±") in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 100, 200])
+def test_narrow_terminals_leave_out_columns_not_digits(width: int) -> None:
+    table = Table("method", "accuracy", "difference", "interval")
+    table.add_row("KD", "94.09 ± 1.06", "+4.71", "[+2.33, +7.08]")
+    page = Console(width=width, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    show(page, table)
+    text = page.export_text()
+    shown = [value for value in ("94.09 ± 1.06", "+4.71", "[+2.33, +7.08]") if value in text]
+    assert len(shown) == {20: 1, 40: 2, 60: 3, 100: 3, 200: 3}[width] or width == 20
+    assert ("no room here for" in text) == (width < 60)
+
+
+def test_no_text_in_csv_is_a_formula() -> None:
+    assert [_no_formula(value) for value in ("=1+1", "+4.71", "-3", "-x", "@a", "KD", -1.5, None)] == [
+        *("'=1+1", "+4.71", "-3", "'-x", "'@a", "KD", -1.5, None)
+    ]
+
+
+def test_a_full_disk_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    monkeypatch.setattr(cli, "app", full)
+    monkeypatch.setattr(sys, "argv", ["kdbench"])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code == 2 and "error: the disk is full: runs/x\n  make room" in capsys.readouterr().err
+
+
+def test_a_control_character_in_a_key() -> None:
+    with pytest.raises(UserError, match="a key holds"):
+        Tree.parse('"a\\u0007": 1', "x")
+
+
+def test_hundreds_of_wrong_recipes_give_no_traceback(tmp_path: Path) -> None:
+    """The whole: make fuzz."""
+    found = Found(tmp_path / "found")
+    recipes(300, 5, found)
+    assert not found.faults, found.faults
+
+
+def test_dozens_of_wrong_run_folders_give_no_traceback(tmp_path: Path) -> None:
+    found = Found(tmp_path / "found")
+    folders(30, 5, found, ROOT / "results" / "continual_small")
+    assert not found.faults, found.faults
