@@ -21,10 +21,11 @@ class Strike(NamedTuple):
 
     when: Literal["step", "second stage", "record", "half a checkpoint", "checkpoint"]
     after: int
-    whom: Literal["worker", "run", "everybody", "interrupt"] = "worker"
+    whom: Literal["worker", "run", "everybody", "interrupt", "SIGTERM to all", "SIGHUP to all"] = "worker"
 
 
-CODES = {"worker": 1, "run": -signal.SIGKILL, "everybody": -signal.SIGKILL, "interrupt": 130}
+CODES = {"worker": 1, "run": -signal.SIGKILL, "everybody": -signal.SIGKILL}
+CODES |= dict.fromkeys(("interrupt", "SIGTERM to all", "SIGHUP to all"), 130)
 
 
 def start(words: Sequence[str | Path], strike: Strike | None = None) -> subprocess.Popen[bytes]:

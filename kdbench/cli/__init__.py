@@ -68,6 +68,12 @@ def main() -> None:
     # an interrupt loses nothing here, every cell is checkpointed first, and no other way of stopping a run is as clean.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A scheduler's end (SIGTERM) and a closed terminal (SIGHUP) are answered as an interrupt is. What 'nohup' has
+    # ignored stays so.
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     # A shell opens ~ at the beginning of a word only.
     words = [
         re.sub(r"^(--[\w-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.text import Text as RichText
 
     from kdbench.results.contents import Table
+    from kdbench.results.latex import Form
     from kdbench.results.layout import Text as Entry
 
 
@@ -26,13 +27,15 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     print(f"written to {out}: {', '.join(file.name for file in files)}")
 
 
-def write_files(table: Table, out: Path, folders: Iterable[Path]) -> list[Path]:
+def write_files(
+    table: Table, out: Path, folders: Iterable[Path], form: Form = "page", label: str | None = None
+) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text
     from kdbench.record import read_records
     from kdbench.results.texts import texts
 
-    written = texts(table, read_records(folders))
+    written = texts(table, read_records(folders), form=form, label=label)
     for name, text in written.items():
         write_text(out / name, text)
     return [out / name for name in written]

@@ -60,9 +60,11 @@ class _Base:
         before = self.before * (sum(known) / len(known) if known else 0)
         left = remaining(self.cells, time.monotonic() - self.started, before)
         failed = f", {count['failed']} failed" if count["failed"] else ""
+        # Tests and checkpoints take time beside the steps that are counted.
+        time_left = "almost done" if left is not None and left < 1 else f"about {clock(left)} left"
         return (
             f"{count['finished']}/{len(self.cells)} cells finished, {count['running']} running, "
-            f"{count['waiting']} waiting{failed}; about {clock(left)} left"
+            f"{count['waiting']} waiting{failed}; {time_left}"
         )
 
 

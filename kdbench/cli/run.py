@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,7 +123,9 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
         found = published(planned, before) if results is not None else {}
         outcome = run_plan(planned, options, shown, before, found)
     except KeyboardInterrupt:
-        print("interrupted: all progress is saved; repeat the command to continue", file=sys.stderr)
+        # The terminal may be gone.
+        with suppress(OSError):
+            print("interrupted: all progress is saved; repeat the command to continue", file=sys.stderr, flush=True)
         raise typer.Exit(130) from None
     if outcome.finished:
         from kdbench.cli.output import write_tables

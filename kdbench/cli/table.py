@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ EXAMPLES = (
 )
 METRICS = ("last", "best", "mean_last")
 INTERVALS = ("student", "bootstrap")
+FORMS = ("page", "wide", "column")
 
 
 def command(
@@ -44,6 +46,10 @@ def command(
             "metric of a loss card.",
         ),
     ] = None,
+    latex: Annotated[
+        str, typer.Option(help="table.tex for a page (one column), wide (table*, across two columns), or column.")
+    ] = "page",
+    label: Annotated[str | None, typer.Option(help="Of table.tex, as tab:ab (default: of the title).")] = None,
     registry: RegistryOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
@@ -60,6 +66,10 @@ def command(
         raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))
     if interval not in INTERVALS:
         raise UserError(f"unknown interval '{interval}'", where="--interval", hint=did_you_mean(interval, INTERVALS))
+    if latex not in FORMS:
+        raise UserError(f"unknown form '{latex}'", where="--latex", hint=did_you_mean(latex, FORMS))
+    if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
+        raise UserError(f"'{label}' is no label of LaTeX's", where="--label", hint="letters, digits, and : . -")
     cards = Registry(registry or ()) if published else None
     table = build(
         read_records(folders),
@@ -71,7 +81,7 @@ def command(
         published=dict(_published(cards, text) for text in published or ()) if cards else None,
     )
     if out is not None:
-        sums.renew(out, write_files(table, out, folders))
+        sums.renew(out, write_files(table, out, folders, latex, label))  # type: ignore[arg-type]
     print_table(table)
 
 

@@ -72,8 +72,11 @@ class Worker:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group; the runner ends its workers by closing their input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP reach the whole process group; the runner ends its
+    # workers by closing their input.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     # Whatever a library prints must not end up between the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -10,6 +10,8 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from kdbench.results.contents import Note, Table
 from kdbench.results.layout import Grid, Text, layout
@@ -22,14 +24,23 @@ ACROSS_SPREADS = 3
 TITLE = 11
 
 
-def latex(table: Table) -> str:
-    """Every grid as a table of its own, then the notes."""
+Form = Literal["page", "wide", "column"]
+
+
+def latex(table: Table, form: Form = "page", label: str | None = None) -> str:
+    """Every grid as a table of its own, then the notes.
+
+    Args:
+        form: for articles of one column; of two, across both (`table*`) or in one of them with fewer numbers side by
+            side. In two columns long grids are several floats, since none can break there.
+        label: by which the text refers to it; of the title where absent.
+    """
     title = table.title or "Comparison"
     plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
-    label = "tab:" + (re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "comparison")
+    label = label or "tab:" + (re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "comparison")
     lines = [PACKAGES]
-    for n, (caption, grid) in enumerate(_parts(layout(table))):
-        lines += _environment(grid, escape(f"{title}. {caption}."), f"{label}-{n}" if n else label)
+    for n, (caption, grid) in enumerate(_parts(layout(table), form)):
+        lines += _environment(grid, escape(f"{title}. {caption}."), f"{label}-{n}" if n else label, form)
     return "\n".join([*lines, *_notes(table.notes, label)]) + "\n"
 
 
@@ -39,11 +50,12 @@ def escape(value: str) -> str:
     return "".join(_escaped(c) for c in unicodedata.normalize("NFC", value))
 
 
-def _parts(grids: Iterable[Grid]) -> Iterator[tuple[str, Grid]]:
+def _parts(grids: Iterable[Grid], form: Form) -> Iterator[tuple[str, Grid]]:
     """Captions and grids, those with many columns in several parts that repeat the first column. Rows that say nothing
     in a part are left out of it."""
     for grid in grids:
         across = ACROSS_SPREADS if any("±" in row[-1].text for row in grid.rows) else ACROSS
+        across = across // 2 if form == "column" else across
         starts = range(1, len(grid.header), across)
         for start in starts:
             shown = [0, *range(start, min(start + across, len(grid.header)))]
@@ -52,22 +64,34 @@ def _parts(grids: Iterable[Grid]) -> Iterator[tuple[str, Grid]]:
             rules = frozenset(kept.index(n) for n in grid.rules if n in kept) - {0}
             headings = frozenset(kept.index(n) for n in grid.headings)
             caption = grid.caption + (" (continued)" if start > 1 else "")
-            yield caption, Grid(caption, tuple(grid.header[i] for i in shown), rows, rules, headings)
+            whole = Grid(caption, tuple(grid.header[i] for i in shown), rows, rules, headings)
+            yield from [(caption, whole)] if form == "page" else _floats(whole)
 
 
-def _environment(grid: Grid, caption: str, label: str) -> list[str]:
+def _floats(grid: Grid) -> Iterator[tuple[str, Grid]]:
+    """A grid in parts of as many rows as a float takes."""
+    for first in range(0, len(grid.rows), ROWS):
+        rules, headings = (
+            frozenset(n - first for n in at if first <= n < first + ROWS) for at in (grid.rules, grid.headings)
+        )
+        part = replace(grid, rows=grid.rows[first : first + ROWS], rules=rules - {0}, headings=headings)
+        yield grid.caption + (" (continued)" if first else ""), part
+
+
+def _environment(grid: Grid, caption: str, label: str, form: Form) -> list[str]:
     numbers = "r" * (len(grid.header) - 1)
     head = ["\\toprule", " & ".join(map(_title, grid.header)) + r" \\", "\\midrule"]
     caption = f"\\caption{{{caption}}}\\label{{{label}}}"
     size = "\\small\\setlength{\\tabcolsep}{3pt}\\setlength{\\belowcaptionskip}{4pt}"
     first = ">{\\raggedright\\hangindent1em\\arraybackslash}"
-    if len(grid.rows) > ROWS:
+    if form == "page" and len(grid.rows) > ROWS:
         begin = f"\\begin{{xltabular}}{{\\linewidth}}{{{first}X{numbers}}}"
         repeated = [*head, "\\endfirsthead", *head, "\\endhead", "\\bottomrule", "\\endlastfoot"]
         return ["", f"{{{size}", begin, caption + r" \\", *repeated, *_rows(grid), "\\end{xltabular}}"]
     begin = f"\\begin{{tabularx}}{{\\linewidth}}{{{first}X{numbers}}}"
     inside = [begin, *head, *_rows(grid), "\\bottomrule", "\\end{tabularx}"]
-    return ["", "\\begin{table}[tbp]", f"\\centering{size}", caption, *inside, "\\end{table}"]
+    environment = "table*" if form == "wide" else "table"
+    return ["", f"\\begin{{{environment}}}[tbp]", f"\\centering{size}", caption, *inside, f"\\end{{{environment}}}"]
 
 
 def _rows(grid: Grid) -> Iterator[str]:

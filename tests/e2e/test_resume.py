@@ -46,6 +46,18 @@ def test_killed_at_bad_moments(whole: Path, kdbench: Kdbench, tmp_path: Path) ->
     assert_alike(tmp_path, whole)
 
 
+def test_a_scheduler_or_a_closed_terminal_ends_a_run_as_an_interrupt_does(
+    whole: Path, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    """SIGTERM and SIGHUP to the whole group of processes leave a checkpoint, though none was due."""
+    rarely = [*words(tmp_path), "--checkpoint-seconds", "1000"]
+    for number, whom in ((30, "SIGTERM to all"), (90, "SIGHUP to all")):
+        struck(rarely, Strike("step", number, whom))  # type: ignore[arg-type]
+        assert [*tmp_path.rglob("checkpoint.pt")]
+    kdbench(*words(tmp_path))
+    assert_alike(tmp_path, whole)
+
+
 @pytest.mark.slow
 def test_several_seeds_in_one_program_are_the_cells_alone_also_when_killed(
     once: Once, command_line: Kdbench, kdbench: Kdbench, tmp_path: Path

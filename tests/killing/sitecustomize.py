@@ -23,7 +23,10 @@ def strike() -> None:
         case "everybody":
             os.killpg(0, signal.SIGKILL)
         case whom:
-            os.kill(os.getppid(), {"run": signal.SIGKILL, "interrupt": signal.SIGINT}[whom])
+            if whom.endswith(" to all"):
+                os.killpg(0, getattr(signal, whom.split()[0]))
+            else:
+                os.kill(os.getppid(), {"run": signal.SIGKILL, "interrupt": signal.SIGINT}[whom])
             # Not a step more until the worker can know that its run is leaving: its input has ended.
             ended = select.poll()
             ended.register(0, select.POLLHUP)

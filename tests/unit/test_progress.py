@@ -36,3 +36,15 @@ def test_what_a_cell_does_beside_its_steps_is_shown(
         live.end()
     shown = console.export_text()
     assert "batch 2 of 5" in shown and "3/8" in shown
+
+
+def test_running_cells_never_have_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 8, "method": "ce"}
+    cells = [CellState(plan(recipe, Registry()).cells[0], i, Path(), state="running", total=800) for i in range(2)]
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    lines.started -= 100
+    for step, said in ((0, "about – left"), (400, "about 1:40 left"), (799, "almost done"), (800, "almost done")):
+        for cell in cells:
+            cell.step = step
+        assert said in lines.summary() and "0:00" not in lines.summary()

@@ -618,14 +618,14 @@ def test_escaping() -> None:
     assert escape("a\x00b\u200bc") == "abc"
 
 
-def compiled(folder: Path, body: str) -> str:
+def compiled(folder: Path, body: str, options: str = "") -> str:
     """Compile an article with the packages that the file names; its text. A complaint about width or height fails."""
     if shutil.which("pdflatex") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("pdflatex is not installed, and CI must not skip this")
         pytest.skip("pdflatex is not installed")
     (folder / "t.tex").write_text(
-        f"\\documentclass{{article}}{PACKAGES.partition('needs ')[2]}\\begin{{document}}\n{body}\\end{{document}}\n",
+        f"\\documentclass[{options}]{{article}}{PACKAGES.partition('needs ')[2]}\\begin{{document}}\n{body}\\end{{document}}\n",
         encoding="utf-8",
     )
     done = subprocess.run(
@@ -720,6 +720,21 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
         records = comparison({"ce": several(1), "kd": several(1)})
     table = build(records, baseline="method_0" if size != "one seed" else None)
     text = compiled(tmp_path, latex(table))
+    if text:
+        for row in table.rows:
+            for found in row.cells:
+                assert found is not None and f"{found.mean:.2f}" in text
+
+
+@pytest.mark.parametrize("form", ["wide", "column"])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_latex_in_articles_of_two_columns(form: str, rows: int, tmp_path: Path) -> None:
+    values = {f"method_{k}": [90.0 + k / 80, 91.0, 90.5] for k in range(rows)}
+    records = comparison(values, agreement={f"layer{i}.preact": 0.5 for i in range(1, 4)})
+    table = build(records, baseline="method_0")
+    source = latex(table, form, "tab:mine")  # type: ignore[arg-type]
+    assert ("\\begin{table*}" in source) == (form == "wide") and "\\label{tab:mine}" in source
+    text = compiled(tmp_path, source, "twocolumn")
     if text:
         for row in table.rows:
             for found in row.cells:
