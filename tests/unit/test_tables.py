@@ -624,10 +624,9 @@ def compiled(folder: Path, body: str, options: str = "") -> str:
         if os.environ.get("CI") == "true":
             pytest.fail("pdflatex is not installed, and CI must not skip this")
         pytest.skip("pdflatex is not installed")
-    (folder / "t.tex").write_text(
-        f"\\documentclass[{options}]{{article}}{PACKAGES.partition('needs ')[2]}\\begin{{document}}\n{body}\\end{{document}}\n",
-        encoding="utf-8",
-    )
+    head = f"\\documentclass[{options}]{{article}}{PACKAGES.partition('needs ')[2]}"
+    source = f"{head}\\begin{{document}}\n{body}\\end{{document}}\n"
+    (folder / "t.tex").write_text(source, encoding="utf-8")
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
         cwd=folder,
