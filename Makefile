@@ -2,6 +2,8 @@
 # make test         all tests
 PYTHON ?= python3
 PROFILE ?= full
+# cpu: PyTorch without CUDA, a tenth of the download; else what the package index has.
+TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
@@ -13,11 +15,13 @@ help: ## this list
 setup: $(VENV)/.ready ## make the environment in .venv, from requirements.lock
 
 $(VENV)/.ready: pyproject.toml requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-	  || { echo "kdbench needs Python 3.11 to 3.13; choose one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
+	  || { echo "kdbench needs Python 3.11 to 3.14; choose one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.7'
+	@grep -vE '$(if $(filter cpu,$(TORCH)),^(nvidia-|cuda-|triton),^$$)' requirements.lock > $(VENV)/requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $(VENV)/requirements.lock \
+	  $(if $(TORCH),--torch-backend $(TORCH))
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

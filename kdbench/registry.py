@@ -81,6 +81,8 @@ class Registry:
             tree = Tree.read(file)
             if not isinstance(tree.data, dict):
                 raise UserError("a registry file maps names to cards", where=shown(file))
+            if "recipes" in file.relative_to(folder).parts or {"data", "student"} <= tree.data.keys():
+                continue  # a recipe that lies beside the card of the teacher that it trains
             if file.parent == folder:
                 for kind in tree.data:
                     if kind not in KINDS:

@@ -64,6 +64,8 @@ def version(show_version: bool = typer.Option(False, "--version", help="Print th
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
     _fit_encodings()
+    if sys.platform not in ("linux", "darwin"):
+        print("note: kdbench is made for Linux and macOS; on Windows it is tried in WSL only", file=sys.stderr)
     # A shell without job control starts its background jobs with interrupts ignored. They are answered all the same:
     # an interrupt loses nothing here, every cell is checkpointed first, and no other way of stopping a run is as clean.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -58,9 +58,8 @@ def command(
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
     _print_heading(console, planned, device)
-    notes = dict.fromkeys(
-        note for spec in _distinct(cell.spec for cell in planned.cells) for note in weight_notes(spec)
-    )
+    files = {f"{spec.student} {spec.teacher}": spec for spec in _distinct(cell.spec for cell in planned.cells)}
+    notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
         console.print(f"note: {remark}", style="yellow", markup=False)
     for keeper in _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None):

@@ -14,7 +14,9 @@ from kdbench.errors import UserError
 def check_device(device: str) -> str:
     """The name of a device. UserError for what is none."""
     if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-        raise UserError(f"unknown device '{device}'", where="--device", hint="known: auto, cpu, cuda, cuda:0, …")
+        other = device.partition(":")[0] in ("mps", "xpu", "hpu", "xla", "npu", "rocm", "gpu")
+        what = f"kdbench does not compute on '{device}'" if other else f"unknown device '{device}'"
+        raise UserError(what, where="--device", hint="known: auto, cpu, cuda, cuda:0, … (Apple's GPU is not used)")
     return device
 
 

@@ -56,14 +56,16 @@ def available_memory() -> int | None:
 
 
 def peak_resident() -> int:
-    """The most main memory that this process had so far, in bytes."""
+    """The most main memory that this process had so far, in bytes; 0 where the system does not say."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         # Elsewhere: on Linux this begins with what the process had that started this one.
-        import resource
-
+        try:
+            import resource
+        except ImportError:
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

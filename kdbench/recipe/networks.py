@@ -115,7 +115,9 @@ def _training(
         )
     origin = registry.tree("teachers", name).origin(("recipe",))
     folder = Path(origin.rpartition(":")[0]).parent
-    beside = [file for file in (folder / card.recipe, folder / f"{card.recipe}.yaml") if file.is_file()]
+    places = (folder, folder / "recipes", folder.parent / "recipes")
+    named = [folder / card.recipe, *(place / f"{card.recipe}.yaml" for place in places)]
+    beside = [file for file in named if file.is_file()]
     cell = trained(str(beside[0]) if beside else card.recipe, origin, tree.data["data"].get("root"))
     if (cell.student.name, cell.student.options) != (model.name, model.options):
         raise UserError(f"teacher '{name}': its recipe trains '{cell.student.name}', not '{model.name}'", where=origin)

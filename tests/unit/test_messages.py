@@ -20,6 +20,8 @@ from rich.table import Table
 
 from kdbench import api, cli
 from kdbench.cli.console import show
+from kdbench.cli.options import check_device
+from kdbench.engine import pool
 from kdbench.engine.check import check_cell
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -169,6 +171,48 @@ def test_a_full_disk_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with pytest.raises(SystemExit) as error:
         cli.main()
     assert error.value.code == 2 and "error: the disk is full: runs/x\n  make room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "gpu"])
+def test_other_accelerators_are_refused(device: str) -> None:
+    with pytest.raises(UserError, match="does not compute on") as error:
+        check_device(device)
+    assert "Apple's GPU" in str(error.value)
+
+
+def test_no_module_of_unix_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows: there is neither /proc nor 'resource'."""
+
+    def absent(*_: Any, **__: Any) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert pool.peak_resident() == 0 and pool.available_memory() is None
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("teachers/mine.yaml", "mine"),
+        ("teachers/mine.yaml", "mine.yaml"),
+        ("recipes/mine.yaml", "mine"),
+        ("recipes/mine.yaml", "../recipes/mine.yaml"),
+        ("elsewhere.yaml", "quickstart_teacher"),
+    ],
+)
+def test_a_teachers_recipe_is_found_beside_its_card_and_by_name(place: str, name: str, tmp_path: Path) -> None:
+    for folder in ("teachers", "recipes"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / place).write_text("data: digits\nstudent: wrn_16_2\nprotocol: digits\nmethod: ce\nsteps: 5\n")
+    (tmp_path / "teachers" / "cards.yaml").write_text(f"my_teacher: {{model: wrn_16_2, data: digits, recipe: {name}}}")
+    recipe = {"data": "digits", "teacher": "my_teacher", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
+    if place == "elsewhere.yaml":
+        with pytest.raises(UserError, match="there is no recipe 'quickstart_teacher'"):
+            plan(recipe, Registry([tmp_path]))
+        return
+    teacher = plan(recipe, Registry([tmp_path])).cells[0].spec.teacher
+    assert teacher is not None and teacher.trained_by is not None and teacher.trained_by.protocol.steps == 5
 
 
 def test_a_control_character_in_a_key() -> None:
