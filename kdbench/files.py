@@ -107,6 +107,11 @@ def find_weights(file: str) -> Path | None:
     if (path := Path(file).expanduser()).is_file():
         return path
     for folder in weight_folders():
-        if (folder / file).is_file():
-            return folder / file
+        if (found := folder / below(file)).is_file():
+            return found
     return None
+
+
+def below(file: str) -> str:
+    """A file's name below a folder of weights that were sent from elsewhere: no path leads out of it."""
+    return file.lstrip("/").replace("..", "up")

@@ -49,6 +49,13 @@ def command(
     sync_batch_norm: Annotated[
         bool, typer.Option("--sync-batch-norm", help="Under torchrun on GPUs: batch norms take the whole batch.")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, HOST:PORT, ray://…")
+    ] = None,
+    cpus_per_worker: Annotated[int | None, typer.Option(min=1, help="On Ray: cores of each worker.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, or a fraction of one.")
+    ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
     results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
     adopt: Annotated[bool, typer.Option(help="Whether published cells of this recipe count as finished.")] = True,
@@ -60,6 +67,7 @@ def command(
     those that 'kdbench publish' has put into results/<recipe>: so you can add seeds to a published table.
     """
     from kdbench.engine.options import Options
+    from kdbench.engine.ray_pool import Cluster
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
@@ -86,6 +94,7 @@ def command(
         checkpoint_seconds=checkpoint_seconds,
         ranks=ranks,
         sync_batch_norm=sync_batch_norm,
+        cluster=None if ray is None else Cluster(ray, cpus_per_worker, gpus_per_worker),
     )
     outcome = carry_out(planned, options, results if adopt else None)
     if outcome.failed:

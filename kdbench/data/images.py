@@ -142,11 +142,11 @@ def cached(
     """
     digest = hashlib.sha256(json.dumps([_LAYOUT, variant, sorted(listing)]).encode()).hexdigest()[:32]
     path = cache / f"{name}-{digest}.safetensors"
-    data = _load(path, name)
+    data = load_images(path, name)
     if data is None:
         data = build()
         try:
-            _save(path, data)
+            save_images(path, data)
         except (OSError, SafetensorError) as error:
             log.warning("%s: the decoded images could not be kept for the next run (%s)", path, error)
     return data
@@ -183,7 +183,8 @@ def _sorted(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels[index]), torch.from_numpy(of[index].astype(np.int64))
 
 
-def _load(path: Path, name: str) -> ImageData | None:
+def load_images(path: Path, name: str) -> ImageData | None:
+    """What `save_images` wrote; None where there is nothing, or something damaged, which is warned of."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -208,7 +209,7 @@ def _load(path: Path, name: str) -> ImageData | None:
     return None
 
 
-def _save(path: Path, data: ImageData) -> None:
+def save_images(path: Path, data: ImageData) -> None:
     """Write whole or not at all: a reader never sees a part, a full disk leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")

@@ -36,8 +36,7 @@ class DataHere:
         Args:
             needed: something is to be trained on it, so it is an error if it cannot be read, and may be downloaded.
         """
-        only = {"name", "target", "options", "source_sha256", "root"}
-        key = spec.model_dump_json(include=only)
+        key = spec.source()
         if key not in self.known:
             found = None
             for event in self.pool.carry_out([ReadFingerprint(data=spec, download=needed)]):

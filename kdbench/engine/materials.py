@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kdbench.data.images import ImageData
+from kdbench.data.images import ImageData, load_images
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logit_table
 from kdbench.engine.compute import Computing
@@ -39,10 +40,25 @@ class Materials:
         roots = spec.roots(self.settings.data_roots)
         key = f"{spec.name} {spec.options} {roots}"
         if key not in self._data:
-            found = load_data(spec, roots, download and self.settings.download, self.settings.cache)
+            found = self._given(spec) or load_data(
+                spec, roots, download and self.settings.download, self.settings.cache
+            )
+            known = self.settings.given.get(spec.source())
+            if known is not None and known.fingerprint != found.fingerprint:
+                raise UserError(
+                    f"the data set '{spec.name}' on {platform.node()} is another one than the run has: "
+                    f"its fingerprint is {found.fingerprint[:12]}, not {known.fingerprint[:12]}",
+                    where=found.origin,
+                    hint="bring the same files to all nodes",
+                )
             # Two at most: a cell's domains.
             self._data = dict([*self._data.items()][-1:]) | {key: found}
         return self._data[key]
+
+    def _given(self, spec: DataSpec) -> ImageData | None:
+        """A data set that was sent here as one file."""
+        known = self.settings.given.get(spec.source())
+        return load_images(known.file, spec.name) if known is not None and known.file is not None else None
 
     def domains(self, spec: CellSpec) -> tuple[AnyData, AnyData | None]:
         """A cell's data set, and its target domain."""

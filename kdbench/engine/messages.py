@@ -39,12 +39,22 @@ def read_line(form: type[M], line: str) -> M:
     return kinds[name].model_validate_json(fields)
 
 
+class Given(BaseModel):
+    """A data set that a run has: its fingerprint, and a file that holds all of it, None for pictures on disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: str
+    file: Path | None
+
+
 class Settings(Message):
     """What holds for all tasks of a run.
 
     Attributes:
         ranks: processes that train every cell together. sync_batch_norm: whether their batch norms take the whole
             batch.
+        given: data sets by `DataSpec.source`, for workers elsewhere.
     """
 
     data_roots: list[Path] = []
@@ -53,6 +63,7 @@ class Settings(Message):
     checkpoint_seconds: float = 60.0
     ranks: int = 1
     sync_batch_norm: bool = False
+    given: dict[str, Given] = {}
 
 
 class Task(Message):
@@ -78,6 +89,12 @@ class ReadFingerprint(Task):
 
     data: DataSpec
     download: bool
+
+
+class SaveData(Task):
+    """Keep a data set in one file of the cache; answered by a `DataSaved`."""
+
+    data: DataSpec
 
 
 class Prepare(Task):
@@ -171,6 +188,10 @@ class FingerprintRead(Event):
     fingerprint: str
 
 
+class DataSaved(Event):
+    given: Given
+
+
 class TrialDone(Event):
     chosen: Chosen
 
@@ -241,6 +262,9 @@ class Failed(Event):
 
 
 class Gone(Event):
-    """The worker ended; told by whoever reads its events."""
+    """The worker ended; told by whoever reads its events. `why`: where more is known than its exit code. `lost`: with
+    its node, so that another worker may well do what it had to do."""
 
     code: int
+    why: str = ""
+    lost: bool = False

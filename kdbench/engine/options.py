@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kdbench.engine.ray_pool import Cluster
 from kdbench.engine.scheduling import CellState
 from kdbench.files import folders_in, home
 
@@ -18,6 +19,7 @@ class Options:
     seeds_together: whether a worker trains several seeds of a comparison at once, as memory allows (None: on a GPU).
     ranks: processes that train every cell together, as torchrun started them; sync_batch_norm: whether their batch
         norms take the whole batch.
+    cluster: a Ray cluster whose nodes the workers are on; None: this machine.
     """
 
     runs: Path = Path("runs")
@@ -31,6 +33,7 @@ class Options:
     checkpoint_seconds: float = 60.0
     ranks: int = 1
     sync_batch_norm: bool = False
+    cluster: Cluster | None = None
 
     def roots(self) -> list[Path]:
         """Folders searched for data, in order."""

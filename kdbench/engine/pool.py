@@ -11,7 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Settings, Task, TrainCohort, read_line
+from kdbench.engine.messages import (
+    Announcement,
+    Done,
+    Event,
+    Failed,
+    Gone,
+    Ready,
+    Settings,
+    Task,
+    TrainCohort,
+    read_line,
+)
 from kdbench.errors import CellError, UserError
 
 # How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
@@ -93,7 +104,8 @@ class Pool:
         self.jobs = jobs or self.cores
         self._one_for_each_gpu = jobs is None
         self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
-        self.workers: dict[int, subprocess.Popen[str]] = {}
+        # Processes, or what stands for them.
+        self.workers: dict[int, Any] = {}
         self.devices: list[str] = []
         self._on: dict[int, str] = {}
         self._started = self._sent = 0
@@ -102,9 +114,11 @@ class Pool:
         try:
             self._start()
             _, ready = self.events.get()
+            if isinstance(ready, Failed):
+                raise ready.error
             if not isinstance(ready, Ready):
-                code = ready.code if isinstance(ready, Gone) else 1
-                raise CellError(f"{_gone(code)} before it could begin; what it printed stands above")
+                gone = ready if isinstance(ready, Gone) else Gone(code=1)
+                raise CellError(f"{_gone(gone)} before it could begin; what it printed stands above")
             self.unusable = ready.unusable
             self._choose_devices(len(ready.cuda))
             self.memory = self._memory(ready.cuda)
@@ -142,12 +156,18 @@ class Pool:
                 self.workers.pop(number, None)
                 if self.settings.ranks > 1 and event.code:
                     # The other ranks had met this one, and will meet no other.
-                    raise CellError(_gone(event.code))
+                    raise CellError(_gone(event))
                 if number not in assigned:
                     if event.code and self._died_idle():
-                        raise CellError(_gone(event.code))
+                        raise CellError(_gone(event))
                     continue
-                event = Failed(message=_gone(event.code))
+                if event.lost and not self._died_idle():
+                    waiting.append(assigned.pop(number))
+                    yield Announcement(
+                        text=f"warning: {_gone(event)}; what it did goes on from its last checkpoint elsewhere"
+                    )
+                    continue
+                event = Failed(message=_gone(event))
             if isinstance(event, Done | Failed):
                 task = assigned.pop(number, None)
                 if isinstance(event, Failed) and isinstance(task, TrainCohort):
@@ -239,8 +259,10 @@ def _omp_threads() -> int:
     return int(first) if first.isdigit() else 0
 
 
-def _gone(code: int) -> str:
-    if code < 0:
+def _gone(event: Gone) -> str:
+    if event.why:
+        return f"a worker ended: {event.why}"
+    if (code := event.code) < 0:
         return f"the worker process was ended by signal {-code}" + (
             " (often: not enough memory; try --jobs 1)" if code == -9 else ""
         )

@@ -35,6 +35,7 @@ from kdbench.engine.messages import (
 )
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.pool import Pool
+from kdbench.engine.ray_pool import RayPool
 from kdbench.engine.scheduling import (
     Begun,
     Cells,
@@ -76,7 +77,11 @@ class Session:
         )
         # Several ranks are one worker, which the others follow.
         jobs = 1 if options.ranks > 1 else options.jobs
-        self.pool = Pool(options.device, jobs, options.registries, settings)
+        self.pool = (
+            Pool(options.device, jobs, options.registries, settings)
+            if options.cluster is None
+            else RayPool(options.cluster, options.device, jobs, options.registries, settings, options.runs)
+        )
         self.memory: Memories = {}
 
     def __enter__(self) -> Session:

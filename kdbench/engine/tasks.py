@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kdbench.data.images import save_images
 from kdbench.data.pictures import Pictures
 from kdbench.engine import logit_table
 from kdbench.engine.batches import Batches
@@ -23,15 +24,18 @@ from kdbench.engine.memory import memory_of
 from kdbench.engine.messages import (
     Announcement,
     CheckCells,
+    DataSaved,
     Doing,
     Event,
     Filled,
     FillLogits,
     FingerprintRead,
+    Given,
     MemoryNeeded,
     Prepare,
     PrepareSources,
     ReadFingerprint,
+    SaveData,
     TableFound,
     Task,
     TrainCohort,
@@ -75,6 +79,7 @@ class TaskRunner:
         kinds: dict[type[Task], Callable[[Any], None]] = {
             CheckCells: self.check_cells,
             ReadFingerprint: self.read_fingerprint,
+            SaveData: self.save_data,
             Prepare: self.prepare,
             PrepareSources: self.prepare_sources,
             Trial: self.trial,
@@ -100,6 +105,15 @@ class TaskRunner:
 
     def read_fingerprint(self, task: ReadFingerprint) -> None:
         self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
+
+    def save_data(self, task: SaveData) -> None:
+        """Keep a data set in one file, but not pictures that stay on disk."""
+        data = self.materials.data(task.data)
+        file = None
+        if not isinstance(data, Pictures):
+            file = self.materials.settings.cache / f"{data.fingerprint}.safetensors"
+            save_images(file, data)
+        self.emit(DataSaved(given=Given(fingerprint=data.fingerprint, file=file)))
 
     def prepare(self, task: Prepare) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""

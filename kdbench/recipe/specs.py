@@ -74,6 +74,10 @@ class TargetSpec(Coded, Spec):
 
 
 class DataSpec(DataFields, TargetSpec):
+    def source(self) -> str:
+        """What tells which images they are, before any are left out."""
+        return self.model_dump_json(include={"name", "target", "options", "source_sha256", "root"})
+
     fraction: float | None = None
     per_class: int | None = None
     only_classes: list[int] | None = None

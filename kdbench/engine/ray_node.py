@@ -1,0 +1,149 @@
+"""What a Ray actor does: it has one worker process on its node, and passes on tasks, events and files.
+
+The worker is the one of a local run, in a folder of this node. Nothing here or above imports torch or ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdbench.engine.pool import ALLOCATOR
+from kdbench.engine.versions import versions
+from kdbench.files import atomic, folders_in, home, sha256_of
+
+# Seconds between looks at a worker's files.
+LOOK = 0.5
+# What a cell goes on from is not in these.
+UNREAD = ("events", "metrics.jsonl", "test_logits.safetensors")
+# A file's name below a folder, and its bytes; None where it is gone.
+Content = tuple[str, bytes | None]
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All files of a folder by their names below it, without hidden ones."""
+    found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file for name, file in found.items() if not file.name.startswith(".")}
+
+
+class Node:
+    """A worker and its folder on a node.
+
+    Args:
+        key: tells runs apart that use this node.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.folder = home() / "ray" / key
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.worker: subprocess.Popen[str] | None = None
+        self.watched: list[str] = []
+        self.seen: dict[str, tuple[int, ...]] = {}
+
+    def about(self) -> dict[str, object]:
+        """What its run must know of this node."""
+        return {"name": platform.node(), "folder": str(self.folder), "versions": versions()}
+
+    def lacks(self, files: dict[str, str]) -> list[str]:
+        """Names of those files that are not here, or not with this sha256."""
+        there = {name: self.folder / name for name in files}
+        return [name for name, file in there.items() if not file.is_file() or sha256_of(file) != files[name]]
+
+    def put(self, name: str, sha256: str, content: bytes) -> None:
+        """Keep a file. ValueError where it is not what was sent."""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{name} has arrived on {platform.node()} with another sha256")
+        with atomic(self.folder / name) as temporary:
+            temporary.write_bytes(content)
+
+    def begin(self, paths: Sequence[str], threads: int) -> None:
+        """Start the worker.
+
+        Args:
+            paths: folders below this node's from which it imports users' modules.
+        """
+        weights = os.pathsep.join(map(str, [self.folder / "weights", *folders_in("KDBENCH_WEIGHTS")]))
+        own = {"OMP_NUM_THREADS": str(threads), "KDBENCH_WEIGHTS": weights}
+        worker = self.worker = subprocess.Popen(
+            [sys.executable, "-m", "kdbench.engine.worker", *(str(self.folder / path) for path in paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=ALLOCATOR | os.environ | own,
+        )
+
+        def listen() -> None:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                self.lines.put(line)
+            self.lines.put(None)
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def send(self, line: str, watched: Sequence[str]) -> None:
+        """Give the worker a task.
+
+        Args:
+            watched: folders whose changes the run is told of.
+        """
+        self.watched = [*watched]
+        self.seen = {}
+        self._changed()
+        assert self.worker is not None and self.worker.stdin is not None
+        try:
+            self.worker.stdin.write(line)
+            self.worker.stdin.flush()
+        except OSError:
+            pass  # Its end is told by `poll`.
+
+    def clear(self, folder: str, keep: Sequence[str]) -> None:
+        """Remove what a worker before left in a folder, all but some files."""
+        for name, file in files_of(self.folder / folder).items():
+            if name not in keep:
+                file.unlink(missing_ok=True)
+
+    def poll(self) -> tuple[list[str], list[Content], int | None]:
+        """Events since the last call, what changed in the files before that, and the worker's exit code if it ended."""
+        lines: list[str | None] = []
+        try:
+            lines.append(self.lines.get(timeout=LOOK))
+            while True:
+                lines.append(self.lines.get_nowait())
+        except queue.Empty:
+            pass
+        code = None
+        if None in lines:
+            assert self.worker is not None
+            code = self.worker.wait()
+        return [line for line in lines if line is not None], self._changed(), code
+
+    def close(self) -> None:
+        """Let the worker write its checkpoints and end."""
+        if self.worker is not None and self.worker.stdin is not None:
+            self.worker.stdin.close()
+
+    def _changed(self) -> list[Content]:
+        now: dict[str, tuple[int, ...]] = {}
+        changed: list[Content] = []
+        for folder in self.watched:
+            for below, file in files_of(self.folder / folder).items():
+                name = f"{folder}/{below}"
+                try:
+                    about = file.stat()
+                    now[name] = (about.st_mtime_ns, about.st_size, about.st_ino)
+                    if self.seen.get(name) != now[name]:
+                        changed.append((name, file.read_bytes()))
+                except FileNotFoundError:
+                    now.pop(name, None)
+        changed += [(name, None) for name in self.seen if name not in now]
+        self.seen = now
+        # A record makes its cell whole, so it comes after what it speaks of.
+        return sorted(changed, key=lambda one: one[0].endswith("record.json"))

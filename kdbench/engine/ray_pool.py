@@ -1,0 +1,316 @@
+"""Workers on the nodes of a Ray cluster, in place of local ones. Imports no torch, and ray only when it is used.
+
+Every worker has a folder on its node, to which a task's files are sent by content, and from which all that it writes
+comes back into the run's own folder. So nothing that reads runs sees a difference, and no file system is shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdbench.engine.messages import (
+    CheckCells,
+    DataSaved,
+    Event,
+    Failed,
+    Given,
+    Gone,
+    Message,
+    ReadFingerprint,
+    SaveData,
+    Settings,
+    Task,
+    TrainCohort,
+    read_line,
+)
+from kdbench.engine.pool import LEAVE_SECONDS, SHARE, Pool
+from kdbench.engine.ray_node import UNREAD, Node, files_of
+from kdbench.engine.versions import versions
+from kdbench.errors import CellError, UserError
+from kdbench.files import SHARE as SHIPPED
+from kdbench.files import atomic, below, find_weights, sha256_of
+from kdbench.recipe.specs import CellSpec, DataSpec
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to compute.
+
+    Attributes:
+        address: of the cluster ("auto": the one that this machine belongs to; "local": one of this machine alone).
+        cpus, gpus: of each worker; None: one core, or one GPU with its share of the cores.
+    """
+
+    address: str
+    cpus: int | None = None
+    gpus: float | None = None
+
+
+class RayPool(Pool):
+    """A `Pool` whose workers are on nodes. A worker that is lost with its node or its actor loses the steps since its
+    last checkpoint: its task is given to another one.
+
+    Args:
+        runs: the folder that all of a run's own files are in.
+    """
+
+    def __init__(
+        self, cluster: Cluster, device: str, jobs: int | None, paths: tuple[Path, ...], settings: Settings, runs: Path
+    ) -> None:
+        super().__init__(device, jobs, paths, settings)
+        self.cluster, self.runs = cluster, runs.resolve()
+        self.local = Pool("cpu", 1, paths, settings)
+        self.actors: dict[int, Any] = {}
+        self.folders: dict[int, Path] = {}
+        self.listeners: list[threading.Thread] = []
+        self.given: dict[str, Given] = {}
+        self._sums: dict[Path, tuple[tuple[int, int], str]] = {}
+        self._held: dict[str, Any] = {}
+
+    def __enter__(self) -> RayPool:
+        self.ray = _ray()
+        try:
+            alone = {"include_dashboard": False} if self.cluster.address == "local" else {}
+            self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"there is no Ray cluster at '{self.cluster.address}': {str(error).splitlines()[0]}",
+                where="--ray",
+                hint="start one with 'ray start --head', or give its address",
+            ) from None
+        self._share_out(self.ray.cluster_resources())
+        self.local.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, actor in self.actors.items():
+            if number in self.folders:
+                actor.close.remote()
+            else:
+                self.ray.kill(actor)
+        # What the workers write when they are stopped comes back as well.
+        for listener in self.listeners:
+            listener.join(timeout=LEAVE_SECONDS)
+        self.local.__exit__()
+        self.ray.shutdown()
+
+    def carry_out(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        here = [task for task in tasks if isinstance(task, CheckCells | ReadFingerprint)]
+        away = [task for task in tasks if task not in here]
+        if here:
+            yield from self.local.carry_out(here)
+        for spec in (spec for task in away for spec in _specs(task)):
+            for data in (spec.data, spec.target):
+                if data is not None and data.source() not in self.given:
+                    yield from self._save(data)
+        if away:
+            yield from super().carry_out(away)
+
+    def _save(self, data: DataSpec) -> Iterator[Event]:
+        """Have a data set as one file, which nodes can be sent."""
+        for event in self.local.carry_out([SaveData(data=data)]):
+            if isinstance(event, DataSaved):
+                self.given[data.source()] = event.given
+            else:
+                yield event
+
+    def _share_out(self, there: dict[str, float]) -> None:
+        """How many workers the cluster can have, and what each gets of it."""
+        cpus, gpus = int(there.get("CPU", 0)), there.get("GPU", 0.0) if self.device != "cpu" else 0.0
+        self.gpus = self.cluster.gpus if self.cluster.gpus is not None else float(gpus > 0)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"on a cluster there is no device {self.device}", where="--device", hint="give cuda")
+        if self.device == "cuda" and not self.gpus:
+            raise UserError("no node of the cluster has a GPU", where="--device", hint="use --device cpu or auto")
+        most = int(gpus / self.gpus) if self.gpus else None
+        self.threads = self.cluster.cpus or (max(1, cpus // most) if most else 1)
+        most = min(cpus // self.threads, cpus if most is None else most)
+        if most < 1:
+            raise UserError(
+                f"no worker of {self.threads} cores and {self.gpus:g} GPUs fits a cluster of {cpus} and {gpus:g}",
+                where="--ray",
+                hint="ask for less by --cpus-per-worker or --gpus-per-worker",
+            )
+        self.jobs = min(self.jobs, most) if not self._one_for_each_gpu else most
+        self.cores = self.threads * self.jobs
+        self._bytes = there.get("memory", 0.0) * self.threads / max(cpus, 1)
+
+    def _choose_devices(self, gpus: int) -> None:
+        # Ray shows each worker its own GPU alone.
+        self.devices = ["cuda:0"] if self.gpus and gpus else ["cpu"]
+
+    def _memory(self, gpus: list[int]) -> float | None:
+        if self.devices != ["cpu"]:
+            return SHARE * min(gpus) * min(self.gpus, 1.0)
+        return SHARE * self._bytes or None
+
+    def _start(self) -> None:
+        number = self._started
+        self._started += 1
+        kind = self.ray.remote(Node).options(
+            num_cpus=self.threads, num_gpus=self.gpus, max_concurrency=4, scheduling_strategy="SPREAD"
+        )
+        key = hashlib.sha256(f"{platform.node()} {self.runs}".encode()).hexdigest()[:12]
+        self.actors[number] = kind.remote(key)
+        self.workers[number] = self.actors[number]
+        self.listeners.append(threading.Thread(target=self._attend, args=(number,), daemon=True))
+        self.listeners[-1].start()
+
+    def _attend(self, number: int) -> None:
+        """Pass on what an actor's worker tells and writes, to its end."""
+        actor, code = self.actors[number], None
+        try:
+            about = self.ray.get(actor.about.remote())
+            if about["versions"] != versions():
+                raise UserError(
+                    f"the node {about['name']} has {about['versions']}, here there is {versions()}",
+                    hint="install the same versions on all nodes",
+                )
+            paths = [f"registries/{i}" for i in range(len(self.paths))]
+            for place, folder in zip(paths, self.paths, strict=True):
+                self._put(actor, {f"{place}/{name}": file for name, file in files_of(folder.resolve()).items()})
+            self.ray.get(actor.begin.remote(paths, self.threads))
+            self.folders[number] = Path(about["folder"])
+            while code is None:
+                lines, files, code = self.ray.get(actor.poll.remote())
+                for name, content in files:
+                    self._take(name, content)
+                for line in lines:
+                    self.events.put((number, read_line(Event, line)))
+            self.events.put((number, Gone(code=code)))
+        except UserError as error:
+            self.events.put((number, Failed(message=error.what, by_user=True, where=error.where, hint=error.hint)))
+        except self.ray.exceptions.RayError as error:
+            self.events.put(
+                (number, Gone(code=1, why=f"its node or its actor is lost: {_first_line(error)}", lost=True))
+            )
+        except Exception as error:  # noqa: BLE001 - whoever waits for this worker must hear of it
+            self.events.put((number, Gone(code=1, why=f"{type(error).__name__}: {error}")))
+        finally:
+            with suppress(Exception):
+                self.ray.kill(actor)
+
+    def _take(self, name: str, content: bytes | None) -> None:
+        """Write what a worker wrote into the run's own folder."""
+        file = self.runs / Path(name).relative_to("runs")
+        if not file.resolve().is_relative_to(self.runs):
+            raise CellError(f"a node sent a file outside of the run's folder: {name}")
+        if content is None:
+            file.unlink(missing_ok=True)
+            return
+        with atomic(file) as temporary:
+            temporary.write_bytes(content)
+
+    def _send(self, number: int, task: Task) -> bool:
+        """False also for a worker whose node is not there yet."""
+        if number not in self.folders:
+            return False
+        actor, base = self.actors[number], self.folders[number]
+        own = [cell.folder for cell in task.cells] if isinstance(task, TrainCohort) else []
+        watched = [*own, *(folder for name in ("teacher_folder", "shared") if (folder := getattr(task, name, None)))]
+        try:
+            for folder in watched:
+                place, files = self._place(folder), files_of(folder.resolve())
+                begin = {name: file for name, file in files.items() if not name.startswith(UNREAD)}
+                if folder in own:
+                    self.ray.get(actor.clear.remote(place, [*begin]))
+                self._put(actor, {f"{place}/{name}": file for name, file in begin.items()})
+            given = self._give(actor, base, task)
+            roots = [root.expanduser().resolve() for root in self.settings.data_roots]
+            own_settings = {"given": given, "data_roots": roots, "cache": base / "cache"}
+            settings = self.settings.model_copy(update=own_settings)
+            order = self._moved(task, base).model_copy(update={"device": self.devices[0], "settings": settings})
+            self.ray.get(actor.send.remote(order.line(), [self._place(folder) for folder in watched]))
+        except self.ray.exceptions.RayError:
+            return False
+        self._sent += 1
+        return True
+
+    def _give(self, actor: Any, base: Path, task: Task) -> dict[str, Given]:
+        """Send what a task's cells read beside the run's own files, data and weights."""
+        given: dict[str, Given] = {}
+        for spec in _specs(task):
+            for data in (spec.data, spec.target):
+                if data is not None:
+                    known = given[data.source()] = self.given[data.source()]
+                    if known.file is not None:
+                        place = f"data/{known.file.name}"
+                        self._put(actor, {place: known.file})
+                        given[data.source()] = known.model_copy(update={"file": base / place})
+            files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
+            away = {name: file for name, file in files.items() if SHIPPED not in file.resolve().parents}
+            self._put(actor, {f"weights/{below(name)}": file for name, file in away.items()})
+        return given
+
+    def _put(self, actor: Any, files: dict[str, Path]) -> None:
+        """Send those files that the node lacks."""
+        sums = {name: self._sum(file) for name, file in files.items()}
+        for name in self.ray.get(actor.lacks.remote(sums)):
+            sha256 = sums[name]
+            if sha256 not in self._held:
+                self._held[sha256] = self.ray.put(files[name].read_bytes())
+            self.ray.get(actor.put.remote(name, sha256, self._held[sha256]))
+            # What only this task needs is not held for others.
+            if name.startswith("runs/"):
+                del self._held[sha256]
+
+    def _sum(self, file: Path) -> str:
+        about = file.stat()
+        stamp = (about.st_mtime_ns, about.st_size)
+        if self._sums.get(file, (None, ""))[0] != stamp:
+            self._sums[file] = (stamp, sha256_of(file))
+        return self._sums[file][1]
+
+    def _place(self, folder: Path) -> str:
+        """Of a folder of the run: its name below a node's folder."""
+        return str(Path("runs") / folder.resolve().relative_to(self.runs))
+
+    def _moved(self, message: Any, base: Path) -> Any:
+        """A task with the folders of a node in place of the run's."""
+        changes: dict[str, Any] = {}
+        for name in type(message).model_fields:
+            value = getattr(message, name)
+            if isinstance(value, Path):
+                changes[name] = base / self._place(value)
+            elif isinstance(value, list) and value and isinstance(value[0], Message):
+                changes[name] = [self._moved(one, base) for one in value]
+        return message.model_copy(update=changes)
+
+
+def _specs(task: Task) -> list[CellSpec]:
+    """The cells that a task is about."""
+    if isinstance(task, TrainCohort):
+        return [cell.spec for cell in task.cells]
+    return [*getattr(task, "specs", []), *([spec] if (spec := getattr(task, "spec", None)) is not None else [])]
+
+
+def _weights(spec: CellSpec) -> list[str]:
+    """Names of the weight files that a cell reads."""
+    teacher = spec.teacher.weights if spec.teacher is not None else None
+    cards = [weights.file for weights in (spec.student.start, teacher) if weights is not None]
+    return cards + ([spec.student.weights] if spec.student.weights is not None else [])
+
+
+def _ray() -> Any:
+    # Nobody is asked, and nothing is sent.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "Ray is not installed", where="--ray", hint="install it with: pip install 'kdbench[ray]'"
+        ) from None
+    return ray
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
