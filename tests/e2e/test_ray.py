@@ -1,0 +1,119 @@
+"""`kdbench run --ray`: workers on the nodes of a cluster, with kills. The nodes are on this machine, each with a home of
+its own, so that nothing is on a node that was not sent there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, Kdbench, Once
+from kills import assert_alike
+
+from kdbench.engine import ray_pool
+from kdbench.engine.messages import Settings
+from kdbench.engine.ray_pool import Cluster, RayPool
+from kdbench.errors import UserError
+
+pytest.importorskip("ray", reason="the extra kdbench[ray] is not installed")
+# A node's actors are killed whenever they have taken so many steps: a quarter of a cell's.
+STRIKE = {"STRIKE_WHEN": "step", "STRIKE_AFTER": "15", "STRIKE_AT_WHOM": "run"}
+
+
+class Nodes:
+    """A cluster of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster as Started
+
+        self.folder, self.number = folder, 0
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self.cluster = Started(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+
+    def add(self, **environment: str) -> Any:
+        """A node with one core, and this environment."""
+        self.number += 1
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "killing")])
+        own = {"KDBENCH_HOME": str(self.folder / f"node{self.number}"), "PYTHONPATH": paths} | environment
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in own.items():
+                patch.setenv(name, value)
+            return self.cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    started = Nodes(tmp_path_factory.mktemp("cluster"))
+    yield started
+    started.cluster.shutdown()
+
+
+def words(runs: Path) -> list[str]:
+    given = ["run", *TINY, "--runs", runs, "--checkpoint-seconds", "0", "--jobs", "1", "--threads", "1"]
+    return [str(word) for word in given]
+
+
+def on_ray(runs: Path, nodes: Nodes) -> list[str]:
+    return [*words(runs), "--jobs", "2", "--ray", nodes.cluster.address]
+
+
+def until(condition: Any, run: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_nodes_actors_and_runs_leave_what_a_local_run_leaves(
+    once: Once, command_line: Kdbench, nodes: Nodes, tmp_path: Path
+) -> None:
+    """The run is killed while its teacher trains, whose actors are killed every few steps, and started again; then a
+    node is lost with an unfinished cell on it."""
+    whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
+    lost = nodes.add(**STRIKE)
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "kdbench", *on_ray(tmp_path, nodes)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+    first = start()
+    until(lambda: [*tmp_path.glob("teachers/*/checkpoint.pt")], first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    again = start()
+    until(lambda: [*tmp_path.glob("tiny/*/checkpoint.pt")], again)
+    nodes.cluster.remove_node(lost, allow_graceful=False)
+    nodes.add()
+    nodes.add()
+    told = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, told
+    assert "its node or its actor is lost" in told and "accuracy, last epoch" in told
+    assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_nodes_of_another_version_are_told_before_training(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.add()
+    monkeypatch.setattr(ray_pool, "versions", lambda: {"kdbench": "0.0", "torch": "1.0", "files": "0"})
+    pool = RayPool(Cluster(nodes.cluster.address), "cpu", 1, (), Settings(), tmp_path)
+    with pytest.raises(UserError, match=r"the node .* has .*, here there is .*'torch': '1.0'"):
+        pool.__enter__()
+
+
+def test_without_ray_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray is not installed.*(?s:.)*kdbench\[ray\]"):
+        RayPool(Cluster("auto"), "cpu", 1, (), Settings(), tmp_path).__enter__()
