@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdbench.cli.options import (
+    CpusOption,
     DataOption,
     DeviceOption,
     DownloadOption,
+    GpusOption,
     JobsOption,
     Overrides,
+    RayOption,
     RecipeArgument,
     RegistryOption,
     RunsOption,
+    SyncBatchNormOption,
 )
 from kdbench.errors import CellError
 
@@ -46,16 +50,10 @@ def command(
     data: DataOption = None,
     download: DownloadOption = True,
     registry: RegistryOption = None,
-    sync_batch_norm: Annotated[
-        bool, typer.Option("--sync-batch-norm", help="Under torchrun on GPUs: batch norms take the whole batch.")
-    ] = False,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, HOST:PORT, ray://…")
-    ] = None,
-    cpus_per_worker: Annotated[int | None, typer.Option(min=1, help="On Ray: cores of each worker.")] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, or a fraction of one.")
-    ] = None,
+    sync_batch_norm: SyncBatchNormOption = False,
+    ray: RayOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
     results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
     adopt: Annotated[bool, typer.Option(help="Whether published cells of this recipe count as finished.")] = True,

@@ -21,23 +21,20 @@ from kdbench.engine.messages import (
     DataSaved,
     Event,
     Failed,
-    Given,
     Gone,
-    Message,
     ReadFingerprint,
     SaveData,
     Settings,
     Task,
-    TrainCohort,
     read_line,
 )
 from kdbench.engine.pool import LEAVE_SECONDS, SHARE, Pool
-from kdbench.engine.ray_node import UNREAD, Node, files_of
+from kdbench.engine.ray_node import Node, files_of
+from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
 from kdbench.errors import CellError, UserError
-from kdbench.files import SHARE as SHIPPED
-from kdbench.files import atomic, below, find_weights, sha256_of
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.files import atomic
+from kdbench.recipe.specs import DataSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,14 @@ class Cluster:
     gpus: float | None = None
 
 
+@dataclass(eq=False)
+class RayWorker:
+    """An actor, and its folder on its node once it is there."""
+
+    actor: Any
+    folder: Path | None = None
+
+
 class RayPool(Pool):
     """A `Pool` whose workers are on nodes. A worker that is lost with its node or its actor loses the steps since its
     last checkpoint: its task is given to another one.
@@ -68,15 +73,11 @@ class RayPool(Pool):
         super().__init__(device, jobs, paths, settings)
         self.cluster, self.runs = cluster, runs.resolve()
         self.local = Pool("cpu", 1, paths, settings)
-        self.actors: dict[int, Any] = {}
-        self.folders: dict[int, Path] = {}
         self.listeners: list[threading.Thread] = []
-        self.given: dict[str, Given] = {}
-        self._sums: dict[Path, tuple[tuple[int, int], str]] = {}
-        self._held: dict[str, Any] = {}
 
     def __enter__(self) -> RayPool:
         self.ray = _ray()
+        self.sending = Sending(self.ray, self.runs)
         try:
             alone = {"include_dashboard": False} if self.cluster.address == "local" else {}
             self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
@@ -92,11 +93,11 @@ class RayPool(Pool):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, actor in self.actors.items():
-            if number in self.folders:
-                actor.close.remote()
+        for worker in self.workers.values():
+            if worker.folder is not None:
+                worker.actor.close.remote()
             else:
-                self.ray.kill(actor)
+                self.ray.kill(worker.actor)
         # What the workers write when they are stopped comes back as well.
         for listener in self.listeners:
             listener.join(timeout=LEAVE_SECONDS)
@@ -108,9 +109,9 @@ class RayPool(Pool):
         away = [task for task in tasks if task not in here]
         if here:
             yield from self.local.carry_out(here)
-        for spec in (spec for task in away for spec in _specs(task)):
+        for spec in (spec for task in away for spec in specs_of(task)):
             for data in (spec.data, spec.target):
-                if data is not None and data.source() not in self.given:
+                if data is not None and data.source() not in self.sending.given:
                     yield from self._save(data)
         if away:
             yield from super().carry_out(away)
@@ -119,7 +120,7 @@ class RayPool(Pool):
         """Have a data set as one file, which nodes can be sent."""
         for event in self.local.carry_out([SaveData(data=data)]):
             if isinstance(event, DataSaved):
-                self.given[data.source()] = event.given
+                self.sending.given[data.source()] = event.given
             else:
                 yield event
 
@@ -160,14 +161,13 @@ class RayPool(Pool):
             num_cpus=self.threads, num_gpus=self.gpus, max_concurrency=4, scheduling_strategy="SPREAD"
         )
         key = hashlib.sha256(f"{platform.node()} {self.runs}".encode()).hexdigest()[:12]
-        self.actors[number] = kind.remote(key)
-        self.workers[number] = self.actors[number]
-        self.listeners.append(threading.Thread(target=self._attend, args=(number,), daemon=True))
+        self.workers[number] = RayWorker(kind.remote(key))
+        self.listeners.append(threading.Thread(target=self._attend, args=(number, self.workers[number]), daemon=True))
         self.listeners[-1].start()
 
-    def _attend(self, number: int) -> None:
-        """Pass on what an actor's worker tells and writes, to its end."""
-        actor, code = self.actors[number], None
+    def _attend(self, number: int, worker: RayWorker) -> None:
+        """Pass on what a worker tells and writes, to its end."""
+        actor, code = worker.actor, None
         try:
             about = self.ray.get(actor.about.remote())
             if about["versions"] != versions():
@@ -177,9 +177,9 @@ class RayPool(Pool):
                 )
             paths = [f"registries/{i}" for i in range(len(self.paths))]
             for place, folder in zip(paths, self.paths, strict=True):
-                self._put(actor, {f"{place}/{name}": file for name, file in files_of(folder.resolve()).items()})
+                self.sending.put(actor, {f"{place}/{name}": file for name, file in files_of(folder.resolve()).items()})
             self.ray.get(actor.begin.remote(paths, self.threads))
-            self.folders[number] = Path(about["folder"])
+            worker.folder = Path(about["folder"])
             while code is None:
                 lines, files, code = self.ray.get(actor.poll.remote())
                 for name, content in files:
@@ -212,92 +212,21 @@ class RayPool(Pool):
 
     def _send(self, number: int, task: Task) -> bool:
         """False also for a worker whose node is not there yet."""
-        if number not in self.folders:
+        worker = self.workers[number]
+        if worker.folder is None:
             return False
-        actor, base = self.actors[number], self.folders[number]
-        own = [cell.folder for cell in task.cells] if isinstance(task, TrainCohort) else []
-        watched = [*own, *(folder for name in ("teacher_folder", "shared") if (folder := getattr(task, name, None)))]
+        roots = [root.expanduser().resolve() for root in self.settings.data_roots]
         try:
-            for folder in watched:
-                place, files = self._place(folder), files_of(folder.resolve())
-                begin = {name: file for name, file in files.items() if not name.startswith(UNREAD)}
-                if folder in own:
-                    self.ray.get(actor.clear.remote(place, [*begin]))
-                self._put(actor, {f"{place}/{name}": file for name, file in begin.items()})
-            given = self._give(actor, base, task)
-            roots = [root.expanduser().resolve() for root in self.settings.data_roots]
-            own_settings = {"given": given, "data_roots": roots, "cache": base / "cache"}
-            settings = self.settings.model_copy(update=own_settings)
-            order = self._moved(task, base).model_copy(update={"device": self.devices[0], "settings": settings})
-            self.ray.get(actor.send.remote(order.line(), [self._place(folder) for folder in watched]))
+            watched = self.sending.folders(worker.actor, task)
+            given = self.sending.give(worker.actor, worker.folder, task)
+            own = {"given": given, "data_roots": roots, "cache": worker.folder / "cache"}
+            order = {"device": self.devices[0], "settings": self.settings.model_copy(update=own)}
+            line = self.sending.moved(task, worker.folder).model_copy(update=order).line()
+            self.ray.get(worker.actor.send.remote(line, watched))
         except self.ray.exceptions.RayError:
             return False
         self._sent += 1
         return True
-
-    def _give(self, actor: Any, base: Path, task: Task) -> dict[str, Given]:
-        """Send what a task's cells read beside the run's own files, data and weights."""
-        given: dict[str, Given] = {}
-        for spec in _specs(task):
-            for data in (spec.data, spec.target):
-                if data is not None:
-                    known = given[data.source()] = self.given[data.source()]
-                    if known.file is not None:
-                        place = f"data/{known.file.name}"
-                        self._put(actor, {place: known.file})
-                        given[data.source()] = known.model_copy(update={"file": base / place})
-            files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
-            away = {name: file for name, file in files.items() if SHIPPED not in file.resolve().parents}
-            self._put(actor, {f"weights/{below(name)}": file for name, file in away.items()})
-        return given
-
-    def _put(self, actor: Any, files: dict[str, Path]) -> None:
-        """Send those files that the node lacks."""
-        sums = {name: self._sum(file) for name, file in files.items()}
-        for name in self.ray.get(actor.lacks.remote(sums)):
-            sha256 = sums[name]
-            if sha256 not in self._held:
-                self._held[sha256] = self.ray.put(files[name].read_bytes())
-            self.ray.get(actor.put.remote(name, sha256, self._held[sha256]))
-            # What only this task needs is not held for others.
-            if name.startswith("runs/"):
-                del self._held[sha256]
-
-    def _sum(self, file: Path) -> str:
-        about = file.stat()
-        stamp = (about.st_mtime_ns, about.st_size)
-        if self._sums.get(file, (None, ""))[0] != stamp:
-            self._sums[file] = (stamp, sha256_of(file))
-        return self._sums[file][1]
-
-    def _place(self, folder: Path) -> str:
-        """Of a folder of the run: its name below a node's folder."""
-        return str(Path("runs") / folder.resolve().relative_to(self.runs))
-
-    def _moved(self, message: Any, base: Path) -> Any:
-        """A task with the folders of a node in place of the run's."""
-        changes: dict[str, Any] = {}
-        for name in type(message).model_fields:
-            value = getattr(message, name)
-            if isinstance(value, Path):
-                changes[name] = base / self._place(value)
-            elif isinstance(value, list) and value and isinstance(value[0], Message):
-                changes[name] = [self._moved(one, base) for one in value]
-        return message.model_copy(update=changes)
-
-
-def _specs(task: Task) -> list[CellSpec]:
-    """The cells that a task is about."""
-    if isinstance(task, TrainCohort):
-        return [cell.spec for cell in task.cells]
-    return [*getattr(task, "specs", []), *([spec] if (spec := getattr(task, "spec", None)) is not None else [])]
-
-
-def _weights(spec: CellSpec) -> list[str]:
-    """Names of the weight files that a cell reads."""
-    teacher = spec.teacher.weights if spec.teacher is not None else None
-    cards = [weights.file for weights in (spec.student.start, teacher) if weights is not None]
-    return cards + ([spec.student.weights] if spec.student.weights is not None else [])
 
 
 def _ray() -> Any:

@@ -1,5 +1,5 @@
-"""`kdbench run --ray`: workers on the nodes of a cluster, with kills. The nodes are on this machine, each with a home of
-its own, so that nothing is on a node that was not sent there."""
+"""`kdbench run --ray`: workers on the nodes of a cluster, with kills. The nodes are on this machine, each with a home
+of its own, so that nothing is on a node that was not sent there."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kdbench.engine.ray_pool import Cluster, RayPool
 from kdbench.errors import UserError
 
 pytest.importorskip("ray", reason="the extra kdbench[ray] is not installed")
-# A node's actors are killed whenever they have taken so many steps: a quarter of a cell's.
-STRIKE = {"STRIKE_WHEN": "step", "STRIKE_AFTER": "15", "STRIKE_AT_WHOM": "run"}
+# A node's actors are killed whenever they have taken so many steps: not half of a cell's.
+STRIKE = {"STRIKE_WHEN": "step", "STRIKE_AFTER": "25", "STRIKE_AT_WHOM": "run"}
 
 
 class Nodes:

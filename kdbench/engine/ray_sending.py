@@ -1,0 +1,108 @@
+"""What the nodes of a Ray cluster are sent: a run's own files, data and weights, each where a node has not got it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from kdbench.engine.messages import Given, Message, Task, TrainCohort
+from kdbench.engine.ray_node import UNREAD, files_of
+from kdbench.files import SHARE, below, find_weights, sha256_of
+from kdbench.recipe.specs import CellSpec
+
+
+class Sending:
+    """Sends files to nodes.
+
+    Args:
+        ray: the module. runs: the folder that all of a run's own files are in.
+
+    Attributes:
+        given: data sets by `DataSpec.source`.
+    """
+
+    def __init__(self, ray: Any, runs: Path) -> None:
+        self.ray, self.runs = ray, runs.resolve()
+        self.given: dict[str, Given] = {}
+        self._sums: dict[Path, tuple[tuple[int, int], str]] = {}
+        self._held: dict[str, Any] = {}
+
+    def folders(self, actor: Any, task: Task) -> list[str]:
+        """Send the folders that a task works in; their names below a node's folder. Of a cell's nothing else stays."""
+        own = [cell.folder for cell in task.cells] if isinstance(task, TrainCohort) else []
+        others = [folder for name in ("teacher_folder", "shared") if (folder := getattr(task, name, None))]
+        for folder in [*own, *others]:
+            place, files = self.place(folder), files_of(folder.resolve())
+            begin = {name: file for name, file in files.items() if not name.startswith(UNREAD)}
+            if folder in own:
+                self.ray.get(actor.clear.remote(place, [*begin]))
+            self.put(actor, {f"{place}/{name}": file for name, file in begin.items()})
+        return [self.place(folder) for folder in [*own, *others]]
+
+    def give(self, actor: Any, base: Path, task: Task) -> dict[str, Given]:
+        """Send what a task's cells read beside the run's own files, data and weights."""
+        given: dict[str, Given] = {}
+        for spec in specs_of(task):
+            for data in (spec.data, spec.target):
+                if data is not None:
+                    known = given[data.source()] = self.given[data.source()]
+                    if known.file is not None:
+                        place = f"data/{known.file.name}"
+                        self.put(actor, {place: known.file})
+                        given[data.source()] = known.model_copy(update={"file": base / place})
+            files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
+            away = {name: file for name, file in files.items() if SHARE not in file.resolve().parents}
+            self.put(actor, {f"weights/{below(name)}": file for name, file in away.items()})
+        return given
+
+    def put(self, actor: Any, files: dict[str, Path]) -> None:
+        """Send those files that the node lacks."""
+        sums = {name: self._sum(file) for name, file in files.items()}
+        for name in self.ray.get(actor.lacks.remote(sums)):
+            if (sha256 := sums[name]) in self._held:
+                self.ray.get(actor.put.remote(name, sha256, self._held[sha256]))
+                continue
+            # Another worker may have written it anew since its sum was taken.
+            content = files[name].read_bytes()
+            sha256, held = hashlib.sha256(content).hexdigest(), self.ray.put(content)
+            self.ray.get(actor.put.remote(name, sha256, held))
+            # Data and weights are for all nodes; what lies in the run's folder may be another thing tomorrow.
+            if not name.startswith("runs/"):
+                self._held[sha256] = held
+
+    def _sum(self, file: Path) -> str:
+        about = file.stat()
+        stamp = (about.st_mtime_ns, about.st_size)
+        if self._sums.get(file, (None, ""))[0] != stamp:
+            self._sums[file] = (stamp, sha256_of(file))
+        return self._sums[file][1]
+
+    def place(self, folder: Path) -> str:
+        """Of a folder of the run: its name below a node's folder."""
+        return str(Path("runs") / folder.resolve().relative_to(self.runs))
+
+    def moved(self, message: Any, base: Path) -> Any:
+        """A task with the folders of a node in place of the run's."""
+        changes: dict[str, Any] = {}
+        for name in type(message).model_fields:
+            value = getattr(message, name)
+            if isinstance(value, Path):
+                changes[name] = base / self.place(value)
+            elif isinstance(value, list) and value and isinstance(value[0], Message):
+                changes[name] = [self.moved(one, base) for one in value]
+        return message.model_copy(update=changes)
+
+
+def specs_of(task: Task) -> list[CellSpec]:
+    """The cells that a task is about."""
+    if isinstance(task, TrainCohort):
+        return [cell.spec for cell in task.cells]
+    return [*getattr(task, "specs", []), *([spec] if (spec := getattr(task, "spec", None)) is not None else [])]
+
+
+def _weights(spec: CellSpec) -> list[str]:
+    """Names of the weight files that a cell reads."""
+    teacher = spec.teacher.weights if spec.teacher is not None else None
+    cards = [weights.file for weights in (spec.student.start, teacher) if weights is not None]
+    return cards + ([spec.student.weights] if spec.student.weights is not None else [])
