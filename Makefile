@@ -7,7 +7,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-long test-gpu fuzz peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar lock clean
+.PHONY: help setup quickstart test test-quick test-long test-gpu fuzz peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar reproduce-crd lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -72,6 +72,9 @@ check: lint types docs test ## everything that CI checks
 
 reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small fits an afternoon on two CPU cores
 	$(BIN)/kdbench reproduce cifar --profile $(PROFILE)
+
+reproduce-crd: setup ## CRD's 13 pairs on CIFAR-100 into results/: GPU days; PROFILE=small fits an afternoon on two CPU cores
+	$(BIN)/kdbench reproduce crd --profile $(PROFILE)
 
 lock: setup ## renew requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra docs --no-emit-index-url --no-header \

@@ -322,6 +322,7 @@ class StudyCard(Card):
 
     title: str
     profiles: dict[Name, list[str]] = Field(description="profile -> recipes, by name or by path from the card's file")
+    published: list[str] = Field([], description="keys of published tables that stand beside the study's own numbers")
 
     @model_validator(mode="after")
     def some_recipes(self) -> StudyCard:

@@ -176,7 +176,7 @@ def _print_needs(
     """What the cells that are not finished need of memory and time."""
     import torch
 
-    from kdbench.engine.estimate import memory, workers
+    from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
     from kdbench.engine.pool import available_memory
     from kdbench.record import finished_record
 
@@ -200,6 +200,10 @@ def _print_needs(
         f"estimate for the cells that are not finished: {clock(estimate.cells(left) / at_once)} on {where} "
         "(cells that train side by side share their teacher's passes)"
     )
+    if device.type == "cpu" and left:
+        elsewhere = Estimate(device, rate=GPU_RATE)
+        total = elsewhere.cells([*left, *planned.tried]) + elsewhere.teachers(left, runs, set())
+        console.print(f"all of it on one {GPU}: {clock(total)} or more, by {GPU_RATE:.0e} operations a second")
     if any(estimate.costs(cell.spec) for cell in left):
         console.print("this counts batch sources at their most: an attack that arrives early takes less")
     if first_teachers := estimate.teachers(left, runs, set()):

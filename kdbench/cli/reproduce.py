@@ -14,6 +14,9 @@ from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import same_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kdbench.published import PublishedCard
     from kdbench.recipe.planning import Plan
     from kdbench.registry import Registry
 
@@ -63,6 +66,10 @@ def command(
         except CellError as error:
             print(f"failed: {planned.name}: {error}", file=sys.stderr)
             failed.append(planned.name)
+    cards = Registry(folders)
+    if keys := cards.card("studies", study).published:
+        beside = {key: cards.card("published", key) for key in keys}
+        _write_together([results / planned.name for planned in plans], beside, results / study)
     if failed:
         raise CellError(f"{len(failed)} of {len(plans)} recipes: {', '.join(failed)}; the others are published")
 
@@ -84,9 +91,26 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
     for index, recipe in enumerate(card.profiles[profile]):
         card_file = Path(tree.origin(("profiles", profile, index)).rpartition(":")[0])
         plans.append(plan(find(recipe, card_file.parent), registry))
-    if any(same_name(a.name, b.name) for a, b in itertools.combinations(plans, 2)):
+    # The table of the whole study has a folder too.
+    names = [planned.name for planned in plans] + [study] * bool(card.published)
+    if any(same_name(a, b) for a, b in itertools.combinations(names, 2)):
         raise UserError("two recipes have one name, and so one folder", where=tree.origin(("profiles", profile)))
     return plans
+
+
+def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], out: Path) -> None:
+    """Print the table of all published recipes of a study, with other people's numbers, and write it."""
+    from kdbench.cli.output import print_table, write_files
+    from kdbench.record import RUN, read_records
+    from kdbench.results.tables import build
+    from kdbench.verify import sums
+
+    there = [folder for folder in folders if (folder / RUN).is_file()]
+    if there:
+        table = build(read_records(there), published=beside)
+        print_table(table)
+        write_files(table, out, there)
+        print(f"written together: {sums.write(out).parent}")
 
 
 def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
@@ -96,7 +120,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     from kdbench.cli.console import console as page
     from kdbench.cli.console import listing
     from kdbench.cli.progress import clock
-    from kdbench.engine.estimate import Estimate, workers
+    from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
     from kdbench.engine.tuning import tried_plan
     from kdbench.record import finished_record
 
@@ -106,6 +130,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     estimate = Estimate(device)
     numbers = ("cells", "finished", "teachers first", "then")
     table = listing("recipe", *numbers, right=numbers)
+    elsewhere, on_other, known_there = Estimate(device, rate=GPU_RATE), 0.0, set[str]()
     total = 0.0
     known: set[str] = set()
     for planned in plans:
@@ -115,6 +140,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
         at_once = workers(device, len(left))
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds
+        on_other += elsewhere.cells(left) + elsewhere.teachers(left, runs, known_there)
         done = len(every) - len(left)
         table.add_row(planned.name, str(len(every)), str(done), clock(teachers) if teachers else "–", clock(seconds))
     console = page()
@@ -124,3 +150,5 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     console.print(
         f"estimate for what is not finished: {clock(total)} on {where}, from a few timed steps of each network"
     )
+    if not on_gpu:
+        console.print(f"on one {GPU}: {clock(on_other)} or more, by {GPU_RATE:.0e} operations a second")

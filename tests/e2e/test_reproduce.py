@@ -51,6 +51,24 @@ def test_a_recipe_that_fails_does_not_stop_the_study(kdbench: Kdbench, tmp_path:
     assert [folder.name for folder in (tmp_path / "results").iterdir()] == ["good"]
 
 
+@pytest.mark.slow
+def test_a_studys_own_numbers_stand_beside_published_ones(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "cards").mkdir()
+    for student in ("wrn_10_1", "wrn_10_2"):
+        text = f"data: {{name: digits, per_class: 1}}\nstudent: {student}\nprotocol: digits\nmethod: ce\nsteps: 2\n"
+        (tmp_path / f"{student}.yaml").write_text(text)
+    (tmp_path / "cards" / "s.yaml").write_text(
+        "studies:\n  s:\n    title: S\n    profiles: {full: [../wrn_10_1.yaml, ../wrn_10_2.yaml]}\n    published: [p]\n"
+        "published:\n  p:\n    title: P\n    source: nowhere\n    data: digits\n"
+        "    pairs: {a: {student: {name: wrn_10_1}}, b: {student: {name: wrn_10_2}}}\n"
+        "    methods: {ce: {title: theirs, accuracies: [12.34, 56.78]}}\n"
+    )
+    done = kdbench("reproduce", "s", "--registry", "cards", "--jobs", "1")
+    assert "written together: results/s" in done.stdout
+    (row,) = [line for line in (tmp_path / "results" / "s" / "table.md").read_text().splitlines() if "theirs" in line]
+    assert "12.34" in row and "56.78" in row and "†" in row
+
+
 def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "did you mean 'cifar'" in kdbench("reproduce", "cifra", code=2).stderr
     assert "did you mean 'small'" in kdbench("reproduce", "cifar", "--profile", "smal", code=2).stderr
