@@ -188,7 +188,8 @@ class Models(Part):
 
 
 class Compute(Part):
-    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation."""
+    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation. `ranks`: how many processes
+    trained it together, one number after the other where that changed."""
 
     device: str
     device_name: str
@@ -198,6 +199,8 @@ class Compute(Part):
     compile: bool = False
     cuda_graphs: bool = False
     teacher_logits: str = "computed"
+    ranks: list[int] | None = None
+    sync_batch_norm: bool | None = None
     evaluation: str = "float32, eager"
     seconds: float = Field(ge=0)
     training_seconds: float | None = Field(None, ge=0)

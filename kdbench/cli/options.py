@@ -34,8 +34,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.", c
 DataOption = Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")]
 DownloadOption = Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")]
 RayOption = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, HOST:PORT, or ray://HOST:PORT."),
+    str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, or HOST:PORT.")
 ]
 CpusOption = Annotated[int | None, typer.Option(min=1, help="On Ray: cores of each worker.")]
 GpusOption = Annotated[float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, or a fraction of one.")]

@@ -24,7 +24,7 @@ from kdbench.cli.options import (
     RunsOption,
     SyncBatchNormOption,
 )
-from kdbench.errors import CellError
+from kdbench.errors import CellError, UserError
 
 if TYPE_CHECKING:
     from kdbench.engine.options import Options
@@ -70,10 +70,7 @@ def command(
     from kdbench.registry import Registry
 
     folders = tuple(registry or ())
-    rank, ranks = started_by_torchrun()
-    if ranks > 1:
-        # DistributedDataParallel would remark at every stage that all parameters are used.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    rank, ranks = started_by_torchrun(sync_batch_norm, ray)
     if rank > 0:
         from kdbench.engine.follower import follow
         from kdbench.engine.messages import Settings
@@ -99,11 +96,21 @@ def command(
         raise failure(planned, outcome)
 
 
-def started_by_torchrun() -> tuple[int, int]:
-    """Rank of this process, and how many ranks there are: 0 and 1 for a run of its own."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def started_by_torchrun(sync_batch_norm: bool, ray: str | None) -> tuple[int, int]:
+    """Rank of this process, and how many ranks there are: 0 and 1 for a run of its own. UserError for options that do
+    not belong to such a run."""
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    rank, ranks = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if started else (0, 1)
+    if ranks > 1 and ray is not None:
+        raise UserError("torchrun and Ray do not go together", where="--ray", hint="leave one of them out")
+    if ranks == 1 and sync_batch_norm:
+        raise UserError(
+            "there are no other ranks", where="--sync-batch-norm", hint="start it by torchrun --nproc-per-node N"
+        )
+    if ranks > 1:
+        # DistributedDataParallel would remark at every stage that all parameters are used.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return rank, ranks
 
 
 def carry_out(planned: Plan, options: Options, results: Path | None = None) -> Outcome:

@@ -25,16 +25,16 @@ from kdbench.record import LOGITS
 
 # How long ranks wait for what one of them does alone: data and teachers are prepared, an evaluation is written.
 PATIENCE = timedelta(days=7)
-# How long a rank waits in the middle of a step.
-STEP = timedelta(minutes=30)
 
 
 def join(settings: Settings) -> Ranks:
     """Meet the other ranks.
 
     Raises:
-        UserError: they are of other versions.
+        UserError: they are of other versions, or are to synchronize batch norms on a CPU.
     """
+    if settings.sync_batch_norm and not gpus():
+        raise UserError("torch synchronizes batch norms on GPUs only", where="--sync-batch-norm")
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus() else "gloo", timeout=PATIENCE)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), control, settings.sync_batch_norm)
@@ -47,6 +47,12 @@ def join(settings: Settings) -> Ranks:
                 hint="install the same versions on all nodes",
             )
     return ranks
+
+
+def told(ranks: Ranks) -> str:
+    """What its user should know of a run of several ranks."""
+    norms = "the whole batch" if ranks.sync_batch_norm else "each one's share of a batch"
+    return f"{ranks.size} ranks train each cell together; batch norms take {norms}"
 
 
 def own_device(device: str) -> str:

@@ -16,7 +16,7 @@ from kdbench.engine.build import weight_notes
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
-from kdbench.engine.distributed import join, refuse, send
+from kdbench.engine.distributed import join, refuse, send, told
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
@@ -72,6 +72,7 @@ class TaskRunner:
         self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
         if task.settings.ranks > self.ranks.size:
             self.ranks = join(task.settings)
+            self.emit(Announcement(text=f"note: {told(self.ranks)}"))
         if self.device.type == "cuda":
             # Recorded steps of the task before hold each other, and memory.
             gc.collect()

@@ -220,7 +220,6 @@ class Training:
             "cohort": len(group.cells),
             **({"seeds_together": len(self.program.groups)} if len(self.program.groups) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
-            # Of all processes that trained the cell, one after the other, how many ranks they were.
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
             **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }

@@ -55,11 +55,15 @@ def _source(data: Data, digits: int | None) -> list[str]:
 
 
 def _machine(record: Record, digits: int | None) -> str:
-    """Device, and the threads of a processor."""
+    """Device, the threads of a processor, and the ranks that trained a cell together."""
     compute = record.compute
-    if compute.device != "cpu":
-        return compute.device_name
-    return f"{compute.device_name}, {compute.threads} {'thread' if compute.threads == 1 else 'threads'}"
+    parts = [compute.device_name]
+    if compute.device == "cpu":
+        parts.append(f"{compute.threads} {'thread' if compute.threads == 1 else 'threads'}")
+    if compute.ranks:
+        norms = "synchronized batch norms" if compute.sync_batch_norm else "batch norms of each one's share"
+        parts.append(f"{', then '.join(map(str, compute.ranks))} ranks with {norms}")
+    return ", ".join(parts)
 
 
 def _precision(record: Record, digits: int | None) -> str:

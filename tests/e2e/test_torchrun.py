@@ -62,17 +62,8 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_with_the_same_command(tmp_p
         assert run.poll() is None
         time.sleep(0.05)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    of_rank = {
-        variables["RANK"]: int(child)
-        for child in children
-        if "RANK"
-        in (
-            variables := dict(
-                entry.split("=", 1) for entry in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in entry
-            )
-        )
-    }
-    os.kill(of_rank["1"], signal.SIGKILL)
+    (second,) = [child for child in children if "\0RANK=1\0" in Path(f"/proc/{child}/environ").read_text()]
+    os.kill(int(second), signal.SIGKILL)
     told = run.communicate(timeout=200)[0]
     assert run.returncode == 1, told
     again = start(words(tmp_path))
@@ -80,6 +71,23 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_with_the_same_command(tmp_p
     assert again.returncode == 0, told
     assert [record["compute"]["ranks"] for record in records(tmp_path)] == [[2]] * 2
     assert told.count("accuracy, last epoch") == 1
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_checkpoints_of_all_cells(tmp_path: Path) -> None:
+    """Of all ranks alike: at the same step."""
+    run = start([*words(tmp_path), "steps=2000", "--checkpoint-seconds", "1000"])
+    while not [*tmp_path.glob("tiny/*/metrics.jsonl")]:
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    told = run.communicate(timeout=200)[0]
+    assert run.returncode != 0, told
+    until = time.monotonic() + 60
+    while len([*tmp_path.glob("tiny/*/checkpoint.pt")]) < 2:
+        assert time.monotonic() < until, told
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
