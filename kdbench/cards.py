@@ -113,7 +113,9 @@ class HookCard(Card):
 
 
 class LossCard(CodeCard):
-    inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]]
+    inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]] | None = Field(
+        None, description="what its first arguments take, where their names do not say it"
+    )
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(
         {}, description="metric -> class whose value a student reaches that ignores its input; logged beside the metric"
@@ -231,20 +233,42 @@ class TermFields(BaseModel):
     layer_weights: Literal["equal", "halving"] | list[float] = "equal"
 
 
+# A hook point, or a group of them of which each is taken by itself; or a list of both, taken at once.
+Points = str | list[str]
+
+
 class TermCard(TermFields, WithOptions):
     """One loss term. The loss function's own options stand beside these keys."""
 
-    loss: str
-    hook: str | None = Field(None, description="hook point or group, on both networks")
-    student: str | None = Field(None, description="hook point or group of the student")
-    teacher: str | None = Field(None, description="hook point or group of the teacher")
-    connector: Named | None = None
+    loss: str = Field(description="key of a loss card; or module:object of a loss that needs none")
+    hook: Points | None = Field(
+        None, description="hook point or group, on both networks; a list of them: the loss takes all at once"
+    )
+    student: Points | None = Field(None, description="the same of the student alone")
+    teacher: Points | None = Field(None, description="the same of the teacher alone")
+    connector: Named | None = Field(None, description="a connector card, or one of the method's modules")
     weight_schedule: Named | list[Named] | None = Field(
         None, description="multiplies the weight over the stage; several: their product"
     )
+    schedules: dict[str, Named] = Field({}, description="option of the loss -> what multiplies it over the stage")
 
 
-Trained = Literal["student", "connectors", "teacher"]
+class ModuleCard(WithOptions):
+    """A module of a method, alive over terms and stages: a connector that losses ask for by its name. The connector's
+    own options stand beside these keys."""
+
+    name: str = Field(description="key of a connector card")
+    student: str = Field("logits", description="hook point of the student, for the module's size")
+    teacher: str = Field("logits", description="hook point of the teacher, for the module's size")
+    optimizer: Named | None = Field(None, description="of its own; trained with the student's where absent")
+
+
+class PredictsCard(WithOptions):
+    """What the student answers through, in place of its own head. The connector's own options stand beside these
+    keys."""
+
+    name: str = Field(description="key of a connector card: it takes the student's hook point and gives logits")
+    student: str = Field(description="hook point of the student")
 
 
 class Modes(Strict):
@@ -277,7 +301,13 @@ class StageFields(BaseModel):
     """What a stage says on a card and in a cell."""
 
     extra_epochs: float | None = Field(None, gt=0, description="budget on top of the protocol's, instead of a share")
-    trains: list[Trained] = ["student"]
+    trains: list[Name] = Field(
+        ["student"],
+        description="student, connectors (those of the stage's own terms), teacher, or modules of the method",
+    )
+    clip: float | None = Field(
+        None, gt=0, description="the norm to which the gradients of each optimizer are clipped together"
+    )
     alternating: bool = Field(
         False,
         description="the teacher's own terms make a step of it first, then everything is computed anew for the others",
@@ -314,6 +344,8 @@ class MethodCard(Card):
         description="the student begins with the teacher's weights and normalization; a classifier of more classes is "
         "widened by new rows",
     )
+    modules: dict[Name, ModuleCard] = Field({}, description="modules that terms and stages share, by name")
+    predicts: PredictsCard | None = Field(None, description="what the student answers through, if not its own head")
     stages: dict[Name, StageCard]
 
 

@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kdbench.cards import KINDS, AnalysisCard, SourceCard
+from kdbench.cards import KINDS, AnalysisCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
 from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
+from kdbench.told import TOLD, inputs_of, is_module, losses_in
 from kdbench.tree import Tree, shown
 from kdbench.validation import validated
 
@@ -32,12 +33,15 @@ _OF_THE_ENGINE = {
     *("classes", "channels", "image_size"),
     *("student_shape", "teacher_shape"),
     "params",
-    *("roots", "download", "cache", "known_classes"),
+    *("roots", "download", "cache"),
 }
 
 # Keys under which a card's name may be written as plain text: `optimizer: sgd` means `optimizer: {name: sgd}`.
-_NAMED_IN_TERMS = {"connector", "weight_schedule"}
-_NAMED_IN_STAGES = {"optimizer", "schedule", "teacher_optimizer", "teacher_schedule", "source", "begins"}
+_NAMED_INSIDE = {
+    "losses": {"connector", "weight_schedule"},
+    "stages": {"optimizer", "schedule", "teacher_optimizer", "teacher_schedule", "source", "begins"},
+    "modules": {"optimizer"},
+}
 _NAMED = {"optimizer", "schedule", "model", "student", "teacher", "data", "protocol", "method"}
 # Mappings whose keys are their author's names, or networks.
 _AS_WRITTEN = {"parameters", "modes", "batch_norm"}
@@ -111,6 +115,10 @@ class Registry:
                     hint=f"the first is at {first}; choose another key",
                 )
             self.trees[kind][key] = tree.at(key)
+            if kind == "methods":
+                for loss in losses_in(card):
+                    # A loss whose signature says all needs no card of its own.
+                    self.trees["losses"].setdefault(loss, Tree.of({"target": loss}, tree.origin((key,))))
 
     def keys(self, kind: str) -> list[str]:
         """Keys of a kind, templates as they stand (`wrn_{depth}_{width}`)."""
@@ -152,7 +160,7 @@ class Registry:
     def card(self, kind: str, name: str, where: str | None = None) -> Any:
         """A card of a kind as its typed form. UserError with the nearest names when there is none."""
         tree = self.tree(kind, name, where)
-        card = validated(KINDS[kind], tree, f"{singular(kind)} card '{name}'")
+        card: Any = validated(KINDS[kind], tree, f"{singular(kind)} card '{name}'")
         settings = [(".settings", tree.data["settings"])] if tree.data.get("settings") else []
         for at, target in [*targets_in(tree.data), *settings]:
             # A target whose file and object can be found, without importing it.
@@ -161,6 +169,8 @@ class Registry:
             except UserError as error:
                 path = tuple(at.split(".")[1:]) or ("target",)
                 raise UserError(error.what, error.where or tree.origin(path), error.hint) from None
+        if isinstance(card, LossCard) and card.inputs is None:
+            card = card.model_copy(update={"inputs": inputs_of(card.target)})
         return card
 
     def fields(self, kind: str, name: str) -> dict[str, Any]:
@@ -210,12 +220,16 @@ class Registry:
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
-        taken = _OF_THE_ENGINE | set(getattr(card, "inputs", ()))
+        taken = _OF_THE_ENGINE | TOLD.keys() | set(getattr(card, "inputs", None) or ())
         # A source is built with its context first, whatever its author calls that, and so is an analysis.
-        inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(getattr(card, "inputs", ()))
+        inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(getattr(card, "inputs", None) or ())
+        if isinstance(card, LossCard) and parameters(target) != parameters(target, called=True):
+            # A class is built with shapes, and its instances take the tensors.
+            inputs = len({"student", "teacher"} & {*(card.inputs or ())})
         settings = card.settings if isinstance(card, SourceCard) else None
         known = [*parameters(target).values(), *(parameters(settings).values() if settings else ())]
-        return {p.name: p for i, p in enumerate(known) if p.name not in taken and not (p.positional and i < inputs)}
+        options = [p for i, p in enumerate(known) if not (p.positional and i < inputs)]
+        return {p.name: p for p in options if p.name not in taken and not is_module(p)}
 
 
 def singular(kind: str) -> str:
@@ -241,7 +255,12 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
     def walk(data: Any, path: tuple[str | int, ...]) -> Any:
         if not isinstance(data, dict) or {*path[-1:]} & _AS_WRITTEN:
             return data
-        keys = {"losses": _NAMED_IN_TERMS, "stages": _NAMED_IN_STAGES}.get(str(path[-2]) if path[1:] else "", _NAMED)
+        last, parent = [str(part) for part in ("", "", *path)][:-3:-1]
+        keys: set[str] = _NAMED_INSIDE.get(parent, _NAMED)
+        if last == "predicts":
+            keys = set()
+        elif last in ("modules", "schedules"):
+            keys = {*data}
         if not path:
             keys = keys | {"compute"} | ({"target"} if recipe else set())
         result = {}

@@ -12,22 +12,30 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 
+class Moment(NamedTuple):
+    """Where training is: the progress of the stage and of the epoch, in [0, 1), and the epochs done of the stage."""
+
+    progress: float = 0.0
+    epoch: float = 0.0
+    epochs: float = 0.0
+
+
 class Schedule(NamedTuple):
     """`factor`: progress -> multiplier of the base value. `resets`: progress points at which momentum is forgotten.
-    `clock`: whether progress is that of the stage, or begins anew with every epoch."""
+    `clock`: whether progress is that of the stage, begins anew with every epoch, or counts the stage's epochs."""
 
     factor: Callable[[float], float]
     resets: tuple[float, ...] = ()
-    clock: Literal["stage", "epoch"] = "stage"
+    clock: Literal["stage", "epoch", "epochs"] = "stage"
 
-    def at(self, progress: float, epoch: float = 0.0) -> float:
-        """The multiplier at a place: progress of the stage, and of the epoch."""
-        return self.factor(epoch if self.clock == "epoch" else progress)
+    def at(self, progress: float, epoch: float = 0.0, epochs: float = 0.0) -> float:
+        """The multiplier at a `Moment`."""
+        return self.factor({"stage": progress, "epoch": epoch, "epochs": epochs}[self.clock])
 
 
-def product(schedules: Sequence[Schedule]) -> Callable[[float, float], float]:
-    """(progress of the stage, of the epoch) -> product of the schedules' multipliers; 1 for none."""
-    return lambda progress, epoch: math.prod(one.at(progress, epoch) for one in schedules)
+def product(schedules: Sequence[Schedule]) -> Callable[[Moment], float]:
+    """Moment -> product of the schedules' multipliers; 1 for none."""
+    return lambda now: math.prod(one.at(*now) for one in schedules)
 
 
 def share(text: str) -> float:
@@ -81,6 +89,15 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
         return end if done > 1 - 1e-12 else start + (end - start) * done
 
     return Schedule(factor)
+
+
+def warmup(*, epochs: float, first: int = 1) -> Schedule:
+    """Rises to 1 by the number of the epoch, in the stage's first epochs: min((epoch + first) / epochs, 1).
+
+    Codes count epochs from 1 (`first` 1: not 0 in the first epoch), or from 0."""
+    if epochs <= 0 or first not in (0, 1):
+        raise ValueError(f"a warm-up takes more than 0 epochs, counted from 0 or 1, not {epochs} from {first}")
+    return Schedule(lambda done: min((math.floor(done + 1e-9) + first) / epochs, 1.0), clock="epochs")
 
 
 def exponential(*, start: float, end: float, complement: bool = False) -> Schedule:

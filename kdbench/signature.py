@@ -48,8 +48,12 @@ class Parameter:
 
 
 @functools.cache
-def parameters(target: str) -> dict[str, Parameter]:
-    """Parameters of a target by name, in order. Raises UserError when module or object cannot be found."""
+def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
+    """Parameters of a target by name, in order. Raises UserError when module or object cannot be found.
+
+    Args:
+        called: of a class, those of its `forward`, which its instances take when they are called.
+    """
     module_name, _, object_name = target.partition(":")
     file = source_file(module_name, target)
     try:
@@ -61,9 +65,9 @@ def parameters(target: str) -> dict[str, Parameter]:
             return _from_arguments(node.args, skip=0)
         if isinstance(node, ast.ClassDef) and node.name == object_name:
             for item in node.body:
-                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                if isinstance(item, ast.FunctionDef) and item.name == ("forward" if called else "__init__"):
                     return _from_arguments(item.args, skip=1)
-            return _from_fields(node)
+            return {} if called else _from_fields(node)
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
 

@@ -26,7 +26,10 @@ CPU = torch.device("cpu")
 
 def student_of(method: str) -> str:
     """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
-    return "wrn_16_2" if Registry().card("methods", method).starts_from == "teacher" else "wrn_10_1"
+    if Registry().card("methods", method).starts_from == "teacher":
+        return "wrn_16_2"
+    # Some losses compare channel by channel.
+    return "wrn_10_2" if method == "fsp" else "wrn_10_1"
 
 
 def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:

@@ -325,8 +325,8 @@ def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:
 def _reads(spec: CellSpec) -> set[str]:
     """Hook points of its teacher that a cell's losses read."""
     terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-    own = {term.student for term in terms if term.of == "teacher"}
-    return own | {term.teacher for term in terms if "teacher" in term.loss.inputs}
+    own = {point for term in terms if term.of == "teacher" for point in term.points("student")}
+    return own | {point for term in terms if "teacher" in term.loss.inputs for point in term.points("teacher")}
 
 
 def table(results: Sequence[Benchmark]) -> str:

@@ -138,14 +138,15 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
             reads = {*term.loss.inputs}
             # Where a term does not read the data set's own batch, its hook points say what.
             at = "" if term.input == "data" else f" of {term.input}"
-            own = f"{term.student}{at}" + (f", of {term.against}" if term.against else "")
+            student, teacher = (", ".join(term.points(network)) for network in ("student", "teacher"))
+            own = f"{student}{at}" + (f", of {term.against}" if term.against else "")
             table.add_row(
                 method.label,
                 stage,
                 f"{name} ({term.loss.name})",
                 own if term.of == "student" and {"student", "other"} & reads else "–",
-                own if term.of == "teacher" else f"{term.teacher}{at}" if "teacher" in reads else "–",
-                term.connector.name if term.connector else "–",
+                own if term.of == "teacher" else f"{teacher}{at}" if "teacher" in reads else "–",
+                term.connector.name if term.connector else term.through or "–",
                 f"{term.weight:g}",
             )
     return table

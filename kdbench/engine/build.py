@@ -7,7 +7,7 @@ from torch import nn
 
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target
-from kdbench.engine.weights import load_file, locate, weight_file
+from kdbench.engine.weights import load_file, locate, start_from, weight_file
 from kdbench.errors import UserError
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
@@ -62,6 +62,16 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
         file = locate(spec.start, download=False)
         notes = load_file(model, file, spec.name, spec.start.layout, new_classes=True)
     return model, notes
+
+
+def build_student(spec: CellSpec, teacher: nn.Module | None, sync_batch_norm: bool) -> nn.Module:
+    """The student of a cell with its first values, which may be those of its teacher."""
+    student = build_model(spec.student, spec.data, spec.seed)
+    if spec.method.starts_from == "teacher":
+        assert teacher is not None and spec.teacher is not None
+        weights = {name: value.cpu() for name, value in teacher.state_dict().items()}
+        start_from(student, weights, spec.student.name, spec.teacher.model.name, spec.teacher.known_classes)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(student) if sync_batch_norm else student
 
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
+from kdbench.engine.predicting import check_answers
+from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import untrained_teacher
-from kdbench.engine.terms import Shape, Term, build_terms
+from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
@@ -27,13 +30,14 @@ MOST_PARAMETERS = 4 * 10**9
 
 @dataclass(frozen=True)
 class BuiltCell:
-    """A cell's networks (the teacher without its weights) and loss terms, with the shapes of all hook points."""
+    """A cell's networks (the teacher without its weights), loss terms and modules, and shapes of all hook points."""
 
     student: Extractor
     shapes: Mapping[str, Shape]
     teacher: Extractor | None
     teacher_shapes: Mapping[str, Shape]
     terms: Mapping[str, Mapping[str, Term]]
+    modules: Mapping[str, nn.Module]
 
 
 def build_cell(spec: CellSpec) -> BuiltCell:
@@ -52,7 +56,10 @@ def build_cell(spec: CellSpec) -> BuiltCell:
     if spec.teacher is not None:
         teacher = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
     shapes, teacher_shapes = student.shapes(image), teacher.shapes(image) if teacher else {}
-    return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(spec, shapes, teacher_shapes))
+    cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
+    if spec.method.predicts is not None:
+        check_answers(cell)
+    return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(cell), cell.modules)
 
 
 def _check_size(spec: ModelSpec, data: DataSpec) -> None:
@@ -79,6 +86,11 @@ def check_cell(spec: CellSpec) -> BuiltCell:
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
         trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
+        for module, of in spec.method.modules.items():
+            own = [*cell.modules[module].parameters()] if module in stage.trains else []
+            if own and of.optimizer is not None:
+                build_optimizer(of.optimizer, own)
+            trained += own
         for term in terms.values():
             term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
             if [*term.parameters()] and "connectors" not in stage.trains:

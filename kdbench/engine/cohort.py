@@ -156,8 +156,8 @@ class Cohort:
         member, validation = cell.member, self.program.group_of(cell).batches.validation
         begin = time.perf_counter()
         member.check_finite()
-        member.student.model.eval()
-        measured = score(member.student, validation)[0] if len(validation) else None
+        member.set_modes(evaluating=True)
+        measured = score(member.answers, validation)[0] if len(validation) else None
         member.set_modes()
         epoch = member.timeline.epochs(member.step)
         keep(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)

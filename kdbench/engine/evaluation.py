@@ -26,11 +26,11 @@ class Measurement:
 
     def __init__(self, member: Member, batches: Batches, teacher: Teacher | None) -> None:
         self.member, self.teacher, self.test = member, teacher, batches.test
-        self.parts: dict[str, tuple[Network, Split]] = {"test": (member.student, batches.test)}
+        self.parts: dict[str, tuple[Network, Split]] = {"test": (member.answers, batches.test)}
         if len(batches.validation) and batches.test is not batches.validation:
-            self.parts["validation"] = (member.student, batches.validation)
+            self.parts["validation"] = (member.answers, batches.validation)
         if batches.source_test is not None:
-            self.parts["source"] = (member.student, batches.source_test)
+            self.parts["source"] = (member.answers, batches.source_test)
         if (own := member.trained_teacher) is not None:
             self.parts["teacher"] = (own, batches.test)
         # Terms of past stages are measured with their connectors as they were left: whether the student keeps what a
@@ -136,10 +136,11 @@ class Metrics:
         self.sums: dict[str, dict[str, Tensor]] = {}
         # Of two terms that measure one point, the later stage's counts.
         self.references = {
-            (metric, layer.student): (layer.teacher, reference())
+            (metric, point): (taught, reference())
             for term in terms
             for metric, reference in term.references.items()
             for layer in term.layers
+            for point, taught in zip(layer.students, layer.teachers, strict=True)
         }
 
     def points(self, network: str) -> list[str]:

@@ -19,7 +19,9 @@ from kdbench.engine.batch import TARGET
 from kdbench.engine.batches import Batches
 from kdbench.engine.checkpoint import NAME as CHECKPOINT
 from kdbench.engine.evaluation import score
-from kdbench.engine.member import Log, Member
+from kdbench.engine.log import Log
+from kdbench.engine.member import Member
+from kdbench.engine.predicting import Predictor
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
@@ -51,9 +53,9 @@ def finish(
     Returns:
         the record.
     """
-    member.student.model.eval()
-    _, logits = score(member.student, batches.test)
-    kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.student.model)}
+    member.set_modes(evaluating=True)
+    _, logits = score(member.answers, batches.test)
+    kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.answers.model)}
     if best := member.log.best:
         kept[BEST] = best["weights"]
     files = {name: save_tensors(folder / name, tensors) for name, tensors in kept.items()}
@@ -75,7 +77,7 @@ def finish(
             "best": best and {key: value for key, value in best.items() if key != "weights"},
             **_data(*domains),
             "models": {
-                "student": size_of(member.student.model, spec.data),
+                "student": size_of(member.answers.model, spec.data),
                 "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
             },
             "compute": compute | _times(log),
@@ -160,10 +162,12 @@ def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:
     was_training = model.training
     model.eval()
     counter = FlopCounterMode(display=False)
+    image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
     with torch.no_grad(), counter:
-        model(torch.zeros(1, data.channels, data.image_size, data.image_size, device=device))
+        model(image)
+    counted = model.used(image) if isinstance(model, Predictor) else model.parameters()
     model.train(was_training)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "flops": counter.get_total_flops()}
+    return {"parameters": sum(p.numel() for p in counted), "flops": counter.get_total_flops()}
 
 
 def machine(device: torch.device, threads: int) -> dict[str, Any]:

@@ -1,15 +1,39 @@
-"""metrics.jsonl and TensorBoard events of one cell."""
+"""What one cell did so far: kept in its checkpoint, and as metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdbench.files import write_text
 
 NAME = "metrics.jsonl"
+
+
+@dataclass
+class Log:
+    """What a member did so far.
+
+    Attributes:
+        history: an entry for every evaluation, as in metrics.jsonl.
+        images: that it was trained on. seconds: of training. evaluation_seconds: of evaluations.
+        rate: the learning rate of the step before.
+        route: checkpoints that it kept of its way, as its record lists them.
+        best: step, part, accuracy and weights of the best evaluation, where the recipe keeps it.
+        ranks: how many processes trained it together, one number after the other; nothing where it was always one.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    rate: float = 0.0
+    route: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    ranks: list[int] = field(default_factory=list)
 
 
 class MetricsLog:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,44 +12,27 @@ from kdbench.data.streams import address
 from kdbench.engine.anchors import AnchorTeacher
 from kdbench.engine.batch import SLICE, Batch, Sets
 from kdbench.engine.batches import Batches
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep, build_source
+from kdbench.engine.log import Log
 from kdbench.engine.meter import Meter
 from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
+from kdbench.engine.predicting import answers
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
+from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
 from kdbench.engine.terms import Term, build_terms
-from kdbench.engine.weights import start_from, weights_of
+from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
 
-
-@dataclass
-class Log:
-    """What a member did so far.
-
-    Attributes:
-        history: an entry for every evaluation, as in metrics.jsonl.
-        images: that it was trained on. seconds: of training. evaluation_seconds: of evaluations.
-        rate: the learning rate of the step before.
-        route: checkpoints that it kept of its way, as its record lists them.
-        best: step, part, accuracy and weights of the best evaluation, where the recipe keeps it.
-        ranks: how many processes trained it together, one number after the other; nothing where it was always one.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    images: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    rate: float = 0.0
-    route: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    ranks: list[int] = field(default_factory=list)
+# Among a member's terms: what its method's modules are under.
+MODULES = "method:modules"
 
 
 class Member:
@@ -72,19 +54,30 @@ class Member:
         self.spec, self.batches, self.teacher, self.computing = spec, batches, teacher, computing
         self.timeline = timeline(spec, len(batches.train))
         normalizer = Normalizer(spec.protocol.normalization, device)
-        self.student = Network(_student(spec, teacher, batches), normalizer, computing)
+        own = build_student(spec, teacher.network.model if teacher else None, batches.ranks.sync_batch_norm)
+        self.student = Network(build_extractor(own.to(device), spec.student, spec.data), normalizer, computing)
         shapes = self.student.extractor.shapes(batches.image_shape)
+        apart = own_teacher_stages(spec.method.stages)
+        self.own_teacher = OwnTeacher(teacher, computing, device) if teacher and apart else None
+        cell = Surroundings(
+            spec,
+            self.student.extractor,
+            teacher.network.extractor if teacher else None,
+            {"student": shapes, "teacher": teacher.shapes if teacher else {}},
+            self.own_teacher.network.extractor if self.own_teacher else None,
+            lambda: batches.train.labels,
+        )
         # Prefixed, because a name like "training" is already an attribute of every module.
-        self.terms = nn.ModuleDict(
-            {
-                f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
-                for stage, by_name in build_terms(spec, shapes, teacher.shapes if teacher else {}).items()
-            }
-        ).to(device)
+        parts = {
+            f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
+            for stage, by_name in build_terms(cell).items()
+        }
+        modules = {MODULES: nn.ModuleDict({f"module:{name}": one for name, one in cell.modules.items()})}
+        self.terms = nn.ModuleDict(parts | (modules if cell.modules else {})).to(device)
         # torch's stubs lack the overload with a memory format alone.
         self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
-        own = teacher is not None and bool(own_teacher_stages(spec.method.stages))
-        self.own_teacher = OwnTeacher(teacher, computing, device) if teacher and own else None
+        if spec.method.predicts is not None:
+            self.student.answers = answers(cell, self.student)
         self.anchors = self._anchors()
         self.sources: dict[str, Source] = {}
         self.operations = {}
@@ -130,6 +123,19 @@ class Member:
         trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
         return self.own_teacher.network if trains and self.own_teacher else None
 
+    @property
+    def answers(self) -> Network:
+        """What is tested and kept: the student, or the whole through which its method has it answer."""
+        return self.student.answers
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The method's modules by name."""
+        if MODULES not in self.terms:
+            return {}
+        found: Any = self.terms[MODULES]
+        return {name.removeprefix("module:"): module for name, module in found.items()}
+
     def terms_of(self, stage: str) -> dict[str, Term]:
         """Loss terms of a stage by name."""
         terms: Any = self.terms[f"stage:{stage}"]
@@ -165,6 +171,8 @@ class Member:
         self.student.model.requires_grad_("student" in spec.trains)
         self.terms.requires_grad_(False)
         own.requires_grad_("connectors" in spec.trains)
+        for name, module in self.modules.items():
+            module.requires_grad_(name in spec.trains)
         if self.own_teacher is not None:
             self.own_teacher.trains = "teacher" in spec.trains
             self.own_teacher.model.requires_grad_(self.own_teacher.trains)
@@ -184,11 +192,16 @@ class Member:
         self.set_modes()
 
     def _optimizers(self, name: str) -> list[ScheduledOptimizer]:
-        """Of the student and its connectors, then of the teacher."""
-        stage = self.spec.method.stages[name]
-        modules = (self.student.model, self.terms[f"stage:{name}"])
+        """Of the student and its connectors, of modules that have one of their own, then of the teacher."""
+        stage, specs = self.spec.method.stages[name], self.spec.method.modules
+        apart = {key for key in self.modules if specs[key].optimizer is not None}
+        with_student = [module for key, module in self.modules.items() if key not in apart]
+        modules = (self.student.model, self.terms[f"stage:{name}"], *with_student)
         trained = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimizers = [ScheduledOptimizer(stage.optimizer, stage.schedule, trained)] if trained else []
+        for key in (key for key in self.modules if key in apart and key in stage.trains):
+            own = specs[key].optimizer or stage.optimizer
+            optimizers.append(ScheduledOptimizer(own, stage.schedule, [*self.modules[key].parameters()]))
         if "teacher" in stage.trains:
             assert self.own_teacher is not None
             optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
@@ -209,6 +222,8 @@ class Member:
         for name, terms in self.terms.items():
             own = name == f"stage:{self.stage.span.name}" and "connectors" in trains
             terms.train(own and not evaluating)
+        for name, module in self.modules.items():
+            module.train(name in trains and not evaluating)
 
     def ready(self, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Do what comes before the next steps: the stage's anchor and operation, and what its source makes ahead.
@@ -299,7 +314,7 @@ class Member:
         accuracy = entry[part]["accuracy"]
         if self.log.best is None or accuracy > self.log.best["accuracy"]:
             found = {"step": entry["step"], "part": part, "accuracy": accuracy}
-            self.log.best = found | {"weights": weights_of(self.student.model)}
+            self.log.best = found | {"weights": weights_of(self.answers.model)}
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed member needs, as tensors and plain data."""
@@ -383,15 +398,3 @@ def seed_draws(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _student(spec: CellSpec, teacher: Teacher | None, batches: Batches) -> Any:
-    """The student with its first values, on the device, and its hook points."""
-    student = build_model(spec.student, spec.data, spec.seed)
-    if spec.method.starts_from == "teacher":
-        assert teacher is not None and spec.teacher is not None
-        weights = {name: value.cpu() for name, value in teacher.network.model.state_dict().items()}
-        start_from(student, weights, spec.student.name, spec.teacher.model.name, spec.teacher.known_classes)
-    if batches.ranks.sync_batch_norm:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    return build_extractor(student.to(batches.device), spec.student, spec.data)

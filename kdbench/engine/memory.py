@@ -57,13 +57,18 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
     features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) for _, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
-    seen = [(layer.student, layer.teacher) for term in every if term.measured for layer in term.layers]
+    layers = [layer for term in every if term.measured for layer in term.layers]
+    seen = [pair for layer in layers for pair in zip(layer.students, layer.teachers, strict=True)]
     looked_at = FLOAT * sum(math.prod(cell.shapes[s]) + 2 * math.prod(cell.teacher_shapes[t]) for s, t in seen)
     saved = max(
         _saved(stage.values(), cell, learning if "teacher" in spec.method.stages[name].trains else None, shape)
         for name, stage in terms.items()
     )
-    own = _bytes(student) + sum(_bytes(term) for term in every) + (_bytes(learning.model) if learning else 0)
+    own = (
+        _bytes(student)
+        + sum(_bytes(one) for one in [*every, *cell.modules.values()])
+        + (_bytes(learning.model) if learning else 0)
+    )
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     held = sum(cost.held for cost in costs)

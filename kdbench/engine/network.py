@@ -49,6 +49,9 @@ class Network:
     Args:
         extractor: its model is brought into the layout.
         frozen: whether its weights stay as they are, so that a graph may hold them as constants.
+
+    Attributes:
+        answers: the network that is tested in its place, where it is a student that answers through another head.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Network:
         self.graphs: dict[frozenset[str], tuple[list[str], Callable[..., Any]]] = {}
         self.batch_size = 0
         self.untraceable: str | None = None
+        self.answers = self
 
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         """Values of hook points for normalized images [N, C, H, W], as `Extractor` gives them."""

@@ -150,8 +150,14 @@ class ScheduledOptimizer:
             for group, rate in zip(self.optimizer.param_groups, self.rates(progress), strict=True):
                 group["lr"] = rate
 
-    def step(self, rates: Sequence[Tensor]) -> None:
-        """A step at these rates, on the device."""
+    def step(self, rates: Sequence[Tensor], clip: float | None = None) -> None:
+        """A step at these rates, on the device.
+
+        Args:
+            clip: the norm to which all gradients together are clipped.
+        """
+        if clip is not None:
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], clip)
         if self.on_device:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"].copy_(rate)

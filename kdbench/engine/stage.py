@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from kdbench.engine.teacher import StageTeacher
 from kdbench.engine.terms import Term
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
+from kdbench.schedules import Moment
 
 
 @dataclass
@@ -37,6 +39,14 @@ class Turn:
     def reads(self, names: Iterable[str]) -> bool:
         """Whether a term that counts reads one of these input sets."""
         return bool({*names} & {name for term in self.active for name in self.terms[term].input_sets})
+
+
+class Numbers(NamedTuple):
+    """Of a step: the weights of the terms, what they are told, and the rates of the optimizers."""
+
+    weights: dict[str, Tensor]
+    told: dict[str, dict[str, Tensor]]
+    rates: dict[ScheduledOptimizer, Sequence[Tensor]]
 
 
 class Stage:
@@ -69,7 +79,8 @@ class Stage:
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
         self.turns = self._turns()
-        self.table = ScheduleTable(len(terms) + sum(len(one.base_rates) for one in optimizers), device)
+        told = sum(len(term.numbers) for term in terms.values())
+        self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)
 
     @property
     def made(self) -> list[str]:
@@ -100,10 +111,19 @@ class Stage:
         """The rates of every optimizer at a step."""
         return [one.rates(self.progress(step)) for one in self.optimizers]
 
+    def moment(self, step: int) -> Moment:
+        """Where schedules are before a step."""
+        each = self.timeline.batches_per_epoch
+        epochs = (step - self.schedule_span.start) / each
+        return Moment(self.progress(step), place_of(step, self.timeline)[2] / each, epochs)
+
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
-        epoch = place_of(step, self.timeline)[2] / self.timeline.batches_per_epoch
-        return {name: term.weight_at(self.progress(step), epoch) for name, term in self.terms.items()}
+        return {name: term.weight_at(*self.moment(step)) for name, term in self.terms.items()}
+
+    def numbers(self, step: int) -> list[float]:
+        """What all terms are told at a step, one after the other."""
+        return [at(self.moment(step)) for term in self.terms.values() for at in term.numbers.values()]
 
     def alike(self, step: int, most: int) -> int:
         """How many steps from one on, at most `most`, compute the same terms and forget no momentum in between."""
@@ -114,7 +134,7 @@ class Stage:
     def prepare(self, step: int, steps: int) -> None:
         """Put rates and weights of the coming steps on the device, and forget momentum where it is time."""
         rows = [
-            [*self.weights(at).values(), *(rate for rates in self.rates(at) for rate in rates)]
+            [*self.weights(at).values(), *self.numbers(at), *(rate for rates in self.rates(at) for rate in rates)]
             for at in range(step, step + steps)
         ]
         self.table.fill(rows)
@@ -125,15 +145,14 @@ class Stage:
         for turn in self.turns:
             turn.active = [name for name in turn.terms if name in counting]
 
-    def next_numbers(self) -> tuple[dict[str, Tensor], dict[ScheduledOptimizer, Sequence[Tensor]]]:
-        """Weights of the terms and rates of the optimizers at the present step, on the device; goes on to the next."""
-        row = self.table.next_row()
-        rates: dict[ScheduledOptimizer, Sequence[Tensor]] = {}
-        at = len(self.terms)
-        for optimizer in self.optimizers:
-            rates[optimizer] = row[at : at + len(optimizer.base_rates)]
-            at += len(optimizer.base_rates)
-        return dict(zip(self.terms, row, strict=False)), rates
+    def next_numbers(self) -> Numbers:
+        """What changes from step to step, on the device; goes on to the next."""
+        row = iter(self.table.next_row())
+        return Numbers(
+            {name: next(row) for name in self.terms},
+            {name: {told: next(row) for told in term.numbers} for name, term in self.terms.items()},
+            {one: [next(row) for _ in one.base_rates] for one in self.optimizers},
+        )
 
     def _counting(self, step: int) -> list[str]:
         return [name for name, weight in self.weights(step).items() if weight]

@@ -20,7 +20,7 @@ from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
-from kdbench.engine.stage import Turn, batch_norms
+from kdbench.engine.stage import Numbers, Turn, batch_norms
 from kdbench.engine.teacher import PointValues, Taught, Teacher
 
 
@@ -49,13 +49,13 @@ def teacher_pass(teacher: Teacher | None, sets: Sets, members: Iterable[Member])
 
 
 def losses_of(
-    member: Member, turn: Turn, sets: Sets, taught: Taught, weights: Mapping[str, Tensor]
+    member: Member, turn: Turn, sets: Sets, taught: Taught, numbers: Numbers
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """A turn's weighted sum of losses, these by name, and how many images it saw."""
     with autocast(member.computing.precision, member.device):
         seen, values = inputs_of(member, turn, sets, taught)
-        losses = {name: turn.terms[name](values, seen) for name in turn.active}
-        loss = weighted_sum(losses, weights, member.device)
+        losses = {name: turn.terms[name](values, seen, numbers.told[name]) for name in turn.active}
+        loss = weighted_sum(losses, numbers.weights, member.device)
     # Images of the data set count; a stage that reads none of them counts its largest input set.
     counted = [seen["data"]] if "data" in member.stage.shared_sets else seen.values()
     return loss, losses, max(len(batch.images) for batch in counted)
@@ -72,18 +72,18 @@ def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., A
         how many images it saw.
     """
     stage = member.stage
-    weights, rates = stage.next_numbers()
+    numbers = stage.next_numbers()
     found: dict[str, Tensor] = {}
     total = torch.zeros((), device=member.device)
     for turn in stage.turns:
-        loss, losses, images = losses_of(member, turn, sets, taught, weights)
+        loss, losses, images = losses_of(member, turn, sets, taught, numbers)
         # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
         if losses:
             loss.backward()
         for optimizer in turn.optimizers:
-            optimizer.step(rates[optimizer])
+            optimizer.step(numbers.rates[optimizer], stage.spec.clip)
         total = total + loss.detach()
         found |= losses
     member.meter.add(found | {"loss": total})

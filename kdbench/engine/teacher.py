@@ -17,7 +17,6 @@ from kdbench.engine.anchors import Route
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Network, Normalizer, autocast
-from kdbench.engine.terms import Shape
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import StageSpec
 
@@ -72,7 +71,7 @@ class Teacher:
         self,
         extractor: Extractor,
         normalizer: Normalizer,
-        shapes: Mapping[str, Shape],
+        shapes: Mapping[str, tuple[int, ...]],
         computing: Computing = REFERENCE,
         logits: SplitLogits | None = None,
         route: Route | None = None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,93 +13,144 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule
+from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target, where_raised
 from kdbench.errors import UserError
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
-from kdbench.recipe.specs import CellSpec, TermSpec
-from kdbench.schedules import product
+from kdbench.recipe.specs import TargetSpec, TermSpec
+from kdbench.schedules import Moment, product
 from kdbench.signature import parameters
+from kdbench.told import asked
 
-Shape = tuple[int, ...]
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass
 class Layer:
-    """One pair of hook points of a loss term, with the connector between them and its weight."""
+    """What one call of a loss takes: a pair of hook points, or several of each network at once.
 
-    student: str
-    teacher: str
-    connector: nn.Module
+    Attributes:
+        students, teachers: hook points; of a pair one of each.
+        connectors: one for each of the students'.
+        told: what the loss asked for that is known already.
+    """
+
+    students: list[str]
+    teachers: list[str]
+    connectors: list[nn.Module]
     weight: float
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class Term(nn.Module):
     """One loss term of a stage: a function of captured values, its layers, and its own modules.
 
     Calling it gives the unweighted sum over layers (weighted by layer); `weight_at` the term's factor.
+
+    Args:
+        place: of the term, stage/name: connectors begin by it.
+
+    Attributes:
+        joint: whether the loss takes lists of hook points at once.
+        numbers: name -> its value at a moment: what the loss asked for, and its scheduled options.
     """
 
-    def __init__(
-        self,
-        name: str,
-        spec: TermSpec,
-        student_shapes: Mapping[str, Shape],
-        teacher_shapes: Mapping[str, Shape],
-        place: str,
-        seed: int,
-        names: tuple[str, str],
-        known_classes: list[int] | None = None,
-    ) -> None:
+    def __init__(self, name: str, spec: TermSpec, cell: Surroundings, place: str) -> None:
         super().__init__()
-        self.name, self.spec = name, spec
-        # A loss that has this argument is told; no card sets it.
-        told = {"known_classes": known_classes} if "known_classes" in parameters(spec.loss.target) else {}
-        self.options = {**spec.loss.options, **told}
+        self.name, self.spec, self.options = name, spec, spec.loss.options
+        stage = place.partition("/")[0]
         given = spec.weight_schedule or []
         self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
-        with_teacher = "teacher" in spec.loss.inputs
-        own = (student_shapes, names[0]) if spec.of == "student" else (teacher_shapes, names[1])
-        students = expand([spec.student], *own)
-        teachers = expand([spec.teacher], teacher_shapes, names[1]) if with_teacher else students
-        if len(students) != len(teachers):
+        target = import_target(spec.loss.target)
+        self.call: Callable[..., Tensor] | None = None if inspect.isclass(target) else target
+        in_call = asked(spec.loss.target, called=True)
+        self.numbers = {option: _scheduled(spec, option, one) for option, one in spec.schedules.items()}
+        self.numbers |= {told: _NUMBERS[told] for told in in_call if told in _NUMBERS}
+        self.joint = isinstance(spec.student, list) or isinstance(spec.teacher, list)
+        self.connectors = nn.ModuleList()
+        self.functions = nn.ModuleList()
+        self.layers: list[Layer] = []
+        own = cell.shapes[spec.of]
+        for index, layer in enumerate(self._layers(cell, place)):
+            students = [own[point] for point in layer.students]
+            teachers = [cell.shapes["teacher"][point] for point in layer.teachers]
+            for shape in (*students, *teachers):
+                if isinstance(shape, Unordered):
+                    raise shape.error
+            points = {"student": "".join(layer.students[:1]), "teacher": "".join(layer.teachers[:1])}
+            layer.told = {one: cell.tell(one, stage, points) for one in in_call if one not in self.numbers}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(address(cell.spec.seed, f"connectors/{place}/{index}"))
+                layer.connectors = [
+                    self._connector(cell, i, layer, students, teachers, place) for i in range(len(students))
+                ]
+                if self.call is None:
+                    pairs = zip(layer.connectors, students, strict=True)
+                    behind = [_behind(connector, shape) for connector, shape in pairs]
+                    shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
+                    told = {one: cell.tell(one, stage, points) for one in asked(spec.loss.target, called=False)}
+                    self.functions.append(_built(target, shapes, self.options | told, place))
+            self.connectors.extend(nn.Identity() if spec.through else one for one in layer.connectors)
+            self.layers.append(layer)
+        self.metrics = {name: import_target(target) for name, target in spec.loss.metrics.items()}
+        self.references = {name: import_target(target) for name, target in spec.loss.references.items()}
+
+    def _layers(self, cell: Surroundings, place: str) -> list[Layer]:
+        """The hook points of each of its calls."""
+        spec, names = self.spec, {"student": cell.student, "teacher": cell.teacher}
+
+        def points(network: str, side: str) -> list[str]:
+            model = names[network]
+            wanted = spec.student if side == "student" else spec.teacher
+            asked = wanted if isinstance(wanted, list) else [wanted]
+            return expand(asked, cell.shapes[network], model.model_name if model else "")
+
+        students = points(spec.of, "student")
+        teachers = points("teacher", "teacher") if "teacher" in spec.loss.inputs else []
+        if not {"student", "other"} & {*spec.loss.inputs}:
+            students = []
+        if self.joint:
+            if spec.layer_weights != "equal":
+                raise UserError(f"{place}: it takes all its hook points at once, which have no weights of their own")
+            return [Layer(students, teachers, [], 1.0)]
+        if students and teachers and len(students) != len(teachers):
             raise UserError(
                 f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
                 hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}. Choose as many of each with "
                 "'hooks' beside the model's name: 'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE}}'",
             )
-        weights = _layer_weights(spec, len(students), place)
-        self.connectors = nn.ModuleList()
-        self.functions = nn.ModuleList()
-        self.layers: list[Layer] = []
-        call = import_target(spec.loss.target)
-        self.call: Callable[..., Tensor] | None = None if inspect.isclass(call) else call
-        for index, (student, teacher, weight) in enumerate(zip(students, teachers, weights, strict=True)):
-            shapes = (own[0][student], teacher_shapes[teacher] if with_teacher else ())
-            for shape in shapes:
-                if isinstance(shape, Unordered):
-                    raise shape.error
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(address(seed, f"connectors/{place}/{index}"))
-                connector = _connector(spec, shapes, f"{place}: {student} → {teacher}")
-                if self.call is None:
-                    self.functions.append(call(*(s for s in shapes if s), **self.options))
-            self.connectors.append(connector)
-            self.layers.append(Layer(student, teacher, connector, weight))
-        self.metrics = {name: import_target(target) for name, target in spec.loss.metrics.items()}
-        self.references = {name: import_target(target) for name, target in spec.loss.references.items()}
+        n = max(len(students), len(teachers), 1)
+        weights = _layer_weights(spec, n, place)
+        return [Layer(students[i : i + 1], teachers[i : i + 1], [], weights[i]) for i in range(n)]
+
+    def _connector(
+        self, cell: Surroundings, i: int, layer: Layer, students: list[Shape], teachers: list[Shape], place: str
+    ) -> nn.Module:
+        """What stands behind one hook point of the student."""
+        if self.spec.through is not None:
+            return cell.modules[self.spec.through]
+        if self.spec.connector is None:
+            return nn.Identity()
+        if len(students) != len(teachers):
+            raise UserError(f"{place}: a connector needs as many hook points of both networks")
+        at = f"{place}: {layer.students[i]} → {layer.teachers[i]}"
+        return _connector(self.spec.connector, students[i], teachers[i], at)
+
+    def _one_or_all(self, side: Sequence[Any]) -> Any:
+        """What a loss gets of a network's side: one value, or all of them."""
+        return list(side) if self.joint else side[0]
 
     def points(self, network: str) -> dict[str, list[str]]:
         """What the term reads of a network ("student" or "teacher"): input set -> hook points."""
         inputs, result = self.spec.loss.inputs, {}
         if network == self.spec.of and {"student", "other"} & {*inputs}:
-            own = [layer.student for layer in self.layers]
+            own = [point for layer in self.layers for point in layer.students]
             result = {name: own for name in (self.spec.input, self.spec.against) if name is not None}
         if network == "teacher" and "teacher" in inputs:
             here = result.get(self.spec.input, [])
-            result[self.spec.input] = [*here, *(layer.teacher for layer in self.layers)]
+            result[self.spec.input] = [*here, *(point for layer in self.layers for point in layer.teachers)]
         return result
 
     @property
@@ -106,20 +158,23 @@ class Term(nn.Module):
         """Names of the input sets that the term reads."""
         return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
-    def weight_at(self, progress: float, epoch: float = 0.0) -> float:
-        """The term's factor at a progress of its stage, and of the epoch."""
-        return self.spec.weight * self.schedules(progress, epoch)
+    def weight_at(self, progress: float, epoch: float = 0.0, epochs: float = 0.0) -> float:
+        """The term's factor at a `Moment`."""
+        return self.spec.weight * self.schedules(Moment(progress, epoch, epochs))
 
-    def forward(self, values: Mapping[str, Values], sets: Sets) -> Tensor:
+    def forward(self, values: Mapping[str, Values], sets: Sets, numbers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar.
 
         Args:
             values: network ("student", "teacher") -> input set -> hook point -> value.
+            numbers: the present values of `numbers`, on the device; those of the first step where not given.
         """
         total: Tensor | None = None
+        now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
             function = self.call or self.functions[position]
-            value = function(*self._inputs(layer, values, sets), **(self.options if self.call else {}))
+            options = {**self.options, **layer.told, **now} if self.call else {**layer.told, **now}
+            value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if total is None else total + value
         assert total is not None
@@ -128,14 +183,15 @@ class Term(nn.Module):
     @property
     def measured(self) -> bool:
         """Whether the term has metrics, of student and teacher on the data's own images."""
-        return bool(self.metrics) and self.spec.input == "data" and self.spec.of == "student"
+        return bool(self.metrics) and not self.joint and self.spec.input == "data" and self.spec.of == "student"
 
     def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The loss's metrics: metric -> student hook point -> value."""
         return {
             name: {
-                layer.student: metric(layer.connector(student[layer.student]), teacher[layer.teacher])
+                point: metric(connector(student[point]), teacher[taught])
                 for layer in self.layers
+                for point, connector, taught in zip(layer.students, layer.connectors, layer.teachers, strict=True)
             }
             for name, metric in self.metrics.items()
         }
@@ -144,7 +200,7 @@ class Term(nn.Module):
         """Compute the term once on random values of the right shapes.
 
         Raises:
-            UserError: it cannot be computed, is no finite scalar, or does not depend on the student.
+            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it.
         """
         self.eval()
         what = f"loss '{self.name}' ({self.spec.loss.target})"
@@ -155,88 +211,113 @@ class Term(nn.Module):
                 values[network][name] = {p: torch.randn(2, *shape) for p, shape in shapes.items()}
             labels = torch.tensor([0, classes - 1])
             sets[name] = Batch(torch.empty(0), labels, torch.tensor([0, 1]), mask=torch.tensor([True, True]))
-        for points in values[self.spec.of].values():
-            for value in points.values():
-                value.requires_grad_()
+        own = [value for points in values[self.spec.of].values() for value in points.values()]
+        for value in own:
+            value.requires_grad_()
         try:
             result = self(values, sets)
             self.train()
         except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
-            own = student if self.spec.of == "student" else teacher
-            pairs = ", ".join(
-                f"{layer.student} {own.get(layer.student)} against {layer.teacher} {teacher.get(layer.teacher)}"
-                for layer in self.layers
-            )
+            sides = ((layer.students, student if self.spec.of == "student" else teacher) for layer in self.layers)
+            own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
+            taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
             said = str(error).replace(" ", "_")
             for option, given in self.spec.loss.options.items():
                 if option in said:
                     raise UserError(f"'{option}' of the loss '{self.name}' cannot be {given!r}: {error}") from None
             raise UserError(
                 f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
-                hint=f"student against teacher: {pairs}; a connector can change channels and sizes "
-                "('kdbench ls connectors')",
+                hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
+                "channels and sizes ('kdbench ls connectors')",
             ) from None
         if not isinstance(result, Tensor) or result.dim():
             given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise UserError(f"{what} returned {given}", hint="a loss returns a scalar tensor: take .mean() or .sum()")
         if not torch.isfinite(result):
             raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
-        if not result.requires_grad:
+        reads = {"student", "other"} & {*self.spec.loss.inputs}
+        if result.requires_grad and reads:
+            reached = torch.autograd.grad(result, own, allow_unused=True)
+        if not result.requires_grad or (reads and all(gradient is None for gradient in reached)):
             raise UserError(
                 f"{what} does not depend on the {self.spec.of}", hint=f"is the {self.spec.of}'s value detached?"
             )
 
-    def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Tensor]:
+    def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Any]:
         spec, batch = self.spec, sets[self.spec.input]
-        found: list[Tensor] = []
+        found: list[Any] = []
         for name in spec.loss.inputs:
-            if name == "student":
-                value: Tensor | None = layer.connector(values[spec.of][spec.input][layer.student])
-            elif name == "other":
-                assert spec.against is not None
-                value = layer.connector(values[spec.of][spec.against][layer.student])
-            elif name == "teacher":
-                value = values["teacher"][spec.input][layer.teacher]
-                value = value.detach() if spec.detach else value
+            if name == "teacher":
+                taught = values["teacher"][spec.input]
+                sides = [taught[point].detach() if spec.detach else taught[point] for point in layer.teachers]
+            elif name in ("student", "other"):
+                own = values[spec.of][spec.input if name == "student" else spec.against or ""]
+                pairs = zip(layer.connectors, layer.students, strict=True)
+                sides = [connector(own[point]) for connector, point in pairs]
             else:
                 value = getattr(batch, name)
-            if value is None:
-                raise UserError(f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' has not")
-            found.append(value)
+                if value is None:
+                    raise UserError(
+                        f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' has not"
+                    )
+                found.append(value)
+                continue
+            found.append(self._one_or_all(sides))
         return found
 
 
-def build_terms(
-    spec: CellSpec, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
-) -> dict[str, dict[str, Term]]:
-    """Loss terms of a cell: stage -> name -> term. Their first values are functions of the cell's seed.
+# What a loss may be told at every step: its value at a moment.
+_NUMBERS: dict[str, Callable[[Moment], float]] = {
+    "progress": lambda now: now.progress,
+    "epoch": lambda now: float(int(now.epochs + 1e-9)),
+}
 
-    Args:
-        student, teacher: shapes of all hook points, per image; none for a cell without a teacher.
-    """
-    names = (spec.student.name, spec.teacher.model.name if spec.teacher else "")
-    known = spec.teacher.known_classes if spec.teacher else None
+
+def build_terms(cell: Surroundings) -> dict[str, dict[str, Term]]:
+    """Loss terms of a cell: stage -> name -> term. Their first values are functions of the cell's seed."""
     try:
         return {
-            stage: {
-                name: Term(name, term, student, teacher, f"{stage}/{name}", spec.seed, names, known)
-                for name, term in card.losses.items()
-            }
-            for stage, card in spec.method.stages.items()
+            stage: {name: Term(name, term, cell, f"{stage}/{name}") for name, term in card.losses.items()}
+            for stage, card in cell.spec.method.stages.items()
         }
     except UserError as error:
-        raise UserError(f"method '{spec.method.name}': {error.what}", error.where, error.hint) from None
+        raise UserError(f"method '{cell.spec.method.name}': {error.what}", error.where, error.hint) from None
 
 
-def _connector(spec: TermSpec, shapes: tuple[Shape, Shape], place: str) -> nn.Module:
-    if spec.connector is None:
-        return nn.Identity()
+def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[Moment], float]:
+    """An option of a loss, multiplied by a schedule."""
+    base = spec.loss.options.get(option, parameters(spec.loss.target)[option].default)
+    factor = build_schedule(schedule)
+    return lambda now: base * factor.at(*now)
+
+
+def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:
     try:
-        connector: nn.Module = import_target(spec.connector.target)(*shapes, **spec.connector.options)
+        module: nn.Module = target(*shapes, **options)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    return module
+
+
+def _behind(connector: nn.Module, shape: Shape) -> Shape:
+    """The shape of one image's value behind a connector."""
+    if isinstance(connector, nn.Identity):
+        return shape
+    was_training = connector.training
+    parameter = next(connector.parameters(), torch.empty(0))
+    with torch.no_grad():
+        found: Tensor = connector.eval()(torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device))
+    connector.train(was_training)
+    return tuple(found.shape[1:])
+
+
+def _connector(spec: TargetSpec, student: Shape, teacher: Shape, place: str) -> nn.Module:
+    try:
+        connector: nn.Module = import_target(spec.target)(student, teacher, **spec.options)
     except (UserError, ValueError) as error:
         what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
         raise UserError(
-            f"{place}: connector '{spec.connector.name}' cannot bridge {shapes[0]} → {shapes[1]}: {what}",
+            f"{place}: connector '{spec.name}' cannot bridge {student} → {teacher}: {what}",
             hint=hint
             or "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')",
         ) from None

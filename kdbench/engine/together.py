@@ -16,7 +16,7 @@ from kdbench.engine.member import Member, seed_draws
 from kdbench.engine.network import autocast
 from kdbench.engine.program import Group, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
-from kdbench.engine.stage import Stage, Turn
+from kdbench.engine.stage import Numbers, Stage, Turn
 from kdbench.engine.step import inputs_of, train, weighted_sum
 from kdbench.engine.teacher import PointValues, Taught
 from kdbench.engine.terms import Term
@@ -38,7 +38,8 @@ class Together(Program):
         networks = [member.student.model, *([member.own_teacher.model] if member.own_teacher else [])]
         stage, replica = self.replicas.get(member, (None, None))
         if stage is not member.stage or replica is None:
-            replica = replicated([*networks, member.terms[f"stage:{member.stage.span.name}"]])
+            own = member.terms[f"stage:{member.stage.span.name}"]
+            replica = replicated([*networks, own, *member.modules.values()])
             self.replicas[member] = member.stage, replica
 
         def losses(member: Member, turn: Turn, *more: Any) -> Any:
@@ -51,7 +52,7 @@ class Together(Program):
 
 
 def losses_of(
-    member: Member, turn: Turn, sets: Sets, taught: Taught, weights: Mapping[str, Tensor]
+    member: Member, turn: Turn, sets: Sets, taught: Taught, numbers: Numbers
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """What `step.losses_of` gives, of the batch of all ranks."""
     names = member.stage.shared_sets
@@ -63,8 +64,8 @@ def losses_of(
             if rank := whole.ranks.rank:
                 seed_draws(address(member.spec.seed, f"dropout/rank {rank}", member.step), member.device)
             seen, values = inputs_of(member, turn, sets, taught)
-        losses = {name: whole.loss(turn.terms[name], values, seen) for name in turn.active}
-        loss = weighted_sum(losses, weights, member.device)
+        losses = {name: whole.loss(turn.terms[name], values, seen, numbers.told[name]) for name in turn.active}
+        loss = weighted_sum(losses, numbers.weights, member.device)
     return loss, losses, sizes["data"] if "data" in sizes else max(sizes.values())
 
 
@@ -80,7 +81,7 @@ class Whole:
     images: Mapping[str, int]
     known: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def loss(self, term: Term, values: Mapping[str, PointValues], sets: Sets) -> Tensor:
+    def loss(self, term: Term, values: Mapping[str, PointValues], sets: Sets, told: Mapping[str, Tensor]) -> Tensor:
         """A term's loss of the whole batch."""
         asked = {
             network: {
@@ -89,7 +90,7 @@ class Whole:
             }
             for network in values
         }
-        return term(asked, {name: self._batch(name, sets[name]) for name in term.input_sets})
+        return term(asked, {name: self._batch(name, sets[name]) for name in term.input_sets}, told)
 
     def _of(self, name: str, part: Tensor) -> Tensor:
         """A value of an input set. Where it is the same tensor, it is gathered once."""

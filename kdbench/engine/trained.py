@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from kdbench.engine.build import build_model
+from kdbench.engine.predicting import untrained
 from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
-from kdbench.recipe.recorded import student_of
+from kdbench.recipe.recorded import cell_of, student_of
 from kdbench.record import Weights, read_record, student_file
 from kdbench.registry import Registry
 
@@ -20,8 +21,13 @@ def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: W
     if not (folder / "record.json").is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
     record = read_record(folder)
-    student, data = student_of(record.spec, Registry(Path(registry) for registry in registries), str(folder))
-    # Its own first weights, or those it started from, are not needed any more.
-    model = build_model(student.untrained(), data)
+    cards = Registry(Path(registry) for registry in registries)
+    if (record.spec.get("method") or {}).get("predicts") is not None:
+        spec = cell_of(record.spec, cards, str(folder))
+        student, model = spec.student, untrained(spec)
+    else:
+        student, data = student_of(record.spec, cards, str(folder))
+        # Its own first weights, or those it started from, are not needed any more.
+        model = build_model(student.untrained(), data)
     load_file(model, student_file(record, weights), student.name)
     return model.eval()

@@ -42,13 +42,13 @@ def labelled_logits(student: Tensor, teacher: Tensor, labels: Tensor, loss: str)
         )
 
 
-def positive(temperature: float) -> None:
-    """Check a temperature.
+def positive(temperature: float | Tensor) -> None:
+    """Check a temperature. One that lies in a tensor, as those that change while training do, is not read.
 
     Raises:
         ValueError: It is not above 0.
     """
-    if not temperature > 0:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
 
 

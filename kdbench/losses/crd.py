@@ -144,6 +144,66 @@ class ContrastiveRepresentation(nn.Module):
         bank.index_copy_(0, index, F.normalize(kept, dim=1))
 
 
+class ContrastiveDistillation(nn.Module):
+    """CRD with noise that is drawn anew for every batch: training images of other classes, without replacement.
+
+    Draws come from torch's default generator, on the device of the features.
+
+    Args:
+        student_shape: Of one sample, flattened.
+        teacher_shape: Of one sample, flattened.
+        training_labels: Of the training set, int64 [M].
+        negatives: K, images of noise for each image; as many as there are outside of the largest class, if these are
+            fewer.
+        dim: Width of the embeddings.
+        temperature: Above 0.
+        momentum: Share of the old entry that a bank keeps.
+
+    Raises:
+        ValueError: There is one class only, or an option is out of range.
+    """
+
+    training_labels: Tensor
+
+    def __init__(
+        self,
+        student_shape: tuple[int, ...],
+        teacher_shape: tuple[int, ...],
+        *,
+        training_labels: Tensor,
+        negatives: int = 16384,
+        dim: int = 128,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+    ) -> None:
+        super().__init__()
+        samples = len(training_labels)
+        self.negatives = min(negatives, samples - int(training_labels.bincount().max()))
+        if self.negatives < 1:
+            raise ValueError(f"CRD needs images of other classes, and at least one of them: {self.negatives}")
+        self.contrast = ContrastiveRepresentation(
+            student_shape, teacher_shape, samples=samples, dim=dim, temperature=temperature, momentum=momentum
+        )
+        self.register_buffer("training_labels", training_labels, persistent=False)
+
+    def forward(self, student: Tensor, teacher: Tensor, index: Tensor, labels: Tensor) -> Tensor:
+        """The loss of one batch; in train mode the banks change.
+
+        Args:
+            student: Features, [N, *student_shape].
+            teacher: Features, [N, *teacher_shape]. They get no gradient.
+            index: Positions of the images in the training set, int64 [N].
+            labels: Of the batch, int64 [N].
+
+        Returns:
+            Scalar.
+        """
+        uniform = torch.rand(len(labels), len(self.training_labels), device=student.device)
+        chosen = draw_negatives(uniform, self.training_labels, labels, self.negatives)
+        loss: Tensor = self.contrast(student, teacher, index, chosen)
+        return loss
+
+
 def draw_negatives(uniform: Tensor, classes: Tensor, labels: Tensor, k: int) -> Tensor:
     """K training images of other classes for each image of a batch, without replacement.
 

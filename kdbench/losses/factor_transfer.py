@@ -5,7 +5,7 @@ Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Tr
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,13 +20,14 @@ class Paraphraser(nn.Module):
     behind it, the last one too. It is trained to reconstruct its input, then kept as it is.
 
     Args:
-        channels: C, of the teacher's map.
+        teacher_shape: (C, H, W).
         rate: Factors for each channel; C · rate is rounded down.
         batch_norm: Whether a batch norm stands before each leaky ReLU.
     """
 
-    def __init__(self, channels: int, *, rate: float = 0.5, batch_norm: bool = False) -> None:
+    def __init__(self, teacher_shape: tuple[int, ...], *, rate: float = 0.5, batch_norm: bool = False) -> None:
         super().__init__()
+        channels = teacher_shape[0]
         factors = _factors(channels, rate)
         self.encoder = _encoder(channels, channels, factors, batch_norm)
         self.decoder = nn.Sequential(
@@ -45,17 +46,23 @@ class Translator(nn.Module):
     """A student's factors: an encoder like the paraphraser's from the student's map to as many factors.
 
     Args:
-        student_channels: C, of the student's map.
-        teacher_channels: C', of the teacher's map.
+        student_shape: (C, H, W).
+        teacher_shape: (C', H', W').
         rate: That of the paraphraser.
         batch_norm: Whether a batch norm stands before each leaky ReLU.
     """
 
     def __init__(
-        self, student_channels: int, teacher_channels: int, *, rate: float = 0.5, batch_norm: bool = False
+        self,
+        student_shape: tuple[int, ...],
+        teacher_shape: tuple[int, ...],
+        *,
+        rate: float = 0.5,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder = _encoder(student_channels, student_channels, _factors(teacher_channels, rate), batch_norm)
+        channels = student_shape[0]
+        self.encoder = _encoder(channels, channels, _factors(teacher_shape[0], rate), batch_norm)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Factors [N, C' · rate, H, W] of maps [N, C, H, W]."""
@@ -93,6 +100,39 @@ def factor_transfer(student: Tensor, teacher: Tensor, form: Literal["factors", "
     elif student.shape[1] != teacher.shape[1]:
         raise ValueError(f"factor_transfer needs equal numbers of factors, not {student.shape[1]}, {teacher.shape[1]}")
     return F.l1_loss(F.normalize(student.flatten(1), dim=1), F.normalize(teacher.flatten(1), dim=1))
+
+
+def paraphrased(
+    student: Tensor, teacher: Tensor, paraphraser: nn.Module, form: Literal["factors", "attention"] = "factors"
+) -> Tensor:
+    """`factor_transfer` to the factors that a trained paraphraser finds in the teacher's map.
+
+    Args:
+        student: Factors of the translator, [N, C, H, W].
+        teacher: Feature map, [N, C', H', W'].
+        paraphraser: A `Paraphraser`; only its encoder is used, and it gets no gradient.
+        form: Which of the two forms.
+
+    Returns:
+        Scalar, at least 0.
+    """
+    encoder: Any = paraphraser.encoder
+    return factor_transfer(student, encoder(teacher.detach()), form)
+
+
+def reconstruction(teacher: Tensor, paraphraser: nn.Module, power: Literal[1, 2] = 1) -> Tensor:
+    """How far a paraphraser's output is from the teacher's map: what trains it.
+
+    Args:
+        teacher: Feature map, [N, C, H, W].
+        paraphraser: Gives maps of the same shape.
+        power: Mean absolute difference (1), as the authors' code has it, or mean squared difference (2).
+
+    Returns:
+        Scalar, at least 0.
+    """
+    distance = F.l1_loss if power == 1 else F.mse_loss
+    return distance(paraphraser(teacher.detach()), teacher.detach())
 
 
 def _factors(channels: int, rate: float) -> int:

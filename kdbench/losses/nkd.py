@@ -42,12 +42,8 @@ def nkd(
     """
     labelled_logits(student_logits, teacher_logits, labels, "nkd")
     positive(temperature)
-    return nkd_of_images(full(student_logits), full(teacher_logits.detach()), labels, gamma, temperature).mean()
-
-
-def nkd_of_images(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float) -> Tensor:
-    """The loss of each image, [N], of logits in full precision."""
+    student, teacher = full(student_logits), full(teacher_logits.detach())
     at_label = -F.cross_entropy(teacher, labels, reduction="none")
-    target = at_label.exp() * F.cross_entropy(student, labels, reduction="none")
+    target = (at_label.exp() * F.cross_entropy(student, labels, reduction="none")).mean()
     own, taught = (other_logits(logits, labels) / temperature for logits in (student, teacher))
-    return target + gamma * temperature**2 * F.cross_entropy(own, F.softmax(taught, dim=1), reduction="none")
+    return target + gamma * temperature**2 * F.cross_entropy(own, F.softmax(taught, dim=1))

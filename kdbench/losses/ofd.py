@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdbench.losses.checks import full, same_shape, shape
 from kdbench.losses.features import maps_of_one_size
@@ -42,6 +42,26 @@ def batch_norm_margin(weight: Tensor, bias: Tensor) -> Tensor:
     log_share = torch.special.log_ndtr(-ratio)  # Φ(-μ/σ), whose quotient with φ is stable as a difference of logarithms
     tail = (-ratio.square() / 2 - math.log(2 * math.pi) / 2 - log_share).exp()
     return torch.where(log_share > math.log(0.001), full(bias) - sigma * tail, -3 * sigma)
+
+
+def ofd(student: Tensor, teacher: Tensor, teacher_batch_norm: nn.Module) -> Tensor:
+    """`overhaul` with the margin that the batch norm before the teacher's ReLU gives (`batch_norm_margin`).
+
+    Args:
+        student: Feature map after the connector, [N, C, H, W].
+        teacher: Feature map before the ReLU, [N, C, H', W'].
+        teacher_batch_norm: Its last batch norm, of C channels, with weight and bias.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: The batch norm has neither, or the shapes do not match.
+    """
+    weight, bias = getattr(teacher_batch_norm, "weight", None), getattr(teacher_batch_norm, "bias", None)
+    if weight is None or bias is None:
+        raise ValueError("ofd takes its margin from the batch norm's weight and bias, and this one has none")
+    return overhaul(student, teacher, batch_norm_margin(weight, bias))
 
 
 def overhaul(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:

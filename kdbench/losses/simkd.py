@@ -49,7 +49,7 @@ class Projector(nn.Module):
         return projected
 
 
-def simkd(student: Tensor, teacher: Tensor) -> Tensor:
+def simkd(student: Tensor, teacher: Tensor, relu: bool = False) -> Tensor:
     r"""Mean squared error between the student's projected last map and the teacher's.
 
     $$
@@ -61,6 +61,7 @@ def simkd(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: P(F_S), the projector's output, [N, C, H, W].
         teacher: F_T, after the ReLU, [N, C, H', W'].
+        relu: Whether the teacher's map comes before its ReLU, which is then applied.
 
     Returns:
         Scalar, at least 0.
@@ -68,19 +69,19 @@ def simkd(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes do not match.
     """
-    student, teacher = maps_of_one_size(student, teacher.detach(), "simkd")
+    student, teacher = maps_of_one_size(student, (teacher.relu() if relu else teacher).detach(), "simkd")
     same_shape(student, teacher, "simkd")
     return F.mse_loss(student, teacher)
 
 
-def reused_head(projector: Projector, classifier: nn.Module) -> nn.Sequential:
+def reused_head(projector: nn.Module, teacher_classifier: nn.Module) -> nn.Sequential:
     """What stands in place of the student's own head: its last map [N, C, H, W] to logits, by the teacher's classifier.
 
     Args:
         projector: Trained by `simkd`.
-        classifier: The teacher's, from pooled features [N, C'] to logits.
+        teacher_classifier: From pooled features [N, C'] to logits.
     """
-    return nn.Sequential(projector, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    return nn.Sequential(projector, nn.AdaptiveAvgPool2d(1), nn.Flatten(), teacher_classifier)
 
 
 def _layer(convolution: nn.Conv2d) -> list[nn.Module]:

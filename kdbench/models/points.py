@@ -1,7 +1,7 @@
 """The names of hook points, the same for every model.
 
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits`; `layers` and `layers.preact`
-stand for all of them in the order of the layers.
+stand for all of them in the order of the layers, `layers.last` and `layers.last.preact` for the last of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ P = TypeVar("P")
 
 LOGITS = "logits"
 # Names that stand for all hook points of one form.
-POINT_GROUPS = {"layers": re.compile(r"layer(\d+)"), "layers.preact": re.compile(r"layer(\d+)\.preact")}
+_LAYERS, _PREACTS = re.compile(r"layer(\d+)"), re.compile(r"layer(\d+)\.preact")
+POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, "layers.last": _LAYERS, "layers.last.preact": _PREACTS}
 
 
 def point_name(name: str) -> str:
@@ -30,7 +31,7 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
     """Hook points in the order asked for, groups replaced by their points in the order of layers.
 
     Args:
-        names: hook points and groups (`layers`, `layers.preact`).
+        names: hook points and groups (`POINT_GROUPS`).
         available: the points that a model has.
         model_name: for messages.
 
@@ -46,12 +47,12 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
             result.append(existing(name, known, whose))
             continue
         members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
-        if name == "layers.preact":
-            for layer in expand(["layers"], known, model_name):
+        if name.endswith(".preact"):
+            for layer in expand([name.removesuffix(".preact")], known, model_name):
                 existing(f"{layer}.preact", known, whose)
         if not members:
             raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
-        result += members
+        result += members[-1:] if ".last" in name else members
     return result
 
 

@@ -111,11 +111,13 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
         where = tree.origin(next(((key,) for key in ("hook", "student", "teacher") if key in tree.data), ()))
         if {"student", "other"} & {*term.loss.inputs}:
             own = teacher.model if teacher is not None and term.of == "teacher" else spec.student
-            _check_point(term.student, own, what, where)
+            for point in term.points("student"):
+                _check_point(point, own, what, where)
         if teacher is None or "teacher" not in term.loss.inputs:
             continue
-        _check_point(term.teacher, teacher.model, what, where)
-        if teacher.classes is not None and term.teacher == "logits" and term.connector is None:
+        for point in term.points("teacher"):
+            _check_point(point, teacher.model, what, where)
+        if teacher.classes is not None and term.teacher == "logits" and term.connector is None and not term.through:
             raise UserError(
                 f"{what}: the logits of '{teacher.name}' are of its own {teacher.classes} classes, not of the "
                 f"{spec.data.classes} of '{spec.data.name}'",

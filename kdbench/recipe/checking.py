@@ -66,9 +66,10 @@ def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> No
     *parents, last = path.split(".")
     known: list[str] = []
     inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
-    if isinstance(inside, dict) and len(parents) > 1:
+    if isinstance(inside, dict) and parents:
         known = fields_at(MethodCard, tuple(parents)) or list(inside)
-        kind = "losses" if parents[-2:-1] == ["losses"] else NAMED_KINDS.get(parents[-1])
+        kinds = NAMED_KINDS | {"predicts": "connectors"}
+        kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
         if kind is not None:
             card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
             known += registry.settable(card.target, card)

@@ -8,8 +8,9 @@ from typing import Any
 from kdbench.cards import MethodCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.recipe.anchoring import expanded
-from kdbench.recipe.specs import DataSpec, MethodSpec, StageSpec, TermSpec
-from kdbench.recipe.stages import stage_spec
+from kdbench.recipe.named import named_spec
+from kdbench.recipe.specs import DataSpec, MethodSpec, ModuleSpec, StageSpec, TermSpec
+from kdbench.recipe.stages import check_asked, stage_spec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry, written_out
 from kdbench.tree import Tree
@@ -29,12 +30,29 @@ def method_spec(variant: Variant, protocol: Tree, registry: Registry) -> tuple[M
     tree, foreign, label = _changed(variant, registry)
     card = validated(MethodCard, tree, f"method '{name}'")
     stages = {
-        key: stage_spec(stage, tree.at("stages", key), protocol, registry, f"stage '{key}' of method '{name}'")
+        key: stage_spec(
+            stage, tree.at("stages", key), protocol, registry, f"stage '{key}' of method '{name}'", card.modules
+        )
         for key, stage in card.stages.items()
     }
+    modules = {key: _module(tree.at("modules", key), card, registry, f"module '{key}'") for key in card.modules}
+    predicts = _module(tree.at("predicts"), card, registry, "'predicts'") if card.predicts else None
     stages, tree = expanded(stages, card.stages, tree)
     _check_shares(stages, tree.origin(("stages",)), name)
-    return MethodSpec(name=name, label=label, starts_from=card.starts_from, stages=stages), foreign, tree
+    spec = MethodSpec(
+        name=name, label=label, starts_from=card.starts_from, modules=modules, predicts=predicts, stages=stages
+    )
+    return spec, foreign, tree
+
+
+def _module(tree: Tree, card: MethodCard, registry: Registry, what: str) -> ModuleSpec:
+    """A module of a method, from its connector's card."""
+    own = {key: tree.data[key] for key in ("student", "teacher") if key in tree.data}
+    if "optimizer" in tree.data:
+        own["optimizer"] = named_spec("optimizers", tree.at("optimizer"), registry)
+    found = named_spec("connectors", tree, registry, own=("name", *ModuleSpec.model_fields), what=what)
+    check_asked(found.target, card.modules, what, tree.origin(("name",)))
+    return ModuleSpec(**dict(found), **own)
 
 
 def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]:

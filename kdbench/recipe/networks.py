@@ -119,6 +119,12 @@ def _training(
     named = [folder / card.recipe, *(place / f"{card.recipe}.yaml" for place in places)]
     beside = [file for file in named if file.is_file()]
     cell = trained(str(beside[0]) if beside else card.recipe, origin, tree.data["data"].get("root"))
+    if cell.method.predicts is not None:
+        raise UserError(
+            f"teacher '{name}': students of the method '{cell.method.name}' answer through modules of the method, and "
+            "cannot teach",
+            where=origin,
+        )
     if (cell.student.name, cell.student.options) != (model.name, model.options):
         raise UserError(f"teacher '{name}': its recipe trains '{cell.student.name}', not '{model.name}'", where=origin)
     return cell

@@ -16,7 +16,17 @@ from kdbench.errors import UserError
 from kdbench.reading import fault
 from kdbench.recipe.named import repeated
 from kdbench.recipe.networks import weights_spec
-from kdbench.recipe.specs import CellSpec, DataSpec, LossSpec, ModelSpec, Spec, TargetSpec, TeacherSpec, WeightsSpec
+from kdbench.recipe.specs import (
+    CellSpec,
+    DataSpec,
+    LossSpec,
+    ModelSpec,
+    ModuleSpec,
+    Spec,
+    TargetSpec,
+    TeacherSpec,
+    WeightsSpec,
+)
 from kdbench.recipe.stages import NAMED_KINDS
 from kdbench.registry import Registry, singular
 from kdbench.signature import check_options
@@ -34,6 +44,9 @@ _KINDS = NAMED_KINDS | {
     "data": "datasets",
     "loss": "losses",
     "model": "models",
+    "modules": "connectors",
+    "predicts": "connectors",
+    "schedules": "schedules",
     "student": "models",
     "target": "datasets",
 }
@@ -100,7 +113,7 @@ class _Reader:
         if isinstance(said, list):
             return [self.built(one, field) for one in said]
         if isinstance(said, dict):
-            return {key: self.built(one) for key, one in said.items()}
+            return {key: self.built(one, field) for key, one in said.items()}
         if isinstance(said, TargetSpec):
             return self.thing(_KINDS[field], said)
         if isinstance(said, TeacherSpec) and (not said.name or any(mark in said.name for mark in "/\\\0")):
@@ -148,6 +161,8 @@ class _Reader:
             raise self.not_here(f"the options of {what} are not those of its card")
         if isinstance(spec, ModelSpec) and spec.start is not None:
             more["start"] = self.weights(spec.start)
+        if isinstance(spec, ModuleSpec) and spec.optimizer is not None:
+            more["optimizer"] = self.thing("optimizers", spec.optimizer)
         return spec.model_copy(update={**code, **more})
 
     def metrics(self, loss: LossSpec, card: LossCard, counts_as: Mapping[str, str]) -> dict[str, Any]:

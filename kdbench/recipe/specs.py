@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdbench.cards import AugmentationFields, DataFields, Normalization, StageFields, TermFields, Weights
+from kdbench.cards import AugmentationFields, DataFields, Normalization, Points, StageFields, TermFields, Weights
 from kdbench.models.points import POINT_GROUPS
 from kdbench.names import content_name, is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
@@ -136,11 +136,28 @@ class OperationSpec(TargetSpec):
 
 
 class TermSpec(TermFields, Spec):
+    """`through`: the method's module that is its connector. Several hook points are taken at once."""
+
     loss: LossSpec
+    student: Points = "logits"
+    teacher: Points = "logits"
+    connector: TargetSpec | None = None
+    through: str | None = None
+    weight_schedule: TargetSpec | list[TargetSpec] | None = None
+    schedules: dict[str, TargetSpec] = {}
+
+    def points(self, network: Literal["student", "teacher"]) -> list[str]:
+        """Its hook points and groups of a network's side."""
+        own = getattr(self, network)
+        return [own] if isinstance(own, str) else own
+
+
+class ModuleSpec(TargetSpec):
+    """A connector that lives over stages, or that the student answers through."""
+
     student: str = "logits"
     teacher: str = "logits"
-    connector: TargetSpec | None = None
-    weight_schedule: TargetSpec | list[TargetSpec] | None = None
+    optimizer: TargetSpec | None = None
 
 
 class AnchorSpec(Spec):
@@ -187,7 +204,19 @@ class MethodSpec(Spec):
     name: str
     label: str
     starts_from: Literal["teacher"] | None = None
+    modules: dict[str, ModuleSpec] = {}
+    predicts: ModuleSpec | None = None
     stages: dict[str, StageSpec]
+
+    def points(self, network: Literal["student", "teacher"]) -> set[str]:
+        """Hook points and groups that it reads of a network."""
+        terms = [term for stage in self.stages.values() for term in stage.losses.values()]
+        read = [point for term in terms if term.of == network for point in term.points("student")]
+        modules = [*self.modules.values(), *([self.predicts] if self.predicts else [])]
+        read += [getattr(module, network) for module in modules]
+        if network == "teacher":
+            read += [point for term in terms for point in term.points("teacher")]
+        return {*read}
 
 
 class ProtocolSpec(Spec):
@@ -251,16 +280,13 @@ class CellSpec(Spec):
             earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
                 one identity.
         """
-        terms = [term for stage in self.method.stages.values() for term in stage.losses.values()]
-        own = {term.student for term in terms if term.of == "student"}
-        taught = {term.teacher for term in terms} | {term.student for term in terms if term.of == "teacher"}
-        changes: dict[str, Any] = {"student": self.student.reading(own)}
+        changes: dict[str, Any] = {"student": self.student.reading(self.method.points("student"))}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())
         # What is left beside the last weights changes none of them.
         changes["keep"] = None
         if self.teacher is not None:
-            model = self.teacher.model.reading(taught)
+            model = self.teacher.model.reading(self.method.points("teacher"))
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
         return _digest(self.model_copy(update=changes), earlier)
 

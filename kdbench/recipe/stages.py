@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from kdbench.cards import StageCard, StageFields, TermCard, TermFields
@@ -10,6 +11,8 @@ from kdbench.recipe.named import named_spec
 from kdbench.recipe.specs import SourceSpec, StageSpec, TermSpec
 from kdbench.registry import Registry
 from kdbench.schedules import share
+from kdbench.signature import parameters
+from kdbench.told import asks_for_modules
 from kdbench.tree import Tree
 
 # Input sets that the data give; the second one in recipes that name a target domain.
@@ -28,12 +31,15 @@ PARTS = {
 NAMED_KINDS = PARTS | {"connector": "connectors", "weight_schedule": "schedules"}
 
 
-def stage_spec(card: StageCard, tree: Tree, protocol: Tree, registry: Registry, what: str) -> StageSpec:
+def stage_spec(
+    card: StageCard, tree: Tree, protocol: Tree, registry: Registry, what: str, modules: Collection[str] = ()
+) -> StageSpec:
     """A stage of a method.
 
     Args:
         tree: of the stage. protocol: of the protocol, whose optimizer and schedule a stage has unless it names others;
             of one that it names too, it changes only what it says.
+        modules: names of the method's.
     """
     if not card.losses:
         raise UserError(f"{what} has no losses", where=tree.origin(()))
@@ -43,24 +49,56 @@ def stage_spec(card: StageCard, tree: Tree, protocol: Tree, registry: Registry, 
         if given:
             parts[part] = named_spec(kind, given[0].merged(given[-1]), registry)
     losses = {
-        name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}")
+        name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}", modules)
         for name, term in card.losses.items()
     }
     _check(card, parts.get("source"), losses, tree, what)
+    known = ["student", "connectors", "teacher", *modules]
+    if strange := [name for name in card.trains if name not in known]:
+        raise UserError(
+            f"{what} trains '{strange[0]}', which the method has not",
+            where=tree.origin(("trains",)),
+            hint=did_you_mean(strange[0], known),
+        )
     same = {name: getattr(card, name) for name in StageFields.model_fields}
     return StageSpec(share=share(card.share) if card.share else None, losses=losses, **parts, **same)
 
 
-def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec:
+def check_asked(target: str, modules: Collection[str], what: str, where: str) -> None:
+    """Every module that code asks for by name is one of the method's."""
+    for name in asks_for_modules(target):
+        if name not in modules:
+            hint = did_you_mean(name, modules) if modules else f"add it: 'modules: {{{name}: CONNECTOR}}'"
+            raise UserError(f"{what} needs the module '{name}', which the method has not", where=where, hint=hint)
+
+
+def _term(term: TermCard, tree: Tree, registry: Registry, what: str, modules: Collection[str]) -> TermSpec:
     loss = named_spec("losses", tree, registry, own=("loss", *TermCard.model_fields), what=what)
+    check_asked(loss.target, modules, what, tree.origin(("loss",)))
     if term.hook is not None and (term.student or term.teacher):
         raise UserError(
             f"{what}: 'hook' is for both networks; do not combine it with 'student' or 'teacher'",
             where=tree.origin(("hook",)),
             hint="keep either 'hook', or 'student' and 'teacher'",
         )
-    if term.connector is not None and not {"student", "teacher"} <= {*loss.inputs}:
+    through = term.connector.name if term.connector is not None and term.connector.name in modules else None
+    if term.connector is not None and through is None and not {"student", "teacher"} <= {*loss.inputs}:
         raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
+    if through is not None and term.connector is not None and term.connector.options:
+        raise UserError(
+            f"{what}: '{through}' is a module of the method, whose options stand there",
+            where=tree.origin(("connector",)),
+        )
+    # Those of a module are taken once, when it is built.
+    settable = registry.settable(loss.target, registry.card("losses", loss.name))
+    known = [option for option in settable if option in parameters(loss.target, called=True)]
+    if strange := [option for option in term.schedules if option not in known]:
+        raise UserError(
+            f"{what} has no option '{strange[0]}' that can change at every step",
+            where=tree.origin(("schedules", strange[0])),
+            hint=did_you_mean(strange[0], known),
+        )
+    own = term.connector is not None and through is None
     schedule: Any = None
     if isinstance(term.weight_schedule, list):
         several = range(len(term.weight_schedule))
@@ -71,8 +109,12 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str) -> TermSpec
         loss=loss,
         student=term.hook or term.student or "logits",
         teacher=term.hook or term.teacher or "logits",
-        connector=named_spec("connectors", tree.at("connector"), registry) if term.connector is not None else None,
+        connector=named_spec("connectors", tree.at("connector"), registry) if own else None,
+        through=through,
         weight_schedule=schedule,
+        schedules={
+            option: named_spec("schedules", tree.at("schedules", option), registry) for option in term.schedules
+        },
         **{name: getattr(term, name) for name in TermFields.model_fields},
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import member_of, shortened, student_of, target_for, train
@@ -79,10 +81,11 @@ def train_two_steps(spec: CellSpec) -> None:
         assert span.steps == 2
         terms = member.terms[f"stage:{span.name}"]
         connectors = {k: v.clone() for k, v in terms.state_dict().items()}
+        modules = {name: copy.deepcopy(module.state_dict()) for name, module in member.modules.items()}
         trains = spec.method.stages[span.name].trains
         networks = {"student": member.student, "teacher": member.own_teacher}
         learns = {name: net.model for name, net in networks.items() if net is not None and name in trains}
-        assert learns or connectors
+        assert learns or connectors or modules
         values = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in learns.items()}
         train(member, batches, teacher, 2)
         changed = {k for k, v in terms.state_dict().items() if not torch.equal(v, connectors[k])}
@@ -90,6 +93,9 @@ def train_two_steps(spec: CellSpec) -> None:
             assert changed or not connectors, f"stage {span.name}: the connectors did not learn"
         else:
             assert not changed, f"stage {span.name}: {changed} changed although not trained"
+        for name, module in member.modules.items():
+            moved = any(not torch.equal(v, modules[name][k]) for k, v in module.state_dict().items())
+            assert moved == (name in trains), f"stage {span.name}: module {name}"
         for name, model in learns.items():
             assert any(not torch.equal(v, values[name][k]) for k, v in model.state_dict().items()), name
     member.check_finite()

@@ -93,8 +93,8 @@ class TestFactorTransfer:
 
     @pytest.mark.parametrize("batch_norm", [False, True])
     def test_paraphraser_and_translator_have_as_many_factors(self, batch_norm: bool) -> None:
-        paraphraser = losses.Paraphraser(10, rate=0.5, batch_norm=batch_norm)
-        translator = losses.Translator(4, 10, rate=0.5, batch_norm=batch_norm)
+        paraphraser = losses.Paraphraser((10, 4, 4), rate=0.5, batch_norm=batch_norm)
+        translator = losses.Translator((4, 4, 4), (10, 4, 4), rate=0.5, batch_norm=batch_norm)
         feature = torch.randn(2, 10, 4, 4)
         assert paraphraser(feature).shape == feature.shape
         assert paraphraser.encoder(feature).shape == translator(torch.randn(2, 4, 4, 4)).shape == (2, 5, 4, 4)
@@ -104,7 +104,7 @@ class TestFactorTransfer:
         assert sum(p.numel() for p in paraphraser.parameters()) == expected
 
     def test_paraphraser_ends_in_a_leaky_relu(self) -> None:
-        paraphraser = losses.Paraphraser(2).double()
+        paraphraser = losses.Paraphraser((2, 4, 4)).double()
         feature = rand(2, 2, 4, 4, seed=1)
         before = paraphraser.decoder[:-1](paraphraser.encoder(feature))
         assert torch.equal(paraphraser(feature), torch.where(before > 0, before, 0.1 * before))
@@ -115,7 +115,7 @@ class TestFactorTransfer:
         with pytest.raises(ValueError, match="'factors' or 'attention'"):
             losses.factor_transfer(rand(2, 2, 4, 4, seed=1), rand(2, 2, 4, 4, seed=2), form="flat")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="leaves no factor"):
-            losses.Paraphraser(3, rate=0.2)
+            losses.Paraphraser((3, 4, 4), rate=0.2)
 
 
 class TestNoiseContrastive:

@@ -20,7 +20,9 @@ def test_every_name_and_path_leads_somewhere(name):
         for term in stage.losses.values():
             loss = REGISTRY.card("losses", term.loss)
             assert set(term.options) <= set(REGISTRY.settable(loss.target, loss))
-            if term.connector is not None:
+            if term.connector is not None and term.connector.name in card.modules:
+                assert term.connector.name in stage.trains
+            elif term.connector is not None:
                 connector = REGISTRY.card("connectors", term.connector.name)
                 assert set(term.connector.options) <= set(REGISTRY.settable(connector.target, connector))
                 assert "connectors" in stage.trains
@@ -41,6 +43,9 @@ def test_every_name_and_path_leads_somewhere(name):
             known = set(REGISTRY.settable(operation.target, operation))
         if parents[-1] == "batch_norm":
             known = {"data", *REGISTRY.card("sources", tree["stages"][parents[1]]["source"]["name"]).gives}
+        if parents[0] in ("modules", "predicts"):
+            connector = REGISTRY.card("connectors", node["name"])
+            known = set(REGISTRY.settable(connector.target, connector))
         if "loss" in node:
             loss = REGISTRY.card("losses", node["loss"])
             known = {*TermCard.model_fields, *REGISTRY.settable(loss.target, loss)}

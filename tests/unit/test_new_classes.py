@@ -93,7 +93,7 @@ def test_losses_are_told_the_classes() -> None:
     teacher = untrained_teacher(spec)
     assert teacher is not None
     member = Member(spec, Batches(spec, images(spec.data, per_class=4), CPU), teacher, CPU)
-    assert member.stage.terms["keep"].options["known_classes"] == [0, 1, 2, 3, 4]
+    assert member.stage.terms["keep"].layers[0].told["known_classes"] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="unknown key 'known_classes'"):
         plan(
             RECIPE

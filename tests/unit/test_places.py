@@ -14,6 +14,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as tv
 
+from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.terms import build_terms
 from kdbench.errors import UserError
 from kdbench.losses import attention_transfer
@@ -200,7 +201,7 @@ def test_losses_and_connectors_refuse_it_on_both_sides(network: str) -> None:
         strange = dict.fromkeys(points, map_of_unknown_order) | {"logits": (10,)}
         sides = {"student": known, "teacher": known} | {network: strange}
         with pytest.raises(UserError, match="nothing tells which axis is the channels'"):
-            build_terms(cell.spec, sides["student"], sides["teacher"])
+            build_terms(Surroundings(cell.spec, unknown(), unknown(), sides))
 
 
 def test_the_order_can_be_stated() -> None:

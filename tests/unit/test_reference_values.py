@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdbench import losses
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.registry import Registry
 from kdbench.signature import REQUIRED, Parameter, parameters
+from kdbench.told import asked
 
 FILE = Path(__file__).with_name("reference_values.json")
 COMMAND = "python tests/unit/test_reference_values.py"
@@ -33,7 +35,7 @@ TOLERANCE, DRAWN = 1e-6, 1e-3
 GIVEN: dict[str, Any] = {
     "at": ["30%", "60%"], "start": 0.2, "end": 0.7, "lr": 0.1, "known_classes": [0, 2, 3], "momentum": 0.9,
     "weight_decay": 0.01, "warmup": "20%", "levels": 4, "until": "50%", "label_smoothing": 0.1, "masked": 0.5,
-    "correct": 0.7,
+    "correct": 0.7, "epochs": 2.5, "first": 0,
 }  # fmt: skip
 # Small ones of each function that is not another package's.
 MODELS = (
@@ -60,11 +62,23 @@ def digest(tensor: Tensor) -> float:
     return float((flat * (1.5 + rand(len(flat), seed=99))).sum())
 
 
+def told(target: str, called: bool) -> dict[str, Any]:
+    """What code is told when it asks for it; `known_classes` counts as an option."""
+    values: dict[str, Callable[[], Any]] = {
+        "training_labels": lambda: torch.arange(6) % 5,
+        "teacher_batch_norm": lambda: filled(nn.BatchNorm2d(4)),
+        "teacher_classifier": lambda: filled(nn.Linear(6, 5)),
+        "paraphraser": lambda: filled(losses.Paraphraser((4, 4, 4), rate=1.0)),
+        "projector": lambda: filled(nn.Conv2d(4, 6, 1)),
+    }
+    return {name: values[name]() for name in asked(target, called) if name != "known_classes"}
+
+
 def cases(kind: str, card: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Options to try: what must be given, and each other option once at another value."""
-    # What the engine tells a loss is no option of a card, and counts as one here.
-    told = {name: p for name, p in parameters(card.target).items() if kind == "losses" and name == "known_classes"}
-    known: dict[str, Parameter] = {**REGISTRY.settable(card.target, card), **told}
+    # What the engine tells a loss is no option of a card, and this counts as one here.
+    as_option = {name: p for name, p in parameters(card.target).items() if name == "known_classes"}
+    known: dict[str, Parameter] = {**REGISTRY.settable(card.target, card), **as_option}
     needed = {p.name: GIVEN[p.name] for p in known.values() if p.default is REQUIRED and p.name in GIVEN}
     base = {**getattr(card, "args", {}), **needed}
     yield "", base
@@ -84,23 +98,30 @@ def cases(kind: str, card: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
-    """On logits and on maps, those that it takes: its value, its gradient, and its metrics."""
+    """On logits, on maps and on several of these, those that it takes: its value, its gradient, and its metrics."""
     found = {}
-    for what, shape in (("logits", (6, 5)), ("maps", (6, 4, 4, 4))):
+    for what, shape in (("logits", (6, 5)), ("maps", (6, 4, 4, 4)), ("several maps", (6, 4, 4, 4))):
         student, teacher, other = (3 * rand(*shape, seed=seed) for seed in (1, 2, 3))
         values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
         values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
-        inputs = [values[name] for name in card.inputs]
+        sizes: list[Any] = [student.shape[1:], teacher.shape[1:]]
+        if what == "several maps":
+            values |= {name: [values[name], values[name].flip(1)] for name in ("student", "teacher")}
+            sizes = [[size, size] for size in sizes]
+        inputs: list[Any] = [values[name] for name in card.inputs]
         loss = import_target(card.target)
         torch.manual_seed(0)  # of a loss that draws
         try:
+            now = told(card.target, called=True)
             if inspect.isclass(loss):
-                value = filled(loss(student.shape[1:], teacher.shape[1:], **options))(*inputs)
+                value = filled(loss(*sizes, **told(card.target, called=False), **options))(*inputs, **now)
             else:
-                value = loss(*inputs, **options)
-        except (ValueError, RuntimeError, IndexError, TypeError):
+                value = loss(*inputs, **now, **options)
+        except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
             continue
-        (gradient,) = torch.autograd.grad(value, student)
+        # One that trains a module alone reads no student.
+        trained = student if "student" in card.inputs else next(iter(now["paraphraser"].parameters()))
+        (gradient,) = torch.autograd.grad(value, trained)
         found |= {what: float(value.detach()), f"gradient of {what}": digest(gradient)}
         found |= {f"{name} of {what}": float(import_target(target)(*inputs)) for name, target in card.metrics.items()}
     return found
@@ -110,16 +131,19 @@ def of_connector(card: Any, options: dict[str, Any]) -> dict[str, float]:
     found = {}
     for shapes in (((4, 6, 6), (6, 6, 6)), ((4, 6, 6), (6, 3, 3)), ((4, 3, 3), (6, 6, 6)), ((4, 6, 6), (4, 6, 6))):
         try:
-            module = import_target(card.target)(*shapes, **options)
+            sizes = dict(zip(("student_shape", "teacher_shape"), shapes, strict=True))
+            taken = {name: size for name, size in sizes.items() if name in parameters(card.target)}
+            module = import_target(card.target)(**taken, **told(card.target, called=False), **options)
         except (ValueError, UserError):
             continue
-        found[f"{shapes[0]} to {shapes[1]}"] = digest(filled(module)(rand(3, *shapes[0])))
+        of = shapes[1] if [*taken] == ["teacher_shape"] else shapes[0]
+        found[f"{shapes[0]} to {shapes[1]}"] = digest(filled(module)(rand(3, *of)))
     return found
 
 
 def of_schedule(card: Any, options: dict[str, Any]) -> dict[str, float]:
     schedule = import_target(card.target)(**options)
-    return {f"at {at}": schedule.at(at, at) for at in (0.0, 0.1, 0.37, 0.65, 1.0)}
+    return {f"at {at}": schedule.at(at, at, 4 * at) for at in (0.0, 0.1, 0.37, 0.65, 1.0)}
 
 
 def of_optimizer(card: Any, options: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""A student that answers through modules of its method in place of its own head (`predicts` on a method's card)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.network import Network
+from kdbench.engine.surroundings import Surroundings, build_module
+from kdbench.errors import UserError
+from kdbench.models.hooks import Extractor
+from kdbench.recipe.specs import CellSpec
+
+
+class Predictor(nn.Module):
+    """A student up to one of its hook points, and what makes logits of the value there.
+
+    It runs no further than that point, and holds all of the student, the head's modules and those of the teacher that
+    the head uses: what is exported, counted and loaded.
+    """
+
+    def __init__(self, student: Extractor, point: str, head: nn.Module) -> None:
+        super().__init__()
+        self.student, self.head = student.model, head
+        self._extractor, self._point = student, point
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, C, H, W]."""
+        logits: Tensor = self.head(self._extractor(images, [self._point])[self._point])
+        return logits
+
+    def used(self, images: Tensor) -> list[nn.Parameter]:
+        """The parameters on which its answers depend: the student's own head is not among them."""
+        parameters = [*self.parameters()]
+        asked = [parameter.requires_grad for parameter in parameters]
+        self.requires_grad_(True)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self(images).sum(), parameters, allow_unused=True)
+        for parameter, before in zip(parameters, asked, strict=True):
+            parameter.requires_grad_(before)
+        return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
+def predictor(cell: Surroundings) -> Predictor:
+    """The student of a method with `predicts`.
+
+    Raises:
+        UserError: the head cannot be built, or has parameters that are no module's of the method or the teacher.
+    """
+    spec = cell.spec.method.predicts
+    assert spec is not None
+    (point,) = cell.points(spec.student, "student")
+    head = build_module(spec, cell.shapes_for(spec), "predicts", cell.spec.seed, cell.tell)
+    known = [*cell.modules.values(), cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
+    if {*head.parameters()} - {parameter for module in known for parameter in module.parameters()}:
+        raise UserError(
+            f"'{spec.name}', through which the student is to answer, has parameters of its own, which nothing trains",
+            hint="name its modules under the method's 'modules'; the head asks for them by these names",
+        )
+    return Predictor(cell.student, point, head)
+
+
+def answers(cell: Surroundings, student: Network) -> Network:
+    """The network that is tested in place of the student."""
+    whole = Extractor(predictor(cell), {}, student.extractor.model_name)
+    return Network(whole, student.normalizer, student.computing)
+
+
+def check_answers(cell: Surroundings) -> None:
+    """Have such a student answer once.
+
+    Raises:
+        UserError: it cannot, or not with logits of the data's classes.
+    """
+    data = cell.spec.data
+    built = predictor(cell).eval()
+    try:
+        with torch.no_grad():
+            logits = built(torch.zeros(2, data.channels, data.image_size, data.image_size))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"the student cannot answer through 'predicts': {error}") from None
+    if tuple(logits.shape) != (2, data.classes):
+        raise UserError(f"'predicts' gives {list(logits.shape)} for two images, not [2, {data.classes}]")
+
+
+def untrained(spec: CellSpec) -> nn.Module:
+    """The network with which a cell of such a method answers, with weights that are to be loaded yet."""
+    model = build_model(spec.student.untrained(), spec.data)
+    shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+    networks = {"student": build_extractor(model, spec.student, spec.data)}
+    if spec.teacher is not None:
+        known = spec.teacher.knows(spec.data)
+        networks["teacher"] = build_extractor(
+            build_model(spec.teacher.model.untrained(), known), spec.teacher.model, known
+        )
+    shapes = {name: network.shapes(shape) for name, network in networks.items()}
+    return predictor(Surroundings(spec, networks["student"], networks.get("teacher"), {"teacher": {}, **shapes}))

@@ -1,0 +1,81 @@
+"""What a loss is told: the arguments by which its function, or its module, asks for something of the cell it is in.
+
+No card sets them. Beside these names, an argument annotated as a module (`nn.Module`) asks for the module of that name
+among the method's `modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from kdbench.signature import REQUIRED, Parameter, parameters
+
+# Of the batch; its values come first among the arguments, after those of the networks.
+OF_BATCH = ("labels", "index", "mask")
+
+
+class Told(NamedTuple):
+    """`when` it is known: once the cell is built, or anew at every step. `what` it is."""
+
+    when: Literal["built", "step"]
+    what: str
+
+
+TOLD: dict[str, Told] = {
+    "known_classes": Told("built", "classes that the teacher was trained on; None: all"),
+    "training_labels": Told("built", "labels of the images that the cell trains on, int64 [M], on the CPU"),
+    "student_classifier": Told("built", "the module that makes the student's logits of its pooled features"),
+    "teacher_classifier": Told("built", "the same of the teacher"),
+    "student_batch_norm": Told("built", "the batch norm before the student's hook point"),
+    "teacher_batch_norm": Told("built", "the same of the teacher"),
+    "progress": Told("step", "steps done of the stage, as a share in [0, 1); float32 [] on the device"),
+    "epoch": Told("step", "whole epochs done of the stage, from 0; float32 [] on the device"),
+}
+
+
+def asked(target: str, called: bool) -> list[str]:
+    """Names that a target asks for, in its call or (of a class) when it is built."""
+    known = parameters(target, called).values()
+    return [p.name for p in known if p.name in TOLD or is_module(p)]
+
+
+def asks_for_modules(target: str) -> list[str]:
+    """Modules of the method that a loss asks for, in either place."""
+    known = {**parameters(target), **parameters(target, called=True)}
+    return [p.name for p in known.values() if is_module(p) and p.name not in TOLD]
+
+
+def is_module(parameter: Parameter) -> bool:
+    """Whether an argument is a module, which no card can set."""
+    return parameter.annotation.rpartition(".")[2] == "Module"
+
+
+def inputs_of(target: str) -> list[str]:
+    """What the first arguments of a loss take, by their names: `student…`, `teacher…`, `other…`, or one `OF_BATCH`.
+
+    One with a default is an option; a card's `inputs` can say otherwise.
+    """
+    found = []
+    for parameter in parameters(target, called=True).values():
+        first = parameter.name.partition("_")[0]
+        if parameter.name in TOLD or is_module(parameter) or parameter.default is not REQUIRED:
+            break
+        if parameter.name in OF_BATCH or first in ("student", "teacher", "other"):
+            found.append(parameter.name if parameter.name in OF_BATCH else first)
+        else:
+            break
+    return found
+
+
+def losses_in(method: Mapping[str, Any]) -> Iterator[str]:
+    """Losses that the stages of a method's card name as `module:object`."""
+
+    def parts(data: Any) -> list[Any]:
+        found = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+        return [one for one in found if isinstance(one, dict)]
+
+    for stage in parts(method.get("stages")):
+        for term in parts(stage.get("losses")):
+            if isinstance(loss := term.get("loss"), str) and ":" in loss:
+                yield loss

@@ -1,0 +1,341 @@
+"""What a loss can have: several hook points at once, what it asks for by name, modules of its method, an own head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from captured import both, cell, short
+from standin import StandIn
+from tiny import images, member_of, shortened, train
+from torch import nn
+from torch.nn import functional as F
+
+from kdbench import losses
+from kdbench.engine.check import check_cell
+from kdbench.engine.member import Member
+from kdbench.engine.predicting import Predictor
+from kdbench.engine.surroundings import _BUILT
+from kdbench.engine.teachers import fingerprint
+from kdbench.engine.terms import _NUMBERS
+from kdbench.errors import UserError
+from kdbench.models.neighbours import batch_norm_before, classifier
+from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import CellSpec, ModuleSpec
+from kdbench.registry import Registry
+from kdbench.told import TOLD, inputs_of
+
+__all__ = ["short"]
+
+OWN = '''
+from torch import Tensor, nn
+
+
+def several(student: list[Tensor], teacher: list[Tensor], progress: Tensor, scale: float = 1.0) -> Tensor:
+    """Distances of mean values, rising."""
+    pairs = zip(student, teacher, strict=True)
+    return scale * (1 + progress) * sum((s.mean() - t.detach().mean()) ** 2 for s, t in pairs)
+
+
+def epochs(student: Tensor, epoch: Tensor) -> Tensor:
+    return (student * epoch).sum()
+
+
+def detached(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.detach() - teacher).square().mean()
+
+
+class Detached(nn.Module):
+    """Has parameters, so it has a gradient, and none of the student."""
+
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Linear(student_shape[0], teacher_shape[0])
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (self.weight(student.detach()) - teacher).square().mean()
+
+
+class Behind(nn.Module):
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes = (student_shape, teacher_shape)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        assert self.shapes == (student.shape[1:], teacher.shape[1:])
+        return (student - teacher).square().mean()
+
+
+def shifted(student: Tensor, teacher: Tensor, shift: nn.Module) -> Tensor:
+    return (shift(student) - teacher.detach()).square().mean()
+'''
+
+
+def own(folder: Path, stage: dict[str, Any], **more: Any) -> Registry:
+    """A registry with the losses above and a method `own` of one stage."""
+    import yaml
+
+    (folder / "own_losses.py").write_text(OWN)
+    method = {"title": "own", "stages": [{"name": "training", **stage}], **more}
+    (folder / "own.yaml").write_text(yaml.safe_dump({"methods": {"own": method}}))
+    return Registry([folder])
+
+
+def spec_of(registry: Registry, method: Any = "own", steps: int = 4, **more: Any) -> CellSpec:
+    recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+    (planned,) = plan(recipe | {"method": method} | more, registry).cells
+    return shortened(planned.spec, steps)
+
+
+def trained(spec: CellSpec, steps: int) -> Member:
+    member, batches, teacher = member_of(spec)
+    train(member, batches, teacher, steps)
+    return member
+
+
+def test_all_that_a_loss_can_ask_for_is_told() -> None:
+    assert {name for name, told in TOLD.items() if told.when == "built"} == _BUILT.keys()
+    assert {name for name, told in TOLD.items() if told.when == "step"} == _NUMBERS.keys()
+
+
+def test_inputs_are_read_from_signatures() -> None:
+    cards = Registry()
+    for name in cards.names("losses"):
+        card = cards.card("losses", name)
+        assert card.inputs[: len(found := inputs_of(card.target))] == found, name
+
+
+def test_a_loss_takes_several_hook_points_and_what_it_is_told(tmp_path: Path) -> None:
+    terms = {
+        "far": {
+            "loss": "own_losses:several",
+            "student": ["stem", "layers"],
+            "teacher": ["layers", "pooled"],
+            "scale": 2.0,
+        },
+        "epochs": {"loss": "own_losses:epochs"},
+    }
+    spec = spec_of(own(tmp_path, {"losses": terms}), steps=8)
+    term = spec.method.stages["training"].losses["far"]
+    assert (term.loss.inputs, term.loss.options) == (["student", "teacher"], {"scale": 2.0})
+    assert term.loss.counts_as["own_losses:several"].startswith("several@")
+    check_cell(spec)
+    member, batches, teacher = member_of(spec)
+    assert teacher is not None
+    points = member.terms_of("training")["far"].points
+    assert points("student") == {"data": ["stem", "layer1", "layer2", "layer3"]}
+    assert points("teacher") == {"data": ["layer1", "layer2", "layer3", "pooled"]}
+    train(member, batches, teacher, 5)
+    # 20 images in batches of 8: three a pass, so the sixth step is in the second.
+    values = {"student": torch.ones(2, 3), "teacher": torch.zeros(2, 3)}
+    far = {network: {p: value for ps in points(network).values() for p in ps} for network, value in values.items()}
+    member.stage.prepare(5, 1)
+    told = member.stage.next_numbers().told
+    assert (told["far"]["progress"].item(), told["epochs"]["epoch"].item()) == (5 / 8, 1.0)
+    found = member.terms_of("training")["far"](
+        {network: {"data": points} for network, points in far.items()}, {"data": None}, told["far"]
+    )
+    assert found.item() == pytest.approx(2 * (1 + 5 / 8) * 4)
+
+
+def test_a_loss_that_does_not_depend_on_the_student_is_found_whatever_it_has(tmp_path: Path) -> None:
+    for loss in ("detached", "Detached"):
+        stage: dict[str, Any] = {
+            "trains": ["student", "connectors"],
+            "losses": {"own": {"loss": f"own_losses:{loss}", "hook": "pooled"}},
+        }
+        folder = tmp_path / loss
+        folder.mkdir()
+        if loss == "detached":
+            stage["losses"]["own"] |= {"connector": "conv"}
+        with pytest.raises(UserError, match="does not depend on the student"):
+            check_cell(spec_of(own(folder, stage)))
+
+
+def test_a_loss_with_parameters_gets_the_shape_behind_its_connector(tmp_path: Path) -> None:
+    term = {"loss": "own_losses:Behind", "hook": "layer2", "connector": "conv1x1_bn"}
+    spec = spec_of(own(tmp_path, {"trains": ["student", "connectors"], "losses": {"own": term}}))
+    cell = check_cell(spec)
+    assert cell.shapes["layer2"] != cell.teacher_shapes["layer2"]
+    module: Any = cell.terms["training"]["own"].functions[0]
+    assert module.shapes == (cell.teacher_shapes["layer2"],) * 2
+
+
+def test_options_change_by_schedules_also_where_steps_are_recorded(tmp_path: Path) -> None:
+    changing = {"schedules": {"temperature": {"name": "linear", "start": 1.0, "end": 0.5}}}
+    method = {"name": "kd", "stages": {"classification": {"losses": {"kd": changing}, "clip": 0.5}}}
+    spec = cell(method, steps=12)
+    member = member_of(spec)[0]
+    assert [member.stage.numbers(step) for step in (0, 6)] == [[4.0], [3.0]]
+    program = both([spec], tmp_path, StandIn())
+    assert any(program.recordings.values())
+
+
+def test_what_cannot_change_or_is_not_there_is_said(tmp_path: Path) -> None:
+    linear = {"name": "linear", "start": 1.0, "end": 0.5}
+    for method, loss, option in (("kd", "kd", "scale_"), ("vid", "vid", "variance")):
+        override = {"classification": {"losses": {loss: {"schedules": {option: linear}}}}}
+        with pytest.raises(UserError, match=f"no option '{option}' that can change"):
+            spec_of(Registry(), {"name": method, "stages": override})
+    shift = {"losses": {"own": {"loss": "own_losses:shifted", "hook": "pooled"}}}
+    with pytest.raises(UserError, match="needs the module 'shift'"):
+        spec_of(own(tmp_path, shift))
+    with pytest.raises(UserError, match="trains 'paraphrase', which the method has not"):
+        spec_of(Registry(), {"name": "ft", "stages": {"paraphrasing": {"trains": ["paraphrase"]}}})
+    with pytest.raises(UserError, match="equal channels"):
+        check_cell(spec_of(Registry(), "fsp"))
+
+
+def test_warm_up_counts_epochs() -> None:
+    schedule = {"weight_schedule": {"name": "warmup", "epochs": 4, "first": 0}}
+    spec = spec_of(Registry(), {"name": "kd", "stages": {"classification": {"losses": {"kd": schedule}}}}, steps=24)
+    stage = member_of(spec)[0].stage
+    # Three steps an epoch.
+    assert [stage.weights(step)["kd"] / 0.9 for step in (0, 2, 3, 6, 12, 23)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
+
+
+def test_gradients_are_clipped_together() -> None:
+    def moved(clip: float | None) -> float:
+        changes = {"optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}}
+        method = {"name": "ce", "stages": {"classification": changes | ({"clip": clip} if clip else {})}}
+        member, batches, teacher = member_of(spec_of(Registry(), method))
+        before = [p.detach().clone() for p in member.student.model.parameters()]
+        train(member, batches, teacher, 1)
+        parameters = zip(before, member.student.model.parameters(), strict=True)
+        return torch.cat([(old - new.detach()).flatten() for old, new in parameters]).norm().item()
+
+    free = moved(None)
+    assert moved(free / 3) == pytest.approx(free / 3, rel=1e-3)
+    assert moved(2 * free) == pytest.approx(free, rel=1e-6)
+
+
+def test_the_paraphraser_of_the_first_stage_is_that_of_the_second() -> None:
+    spec = cell("ft_official", steps=3)
+    member, batches, teacher = member_of(spec)
+    student, paraphraser = member.student.model, member.modules["paraphraser"]
+    begin = {"student": fingerprint(student), "paraphraser": fingerprint(paraphraser)}
+    train(member, batches, teacher, 2)
+    assert fingerprint(student) == begin["student"] and fingerprint(paraphraser) != begin["paraphraser"]
+    train(member, batches, teacher, 1)
+    assert member.stage.span.name == "classification" and not paraphraser.training
+    first, second = member.stage.optimizers
+    own = {id(p) for p in member.modules["translator"].parameters()}
+    assert {id(p) for group in second.optimizer.param_groups for p in group["params"]} == own
+    assert not own & {id(p) for group in first.optimizer.param_groups for p in group["params"]}
+    ready = fingerprint(paraphraser)
+    train(member, batches, teacher, 2)
+    assert fingerprint(paraphraser) == ready and fingerprint(student) != begin["student"]
+    term = member.terms_of("classification")["ft"]
+    assert teacher is not None
+    feature, taught = torch.randn(2, 64, 2, 2), torch.randn(2, 128, 2, 2)
+    values = {"student": {"data": {"layer3": feature}}, "teacher": {"data": {"layer3": taught}}}
+    translator: Any = member.modules["translator"]
+    expected = losses.factor_transfer(translator(feature), paraphraser.encoder(taught))  # type: ignore[operator]
+    assert torch.equal(term(values, {"data": None}), expected)
+
+
+def test_banks_have_the_size_of_the_part_that_is_trained_on() -> None:
+    recipe = {"data": {"name": "digits", "per_class": 3, "validation": 20}}
+    spec = shortened(spec_of(Registry(), "crd", **recipe), 3, per_class=3)
+    member, batches, teacher = member_of(spec, images(spec.data, per_class=6))
+    module: Any = member.terms_of("classification")["crd"].functions[0]
+    assert len(module.contrast.student_bank) == len(batches.train) == 30 and module.negatives == 27
+    assert torch.equal(module.training_labels, batches.train.labels)
+    before = module.contrast.student_bank.clone()
+    train(member, batches, teacher, 1)
+    changed = (module.contrast.student_bank != before).any(dim=1)
+    batches.seek(0, member.timeline)
+    assert sorted(changed.nonzero().flatten().tolist()) == sorted(batches.sets(["data"])["data"].index.tolist())
+    kept = {name for name in member.state()["terms"] if "crd" in name}
+    assert {name.rpartition(".")[2] for name in kept} == {"student_bank", "teacher_bank", "log_z", "weight", "bias"}
+
+
+def test_noise_comes_from_other_classes_and_is_drawn_by_the_step() -> None:
+    module = losses.ContrastiveDistillation((4,), (6,), training_labels=torch.arange(40) % 5, negatives=10)
+    chosen: list[Any] = []
+    module.contrast.register_forward_pre_hook(lambda _, args: chosen.append(args[3]))
+    labels = torch.tensor([0, 3])
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        module(torch.randn(2, 4), torch.randn(2, 6), torch.tensor([0, 3]), labels)
+    assert (chosen[0] % 5 != labels[:, None]).all() and all(len({*row}) == 10 for row in chosen[0].tolist())
+    assert torch.equal(chosen[0], chosen[2]) and not torch.equal(chosen[0], chosen[1])
+
+
+def test_a_student_answers_through_its_projector_and_the_teachers_classifier() -> None:
+    member, batches, teacher = member_of(cell("simkd", steps=3))
+    assert teacher is not None
+    own_head = {k: v.clone() for k, v in member.student.model.fc.state_dict().items()}  # type: ignore[union-attr]
+    train(member, batches, teacher, 3)
+    member.set_modes(evaluating=True)
+    pictures = torch.rand(3, 1, 8, 8)
+    feature = member.student(member.student.normalizer(pictures), ["layer3"])["layer3"]
+    projected = member.modules["projector"](feature).mean(dim=(2, 3))
+    expected = F.linear(projected, *teacher.network.model.fc.parameters())  # type: ignore[union-attr]
+    assert torch.allclose(member.answers.logits(pictures), expected, atol=1e-6)
+    assert all(torch.equal(v, own_head[k]) for k, v in member.student.model.fc.state_dict().items())  # type: ignore[union-attr]
+    model = member.answers.model
+    assert isinstance(model, Predictor)
+    used = sum(p.numel() for p in model.used(pictures))
+    parts = [member.modules["projector"], teacher.network.model.fc]
+    student: Any = member.student.model
+    count = sum(p.numel() for part in [student, *parts] for p in part.parameters())
+    # Behind layer3 of a WRN there are a batch norm and the classifier.
+    assert used == count - sum(p.numel() for part in (student.bn1, student.fc) for p in part.parameters())
+    assert not any(p.requires_grad for p in teacher.network.model.parameters())
+
+
+def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
+    spec = spec_of(Registry(), "simkd")
+    card = Registry().card("connectors", "conv")
+    own = ModuleSpec(name="conv", target=card.target, student="pooled", teacher="pooled")
+    other = ModuleSpec(name="same", target="torch.nn.modules.linear:Identity", student="pooled")
+    for head, what in ((own, "parameters of its own"), (other, r"gives \[2, 64\] for two images, not \[2, 10\]")):
+        method = spec.method.model_copy(update={"predicts": head})
+        with pytest.raises(UserError, match=what):
+            check_cell(spec.model_copy(update={"method": method}))
+
+
+@pytest.mark.parametrize(
+    ("model", "point", "norm", "head"),
+    [
+        ("resnet20", "layer2.preact", "layer2.2.bn2", "linear"),
+        ("resnet8x4", "layer2.preact", "layer2.0.bn2", "linear"),
+        ("wrn_16_2", "layer2.preact", "block3.0.bn1", "fc"),
+        ("vgg8", "layer1.preact", "block1.1", "classifier"),
+        ("mobilenetv2_half", "layer1.preact", "blocks.2.0.conv.1", "classifier"),
+        ("torchvision:resnet18", "layer4.preact", "layer4.1.bn2", "fc"),
+    ],
+)
+def test_the_batch_norm_of_a_hook_point_and_the_classifier(model: str, point: str, norm: str, head: str) -> None:
+    recipe = {"data": "cifar10", "student": model, "protocol": "crd", "method": "ce"}
+    extractor = check_cell(plan(recipe, Registry()).cells[0].spec).student
+    names = {id(module): name for name, module in extractor.model.named_modules()}
+    assert names[id(batch_norm_before(extractor, point, (3, 32, 32)))] == norm
+    assert names[id(classifier(extractor))] == head
+
+
+def test_a_point_without_a_batch_norm_is_said() -> None:
+    recipe = {"data": "cifar10", "student": "wrn_10_1", "protocol": "crd", "method": "ce"}
+    extractor = check_cell(plan(recipe, Registry()).cells[0].spec).student
+    with pytest.raises(UserError, match="no batch norm before 'stem'"):
+        batch_norm_before(extractor, "stem", (3, 32, 32))
+
+
+def test_overhaul_takes_its_margin_from_the_teachers_batch_norm() -> None:
+    member, _, teacher = member_of(cell("ofd_eval"))
+    assert teacher is not None
+    term = member.terms_of("classification")["ofd"]
+    norm: Any = teacher.network.model.get_submodule("block2.0.bn1")
+    assert term.layers[0].told["teacher_batch_norm"] is norm
+    nn.init.uniform_(norm.bias, -1, 1)
+    margin = losses.batch_norm_margin(norm.weight, norm.bias)
+    student, taught = torch.randn(2, 32, 4, 4), torch.randn(2, 32, 4, 4)
+    assert torch.equal(losses.ofd(student, taught, norm), losses.overhaul(student, taught, margin))
+    # A teacher in train mode is a copy, whose batch norms are asked.
+    own = member_of(cell("ofd"))[0]
+    assert own.own_teacher is not None
+    copied = own.own_teacher.model.get_submodule("block2.0.bn1")
+    assert own.terms_of("classification")["ofd"].layers[0].told["teacher_batch_norm"] is copied
