@@ -118,7 +118,8 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
         return
     one = (spec.data.channels, spec.data.image_size, spec.data.image_size)
     layers = [layer for name in trained for term in cell.terms[name].values() for layer in term.layers]
-    parts = [(cell.student.model, one), *((part.connector, cell.shapes[part.student]) for part in layers)]
+    pairs = [pair for layer in layers for pair in zip(layer.connectors, layer.students, strict=True)]
+    parts = [(cell.student.model, one), *((connector, cell.shapes[point]) for connector, point in pairs)]
     for module, shape in parts:
         try:
             with torch.no_grad():
