@@ -161,7 +161,7 @@ class Pool:
                     if event.code and self._died_idle():
                         raise CellError(_gone(event))
                     continue
-                if event.lost and not self._died_idle():
+                if event.lost and self._again(assigned[number]):
                     waiting.append(assigned.pop(number))
                     yield Announcement(
                         text=f"warning: {_gone(event)}; what it did goes on from its last checkpoint elsewhere"
@@ -173,6 +173,10 @@ class Pool:
                 if isinstance(event, Failed) and isinstance(task, TrainCohort):
                     event = event.model_copy(update={"cells": [cell.id for cell in task.cells]})
             yield event
+
+    def _again(self, task: Task) -> bool:
+        """Whether a task is given to another worker when the one that had it is lost."""
+        return False
 
     def _died_idle(self) -> bool:
         """Whether workers die without ever getting to work, so that starting more would go on for ever."""

@@ -44,8 +44,10 @@ class Node:
         self.folder = home() / "ray" / key
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.worker: subprocess.Popen[str] | None = None
+        # Of the present task. Calls come from several threads.
         self.watched: list[str] = []
         self.seen: dict[str, tuple[int, ...]] = {}
+        self.looking = threading.Lock()
 
     def about(self) -> dict[str, object]:
         """What its run must know of this node."""
@@ -94,9 +96,9 @@ class Node:
         Args:
             watched: folders whose changes the run is told of.
         """
-        self.watched = [*watched]
-        self.seen = {}
-        self._changed()
+        with self.looking:
+            self.watched = [*watched]
+            self._changed()
         assert self.worker is not None and self.worker.stdin is not None
         try:
             self.worker.stdin.write(line)
@@ -105,7 +107,9 @@ class Node:
             pass  # Its end is told by `poll`.
 
     def clear(self, folder: str, keep: Sequence[str]) -> None:
-        """Remove what a worker before left in a folder, all but some files."""
+        """Remove what a worker before left in a folder, all but some files. Nothing is watched until the next task."""
+        with self.looking:
+            self.watched, self.seen = [], {}
         for name, file in files_of(self.folder / folder).items():
             if name not in keep:
                 file.unlink(missing_ok=True)
@@ -123,7 +127,8 @@ class Node:
         if None in lines:
             assert self.worker is not None
             code = self.worker.wait()
-        return [line for line in lines if line is not None], self._changed(), code
+        with self.looking:
+            return [line for line in lines if line is not None], self._changed(), code
 
     def close(self) -> None:
         """Let the worker write its checkpoints and end."""
@@ -143,7 +148,8 @@ class Node:
                         changed.append((name, file.read_bytes()))
                 except FileNotFoundError:
                     now.pop(name, None)
-        changed += [(name, None) for name in self.seen if name not in now]
+        here = tuple(f"{folder}/" for folder in self.watched)
+        changed += [(name, None) for name in self.seen if name not in now and name.startswith(here)]
         self.seen = now
         # A record makes its cell whole, so it comes after what it speaks of.
         return sorted(changed, key=lambda one: one[0].endswith("record.json"))

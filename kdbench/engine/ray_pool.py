@@ -22,10 +22,12 @@ from kdbench.engine.messages import (
     Event,
     Failed,
     Gone,
+    Progress,
     ReadFingerprint,
     SaveData,
     Settings,
     Task,
+    TrainCohort,
     read_line,
 )
 from kdbench.engine.pool import LEAVE_SECONDS, SHARE, Pool
@@ -51,6 +53,26 @@ class Cluster:
     gpus: float | None = None
 
 
+# How often the same task may be lost at the same steps.
+MOST_LOSSES = 5
+
+
+class Losses:
+    """How far cells are, by their number, and which tasks were lost when their cells were how far."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, int] = {}
+        self.lost: list[tuple[str, int]] = []
+
+    def again(self, task: Task) -> bool:
+        """Whether to do a lost task again. Not one that is lost again and again without coming any further: it is what
+        kills its workers, by taking more memory than there is, for example."""
+        cells = [cell.id for cell in task.cells] if isinstance(task, TrainCohort) else []
+        far = sum(self.steps.get(cell, 0) for cell in cells)
+        self.lost.append((str(cells), far))
+        return sum(of == str(cells) and step >= far for of, step in self.lost) < MOST_LOSSES
+
+
 @dataclass(eq=False)
 class RayWorker:
     """An actor, and its folder on its node once it is there."""
@@ -74,6 +96,7 @@ class RayPool(Pool):
         self.cluster, self.runs = cluster, runs.resolve()
         self.local = Pool("cpu", 1, paths, settings)
         self.listeners: list[threading.Thread] = []
+        self.losses = Losses()
 
     def __enter__(self) -> RayPool:
         self.ray = _ray()
@@ -113,8 +136,13 @@ class RayPool(Pool):
             for data in (spec.data, spec.target):
                 if data is not None and data.source() not in self.sending.given:
                     yield from self._save(data)
-        if away:
-            yield from super().carry_out(away)
+        for event in super().carry_out(away):
+            if isinstance(event, Progress):
+                self.losses.steps[event.cell] = event.step
+            yield event
+
+    def _again(self, task: Task) -> bool:
+        return self.losses.again(task)
 
     def _save(self, data: DataSpec) -> Iterator[Event]:
         """Have a data set as one file, which nodes can be sent."""
@@ -205,7 +233,9 @@ class RayPool(Pool):
         if not file.resolve().is_relative_to(self.runs):
             raise CellError(f"a node sent a file outside of the run's folder: {name}")
         if content is None:
-            file.unlink(missing_ok=True)
+            # A finished cell has none any more. Nothing else is ever taken away.
+            if file.name == "checkpoint.pt":
+                file.unlink(missing_ok=True)
             return
         with atomic(file) as temporary:
             temporary.write_bytes(content)

@@ -11,10 +11,15 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 import two_ranks
 from conftest import ROOT
+from tiny import CPU, images, sets_at, untrained_teacher
 
+from kdbench.engine.batches import Batches
 from kdbench.engine.distributed import refuse
+from kdbench.engine.member import Member
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
 
@@ -95,3 +100,21 @@ def test_every_loss_is_tested_or_refused() -> None:
 def test_a_batch_source_is_refused_before_anything_trains() -> None:
     with pytest.raises(UserError, match="a batch source is made for one process"):
         refuse(two_ranks.cell("bss"), 2)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_shares_of_all_ranks_are_the_batches_of_one_process(padding: int) -> None:
+    """Also of a smaller last batch, and at a step in the middle."""
+    spec = two_ranks.cell("kd")
+    views = spec.protocol.augmentation.model_copy(update={"padding": padding, "mode": "reflect" if padding else "none"})
+    spec = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"augmentation": views})})
+    data = images(spec.data, per_class=4)
+    whole, *parts = (Batches(spec, data, CPU, None, ranks) for ranks in (ALONE, *(Ranks(i, 4) for i in range(4))))
+    member = Member(spec, whole, untrained_teacher(spec), CPU)
+    for step in (0, 1, 3, 4, 5, 17):
+        sets = [sets_at(batches, step, member.timeline, ["data"])["data"] for batches in (whole, *parts)]
+        for name in ("images", "labels", "index", "view"):
+            one, *shares = (getattr(batch, name) for batch in sets)
+            assert torch.equal(torch.cat(shares), one) and len(shares[0]) >= len(shares[-1]) > 0
+        assert {batches.sizes(["data"]) for batches in (whole, *parts)} == {(len(sets[0].images),)}
+    assert len(sets[0].images) == two_ranks.BATCH

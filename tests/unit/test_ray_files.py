@@ -1,0 +1,137 @@
+"""What a node of a cluster is sent, and what comes back of it, without a cluster: its calls are made at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import two_ranks
+
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.messages import CellTask, Given, TrainCohort
+from kdbench.engine.ray_node import Node, files_of
+from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool
+from kdbench.engine.ray_sending import Sending
+from kdbench.files import find_weights
+
+NOW: Any = SimpleNamespace(get=lambda value: value, put=lambda value: value)
+
+
+class Called:
+    """An actor whose calls are those of its object; `sent` lists the files that it was given."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.sent = node, []
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*arguments: Any) -> Any:
+            if name == "put":
+                self.sent.append(arguments[0])
+            return getattr(self.node, name)(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Called:
+    monkeypatch.setenv("KDBENCH_HOME", str(tmp_path / "home"))
+    return Called(Node("run"))
+
+
+def task(runs: Path, **changes: Any) -> TrainCohort:
+    spec = two_ranks.cell("kd").model_copy(update=changes)
+    cell = CellTask(id=3, folder=runs / "mine" / "kd", spec=spec, names={})
+    folders = {"teacher_folder": runs / "teachers" / "t", "shared": runs / "sources"}
+    return TrainCohort(cells=[cell], computing=REFERENCE, logits=None, **folders)
+
+
+def written(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        file = folder / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_a_node_has_what_a_cell_goes_on_from_and_nothing_else(actor: Called, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    written(runs, mine__kd__checkpoint="whole", mine__kd__events__1="long", teachers__t__weights="w", other__kd__x="no")
+    written(actor.node.folder / "runs", mine__kd__checkpoint="ahead", mine__kd__left="over")
+    sending = Sending(NOW, runs)
+    assert sending.folders(actor, task(runs)) == ["runs/mine/kd", "runs/teachers/t", "runs/sources"]
+    there = {name: file.read_text() for name, file in files_of(actor.node.folder).items()}
+    assert there == {"runs/mine/kd/checkpoint": "whole", "runs/teachers/t/weights": "w"}
+    before = [*actor.sent]
+    sending.folders(actor, task(runs))
+    assert actor.sent == before, "what is there already is not sent again"
+
+
+def test_tasks_name_the_nodes_folders(tmp_path: Path) -> None:
+    moved = Sending(NOW, tmp_path).moved(task(tmp_path), Path("/node"))
+    assert moved.cells[0].folder == Path("/node/runs/mine/kd")
+    assert (moved.teacher_folder, moved.shared) == (Path("/node/runs/teachers/t"), Path("/node/runs/sources"))
+
+
+def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, data="images", own__w="weights")
+    weights = str(tmp_path / "own" / "w")
+    order = task(tmp_path)
+    spec = order.cells[0].spec
+    order = task(tmp_path, student=spec.student.model_copy(update={"weights": weights}))
+    sending = Sending(NOW, tmp_path)
+    sending.given[spec.data.source()] = Given(fingerprint="f", file=tmp_path / "data")
+    given = sending.give(actor, actor.node.folder, order)[spec.data.source()]
+    assert given.file is not None and given.file.read_text() == "images" and given.fingerprint == "f"
+    assert given.file.is_relative_to(actor.node.folder)
+    before = [*actor.sent]
+    sending.give(actor, actor.node.folder, order)
+    assert actor.sent == before and len(before) == 2
+    # As a worker there finds it, whose run's own files it does not see.
+    (tmp_path / "own" / "w").unlink()
+    monkeypatch.setenv("KDBENCH_WEIGHTS", str(actor.node.folder / "weights"))
+    found = find_weights(weights)
+    assert found is not None and found.read_text() == "weights"
+
+
+def test_what_arrives_damaged_is_refused(actor: Called) -> None:
+    with pytest.raises(ValueError, match="another sha256"):
+        actor.node.put("data/x", "0" * 64, b"content")
+    assert not (actor.node.folder / "data" / "x").exists()
+
+
+def test_what_a_worker_writes_comes_back_records_last(actor: Called, tmp_path: Path) -> None:
+    node = actor.node
+    node.worker = SimpleNamespace(stdin=SimpleNamespace(write=lambda line: None, flush=lambda: None))  # type: ignore[assignment]
+    written(node.folder / "runs", a__checkpoint="1", b__other="task")
+    node.send("", ["runs/a"])
+    assert node.poll()[1] == []
+    written(node.folder / "runs", a__record="r", a__student="s", b__other="changed")
+    (node.folder / "runs" / "a" / "record").rename(node.folder / "runs" / "a" / "record.json")
+    (node.folder / "runs" / "a" / "checkpoint").unlink()
+    changed = dict(node.poll()[1])
+    assert changed == {"runs/a/student": b"s", "runs/a/checkpoint": None, "runs/a/record.json": b"r"}
+    assert [*changed][-1] == "runs/a/record.json"
+    # The next task's folder is another one, and nothing of this one is gone by that.
+    node.send("", ["runs/b"])
+    assert node.poll()[1] == []
+
+
+def test_a_node_writes_into_the_runs_folder_only(tmp_path: Path) -> None:
+    pool = RayPool(Cluster("auto"), "cpu", 1, (), two_ranks.Settings(), tmp_path / "runs")
+    pool._take("runs/a/checkpoint.pt", b"1")
+    pool._take("runs/a/student", b"2")
+    for name in ("runs/a/checkpoint.pt", "runs/a/student"):
+        pool._take(name, None)
+    assert {*files_of(tmp_path)} == {"runs/a/student"}
+    for name in ("runs/../x", "other/x"):
+        with pytest.raises(Exception, match=r"outside|subpath"):
+            pool._take(name, b"x")
+
+
+def test_a_task_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
+    losses = Losses()
+    for step in range(3 * MOST_LOSSES):
+        losses.steps[3] = step
+        assert losses.again(task(tmp_path)), "it comes further each time"
+    assert [losses.again(task(tmp_path)) for _ in range(MOST_LOSSES)] == [True] * (MOST_LOSSES - 2) + [False] * 2
