@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
-    "kdbench table results/ab_speed_small --published kdzoo_cifar10:kd,at"
+    "kdbench table results/ab_wrn_30 --published datafree_cifar10:ce,cmi"
 )
 METRICS = ("last", "best", "mean_last")
 INTERVALS = ("student", "bootstrap")

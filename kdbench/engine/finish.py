@@ -96,7 +96,7 @@ def finish(
 def _times(log: Log) -> dict[str, float]:
     return {
         "seconds": round(log.seconds + log.evaluation_seconds, 3),
-        "training_seconds": round(log.seconds, 3),
+        "training_seconds": round(log.history[-1]["seconds"], 3),
         "images_per_second": round(log.images / max(log.seconds, 1e-9), 1),
     }
 

@@ -79,15 +79,15 @@ def test_table_from_records_alone(finished: Path, kdbench: Kdbench, tmp_path: Pa
 
 
 def test_published_numbers_and_intervals_on_the_command_line(kdbench: Kdbench, tmp_path: Path) -> None:
-    records = ROOT / "results" / "ab_speed_small"
-    shown = kdbench("table", records, "--published", "kdzoo_cifar10:ab,bss", "--out", tmp_path).stdout
-    assert "copied†: kdzoo_cifar10" in shown and "92.96†" in shown and "92.82†" not in shown
+    records = ROOT / "results" / "ab_wrn_30"
+    shown = kdbench("table", records, "--published", "datafree_cifar10:ce,cmi", "--out", tmp_path).stdout
+    assert "copied†: datafree_cifar10" in shown and "92.52†" in shown and "89.66†" not in shown
     for name in ("table.md", "table.tex", "table.html", "table.csv"):
         text = (tmp_path / name).read_text(encoding="utf-8")
-        assert "92.96" in text and ("kdzoo_cifar10" in text or "kdzoo\\_cifar10" in text), name
+        assert "92.52" in text and ("datafree_cifar10" in text or "datafree\\_cifar10" in text), name
     for arguments, said in (
-        (("--published", "kdzo_cifar10"), "did you mean 'kdzoo_cifar10'"),
-        (("--published", "kdzoo_cifar10:abb"), "no method 'abb'"),
+        (("--published", "datafre_cifar10"), "did you mean 'datafree_cifar10'"),
+        (("--published", "datafree_cifar10:abb"), "no method 'abb'"),
         (("--published", "crd_cifar100"), "has no numbers for this table"),
         (("--interval", "bootstrap"), "needs 20 seeds"),
         (("--interval", "boot"), "unknown interval 'boot'"),

@@ -32,7 +32,9 @@ def test_seeds_of_a_comparison_train_at_once_and_the_records_say_how(kdbench: Kd
     found = computes(tmp_path)
     assert len(found) == 6
     for compute in found:
-        assert compute["device"] == "cuda" and compute["cuda_graphs"] and "eager" not in compute
+        assert compute["device"] == "cuda" and compute["cuda_graphs"]
+        # AB's first stage has twelve steps, which are not worth a recording.
+        assert {*compute.get("eager", {})} <= {"boundaries"}
         assert compute["cohort"] == 2 and compute["seeds_together"] == 3
         assert compute["evaluation"] == "float32, replayed"
 

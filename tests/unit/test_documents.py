@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import textwrap
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, Kdbench
+from picture_files import write_pictures
 
 from kdbench.cli.schema import build as build_schema
 from kdbench.record import read_records
@@ -50,26 +52,31 @@ def _packed(lines: list[str]) -> str:
 
 
 def test_the_readmes_first_numbers_are_those_of_the_records() -> None:
-    folder = ROOT / "results" / "ab_wrn_30_epochs_h200"
-    _, *rows = shown("README.md", f"results/{folder.name}")
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-seed0-*/record.json")]
-    accuracies = {record["cell"]["label"]: record["result"]["test"]["last"] for record in records}
-    (teacher,) = {record["teacher"]["accuracy"] for record in records if record["teacher"]}
-    plain = accuracies["student"]
-    expected = [["teacher", f"{teacher:.2f}", ""], ["student", f"{plain:.2f}", ""]]
-    expected += [
-        [label, f"{value:.2f}", f"{value - plain:+.2f}"] for label, value in accuracies.items() if label != "student"
-    ]
-    assert len(records) == 7 and sorted(rows) == sorted(expected)
+    _, (_, teacher, *_), *rows = shown("README.md", "results/ab_wrn_30 and results/ab_data_small")
+    for column, folder in ((1, "ab_wrn_30"), (3, "ab_data_small")):
+        records = sorted(read_records([ROOT / "results" / folder]), key=lambda record: record.cell.seed)
+        assert {f"{record.teacher.accuracy:.2f}" for record in records if record.teacher} == {teacher}
+        found: dict[str, list[float]] = {}
+        for record in records:
+            found.setdefault(record.cell.label, []).append(record.result.test.last)
+        expected = {}
+        for label, values in found.items():
+            gain = [a - b for a, b in zip(values, found["student"], strict=True)]
+            # Student's t for four degrees of freedom, two-sided 5 %.
+            mean, half = statistics.mean(gain), 2.776445 * statistics.stdev(gain) / len(gain) ** 0.5
+            said = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]".replace("-", "−")
+            accuracy = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+            assert len(values) == 5
+            expected[label] = [accuracy, said if label != "student" else ""]
+        assert {row[0]: row[column : column + 2] for row in rows if row[column] != "–"} == expected
 
 
-def test_the_ratios_on_the_page_about_speed_are_the_measured_ones() -> None:
-    file = ROOT / "results" / "speed" / "amd_epyc_2_cores.json"
+@pytest.mark.parametrize("file", sorted((ROOT / "results" / "speed").glob("*.json")), ids=lambda file: file.stem)
+def test_the_ratios_on_the_page_about_speed_are_the_measured_ones(file: Path) -> None:
     _, *rows = shown("docs/speed.md", f"results/speed/{file.name}")
     measured = json.loads(file.read_text(encoding="utf-8"))["results"]
-    assert rows == [
-        [one["title"], *(f"{one['ratios'][which]:.2f}" for which in ("run", "cohort", "table"))] for one in measured
-    ]
+    with_peers = [one for one in measured if one["rows"][0]["name"] == "torchdistill"]
+    assert rows == [[one["title"], *(f"{ratio:.2f}" for ratio in one["ratios"].values())] for one in with_peers]
 
 
 @pytest.mark.parametrize("folder", TABLES, ids=lambda folder: folder.name)
@@ -154,6 +161,8 @@ def planned(words: list[str]) -> list[str]:
             return [*words, "--cost"]
         case ["verify", *rest]:
             return ["verify", *(word for word in rest if word != "--rerun")]
+        case ["data", _]:
+            return ["data", "FOLDER", "--force"]
         case ["bench", *_]:
             return ["bench", "--help"]
     return words
@@ -170,7 +179,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_run: Path) -> Path:
     for result in TABLES:
         (folder / "results" / result.name).symlink_to(result)
     shutil.copy(ROOT / "recipes" / "quickstart.yaml", folder / "my.yaml")
-    (folder / "FOLDER").mkdir()
+    write_pictures(folder / "FOLDER")
     for page in PAGES:
         # The files of a user's own that a page shows, each with its name in the first line.
         for name, body in re.findall(
