@@ -334,11 +334,19 @@ class StageCard(StageFields, Strict):
     teacher_schedule: Named | None = Field(None, description="of a teacher that is trained; the schedule where absent")
 
 
+class PairCard(WithOptions):
+    """What a source says of a pair of networks: values of the method's parameters stand beside these keys."""
+
+    teacher: str | list[str] = Field(description="keys of model cards")
+    student: str | list[str] = Field(description="keys of model cards")
+
+
 class MethodCard(Card):
     title: str
     follows: str | None = Field(None, description="the source whose choices this card takes")
     departs: list[str] = Field([], description="where paper, code and this card differ")
     parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
+    pairs: list[PairCard] = Field([], description="parameters that the source chooses by pair of networks")
     starts_from: Literal["teacher"] | None = Field(
         None,
         description="the student begins with the teacher's weights and normalization; a classifier of more classes is "

@@ -27,9 +27,12 @@ class Batch:
     mask: Tensor | None = None
 
 
-# Input sets of a step by name: "data" is the data set's batch, "target" the target domain's, without labels.
+# Input sets of a step by name: "data" is the data set's batch, "second" its images in other views, "target" the target
+# domain's batch, without labels.
 Sets = dict[str, Batch]
 TARGET = "target"
+# The batch's images again, in views of their own.
+SECOND = "second"
 # Images that are looked at at once outside of training.
 SLICE = {"cpu": 250, "cuda": 2000}
 # Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
-from kdbench.engine.batch import MOST_STEPS, TARGET, Batch, Sets, Split
+from kdbench.engine.batch import MOST_STEPS, SECOND, TARGET, Batch, Sets, Split
 from kdbench.engine.domain import Domain
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentDomain, ResidentSplit
@@ -26,6 +27,7 @@ class Batches:
         source: the data set, labelled.
         target: the target domain, where the cell has one, with orders and views of its own; its epochs go round beside
             the source's.
+        second: the source's batches in other views, for whoever reads them.
         test: the test split that counts: of the target domain, where there is one. source_test: then the source's.
 
     Args:
@@ -53,6 +55,10 @@ class Batches:
             cell = spec.model_copy(update={"data": spec.target, "target": None})
             self.target = _domain(cell, _unlabelled(target), device, ranks, f"{TARGET}/")
             self.source_test, self.test = self.test, split_for_testing(spec.target, target, device)
+
+    @cached_property
+    def second(self) -> Domain:
+        return self.source.second()
 
     @property
     def positions(self) -> Tensor:
@@ -98,6 +104,8 @@ class Batches:
 
     def _of(self, name: str) -> Domain:
         """The domain that an input set comes from."""
+        if name == SECOND:
+            return self.second
         if name != TARGET:
             return self.source
         assert self.target is not None

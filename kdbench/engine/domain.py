@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from kdbench.data.augment import Augmentation
 from kdbench.data.splits import subset, validation
 from kdbench.data.streams import generator, permutation
-from kdbench.engine.batch import Batch, Split
+from kdbench.engine.batch import SECOND, Batch, Split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch
@@ -27,13 +28,14 @@ class Domain(ABC):
     part, `batch` gives the batch and `advance` goes on.
 
     Attributes:
-        prefix: of the streams that are drawn from.
+        prefix: of the streams that are drawn from. views: the same of those of augmentation, after it.
         size: images in the batch that was fed, on all ranks.
     """
 
     train: Split
     validation: Split
     test: Split
+    views = ""
 
     def __init__(
         self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks = ALONE
@@ -47,6 +49,17 @@ class Domain(ABC):
         # Batches in an epoch, and where the next one is among them.
         self.each = batches_per_epoch(len(self.train), self.batch_size, self.last_batch)
         self._position = 0
+
+    def second(self) -> Domain:
+        """The same batches in other views, which are drawn from streams of their own."""
+        found = copy.copy(self)
+        found.views = f"{SECOND}/"
+        found.anew()
+        return found
+
+    @abstractmethod
+    def anew(self) -> None:
+        """Begin with nothing drawn, in tensors of one's own."""
 
     def seek(self, step: int, timeline: Timeline) -> int:
         """Put what the steps from one on need on the device.
@@ -80,7 +93,7 @@ class Domain(ABC):
             stream: prefix of its streams, as `place_of` gives it.
         """
         stream, n = f"{self.prefix}{stream}", len(self.train)
-        views = self.augmentation.draw(generator(self.seed, f"{stream}augmentation", epoch), n)
+        views = self.augmentation.draw(generator(self.seed, f"{stream}{self.views}augmentation", epoch), n)
         return permutation(n, self.seed, f"{stream}order", epoch), self.augmentation.view_id(views)
 
 

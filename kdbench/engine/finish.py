@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.answers import measured
-from kdbench.engine.batch import TARGET
+from kdbench.engine.batch import SECOND, TARGET
 from kdbench.engine.batches import Batches
 from kdbench.engine.checkpoint import NAME as CHECKPOINT
 from kdbench.engine.evaluation import score
@@ -139,6 +139,9 @@ def streams(spec: CellSpec) -> list[str]:
     cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
     drawn = ["order", "augmentation", *cropped]
     of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
+    terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
+    if any(SECOND in (term.input, term.against) for term in terms):
+        of_target += [f"{SECOND}/{stream}" for stream in drawn if stream != "order"]
     sources = [import_target(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
     own = dict.fromkeys(name for source in sources for name in source.streams)
     return ["init", "connectors", *drawn, *of_target, "dropout", *own]

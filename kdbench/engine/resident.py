@@ -92,7 +92,10 @@ class ResidentDomain(Domain):
         # Of each epoch, without what is dropped at its end.
         self.used = min(len(train), self.each * self.batch_size)
         self.epochs = max(1, min(MOST_IMAGES // self.used, MOST_STEPS // self.each))
-        self.epoch = Epoch(device, self.epochs * self.used)
+        self.anew()
+
+    def anew(self) -> None:
+        self.epoch = Epoch(self.device, self.epochs * self.used)
         # Stream of the epochs that lie on the device, and their numbers.
         self._drawn: tuple[str, range] = ("", range(0))
 

@@ -86,6 +86,9 @@ class StreamedDomain(Domain):
         if spec.data.tested_on == "test":
             self.test = of(data.test_files, data.test_labels)
         self.area = tuple(spec.protocol.augmentation.resized_crop or ())
+        self.anew()
+
+    def anew(self) -> None:
         self._decoding: Iterator[tuple[Drawn, Tensor]] = iter(())
         self._next: int | None = None
         # Pictures, indices and views of the present batch, in tensors that stay for every size of batch.
@@ -127,7 +130,7 @@ class StreamedDomain(Domain):
             crops: Sequence[list[float] | None] = [None] * len(order[part])
             if self.area:
                 of_stream = epoch * timeline.batches_per_epoch + position
-                name = f"{self.prefix}{stream}resized_crop"
+                name = f"{self.prefix}{stream}{self.views}resized_crop"
                 crops = uniform(len(crops) * NUMBERS, self.seed, name, of_stream).reshape(-1, NUMBERS).tolist()
             share = self.ranks.share(len(crops))
             yield Drawn(order[part][share], views[part][share], crops[share])

@@ -69,6 +69,8 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
         raise UserError(what, where=given.origin(("label",)), hint="put it in quotes")
     label = given.data.get("label") or ", ".join([tree.data.get("title", name), *own])
     foreign: set[str] = set()
+    for path, value in _of_pair(tree, variant.tree.data, registry).items():
+        tree = tree.put(path, value)
     for key, value in given.data.items():
         if key in short:
             path = tuple(short[key].split("."))
@@ -95,6 +97,27 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
                 hint=did_you_mean(key, [*short, "stages", "label"]),
             )
     return written_out(tree), foreign, label
+
+
+def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[tuple[str, ...], Tree]:
+    """What a method's card says of a recipe's pair of networks: path in the card -> value."""
+    found: dict[tuple[str, ...], Tree] = {}
+    if not (pairs := method.data.get("pairs")):
+        return found
+    short, teacher = method.data.get("parameters", {}), recipe.get("teacher") or {}
+    if (named := teacher.get("name")) is not None:
+        teacher = registry.tree("teachers", named).data
+    models = {"teacher": (teacher.get("model") or {}).get("name"), "student": (recipe.get("student") or {}).get("name")}
+    for index, pair in enumerate(pairs):
+        for key, value in pair.items():
+            where = method.origin(("pairs", index, key))
+            if key not in ("teacher", "student") and key not in short:
+                hint = did_you_mean(key, short)
+                raise UserError(f"a pair names the method's parameters, and '{key}' is none", where=where, hint=hint)
+            said = [pair[side] if isinstance(pair[side], list) else [pair[side]] for side in models]
+            if key in short and all(model in names for model, names in zip(models.values(), said, strict=True)):
+                found[tuple(short[key].split("."))] = Tree.of(value, where)
+    return found
 
 
 def _applicable(over: Tree, stages: dict[str, Any], method: str, shared: bool) -> Tree:

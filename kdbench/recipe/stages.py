@@ -15,8 +15,8 @@ from kdbench.signature import parameters
 from kdbench.told import asks_for_modules
 from kdbench.tree import Tree
 
-# Input sets that the data give; the second one in recipes that name a target domain.
-SHARED_INPUTS = ("data", "target")
+# Input sets that the data give: `second` are the images of `data` in other views; `target` is for recipes with one.
+SHARED_INPUTS = ("data", "second", "target")
 
 # Keys of a stage that name a card, and its kind.
 PARTS = {

@@ -5,6 +5,7 @@ These are the steps of docs/adding-a-method.md, taken from that page, so that it
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import textwrap
@@ -12,13 +13,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Kdbench, filled
+from tiny import member_of, shortened, train
+
+from kdbench.engine.check import check_cell
+from kdbench.engine.member import Member
+from kdbench.engine.teachers import fingerprint
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
 
 TINY = Path(__file__).parent
 
 
-def blocks() -> dict[str, str]:
-    """Code blocks of docs/adding-a-method.md whose first line names a file."""
-    text = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+def blocks(page: str = "docs/adding-a-method.md") -> dict[str, str]:
+    """Code blocks of a page whose first line names a file."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     found = {}
     for indented in re.findall(r"```(?:python|yaml)\n(.*?)```", text, flags=re.S):
         body = textwrap.dedent(indented)
@@ -96,3 +104,29 @@ def test_method_from_an_installed_package(kdbench: Kdbench, tmp_path: Path) -> N
         PYTHONPATH=str(site),
     )
     assert list((tmp_path / "runs" / "tiny").glob("cosine*/record.json"))
+
+
+def test_the_method_in_contributing_trains_and_resumes(tmp_path: Path) -> None:
+    for name, body in blocks("CONTRIBUTING.md").items():
+        (tmp_path / name).write_text(body)
+    recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+    (planned,) = plan(recipe | {"method": {"name": "drawn_near", "power": 3.0}}, Registry([tmp_path])).cells
+    spec = shortened(planned.spec, 10)
+    check_cell(spec)
+
+    def at(steps: int, state: object = None) -> Member:
+        member, batches, teacher = member_of(spec)
+        if state is not None:
+            member.load_state(copy.deepcopy(state))
+        train(member, batches, teacher, steps - member.step)
+        return member
+
+    begin, approached, whole = at(0), at(2), at(10)
+    assert fingerprint(approached.student.model) == fingerprint(begin.student.model)
+    assert fingerprint(approached.modules["bridge"]) != fingerprint(begin.modules["bridge"])
+    resumed = at(10, at(5, at(1).state()).state())
+    for one, other in ((whole.student.model, resumed.student.model), (whole.terms, resumed.terms)):
+        assert fingerprint(one) == fingerprint(other)
+    near = whole.terms_of("training")["near"]
+    assert near.options == {"power": 3.0} and near.points("student")["data"] == ["layer1", "layer2", "layer3"]
+    whole.check_finite()

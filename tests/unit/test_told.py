@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kdbench import losses
 from kdbench.engine.check import check_cell
+from kdbench.engine.finish import streams
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
 from kdbench.engine.surroundings import _BUILT
@@ -339,3 +340,43 @@ def test_overhaul_takes_its_margin_from_the_teachers_batch_norm() -> None:
     assert own.own_teacher is not None
     copied = own.own_teacher.model.get_submodule("block2.0.bn1")
     assert own.terms_of("classification")["ofd"].layers[0].told["teacher_batch_norm"] is copied
+
+
+def test_weights_of_a_pair_are_those_of_its_source_unless_the_recipe_says_others() -> None:
+    recipe = {"data": "cifar100", "teacher": "wrn_40_2_cifar100", "student": "wrn_16_2", "protocol": "crd"}
+
+    def beta(method: Any, **other: str) -> float:
+        (planned,) = plan(recipe | other | {"method": method}, Registry(), weights_must_exist=False).cells
+        loss: float = planned.spec.method.stages["classification"].losses["dkd"].loss.options["beta"]
+        return loss
+
+    assert beta("dkd") == 6.0 and beta({"name": "dkd", "beta": 3.0}) == 3.0
+    assert beta("dkd", student="vgg8") == 8.0
+    assert beta("dkd", teacher="crd_resnet56_cifar100", student="crd_resnet20") == 2.0
+
+
+def test_two_views_of_the_same_images(tmp_path: Path) -> None:
+    stage = {"losses": {"ce": {"loss": "cross_entropy"}, "again": {"loss": "cross_entropy", "input": "second"}}}
+    stage["losses"]["kd"] = {"loss": "kd", "input": "second"}
+    protocol = {"name": "digits", "augmentation": {"padding": 1, "mode": "zero", "flip": True}}
+    spec = spec_of(own(tmp_path, stage), steps=12, protocol=protocol)
+    check_cell(spec)
+    member, batches, teacher = member_of(spec)
+    names = ["data", "second"]
+    for step in (0, 1, 5):
+        batches.seek(step, member.timeline, names)
+        batches.feed(names)
+        first, second = batches.sets(names).values()
+        assert torch.equal(first.index, second.index) and torch.equal(first.labels, second.labels)
+        assert not torch.equal(first.view, second.view) and not torch.equal(first.images, second.images)
+    assert batches.second.train is batches.source.train
+    train(member, batches, teacher, 12)
+    assert streams(spec) == ["init", "connectors", "order", "augmentation", "second/augmentation", "dropout"]
+    program = both([cell_of_two_views(spec)], tmp_path / "runs", StandIn())
+    assert any(program.recordings.values())
+
+
+def cell_of_two_views(spec: CellSpec) -> CellSpec:
+    """The same in batches that divide the made-up images."""
+    protocol = spec.protocol.model_copy(update={"batch_size": 2})
+    return spec.model_copy(update={"protocol": protocol, "evaluations": 0})
