@@ -96,6 +96,18 @@ def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def no_formula(value: Any) -> Any:
+    """A value for CSV that no spreadsheet computes: text that begins like a formula gets an apostrophe, which they
+    hide."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def weight_folders() -> list[Path]:
     """Where weight files are looked for, in order: `$KDBENCH_WEIGHTS` (several with ':'), ./weights, the cache, and
     what comes with kdbench."""
@@ -104,10 +116,10 @@ def weight_folders() -> list[Path]:
 
 def find_weights(file: str) -> Path | None:
     """A weight file by name in the weight folders, or by its own path; None when it is nowhere."""
-    if (path := Path(file).expanduser()).is_file():
+    if os.path.isfile(path := Path(file).expanduser()):
         return path
     for folder in weight_folders():
-        if (found := folder / below(file)).is_file():
+        if os.path.isfile(found := folder / below(file)):
             return found
     return None
 

@@ -4,6 +4,7 @@ them stay inside their folder. Anything else is one message that names the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -45,7 +46,8 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
     except FileNotFoundError:
         raise UserError("cannot be read: there is no such file", where=str(file), hint=hint) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None
+        what = f"this file is damaged{', or no text in UTF-8' if isinstance(error, UnicodeError) else ''}: {error}"
+        raise UserError(what, where=str(file), hint=hint) from None
 
 
 def parsed(text: str, where: str, hint: str | None = None, finite: bool = True) -> Any:
@@ -136,7 +138,8 @@ def inside(folder: Path, *names: str, where: str | None = None) -> Path:
         hint = "names in it must stay inside this folder"
         raise UserError(str(error), where=where or str(folder), hint=hint) from None
     try:
-        within = path.resolve().is_relative_to(folder.resolve())
+        # Python 3.13 resolves a link to itself without an error.
+        within = path.resolve().is_relative_to(folder.resolve()) and not _circular(path)
     except (OSError, RuntimeError):
         within = False
     if not within:
@@ -146,6 +149,15 @@ def inside(folder: Path, *names: str, where: str | None = None) -> Path:
             hint="replace the link by what it points to",
         )
     return path
+
+
+def _circular(path: Path) -> bool:
+    """Whether a link leads to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def command(
     A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
     """
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import listing, show
     from kdbench.data.survey import folder_name, survey
     from kdbench.files import home, write_text
     from kdbench.recipe.loading import dump
@@ -41,7 +41,7 @@ def command(
     if more := classes[20:]:
         table.add_row(f"… {len(more)} more", *(str(sum(c[label] for label in more)) for c in seen.counts.values()))
     console = page()
-    console.print(table, markup=False)
+    show(console, table)
     for sentence in seen.sentences():
         console.print(sentence, markup=False)
     modes = ", ".join(f"{count} {mode}" for mode, count in seen.modes.items())

@@ -113,7 +113,8 @@ def find_folder(roots: Iterable[Path], folder: str) -> Path:
             if in_folders(place) or (not (place / "train").is_dir() and class_names(place)):
                 return place
     wanted = f"{folder}/{{train,test}}/<class>/* or {folder}/<class>/*"
-    raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted))
+    here = "\n  There is one in this folder: give '--data .'" if Path(folder).is_dir() else ""
+    raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted) + here)
 
 
 def in_folders(root: Path) -> bool:

@@ -31,7 +31,7 @@ from kdbench.engine.teachers import load_teacher
 from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError
-from kdbench.files import home, sha256_of, write_json, write_text
+from kdbench.files import home, no_formula, sha256_of, write_json, write_text
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, read_records, student_file
@@ -239,7 +239,8 @@ def as_csv(rows: Sequence[Row]) -> str:
     """Rows as CSV with all their columns, floats with six digits."""
     import pandas
 
-    text: str = pandas.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    safe = [{name: no_formula(value) for name, value in row.items()} for row in rows]
+    text: str = pandas.DataFrame(safe).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return text
 
 

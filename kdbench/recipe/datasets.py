@@ -23,7 +23,7 @@ def with_folders(tree: Tree, registry: Registry) -> Tree:
         name = choice.get("name") if isinstance(choice, dict) else None
         if not isinstance(name, str) or "root" in choice or name in registry.trees["datasets"]:
             continue
-        if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or Path(name).is_dir()):
+        if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or os.path.isdir(name)):
             continue
         where = tree.origin((key, "name"))
         given = {**choice, "name": _card_of(Path(name).expanduser(), where, registry)}
@@ -40,12 +40,13 @@ def _card_of(folder: Path, where: str, registry: Registry) -> str:
         seen, name = survey(folder, home() / "cache"), folder_name(folder)
     except UserError as error:
         raise UserError(f"{error.where}: {error.what}" if error.where else error.what, where, error.hint) from None
-    cards, origin = registry.trees["datasets"], str(folder.resolve())
-    if name in cards and cards[name].origin(()) != origin:
+    cards = registry.trees["datasets"]
+    card = Tree.of(seen.card(folder.resolve().name), str(folder.resolve()))
+    if name in cards and cards[name].data != card.data:
         name = f"my_{name}"
-    if name in cards and cards[name].origin(()) != origin:
+    if name in cards and cards[name].data != card.data:
         raise UserError(f"there are several data sets '{name}'", where=where, hint="rename the folder")
-    cards[name] = Tree.of(seen.card(folder.resolve().name), origin)
+    cards.setdefault(name, card)
     registry.notes[name] = [f"data {folder}: {'; '.join(seen.sentences())}"]
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def find(recipe: str, base: Path | None = None) -> Path:
     if base is not None:
         candidates.insert(0, base / recipe)
     for file in candidates:
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     if recipe.endswith((".yaml", ".yml")):
         name = Path(recipe).stem

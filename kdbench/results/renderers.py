@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdbench.files import no_formula
 from kdbench.record import Record
 from kdbench.results.comparison import in_order, text
 from kdbench.results.contents import Entry, Note, Table
@@ -184,17 +185,6 @@ def _md_note(note: Note) -> str:
     return f"**{_md(note.text)}**" if note.warning else _md(note.text)
 
 
-def _no_formula(value: Any) -> Any:
-    """A value that no spreadsheet computes: text that begins like a formula gets an apostrophe, which they hide."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}"
-    return value
-
-
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     """Columns in order of first appearance; a missing value is empty."""
     fields = list(dict.fromkeys(field for row in rows for field in row))
@@ -204,5 +194,5 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({field: _no_formula(value) for field, value in row.items()} for row in rows)
+    writer.writerows({field: no_formula(value) for field, value in row.items()} for row in rows)
     return stream.getvalue()

@@ -24,9 +24,9 @@ from kdbench.cli.options import check_device
 from kdbench.engine import pool
 from kdbench.engine.check import check_cell
 from kdbench.errors import UserError
+from kdbench.files import no_formula
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
-from kdbench.results.renderers import _no_formula
 from kdbench.tree import Tree, plain
 
 SHIPPED = Registry()
@@ -157,7 +157,7 @@ def test_narrow_terminals_leave_out_columns_not_digits(width: int) -> None:
 
 
 def test_no_text_in_csv_is_a_formula() -> None:
-    assert [_no_formula(value) for value in ("=1+1", "+4.71", "-3", "-x", "@a", "KD", -1.5, None)] == [
+    assert [no_formula(value) for value in ("=1+1", "+4.71", "-3", "-x", "@a", "KD", -1.5, None)] == [
         *("'=1+1", "+4.71", "-3", "'-x", "'@a", "KD", -1.5, None)
     ]
 
