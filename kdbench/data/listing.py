@@ -28,6 +28,8 @@ SUFFIXES = (
 NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 # What the test split's folder may be called.
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+# Levels of folders below a class: whoever names a whole disk is told soon.
+DEEPEST = 6
 # Share of a folder in one piece that is held out for testing.
 HELD_OUT = 0.2
 
@@ -157,6 +159,9 @@ def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def _pictures(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     """Pictures in a folder and those below it."""
     real = os.path.realpath(folder)
+    if len(above) > DEEPEST:
+        what = f"folders below a class are nested more than {DEEPEST} deep"
+        raise UserError(what, where=str(folder), hint="give a folder of pictures in folders of their classes")
     if real in above:
         raise UserError("a link that leads back to a folder above it", where=str(folder), hint="remove the link")
     for entry in entries(folder):

@@ -171,6 +171,12 @@ def test_what_cannot_be_read_is_named_by_both_loaders_and_the_survey(what: str, 
         assert error.value.where == str(file) and error.value.hint
 
 
+def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "x" / "usr" / "/".join("abcdefgh")).mkdir(parents=True)
+    with pytest.raises(UserError, match="nested more than 6 deep"):
+        survey(tmp_path / "x", tmp_path / "cache")
+
+
 @BOTH
 def test_a_class_of_another_spelling_is_told(load: Loader, tmp_path: Path) -> None:
     root = write(tmp_path / "x")
