@@ -25,6 +25,7 @@ class Told(NamedTuple):
 TOLD: dict[str, Told] = {
     "known_classes": Told("built", "classes that the teacher was trained on; None: all"),
     "training_labels": Told("built", "labels of the images that the cell trains on, int64 [M], on the CPU"),
+    "batch_size": Told("built", "images of a batch; the last one of a pass may have fewer"),
     "student_classifier": Told("built", "the module that makes the student's logits of its pooled features"),
     "teacher_classifier": Told("built", "the same of the teacher"),
     "student_batch_norm": Told("built", "the batch norm before the student's hook point"),

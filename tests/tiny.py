@@ -29,7 +29,7 @@ def student_of(method: str) -> str:
     if Registry().card("methods", method).starts_from == "teacher":
         return "wrn_16_2"
     # Some losses compare channel by channel.
-    return "wrn_10_2" if method == "fsp" else "wrn_10_1"
+    return "wrn_10_2" if method in ("fsp", "kdsvd") else "wrn_10_1"
 
 
 def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:

@@ -127,6 +127,7 @@ def _batch_norm(network: str) -> Callable[[Surroundings, str, Mapping[str, str]]
 _BUILT: dict[str, Callable[[Surroundings, str, Mapping[str, str]], Any]] = {
     "known_classes": lambda cell, stage, points: cell.spec.teacher.known_classes if cell.spec.teacher else None,
     "training_labels": _labels,
+    "batch_size": lambda cell, stage, points: cell.spec.protocol.batch_size,
     "student_classifier": lambda cell, stage, points: classifier(cell.network("student", stage)),
     "teacher_classifier": lambda cell, stage, points: classifier(cell.network("teacher", stage)),
     "student_batch_norm": _batch_norm("student"),

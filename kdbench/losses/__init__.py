@@ -10,9 +10,12 @@ raise a ValueError that names both.
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
+from kdbench.losses.byot import OwnTeacher
+from kdbench.losses.cat_kd import cat_kd, class_attention
 from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.crd import ContrastiveDistillation, ContrastiveRepresentation, draw_negatives, noise_contrastive
+from kdbench.losses.ctkd import CurriculumTemperature
 from kdbench.losses.cwd import channel_wise
 from kdbench.losses.deep_inversion import (
     BatchNormInputs,
@@ -34,6 +37,7 @@ from kdbench.losses.kdsvd import singular_vectors
 from kdbench.losses.kl import kl_divergence
 from kdbench.losses.lskd import standardized, standardized_dkd, standardized_kd
 from kdbench.losses.mgd import MaskedGeneration
+from kdbench.losses.mlkd import kd_at_temperatures, multi_level
 from kdbench.losses.mmd import mmd
 from kdbench.losses.nkd import nkd
 from kdbench.losses.nst import neuron_selectivity
@@ -42,9 +46,13 @@ from kdbench.losses.pad import PrimeAware, adaptive_mse
 from kdbench.losses.pkt import pkt
 from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
+from kdbench.losses.sdd import scale_decoupled, sdd
+from kdbench.losses.semckd import SemanticCalibration
 from kdbench.losses.simkd import Projector, reused_head, simkd
 from kdbench.losses.sp import similarity_preserving
 from kdbench.losses.srd import SimpleRecipe, log_power_sum
+from kdbench.losses.srrl import SoftmaxRegression
+from kdbench.losses.sskd import recognize_turned, similarity_kd, turned_kd, upright_cross_entropy, upright_kd
 from kdbench.losses.tfkd import kd_over_elements, virtual_teacher
 from kdbench.losses.ttm import transformed_teacher
 from kdbench.losses.vid import VariationalInformation, gaussian_nll
@@ -56,13 +64,17 @@ __all__ = [
     "ConstantAgreement",
     "ContrastiveDistillation",
     "ContrastiveRepresentation",
+    "CurriculumTemperature",
     "KnowledgeReview",
     "MaskedGeneration",
     "NeighbourCongruence",
+    "OwnTeacher",
     "Paraphraser",
     "PrimeAware",
     "Projector",
+    "SemanticCalibration",
     "SimpleRecipe",
+    "SoftmaxRegression",
     "Translator",
     "VariationalInformation",
     "activation_agreement",
@@ -72,8 +84,10 @@ __all__ = [
     "attention_transfer",
     "batch_norm_distance",
     "batch_norm_margin",
+    "cat_kd",
     "centred_mse",
     "channel_wise",
+    "class_attention",
     "competition",
     "cross_entropy",
     "dist",
@@ -88,6 +102,7 @@ __all__ = [
     "inter_channel_correlation",
     "jensen_shannon",
     "kd",
+    "kd_at_temperatures",
     "kd_over_classes",
     "kd_over_elements",
     "kernel_congruence",
@@ -96,6 +111,7 @@ __all__ = [
     "log_power_sum",
     "magnitude_similarity",
     "mmd",
+    "multi_level",
     "neighbour_congruence",
     "neuron_selectivity",
     "nkd",
@@ -104,10 +120,14 @@ __all__ = [
     "overhaul",
     "paraphrased",
     "pkt",
+    "recognize_turned",
     "reconstruction",
     "reused_head",
     "rkd_angle",
     "rkd_distance",
+    "scale_decoupled",
+    "sdd",
+    "similarity_kd",
     "similarity_preserving",
     "simkd",
     "singular_vectors",
@@ -117,6 +137,9 @@ __all__ = [
     "standardized_kd",
     "total_variation",
     "transformed_teacher",
+    "turned_kd",
+    "upright_cross_entropy",
+    "upright_kd",
     "virtual_teacher",
     "weighted_soft_labels",
 ]

@@ -48,14 +48,14 @@ def dkd(
     """
     labelled_logits(student_logits, teacher_logits, labels, "dkd")
     positive(temperature)
-    own_target, own_others = _decoupled(full(student_logits) / temperature, labels)
-    target, others = _decoupled(full(teacher_logits.detach()) / temperature, labels)
+    own_target, own_others = decoupled(full(student_logits) / temperature, labels)
+    target, others = decoupled(full(teacher_logits.detach()) / temperature, labels)
     tckd = F.kl_div(own_target, target, reduction="batchmean", log_target=True)
     nckd = F.kl_div(own_others, others, reduction="batchmean", log_target=True)
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
-def _decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of (p_y, 1 - p_y) [N, 2], and of the probabilities among the other classes [N, K - 1].
 
     By logarithms throughout: 1 - p_y rounds to 0 long before its logarithm is out of reach.

@@ -49,3 +49,8 @@ def kl_divergence(
     pair = (log_student, log_teacher) if kl_direction == "forward" else (log_teacher, log_student)
     value = F.kl_div(*pair, reduction="batchmean", log_target=True)
     return value * temperature**2 if scale else value
+
+
+def divergences(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """KL divergence of each row from the teacher's to the student's, [N], of logarithms of probabilities [N, K]."""
+    return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)

@@ -42,8 +42,12 @@ def nkd(
     """
     labelled_logits(student_logits, teacher_logits, labels, "nkd")
     positive(temperature)
-    student, teacher = full(student_logits), full(teacher_logits.detach())
+    return nkd_of_images(full(student_logits), full(teacher_logits.detach()), labels, gamma, temperature).mean()
+
+
+def nkd_of_images(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float) -> Tensor:
+    """The loss of each image, [N], of logits in full precision."""
     at_label = -F.cross_entropy(teacher, labels, reduction="none")
-    target = (at_label.exp() * F.cross_entropy(student, labels, reduction="none")).mean()
+    target = at_label.exp() * F.cross_entropy(student, labels, reduction="none")
     own, taught = (other_logits(logits, labels) / temperature for logits in (student, teacher))
-    return target + gamma * temperature**2 * F.cross_entropy(own, F.softmax(taught, dim=1))
+    return target + gamma * temperature**2 * F.cross_entropy(own, F.softmax(taught, dim=1), reduction="none")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.kl import divergences
 
 
 def transformed_teacher(
@@ -41,5 +42,5 @@ def transformed_teacher(
         raise ValueError(f"gamma must be positive, not {gamma}")
     powers = gamma * F.log_softmax(full(teacher_logits.detach()), dim=1)
     student = F.log_softmax(full(student_logits), dim=1)
-    divergence = F.kl_div(student, powers.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
+    divergence = divergences(student, powers.log_softmax(dim=1))
     return (divergence * powers.logsumexp(dim=1).exp() if weighted else divergence).mean()

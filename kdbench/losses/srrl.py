@@ -1,0 +1,54 @@
+"""Softmax regression representation learning (SRRL).
+
+Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation Learning. ICLR 2021.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SoftmaxRegression(nn.Module):
+    r"""The student's feature, brought to the teacher's width, as feature and through the teacher's classifier.
+
+    $$
+    L = \operatorname{mean} (a - f_T)^2 + \beta \operatorname{mean} (W_T a + b_T - z_T)^2, \qquad
+    a = \operatorname{pool} \operatorname{ReLU} \operatorname{BN} (V F_S)
+    $$
+
+    V is a 1×1 convolution without bias. Of a pooled feature, (D,), it has torch's default initialization, of a map
+    N(0, 2 / C'), as each form's code has it. The teacher's classifier is not trained.
+
+    Args:
+        student_shape: (C, H, W), or (D,).
+        teacher_shape: (C',), the pooled feature that its classifier reads.
+        beta: β, weight of the classifier's part.
+    """
+
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, beta: float = 1.0) -> None:
+        super().__init__()
+        if len(student_shape) not in (1, 3) or len(teacher_shape) != 1:
+            raise ValueError(
+                f"it takes a map or a vector of the student and a vector of the teacher, not {student_shape} and "
+                f"{teacher_shape}"
+            )
+        convolution = nn.Conv2d(student_shape[0], teacher_shape[0], 1, bias=False)
+        if len(student_shape) == 3:
+            nn.init.normal_(convolution.weight, std=math.sqrt(2 / teacher_shape[0]))
+        self.connector = nn.Sequential(convolution, nn.BatchNorm2d(teacher_shape[0]), nn.ReLU())
+        self.beta = beta
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_classifier: nn.Module) -> Tensor:
+        """The loss of features [N, *student_shape] and [N, C'].
+
+        Args:
+            teacher_classifier: From [N, C'] to logits.
+        """
+        maps = student if student.ndim == 4 else student[:, :, None, None]
+        teacher = teacher.detach()
+        adapted = self.connector(maps).mean(dim=(2, 3))
+        logits = F.mse_loss(teacher_classifier(adapted), teacher_classifier(teacher).detach())
+        return F.mse_loss(adapted, teacher) + self.beta * logits
