@@ -50,10 +50,10 @@ class SemanticCalibration(nn.Module):
         super().__init__()
         if not student_shapes or not teacher_shapes or {len(s) for s in (*student_shapes, *teacher_shapes)} != {3}:
             raise ValueError(f"it takes lists of maps (C, H, W), not {student_shapes} and {teacher_shapes}")
-        if not soft > 0 or not 1 <= factor <= batch_size:
-            raise ValueError(f"soft is above 0, and factor from 1 to the batch size {batch_size}: {soft}, {factor}")
+        if not soft > 0 or factor < 1 or batch_size < 1:
+            raise ValueError(f"soft is above 0, factor and batch size are at least 1: {soft}, {factor}, {batch_size}")
         self.batch_size, self.soft = batch_size, soft
-        width = batch_size // factor
+        width = max(1, batch_size // factor)
         self.queries, self.keys = (
             nn.ModuleList(
                 nn.Sequential(nn.Linear(batch_size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in shapes

@@ -328,8 +328,8 @@ class TestSemCKD:
     def test_what_does_not_fit(self) -> None:
         with pytest.raises(ValueError, match="lists of maps"):
             losses.SemanticCalibration([(3,)], [(3, 2, 2)], batch_size=4)
-        with pytest.raises(ValueError, match="factor from 1"):
-            losses.SemanticCalibration([(3, 2, 2)], [(3, 2, 2)], batch_size=2)
+        with pytest.raises(ValueError, match="at least 1"):
+            losses.SemanticCalibration([(3, 2, 2)], [(3, 2, 2)], batch_size=4, factor=0)
 
 
 class TestSSKD:
