@@ -51,7 +51,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 def filled(module: nn.Module) -> nn.Module:
     """A module in float64 whose parameters are no matter of chance."""
     for number, parameter in enumerate(module.double().parameters()):
-        fan = max(1, parameter.numel() // len(parameter))
+        fan = max(1, parameter.numel() // len(parameter)) if parameter.ndim else 1
         parameter.data = rand(*parameter.shape, seed=number + 1) / math.sqrt(fan) + (parameter.ndim == 1)
     return module
 
@@ -62,12 +62,15 @@ def digest(tensor: Tensor) -> float:
     return float((flat * (1.5 + rand(len(flat), seed=99))).sum())
 
 
-def told(target: str, called: bool) -> dict[str, Any]:
+def told(target: str, called: bool, width: int = 6) -> dict[str, Any]:
     """What code is told when it asks for it; `known_classes` counts as an option."""
     values: dict[str, Callable[[], Any]] = {
         "training_labels": lambda: torch.arange(6) % 5,
         "teacher_batch_norm": lambda: filled(nn.BatchNorm2d(4)),
-        "teacher_classifier": lambda: filled(nn.Linear(6, 5)),
+        "student_classifier": lambda: filled(nn.Linear(width, 5)),
+        "teacher_classifier": lambda: filled(nn.Linear(width, 5)),
+        "batch_size": lambda: 8,
+        "epoch": lambda: torch.tensor(3.0),
         "paraphraser": lambda: filled(losses.Paraphraser((4, 4, 4), rate=1.0)),
         "projector": lambda: filled(nn.Conv2d(4, 6, 1)),
     }
@@ -100,7 +103,12 @@ def cases(kind: str, card: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
     """On logits, on maps and on several of these, those that it takes: its value, its gradient, and its metrics."""
     found = {}
-    for what, shape in (("logits", (6, 5)), ("maps", (6, 4, 4, 4)), ("several maps", (6, 4, 4, 4))):
+    for what, shape in (
+        ("logits", (6, 5)),
+        ("maps", (6, 4, 4, 4)),
+        ("several maps", (6, 4, 4, 4)),
+        ("a student's all", (6, 4, 4, 4)),
+    ):
         student, teacher, other = (3 * rand(*shape, seed=seed) for seed in (1, 2, 3))
         values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
         values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
@@ -108,11 +116,17 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         if what == "several maps":
             values |= {name: [values[name], values[name].flip(1)] for name in ("student", "teacher")}
             sizes = [[size, size] for size in sizes]
+        if what == "a student's all":
+            if "teacher" in card.inputs:
+                continue
+            pooled = student.mean(dim=(2, 3))
+            values |= {"student": [student, student.flip(1), pooled, pooled], "labels": torch.arange(6) % 4}
+            sizes = [[one.shape[1:] for one in values["student"]]]
         inputs: list[Any] = [values[name] for name in card.inputs]
         loss = import_target(card.target)
         torch.manual_seed(0)  # of a loss that draws
         try:
-            now = told(card.target, called=True)
+            now = told(card.target, True, shape[1])
             if inspect.isclass(loss):
                 value = filled(loss(*sizes, **told(card.target, called=False), **options))(*inputs, **now)
             else:
