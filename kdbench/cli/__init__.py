@@ -19,6 +19,7 @@ from kdbench.cli import (
     check,
     cp,
     data,
+    export,
     logits,
     ls,
     plot,
@@ -41,7 +42,7 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, data, table, plot, analyse, publish, verify, reproduce, ls, show, cp, schema, bench):
+for module in (run, check, data, table, plot, analyse, publish, verify, export, reproduce, ls, show, cp, schema, bench):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=module.EXAMPLES)(module.command)
 for name in ("boundary", "judge"):

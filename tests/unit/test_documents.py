@@ -161,6 +161,8 @@ def planned(words: list[str]) -> list[str]:
             return [*words, "--cost"]
         case ["verify", *rest]:
             return ["verify", *(word for word in rest if word != "--rerun")]
+        case ["export", *_]:
+            return ["export", "--help"]
         case ["data", _]:
             return ["data", "FOLDER", "--force"]
         case ["bench", *_]:

@@ -1,0 +1,58 @@
+"""`kdbench export`: a finished cell's student for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdbench.cli.options import RegistryOption
+from kdbench.errors import UserError
+from kdbench.record import Weights
+
+EXAMPLES = (
+    "Examples:  kdbench export runs/quickstart/ab-seed0-871cec72 --onnx   ·   "
+    "kdbench export runs/my/kd-seed0-1a2b3c4d --hub my-name/my-student"
+)
+
+
+def command(
+    cell: Annotated[Path, typer.Argument(metavar="CELL", help="Folder of a finished cell: runs/<recipe>/<cell>.")],
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="student.onnx, run by onnxruntime to see that it agrees.")
+    ] = False,
+    torchscript: Annotated[bool, typer.Option("--torchscript", help="student.pt, which runs without Python.")] = False,
+    timm: Annotated[bool, typer.Option("--timm", help="A folder that timm loads, of students 'timm:NAME'.")] = False,
+    hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to Hugging Face's hub, with a model card.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to (default: export/<cell>).")] = None,
+    weights: Annotated[Weights, typer.Option(help="After the last step, or of the best evaluation.")] = "last",
+    registry: RegistryOption = None,
+) -> None:
+    """Write the student of a finished CELL in the form of another tool.
+
+    ONNX and TorchScript files hold the normalization: they take pixel values on the scale of [0, 1] and are compared
+    with the network. 'kdbench.load_student' is the plain way in Python.
+    """
+    if not (onnx or torchscript or timm or hub):
+        raise UserError("say in which form", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME")
+    from kdbench.engine.exporting import student_of, to_hub, to_onnx, to_timm, to_torchscript
+
+    student = student_of(cell, registry or (), weights)
+    folder = out or Path("export") / cell.resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
+    if onnx:
+        print(
+            f"{folder / 'student.onnx'}: logits within {to_onnx(student, folder / 'student.onnx'):.1g} of the network's"
+        )
+    if torchscript:
+        off = to_torchscript(student, folder / "student.pt")
+        print(f"{folder / 'student.pt'}: logits within {off:.1g} of the network's")
+    if timm:
+        to_timm(student, folder / "timm")
+        print(f"{folder / 'timm'}: timm.create_model('local-dir:{folder / 'timm'}', pretrained=True)")
+    if hub:
+        (folder / "hub").mkdir(exist_ok=True)
+        print(to_hub(student, hub, folder / "hub"))

@@ -1,0 +1,290 @@
+"""A finished cell's student in the forms of other tools: ONNX, TorchScript, timm's folders, Hugging Face's hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import Template
+from torch import Tensor, nn
+
+from kdbench.engine.trained import load_student
+from kdbench.errors import UserError
+from kdbench.files import sha256_of, write_json, write_text
+from kdbench.record import RECORD, STUDENT, Record, Weights, read_record, student_file
+
+# How far an exported network's logits may be from the network's own.
+TOLERANCE = 1e-4
+# The file that holds what the network is, in a folder for the hub; timm has the same.
+CONFIG, CARD = "config.json", "README.md"
+
+MODEL_CARD = """\
+---
+library_name: {{ "timm" if timm else "kdbench" }}
+pipeline_tag: image-classification
+tags: [knowledge-distillation, kdbench]
+---
+
+# {{ record.cell.student }}, {{ record.cell.label }}, {{ record.cell.data }}
+
+A student that kdbench trained by knowledge distillation.
+
+| | |
+|:--|:--|
+| method | {{ record.cell.label }} |
+| student | {{ record.cell.student }} |
+{% if record.teacher %}
+| teacher | {{ record.cell.teacher }}, {{ "%.2f" | format(record.teacher.accuracy) }} % |
+{% endif %}
+| data | {{ record.cell.data }} |
+| test accuracy, last epoch | {{ "%.2f" | format(record.result.test.last) }} % |
+| seed | {{ record.cell.seed }} |
+
+One run is no comparison: the table of its experiment has means over seeds with intervals.
+
+## Use
+
+```python
+{% if timm %}
+import timm
+
+model = timm.create_model("hf-hub:{{ name }}", pretrained=True).eval()
+
+{% endif %}
+import kdbench
+from huggingface_hub import snapshot_download
+
+model = kdbench.load_student(snapshot_download("{{ name }}"){{ which }})
+```
+
+It takes images of {{ shape }} (channels, height, width): pixel values on the scale of [0, 1], minus the mean
+({{ mean }}), divided by the deviation ({{ std }}).
+
+## Recipe
+
+As kdbench resolved it:
+
+```yaml
+{{ spec }}
+```
+
+## Hashes
+
+- weights: `{{ weights }}`
+- data: `{{ record.data.fingerprint }}`
+{% if record.teacher %}
+- teacher: `{{ record.teacher.sha256 }}`
+{% endif %}
+"""
+
+
+class WithNormalization(nn.Module):
+    """Pixel values on the scale of [0, 1], float32 [N, channels, size, size] -> logits [N, classes].
+
+    Args:
+        mean, std: of the normalization that the model wants, one number a channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model((images - self.mean) / self.std)
+        return logits
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student with what it needs.
+
+    Attributes:
+        shape: of one image: channels, height, width.
+        file: its weights.
+    """
+
+    record: Record
+    model: nn.Module
+    shape: tuple[int, int, int]
+    normalization: dict[str, list[float]]
+    file: Path
+
+    @property
+    def network(self) -> WithNormalization:
+        return WithNormalization(self.model, self.normalization["mean"], self.normalization["std"]).eval()
+
+    def images(self, n: int) -> Tensor:
+        """Random pixel values on the scale of [0, 1], always the same."""
+        return torch.rand(n, *self.shape, generator=torch.Generator().manual_seed(n))
+
+
+def student_of(folder: Path, registries: Iterable[str | Path] = (), weights: Weights = "last") -> Student:
+    """The student of a finished cell.
+
+    Raises:
+        UserError: there is no finished cell, or its weights are gone.
+    """
+    model = load_student(folder, registries, weights)
+    record = read_record(folder)
+    data, protocol = (record.spec or {})["data"], (record.spec or {})["protocol"]
+    shape = (data["channels"], data["image_size"], data["image_size"])
+    return Student(record, model, shape, protocol["normalization"], student_file(record, weights))
+
+
+def to_onnx(student: Student, file: Path) -> float:
+    """Write a network as ONNX (input "images", output "logits", any number of images), and run it by onnxruntime.
+
+    Returns:
+        the largest difference of its logits from the network's own, on random images.
+
+    Raises:
+        UserError: it cannot be exported, or its logits are more than `TOLERANCE` off.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _needs(package, "--onnx")
+    import onnxruntime
+
+    try:
+        torch.onnx.export(
+            student.network,
+            (student.images(2),),
+            str(file),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}},
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # noqa: BLE001 - the exporter fails in as many ways as there are networks
+        raise _refused(student, "ONNX", error) from None
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return _checked(
+        student, file, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    )
+
+
+def to_torchscript(student: Student, file: Path) -> float:
+    """Write a network as TorchScript, which needs no Python to run, and load it again.
+
+    Returns:
+        as `to_onnx`.
+
+    Raises:
+        UserError: as `to_onnx`.
+    """
+    try:
+        traced = torch.jit.trace(student.network, student.images(2))  # type: ignore[no-untyped-call]
+        traced.save(str(file))
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _refused(student, "TorchScript", error) from None
+    return _checked(student, file, torch.jit.load(str(file)))  # type: ignore[no-untyped-call]
+
+
+def to_timm(student: Student, folder: Path) -> None:
+    """Write a network of timm as timm keeps its own: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    Raises:
+        UserError: it is no network of timm.
+    """
+    architecture = (getattr(student.model, "pretrained_cfg", None) or {}).get("architecture")
+    if architecture is None:
+        raise UserError(
+            f"timm has no network '{student.record.cell.student}'",
+            where="--timm",
+            hint="this is for students 'timm:NAME'; --onnx, --torchscript and --hub take any",
+        )
+    from timm.models import save_for_hf
+
+    mean, std = student.normalization["mean"], student.normalization["std"]
+    about = {"input_size": list(student.shape), "mean": mean, "std": std, "crop_pct": 1.0}
+    save_for_hf(student.model, str(folder), data_config=about, safe_serialization=True)
+
+
+def to_hub(student: Student, name: str, folder: Path) -> str:
+    """Write a folder for Hugging Face's hub and upload it: weights, what the network is, the record, a model card.
+
+    `kdbench.load_student` takes the folder as it is; a network of timm is there in timm's form too.
+
+    Args:
+        name: of the repository, "user/name"; it is made where it does not exist.
+
+    Returns:
+        its address.
+
+    Raises:
+        UserError: the hub refused it, or is not there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    timm_too = getattr(student.model, "pretrained_cfg", None) is not None
+    if timm_too:
+        to_timm(student, folder)
+    else:
+        write_json(folder / CONFIG, {"kdbench": (student.record.spec or {})["student"], "shape": student.shape})
+    shutil.copyfile(student.file, folder / student.file.name)
+    write_json(folder / RECORD, student.record.plain())
+    write_text(folder / CARD, model_card(student, name, timm_too))
+    try:
+        hub = HfApi()
+        address = str(hub.create_repo(name, exist_ok=True))
+        hub.upload_folder(repo_id=name, folder_path=folder, commit_message="A student trained with kdbench")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"the hub did not take '{name}': {said}", where="--hub", hint="log in first: hf auth login"
+        ) from None
+    return address
+
+
+def model_card(student: Student, name: str, timm_too: bool) -> str:
+    """README.md of a repository on the hub: the table's row, how to load it, recipe and hashes."""
+    mean, std = (", ".join(f"{value:.4g}" for value in student.normalization[key]) for key in ("mean", "std"))
+    return Template(MODEL_CARD, trim_blocks=True, keep_trailing_newline=True).render(
+        name=name,
+        timm=timm_too,
+        record=student.record,
+        shape=" × ".join(map(str, student.shape)),
+        mean=mean,
+        std=std,
+        which="" if student.file.name == STUDENT else ', weights="best"',
+        spec=yaml.safe_dump(json.loads(json.dumps(student.record.spec)), sort_keys=False).strip(),
+        weights=sha256_of(student.file),
+    )
+
+
+def _checked(student: Student, file: Path, run: Any) -> float:
+    """The largest difference of an exported network's logits, in batches of other sizes than it was exported with."""
+    worst = 0.0
+    with torch.no_grad():
+        for n in (1, 5):
+            images = student.images(n)
+            worst = max(worst, float((run(images) - student.network(images)).abs().max()))
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"the exported network's logits are {worst:.2g} off", where=str(file), hint=f"at most {TOLERANCE} is right"
+        )
+    return worst
+
+
+def _refused(student: Student, form: str, error: Exception) -> UserError:
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"'{student.record.cell.student}' cannot be written as {form}: {said}")
+
+
+def _needs(package: str, option: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed", where=option, hint="pip install 'kdbench[export]'")

@@ -1,0 +1,178 @@
+"""`kdbench export`: what other tools load of a finished cell's student."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Kdbench, Once
+from safetensors.torch import load_file
+
+import kdbench
+from kdbench.record import read_record
+
+RECIPE = """\
+data: {name: digits, per_class: 10}
+student: timm:resnet10t
+protocol: digits
+method: ce
+steps: 4
+evaluations: 1
+"""
+
+
+@pytest.fixture(scope="session")
+def timm_cell(once: Once, command_line: Kdbench) -> Path:
+    """The folder of a finished cell whose student is a network of timm."""
+
+    def make(folder: Path) -> None:
+        (folder / "own.yaml").write_text(RECIPE)
+        command_line("run", "own.yaml", cwd=folder)
+
+    return next((once("timm_cell", make) / "runs" / "own").glob("ce-*"))
+
+
+@pytest.fixture
+def cell(tiny_run: Path) -> Path:
+    return next((tiny_run / "runs" / "tiny").glob("ab-seed0-*"))
+
+
+def by_hand(cell: Path, pixels: torch.Tensor) -> torch.Tensor:
+    """A student's logits of pixel values on the scale of [0, 1]."""
+    normalization = (read_record(cell).spec or {})["protocol"]["normalization"]
+    mean, std = (torch.tensor(normalization[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        return kdbench.load_student(cell)((pixels - mean) / std)
+
+
+@pytest.mark.slow
+def test_onnx_and_torchscript_files_give_the_students_logits(cell: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    import onnxruntime
+
+    said = kdbench("export", cell, "--onnx", "--torchscript", "--out", tmp_path, cwd=tmp_path).stdout
+    assert "student.onnx" in said and "student.pt" in said
+    pixels = torch.rand(7, 1, 8, 8)
+    expected = by_hand(cell, pixels)
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": pixels.numpy()})
+    assert (torch.from_numpy(found) - expected).abs().max() < 1e-4
+    loaded: Any = torch.jit.load(str(tmp_path / "student.pt"))
+    assert (loaded(pixels) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_timm_alone_loads_what_was_written_for_it(timm_cell: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    import timm
+
+    kdbench("export", timm_cell, "--timm", "--out", tmp_path, cwd=tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    about = model.pretrained_cfg
+    mean, std = (torch.tensor(about[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    pixels = torch.rand(3, *about["input_size"])
+    assert tuple(about["input_size"]) == (1, 8, 8) and model.num_classes == 10
+    with torch.no_grad():
+        assert torch.equal(model((pixels - mean) / std), by_hand(timm_cell, pixels))
+
+
+def test_what_cannot_be_written_is_told(cell: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    for words, said in (
+        ([cell], "say in which form"),
+        ([cell, "--timm"], "timm has no network 'wrn_10_1'"),
+        ([tmp_path, "--onnx"], "there is no finished cell"),
+        ([cell, "--onnx", "--weights", "best"], "kept no weights of its best evaluation"),
+    ):
+        wrong = kdbench("export", *words, cwd=tmp_path, code=2)
+        assert said in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's hub as an upload needs. What was uploaded is kept in the server's `files`."""
+
+    server: Any
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def answer(self, what: Any, status: int = 200) -> None:
+        body = json.dumps(what).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.answer({"id": "me/student", "sha": "0" * 40, "siblings": []})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        address = f"http://{self.headers['Host']}/me/student"
+        if self.headers.get("Authorization") != "Bearer hf_right":
+            self.answer({"error": "Invalid credentials"}, 401)
+        elif self.path.startswith("/api/repos/create"):
+            self.answer({"url": address, "id": "me/student"})
+        elif "/preupload/" in self.path:
+            files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
+            self.answer({"files": [one | {"shouldIgnore": False} for one in files]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": address, "commitOid": "0" * 40, "success": True})
+        else:
+            self.answer({"valid": True})
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def upload(cell: Path, hub: Any, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token, "HF_HOME": str(folder)}
+    words = [sys.executable, "-m", "kdbench", "export", str(cell), "--hub", "me/student", "--out", str(folder / "out")]
+    environment = os.environ | own | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_what_is_uploaded_loads_again_and_says_what_it_is(
+    cell: Path, timm_cell: Path, hub: Any, tmp_path: Path
+) -> None:
+    for one in (cell, timm_cell):
+        hub.files.clear()
+        done = upload(one, hub, tmp_path, "hf_right")
+        assert done.returncode == 0 and "/me/student" in done.stdout, done.stderr
+        folder = tmp_path / f"downloaded {one.name}"
+        for name, content in hub.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        again = kdbench.load_student(folder).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in load_file(one / "student.safetensors").items())
+        card, record = (folder / "README.md").read_text(), read_record(one)
+        assert f"{record.result.test.last:.2f} %" in card and record.data.fingerprint in card
+        assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell)
+        assert {"config.json", "record.json"} <= hub.files.keys()
+
+
+@pytest.mark.slow
+def test_a_hub_that_refuses_is_told(cell: Path, hub: Any, tmp_path: Path) -> None:
+    done = upload(cell, hub, tmp_path, "hf_wrong")
+    assert done.returncode == 2 and "hf auth login" in done.stderr and "Traceback" not in done.stderr
+    assert not hub.files
