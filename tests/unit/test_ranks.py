@@ -37,7 +37,7 @@ def refused(spec: CellSpec) -> bool:
 
 def traits(spec: CellSpec) -> set[Any]:
     """What a method has that could go wrong on shares of a batch."""
-    found: set[Any] = set()
+    found: set[Any] = {("module", module.name) for module in spec.method.modules.values()}
     for stage in spec.method.stages.values():
         found |= {("stage", *stage.trains, stage.alternating, stage.anchor is not None and stage.anchor.choose)}
         for term in stage.losses.values():
