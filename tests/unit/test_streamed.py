@@ -24,6 +24,7 @@ from kdbench.engine.batches import Batches, split_for_testing
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.streamed import StreamedDomain
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -174,6 +175,18 @@ def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) 
     first = {int(i): image for batch in in_order[:4] for i, image in zip(batch.index, batch.images, strict=True)}
     second = {int(i): image for batch in in_order[4:8] for i, image in zip(batch.index, batch.images, strict=True)}
     assert not any(torch.equal(first[i], second[i]) for i in first), "the crops of two epochs are the same"
+
+
+def test_shares_of_several_ranks_are_the_batch_of_one_process(registry: Registry, root: Path) -> None:
+    spec = spec_of(registry)
+    data = read(spec, root)
+    line = timeline(spec, 15)
+    whole, *parts = (Batches(spec, data, CPU, None, ranks) for ranks in (ALONE, Ranks(0, 2), Ranks(1, 2)))
+    for step in (0, 3, 5):
+        one, *shares = (batches.at(step, line) for batches in (whole, *parts))
+        assert [len(share.labels) for share in shares] == ([2, 1] if step == 3 else [2, 2])
+        for name in ("images", "labels", "index", "view"):
+            assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(one, name)), (step, name)
 
 
 def test_without_a_resized_crop_the_centres_are_cropped_as_resident_images_are(registry: Registry, root: Path) -> None:
