@@ -190,7 +190,7 @@ def derived(spec: CellSpec) -> dict[str, Any]:
             "batches_per_epoch": line.batches_per_epoch,
             "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
         },
-        "teacher": spec.teacher and {"name": spec.teacher.name},
+        "teacher": {"name": spec.teacher.name} if spec.teacher and not spec.teacher.untrained else None,
         "data": images(spec.data) | {"train": training_images(spec.data), "validation": validation_images(spec.data)},
         "target": spec.target and images(spec.target) | {"train": spec.target.train, "validation": 0},
         "seeds": {"seed": spec.seed, "split": spec.seed if split is None else split},

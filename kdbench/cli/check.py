@@ -168,6 +168,7 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
     )
     for teacher in {c.spec.teacher.identity(): c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
         weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe first"
+        weights = "untrained, it trains along" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
 
 

@@ -171,7 +171,7 @@ def cell_folder(folder: Path, cell: PlannedCell) -> Path:
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy."""
     if (own := spec.trained_by) is None:
-        return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8]}")  # type: ignore[union-attr]
+        return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8] if spec.weights else 'untrained'}")
     names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
     return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
 

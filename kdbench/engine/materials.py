@@ -17,7 +17,7 @@ from kdbench.engine.messages import Settings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teacher_files import TeacherFile, given_weights, on_target, trained, with_accuracy
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec
 
@@ -75,12 +75,12 @@ class Materials:
         return data, target
 
     def teacher_file(self, spec: CellSpec, folder: Path | None) -> TeacherFile | None:
-        """The weights of a cell's teacher, None for a cell without one.
+        """The weights of a cell's teacher, None for a cell without one, or with one that begins untrained.
 
         Args:
             folder: of the teacher.
         """
-        if spec.teacher is None:
+        if spec.teacher is None or spec.teacher.untrained:
             return None
         assert folder is not None
         teacher = spec.teacher
@@ -95,6 +95,8 @@ class Materials:
 
     def teacher(self, spec: CellSpec, file: TeacherFile | None, computing: Computing) -> Teacher | None:
         """The teacher of a cell's cohort."""
+        if spec.teacher is not None and spec.teacher.untrained:
+            return untrained_teacher(spec.teacher, spec.data, self.device, computing)
         if spec.teacher is None or file is None:
             return None
         teacher = load_teacher(spec.teacher, spec.data, file.file, self.device, computing)

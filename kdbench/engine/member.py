@@ -23,7 +23,7 @@ from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.predicting import answers
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.surroundings import Surroundings
-from kdbench.engine.teacher import OwnTeacher, PointValues, Teacher, own_teacher_stages
+from kdbench.engine.teacher import PointValues, Teacher, own_teacher_of, own_teacher_stages
 from kdbench.engine.terms import Term, build_terms
 from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
@@ -57,8 +57,7 @@ class Member:
         own = build_student(spec, teacher.network.model if teacher else None, batches.ranks.sync_batch_norm)
         self.student = Network(build_extractor(own.to(device), spec.student, spec.data), normalizer, computing)
         shapes = self.student.extractor.shapes(batches.image_shape)
-        apart = own_teacher_stages(spec.method.stages)
-        self.own_teacher = OwnTeacher(teacher, computing, device) if teacher and apart else None
+        self.own_teacher = own_teacher_of(spec, teacher, computing, device)
         cell = Surroundings(
             spec,
             self.student.extractor,

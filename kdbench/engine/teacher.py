@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kdbench.engine.anchors import Route
 from kdbench.engine.batch import Batch, Sets
+from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Network, Normalizer, autocast
 from kdbench.models.hooks import Extractor
-from kdbench.recipe.specs import StageSpec
+from kdbench.recipe.specs import CellSpec, StageSpec
 
 # Input set -> hook point -> value.
 PointValues = dict[str, dict[str, Tensor]]
@@ -141,6 +142,19 @@ class OwnTeacher:
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.trains):
             return self.network(self.network.normalizer(images), points)
+
+
+def own_teacher_of(
+    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device
+) -> OwnTeacher | None:
+    """The copy that a cell's stages need, with first values of its own where the teacher begins untrained."""
+    if teacher is None or spec.teacher is None or not own_teacher_stages(spec.method.stages):
+        return None
+    found = OwnTeacher(teacher, computing, device)
+    if spec.teacher.untrained:
+        first = build_model(spec.teacher.model, spec.teacher.knows(spec.data), spec.seed, "init/teacher")
+        found.model.load_state_dict(first.state_dict())
+    return found
 
 
 def own_teacher_stages(stages: Mapping[str, StageSpec]) -> set[str]:

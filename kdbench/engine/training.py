@@ -195,7 +195,7 @@ class Training:
     def teacher_logits(self) -> Tensor | None:
         """The shared teacher's on the test part, the same for all cells; None of a teacher of other classes."""
         spec = next((cell.spec.teacher for cell in self.cells.values() if cell.spec.teacher is not None), None)
-        if self.teacher is None or spec is None or spec.classes is not None:
+        if self.teacher is None or self.file is None or spec is None or spec.classes is not None:
             return None
         return score(self.teacher.network, self.program.groups[0].batches.test)[1]
 

@@ -1,8 +1,9 @@
 """Losses as plain functions of tensors, for any training loop, in the manner of `torch.nn.functional`.
 
 Every function takes the student's tensor first, then the teacher's (or the labels), and returns a scalar. No gradient
-reaches the teacher, except in `kl_divergence` and `neighbour_congruence`. `mmd` takes features of one network on two
-sets of images. A loss with parameters of its own is a module, built with the shapes of one sample of each network.
+reaches the teacher, except in `kl_divergence`, `mutual` and `neighbour_congruence`. `mmd` takes features of one network
+on two sets of images. A loss with parameters of its own is a module, built with the shapes of one sample of each
+network.
 float16 and bfloat16 inputs are computed in float32; float32 and float64 keep their type. Shapes that do not match
 raise a ValueError that names both.
 """
@@ -28,6 +29,7 @@ from kdbench.losses.deep_inversion import (
 )
 from kdbench.losses.dist import dist
 from kdbench.losses.dkd import dkd
+from kdbench.losses.dml import mutual
 from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_transfer, paraphrased, reconstruction
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.fsp import fsp, fsp_matrix
@@ -112,6 +114,7 @@ __all__ = [
     "magnitude_similarity",
     "mmd",
     "multi_level",
+    "mutual",
     "neighbour_congruence",
     "neuron_selectivity",
     "nkd",

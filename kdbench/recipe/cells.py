@@ -9,7 +9,7 @@ from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
 from kdbench.recipe.loading import typed
-from kdbench.recipe.methods import check_target, method_spec, needs_teacher, terms_of
+from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher, terms_of
 from kdbench.recipe.networks import TeacherCell, student_spec, teacher_spec
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, ProtocolSpec
 from kdbench.recipe.variants import Variant
@@ -46,6 +46,8 @@ def cell_spec(
     else:
         teacher = teacher_spec(recipe.teacher, tree, registry, trained, weights_must_exist)
         check_channels(teacher.normalization, data, tree.origin(("teacher",)))
+        if teacher.untrained:
+            check_trains_teacher(method, tree.origin(("teacher",)))
         if method.starts_from == "teacher":
             # Its weights mean what they do for images that are normalized as its own were.
             protocol = protocol.model_copy(update={"normalization": teacher.normalization})

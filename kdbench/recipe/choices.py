@@ -61,6 +61,9 @@ class TeacherChoice(Strict):
         default=None, description="file with a state dict (.safetensors, or .pt with weights only)"
     )
     normalization: Normalization | None = None
+    untrained: bool = Field(
+        False, description="beside 'model': it begins with first values, for methods that train it along"
+    )
     trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
     accuracy: float | None = Field(
         default=None,
@@ -77,8 +80,10 @@ class TeacherChoice(Strict):
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
-        if self.name is None and (self.model is None or self.weights is None):
-            raise ValueError("a teacher is the name of a teacher card, or 'model' together with 'weights'")
+        if self.untrained and (self.name is not None or self.weights is not None or self.accuracy is not None):
+            raise ValueError("an untrained teacher is a 'model' alone")
+        if self.name is None and (self.model is None or (self.weights is None and not self.untrained)):
+            raise ValueError("a teacher is the name of a teacher card, or 'model' and 'weights' (or 'untrained: true')")
         if self.name is not None and (self.model is not None or self.weights is not None):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
         if self.trained and self.name is None:

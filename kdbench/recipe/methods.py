@@ -174,6 +174,18 @@ def check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> Non
             )
 
 
+def check_trains_teacher(method: MethodSpec, where: str) -> None:
+    """Raises UserError for a method that needs more of its teacher than it has taught it."""
+    first = next(iter(method.stages.values()))
+    parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
+    if "teacher" not in first.trains or method.starts_from or any(part.teacher for part in parts):
+        raise UserError(
+            f"the method '{method.name}' needs a teacher that knows something, and this one is untrained",
+            where=where,
+            hint="choose a method that trains its teacher from the first step on, such as dml, or a trained teacher",
+        )
+
+
 def needs_teacher(method: MethodSpec) -> bool:
     parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
     return (

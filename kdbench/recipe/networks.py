@@ -72,6 +72,10 @@ def teacher_spec(
     Args:
         tree: of the recipe. trained: gives the cell that trains a teacher by its own recipe.
     """
+    if choice.untrained:
+        own = registry.card("datasets", tree.data["data"]["name"]).normalization
+        model = _teacher_model(tree.at("teacher", "model"), registry)
+        return TeacherSpec(name=model.name, model=model, normalization=choice.normalization or own)
     if choice.name is None:
         return _own_teacher(choice, tree, registry)
     name, where = choice.name, tree.origin(("teacher", "name"))

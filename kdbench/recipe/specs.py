@@ -243,6 +243,11 @@ class TeacherSpec(Spec):
         default=None, description="those that it was trained on, where these are not all"
     )
 
+    @property
+    def untrained(self) -> bool:
+        """Whether it begins with first values, by the cell's seed, and is trained by the method."""
+        return self.weights is None and self.trained_by is None
+
     def knows(self, data: DataSpec) -> DataSpec:
         """The data as this teacher takes them: with its own classes."""
         return data if self.classes is None else data.model_copy(update={"classes": self.classes})

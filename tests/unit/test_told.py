@@ -380,3 +380,29 @@ def cell_of_two_views(spec: CellSpec) -> CellSpec:
     """The same in batches that divide the made-up images."""
     protocol = spec.protocol.model_copy(update={"batch_size": 2})
     return spec.model_copy(update={"protocol": protocol, "evaluations": 0})
+
+
+def test_an_untrained_teacher_begins_by_the_seed_and_trains_along() -> None:
+    recipe: dict[str, Any] = {"teacher": {"model": "wrn_10_2", "untrained": True}}
+    first, second = (spec_of(Registry(), "dml", seeds=[seed], **recipe) for seed in (0, 1))
+    assert first.teacher is not None and first.teacher.untrained
+    check_cell(first)
+    members = [member_of(spec)[0] for spec in (first, first, second)]
+    begun = [fingerprint(member.own_teacher.model) for member in members if member.own_teacher]
+    assert begun[0] == begun[1] != begun[2]
+    member = trained(first, 2)
+    assert member.own_teacher is not None and fingerprint(member.own_teacher.model) != begun[0]
+    for method, more in (("kd", {}), ("finetune_new_classes", {"student": "wrn_10_2"})):
+        with pytest.raises(UserError, match="needs a teacher that knows something"):
+            spec_of(Registry(), method, **recipe, **more)
+
+
+def test_each_of_two_networks_learns_from_the_other_who_stands_still() -> None:
+    a, b = (torch.randn(5, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    p, q = a.softmax(1), b.softmax(1)
+    expected = (q * (q / p).log() + p * (p / q).log()).sum(1).mean()
+    assert losses.mutual(a, b).item() == pytest.approx(expected.item(), rel=1e-12)
+    losses.mutual(a, b).backward()
+    # The gradient of KL(constant || softmax(z)) is softmax(z) - constant.
+    assert a.grad is not None and b.grad is not None
+    assert torch.allclose(a.grad, (p - q).detach() / 5) and torch.allclose(b.grad, (q - p).detach() / 5)
