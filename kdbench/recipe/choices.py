@@ -62,7 +62,7 @@ class TeacherChoice(Strict):
     )
     normalization: Normalization | None = None
     untrained: bool = Field(
-        False, description="beside 'model': it begins with first values, for methods that train it along"
+        default=False, description="beside 'model': it begins with first values, for methods that train it along"
     )
     trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
     accuracy: float | None = Field(
