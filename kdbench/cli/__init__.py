@@ -62,6 +62,15 @@ def version(show_version: bool = typer.Option(False, "--version", help="Print th
         raise typer.Exit
 
 
+def with_address(words: list[str]) -> list[str]:
+    """The words of a command in which `--ray` alone means the cluster that this machine belongs to."""
+    found = []
+    for word, after in zip(words, [*words[1:], "-"], strict=True):
+        alone = word == "--ray" and (after.startswith("-") or "=" in after)
+        found += [word, "auto"] if alone else [word]
+    return found
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
     _fit_encodings()
@@ -83,7 +92,7 @@ def main() -> None:
         for word in sys.argv[1:]
     ]
     try:
-        app(words, standalone_mode=True)
+        app(with_address(words), standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

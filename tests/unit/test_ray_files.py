@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import two_ranks
 
+from kdbench.cli import with_address
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.messages import CellTask, Given, TrainCohort
 from kdbench.engine.ray_node import Node, files_of
 from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool
 from kdbench.engine.ray_sending import Sending
+from kdbench.errors import UserError
 from kdbench.files import find_weights
 
 NOW: Any = SimpleNamespace(get=lambda value: value, put=lambda value: value)
@@ -135,3 +137,44 @@ def test_a_task_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
         losses.steps[3] = step
         assert losses.again(task(tmp_path)), "it comes further each time"
     assert [losses.again(task(tmp_path)) for _ in range(MOST_LOSSES)] == [True] * (MOST_LOSSES - 2) + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "jobs", "expected"),
+    [
+        ({"CPU": 16.0, "GPU": 4.0}, {}, None, (4, 4, 1.0)),
+        ({"CPU": 16.0, "GPU": 4.0}, {"gpus": 0.5}, None, (8, 2, 0.5)),
+        ({"CPU": 16.0, "GPU": 4.0}, {"cpus": 8}, None, (2, 8, 1.0)),
+        ({"CPU": 16.0, "GPU": 4.0}, {}, 3, (3, 4, 1.0)),
+        ({"CPU": 6.0}, {}, None, (6, 1, 0.0)),
+        ({"CPU": 6.0}, {"cpus": 4}, 8, (1, 4, 0.0)),
+    ],
+)
+def test_workers_are_as_many_as_fit(
+    there: dict[str, float], asked: dict[str, Any], jobs: int | None, expected: tuple[int, int, float], tmp_path: Path
+) -> None:
+    pool = RayPool(Cluster("auto", **asked), "auto", jobs, (), two_ranks.Settings(), tmp_path)
+    pool._share_out(there)
+    assert (pool.jobs, pool.threads, pool.gpus) == expected
+
+
+def test_what_no_cluster_has_is_told(tmp_path: Path) -> None:
+    for device, cluster, match in (
+        ("cuda", Cluster("auto"), "no node of the cluster has a GPU"),
+        ("cuda:1", Cluster("auto", gpus=1), "there is no device cuda:1"),
+        ("cpu", Cluster("auto", cpus=3), "no worker of 3 cores"),
+        ("auto", Cluster("auto", gpus=1), "no worker of 1 cores and 1 GPUs"),
+    ):
+        pool = RayPool(cluster, device, None, (), two_ranks.Settings(), tmp_path)
+        with pytest.raises(UserError, match=match):
+            pool._share_out({"CPU": 2.0})
+
+
+def test_ray_alone_means_the_cluster_of_this_machine() -> None:
+    for words, expected in (
+        ("run R --ray", "run R --ray auto"),
+        ("run R --ray --jobs 2", "run R --ray auto --jobs 2"),
+        ("run R --ray seeds=1", "run R --ray auto seeds=1"),
+        ("run R --ray 10.0.0.1:6379 seeds=1", "run R --ray 10.0.0.1:6379 seeds=1"),
+    ):
+        assert with_address(words.split()) == expected.split()
