@@ -7,6 +7,7 @@ comes back into the run's own folder. So nothing that reads runs sees a differen
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import threading
@@ -53,6 +54,10 @@ class Cluster:
     gpus: float | None = None
 
 
+log = logging.getLogger("kdbench")
+
+# Seconds after which it is told that a worker still waits for its place.
+PATIENCE = 30.0
 # How often the same task may be lost at the same steps.
 MOST_LOSSES = 5
 
@@ -197,7 +202,12 @@ class RayPool(Pool):
         """Pass on what a worker tells and writes, to its end."""
         actor, code = worker.actor, None
         try:
-            about = self.ray.get(actor.about.remote())
+            asked = actor.about.remote()
+            if not self.ray.wait([asked], timeout=PATIENCE)[0]:
+                log.warning(
+                    "a worker waits for %d cores and %g GPUs to be free on the cluster", self.threads, self.gpus
+                )
+            about = self.ray.get(asked)
             if about["versions"] != versions():
                 raise UserError(
                     f"the node {about['name']} has {about['versions']}, here there is {versions()}",

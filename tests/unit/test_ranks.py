@@ -16,6 +16,7 @@ import two_ranks
 from conftest import ROOT
 from tiny import CPU, images, sets_at, untrained_teacher
 
+from kdbench.cli.run import started_by_torchrun
 from kdbench.engine.batches import Batches
 from kdbench.engine.distributed import refuse
 from kdbench.engine.member import Member
@@ -118,3 +119,17 @@ def test_shares_of_all_ranks_are_the_batches_of_one_process(padding: int) -> Non
             assert torch.equal(torch.cat(shares), one) and len(shares[0]) >= len(shares[-1]) > 0
         assert {batches.sizes(["data"]) for batches in (whole, *parts)} == {(len(sets[0].images),)}
     assert len(sets[0].images) == two_ranks.BATCH
+
+
+def test_options_that_do_not_belong_to_a_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert started_by_torchrun(False, "auto") == (0, 1)
+    with pytest.raises(UserError, match="there are no other ranks"):
+        started_by_torchrun(True, None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    assert started_by_torchrun(True, None) == (1, 2)
+    with pytest.raises(UserError, match="do not go together"):
+        started_by_torchrun(False, "auto")
