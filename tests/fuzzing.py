@@ -326,9 +326,11 @@ def damage(file: Path, draw: random.Random) -> str:
     """Change one file, or what stands in its place. Returns what was done."""
     if not file.is_file():
         return f"{file.name}: gone already"
-    content, how = file.read_bytes(), draw.random()
-    if how < 0.45 and file.suffix == ".json":
-        data = json.loads(content)
+    content, how, data = file.read_bytes(), draw.random(), None
+    with contextlib.suppress(ValueError):
+        # None where it was damaged before.
+        data = json.loads(content) if how < 0.45 and file.suffix == ".json" else None
+    if data is not None:
         changed(data, draw, lambda: copy.deepcopy(draw.choice(ODD)))
         file.write_text(json.dumps(data, default=str), encoding="utf-8", errors="surrogatepass")
         return f"{file}: {file.read_text(encoding='utf-8', errors='replace')[:20000]}"

@@ -214,7 +214,8 @@ def _words(tree: Tree) -> dict[str, str]:
         value = functools.reduce(lambda data, key: data[key], path, tree.data)
         for word in (str(path[-1]).rpartition(".")[2] if path else "", value):
             if isinstance(word, str) and word:
-                found[word] = tree.origin(path)
+                # Errors of timm's and torchvision's networks quote the name without the library.
+                found[word] = found[word.rpartition(":")[2]] = tree.origin(path)
     return found
 
 

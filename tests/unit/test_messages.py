@@ -86,8 +86,7 @@ def test_what_is_found_when_networks_are_built_has_a_line_too(more: str, place: 
         check_cell(planned.cells[0].spec)
     placed = planned.placed(error.value)
     assert said in str(placed)
-    if "timm" not in more:
-        assert str(placed.where).endswith(place), placed
+    assert str(placed.where).endswith(place), placed
 
 
 @pytest.mark.parametrize(
