@@ -324,3 +324,10 @@ class Evaluation(Part):
     teacher: _Score = _Score()
     metrics: Metrics = {}
     references: Metrics = {}
+
+    @model_validator(mode="after")
+    def every_tested_part_has_an_accuracy(self) -> Evaluation:
+        for name in self.model_fields_set & {"test", "validation"}:
+            if "accuracy" not in getattr(self, name).model_fields_set:
+                raise ValueError(f"'{name}' has no accuracy")
+        return self
