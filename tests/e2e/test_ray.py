@@ -34,7 +34,8 @@ class Nodes:
 
         self.folder, self.number = folder, 0
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        self.cluster = Started(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
+        self.cluster = Started(initialize_head=True, head_node_args=head)
 
     def add(self, **environment: str) -> Any:
         """A node with one core, and this environment."""

@@ -25,7 +25,9 @@ from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
 
 # Of the largest value of a kind: sums over a batch are taken in another order, and convolutions of other sizes.
-TOLERANCE = 2e-4
+FIRST_STEP = 2e-5
+# What a training makes of that in its next steps, with batch norms over nine samples in some connectors.
+LATER = 2e-3
 
 
 def refused(spec: CellSpec) -> bool:
@@ -86,7 +88,8 @@ def test_every_loss_on_two_ranks_is_that_on_one() -> None:
     for line in lines:
         assert "failed" not in line, line["failed"]
         assert line["apart"].pop("images") == 0
-        assert max(line["apart"].values()) < TOLERANCE, line
+        for kind, far in line["apart"].items():
+            assert far < (FIRST_STEP if kind.startswith("0 ") else LATER), line
 
 
 def test_every_loss_is_tested_or_refused() -> None:
