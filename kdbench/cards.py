@@ -135,7 +135,8 @@ class SourceCard(TargetCard):
     """A batch source: what makes a stage's input sets beside, or in place of, those of the data set."""
 
     settings: Target | None = Field(None, description="a dataclass whose fields are further options of the target")
-    reads: list[Name] = Field([], description="input sets that it is given, with both networks' logits on them")
+    reads: list[Name] = Field([], description="input sets that it is given")
+    logits: bool = Field(True, description="whether it is given both networks' logits on these too")
     gives: list[Name] = Field(description="input sets that it makes")
     teacher: bool = Field(True, description="whether it needs a teacher")
 

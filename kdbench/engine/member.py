@@ -279,7 +279,7 @@ class Member:
         assert source is not None and reads is not None
         now = self.source_step(
             sets={name: sets[name] for name in reads.reads},
-            values={network: {name: values[network][name] for name in reads.reads} for network in values},
+            values={network: {name: values[network].get(name, {}) for name in reads.reads} for network in values},
         )
         with torch.autocast(self.device.type, enabled=False):
             made = source.sets(now)

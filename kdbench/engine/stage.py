@@ -201,7 +201,7 @@ def asked_points(terms: Iterable[Term], spec: StageSpec, network: str) -> dict[s
     for term in terms:
         for name, points in term.points(network).items():
             asked.setdefault(name, {}).update(dict.fromkeys(points))
-    for name in spec.source.reads if spec.source else ():
+    for name in spec.source.reads if spec.source and spec.source.logits else ():
         asked.setdefault(name, {})["logits"] = None
     return {name: [*points] for name, points in asked.items()}
 

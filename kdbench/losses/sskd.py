@@ -8,7 +8,7 @@ Batches hold each image four times, one after another: upright, then turned by 9
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.losses.checks import full, labelled_logits, logits_shape, positive, shape
@@ -94,7 +94,14 @@ def turned_kd(
     return _selected(full(student), full(teacher), truth, temperature, ratio)
 
 
-def similarity_kd(student: Tensor, teacher: Tensor, temperature: float = 0.5, ratio: float = 0.75) -> Tensor:
+def similarity_kd(
+    student: Tensor,
+    teacher: Tensor,
+    student_head: nn.Module,
+    teacher_head: nn.Module,
+    temperature: float = 0.5,
+    ratio: float = 0.75,
+) -> Tensor:
     r"""KL divergence between the two networks' beliefs of which upright image a turned one shows.
 
     $$
@@ -106,8 +113,10 @@ def similarity_kd(student: Tensor, teacher: Tensor, temperature: float = 0.5, ra
     the right one.
 
     Args:
-        student: h, the feature behind a head of its own, [4 N, D].
-        teacher: [4 N, D'].
+        student: Feature, [4 N, D].
+        teacher: Feature, [4 N, D'].
+        student_head: Gives h of the student's feature.
+        teacher_head: Gives h of the teacher's feature; it gets no gradient.
         temperature: T, above 0.
         ratio: Share of the others, from 0 to 1, rounded down.
 
@@ -117,11 +126,11 @@ def similarity_kd(student: Tensor, teacher: Tensor, temperature: float = 0.5, ra
     Raises:
         ValueError: The shapes do not match, images are not in fours, or an option is out of range.
     """
-    own, taught = (turned_similarities(one) for one in (student, teacher.detach()))
-    return _selected(own, taught, _shown(own), temperature, ratio)
+    own, taught = turned_similarities(student_head(student)), turned_similarities(teacher_head(teacher.detach()))
+    return _selected(own, taught.detach(), _shown(own), temperature, ratio)
 
 
-def recognize_turned(student: Tensor) -> Tensor:
+def recognize_turned(teacher: Tensor, teacher_head: nn.Module) -> Tensor:
     r"""Cross-entropy of finding the upright image of each turned one, by which a head learns.
 
     $$
@@ -129,7 +138,8 @@ def recognize_turned(student: Tensor) -> Tensor:
     $$
 
     Args:
-        student: h, [4 N, D]. In the method it is the teacher's head that learns so.
+        teacher: Feature, [4 N, D].
+        teacher_head: Gives h.
 
     Returns:
         Scalar, at least 0.
@@ -137,8 +147,19 @@ def recognize_turned(student: Tensor) -> Tensor:
     Raises:
         ValueError: The features are not [4 N, D].
     """
-    similarities = turned_similarities(student)
+    similarities = turned_similarities(teacher_head(teacher.detach()))
     return F.cross_entropy(similarities, _shown(similarities))
+
+
+def student_head(student_shape: tuple[int, ...]) -> nn.Module:
+    """Two fully connected layers as wide as the student's feature (D,), with a ReLU between them."""
+    return teacher_head(student_shape)
+
+
+def teacher_head(teacher_shape: tuple[int, ...]) -> nn.Module:
+    """The same of the teacher's feature."""
+    (width,) = teacher_shape
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
 
 def turned_similarities(feature: Tensor) -> Tensor:

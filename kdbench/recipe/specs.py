@@ -128,6 +128,7 @@ class LossSpec(TargetSpec):
 class SourceSpec(TargetSpec):
     reads: list[str]
     gives: list[str]
+    logits: bool = True
     teacher: bool
 
 

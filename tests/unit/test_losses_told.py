@@ -24,6 +24,7 @@ from kdbench.losses.ctkd import against
 from kdbench.losses.sskd import turned_similarities
 
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+HEADS = nn.Identity(), nn.Identity()
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -377,21 +378,21 @@ class TestSSKD:
         own, taught = turned_similarities(student), turned_similarities(teacher)
         rows = self.selected(taught, torch.arange(3).repeat_interleave(3), ratio)
         expected = losses.kd(own[rows], taught[rows], 0.5).item()
-        assert losses.similarity_kd(student, teacher, 0.5, ratio).item() == pytest.approx(expected, rel=1e-12)
+        assert losses.similarity_kd(student, teacher, *HEADS, 0.5, ratio).item() == pytest.approx(expected, rel=1e-12)
 
     def test_recognition(self) -> None:
         feature = rand(12, 3, seed=1)
         expected = F.cross_entropy(turned_similarities(feature), torch.arange(3).repeat_interleave(3)).item()
-        assert losses.recognize_turned(feature).item() == pytest.approx(expected, rel=1e-12)
+        assert losses.recognize_turned(feature, nn.Identity()).item() == pytest.approx(expected, rel=1e-12)
         perfect = torch.eye(3).repeat_interleave(4, dim=0)
-        assert losses.recognize_turned(perfect).item() < expected
+        assert losses.recognize_turned(perfect, nn.Identity()).item() < expected
 
     def test_gradients(self) -> None:
         student, teacher = self.outputs()
         features = rand(12, 3, seed=1), rand(12, 5, seed=2).requires_grad_()
         assert gradcheck(lambda s: losses.turned_kd(s, teacher, self.LABELS, 3.0, 0.5), (student.requires_grad_(),))
-        assert gradcheck(lambda s: losses.similarity_kd(s, features[1]), (features[0].requires_grad_(),))
-        losses.similarity_kd(*features).backward()
+        assert gradcheck(lambda s: losses.similarity_kd(s, features[1], *HEADS), (features[0].requires_grad_(),))
+        losses.similarity_kd(*features, *HEADS).backward()
         assert features[1].grad is None
 
     def test_what_does_not_fit(self) -> None:
@@ -399,12 +400,12 @@ class TestSSKD:
         for call in (
             lambda: losses.upright_kd(student[:-1], teacher[:-1]),
             lambda: losses.turned_kd(student[:6], teacher[:6], self.LABELS[:6]),
-            lambda: losses.similarity_kd(student[:6], teacher[:6]),
+            lambda: losses.similarity_kd(student[:6], teacher[:6], *HEADS),
         ):
             with pytest.raises(ValueError, match="in fours"):
                 call()
         with pytest.raises(ValueError, match="share"):
-            losses.similarity_kd(student, teacher, ratio=2.0)
+            losses.similarity_kd(student, teacher, *HEADS, ratio=2.0)
 
 
 class TestBYOT:

@@ -70,6 +70,8 @@ def told(target: str, called: bool, width: int = 6) -> dict[str, Any]:
         "student_classifier": lambda: filled(nn.Linear(width, 5)),
         "teacher_classifier": lambda: filled(nn.Linear(width, 5)),
         "batch_size": lambda: 8,
+        "student_head": lambda: filled(nn.Linear(width, 3)),
+        "teacher_head": lambda: filled(nn.Linear(width, 3)),
         "epoch": lambda: torch.tensor(3.0),
         "paraphraser": lambda: filled(losses.Paraphraser((4, 4, 4), rate=1.0)),
         "projector": lambda: filled(nn.Conv2d(4, 6, 1)),
@@ -108,10 +110,14 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         ("maps", (6, 4, 4, 4)),
         ("several maps", (6, 4, 4, 4)),
         ("a student's all", (6, 4, 4, 4)),
+        ("fours", (8, 5)),
     ):
+        if what == "fours" and found:
+            continue
         student, teacher, other = (3 * rand(*shape, seed=seed) for seed in (1, 2, 3))
         values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
-        values |= {"labels": torch.arange(6) % 5, "index": torch.arange(6), "mask": torch.arange(6) % 3 > 0}
+        values |= {"labels": torch.arange(len(student)) % 5}
+        values |= {"index": torch.arange(len(student)), "mask": torch.arange(len(student)) % 3 > 0}
         sizes: list[Any] = [student.shape[1:], teacher.shape[1:]]
         if what == "several maps":
             values |= {name: [values[name], values[name].flip(1)] for name in ("student", "teacher")}
@@ -134,7 +140,7 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
             continue
         # One that trains a module alone reads no student.
-        trained = student if "student" in card.inputs else next(iter(now["paraphraser"].parameters()))
+        trained = student if "student" in card.inputs else next(p for module in now.values() for p in module.parameters())
         (gradient,) = torch.autograd.grad(value, trained)
         found |= {what: float(value.detach()), f"gradient of {what}": digest(gradient)}
         found |= {f"{name} of {what}": float(import_target(target)(*inputs)) for name, target in card.metrics.items()}
