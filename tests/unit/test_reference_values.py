@@ -140,7 +140,9 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         except (ValueError, RuntimeError, IndexError, TypeError, AttributeError):
             continue
         # One that trains a module alone reads no student.
-        trained = student if "student" in card.inputs else next(p for module in now.values() for p in module.parameters())
+        trained = (
+            student if "student" in card.inputs else next(p for module in now.values() for p in module.parameters())
+        )
         (gradient,) = torch.autograd.grad(value, trained)
         found |= {what: float(value.detach()), f"gradient of {what}": digest(gradient)}
         found |= {f"{name} of {what}": float(import_target(target)(*inputs)) for name, target in card.metrics.items()}
