@@ -7,6 +7,8 @@ Batches hold each image four times, one after another: upright, then turned by 9
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -152,14 +154,14 @@ def recognize_turned(teacher: Tensor, teacher_head: nn.Module) -> Tensor:
 
 
 def student_head(student_shape: tuple[int, ...]) -> nn.Module:
-    """Two fully connected layers as wide as the student's feature (D,), with a ReLU between them."""
+    """Two fully connected layers as wide as the student's feature, with a ReLU between them."""
     return teacher_head(student_shape)
 
 
 def teacher_head(teacher_shape: tuple[int, ...]) -> nn.Module:
     """The same of the teacher's feature."""
-    (width,) = teacher_shape
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    width = math.prod(teacher_shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
 
 def turned_similarities(feature: Tensor) -> Tensor:
