@@ -248,9 +248,7 @@ class TermCard(TermFields, WithOptions):
     student: Points | None = Field(None, description="the same of the student alone")
     teacher: Points | None = Field(None, description="the same of the teacher alone")
     connector: Named | None = Field(None, description="a connector card, or one of the method's modules")
-    weight_schedule: Named | list[Named] | None = Field(
-        None, description="multiplies the weight; several: their product"
-    )
+    weight_schedule: Named | list[Named] | None = Field(None, description="factor of the weight; several: a product")
     schedules: dict[str, Named] = Field({}, description="option of the loss -> what multiplies it over the stage")
 
 
