@@ -67,7 +67,7 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
         options: those of `kdbench.results.tables.build` (baseline, metric, interval, published).
     """
     from kdbench.record import Record, read_records
-    from kdbench.results.renderers import to_frame
+    from kdbench.results.frames import to_frame
     from kdbench.results.tables import build
 
     given = list(records)

@@ -88,7 +88,7 @@ _PARTS = ("teacher", "data", "seeds")
 
 def _drawn_with(comparison: Comparison, column: Column) -> dict[str, frozenset[str | int | None]]:
     """Teachers (None where there are none), data sets and seeds of a column."""
-    records = [record for row in comparison.rows for record in comparison.cell(row, column).values()]
+    records = comparison.of_column(column)
     return {
         "teacher": frozenset(r.cell.teacher for r in records if r.cell.teacher is not None) or frozenset([None]),
         "data": frozenset(record.data.name for record in records),
@@ -111,7 +111,7 @@ def _why_no_distance(
     seen: set[str] = set()
     pairs = set()
     for column in columns:
-        records = [record for row in comparison.rows for record in comparison.cell(row, column).values()]
+        records = comparison.of_column(column)
         cells = {record.identity for record in records}
         if seen & cells:
             return "some numbers stand in several columns"

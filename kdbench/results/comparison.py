@@ -75,6 +75,16 @@ class Comparison:
         """Seed -> record, in order of seeds; empty where nothing ran."""
         return self.cells.get((row.label, column.key), {})
 
+    def places(self) -> Iterator[tuple[Row, Column, Record]]:
+        """Every record in every place where it stands, column by column."""
+        for column in self.columns:
+            for row in self.rows:
+                yield from ((row, column, record) for record in self.cell(row, column).values())
+
+    def of_column(self, column: Column) -> list[Record]:
+        """The records of all rows in a column."""
+        return [record for _, own, record in self.places() if own == column]
+
 
 def compare(records: Iterable[Record], baseline: str | None = None, asked: Iterable[str] = ()) -> Comparison:
     """Arrange finished records in rows (students without a teacher, then those with one, each in the order of the

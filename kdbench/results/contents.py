@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdbench.record import Metric
-from kdbench.record_parts import Metrics
+from kdbench.record import Metric, Record
+from kdbench.record_parts import Budget
 from kdbench.results.across import Across
 from kdbench.results.comparison import Column
 from kdbench.results.copied import CopiedRow
+from kdbench.results.statistics import Paired, Summary
 
 # Numbers of seeds above it are not told apart.
 CAP = 1000
@@ -37,53 +38,38 @@ class Measure:
     def title(self) -> str:
         return self.metric.replace("_", " ")
 
-    def show(self, value: float | None) -> str | None:
-        if value is None:
-            return None
+    def show(self, value: float) -> str:
         return f"{value:.4g}" if self.share_of is None else f"{100 * value:.1f} %"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """To the baseline of the same column, over the seeds that both have, in percent points.
-
-    `low`, `high`, `p`, `p_holm` are None with one pair of seeds or without spread. `seeds_needed`: pairs with which the
-    seen difference would be found with 80 % power at Holm's first step, 5 % over the number of the table's tests;
-    None without a test, `CAP` + 1 for more than that.
-    """
-
-    n: int
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    seeds_needed: int | None
 
 
 @dataclass(frozen=True)
 class Entry:
     """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
-    seed. `best`, `second`: by the mean as it is shown, in this column. `marks`: of the notes that belong to it.
-    `metrics`: metric -> hook point -> mean over the seeds. `also`: accuracies beside the one on the test part, mean and
-    deviation. `seconds`: mean training time of a seed."""
+    seed. `best`, `second`: by the mean as it is shown, in this column. `difference`: to the baseline of the column, in
+    percentage points. `marks`: of the notes that belong to it. `numbers`: means of those that records name so. `also`:
+    accuracies beside the one on the test part. `seconds`: mean training time of a seed."""
 
-    seeds: tuple[int, ...]
+    records: tuple[Record, ...]
     values: tuple[float, ...]
     n: int
     mean: float
     deviation: float | None
-    best: bool
-    second: bool
-    difference: Difference | None
-    steps: int
-    epochs: float
-    extra_epochs: float
-    metrics: Metrics
-    also: Mapping[str, tuple[float, float | None]]
+    difference: Paired | None
+    numbers: Mapping[str, Summary]
+    also: Mapping[str, Summary]
     seconds: float
     images_per_second: float
     marks: tuple[str, ...]
+    best: bool = False
+    second: bool = False
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(record.cell.seed for record in self.records)
+
+    @property
+    def budget(self) -> Budget:
+        return self.records[0].budget
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def copied_rows(
 
 
 def _pairs(comparison: Comparison, column: Column, card: PublishedCard) -> list[PublishedPair]:
-    records = _records(comparison, column)
+    records = comparison.of_column(column)
     same = [
         pair
         for pair in card.pairs.values()
@@ -109,7 +109,7 @@ def _rows(
             if method is not None:
                 theirs = card.protocol_of(method, pair)
                 runs = theirs.runs
-                said[0] += f"; {_beside_ours(theirs, pair, _records(comparison, column), reported)}"
+                said[0] += f"; {_beside_ours(theirs, pair, comparison.of_column(column), reported)}"
                 # Apart, so that rows which differ in nothing else share the note on the protocol.
                 said += _own(theirs, card.protocol)
             cells.append(CopiedCell(mean, deviation, runs, tuple(map(mark, said))))
@@ -162,10 +162,6 @@ def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:
     note = "" if theirs.note in (None, table.note) else str(theirs.note)
     said = "; ".join(part for part in (extra, note) if part)
     return [f"There: {said}"] if said else []
-
-
-def _records(comparison: Comparison, column: Column) -> list[Record]:
-    return [record for row in comparison.rows for record in comparison.cell(row, column).values()]
 
 
 def _teacher_model(record: Record) -> str | None:

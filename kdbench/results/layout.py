@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kdbench.results.contents import CAP, Entry, MethodRow, Table
 from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
+from kdbench.results.statistics import Summary
 
 ABSENT = "–"
 # Accuracies beside the one on the test part, as a record names them.
@@ -110,7 +111,7 @@ def _copied_entries(table: Table, row: CopiedRow) -> list[Text]:
     def entry(cell: CopiedCell | None, tail: str = "") -> Text:
         if cell is None:
             return Text(ABSENT)
-        return Text(_spread(cell.mean, cell.deviation), tail=f"{DAGGER}{tail}", marks=cell.marks)
+        return Text(_spread(cell), tail=f"{DAGGER}{tail}", marks=cell.marks)
 
     if len(table.columns) > 1:
         return [entry(cell, f" ({cell.runs})" if cell and cell.runs else "") for cell in row.cells]
@@ -155,8 +156,8 @@ def _also(table: Table) -> Grid:
     """Accuracies on other images or of other networks; no rows where there are none."""
 
     def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
-        shown = [Text(_spread(*cell.also[name]) if name in cell.also else ABSENT) for name in table.also]
-        return shown if cell.also else []
+        shown = [cell.also.get(name) for name in table.also]
+        return [Text(ABSENT if found is None else _spread(found)) for found in shown] if cell.also else []
 
     header = tuple(ALSO.get(name, name) for name in table.also)
     return _blocks(table, "Other accuracies, last step: mean ± deviation", header, entries)
@@ -164,13 +165,13 @@ def _also(table: Table) -> Grid:
 
 def _details(table: Table) -> Grid:
     """Metrics of the losses, and what a method costs beyond the protocol's budget and in time."""
-    extra = any(cell is not None and cell.extra_epochs for row in table.rows for cell in row.cells)
+    extra = any(cell is not None and cell.budget.extra_epochs for row in table.rows for cell in row.cells)
 
     def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
-        shown = [f"+{cell.extra_epochs:g}" if cell.extra_epochs else "0"] if extra else []
+        shown = [f"+{cell.budget.extra_epochs:g}" if cell.budget.extra_epochs else "0"] if extra else []
         for measure in table.measures:
-            values = cell.metrics.get(measure.metric, {})
-            shown += [measure.show(values.get(point)) or ABSENT for point in measure.points]
+            means = [cell.numbers.get(f"{measure.metric}.{point}") for point in measure.points]
+            shown += [ABSENT if found is None else measure.show(found.mean) for found in means]
         seconds = f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"
         return [*map(Text, shown), Text(seconds, place=place)]
 
@@ -214,7 +215,7 @@ def _blocks(
 def _accuracy(cell: Entry | None, place: tuple[int, int], tail: str = "") -> Text:
     if cell is None:
         return Text(ABSENT)
-    return Text(_spread(cell.mean, cell.deviation), cell.best, cell.second, tail, cell.marks, place)
+    return Text(_spread(cell), cell.best, cell.second, tail, cell.marks, place)
 
 
 def _difference(cell: Entry | None) -> list[Text]:
@@ -231,8 +232,8 @@ def _empty(count: int) -> list[Text]:
     return [Text("")] * count
 
 
-def _spread(mean: float, deviation: float | None) -> str:
-    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+def _spread(found: Entry | CopiedCell | Summary) -> str:
+    return f"{found.mean:.2f}" + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
 
 
 def _percent(value: float | None) -> str:

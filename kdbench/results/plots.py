@@ -261,8 +261,7 @@ def _reference(comparison: Comparison, column: Column, metric: str, point: str) 
     """Mean value of students that ignore their input; None where it was not recorded."""
     found = [
         references[point]
-        for row in comparison.rows
-        for record in comparison.cell(row, column).values()
+        for record in comparison.of_column(column)
         if point in (references := record.result.references.get(metric, {}))
     ]
     return statistics.summarize(found).mean if found else None
@@ -348,8 +347,7 @@ def _teacher_of(comparison: Comparison, column: Column) -> float | None:
     """The accuracy of a column's teacher in percent; None where there are several, or none was measured."""
     found = {
         (record.teacher.name, record.teacher.accuracy)
-        for row in comparison.rows
-        for record in comparison.cell(row, column).values()
+        for record in comparison.of_column(column)
         if record.teacher is not None and record.teacher.accuracy is not None
     }
     return found.pop()[1] if len(found) == 1 else None

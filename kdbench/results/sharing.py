@@ -14,13 +14,11 @@ def unlike_baseline(comparison: Comparison) -> dict[str, list[str]]:
     """What may be common to the runs of one seed, each with the labels of the rows in which some run differs in it from
     the baseline's of the same column and seed, or whose records do not say; in the order of the rows."""
     found: dict[str, dict[str, None]] = {what: {} for what in _DRAWN}
-    for column in comparison.columns:
-        base = comparison.cell(comparison.baseline, column)
-        for row in comparison.rows:
-            for seed, record in comparison.cell(row, column).items():
-                for what, of in _DRAWN.items():
-                    if seed in base and ((own := of(record)) is None or own != of(base[seed])):
-                        found[what][row.label] = None
+    for row, column, record in comparison.places():
+        base = comparison.cell(comparison.baseline, column).get(record.cell.seed)
+        for what, of in _DRAWN.items():
+            if base is not None and ((own := of(record)) is None or own != of(base)):
+                found[what][row.label] = None
     order = [row.label for row in comparison.rows]
     return {what: sorted(labels, key=order.index) for what, labels in found.items()}
 

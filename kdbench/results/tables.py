@@ -14,15 +14,15 @@ from kdbench.cards import LossCard
 from kdbench.errors import UserError
 from kdbench.published import PublishedCard
 from kdbench.record import Metric, Record
-from kdbench.record_parts import Metrics
 from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.across import across
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.contents import CAP, Difference, Entry, Measure, MethodRow, Note, Table, TeacherRow
+from kdbench.results.contents import CAP, Entry, Measure, MethodRow, Note, Table, TeacherRow
 from kdbench.results.copied import copied_rows
 from kdbench.results.facts import listed, metric_label, sentence
 from kdbench.results.notes import Interval, across_notes, copied_notes, missing, notes_of
+from kdbench.results.statistics import Paired, Summary
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -74,9 +74,13 @@ def build(
     copied = copied_rows(comparison, published or {}, label, marks.__getitem__)
     summed = across(comparison, metric)
     measures = _measures(comparison.records)
-    notes = notes_of(comparison, rows, metric, tests, measures, interval)
-    notes += missing(comparison, [*map(str, unfinished), *failed])
-    notes += [*across_notes(summed, comparison.baseline.label), *copied_notes(copied, published or {})]
+    said = [
+        *notes_of(comparison, rows, metric, tests, measures, interval),
+        *missing(comparison, [*map(str, unfinished), *failed]),
+        *across_notes(summed, comparison.baseline.label),
+        *copied_notes(copied, published or {}),
+    ]
+    notes = [one if isinstance(one, Note) else Note(one) for one in said]
     notes += [Note(said, letter) for said, letter in marks.items()]
     return Table(
         title=title if title is not None else _title(comparison),
@@ -96,10 +100,7 @@ def build(
 
 
 def _rows(
-    comparison: Comparison,
-    metric: Metric,
-    differences: Mapping[tuple[str, Column], Difference],
-    mark: Callable[[str], str],
+    comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Paired], mark: Callable[[str], str]
 ) -> tuple[MethodRow, ...]:
     by_column = [
         [_cell(comparison, line, column, metric, differences, mark) for line in comparison.rows]
@@ -114,10 +115,10 @@ def _rows(
 
 def _differences(
     comparison: Comparison, metric: Metric, interval: Interval
-) -> tuple[dict[tuple[str, Column], Difference], int]:
+) -> tuple[dict[tuple[str, Column], Paired], int]:
     """Every method's difference to the baseline of its column, p values after Holm over all tests of the table, and the
     number of these tests. A cell that stands in several columns beside the same baseline is one test."""
-    found: dict[tuple[str, Column], statistics.Paired] = {}
+    found: dict[tuple[str, Column], Paired] = {}
     tests: dict[tuple[frozenset[str], frozenset[str]], float] = {}
     keys: dict[tuple[str, Column], tuple[frozenset[str], frozenset[str]]] = {}
     for column in comparison.columns:
@@ -141,21 +142,15 @@ def _differences(
                 )
                 tests[keys[place]] = pair.p
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
-    result = {}
-    for place, pair in found.items():
-        needed = None
-        if pair.p is not None and pair.deviation is not None:
-            alpha = ALPHA / len(tests)
-            needed = statistics.seeds_needed(pair.mean, pair.deviation, alpha=alpha, cap=CAP) or CAP + 1
-        result[place] = Difference(
-            pair.n, pair.mean, pair.low, pair.high, pair.p, adjusted[keys[place]] if place in keys else None, needed
-        )
-    return result, len(tests)
+    for place, key in keys.items():
+        pair = found[place]
+        assert pair.deviation is not None
+        needed = statistics.seeds_needed(pair.mean, pair.deviation, alpha=ALPHA / len(tests), cap=CAP) or CAP + 1
+        found[place] = replace(pair, p_holm=adjusted[key], seeds_needed=needed)
+    return found, len(tests)
 
 
-def _bootstrapped(
-    pair: statistics.Paired, values: Mapping[int, float], baseline: Mapping[int, float], label: str
-) -> statistics.Paired:
+def _bootstrapped(pair: Paired, values: Mapping[int, float], baseline: Mapping[int, float], label: str) -> Paired:
     if pair.n < statistics.BOOTSTRAP_SEEDS:
         raise UserError(
             f"a bootstrap interval needs {statistics.BOOTSTRAP_SEEDS} seeds, and that of '{label}' would have {pair.n}",
@@ -171,41 +166,36 @@ def _cell(
     line: Row,
     column: Column,
     metric: Metric,
-    differences: Mapping[tuple[str, Column], Difference],
+    differences: Mapping[tuple[str, Column], Paired],
     mark: Callable[[str], str],
 ) -> Entry | None:
     group = comparison.cell(line, column)
     if not group:
         return None
-    records = list(group.values())
-    summary = statistics.summarize([record.accuracy(metric) for record in records])
-    budget = records[0].budget
+    records = tuple(group.values())
+    values = tuple(record.accuracy(metric) for record in records)
+    summary = statistics.summarize(values)
     difference = differences.get((line.label, column))
     return Entry(
-        seeds=tuple(group),
-        values=tuple(record.accuracy(metric) for record in records),
+        records=records,
+        values=values,
         n=summary.n,
         mean=summary.mean,
         deviation=summary.deviation,
-        best=False,
-        second=False,
         difference=difference,
-        steps=budget.steps,
-        epochs=budget.epochs,
-        extra_epochs=budget.extra_epochs,
-        metrics=_metrics(records),
-        also=_also(comparison, records),
+        numbers=_summaries(record.result.numbers() for record in records),
+        also=_summaries(comparison.also(record) for record in records),
         seconds=_mean([_seconds(record) for record in records]),
         images_per_second=_mean([record.compute.images_per_second for record in records]),
         marks=tuple(map(mark, _remarks(comparison, line, column, difference))),
     )
 
 
-def _remarks(comparison: Comparison, line: Row, column: Column, difference: Difference | None) -> list[str]:
+def _remarks(comparison: Comparison, line: Row, column: Column, difference: Paired | None) -> list[str]:
     """What must be said of one cell."""
     group = comparison.cell(line, column)
     said = []
-    expected = sorted({record.cell.seed for record in _in_column(comparison, column)})
+    expected = sorted({record.cell.seed for record in comparison.of_column(column)})
     if absent := [seed for seed in expected if seed not in group]:
         said.append(f"{len(group)} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
     if extra := next(iter(group.values())).budget.extra_epochs:
@@ -240,22 +230,12 @@ def _shipped_shares() -> dict[str, str]:
     return {metric: of for card in cards for metric, of in card.shares.items()}
 
 
-def _metrics(records: Sequence[Record]) -> Metrics:
-    """Means over the records that have them."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        for metric, values in record.result.metrics.items():
-            for point, value in values.items():
-                found.setdefault(metric, {}).setdefault(point, []).append(value)
-    return {metric: {point: _mean(values) for point, values in points.items()} for metric, points in found.items()}
-
-
-def _also(comparison: Comparison, records: Sequence[Record]) -> dict[str, tuple[float, float | None]]:
+def _summaries(numbers: Iterable[Mapping[str, float]]) -> dict[str, Summary]:
+    """Of each number, over the records that have it."""
     values: dict[str, list[float]] = {}
-    for record in records:
-        for name, accuracy in comparison.also(record).items():
-            values.setdefault(name, []).append(accuracy)
-    return {name: (found.mean, found.deviation) for name, v in values.items() if (found := statistics.summarize(v))}
+    for name, value in (item for own in numbers for item in own.items()):
+        values.setdefault(name, []).append(value)
+    return {name: statistics.summarize(found) for name, found in values.items()}
 
 
 def _ranked(cells: list[Entry | None]) -> list[Entry | None]:
@@ -277,7 +257,7 @@ def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
     """Accuracies by teacher and column."""
     found: dict[str, dict[Column, float | None]] = {}
     for column in comparison.columns:
-        for record in _in_column(comparison, column):
+        for record in comparison.of_column(column):
             if record.teacher is not None:
                 known = found.setdefault(record.teacher.name, {})
                 if known.get(column) is None:
@@ -316,10 +296,6 @@ def _is_free(comparison: Comparison, group: Mapping[int, Record], label: str, pa
         if row == label and any(record.identity == identity for record in other.values())
     }
     return len(values) > 1
-
-
-def _in_column(comparison: Comparison, column: Column) -> list[Record]:
-    return [record for row in comparison.rows for record in comparison.cell(row, column).values()]
 
 
 def _seconds(record: Record) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from kdbench.record_parts import Tried, Tuning
 from kdbench.results.comparison import Comparison
-from kdbench.results.contents import Note
 from kdbench.results.facts import joined, listed
 
 
@@ -22,7 +21,7 @@ def tunings(comparison: Comparison) -> Iterator[tuple[str, Tuning | None]]:
                 yield label, next(iter(records.values())).cell.tuning
 
 
-def tuning_notes(comparison: Comparison) -> list[Note]:
+def tuning_notes(comparison: Comparison) -> Iterator[str]:
     """How settings were chosen, which, and where there was nothing to choose."""
     found = list(tunings(comparison))
     by_way: dict[str, list[str]] = {}
@@ -32,13 +31,10 @@ def tuning_notes(comparison: Comparison) -> list[Note]:
             part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
             way = f"{len(tuning.trials)} trials each on {seeds}, by the accuracy on {part} of the training images"
             by_way.setdefault(way, []).append(f"{label} ({said(tuning.chosen)})")
-    notes = [
-        Note(f"Tuned, {way}; the test set was not looked at. Chosen: {listed(chosen, 100)}")
-        for way, chosen in by_way.items()
-    ]
-    if notes and (untuned := [label for label, tuning in found if tuning is None]):
-        notes.append(Note(f"Not tuned: {listed(untuned)}"))
-    return notes
+    for way, chosen in by_way.items():
+        yield f"Tuned, {way}; the test set was not looked at. Chosen: {listed(chosen, 100)}"
+    if by_way and (untuned := [label for label, tuning in found if tuning is None]):
+        yield f"Not tuned: {listed(untuned)}"
 
 
 def trials(comparison: Comparison) -> list[tuple[str, ...]]:

@@ -10,9 +10,9 @@ from synthetic import comparison, make
 
 from kdbench.record import Record
 from kdbench.results.across import Across
-from kdbench.results.latex import latex
-from kdbench.results.renderers import markdown, table_csv
+from kdbench.results.frames import table_csv
 from kdbench.results.tables import build
+from kdbench.results.texts import latex, markdown
 
 PAIRS = ("wrn_16_1", "wrn_16_2", "wrn_40_1", "resnet20")
 VALUES = {"ce": [90.0, 90.4, 90.2], "kd": [90.3, 91.0, 90.1], "ab": [92.0, 91.4, 91.8]}

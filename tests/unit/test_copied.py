@@ -17,9 +17,9 @@ from kdbench.published import PublishedCard
 from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.contents import Table
-from kdbench.results.latex import latex
-from kdbench.results.renderers import markdown, table_csv
+from kdbench.results.frames import table_csv
 from kdbench.results.tables import build
+from kdbench.results.texts import latex, markdown
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9]}
 

@@ -21,10 +21,10 @@ from picture_files import write_pictures
 
 from kdbench.cli.schema import build as build_schema
 from kdbench.record import read_records
-from kdbench.results.latex import latex
+from kdbench.results.frames import table_csv
 from kdbench.results.page import html, without_charts
-from kdbench.results.renderers import markdown, table_csv
 from kdbench.results.tables import build
+from kdbench.results.texts import latex, markdown
 
 TABLES = sorted(file.parent for file in (ROOT / "results").glob("*/table.md"))
 PAGES = [

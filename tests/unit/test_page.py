@@ -12,7 +12,8 @@ from synthetic import comparison, finished, make, plain_record, write
 
 from kdbench.errors import UserError
 from kdbench.record import read_records
-from kdbench.results.page import html, sort_value, without_charts
+from kdbench.results.page import html, without_charts
+from kdbench.results.rendering import sort_value
 from kdbench.results.tables import build
 
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}

@@ -260,7 +260,7 @@ def test_records_are_frozen() -> None:
 def test_results_need_no_torch() -> None:
     code = (
         "import sys, kdbench.record, kdbench.results.statistics, kdbench.results.tables, "
-        "kdbench.results.layout, kdbench.results.renderers, kdbench.results.plots, kdbench.results.page, "
+        "kdbench.results.layout, kdbench.results.frames, kdbench.results.plots, kdbench.results.page, "
         "kdbench.verify.verification, kdbench.verify.publishing, kdbench.verify.rerun\n"
         "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     )

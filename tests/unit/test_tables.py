@@ -21,13 +21,15 @@ from kdbench.record import Record, read_records
 from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.contents import Entry, Note, Table
-from kdbench.results.latex import PACKAGES, escape, latex
+from kdbench.results.frames import records_csv, table_csv, to_frame
+from kdbench.results.latex import escape
 from kdbench.results.layout import layout
 from kdbench.results.page import html
 from kdbench.results.plots import metric_curves
-from kdbench.results.renderers import markdown, records_csv, table_csv, to_frame
 from kdbench.results.tables import build
+from kdbench.results.texts import latex, markdown
 
+PACKAGES = r"\usepackage{booktabs,xltabular}"
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
 SPECIAL = r"""#$%&~_^\{}<>|"`'[x] → ± − × ≥ α β Ω é ñ Ł ß – … ² 中"""
 
@@ -527,7 +529,10 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     table = build(records)
     ab = cell(table, "AB_CRD")
     assert (ab.extra_epochs, ab.epochs) == (30.0, 230.0)
-    assert ab.metrics["agreement"] == {"layer1.preact": pytest.approx(0.805), "layer2.preact": pytest.approx(0.70)}
+    assert {name: found.mean for name, found in ab.numbers.items()} == {
+        "agreement.layer1.preact": pytest.approx(0.805),
+        "agreement.layer2.preact": pytest.approx(0.70),
+    }
     assert ab.seconds == 120.5
     assert [(t.name, t.accuracies) for t in table.teachers] == [("wrn_22_4_cifar10", (95.5,))]
     assert "Trained 30 epochs beyond the protocol's budget" in notes(table)
@@ -624,7 +629,8 @@ def compiled(folder: Path, body: str, options: str = "") -> str:
         if os.environ.get("CI") == "true":
             pytest.fail("pdflatex is not installed, and CI must not skip this")
         pytest.skip("pdflatex is not installed")
-    head = f"\\documentclass[{options}]{{article}}{PACKAGES.partition('needs ')[2]}"
+    assert PACKAGES in body.partition("\n")[0]
+    head = f"\\documentclass[{options}]{{article}}{PACKAGES}"
     source = f"{head}\\begin{{document}}\n{body}\\end{{document}}\n"
     (folder / "t.tex").write_text(source, encoding="utf-8")
     done = subprocess.run(

@@ -1,36 +1,21 @@
-"""Tables as files: Markdown and CSV. Byte for byte the same from the same records, in any order."""
+"""Tables and records as flat rows: CSV files and data frames. The same from the same records, in any order."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdbench.files import no_formula
 from kdbench.record import Record
 from kdbench.results.comparison import in_order, text
-from kdbench.results.contents import Entry, Note, Table
-from kdbench.results.layout import Text, layout, seeds_text
+from kdbench.results.contents import Entry, Table
+from kdbench.results.layout import seeds_text
+from kdbench.results.statistics import Summary
 
 if TYPE_CHECKING:
     import pandas
-
-
-def markdown(table: Table) -> str:
-    """GitHub Markdown: every grid, then the notes as a list. Ends with a newline."""
-    parts = [f"**{_md(table.title)}**" if table.title else ""]
-    for i, grid in enumerate(layout(table)):
-        if i:
-            parts.append(f"{_md(grid.caption)}:")
-        lines = [_md_row(map(_md, grid.header)), "|:--" + "|--:" * (len(grid.header) - 1) + "|"]
-        for n, row in enumerate(grid.rows):
-            heading = [f"*{_md(row[0].text)}*", *("" for _ in row[1:])]
-            lines.append(_md_row(heading if n in grid.headings else map(_md_text, row)))
-        parts.append("\n".join(lines))
-    notes = [f"- {f'<sup>{note.mark}</sup> ' if note.mark else ''}{_md_note(note)}" for note in table.notes]
-    return "\n\n".join(part for part in [*parts, "\n".join(notes)] if part) + "\n"
 
 
 def table_csv(table: Table) -> str:
@@ -146,43 +131,25 @@ def _numbers(table: Table, cell: Entry) -> dict[str, Any]:
         **{f"difference{name}": _round(getattr(found, field, None)) for name, field in difference.items()},
         **{name: _round(getattr(found, name, None), 9) for name in ("p", "p_holm")},
         "seeds_needed": seeds_text(found.seeds_needed) if found else None,
-        "steps": cell.steps,
-        "epochs": _round(cell.epochs),
-        "extra_epochs": _round(cell.extra_epochs),
+        "steps": cell.budget.steps,
+        "epochs": _round(cell.budget.epochs),
+        "extra_epochs": _round(cell.budget.extra_epochs),
         **{
-            f"{measure.metric}.{point}": _round(cell.metrics.get(measure.metric, {}).get(point))
-            for measure in table.measures
-            for point in measure.points
+            name: _mean(cell.numbers.get(name))
+            for name in (f"{measure.metric}.{point}" for measure in table.measures for point in measure.points)
         },
-        **{f"also.{name}": _round(cell.also.get(name, (None,))[0]) for name in table.also},
+        **{f"also.{name}": _mean(cell.also.get(name)) for name in table.also},
         "seconds": _round(cell.seconds, 2),
         "images_per_second": _round(cell.images_per_second, 1),
     }
 
 
+def _mean(summary: Summary | None) -> float | None:
+    return None if summary is None else _round(summary.mean)
+
+
 def _round(value: float | None, digits: int = 6) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def _md(value: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", value.replace("\n", " "))
-
-
-def _md_row(entries: Iterable[str]) -> str:
-    return "| " + " | ".join(entries) + " |"
-
-
-def _md_text(cell: Text) -> str:
-    shown = _md(cell.text)
-    if cell.bold:
-        shown = f"**{shown}**"
-    elif cell.underline:
-        shown = f"<u>{shown}</u>"
-    return shown + _md(cell.tail) + (f"<sup>{','.join(cell.marks)}</sup>" if cell.marks else "")
-
-
-def _md_note(note: Note) -> str:
-    return f"**{_md(note.text)}**" if note.warning else _md(note.text)
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
