@@ -79,9 +79,9 @@ def build(
         *missing(comparison, [*map(str, unfinished), *failed]),
         *across_notes(summed, comparison.baseline.label),
         *copied_notes(copied, published or {}),
+        *(Note(text, letter) for text, letter in marks.items()),
     ]
     notes = [one if isinstance(one, Note) else Note(one) for one in said]
-    notes += [Note(said, letter) for said, letter in marks.items()]
     return Table(
         title=title if title is not None else _title(comparison),
         metric=metric,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,20 @@ def verify(path: Path, registry: Registry, roots: Iterable[Path] = ()) -> list[F
             f"there is no {RUN}", where=str(path), hint="give a folder of runs/ or results/ that holds one comparison"
         )
     folder = read_folder(path)
-    findings = list(folder.unread)
-    checks: list[Callable[[Folder], Iterable[Finding]]] = [
-        _sums,
-        _plan_is_there,
-        _sound,
-        _files,
-        _identities,
-        _shared,
-        _tables,
+    checks: list[Iterable[Finding]] = [
+        *(check(folder) for check in (_sums, _plan_is_there, _sound, _files, _identities, _shared, _tables)),
+        _logits(folder, registry, roots),
+        _cards(folder, registry),
+        _planned_again(folder, registry),
     ]
-    for check in checks:
-        findings += check(folder)
-    return [*findings, *_logits(folder, registry, roots), *_cards(folder, registry), *_planned_again(folder, registry)]
+    return [*folder.unread, *(finding for check in checks for finding in _told(check))]
+
+
+def _told(check: Iterable[Finding]) -> list[Finding]:
+    """What a check found: what disagrees, or that everything agrees."""
+    findings = list(check)
+    wrong = any(finding.level == "disagrees" for finding in findings)
+    return [finding for finding in findings if not (wrong and finding.level == "agrees")]
 
 
 def _sums(folder: Folder) -> Iterator[Finding]:
@@ -64,10 +65,8 @@ def _sums(folder: Folder) -> Iterator[Finding]:
         what = "there is none, so a digit that stands in one place only can change unseen"
         yield Finding("unchecked", what, sums.NAME, "sums of the files")
         return
-    changed = sums.changed(folder.path)
-    yield from (Finding("disagrees", what, sums.NAME) for what in changed)
-    if not changed:
-        yield Finding("agrees", f"{len(sums.read(folder.path))} files are as they were summed up", sums.NAME)
+    yield from (Finding("disagrees", what, sums.NAME) for what in sums.changed(folder.path))
+    yield Finding("agrees", f"{len(sums.read(folder.path))} files are as they were summed up", sums.NAME)
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
@@ -77,20 +76,19 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
         what = "it names no cells (an older version wrote it): all records here are taken for its"
         yield Finding("unchecked", what, RUN, "which cells were planned")
         return
-    missing = [cell for cell in cells if cell not in folder.records]
     extra = [name for name in folder.records if name not in cells and is_cell(name)]
-    yield from (Finding("disagrees", "planned, and has no sound record", cell) for cell in missing)
+    yield from (
+        Finding("disagrees", "planned, and has no sound record", cell) for cell in cells if cell not in folder.records
+    )
     # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
     yield from (
         Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
     )
-    if not missing:
-        yield Finding("agrees", f"its {len(cells)} cells have their records", RUN)
+    yield Finding("agrees", f"its {len(cells)} cells have their records", RUN)
 
 
 def _sound(folder: Folder) -> Iterator[Finding]:
     """Each record against its own metrics and its own resolved recipe."""
-    wrong = 0
     for name, record in folder.records.items():
         if name not in folder.histories:
             continue
@@ -105,7 +103,6 @@ def _sound(folder: Folder) -> Iterator[Finding]:
                 found.append(f"its folder is not named after its identity, {record.identity[:8]}")
             if record.recipe != folder.run.name:
                 found.append(f"its recipe is '{record.recipe}', {RUN} says '{folder.run.name}'")
-        wrong += bool(found)
         yield from (Finding("disagrees", what, name) for what in found)
     if not folder.records:
         yield Finding("unchecked", "there is none that can be read", "records", "records")
@@ -114,9 +111,8 @@ def _sound(folder: Folder) -> Iterator[Finding]:
     if foreign:
         what = f"resolved recipes of {len(foreign)} have another version's form, {foreign[0]}'s for one"
         yield Finding("unchecked", what, "records", "records against their resolved recipes")
-    if not wrong:
-        known = "" if foreign else " and their recipes"
-        yield Finding("agrees", f"{len(folder.records)} records agree with their metrics{known}", "records")
+    known = "" if foreign else " and their recipes"
+    yield Finding("agrees", f"{len(folder.records)} records agree with their metrics{known}", "records")
 
 
 def _files(folder: Folder) -> Iterator[Finding]:
@@ -154,8 +150,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
         yield Finding("unchecked", what, LOGITS, "accuracies against the test logits")
         return
     yield from (Finding("disagrees", what, name) for name, what in wrong.items())
-    if not wrong:
-        yield Finding("agrees", f"the test accuracies of {len(held)} records follow from them", LOGITS)
+    yield Finding("agrees", f"the test accuracies of {len(held)} records follow from them", LOGITS)
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:
@@ -176,28 +171,24 @@ def _identities(folder: Folder) -> Iterator[Finding]:
                 "identities",
             )
             continue
-        for name, equal in same.items():
-            if not equal:
-                yield Finding("disagrees", "its identity is not that of its resolved recipe", name)
-        if all(same.values()):
-            yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
+        for name in (name for name, equal in same.items() if not equal):
+            yield Finding("disagrees", "its identity is not that of its resolved recipe", name)
+        yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
 
 
 def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
     """Each record against the cards that it names: only what these are is ever built."""
     absent: dict[str, list[str]] = defaultdict(list)
-    wrong = 0
     for name, record in folder.records.items():
         try:
             cell_of(record.spec, registry, name)
         except NotHere as error:
             absent[f"{error.what}; {error.hint}"].append(name)
         except UserError as error:
-            wrong += 1
             yield Finding("disagrees", error.what, name)
     for what, cells in absent.items():
         yield Finding("unchecked", f"{len(cells)} records, {cells[0]} for one: {what}", "cards", "cards")
-    if folder.records and not absent and not wrong:
+    if folder.records and not absent:
         yield Finding("agrees", "what the records name are cards of this installation, as they are today", "cards")
 
 
@@ -248,7 +239,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         fewest = min(values.values(), key=len)
         shown = " and ".join(value.strip('"')[:60] for value in values)
         yield Finding("disagrees", f"the {what} is not one: {shown}", ", ".join(dict.fromkeys(fewest[:3])))
-    if groups and not different:
+    if groups:
         yield Finding("agrees", "data, teachers and networks are the same in all records that share them", "records")
 
 
@@ -263,16 +254,13 @@ def _tables(folder: Folder) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")
         return
-    different = []
     for name, text in made.items():
         file = folder.path / name
         if not file.is_file():
-            different.append(Finding("disagrees", "it is not there", name))
+            yield Finding("disagrees", "it is not there", name)
         elif without_charts(file.read_bytes().decode("utf-8", "replace")) != text:
-            different.append(Finding("disagrees", "it is not what the records give", name))
-    yield from different or [
-        Finding("agrees", "made again from the records, the page without its charts", ", ".join(made))
-    ]
+            yield Finding("disagrees", "it is not what the records give", name)
+    yield Finding("agrees", "made again from the records, the page without its charts", ", ".join(made))
 
 
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
@@ -302,7 +290,6 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             "" if ours else check,
         )
         return
-    wrong = 0
     renamed: dict[str, None] = {}
     present = {slug: folder.records[slug] for slug in by_slug if slug in folder.records}
     # A cell may have been trained as part of a larger comparison: what counts is which cells come before which.
@@ -320,15 +307,12 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
                 continue
             if key == "label":
                 renamed[f"'{recorded.get(key)}' is called '{value}' today"] = None
-                continue
-            wrong += 1
-            yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
+            else:
+                yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)
     if folder.run.title != today.title:
-        wrong += 1
         yield Finding("disagrees", "its title is not that of its recipe", RUN)
-    if not wrong:
-        yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+    yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
 
 
 def _as_run(today: Plan, folder: Folder) -> Plan:
