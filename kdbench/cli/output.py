@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.text import Text as RichText
 
+    from kdbench.record import Record
     from kdbench.results.contents import Table
     from kdbench.results.latex import Form
     from kdbench.results.layout import Text as Entry
@@ -20,33 +21,31 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     from kdbench.results.tables import build
     from kdbench.verify import sums
 
-    table = build(read_records(folders), unfinished=failed)
-    files = [*write_files(table, out, folders), *write_plots(folders, out)]
+    records = read_records(folders)
+    table = build(records, unfinished=failed)
+    files = [*write_files(table, out, records), *write_plots(records, out)]
     files.append(sums.write(out))
     print_table(table)
     print(f"written to {out}: {', '.join(file.name for file in files)}")
 
 
 def write_files(
-    table: Table, out: Path, folders: Iterable[Path], form: Form = "page", label: str | None = None
+    table: Table, out: Path, records: Iterable[Record], form: Form = "page", label: str | None = None
 ) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text
-    from kdbench.record import read_records
     from kdbench.results.texts import texts
 
-    written = texts(table, read_records(folders), form=form, label=label)
+    written = texts(table, records, form=form, label=label)
     for name, text in written.items():
         write_text(out / name, text)
     return [out / name for name in written]
 
 
-def write_plots(folders: Iterable[Path], out: Path) -> list[Path]:
+def write_plots(records: Sequence[Record], out: Path) -> list[Path]:
     """Learning curves, every metric that was logged and final accuracies as PNG."""
-    from kdbench.record import read_records
     from kdbench.results.plots import final_accuracies, learning_curves, metric_curves
 
-    records = read_records(folders)
     return [
         learning_curves(records, out / "learning_curves.png"),
         *metric_curves(records, out),

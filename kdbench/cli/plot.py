@@ -19,9 +19,10 @@ def command(
     The page that 'kdbench table --out' writes has these curves too, beside the table and its runs.
     """
     from kdbench.cli.output import write_plots
+    from kdbench.record import read_records
     from kdbench.verify import sums
 
-    drawn = write_plots(folders, out or folders[0])
+    drawn = write_plots(read_records(folders), out or folders[0])
     sums.renew(out or folders[0], drawn)
     for file in drawn:
         print(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,18 +19,18 @@ EXAMPLES = (
     "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
     "kdbench table results/ab_wrn_30 --published datafree_cifar10:ce,cmi"
 )
-METRICS = ("last", "best", "mean_last")
-INTERVALS = ("student", "bootstrap")
-FORMS = ("page", "wide", "column")
 
 
 def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     baseline: Annotated[str | None, typer.Option(help="Method to compare with (default: the recipe's).")] = None,
     metric: Annotated[
-        str, typer.Option(help="last, best (marked as optimistic) or mean_last (of the last 10 epochs).")
+        Literal["last", "best", "mean_last"],
+        typer.Option(help="Accuracy: last, best (marked as optimistic) or mean_last (of the last 10 epochs)."),
     ] = "last",
-    interval: Annotated[str, typer.Option(help="Of differences: student, or bootstrap from 20 seeds on.")] = "student",
+    interval: Annotated[
+        Literal["student", "bootstrap"], typer.Option(help="Of differences: student, or bootstrap from 20 seeds on.")
+    ] = "student",
     published: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,7 +47,8 @@ def command(
         ),
     ] = None,
     latex: Annotated[
-        str, typer.Option(help="table.tex for a page (one column), wide (table*, across two columns), or column.")
+        Literal["page", "wide", "column"],
+        typer.Option(help="table.tex for a page (one column), wide (table*, across two columns), or column."),
     ] = "page",
     label: Annotated[str | None, typer.Option(help="Of table.tex, as tab:ab (default: of the title).")] = None,
     registry: RegistryOption = None,
@@ -62,26 +63,21 @@ def command(
     from kdbench.results.tables import build
     from kdbench.verify import sums
 
-    if metric not in METRICS:
-        raise UserError(f"unknown metric '{metric}'", where="--metric", hint=did_you_mean(metric, METRICS))
-    if interval not in INTERVALS:
-        raise UserError(f"unknown interval '{interval}'", where="--interval", hint=did_you_mean(interval, INTERVALS))
-    if latex not in FORMS:
-        raise UserError(f"unknown form '{latex}'", where="--latex", hint=did_you_mean(latex, FORMS))
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
         raise UserError(f"'{label}' is no label of LaTeX's", where="--label", hint="letters, digits, and : . -")
     cards = Registry(registry or ()) if published else None
+    records = read_records(folders)
     table = build(
-        read_records(folders),
+        records,
         baseline,
-        metric,  # type: ignore[arg-type]
+        metric,
         unfinished=unfinished(folders),
-        interval=interval,  # type: ignore[arg-type]
+        interval=interval,
         columns=[name for text in columns or () for name in text.split(",") if name],
         published=dict(_published(cards, text) for text in published or ()) if cards else None,
     )
     if out is not None:
-        sums.renew(out, write_files(table, out, folders, latex, label))  # type: ignore[arg-type]
+        sums.renew(out, write_files(table, out, records, latex, label))
     print_table(table)
 
 

@@ -90,7 +90,7 @@ def test_published_numbers_and_intervals_on_the_command_line(kdbench: Kdbench, t
         (("--published", "datafree_cifar10:abb"), "no method 'abb'"),
         (("--published", "crd_cifar100"), "has no numbers for this table"),
         (("--interval", "bootstrap"), "needs 20 seeds"),
-        (("--interval", "boot"), "unknown interval 'boot'"),
+        (("--interval", "boot"), "'boot' is not one of"),
     ):
         wrong = kdbench("table", records, *arguments, code=2)
         assert said in wrong.stderr and "Traceback" not in wrong.stderr
