@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from kdbench.published import PublishedCard
@@ -14,7 +15,7 @@ from kdbench.results.across import Across
 from kdbench.results.comparison import Column, Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
-from kdbench.results.facts import FACTS, SHORT, joined, listed, metric_label, ranged
+from kdbench.results.facts import FACTS, SHORT, joined, listed, metric_label, ranged, sentence
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 
@@ -58,6 +59,12 @@ def notes_of(
         yield from _measure(records, measure)
     yield "Seconds are the mean training time of one seed; methods that train together share their teacher's passes"
     yield from (Note(text, warning=True) for text in comparison.notes)
+
+
+def as_notes(said: Iterable[str | Note]) -> tuple[Note, ...]:
+    """Every note a whole sentence."""
+    notes = (one if isinstance(one, Note) else Note(one) for one in said)
+    return tuple(replace(note, text=sentence(note.text)) for note in notes)
 
 
 def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Metric) -> Said:

@@ -20,8 +20,8 @@ from kdbench.results.across import across
 from kdbench.results.comparison import Column, Comparison, Row, compare
 from kdbench.results.contents import CAP, Entry, Measure, MethodRow, Note, Table, TeacherRow
 from kdbench.results.copied import copied_rows
-from kdbench.results.facts import listed, metric_label, sentence
-from kdbench.results.notes import Interval, across_notes, copied_notes, missing, notes_of
+from kdbench.results.facts import listed, metric_label
+from kdbench.results.notes import Interval, across_notes, as_notes, copied_notes, missing, notes_of
 from kdbench.results.statistics import Paired, Summary
 
 CONFIDENCE = 0.95
@@ -81,7 +81,6 @@ def build(
         *copied_notes(copied, published or {}),
         *(Note(text, letter) for text, letter in marks.items()),
     ]
-    notes = [one if isinstance(one, Note) else Note(one) for one in said]
     return Table(
         title=title if title is not None else _title(comparison),
         metric=metric,
@@ -95,7 +94,7 @@ def build(
         across=summed,
         measures=measures,
         also=tuple(dict.fromkeys(name for record in comparison.records for name in comparison.also(record))),
-        notes=tuple(replace(note, text=sentence(note.text)) for note in notes),
+        notes=as_notes(said),
     )
 
 
