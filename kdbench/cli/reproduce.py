@@ -107,9 +107,10 @@ def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], ou
 
     there = [folder for folder in folders if (folder / RUN).is_file()]
     if there:
-        table = build(read_records(there), published=beside)
+        records = read_records(there)
+        table = build(records, published=beside)
         print_table(table)
-        write_files(table, out, there)
+        write_files(table, out, records)
         print(f"written together: {sums.write(out).parent}")
 
 

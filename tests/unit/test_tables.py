@@ -528,7 +528,7 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     ]
     table = build(records)
     ab = cell(table, "AB_CRD")
-    assert (ab.extra_epochs, ab.epochs) == (30.0, 230.0)
+    assert (ab.budget.extra_epochs, ab.budget.epochs) == (30.0, 230.0)
     assert {name: found.mean for name, found in ab.numbers.items()} == {
         "agreement.layer1.preact": pytest.approx(0.805),
         "agreement.layer2.preact": pytest.approx(0.70),
