@@ -65,7 +65,7 @@ def version(show_version: bool = typer.Option(False, "--version", help="Print th
 def with_address(words: list[str]) -> list[str]:
     """The words of a command in which `--ray` alone means the cluster that this machine belongs to."""
     found = []
-    for word, after in zip(words, [*words[1:], "-"], strict=True):
+    for word, after in zip(words, [*words, "-"][1:], strict=True):
         alone = word == "--ray" and (after.startswith("-") or "=" in after)
         found += [word, "auto"] if alone else [word]
     return found
