@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
 
-EXAMPLES = "Examples:  kdbench ls   ·   kdbench ls methods   ·   kdbench ls teachers --registry my_cards"
+if TYPE_CHECKING:
+    from kdbench.cards import MethodCard
+    from kdbench.registry import Registry
+
+EXAMPLES = "Examples:  kdbench ls   ·   kdbench ls methods --json   ·   kdbench ls teachers --registry my_cards"
 ALIASES = {"data": "datasets"}
 
 
@@ -18,8 +24,10 @@ def command(
         str | None, typer.Argument(help="methods, models, losses, data, teachers, recipes, protocols, …")
     ] = None,
     registry: RegistryOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list for programs.")] = False,
 ) -> None:
-    """List the cards of a KIND, or all kinds with the number of their cards."""
+    """List the cards of a KIND, or all kinds with the number of their cards. Methods stand in families, by what their
+    teacher gives."""
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
     from kdbench.cli.console import listing
@@ -37,20 +45,67 @@ def command(
         return
     kind = ALIASES.get(kind, kind)
     if kind == "recipes":
-        table = listing("recipe", "what it shows")
-        for name in recipe_names():
-            table.add_row(name, headline(name))
+        rows = [{"recipe": name, "what it shows": headline(name)} for name in recipe_names()]
     elif kind in KINDS:
-        table = listing(kind, "what it is", "paper")
-        for key in cards.keys(kind):
-            data = cards.tree(kind, cards.trees[kind][key].data.get("examples", [key])[0] if "{" in key else key).data
-            shown = key.replace("{", "<").replace("}", ">")
-            table.add_row(shown, about(data), str(data.get("paper", "")))
+        rows = [_row(cards, kind, key) for key in cards.keys(kind)]
     else:
         raise UserError(
             f"unknown kind '{kind}'", where="kdbench ls", hint=did_you_mean(kind, [*KINDS, *ALIASES, "recipes"])
         )
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    table = listing(*(title for title in rows[0] if title != "family"))
+    for column in table.columns:
+        column.no_wrap = kind == "methods"
+    for family in FAMILIES if kind == "methods" else [""]:
+        own = [row for row in rows if row.get("family", "") == family]
+        if own and family:
+            table.add_row(f"[bold]{family}[/bold]")
+        for row in own:
+            table.add_row(*(escape(text) for title, text in row.items() if title != "family"))
+        table.add_section()
     console.print(table)
+
+
+# Of methods, by what reaches the student from its teacher.
+FAMILIES = (
+    "labels alone",
+    "logits",
+    "feature maps",
+    "pooled features",
+    "logits and features",
+    "own batches, routes, domains",
+)
+
+
+def family(cards: Registry, name: str) -> str:
+    """A method's family, by what the loss terms of its stages read of the teacher."""
+    card: MethodCard = cards.card("methods", name)
+    terms = [term for stage in card.stages.values() for term in stage.losses.values()]
+    if card.starts_from or any(stage.source or stage.anchors or stage.begins for stage in card.stages.values()):
+        return FAMILIES[5]
+    if any(term.input != "data" or term.against or term.of == "teacher" for term in terms):
+        return FAMILIES[5]
+    taught = [term for term in terms if "teacher" in cards.card("losses", term.loss).inputs]
+    points = {term.teacher or term.hook or "logits" for term in taught}
+    if len(points) > 1 and "logits" in points:
+        return FAMILIES[4]
+    return FAMILIES[0] if not points else FAMILIES[{"logits": 1, "pooled": 3}.get(points.pop(), 2)]
+
+
+def _row(cards: Registry, kind: str, key: str) -> dict[str, str]:
+    """What is listed of a card."""
+    example = cards.trees[kind][key].data.get("examples", [key])[0] if "{" in key else key
+    data = cards.tree(kind, example).data
+    paper = str(data.get("paper", ""))
+    shown = {kind: key.replace("{", "<").replace("}", ">"), "what it is": about(data), "paper": paper}
+    if kind != "methods":
+        return shown
+    found = cards.card("papers", paper) if paper else None
+    first, *others = (found.authors if found else "").split(", ")
+    cited = f"{first.split()[-1]}{' et al.' if others else ''} {found.year}" if found else ""
+    return shown | {"paper": cited, "family": family(cards, key)}
 
 
 def headline(name: str) -> str:

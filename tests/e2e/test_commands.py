@@ -12,6 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, Kdbench, filled
 
+from kdbench.cli.ls import FAMILIES
+from kdbench.registry import Registry
+
 
 @pytest.fixture
 def finished(tiny_run: Path) -> Path:
@@ -132,6 +135,17 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "wrn_<depth>_<width>" in kdbench("ls", "models").stdout
     for kind in ("methods", "losses", "data", "teachers", "recipes", "published"):
         assert len(kdbench("ls", kind).stdout.splitlines()) > 2
+    lines = kdbench("ls", "methods", COLUMNS="80").stdout.splitlines()
+    families = [line.strip() for line in lines if line.strip() in FAMILIES]
+    assert families == [*FAMILIES] and len(lines) == 1 + len(families) + len(Registry().keys("methods"))
+    listed = {row["methods"]: row for row in json.loads(kdbench("ls", "methods", "--json").stdout)}
+    assert listed["ab"] == {
+        "methods": "ab", "what it is": "AB", "paper": "Heo et al. 2019", "family": "logits and features",
+    }  # fmt: skip
+    found = {name: listed[name]["family"] for name in ("ce", "kd", "at", "rkd", "uda", "rco", "bss")}
+    own = "own batches, routes, domains"
+    assert [*found.values()] == ["labels alone", "logits", "feature maps", "pooled features", own, own, own]
+    assert json.loads(kdbench("ls", "recipes", "--json").stdout)[0].keys() == {"recipe", "what it shows"}
     shown = kdbench("show", "methods", "ab").stdout
     assert "boundaries" in shown and "Heo" in shown
     assert "temperature" in kdbench("show", "losses", "kd").stdout
