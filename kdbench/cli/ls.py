@@ -85,13 +85,14 @@ def family(cards: Registry, name: str) -> str:
     terms = [term for stage in card.stages.values() for term in stage.losses.values()]
     if card.starts_from or any(stage.source or stage.anchors or stage.begins for stage in card.stages.values()):
         return FAMILIES[5]
-    if any(term.input != "data" or term.against or term.of == "teacher" for term in terms):
+    if any(term.input not in ("data", "second") or term.against or term.of == "teacher" for term in terms):
         return FAMILIES[5]
     taught = [term for term in terms if "teacher" in cards.card("losses", term.loss).inputs]
-    points = {term.teacher or term.hook or "logits" for term in taught}
-    if len(points) > 1 and "logits" in points:
-        return FAMILIES[4]
-    return FAMILIES[0] if not points else FAMILIES[{"logits": 1, "pooled": 3}.get(points.pop(), 2)]
+    read = [term.teacher or term.hook or "logits" for term in taught]
+    points = {point for at in read for point in ([at] if isinstance(at, str) else at)}
+    if "logits" in points:
+        return FAMILIES[1 if len(points) == 1 else 4]
+    return FAMILIES[0] if not points else FAMILIES[3 if points == {"pooled"} else 2]
 
 
 def _row(cards: Registry, kind: str, key: str) -> dict[str, str]:
