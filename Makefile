@@ -2,7 +2,7 @@
 # make test         all tests
 PYTHON ?= python3
 PROFILE ?= full
-# cpu: PyTorch without CUDA, a tenth of the download; else what the package index has.
+# cpu: PyTorch without CUDA; else what the package index has.
 TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
