@@ -145,9 +145,14 @@ class ContrastiveRepresentation(nn.Module):
 
 
 class ContrastiveDistillation(nn.Module):
-    """CRD with noise that is drawn anew for every batch: training images of other classes, without replacement.
+    r"""CRD with noise that is drawn anew for every batch: training images of other classes, without replacement.
 
-    Draws come from torch's default generator, on the device of the features.
+    $$
+    L = L_{NCE}(x^S) + L_{NCE}(x^T), \qquad x_{nk} = \frac{1}{Z} \exp \frac{\langle e_n, b_{i_{nk}} \rangle}{\tau}
+    $$
+
+    Each network's embeddings e are told from noise by the other network's bank b (`ContrastiveRepresentation`). Draws
+    come from torch's default generator, on the device of the features.
 
     Args:
         student_shape: Of one sample, flattened.

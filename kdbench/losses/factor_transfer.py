@@ -105,7 +105,13 @@ def factor_transfer(student: Tensor, teacher: Tensor, form: Literal["factors", "
 def paraphrased(
     student: Tensor, teacher: Tensor, paraphraser: nn.Module, form: Literal["factors", "attention"] = "factors"
 ) -> Tensor:
-    """`factor_transfer` to the factors that a trained paraphraser finds in the teacher's map.
+    r"""`factor_transfer` to the factors that a trained paraphraser finds in the teacher's map.
+
+    $$
+    L = \operatorname{mean} \left| \frac{F_S}{\|F_S\|_2} - \frac{F_T}{\|F_T\|_2} \right|, \qquad F_T = E(T)
+    $$
+
+    E is the paraphraser's encoder, F_S what the translator makes of the student's map.
 
     Args:
         student: Factors of the translator, [N, C, H, W].
@@ -121,7 +127,11 @@ def paraphrased(
 
 
 def reconstruction(teacher: Tensor, paraphraser: nn.Module, power: Literal[1, 2] = 1) -> Tensor:
-    """How far a paraphraser's output is from the teacher's map: what trains it.
+    r"""How far a paraphraser's output is from the teacher's map: what trains it.
+
+    $$
+    L = \operatorname{mean} | P(T) - T |^p
+    $$
 
     Args:
         teacher: Feature map, [N, C, H, W].

@@ -45,7 +45,12 @@ def batch_norm_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def ofd(student: Tensor, teacher: Tensor, teacher_batch_norm: nn.Module) -> Tensor:
-    """`overhaul` with the margin that the batch norm before the teacher's ReLU gives (`batch_norm_margin`).
+    r"""`overhaul` with the margin that the batch norm before the teacher's ReLU gives (`batch_norm_margin`).
+
+    $$
+    L = \frac{1}{N} \sum_{nchw} \begin{cases} 0 & s \le t \le 0 \\ (s - t)^2 & \text{else} \end{cases}, \qquad
+    t = \max(T, m_c)
+    $$
 
     Args:
         student: Feature map after the connector, [N, C, H, W].

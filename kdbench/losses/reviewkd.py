@@ -89,10 +89,14 @@ class AttentionFusion(nn.Module):
 
 
 class KnowledgeReview(nn.Module):
-    """Sum of `hierarchical_context` over layers, each of the teacher's reviewed with all of the student's deeper ones.
+    r"""Sum of `hierarchical_context` over layers, each of the teacher's reviewed with all of the student's deeper ones.
 
-    From the deepest layer to the shallowest an `AttentionFusion` takes the student's map and the residual of the one
-    before. Vectors, such as pooled features, count as maps of 1×1.
+    $$
+    L = \sum_l D \left( A_{l,l+1}(F^S_l, A_{l+1,l+2}(\dots)),\, F^T_l \right)
+    $$
+
+    A are the fusions, D is the hierarchical context loss. From the deepest layer to the shallowest an `AttentionFusion`
+    takes the student's map and the residual of the one before. Vectors, such as pooled features, count as maps of 1×1.
 
     Args:
         student_shapes: (C, H, W) or (C,) of each layer, from shallow to deep.

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import member_of, shortened, student_of, target_for, train
+from torch import Tensor, nn
 
 from kdbench.cards import KINDS
 from kdbench.engine.teachers import fingerprint
@@ -74,8 +75,20 @@ def test_card_is_sound(kind: str, name: str) -> None:
     check_card(REGISTRY, kind, name)
 
 
+@torch.no_grad()
+def measure_statistics(model: nn.Module, images: Tensor) -> None:
+    """Have the batch norms of an untrained teacher know what comes to them: a deep one's features overflow else."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    model.train()(images.float() / 255)
+    model.eval()
+
+
 def train_two_steps(spec: CellSpec) -> None:
     member, batches, teacher = member_of(spec)
+    if teacher is not None:
+        measure_statistics(teacher.network.model, batches.train.images)
     before = fingerprint(teacher.network.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2

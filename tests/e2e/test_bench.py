@@ -88,7 +88,7 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     def keep(results: list[Benchmark], times: dict[str, Any]) -> None:
         kept.append({"rows": [one.plain() for one in results], "times": dict(times)})
 
-    results, times = bench_gpu(pairs, machine, "cpu", 1.5, 2, 0.1, False, False, said.append, keep)
+    results, times = bench_gpu(pairs, machine, "cpu", 2.2, 2, 0.1, False, False, said.append, keep)
     (result,) = results
     assert set(result.roles) == {"run", "cohort"} and all(len(row.rates) == 2 for row in result.rows)
     assert any("left out" in line and "sleeps" in line for line in said)

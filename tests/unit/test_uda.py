@@ -19,7 +19,7 @@ from kdbench.losses import kd, kl_divergence, mmd
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import TermSpec
 from kdbench.registry import Registry
-from kdbench.schedules import exponential, inverse_power, product, sigmoid_ramp
+from kdbench.schedules import Moment, exponential, inverse_power, product, sigmoid_ramp
 
 REGISTRY = Registry()
 
@@ -149,9 +149,9 @@ def test_schedules_are_their_formulas() -> None:
 
 def test_several_schedules_multiply() -> None:
     both = product([exponential(start=0.1, end=0.9, complement=True), sigmoid_ramp()])
-    assert both(0.0, 0.7) == 0
-    assert both(0.2, 0.7) == pytest.approx((1 - 0.1 * 9**0.2) * (2 / (1 + math.exp(-2)) - 1), rel=1e-12)
-    assert product([])(0.3, 0.1) == 1
+    assert both(Moment(0.0, 0.7)) == 0
+    assert both(Moment(0.2, 0.7)) == pytest.approx((1 - 0.1 * 9**0.2) * (2 / (1 + math.exp(-2)) - 1), rel=1e-12)
+    assert product([])(Moment(0.3, 0.1)) == 1
 
 
 def terms(method: str) -> dict[str, TermSpec]:
