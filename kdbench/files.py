@@ -102,7 +102,8 @@ def no_formula(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return value
     try:
-        float(value)
+        # A number, or several.
+        [float(part) for part in value.split(" ")]
     except ValueError:
         return f"'{value}"
     return value

@@ -81,14 +81,14 @@ def measure_statistics(model: nn.Module, images: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None
-    model.train()(images.float() / 255)
+    model.train()(images)
     model.eval()
 
 
 def train_two_steps(spec: CellSpec) -> None:
     member, batches, teacher = member_of(spec)
     if teacher is not None:
-        measure_statistics(teacher.network.model, batches.train.images)
+        measure_statistics(teacher.network.model, teacher.network.normalizer(batches.train.images))
     before = fingerprint(teacher.network.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2

@@ -192,7 +192,12 @@ def statistics_replaced(member: Member) -> None:
 
 def weight_as_number(member: Member) -> None:
     now = member.stage.next_numbers
-    member.stage.next_numbers = lambda: (dict.fromkeys(now()[0], 1.0 + member.step), now()[1])  # type: ignore[assignment, return-value]
+
+    def next_numbers() -> Any:
+        numbers = now()
+        return numbers._replace(weights=dict.fromkeys(numbers.weights, 1.0 + member.step))
+
+    member.stage.next_numbers = next_numbers  # type: ignore[method-assign]
 
 
 def sums_replaced(member: Member) -> None:
@@ -202,7 +207,7 @@ def sums_replaced(member: Member) -> None:
 def term_with_a_count(member: Member) -> None:
     term = next(iter(member.stage.terms.values()))
     forward = term.forward
-    term.forward = lambda values, sets: forward(values, sets) * (1 + member.step)  # type: ignore[method-assign]
+    term.forward = lambda *given: forward(*given) * (1 + member.step)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +250,7 @@ def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
     program = CapturedProgram([group], StandIn())
     term = next(iter(group.cells[0].member.stage.terms.values()))
     forward = term.forward
-    term.forward = lambda values, sets: loss(forward(values, sets))  # type: ignore[method-assign]
+    term.forward = lambda *given: loss(forward(*given))  # type: ignore[method-assign]
     group.cells[0].member.ready(lambda text: None, lambda: False)
     program.prepare(group.cells)
     with pytest.raises(Broken, match=message):

@@ -156,8 +156,8 @@ def test_narrow_terminals_leave_out_columns_not_digits(width: int) -> None:
 
 
 def test_no_text_in_csv_is_a_formula() -> None:
-    assert [no_formula(value) for value in ("=1+1", "+4.71", "-3", "-x", "@a", "KD", -1.5, None)] == [
-        *("'=1+1", "+4.71", "-3", "'-x", "'@a", "KD", -1.5, None)
+    assert [no_formula(value) for value in ("=1+1", "+4.71", "-3", "-2.5 2.5", "-x", "@a", "KD", -1.5, None)] == [
+        *("'=1+1", "+4.71", "-3", "-2.5 2.5", "'-x", "'@a", "KD", -1.5, None)
     ]
 
 
