@@ -97,16 +97,19 @@ def _teacher(cells: Cells) -> str:
 
 
 def balanced(cohorts: list[Cells], jobs: int) -> list[Cells]:
-    """Cohorts for `jobs` workers: those that would be left for a last, incomplete round are split among all workers."""
+    """Cohorts for `jobs` workers: one with several workers' share of all cells is split among them, and those that
+    would be left for a last, incomplete round are split among all workers."""
+    share = sum(map(len, cohorts)) / jobs
+    cohorts = [part for cohort in cohorts for part in _split(cohort, round(len(cohort) / share))]
     left = len(cohorts) % jobs
-    if not left:
-        return cohorts
     whole, rest = cohorts[: len(cohorts) - left], cohorts[len(cohorts) - left :]
-    parts = []
-    for cohort in rest:
-        n = max(1, min(jobs // left, len(cohort)))
-        parts += [cohort[i::n] for i in range(n)]
-    return whole + parts
+    return whole + [part for cohort in rest for part in _split(cohort, jobs // left)]
+
+
+def _split(cohort: Cells, parts: int) -> list[Cells]:
+    """A cohort in at most so many parts, its neighbours in different ones."""
+    parts = max(1, min(parts, len(cohort)))
+    return [cohort[i::parts] for i in range(parts)]
 
 
 def bytes_of(cohorts: Iterable[Cells], memory: Memories, at_once: bool) -> int:

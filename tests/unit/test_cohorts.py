@@ -92,3 +92,10 @@ def test_an_incomplete_last_round_is_split(seeds: int, jobs: int, expected: int)
     shared = balanced(cohorts, jobs)
     assert len(shared) == expected
     assert sorted(id(w) for c in shared for w in c) == sorted(id(w) for c in cohorts for w in c)
+
+
+def test_a_large_cohort_beside_a_small_one_is_split() -> None:
+    """Otherwise one of two workers has nothing to do for most of the run."""
+    cells = work(compare={"method": ["kd"], "method.temperature": list(range(1, 13))}, seeds=1)
+    small = work(compare={"method": ["ab_crd"]}, seeds=1)
+    assert [len(cohort) for cohort in balanced([cells, small], 2)] == [6, 6, 1]
