@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from kdbench.engine.device import gpus
 from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
+from kdbench.engine.optimizers import separates
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError
@@ -110,6 +111,7 @@ def refuse(spec: CellSpec, ranks: int) -> None:
     method = spec.method
     for name, stage in method.stages.items():
         what = "a batch source" if stage.source else "an operation" if stage.begins else ""
+        what = what or ("an optimizer with 'delta'" if separates(stage.optimizer) else "")
         if what:
             raise UserError(
                 f"method '{method.name}', stage '{name}': {what} is made for one process, here are {ranks} ranks",

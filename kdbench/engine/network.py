@@ -135,6 +135,8 @@ class Network:
         if self.frozen and next(self.model.parameters()).device.type == "cpu":
             # Weights become constants, packed for the kernels once, with batch norms folded into convolutions.
             options["freezing"] = True
+        # Where an optimizer takes gradients apart, two backward passes go through one graph.
+        torch._functorch.config.donated_buffer = False
         return torch.compile(graph.module, dynamic=False, options=options or None)
 
 

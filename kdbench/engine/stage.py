@@ -17,6 +17,7 @@ from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
 from kdbench.engine.terms import Term
+from kdbench.errors import UserError
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 from kdbench.schedules import Moment
@@ -78,6 +79,11 @@ class Stage:
         self.spec, self.span, self.schedule_span, self.timeline = spec, span, schedule_span, timeline
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
+        if spec.clip is not None and any(one.separates for one in optimizers):
+            raise UserError(
+                f"stage '{span.name}': gradients that an optimizer with 'delta' takes apart are not clipped together",
+                hint="leave out 'clip' or 'delta'",
+            )
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())
         self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)

@@ -80,14 +80,38 @@ def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., A
         # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
-        if losses:
-            loss.backward()
+        distillation = backward(turn, loss, losses, numbers)
         for optimizer in turn.optimizers:
-            optimizer.step(numbers.rates[optimizer], stage.spec.clip)
+            optimizer.step(numbers.rates[optimizer], stage.spec.clip, distillation)
         total = total + loss.detach()
         found |= losses
     member.meter.add(found | {"loss": total})
     return images
+
+
+def backward(turn: Turn, loss: Tensor, losses: Mapping[str, Tensor], numbers: Numbers) -> dict[Tensor, Tensor]:
+    """Leave the gradients of a turn's loss in `.grad`.
+
+    Returns:
+        Of the parameters whose optimizer takes them apart: the gradients of terms that read a teacher, which are not in
+        `.grad` then.
+    """
+    separate = [parameter for one in turn.optimizers if one.separates for parameter in one.parameters]
+    if not separate:
+        if losses:
+            loss.backward()
+        return {}
+    taught = {name: term for name, term in losses.items() if "teacher" in turn.terms[name].spec.loss.inputs}
+    others = {name: term for name, term in losses.items() if name not in taught}
+    found = {}
+    if taught:
+        weighted_sum(taught, numbers.weights, loss.device).backward(retain_graph=bool(others))
+        found = {parameter: parameter.grad for parameter in separate if parameter.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+    if others:
+        weighted_sum(others, numbers.weights, loss.device).backward()
+    return found
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from captured import cell
+from tiny import member_of, train
 from torch import nn
 
+from kdbench.engine.distributed import refuse
 from kdbench.engine.optimizers import SGD, ScheduledOptimizer
+from kdbench.engine.step import losses_of, shared_part
+from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -99,3 +104,57 @@ def test_forgotten_momentum_is_that_of_a_new_optimizer(name: str) -> None:
     fresh = nn.Parameter(torch.ones(5))
     expected = trained(fresh, ScheduledOptimizer(stage.optimizer, stage.schedule, [fresh]))
     assert torch.equal(trained(parameter, used), expected)
+
+
+def test_gradients_of_terms_that_read_a_teacher_have_a_momentum_of_their_own() -> None:
+    """DOT: two running sums, and a parameter that one kind reaches has the momentum between; weights decay once."""
+    both, task, taught, idle = (nn.Parameter(torch.full((2,), float(n))) for n in range(1, 5))
+    one = SGD([both, task, taught, idle], lr=0.1, momentum=0.9, weight_decay=0.5, delta=0.05)
+    sums = dict.fromkeys(("both", "both taught", "task", "taught"), torch.zeros(2))
+    expected = {name: p.detach().clone() for name, p in {"both": both, "task": task, "taught": taught}.items()}
+    for step in range(1, 4):
+        ours, theirs = torch.tensor([1.0, -2.0]) * step, torch.tensor([0.5, 3.0]) / step
+        both.grad, task.grad = ours.clone(), ours.clone()
+        one.step(distillation={both: theirs.clone(), taught: theirs.clone()})
+        sums["both"] = 0.85 * sums["both"] + ours + 0.5 * expected["both"]
+        sums["both taught"] = 0.95 * sums["both taught"] + theirs
+        sums["task"] = 0.9 * sums["task"] + ours + 0.5 * expected["task"]
+        sums["taught"] = 0.9 * sums["taught"] + theirs + 0.5 * expected["taught"]
+        expected["both"] = expected["both"] - 0.1 * (sums["both"] + sums["both taught"])
+        expected["task"] = expected["task"] - 0.1 * sums["task"]
+        expected["taught"] = expected["taught"] - 0.1 * sums["taught"]
+    for name, parameter in {"both": both, "task": task, "taught": taught}.items():
+        torch.testing.assert_close(parameter.detach(), expected[name])
+    assert torch.equal(idle, torch.full((2,), 4.0))
+
+
+def test_the_step_tells_both_kinds_of_gradients_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = cell({"name": "dot", "gamma": 0.25, "alpha": 0.5}, steps=1)
+    member, batches, teacher = member_of(spec)
+    found: dict[str, Any] = {}
+
+    def noted(self: SGD, closure: None = None, distillation: Any = None) -> None:
+        found.update(others=[p.grad for p in member.student.model.parameters()], taught=dict(distillation))
+
+    monkeypatch.setattr(SGD, "step", noted)
+    train(member, batches, teacher, 1)
+    again, batches, teacher = member_of(spec)
+    again.prepare(1)
+    batches.seek(0, again.timeline, ["data"])
+    batches.feed(["data"])
+    sets, taught = shared_part(batches, teacher, [again])
+    for name, weight, seen in (("ce", 0.25, found["others"]), ("kd", 0.5, [*found["taught"].values()])):
+        again.set_modes()
+        losses = losses_of(again, again.stage.turns[0], sets, taught, again.stage.next_numbers())[1]
+        gradients = torch.autograd.grad(weight * losses[name], [*again.student.model.parameters()])
+        for one, other in zip(gradients, seen, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_what_cannot_go_with_gradients_apart_is_said() -> None:
+    with pytest.raises(ValueError, match="delta 0.2 must lie between 0 and 1"):
+        SGD([nn.Parameter(torch.ones(1))], momentum=0.9, delta=0.2)
+    with pytest.raises(UserError, match="not clipped together"):
+        member_of(cell({"name": "dot", "stages": {"classification": {"clip": 1.0}}}))
+    with pytest.raises(UserError, match="an optimizer with 'delta' is made for one process"):
+        refuse(cell("dot"), 2)
