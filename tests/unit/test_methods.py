@@ -43,9 +43,10 @@ def test_every_name_and_path_leads_somewhere(name):
             known = set(REGISTRY.settable(operation.target, operation))
         if parents[-1] == "batch_norm":
             known = {"data", *REGISTRY.card("sources", tree["stages"][parents[1]]["source"]["name"]).gives}
-        if parents[0] in ("modules", "predicts"):
-            connector = REGISTRY.card("connectors", node["name"])
-            known = set(REGISTRY.settable(connector.target, connector))
+        if parents[0] in ("modules", "predicts") or parents[-1] == "optimizer":
+            kind = "optimizers" if parents[-1] == "optimizer" else "connectors"
+            named = REGISTRY.card(kind, node["name"])
+            known = set(REGISTRY.settable(named.target, named))
         if "loss" in node:
             loss = REGISTRY.card("losses", node["loss"])
             known = {*TermCard.model_fields, *REGISTRY.settable(loss.target, loss)}
