@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from kdbench.forms import Card, Name, Named, Strict, WithOptions
+from kdbench.image_cards import AugmentationCard, Normalization
 from kdbench.models.points import point_name
 from kdbench.published import PublishedCard
 from kdbench.schedules import share
@@ -30,61 +31,6 @@ PointName = Annotated[str, AfterValidator(point_name)]
 Mode = Literal["train", "eval"]
 Network = Literal["student", "teacher"]
 Statistics = Literal["shared", "frozen", "separate"]
-
-
-# The deviation of values in [0, 1] is 0.5 at most, a little more where it was estimated. 1 leaves the scale as it is,
-# and 1 / 255 = 0.0039 brings pixels to 0 to 255; half of that and less was divided by 255 once too often.
-_DEVIATIONS = (0.002, 0.501)
-
-
-def _mean_of_pixels(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{_PIXELS}{_scale(value)}")
-    return value
-
-
-def _deviation_of_pixels(value: float) -> float:
-    if not (_DEVIATIONS[0] <= value <= _DEVIATIONS[1] or value == 1):
-        lost = "; it seems to be divided by 255 once too often" if value < _DEVIATIONS[0] else ""
-        raise ValueError(f"{_PIXELS}, where a deviation is above 0 and at most 0.5, or 1 for none{_scale(value)}{lost}")
-    return value
-
-
-_PIXELS = "it must be for pixel values in [0, 1]"
-
-
-def _scale(value: float) -> str:
-    return f"; if it is on the scale 0 to 255, divide it by 255: {value / 255:.4f}" if 1 < value <= 255 else ""
-
-
-class Normalization(Strict):
-    """Per-channel mean and standard deviation of pixel values in [0, 1]; mean 0 and deviation 1 leave them as they are.
-
-    Numbers that cannot belong to such values (those of the scale 0 to 255) are errors.
-    """
-
-    mean: list[Annotated[float, AfterValidator(_mean_of_pixels)]]
-    std: list[Annotated[float, Field(gt=0), AfterValidator(_deviation_of_pixels)]]
-
-
-class AugmentationFields(Strict):
-    """Random crop after padding, and mirror, per image (torchvision's RandomCrop and RandomHorizontalFlip)."""
-
-    padding: int = Field(0, ge=0)
-    mode: Literal["zero", "reflect"] = "zero"
-    flip: bool = False
-    resized_crop: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="lowest and highest share of the area of RandomResizedCrop; for streamed data"
-    )
-
-    @model_validator(mode="after")
-    def one_crop(self) -> AugmentationFields:
-        if self.resized_crop is not None:
-            if len(self.resized_crop) != 2 or self.resized_crop[0] > self.resized_crop[1]:
-                raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
-            if self.padding:
-                raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one ('padding: 0')")
-        return self
 
 
 class CodeCard(Card):
@@ -115,6 +61,9 @@ class HookCard(Card):
 class LossCard(CodeCard):
     inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]] | None = Field(
         None, description="what its first arguments take, where their names do not say it"
+    )
+    soft_labels: bool = Field(
+        False, description="its `labels` may be shares of the classes [N, K], as Mixup and CutMix make them"
     )
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(
@@ -177,7 +126,16 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: AugmentationFields = AugmentationFields(padding=0, resized_crop=None)
+    augmentation: AugmentationCard = AugmentationCard(padding=0, resized_crop=None, transforms=None)
+    second: AugmentationCard | None = Field(
+        None, description="augmentation of the input set `second`, the batch's images again; the same where absent"
+    )
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay a step of a moving average of the student's weights, which is tested and kept in its place",
+    )
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named
@@ -393,6 +351,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "datasets": DatasetCard,
     "teachers": TeacherCard,
     "protocols": ProtocolCard,
+    "transforms": TargetCard,
     "studies": StudyCard,
     "papers": PaperCard,
     "published": PublishedCard,

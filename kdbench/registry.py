@@ -270,7 +270,7 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
                 word = "mode" if key == "compute" else "name"
                 value = {word: value}
                 origins[(*here, word)] = tree.origin(here)
-            elif key == "weight_schedule" and isinstance(value, list):
+            elif key in ("weight_schedule", "transforms") and isinstance(value, list):
                 value = [{"name": one} if isinstance(one, str) else one for one in value]
             elif key == "stages" and isinstance(value, list):
                 value = _stages_by_name(value, here, origins, tree)

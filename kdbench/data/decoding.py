@@ -59,14 +59,21 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Tensor:
     """A crop brought to size × size, bilinear with antialiasing: uint8 [3, size, size]."""
     top, left, height, width = box
     part = image.crop((left, top, left + width, top + height))
-    return _bytes(part.resize((size, size), Image.Resampling.BILINEAR))
+    return as_bytes(part.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def centre(image: Image.Image, short_side: int, size: int) -> Tensor:
     """The picture with its shorter side brought to `short_side`, and of it the middle: uint8 [channels, size, size]."""
-    return _bytes(centred(image, short_side, size))
+    return as_bytes(centred(image, short_side, size))
 
 
-def _bytes(image: Image.Image) -> Tensor:
+def as_bytes(image: Image.Image) -> Tensor:
+    """A picture as uint8 [channels, height, width]."""
     array = np.asarray(image)
-    return torch.from_numpy(np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), order="C"))
+
+
+def as_image(image: Tensor) -> Image.Image:
+    """The inverse: RGB for three channels, grey for one."""
+    array = image.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batch import SLICE
-from kdbench.engine.batches import split_for_testing
 from kdbench.engine.device import use
 from kdbench.engine.finish import git_state, machine
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.materials import load_data
 from kdbench.engine.network import Network, Normalizer
 from kdbench.engine.options import Options
+from kdbench.engine.streamed import split_for_testing
 from kdbench.engine.teacher_files import trained
 from kdbench.engine.teachers import load_teacher
 from kdbench.engine.trained import load_student

@@ -15,9 +15,9 @@ class Batch:
     """One input set of a step. Every method reads what it needs.
 
     images: [N, C, H, W] on the device: bytes after augmentation, or float32 pixel values on the scale of [0, 1] (made
-    images may leave it); each network gets its own normalization of them. labels: int64 [N]; None where nobody may know
-    them. index: int64 [N], position in the training split. view: int64 [N], which augmented view it is. mask: bool [N],
-    which images count in a loss (None: all).
+    images may leave it); each network gets its own normalization of them. labels: int64 [N], or float32 [N, K], shares
+    of the classes where images are mixed; None where nobody may know them. index: int64 [N], position in the training
+    split. view: int64 [N], which augmented view it is. mask: bool [N], which images count in a loss (None: all).
     """
 
     images: Tensor
@@ -99,9 +99,13 @@ class Epoch:
             self._rows_of[size] = torch.arange(size, device=self.first.device)[share]
         self.rows, self.size = self._rows_of[size], size
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Positions in the training split and views of the next batch, int64 [size] each."""
-        rows = self.first + self.rows
+    def batch(self, before: int = 0) -> tuple[Tensor, Tensor]:
+        """Positions in the training split and views of the next batch, int64 [size] each.
+
+        Args:
+            before: so many places before each image's own in the batch; before its first image comes its last.
+        """
+        rows = self.first + ((self.rows - before) % self.size if before else self.rows)
         return self.order[rows], self.views[rows]
 
     def advance(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,9 +14,9 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine.batch import MOST_STEPS, SECOND, TARGET, Batch, Sets, Split
 from kdbench.engine.domain import Domain
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.resident import ResidentDomain, ResidentSplit
-from kdbench.engine.streamed import StreamedDomain, StreamedSplit
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.engine.resident import ResidentDomain
+from kdbench.engine.streamed import StreamedDomain, split_for_testing
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 
 
@@ -46,6 +46,10 @@ class Batches:
         self.device, self.batch_size, self.ranks = device, spec.protocol.batch_size, ranks
         self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
         self.source = _domain(spec, data, device, ranks)
+        self._for_second: Callable[[], Domain] = lambda: self.source
+        if (other := spec.protocol.second) is not None:
+            seen = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"augmentation": other})})
+            self._for_second = lambda: _domain(seen, data, device, ranks)
         self.train, self.validation, self.test = self.source.train, self.source.validation, self.source.test
         self.target: Domain | None = None
         self.source_test: Split | None = None
@@ -58,7 +62,7 @@ class Batches:
 
     @cached_property
     def second(self) -> Domain:
-        return self.source.second()
+        return self._for_second().second()
 
     @property
     def positions(self) -> Tensor:
@@ -112,17 +116,11 @@ class Batches:
         return self.target
 
 
-def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.device) -> Split:
-    """The test split alone, without a split of the training set."""
-    labels = data.test_labels.to(device)
-    if isinstance(data, Pictures):
-        return StreamedSplit(data.test_files, labels, data.short_side, spec.image_size, spec.channels)
-    return ResidentSplit(data.test_images.to(device), labels)
-
-
 def _domain(spec: CellSpec, data: ImageData | Pictures, device: torch.device, ranks: Ranks, prefix: str = "") -> Domain:
-    kind = StreamedDomain if isinstance(data, Pictures) else ResidentDomain
-    return kind(spec, data, device, prefix, ranks)  # type: ignore[arg-type]
+    chosen = spec.protocol.augmentation
+    if isinstance(data, Pictures) or chosen.resized_crop or chosen.transforms:
+        return StreamedDomain(spec, data, device, prefix, ranks)
+    return ResidentDomain(spec, data, device, prefix, ranks)
 
 
 def _unlabelled(data: ImageData | Pictures) -> ImageData | Pictures:

@@ -6,13 +6,15 @@ import copy
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.splits import subset, validation
-from kdbench.data.streams import generator, permutation
-from kdbench.engine.batch import SECOND, Batch, Split
+from kdbench.data.streams import generator, permutation, uniform
+from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
+from kdbench.engine.mixing import NUMBERS, Mixing
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch
@@ -29,6 +31,7 @@ class Domain(ABC):
 
     Attributes:
         prefix: of the streams that are drawn from. views: the same of those of augmentation, after it.
+        mixing: of Mixup and CutMix, where there is such.
         size: images in the batch that was fed, on all ranks.
     """
 
@@ -43,11 +46,12 @@ class Domain(ABC):
         # Tested on the test set, unless the cell is tested on images held out of its training set.
         self.train, self.validation, self.test = train, held_out, held_out
         self.seed, self.device, self.prefix, self.ranks = spec.seed, device, prefix, ranks
-        self.batch_size, self.last_batch = spec.protocol.batch_size, spec.protocol.last_batch
+        self.spec, self.batch_size = spec, spec.protocol.batch_size
         self.augmentation = augmentation_of(spec.protocol)
+        self.mixing: Mixing | None = None
         self.size = 0
         # Batches in an epoch, and where the next one is among them.
-        self.each = batches_per_epoch(len(self.train), self.batch_size, self.last_batch)
+        self.each = batches_per_epoch(len(self.train), self.batch_size, spec.protocol.last_batch)
         self._position = 0
 
     def second(self) -> Domain:
@@ -57,9 +61,10 @@ class Domain(ABC):
         found.anew()
         return found
 
-    @abstractmethod
     def anew(self) -> None:
         """Begin with nothing drawn, in tensors of one's own."""
+        if (mix := self.spec.protocol.augmentation.mix) is not None:
+            self.mixing = Mixing(mix, self.spec.data.image_size, self.spec.data.classes, self.device)
 
     def seek(self, step: int, timeline: Timeline) -> int:
         """Put what the steps from one on need on the device.
@@ -69,7 +74,20 @@ class Domain(ABC):
         """
         timeline = replace(timeline, batches_per_epoch=self.each)
         self._position = place_of(step, timeline)[2]
-        return self._seek(step, timeline)
+        if self.mixing is not None:
+            self.mixing.seek(self._mixed(step, timeline))
+        return min(MOST_STEPS, self._seek(step, timeline))
+
+    def _mixed(self, step: int, timeline: Timeline) -> np.ndarray:
+        """The uniform numbers [steps, NUMBERS] that the mixing of the steps from one on is made from."""
+        found: list[np.ndarray] = []
+        while len(found) < MOST_STEPS and step < timeline.total:
+            stream, epoch, position = place_of(step, timeline)
+            stop = min(step + self.each - position, timeline.extra if step < timeline.extra else timeline.total)
+            drawn = uniform(self.each * NUMBERS, self.seed, f"{self.prefix}{stream}{self.views}mix", epoch)
+            found.extend(drawn.reshape(-1, NUMBERS)[position : position + stop - step])
+            step = stop
+        return np.stack(found[:MOST_STEPS])
 
     @abstractmethod
     def _seek(self, step: int, timeline: Timeline) -> int: ...
@@ -83,8 +101,10 @@ class Domain(ABC):
     def batch(self) -> Batch:
         """The batch of the present step."""
 
-    def advance(self) -> None:  # noqa: B027 - nothing where feeding goes on
+    def advance(self) -> None:
         """Go on to the next step."""
+        if self.mixing is not None:
+            self.mixing.advance()
 
     def draws(self, stream: str, epoch: int) -> tuple[Tensor, Tensor]:
         """Order and views of an epoch, int64 [images] each, on the CPU.

@@ -26,7 +26,7 @@ from kdbench.engine.targets import import_target
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import write_json
-from kdbench.recipe.specs import CellSpec, DataSpec, recorded
+from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
 from kdbench.record import BEST, LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
 from kdbench.record_parts import Result
 from kdbench.version import __version__
@@ -136,12 +136,15 @@ def _data(data: ImageData | Pictures, target: ImageData | Pictures | None) -> di
 
 def streams(spec: CellSpec) -> list[str]:
     """What each stream of draws begins with."""
-    cropped = ["resized_crop"] if spec.protocol.augmentation.resized_crop else []
-    drawn = ["order", "augmentation", *cropped]
+
+    def drawn_for(chosen: AugmentationSpec) -> list[str]:
+        return ["augmentation", *(part for part in ("resized_crop", "transforms", "mix") if getattr(chosen, part))]
+
+    drawn = ["order", *drawn_for(spec.protocol.augmentation)]
     of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
     terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
     if any(SECOND in (term.input, term.against) for term in terms):
-        of_target += [f"{SECOND}/{stream}" for stream in drawn if stream != "order"]
+        of_target += [f"{SECOND}/{one}" for one in drawn_for(spec.protocol.second or spec.protocol.augmentation)]
     sources = [import_target(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
     own = dict.fromkeys(name for source in sources for name in source.streams)
     return ["init", "connectors", *drawn, *of_target, "dropout", *own]

@@ -57,7 +57,7 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
         "model": [model[part] for part in ("target", "options", "version") if part in model],
         "normalization": teacher.normalization.model_dump(mode="json"),
         "data": data.fingerprint,
-        "augmentation": spec.protocol.augmentation.model_dump(mode="json"),
+        "augmentation": spec.protocol.augmentation.model_dump(mode="json", exclude={"mix", "transforms"}),
         "precision": precision,
         "images": len(data.train_labels),
         "views": augmentation_of(spec.protocol).views,

@@ -117,6 +117,8 @@ class Materials:
         data = self.data(spec.data)
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
             return "", None
+        if not spec.protocol.augmentation.finite:
+            return "", None
         key = logit_table.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name)
         if kept is not None and not (table.complete and table.folder.name == kept):

@@ -78,7 +78,8 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
         views = augmentation_of(spec.protocol).views
-        both += 0 if data.streamed else FLOAT * data.train * views * cell.teacher_shapes["logits"][0]
+        tabled = not data.streamed and spec.protocol.augmentation.finite
+        both += FLOAT * data.train * views * cell.teacher_shapes["logits"][0] if tabled else 0
     return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.cards import Normalization
 from kdbench.data.augment import normalize
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError
+from kdbench.image_cards import Normalization
 from kdbench.models.graph import Traced, Untraceable, traced
 from kdbench.models.hooks import Extractor
 

@@ -95,6 +95,7 @@ class ResidentDomain(Domain):
         self.anew()
 
     def anew(self) -> None:
+        super().anew()
         self.epoch = Epoch(self.device, self.epochs * self.used)
         # Stream of the epochs that lie on the device, and their numbers.
         self._drawn: tuple[str, range] = ("", range(0))
@@ -120,8 +121,14 @@ class ResidentDomain(Domain):
 
     def batch(self) -> Batch:
         index, view = self.epoch.batch()
-        images = self.augmentation.view(self.pictures.images[index], view)
-        return Batch(images, self.train.labels[index], index, view)
+        images, labels = self._views(index, view)
+        if self.mixing is not None:
+            images, labels = self.mixing.mixed(images, labels, *self._views(*self.epoch.batch(before=1)))
+        return Batch(images, labels, index, view)
+
+    def _views(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
+        return self.augmentation.view(self.pictures.images[index], view), self.train.labels[index]
 
     def advance(self) -> None:
+        super().advance()
         self.epoch.advance()

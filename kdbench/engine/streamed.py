@@ -1,7 +1,9 @@
-"""A data set of pictures that stay on disk: decoded ahead by threads.
+"""Images that the processor prepares ahead of the steps, by threads: pictures that stay on disk, and images in memory
+that are cropped and resized, or transformed one by one.
 
-Where a picture is cropped is addressed like every draw: by (seed, "resized_crop", step), a row of numbers for each
-picture of the batch. So it does not matter which thread decodes what, and a resumed cell sees the same batches.
+What is drawn for a picture is addressed like every draw: by (seed, "resized_crop" or "transforms", step), a row of
+numbers for each picture of the batch. So it does not matter which thread decodes what, and a resumed cell sees the same
+batches.
 
 Threads, not a DataLoader's processes: a worker has threads of its own, beside which forked processes hang.
 """
@@ -16,15 +18,21 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.data.augment import Augmentation
+from kdbench.data.decoding import NUMBERS, as_bytes, as_image, centre, crop_box, picture, resized_crop
+from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
-from kdbench.data.streams import uniform
-from kdbench.engine.batch import Batch
+from kdbench.data.streams import uniform, words
+from kdbench.data.transforms import Transforms
+from kdbench.engine.batch import Batch, Split
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.recipe.specs import CellSpec
+from kdbench.engine.resident import ResidentSplit
+from kdbench.engine.targets import import_target
+from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16
@@ -34,18 +42,30 @@ BATCHES_AHEAD = 3
 @dataclass(frozen=True)
 class Drawn:
     """What a batch is made of. All int64 [N]: positions in the training split, and views; and of each picture the
-    numbers that its crop is made from (None: its centre)."""
+    numbers that its crop is made from (None: its centre), and the seed of its transforms."""
 
     index: Tensor
     view: Tensor
     crops: Sequence[list[float] | None]
+    seeds: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Making:
+    """What is made of a picture on the processor: a random crop of a share of its area, else its centre; and where
+    there are transforms, these, after the crop and mirror that the device makes otherwise."""
+
+    area: Sequence[float] = ()
+    transforms: Transforms | None = None
+    augmentation: Augmentation = Augmentation()
 
 
 @dataclass(frozen=True)
 class StreamedSplit:
-    """Picture files with labels. Images come as their centres, bytes [N, channels, size, size] on the device."""
+    """Pictures with labels: files, or images in memory, bytes [N, channels, size, size]. They come as their centres,
+    bytes [N, channels, size, size] on the device."""
 
-    files: Sequence[Path]
+    pictures: Sequence[Path] | Tensor
     labels: Tensor
     short_side: int
     size: int
@@ -53,42 +73,58 @@ class StreamedSplit:
     resident: ClassVar[bool] = False
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.pictures)
 
     def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        every = torch.arange(len(self.files))
+        every = torch.arange(len(self.pictures))
         batches = (Drawn(index, index, [None] * len(index)) for index in (every.split(size) if len(every) else ()))
-        for drawn, images in decoded(self, (), batches):
+        for drawn, images in decoded(self, Making(), batches):
             yield images, self.labels[int(drawn.index[0]) : int(drawn.index[-1]) + 1]
 
     def every(self, stride: int) -> StreamedSplit:
-        return replace(self, files=self.files[::stride], labels=self.labels[::stride])
+        return replace(self, pictures=self.pictures[::stride], labels=self.labels[::stride])
+
+    def picture(self, index: int) -> Image.Image:
+        """A picture, decoded."""
+        if isinstance(self.pictures, Tensor):
+            return as_image(self.pictures[index])
+        return picture(self.pictures[index], self.channels)
 
 
 class StreamedDomain(Domain):
-    """Pictures that are decoded when they are needed.
+    """Pictures that are made ready when they are needed.
 
     Orders, mirrors and padded crops are drawn as for resident data. With `resized_crop` in the protocol a part of each
     picture is cropped and resized; without, its centre is taken.
     """
 
     def __init__(
-        self, spec: CellSpec, data: Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
+        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
     ) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
+        size, channels = spec.data.image_size, spec.data.channels
 
-        def of(files: Sequence[Path], labels: Tensor) -> StreamedSplit:
-            return StreamedSplit(files, labels.to(device), data.short_side, spec.data.image_size, spec.data.channels)
+        def of(index: Tensor) -> StreamedSplit:
+            labels = data.train_labels[index].to(device)
+            if isinstance(data, ImageData):
+                return StreamedSplit(data.train_images[index], labels, size, size, channels)
+            return StreamedSplit([data.train_files[i] for i in index.tolist()], labels, data.short_side, size, channels)
 
-        self.pictures = of([data.train_files[i] for i in train.tolist()], data.train_labels[train])
-        validation = of([data.train_files[i] for i in held_out.tolist()], data.train_labels[held_out])
-        super().__init__(spec, device, prefix, self.pictures, validation, ranks)
+        self.pictures = of(train)
+        super().__init__(spec, device, prefix, self.pictures, of(held_out), ranks)
         if spec.data.tested_on == "test":
-            self.test = of(data.test_files, data.test_labels)
-        self.area = tuple(spec.protocol.augmentation.resized_crop or ())
+            self.test = split_for_testing(spec.data, data, device)
+        chosen = spec.protocol.augmentation
+        transforms = [(one.name, import_target(one.target)(**one.options)) for one in chosen.transforms or ()]
+        self.making = Making(
+            tuple(chosen.resized_crop or ()), Transforms(transforms) if transforms else None, self.augmentation
+        )
+        # Before a share of the batch comes the picture with which its first one is mixed.
+        self.before = 1 if chosen.mix is not None and ranks.size > 1 else 0
         self.anew()
 
     def anew(self) -> None:
+        super().anew()
         self._decoding: Iterator[tuple[Drawn, Tensor]] = iter(())
         self._next: int | None = None
         # Pictures, indices and views of the present batch, in tensors that stay for every size of batch.
@@ -98,7 +134,7 @@ class StreamedDomain(Domain):
     def _seek(self, step: int, timeline: Timeline) -> int:
         """Steps in order are decoded ahead; any other begins anew there."""
         if self._next != step:
-            self._decoding = decoded(self.pictures, self.area, self._drawn(step, timeline))
+            self._decoding = decoded(self.pictures, self.making, self._drawn(step, timeline))
         self._next = step
         return timeline.total - step
 
@@ -116,7 +152,14 @@ class StreamedDomain(Domain):
 
     def batch(self) -> Batch:
         images, index, view = self._present
-        return Batch(self.augmentation.view(images, view), self.train.labels[index], index, view)
+        if self.making.transforms is None:
+            images = self.augmentation.view(images, view)
+        labels, own = self.train.labels[index], slice(self.before, None)
+        if self.mixing is None:
+            return Batch(images, labels, index, view)
+        others, other_labels = images.roll(1, 0)[own], labels.roll(1)[own]
+        images, labels = self.mixing.mixed(images[own], labels[own], others, other_labels)
+        return Batch(images, labels, index[own], view[own])
 
     def _drawn(self, step: int, timeline: Timeline) -> Iterator[Drawn]:
         """What each batch from a step on is made of."""
@@ -127,16 +170,22 @@ class StreamedDomain(Domain):
                 here = (stream, epoch)
                 order, views = self.draws(stream, epoch)
             part = slice(position * self.batch_size, (position + 1) * self.batch_size)
-            crops: Sequence[list[float] | None] = [None] * len(order[part])
-            if self.area:
-                of_stream = epoch * timeline.batches_per_epoch + position
-                name = f"{self.prefix}{stream}{self.views}resized_crop"
-                crops = uniform(len(crops) * NUMBERS, self.seed, name, of_stream).reshape(-1, NUMBERS).tolist()
-            share = self.ranks.share(len(crops))
-            yield Drawn(order[part][share], views[part][share], crops[share])
+            n, of_stream = len(order[part]), epoch * timeline.batches_per_epoch + position
+            name = f"{self.prefix}{stream}{self.views}"
+            share = self.ranks.share(n)
+            first, last = (share.start - self.before, share.stop) if self.ranks.size > 1 else (0, n)
+            rows = [row % n for row in range(first, last)]
+            crops: Sequence[list[float] | None] = [None] * len(rows)
+            if self.making.area:
+                numbers = uniform(n * NUMBERS, self.seed, f"{name}resized_crop", of_stream).reshape(n, NUMBERS)
+                crops = numbers[rows].tolist()
+            seeds: Sequence[int] = ()
+            if self.making.transforms is not None:
+                seeds = words(n, self.seed, f"{name}transforms", of_stream)[rows].tolist()
+            yield Drawn(order[part][rows], views[part][rows], crops, seeds)
 
 
-def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn]) -> Iterator[tuple[Drawn, Tensor]]:
+def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> Iterator[tuple[Drawn, Tensor]]:
     """Batches in their order, each with its pictures, bytes [N, channels, size, size] on the split's device.
 
     They are decoded ahead by as many threads as the cell has (decoding and resizing hold no lock of Python's); with one
@@ -144,11 +193,16 @@ def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn
     """
     device = split.labels.device
 
-    def decode(index: int, numbers: list[float] | None) -> Tensor:
-        image = picture(split.files[index], split.channels)
+    def decode(drawn: Drawn, at: int) -> Tensor:
+        image, numbers = split.picture(int(drawn.index[at])), drawn.crops[at]
         if numbers is None:
-            return centre(image, split.short_side, split.size)
-        return resized_crop(image, crop_box(numbers, image.height, image.width, area), split.size)
+            made = centre(image, split.short_side, split.size)
+        else:
+            made = resized_crop(image, crop_box(numbers, image.height, image.width, making.area), split.size)
+        if making.transforms is None:
+            return made
+        seen = making.augmentation.view(made.unsqueeze(0), drawn.view[at : at + 1])[0]
+        return as_bytes(making.transforms(as_image(seen), drawn.seeds[at]))
 
     def together(images: Iterable[Tensor]) -> Tensor:
         batch = torch.stack(list(images))
@@ -157,14 +211,13 @@ def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn
     threads = min(torch.get_num_threads(), MOST_THREADS)
     if threads == 1:
         for drawn in batches:
-            yield drawn, together(map(decode, drawn.index.tolist(), drawn.crops))
+            yield drawn, together(decode(drawn, at) for at in range(len(drawn.index)))
         return
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[tuple[Drawn, list[Future[Tensor]]]] = deque()
         try:
             for drawn in batches:
-                crops = zip(drawn.index.tolist(), drawn.crops, strict=True)
-                waiting.append((drawn, [pool.submit(decode, index, numbers) for index, numbers in crops]))
+                waiting.append((drawn, [pool.submit(decode, drawn, at) for at in range(len(drawn.index))]))
                 if len(waiting) > BATCHES_AHEAD:
                     first, images = waiting.popleft()
                     yield first, together(image.result() for image in images)
@@ -172,3 +225,11 @@ def decoded(split: StreamedSplit, area: Sequence[float], batches: Iterable[Drawn
                 yield first, together(image.result() for image in images)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.device) -> Split:
+    """The test split alone, without a split of the training set."""
+    labels = data.test_labels.to(device)
+    if isinstance(data, Pictures):
+        return StreamedSplit(data.test_files, labels, data.short_side, spec.image_size, spec.channels)
+    return ResidentSplit(data.test_images.to(device), labels)

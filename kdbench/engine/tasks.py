@@ -179,8 +179,9 @@ class TaskRunner:
         spec, device = task.spec, self.device
         assert spec.teacher is not None
         data = self.materials.data(spec.data)
-        if isinstance(data, Pictures):
-            raise UserError(f"'{spec.data.name}' is read while training: its pictures have no finite set of views")
+        if isinstance(data, Pictures) or not spec.protocol.augmentation.finite:
+            what = "read while training" if isinstance(data, Pictures) else "resized, transformed or mixed at random"
+            raise UserError(f"images of '{spec.data.name}' are {what}: they have no finite set of views")
         way = possible(task.computing, device)
         if task.estimate:
             # Time and size are the same for any weights; its own may not be trained yet.

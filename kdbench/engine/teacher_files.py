@@ -17,7 +17,7 @@ from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.anchors import Route
 from kdbench.engine.batch import SLICE, Split
-from kdbench.engine.batches import split_for_testing
+from kdbench.engine.streamed import split_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import locate

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field
 
-from kdbench.cards import Normalization
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.image_cards import Normalization
 from kdbench.reading import read_as
 
 _RECORD, _STUDENT, _ROUTE = "record.json", "student.safetensors", "route"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError
+from kdbench.image_cards import AugmentationCard, AugmentationFields
 from kdbench.models.points import POINT_GROUPS
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
 from kdbench.recipe.loading import typed
 from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher, terms_of
+from kdbench.recipe.named import named_spec
 from kdbench.recipe.networks import TeacherCell, student_spec, teacher_spec
-from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, ProtocolSpec
+from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, ModelSpec, ProtocolSpec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -30,7 +34,7 @@ def cell_spec(
     recipe = typed(tree)
     data = data_spec(recipe, tree, registry)
     target = target_spec(recipe, data, tree, registry)
-    protocol, protocol_tree = _protocol(recipe, tree, data, target, registry)
+    protocol, protocol_tree = _protocol(recipe, tree, data, registry)
     method, foreign, method_tree = method_spec(variant, protocol_tree, registry)
     check_target(method, target, method_tree)
     student = student_spec(recipe.student, tree.at("student"), registry)
@@ -64,12 +68,11 @@ def cell_spec(
         **chosen,
     )
     _check_points(spec, method_tree)
+    _check_mixed(spec, protocol_tree, registry)
     return spec, foreign
 
 
-def _protocol(
-    recipe: Recipe, tree: Tree, data: DataSpec, target: DataSpec | None, registry: Registry
-) -> tuple[ProtocolSpec, Tree]:
+def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) -> tuple[ProtocolSpec, Tree]:
     """The protocol's card with the recipe's own fields laid over it, and its tree."""
     given = tree.at("protocol")
     name = given.data.get("name")
@@ -86,22 +89,55 @@ def _protocol(
     card = validated(ProtocolCard, merged, f"protocol '{name}'")
     normalization = card.normalization or data.normalization
     check_channels(normalization, data, tree.origin(("protocol",)))
-    augmentation = card.augmentation
-    if augmentation.mode == "reflect" and augmentation.padding >= data.image_size:
+    views: dict[str, Any] = {
+        part: _augmentation(chosen, merged.at(part) if part in merged.data else Tree.of({}, name), data, registry)
+        for part in ("augmentation", "second")
+        if (chosen := getattr(card, part)) is not None
+    }
+    fields = ProtocolSpec.model_fields.keys() - {"name", "normalization", *views}
+    same = {key: getattr(card, key) for key in fields}
+    return ProtocolSpec(name=name, normalization=normalization, **views, **same), merged
+
+
+def _augmentation(card: AugmentationCard, tree: Tree, data: DataSpec, registry: Registry) -> AugmentationSpec:
+    """An augmentation, its transforms looked up."""
+    if card.mode == "reflect" and card.padding >= data.image_size:
         raise UserError(
-            f"reflect padding of {augmentation.padding} does not fit images of {data.image_size} pixels",
-            where=merged.origin(("augmentation", "padding")),
+            f"reflect padding of {card.padding} does not fit images of {data.image_size} pixels",
+            where=tree.origin(("padding",)),
             hint="it must be smaller than the image",
         )
-    resident = [part.name for part in (data, target) if part is not None and not part.streamed]
-    if augmentation.resized_crop and resident:
-        raise UserError(
-            f"'resized_crop' crops pictures of any size while they are read; those of '{resident[0]}' are in memory",
-            where=merged.origin(("augmentation", "resized_crop")),
-            hint="use 'padding', or a data card with 'streamed: true'",
-        )
-    same = {key: getattr(card, key) for key in ProtocolSpec.model_fields if key not in ("name", "normalization")}
-    return ProtocolSpec(name=name, normalization=normalization, **same), merged
+    places = [tree.at("transforms", i) for i in range(len(card.transforms or ()))]
+    transforms = [named_spec("transforms", place, registry) for place in places]
+    same = {key: getattr(card, key) for key in AugmentationFields.model_fields}
+    return AugmentationSpec(transforms=transforms or None, **same)
+
+
+def _check_mixed(spec: CellSpec, protocol: Tree, registry: Registry) -> None:
+    """Losses with labels take shares of the classes, where Mixup or CutMix make them of labels."""
+    views = {"data": ("augmentation", spec.protocol.augmentation)}
+    views["second"] = ("second", spec.protocol.second) if spec.protocol.second else views["data"]
+    mixed = {name: (part, "mix") for name, (part, chosen) in views.items() if chosen.mix is not None}
+    if not mixed:
+        return
+    for stage, name, term in terms_of(spec.method):
+        source = spec.method.stages[stage].source
+        what = f"method '{spec.method.name}', stage '{stage}'"
+        if source is not None:
+            raise UserError(
+                f"{what}: the batch source '{source.name}' works on images of one class each",
+                where=protocol.origin(next(iter(mixed.values()))),
+                hint="train this method without 'mix'",
+            )
+        takes = "labels" not in term.loss.inputs or registry.card("losses", term.loss.name).soft_labels
+        if term.input in mixed and not takes:
+            raise UserError(
+                f"{what}, loss '{name}': '{term.loss.name}' needs one class for each image, and Mixup and CutMix "
+                "give several",
+                where=protocol.origin(mixed[term.input]),
+                hint="train this method without 'mix' ('protocol.augmentation.mix=null'); a loss whose labels may be "
+                "shares of classes says 'soft_labels: true' on its card",
+            )
 
 
 def _check_points(spec: CellSpec, method: Tree) -> None:

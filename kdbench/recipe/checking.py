@@ -35,6 +35,9 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
     elif kind == "protocols":
         for part in ("optimizer", "schedule"):
             named_spec(f"{part}s", tree.at(part), registry)
+        for part in ("augmentation", "second"):
+            for index in range(len((tree.data.get(part) or {}).get("transforms") or ())):
+                named_spec("transforms", tree.at(part, "transforms", index), registry)
     elif kind == "teachers":
         for trained in {card.weights is None, card.recipe is not None}:
             teacher_of_card(name, registry, where, trained, weights_must_exist=False)

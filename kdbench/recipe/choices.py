@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kdbench.cards import Normalization, PointName
+from kdbench.cards import PointName
 from kdbench.forms import Named, Strict
+from kdbench.image_cards import Normalization
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100

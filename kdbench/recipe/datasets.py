@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdbench.cards import Normalization
 from kdbench.errors import UserError
 from kdbench.files import home
+from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
 from kdbench.recipe.specs import DataSpec

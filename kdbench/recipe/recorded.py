@@ -49,6 +49,7 @@ _KINDS = NAMED_KINDS | {
     "schedules": "schedules",
     "student": "models",
     "target": "datasets",
+    "transforms": "transforms",
 }
 
 _COMMIT = "check out the commit that the record names, where its cards are"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdbench.cards import Normalization
 from kdbench.files import find_weights
+from kdbench.image_cards import Normalization
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.specs import CellSpec
 

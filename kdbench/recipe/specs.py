@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from kdbench.cards import AugmentationFields, DataFields, Normalization, Points, StageFields, TermFields, Weights
+from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
+from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import POINT_GROUPS
 from kdbench.names import content_name, is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
@@ -220,11 +221,24 @@ class MethodSpec(Spec):
         return {*read}
 
 
+class AugmentationSpec(AugmentationFields, Spec):
+    transforms: list[TargetSpec] | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether an image has finitely many views: crops after padding, and mirrors."""
+        return not (self.resized_crop or self.transforms or self.mix)
+
+
 class ProtocolSpec(Spec):
+    """`second`: augmentation of the input set of that name, where it is another one."""
+
     name: str
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"]
-    augmentation: AugmentationFields
+    augmentation: AugmentationSpec
+    second: AugmentationSpec | None = None
+    ema: float | None = None
     normalization: Normalization
     epochs: float | None = None
     steps: int | None = None

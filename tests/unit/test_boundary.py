@@ -18,7 +18,6 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
-from kdbench.cards import Normalization
 from kdbench.data.streams import uniform
 from kdbench.engine import checkpoint
 from kdbench.engine.batch import SLICE, Batch
@@ -28,6 +27,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
+from kdbench.image_cards import Normalization
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.methods.bss.analysis import (
     boundary_similarity,

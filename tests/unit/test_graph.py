@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.cards import Normalization
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import Computing
 from kdbench.engine.network import Network, Normalizer
+from kdbench.image_cards import Normalization
 from kdbench.models.graph import Untraceable, traced
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS

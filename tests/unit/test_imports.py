@@ -25,7 +25,7 @@ FLOORS = (
     ("engine",),
     ("record", "record_parts"),
     ("recipe",),
-    ("registry", "cards", "published", "forms"),
+    ("registry", "cards", "image_cards", "published", "forms"),
     ("models",),
     ("data",),
     ("losses",),

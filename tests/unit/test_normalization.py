@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kdbench.cards import Normalization
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.image_cards import Normalization
 from kdbench.recipe.planning import plan
 from kdbench.recipe.remarks import remarks
 from kdbench.recipe.specs import CellSpec

@@ -20,12 +20,12 @@ from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_cr
 from kdbench.data.images import ImageData
 from kdbench.data.listing import not_found
 from kdbench.data.streams import uniform
-from kdbench.engine.batches import Batches, split_for_testing
+from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.streamed import StreamedDomain
+from kdbench.engine.streamed import StreamedDomain, split_for_testing
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -331,9 +331,7 @@ def test_broken_birds(tmp_path: Path, what: str, message: str) -> None:
 # --- what recipes may ask for
 
 
-def test_resized_crops_need_data_that_are_read_from_disk(registry: Registry) -> None:
-    with pytest.raises(UserError, match="'resized_crop' crops pictures of any size"):
-        spec_of(registry, data="cifar10")
+def test_two_ways_to_crop_are_refused(registry: Registry) -> None:
     for wrong in ({"resized_crop": [0.5]}, {"resized_crop": [0.9, 0.1]}, {"resized_crop": [0.1, 1.0], "padding": 4}):
         with pytest.raises(UserError, match="resized_crop"):
             spec_of(registry, protocol={"name": "ab_official", "augmentation": {"mode": "zero"} | wrong})
