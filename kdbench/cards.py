@@ -136,6 +136,9 @@ class ProtocolCard(Card):
         lt=1,
         description="decay a step of a moving average of the student's weights, which is tested and kept in its place",
     )
+    label_smoothing: float | None = Field(
+        None, ge=0, le=1, description="of every loss that has this option, whose term says nothing of it"
+    )
     normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
     optimizer: Named
     schedule: Named

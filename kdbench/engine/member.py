@@ -75,8 +75,7 @@ class Member:
         self.terms = nn.ModuleDict(parts | (modules if cell.modules else {})).to(device)
         # torch's stubs lack the overload with a memory format alone.
         self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
-        if spec.method.predicts is not None:
-            self.student.answers = answers(cell, self.student)
+        self.student.answers = answers(cell, self.student)
         self.anchors = self._anchors()
         self.sources: dict[str, Source] = {}
         self.operations = {}
@@ -124,7 +123,7 @@ class Member:
 
     @property
     def answers(self) -> Network:
-        """What is tested and kept: the student, or the whole through which its method has it answer."""
+        """What is tested and kept: the student, its average, or the whole through which its method has it answer."""
         return self.student.answers
 
     @property
@@ -329,6 +328,7 @@ class Member:
             "anchors": self.anchors.record() if self.anchors else [],
             "meter": self.meter.state(),
             "log": vars(self.log),
+            **self.answers.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -350,6 +350,7 @@ class Member:
             self.operations[name].load_state(kept, self._operation_context())
             self.operations[name].performed = True
         self.meter.load_state(state["meter"])
+        self.answers.load_state(state)
 
     def _anchors(self) -> AnchorTeacher | None:
         """What makes this member's own teacher the anchors of its stages."""

@@ -71,7 +71,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     )
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
-    held = sum(cost.held for cost in costs)
+    held = sum(cost.held for cost in costs) + (_bytes(student) if spec.protocol.ema else 0)
     # Resident data are there as they were read, and in parts on the device.
     domains = [part for part in (data, spec.target) if part is not None and not part.streamed]
     both = sum(2 * (part.train + part.test) * math.prod(shape) for part in domains)

@@ -94,6 +94,16 @@ class Network:
         found = dict(zip(names, values, strict=True))
         return {point: found[point] for point in points}
 
+    def follow(self) -> None:
+        """Go on after an optimizer step of the network in whose place this one is tested."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed cell needs of it beside the student's own state."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, among other things."""
+
     def _graph(self, points: frozenset[str]) -> tuple[list[str], Callable[..., Any]] | None:
         """The graph for these points, or one that gives more: users may leave, or be at different steps."""
         if points not in self.graphs:

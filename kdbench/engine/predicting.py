@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from kdbench.engine.averaging import Average
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.network import Network
 from kdbench.engine.surroundings import Surroundings, build_module
@@ -62,7 +65,12 @@ def predictor(cell: Surroundings) -> Predictor:
 
 
 def answers(cell: Surroundings, student: Network) -> Network:
-    """The network that is tested in place of the student."""
+    """The network that is tested and kept: the student, or what its protocol or its method has in its place."""
+    if (decay := cell.spec.protocol.ema) is not None:
+        model = copy.deepcopy(student.model)
+        return Average(student, build_extractor(model, cell.spec.student, cell.spec.data), decay)
+    if cell.spec.method.predicts is None:
+        return student
     whole = Extractor(predictor(cell), {}, student.extractor.model_name)
     return Network(whole, student.normalizer, student.computing)
 

@@ -85,6 +85,7 @@ def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., A
             optimizer.step(numbers.rates[optimizer], stage.spec.clip, distillation)
         total = total + loss.detach()
         found |= losses
+    member.answers.follow()
     member.meter.add(found | {"loss": total})
     return images
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
+from kdbench.engine.averaging import Average
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.member import Member, seed_draws
 from kdbench.engine.network import autocast
@@ -47,7 +48,9 @@ class Together(Program):
             return replica(losses_of, member, turn, *more) if turn.active else losses_of(member, turn, *more)
 
         images = train(member, sets, taught, losses)
-        self.ranks.average(statistics(networks))
+        # What follows batch norms took its share of each rank's own statistics.
+        followers = member.answers.model.buffers() if isinstance(member.answers, Average) else ()
+        self.ranks.average([*statistics(networks), *(one for one in followers if one.is_floating_point())])
         return images
 
 

@@ -69,6 +69,8 @@ def cell_spec(
     )
     _check_points(spec, method_tree)
     _check_mixed(spec, protocol_tree, registry)
+    if protocol.ema is not None:
+        _check_average(spec, protocol_tree.origin(("ema",)))
     return spec, foreign
 
 
@@ -137,6 +139,20 @@ def _check_mixed(spec: CellSpec, protocol: Tree, registry: Registry) -> None:
                 where=protocol.origin(mixed[term.input]),
                 hint="train this method without 'mix' ('protocol.augmentation.mix=null'); a loss whose labels may be "
                 "shares of classes says 'soft_labels: true' on its card",
+            )
+
+
+def _check_average(spec: CellSpec, where: str) -> None:
+    """A moving average is one of a network whose modules stay as they are, and nothing else is tested in its place."""
+    changing = next((stage.begins.name for stage in spec.method.stages.values() if stage.begins), None)
+    for problem, what in (
+        (changing, f"'{changing}' changes the student itself, which its average would not follow"),
+        (spec.method.predicts, "the student answers through modules of the method, which are not averaged"),
+        (spec.route, "a route keeps the weights themselves, and 'ema' tests their average"),
+    ):
+        if problem:
+            raise UserError(
+                f"method '{spec.method.name}': {what}", where=where, hint="leave 'ema' out: 'protocol.ema=null'"
             )
 
 

@@ -49,7 +49,9 @@ def stage_spec(
         if given:
             parts[part] = named_spec(kind, given[0].merged(given[-1]), registry)
     losses = {
-        name: _term(term, tree.at("losses", name), registry, f"loss '{name}' in {what}", modules)
+        name: _term(
+            term, _smoothed(tree.at("losses", name), protocol, registry), registry, f"loss '{name}' in {what}", modules
+        )
         for name, term in card.losses.items()
     }
     _check(card, parts.get("source"), losses, tree, what)
@@ -62,6 +64,15 @@ def stage_spec(
         )
     same = {name: getattr(card, name) for name in StageFields.model_fields}
     return StageSpec(share=share(card.share) if card.share else None, losses=losses, **parts, **same)
+
+
+def _smoothed(term: Tree, protocol: Tree, registry: Registry) -> Tree:
+    """A term with the protocol's label smoothing, where its loss has that option and it says nothing of it."""
+    option = "label_smoothing"
+    if protocol.data.get(option) is None or option in term.data or not isinstance(term.data.get("loss"), str):
+        return term
+    card = registry.card("losses", term.data["loss"], term.origin(("loss",)))
+    return term.put((option,), protocol.at(option)) if option in registry.settable(card.target, card) else term
 
 
 def check_asked(target: str, modules: Collection[str], what: str, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 from kdbench.data.decoding import as_bytes, as_image
 from kdbench.data.transforms import Addressed, Transforms, color_jitter, rand_augment, random_erasing
 from kdbench.engine.batches import Batches
+from kdbench.engine.evaluation import evaluate, score
 from kdbench.engine.finish import streams
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
@@ -278,3 +280,53 @@ def test_transforms_come_after_crop_and_mirror() -> None:
     data, line = images(spec.data, per_class=3), timeline(spec, 30)
     ours, plain = Batches(spec, data, CPU), Batches(spec_of(), data, CPU)
     assert all(torch.equal(ours.at(step, line).images, plain.at(step, line).images) for step in range(4))
+
+
+# --- the average of a student's weights
+
+
+def test_the_average_is_tested_and_kept_and_goes_on_from_a_checkpoint() -> None:
+    spec = spec_of(ema=0.75)
+    data = images(spec.data, per_class=3)
+    member, batches, _ = member_of(spec, data)
+    assert member.answers.model is not member.student.model and not member.answers.model.training
+    expected = {name: value.clone() for name, value in member.student.model.state_dict().items()}
+    for _ in range(5):
+        train(member, batches, None, 1)
+        for name, value in member.student.model.state_dict().items():
+            exact = value.is_floating_point()
+            expected[name] = 0.75 * expected[name] + 0.25 * value if exact else value.clone()
+    found = member.answers.model.state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())
+    assert not torch.allclose(found["fc.weight"], member.student.model.state_dict()["fc.weight"], atol=1e-4)
+    tested = evaluate(member, batches, None)["test"]
+    assert tested == score(member.answers, batches.test)[0] != score(member.student, batches.test)[0]
+    resumed, again, _ = member_of(spec, data)
+    resumed.load_state(copy.deepcopy(member.state()))
+    for one, of in ((member, batches), (resumed, again)):
+        train(one, of, None, 4)
+    kept, theirs = member.answers.model.state_dict(), resumed.answers.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in kept.items())
+
+
+def test_what_an_average_cannot_follow_is_refused() -> None:
+    with pytest.raises(UserError, match="a route keeps the weights themselves") as error:
+        plan(
+            {"data": "cifar10", "student": "wrn_10_1", "method": "ce", "steps": 12, "route": 2}
+            | {"protocol": {"name": "crd", "ema": 0.9}},
+            REGISTRY,
+        )
+    assert "protocol.ema=null" in (error.value.hint or "")
+
+
+def test_label_smoothing_of_a_protocol_reaches_every_cross_entropy_that_says_nothing_of_it() -> None:
+    recipe = {"data": "cifar10", "student": "wrn_10_1", "teacher": "wrn_22_4_cifar10", "method": "kd", "steps": 9}
+
+    def options(**over: Any) -> dict[str, Any]:
+        given = recipe | {"protocol": {"name": "crd", "label_smoothing": 0.1}} | over
+        (stage,) = plan(given, REGISTRY, weights_must_exist=False).cells[0].spec.method.stages.values()
+        return {name: term.loss.options.get("label_smoothing") for name, term in stage.losses.items()}
+
+    assert options() == {"ce": 0.1, "kd": None}
+    own = {"name": "kd", "stages": {"classification": {"losses": {"ce": {"label_smoothing": 0.0}}}}}
+    assert options(method=own)["ce"] == 0.0
