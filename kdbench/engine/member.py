@@ -261,7 +261,7 @@ class Member:
         """The host's part of the coming step: where its draws begin, and the rates of optimizers that take numbers."""
         seed_draws(address(self.spec.seed, "dropout", self.step), self.device)
         for optimizer in self.stage.optimizers:
-            optimizer.set_rates(self.stage.progress(self.step))
+            optimizer.set_rates(self.stage.moment(self.step))
 
     def after_step(self, images: int) -> None:
         """Count a step that was done."""

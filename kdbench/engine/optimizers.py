@@ -13,6 +13,7 @@ from kdbench.engine.build import build_schedule
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.recipe.specs import TargetSpec
+from kdbench.schedules import Moment
 
 # Gradients of the terms that read a teacher, where an optimizer takes these apart.
 Distillation = Mapping[Tensor, Tensor]
@@ -152,9 +153,9 @@ class ScheduledOptimizer:
         self.schedule = build_schedule(schedule)
         self.renewed = 0
 
-    def rates(self, progress: float) -> list[float]:
-        """The rate of every group at a progress through the schedule."""
-        factor = self.schedule.factor(progress)
+    def rates(self, now: Moment) -> list[float]:
+        """The rate of every group at a moment."""
+        factor = self.schedule.at(*now)
         return [base * factor for base in self.base_rates]
 
     def resets(self, progress: float, before: float) -> bool:
@@ -179,10 +180,10 @@ class ScheduledOptimizer:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def set_rates(self, progress: float) -> None:
-        """Let an optimizer that takes numbers have the rates of a progress."""
+    def set_rates(self, now: Moment) -> None:
+        """Let an optimizer that takes numbers have the rates of a moment."""
         if not self.on_device:
-            for group, rate in zip(self.optimizer.param_groups, self.rates(progress), strict=True):
+            for group, rate in zip(self.optimizer.param_groups, self.rates(now), strict=True):
                 group["lr"] = rate
 
     @property

@@ -111,11 +111,11 @@ class Stage:
 
     def rate(self, step: int) -> float:
         """The rate of the first optimizer at a step."""
-        return self.optimizers[0].rates(self.progress(step))[0]
+        return self.optimizers[0].rates(self.moment(step))[0]
 
     def rates(self, step: int) -> list[list[float]]:
         """The rates of every optimizer at a step."""
-        return [one.rates(self.progress(step)) for one in self.optimizers]
+        return [one.rates(self.moment(step)) for one in self.optimizers]
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""

@@ -16,6 +16,7 @@ from kdbench.engine.step import losses_of, shared_part
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
+from kdbench.schedules import Moment
 
 # Vector units take 4 to 16 values at once and leave a tail; large tensors are shared out among threads.
 SIZES = [*range(1, 36), 127, 1000, 4097, 70_001]
@@ -89,7 +90,7 @@ def test_forgotten_momentum_is_that_of_a_new_optimizer(name: str) -> None:
     def trained(parameter: nn.Parameter, one: ScheduledOptimizer) -> torch.Tensor:
         for seed in range(2):
             parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
-            one.set_rates(0.0)
+            one.set_rates(Moment())
             one.step([torch.tensor(0.1)])
         return parameter.detach()
 

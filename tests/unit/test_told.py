@@ -197,6 +197,20 @@ def test_warm_up_counts_epochs() -> None:
     assert [stage.weights(step)["kd"] / 0.9 for step in (0, 2, 3, 6, 12, 23)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"name": "warmup", "epochs": 4}, [0.25, 0.25, 0.5, 0.75, 1, 1]),
+        ({"name": "sigmoid_ramp", "per": "epoch"}, [0, 0.9974, 0, 0, 0, 0.9974]),
+    ],
+)
+def test_rates_count_epochs_as_weights_do(schedule: dict[str, Any], expected: list[float]) -> None:
+    spec = spec_of(Registry(), {"name": "ce", "stages": {"classification": {"schedule": schedule}}}, steps=24)
+    stage = member_of(spec)[0].stage
+    base = stage.optimizers[0].base_rates[0]
+    assert [stage.rate(step) / base for step in (0, 2, 3, 6, 12, 23)] == pytest.approx(expected, abs=1e-4)
+
+
 def test_gradients_are_clipped_together() -> None:
     def moved(clip: float | None) -> float:
         changes = {"optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}}
