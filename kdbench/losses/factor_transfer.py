@@ -121,9 +121,18 @@ def paraphrased(
 
     Returns:
         Scalar, at least 0.
+
+    Raises:
+        ValueError: The translator and the paraphraser do not make as many factors; or as of `factor_transfer`.
     """
     encoder: Any = paraphraser.encoder
-    return factor_transfer(student, encoder(teacher.detach()), form)
+    factors = encoder(teacher.detach())
+    if student.ndim > 1 and student.shape[1] != factors.shape[1]:
+        raise ValueError(
+            f"the translator makes {student.shape[1]} factors and the paraphraser {factors.shape[1]}: give both modules "
+            "one rate"
+        )
+    return factor_transfer(student, factors, form)
 
 
 def reconstruction(teacher: Tensor, paraphraser: nn.Module, power: Literal[1, 2] = 1) -> Tensor:
