@@ -41,10 +41,16 @@ A student that kdbench trained by knowledge distillation.
 | method | {{ record.cell.label }} |
 | student | {{ record.cell.student }} |
 {% if record.teacher %}
-| teacher | {{ record.cell.teacher }}, {{ "%.2f" | format(record.teacher.accuracy) }} % |
+| teacher | {{ record.cell.teacher }}\
+{% if record.teacher.accuracy is not none %}, {{ "%.2f" | format(record.teacher.accuracy) }} %{% endif %} |
 {% endif %}
 | data | {{ record.cell.data }} |
+{% if which %}
+| {{ record.best.part }} accuracy at step {{ record.best.step }}, whose weights these are: the best of all evaluations | \
+{{ "%.2f" | format(record.best.accuracy) }} % |
+{% else %}
 | test accuracy, last epoch | {{ "%.2f" | format(record.result.test.last) }} % |
+{% endif %}
 | seed | {{ record.cell.seed }} |
 
 One run is no comparison: the table of its experiment has means over seeds with intervals.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from conftest import Kdbench, Once
 from safetensors.torch import load_file
 
 import kdbench
-from kdbench.record import read_record
+from kdbench.engine.exporting import model_card, student_of
+from kdbench.record import BEST, read_record
+from kdbench.record_parts import Best
 
 RECIPE = """\
 data: {name: digits, per_class: 10}
@@ -169,6 +172,21 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
         assert f"{record.result.test.last:.2f} %" in card and record.data.fingerprint in card
         assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell)
         assert {"config.json", "record.json"} <= hub.files.keys()
+
+
+def test_the_card_of_the_best_weights_has_their_accuracy(cell: Path, tmp_path: Path) -> None:
+    last, file = student_of(cell), tmp_path / BEST
+    file.write_bytes(last.file.read_bytes())
+    assert last.record.teacher is not None
+    changes = {
+        "best": Best(step=7, part="validation", accuracy=12.34),
+        "teacher": last.record.teacher.model_copy(update={"accuracy": None}),
+    }
+    chosen = replace(last, record=last.record.model_copy(update=changes), file=file)
+    card, other = (model_card(one, "me/student", False) for one in (chosen, last))
+    accuracy = f"{last.record.result.test.last:.2f} %"
+    assert "12.34 %" in card and "validation accuracy at step 7" in card and accuracy not in card
+    assert "12.34 %" not in other and accuracy in other
 
 
 @pytest.mark.slow
