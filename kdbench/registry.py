@@ -23,7 +23,8 @@ from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
 from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
 from kdbench.told import TOLD, inputs_of, is_module, losses_in
-from kdbench.tree import Tree, shown
+from kdbench.tree import Tree, dotted, shown
+from kdbench.tree import walk as paths
 from kdbench.validation import validated
 
 C = TypeVar("C", bound=BaseModel)
@@ -143,7 +144,7 @@ class Registry:
         base, place = tree.data["include"], tree.origin(("include",))
         if not isinstance(base, str) or base in (name, *includers):
             raise UserError("'include' names another card", where=place)
-        return self.tree(kind, base, place, (*includers, name)).merged(tree.without("include"))
+        return _unpaired(self.tree(kind, base, place, (*includers, name)), tree).merged(tree.without("include"))
 
     def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:
         """A card's code as fields of a `TargetSpec`: where it is now, and what it counts as in identities."""
@@ -242,6 +243,19 @@ def singular(kind: str) -> str:
         "studies": "study",
     }
     return special.get(kind, kind[:-1])
+
+
+def _unpaired(base: Tree, own: Tree) -> Tree:
+    """A card that another includes, without what its `pairs` say of parameters that the other sets itself."""
+    short, pairs = base.data.get("parameters"), base.data.get("pairs")
+    if not (isinstance(pairs, list) and isinstance(short, dict)):
+        return base
+    said = {dotted(path) for path in paths(own.data)}
+    kept = [
+        {key: value for key, value in pair.items() if str(short.get(key)) not in said} if isinstance(pair, dict) else pair
+        for pair in pairs
+    ]
+    return Tree(base.data | {"pairs": kept}, base.origins)
 
 
 def written_out(tree: Tree, recipe: bool = False) -> Tree:

@@ -197,6 +197,23 @@ def test_warm_up_counts_epochs() -> None:
     assert [stage.weights(step)["kd"] / 0.9 for step in (0, 2, 3, 6, 12, 23)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
 
 
+def test_what_a_card_says_itself_no_pair_of_what_it_includes_changes(tmp_path: Path) -> None:
+    """Of the pair WRN-40-2 and WRN-16-2 the card dkd says β = 6."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "own.yaml").write_text(
+        "mine: {include: dkd, stages: [{name: classification, losses: {dkd: {beta: 3.0}}}]}\n"
+        "warm: {include: dkd, title: Warm, stages: [{name: classification, losses: {dkd: {temperature: 2.0}}}]}\n"
+        "other: {include: mine, title: Other, pairs: [{teacher: wrn_40_2, student: wrn_16_2, beta: 5.0}]}\n"
+    )
+    registry = Registry([tmp_path])
+    found = {}
+    for method in ("dkd", "mine", "warm", "other"):
+        recipe = {"data": "cifar100", "teacher": "wrn_40_2_cifar100", "student": "wrn_16_2", "protocol": "crd"}
+        spec = plan(recipe | {"method": method, "seeds": 1}, registry).cells[0].spec
+        found[method] = spec.method.stages["classification"].losses["dkd"].loss.options["beta"]
+    assert found == {"dkd": 6.0, "mine": 3.0, "warm": 6.0, "other": 5.0}
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
