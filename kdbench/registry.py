@@ -252,7 +252,9 @@ def _unpaired(base: Tree, own: Tree) -> Tree:
         return base
     said = {dotted(path) for path in paths(own.data)}
     kept = [
-        {key: value for key, value in pair.items() if str(short.get(key)) not in said} if isinstance(pair, dict) else pair
+        {key: value for key, value in pair.items() if str(short.get(key)) not in said}
+        if isinstance(pair, dict)
+        else pair
         for pair in pairs
     ]
     return Tree(base.data | {"pairs": kept}, base.origins)

@@ -46,7 +46,7 @@ A student that kdbench trained by knowledge distillation.
 {% endif %}
 | data | {{ record.cell.data }} |
 {% if which %}
-| {{ record.best.part }} accuracy at step {{ record.best.step }}, whose weights these are: the best of all evaluations | \
+| {{ record.best.part }} accuracy at step {{ record.best.step }}, of these weights, the best of all evaluations | \
 {{ "%.2f" | format(record.best.accuracy) }} % |
 {% else %}
 | test accuracy, last epoch | {{ "%.2f" | format(record.result.test.last) }} % |

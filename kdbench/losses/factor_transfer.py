@@ -129,8 +129,8 @@ def paraphrased(
     factors = encoder(teacher.detach())
     if student.ndim > 1 and student.shape[1] != factors.shape[1]:
         raise ValueError(
-            f"the translator makes {student.shape[1]} factors and the paraphraser {factors.shape[1]}: give both modules "
-            "one rate"
+            f"the translator makes {student.shape[1]} factors and the paraphraser {factors.shape[1]}: give both "
+            "modules one rate"
         )
     return factor_transfer(student, factors, form)
 
