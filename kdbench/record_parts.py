@@ -163,6 +163,7 @@ class RecordedTeacher(Part):
     doubts: list[str] | None = Field(
         None, description="what was seen of it that should make its user doubt, in sentences"
     )
+    members: list[str] | None = Field(None, description="of several teachers at once: the sha256 of each one's weights")
 
 
 class Data(Part):

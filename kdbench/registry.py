@@ -286,6 +286,10 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
                 word = "mode" if key == "compute" else "name"
                 value = {word: value}
                 origins[(*here, word)] = tree.origin(here)
+            elif key == "teacher" and recipe and not path and isinstance(value, list):
+                each = [{"name": one} if isinstance(one, str) else one for one in value]
+                value = {"several": [walk(one, ("teacher", i)) for i, one in enumerate(each)]}
+                origins.update({("teacher", "several", *p[1:]): o for p, o in tree.origins.items() if p[:1] == here})
             elif key in ("weight_schedule", "transforms") and isinstance(value, list):
                 value = [{"name": one} if isinstance(one, str) else one for one in value]
             elif key == "stages" and isinstance(value, list):

@@ -176,11 +176,12 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
 def _merge(base: Any, over: Any, path: Path, origins: dict[Path, str], over_origins: dict[Path, str]) -> Any:
     both = isinstance(base, dict) and isinstance(over, dict)
     # A named card and one's own model say who teaches in two ways: the later one holds whole.
+    forms = ("model", "name", "several")
     other_form = (
         both
         and path[-1:] == ("teacher",)
-        and ("model" in over) != ("model" in base)
-        and ("model" in over or "name" in over)
+        and any(form in over for form in forms)
+        and any((form in over) != (form in base) for form in ("model", "several"))
     )
     if both and not other_form and not ("name" in over and base.get("name", over["name"]) != over["name"]):
         result = dict(base)

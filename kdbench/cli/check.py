@@ -84,7 +84,10 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
     """A cell, the one that trains its teacher, and so on."""
     while spec is not None:
         yield spec
-        spec = spec.teacher.trained_by if spec.teacher is not None else None
+        teachers = spec.teacher.each if spec.teacher is not None else []
+        for one in teachers[1:]:
+            yield from _lineage(one.trained_by)
+        spec = teachers[0].trained_by if teachers else None
 
 
 def _networks(planned: Plan, estimate: Estimate) -> Table:
@@ -166,7 +169,7 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
         f"data {domains}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
         f"computed {computed}, baseline {planned.baseline}"
     )
-    for teacher in {c.spec.teacher.identity(): c.spec.teacher for c in planned.cells if c.spec.teacher}.values():
+    for teacher in {t.identity(): t for c in planned.cells if c.spec.teacher for t in c.spec.teacher.each}.values():
         weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe first"
         weights = "untrained, it trains along" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")

@@ -26,7 +26,7 @@ from kdbench.engine.materials import load_data
 from kdbench.engine.network import Network, Normalizer
 from kdbench.engine.options import Options
 from kdbench.engine.streamed import split_for_testing
-from kdbench.engine.teacher_files import trained
+from kdbench.engine.teacher_files import ALL_WEIGHTS, trained
 from kdbench.engine.teachers import load_teacher
 from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
@@ -225,6 +225,8 @@ def _weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
     if teacher.weights is not None:
         return locate(teacher.weights, options.download)
     folders = [teacher_folder(teacher, folder) for folder in (*runs, options.runs)]
+    if teacher.members and (whole := [file for folder in folders if (file := folder / ALL_WEIGHTS).is_file()]):
+        return whole[0]
     file = next((found.file for found in map(trained, folders) if found is not None), None)
     if file is None:
         raise UserError(

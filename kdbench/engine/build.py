@@ -12,6 +12,7 @@ from kdbench.errors import UserError
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
+from kdbench.models.several import Part, Several
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TargetSpec
 from kdbench.schedules import Schedule
 
@@ -36,15 +37,19 @@ def weight_notes(spec: CellSpec) -> list[str]:
     student, teacher = spec.student, spec.teacher
     if student.weights is not None or (student.start is not None and find_weights(student.start.file) is not None):
         found += _built(student, spec.data)[1]
-    if teacher is not None and teacher.weights is not None and (file := find_weights(teacher.weights.file)) is not None:
-        model = build_model(teacher.model.untrained(), teacher.knows(spec.data))
-        found += load_file(model, file, teacher.model.name, teacher.weights.layout)
+    for one in teacher.each if teacher is not None else ():
+        if one.weights is not None and (file := find_weights(one.weights.file)) is not None:
+            model = build_model(one.model.untrained(), one.knows(spec.data))
+            found += load_file(model, file, one.model.name, one.weights.layout)
     return found
 
 
 def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init") -> tuple[nn.Module, list[str]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(seed, stream))
+        if spec.parts:
+            each = [(build_model(part.model, data, seed, stream), part.normalization) for part in spec.parts]
+            return Several([Part(network, of.mean, of.std) for network, of in each]), []
         try:
             model: nn.Module = import_target(spec.target)(
                 **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size

@@ -125,9 +125,8 @@ class Estimate:
             known: identities of teachers that are counted already; extended.
         """
         total = 0.0
-        for cell in cells:
-            teacher = cell.spec.teacher
-            if teacher is None or teacher.trained_by is None or teacher.identity() in known:
+        for teacher in (one for cell in cells if cell.spec.teacher for one in cell.spec.teacher.each):
+            if teacher.trained_by is None or teacher.identity() in known:
                 continue
             known.add(teacher.identity())
             if finished_record(teacher_folder(teacher, runs)) is None:

@@ -123,7 +123,8 @@ def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
     if file is None or spec.teacher is None:
         return None
     on_source = {} if spec.target is None else {"source_accuracy": file.source_accuracy}
-    return {"sha256": file.sha256, "accuracy": file.accuracy, **on_source, "doubts": list(file.doubts) or None}
+    several = {"members": list(file.members) or None, "doubts": list(file.doubts) or None}
+    return {"sha256": file.sha256, "accuracy": file.accuracy, **on_source, **several}
 
 
 def _data(data: ImageData | Pictures, target: ImageData | Pictures | None) -> dict[str, Any]:

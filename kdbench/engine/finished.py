@@ -107,26 +107,28 @@ class Finished:
         )
         teachers = {c.spec.teacher.identity(): c.spec.teacher for c in self.cells if c.spec.teacher is not None}
         for teacher in teachers.values():
-            if teacher.trained_by is not None and (record := finished_record(teacher_folder(teacher, self.runs))):
-                check_teacher(teacher, record, here)
+            for one in teacher.each:
+                if one.trained_by is not None and (record := finished_record(teacher_folder(one, self.runs))):
+                    check_teacher(one, record, here)
 
     def compare_teachers(self) -> None:
         """Raises UserError for cells of the folder that learned from other weights of a trained teacher than those
         from which the open cells would learn, or than each other."""
         expected: dict[str, str] = {}
-        for cell in self.open:
-            teacher = cell.spec.teacher
-            if teacher is None or teacher.trained_by is None or teacher.identity() in expected:
+        for teacher in (one for cell in self.open if cell.spec.teacher for one in cell.spec.teacher.each):
+            if teacher.trained_by is None or teacher.identity() in expected:
                 continue
             if record := finished_record(teacher_folder(teacher, self.runs)):
                 expected[teacher.identity()] = sha256_of(student_file(record))
         reasons = {}
         for cell, record in self.recorded:
-            if cell.spec.teacher is not None and record.teacher is not None:
-                sha256 = expected.setdefault(cell.spec.teacher.identity(), record.teacher.sha256)
-                if sha256 != record.teacher.sha256:
-                    before = record.teacher.sha256[:12]
-                    reasons[cell.id] = f"'{record.teacher.name}' had the sha256 {before}, here it has {sha256[:12]}"
+            if cell.spec.teacher is None or record.teacher is None:
+                continue
+            found = record.teacher.members or [record.teacher.sha256]
+            for one, before in zip(cell.spec.teacher.each, found, strict=False):
+                sha256 = expected.setdefault(one.identity(), before)
+                if sha256 != before:
+                    reasons[cell.id] = f"'{one.name}' had the sha256 {before[:12]}, here it has {sha256[:12]}"
         self._sort_out("taught by another teacher", reasons)
 
     def adopt(self, results: Path, folder: Path) -> None:
@@ -169,7 +171,9 @@ def cell_folder(folder: Path, cell: PlannedCell) -> Path:
 
 
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
-    """Folder of a teacher: the records of its training, or its measured accuracy."""
+    """Folder of a teacher: the records of its training, or its measured accuracy (of several: all their weights)."""
+    if spec.members:
+        return inside(runs / TEACHERS, f"{spec.name}-{spec.identity()[:8]}")
     if (own := spec.trained_by) is None:
         return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8] if spec.weights else 'untrained'}")
     names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]

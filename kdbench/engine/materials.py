@@ -16,10 +16,10 @@ from kdbench.engine.logit_files import table_at
 from kdbench.engine.messages import Settings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.teacher_files import TeacherFile, given_weights, on_target, trained, with_accuracy
+from kdbench.engine.teacher_files import TeacherFile, all_weights, given_weights, on_target, trained, with_accuracy
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 
 AnyData = ImageData | Pictures
 
@@ -84,13 +84,21 @@ class Materials:
             return None
         assert folder is not None
         teacher = spec.teacher
-        file = trained(folder) if teacher.weights is None else given_weights(teacher, self.settings.download)
-        if file is None:
-            raise CellError(f"the teacher '{teacher.name}' is not trained: there is no record in {folder}")
+        if teacher.members:
+            file = all_weights(teacher, folder, spec.data, self._weights)
+        else:
+            file = self._weights(teacher, folder)
         file = with_accuracy(teacher, file, folder, spec.data, self.data(spec.data), self.device)
         if spec.target is not None:
             target = self.data(spec.target)
             file = on_target(teacher, file, folder, spec.data, spec.target, target, self.device)
+        return file
+
+    def _weights(self, teacher: TeacherSpec, folder: Path) -> TeacherFile:
+        """The weights of one teacher."""
+        file = trained(folder) if teacher.weights is None else given_weights(teacher, self.settings.download)
+        if file is None:
+            raise CellError(f"the teacher '{teacher.name}' is not trained: there is no record in {folder}")
         return file
 
     def teacher(self, spec: CellSpec, file: TeacherFile | None, computing: Computing) -> Teacher | None:

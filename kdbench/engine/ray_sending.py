@@ -103,6 +103,6 @@ def specs_of(task: Task) -> list[CellSpec]:
 
 def _weights(spec: CellSpec) -> list[str]:
     """Names of the weight files that a cell reads."""
-    teacher = spec.teacher.weights if spec.teacher is not None else None
-    cards = [weights.file for weights in (spec.student.start, teacher) if weights is not None]
+    teachers = [one.weights for one in spec.teacher.each] if spec.teacher is not None else []
+    cards = [weights.file for weights in (spec.student.start, *teachers) if weights is not None]
     return cards + ([spec.student.weights] if spec.student.weights is not None else [])

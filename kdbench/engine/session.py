@@ -124,8 +124,8 @@ class Session:
             UserError: for one that was trained before: its weights are gone or damaged, or it saw other data.
         """
         wanted: dict[str, TeacherSpec] = {}
-        for cell in cells:
-            if (teacher := cell.spec.teacher) is not None and teacher.trained_by is not None:
+        for teacher in (one for cell in cells if cell.spec.teacher for one in cell.spec.teacher.each):
+            if teacher.trained_by is not None:
                 wanted.setdefault(teacher.trained_by.identity(), teacher)
         for teacher in wanted.values():
             folder = teacher_folder(teacher, self.options.runs)

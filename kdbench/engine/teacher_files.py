@@ -11,18 +11,21 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from safetensors.torch import save
 
 from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.anchors import Route
 from kdbench.engine.batch import SLICE, Split
+from kdbench.engine.build import build_model
+from kdbench.engine.finished import teacher_folder
 from kdbench.engine.streamed import split_for_testing
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher
-from kdbench.engine.weights import locate
-from kdbench.errors import UserError
-from kdbench.files import sha256_of, write_json
+from kdbench.engine.weights import load_file, locate
+from kdbench.errors import CellError, UserError
+from kdbench.files import atomic, sha256_of, write_json
 from kdbench.reading import of_form, read_json
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.route import FOLDER
@@ -31,6 +34,8 @@ from kdbench.record import finished_record, student_file
 
 log = logging.getLogger("kdbench")
 
+# File with the weights of several teachers that are one.
+ALL_WEIGHTS = "weights.safetensors"
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 # Percentage points that another order of classes must bring before it is told.
 _MORE = 5.0
@@ -41,7 +46,8 @@ class TeacherFile:
     """Where a teacher's weights lie, their sha256, and the accuracy measured with them (percent; None for a teacher of
     other classes, which cannot be tested on these data), and the checkpoints of its training where they were kept.
     `source_accuracy`: on the source, where `accuracy` is that on a target domain. `data`: fingerprint of the data that
-    it was trained on here. `doubts`: sentences that its user should read."""
+    it was trained on here. `doubts`: sentences that its user should read. `members`: of several teachers, the sha256 of
+    each one's weights."""
 
     file: Path
     sha256: str
@@ -50,6 +56,7 @@ class TeacherFile:
     source_accuracy: float | None = None
     data: str | None = None
     doubts: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 def trained(folder: Path) -> TeacherFile | None:
@@ -68,6 +75,33 @@ def given_weights(spec: TeacherSpec, download: bool) -> TeacherFile:
     """A teacher whose card or recipe names a weight file."""
     assert spec.weights is not None
     return TeacherFile(locate(spec.weights, download), spec.weights.sha256, None)
+
+
+def all_weights(
+    spec: TeacherSpec, folder: Path, data: DataSpec, of_one: Callable[[TeacherSpec, Path], TeacherFile]
+) -> TeacherFile:
+    """The weights of several teachers in one file in their own folder, written anew where one's have changed.
+
+    Args:
+        folder: of all of them. of_one: gives the weights of one, by its own folder.
+    """
+    file = folder / ALL_WEIGHTS
+    try:
+        each = [of_one(one, teacher_folder(one, folder.parent.parent)) for one in spec.members]
+    except (UserError, CellError):
+        # On another machine there is what was sent.
+        if not file.is_file():
+            raise
+        return TeacherFile(file, sha256_of(file), None, members=tuple(read_json(file.with_suffix(".json"))["members"]))
+    whole = build_model(spec.model, data)
+    for one, part, weights in zip(spec.members, whole.parts, each, strict=True):  # type: ignore[arg-type]
+        load_file(part.network, weights.file, one.model.name, one.weights.layout if one.weights is not None else None)
+    found = save(whole.state_dict())
+    if not file.is_file() or file.read_bytes() != found:
+        with atomic(file) as temporary:
+            temporary.write_bytes(found)
+    write_json(file.with_suffix(".json"), {"members": [weights.sha256 for weights in each]})
+    return TeacherFile(file, sha256_of(file), None, members=tuple(weights.sha256 for weights in each))
 
 
 def with_accuracy(

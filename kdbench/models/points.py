@@ -2,6 +2,8 @@
 
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits`; `layers` and `layers.preact`
 stand for all of them in the order of the layers, `layers.last` and `layers.last.preact` for the last of them.
+`last.preact` is the map of one more convolution behind the layers, before its ReLU, where a network pools that. Of
+several teachers at once, `teacher2.layer1` is that of the second one.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, "layers.last": _LA
 
 def point_name(name: str) -> str:
     """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""
-    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|pooled", name):
-        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, or pooled")
+    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|last\.preact|pooled", name):
+        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, last.preact, or pooled")
     return name
+
+
+def numbered(name: str) -> tuple[str, str]:
+    """A hook point's teacher, by number where it is one of several ("teacher2."), and its name in that network."""
+    number, dot, own = name.partition(".")
+    return (f"{number}.", own) if dot and re.fullmatch(r"teacher[1-9]\d*", number) else ("", name)
 
 
 def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
@@ -42,7 +50,12 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
     whose = f"model '{model_name}'" if model_name else "the model"
     result: list[str] = []
     for name in names:
+        number, own = numbered(name)
         pattern = POINT_GROUPS.get(name)
+        if number and own in POINT_GROUPS:
+            of_one = [point.removeprefix(number) for point in known if point.startswith(number)]
+            result += [number + point for point in expand([own], of_one, model_name)]
+            continue
         if pattern is None:
             result.append(existing(name, known, whose))
             continue

@@ -7,7 +7,7 @@ from typing import Any
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError
 from kdbench.image_cards import AugmentationCard, AugmentationFields
-from kdbench.models.points import POINT_GROUPS
+from kdbench.models.points import POINT_GROUPS, numbered
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
@@ -53,6 +53,12 @@ def cell_spec(
         if teacher.untrained:
             check_trains_teacher(method, tree.origin(("teacher",)))
         if method.starts_from == "teacher":
+            if teacher.members:
+                raise UserError(
+                    f"a student of the method '{method.name}' starts from its teacher, and here are several",
+                    where=tree.origin(("teacher",)),
+                    hint="name one teacher",
+                )
             # Its weights mean what they do for images that are normalized as its own were.
             protocol = protocol.model_copy(update={"normalization": teacher.normalization})
     check_route(method, teacher, data, tree.origin(("teacher",)))
@@ -181,7 +187,9 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
 
 
 def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
-    if model.hooks != "derived" and point not in (known := [*model.hooks, *POINT_GROUPS, "logits"]):
+    if model.hooks == "derived" or (numbered(point)[0] and numbered(point)[1] in POINT_GROUPS):
+        return
+    if point not in (known := [*model.hooks, *POINT_GROUPS, "logits"]):
         raise UserError(
             f"{what}: '{model.name}' has no hook point '{point}'", where=where, hint="it has: " + ", ".join(known)
         )

@@ -57,6 +57,9 @@ class TeacherChoice(Strict):
     """A teacher card by name, or a network with the user's own weights."""
 
     name: str | None = Field(None, description="key of a teacher card")
+    several: list[TeacherChoice] | None = Field(
+        default=None, min_length=2, description="several teachers; a list in place of the mapping says the same"
+    )
     model: Named | None = None
     weights: str | None = Field(
         default=None, description="file with a state dict (.safetensors, or .pt with weights only)"
@@ -81,10 +84,18 @@ class TeacherChoice(Strict):
 
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
+        if self.several is not None:
+            if self != TeacherChoice.model_construct(several=self.several):
+                raise ValueError("of several teachers each has its own settings")
+            if any(one.several for one in self.several):
+                raise ValueError("a list of teachers holds no further lists")
+            return self
         if self.untrained and (self.name is not None or self.weights is not None or self.accuracy is not None):
             raise ValueError("an untrained teacher is a 'model' alone")
         if self.name is None and (self.model is None or (self.weights is None and not self.untrained)):
-            raise ValueError("a teacher is the name of a teacher card, or 'model' and 'weights' (or 'untrained: true')")
+            raise ValueError(
+                "a teacher is the name of a teacher card, or 'model' and 'weights' (or 'untrained: true'), or a list"
+            )
         if self.name is not None and (self.model is not None or self.weights is not None):
             raise ValueError("a teacher card brings its own model and weights: leave out 'model' and 'weights'")
         if self.trained and self.name is None:

@@ -14,6 +14,7 @@ from kdbench.names import own_name
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.choices import StudentChoice, TeacherChoice
 from kdbench.recipe.named import named_spec
+from kdbench.recipe.several import several_teachers
 from kdbench.recipe.specs import CellSpec, ModelSpec, TeacherSpec, WeightsSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -72,6 +73,12 @@ def teacher_spec(
     Args:
         tree: of the recipe. trained: gives the cell that trains a teacher by its own recipe.
     """
+    if choice.several is not None:
+        members = []
+        for number, one in enumerate(choice.several):
+            own_tree = Tree(tree.data | {"teacher": tree.data["teacher"]["several"][number]}, tree.origins)
+            members.append(teacher_spec(one, own_tree, registry, trained, weights_must_exist))
+        return several_teachers(members, tree.origin(("teacher",)))
     if choice.untrained:
         own = registry.card("datasets", tree.data["data"]["name"]).normalization
         model = _teacher_model(tree.at("teacher", "model"), registry)

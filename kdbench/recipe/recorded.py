@@ -16,6 +16,7 @@ from kdbench.errors import UserError
 from kdbench.reading import fault
 from kdbench.recipe.named import repeated
 from kdbench.recipe.networks import weights_spec
+from kdbench.recipe.several import several_teachers
 from kdbench.recipe.specs import (
     CellSpec,
     DataSpec,
@@ -120,6 +121,11 @@ class _Reader:
         if isinstance(said, TeacherSpec) and (not said.name or any(mark in said.name for mark in "/\\\0")):
             # Folders are called after it.
             raise self.refused(f"a teacher cannot be called '{said.name}'")
+        if isinstance(said, TeacherSpec) and said.members:
+            built = several_teachers([self.built(one, field) for one in said.members], self.where)
+            if said.name != built.name:
+                raise self.refused(f"'{said.name}' are other teachers than {built.name}")
+            return built
         if isinstance(said, WeightsSpec):
             return self.weights(said, may_be_own=True)
         if isinstance(said, Spec):

@@ -8,7 +8,7 @@ from pathlib import Path
 from kdbench.files import find_weights
 from kdbench.image_cards import Normalization
 from kdbench.recipe.beside import origin_of
-from kdbench.recipe.specs import CellSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 
 # Half a step of pixels of 8 bits: means and deviations that are closer are the same, rounded.
 _SAME = 0.5 / 255
@@ -18,7 +18,8 @@ def remarks(specs: Iterable[CellSpec]) -> list[str]:
     """Sentences on all cells of a plan, each once."""
     found: dict[str, None] = {}
     for spec in specs:
-        found |= dict.fromkeys([*replaced_normalization(spec), *_teacher(spec), *_start(spec)])
+        of_teachers = [text for one in (spec.teacher.each if spec.teacher else ()) for text in _teacher(one)]
+        found |= dict.fromkeys([*replaced_normalization(spec), *of_teachers, *_start(spec)])
     return list(found)
 
 
@@ -46,10 +47,7 @@ def said(normalization: Normalization) -> str:
     return f"mean {mean} and deviation {deviation}"
 
 
-def _teacher(spec: CellSpec) -> list[str]:
-    teacher = spec.teacher
-    if teacher is None:
-        return []
+def _teacher(teacher: TeacherSpec) -> list[str]:
     if teacher.trained_by is not None:
         own, origin = teacher.trained_by.protocol.normalization, "its training"
     else:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
 from kdbench.image_cards import AugmentationFields, Normalization
-from kdbench.models.points import POINT_GROUPS
+from kdbench.models.points import POINT_GROUPS, numbered
 from kdbench.names import content_name, is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
 
@@ -101,6 +101,7 @@ class ModelSpec(TargetSpec):
     weights: str | None = None
     weights_sha256: str | None = None
     start: WeightsSpec | None = None
+    parts: list[PartSpec] = Field(default=[], description="of several networks as one, by whom they are")
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
@@ -114,9 +115,22 @@ class ModelSpec(TargetSpec):
         """This model with only those hook points (or members of groups) that are read."""
         if isinstance(self.hooks, str):
             return self
-        groups = [pattern for name, pattern in POINT_GROUPS.items() if name in points]
-        used = {p: at for p, at in self.hooks.items() if p in points or any(g.fullmatch(p) for g in groups)}
-        return self.model_copy(update={"hooks": used})
+        groups = [
+            (numbered(name)[0], POINT_GROUPS[numbered(name)[1]]) for name in points if numbered(name)[1] in POINT_GROUPS
+        ]
+
+        def read(point: str) -> bool:
+            number, own = numbered(point)
+            return point in points or any(number == of and group.fullmatch(own) for of, group in groups)
+
+        return self.model_copy(update={"hooks": {p: at for p, at in self.hooks.items() if read(p)}})
+
+
+class PartSpec(Spec):
+    """One of several networks that are one."""
+
+    model: ModelSpec
+    normalization: Normalization
 
 
 class LossSpec(TargetSpec):
@@ -258,10 +272,17 @@ class TeacherSpec(Spec):
         default=None, description="those that it was trained on, where these are not all"
     )
 
+    members: list[TeacherSpec] = Field(default=[], description="where it is several ones")
+
     @property
     def untrained(self) -> bool:
         """Whether it begins with first values, by the cell's seed, and is trained by the method."""
-        return self.weights is None and self.trained_by is None
+        return self.weights is None and self.trained_by is None and not self.members
+
+    @property
+    def each(self) -> list[TeacherSpec]:
+        """Its members, or itself where it is one."""
+        return self.members or [self]
 
     def knows(self, data: DataSpec) -> DataSpec:
         """The data as this teacher takes them: with its own classes."""

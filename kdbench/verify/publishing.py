@@ -63,11 +63,13 @@ def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:
     found = {}
     for cell in cells:
         spec = read_record(run / cell).resolved
-        if spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None:
+        for teacher in spec.teacher.each if spec is not None and spec.teacher is not None else ():
+            if (trained := teacher.trained_by) is None:
+                continue
             # One that was not trained here may have come with published cells, as a record.
-            for folder in (teacher_folder(spec.teacher, run.parent), *sorted(run.glob("teacher*"))):
-                if (folder / RECORD).is_file() and read_record(folder).identity == spec.teacher.trained_by.identity():
-                    found[folder] = spec.teacher.name
+            for folder in (teacher_folder(teacher, run.parent), *sorted(run.glob("teacher*"))):
+                if (folder / RECORD).is_file() and read_record(folder).identity == trained.identity():
+                    found[folder] = teacher.name
                     break
     if len(found) == 1:
         return [(next(iter(found)), "teacher")]

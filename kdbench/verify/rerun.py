@@ -77,7 +77,7 @@ def choose(records: dict[str, Record], name: str | None, registry: Registry) -> 
 
         def cost(cell: str) -> tuple[bool, bool, float, str]:
             spec = records[cell].resolved
-            trains = spec is not None and spec.teacher is not None and spec.teacher.trained_by is not None
+            trains = spec is not None and spec.teacher is not None and any(t.trained_by for t in spec.teacher.each)
             return spec is None, trains, records[cell].compute.seconds, cell
 
         name = min(records, key=cost)
@@ -111,11 +111,11 @@ def rerun(
     if (way := compute.of_records([record.folder] if record.folder else [])) is not None:
         chosen = Chosen(asked=spec.compute.fixed(), computing=way, why="as the record says")
         compute.keep(options.runs / plan.name, chosen)
-    trained = spec.teacher.trained_by if spec.teacher is not None else None
-    if spec.teacher is not None and trained is not None:
-        for teacher in teachers:
-            if teacher.identity in (trained.identity(), trained.identity(earlier=True)):
-                _as_it_was(teacher_folder(spec.teacher, options.runs), teacher)
+    for one in spec.teacher.each if spec.teacher is not None else ():
+        if (trained := one.trained_by) is not None:
+            for teacher in teachers:
+                if teacher.identity in (trained.identity(), trained.identity(earlier=True)):
+                    _as_it_was(teacher_folder(one, options.runs), teacher)
     outcome = run(plan, replace(options, jobs=1), listener)
     if outcome.failed:
         raise CellError(outcome.failed[0].message)

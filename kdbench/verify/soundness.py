@@ -54,8 +54,12 @@ def _origins(record: Record, spec: CellSpec) -> Iterator[str]:
     teacher = record.teacher
     if teacher is None or spec.teacher is None:
         return
-    if spec.teacher.weights is not None:
-        yield from _same("teacher.sha256", teacher.sha256, spec.teacher.weights.sha256)
+    found = teacher.members or [teacher.sha256]
+    yield from _same("teacher.members", len(found), len(spec.teacher.each))
+    for number, (one, sha256) in enumerate(zip(spec.teacher.each, found, strict=False)):
+        if one.weights is not None:
+            what = f"teacher.members.{number}" if teacher.members else "teacher.sha256"
+            yield from _same(what, sha256, one.weights.sha256)
     # Its card speaks of the data that it knows: with a target domain, those of the source.
     key = "accuracy" if record.target is None else "source_accuracy"
     said, found = spec.teacher.accuracy, getattr(teacher, key)

@@ -57,3 +57,43 @@ def test_two_networks_that_begin_untrained_teach_each_other(kdbench: Kdbench, tm
     assert "DML" in kdbench("table", tmp_path / "whole" / "mutual").stdout
     kdbench("verify", tmp_path / "whole" / "mutual")
     assert "trains along" in kdbench("check", recipe, "--no-time").stdout
+
+
+@pytest.mark.slow
+def test_several_teachers_at_once(kdbench: Kdbench, tmp_path: Path) -> None:
+    """By the mean of their logits, or one term for each; the second teacher changes, and cells know."""
+    cards, small = tmp_path / "cards", "data: digits\nprotocol: digits\nmethod: ce\nsteps: 20\nevaluations: 1\n"
+    cards.mkdir()
+    names = {"first": "wrn_10_1", "second": "wrn_10_2"}
+    for name, model in names.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{small}student: {model}\n")
+    (cards / "teachers.yaml").write_text(
+        "teachers:\n"
+        + "".join(f"  {n}: {{model: {m}, data: digits, recipe: {tmp_path / n}.yaml}}\n" for n, m in names.items())
+    )
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text(
+        "data: {name: digits, per_class: 10}\nteacher: [first, second]\nstudent: wrn_10_1\nprotocol: digits\n"
+        "steps: 12\nevaluations: 2\ncompare:\n  method:\n    - kd\n    - name: kd\n      label: each\n"
+        "      stages: {classification: {losses: {kd: {teacher: teacher1.logits}, "
+        "second: {loss: fitnets, student: layer3, teacher: teacher2.layer3, connector: conv1x1_bn}}}}\n"
+    )
+    more = ["--registry", cards]
+    kdbench("logits", "fill", recipe, *more, *ONE[:2])
+    whole, killed = (["run", recipe, "--runs", tmp_path / name, *ONE, *more] for name in ("whole", "killed"))
+    kdbench(*whole)
+    struck(killed, Strike("checkpoint", 5))
+    kdbench(*killed)
+    assert_alike(tmp_path / "killed", tmp_path / "whole")
+    folder = tmp_path / "whole" / "both"
+    records = [json.loads(file.read_text()) for file in folder.glob("*/record.json")]
+    teacher = {(r["teacher"]["name"], *r["teacher"]["members"]) for r in records}
+    trained = {
+        f.parent.name.rpartition("-")[0]: json.loads(f.read_text())["files"]["student.safetensors"]
+        for f in tmp_path.glob("whole/teachers/*/record.json")
+    }
+    assert teacher == {("first + second", trained["first"], trained["second"])}
+    assert "first + second" in kdbench("table", folder, *more).stdout
+    kdbench("verify", folder, *more)
+    assert "teacher second: trained from its own recipe" in kdbench("check", recipe, "--no-time", *more).stdout
+    assert "has no hook points 'layers'" in kdbench("run", recipe, "compare.method=[at]", *more, code=2).stderr

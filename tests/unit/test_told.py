@@ -5,24 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captured import both, cell, short
+from PIL import Image
 from standin import StandIn
 from tiny import images, member_of, shortened, train
 from torch import nn
 from torch.nn import functional as F
 
 from kdbench import losses
+from kdbench.data.transforms import Transforms
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.check import check_cell
 from kdbench.engine.finish import streams
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
 from kdbench.engine.surroundings import _BUILT
+from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.terms import _NUMBERS
 from kdbench.errors import UserError
 from kdbench.models.neighbours import batch_norm_before, classifier
+from kdbench.models.points import expand
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec, ModuleSpec
 from kdbench.registry import Registry
@@ -437,3 +443,40 @@ def test_each_of_two_networks_learns_from_the_other_who_stands_still() -> None:
     # The gradient of KL(constant || softmax(z)) is softmax(z) - constant.
     assert a.grad is not None and b.grad is not None
     assert torch.allclose(a.grad, (p - q).detach() / 5) and torch.allclose(b.grad, (q - p).detach() / 5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_strong_view_is_cut_out_at_the_address_of_its_draws(mode: str) -> None:
+    spec = (
+        plan({"data": "cifar100", "student": "crd_resnet8", "method": "ce", "protocol": "crd_mlkd"}, Registry())
+        .cells[0]
+        .spec
+    )
+    assert spec.protocol.second is not None
+    (transform,) = spec.protocol.second.transforms
+    assert (transform.name, spec.protocol.epochs, spec.protocol.batch_size) == ("mlkd_strong", 480, 64)
+    image = Image.new(mode, (32, 32), 0 if mode == "L" else (0, 0, 0))
+    view = Transforms([("mlkd_strong", import_target(transform.target)(operations=0))])
+    first, again, other = (np.array(view(image, seed)) for seed in (1, 1, 2))
+    assert (first == again).all() and (first != other).any()
+    for cut in (first, other):
+        rows, columns = (np.unique(at) for at in np.nonzero(cut.reshape(32, 32, -1)[..., 0])[:2])
+        assert len(rows) <= 17 and len(columns) <= 17, "at most half of each side"
+        assert (
+            cut[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == (121 if mode == "L" else (125, 123, 114))
+        ).all()
+    several = Transforms([("mlkd_strong", import_target(transform.target)())])
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, len(mode)), dtype=np.uint8).squeeze())
+    assert len({np.array(several(noise, seed)).tobytes() for seed in range(20)}) == 20
+
+
+@pytest.mark.parametrize("student", ["mobilenetv2_half", "shufflenet_v2", "shufflenet_v1", "wrn_16_2", "vgg8"])
+@pytest.mark.parametrize("method", ["sdd", "cat_kd"])
+def test_the_map_of_a_method_is_what_the_classifier_pools(method: str, student: str) -> None:
+    recipe = {"data": "cifar100", "teacher": "resnet32x4_cifar100", "student": student, "protocol": "crd"}
+    spec = plan(recipe | {"method": method}, Registry(), weights_must_exist=False).cells[0].spec
+    term = spec.method.stages["classification"].losses["sdd" if method == "sdd" else "cat"]
+    extractor = build_extractor(build_model(spec.student, spec.data).eval(), spec.student, spec.data)
+    (point,) = expand(term.points("student"), ["stem", *extractor.places])
+    values = extractor(torch.randn(2, 3, 32, 32), [point, "pooled"])
+    torch.testing.assert_close(values[point].relu().mean(dim=(2, 3)), values["pooled"])

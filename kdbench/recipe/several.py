@@ -1,0 +1,48 @@
+"""Several teachers as one: their hook points by number, and the mean of their logits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kdbench.errors import UserError
+from kdbench.image_cards import Normalization
+from kdbench.recipe.specs import ModelSpec, PartSpec, TeacherSpec
+
+
+def several_teachers(members: Sequence[TeacherSpec], where: str) -> TeacherSpec:
+    """The teacher that a list of them is.
+
+    Its hook point `teacher2.layer1` is `layer1` of the second one, `logits` the mean of all logits.
+
+    Raises:
+        UserError: one of them begins untrained, or does not know all classes of the data.
+    """
+    name = " + ".join(member.name for member in members)
+    for member in members:
+        why = "begins untrained" if member.untrained else ""
+        why = why or ("does not know all classes" if member.classes or member.known_classes else "")
+        if why:
+            raise UserError(
+                f"'{member.name}' {why}, so it cannot be one of several teachers",
+                where=where,
+                hint="take teachers that were trained on all classes of these data",
+            )
+    parts = [PartSpec(model=member.model, normalization=member.normalization) for member in members]
+    hooks: dict[str, str] = {}
+    for number, member in enumerate(members):
+        hooks[f"teacher{number + 1}.logits"] = f"parts.{number}"
+        # Derived ones are known once the network runs: of such a member there are the logits.
+        own = {} if isinstance(member.model.hooks, str) else member.model.hooks
+        for point, place in own.items():
+            inner = re.sub(r"([^()]+)(\)*)$", rf"parts.{number}.network.\1\2", place)
+            hooks[f"teacher{number + 1}.{point}"] = inner
+    channels = len(members[0].normalization.mean)
+    return TeacherSpec(
+        name=name,
+        model=ModelSpec(
+            name=name, target="kdbench.models.several:Several", hooks=hooks, parts=parts, source_sha256=None, version=1
+        ),
+        normalization=Normalization(mean=[0.0] * channels, std=[1.0] * channels),
+        members=list(members),
+    )
