@@ -225,7 +225,7 @@ def _weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
     if teacher.weights is not None:
         return locate(teacher.weights, options.download)
     folders = [teacher_folder(teacher, folder) for folder in (*runs, options.runs)]
-    if teacher.members and (whole := [file for folder in folders if (file := folder / ALL_WEIGHTS).is_file()]):
+    if teacher.members and (whole := [folder / ALL_WEIGHTS for folder in folders if (folder / ALL_WEIGHTS).is_file()]):
         return whole[0]
     file = next((found.file for found in map(trained, folders) if found is not None), None)
     if file is None:
