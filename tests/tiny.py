@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
 
 CPU = torch.device("cpu")
+_registry = cache(Registry)
 
 
 def student_of(method: str) -> str:
     """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
-    if Registry().card("methods", method).starts_from == "teacher":
+    if _registry().card("methods", method).starts_from == "teacher":
         return "wrn_16_2"
     # Some losses compare channel by channel.
     return "wrn_10_2" if method in ("fsp", "kdsvd") else "wrn_10_1"

@@ -22,6 +22,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.messages import Settings
 from kdbench.engine.program import Group, Program
 from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.teacher import Teacher
 from kdbench.engine.together import Together
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -32,25 +33,34 @@ REGISTRY = Registry()
 STEPS = 2
 # Not divisible by two, and the last batch of the 40 images is a smaller one.
 BATCH = 9
+PER_CLASS = 4
 
 
-def cell(method: str) -> CellSpec:
-    """A cell whose student keeps its batch norms' statistics, which several ranks would take of smaller batches."""
+def cell(method: str, still: bool = True) -> CellSpec:
+    """A cell of a few steps.
+
+    Args:
+        still: whether batch norms of both networks keep their statistics, which several ranks would take of shares.
+    """
     recipe = {
         "data": {"name": "digits", "validation": 100},
         "teacher": "wrn_16_2_digits_route",
-        "student": student_of(method),
+        "student": "wrn_16_2" if method.startswith("bss") else student_of(method),
         "protocol": "digits",
         "method": method,
     }
     spec = plan(recipe | target_for(method, REGISTRY), REGISTRY).cells[0].spec
     n = len(spec.method.stages)
     spec = shortened(spec, steps=STEPS * n, batch=BATCH)
+    made = {"data": spec.data, **({"target": spec.target} if spec.target else {})}
+    spec = spec.model_copy(
+        update={part: of.model_copy(update={"train": of.classes * PER_CLASS}) for part, of in made.items()}
+    )
     stages = {
         name: stage.model_copy(
             update={
                 "share": 1 / n if i < n - 1 else None,
-                "modes": stage.modes.model_copy(update={"student": "eval", "teacher": "eval"}),
+                **({"modes": stage.modes.model_copy(update={"student": "eval", "teacher": "eval"})} if still else {}),
             }
         )
         for i, (name, stage) in enumerate(spec.method.stages.items())
@@ -60,10 +70,13 @@ def cell(method: str) -> CellSpec:
 
 def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
     """Losses and gradients of each step, and what was trained after the last."""
-    target = images(spec.target, per_class=4, seed=1) if spec.target else None
-    batches = Batches(spec, images(spec.data, per_class=4), CPU, target, ranks)
+    target = images(spec.target, per_class=PER_CLASS, seed=1) if spec.target else None
+    batches = Batches(spec, images(spec.data, per_class=PER_CLASS), CPU, target, ranks)
     teacher = untrained_teacher(spec)
     member = Member(spec, batches, teacher, CPU)
+    attacks = spec.method.name.startswith("bss")
+    if attacks:
+        agree(member, teacher)
     alone = TrainingCell(member, Path(), {}, None)
     groups = [Group(batches, teacher, [alone])]
     program = Together(groups, ranks) if ranks.size > 1 else Program(groups)
@@ -81,9 +94,23 @@ def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
         for part, module in modules.items():
             given = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
             found |= {f"{step} gradient {part}.{name}": value for name, value in given.items()}
+    if attacks and not ranks.rank:
+        assert all(source.record()["attacked"] > STEPS for source in member.sources.values())
     for part, module in modules.items():
         found |= {f"end {part}.{name}": value.clone() for name, value in module.state_dict().items()}
     return found | {"images": torch.tensor(member.log.images)}
+
+
+def agree(member: Member, teacher: Teacher | None) -> None:
+    """Let both networks know the labels, nearly alike: only then there is something to attack."""
+    assert teacher is not None
+    model, noise = member.student.model, torch.Generator().manual_seed(0)
+    model.load_state_dict(teacher.network.model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=noise))
+    split = member.batches.train
+    split.labels.copy_(torch.cat([teacher(part, ["logits"])["logits"] for part, _ in split.slices(8)]).argmax(dim=1))
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -102,7 +129,7 @@ def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, fl
 
 def main(methods: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks = join(Settings(ranks=2))
+    ranks = join(Settings(ranks=2), "cpu")
     for method in methods:
         line: dict[str, Any] = {"method": method}
         spec = cell(method)

@@ -75,7 +75,7 @@ def command(
         from kdbench.engine.follower import follow
         from kdbench.engine.messages import Settings
 
-        return follow(folders, Settings(ranks=ranks, sync_batch_norm=sync_batch_norm))
+        return follow(folders, Settings(ranks=ranks, sync_batch_norm=sync_batch_norm), device)
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
     options = Options(
         runs=runs,

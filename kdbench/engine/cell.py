@@ -12,6 +12,7 @@ from typing import Any
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
+from kdbench.engine.ranks import LOST, is_lost
 from kdbench.engine.targets import where_raised
 from kdbench.errors import CellError, UserError
 
@@ -52,4 +53,4 @@ class TrainingCell:
             self.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {file}{hint}"
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
-                raise SystemExit(self.failure) from None
+                raise SystemExit(LOST if is_lost(error) else self.failure) from None

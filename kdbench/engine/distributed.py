@@ -22,21 +22,34 @@ from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
+from kdbench.recipe.timeline import training_images
 from kdbench.record import LOGITS
 
 # How long ranks wait for what one of them does alone: data and teachers are prepared, an evaluation is written.
 PATIENCE = timedelta(days=7)
+# How long a rank waits for the others in the middle of a step.
+STEP = timedelta(hours=1)
 
 
-def join(settings: Settings) -> Ranks:
+def join(settings: Settings, device: str) -> Ranks:
     """Meet the other ranks.
 
+    Args:
+        device: that this one was given.
+
     Raises:
-        UserError: they are of other versions, or are to synchronize batch norms on a CPU.
+        UserError: they are of other versions, are to synchronize batch norms on a CPU, or this one is not to compute on
+            its own GPU.
     """
-    if settings.sync_batch_norm and not gpus():
+    if device != own_device(device):
+        raise UserError(
+            f"each rank computes on the GPU of its number, so rank 0 cannot have {device}",
+            where="--device",
+            hint="give --device cuda, and choose among the GPUs by CUDA_VISIBLE_DEVICES",
+        )
+    if settings.sync_batch_norm and not device.startswith("cuda"):
         raise UserError("torch synchronizes batch norms on GPUs only", where="--sync-batch-norm")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=STEP)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), control, settings.sync_batch_norm)
     found: list[Any] = [None] * ranks.size
@@ -56,15 +69,29 @@ def told(ranks: Ranks) -> str:
     return f"{ranks.size} ranks train each cell together; batch norms take {norms}"
 
 
+def device_here(asked: str) -> str:
+    """The device of a rank that is not the first, of a run with this choice."""
+    if asked == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    # Before anything touches a GPU: a process takes memory of each that it touches.
+    torch.cuda.set_device(min(_local(), torch.cuda.device_count() - 1))
+    return own_device("cuda") if gpus() else "cpu"
+
+
 def own_device(device: str) -> str:
     """This rank's device, of the kind that rank 0 has."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _local()
     if not device.startswith("cuda"):
         return device
     if local >= gpus():
         raise UserError(f"there is no GPU {local} for local rank {local}", hint=f"GPUs here: {gpus()}")
     torch.cuda.set_device(local)
     return f"cuda:{local}"
+
+
+def _local() -> int:
+    """This rank's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def send(ranks: Ranks, task: TrainCohort | None) -> None:
@@ -110,12 +137,24 @@ def refuse(spec: CellSpec, ranks: int) -> None:
     """Raises UserError for a cell that several ranks cannot train together."""
     method = spec.method
     for name, stage in method.stages.items():
-        what = "a batch source" if stage.source else "an operation" if stage.begins else ""
+        what = f"'{stage.begins.name}'" if stage.begins else ""
         what = what or ("an optimizer with 'delta'" if separates(stage.optimizer) else "")
         if what:
             raise UserError(
                 f"method '{method.name}', stage '{name}': {what} is made for one process, here are {ranks} ranks",
                 hint="run it without torchrun; several cells at once go on several GPUs by themselves",
             )
-    if spec.protocol.batch_size < ranks:
-        raise UserError(f"a batch of {spec.protocol.batch_size} images cannot be shared out among {ranks} ranks")
+    size = spec.protocol.batch_size
+    parts = [training_images(part) for part in (spec.data, spec.target) if part is not None]
+    smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or _keeps(spec))])
+    if smallest < ranks:
+        last = "" if smallest == size else f", as the last one of an epoch is (batches have {size}),"
+        raise UserError(
+            f"a batch of {smallest} images{last} cannot be shared out among {ranks} ranks",
+            hint="choose another batch size, leave the last one out (protocol.last_batch=drop), or start fewer ranks",
+        )
+
+
+def _keeps(spec: CellSpec) -> bool:
+    """Whether the smaller last batch of an epoch is trained on."""
+    return spec.protocol.last_batch == "keep"

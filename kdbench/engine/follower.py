@@ -10,14 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.distributed import join, receive
+from kdbench.engine.distributed import device_here, join, receive
 from kdbench.engine.messages import Settings
+from kdbench.engine.ranks import LOST
 from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import CellError, UserError
 
 
-def follow(paths: tuple[Path, ...], settings: Settings) -> None:
-    """Train with rank 0 until there is nothing more to do."""
+def follow(paths: tuple[Path, ...], settings: Settings, device: str) -> None:
+    """Train with rank 0 until there is nothing more to do.
+
+    Args:
+        device: that its run was given, as a user says it.
+    """
     sys.path.extend(str(path.resolve()) for path in paths)
     stopping = threading.Event()
 
@@ -26,7 +31,7 @@ def follow(paths: tuple[Path, ...], settings: Settings) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    ranks = join(settings)
+    ranks = join(settings, device_here(device))
     # What there is to tell, rank 0 tells.
     runner = TaskRunner(lambda event: None, stopping.is_set, ranks)
     while True:
@@ -36,4 +41,7 @@ def follow(paths: tuple[Path, ...], settings: Settings) -> None:
                 return
             # What is wrong with a task is wrong on all ranks.
             with suppress(CellError, UserError):
-                runner.run(task)
+                try:
+                    runner.run(task)
+                except SystemExit as error:
+                    sys.exit(1 if str(error) == LOST else f"rank {ranks.rank}: {error}")

@@ -14,13 +14,14 @@ from kdbench.engine.batch import SLICE, Batch, Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep, build_source
+from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep
 from kdbench.engine.log import Log
 from kdbench.engine.meter import Meter
 from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.predicting import answers
+from kdbench.engine.source_of_ranks import source_on
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.teacher import PointValues, Teacher, own_teacher_of, own_teacher_stages
@@ -57,7 +58,7 @@ class Member:
         own = build_student(spec, teacher.network.model if teacher else None, batches.ranks.sync_batch_norm)
         self.student = Network(build_extractor(own.to(device), spec.student, spec.data), normalizer, computing)
         shapes = self.student.extractor.shapes(batches.image_shape)
-        self.own_teacher = own_teacher_of(spec, teacher, computing, device)
+        self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks.sync_batch_norm)
         cell = Surroundings(
             spec,
             self.student.extractor,
@@ -82,7 +83,8 @@ class Member:
         for name, stage in spec.method.stages.items():
             if stage.source is not None:
                 frozen = teacher.network if teacher else None
-                self.sources[name] = build_source(stage.source, SourceContext(spec, name, device, frozen, files))
+                context = SourceContext(spec, name, device, frozen, files)
+                self.sources[name] = source_on(batches, stage.source, context)
             if stage.begins is not None:
                 self.operations[name] = build_operation(stage.begins)
         self.meter = Meter([*(n for s in spec.method.stages.values() for n in s.losses), "loss"], device)

@@ -127,7 +127,7 @@ class Pool:
             raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any = None, *_: Any) -> None:
         for worker in self.workers.values():
             try:
                 assert worker.stdin is not None
@@ -139,6 +139,13 @@ class Pool:
                 worker.wait(timeout=LEAVE_SECONDS)
             except subprocess.TimeoutExpired:
                 worker.kill()
+        # torchrun interrupts all ranks when one has ended: that is what happened, and not all progress is saved.
+        while kind is KeyboardInterrupt and self.settings.ranks > 1 and self.workers:
+            number, event = self.events.get()
+            if isinstance(event, Gone):
+                self.workers.pop(number, None)
+                if event.code:
+                    raise CellError(_gone(event)) from None
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[Event]:
         """Hand the tasks out and yield the workers' events until all are done. `Failed` names the cells of its task."""

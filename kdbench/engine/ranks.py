@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdbench.errors import CellError, UserError
 
 T = TypeVar("T")
+LOST = "another rank has ended, what it said stands above; the same command goes on from the last checkpoints"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,24 @@ class Ranks:
         assert built is not None
         return built
 
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, plain data that all ranks get.
+
+        Raises:
+            CellError: on all of them, where rank 0 could not make it.
+        """
+        told: list[Any] = [None, ""]
+        if self.rank == 0:
+            try:
+                told[0] = make()
+            except (CellError, UserError) as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told, 0, self.control)
+        if told[1]:
+            raise CellError(told[1])
+        made: T = told[0]
+        return made
+
     def agreed(self, stopping: Callable[[], bool], at: Callable[[], list[int]]) -> Callable[[], bool]:
         """Whether the run is being stopped, for all ranks alike: asked of them once in every state.
 
@@ -89,7 +108,7 @@ class Ranks:
             stopping: whether this rank is told to. at: numbers that tell how far the training is.
 
         Raises:
-            SystemExit: the ranks are not equally far: one of them lost a cell that the others still train.
+            SystemExit: a rank has ended, or they are not equally far: one lost a cell that the others still train.
         """
         last: list[Any] = [None, False]
 
@@ -98,7 +117,10 @@ class Ranks:
             if last[0] != now:
                 mine = torch.tensor([int(stopping()), *now])
                 found = [torch.empty_like(mine) for _ in range(self.size)]
-                dist.all_gather(found, mine, self.control)
+                try:
+                    dist.all_gather(found, mine, self.control)
+                except RuntimeError:
+                    raise SystemExit(LOST) from None
                 if any(one[1:].tolist() != now for one in found):
                     far = [one[1:].tolist() for one in found]
                     raise SystemExit(f"the ranks have come apart, a cell failed on some of them alone: {far}")
@@ -118,6 +140,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an exception of a step says that another rank is not there any more."""
+    # Gloo's have no class of their own.
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection " in str(error)
 
 
 class _Whole(torch.autograd.Function):

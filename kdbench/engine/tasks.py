@@ -71,7 +71,7 @@ class TaskRunner:
         torch.set_num_threads(task.threads)
         self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
         if task.settings.ranks > self.ranks.size:
-            self.ranks = join(task.settings)
+            self.ranks = join(task.settings, task.device)
             self.emit(Announcement(text=f"note: {told(self.ranks)}"))
         if self.device.type == "cuda":
             # Recorded steps of the task before hold each other, and memory.

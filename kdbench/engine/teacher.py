@@ -128,9 +128,11 @@ class OwnTeacher:
 
     shared_with_others = False
 
-    def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
+    def __init__(self, teacher: Teacher, computing: Computing, device: torch.device, sync_batch_norm: bool) -> None:
         extractor = teacher.network.extractor
         model = copy.deepcopy(extractor.model).train().to(device)
+        if sync_batch_norm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         copied = Extractor(model, extractor.places, extractor.model_name)
         self.network = Network(copied, teacher.network.normalizer, computing)
         self.trains = False
@@ -145,12 +147,12 @@ class OwnTeacher:
 
 
 def own_teacher_of(
-    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device
+    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, sync_batch_norm: bool = False
 ) -> OwnTeacher | None:
     """The copy that a cell's stages need, with first values of its own where the teacher begins untrained."""
     if teacher is None or spec.teacher is None or not own_teacher_stages(spec.method.stages):
         return None
-    found = OwnTeacher(teacher, computing, device)
+    found = OwnTeacher(teacher, computing, device, sync_batch_norm)
     if spec.teacher.untrained:
         first = build_model(spec.teacher.model, spec.teacher.knows(spec.data), spec.seed, "init/teacher")
         found.model.load_state_dict(first.state_dict())

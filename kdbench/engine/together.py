@@ -17,6 +17,7 @@ from kdbench.engine.member import Member, seed_draws
 from kdbench.engine.network import autocast
 from kdbench.engine.program import Group, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
+from kdbench.engine.source_of_ranks import sizes_of
 from kdbench.engine.stage import Numbers, Stage, Turn
 from kdbench.engine.step import inputs_of, train, weighted_sum
 from kdbench.engine.teacher import PointValues, Taught
@@ -67,9 +68,11 @@ def losses_of(
             if rank := whole.ranks.rank:
                 seed_draws(address(member.spec.seed, f"dropout/rank {rank}", member.step), member.device)
             seen, values = inputs_of(member, turn, sets, taught)
+        sizes |= sizes_of(member.stage.source)
         losses = {name: whole.loss(turn.terms[name], values, seen, numbers.told[name]) for name in turn.active}
         loss = weighted_sum(losses, numbers.weights, member.device)
-    return loss, losses, sizes["data"] if "data" in sizes else max(sizes.values())
+    counted = ["data"] if "data" in names else [*seen]
+    return loss, losses, max(sizes[name] for name in counted)
 
 
 @dataclass

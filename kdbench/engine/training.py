@@ -69,21 +69,24 @@ def train_cohort(
         cells = [cell for cell in task.cells if not _finished_meanwhile(cell, emit)]
         if not cells:
             return
-        training = ranks.all_well(
-            lambda: Training(task, cells, materials, emit, ranks),
-            lambda built: [domain.fingerprint for domain in built.domains if domain is not None],
-        )
+        training = ranks.all_well(lambda: Training(task, cells, materials, emit, ranks), lambda built: built.alike())
         stop = stopping if ranks.size == 1 else ranks.agreed(stopping, training.state)
-        Cohort(
+        cohort = Cohort(
             training.program,
             training.report,
             training.finish,
             stop,
             materials.settings.checkpoint_seconds,
             lambda cell, text: emit(Doing(text=text, cell=training.cells[cell].id)),
-        ).run()
-        # Where ranks have come apart at the very end, they all learn of it.
-        stop()
+        )
+        try:
+            cohort.run()
+            # Where ranks have come apart at the very end, they all learn of it.
+            stop()
+        except SystemExit:
+            # All but the cell that was in the middle of a step.
+            cohort.save()
+            raise
         for trained, of in training.cells.items():
             if trained.failure is not None:
                 emit(CellFailed(cell=of.id, message=trained.failure))
@@ -186,6 +189,10 @@ class Training:
                         accuracy=member.log.history[-1]["test"]["accuracy"] if member.log.history else None,
                     )
                 )
+
+    def alike(self) -> list[Any]:
+        """What must be the same on all ranks: the data, and which cells could be built."""
+        return [[d.fingerprint for d in self.domains if d is not None], [cell.id for cell in self.cells.values()]]
 
     def state(self) -> list[int]:
         """How far every cell is, -1 for those that no longer train."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import platform
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from kdbench.version import __version__
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of kdbench and torch, and the sum of kdbench's own files and cards."""
+    """Versions of kdbench, torch and Python, and the sum of kdbench's own files and cards."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for root, pattern in ((package, "*.py"), (SHARE / "registry", "*.yaml")):
         for file in sorted(root.rglob(pattern)):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return {"kdbench": __version__, "torch": importlib.metadata.version("torch"), "files": digest.hexdigest()[:12]}
+    return {
+        "kdbench": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "files": digest.hexdigest()[:12],
+    }

@@ -15,7 +15,7 @@ import time
 import traceback
 from typing import IO
 
-from kdbench.engine.messages import Done, Event, Failed, Ready, Task, read_line
+from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
 
@@ -54,6 +54,10 @@ class Worker:
                 self.emit(Failed(message=error.what, by_user=True, where=error.where, hint=error.hint))
             except CellError as error:
                 self.emit(Failed(message=str(error)))
+            except SystemExit as error:
+                # Of several ranks: this one cannot go on alone.
+                self.emit(Gone(code=1, why=str(error)))
+                os._exit(1)
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
                 self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
         runner.close()

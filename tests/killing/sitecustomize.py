@@ -89,5 +89,5 @@ class Armed(importlib.abc.MetaPathFinder):
             arm()
 
 
-if "STRIKE_WHEN" in os.environ:
+if "STRIKE_WHEN" in os.environ and os.environ.get("STRIKE_RANK", "") in ("", os.environ.get("RANK")):
     sys.meta_path.insert(0, Armed())
