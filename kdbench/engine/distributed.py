@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from kdbench.engine.device import gpus
 from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
-from kdbench.engine.optimizers import separates
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError
@@ -137,11 +136,10 @@ def refuse(spec: CellSpec, ranks: int) -> None:
     """Raises UserError for a cell that several ranks cannot train together."""
     method = spec.method
     for name, stage in method.stages.items():
-        what = f"'{stage.begins.name}'" if stage.begins else ""
-        what = what or ("an optimizer with 'delta'" if separates(stage.optimizer) else "")
-        if what:
+        if stage.begins:
             raise UserError(
-                f"method '{method.name}', stage '{name}': {what} is made for one process, here are {ranks} ranks",
+                f"method '{method.name}', stage '{name}': '{stage.begins.name}' is made for one process, "
+                f"here are {ranks} ranks",
                 hint="run it without torchrun; several cells at once go on several GPUs by themselves",
             )
     size = spec.protocol.batch_size

@@ -37,6 +37,16 @@ class Turn:
     points: dict[str, dict[str, list[str]]]
     active: list[str] = field(default_factory=list)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that it trains."""
+        return [parameter for one in self.optimizers for parameter in one.parameters]
+
+    @property
+    def separate(self) -> list[Tensor]:
+        """Those whose optimizers take gradients of terms that read a teacher apart."""
+        return [parameter for one in self.optimizers if one.separates for parameter in one.parameters]
+
     def reads(self, names: Iterable[str]) -> bool:
         """Whether a term that counts reads one of these input sets."""
         return bool({*names} & {name for term in self.active for name in self.terms[term].input_sets})

@@ -61,12 +61,43 @@ def losses_of(
     return loss, losses, max(len(batch.images) for batch in counted)
 
 
-def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., Any] = losses_of) -> int:
+def backward(turn: Turn, loss: Tensor, losses: Mapping[str, Tensor], numbers: Numbers) -> dict[Tensor, Tensor]:
+    """Leave the gradients of a turn's loss in `.grad`.
+
+    Returns:
+        Of the parameters whose optimizer takes them apart: the gradients of terms that read a teacher, which are not in
+        `.grad` then.
+    """
+    separate = turn.separate
+    if not separate:
+        if losses:
+            loss.backward()
+        return {}
+    taught = {name: term for name, term in losses.items() if "teacher" in turn.terms[name].spec.loss.inputs}
+    others = {name: term for name, term in losses.items() if name not in taught}
+    found = {}
+    if taught:
+        weighted_sum(taught, numbers.weights, loss.device).backward(retain_graph=bool(others))
+        found = {parameter: parameter.grad for parameter in separate if parameter.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+    if others:
+        weighted_sum(others, numbers.weights, loss.device).backward()
+    return found
+
+
+def train(
+    member: Member,
+    sets: Sets,
+    taught: Taught,
+    losses_of: Callable[..., Any] = losses_of,
+    backward: Callable[..., dict[Tensor, Tensor]] = backward,
+) -> int:
     """One optimizer step of a member; more than one where its stage trains in turns.
 
     Args:
         sets, taught: the cohort's, of which the member takes what is its own.
-        losses_of: how a turn's losses are computed.
+        losses_of: how a turn's losses are computed. backward: how their gradients are.
 
     Returns:
         how many images it saw.
@@ -88,31 +119,6 @@ def train(member: Member, sets: Sets, taught: Taught, losses_of: Callable[..., A
     member.answers.follow()
     member.meter.add(found | {"loss": total})
     return images
-
-
-def backward(turn: Turn, loss: Tensor, losses: Mapping[str, Tensor], numbers: Numbers) -> dict[Tensor, Tensor]:
-    """Leave the gradients of a turn's loss in `.grad`.
-
-    Returns:
-        Of the parameters whose optimizer takes them apart: the gradients of terms that read a teacher, which are not in
-        `.grad` then.
-    """
-    separate = [parameter for one in turn.optimizers if one.separates for parameter in one.parameters]
-    if not separate:
-        if losses:
-            loss.backward()
-        return {}
-    taught = {name: term for name, term in losses.items() if "teacher" in turn.terms[name].spec.loss.inputs}
-    others = {name: term for name, term in losses.items() if name not in taught}
-    found = {}
-    if taught:
-        weighted_sum(taught, numbers.weights, loss.device).backward(retain_graph=bool(others))
-        found = {parameter: parameter.grad for parameter in separate if parameter.grad is not None}
-        for parameter in found:
-            parameter.grad = None
-    if others:
-        weighted_sum(others, numbers.weights, loss.device).backward()
-    return found
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from kdbench.engine.program import Group, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
 from kdbench.engine.source_of_ranks import sizes_of
 from kdbench.engine.stage import Numbers, Stage, Turn
-from kdbench.engine.step import inputs_of, train, weighted_sum
+from kdbench.engine.step import backward, inputs_of, train, weighted_sum
 from kdbench.engine.teacher import PointValues, Taught
 from kdbench.engine.terms import Term
 
@@ -46,13 +46,23 @@ class Together(Program):
 
         def losses(member: Member, turn: Turn, *more: Any) -> Any:
             # Without a loss there is no backward pass, which DistributedDataParallel would wait for.
-            return replica(losses_of, member, turn, *more) if turn.active else losses_of(member, turn, *more)
+            # Nor does it wait for two.
+            with_it = turn.active and not turn.separate
+            return replica(losses_of, member, turn, *more) if with_it else losses_of(member, turn, *more)
 
-        images = train(member, sets, taught, losses)
+        images = train(member, sets, taught, losses, self.backward)
         # What follows batch norms took its share of each rank's own statistics.
         followers = member.answers.model.buffers() if isinstance(member.answers, Average) else ()
         self.ranks.average([*statistics(networks), *(one for one in followers if one.is_floating_point())])
         return images
+
+    def backward(self, turn: Turn, *more: Any) -> dict[Tensor, Tensor]:
+        """What `step.backward` does, with the mean of all ranks' gradients."""
+        found = backward(turn, *more)
+        if turn.separate:
+            given = [parameter.grad for parameter in turn.parameters if parameter.grad is not None]
+            self.ranks.average([*given, *found.values()])
+        return found
 
 
 def losses_of(

@@ -10,7 +10,6 @@ from captured import cell
 from tiny import member_of, train
 from torch import nn
 
-from kdbench.engine.distributed import refuse
 from kdbench.engine.optimizers import SGD, ScheduledOptimizer
 from kdbench.engine.step import losses_of, shared_part
 from kdbench.errors import UserError
@@ -157,5 +156,3 @@ def test_what_cannot_go_with_gradients_apart_is_said() -> None:
         SGD([nn.Parameter(torch.ones(1))], momentum=0.9, delta=0.2)
     with pytest.raises(UserError, match="not clipped together"):
         member_of(cell({"name": "dot", "stages": {"classification": {"clip": 1.0}}}))
-    with pytest.raises(UserError, match="an optimizer with 'delta' is made for one process"):
-        refuse(cell("dot"), 2)
