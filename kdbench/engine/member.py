@@ -83,8 +83,7 @@ class Member:
         for name, stage in spec.method.stages.items():
             if stage.source is not None:
                 frozen = teacher.network if teacher else None
-                context = SourceContext(spec, name, device, frozen, files)
-                self.sources[name] = source_on(batches, stage.source, context)
+                self.sources[name] = source_on(batches, SourceContext(spec, name, device, frozen, files))
             if stage.begins is not None:
                 self.operations[name] = build_operation(stage.begins)
         self.meter = Meter([*(n for s in spec.method.stages.values() for n in s.losses), "loss"], device)
@@ -389,10 +388,8 @@ class Member:
             self.set_modes()
             return made
 
-        teacher = self.teacher.network if self.teacher else None
-        return OperationContext(
-            self.student, teacher, self.batches.image_shape, self.device, batch, self.stage.span.name
-        )
+        given = self.teacher.network if self.teacher else None
+        return OperationContext(self.student, given, self.batches.image_shape, self.device, batch, self.stage.span.name)
 
 
 def seed_draws(seed: int, device: torch.device) -> None:

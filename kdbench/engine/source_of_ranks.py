@@ -17,7 +17,6 @@ from kdbench.engine.batch import Batch
 from kdbench.engine.batches import Batches
 from kdbench.engine.inputs import Source, SourceContext, SourceStep, build_source
 from kdbench.errors import CellError
-from kdbench.recipe.specs import SourceSpec
 
 # Of the parts of a batch by their names: shape and kind.
 Form = dict[str, tuple[torch.Size, torch.dtype]]
@@ -117,8 +116,10 @@ def parts(batch: Batch) -> list[tuple[str, Tensor]]:
     return [(name, part) for name, part in found if part is not None]
 
 
-def source_on(batches: Batches, spec: SourceSpec, context: SourceContext) -> Source:
-    """A source, or what stands for it on the ranks that share these batches."""
+def source_on(batches: Batches, context: SourceContext) -> Source:
+    """The source of a stage, or what stands for it on the ranks that share these batches."""
+    spec = context.spec.method.stages[context.stage].source
+    assert spec is not None
     build = partial(build_source, spec, context)
     return SourceOfRanks(build, batches) if batches.ranks.size > 1 else build()
 
