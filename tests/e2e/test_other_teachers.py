@@ -75,11 +75,11 @@ def test_several_teachers_at_once(kdbench: Kdbench, tmp_path: Path) -> None:
     recipe.write_text(
         "data: {name: digits, per_class: 10}\nteacher: [first, second]\nstudent: wrn_10_1\nprotocol: digits\n"
         "steps: 12\nevaluations: 2\ncompare:\n  method:\n    - kd\n    - name: kd\n      label: each\n"
-        "      stages: {classification: {losses: {kd: {teacher: teacher1.logits}, "
+        "      stages: {classification: {trains: [student, connectors], losses: {kd: {teacher: teacher1.logits}, "
         "second: {loss: fitnets, student: layer3, teacher: teacher2.layer3, connector: conv1x1_bn}}}}\n"
     )
     more = ["--registry", cards]
-    kdbench("logits", "fill", recipe, *more, *ONE[:2])
+    kdbench("logits", "fill", recipe, *more, *ONE[2:4])
     whole, killed = (["run", recipe, "--runs", tmp_path / name, *ONE, *more] for name in ("whole", "killed"))
     kdbench(*whole)
     struck(killed, Strike("checkpoint", 5))
@@ -87,7 +87,7 @@ def test_several_teachers_at_once(kdbench: Kdbench, tmp_path: Path) -> None:
     assert_alike(tmp_path / "killed", tmp_path / "whole")
     folder = tmp_path / "whole" / "both"
     records = [json.loads(file.read_text()) for file in folder.glob("*/record.json")]
-    teacher = {(r["teacher"]["name"], *r["teacher"]["members"]) for r in records}
+    teacher = {(r["spec"]["teacher"]["name"], *r["teacher"]["members"]) for r in records}
     trained = {
         f.parent.name.rpartition("-")[0]: json.loads(f.read_text())["files"]["student.safetensors"]
         for f in tmp_path.glob("whole/teachers/*/record.json")
