@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import member_of, shortened, student_of, target_for, train
+from tiny import images, member_of, shortened, student_of, target_for, train
 from torch import Tensor, nn
 
 from kdbench.cards import KINDS
@@ -88,7 +88,7 @@ def measure_statistics(model: nn.Module, images: Tensor) -> None:
 def train_two_steps(spec: CellSpec) -> None:
     member, batches, teacher = member_of(spec)
     if teacher is not None:
-        measure_statistics(teacher.network.model, teacher.network.normalizer(batches.train.images))
+        measure_statistics(teacher.network.model, teacher.network.normalizer(images(spec.data).train_images))
     before = fingerprint(teacher.network.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2
