@@ -130,11 +130,8 @@ class Record(Part):
         """
         where = str(self.folder or self.identity[:8])
         if self.folder is None:
-            raise UserError(
-                "a record that was not read from a folder has no evaluations",
-                where=where,
-                hint="read records with kdbench.record.read_records",
-            )
+            hint = "read records with kdbench.record.read_records"
+            raise UserError("a record that was not read from a folder has no evaluations", where, hint)
         budget = self.budget
         # A whole number; `epochs` is rounded.
         window = LAST_EPOCHS * round(budget.steps / budget.epochs) if budget.epochs else 0
@@ -151,11 +148,8 @@ class Record(Part):
             why = f"{len(points)} evaluations in its last {LAST_EPOCHS} epochs, {FEWEST_EVALUATIONS} are needed"
         else:
             return Tail(math.fsum(points) / len(points), len(points))
-        raise UserError(
-            f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}",
-            where=where,
-            hint="take the accuracy after the last step, or run the recipe longer or with evaluations=epoch",
-        )
+        hint = "take the accuracy after the last step, or run the recipe longer or with evaluations=epoch"
+        raise UserError(f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}", where, hint)
 
     def plain(self) -> dict[str, Any]:
         """The record as the plain data of its file."""
@@ -286,11 +280,8 @@ def finished_record(folder: Path) -> Record | None:
         return None
     record = read_record(folder)
     if not folder.name.endswith(record.identity[:8]):
-        raise UserError(
-            f"this is the record of another cell, {record.identity[:8]}",
-            where=str(folder / RECORD),
-            hint="its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again",
-        )
+        hint = "its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again"
+        raise UserError(f"this is the record of another cell, {record.identity[:8]}", str(folder / RECORD), hint)
     return record
 
 
@@ -305,18 +296,13 @@ def student_file(record: Record, weights: Weights = "last") -> Path:
     """
     assert record.folder is not None
     if weights == "best" and record.best is None:
-        raise UserError(
-            "this cell kept no weights of its best evaluation",
-            where=str(record.folder),
-            hint="remove its folder and run the recipe again with keep=best, or take the last weights",
-        )
+        hint = "remove its folder and run the recipe again with keep=best, or take the last weights"
+        raise UserError("this cell kept no weights of its best evaluation", str(record.folder), hint)
     file = record.folder / (STUDENT if weights == "last" else BEST)
     if not file.is_file():
-        raise UserError(
-            "there are no weights of this cell's student: published results hold none",
-            where=str(record.folder),
-            hint="give a folder of runs; in one, remove this folder and run the recipe again",
-        )
+        what = "there are no weights of this cell's student: published results hold none"
+        hint = "give a folder of runs; in one, remove this folder and run the recipe again"
+        raise UserError(what, str(record.folder), hint)
     expected = record.files.get(file.name)
     if expected is not None and (found := sha256_of(file)) != expected:
         raise UserError(
@@ -343,11 +329,8 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
         for file in _records_below(path) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     if not files:
-        raise UserError(
-            "no finished cell was found",
-            where=", ".join(map(str, given)) or None,
-            hint=f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them",
-        )
+        hint = f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them"
+        raise UserError("no finished cell was found", ", ".join(map(str, given)) or None, hint)
     return [read_record(file) for file in files.values()]
 
 

@@ -98,11 +98,8 @@ class Registry:
             elif file.parent.name in KINDS:
                 self._add(file.parent.name, tree)
             else:
-                raise UserError(
-                    f"unknown kind of card '{file.parent.name}'",
-                    where=shown(file),
-                    hint=did_you_mean(file.parent.name, KINDS),
-                )
+                what = f"unknown kind of card '{file.parent.name}'"
+                raise UserError(what, shown(file), did_you_mean(file.parent.name, KINDS))
 
     def _add(self, kind: str, tree: Tree) -> None:
         for key, card in (tree.data or {}).items():
@@ -110,11 +107,8 @@ class Registry:
                 raise UserError(f"the card '{key}' is not a mapping", where=tree.origin((key,)))
             if key in self.trees[kind]:
                 first = self.trees[kind][key].origin(())
-                raise UserError(
-                    f"there are two cards '{key}' in {kind}",
-                    where=tree.origin((key,)),
-                    hint=f"the first is at {first}; choose another key",
-                )
+                hint = f"the first is at {first}; choose another key"
+                raise UserError(f"there are two cards '{key}' in {kind}", tree.origin((key,)), hint)
             self.trees[kind][key] = tree.at(key)
             if kind == "methods":
                 for loss in losses_in(card):
@@ -343,10 +337,7 @@ def _installed() -> list[Path]:
         locations = list(spec.submodule_search_locations or []) if spec else []
         folder = Path(locations[0]).joinpath(*rest) if locations else None
         if folder is None or not folder.is_dir():
-            raise UserError(
-                f"the entry point '{point.name}' names no folder: {point.value}",
-                where="kdbench.registry",
-                hint="reinstall or remove that package",
-            )
+            hint = "reinstall or remove that package"
+            raise UserError(f"the entry point '{point.name}' names no folder: {point.value}", "kdbench.registry", hint)
         folders.append(folder)
     return folders

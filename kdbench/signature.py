@@ -77,20 +77,16 @@ def source_file(module_name: str, target: str) -> Path:
     top, *rest = module_name.split(".")
     spec = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
     if spec is None or spec.origin is None:
-        raise UserError(
-            f"target '{target}': there is no module '{top}'",
-            hint="a target is module:object; the module must be importable or lie in the registry's folder",
-        )
+        hint = "a target is module:object; the module must be importable or lie in the registry's folder"
+        raise UserError(f"target '{target}': there is no module '{top}'", hint=hint)
     if not rest:
         return Path(spec.origin)
     path = Path(spec.origin).parent.joinpath(*rest)
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file():
             return file
-    raise UserError(
-        f"target '{target}': there is no module '{module_name}'",
-        hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]),
-    )
+    what = f"target '{target}': there is no module '{module_name}'"
+    raise UserError(what, hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]))
 
 
 # Packages whose versions a record names: their files need no hash of their own.

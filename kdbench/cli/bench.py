@@ -99,11 +99,8 @@ def _check_peers() -> None:
     import importlib.util
 
     if importlib.util.find_spec("torchdistill") is None:
-        raise UserError(
-            "torchdistill, which the comparison needs, is not installed",
-            where="kdbench bench",
-            hint="pip install 'kdbench[peers]', or leave the peers out: --no-peers",
-        )
+        hint = "pip install 'kdbench[peers]', or leave the peers out: --no-peers"
+        raise UserError("torchdistill, which the comparison needs, is not installed", "kdbench bench", hint)
 
 
 def _flops(planned: Plan) -> dict[str, float]:

@@ -1,14 +1,12 @@
-"""Progress of a run: a live table in a terminal, a line now and then elsewhere."""
+"""Progress of a run: live bars in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from kdbench.engine.options import Listener
@@ -48,7 +46,7 @@ def clock(seconds: float | None) -> str:
 
 class _Base:
     def begin(self, cells: list[CellState], title: str) -> None:
-        self.cells, self.title, self.text = cells, title, "starting"
+        self.cells = cells
         self.started = time.monotonic()
         self.before = float(sum(1 for c in cells if c.state == "finished"))
 
@@ -78,31 +76,27 @@ class _Lines(_Base):
         super().begin(cells, title)
         self.last = time.monotonic()
         self.shown: set[tuple[int, str]] = set()
-        finished = sum(c.state == "finished" for c in cells)
-        print(f"{title}: {len(cells)} cells, {finished} finished before", file=sys.stderr, flush=True)
+        self.say(f"{title}: {len(cells)} cells, {sum(c.state == 'finished' for c in cells)} finished before")
 
     def doing(self, text: str) -> None:
-        print(f"preparing {text}", file=sys.stderr, flush=True)
+        self.say(f"preparing {text}")
 
     def update(self, cell: CellState) -> None:
         if cell.state in ("finished", "failed") and (cell.id, cell.state) not in self.shown:
             self.shown.add((cell.id, cell.state))
-            what = (
-                f"{cell.accuracy:.2f} % in {clock(cell.seconds)}"
-                if cell.state == "finished"
-                else f"failed: {cell.message}"
-            )
-            print(f"{cell.label}: {what}   [{self.summary()}]", file=sys.stderr, flush=True)
+            said = f"failed: {cell.message}"
+            if cell.state == "finished":
+                said = f"{cell.accuracy:.2f} % in {clock(cell.seconds)}"
+            self.say(f"{cell.label}: {said}   [{self.summary()}]")
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
-            beside = f"; {cell.label}: {cell.doing}" if cell.doing else ""
-            print(self.summary() + beside, file=sys.stderr, flush=True)
+            self.say(self.summary() + (f"; {cell.label}: {cell.doing}" if cell.doing else ""))
 
     def end(self) -> None: ...
 
 
 class _Live(_Base):
-    """For terminals: bars of the running cells under one bar for all."""
+    """For terminals: a bar for all cells, and one for each that is running."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -112,49 +106,29 @@ class _Live(_Base):
 
     def begin(self, cells: list[CellState], title: str) -> None:
         super().begin(cells, title)
-        self.all = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("cells"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        self.task = self.all.add_task(title, total=len(cells), left="", completed=self._finished())
-        self.live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
-        self.live.start()
+        name, text = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[text]"))
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
+        self.bars = Progress(*columns, console=self.console, transient=True)
+        self.all = self.bars.add_task(title, total=len(cells), completed=int(self.before), text="cells")
+        self.running: dict[int, TaskID] = {}
+        self.bars.start()
 
     def doing(self, text: str) -> None:
-        self.text = f"preparing {text}"
-        self.live.update(self._view())
+        self.bars.update(self.all, text=f"preparing {text}")
 
     def update(self, cell: CellState) -> None:
+        if cell.state == "running":
+            if cell.id not in self.running:
+                self.running[cell.id] = self.bars.add_task(cell.label, text="")
+            accuracy = "" if cell.accuracy is None else f"{cell.accuracy:.2f} %"
+            said = ", ".join(filter(None, (cell.doing or cell.stage, accuracy)))
+            self.bars.update(self.running[cell.id], completed=cell.step, total=max(cell.total, 1), text=said)
+        elif cell.id in self.running:
+            self.bars.remove_task(self.running.pop(cell.id))
         if cell.state == "failed":
-            self.live.console.print(Text(f"{cell.label} failed: {cell.message}", style="red"))
-        self.all.update(self.task, completed=self._finished(), left=self.summary().rpartition(";")[2].strip())
-        self.live.update(self._view())
+            self.console.print(Text(f"{cell.label} failed: {cell.message}", style="red"))
+        ended = sum(c.state in ("finished", "failed") for c in self.cells)
+        self.bars.update(self.all, completed=ended, text=self.summary().rpartition(";")[2].strip())
 
     def end(self) -> None:
-        self.live.stop()
-
-    def _finished(self) -> int:
-        return sum(c.state in ("finished", "failed") for c in self.cells)
-
-    def _view(self) -> Group:
-        running = [c for c in self.cells if c.state == "running"]
-        table = Table(box=None, show_header=bool(running), header_style="dim", pad_edge=False)
-        for column in ("cell", "stage", "progress", "step", "test accuracy"):
-            table.add_column(column, justify="right" if column in ("step", "test accuracy") else "left")
-        for c in running[:16]:
-            share = c.step / max(c.total, 1)
-            bar = "━" * round(24 * share)
-            table.add_row(
-                c.label,
-                Text(c.doing or c.stage),
-                Text(bar.ljust(24, "╌"), style="cyan"),
-                f"{c.step}/{c.total}",
-                f"{c.accuracy:.2f} %" if c.accuracy is not None else "–",
-            )
-        if not running:
-            table.add_row(self.text)
-        return Group(self.all, table)
+        self.bars.stop()

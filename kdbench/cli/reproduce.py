@@ -82,11 +82,8 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
     card = registry.card("studies", study)
     tree = registry.tree("studies", study)
     if profile not in card.profiles:
-        raise UserError(
-            f"the study '{study}' has no profile '{profile}'",
-            where="--profile",
-            hint=did_you_mean(profile, card.profiles),
-        )
+        what = f"the study '{study}' has no profile '{profile}'"
+        raise UserError(what, "--profile", did_you_mean(profile, card.profiles))
     plans = []
     for index, recipe in enumerate(card.profiles[profile]):
         card_file = Path(tree.origin(("profiles", profile, index)).rpartition(":")[0])

@@ -229,11 +229,8 @@ def _weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
         return whole[0]
     file = next((found.file for found in map(trained, folders) if found is not None), None)
     if file is None:
-        raise UserError(
-            f"the teacher '{teacher.name}' is not there: a recipe trains it",
-            where=str(folders[0]),
-            hint="run its recipe, or name with --runs the folder of runs that holds it",
-        )
+        hint = "run its recipe, or name with --runs the folder of runs that holds it"
+        raise UserError(f"the teacher '{teacher.name}' is not there: a recipe trains it", str(folders[0]), hint)
     return file
 
 

@@ -43,11 +43,8 @@ class Route:
         entry = self.entries[position]
         file = inside(self.folder, entry["file"])
         if not file.is_file() or sha256_of(file) != entry["sha256"]:
-            raise UserError(
-                f"the teacher's checkpoint at step {entry['step']} is {'damaged' if file.is_file() else 'gone'}",
-                where=str(file),
-                hint="remove the teacher's folder: it is trained again, and keeps its route",
-            )
+            what = f"the teacher's checkpoint at step {entry['step']} is {'damaged' if file.is_file() else 'gone'}"
+            raise UserError(what, str(file), "remove the teacher's folder: it is trained again, and keeps its route")
         return read_weights(file)
 
 
@@ -122,11 +119,8 @@ class AnchorTeacher:
         chosen = self.chosen[stage]
         known = self.route.entries[chosen["checkpoint"]]
         if chosen["sha256"] != known["sha256"]:
-            raise UserError(
-                f"the teacher's checkpoint at step {known['step']} is not the one with which this cell began",
-                where=str(self.route.folder),
-                hint="remove the cell's folder",
-            )
+            what = f"the teacher's checkpoint at step {known['step']} is not the one with which this cell began"
+            raise UserError(what, str(self.route.folder), "remove the cell's folder")
         self._load(chosen["checkpoint"])
         self.stage = stage
 

@@ -94,10 +94,8 @@ def check_cell(spec: CellSpec) -> BuiltCell:
         for term in terms.values():
             term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
             if [*term.parameters()] and "connectors" not in stage.trains:
-                raise UserError(
-                    f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train",
-                    hint="write 'trains: [student, connectors]'",
-                )
+                what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
+                raise UserError(what, hint="write 'trains: [student, connectors]'")
             trained += term.parameters() if "connectors" in stage.trains else []
         if not trained and "teacher" not in stage.trains:
             raise UserError(f"{where}: nothing to train", hint="add 'student' to its 'trains'")
@@ -128,11 +126,9 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
             if "more than 1 value per channel" not in str(error):
                 continue
             which = "every batch is" if size == 1 else f"the last batch of {single[0]} images, {size} each, is"
-            raise UserError(
-                f"{which} one image, of which a batch norm of '{spec.student.name}' cannot take a deviation",
-                where=f"protocol '{spec.protocol.name}'",
-                hint="leave that batch out with 'protocol.last_batch: drop', or choose another 'protocol.batch_size'",
-            ) from None
+            what = f"{which} one image, of which a batch norm of '{spec.student.name}' cannot take a deviation"
+            hint = "leave that batch out with 'protocol.last_batch: drop', or choose another 'protocol.batch_size'"
+            raise UserError(what, f"protocol '{spec.protocol.name}'", hint) from None
 
 
 def costs_of(spec: CellSpec) -> dict[str, Cost]:

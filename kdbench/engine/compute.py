@@ -112,11 +112,8 @@ def kept(folder: Path, choice: ComputeChoice) -> Computing | None:
         return None
     computing = found.computing.plain()
     if other := [name for name, value in choice.fixed().items() if computing[name] != value]:
-        raise UserError(
-            f"it computes with {other[0]} {computing[other[0]]}, the recipe says {choice.fixed()[other[0]]}",
-            where=str(folder / NAME),
-            hint=_AGAIN,
-        )
+        what = f"it computes with {other[0]} {computing[other[0]]}, the recipe says {choice.fixed()[other[0]]}"
+        raise UserError(what, str(folder / NAME), _AGAIN)
     return found.computing
 
 

@@ -24,71 +24,7 @@ from kdbench.record import RECORD, STUDENT, Record, Weights, read_record, studen
 TOLERANCE = 1e-4
 # The file that holds what the network is, in a folder for the hub; timm has the same.
 CONFIG, CARD = "config.json", "README.md"
-
-MODEL_CARD = """\
----
-library_name: {{ "timm" if timm else "kdbench" }}
-pipeline_tag: image-classification
-tags: [knowledge-distillation, kdbench]
----
-
-# {{ record.cell.student }}, {{ record.cell.label }}, {{ record.cell.data }}
-
-A student that kdbench trained by knowledge distillation.
-
-| | |
-|:--|:--|
-| method | {{ record.cell.label }} |
-| student | {{ record.cell.student }} |
-{% if record.teacher %}
-| teacher | {{ record.cell.teacher }}\
-{% if record.teacher.accuracy is not none %}, {{ "%.2f" | format(record.teacher.accuracy) }} %{% endif %} |
-{% endif %}
-| data | {{ record.cell.data }} |
-{% if which %}
-| {{ record.best.part }} accuracy at step {{ record.best.step }}, of these weights, the best of all evaluations | \
-{{ "%.2f" | format(record.best.accuracy) }} % |
-{% else %}
-| test accuracy, last epoch | {{ "%.2f" | format(record.result.test.last) }} % |
-{% endif %}
-| seed | {{ record.cell.seed }} |
-
-One run is no comparison: the table of its experiment has means over seeds with intervals.
-
-## Use
-
-```python
-{% if timm %}
-import timm
-
-model = timm.create_model("hf-hub:{{ name }}", pretrained=True).eval()
-
-{% endif %}
-import kdbench
-from huggingface_hub import snapshot_download
-
-model = kdbench.load_student(snapshot_download("{{ name }}"){{ which }})
-```
-
-It takes images of {{ shape }} (channels, height, width): pixel values on the scale of [0, 1], minus the mean
-({{ mean }}), divided by the deviation ({{ std }}).
-
-## Recipe
-
-As kdbench resolved it:
-
-```yaml
-{{ spec }}
-```
-
-## Hashes
-
-- weights: `{{ weights }}`
-- data: `{{ record.data.fingerprint }}`
-{% if record.teacher %}
-- teacher: `{{ record.teacher.sha256 }}`
-{% endif %}
-"""
+MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
 
 
 class WithNormalization(nn.Module):
@@ -144,7 +80,7 @@ def student_of(folder: Path, registries: Iterable[str | Path] = (), weights: Wei
     """
     model = load_student(folder, registries, weights)
     record = read_record(folder)
-    data, protocol = (record.spec or {})["data"], (record.spec or {})["protocol"]
+    data, protocol = record.spec["data"], record.spec["protocol"]
     shape = (data["channels"], data["image_size"], data["image_size"])
     return Student(record, model, shape, protocol["normalization"], student_file(record, weights))
 
@@ -177,9 +113,11 @@ def to_onnx(student: Student, file: Path) -> float:
     except Exception as error:  # noqa: BLE001 - the exporter fails in as many ways as there are networks
         raise _refused(student, "ONNX", error) from None
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return _checked(
-        student, file, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-    )
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return _checked(student, file, run)
 
 
 def to_torchscript(student: Student, file: Path) -> float:
@@ -207,11 +145,8 @@ def to_timm(student: Student, folder: Path) -> None:
     """
     architecture = (getattr(student.model, "pretrained_cfg", None) or {}).get("architecture")
     if architecture is None:
-        raise UserError(
-            f"timm has no network '{student.record.cell.student}'",
-            where="--timm",
-            hint="this is for students 'timm:NAME'; --onnx, --torchscript and --hub take any",
-        )
+        hint = "this is for students 'timm:NAME'; --onnx, --torchscript and --hub take any"
+        raise UserError(f"timm has no network '{student.record.cell.student}'", "--timm", hint)
     from timm.models import save_for_hf
 
     mean, std = student.normalization["mean"], student.normalization["std"]
@@ -240,7 +175,7 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
     if timm_too:
         to_timm(student, folder)
     else:
-        write_json(folder / CONFIG, {"kdbench": (student.record.spec or {})["student"], "shape": student.shape})
+        write_json(folder / CONFIG, {"kdbench": student.record.spec["student"], "shape": student.shape})
     shutil.copyfile(student.file, folder / student.file.name)
     write_json(folder / RECORD, student.record.plain())
     write_text(folder / CARD, model_card(student, name, timm_too))
@@ -259,7 +194,7 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
 def model_card(student: Student, name: str, timm_too: bool) -> str:
     """README.md of a repository on the hub: the table's row, how to load it, recipe and hashes."""
     mean, std = (", ".join(f"{value:.4g}" for value in student.normalization[key]) for key in ("mean", "std"))
-    return Template(MODEL_CARD, trim_blocks=True, keep_trailing_newline=True).render(
+    return Template(MODEL_CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(
         name=name,
         timm=timm_too,
         record=student.record,

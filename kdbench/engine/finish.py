@@ -26,6 +26,7 @@ from kdbench.engine.targets import import_target
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import write_json
+from kdbench.models.probing import undisturbed
 from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
 from kdbench.record import BEST, LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
 from kdbench.record_parts import Result
@@ -166,14 +167,12 @@ def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, floa
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:
     """Parameters, and floating-point operations of one image's forward pass (a multiply-add counts as two)."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     counter = FlopCounterMode(display=False)
     image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
-    with torch.no_grad(), counter:
-        model(image)
-    counted = model.used(image) if isinstance(model, Predictor) else model.parameters()
-    model.train(was_training)
+    with undisturbed(model, training=False):
+        with counter:
+            model(image)
+        counted = model.used(image) if isinstance(model, Predictor) else model.parameters()
     return {"parameters": sum(p.numel() for p in counted), "flops": counter.get_total_flops()}
 
 
@@ -212,15 +211,13 @@ def git_state() -> dict[str, Any] | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--", "kdbench", "registry"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "kdbench", "registry")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    return {"commit": commit, "dirty": bool(changes)}

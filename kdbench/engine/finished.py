@@ -16,7 +16,7 @@ from kdbench.files import sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import TEACHERS, Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import PUBLISHED, Record, finished_record, student_file
+from kdbench.record import PUBLISHED, Record, derived, finished_record, student_file
 
 
 class DataHere:
@@ -186,17 +186,9 @@ def _finished_or_first(folders: list[Path]) -> Path:
 
 def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
     """What a record says of its cell's place in the comparison."""
-    spec = cell.spec
     return {
         "recipe": plan.name,
-        "method": spec.method.name,
-        "label": spec.method.label,
-        "student": spec.student.name,
-        "teacher": spec.teacher.name if spec.teacher else None,
-        "data": spec.data.name,
-        "target": spec.target.name if spec.target else None,
-        "protocol": spec.protocol.name,
-        "seed": spec.seed,
+        **derived(cell.spec)["cell"],
         "axes": cell.axes,
         "order": cell.order,
         "baseline": plan.baseline,

@@ -88,11 +88,8 @@ def opened(
     computed = _logits(teacher, pixels).float().cpu()
     error = (logits[at, view].float() - computed).abs().max() / computed.abs().max().clamp(min=1e-12)
     if not error <= TOLERANCE[table.key["precision"]]:
-        raise UserError(
-            f"this table of teacher logits is off by {error:.2g} of the largest logit on {SAMPLE} views",
-            str(file),
-            damaged,
-        )
+        what = f"this table of teacher logits is off by {error:.2g} of the largest logit on {SAMPLE} views"
+        raise UserError(what, str(file), damaged)
     if device.type == "cuda" and table.bytes < 0.4 * torch.cuda.mem_get_info(device)[0]:
         return logits.to(device)
     return logits
@@ -197,11 +194,8 @@ def _made_room(table: LogitTable) -> LogitTable:
         table = replace(table, done=0, seconds=0.0)
     free = shutil.disk_usage(table.folder).free
     if not file.is_file() and free < table.bytes * 1.05:
-        raise UserError(
-            f"the table needs {table.bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left",
-            where=str(table.folder),
-            hint="make room, or set KDBENCH_HOME to a larger disk",
-        )
+        what = f"the table needs {table.bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left"
+        raise UserError(what, str(table.folder), "make room, or set KDBENCH_HOME to a larger disk")
     with file.open("ab") as stream:
         os.truncate(file, table.bytes)
         if hasattr(os, "posix_fallocate"):

@@ -130,11 +130,9 @@ class Materials:
         key = logit_table.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name)
         if kept is not None and not (table.complete and table.folder.name == kept):
-            raise UserError(
-                f"these cells began with the table of teacher logits '{kept}', which is not there any more",
-                where=str(table.folder),
-                hint="fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders",
-            )
+            what = f"these cells began with the table of teacher logits '{kept}', which is not there any more"
+            hint = "fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders"
+            raise UserError(what, str(table.folder), hint)
         if not table.complete:
             return "", None
         return table.folder.name, logit_table.opened(table, teacher, data, spec.protocol, self.device)
@@ -162,8 +160,7 @@ def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) ->
         for key, value in found.items()
         if value != getattr(spec, key)
     ]:
-        raise UserError(
-            f"the data set '{spec.name}' is not what its card says: the files have {', and '.join(wrong)}",
-            hint="correct the card, or the files; 'kdbench data FOLDER' writes a card for a folder of pictures",
-        )
+        what = f"the data set '{spec.name}' is not what its card says: the files have {', and '.join(wrong)}"
+        hint = "correct the card, or the files; 'kdbench data FOLDER' writes a card for a folder of pictures"
+        raise UserError(what, hint=hint)
     return data

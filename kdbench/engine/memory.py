@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
+from kdbench.models.probing import undisturbed, watched
 from kdbench.recipe.specs import CellSpec
 
 # Parameter, gradient, momentum.
@@ -100,7 +100,8 @@ def _saved(terms: Collection[Term], cell: BuiltCell, learning: Extractor | None,
         points = _points(terms, "teacher", name)
         return learning(sets[name].images, points) if points else {}
 
-    with _Saved(cell.student.model, *([learning.model] if learning else [])) as kept:
+    kept = _Saved(cell.student.model, *([learning.model] if learning else []))
+    with kept:
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {n: cell.student(sets[n].images, _points(terms, "student", n)) for n in names},
             "teacher": {n: taught(n) for n in names},
@@ -117,20 +118,13 @@ def peak_memory(device: torch.device) -> int:
     return peak_resident()
 
 
-class _Saved:
+class _Saved(saved_tensors_hooks):
     """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
 
     def __init__(self, *models: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
         self.known = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
         self.bytes = 0
-
-    def __enter__(self) -> _Saved:
-        self.hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -145,7 +139,8 @@ def _passing(model: nn.Module, shape: tuple[int, int, int]) -> int:
     frozen = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
-    with _Saved(model) as kept:
+    kept = _Saved(model)
+    with kept:
         model(torch.randn(IMAGES, *shape, requires_grad=True))
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -155,22 +150,15 @@ def _passing(model: nn.Module, shape: tuple[int, int, int]) -> int:
 
 def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Bytes of the largest output of a module, of one image."""
-    largest = 0
+    sizes = [0]
 
-    def look(_: nn.Module, args: Any, output: Any) -> None:
-        nonlocal largest
+    def note(output: object) -> None:
         if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
+            sizes.append(output.numel() * output.element_size())
 
-    handles = [module.register_forward_hook(look) for module in model.modules()]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with undisturbed(model, training=False), watched((module, "output", note) for module in model.modules()):
         model(torch.zeros(1, *shape))
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
-    return largest
+    return max(sizes)
 
 
 def _points(terms: Iterable[Term], network: str, name: str) -> list[str]:

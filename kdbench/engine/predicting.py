@@ -57,10 +57,9 @@ def predictor(cell: Surroundings) -> Predictor:
     head = build_module(spec, cell.shapes_for(spec), "predicts", cell.spec.seed, cell.tell)
     known = [*cell.modules.values(), cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
     if {*head.parameters()} - {parameter for module in known for parameter in module.parameters()}:
-        raise UserError(
-            f"'{spec.name}', through which the student is to answer, has parameters of its own, which nothing trains",
-            hint="name its modules under the method's 'modules'; the head asks for them by these names",
-        )
+        what = f"'{spec.name}', through which the student is to answer, has parameters of its own, which nothing trains"
+        hint = "name its modules under the method's 'modules'; the head asks for them by these names"
+        raise UserError(what, hint=hint)
     return Predictor(cell.student, point, head)
 
 

@@ -148,7 +148,8 @@ class TaskRunner:
     def trial(self, task: Trial) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
         first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
-        batches = Batches(first, *self._domains_on_device(first))
+        data, target = self.materials.domains(first)
+        batches = Batches(first, data, self.device, target)
         file = self.materials.teacher_file(first, task.teacher_folder)
 
         def teacher(way: Computing) -> Teacher | None:
@@ -169,10 +170,6 @@ class TaskRunner:
             SourceFiles(file.sha256 if file else "", None, task.shared),
         )
         self.emit(TrialDone(chosen=chosen))
-
-    def _domains_on_device(self, spec: Any) -> tuple[Any, torch.device, Any]:
-        data, target = self.materials.domains(spec)
-        return data, self.device, target
 
     def fill_logits(self, task: FillLogits) -> None:
         """Fill a table of teacher logits, or only tell what that takes."""

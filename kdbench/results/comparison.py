@@ -320,10 +320,9 @@ def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -
                 return row, None
         matching = [row for row in rows if row.method == asked]
         if not matching:
+            what = f"the baseline '{asked}' is not among the methods"
             raise UserError(
-                f"the baseline '{asked}' is not among the methods",
-                where="baseline",
-                hint=did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows}),
+                what, "baseline", did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows})
             )
     else:
         named = list(dict.fromkeys(record.cell.baseline for record in records if record.cell.baseline is not None))

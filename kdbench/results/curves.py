@@ -50,11 +50,8 @@ def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[s
         if not required and (record.folder is None or not (record.folder / METRICS).is_file()):
             continue
         if record.folder is None:
-            raise UserError(
-                "a record that was not read from a folder has no curve",
-                where=record.identity[:8],
-                hint="read records with kdbench.record.read_records",
-            )
+            hint = "read records with kdbench.record.read_records"
+            raise UserError("a record that was not read from a folder has no curve", record.identity[:8], hint)
         log[record.identity] = metrics(record.folder)
     return log
 

@@ -43,9 +43,6 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
         wrong = [what for what in changed if what.startswith(f"{place.name}/")]
         wrong += problems(record, metrics(place))
         if wrong:
-            raise UserError(
-                f"this published record cannot be taken over: {wrong[0]}",
-                where=str(place),
-                hint="'kdbench verify' tells more; with --no-adopt every cell is trained here",
-            )
+            hint = "'kdbench verify' tells more; with --no-adopt every cell is trained here"
+            raise UserError(f"this published record cannot be taken over: {wrong[0]}", str(place), hint)
     return found

@@ -27,11 +27,8 @@ def publish(run: Path, out: Path) -> Path:
         raise UserError("this is no folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}")
     cells, name = plan.cells, plan.name
     if open_cells := [cell for cell in cells if not inside(run, cell, RECORD).is_file()]:
-        raise UserError(
-            f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one",
-            where=str(run),
-            hint="run the recipe again: it goes on where it was stopped",
-        )
+        what = f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one"
+        raise UserError(what, str(run), "run the recipe again: it goes on where it was stopped")
     target = inside(out, name)
     if target.resolve() == run.resolve():
         raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")

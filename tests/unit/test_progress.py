@@ -31,7 +31,8 @@ def test_what_a_cell_does_beside_its_steps_is_shown(
     live.begin([cell], "title")
     try:
         console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(live._view())
+        live.update(cell)
+        console.print(live.bars)
     finally:
         live.end()
     shown = console.export_text()

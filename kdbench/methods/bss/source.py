@@ -56,10 +56,8 @@ class BoundarySamples(Source):
                 f"of at least 0 and a positive rate, not {attack_size}, {iterations}, {epsilon} and {rate}"
             )
         if clamp is not None and (len(clamp) != 2 or clamp[0] >= clamp[1]):
-            raise UserError(
-                f"stage '{context.stage}': 'clamp' is the lowest and the highest value, not {clamp}",
-                hint="write for example clamp: [-2.5, 2.5], or null",
-            )
+            what = f"stage '{context.stage}': 'clamp' is the lowest and the highest value, not {clamp}"
+            raise UserError(what, hint="write for example clamp: [-2.5, 2.5], or null")
         assert context.teacher is not None
         self.context, self.teacher = context, context.teacher
         self.attack_size, self.reject = attack_size, reject

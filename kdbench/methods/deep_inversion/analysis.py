@@ -70,11 +70,8 @@ def pools_below(folders: Iterable[Path]) -> dict[str, MadeImages]:
                 below = str(file.parent.relative_to(folder))
                 own[folder.name if below == "." else below] = pool
         if not own:
-            raise UserError(
-                "there are no synthesized images here",
-                where=str(folder),
-                hint="a recipe with a source of such images keeps them in runs/sources/synthesized",
-            )
+            hint = "a recipe with a source of such images keeps them in runs/sources/synthesized"
+            raise UserError("there are no synthesized images here", str(folder), hint)
         found |= own
     if not found:
         raise UserError("there are no images to judge", hint="give a folder with synthesized images: runs/sources")

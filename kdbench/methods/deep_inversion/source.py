@@ -67,10 +67,8 @@ class SynthesizedImages(Source):
         if context.teacher is None or spec.teacher is None:
             raise UserError("images are synthesized from a teacher, and this cell has none")
         if batches < 1 or images < 1 or every < 0:
-            raise UserError(
-                f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made",
-                hint="'batches' and 'images' are at least 1, 'every' at least 0",
-            )
+            what = f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made"
+            raise UserError(what, hint="'batches' and 'images' are at least 1, 'every' at least 0")
         try:
             self.settings = Inversion(**settings)
         except ValueError as error:
@@ -159,10 +157,8 @@ class SynthesizedImages(Source):
         except ValueError as error:
             raise UserError(f"images cannot be synthesized from '{name}': {error}") from None
         if made is not None and not bool(torch.isfinite(halves(made.images)).all()):
-            raise UserError(
-                f"the images synthesized from '{name}' grew out of all bounds in batch {draws.batch}",
-                hint="try a smaller learning rate ('rate'), or smaller weights",
-            )
+            what = f"the images synthesized from '{name}' grew out of all bounds in batch {draws.batch}"
+            raise UserError(what, hint="try a smaller learning rate ('rate'), or smaller weights")
         return made
 
     def _about(self, made: Synthesized, start: float) -> dict[str, Any]:
@@ -184,11 +180,9 @@ class SynthesizedImages(Source):
                 noise = BatchDraws(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape))
                 self._images = self._on_device(noise, torch.tensor(self.classes))
             elif self.pool.done < self.batches:
-                raise UserError(
-                    f"{self.pool.done} of {self.batches} batches of synthesized images are there",
-                    where=str(self.pool.folder),
-                    hint="run the recipe again: they are made before its cells train",
-                )
+                what = f"{self.pool.done} of {self.batches} batches of synthesized images are there"
+                hint = "run the recipe again: they are made before its cells train"
+                raise UserError(what, str(self.pool.folder), hint)
             else:
                 read = [self.pool.read(batch) for batch in range(self.batches)]
                 images, labels = (torch.cat(values) for values in zip(*read, strict=True))
