@@ -16,6 +16,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Open(BaseModel):
+    """What is read of a file that may say more."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
 class WithOptions(BaseModel):
     """Options for a target stand beside the model's own keys."""
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
+from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
@@ -30,7 +31,6 @@ from kdbench.record_parts import (
     Evaluation,
     Git,
     Models,
-    Part,
     RecordedTeacher,
     Result,
     Seeds,
@@ -57,7 +57,7 @@ FEWEST_EVALUATIONS = 3
 LARGEST_SHARE = 0.2
 
 
-class Record(Part):
+class Record(Open):
     """What a finished cell leaves in its record.json. `folder` is where it was read from and is not part of it.
 
     What follows from the resolved recipe, `spec`, is not written (`derived`), and is filled in when a record is read.
@@ -248,7 +248,7 @@ _AGAIN = "remove its folder and run the cell again, or leave it out"
 Name = Annotated[str, AfterValidator(plain_name)]
 
 
-class Run(Part):
+class Run(Open):
     """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells. An older
     version's says less."""
 

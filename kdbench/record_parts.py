@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from kdbench.forms import Open
 
 
-class Part(BaseModel):
-    """A part of a record. Frozen; keeps what it does not know."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-
-class Tried(Part):
+class Tried(Open):
     """A setting that was tried: dotted path -> value, none for the recipe's own. `cells`: identities, one for each seed
     of tuning. `accuracies`: on the validation part in percent after the last step; None where the loss was not finite.
     """
@@ -30,7 +26,7 @@ class Tried(Part):
         return math.fsum(found) / len(found) if found and len(found) == len(self.accuracies) else None
 
 
-class Tuning(Part):
+class Tuning(Open):
     """How a cell's setting was chosen, without the test set. `validation`: images of the training set to choose by, or
     their share."""
 
@@ -44,7 +40,7 @@ class Tuning(Part):
         return max(self.trials, key=lambda tried: -1.0 if tried.mean is None else tried.mean)
 
 
-class Cell(Part):
+class Cell(Open):
     """Names of the cell and its place in the comparison."""
 
     method: str
@@ -62,12 +58,12 @@ class Cell(Part):
     tuning: Tuning | None = None
 
 
-class StageSteps(Part):
+class StageSteps(Open):
     name: str
     steps: int = Field(ge=0)
 
 
-class Budget(Part):
+class Budget(Open):
     """Optimizer steps and epochs over all stages; `extra_epochs` of them come on top of the protocol's budget."""
 
     steps: int = Field(ge=0)
@@ -77,7 +73,7 @@ class Budget(Part):
     stages: list[StageSteps] = []
 
 
-class Accuracies(Part):
+class Accuracies(Open):
     """Accuracies of one part of the data, in percent: after the last step, and best of all evaluations."""
 
     last: float = Field(ge=0, le=100)
@@ -114,7 +110,7 @@ class Tail(NamedTuple):
     evaluations: int
 
 
-class Result(Part):
+class Result(Open):
     test: Accuracies
     validation: Accuracies | None = None
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
@@ -155,7 +151,7 @@ class Result(Part):
         return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
 
 
-class RecordedTeacher(Part):
+class RecordedTeacher(Open):
     name: str
     sha256: str
     accuracy: float | None = Field(None, ge=0, le=100)
@@ -166,7 +162,7 @@ class RecordedTeacher(Part):
     members: list[str] | None = Field(None, description="of several teachers at once: the sha256 of each one's weights")
 
 
-class Data(Part):
+class Data(Open):
     """Images in each part, as they were used (after a subset and a validation split)."""
 
     name: str
@@ -178,17 +174,17 @@ class Data(Part):
     origin: str = ""
 
 
-class ModelSize(Part):
+class ModelSize(Open):
     parameters: int = Field(ge=0)
     flops: float = Field(ge=0)
 
 
-class Models(Part):
+class Models(Open):
     student: ModelSize
     teacher: ModelSize | None = None
 
 
-class Compute(Part):
+class Compute(Open):
     """`seconds`: this cell's own time. `training_seconds`: the same without evaluation. `ranks`: how many processes
     trained it together, one number after the other where that changed."""
 
@@ -213,7 +209,7 @@ class Compute(Part):
     platform: str = ""
 
 
-class Seeds(Part):
+class Seeds(Open):
     """The cell's seed, the one of its subset and split, and names of the streams that it draws from."""
 
     seed: int | None = None
@@ -221,12 +217,12 @@ class Seeds(Part):
     streams: list[str] = []
 
 
-class Git(Part):
+class Git(Open):
     commit: str
     dirty: bool = False
 
 
-class Checkpoint(Part):
+class Checkpoint(Open):
     """A checkpoint that a cell kept of its way, for methods that learn from it."""
 
     step: int = Field(ge=1)
@@ -235,7 +231,7 @@ class Checkpoint(Part):
     sha256: str
 
 
-class Best(Part):
+class Best(Open):
     """The evaluation whose weights were kept beside the last ones: the first of the best, on the part that chose it.
     `accuracy`: in percent."""
 
@@ -244,7 +240,7 @@ class Best(Part):
     accuracy: float = Field(ge=0, le=100)
 
 
-class Anchor(Part):
+class Anchor(Open):
     """The checkpoint of its teacher's route that a stage learned from; `checkpoint` is its position there, from 0."""
 
     stage: str
@@ -258,46 +254,46 @@ class Anchor(Part):
     )
 
 
-class _Options(Part):
+class _Options(Open):
     at: list[str | float] = []
     gamma: float = 0.1
     momentum: float | None = None
 
 
-class _Named(Part):
+class _Named(Open):
     name: str = ""
     options: _Options | None = None
 
 
-class _Source(Part):
+class _Source(Open):
     target: str | None = None
     gives: list[str] = []
 
 
-class _Stage(Part):
+class _Stage(Open):
     optimizer: _Named | None = None
     schedule: _Named | None = None
     source: _Source | None = None
 
 
-class _Method(Part):
+class _Method(Open):
     name: str | None = None
     label: str | None = None
     stages: dict[str, _Stage] | None = None
 
 
-class _Teacher(Part):
+class _Teacher(Open):
     name: str | None = None
     accuracy: float | None = None
     model: dict[str, Any] | None = None
     weights: dict[str, Any] | None = None
 
 
-class _Protocol(Part):
+class _Protocol(Open):
     augmentation: dict[str, Any] | None = None
 
 
-class SpecForm(Part):
+class SpecForm(Open):
     """What is read of a resolved recipe in whatever version's form it is."""
 
     data: dict[str, Any] | None = None
@@ -308,11 +304,11 @@ class SpecForm(Part):
     method: _Method | None = None
 
 
-class _Score(Part):
+class _Score(Open):
     accuracy: float = Field(default=0, ge=0, le=100)
 
 
-class Evaluation(Part):
+class Evaluation(Open):
     """What is read of a line of metrics.jsonl."""
 
     step: int = Field(ge=0)

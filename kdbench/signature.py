@@ -25,13 +25,7 @@ from kdbench.files import sha256_of
 REQUIRED = object()
 
 _TYPES: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str": str,
-    "list": list,
-    "tuple": tuple,
-    "dict": dict,
+    **{kind.__name__: kind for kind in (int, float, bool, str, list, tuple, dict)},
     "Literal": Literal,
 }
 

@@ -102,32 +102,16 @@ def main() -> None:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"the disk is full: {error.filename or 'nothing more can be written'}" if full else str(error)
-        hint = (
-            "make room and repeat the command: what is finished is kept"
-            if full
-            else "check that the path exists, is not too long, and can be written"
-        )
+        hint = "check that the path exists, is not too long, and can be written"
+        hint = "make room and repeat the command: what is finished is kept" if full else hint
         print(f"error: {what[:1000]}\n  {hint}", file=sys.stderr)
         sys.exit(2)
 
 
 # What stands for characters that an output's encoding lacks.
-_ASCII = str.maketrans(
-    {
-        "–": "-",
-        "—": "-",
-        "−": "-",
-        "→": "->",
-        "…": "...",
-        "±": "+/-",
-        "×": "x",
-        "·": "-",
-        "²": "^2",
-        "≥": ">=",
-        "≤": "<=",
-    }
-    | {"━": "=", "╌": "-", "─": "-", "’": "'", "“": '"', "”": '"'}
-)
+_LACKING = "–—−→…±×·²≥≤━╺╸─’“”"
+_PLAIN = ("-", "-", "-", "->", "...", "+/-", "x", "-", "^2", ">=", "<=", "=", "=", "=", "-", "'", '"', '"')
+_ASCII = str.maketrans(dict(zip(_LACKING, _PLAIN, strict=True)))
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

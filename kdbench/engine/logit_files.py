@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kdbench.errors import UserError
 from kdbench.files import home, locked
-from kdbench.forms import Strict
+from kdbench.forms import Open, Strict
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")
@@ -93,20 +93,18 @@ def clear(table: LogitTable) -> None:
         shutil.rmtree(table.folder)
 
 
-class _Key(BaseModel):
+class _TableKey(Open):
     """What is read of a table's key."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    images: int = Field(ge=1)
-    views: int = Field(ge=1)
-    classes: int = Field(ge=1)
+    images: int = Field(ge=1, strict=True)
+    views: int = Field(ge=1, strict=True)
+    classes: int = Field(ge=1, strict=True)
     precision: Literal["float32", "bfloat16"]
 
 
-class _About(Strict):
+class _TableFile(Strict):
     name: str
-    key: _Key
+    key: _TableKey
     done: int = Field(ge=0)
     seconds: float = Field(ge=0)
     sha256: str | None = None
@@ -119,7 +117,7 @@ def read(folder: Path) -> LogitTable | None:
     """The table of a folder; None where there is none. UserError where what it says of itself is damaged."""
     if not (folder / ABOUT).exists():
         return None
-    about = read_as(_About, folder / ABOUT, _AGAIN)
+    about = read_as(_TableFile, folder / ABOUT, _AGAIN)
     return LogitTable(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
 
 

@@ -60,25 +60,16 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
 
 
 def _shown_mean(comparison: Comparison, row: Row, column: Column, metric: Metric) -> float:
-    return round(summarize([record.accuracy(metric) for record in comparison.cell(row, column).values()]).mean, 2)
+    return round(summarize([*comparison.accuracies(row, column, metric).values()]).mean, 2)
 
 
 def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvement | None:
     if row == comparison.baseline:
         return None
-    pairs = [
-        (comparison.cell(row, column), comparison.cell(comparison.baseline, column)) for column in comparison.columns
-    ]
-    both = [(own, base) for own, base in pairs if own and base]
-    if not both:
-        return None
     return probability_of_improvement(
         [
-            (
-                {seed: record.accuracy(metric) for seed, record in own.items()},
-                {seed: record.accuracy(metric) for seed, record in base.items()},
-            )
-            for own, base in both
+            (comparison.accuracies(row, column, metric), comparison.accuracies(comparison.baseline, column, metric))
+            for column in comparison.columns
         ]
     )
 

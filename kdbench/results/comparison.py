@@ -12,7 +12,7 @@ from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.specs import recorded
-from kdbench.record import Record
+from kdbench.record import Metric, Record
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "shares", "keep"}
@@ -29,11 +29,9 @@ class Axis:
 
     def show(self, value: str) -> str:
         """A value as a column's label: names speak for themselves, numbers get the name of what they count."""
-        return (
-            value
-            if self.path in ("student", "teacher", "data", "target", "protocol")
-            else (f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}")
-        )
+        if self.path in ("student", "teacher", "data", "target", "protocol"):
+            return value
+        return f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,10 @@ class Comparison:
     def cell(self, row: Row, column: Column) -> Mapping[int, Record]:
         """Seed -> record, in order of seeds; empty where nothing ran."""
         return self.cells.get((row.label, column.key), {})
+
+    def accuracies(self, row: Row, column: Column, metric: Metric) -> dict[int, float]:
+        """Seed -> accuracy in percent; empty where nothing ran."""
+        return {seed: record.accuracy(metric) for seed, record in self.cell(row, column).items()}
 
     def places(self) -> Iterator[tuple[Row, Column, Record]]:
         """Every record in every place where it stands, column by column."""
@@ -200,7 +202,9 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
     notes = []
     if copies:
         but = f"; {different} of them with other results" if different else ""
-        notes.append(f"{_count(copies, 'cell stands', 'cells stand')} twice among the records{but}: one is used")
+        notes.append(
+            f"{copies} cell{' stands' if copies == 1 else 's stand'} twice among the records{but}: one is used"
+        )
     return list(kept.values()), notes
 
 
@@ -347,10 +351,11 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     """Refuse to pool different experiments, or to have two values for one seed."""
     # A field that came with a later version is absent from older records.
     drift = a.kdbench != b.kdbench
-    specs = (a.spec, b.spec)
-    if any(differences(*specs)):
-        specs = (_in_the_form_of_today(a), _in_the_form_of_today(b))
-    found = [(path, x, y) for path, x, y in differences(*specs) if not (drift and (x is None or y is None))]
+    own, other = a.spec, b.spec
+    if any(differences(own, other)):
+        # With what one leaves out as a default, and own code by its content.
+        own, other = (one.spec if one.resolved is None else recorded(one.resolved) for one in (a, b))
+    found = [(path, x, y) for path, x, y in differences(own, other) if not (drift and (x is None or y is None))]
     if not found and a.cell.seed != b.cell.seed:
         return
     shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
@@ -382,13 +387,3 @@ def _check_made_alike(a: Record, b: Record) -> None:
                     hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
                     "and 'kdbench run' trains it again",
                 )
-
-
-def _in_the_form_of_today(record: Record) -> dict[str, Any]:
-    """A record's resolved recipe with what it leaves out as a default, and own code by its content."""
-    spec = record.resolved
-    return record.spec if spec is None else recorded(spec)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

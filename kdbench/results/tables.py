@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from string import ascii_lowercase
 
 from kdbench.cards import LossCard
 from kdbench.errors import UserError
@@ -29,10 +30,11 @@ ALPHA = 0.05
 
 
 class _Marks(dict[str, str]):
-    """What is said of a cell -> the letter of its note, given when it is first said."""
+    """What is said of a cell -> the letter of its note (a … z, aa, ab …), given when it is first said."""
 
     def __missing__(self, said: str) -> str:
-        self[said] = _letter(len(self))
+        tens, ones = divmod(len(self), 26)
+        self[said] = (ascii_lowercase[tens - 1] if tens else "") + ascii_lowercase[ones]
         return self[said]
 
 
@@ -126,7 +128,7 @@ def _differences(
             own = comparison.cell(row, column)
             if row == comparison.baseline:
                 continue
-            values, base_values = ({seed: r.accuracy(metric) for seed, r in group.items()} for group in (own, base))
+            values, base_values = (comparison.accuracies(r, column, metric) for r in (row, comparison.baseline))
             pair = statistics.paired(values, base_values, CONFIDENCE)
             if pair is None:
                 continue
@@ -239,17 +241,11 @@ def _summaries(numbers: Iterable[Mapping[str, float]]) -> dict[str, Summary]:
 
 def _ranked(cells: list[Entry | None]) -> list[Entry | None]:
     """With the highest and second highest mean told, as shown with two decimals."""
-    shown = sorted({round(cell.mean, 2) for cell in cells if cell is not None}, reverse=True)
-    if sum(cell is not None for cell in cells) < 2:
+    means = [None if cell is None else round(cell.mean, 2) for cell in cells]
+    first, second = [*sorted({mean for mean in means if mean is not None}, reverse=True), None, None][:2]
+    if sum(mean is not None for mean in means) < 2:
         return cells
-    return [
-        None
-        if cell is None
-        else replace(
-            cell, best=round(cell.mean, 2) == shown[0], second=len(shown) > 1 and round(cell.mean, 2) == shown[1]
-        )
-        for cell in cells
-    ]
+    return [cell and replace(cell, best=m == first, second=m == second) for cell, m in zip(cells, means, strict=True)]
 
 
 def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
@@ -304,13 +300,3 @@ def _seconds(record: Record) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.summarize(values).mean
-
-
-def _letter(index: int) -> str:
-    """a … z, aa, ab …"""
-    letters = ""
-    index += 1
-    while index:
-        index, rest = divmod(index - 1, 26)
-        letters = chr(ord("a") + rest) + letters
-    return letters

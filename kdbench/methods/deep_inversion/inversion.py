@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -131,8 +132,7 @@ def synthesize(
 ) -> Synthesized | None:
     """Images that a frozen network classifies as `labels`, and that its batch norms take for training images.
 
-    What is optimized are normalized images, from N(0, 1) on, as in the authors' code; weights of total variation and
-    norm belong to that scale.
+    Normalized images are optimized, from N(0, 1) on, as in the authors' code; the terms' weights belong to that scale.
 
     Args:
         teacher: normalized images -> logits. In eval mode; its weights, buffers and gradients stay as they are.
@@ -157,7 +157,8 @@ def synthesize(
     optimizer = torch.optim.Adam([x], lr=settings.lr, betas=settings.betas, foreach=False)
     kept: dict[str, Tensor] = {}
     with BatchNormInputs(teacher) if settings.feature else nullcontext() as norms:
-        terms_of = _Terms(teacher, labels, settings, norms, student, mean, std)
+        other = None if student is None else (lambda images: student(images * std + mean))
+        terms_of = partial(_terms, teacher=teacher, labels=labels, chosen=settings, norms=norms, student=other)
         for iteration, (down, across, mirrored) in enumerate(draws.moves(settings.iterations, settings.jitter)):
             if stopping():
                 return None
@@ -188,35 +189,29 @@ def _better(kept: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor
     return {name: torch.where(better, value, kept[name]) for name, value in now.items()}
 
 
-@dataclass(frozen=True)
-class _Terms:
+def _terms(
+    x: Tensor,
+    teacher: nn.Module,
+    labels: Tensor,
+    chosen: Inversion,
+    norms: BatchNormInputs | None,
+    student: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
     """The terms of normalized images, unweighted, and "loss", their weighted sum. Terms of weight 0 are left out."""
-
-    teacher: nn.Module
-    labels: Tensor
-    settings: Inversion
-    norms: BatchNormInputs | None
-    student: Callable[[Tensor], Tensor] | None
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, x: Tensor) -> dict[str, Tensor]:
-        chosen = self.settings
-        logits = self.teacher(x)
-        loss = F.cross_entropy(logits, self.labels)
-        terms = {}
-        if self.norms is not None:
-            terms["feature"] = self.norms.distance(chosen.first_layer)
-        if chosen.tv:
-            terms["tv"] = total_variation(x, chosen.per_image)
-        if chosen.l2:
-            terms["l2"] = l2_norm(x, chosen.per_image)
-        if chosen.competition:
-            if self.student is None:
-                raise ValueError("the competition needs a student")
-            of_student = self.student(x * self.std + self.mean)
-            terms["competition"] = competition(of_student, logits, chosen.temperature, chosen.form)
-        total = loss
-        for name, value in terms.items():
-            total = total + getattr(chosen, name) * value
-        return {"cross_entropy": loss, **terms, "loss": total}
+    logits = teacher(x)
+    loss = F.cross_entropy(logits, labels)
+    terms = {}
+    if norms is not None:
+        terms["feature"] = norms.distance(chosen.first_layer)
+    if chosen.tv:
+        terms["tv"] = total_variation(x, chosen.per_image)
+    if chosen.l2:
+        terms["l2"] = l2_norm(x, chosen.per_image)
+    if chosen.competition:
+        if student is None:
+            raise ValueError("the competition needs a student")
+        terms["competition"] = competition(student(x), logits, chosen.temperature, chosen.form)
+    total = loss
+    for name, value in terms.items():
+        total = total + getattr(chosen, name) * value
+    return {"cross_entropy": loss, **terms, "loss": total}

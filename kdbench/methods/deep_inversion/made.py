@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdbench.errors import UserError
 from kdbench.files import atomic, sha256_of, sweep, write_json
+from kdbench.forms import Open
 from kdbench.reading import read_as, read_json
 
 # Images on a side of the picture.
@@ -30,20 +31,16 @@ SIDE = 8
 POOL = "pool.json"
 
 
-class About(BaseModel):
+class About(Open):
     """What a batch's JSON file says of it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     terms: dict[str, float] = {}
     seconds: float = Field(0.0, ge=0)
 
 
-class Making(BaseModel):
+class Making(Open):
     """What is read of how a pool was made."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     teacher: str
     classes: list[int] = Field(min_length=1)
@@ -51,11 +48,9 @@ class Making(BaseModel):
     settings: dict[str, Any]
 
 
-class PoolFile(BaseModel):
+class PoolFile(Open):
     """What is read of a pool.json: how a pool was made, or to which pool a cell added its images, and with which
     settings."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     added_to: Making | None = None
     settings: dict[str, Any]

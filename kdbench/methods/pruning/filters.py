@@ -7,14 +7,15 @@ that channel at zero, the filter contributes nothing, whatever it computes: it c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.models.probing import dry_call, dry_images, undisturbed
+from kdbench.models.probing import dry_call, dry_images, undisturbed, watched
 
 # Name of a batch norm -> which of its channels are kept, bool [C].
 Kept = Mapping[str, Tensor]
@@ -24,28 +25,25 @@ def filters(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, st
     """Batch norms that take a convolution's output as it is, where nothing else does: name of the norm -> of the
     convolution. In the order in which they run, found by dry forwards.
     """
-    outputs: dict[int, tuple[str, Tensor]] = {}
+    outputs: dict[int, tuple[str, object]] = {}
     found: dict[str, str] = {}
 
-    def after(conv: str) -> Callable[..., None]:
-        def remember(_: nn.Module, args: Any, output: Tensor) -> None:
-            # Held, so that no other tensor gets its id.
-            outputs[id(output)] = (conv, output)
+    def remember(conv: str, output: object) -> None:
+        # Held, so that no other tensor gets its id.
+        outputs[id(output)] = (conv, output)
 
-        return remember
+    def recognize(norm: str, taken: object) -> None:
+        if id(taken) in outputs:
+            found[norm] = outputs[id(taken)][0]
 
-    def before(norm: str) -> Callable[..., None]:
-        def recognize(_: nn.Module, args: tuple[Tensor]) -> None:
-            if id(args[0]) in outputs:
-                found[norm] = outputs[id(args[0])][0]
-
-        return recognize
-
-    convs = {name: after(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    norms = {
-        name: before(name) for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.affine
-    }
-    _with_hooks(model, image_shape, convs, norms)
+    places: list[tuple[nn.Module, Literal["input", "output"], Callable[[object], None]]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            places.append((module, "output", partial(remember, name)))
+        elif isinstance(module, _BatchNorm) and module.affine:
+            places.append((module, "input", partial(recognize, name)))
+    with watched(places):
+        _with_hooks(model, image_shape, {})
     return {norm: conv for norm, conv in found.items() if not _used_elsewhere(model, image_shape, norm, conv)}
 
 
@@ -56,9 +54,8 @@ def _used_elsewhere(model: nn.Module, image_shape: tuple[int, int, int], norm: s
         def filled(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             return torch.full_like(output, value)
 
-        return _with_hooks(
-            model, image_shape, {conv: filled, norm: lambda _, args, output: torch.zeros_like(output)}, {}
-        )
+        zeros = {norm: lambda _, args, output: torch.zeros_like(output)}
+        return _with_hooks(model, image_shape, {conv: filled, **zeros})
 
     return not torch.equal(logits(0.0), logits(1.0))
 
@@ -170,19 +167,13 @@ def size_without(model: nn.Module, image_shape: tuple[int, int, int], kept: Kept
             hooks[name] = layer(name)
         elif isinstance(module, _BatchNorm):
             hooks[name] = norm(name)
-    _with_hooks(model, image_shape, hooks, {})
+    _with_hooks(model, image_shape, hooks)
     return {"parameters": parameters, "flops": flops}
 
 
-def _with_hooks(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    after: Mapping[str, Callable[..., Any]],
-    before: Mapping[str, Callable[..., Any]],
-) -> Tensor:
+def _with_hooks(model: nn.Module, image_shape: tuple[int, int, int], after: Mapping[str, Callable[..., Any]]) -> Tensor:
     """The logits of a dry forward with hooks on modules by name."""
     handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in after.items()]
-    handles += [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in before.items()]
     try:
         with undisturbed(model, training=False):
             logits = dry_call(model, dry_images(model, image_shape))
