@@ -29,7 +29,7 @@ Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(point_name)]
 Mode = Literal["train", "eval"]
-Network = Literal["student", "teacher"]
+Side = Literal["student", "teacher"]
 Statistics = Literal["shared", "frozen", "separate"]
 
 
@@ -188,7 +188,7 @@ class TermFields(BaseModel):
     """What a loss term says on a card and in a cell."""
 
     input: Name = Field("data", description="input set whose values (and labels) the term takes")
-    of: Network = Field("student", description="network whose value is the loss's `student`; of the teacher: trains it")
+    of: Side = Field("student", description="network whose value is the loss's `student`; of the teacher: trains it")
     against: Name | None = Field(None, description="input set on which the same network gives the loss's `other`")
     detach: bool = Field(True, description="no gradient goes through the loss's `teacher`")
     weight: float = 1.0

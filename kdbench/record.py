@@ -49,7 +49,7 @@ LOGITS = "test_logits.safetensors"
 # What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
 PUBLISHED = (METRICS, LOGITS, RECORD)
 Metric = Literal["last", "best", "mean_last"]
-Weights = Literal["last", "best"]
+WhichWeights = Literal["last", "best"]
 # The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is
 # no mean of what was reached where these epochs are much of the training.
 LAST_EPOCHS = 10
@@ -245,17 +245,17 @@ def read_record(path: str | Path) -> Record:
 _AGAIN = "remove its folder and run the cell again, or leave it out"
 
 
-Name = Annotated[str, AfterValidator(plain_name)]
+FolderName = Annotated[str, AfterValidator(plain_name)]
 
 
-class Run(Open):
+class RunFile(Open):
     """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells. An older
     version's says less."""
 
-    name: Name | None = None
+    name: FolderName | None = None
     title: str = ""
     recipe: dict[str, Any] | None = None
-    cells: list[Name] | None = Field(default=None, min_length=1)
+    cells: list[FolderName] | None = Field(default=None, min_length=1)
 
     @field_validator("cells")
     @classmethod
@@ -265,9 +265,9 @@ class Run(Open):
         return cells
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFile:
     """The recipe.json of a run's folder. UserError where it is absent or damaged."""
-    return read_as(Run, folder / RUN, "run the recipe again: it is written anew, and finished cells are kept")
+    return read_as(RunFile, folder / RUN, "run the recipe again: it is written anew, and finished cells are kept")
 
 
 def finished_record(folder: Path) -> Record | None:
@@ -285,7 +285,7 @@ def finished_record(folder: Path) -> Record | None:
     return record
 
 
-def student_file(record: Record, weights: Weights = "last") -> Path:
+def student_file(record: Record, weights: WhichWeights = "last") -> Path:
     """The weights of a finished cell's student, for whoever uses them. Records of earlier versions hold no sha256.
 
     Args:

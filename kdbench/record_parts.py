@@ -26,7 +26,7 @@ class Tried(Open):
         return math.fsum(found) / len(found) if found and len(found) == len(self.accuracies) else None
 
 
-class Tuning(Open):
+class RecordedTuning(Open):
     """How a cell's setting was chosen, without the test set. `validation`: images of the training set to choose by, or
     their share."""
 
@@ -55,7 +55,7 @@ class Cell(Open):
     order: int | None = Field(None, description="place of its combination in the recipe")
     baseline: str | None = Field(None, description="method to which the recipe compares")
     title: str = Field("", description="the recipe's own")
-    tuning: Tuning | None = None
+    tuning: RecordedTuning | None = None
 
 
 class StageSteps(Open):
@@ -91,7 +91,7 @@ class Accuracies(Open):
 
 
 # Metric -> hook point -> value.
-Metrics = dict[str, dict[str, float]]
+MetricValues = dict[str, dict[str, float]]
 
 
 def with_metrics_by_name(data: Any) -> Any:
@@ -122,8 +122,8 @@ class Result(Open):
     fidelity: float | None = Field(
         None, ge=0, le=100, description="test images in percent for which the teacher predicts the same class"
     )
-    metrics: Metrics = Field({}, description="metric that a loss card declares -> hook point -> value after training")
-    references: Metrics = Field({}, description="the same of a student that ignores its input, where a card has it")
+    metrics: MetricValues = Field({}, description="metric of a loss card -> hook point -> value after training")
+    references: MetricValues = Field({}, description="the same of a student that ignores its input")
     by_classes: dict[str, float] | None = Field(
         None, description="of a student trained on some classes, in percent: on these (trained_on) and on the others"
     )
@@ -254,42 +254,42 @@ class Anchor(Open):
     )
 
 
-class _Options(Open):
+class _OptionsForm(Open):
     at: list[str | float] = []
     gamma: float = 0.1
     momentum: float | None = None
 
 
-class _Named(Open):
+class _NamedForm(Open):
     name: str = ""
-    options: _Options | None = None
+    options: _OptionsForm | None = None
 
 
-class _Source(Open):
+class _SourceForm(Open):
     target: str | None = None
     gives: list[str] = []
 
 
-class _Stage(Open):
-    optimizer: _Named | None = None
-    schedule: _Named | None = None
-    source: _Source | None = None
+class _StageForm(Open):
+    optimizer: _NamedForm | None = None
+    schedule: _NamedForm | None = None
+    source: _SourceForm | None = None
 
 
-class _Method(Open):
+class _MethodForm(Open):
     name: str | None = None
     label: str | None = None
-    stages: dict[str, _Stage] | None = None
+    stages: dict[str, _StageForm] | None = None
 
 
-class _Teacher(Open):
+class _TeacherForm(Open):
     name: str | None = None
     accuracy: float | None = None
     model: dict[str, Any] | None = None
     weights: dict[str, Any] | None = None
 
 
-class _Protocol(Open):
+class _ProtocolForm(Open):
     augmentation: dict[str, Any] | None = None
 
 
@@ -299,9 +299,9 @@ class SpecForm(Open):
     data: dict[str, Any] | None = None
     target: dict[str, Any] | None = None
     student: dict[str, Any] | None = None
-    teacher: _Teacher | None = None
-    protocol: _Protocol | None = None
-    method: _Method | None = None
+    teacher: _TeacherForm | None = None
+    protocol: _ProtocolForm | None = None
+    method: _MethodForm | None = None
 
 
 class _Score(Open):
@@ -319,8 +319,8 @@ class Evaluation(Open):
     validation: _Score = _Score()
     source: _Score = _Score()
     teacher: _Score = _Score()
-    metrics: Metrics = {}
-    references: Metrics = {}
+    metrics: MetricValues = {}
+    references: MetricValues = {}
 
     @model_validator(mode="after")
     def every_tested_part_has_an_accuracy(self) -> Evaluation:

@@ -329,7 +329,7 @@ def _reads(spec: CellSpec) -> set[str]:
     return own | {point for term in terms if "teacher" in term.loss.inputs for point in term.points("teacher")}
 
 
-def table(results: Sequence[Benchmark]) -> str:
+def speed_table(results: Sequence[Benchmark]) -> str:
     """The results as Markdown."""
     parts = []
     for result in results:

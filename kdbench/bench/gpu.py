@@ -176,7 +176,7 @@ def quickstart(device: str, limit: float) -> float | None:
         return time.monotonic() - begin
 
 
-def summary(results: Sequence[Benchmark], times: dict[str, Any]) -> str:
+def result_lines(results: Sequence[Benchmark], times: dict[str, Any]) -> str:
     """Ratios and times, a line each; the ratios of the first result last, for programs."""
     lines = []
     ratios = [" ".join(f"{role}={ratio:.2f}" for role, ratio in result.ratios.items()) for result in results]

@@ -16,7 +16,7 @@ from kdbench.errors import UserError
 if TYPE_CHECKING:
     import pandas
 
-    from kdbench.engine.analysis import Row
+    from kdbench.engine.analysis import AnalysisRow
     from kdbench.registry import Registry
 
 EXAMPLES = (
@@ -70,7 +70,7 @@ def command(
     first = folders[0] if folders else Path()
     into = out or (first if first.is_dir() else first.parent)
     analysis = Analysis(name, folders, where, into, tell)
-    rows: list[Row] = list(import_target(target)(analysis, **options))
+    rows: list[AnalysisRow] = list(import_target(target)(analysis, **options))
     if not rows:
         raise UserError(f"the analysis '{name}' found nothing", where=", ".join(map(str, folders)))
     files = analysis.write(rows)
@@ -106,7 +106,7 @@ def _checked(cards: Registry, name: str, given: dict[str, str]) -> dict[str, Any
     return cards.options("analyses", Tree(plain | {"name": name}, {(): "kdbench analyse", **paths}))
 
 
-def _print(rows: Sequence[Row]) -> None:
+def _print(rows: Sequence[AnalysisRow]) -> None:
     """The columns in which rows differ as a table, and below it what is the same in all of them.
 
     Rows that differ in numbers alone are one, with mean ± deviation, if each seed comes once among them.

@@ -48,8 +48,8 @@ def command(
     On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
     the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
     """
-    from kdbench.bench.compare import Benchmark, benchmark, table
-    from kdbench.bench.gpu import Pair, bench_gpu, summary
+    from kdbench.bench.compare import Benchmark, benchmark, speed_table
+    from kdbench.bench.gpu import Pair, bench_gpu, result_lines
     from kdbench.files import write_json
     from kdbench.registry import Registry
 
@@ -59,7 +59,7 @@ def command(
     if peers:
         _check_peers()
     cards = Registry(registry or ())
-    plans = plans_of(recipes, cards, gpu=False)
+    plans = measured_plans(recipes, cards, gpu=False)
 
     from kdbench.bench.machine import machine_of
     from kdbench.engine.device import chosen_device
@@ -75,7 +75,7 @@ def command(
             write_json(json, {"machine": machine.about, "results": [one.plain() for one in results], **more})
 
     if on.type == "cuda":
-        pairs = [Pair(planned, _flops(planned)) for planned in plans_of(recipes, cards, gpu=True)]
+        pairs = [Pair(planned, _flops(planned)) for planned in measured_plans(recipes, cards, gpu=True)]
         results, times = bench_gpu(pairs, machine, str(on), minutes, rounds, turn, peers, quickstart, tell, keep)
     else:
         results, times = [], {}
@@ -83,10 +83,10 @@ def command(
             tell(f"{planned.title or planned.name}")
             results.append(benchmark(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
             keep(results, times)
-    print(f"{table(results)}\n{summary(results, times)}")
+    print(f"{speed_table(results)}\n{result_lines(results, times)}")
 
 
-def plans_of(recipes: Sequence[str] | None, cards: Registry, gpu: bool) -> list[Plan]:
+def measured_plans(recipes: Sequence[str] | None, cards: Registry, gpu: bool) -> list[Plan]:
     """What is measured: these recipes, or where there are none those that stand for all."""
     from kdbench.recipe.planning import plan
 

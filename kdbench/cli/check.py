@@ -91,10 +91,10 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
 
 
 def _networks(planned: Plan, estimate: Estimate) -> Table:
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import plain_table
 
     sizes = ("parameters", "MFLOPs an image")
-    table = listing("network", "role", *sizes, right=sizes)
+    table = plain_table("network", "role", *sizes, right=sizes)
     rows: dict[tuple[str, str, str], tuple[ModelSpec, DataSpec]] = {}
     for spec in (cell.spec for cell in planned.cells):
         roles = [("student", spec.student, spec.data)]
@@ -108,12 +108,12 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
 
 def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import plain_table
     from kdbench.recipe.timeline import planned_timeline
     from kdbench.record import finished_record
 
     timed = ["time a seed"] if estimate is not None else []
-    table = listing("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
+    table = plain_table("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
     orders: dict[int, list[PlannedCell]] = {}
     for cell in planned.cells:
         orders.setdefault(cell.order, []).append(cell)
@@ -132,10 +132,10 @@ def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
 
 
 def _terms(methods: Iterable[MethodSpec]) -> Table:
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import plain_table
     from kdbench.recipe.methods import terms_of
 
-    table = listing("method", "stage", "loss", "student", "teacher", "connector", "weight")
+    table = plain_table("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
         for stage, name, term in terms_of(method):
             reads = {*term.loss.inputs}

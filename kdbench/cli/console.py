@@ -16,7 +16,7 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def listing(*columns: str, right: Iterable[str] = ()) -> Table:
+def plain_table(*columns: str, right: Iterable[str] = ()) -> Table:
     """An empty table of plain rows. `right`: columns of numbers."""
     table = Table(box=None, header_style="bold")
     for column in columns:

@@ -24,7 +24,7 @@ def command(
     A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
     """
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import listing, show
+    from kdbench.cli.console import plain_table, show
     from kdbench.data.survey import folder_name, survey
     from kdbench.files import home, write_text
     from kdbench.recipe.loading import dump
@@ -34,7 +34,7 @@ def command(
     if file.exists() and not force:
         raise UserError(f"'{file}' exists", where="kdbench data", hint="another folder (--out), or --force")
     seen = survey(folder, home() / "cache", all_of_them=True, tell=lambda text: print(text, file=sys.stderr))
-    table = listing("class", *seen.counts, right=tuple(seen.counts))
+    table = plain_table("class", *seen.counts, right=tuple(seen.counts))
     classes = [*next(iter(seen.counts.values()))]
     for label in classes[:20]:
         table.add_row(label, *(str(by_class[label]) for by_class in seen.counts.values()))

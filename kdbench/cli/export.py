@@ -9,7 +9,7 @@ import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError
-from kdbench.record import Weights
+from kdbench.record import WhichWeights
 
 EXAMPLES = (
     "Examples:  kdbench export runs/quickstart/ab-seed0-871cec72 --onnx   ·   "
@@ -28,7 +28,7 @@ def command(
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to Hugging Face's hub, with a model card.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write to (default: export/<cell>).")] = None,
-    weights: Annotated[Weights, typer.Option(help="After the last step, or of the best evaluation.")] = "last",
+    weights: Annotated[WhichWeights, typer.Option(help="After the last step, or of the best evaluation.")] = "last",
     registry: RegistryOption = None,
 ) -> None:
     """Write the student of a finished CELL in the form of another tool.
@@ -38,9 +38,9 @@ def command(
     """
     if not (onnx or torchscript or timm or hub):
         raise UserError("say in which form", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME")
-    from kdbench.engine.exporting import student_of, to_hub, to_onnx, to_timm, to_torchscript
+    from kdbench.engine.exporting import exported_student, to_hub, to_onnx, to_timm, to_torchscript
 
-    student = student_of(cell, registry or (), weights)
+    student = exported_student(cell, registry or (), weights)
     folder = out or Path("export") / cell.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     if onnx:

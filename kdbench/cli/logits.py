@@ -65,7 +65,7 @@ def fill(
         download=download,
         registries=folders,
     )
-    progress = _Progress()
+    progress = _FillDisplay()
     try:
         fill_logits(planned, options, estimate, progress.table_found, progress.filled, listener())
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def fill(
         raise typer.Exit(130) from None
 
 
-class _Progress:
+class _FillDisplay:
     """Prints each teacher's table, and how far it is filled."""
 
     teacher: str
@@ -110,14 +110,14 @@ class _Progress:
 @app.command("ls")
 def ls() -> None:
     """List the saved tables on this machine."""
-    from kdbench.cli.console import console, listing
+    from kdbench.cli.console import console, plain_table
     from kdbench.engine.logit_files import tables, tables_folder
 
     found = tables()
     if not found:
         print(f"no tables in {tables_folder()}; 'kdbench logits fill RECIPE' makes one")
         return
-    shown = listing("table", "images × views × classes", "precision", "MB", "filled", "time")
+    shown = plain_table("table", "images × views × classes", "precision", "MB", "filled", "time")
     for table in found:
         shown.add_row(
             table.folder.name,

@@ -30,14 +30,14 @@ def command(
     teacher gives."""
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import plain_table
     from kdbench.recipe.loading import recipe_names
     from kdbench.registry import Registry
 
     cards = Registry(registry or ())
     console = page()
     if kind is None:
-        table = listing("kind", "cards", "for example")
+        table = plain_table("kind", "cards", "for example")
         for name in KINDS:
             table.add_row(name, str(len(cards.keys(name))), ", ".join(cards.names(name)[:5]))
         table.add_row("recipes", str(len(recipe_names())), ", ".join(recipe_names()[:5]))
@@ -55,7 +55,7 @@ def command(
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    table = listing(*(title for title in rows[0] if title != "family"))
+    table = plain_table(*(title for title in rows[0] if title != "family"))
     for column in table.columns:
         column.no_wrap = kind == "methods"
     for family in FAMILIES if kind == "methods" else [""]:

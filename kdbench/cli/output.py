@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from kdbench.record import Record
     from kdbench.results.contents import Table
-    from kdbench.results.latex import Form
+    from kdbench.results.latex import LatexForm
     from kdbench.results.layout import Text as Entry
 
 
@@ -30,7 +30,7 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
 
 
 def write_files(
-    table: Table, out: Path, records: Iterable[Record], form: Form = "page", label: str | None = None
+    table: Table, out: Path, records: Iterable[Record], form: LatexForm = "page", label: str | None = None
 ) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
     from kdbench.files import write_text

@@ -116,7 +116,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     import torch
 
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import listing
+    from kdbench.cli.console import plain_table
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
     from kdbench.engine.tuning import tried_plan
@@ -127,7 +127,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     torch.set_num_threads(1)
     estimate = Estimate(device)
     numbers = ("cells", "finished", "teachers first", "then")
-    table = listing("recipe", *numbers, right=numbers)
+    table = plain_table("recipe", *numbers, right=numbers)
     elsewhere, on_other, known_there = Estimate(device, rate=GPU_RATE), 0.0, set[str]()
     total = 0.0
     known: set[str] = set()

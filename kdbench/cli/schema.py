@@ -20,7 +20,7 @@ def command(
     """Write the JSON schema of recipes, with the names of all cards, so that an editor completes and checks them."""
     from kdbench.files import write_text
 
-    text = json.dumps(build(registry or []), indent=1) + "\n"
+    text = json.dumps(recipe_schema(registry or []), indent=1) + "\n"
     if file is None:
         print(text, end="")
     else:
@@ -28,7 +28,7 @@ def command(
         print(f"{file}\n  first line of a recipe:  # yaml-language-server: $schema={file}")
 
 
-def build(registry: list[Path]) -> dict[str, Any]:
+def recipe_schema(registry: list[Path]) -> dict[str, Any]:
     """The schema: the typed recipe's own, with short forms and card names."""
     from kdbench.recipe.choices import Recipe
     from kdbench.registry import Registry

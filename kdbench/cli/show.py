@@ -22,7 +22,7 @@ def command(
 
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
-    from kdbench.cli.console import listing, print_yaml
+    from kdbench.cli.console import plain_table, print_yaml
     from kdbench.cli.ls import ALIASES
     from kdbench.reading import read_text
     from kdbench.recipe.loading import dump, find
@@ -50,7 +50,7 @@ def command(
     console.print(f"[dim]# {tree.origin(())}[/dim]", highlight=False)
     print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
-        table = listing("option", "type", "default")
+        table = plain_table("option", "type", "default")
         for option in cards.settable(card.target, card).values():
             table.add_row(
                 option.name,

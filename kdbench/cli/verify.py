@@ -80,13 +80,13 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     from kdbench.cli.progress import listener
     from kdbench.record import RECORD, read_record
     from kdbench.verify.findings import read_folder
-    from kdbench.verify.rerun import choose, rerun
+    from kdbench.verify.rerun import cell_to_rerun, rerun
 
     # A damaged record is told already; the others can be run.
     records = read_folder(folder).planned
     if not records:
         raise UserError("there is no sound record to run again", where=str(folder))
-    name, record, spec = choose(records, cell, cards)
+    name, record, spec = cell_to_rerun(records, cell, cards)
     axes = {path: value for path, value in record.cell.axes.items() if path != "method"}
     siblings = [
         r

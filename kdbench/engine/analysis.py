@@ -38,7 +38,7 @@ from kdbench.record import Record, read_records, student_file
 from kdbench.registry import Registry
 from kdbench.version import __version__
 
-Row = Mapping[str, Any]
+AnalysisRow = Mapping[str, Any]
 # Logits [N, K] of pixel values [N, C, H, W] on the scale of [0, 1].
 PixelLogits = Callable[[Tensor], Tensor]
 
@@ -199,7 +199,7 @@ class Analysis:
         self.pictures.append(self.out / f"{self.name}_{name}.png")
         return self.pictures[-1]
 
-    def write(self, rows: Sequence[Row]) -> list[Path]:
+    def write(self, rows: Sequence[AnalysisRow]) -> list[Path]:
         """Write the rows as CSV and, beside it, the command and hashes of all that was analysed, with neither times nor
         paths of the machine: the same analysis gives the same files.
 
@@ -234,7 +234,7 @@ def _weights_of(teacher: TeacherSpec, options: Options, *runs: Path) -> Path:
     return file
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[AnalysisRow]) -> str:
     """Rows as CSV with all their columns, floats with six digits."""
     import pandas
 

@@ -48,7 +48,7 @@ class Route:
         return read_weights(file)
 
 
-def keep(
+def keep_checkpoint(
     folder: Path,
     kept: list[dict[str, Any]],
     model: nn.Module,

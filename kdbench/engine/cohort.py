@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdbench.engine import checkpoint
-from kdbench.engine.anchors import keep
+from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import score
@@ -160,7 +160,7 @@ class Cohort:
         measured = score(member.answers, validation)[0] if len(validation) else None
         member.set_modes()
         epoch = member.timeline.epochs(member.step)
-        keep(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)
+        keep_checkpoint(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)
         member.log.evaluation_seconds += time.perf_counter() - begin
 
     def _finish(self, cell: TrainingCell) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdbench.engine.trained import load_student
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json, write_text
-from kdbench.record import RECORD, STUDENT, Record, Weights, read_record, student_file
+from kdbench.record import RECORD, STUDENT, Record, WhichWeights, read_record, student_file
 
 # How far an exported network's logits may be from the network's own.
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ class Student:
         return torch.rand(n, *self.shape, generator=torch.Generator().manual_seed(n))
 
 
-def student_of(folder: Path, registries: Iterable[str | Path] = (), weights: Weights = "last") -> Student:
+def exported_student(folder: Path, registries: Iterable[str | Path] = (), weights: WhichWeights = "last") -> Student:
     """The student of a finished cell.
 
     Raises:

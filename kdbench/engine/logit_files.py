@@ -65,7 +65,7 @@ def table_at(key: dict[str, Any], name: str) -> LogitTable:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     plain = re.sub(r"[^\w.-]", "_", name)
     folder = tables_folder() / f"{plain}-{key['precision']}-{digest[:10]}"
-    found = read(folder)
+    found = read_table(folder)
     if found is not None and found.key != key:
         raise UserError("this table of teacher logits is another one than its folder says", str(folder), _AGAIN)
     return found or LogitTable(folder, name, key, 0, 0.0)
@@ -80,7 +80,7 @@ def tables() -> list[LogitTable]:
     found = []
     for folder in sorted(tables_folder().glob("*")):
         try:
-            found.append(read(folder))
+            found.append(read_table(folder))
         except UserError as error:
             log.warning("%s", error)
     return [table for table in found if table is not None]
@@ -113,7 +113,7 @@ class _TableFile(Strict):
 _AGAIN = "remove its folder and fill it again ('kdbench logits fill RECIPE')"
 
 
-def read(folder: Path) -> LogitTable | None:
+def read_table(folder: Path) -> LogitTable | None:
     """The table of a folder; None where there is none. UserError where what it says of itself is damaged."""
     if not (folder / ABOUT).exists():
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.engine.domain import augmentation_of
-from kdbench.engine.logit_files import ABOUT, VALUES, LogitTable, filling, read
+from kdbench.engine.logit_files import ABOUT, VALUES, LogitTable, filling, read_table
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
@@ -65,7 +65,7 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     }
 
 
-def opened(
+def open_table(
     table: LogitTable, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
 ) -> Tensor:
     """Logits [images, views, classes] of a whole table, compared with the teacher on a sample of views.
@@ -118,7 +118,7 @@ def fill(
     """
     table.folder.mkdir(parents=True, exist_ok=True)
     with filling(table.folder):
-        table = read(table.folder) or table
+        table = read_table(table.folder) or table
         table = _made_room(table)
         images, views, _ = table.shape
         together = max(1, PASS[device.type] // views)

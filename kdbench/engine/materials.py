@@ -135,7 +135,7 @@ class Materials:
             raise UserError(what, str(table.folder), hint)
         if not table.complete:
             return "", None
-        return table.folder.name, logit_table.opened(table, teacher, data, spec.protocol, self.device)
+        return table.folder.name, logit_table.open_table(table, teacher, data, spec.protocol, self.device)
 
 
 def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:

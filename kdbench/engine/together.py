@@ -71,7 +71,7 @@ def losses_of(
     """What `step.losses_of` gives, of the batch of all ranks."""
     names = member.stage.shared_sets
     sizes = dict(zip(names, member.batches.sizes(names), strict=True))
-    whole = Whole(member.batches.ranks, sizes)
+    whole = WholeBatch(member.batches.ranks, sizes)
     with autocast(member.computing.precision, member.device):
         # Networks draw for each rank's own images; losses draw alike on all ranks.
         with torch.random.fork_rng([member.device] if member.device.type == "cuda" else []):
@@ -86,7 +86,7 @@ def losses_of(
 
 
 @dataclass
-class Whole:
+class WholeBatch:
     """The values and input sets of a step, gathered when a term first asks for them.
 
     Args:

@@ -57,7 +57,7 @@ class Steps:
 
 
 @dataclass
-class Tried:
+class MeasuredWay:
     """A way as it was measured: seconds of one student's step, of one teacher pass, and of compiling."""
 
     computing: Computing
@@ -110,9 +110,9 @@ def choose(
     if len(ways) == 1:
         return chosen(_settled(ways[0]), "as the recipe says")
     begin = time.monotonic()
-    tried: list[Tried] = []
+    tried: list[MeasuredWay] = []
 
-    def measured(way: Computing) -> Tried:
+    def measured(way: Computing) -> MeasuredWay:
         tell(f"trial of {way.name}")
         tried.append(_measure(way, specs, batches, teacher, device, files))
         _compare(tried[-1], tried[:-1])
@@ -143,7 +143,7 @@ def choose(
     return chosen(_settled(way, best, eager), why, [one.plain(ahead) for one in tried])
 
 
-def _promising(way: Computing, best: Tried, tried: list[Tried], device: torch.device) -> bool:
+def _promising(way: Computing, best: MeasuredWay, tried: list[MeasuredWay], device: torch.device) -> bool:
     """Whether a compiled way is worth trying: as the best so far computes, or where eager times say little."""
     if all(one.computing.compile for one in tried):
         return True
@@ -160,7 +160,7 @@ def possible(way: Computing, device: torch.device) -> Computing:
     return replace(way, cuda_graphs=False) if way.cuda_graphs and device.type != "cuda" else way
 
 
-def _settled(way: Computing, compiled: Tried | None = None, eager: Tried | None = None) -> Computing:
+def _settled(way: Computing, compiled: MeasuredWay | None = None, eager: MeasuredWay | None = None) -> Computing:
     """The way, with the number of steps from which a graph of it is worth its compilation."""
     if not way.compile or compiled is None or eager is None:
         return way
@@ -175,9 +175,9 @@ def _measure(
     load: Callable[[Computing], Teacher | None],
     device: torch.device,
     files: SourceFiles,
-) -> Tried:
+) -> MeasuredWay:
     """Time a way on throw-away students. Whatever fails is its remark."""
-    one = Tried(way)
+    one = MeasuredWay(way)
     if len(specs) > CELLS:
         specs = [specs[i * (len(specs) - 1) // (CELLS - 1)] for i in range(CELLS)]
     try:
@@ -256,7 +256,7 @@ def _times(action: Callable[[], T], device: torch.device) -> tuple[T, float, flo
     return results[0], taken[0], min(taken[1:])
 
 
-def _compare(one: Tried, tried: list[Tried]) -> None:
+def _compare(one: MeasuredWay, tried: list[MeasuredWay]) -> None:
     """Strike a way out whose losses are not those of the plainest way."""
     if one.remark or not tried:
         return

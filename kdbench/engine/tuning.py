@@ -15,15 +15,15 @@ from kdbench.engine.runner import run
 from kdbench.errors import NOT_FINITE, CellError
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
 from kdbench.record import Record, read_record
-from kdbench.record_parts import Tuning
+from kdbench.record_parts import RecordedTuning
 
 # What the name of the candidates' run ends with.
 TRIALS = ".trials"
 # Identity of a tried cell -> its accuracy, None where its loss was not finite.
-Accuracies = Mapping[str, float | None]
+Known = Mapping[str, float | None]
 
 
-def tuned(plan: Plan, options: Options, listener: Listener | None = None, known: Accuracies | None = None) -> Plan:
+def tuned(plan: Plan, options: Options, listener: Listener | None = None, known: Known | None = None) -> Plan:
     """A plan whose cells have the best of the settings that its recipe tries; the plan itself where it tries none.
 
     Args:
@@ -46,7 +46,7 @@ def tried_plan(plan: Plan) -> Plan:
     return Plan(f"{plan.name}{TRIALS}", title, plan.tried, plan.baseline, plan.recipe)
 
 
-def _trained(plan: Plan, options: Options, listener: Listener | None) -> Accuracies:
+def _trained(plan: Plan, options: Options, listener: Listener | None) -> Known:
     trials = tried_plan(plan)
     outcome = run(trials, options, listener)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
@@ -59,7 +59,7 @@ def _trained(plan: Plan, options: Options, listener: Listener | None) -> Accurac
     return none | {record.identity: record.result.test.last for record in records}
 
 
-def chosen(plan: Plan, known: Accuracies) -> Plan:
+def chosen(plan: Plan, known: Known) -> Plan:
     """A plan whose cells have the best settings.
 
     Raises:
@@ -76,7 +76,7 @@ def chosen(plan: Plan, known: Accuracies) -> Plan:
     return replace(plan, cells=list(cells.values()), candidates={})
 
 
-def _best(plan: Plan, candidates: list[Candidate], known: Accuracies) -> list[PlannedCell]:
+def _best(plan: Plan, candidates: list[Candidate], known: Known) -> list[PlannedCell]:
     assert plan.tune is not None
     trials: list[dict[str, Any]] = []
     for candidate in candidates:
@@ -85,7 +85,7 @@ def _best(plan: Plan, candidates: list[Candidate], known: Accuracies) -> list[Pl
             {"setting": candidate.setting, "cells": identities, "accuracies": [known[one] for one in identities]}
         )
     validation = candidates[0].tried[0].spec.data.validation
-    tuning = Tuning.model_validate({"seeds": plan.tune.seeds, "validation": validation, "trials": trials})
+    tuning = RecordedTuning.model_validate({"seeds": plan.tune.seeds, "validation": validation, "trials": trials})
     if tuning.chosen.mean is None:
         raise CellError(f"'{candidates[0].cells[0].spec.method.label}': no setting has losses that are finite")
     best = candidates[tuning.trials.index(tuning.chosen)]

@@ -101,7 +101,7 @@ def compare(records: Iterable[Record], baseline: str | None = None, asked: Itera
         UserError: no records, an unknown baseline, a number that no record has, or different experiments that would
             stand in one place.
     """
-    ordered, notes = _unique(in_order(record for record in records if record.status == "finished"))
+    ordered, notes = _unique(recipe_order(record for record in records if record.status == "finished"))
     if not ordered:
         raise UserError("there are no records to compare", hint="'kdbench run RECIPE' makes them")
     rows = _rows(ordered)
@@ -167,7 +167,7 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
         yield path, a, b
 
 
-def in_order(records: Iterable[Record]) -> list[Record]:
+def recipe_order(records: Iterable[Record]) -> list[Record]:
     """Records in the order of the recipe, the same whatever order they come in."""
     return sorted(records, key=_order)
 

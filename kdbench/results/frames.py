@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench.files import no_formula
 from kdbench.record import Record
-from kdbench.results.comparison import in_order, text
+from kdbench.results.comparison import recipe_order, text
 from kdbench.results.contents import Entry, Table
 from kdbench.results.layout import seeds_text
 from kdbench.results.statistics import Summary
@@ -39,7 +39,7 @@ def to_frame(table: Table) -> pandas.DataFrame:
 
 def records_csv(records: Iterable[Record]) -> str:
     """The long form: one line for every record, whatever a table would leave out. Ends with a newline."""
-    return _csv([_line(record) for record in in_order(records)])
+    return _csv([_line(record) for record in recipe_order(records)])
 
 
 def _line(record: Record) -> dict[str, Any]:

@@ -22,7 +22,7 @@ ACROSS_SPREADS = 3
 TITLE = 11
 
 # For articles of one column; of two, across both (`table*`), or in one of them.
-Form = Literal["page", "wide", "column"]
+LatexForm = Literal["page", "wide", "column"]
 
 
 def escape(value: str) -> str:
@@ -44,7 +44,7 @@ def label_of(title: str) -> str:
     return "tab:" + (re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "comparison")
 
 
-def fitting(grids: Iterable[Grid], form: Form) -> Iterator[Grid]:
+def for_page(grids: Iterable[Grid], form: LatexForm) -> Iterator[Grid]:
     """The grids, those with many columns in several parts that repeat the first column. Rows that say nothing in a part
     are left out of it. In two columns long grids are several floats, since none can break there."""
     for grid in grids:

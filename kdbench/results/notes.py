@@ -15,7 +15,7 @@ from kdbench.results.across import Across
 from kdbench.results.comparison import Column, Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
-from kdbench.results.facts import FACTS, SHORT, joined, listed, metric_label, ranged, sentence
+from kdbench.results.facts import FACTS, SHORT, in_words, listed, metric_label, ranged, sentence
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 
@@ -107,7 +107,7 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
     for what, labels in unlike_baseline(comparison).items():
         by_exceptions.setdefault(tuple(labels), []).append(what)
     said = [
-        f"the same {joined(common)}" + (f" (not {listed([repr(label) for label in labels], 6)})" if labels else "")
+        f"the same {in_words(common)}" + (f" (not {listed([repr(label) for label in labels], 6)})" if labels else "")
         for labels, common in sorted(by_exceptions.items(), key=lambda one: len(one[0]))
         if set(labels) != compared
     ]
@@ -226,7 +226,7 @@ def across_notes(found: Across | None, baseline: str) -> Said:
             f"Methods whose average ranks differ by less than {found.critical_distance:.2f}, the critical distance, "
             "cannot be told apart at 5 % over all pairs of methods (Nemenyi)"
         )
-        but = f", which they are only in part: some have {joined(found.shared)} in common" if found.shared else ""
+        but = f", which they are only in part: some have {in_words(found.shared)} in common" if found.shared else ""
         yield f"The critical distance takes the columns for independent{but}"
     yield (
         f"Probability of improvement is that a method beats {baseline} in the same column when their seeds differ: "

@@ -71,7 +71,7 @@ class Point(NamedTuple):
     deviation: float | None
 
 
-def look(comparison: Comparison, row: Row) -> Look:
+def look_of(comparison: Comparison, row: Row) -> Look:
     """A method's look: the same in all charts of a comparison."""
     i = comparison.rows.index(row)
     return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
@@ -157,7 +157,7 @@ def cost_panels(table: Table, comparison: Comparison) -> list[Panel]:
             if (cell := table.rows[i].cells[j]) is None:
                 continue
             record = next(iter(comparison.cell(row, column).values()))
-            style, data, parameters = look(comparison, row), record.data.name, record.models.student.parameters
+            style, data, parameters = look_of(comparison, row), record.data.name, record.models.student.parameters
             if cell.seconds > 0:
                 times.setdefault(data, []).append(Point(style, row.label, cell.seconds, cell.mean, cell.deviation))
             if parameters:
@@ -231,7 +231,7 @@ def _curves_panel(
 ) -> Panel:
     def draw(axis: Axes) -> None:
         for row, curve in curves.items():
-            _draw_curve(axis, curve, look(comparison, row), row.label)
+            _draw_curve(axis, curve, look_of(comparison, row), row.label)
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         if part is not None:
@@ -319,7 +319,7 @@ def _seeds_panel(comparison: Comparison, column: Column, metric: Metric) -> Pane
 
         for i, (row, values) in enumerate(zip(comparison.rows, by_row, strict=True)):
             if values:
-                _draw_seeds(axis, i, values, look(comparison, row))
+                _draw_seeds(axis, i, values, look_of(comparison, row))
         if near and teacher is not None:
             axis.axvline(teacher, color="#555555", linestyle=(0, (4, 3)), linewidth=1, zorder=0)
         axis.xaxis.set_major_locator(MaxNLocator(6))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from kdbench.record import Record
 from kdbench.results.contents import Table
 from kdbench.results.frames import records_csv, table_csv
-from kdbench.results.latex import ROWS, Form, fitting, label_of
+from kdbench.results.latex import ROWS, LatexForm, for_page, label_of
 from kdbench.results.layout import layout
 from kdbench.results.page import html
 from kdbench.results.rendering import rendered
@@ -18,20 +18,20 @@ def markdown(table: Table) -> str:
     return rendered("table.md", table=table, grids=layout(table))
 
 
-def latex(table: Table, form: Form = "page", label: str | None = None) -> str:
+def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> str:
     """LaTeX that compiles as it stands: every grid as a table of its own, then the notes.
 
     Args:
         label: by which the text refers to it; of the title where absent.
     """
     title = table.title or "Comparison"
-    grids = list(fitting(layout(table), form))
+    grids = list(for_page(layout(table), form))
     label = label or label_of(title)
     return rendered("table.tex", table=table, title=title, label=label, grids=grids, form=form, float_rows=ROWS)
 
 
 def texts(
-    table: Table, records: Iterable[Record], charts: bool = True, form: Form = "page", label: str | None = None
+    table: Table, records: Iterable[Record], charts: bool = True, form: LatexForm = "page", label: str | None = None
 ) -> dict[str, str]:
     """File name -> content. The same from the same records, byte for byte.
 

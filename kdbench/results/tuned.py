@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kdbench.record_parts import Tried, Tuning
+from kdbench.record_parts import RecordedTuning, Tried
 from kdbench.results.comparison import Comparison
-from kdbench.results.facts import joined, listed
+from kdbench.results.facts import in_words, listed
 
 
-def tunings(comparison: Comparison) -> Iterator[tuple[str, Tuning | None]]:
+def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None]]:
     """Every place of the table, and how its setting was chosen; nothing where no place's was."""
     if all(record.cell.tuning is None for record in comparison.records):
         return
@@ -27,10 +27,10 @@ def tuning_notes(comparison: Comparison) -> Iterator[str]:
     by_way: dict[str, list[str]] = {}
     for label, tuning in found:
         if tuning is not None:
-            seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {joined(list(map(str, tuning.seeds)))}"
+            seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
             part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
             way = f"{len(tuning.trials)} trials each on {seeds}, by the accuracy on {part} of the training images"
-            by_way.setdefault(way, []).append(f"{label} ({said(tuning.chosen)})")
+            by_way.setdefault(way, []).append(f"{label} ({setting_text(tuning.chosen)})")
     for way, chosen in by_way.items():
         yield f"Tuned, {way}; the test set was not looked at. Chosen: {listed(chosen, 100)}"
     if by_way and (untuned := [label for label, tuning in found if tuning is None]):
@@ -43,7 +43,7 @@ def trials(comparison: Comparison) -> list[tuple[str, ...]]:
     return [
         (
             label,
-            said(tried),
+            setting_text(tried),
             "–" if tried.mean is None else f"{tried.mean:.2f}",
             ", ".join("not finite" if one is None else f"{one:.2f}" for one in tried.accuracies),
             "chosen" if tried is tuning.chosen else "",
@@ -54,7 +54,7 @@ def trials(comparison: Comparison) -> list[tuple[str, ...]]:
     ]
 
 
-def said(tried: Tried) -> str:
+def setting_text(tried: Tried) -> str:
     """A setting in words, as 'beta 100, p 2'."""
     values = (f"{path.removeprefix('method.')} {_value(value)}" for path, value in tried.setting.items())
     return ", ".join(values) or "unchanged"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kdbench.errors import UserError
 from kdbench.reading import inside
-from kdbench.record import METRICS, RECORD, RUN, Record, Run, metrics, read_record, read_run
+from kdbench.record import METRICS, RECORD, RUN, Record, RunFile, metrics, read_record, read_run
 
 Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 
@@ -35,7 +35,7 @@ class Folder:
     """
 
     path: Path
-    run: Run
+    run: RunFile
     records: dict[str, Record]
     histories: dict[str, list[dict[str, Any]]]
     unread: list[Finding]
@@ -62,7 +62,7 @@ def verdict(findings: Iterable[Finding]) -> str:
 def read_folder(path: Path) -> Folder:
     """What can be read of a results folder, and what cannot."""
     findings: list[Finding] = []
-    run = Run()
+    run = RunFile()
     try:
         run = read_run(path)
     except UserError as error:

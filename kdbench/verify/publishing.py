@@ -38,7 +38,7 @@ def publish(run: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name
         made.mkdir(mode=0o755)
-        for file in sums.kept(run):
+        for file in sums.published_files(run):
             if file.parent == run:
                 shutil.copy(file, made)
         for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:

@@ -62,7 +62,7 @@ class Again:
         return abs(self.found - self.recorded) <= self.tolerance and not self.unequal
 
 
-def choose(records: dict[str, Record], name: str | None, registry: Registry) -> tuple[str, Record, CellSpec]:
+def cell_to_rerun(records: dict[str, Record], name: str | None, registry: Registry) -> tuple[str, Record, CellSpec]:
     """The cell to run again: the named one, or the cheapest: without a teacher to train, in the shortest time.
 
     Args:

@@ -20,7 +20,7 @@ NAME = "SHA256SUMS"
 _KEPT = (RUN, "table.*", "records.csv", "*.png", "*.html")
 
 
-def kept(folder: Path) -> list[Path]:
+def published_files(folder: Path) -> list[Path]:
     """Files of a run's or results folder that are published, by path: its tables and plots, and every record with its
     metrics and test logits one folder below. UserError for a link that leaves the folder."""
     files = {file for pattern in _KEPT for file in folder.glob(pattern)}
@@ -30,20 +30,20 @@ def kept(folder: Path) -> list[Path]:
 
 def write(folder: Path) -> Path:
     """Sum up the kept files of a folder."""
-    return _write(folder, {file.relative_to(folder).as_posix(): sha256_of(file) for file in kept(folder)})
+    return _write(folder, {file.relative_to(folder).as_posix(): sha256_of(file) for file in published_files(folder)})
 
 
 def renew(folder: Path, files: Iterable[Path]) -> None:
     """Take the sums of these files anew, and of no others: a table may be written again, a record may not."""
     if not (folder / NAME).is_file():
         return
-    known = read(folder)
+    known = read_sums(folder)
     for file in files:
         known[file.relative_to(folder).as_posix()] = sha256_of(file)
     _write(folder, known)
 
 
-def read(folder: Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
     """Path below the folder -> sha256.
 
     Raises:
@@ -62,8 +62,8 @@ def read(folder: Path) -> dict[str, str]:
 
 def changed(folder: Path) -> list[str]:
     """What is not as it was summed up, in words: files that changed, are gone, or came later."""
-    known = read(folder)
-    here = {file.relative_to(folder).as_posix() for file in kept(folder)}
+    known = read_sums(folder)
+    here = {file.relative_to(folder).as_posix() for file in published_files(folder)}
     problems = []
     for name, digest in sorted(known.items()):
         file = folder / name

@@ -66,7 +66,7 @@ def _sums(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", what, sums.NAME, "sums of the files")
         return
     yield from (Finding("disagrees", what, sums.NAME) for what in sums.changed(folder.path))
-    yield Finding("agrees", f"{len(sums.read(folder.path))} files are as they were summed up", sums.NAME)
+    yield Finding("agrees", f"{len(sums.read_sums(folder.path))} files are as they were summed up", sums.NAME)
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:

@@ -12,9 +12,9 @@ import pytest
 from conftest import Kdbench
 
 from kdbench.bench.compare import Benchmark, Machine, cells_of
-from kdbench.bench.gpu import Pair, bench_gpu, summary
+from kdbench.bench.gpu import Pair, bench_gpu, result_lines
 from kdbench.bench.lanes import Lane
-from kdbench.cli.bench import plans_of
+from kdbench.cli.bench import measured_plans
 from kdbench.engine.compute import Computing
 from kdbench.recipe.planning import plan
 from kdbench.recipe.timeline import planned_timeline
@@ -57,7 +57,7 @@ def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Pat
 
 
 def test_what_stands_for_all_on_a_gpu() -> None:
-    pair, crd = plans_of(None, Registry(), gpu=True)
+    pair, crd = measured_plans(None, Registry(), gpu=True)
     assert len(cells_of(pair)[1]) == 7 and len(cells_of(crd)[1]) == 5
     assert crd.cells[0].spec.protocol.batch_size == 64
 
@@ -100,5 +100,5 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     assert 0 < whole["run"]["evaluations"] < 1 and evaluations
     # Round by round, so that who is cut off has what was measured.
     assert len(kept) == 3 and kept[0]["rows"][0]["rows"][0]["images_per_second"]
-    text = summary(results, times)
+    text = result_lines(results, times)
     assert "one run in full" in text and "2 side by side in full" in text

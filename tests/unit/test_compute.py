@@ -16,7 +16,7 @@ from kdbench.engine.compute import REFERENCE, Chosen, Computing, candidates
 from kdbench.engine.member import Member
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.trial import Steps, Tried, bfloat16_computes, choose, compiler_works
+from kdbench.engine.trial import MeasuredWay, Steps, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import plan
@@ -154,9 +154,9 @@ def chosen(
 ) -> trial.Choice:
     """What is chosen where every way takes as long as said here."""
 
-    def measure(computing: Computing, *_: Any) -> Tried:
+    def measure(computing: Computing, *_: Any) -> MeasuredWay:
         one = measured[computing.name]
-        return Tried(computing, remark=one) if isinstance(one, str) else Tried(computing, **one)
+        return MeasuredWay(computing, remark=one) if isinstance(one, str) else MeasuredWay(computing, **one)
 
     monkeypatch.setattr(trial, "_measure", measure)
     monkeypatch.setattr(trial, "bfloat16_computes", lambda device: True)

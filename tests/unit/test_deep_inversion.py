@@ -31,7 +31,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
 from kdbench.methods.deep_inversion import inversion
-from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, balanced, synthesize
+from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, labels_in_turn, synthesize
 from kdbench.methods.deep_inversion.made import MadeImages, grid
 from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
@@ -189,7 +189,7 @@ def test_no_hook_stays_however_it_ends() -> None:
 
 
 def made(model: nn.Module, settings: Inversion, n: int = 9, batch: int = 0, **more: Any) -> Any:
-    return synthesize(model, balanced(n, 3), (1, 8, 8), settings, BatchDraws(0, "test", batch), MEAN, STD, **more)
+    return synthesize(model, labels_in_turn(n, 3), (1, 8, 8), settings, BatchDraws(0, "test", batch), MEAN, STD, **more)
 
 
 def test_the_statistics_come_closer_and_the_classes_are_hit() -> None:
@@ -665,7 +665,8 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
     own, other = teachers
     settings = Inversion(iterations=100, feature=1.0, decay="cosine", tv=1e-3)
     mean, std = own.network.normalizer.mean, own.network.normalizer.std
-    result = synthesize(own.network.model, balanced(30, 10), (3, 32, 32), settings, BatchDraws(0, "x", 0), mean, std)
+    labels = labels_in_turn(30, 10)
+    result = synthesize(own.network.model, labels, (3, 32, 32), settings, BatchDraws(0, "x", 0), mean, std)
     assert result is not None
 
     def accuracy(teacher: Teacher) -> float:

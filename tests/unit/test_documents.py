@@ -19,7 +19,7 @@ import yaml
 from conftest import ROOT, Kdbench
 from picture_files import write_pictures
 
-from kdbench.cli.schema import build as build_schema
+from kdbench.cli.schema import recipe_schema as build_schema
 from kdbench.record import read_records
 from kdbench.results.frames import table_csv
 from kdbench.results.page import html, without_charts

@@ -22,7 +22,7 @@ from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record, read_record
 from kdbench.registry import SHARE, Registry
-from kdbench.verify.rerun import choose
+from kdbench.verify.rerun import cell_to_rerun
 from kdbench.verify.verification import verify
 
 REGISTRY = Registry()
@@ -162,7 +162,7 @@ def test_weights_of_the_user_s_own_are_data(tmp_path: Path) -> None:
 
 
 def rerun(folder: Path) -> None:
-    choose({folder.name: read_record(folder)}, None, REGISTRY)
+    cell_to_rerun({folder.name: read_record(folder)}, None, REGISTRY)
 
 
 def analysed(folder: Path) -> None:

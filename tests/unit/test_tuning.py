@@ -11,7 +11,7 @@ from kdbench.engine.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.timeline import planned_timeline
-from kdbench.record_parts import Tuning
+from kdbench.record_parts import RecordedTuning
 from kdbench.registry import Registry
 
 REGISTRY = Registry()
@@ -119,7 +119,7 @@ def test_the_highest_mean_is_chosen_of_equal_ones_the_first() -> None:
         ("ce", 0), ("ce", 1), ("kd", 0), ("kd", 1), ("at", 0), ("at", 1),
     ]  # fmt: skip
     assert not best.candidates and best.cells[0].tuning is None
-    tuning = Tuning.model_validate(kd.tuning)
+    tuning = RecordedTuning.model_validate(kd.tuning)
     assert [(tried.setting, tried.accuracies) for tried in tuning.trials] == [
         ({"method.temperature": 2.0}, [80.0, 84.0]), ({"method.temperature": 8.0}, [83.0, 83.0]),
     ]  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_highest_mean_is_chosen_of_equal_ones_the_first() -> None:
 def test_a_setting_that_diverged_is_not_chosen() -> None:
     found = planned(tune=LISTS)
     best = chosen(found, accuracies(found, None, 10.0, 20.0, None))
-    by_name = {cell.spec.method.name: Tuning.model_validate(cell.tuning) for cell in best.cells[1:]}
+    by_name = {cell.spec.method.name: RecordedTuning.model_validate(cell.tuning) for cell in best.cells[1:]}
     assert by_name["kd"].chosen.setting == {"method.temperature": 8.0}
     assert by_name["at"].chosen.setting == {"method.beta": 10.0}
     with pytest.raises(CellError, match="'KD': no setting"):
@@ -142,7 +142,7 @@ def test_a_setting_that_diverged_is_not_chosen() -> None:
 def test_one_seed_of_several_that_diverged_is_enough() -> None:
     found = planned(tune=LISTS | {"seeds": [100, 101]})
     best = chosen(found, accuracies(found, 90.0, None, 10.0, 10.0, 1.0, 1.0, 1.0, 1.0))
-    assert Tuning.model_validate(best.cells[1].tuning).chosen.setting == {"method.temperature": 8.0}
+    assert RecordedTuning.model_validate(best.cells[1].tuning).chosen.setting == {"method.temperature": 8.0}
 
 
 def test_a_method_that_a_comparison_has_twice_is_tried_once() -> None:
@@ -203,6 +203,6 @@ def test_records_vouch_for_what_was_tried(tmp_path: Any) -> None:
 
     class Stub:
         def __init__(self, cell: Any) -> None:
-            self.cell = type("Cell", (), {"tuning": cell.tuning and Tuning.model_validate(cell.tuning)})
+            self.cell = type("Cell", (), {"tuning": cell.tuning and RecordedTuning.model_validate(cell.tuning)})
 
     assert known_of([Stub(cell) for cell in best.cells]) == known  # type: ignore[list-item]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine.analysis import Analysis, FinishedCell, PixelLogits, Row
+from kdbench.engine.analysis import Analysis, AnalysisRow, FinishedCell, PixelLogits
 from kdbench.engine.batch import SLICE
 from kdbench.errors import UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
@@ -57,7 +57,7 @@ class Moves:
 
 def boundary(
     analysis: Analysis, *, images: int = 200, targets: int | None = None, picture: bool = False
-) -> Iterator[Row]:
+) -> Iterator[AnalysisRow]:
     """Compare the boundaries of students with their teacher's.
 
     A cell without a teacher is compared with that of the other cells on its data, if they have only one.
@@ -81,7 +81,7 @@ def boundary(
         raise UserError("no cell has a teacher to compare with", where=where)
     # The first of equals.
     drawn = max(compared, key=lambda cell: makes_boundary_samples(cell.spec)) if picture else None
-    known: dict[str, _Attacked] = {}
+    known: dict[str, AttackedTeacher] = {}
     for cell, teacher in zip(analysis.cells, teachers, strict=True):
         if teacher is None:
             analysis.tell(f"{cell.name}: left out, no single teacher of its data to compare with")
@@ -103,7 +103,7 @@ def boundary(
 
 
 @dataclass(frozen=True)
-class _Attacked:
+class AttackedTeacher:
     """A teacher that was attacked.
 
     Attributes:
@@ -122,14 +122,14 @@ class _Attacked:
 
 def _attacked(
     analysis: Analysis, cell: FinishedCell, teacher: TeacherSpec, images: int, targets: int | None
-) -> _Attacked:
+) -> AttackedTeacher:
     assert cell.record.folder is not None
     test = analysis.test_images(cell.spec.data, images)
     network, sha256 = analysis.teacher(teacher, cell.spec.data, cell.record.folder.parent.parent)
     pairs = pairs_of(network.logits, test.pixels, test.labels, targets)
     moves = moves_to_boundary(network.logits, pairs)
     each = len(pairs.images) // len(test.pixels)
-    return _Attacked(network.logits, pairs, moves, each, test.classes, test.fingerprint, sha256)
+    return AttackedTeacher(network.logits, pairs, moves, each, test.classes, test.fingerprint, sha256)
 
 
 def compared_with(specs: Sequence[CellSpec]) -> list[TeacherSpec | None]:
@@ -153,7 +153,7 @@ def makes_boundary_samples(spec: CellSpec) -> bool:
 
 def attack(
     analysis: Analysis, *, teachers: str | list[str], images: int = 200, targets: int | None = None
-) -> Iterator[Row]:
+) -> Iterator[AnalysisRow]:
     """Attack teachers by each kind of step from evenly spaced test images of their data.
 
     They are attacked as for training: in the teacher's normalized space, within the range of values that the card
@@ -329,7 +329,7 @@ def _margin(logits: Tensor) -> Tensor:
     return first - second
 
 
-def crossings(networks: Mapping[str, PixelLogits], student: Moves, attacked: _Attacked) -> list[Crossing]:
+def crossings(networks: Mapping[str, PixelLogits], student: Moves, attacked: AttackedTeacher) -> list[Crossing]:
     """Some images that student and teacher classify correctly, of different classes as far as there are such."""
     right = (student.right & attacked.moves.right).view(-1, attacked.targets)[:, 0].nonzero().flatten().tolist()
     pairs, found = attacked.pairs, []

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdbench.engine.analysis import Analysis, PixelLogits, Row
+from kdbench.engine.analysis import Analysis, AnalysisRow, PixelLogits
 from kdbench.engine.batch import SLICE
 from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
@@ -33,7 +33,7 @@ class Judge:
     logits: PixelLogits
 
 
-def judge(analysis: Analysis, *, by: str | list[str]) -> Iterator[Row]:
+def judge(analysis: Analysis, *, by: str | list[str]) -> Iterator[AnalysisRow]:
     """Let networks classify synthesized images.
 
     Args:

@@ -113,7 +113,7 @@ class Synthesized:
     terms: dict[str, float]
 
 
-def balanced(n: int, classes: int, first: int = 0) -> Tensor:
+def labels_in_turn(n: int, classes: int, first: int = 0) -> Tensor:
     """n target labels in turn: first, first + 1, … modulo the classes. int64 [n]."""
     return (torch.arange(n) + first) % classes
 

@@ -23,7 +23,7 @@ from kdbench.data.streams import generator, permutation
 from kdbench.engine.batch import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, Synthesized, balanced, synthesize
+from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, Synthesized, labels_in_turn, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
 from kdbench.version import __version__
 
@@ -146,7 +146,7 @@ class SynthesizedImages(Source):
         student: Callable[[Tensor], Tensor] | None,
         stopping: Callable[[], bool],
     ) -> Synthesized | None:
-        turn = balanced(self.size, len(self.classes), draws.batch * self.size)
+        turn = labels_in_turn(self.size, len(self.classes), draws.batch * self.size)
         labels = torch.tensor(self.classes)[turn].to(self.context.device)
         name = self.teacher.extractor.model_name
         mean, std = self.teacher.normalizer.mean, self.teacher.normalizer.std
