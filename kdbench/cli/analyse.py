@@ -36,9 +36,9 @@ def command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for what is written (default: the first folder, else the current one).")
+        Path | None, typer.Option(help="Folder to write to (default: the first folder, else the current one).")
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of runs, where trained teachers are.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder of runs that holds trained teachers.")] = Path("runs"),
     device: DeviceOption = "auto",
     data: DataOption = None,
     download: DownloadOption = True,

@@ -27,26 +27,26 @@ EXAMPLES = (
 
 
 def command(
-    recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Their pairs and methods.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every lane, interleaved.")] = 3,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Length of one turn (default: 2, on a GPU 1).")] = None,
+    recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="What is timed.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every lane.")] = 3,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="Length of a turn (default: 2, on a GPU 1).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
-    compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it needs minutes to start.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it takes minutes to start.")] = True,
     quickstart: Annotated[bool, typer.Option(help="On a GPU: whether the quickstart is timed too.")] = True,
-    minutes: Annotated[float, typer.Option(min=0.5, help="On a GPU: when to stop, done or not.")] = 3.8,
+    minutes: Annotated[float, typer.Option(min=0.5, help="On a GPU: stop after so many minutes.")] = 3.8,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Time the training loop on the pairs of RECIPES (default: ab_wrn), on made-up images of their size.
+    """Time the training loop on the networks of RECIPES (default: ab_wrn), with random images of their size.
 
-    A method that reads its teacher's logits alone is trained in several ways; by the fastest, that method with a table
-    of teacher logits, and all methods as one cohort. Lanes take turns, so that a busy machine slows all of them.
-    Five to six minutes for each recipe on two CPU cores.
+    A method that uses only its teacher's logits is trained in several ways. The fastest is then timed with a table of
+    teacher logits, and with all methods as one cohort. All lanes take turns, so that a busy machine slows all of them
+    alike. This takes five to six minutes for each recipe on two CPU cores.
 
-    On a GPU all lanes start at once, for all RECIPES (default: ab_wrn, and speed in five methods). There five seeds of
-    the method train at once too, whole runs are extrapolated, and what there is no time for is left out.
+    On a GPU, all lanes of all RECIPES start at once (default: ab_wrn, and speed with five methods). Five seeds of the
+    method also train at once, whole runs are extrapolated, and what does not fit into --minutes is left out.
     """
     from kdbench.bench.compare import Benchmark, benchmark, speed_table
     from kdbench.bench.gpu import Pair, bench_gpu, result_lines

@@ -19,11 +19,9 @@ EXAMPLES = (
 
 def command(
     cell: Annotated[Path, typer.Argument(metavar="CELL", help="Folder of a finished cell: runs/<recipe>/<cell>.")],
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="student.onnx, run by onnxruntime to see that it agrees.")
-    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="student.onnx, compared in onnxruntime.")] = False,
     torchscript: Annotated[bool, typer.Option("--torchscript", help="student.pt, which runs without Python.")] = False,
-    timm: Annotated[bool, typer.Option("--timm", help="A folder that timm loads, of students 'timm:NAME'.")] = False,
+    timm: Annotated[bool, typer.Option("--timm", help="A folder that timm loads (students 'timm:NAME').")] = False,
     hub: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to Hugging Face's hub, with a model card.")
     ] = None,
@@ -31,10 +29,10 @@ def command(
     weights: Annotated[WhichWeights, typer.Option(help="After the last step, or of the best evaluation.")] = "last",
     registry: RegistryOption = None,
 ) -> None:
-    """Write the student of a finished CELL in the form of another tool.
+    """Export the student of a finished CELL for another tool.
 
-    ONNX and TorchScript files hold the normalization: they take pixel values on the scale of [0, 1] and are compared
-    with the network. 'kdbench.load_student' is the plain way in Python.
+    ONNX and TorchScript files include the normalization: they take pixel values in [0, 1]. Their logits are compared
+    with the network's. In Python, use kdbench.load_student.
     """
     if not (onnx or torchscript or timm or hub):
         raise UserError("say in which form", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME")

@@ -26,8 +26,7 @@ def command(
     registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list for programs.")] = False,
 ) -> None:
-    """List the cards of a KIND, or all kinds with the number of their cards. Methods stand in families, by what their
-    teacher gives."""
+    """List the cards of a KIND, or all kinds. Methods are grouped by what they take from the teacher."""
     from kdbench.cards import KINDS
     from kdbench.cli.console import console as page
     from kdbench.cli.console import plain_table

@@ -16,7 +16,7 @@ def command(
 ) -> None:
     """Draw learning curves, the metrics that losses log (a file for each) and the final accuracies.
 
-    The page that 'kdbench table --out' writes has these curves too, beside the table and its runs.
+    'kdbench table --out' also puts these curves into its HTML page.
     """
     from kdbench.cli.output import write_plots
     from kdbench.record import read_records

@@ -16,8 +16,8 @@ def command(
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
-    Small enough to be committed (ten classes have 20 bytes an image and cell): 'kdbench table' makes the table again
-    from them, 'kdbench verify' checks them.
+    They are small enough to commit: with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds
+    the table from them, and 'kdbench verify' checks them.
     """
     from kdbench.verify.publishing import publish
 

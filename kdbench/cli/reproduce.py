@@ -28,10 +28,10 @@ EXAMPLES = (
 
 def command(
     study: Annotated[str, typer.Argument(help="Key of a study card ('kdbench ls studies').")],
-    profile: Annotated[str, typer.Option(help="Which of the study's profiles.")] = "full",
+    profile: Annotated[str, typer.Option(help="One of the study's profiles.")] = "full",
     cost: Annotated[bool, typer.Option(help="Print the estimated cost and exit.")] = False,
     runs: RunsOption = Path("runs"),
-    results: Annotated[Path, typer.Option(help="Folder for what is published.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Folder to publish to.")] = Path("results"),
     jobs: JobsOption = None,
     device: DeviceOption = "auto",
     data: DataOption = None,

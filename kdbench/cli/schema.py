@@ -14,7 +14,7 @@ EXAMPLES = "Examples:  kdbench schema   ·   kdbench schema recipe.schema.json"
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(help="Where to write it (printed where absent).")] = None,
+    file: Annotated[Path | None, typer.Argument(help="File to write (default: print it).")] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Write the JSON schema of recipes, with the names of all cards, so that an editor completes and checks them."""

@@ -29,7 +29,7 @@ def command(
         typer.Option(help="Accuracy: last, best (marked as optimistic) or mean_last (of the last 10 epochs)."),
     ] = "last",
     interval: Annotated[
-        Literal["student", "bootstrap"], typer.Option(help="Of differences: student, or bootstrap from 20 seeds on.")
+        Literal["student", "bootstrap"], typer.Option(help="Of differences: student, or bootstrap (from 20 seeds on).")
     ] = "student",
     published: Annotated[
         list[str] | None,
@@ -50,7 +50,7 @@ def command(
         Literal["page", "wide", "column"],
         typer.Option(help="table.tex for a page (one column), wide (table*, across two columns), or column."),
     ] = "page",
-    label: Annotated[str | None, typer.Option(help="Of table.tex, as tab:ab (default: of the title).")] = None,
+    label: Annotated[str | None, typer.Option(help="Label in table.tex, as tab:ab (default: from the title).")] = None,
     registry: RegistryOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")

@@ -41,9 +41,9 @@ def command(
     download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
-    """Check that the files in FOLDER agree: the table with the records, these with their metrics and their recipe.
+    """Check that the files in FOLDER agree: the table with the records, the records with their metrics and recipe.
 
-    With --rerun, one cell is trained again too, and its accuracy compared. Exit codes: 0 everything agrees, 1 something
+    With --rerun, one cell is also trained again and its accuracy compared. Exit codes: 0 everything agrees, 1 something
     disagrees, 2 FOLDER cannot be checked.
     """
     from rich.text import Text
