@@ -164,8 +164,10 @@ TEACHER_TOLERANCE = 0.1
 
 
 class TeacherCard(Card):
-    """A trained network: weights by hash, a recipe that trains such, or both: the weights are used unless a recipe asks
-    for training."""
+    """A trained network.
+
+    Weights by hash, a recipe that trains such, or both: the weights are used unless a recipe asks for training.
+    """
 
     model: Named
     data: Named
@@ -214,8 +216,10 @@ class TermCard(TermFields, WithOptions):
 
 
 class ModuleCard(WithOptions):
-    """A module of a method, alive over terms and stages: a connector that losses ask for by its name. The connector's
-    own options stand beside these keys."""
+    """A module of a method, alive over terms and stages: a connector that losses ask for by its name.
+
+    The connector's own options stand beside these keys.
+    """
 
     name: str = Field(description="key of a connector card")
     student: str = Field("logits", description="hook point of the student, for the module's size")
@@ -224,8 +228,10 @@ class ModuleCard(WithOptions):
 
 
 class PredictsCard(WithOptions):
-    """What the student answers through, in place of its own head. The connector's own options stand beside these
-    keys."""
+    """What the student answers through, in place of its own head.
+
+    The connector's own options stand beside these keys.
+    """
 
     name: str = Field(description="key of a connector card: it takes the student's hook point and gives logits")
     student: str = Field(description="hook point of the student")
@@ -238,7 +244,9 @@ class Modes(Strict):
 
 class Anchors(Strict):
     """Checkpoints of the teacher's own training, in whose order a stage learns: the stage becomes one stage for each.
-    The last anchor is the converged teacher."""
+
+    The last anchor is the converged teacher.
+    """
 
     n: int = Field(gt=0, description="how many; greedily chosen ones reach the converged teacher after at most so many")
     choose: Literal["equal", "greedy", "converged"] = Field(

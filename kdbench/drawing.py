@@ -1,5 +1,7 @@
-"""The look of every plot, and how one is saved as PNG or put into a page as SVG: for tables and for single methods
-alike."""
+"""The look of every plot, and how one is saved as PNG or put into a page as SVG.
+
+For tables and for single methods alike.
+"""
 
 from __future__ import annotations
 

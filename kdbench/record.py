@@ -121,8 +121,9 @@ class Record(Open):
 
     @cached_property
     def tail(self) -> Tail:
-        """The evaluations of the last `LAST_EPOCHS` epochs, from the metrics beside the record: the same part of every
-        training, whatever stages it had before.
+        """The evaluations of the last `LAST_EPOCHS` epochs, from the metrics beside the record.
+
+        The same part of every training, whatever stages it had before.
 
         Raises:
             UserError: these epochs are too much of the training or not all of its last stage's, they have too few
@@ -249,8 +250,10 @@ FolderName = Annotated[str, AfterValidator(plain_name)]
 
 
 class RunFile(Open):
-    """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells. An older
-    version's says less."""
+    """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells.
+
+    An older version's says less.
+    """
 
     name: FolderName | None = None
     title: str = ""
@@ -315,8 +318,9 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
 
 
 def read_records(paths: Iterable[str | Path]) -> list[Record]:
-    """All records at or below the given folders and files, each file once: folders in the given order, and inside a
-    folder by path.
+    """All records at or below the given folders and files, each file once.
+
+    Folders in the given order, and inside a folder by path.
 
     Raises:
         UserError: a path that does not exist, no record at all, or a record that cannot be read.
@@ -350,8 +354,9 @@ def unfinished(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps, in the form of today: a line of
-    an earlier version has its only metric, the agreement, in `metrics` too.
+    """The lines of a cell's metrics.jsonl, one for each evaluation, in order of steps, in the form of today.
+
+    A line of an earlier version has its only metric, the agreement, in `metrics` too.
 
     The last line of a cell that is not finished may be cut off and is then left out.
 

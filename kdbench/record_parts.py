@@ -11,8 +11,10 @@ from kdbench.forms import Open
 
 
 class Tried(Open):
-    """A setting that was tried: dotted path -> value, none for the recipe's own. `cells`: identities, one for each seed
-    of tuning. `accuracies`: on the validation part in percent after the last step; None where the loss was not finite.
+    """A setting that was tried: dotted path -> value, none for the recipe's own.
+
+    `cells`: identities, one for each seed of tuning. `accuracies`: on the validation part in percent after the last
+    step; None where the loss was not finite.
     """
 
     setting: dict[str, Any] = {}
@@ -27,8 +29,10 @@ class Tried(Open):
 
 
 class RecordedTuning(Open):
-    """How a cell's setting was chosen, without the test set. `validation`: images of the training set to choose by, or
-    their share."""
+    """How a cell's setting was chosen, without the test set.
+
+    `validation`: images of the training set to choose by, or their share.
+    """
 
     seeds: list[int]
     validation: float | int
@@ -134,8 +138,11 @@ class Result(Open):
         return with_metrics_by_name(data)
 
     def numbers(self) -> dict[str, float]:
-        """What may stand in a column of its own, by name, where it was measured: top5, calibration_error, fidelity,
-        <metric>.<hook point>, and <metric>_reference.<hook point> of a student that ignores its input."""
+        """What may stand in a column of its own, by name, where it was measured.
+
+        These are top5, calibration_error, fidelity, <metric>.<hook point>, and <metric>_reference.<hook point> of a
+        student that ignores its input.
+        """
         of_logits = {name: getattr(self, name) for name in ("top5", "calibration_error", "fidelity")}
         return {name: value for name, value in of_logits.items() if value is not None} | {
             f"{metric}{suffix}.{point}": value
@@ -145,8 +152,10 @@ class Result(Open):
         }
 
     def also(self) -> dict[str, float]:
-        """Accuracies after the last step beside that on the test part, in percent: source, teacher, trained_on, others,
-        those that there are."""
+        """Accuracies after the last step beside that on the test part, in percent.
+
+        Source, teacher, trained_on, others, those that there are.
+        """
         parts = {"source": self.source, "teacher": self.teacher}
         return {name: part.last for name, part in parts.items() if part is not None} | (self.by_classes or {})
 
@@ -185,8 +194,11 @@ class Models(Open):
 
 
 class Compute(Open):
-    """`seconds`: this cell's own time. `training_seconds`: the same without evaluation. `ranks`: how many processes
-    trained it together, one number after the other where that changed."""
+    """`seconds`: this cell's own time.
+
+    `training_seconds`: the same without evaluation. `ranks`: how many processes trained it together, one number after
+    the other where that changed.
+    """
 
     device: str
     device_name: str
@@ -233,7 +245,9 @@ class Checkpoint(Open):
 
 class Best(Open):
     """The evaluation whose weights were kept beside the last ones: the first of the best, on the part that chose it.
-    `accuracy`: in percent."""
+
+    `accuracy`: in percent.
+    """
 
     step: int = Field(ge=1)
     part: Literal["validation", "test"]

@@ -21,8 +21,11 @@ class Moment(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`factor`: progress -> multiplier of the base value. `resets`: progress points at which momentum is forgotten.
-    `clock`: whether progress is that of the stage, begins anew with every epoch, or counts the stage's epochs."""
+    """`factor`: progress -> multiplier of the base value.
+
+    `resets`: progress points at which momentum is forgotten. `clock`: whether progress is that of the stage, begins
+    anew with every epoch, or counts the stage's epochs.
+    """
 
     factor: Callable[[float], float]
     resets: tuple[float, ...] = ()
@@ -77,7 +80,8 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
     """A straight line from `start` to `end`, reached at the share `until` and kept.
 
     With `levels` the stage has so many equal parts, and each keeps the value that the line has at the part's end, as
-    codes do that set a value once an epoch, by the epoch's number from 1."""
+    codes do that set a value once an epoch, by the epoch's number from 1.
+    """
     stop = share(until)
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, not {levels}")
@@ -94,15 +98,18 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
 def warmup(*, epochs: float, first: int = 1) -> Schedule:
     """Rises to 1 by the number of the epoch, in the stage's first epochs: min((epoch + first) / epochs, 1).
 
-    Codes count epochs from 1 (`first` 1: not 0 in the first epoch), or from 0."""
+    Codes count epochs from 1 (`first` 1: not 0 in the first epoch), or from 0.
+    """
     if epochs <= 0 or first not in (0, 1):
         raise ValueError(f"a warm-up takes more than 0 epochs, counted from 0 or 1, not {epochs} from {first}")
     return Schedule(lambda done: min((math.floor(done + 1e-9) + first) / epochs, 1.0), clock="epochs")
 
 
 def exponential(*, start: float, end: float, complement: bool = False) -> Schedule:
-    """Geometric from `start` to `end`: start * (end / start) ** progress; with `complement` 1 minus that. Both must be
-    positive."""
+    """Geometric from `start` to `end`: start * (end / start) ** progress; with `complement` 1 minus that.
+
+    Both must be positive.
+    """
     if start <= 0 or end <= 0:
         raise ValueError("exponential needs positive start and end")
 

@@ -1,5 +1,7 @@
-"""The benchmark on a GPU, in minutes: all lanes start at once and then take turns; what there is no time for is left
-out. Imports no torch."""
+"""The benchmark on a GPU, in minutes: all lanes start at once and then take turns.
+
+What there is no time for is left out. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +82,10 @@ class Pair:
         return Benchmark(self.plan.name, self.plan.title or self.plan.name, batch, list(rows.values()), roles, peaks)
 
     def whole(self, result: Benchmark) -> dict[str, dict[str, float]]:
-        """Of a single run and a cohort in full, by what a stretch of steps took: minutes, and the share that is
-        evaluations."""
+        """What a single run and a cohort take in full, by what a stretch of steps took.
+
+        Minutes, and the share that is evaluations.
+        """
         spec, _ = cells_of(self.plan)
         line = planned_timeline(spec)
         found: dict[str, dict[str, float]] = {}
@@ -156,8 +160,9 @@ def bench_gpu(
 
 
 def quickstart(device: str, limit: float) -> float | None:
-    """Wall time of the quickstart in seconds, its teacher's training included; None where it takes longer than the
-    limit.
+    """Wall time of the quickstart in seconds, its teacher's training included.
+
+    None where it takes longer than the limit.
 
     Raises:
         CellError: it failed.

@@ -1,5 +1,7 @@
 """Lanes: processes that each train one thing in one way, a few seconds at a time, when it is their turn.
-Imports no torch."""
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -218,8 +218,10 @@ class CapturedProgram(Program):
         self._between(cells, partial(self.recorder.run, step), alone, images)
 
     def _record(self, cells: Collection[TrainingCell]) -> Recording | None:
-        """The step of these cells, recorded; None where that fails, which is told. A cell whose own step fails is put
-        apart, and the others are recorded without it."""
+        """The step of these cells, recorded; None where that fails, which is told.
+
+        A cell whose own step fails is put apart, and the others are recorded without it.
+        """
         images: dict[TrainingCell, int] = {}
         groups, own = self._calls(cells, images)
         apart = {cell: own[cell] for cell in cells if cell in self.apart}

@@ -1,4 +1,5 @@
 """How networks are computed: precision, memory layout, compilation; chosen once for a run and kept beside its cells.
+
 Imports no torch.
 
 Plain float32, contiguous and eager is the reference; every other way is compared with it by tests and by the trial

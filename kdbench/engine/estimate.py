@@ -136,8 +136,10 @@ class Estimate:
 
 
 def memory(cells: Iterable[PlannedCell], jobs: int, device: torch.device) -> int:
-    """Bytes that the largest cohort takes when so many workers share the cells out. On a GPU several of one comparison
-    train as one program, where these fit."""
+    """Bytes that the largest cohort takes when so many workers share the cells out.
+
+    On a GPU several of one comparison train as one program, where these fit.
+    """
     states = [CellState(cell, i) for i, cell in enumerate(cells)]
     kinds = {kind(cell.spec): cell.spec for cell in states}
     taken = {name: memory_of(spec, device) for name, spec in kinds.items()}

@@ -1,5 +1,7 @@
-"""What counts as finished: cells whose records were made from the data that are here, and by the teacher that others
-learn from. Imports no torch."""
+"""What counts as finished.
+
+Cells whose records were made from the data that are here, and by the teacher that others learn from. Imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -123,8 +123,10 @@ class Trial(Task):
 
 
 class FillLogits(Task):
-    """Fill a table of teacher logits, or with `estimate` only tell what that takes; answered by `TableFound` and
-    `Filled`."""
+    """Fill a table of teacher logits, or with `estimate` only tell what that takes.
+
+    Answered by `TableFound` and `Filled`.
+    """
 
     spec: CellSpec
     computing: Computing
@@ -142,8 +144,10 @@ class CellTask(Message):
 
 
 class TrainCohort(Task):
-    """Train cells side by side, those of one seed behind one teacher pass. `logits`: the table of teacher logits that
-    they began with, "" for none, None for cells that begin now."""
+    """Train cells side by side, those of one seed behind one teacher pass.
+
+    `logits`: the table of teacher logits that they began with, "" for none, None for cells that begin now.
+    """
 
     cells: list[CellTask]
     computing: Computing
@@ -157,8 +161,10 @@ class Event(Message):
 
 
 class Ready(Event):
-    """The worker can take tasks. `cuda`: free bytes of every CUDA device. `unusable`: why a GPU that is there is none
-    of them, "" where none is."""
+    """The worker can take tasks.
+
+    `cuda`: free bytes of every CUDA device. `unusable`: why a GPU that is there is none of them, "" where none is.
+    """
 
     cuda: list[int]
     unusable: str = ""
@@ -262,8 +268,11 @@ class Failed(Event):
 
 
 class Gone(Event):
-    """The worker ended; told by whoever reads its events. `why`: where more is known than its exit code. `lost`: with
-    its node, so that another worker may well do what it had to do."""
+    """The worker ended; told by whoever reads its events.
+
+    `why`: where more is known than its exit code. `lost`: with its node, so that another worker may well do what it had
+    to do.
+    """
 
     code: int
     why: str = ""

@@ -117,8 +117,11 @@ class CudaRecorder:
             log.warning("the GPU may be unusable after a recording that failed: %s", error)
 
     def _give_back(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Give back the memory of a recording that failed. Where it was ended as it should, the graph can be reset.
-        Else torch's allocator has to be told that nothing is being recorded, or it never frees memory again."""
+        """Give back the memory of a recording that failed.
+
+        Where it was ended as it should, the graph can be reset. Else torch's allocator has to be told that nothing is
+        being recorded, or it never frees memory again.
+        """
         index = torch.cuda.current_device()
         try:
             graph.pool()

@@ -1,5 +1,7 @@
-"""Steps of cells that several ranks train together: each computes the networks on its share of a batch, and the losses
-of the whole batch."""
+"""Steps of cells that several ranks train together.
+
+Each computes the networks on its share of a batch, and the losses of the whole batch.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Chooses the settings of a recipe that tunes: the candidates' cells are trained, as a run of their own, and the table
-gets the best of each method. Imports no torch.
+"""Chooses the settings of a recipe that tunes.
+
+The candidates' cells are trained, as a run of their own, and the table gets the best of each method. Imports no torch.
 
 The candidates are tested on a validation part in place of the test set, which nothing here touches.
 """

@@ -14,8 +14,11 @@ from kdbench.results.statistics import summarize
 
 @dataclass(frozen=True)
 class Standing:
-    """A method across the columns. `rank`: 1 is best; None where it was not ranked. `improvement`: over the baseline;
-    None for the baseline itself and where the two have no column in common."""
+    """A method across the columns.
+
+    `rank`: 1 is best; None where it was not ranked. `improvement`: over the baseline; None for the baseline itself and
+    where the two have no column in common.
+    """
 
     label: str
     rank: float | None
@@ -24,8 +27,11 @@ class Standing:
 
 @dataclass(frozen=True)
 class Across:
-    """`columns`: how many the ranks are over, 0 for no ranks. `critical_distance`: None where `why_no_distance` says
-    why. `shared`: what some of these columns have in common although the distance takes them for independent."""
+    """`columns`: how many the ranks are over, 0 for no ranks.
+
+    `critical_distance`: None where `why_no_distance` says why. `shared`: what some of these columns have in common
+    although the distance takes them for independent.
+    """
 
     standings: tuple[Standing, ...]
     columns: int

@@ -52,8 +52,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`cells`: (row label, column key) -> seed -> record. A cell to which an axis means nothing (the plain student,
-    where teachers are compared) stands in every column of that axis. `asked`: names of numbers to show too."""
+    """`cells`: (row label, column key) -> seed -> record.
+
+    A cell to which an axis means nothing (the plain student, where teachers are compared) stands in every column of
+    that axis. `asked`: names of numbers to show too.
+    """
 
     rows: tuple[Row, ...]
     axes: tuple[Axis, ...]

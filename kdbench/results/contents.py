@@ -27,8 +27,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric that loss cards declare, at its hook points. `share_of`: what its values in [0, 1] are shares of, as the
-    card says; None for a metric of any other range."""
+    """A metric that loss cards declare, at its hook points.
+
+    `share_of`: what its values in [0, 1] are shares of, as the card says; None for a metric of any other range.
+    """
 
     metric: str
     points: tuple[str, ...]
@@ -44,10 +46,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class Entry:
-    """The seeds of one method in one column. `values`: accuracy in percent of each seed. `deviation`: None with one
-    seed. `best`, `second`: by the mean as it is shown, in this column. `difference`: to the baseline of the column, in
-    percentage points. `marks`: of the notes that belong to it. `numbers`: means of those that records name so. `also`:
-    accuracies beside the one on the test part. `seconds`: mean training time of a seed."""
+    """The seeds of one method in one column.
+
+    `values`: accuracy in percent of each seed. `deviation`: None with one seed. `best`, `second`: by the mean as it is
+    shown, in this column. `difference`: to the baseline of the column, in percentage points. `marks`: of the notes that
+    belong to it. `numbers`: means of those that records name so. `also`: accuracies beside the one on the test part.
+    `seconds`: mean training time of a seed.
+    """
 
     records: tuple[Record, ...]
     values: tuple[float, ...]
@@ -92,8 +97,10 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class Table:
-    """`axes`: dotted paths that vary across the columns, none where there is one column. `copied`: published numbers,
-    never ranked among ours. `across`: None with one column."""
+    """`axes`: dotted paths that vary across the columns, none where there is one column.
+
+    `copied`: published numbers, never ranked among ours. `across`: None with one column.
+    """
 
     title: str
     metric: Metric

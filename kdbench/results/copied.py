@@ -17,8 +17,11 @@ DAGGER = "†"
 
 @dataclass(frozen=True)
 class CopiedCell:
-    """Accuracy in percent as its source prints it. `runs`: None where the source does not say. `marks`: of the notes
-    that say where it is from and how its protocol differs."""
+    """Accuracy in percent as its source prints it.
+
+    `runs`: None where the source does not say. `marks`: of the notes that say where it is from and how its protocol
+    differs.
+    """
 
     mean: float
     deviation: float | None
@@ -40,6 +43,7 @@ def copied_rows(
     comparison: Comparison, published: Mapping[str, PublishedCard], reported: str, mark: Callable[[str], str]
 ) -> tuple[CopiedRow, ...]:
     """The rows of published tables that stand beside a comparison's columns: those with a column's student and data.
+
     Where a published pair has the column's teacher too, pairs with other teachers are left out.
 
     Args:

@@ -39,8 +39,9 @@ class Excerpt:
 
 
 def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Identity of each record -> its evaluations. Without `required`, records whose metrics are not beside them are
-    left out.
+    """Identity of each record -> its evaluations.
+
+    Without `required`, records whose metrics are not beside them are left out.
 
     Raises:
         UserError: damaged metrics; absent ones where they are required.
@@ -86,9 +87,12 @@ def curves_of(comparison: Comparison, column: Column, log: Logs, value: Value) -
 
 
 def last_quarter(curves: Mapping[Row, Curve]) -> Excerpt | None:
-    """The last quarter of the epochs with the values in it, bands of ± one deviation included. Methods that end far
-    below most others are left out, or the others could not be told apart, and so are methods that trained for a shorter
-    time. None without curves, and where one of the others has fewer than two evaluations in that quarter."""
+    """The last quarter of the epochs with the values in it, bands of ± one deviation included.
+
+    Methods that end far below most others are left out, or the others could not be told apart, and so are methods that
+    trained for a shorter time. None without curves, and where one of the others has fewer than two evaluations in that
+    quarter.
+    """
     if not curves:
         return None
     end = max(epochs[-1] for epochs, _ in curves.values())

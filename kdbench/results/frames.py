@@ -73,8 +73,10 @@ def _line(record: Record) -> dict[str, Any]:
 
 
 def _flat(table: Table) -> list[dict[str, Any]]:
-    """One plain row for every filled cell of a table. Copied numbers say where they are from in `copied_from`; nothing
-    measured has that."""
+    """One plain row for every filled cell of a table.
+
+    Copied numbers say where they are from in `copied_from`; nothing measured has that.
+    """
     result = []
     teachers: list[dict[str, Any]] = [
         next(

@@ -26,8 +26,10 @@ LatexForm = Literal["page", "wide", "column"]
 
 
 def escape(value: str) -> str:
-    """Any text for text mode. Letters stay as they are where LaTeX's standard fonts have them; a character that they
-    lack becomes its code point."""
+    """Any text for text mode.
+
+    Letters stay as they are where LaTeX's standard fonts have them; a character that they lack becomes its code point.
+    """
     return "".join(_escaped(c) for c in unicodedata.normalize("NFC", value))
 
 
@@ -45,8 +47,11 @@ def label_of(title: str) -> str:
 
 
 def for_page(grids: Iterable[Grid], form: LatexForm) -> Iterator[Grid]:
-    """The grids, those with many columns in several parts that repeat the first column. Rows that say nothing in a part
-    are left out of it. In two columns long grids are several floats, since none can break there."""
+    """The grids, those with many columns in several parts that repeat the first column.
+
+    Rows that say nothing in a part are left out of it. In two columns long grids are several floats, since none can
+    break there.
+    """
     for grid in grids:
         across = ACROSS_SPREADS if any("±" in row[-1].text for row in grid.rows) else ACROSS
         across = across // 2 if form == "column" else across

@@ -24,8 +24,11 @@ ALSO = {
 
 @dataclass(frozen=True)
 class Text:
-    """One entry. `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it.
-    `place`: row and column of the table whose cells the entry is of."""
+    """One entry.
+
+    `tail`: what follows, never bold or underlined. `marks`: letters of the notes that belong to it. `place`: row and
+    column of the table whose cells the entry is of.
+    """
 
     text: str
     bold: bool = False
@@ -37,8 +40,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """The first column is text, aligned left; all others are numbers, aligned right. `rules`: indices of the rows that
-    a line separates from the row above. `headings`: rows that hold only a first entry, the title of the rows below."""
+    """The first column is text, aligned left; all others are numbers, aligned right.
+
+    `rules`: indices of the rows that a line separates from the row above. `headings`: rows that hold only a first
+    entry, the title of the rows below.
+    """
 
     caption: str
     header: tuple[str, ...]
@@ -194,8 +200,10 @@ def _blocks(
     header: tuple[str, ...],
     entries: Callable[[MethodRow, Entry, tuple[int, int]], list[Text]],
 ) -> Grid:
-    """One block of rows for each column of the table, headed by the column where there are several. Where a cell has no
-    entries, its row is left out."""
+    """One block of rows for each column of the table, headed by the column where there are several.
+
+    Where a cell has no entries, its row is left out.
+    """
     rows: list[tuple[Text, ...]] = []
     rules, headings = set(), set()
     for i, column in enumerate(table.columns):

@@ -117,8 +117,11 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
 
 
 def _settings(comparison: Comparison) -> Said:
-    """How the cells were trained and computed. Where methods are trained in different ways it is their own doing, no
-    mistake; every other fact that differs within a column is a warning."""
+    """How the cells were trained and computed.
+
+    Where methods are trained in different ways it is their own doing, no mistake; every other fact that differs within
+    a column is a warning.
+    """
     for name in FACTS:
         yield from _fact(comparison, name)
         if name == "Protocol":

@@ -1,5 +1,8 @@
-"""A comparison as one HTML page that needs nothing else: sortable tables, every number leading to its cells, curves,
-costs, and where everything comes from. Byte for byte the same from the same records, in any order."""
+"""A comparison as one HTML page that needs nothing else.
+
+Sortable tables, every number leading to its cells, curves, costs, and where everything comes from. Byte for byte the
+same from the same records, in any order.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,9 @@ COSTS = (
 
 
 def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
-    """The page of a table and the records that it was built from. Records whose metrics are not beside them have no
-    curve, and the page says so.
+    """The page of a table and the records that it was built from.
+
+    Records whose metrics are not beside them have no curve, and the page says so.
 
     Args:
         charts: whether to draw them, which takes a second: what is left without is what `without_charts` leaves.

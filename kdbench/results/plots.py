@@ -111,8 +111,10 @@ def metric_curves(records: Iterable[Record], folder: Path, *, baseline: str | No
 def final_accuracies(
     records: Iterable[Record], file: str | Path, *, metric: Metric = "last", baseline: str | None = None
 ) -> Path:
-    """Final test accuracy of every seed as a PNG file: a point for each, with mean and ± one deviation, a line for each
-    method, a panel for each column."""
+    """Final test accuracy of every seed as a PNG file.
+
+    A point for each, with mean and ± one deviation, a line for each method, a panel for each column.
+    """
     comparison = compare(records, baseline)
     panels = [_seeds_panel(comparison, column, metric) for column in comparison.columns]
     width, height = 4.4 if len(panels) > 1 else 6.0, 0.9 + 0.36 * len(comparison.rows)
@@ -120,8 +122,10 @@ def final_accuracies(
 
 
 def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
-    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison:
-    the whole run, and its last quarter enlarged where every column has evaluations in it."""
+    """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison.
+
+    The whole run, and its last quarter enlarged where every column has evaluations in it.
+    """
     panels = []
     by_column = {column: curves_of(comparison, column, log, accuracy_of) for column in comparison.columns}
     by_column = {column: curves for column, curves in by_column.items() if curves}
@@ -135,8 +139,11 @@ def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
 
 
 def metric_panels(comparison: Comparison, log: Logs, metric: str) -> list[Panel]:
-    """A metric over epochs, mean over the seeds with a band of ± one deviation: a panel for each hook point (and
-    column). Dotted, where it was recorded, the value of a student that ignores its input."""
+    """A metric over epochs, mean over the seeds with a band of ± one deviation.
+
+    A panel for each hook point (and column). Dotted, where it was recorded, the value of a student that ignores its
+    input.
+    """
     panels = []
     for column in comparison.columns:
         for point in metrics_of(log)[metric]:

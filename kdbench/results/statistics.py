@@ -65,8 +65,9 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Paired | None:
-    """Differences `values − baseline` over the seeds that both have: mean, Student's t interval, two-sided p value of
-    the hypothesis of no difference.
+    """Differences `values − baseline` over the seeds that both have.
+
+    Mean, Student's t interval, two-sided p value of the hypothesis of no difference.
 
     Args:
         values, baseline: seed -> value.
@@ -90,9 +91,10 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], confidenc
 def bootstrap(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
 ) -> tuple[float, float] | None:
-    """Bootstrap-t interval of the mean difference of equal seeds (Efron and Tibshirani, 1993, section 12.5): seeds are
-    drawn with replacement, and the mean is studentized in each draw, so that skewed differences get a skewed interval.
-    The draws are fixed: equal values give the equal interval.
+    """Bootstrap-t interval of the mean difference of equal seeds (Efron and Tibshirani, 1993, section 12.5).
+
+    Seeds are drawn with replacement, and the mean is studentized in each draw, so that skewed differences get a skewed
+    interval. The draws are fixed: equal values give the equal interval.
 
     Args:
         values, baseline: seed -> value, with at least `BOOTSTRAP_SEEDS` seeds in common.
@@ -123,9 +125,12 @@ def bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the given order. Rejecting the hypotheses whose value is at most `a` keeps the
-    family-wise error strongly: whichever of the hypotheses are true, the probability that any true one is rejected is
-    at most `a`, whatever the dependence between the tests (Holm, 1979)."""
+    """Holm's adjusted p values, in the given order.
+
+    Rejecting the hypotheses whose value is at most `a` keeps the family-wise error strongly: whichever of the
+    hypotheses are true, the probability that any true one is rejected is at most `a`, whatever the dependence between
+    the tests (Holm, 1979).
+    """
     adjusted = [0.0] * len(p_values)
     running = 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

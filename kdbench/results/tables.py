@@ -264,8 +264,10 @@ def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
 
 
 def _title(comparison: Comparison) -> str:
-    """The recipe's title where all records have the same; else teacher → student, data, without what varies across the
-    columns."""
+    """The recipe's title where all records have the same.
+
+    Else teacher → student, data, without what varies across the columns.
+    """
     titles = {record.cell.title for record in comparison.records}
     if len(titles) == 1 and "" not in titles:
         return titles.pop()

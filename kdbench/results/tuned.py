@@ -38,8 +38,10 @@ def tuning_notes(comparison: Comparison) -> Iterator[str]:
 
 
 def trials(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Every setting that was tried: the place it was for, what was set, mean accuracy in percent, that of each seed,
-    and whether it was chosen."""
+    """Every setting that was tried.
+
+    The place it was for, what was set, mean accuracy in percent, that of each seed, and whether it was chosen.
+    """
     return [
         (
             label,

@@ -16,8 +16,10 @@ Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. `where`: the file or cell that it is about. `check`: what could not be checked, of such a
-    finding."""
+    """What one check found.
+
+    `where`: the file or cell that it is about. `check`: what could not be checked, of such a finding.
+    """
 
     level: Level
     what: str

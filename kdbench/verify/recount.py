@@ -18,8 +18,10 @@ from kdbench.record import LOGITS, Record
 
 
 def labels_of(data: DataSpec, roots: Iterable[Path]) -> tuple[Tensor, str]:
-    """Labels of a data set's test part, int64 [N], and its fingerprint. UserError where it is not here: nothing is
-    downloaded."""
+    """Labels of a data set's test part, int64 [N], and its fingerprint.
+
+    UserError where it is not here: nothing is downloaded.
+    """
     found = load_data(data, data.roots(roots), False, home() / "cache")
     return found.test_labels, found.fingerprint
 

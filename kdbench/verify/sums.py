@@ -21,8 +21,11 @@ _KEPT = (RUN, "table.*", "records.csv", "*.png", "*.html")
 
 
 def published_files(folder: Path) -> list[Path]:
-    """Files of a run's or results folder that are published, by path: its tables and plots, and every record with its
-    metrics and test logits one folder below. UserError for a link that leaves the folder."""
+    """Files of a run's or results folder that are published, by path.
+
+    Its tables and plots, and every record with its metrics and test logits one folder below. UserError for a link that
+    leaves the folder.
+    """
     files = {file for pattern in _KEPT for file in folder.glob(pattern)}
     files |= {file for name in PUBLISHED for file in folder.glob(f"*/{name}")}
     return sorted(inside(folder, *file.relative_to(folder).parts) for file in files if file.is_file())

@@ -154,8 +154,11 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:
-    """Identities recomputed. Where none of a commit's can be, that commit's version computed them in another way; where
-    some can, the others' resolved recipes were changed."""
+    """Identities recomputed.
+
+    Where none of a commit's can be, that commit's version computed them in another way; where some can, the others'
+    resolved recipes were changed.
+    """
     by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for name, record in folder.records.items():
         spec = record.resolved

@@ -1,5 +1,7 @@
-"""Images moved to a network's decision boundary. Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples
-Supporting Decision Boundary, AAAI 2019, arXiv 1805.05532.
+"""Images moved to a network's decision boundary.
+
+Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting Decision Boundary, AAAI 2019, arXiv
+1805.05532.
 
 With the gap L(x) = f_b(x) - f_k(x) of the logits of base class b and target class k, an image in class b moves by
 

@@ -32,8 +32,10 @@ class Crossing:
 
 
 def boundary_picture(crossings: Sequence[Crossing], file: str | Path) -> Path:
-    """Draw a row for each image: itself, its boundary sample, their difference enlarged, and each network's two scores
-    on the straight line through both, where the teacher's meet at the boundary sample.
+    """Draw a row for each image.
+
+    Itself, its boundary sample, their difference enlarged, and each network's two scores on the straight line through
+    both, where the teacher's meet at the boundary sample.
 
     Raises:
         ValueError: nothing to draw.

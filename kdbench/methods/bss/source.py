@@ -1,5 +1,7 @@
-"""The batch source of boundary supporting samples (Heo et al., AAAI 2019): training images moved to the teacher's
-decision boundary, where teacher and student disagree most."""
+"""The batch source of boundary supporting samples (Heo et al., AAAI 2019).
+
+Training images moved to the teacher's decision boundary, where teacher and student disagree most.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ COUNTED = ("attacked", "crossed", "arrived", "rejected")
 
 
 class BoundarySamples(Source):
-    """From "data" makes "boundary": of a batch's images that both networks classify correctly, those with the largest
-    distance of the two outputs, each moved to the teacher's boundary with a class drawn by the teacher's probabilities.
+    """From "data" makes "boundary".
+
+    Of a batch's images that both networks classify correctly, those with the largest distance of the two outputs, each
+    moved to the teacher's boundary with a class drawn by the teacher's probabilities.
 
     Args:
         attack_size: images to attack in a step, at most; the paper's code has 64 of 256.
@@ -121,8 +125,10 @@ class BoundarySamples(Source):
         self.steps, self.counts = state["steps"], state["counts"].to(self.context.device)
 
     def record(self) -> dict[str, Any]:
-        """Steps with an attack, and the samples of all of them: attacked, crossed (they left their base class), arrived
-        (in their target class), rejected (they did not count)."""
+        """Steps with an attack, and the samples of all of them.
+
+        Attacked, crossed (they left their base class), arrived (in their target class), rejected (they did not count).
+        """
         return {"steps": self.steps, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
 
     def _logits(self, images: Tensor) -> Tensor:

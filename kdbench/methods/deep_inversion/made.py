@@ -49,8 +49,10 @@ class Making(Open):
 
 
 class PoolFile(Open):
-    """What is read of a pool.json: how a pool was made, or to which pool a cell added its images, and with which
-    settings."""
+    """What is read of a pool.json.
+
+    How a pool was made, or to which pool a cell added its images, and with which settings.
+    """
 
     added_to: Making | None = None
     settings: dict[str, Any]

@@ -243,8 +243,10 @@ class SynthesizedImages(Source):
         return {self.as_set: Batch(self.augmentation.view(images[index].float(), view), labels[index])}
 
     def _grow(self, growth: int, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
-        """Synthesize a batch on which the present student and the teacher disagree. False when stopped before its end:
-        then there is nothing of it."""
+        """Synthesize a batch on which the present student and the teacher disagree.
+
+        False when stopped before its end: then there is nothing of it.
+        """
         start, growths = time.monotonic(), self._growths(now.end - now.begin)
         seconds = sum(seconds for _, _, seconds in self.added)
         left = _left(seconds, len(self.added), growths - growth + 1)

@@ -22,8 +22,9 @@ Kept = Mapping[str, Tensor]
 
 
 def filters(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, str]:
-    """Batch norms that take a convolution's output as it is, where nothing else does: name of the norm -> of the
-    convolution. In the order in which they run, found by dry forwards.
+    """Batch norms that take a convolution's output as it is, where nothing else does.
+
+    Name of the norm -> of the convolution. In the order in which they run, found by dry forwards.
     """
     outputs: dict[int, tuple[str, object]] = {}
     found: dict[str, str] = {}
