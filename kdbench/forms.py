@@ -1,7 +1,5 @@
 """What the typed forms of cards and recipes have in common."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field

@@ -4,8 +4,6 @@ Tables and plots are made from these files only. A field that this version does 
 file is an error that names it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from functools import cached_property

@@ -5,8 +5,6 @@ registry folder maps kinds to such mappings, so that one file can carry a new me
 (`--registry DIR`) and installed packages (entry point group `kdbench.registry`) add to the built-in cards.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import re

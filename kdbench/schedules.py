@@ -5,8 +5,6 @@ with progress in [0, 1) = steps done / steps of the stage (or of the epoch, wher
 function of the position alone, a schedule needs no state in a checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple

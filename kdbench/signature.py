@@ -4,8 +4,6 @@ Cards point at functions and classes by `module:object`. Their parameters, types
 signature; reading it with `ast` lets a misspelt option be reported before torch (seconds of import) is loaded.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """The inside of a lane's process: builds what the lane trains, and trains it for some seconds when it is asked to."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The benchmark: which lanes there are for a recipe, their interleaved rounds, and what comes out. Imports no torch."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Sequence

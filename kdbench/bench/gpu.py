@@ -3,8 +3,6 @@
 What there is no time for is left out. Imports no torch.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tempfile

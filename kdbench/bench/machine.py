@@ -1,7 +1,5 @@
 """What the machine can do: the speed of a large matrix product, in every precision that it computes in."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -1,7 +1,5 @@
 """Data sets of random images: speed does not depend on what they show."""
 
-from __future__ import annotations
-
 import torch
 
 from kdbench.data.images import ImageData

@@ -5,8 +5,6 @@ read their loss at every step. torchdistill comes from its package (extra `peers
 data loader run as its example script runs them.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterator

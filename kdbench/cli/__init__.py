@@ -1,7 +1,5 @@
 """The command `kdbench`. One file a command; nothing here imports torch before a recipe is known to be sound."""
 
-from __future__ import annotations
-
 import codecs
 import errno
 import io

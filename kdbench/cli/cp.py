@@ -1,7 +1,5 @@
 """`kdbench cp`: a shipped recipe as a file of one's own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`kdbench export`: a finished cell's student for other tools."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

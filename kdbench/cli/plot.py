@@ -1,7 +1,5 @@
 """`kdbench plot`: learning curves, metrics over training and final accuracies as PNG."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

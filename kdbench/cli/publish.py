@@ -1,7 +1,5 @@
 """`kdbench publish`: keep a finished run's tables, records and test logits, without its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

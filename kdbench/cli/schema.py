@@ -1,7 +1,5 @@
 """`kdbench schema`: the JSON schema of recipes, for editors."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`kdbench show`: one card, with the options of its target, or one recipe."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

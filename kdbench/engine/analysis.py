@@ -4,8 +4,6 @@ The target is a function or a class. It is called with an `Analysis` first and i
 over: each element is a row of the table, as a plain dictionary.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

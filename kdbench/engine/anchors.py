@@ -1,7 +1,5 @@
 """The route of a teacher: keeping it while the teacher trains, and learning from its checkpoints, one at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A cell built once before anything trains: what cannot be built is told now."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass

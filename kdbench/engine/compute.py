@@ -6,8 +6,6 @@ Plain float32, contiguous and eager is the reference; every other way is compare
 that chooses it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """What a plan will cost, from a few timed steps of each network. Time of one worker; whoever has several divides."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A finished cell's student in the forms of other tools: ONNX, TorchScript, timm's folders, Hugging Face's hub."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What a finished cell leaves: weights without connectors, test logits, and the record that makes it count."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from functools import cache

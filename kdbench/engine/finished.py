@@ -3,8 +3,6 @@
 Cells whose records were made from the data that are here, and by the teacher that others learn from. Imports no torch.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A rank that is not the first: does what rank 0's worker is told to do."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """What one cell did so far: kept in its checkpoint, and as metrics.jsonl and TensorBoard events."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field

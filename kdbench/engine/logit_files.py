@@ -1,7 +1,5 @@
 """Tables of teacher logits as files: where they lie, how far they are filled. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

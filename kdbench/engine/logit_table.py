@@ -5,8 +5,6 @@ in 0.16 GB. Methods that need nothing else of their teacher then run no teacher.
 when it is whole, and belongs to exactly one teacher, data set, normalization, augmentation and precision.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The data and the teachers that a worker's tasks need."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How much memory cells take: predicted from one small forward pass, to split cohorts that would not fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable
 

@@ -1,7 +1,5 @@
 """What a run and its workers tell each other: tasks one way, events the other, a line each. Imports no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Means of what a member trains by, and the first step at which it was not finite, all on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

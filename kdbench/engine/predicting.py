@@ -1,7 +1,5 @@
 """A student that answers through modules of its method in place of its own head (`predicts` on a method's card)."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """A stretch of steps that are the same computation, and what the host does before and between them."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence

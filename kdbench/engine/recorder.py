@@ -1,7 +1,5 @@
 """Recording calls and replaying them: on a GPU, CUDA graphs."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -1,7 +1,5 @@
 """What a cell's losses and modules are told when they ask for it by the name of an argument (`kdbench.told`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What a worker does for each kind of task."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 Each computes the networks on its share of a batch, and the losses of the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The trained network of a finished cell."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trains the cells of a `TrainCohort` task, from their folders to their records."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Choosing how to compute by measuring: a short trial of the sensible ways, on the comparison's own cells and data."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

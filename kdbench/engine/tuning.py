@@ -5,8 +5,6 @@ The candidates' cells are trained, as a run of their own, and the table gets the
 The candidates are tested on a validation part in place of the test set, which nothing here touches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any

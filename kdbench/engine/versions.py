@@ -1,7 +1,5 @@
 """What must be the same wherever one run computes."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import platform

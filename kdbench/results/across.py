@@ -1,7 +1,5 @@
 """A comparison of several columns summed up: average ranks, probability of improvement, and when these may be read."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Nothing here depends on the order in which the records come. Cells that are different experiments are never pooled.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a table holds: what `kdbench.results.tables` makes of records, and what every renderer shows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Published numbers beside our own: which of a published table's pairs belong to which column, and what differs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Curves of a comparison over the epochs, and the part of them that is worth enlarging."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What a record says of how its number was made, in words, for notes below tables and for the page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

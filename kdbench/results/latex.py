@@ -4,8 +4,6 @@ LaTeX itself finds widths and page breaks: a grid is a float as wide as the text
 numbers leave, and a grid of many rows breaks over pages (`xltabular`). The notes are text below.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 import unicodedata

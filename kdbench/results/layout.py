@@ -1,7 +1,5 @@
 """A table as grids of text. Markdown, LaTeX, the page and the terminal show the same grids, so that they agree."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

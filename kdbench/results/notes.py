@@ -1,7 +1,5 @@
 """The facts below a table, one sentence each: what its numbers are, and what a reader must know before comparing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Sortable tables, every number leading to its cells, curves, costs, and where eve
 same from the same records, in any order.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Methods compared across several pairs of student, teacher and data: average ranks and probability of improvement."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

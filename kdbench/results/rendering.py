@@ -1,7 +1,5 @@
 """Jinja templates of tables, one for each form, with that form's escapes. All show the same grids of text."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from pathlib import Path

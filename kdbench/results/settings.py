@@ -1,7 +1,5 @@
 """How a cell was trained, told from its record in the words that cards of published tables use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

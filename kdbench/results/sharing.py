@@ -1,7 +1,5 @@
 """What cells of one seed have in common besides its number, told from their records."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

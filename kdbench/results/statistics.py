@@ -6,8 +6,6 @@ percentile bootstrap covers far less than it says, so a bootstrap is offered onl
 neither interval nor test.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 `build` makes the table from records; `kdbench.results.layout` lays it out as grids of text that every renderer shares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache

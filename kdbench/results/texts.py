@@ -1,7 +1,5 @@
 """The files that show a table, as texts: written after a run, and made again from the records to verify them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from kdbench.record import Record

@@ -1,7 +1,5 @@
 """What was tuned before a table was made: notes below it, and every setting that was tried."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from kdbench.record_parts import RecordedTuning, Tried

@@ -1,7 +1,5 @@
 """From published results back into a run: which cells of a plan need no training, because their records are there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kdbench.engine.tuning import known_of

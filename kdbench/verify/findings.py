@@ -1,7 +1,5 @@
 """A results folder as far as it can be read, and what checks find in it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

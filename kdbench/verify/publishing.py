@@ -1,7 +1,5 @@
 """From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits, no weights."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from pathlib import Path

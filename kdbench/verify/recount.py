@@ -1,7 +1,5 @@
 """Test accuracies against the test logits that lie beside their records, where the labels are at hand."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One recorded cell trained again, to see whether its number comes back. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path

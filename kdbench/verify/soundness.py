@@ -1,7 +1,5 @@
 """What one record says must agree with its metrics and with its resolved recipe. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

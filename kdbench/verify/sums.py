@@ -4,8 +4,6 @@ Cross-checks between a record and its metrics cannot see a digit that stands in 
 training, a commit). These sums do. They guard against accidents and slips, not against somebody who writes them anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Imports torch only where there are test logits. What cannot be checked (a record
 verdict too, never passed over.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator

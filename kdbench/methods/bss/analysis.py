@@ -1,8 +1,6 @@
 """How alike the decision boundaries of two networks are: MagSim and AngSim of Heo et al. (AAAI 2019, arXiv 1805.05532),
 for any two networks, and for the students of finished cells and their teacher. And where attacks on a teacher end."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ With the gap L(x) = f_b(x) - f_k(x) of the logits of base class b and target cla
 are fixed, masks say which rows count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Images on their way to a teacher's decision boundary, as PNG. The same values give the same bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

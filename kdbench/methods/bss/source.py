@@ -3,8 +3,6 @@
 Training images moved to the teacher's decision boundary, where teacher and student disagree most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -1,8 +1,6 @@
 """What networks see in synthesized images: whether one that had no part in making them sees the classes that they were
 made for (Yin et al., CVPR 2020, table 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 `synthesize` makes one batch. Its draws are addressed by (seed, stream, batch), so a batch can be made again alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -5,8 +5,6 @@ The pool is made before cells train and shared by all that want the same one. Wh
 folder.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -4,8 +4,6 @@ A filter is a channel of a convolution whose output goes straight into a batch n
 that channel at zero, the filter contributes nothing, whatever it computes: it can be cut out without any change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal

@@ -4,8 +4,6 @@ Yin et al., CVPR 2020, section 4.4: the Taylor criterion of Molchanov et al. (CV
 cross-entropy, on whatever images the stage has.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

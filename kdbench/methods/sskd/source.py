@@ -1,7 +1,5 @@
 """The batch source of SSKD (Xu et al., ECCV 2020): every image upright and turned by 90, 180 and 270 degrees."""
 
-from __future__ import annotations
-
 import torch
 
 from kdbench.engine.batch import Batch
