@@ -88,16 +88,9 @@ class Registry:
                 continue  # a recipe that lies beside the card of the teacher that it trains
             if file.parent == folder:
                 for kind in tree.data:
-                    if kind not in KINDS:
-                        raise UserError(
-                            f"unknown kind of card '{kind}'", where=tree.origin((kind,)), hint=did_you_mean(kind, KINDS)
-                        )
-                    self._add(kind, tree.at(kind))
-            elif file.parent.name in KINDS:
-                self._add(file.parent.name, tree)
+                    self._add(_known(kind, tree.origin((kind,))), tree.at(kind))
             else:
-                what = f"unknown kind of card '{file.parent.name}'"
-                raise UserError(what, shown(file), did_you_mean(file.parent.name, KINDS))
+                self._add(_known(file.parent.name, shown(file)), tree)
 
     def _add(self, kind: str, tree: Tree) -> None:
         for key, card in (tree.data or {}).items():
@@ -223,6 +216,12 @@ class Registry:
         known = [*parameters(target).values(), *(parameters(settings).values() if settings else ())]
         options = [p for i, p in enumerate(known) if not (p.positional and i < inputs)]
         return {p.name: p for p in options if p.name not in taken and not is_module(p)}
+
+
+def _known(kind: str, where: str) -> str:
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of card '{kind}'", where, did_you_mean(kind, KINDS))
+    return kind
 
 
 def singular(kind: str) -> str:

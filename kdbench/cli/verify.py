@@ -87,12 +87,8 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     if not records:
         raise UserError("there is no sound record to run again", where=str(folder))
     name, record, spec = cell_to_rerun(records, cell, cards)
-    axes = {path: value for path, value in record.cell.axes.items() if path != "method"}
-    siblings = [
-        r
-        for r in records.values()
-        if r.cell.label == record.cell.label and {p: v for p, v in r.cell.axes.items() if p != "method"} == axes
-    ]
+    place = record.cell.label, record.cell.axes | {"method": None}
+    siblings = [r for r in records.values() if (r.cell.label, r.cell.axes | {"method": None}) == place]
     teachers = [read_record(file) for file in folder.glob(f"teacher*/{RECORD}")]
     with tempfile.TemporaryDirectory(prefix="kdbench-verify-") as temporary:
         here = replace(options, runs=Path(temporary))

@@ -1,7 +1,6 @@
 """What a plan will cost, from a few timed steps of each network. Time of one worker; whoever has several divides."""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of, kind
+from kdbench.engine.trial import times
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
@@ -188,19 +188,7 @@ def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device)
                 network(images)
 
         network.train()
-        training = _seconds(step, device) / TIMED
+        training = times(step, device)[2] / TIMED
         network.eval()
-        forward = _seconds(look, device) / TIMED
+        forward = times(look, device)[2] / TIMED
     return Size(int(size["parameters"]), int(size["flops"]), forward, training)
-
-
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
-    """Time of an action, the better of two after a warm-up."""
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])

@@ -37,10 +37,8 @@ def read_line(form: type[M], line: str) -> M:
     return kinds[name].model_validate_json(fields)
 
 
-class Given(BaseModel):
+class Given(Message):
     """A data set that a run has: its fingerprint, and a file that holds all of it, None for pictures on disk."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     fingerprint: str
     file: Path | None

@@ -194,7 +194,7 @@ def _measure(
             return shared_part(batches, teacher, members)
 
         names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
-        (sets, taught), first, one.teacher = _times(shared, device)
+        (sets, taught), first, one.teacher = times(shared, device)
         one.compiling += first - one.teacher
         steps, losses = [], []
         for member in members:
@@ -206,7 +206,7 @@ def _measure(
                 member.after_step(train(member, sets, taught))
                 return member.meter.result()["loss"]
 
-            loss, first, again = _times(step, device)
+            loss, first, again = times(step, device)
             steps.append(again)
             losses.append(loss)
             one.compiling += first - again
@@ -241,7 +241,7 @@ def _replayed(
     return recording, min(taken(REPLAYS), taken(REPLAYS)) / REPLAYS / len(members), losses
 
 
-def _times(action: Callable[[], T], device: torch.device) -> tuple[T, float, float]:
+def times(action: Callable[[], T], device: torch.device) -> tuple[T, float, float]:
     """What the first call gives, its seconds, and those of the faster of two more."""
     taken = []
     results = []

@@ -17,7 +17,7 @@ import numpy as np
 
 from kdbench import drawing
 from kdbench.drawing import COLOURS, LINES, MARKERS
-from kdbench.record import Metric, Record
+from kdbench.record import Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
 from kdbench.results.contents import Table
@@ -77,7 +77,7 @@ def look_of(comparison: Comparison, row: Row) -> Look:
     return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
 
 
-def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: str | None = None) -> Path:
+def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
     """Test accuracy over epochs as a PNG file.
 
     Args:
@@ -87,18 +87,18 @@ def learning_curves(records: Iterable[Record], file: str | Path, *, baseline: st
     Raises:
         UserError: a record without metrics.
     """
-    comparison = compare(records, baseline)
+    comparison = compare(records)
     panels = accuracy_panels(comparison, logs(comparison))
     return _save(comparison, panels, file, 2, (4.7, 3.2))
 
 
-def metric_curves(records: Iterable[Record], folder: Path, *, baseline: str | None = None) -> list[Path]:
+def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
     """Every metric that the records hold over epochs: a PNG file for each, named after the metric.
 
     Raises:
         UserError: a record without metrics.
     """
-    comparison = compare(records, baseline)
+    comparison = compare(records)
     log = logs(comparison)
     return [
         _save(
@@ -108,15 +108,13 @@ def metric_curves(records: Iterable[Record], folder: Path, *, baseline: str | No
     ]
 
 
-def final_accuracies(
-    records: Iterable[Record], file: str | Path, *, metric: Metric = "last", baseline: str | None = None
-) -> Path:
+def final_accuracies(records: Iterable[Record], file: str | Path) -> Path:
     """Final test accuracy of every seed as a PNG file.
 
     A point for each, with mean and ± one deviation, a line for each method, a panel for each column.
     """
-    comparison = compare(records, baseline)
-    panels = [_seeds_panel(comparison, column, metric) for column in comparison.columns]
+    comparison = compare(records)
+    panels = [_seeds_panel(comparison, column) for column in comparison.columns]
     width, height = 4.4 if len(panels) > 1 else 6.0, 0.9 + 0.36 * len(comparison.rows)
     return _save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=False)
 
@@ -310,10 +308,10 @@ def _cost_panel(title: str, label: str, points: Sequence[Point]) -> Panel:
     return Panel(title, draw)
 
 
-def _seeds_panel(comparison: Comparison, column: Column, metric: Metric) -> Panel:
+def _seeds_panel(comparison: Comparison, column: Column) -> Panel:
     """Every seed of a column. The teacher's accuracy is a dashed line where it is near, else it stands in the title."""
-    by_row = [[r.accuracy(metric) for r in comparison.cell(row, column).values()] for row in comparison.rows]
-    title = column.label if comparison.axes else metric_label(comparison.records, metric)
+    by_row = [[*comparison.accuracies(row, column, "last").values()] for row in comparison.rows]
+    title = column.label if comparison.axes else metric_label(comparison.records, "last")
     everything = [value for values in by_row for value in values]
     teacher = _teacher_of(comparison, column)
     room = max(max(everything) - min(everything), 0.5) if everything else 0.0
