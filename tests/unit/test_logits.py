@@ -70,7 +70,7 @@ def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> 
     teacher = teacher_of(spec, precision)
     table = filled(spec, data, teacher)
     assert table.complete and table.shape == (20, VIEWS, 10)
-    values = logit_table.opened(table, teacher, data, spec.protocol, CPU)
+    values = logit_table.open_table(table, teacher, data, spec.protocol, CPU)
     assert values.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
     augmentation = Augmentation(1, "zero", True)
     for image in (0, 7, 19):
@@ -90,7 +90,7 @@ def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
     for teacher in (with_table, without):
         batches = Batches(spec, data, CPU)
         if teacher is with_table:
-            values = logit_table.opened(table, teacher, data, spec.protocol, CPU)
+            values = logit_table.open_table(table, teacher, data, spec.protocol, CPU)
             teacher.logits = SplitLogits(values, batches.positions)
             teacher.network.model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher ran"))
         member = Member(spec, batches, teacher, CPU)
@@ -105,7 +105,7 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     """So that a cell in a cohort learns from the same logits as alone."""
     spec = cell("fitnets")
     data, teacher = images(spec.data), teacher_of(spec)
-    values = logit_table.opened(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
+    values = logit_table.open_table(filled(spec, data, teacher), teacher, data, spec.protocol, CPU)
     batches = Batches(spec, data, CPU)
     teacher.logits = SplitLogits(values + 1, batches.positions)
     member = Member(spec, batches, teacher, CPU)
@@ -133,7 +133,7 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
     whole = filled(spec, data, teacher)
     assert whole.complete and sum(ran) == (20 - part.done) * VIEWS
     fresh = teacher_of(spec)
-    values = logit_table.opened(whole, fresh, data, spec.protocol, CPU)
+    values = logit_table.open_table(whole, fresh, data, spec.protocol, CPU)
     pixels = Augmentation(1, "zero", True).view(data.train_images, 5)
     assert torch.allclose(values[:, 5], fresh(pixels, ["logits"])["logits"], atol=1e-4)
 
@@ -183,7 +183,7 @@ def test_a_table_that_is_not_what_the_teacher_gives_is_an_error() -> None:
     with torch.no_grad():
         other.network.model.fc.weight.mul_(-1)
     with pytest.raises(UserError, match="is off by") as error:
-        logit_table.opened(table, other, data, spec.protocol, CPU)
+        logit_table.open_table(table, other, data, spec.protocol, CPU)
     assert f"kdbench logits clear {table.folder.name}" in str(error.value)
 
 
@@ -194,7 +194,7 @@ def test_a_shortened_file_is_an_error() -> None:
     with (table.folder / "logits.bin").open("rb+") as stream:
         stream.truncate(100)
     with pytest.raises(UserError, match="another size"):
-        logit_table.opened(table, teacher, data, spec.protocol, CPU)
+        logit_table.open_table(table, teacher, data, spec.protocol, CPU)
 
 
 def test_a_changed_value_is_an_error() -> None:
@@ -206,7 +206,7 @@ def test_a_changed_value_is_an_error() -> None:
         stream.seek(400)
         stream.write(b"\x01\x02\x03")
     with pytest.raises(UserError, match="sha256"):
-        logit_table.opened(table, teacher, data, spec.protocol, CPU)
+        logit_table.open_table(table, teacher, data, spec.protocol, CPU)
 
 
 @pytest.mark.parametrize("loss", ["gone", "short"])
@@ -223,7 +223,7 @@ def test_what_was_filled_and_is_lost_is_filled_again(loss: str) -> None:
         with file.open("rb+") as stream:
             stream.truncate(10)
     whole = filled(spec, data, teacher)
-    values = logit_table.opened(whole, teacher, data, spec.protocol, CPU)
+    values = logit_table.open_table(whole, teacher, data, spec.protocol, CPU)
     assert whole.complete and values.abs().flatten(1).amax(1).min() > 0
 
 
