@@ -64,7 +64,7 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     result = []
     for member, batches in zip(members, own_batches, strict=True):
         for one in member.stage.optimizers:
-            one.optimizer.step = lambda *_: None  # type: ignore[method-assign]
+            one.optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
         step(member, batches, teacher, at=0)
         own = [member.own_teacher.model] if member.own_teacher else []
         trained = [p for module in (member.student.model, member.terms, *own) for p in module.parameters()]
