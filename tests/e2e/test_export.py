@@ -20,7 +20,7 @@ from conftest import Kdbench, Once
 from safetensors.torch import load_file
 
 import kdbench
-from kdbench.engine.exporting import model_card, student_of
+from kdbench.engine.exporting import exported_student, model_card
 from kdbench.record import BEST, read_record
 from kdbench.record_parts import Best
 
@@ -175,7 +175,7 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
 
 
 def test_the_card_of_the_best_weights_has_their_accuracy(cell: Path, tmp_path: Path) -> None:
-    last, file = student_of(cell), tmp_path / BEST
+    last, file = exported_student(cell), tmp_path / BEST
     file.write_bytes(last.file.read_bytes())
     assert last.record.teacher is not None
     changes = {
