@@ -53,7 +53,7 @@ def written(folder: Path, more: str) -> str:
         ("method: {name: 3}", 6, "the name of a method is a text, not 3"),
         ("method: {name: {name: kd}}", 6, "the name of a method is a text"),
         ("method: {name: null}", 6, "the name of a method is a text, not None"),
-        ("method: kd\nteacher: [wrn_16_2_digits, wrn_10_1]", 6, "compare: {teacher: […]}"),
+        ("method: kd\nteacher: [wrn_16_2_digits, wrn_10_1]", 6, "unknown teacher 'wrn_10_1'"),
         ("method: kd\nseeds: 100000000", 7, "100,000,000 cells, more than 10,000"),
         ("method: kd\nseeds: 10000000000000000000000000", 7, "more than 10,000"),
         ("method: kd\nevaluations: 100000000", 7, "less than or equal to 100000"),
