@@ -99,7 +99,7 @@ def from_folders(root: Path, name: str, cache: Path, short_side: int, in_one: bo
     if others:
         return gather(name, found.classes, train, others[0], cache, short_side, "picture folder")
     # Split in an order that does not depend on names.
-    sums = _sums([file for file, _ in train], cache, name)
+    sums = sums_of([file for file, _ in train], cache, name)
     ordered = sorted(train, key=lambda one: (one[1], sums[one[0]], str(one[0])))
     labels = torch.tensor([label for _, label in ordered])
     parts = validation(labels, size=held_out(len(ordered)), seed=0)
@@ -115,7 +115,7 @@ def gather(
     Raises:
         UserError: a file that is not there.
     """
-    sums = _sums([file for split in (train, test) for file, _ in split], cache, name)
+    sums = sums_of([file for split in (train, test) for file, _ in split], cache, name)
     total = hashlib.sha256()
     parts: list[tuple[tuple[Path, ...], Tensor]] = []
     for split in (train, test):
@@ -172,7 +172,7 @@ def list_lines(file: Path, hint: str) -> list[tuple[str, str]]:
     return [(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _sums(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
+def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
     """sha256 of every file, kept in the cache for files whose place, size and time have not changed."""
     try:
         stamps = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in files]

@@ -58,11 +58,15 @@ class LogitTable:
         return math.prod(self.shape) * BYTES[self.key["precision"]]
 
 
-def table_at(key: dict[str, Any], name: str) -> LogitTable:
-    """The table of a key, as far as it is filled."""
+def table_at(key: dict[str, Any], name: str, among: Path | None = None) -> LogitTable:
+    """The table of a key, as far as it is filled.
+
+    Args:
+        among: where it lies; None: where this machine keeps its own.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     plain = re.sub(r"[^\w.-]", "_", name)
-    folder = tables_folder() / f"{plain}-{key['precision']}-{digest[:10]}"
+    folder = (among or tables_folder()) / f"{plain}-{key['precision']}-{digest[:10]}"
     found = read_table(folder)
     if found is not None and found.key != key:
         raise UserError("this table of teacher logits is another one than its folder says", str(folder), _AGAIN)

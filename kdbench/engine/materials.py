@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData, load_images
 from kdbench.data.pictures import Pictures
+from kdbench.data.sent import SUFFIX, load_listing
 from kdbench.engine import logit_table
 from kdbench.engine.compute import Computing
 from kdbench.engine.logit_files import table_at
@@ -53,10 +54,12 @@ class Materials:
             self._data = dict([*self._data.items()][-1:]) | {key: found}
         return self._data[key]
 
-    def _given(self, spec: DataSpec) -> ImageData | None:
-        """A data set that was sent here as one file."""
+    def _given(self, spec: DataSpec) -> AnyData | None:
+        """A data set that was sent here."""
         known = self.settings.given.get(spec.source())
-        return load_images(known.file, spec.name) if known is not None and known.file is not None else None
+        if known is None:
+            return None
+        return load_listing(known.file) if known.file.name.endswith(SUFFIX) else load_images(known.file, spec.name)
 
     def domains(self, spec: CellSpec) -> tuple[AnyData, AnyData | None]:
         """A cell's data set, and its target domain."""
@@ -126,7 +129,7 @@ class Materials:
         if not spec.protocol.augmentation.finite:
             return "", None
         key = logit_table.table_key(spec, file.sha256, data, teacher.network.computing.precision)
-        table = table_at(key, spec.teacher.name)
+        table = table_at(key, spec.teacher.name, self.settings.tables)
         if kept is not None and not (table.complete and table.folder.name == kept):
             what = f"these cells began with the table of teacher logits '{kept}', which is not there any more"
             hint = "fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders"

@@ -38,10 +38,10 @@ def read_line(form: type[M], line: str) -> M:
 
 
 class Given(Message):
-    """A data set that a run has: its fingerprint, and a file that holds all of it, None for pictures on disk."""
+    """A data set that a run has: its fingerprint, and a file that holds all of it, or lists its pictures."""
 
     fingerprint: str
-    file: Path | None
+    file: Path
 
 
 class Settings(Message):
@@ -50,7 +50,8 @@ class Settings(Message):
     Attributes:
         ranks: processes that train every cell together. sync_batch_norm: whether their batch norms take the whole
             batch.
-        given: data sets by `DataSpec.source`, for workers elsewhere.
+        given: data sets by `DataSpec.source`, for workers elsewhere. tables: where these find tables of teacher logits;
+            None: where this machine keeps its own.
     """
 
     data_roots: list[Path] = []
@@ -60,6 +61,7 @@ class Settings(Message):
     ranks: int = 1
     sync_batch_norm: bool = False
     given: dict[str, Given] = {}
+    tables: Path | None = None
 
 
 class Task(Message):

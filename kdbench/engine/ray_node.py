@@ -23,6 +23,8 @@ from kdbench.files import atomic, folders_in, home, sha256_of
 LOOK = 0.5
 # What a cell goes on from is not in these.
 UNREAD = ("events", "metrics.jsonl", "test_logits.safetensors")
+# How a list of pictures is called, and where tables of teacher logits lie.
+PICTURES, TABLES = ".pictures.json", "teacher_logits"
 # A file's name below a folder, and its bytes; None where it is gone.
 Content = tuple[str, bytes | None]
 
@@ -64,6 +66,12 @@ class Node:
             raise ValueError(f"{name} has arrived on {platform.node()} with another sha256")
         with atomic(self.folder / name) as temporary:
             temporary.write_bytes(content)
+
+    def pictures(self, listing: str) -> list[str]:
+        """The sha256 of the pictures of a listing that are not on this node; the worker's listing where all are."""
+        from kdbench.data.sent import settle
+
+        return settle(self.folder / listing, self.folder / "pictures", self.folder / "cache")
 
     def begin(self, paths: Sequence[str], threads: int) -> None:
         """Start the worker.

@@ -32,7 +32,7 @@ from kdbench.engine.messages import (
     read_line,
 )
 from kdbench.engine.pool import LEAVE_SECONDS, SHARE, Pool
-from kdbench.engine.ray_node import Node, files_of
+from kdbench.engine.ray_node import TABLES, Node, files_of
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
 from kdbench.errors import CellError, UserError
@@ -260,9 +260,15 @@ class RayPool(Pool):
             watched = self.sending.folders(worker.actor, task)
             given = self.sending.give(worker.actor, worker.folder, task)
             own = {"given": given, "data_roots": roots, "cache": worker.folder / "cache"}
+            own["tables"] = worker.folder / TABLES
             order = {"device": self.devices[0], "settings": self.settings.model_copy(update=own)}
             line = self.sending.moved(task, worker.folder).model_copy(update=order).line()
             self.ray.get(worker.actor.send.remote(line, watched))
+        except self.ray.exceptions.RayTaskError as error:
+            # The actor is there, but could not do it: its disk is full, for example.
+            why = f"a node could not be sent what its cells need: {error.cause}"
+            self.events.put((number, Failed(message=why, by_user=True)))
+            return False
         except self.ray.exceptions.RayError:
             return False
         self._sent += 1

@@ -6,10 +6,16 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from kdbench.engine.finished import teacher_folder
+from kdbench.engine.logit_files import ABOUT, VALUES, tables
 from kdbench.engine.messages import Given, Message, Task, TrainCohort
-from kdbench.engine.ray_node import UNREAD, files_of
+from kdbench.engine.ray_node import PICTURES, TABLES, UNREAD, files_of
 from kdbench.files import SHARE, below, find_weights, sha256_of
+from kdbench.reading import read_json
 from kdbench.recipe.specs import CellSpec
+
+# Bytes of pictures that are on their way at once.
+AT_ONCE = 64_000_000
 
 
 class Sending:
@@ -32,6 +38,8 @@ class Sending:
         """Send the folders that a task works in; their names below a node's folder. Of a cell's nothing else stays."""
         own = [cell.folder for cell in task.cells] if isinstance(task, TrainCohort) else []
         others = [folder for name in ("teacher_folder", "shared") if (folder := getattr(task, name, None))]
+        several = (spec.teacher for spec in specs_of(task) if spec.teacher is not None and spec.teacher.members)
+        others += dict.fromkeys(teacher_folder(one, self.runs) for teacher in several for one in teacher.members)
         for folder in [*own, *others]:
             place, files = self.place(folder), files_of(folder.resolve())
             begin = {name: file for name, file in files.items() if not name.startswith(UNREAD)}
@@ -47,14 +55,43 @@ class Sending:
             for data in (spec.data, spec.target):
                 if data is not None:
                     known = given[data.source()] = self.given[data.source()]
-                    if known.file is not None:
-                        place = f"data/{known.file.name}"
-                        self.put(actor, {place: known.file})
-                        given[data.source()] = known.model_copy(update={"file": base / place})
+                    place = f"data/{known.file.name}"
+                    self.put(actor, {place: known.file})
+                    if known.file.name.endswith(PICTURES):
+                        place = self._pictures(actor, place, known.file)
+                    given[data.source()] = known.model_copy(update={"file": base / place})
             files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
             away = {name: file for name, file in files.items() if SHARE not in file.resolve().parents}
             self.put(actor, {f"weights/{below(name)}": file for name, file in away.items()})
+        self._tables(actor, specs_of(task), {one.fingerprint for one in given.values()})
         return given
+
+    def _pictures(self, actor: Any, place: str, listing: Path) -> str:
+        """Send the pictures of a listing that a node lacks; the name of its own listing."""
+        lacking = self.ray.get(actor.pictures.remote(place))
+        if lacking:
+            files = {digest: Path(where) for rows in ("train", "test") for where, _, digest in read_json(listing)[rows]}
+            sent, size = [], 0
+            for digest in lacking:
+                content = files[digest].read_bytes()
+                sent.append(actor.put.remote(f"pictures/{digest}", digest, content))
+                size += len(content)
+                if size > AT_ONCE:
+                    self.ray.get(sent)
+                    sent, size = [], 0
+            self.ray.get(sent)
+            self.ray.get(actor.pictures.remote(place))
+        return f"data/here-{listing.name}"
+
+    def _tables(self, actor: Any, specs: list[CellSpec], data: set[str]) -> None:
+        """Have the tables of teacher logits on a node that there are here, of what its task is about."""
+        whole = [table for table in tables() if table.complete]
+        self.ray.get(actor.clear.remote(TABLES, [f"{t.folder.name}/{name}" for t in whole for name in (VALUES, ABOUT)]))
+        teachers = {spec.teacher.name for spec in specs if spec.teacher is not None}
+        for table in whole:
+            if table.name in teachers and table.key["data"] in data:
+                folder = f"{TABLES}/{table.folder.name}"
+                self.put(actor, {f"{folder}/{name}": table.folder / name for name in (VALUES, ABOUT)})
 
     def put(self, actor: Any, files: dict[str, Path]) -> None:
         """Send those files that the node lacks."""

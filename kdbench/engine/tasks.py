@@ -8,6 +8,7 @@ import torch
 
 from kdbench.data.images import save_images
 from kdbench.data.pictures import Pictures
+from kdbench.data.sent import SUFFIX, save_listing
 from kdbench.engine import logit_table
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
@@ -106,12 +107,12 @@ class TaskRunner:
         self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
 
     def save_data(self, task: SaveData) -> None:
-        """Keep a data set in one file, but not pictures that stay on disk."""
-        data = self.materials.data(task.data)
-        file = None
-        if not isinstance(data, Pictures):
-            file = self.materials.settings.cache / f"{data.fingerprint}.safetensors"
-            save_images(file, data)
+        """Keep a data set in one file: all of it, or a list of the pictures that stay on disk."""
+        data, cache = self.materials.data(task.data), self.materials.settings.cache
+        if isinstance(data, Pictures):
+            save_listing(file := cache / f"{data.fingerprint}{SUFFIX}", data, cache)
+        else:
+            save_images(file := cache / f"{data.fingerprint}.safetensors", data)
         self.emit(DataSaved(given=Given(fingerprint=data.fingerprint, file=file)))
 
     def prepare(self, task: Prepare) -> None:

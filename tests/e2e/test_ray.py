@@ -4,6 +4,7 @@ of its own, so that nothing is on a node that was not sent there."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,34 @@ from typing import Any
 import pytest
 from conftest import ROOT, TINY, Kdbench, Once
 from kills import assert_alike
+from picture_files import write_pictures
 
 from kdbench.engine import ray_pool
 from kdbench.engine.messages import Settings
 from kdbench.engine.ray_pool import Cluster, RayPool
 from kdbench.errors import UserError
+from kdbench.record import read_record
 
 pytest.importorskip("ray", reason="the extra kdbench[ray] is not installed")
 # A node's actors are killed whenever they have taken so many steps: not half of a cell's.
 STRIKE = {"STRIKE_WHEN": "step", "STRIKE_AFTER": "25", "STRIKE_AT_WHOM": "run"}
+
+
+PICTURES = """
+datasets:
+  few_pictures:
+    target: "kdbench.data.pictures:load"
+    streamed: true
+    args: {folder: few_pictures, short_side: 28}
+    title: A few pictures
+    classes: 3
+    channels: 3
+    image_size: 24
+    train: 15
+    test: 6
+    normalization: {mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
+"""
+FEW = "{data: few_pictures, student: wrn_10_1, protocol: digits, method: ce, steps: 4, evaluations: 2}"
 
 
 class Nodes:
@@ -101,6 +121,31 @@ def test_killed_nodes_actors_and_runs_leave_what_a_local_run_leaves(
     assert again.returncode == 0, told
     assert "its node or its actor is lost" in told and "accuracy, last epoch" in told
     assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_pictures_and_tables_of_logits_reach_nodes(
+    once: Once, command_line: Kdbench, nodes: Nodes, tmp_path: Path
+) -> None:
+    nodes.add()
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "cards.yaml").write_text(PICTURES)
+    write_pictures(tmp_path / "data" / "few_pictures")
+    (tmp_path / "few.yaml").write_text(FEW)
+    streamed = ["run", "few.yaml", "--registry", "cards", "--jobs", "1", "--threads", "1"]
+    whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
+    shutil.copytree(whole / "teachers", tmp_path / "a" / "teachers")
+    shutil.copytree(whole / "teachers", tmp_path / "b" / "teachers")
+    tiny = [*map(str, TINY), "steps=12", "compare.method=[kd]"]
+    home = {"KDBENCH_HOME": str(tmp_path / "home")}
+    command_line("logits", "fill", *tiny, "--runs", "a", cwd=tmp_path, **home)
+    with_table = ["run", *tiny, "--jobs", "1", "--threads", "1"]
+    for command in (streamed, with_table):
+        command_line(*command, "--runs", "a", cwd=tmp_path, **home)
+        command_line(*command, "--runs", "b", "--ray", nodes.cluster.address, cwd=tmp_path, **home)
+    (file,) = (tmp_path / "b").glob("tiny/*/record.json")
+    assert read_record(file).compute.teacher_logits == "table"
+    assert_alike(tmp_path / "b", tmp_path / "a")
 
 
 @pytest.mark.slow

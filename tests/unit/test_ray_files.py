@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import two_ranks
+from picture_files import write_pictures
 
 from kdbench.cli import with_address
+from kdbench.data import pictures
+from kdbench.data.sent import SUFFIX, load_listing, save_listing
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.messages import CellTask, Given, TrainCohort
-from kdbench.engine.ray_node import Node, files_of
-from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool
+from kdbench.engine.logit_files import ABOUT, VALUES, table_at
+from kdbench.engine.messages import CellTask, Failed, Given, TrainCohort
+from kdbench.engine.ray_node import TABLES, Node, files_of
+from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool, RayWorker
 from kdbench.engine.ray_sending import Sending
 from kdbench.errors import UserError
 from kdbench.files import find_weights
@@ -94,6 +99,79 @@ def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, mon
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(actor.node.folder / "weights"))
     found = find_weights(weights)
     assert found is not None and found.read_text() == "weights"
+
+
+def test_pictures_are_used_where_they_lie_or_sent(actor: Called, tmp_path: Path) -> None:
+    """By their content: a node has the same picture in the same place, another one there, or none."""
+    root = write_pictures(tmp_path / "mine" / "some", classes=2, train=2, test=1)
+    data = pictures.from_folders(root, "some", tmp_path, 28)
+    save_listing(listing := tmp_path / f"{data.fingerprint}{SUFFIX}", data, tmp_path)
+    order = task(tmp_path)
+    source = order.cells[0].spec.data.source()
+    sending = Sending(NOW, tmp_path)
+    sending.given[source] = Given(fingerprint=data.fingerprint, file=listing)
+    # The driver's own places, of which the node lacks one and has another picture in a second.
+    kept = [file.read_bytes() for file in data.train_files]
+    lookup = {place: place.read_bytes() for place in (*data.train_files, *data.test_files)}
+    gone, other = data.train_files[:2]
+    settle_here = actor.node.pictures
+
+    def pictures_there(name: str) -> list[str]:
+        gone.unlink(missing_ok=True)
+        other.write_bytes(b"another")
+        try:
+            return settle_here(name)
+        finally:
+            for place, content in lookup.items():
+                place.write_bytes(content)
+
+    actor.node.pictures = pictures_there  # type: ignore[method-assign]
+    given = sending.give(actor, actor.node.folder, order)[source]
+    assert sum(name.startswith("pictures/") for name in actor.sent) == 2
+    found = load_listing(given.file)
+    assert found.fingerprint == data.fingerprint and [file.read_bytes() for file in found.train_files] == kept
+    assert {file.is_relative_to(actor.node.folder) for file in found.train_files[:2]} == {True}
+    assert found.train_files[2:] == data.train_files[2:] and found.test_files == data.test_files
+    before = [*actor.sent]
+    sending.give(actor, actor.node.folder, order)
+    assert actor.sent == before, "what is there already is not sent again"
+
+
+def test_tables_of_teacher_logits_are_those_of_the_run(
+    actor: Called, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = task(tmp_path)
+    spec = order.cells[0].spec
+    assert spec.teacher is not None
+    key = {"images": 2, "views": 1, "classes": 1, "precision": "float32", "data": "f"}
+    for name, data in ((spec.teacher.name, "f"), (spec.teacher.name, "other"), ("another teacher", "f")):
+        table = table_at(key | {"data": data}, name)
+        written(table.folder, **{VALUES: "12345678"})
+        (table.folder / ABOUT).write_text(json.dumps({"name": name, "key": table.key, "done": 2, "seconds": 1.0}))
+    written(actor.node.folder / TABLES, old__x="cleared since")
+    sending = Sending(NOW, tmp_path)
+    written(tmp_path, data="images")
+    sending.given[spec.data.source()] = Given(fingerprint="f", file=tmp_path / "data")
+    sending.give(actor, actor.node.folder, order)
+    wanted = table_at(key, spec.teacher.name)
+    assert {*files_of(actor.node.folder / TABLES)} == {f"{wanted.folder.name}/{name}" for name in (VALUES, ABOUT)}
+    assert table_at(key, spec.teacher.name, actor.node.folder / TABLES).complete
+
+
+def test_a_node_that_cannot_keep_what_it_is_sent_is_told(tmp_path: Path) -> None:
+    class Full(Exception):
+        cause = OSError(28, "No space left on device")
+
+    def fails(*_: Any) -> None:
+        raise Full
+
+    pool = RayPool(Cluster("auto"), "cpu", 1, (), two_ranks.Settings(), tmp_path)
+    pool.ray = SimpleNamespace(exceptions=SimpleNamespace(RayTaskError=Full, RayError=Exception))
+    pool.sending = SimpleNamespace(folders=fails)  # type: ignore[assignment]
+    pool.workers[0] = RayWorker(None, tmp_path)
+    assert not pool._send(0, task(tmp_path))
+    _, event = pool.events.get_nowait()
+    assert isinstance(event, Failed) and event.by_user and "No space left on device" in event.message
 
 
 def test_what_arrives_damaged_is_refused(actor: Called) -> None:

@@ -1,0 +1,105 @@
+"""Pictures on a node of a cluster: those that lie there already, and those that it is sent, told by their content.
+
+A listing is a JSON file that says of every picture where it lies, its label and its sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from kdbench.data.pictures import MOST_SUMS, Pictures, Sum, sums_of
+from kdbench.files import write_json
+from kdbench.reading import read_as
+
+SUFFIX = ".pictures.json"
+
+
+class Listing(BaseModel):
+    """A data set of pictures. train, test: (place, label, sha256) of each, in its order."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    classes: list[str]
+    short_side: int
+    origin: str
+    train: list[tuple[str, int, Sum]]
+    test: list[tuple[str, int, Sum]]
+
+    def places(self) -> dict[str, Path]:
+        """Where each picture lies, by its sha256."""
+        return {digest: Path(place) for place, _, digest in (*self.train, *self.test)}
+
+
+def save_listing(file: Path, data: Pictures, cache: Path) -> None:
+    """Write the listing of a data set."""
+    sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
+    parts: dict[str, Any] = {}
+    for split, files, labels in (
+        ("train", data.train_files, data.train_labels),
+        ("test", data.test_files, data.test_labels),
+    ):
+        rows = zip(files, labels.tolist(), strict=True)
+        parts[split] = [(str(one.resolve()), label, sums[one]) for one, label in rows]
+    about = {"name": data.name, "classes": list(data.classes), "short_side": data.short_side, "origin": data.origin}
+    write_json(file, about | parts)
+
+
+def read_listing(file: Path) -> Listing:
+    return read_as(Listing, file, most=MOST_SUMS)
+
+
+def load_listing(file: Path) -> Pictures:
+    """The data set of a listing whose pictures are all there."""
+    found, total = read_listing(file), hashlib.sha256()
+    files: list[tuple[Path, ...]] = []
+    labels: list[torch.Tensor] = []
+    for rows in (found.train, found.test):
+        total.update(f"{len(rows)}\n".encode())
+        for _, label, digest in rows:
+            total.update(f"{label} {digest}\n".encode())
+        labels.append(torch.tensor([label for _, label, _ in rows], dtype=torch.int64))
+        files.append(tuple(Path(place) for place, *_ in rows))
+    return Pictures(
+        found.name,
+        tuple(found.classes),
+        found.short_side,
+        files[0],
+        labels[0],
+        files[1],
+        labels[1],
+        total.hexdigest(),
+        found.origin,
+    )
+
+
+def settle(listing: Path, store: Path, cache: Path) -> list[str]:
+    """Write beside a listing that of this node: pictures that lie in the same place with the same content stay there,
+    all others are in a store, under their sha256.
+
+    Returns:
+        the sha256 of pictures that are in neither. Where there are any, nothing is written.
+    """
+    found = read_listing(listing)
+    local = {digest: place for digest, place in found.places().items() if place.is_file()}
+    sums = sums_of([*local.values()], cache, found.name)
+    same = {digest: place for digest, place in local.items() if sums[place] == digest}
+    places = {digest: same.get(digest, store / digest) for digest in found.places()}
+    lacking = [digest for digest, place in places.items() if not place.is_file()]
+    if not lacking:
+        rows = {
+            split: [(str(places[digest]), label, digest) for _, label, digest in getattr(found, split)]
+            for split in ("train", "test")
+        }
+        write_json(here(listing), found.model_dump() | rows)
+    return lacking
+
+
+def here(listing: Path) -> Path:
+    """The listing of a node, beside the one that it was sent."""
+    return listing.with_name("here-" + listing.name)
