@@ -10,6 +10,7 @@ from typing import Any
 
 from kdbench.engine.distributed import device_here, join, receive
 from kdbench.engine.messages import Settings
+from kdbench.engine.pool import ENDS
 from kdbench.engine.ranks import LOST
 from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import CellError, UserError
@@ -27,7 +28,7 @@ def follow(paths: tuple[Path, ...], settings: Settings, device: str) -> None:
     def stop(*_: Any) -> None:
         stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDS:
         signal.signal(number, stop)
     ranks = join(settings, device_here(device))
     # What there is to tell, rank 0 tells.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ from kdbench.errors import CellError, UserError
 
 # How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
 LEAVE_SECONDS = 120.0
+# Of that, how long a second interrupt does not make the run leave without them.
+SPARED_SECONDS = 10.0
+# How often who waits for events looks up. A signal that comes in the instant before a wait begins does not end it.
+LOOK_UP_SECONDS = 0.5
+# What ends a run, and reaches the whole process group.
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 # Of the memory that is free, what workers plan with.
@@ -103,7 +112,8 @@ class Pool:
         self.threads = _omp_threads() or self.cores
         self.jobs = jobs or self.cores
         self._one_for_each_gpu = jobs is None
-        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
+        # Of C: an interrupt between two lines of queue.Queue leaves its lock undone.
+        self.events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         # Processes, or what stands for them.
         self.workers: dict[int, Any] = {}
         self.devices: list[str] = []
@@ -113,7 +123,7 @@ class Pool:
     def __enter__(self) -> Pool:
         try:
             self._start()
-            _, ready = self.events.get()
+            _, ready = self._next()
             if isinstance(ready, Failed):
                 raise ready.error
             if not isinstance(ready, Ready):
@@ -128,24 +138,38 @@ class Pool:
         return self
 
     def __exit__(self, kind: Any = None, *_: Any) -> None:
-        for worker in self.workers.values():
-            try:
-                assert worker.stdin is not None
-                worker.stdin.close()
-            except OSError:
-                pass
-        for worker in self.workers.values():
-            try:
-                worker.wait(timeout=LEAVE_SECONDS)
-            except subprocess.TimeoutExpired:
-                worker.kill()
+        # A terminal that closes says so twice, and a scheduler may.
+        with spared():
+            for worker in self.workers.values():
+                try:
+                    assert worker.stdin is not None
+                    worker.stdin.close()
+                except OSError:
+                    pass
+            self._wait(SPARED_SECONDS)
+        for worker in self._wait(LEAVE_SECONDS):
+            worker.kill()
         # torchrun interrupts all ranks when one has ended: that is what happened, and not all progress is saved.
         while kind is KeyboardInterrupt and self.settings.ranks > 1 and self.workers:
-            number, event = self.events.get()
+            number, event = self._next()
             if isinstance(event, Gone):
                 self.workers.pop(number, None)
                 if event.code:
                     raise CellError(_gone(event)) from None
+
+    def _wait(self, seconds: float) -> list[Any]:
+        """Those of the workers that have not left after so many seconds."""
+        end = time.monotonic() + seconds
+        while (left := [worker for worker in self.workers.values() if worker.poll() is None]) and time.monotonic() < end:
+            time.sleep(0.02)
+        return left
+
+    def _next(self) -> tuple[int, Event]:
+        while True:
+            try:
+                return self.events.get(timeout=LOOK_UP_SECONDS)
+            except queue.Empty:
+                continue
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[Event]:
         """Hand the tasks out and yield the workers' events until all are done. `Failed` names the cells of its task."""
@@ -158,7 +182,7 @@ class Pool:
             if waiting and len(self.workers) < self.jobs:
                 self._start()
                 continue
-            number, event = self.events.get()
+            number, event = self._next()
             if isinstance(event, Gone):
                 self.workers.pop(number, None)
                 if self.settings.ranks > 1 and event.code:
@@ -221,16 +245,16 @@ class Pool:
     def _start(self) -> None:
         number = self._started
         self._started += 1
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in self.paths)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads)},
-        )
-        self.workers[number] = worker
-        threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
+        with spared():
+            worker = self.workers[number] = subprocess.Popen(
+                [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in self.paths)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                env=ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads)},
+            )
+            threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
 
     def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
@@ -262,6 +286,20 @@ class Pool:
             used = [self._on[other] for other in self.workers if other in self._on]
             self._on[number] = min(self.devices, key=used.count)
         return self._on[number]
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """What ends a run waits until the block has ended; a process that is started in it gets none of it before it says
+    what it does about it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _omp_threads() -> int:

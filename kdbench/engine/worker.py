@@ -16,7 +16,7 @@ import traceback
 from typing import IO
 
 from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
-from kdbench.engine.pool import LEAVE_SECONDS
+from kdbench.engine.pool import ENDS, LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
 
 
@@ -78,9 +78,10 @@ class Worker:
 def main() -> None:
     # Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP reach the whole process group; the runner ends its
     # workers by closing their input.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     # Whatever a library prints must not end up between the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

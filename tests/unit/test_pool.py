@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from kdbench.engine import device as devices
 from kdbench.engine import pool
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.messages import CellTask, CheckCells, Doing, Event, Failed, Settings, Task, TrainCohort, read_line
+from kdbench.engine.messages import CellTask, CheckCells, Doing, Event, Failed, Gone, Settings, Task, TrainCohort, read_line
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
@@ -153,3 +156,57 @@ def test_a_gpu_is_always_used_by_its_number(asked: str, chosen: str, monkeypatch
     assert str(device) == chosen and devices.use(device) == device
     devices.use(torch.device("cuda"))
     assert [str(one) for one in used] == [chosen, "cuda:0"]
+
+
+def test_a_signal_that_does_not_wake_who_waits_ends_the_run_all_the_same(machine: Any) -> None:
+    """As one does that comes between the last look and the wait; here another thread gets it."""
+    machine(0)
+    with pool.Pool("cpu", 1, (), Settings()) as workers:
+        waited = threading.Timer(6, lambda: workers.events.put((0, Gone(code=1))))
+
+        def strike() -> None:
+            waited.start()
+            time.sleep(0.3)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+        threading.Thread(target=strike).start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            # Waits for a death that does not come.
+            list(workers.carry_out([CheckCells(specs=[], threads=100)]))
+        waited.cancel()
+        assert time.monotonic() - begin < 4
+        for worker in workers.workers.values():
+            worker.kill()
+
+
+def test_a_worker_that_is_starting_is_spared_what_the_whole_group_is_sent(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(0)
+    start = pool.subprocess.Popen
+
+    def struck(*command: Any, **options: Any) -> Any:
+        worker = start(*command, **options)
+        for number in pool.ENDS:
+            worker.send_signal(number)
+        return worker
+
+    monkeypatch.setattr(pool.subprocess, "Popen", struck)
+    assert len(where(done("cpu", 2, tasks(3)))) == 3
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {*pool.ENDS}
+
+
+def test_workers_are_left_all_at_once(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(0)
+    monkeypatch.setattr(pool, "LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr(pool, "SPARED_SECONDS", 0.3)
+    with pool.Pool("cpu", 5, (), Settings()) as workers:
+        for _ in range(4):
+            workers._start()
+        for number in workers.workers:
+            # Wait for a death that does not come.
+            assert workers._send(number, CheckCells(specs=[], threads=100))
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 1.2
+    assert all(worker.wait(5) == -signal.SIGKILL for worker in workers.workers.values())
