@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from kdbench.forms import Card, Name, Named, Strict, WithOptions
+from kdbench.forms import Card, Entry, Name, Named, Strict, WithOptions
 from kdbench.image_cards import AugmentationCard, Normalization
 from kdbench.models.points import point_name
 from kdbench.published import PublishedCard
@@ -157,6 +157,7 @@ class Weights(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     url: str | None = None
     layout: str | None = Field(default=None, description="module:object that turns the file's state dict into ours")
+    entry: Entry = None
 
 
 # A teacher's accuracy on its card is exact; other hardware may round a few images to the other side (percent points).

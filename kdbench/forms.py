@@ -7,6 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 # What authors of methods call their stages and losses.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 
+# Of a weight file, on cards and in recipes.
+Entry = Annotated[
+    str | None,
+    Field(description="which of several networks in the weight file, as state_dict_ema; else one that is no average"),
+]
+
 
 class Strict(BaseModel):
     """Unknown keys are errors, text is never taken for a number, values do not change."""

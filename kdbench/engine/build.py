@@ -40,7 +40,7 @@ def weight_notes(spec: CellSpec) -> list[str]:
     for one in teacher.each if teacher is not None else ():
         if one.weights is not None and (file := find_weights(one.weights.file)) is not None:
             model = build_model(one.model.untrained(), one.knows(spec.data))
-            found += load_file(model, file, one.model.name, one.weights.layout)
+            found += load_file(model, file, one.model.name, one.weights.layout, one.weights.entry)
     return found
 
 
@@ -62,10 +62,10 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
             ) from None
     notes = []
     if spec.weights is not None:
-        notes = load_file(model, weight_file(spec), spec.name, new_classes=True)
+        notes = load_file(model, weight_file(spec), spec.name, entry=spec.entry, new_classes=True)
     if spec.start is not None:
         file = locate(spec.start, download=False)
-        notes = load_file(model, file, spec.name, spec.start.layout, new_classes=True)
+        notes = load_file(model, file, spec.name, spec.start.layout, spec.start.entry, new_classes=True)
     return model, notes
 
 

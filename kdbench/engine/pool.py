@@ -160,7 +160,9 @@ class Pool:
     def _wait(self, seconds: float) -> list[Any]:
         """Those of the workers that have not left after so many seconds."""
         end = time.monotonic() + seconds
-        while (left := [worker for worker in self.workers.values() if worker.poll() is None]) and time.monotonic() < end:
+        while left := [worker for worker in self.workers.values() if worker.poll() is None]:
+            if time.monotonic() >= end:
+                break
             time.sleep(0.02)
         return left
 

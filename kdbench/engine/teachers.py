@@ -21,7 +21,8 @@ def load_teacher(
 ) -> Teacher:
     """The frozen network with its weights, on its device, in eval mode."""
     model = build_model(spec.model, spec.knows(data))
-    load_file(model, file, spec.model.name, spec.weights.layout if spec.weights is not None else None)
+    layout, entry = (spec.weights.layout, spec.weights.entry) if spec.weights is not None else (None, None)
+    load_file(model, file, spec.model.name, layout, entry)
     return _as_teacher(model, spec, data, device, computing)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,17 @@ def read_weights(file: Path) -> State:
     return next(iter(networks(file).values()))
 
 
-def fitting(found: Mapping[str, State], model: nn.Module) -> tuple[State, str]:
+def fitting(found: Mapping[str, State], model: nn.Module, entry: str | None = None) -> tuple[State, str]:
     """Of the state dicts in a file the one that fits a network best, by the names that its entries have there.
+
+    Args:
+        entry: the place of the one that is wanted.
 
     Returns:
         that state dict, and which one it is where others fit as well, else "".
+
+    Raises:
+        UserError: there is none in that place.
     """
     own = {name: value.shape for name, value in model.state_dict().items()}
     tried = {
@@ -83,9 +89,22 @@ def fitting(found: Mapping[str, State], model: nn.Module) -> tuple[State, str]:
         for prefix, state in _inside(whole, own)
     }
     fits = {place: _matches(state, own) for place, state in tried.items()}
-    taken, *others = [place for place in tried if fits[place] == max(fits.values())]
+    best = {place: state for place, state in tried.items() if fits[place] == max(fits.values())}
+    if entry is not None:
+        below = at(entry, tried, best)
+        best = {place: state for place, state in below.items() if fits[place] == max(fits[place] for place in below)}
+    taken, *others = best
     not_taken = ", ".join(f"'{place}'" for place in others)
-    return tried[taken], f"'{taken}' is taken, not {not_taken}" if others and fits[taken] else ""
+    return best[taken], f"'{taken}' is taken, not {not_taken}" if others and fits[taken] else ""
+
+
+def at(entry: str, found: Mapping[str, State], likely: Iterable[str]) -> dict[str, State]:
+    """The state dicts at a place in a file, or below it. UserError where there is none, with those that are likely."""
+    there = {place: state for place, state in found.items() if f"{place}.".startswith(f"{entry}.")}
+    if not there:
+        places = ", ".join(repr(place) for place in likely if place) or "one network that has no name"
+        raise UserError(f"the weight file has no network in '{entry}'", hint=f"it has: {places}")
+    return there
 
 
 def _matches(state: State, own: Mapping[str, torch.Size]) -> int:

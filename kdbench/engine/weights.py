@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdbench.cards import Weights
 from kdbench.engine.targets import import_target
-from kdbench.engine.weight_files import State, fitting, networks
+from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError
 from kdbench.files import atomic, find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.specs import ModelSpec
@@ -58,13 +58,19 @@ def weight_file(spec: ModelSpec) -> Path:
 
 
 def load_file(
-    model: nn.Module, file: Path, name: str, layout: str | None = None, new_classes: bool = False
+    model: nn.Module,
+    file: Path,
+    name: str,
+    layout: str | None = None,
+    entry: str | None = None,
+    new_classes: bool = False,
 ) -> list[str]:
     """Load the weights of a file that fit a network, wherever they are in it.
 
     Args:
         name: of the network, for messages.
         layout: module:object that turns the file's state dict into the network's.
+        entry: which of several networks in the file.
         new_classes: whether its last layer may have other classes there, and then keeps its first values.
 
     Returns:
@@ -75,10 +81,11 @@ def load_file(
     """
     found = networks(file)
     if layout is not None:
-        place, state = next(iter(found.items()))
+        place, state = next(iter((found if entry is None else at(entry, found, found)).items()))
         found = {place: import_target(layout)({key.removeprefix("module."): value for key, value in state.items()})}
-    state, choice = fitting(found, model)
-    notes = [f"{file} holds several networks' weights: {choice}"] if choice else []
+    state, choice = fitting(found, model, entry)
+    notes = [f"{file} holds several networks' weights: {choice} ('entry' beside the file's name chooses)"]
+    notes = notes if choice else []
     prefixes, why = getattr(model, "left_out", ((), ""))
     if left_out := {key for key in state if key.startswith(prefixes)}:
         state = {key: value for key, value in state.items() if key not in left_out}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdbench.cards import PointName
-from kdbench.forms import Named, Strict
+from kdbench.forms import Entry, Named, Strict
 from kdbench.image_cards import Normalization
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
@@ -64,6 +64,7 @@ class TeacherChoice(Strict):
     weights: str | None = Field(
         default=None, description="file with a state dict (.safetensors, or .pt with weights only)"
     )
+    entry: Entry = None
     normalization: Normalization | None = None
     untrained: bool = Field(
         default=False, description="beside 'model': it begins with first values, for methods that train it along"
@@ -102,6 +103,8 @@ class TeacherChoice(Strict):
             raise ValueError("a teacher with 'weights' is not trained: leave out 'trained'")
         if self.name is not None and (self.accuracy is not None or self.classes is not None):
             raise ValueError("'accuracy' and 'classes' stand beside 'weights'; a teacher card has its own")
+        if self.weights is None and self.entry is not None:
+            raise ValueError("'entry' stands beside 'weights'; a teacher card has its own")
         if self.accuracy is not None and self.classes is not None:
             raise ValueError("the accuracy of a teacher of other classes cannot be checked on these data")
         return self
@@ -112,6 +115,7 @@ class StudentChoice(Named):
 
     hooks: dict[PointName, str] | None = None
     weights: str | None = Field(None, description="file with a state dict to start from")
+    entry: Entry = None
     start: str | None = Field(
         None, description="teacher card of the same model to start from; with other classes, with a new last layer"
     )
@@ -120,6 +124,8 @@ class StudentChoice(Named):
     def one_start(self) -> StudentChoice:
         if self.weights is not None and self.start is not None:
             raise ValueError("'weights' and 'start' cannot be combined")
+        if self.weights is None and self.entry is not None:
+            raise ValueError("'entry' stands beside 'weights'")
         return self
 
 

@@ -22,7 +22,7 @@ from kdbench.tree import Tree
 # (a teacher's own recipe, where it is named, folder of the data) -> the one cell that it plans.
 TeacherCell = Callable[[str, str, str | None], CellSpec]
 
-_MODEL_KEYS = ("name", "hooks", "weights", "start")
+_MODEL_KEYS = ("name", "hooks", "weights", "entry", "start")
 
 
 def student_spec(choice: StudentChoice, tree: Tree, registry: Registry) -> ModelSpec:
@@ -30,7 +30,8 @@ def student_spec(choice: StudentChoice, tree: Tree, registry: Registry) -> Model
     model = model_spec(tree, registry, choice.hooks)
     if choice.weights is not None:
         sha256 = _file_hash(_existing(choice.weights, tree.origin(("weights",))))
-        return model.model_copy(update={"weights": choice.weights, "weights_sha256": sha256})
+        given = {"weights": choice.weights, "weights_sha256": sha256, "entry": choice.entry}
+        return model.model_copy(update=given)
     if choice.start is not None:
         return model.model_copy(update={"start": _start(choice.start, model, tree.origin(("start",)), registry)})
     return model
@@ -162,7 +163,7 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
         name=file.stem,
         model=_teacher_model(tree.at("teacher", "model"), registry),
         normalization=choice.normalization or (training or card).normalization,
-        weights=WeightsSpec(file=str(file), sha256=digest),
+        weights=WeightsSpec(file=str(file), sha256=digest, entry=choice.entry),
         accuracy=choice.accuracy,
         classes=choice.classes,
         known_classes=training.data.only_classes if training is not None else None,
@@ -170,12 +171,12 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
 
 
 def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
-    for key in ("weights", "start"):
+    for key in ("weights", "entry", "start"):
         if key in tree.data:
             raise UserError(
-                "write a teacher's 'weights' next to its 'model', not inside it",
+                f"write a teacher's '{key}' next to its 'model', not inside it",
                 where=tree.origin((key,)),
-                hint="move 'weights' one level up",
+                hint=f"move '{key}' one level up",
             )
     return model_spec(tree, registry, tree.data.get("hooks"))
 

@@ -100,12 +100,13 @@ class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
     weights: str | None = None
     weights_sha256: str | None = None
+    entry: str | None = None
     start: WeightsSpec | None = None
     parts: list[PartSpec] = Field(default=[], description="of several networks as one, by whom they are")
 
     def untrained(self) -> ModelSpec:
         """This model with first weights."""
-        return self.model_copy(update={"weights": None, "start": None})
+        return self.model_copy(update={"weights": None, "entry": None, "start": None})
 
     def not_started(self) -> ModelSpec:
         """This model without the card's weights that it will start from, which may not be here yet."""

@@ -5,11 +5,12 @@ verdict too, never passed over.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kdbench.engine.finished import names
 from kdbench.engine.tuning import TRIALS, chosen, known_of, tried_plan
@@ -20,9 +21,11 @@ from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.record import BEST, LOGITS, RUN, STUDENT
 from kdbench.registry import Registry
+from kdbench.results.contents import Table
+from kdbench.results.latex import Form
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
-from kdbench.results.texts import texts
+from kdbench.results.texts import latex, texts
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding, Folder, is_cell, read_folder
 from kdbench.verify.soundness import problems
@@ -251,7 +254,8 @@ def _tables(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", "there is no record to make it from", "table.md", "the table's files")
         return
     try:
-        made = texts(build(records), records, charts=False)
+        table = build(records)
+        made = texts(table, records, charts=False)
     except UserError as error:
         yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")
         return
@@ -259,9 +263,17 @@ def _tables(folder: Folder) -> Iterator[Finding]:
         file = folder.path / name
         if not file.is_file():
             yield Finding("disagrees", "it is not there", name)
-        elif without_charts(file.read_bytes().decode("utf-8", "replace")) != text:
+            continue
+        there = without_charts(file.read_bytes().decode("utf-8", "replace"))
+        if there != text and not (name == "table.tex" and there in _latex_forms(table, there)):
             yield Finding("disagrees", "it is not what the records give", name)
     yield Finding("agrees", "made again from the records, the page without its charts", ", ".join(made))
+
+
+def _latex_forms(table: Table, text: str) -> list[str]:
+    """A table in every form that LaTeX can have it in, with the label that a text gives it."""
+    label = re.search(r"\\label\{([\w:.-]+)\}", text, re.ASCII)
+    return [latex(table, form, label[1] if label else None) for form in get_args(Form)]
 
 
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:

@@ -14,8 +14,11 @@ import torch
 from conftest import ROOT, TINY, Kdbench
 from safetensors.torch import load_file, save_file
 
+from kdbench.cli.output import write_files
 from kdbench.files import sha256_of
+from kdbench.record import read_records
 from kdbench.registry import Registry
+from kdbench.results.tables import build
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding
 from kdbench.verify.verification import verify
@@ -135,7 +138,7 @@ def test_every_entry_of_the_last_evaluation_and_of_the_recipe_is_watched(folder:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     last = lines[-1]
     other = [changed(last, (key,)) for key in ("step", "epoch", "stage")]
-    other.append(last | {"seconds": last["seconds"] + 0.01})
+    other.append(last | {"seconds": last["seconds"] + 0.02})
     for spoilt in [*other, last | {"test": last["test"] | {"accuracy": last["test"]["accuracy"] + 0.01}}]:
         file.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], spoilt]))
         sums.write(folder)
@@ -163,6 +166,14 @@ def test_a_changed_table_is_told(folder: Path, name: str) -> None:
     assert {finding.where for finding in disagreements(folder)} == {"SHA256SUMS", name}
     sums.write(folder)
     assert [finding.where for finding in disagreements(folder)] == [name]
+
+
+@pytest.mark.slow
+def test_a_table_written_in_another_form_of_latex_agrees(folder: Path) -> None:
+    records = read_records([folder])
+    for form, label in (("wide", None), ("column", "tab:mine"), ("page", "t.1")):
+        sums.renew(folder, write_files(build(records), folder, records, form, label))
+        assert not disagreements(folder)
 
 
 @pytest.mark.slow

@@ -17,7 +17,18 @@ import torch
 from kdbench.engine import device as devices
 from kdbench.engine import pool
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.messages import CellTask, CheckCells, Doing, Event, Failed, Gone, Settings, Task, TrainCohort, read_line
+from kdbench.engine.messages import (
+    CellTask,
+    CheckCells,
+    Doing,
+    Event,
+    Failed,
+    Gone,
+    Settings,
+    Task,
+    TrainCohort,
+    read_line,
+)
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry

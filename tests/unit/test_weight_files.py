@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import json
 import os
 import pathlib
 import pickle
@@ -19,14 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdbench.engine.build import build_model, weight_notes
+from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
 from kdbench.models.external import torchvision_model
 from kdbench.models.wrn import wide_resnet
 from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 SHIPPED = Registry()
+AVERAGE_AT, CHOICE = "state_dict_ema", " ('entry' beside the file's name chooses)"
 
 
 def network(depth: int = 10, width: int = 1, classes: int = 10, channels: int = 1) -> nn.Module:
@@ -107,10 +111,55 @@ def test_weights_load_in_any_form(form: str, zipped: bool, tmp_path: Path) -> No
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, STATE[key], atol=1e-3 if form == "half" else 0, rtol=0)
     said = {
-        "average beside": f"{file} holds several networks' weights: 'state_dict' is taken, not 'state_dict_ema'",
-        "average first": f"{file} holds several networks' weights: 'model' is taken, not 'ema.shadow'",
+        "average beside": f"{file} holds several networks' weights: 'state_dict' is taken, not '{AVERAGE_AT}'{CHOICE}",
+        "average first": f"{file} holds several networks' weights: 'model' is taken, not 'ema.shadow'{CHOICE}",
     }
     assert notes == ([said[form]] if form in said else [])
+
+
+def test_an_entry_chooses_among_several_networks(tmp_path: Path) -> None:
+    file, model = tmp_path / "weights.pth", network()
+    for form, entry in (
+        ("average beside", "state_dict_ema"),
+        ("average first", "ema"),
+        ("average first", "ema.shadow"),
+        ("average below the same names", "ema"),
+    ):
+        content = FORMS.get(form, {"state_dict": under("net.", STATE) | under("ema.", AVERAGE)})
+        torch.save(content, file)
+        if form == "average below the same names":
+            entry = "state_dict.ema"
+        assert load_file(model, file, "wrn_10_1", entry=entry) == []
+        assert all(torch.equal(value, AVERAGE[key]) for key, value in model.state_dict().items())
+        with pytest.raises(UserError, match=r"no network in 'shadow'\n  it has: '\w+(\.net)?', '\w+(\.\w+)?'$"):
+            load_file(model, file, "wrn_10_1", entry="shadow")
+
+
+def test_a_recipe_and_a_card_choose_an_entry(tmp_path: Path) -> None:
+    """Another cell, and the same one as ever where nothing is chosen."""
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": STATE, "state_dict_ema": AVERAGE}, file)
+    own = {"data": "digits", "method": "kd", "student": "wrn_10_1", "steps": 4, "protocol": "digits"}
+    teacher = {"model": {"name": "wrn_10_1"}, "weights": str(file)}
+
+    def cell(**given: Any) -> CellSpec:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(json.dumps({**own, "teacher": teacher, **given}))
+        return plan(str(recipe), Registry()).cells[0].spec
+
+    average = {"entry": "state_dict_ema"}
+    plain, taught = cell(), cell(teacher={**teacher, **average})
+    begun = cell(student={"name": "wrn_10_1", "weights": str(file), **average})
+    assert len({plain.identity(), taught.identity(), begun.identity()}) == 3
+    assert "entry" not in json.dumps(plain.model_dump(mode="json", exclude_defaults=True))
+    assert torch.equal(build_model(begun.student, begun.data).state_dict()["fc.weight"], AVERAGE["fc.weight"])
+    for spec, expected in ((plain, STATE), (taught, AVERAGE)):
+        loaded = load_teacher(spec.teacher, spec.data, file, torch.device("cpu")).network.model
+        assert torch.equal(loaded.state_dict()["fc.weight"], expected["fc.weight"])
+    assert "taken" in weight_notes(plain)[0] and not weight_notes(taught)
+    for wrong in ({"model": {"name": "wrn_10_1"}, "untrained": True, **average}, {"name": "x", **average}):
+        with pytest.raises(UserError, match="'entry' stands beside 'weights'"):
+            cell(teacher=wrong)
 
 
 def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None:
