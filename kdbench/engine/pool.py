@@ -82,10 +82,10 @@ def peak_resident() -> int:
         return int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         # Elsewhere: on Linux this begins with what the process had that started this one.
-        try:
-            import resource
-        except ImportError:
+        if sys.platform == "win32":
             return 0
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -294,7 +294,7 @@ class Pool:
 def spared() -> Iterator[None]:
     """What ends a run waits until the block has ended; a process that is started in it gets none of it before it says
     what it does about it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)

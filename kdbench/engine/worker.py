@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, tasks: IO[str], events: IO[str]) -> None:
         self.tasks, self.events = tasks, events
-        self.stopping = threading.Event()
+        self.stopping, self.began = threading.Event(), False
         self.queue: queue.Queue[Task | None] = queue.Queue()
 
     def emit(self, event: Event) -> None:
@@ -47,6 +47,7 @@ class Worker:
         self.emit(Ready(cuda=free, unusable=unusable_gpu()))
         runner = TaskRunner(self.emit, self.stopping.is_set)
         while (task := self.queue.get()) is not None:
+            self.began = True
             try:
                 runner.run(task)
                 self.emit(Done())
@@ -70,6 +71,9 @@ class Worker:
             # The run and its worker are of two versions, as when the package was changed under a run.
             self.emit(Failed(message=f"the worker does not understand its run: {error}; start the command again"))
         self.stopping.set()
+        if not self.began:
+            # There is nothing to save: what is still being imported need not be waited for.
+            os._exit(0)
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)
         os._exit(1)
@@ -80,7 +84,7 @@ def main() -> None:
     # workers by closing their input.
     for number in ENDS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     # Whatever a library prints must not end up between the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdbench import api, cli
+from kdbench.__main__ import main
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
 from kdbench.engine import pool
@@ -187,6 +189,7 @@ def test_no_module_of_unix_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", absent)
     monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(sys, "platform", "win32")
     assert pool.peak_resident() == 0 and pool.available_memory() is None
 
 
@@ -230,3 +233,21 @@ def test_dozens_of_wrong_run_folders_give_no_traceback(tmp_path: Path) -> None:
     found = Found(tmp_path / "found")
     folders(30, 5, found, ROOT / "results" / "continual_small")
     assert not found.faults, found.faults
+
+
+def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Importing(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "kdbench.cli", Importing("kdbench.cli"))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+
+
+def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -> None:
+    """Where its run has ended already."""
+    words = [sys.executable, "-m", "kdbench.engine.worker"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
