@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from kdbench.forms import Card, Entry, Name, Named, Strict, WithOptions
-from kdbench.image_cards import AugmentationCard, Normalization
+from kdbench.image_cards import AugmentationCard, Normalization, PixelSize
 from kdbench.models.points import point_name
 from kdbench.published import PublishedCard
 from kdbench.schedules import share
@@ -107,7 +107,7 @@ class DataFields(BaseModel):
 
     classes: int
     channels: int
-    image_size: int
+    image_size: PixelSize
     train: int = Field(description="images of the whole training set")
     test: int = Field(description="images of the test set")
     normalization: Normalization

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from kdbench.forms import Named, Strict
 
@@ -41,6 +41,23 @@ class Normalization(Strict):
 
     mean: list[Annotated[float, AfterValidator(_mean_of_pixels)]]
     std: list[Annotated[float, Field(gt=0), AfterValidator(_deviation_of_pixels)]]
+
+
+# Why pictures of one rectangular size are brought to squares.
+SQUARE = (
+    "images are square here: networks, hook points and connectors are built for one number of pixels. A card with "
+    "'streamed: true' takes rectangular pictures: of each a square is cropped, or with 'resized_crop' a part that is "
+    "brought to a square, and tests take the middle"
+)
+
+
+def _pixel_size(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        raise ValueError(f"it is one number of pixels; {SQUARE}")
+    return value
+
+
+PixelSize = Annotated[int, BeforeValidator(_pixel_size)]
 
 
 class Mix(Strict):

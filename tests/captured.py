@@ -112,7 +112,12 @@ def metrics(group: Group) -> list[list[dict[str, Any]]]:
 def modules(cell: TrainingCell) -> list[torch.nn.Module]:
     """All that training changes."""
     member = cell.member
-    return [member.student.model, member.terms, *([member.own_teacher.model] if member.own_teacher else [])]
+    return [
+        member.student.model,
+        member.answers.model,
+        member.terms,
+        *([member.own_teacher.model] if member.own_teacher else []),
+    ]
 
 
 def outcome(group: Group) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 from PIL import Image
 
 from kdbench.data import birds
@@ -60,4 +61,55 @@ def write_birds(root: Path) -> Path:
             rows["train_test_split.txt"].append(f"{number} {int(i > 0)}")
     for name, lines in rows.items():
         (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+# Of ImageNet, in the order of its labels.
+SYNSETS = ["n01440764", "n01443537", "n01484850", "n01491361", "n01494475", "n01496331", "n01498041", "n01514668"]
+
+
+def write_imagenet(root: Path, classes: list[str] = SYNSETS, train: int = 4, val: int = 2, flat: bool = False) -> Path:
+    """`root/train/<synset>/*`, and `root/val` in folders too, or flat, with the devkit that says their classes."""
+    number = 0
+    listed = []
+    for name in classes:
+        (root / "train" / name).mkdir(parents=True)
+        for i in range(train):
+            photo(*SIZES[number % len(SIZES)], number).save(root / "train" / name / f"{name}_{i}.JPEG", "jpeg")
+            number += 1
+    for i in range(val * len(classes)):
+        name = classes[(3 * i + 1) % len(classes)]
+        folder = root / "val" / ("" if flat else name)
+        folder.mkdir(parents=True, exist_ok=True)
+        photo(*SIZES[number % len(SIZES)], number).save(folder / f"ILSVRC2012_val_{i + 1:08}.JPEG", "jpeg")
+        number += 1
+        listed.append(name)
+    if flat:
+        data = root / "ILSVRC2012_devkit_t12" / "data"
+        data.mkdir(parents=True)
+        # The devkit has an order of its own, and groups of classes among them.
+        order = [*reversed(classes), "n00001740"]
+        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+        rows = [(i, name, "a word", "what it is", int(name == "n00001740")) for i, name in enumerate(order, 1)]
+        scipy.io.savemat(data / "meta.mat", {"synsets": np.array(rows, dtype=kind)})
+        lines = "".join(f"{order.index(name) + 1}\n" for name in listed)
+        (data / "ILSVRC2012_validation_ground_truth.txt").write_text(lines)
+    return root
+
+
+def write_tiny_imagenet(root: Path, classes: list[str] = SYNSETS[:3], train: int = 3, val: int = 2) -> Path:
+    """As Tiny ImageNet's archive unpacks."""
+    for c, name in enumerate(classes):
+        (root / "train" / name / "images").mkdir(parents=True)
+        (root / "train" / name / f"{name}_boxes.txt").write_text("")
+        for i in range(train):
+            photo(64, 64, 10 * c + i).save(root / "train" / name / "images" / f"{name}_{i}.JPEG", "jpeg")
+    for split in ("val", "test"):
+        (root / split / "images").mkdir(parents=True)
+        for i in range(val * len(classes)):
+            photo(64, 64, 500 + i).save(root / split / "images" / f"{split}_{i}.JPEG", "jpeg")
+    lines = (f"val_{i}.JPEG\t{classes[i % len(classes)]}\t0\t0\t9\t9\n" for i in range(val * len(classes)))
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("\n".join(reversed(classes)) + "\n")
+    (root / "words.txt").write_text("".join(f"{name}\ta word\n" for name in classes))
     return root

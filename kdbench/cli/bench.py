@@ -36,6 +36,7 @@ def command(
     compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it takes minutes to start.")] = True,
     quickstart: Annotated[bool, typer.Option(help="On a GPU: whether the quickstart is timed too.")] = True,
     minutes: Annotated[float, typer.Option(min=0.5, help="On a GPU: stop after so many minutes.")] = 3.8,
+    loading: Annotated[bool, typer.Option("--loading", help="Instead: how fast one core reads pictures.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,
 ) -> None:
@@ -53,9 +54,8 @@ def command(
     from kdbench.files import write_json
     from kdbench.registry import Registry
 
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
+    if loading:
+        return _loading(rounds, json)
     if peers:
         _check_peers()
     cards = Registry(registry or ())
@@ -84,6 +84,27 @@ def command(
             results.append(benchmark(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
             keep(results, times)
     print(f"{speed_table(results)}\n{result_lines(results, times)}")
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _loading(rounds: int, json: Path | None) -> None:
+    from dataclasses import asdict
+
+    import torch
+
+    from kdbench.bench.loading import HEIGHT, QUALITY, WIDTH, measured
+    from kdbench.engine.finish import machine
+    from kdbench.files import write_json
+
+    about, found = machine(torch.device("cpu"), 1), measured(rounds, tell)
+    if json is not None:
+        write_json(json, {"machine": about, **asdict(found)})
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "torchvision"))
+    print(f"{about['device_name']}, {versions}; {rounds} rounds of pictures of {WIDTH}×{HEIGHT} pixels,")
+    print(f"JPEG of quality {QUALITY}, {found.kilobytes:.0f} kB\n\n{found.table()}")
 
 
 def measured_plans(recipes: Sequence[str] | None, cards: Registry, gpu: bool) -> list[Plan]:

@@ -190,10 +190,16 @@ def _regular(file: Path) -> Path:
     return file
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """Pictures that lie in a folder itself."""
+    return [Path(entry.path) for entry in entries(folder) if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+
+
 def _annotated(split: Path) -> dict[str, list[Path]] | None:
     """Images by the classes that `<split>_annotations.txt` gives them, a line "file<tab>class…" each; None without."""
     file = split / f"{split.name}_annotations.txt"
-    if not file.is_file():
+    if not file.is_file() or not (split / "images").is_dir():
+        # Scripts that sort the pictures into folders leave the list behind.
         return None
     found: dict[str, list[Path]] = {}
     try:

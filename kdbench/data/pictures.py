@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from kdbench.data import imagenet
 from kdbench.data.folder import held_out
 from kdbench.data.listing import cores, find_folder, in_folders, listing, not_found
 from kdbench.data.splits import validation
@@ -72,7 +73,15 @@ class Pictures:
 Split = Sequence[tuple[Path, int]]
 
 
-def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_side: int = 256) -> Pictures:
+def load(
+    roots: list[Path],
+    download: bool,
+    cache: Path,
+    *,
+    folder: str,
+    short_side: int = 256,
+    official: Literal["imagenet", "imagenet_subset"] | None = None,
+) -> Pictures:
     """Pictures in folders of their classes (`kdbench.data.listing` says how they may lie). Of a folder in one piece a
     stratified fifth is held out for testing.
 
@@ -82,10 +91,15 @@ def load(roots: list[Path], download: bool, cache: Path, *, folder: str, short_s
         cache: folder for the files' sums: the first time every file is read once, which can take minutes.
         folder: name below a root; also the data set's name.
         short_side: pixels to which the shorter side of a test picture is brought.
+        official: which classes these must be: the 1,000 of ImageNet-1k, or some of them. Then the validation pictures
+            may also lie in one folder, with what the devkit says of them (`kdbench.data.imagenet`).
 
     Raises:
         UserError: no such folder, no pictures, or a class that is missing in a split.
     """
+    if official is not None:
+        classes, train, test = imagenet.splits(find_folder(roots, folder), official == "imagenet_subset")
+        return gather(folder, classes, train, test, cache, short_side, "picture folder")
     return from_folders(find_folder(roots, folder), folder, cache, short_side, in_one=True)
 
 

@@ -18,6 +18,7 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teacher_files import TeacherFile, all_weights, given_weights, on_target, trained, with_accuracy
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.errors import CellError, UserError
+from kdbench.image_cards import SQUARE
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 
 AnyData = ImageData | Pictures
@@ -163,5 +164,5 @@ def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) ->
     ]:
         what = f"the data set '{spec.name}' is not what its card says: the files have {', and '.join(wrong)}"
         hint = "correct the card, or the files; 'kdbench data FOLDER' writes a card for a folder of pictures"
-        raise UserError(what, hint=hint)
+        raise UserError(what, hint=SQUARE if "×" in str(found.get("image_size")) else hint)
     return data

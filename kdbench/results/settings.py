@@ -63,7 +63,9 @@ def _augmentation(record: Record) -> str:
         return ""
     crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
     parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
-    return " and ".join(parts + ["flip"] * bool(found.get("flip"))) or "none"
+    mixed = [word for key, word in (("mixup", "Mixup"), ("cutmix", "CutMix")) if (found.get("mix") or {}).get(key)]
+    own = [str(one.get("name")).replace("_", " ") for one in found.get("transforms") or ()]
+    return " and ".join(parts + ["flip"] * bool(found.get("flip")) + own + mixed) or "none"
 
 
 def _option(record: Record, name: str) -> str:

@@ -75,6 +75,15 @@ def test_seeds_side_by_side_are_the_cells_alone(tmp_path: Path) -> None:
     assert len(program.recordings) == 1 and all(program.recordings.values())
 
 
+@pytest.mark.parametrize("transforms", [None, ["rand_augment"]])
+def test_mixed_batches_and_averages_are_replayed(transforms: list[str] | None, tmp_path: Path) -> None:
+    """Of images on the device, and of those that the processor makes ahead."""
+    mixed = {"padding": 1, "flip": True, "mix": {"mixup": 0.5, "cutmix": 1.0}, "transforms": transforms}
+    protocol = {"name": "digits", "augmentation": mixed, "ema": 0.9, "optimizer": {"lr": 0.02}}
+    program = both([evaluated(cell("kd", protocol=protocol))], tmp_path)
+    assert any(program.recordings.values())
+
+
 def test_a_smaller_last_batch_is_a_recording_of_its_own_or_eager(tmp_path: Path) -> None:
     """50 images in batches of 8: six whole ones and one of two, in every epoch."""
     spec = cell("kd", steps=28, batch=8)

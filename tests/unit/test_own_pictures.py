@@ -15,13 +15,17 @@ import pytest
 import torch
 from conftest import Kdbench
 from PIL import Image
+from pydantic import ValidationError
 
+from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
 from kdbench.data.decoding import centre, picture
 from kdbench.data.images import moments
 from kdbench.data.survey import survey
+from kdbench.engine.materials import load_data
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 
 
@@ -274,3 +278,24 @@ def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
     (tmp_path / "shapes" / "train" / "bee" / "0.png").write_bytes(b"x")
     done = kdbench("data", "shapes", "--force", code=2)
     assert "ant/0.png" in done.stderr and "bee/0.png" in done.stderr
+
+
+def test_rectangular_images_are_refused_with_the_reason_and_the_way(tmp_path: Path) -> None:
+    card = {
+        "target": "kdbench.data.folder:load",
+        "args": {"folder": "wide"},
+        "title": "Wide",
+        **{"classes": 2, "channels": 3, "train": 2, "test": 2},
+        "normalization": {"mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    with pytest.raises(ValidationError, match="one number of pixels; images are square here"):
+        DatasetCard.model_validate(card | {"image_size": [24, 48]})
+    for split in ("train", "test"):
+        for number in range(2):
+            (tmp_path / "wide" / split / f"c{number}").mkdir(parents=True)
+            photo(number + 7 * len(split), (48, 24)).save(tmp_path / "wide" / split / f"c{number}" / "1.png")
+    said = {key: value for key, value in card.items() if key not in ("args", "title")}
+    spec = DataSpec(name="wide", options=card["args"], image_size=24, **said)
+    with pytest.raises(UserError, match="24×48 for 'image_size'") as error:
+        load_data(spec, [tmp_path], False, tmp_path / "cache")
+    assert "images are square here" in (error.value.hint or "") and "streamed" in (error.value.hint or "")

@@ -1,0 +1,95 @@
+"""A folder in ImageNet's layout and a protocol of today from end to end: killed and resumed, and on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Kdbench, filled
+from kills import Strike, struck
+from picture_files import write_imagenet
+
+CARDS = """
+datasets:
+  eight:
+    include: imagenet
+    classes: 8
+    image_size: 32
+    train: 32
+    test: 16
+    args: {folder: imagenet, official: imagenet_subset, short_side: 36}
+"""
+RECIPE = """
+data: eight
+teacher: {model: "torchvision:resnet18", weights: teacher.safetensors}
+student: wrn_10_1
+protocol:
+  name: crd
+  batch_size: 6
+  augmentation:
+    padding: 0
+    resized_crop: [0.2, 1.0]
+    flip: true
+    transforms: [rand_augment, {name: random_erasing, p: 0.5}]
+    mix: {mixup: 0.2, cutmix: 1.0}
+  label_smoothing: 0.1
+  ema: 0.8
+  schedule: {name: cosine, warmup: 20%}
+steps: 10
+evaluations: 2
+seeds: 1
+compare:
+  method: [ce, kd]
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    folder = tmp_path_factory.mktemp("imagenet")
+    write_imagenet(folder / "data" / "imagenet", flat=True)
+    (folder / "cards").mkdir()
+    (folder / "cards" / "cards.yaml").write_text(CARDS)
+    torch.manual_seed(0)
+    save_file(resnet18(num_classes=8).state_dict(), folder / "teacher.safetensors")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("teacher.saf", f"{folder}/teacher.saf"))
+    return folder
+
+
+def words(here: Path, runs: Path) -> list[str]:
+    given = ["run", here / "recipe.yaml", "--data", here / "data", "--registry", here / "cards", "--runs", runs]
+    return [str(word) for word in (*given, "--threads", "1", "--checkpoint-seconds", "0")]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits_and_two_ranks_train_it(here: Path, kdbench: Kdbench) -> None:
+    kdbench(*words(here, here / "whole"), "--jobs", "1")
+    cells = [file.parent for file in (here / "whole" / "recipe").glob("*/record.json")]
+    assert len(cells) == 2
+    record = filled(cells[0] / "record.json")
+    assert {"resized_crop", "transforms", "mix"} <= {*record["seeds"]["streams"]}
+    again = [*words(here, here / "again"), "--jobs", "1"]
+    # Two cells a step.
+    struck(again, Strike("step", 13, "interrupt"))
+    assert [*(here / "again").rglob("checkpoint.pt")]
+    kdbench(*again)
+    for cell in cells:
+        for name in ("student.safetensors", "test_logits.safetensors"):
+            resumed = here / "again" / "recipe" / cell.name / name
+            assert resumed.read_bytes() == (cell / name).read_bytes(), (cell.name, name)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdbench"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, *words(here, here / "ranks")], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [*(here / "ranks" / "recipe").glob("*/record.json")]
+    assert [json.loads(file.read_text())["compute"]["ranks"] for file in files] == [[2], [2]]
