@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from kdbench.forms import Card, Entry, Name, Named, Strict, WithOptions
+from kdbench.forms import IMAGE_SIZE, RESIZE, Card, Entry, Name, Named, Strict, WithOptions
 from kdbench.image_cards import AugmentationCard, Normalization, PixelSize
 from kdbench.models.points import point_name
-from kdbench.published import PublishedCard
+from kdbench.published import PaperCard, PublishedCard
 from kdbench.schedules import share
 
 
@@ -113,6 +113,11 @@ class DataFields(BaseModel):
     normalization: Normalization
     streamed: bool = Field(False, description="read from disk while training: for what is larger than memory")
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.image_size, self.image_size
+
 
 class DatasetCard(DataFields, TargetCard):
     title: str
@@ -176,6 +181,8 @@ class TeacherCard(Card):
     recipe: str | None = None
     normalization: Normalization | None = None
     accuracy: float | None = Field(None, description="expected test accuracy in percent, checked after loading")
+    image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
+    resize: int | None = Field(default=None, gt=0, description="beside 'accuracy': " + RESIZE)
     transfers: bool = Field(False, description="its features may teach other data, its logits only its own")
     licence: str | None = None
     source: str | None = None
@@ -338,15 +345,6 @@ class StudyCard(Card):
         if not self.profiles or not all(self.profiles.values()):
             raise ValueError("a study has at least one profile, and a profile at least one recipe")
         return self
-
-
-class PaperCard(Strict):
-    title: str
-    authors: str
-    venue: str
-    year: int
-    url: str | None = None
-    arxiv: str | None = None
 
 
 KINDS: dict[str, type[BaseModel]] = {

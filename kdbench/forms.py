@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # What authors of methods call their stages and losses.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+# What cards and recipes say of the images that a network takes.
+IMAGE_SIZE = "side of the images that it takes, where it is not the data's: the same views are resized for it"
+RESIZE = "pixels to which test pictures' shorter sides were brought for that accuracy, if not the data card's"
 
 # Of a weight file, on cards and in recipes.
 Entry = Annotated[

@@ -1,4 +1,4 @@
-"""What a card of somebody else's published numbers may say."""
+"""What a card of a paper, and of somebody else's published numbers, may say."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def _words(value: Any) -> Any:
 
 # Of keys that hold a card elsewhere: the registry writes a plain text out as a card's name.
 Words = Annotated[str, BeforeValidator(_words)]
+
+
+class PaperCard(Strict):
+    title: str
+    authors: str
+    venue: str
+    year: int
+    url: str | None = None
+    arxiv: str | None = None
 
 
 class PublishedProtocol(Strict):

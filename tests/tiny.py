@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,17 @@ from kdbench.registry import Registry
 
 CPU = torch.device("cpu")
 _registry = cache(Registry)
+# A small network with a class token and a distillation token.
+TWO_HEADS = {
+    "name": "timm:deit_tiny_distilled_patch16_224",
+    "options": {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2},
+}
 
 
-def student_of(method: str) -> str:
+def student_of(method: str) -> Any:
     """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
+    if method == "deit":
+        return TWO_HEADS
     if _registry().card("methods", method).starts_from == "teacher":
         return "wrn_16_2"
     # Some losses compare channel by channel.
@@ -94,10 +102,12 @@ def untrained_teacher(spec: CellSpec, device: torch.device = CPU) -> Teacher | N
     known = spec.teacher.knows(spec.data)
     model = build_model(spec.teacher.model, known, seed=1)
     extractor = build_extractor(model.to(device), spec.teacher.model, known)
-    shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+    shape = known.image_shape
     routed = spec.teacher.trained_by is not None and spec.teacher.trained_by.route is not None
     route = MadeUpRoute(spec.teacher, known) if routed else None
-    return Teacher(extractor, Normalizer(spec.teacher.normalization, device), extractor.shapes(shape), route=route)
+    return Teacher(
+        extractor, Normalizer(spec.teacher.normalization, shape[1:], device), extractor.shapes(shape), route=route
+    )
 
 
 def member_of(

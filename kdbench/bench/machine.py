@@ -32,7 +32,10 @@ def flops_of(spec: CellSpec) -> dict[str, float]:
     """FLOPs of one image's forward pass, of a cell's student and teacher."""
     assert spec.teacher is not None
     models = {"student": spec.student, "teacher": spec.teacher.model}
-    return {name: size_of(build_model(m.untrained(), spec.data), spec.data)["flops"] for name, m in models.items()}
+    return {
+        name: size_of(build_model(m.untrained(), m.takes(spec.data)), m.takes(spec.data))["flops"]
+        for name, m in models.items()
+    }
 
 
 def _peak(precision: str, device: torch.device) -> float:

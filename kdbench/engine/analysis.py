@@ -167,7 +167,9 @@ class Analysis:
         file = student_file(cell.record)
         model = load_student(file.parent, self.options.registries).to(self.device).requires_grad_(False)
         self.note("networks", name=f"{cell.record.recipe}/{file.parent.resolve().name}", sha256=sha256_of(file))
-        normalizer = Normalizer(cell.spec.protocol.normalization, self.device)
+        normalizer = Normalizer(
+            cell.spec.protocol.normalization, cell.spec.student.takes(cell.spec.data).image_shape[1:], self.device
+        )
         return lambda images: model(normalizer(images))
 
     def teacher(self, spec: TeacherSpec, data: DataSpec, *runs: Path) -> tuple[Network, str]:

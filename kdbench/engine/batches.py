@@ -44,7 +44,7 @@ class Batches:
         ranks: Ranks = ALONE,
     ) -> None:
         self.device, self.batch_size, self.ranks = device, spec.protocol.batch_size, ranks
-        self.image_shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+        self.image_shape = spec.data.image_shape
         self.source = _domain(spec, data, device, ranks)
         self._for_second: Callable[[], Domain] = lambda: self.source
         if (other := spec.protocol.second) is not None:

@@ -36,7 +36,7 @@ def weight_notes(spec: CellSpec) -> list[str]:
     found: list[str] = []
     student, teacher = spec.student, spec.teacher
     if student.weights is not None or (student.start is not None and find_weights(student.start.file) is not None):
-        found += _built(student, spec.data)[1]
+        found += _built(student, student.takes(spec.data))[1]
     for one in teacher.each if teacher is not None else ():
         if one.weights is not None and (file := find_weights(one.weights.file)) is not None:
             model = build_model(one.model.untrained(), one.knows(spec.data))
@@ -71,7 +71,7 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
 
 def build_student(spec: CellSpec, teacher: nn.Module | None, sync_batch_norm: bool) -> nn.Module:
     """The student of a cell with its first values, which may be those of its teacher."""
-    student = build_model(spec.student, spec.data, spec.seed)
+    student = build_model(spec.student, spec.student.takes(spec.data), spec.seed)
     if spec.method.starts_from == "teacher":
         assert teacher is not None and spec.teacher is not None
         weights = {name: value.cpu() for name, value in teacher.state_dict().items()}
@@ -80,7 +80,7 @@ def build_student(spec: CellSpec, teacher: nn.Module | None, sync_batch_norm: bo
 
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:
-    shape = (data.channels, data.image_size, data.image_size)
+    shape = data.image_shape
     untrained = spec.untrained()
     key = f"{untrained.model_dump_json()} {data.classes} {shape}"
     if key not in _places:

@@ -49,11 +49,13 @@ def build_cell(spec: CellSpec) -> BuiltCell:
         _check_size(model, data)
         return build_extractor(build_model(model, data), model, data)
 
-    image = (spec.data.channels, spec.data.image_size, spec.data.image_size)
-    student, teacher = built(spec.student.not_started(), spec.data), None
+    taken = spec.student.takes(spec.data)
+    student, teacher, teacher_shapes = built(spec.student.not_started(), taken), None, {}
+    shapes = student.shapes(taken.image_shape)
     if spec.teacher is not None:
-        teacher = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
-    shapes, teacher_shapes = student.shapes(image), teacher.shapes(image) if teacher else {}
+        known = spec.teacher.knows(spec.data)
+        teacher = built(spec.teacher.model.untrained(), known)
+        teacher_shapes = teacher.shapes(known.image_shape)
     cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
     if spec.method.predicts is not None:
         check_answers(cell)
@@ -112,7 +114,7 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
     trained = {name for name, stage in spec.method.stages.items() if stage.modes.student == "train"}
     if not single or not trained:
         return
-    one = (spec.data.channels, spec.data.image_size, spec.data.image_size)
+    one = spec.student.takes(spec.data).image_shape
     layers = [layer for name in trained for term in cell.terms[name].values() for layer in term.layers]
     pairs = [pair for layer in layers for pair in zip(layer.connectors, layer.students, strict=True)]
     parts = [(cell.student.model, one), *((connector, cell.shapes[point]) for connector, point in pairs)]

@@ -54,6 +54,7 @@ class Estimate:
         self.sources: dict[str, dict[str, Cost]] = {}
 
     def size(self, model: ModelSpec, data: DataSpec) -> Size:
+        data = model.takes(data)
         key = (model.name, str(model.options), data.image_size)
         if key not in self.sizes:
             found = measure(model, data, self.timed, self.device)
@@ -176,7 +177,7 @@ def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device)
     size = size_of(network, data)
     forward = training = 0.0
     if timed:
-        images = torch.randn(TIMED, data.channels, data.image_size, data.image_size, device=device)
+        images = torch.randn(TIMED, *data.image_shape, device=device)
         labels = torch.zeros(TIMED, dtype=torch.int64, device=device)
 
         def step() -> None:

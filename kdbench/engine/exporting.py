@@ -79,7 +79,8 @@ def exported_student(folder: Path, registries: Iterable[str | Path] = (), weight
     model = load_student(folder, registries, weights)
     record = read_record(folder)
     data, protocol = record.spec["data"], record.spec["protocol"]
-    shape = (data["channels"], data["image_size"], data["image_size"])
+    side = record.spec["student"].get("image_size") or data["image_size"]
+    shape = (data["channels"], side, side)
     return Student(record, model, shape, protocol["normalization"], student_file(record, weights))
 
 

@@ -75,10 +75,7 @@ def finish(
             "route": log.route,
             "best": best and {key: value for key, value in best.items() if key != "weights"},
             **_data(*domains),
-            "models": {
-                "student": size_of(member.answers.model, spec.data),
-                "teacher": size_of(teacher_model, spec.data) if teacher_model is not None else None,
-            },
+            "models": _sizes(member, teacher_model),
             "compute": compute | _times(log),
             "sources": {name: source.record() for name, source in member.sources.items()},
             "operations": {name: operation.record() for name, operation in member.operations.items()},
@@ -90,6 +87,12 @@ def finish(
     write_json(folder / RECORD, record.plain())
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return record
+
+
+def _sizes(member: Member, teacher: nn.Module | None) -> dict[str, dict[str, float] | None]:
+    spec = member.spec
+    taught = size_of(teacher, spec.teacher.knows(spec.data)) if teacher is not None and spec.teacher else None
+    return {"student": size_of(member.answers.model, spec.student.takes(spec.data)), "teacher": taught}
 
 
 def _times(log: Log) -> dict[str, float]:
@@ -166,7 +169,7 @@ def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:
     """Parameters, and floating-point operations of one image's forward pass (a multiply-add counts as two)."""
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
-    image = torch.zeros(1, data.channels, data.image_size, data.image_size, device=device)
+    image = torch.zeros(1, *data.image_shape, device=device)
     with undisturbed(model, training=False):
         with counter:
             model(image)

@@ -52,7 +52,7 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     return {
         "layout": LAYOUT,
         "weights": sha256,
-        "model": [model[part] for part in ("target", "options", "version") if part in model],
+        "model": [model[part] for part in ("target", "options", "version", "image_size") if part in model],
         "normalization": teacher.normalization.model_dump(mode="json"),
         "data": data.fingerprint,
         "augmentation": spec.protocol.augmentation.model_dump(mode="json", exclude={"mix", "transforms"}),

@@ -54,10 +54,11 @@ class Member:
     ) -> None:
         self.spec, self.batches, self.teacher, self.computing = spec, batches, teacher, computing
         self.timeline = timeline(spec, len(batches.train))
-        normalizer = Normalizer(spec.protocol.normalization, device)
+        taken = spec.student.takes(spec.data)
+        normalizer = Normalizer(spec.protocol.normalization, taken.image_shape[1:], device)
         own = build_student(spec, teacher.network.model if teacher else None, batches.ranks.sync_batch_norm)
-        self.student = Network(build_extractor(own.to(device), spec.student, spec.data), normalizer, computing)
-        shapes = self.student.extractor.shapes(batches.image_shape)
+        self.student = Network(build_extractor(own.to(device), spec.student, taken), normalizer, computing)
+        shapes = self.student.extractor.shapes(taken.image_shape)
         self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks.sync_batch_norm)
         cell = Surroundings(
             spec,

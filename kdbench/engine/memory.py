@@ -38,19 +38,19 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     """
     cell = built or build_cell(spec)
     data, student, terms = spec.data, cell.student.model, cell.terms
-    shape = (data.channels, data.image_size, data.image_size)
+    shape, known = spec.student.takes(data).image_shape, spec.teacher.knows(data).image_shape if spec.teacher else None
     batch = min(spec.protocol.batch_size, data.train)
     teacher_bytes = copy = passing = 0
     costs = costs_of(spec).values()
     learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
-    if cell.teacher is not None:
+    if cell.teacher is not None and known is not None:
         model = cell.teacher.model
         copy = _bytes(model) * bool(own_teacher_stages(spec.method.stages))
         if at_once := max((cost.at_once for cost in costs), default=0):
-            passing = _passing(model, shape) * at_once
+            passing = _passing(model, known) * at_once
             if any(cost.student for cost in costs):
                 passing += _passing(student, shape) * at_once
-        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, shape) * max(batch, SLICE[device.type])
+        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(batch, SLICE[device.type])
     every = [term for stage in terms.values() for term in stage.values()]
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
     features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) for _, p in read)
@@ -59,7 +59,12 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     seen = [pair for layer in layers for pair in zip(layer.students, layer.teachers, strict=True)]
     looked_at = FLOAT * sum(math.prod(cell.shapes[s]) + 2 * math.prod(cell.teacher_shapes[t]) for s, t in seen)
     saved = max(
-        _saved(stage.values(), cell, learning if "teacher" in spec.method.stages[name].trains else None, shape)
+        _saved(
+            stage.values(),
+            cell,
+            learning if "teacher" in spec.method.stages[name].trains else None,
+            (shape, known or shape),
+        )
         for name, stage in terms.items()
     )
     own = (
@@ -72,7 +77,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     held = sum(cost.held for cost in costs) + (_bytes(student) if spec.protocol.ema else 0)
     # Resident data are there as they were read, and in parts on the device.
     domains = [part for part in (data, spec.target) if part is not None and not part.streamed]
-    both = sum(2 * (part.train + part.test) * math.prod(shape) for part in domains)
+    both = sum(2 * (part.train + part.test) * math.prod(part.image_shape) for part in domains)
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.
         views = augmentation_of(spec.protocol).views
@@ -81,22 +86,25 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
 
 
-def _saved(terms: Collection[Term], cell: BuiltCell, learning: Extractor | None, shape: tuple[int, int, int]) -> int:
+def _saved(
+    terms: Collection[Term], cell: BuiltCell, learning: Extractor | None, shapes: tuple[tuple[int, int, int], ...]
+) -> int:
     """Bytes that autograd keeps of a stage's terms, for `IMAGES` images.
 
     Args:
         learning: the teacher, where the stage trains it.
+        shapes: of an image for the student, and for the teacher.
     """
     names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
     labels = torch.zeros(IMAGES, dtype=torch.int64)
-    sets = {n: Batch(torch.randn(IMAGES, *shape), labels, labels, mask=labels == 0) for n in names}
+    sets = {n: Batch(torch.randn(IMAGES, *shapes[0]), labels, labels, mask=labels == 0) for n in names}
 
     def taught(name: str) -> dict[str, Tensor]:
         """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
         if learning is None:
             return {point: torch.randn(IMAGES, *size) for point, size in cell.teacher_shapes.items()}
         points = _points(terms, "teacher", name)
-        return learning(sets[name].images, points) if points else {}
+        return learning(torch.randn(IMAGES, *shapes[1]), points) if points else {}
 
     kept = _Saved(cell.student.model, *([learning.model] if learning else []))
     with kept:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdbench.data.augment import normalize
 from kdbench.engine.compute import Computing
@@ -29,14 +30,24 @@ def memory_format(computing: Computing) -> torch.memory_format:
 
 
 class Normalizer:
-    """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation."""
+    """Bytes, or pixel values on the scale of [0, 1] -> float32 with one network's mean and deviation, in its size.
 
-    def __init__(self, normalization: Normalization, device: torch.device) -> None:
+    Images of another size are resized as torchvision's `Resize` does it: bilinear, with antialiasing where they shrink.
+
+    Args:
+        size: height and width that the network takes.
+    """
+
+    def __init__(self, normalization: Normalization, size: tuple[int, int], device: torch.device) -> None:
+        self.size = size
         self.mean = torch.tensor(normalization.mean, dtype=torch.float32, device=device)
         self.std = torch.tensor(normalization.std, dtype=torch.float32, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return normalize(images, self.mean, self.std)
+        pixels = normalize(images, self.mean, self.std)
+        if pixels.shape[-2:] == self.size:
+            return pixels
+        return F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
 
 
 class Network:
@@ -123,7 +134,7 @@ class Network:
         Sets of points that end at the same place share the graph of their union: a network that is used by several
         methods is compiled once for all of them, and no set makes it run further than it must.
         """
-        self.graphs, self.batch_size, image_shape = {}, batch[0], batch[1:]
+        self.graphs, self.batch_size, image_shape = {}, batch[0], (batch[1], *self.normalizer.size)
         if not self.computing.compile:
             return
         try:

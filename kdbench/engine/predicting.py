@@ -78,11 +78,11 @@ def check_answers(cell: Surroundings) -> None:
     Raises:
         UserError: it cannot, or not with logits of the data's classes.
     """
-    data = cell.spec.data
+    data = cell.spec.student.takes(cell.spec.data)
     built = predictor(cell).eval()
     try:
         with torch.no_grad():
-            logits = built(torch.zeros(2, data.channels, data.image_size, data.image_size))
+            logits = built(torch.zeros(2, *data.image_shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"the student cannot answer through 'predicts': {error}") from None
     if tuple(logits.shape) != (2, data.classes):
@@ -91,13 +91,12 @@ def check_answers(cell: Surroundings) -> None:
 
 def untrained(spec: CellSpec) -> nn.Module:
     """The network with which a cell of such a method answers, with weights that are to be loaded yet."""
-    model = build_model(spec.student.untrained(), spec.data)
-    shape = (spec.data.channels, spec.data.image_size, spec.data.image_size)
-    networks = {"student": build_extractor(model, spec.student, spec.data)}
+    parts = {"student": (spec.student, spec.student.takes(spec.data))}
     if spec.teacher is not None:
-        known = spec.teacher.knows(spec.data)
-        networks["teacher"] = build_extractor(
-            build_model(spec.teacher.model.untrained(), known), spec.teacher.model, known
-        )
-    shapes = {name: network.shapes(shape) for name, network in networks.items()}
+        parts["teacher"] = (spec.teacher.model, spec.teacher.knows(spec.data))
+    networks = {
+        name: build_extractor(build_model(model.untrained(), data), model, data)
+        for name, (model, data) in parts.items()
+    }
+    shapes = {name: network.shapes(parts[name][1].image_shape) for name, network in networks.items()}
     return predictor(Surroundings(spec, networks["student"], networks.get("teacher"), {"teacher": {}, **shapes}))

@@ -131,7 +131,9 @@ def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | 
     by_student: dict[str, list[Member]] = {}
     for member in members:
         student = member.spec.student
-        by_student.setdefault(json.dumps([student.target, student.options], sort_keys=True), []).append(member)
+        by_student.setdefault(
+            json.dumps([student.target, student.options, student.image_size], sort_keys=True), []
+        ).append(member)
     for alike in by_student.values():
         uses = together(member.student_uses() for member in alike)
         for member in alike:

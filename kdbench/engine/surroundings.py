@@ -115,9 +115,11 @@ def _labels(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tensor
 
 def _batch_norm(network: str) -> Callable[[Surroundings, str, Mapping[str, str]], nn.Module]:
     def found(cell: Surroundings, stage: str, points: Mapping[str, str]) -> nn.Module:
-        data = cell.spec.data
-        shape = (data.channels, data.image_size, data.image_size)
-        return batch_norm_before(cell.network(network, stage), points[network], shape)
+        spec = cell.spec
+        taken = (
+            spec.teacher.knows(spec.data) if network == "teacher" and spec.teacher else spec.student.takes(spec.data)
+        )
+        return batch_norm_before(cell.network(network, stage), points[network], taken.image_shape)
 
     return found
 

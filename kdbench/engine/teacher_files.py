@@ -37,6 +37,8 @@ log = logging.getLogger("kdbench")
 # File with the weights of several teachers that are one.
 ALL_WEIGHTS = "weights.safetensors"
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
+# What was seen on pictures as they were tested on for a stated accuracy.
+_PUBLISHED = "as_published.json"
 # Percentage points that another order of classes must bring before it is told.
 _MORE = 5.0
 
@@ -130,17 +132,40 @@ def with_accuracy(
             found = [f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint"]
     elif spec.trained_by.target is None and file.accuracy is not None:
         on_record = (file.accuracy, "the record of its training")
-        if spec.normalization == spec.trained_by.protocol.normalization and file.data == data.fingerprint:
+        same = spec.normalization == spec.trained_by.protocol.normalization
+        if same and spec.model.image_size == spec.trained_by.student.image_size and file.data == data.fingerprint:
             return replace(file, doubts=doubts(spec, Seen(file.accuracy), data_spec.classes, None))
+    published = None
+    if spec.accuracy is not None and (own := _own_view(spec, data_spec, data)) is not None:
+        published = _seen(spec, file, folder / _PUBLISHED, data_spec, *own, device)
+        _check_accuracy(spec, file, published)
+        on_record = (spec.accuracy, "the accuracy that is stated for pictures as it was tested on")
     kept_in = folder / ("teacher.json" if spec.trained_by is None else "as_used.json")
     seen = _seen(spec, file, kept_in, data_spec, data_spec, data, device)
+    if published is None:
+        _check_accuracy(spec, file, seen)
+    return replace(file, accuracy=seen.accuracy, doubts=(*doubts(spec, seen, data_spec.classes, on_record), *found))
+
+
+def _check_accuracy(spec: TeacherSpec, file: TeacherFile, seen: Seen) -> None:
     if spec.accuracy is not None and abs(seen.accuracy - spec.accuracy) > TEACHER_TOLERANCE:
         raise UserError(
             f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % where {spec.accuracy:.2f} % is stated",
             where=str(file.file),
-            hint="check the data and the order of their classes, the model's options and the normalization",
+            hint="check the data and the order of their classes, the model's options and the normalization, and, of "
+            "pictures, the 'resize' of its tests",
         )
-    return replace(file, accuracy=seen.accuracy, doubts=(*doubts(spec, seen, data_spec.classes, on_record), *found))
+
+
+def _own_view(
+    spec: TeacherSpec, data_spec: DataSpec, data: ImageData | Pictures
+) -> tuple[DataSpec, ImageData | Pictures] | None:
+    """The data as they were tested on for a teacher's stated accuracy, where it is not as they are tested on here."""
+    if not isinstance(data, Pictures):
+        return None
+    known, short_side = spec.knows(data_spec), spec.resize or data.short_side
+    same = (known.image_size, short_side) == (data_spec.image_size, data.short_side)
+    return None if same else (known, replace(data, short_side=short_side))
 
 
 def on_target(
@@ -203,12 +228,14 @@ def _seen(
     device: torch.device,
 ) -> Seen:
     """A teacher of the data `known` on the test split of others, or of these."""
-    key = {
+    key: dict[str, Any] = {
         "sha256": file.sha256,
         "data": data.fingerprint,
         "model": recorded(spec.model),
         "normalization": spec.normalization.model_dump(mode="json"),
     }
+    if kept_in.name == _PUBLISHED:
+        key["resize"] = spec.resize
 
     def measure() -> Seen:
         split = split_for_testing(tested, data, device)

@@ -34,10 +34,11 @@ def untrained_teacher(spec: TeacherSpec, data: DataSpec, device: torch.device, c
 def _as_teacher(
     model: nn.Module, spec: TeacherSpec, data: DataSpec, device: torch.device, computing: Computing
 ) -> Teacher:
-    extractor = build_extractor(model, spec.model, spec.knows(data))
-    shapes = extractor.shapes((data.channels, data.image_size, data.image_size))
+    known = spec.knows(data)
+    extractor = build_extractor(model, spec.model, known)
+    shapes = extractor.shapes(known.image_shape)
     model.to(device)
-    return Teacher(extractor, Normalizer(spec.normalization, device), shapes, computing)
+    return Teacher(extractor, Normalizer(spec.normalization, known.image_shape[1:], device), shapes, computing)
 
 
 def fingerprint(model: nn.Module) -> str:

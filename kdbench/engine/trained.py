@@ -26,6 +26,6 @@ def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: W
     else:
         student, data = student_of(record.spec, cards, str(folder))
         # Its own first weights, or those it started from, are not needed any more.
-        model = build_model(student.untrained(), data)
+        model = build_model(student.untrained(), student.takes(data))
     load_file(model, student_file(record, weights), student.name)
     return model.eval()

@@ -42,7 +42,8 @@ def derived_places(
     image_shape: tuple[int, int, int],
     larger: Callable[[int], nn.Module] | None = None,
 ) -> dict[str, Place]:
-    """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled.
+    """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled;
+    logits.class and logits.distillation of timm's networks with two heads.
 
     Args:
         larger: builds the network anew for another side of images, for such as take one size only.
@@ -70,6 +71,11 @@ def derived_places(
     classifier = _classifier(calls, logits)
     if classifier is not None:
         found["pooled"] = Place(classifier, "input")
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier")
+    if isinstance(heads, tuple) and len(heads) == 2:
+        # Of a head that is more than one layer, timm names the layer.
+        names = ("logits.class", "logits.distillation")
+        found |= {name: Place(head.partition(".")[0], "output") for name, head in zip(names, heads, strict=True)}
     ordered = with_orders(model, found, set(), model_name, image_shape, larger)
     # timm's networks may declare the order of their stages' maps.
     declared = {"NCHW": FIRST, "NHWC": LAST}.get(str(getattr(model, "output_fmt", "")))

@@ -16,6 +16,16 @@ from kdbench.models.arguments import check_sizes
 
 # Networks with auxiliary classifiers, and what the entries of these in weight files begin with.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+# Arguments of timm's networks that are said elsewhere.
+_WEIGHTS = "networks come without weights; give them as 'weights' beside the model"
+_OF_DATA = "it follows from the data, the side of images also from 'image_size' beside the model"
+_NO_OPTIONS = {
+    **dict.fromkeys(
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"), _WEIGHTS
+    ),
+    **dict.fromkeys(("num_classes", "in_chans", "img_size"), _OF_DATA),
+    **dict.fromkeys(("features_only", "scriptable", "exportable", "no_jit"), "a student gives logits, as eager torch"),
+}
 # torchvision builds them with `transform_input=True` for its own weights: that turns its usual normalization into this.
 _WITHOUT_AUXILIARY = (
     "the auxiliary classifiers are left out. If the weights are torchvision's own, they take images normalized by mean "
@@ -23,7 +33,14 @@ _WITHOUT_AUXILIARY = (
 )
 
 
-def timm_model(name: str, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
+def timm_model(
+    name: str,
+    options: dict[str, bool | int | float] | None = None,
+    *,
+    classes: int,
+    channels: int = 3,
+    image_size: int = 32,
+) -> nn.Module:
     """A network of timm: images [N, channels, image_size, image_size] -> logits [N, classes].
 
     Nothing in it is changed; initial values are timm's own. Networks that are built for one size of image
@@ -31,12 +48,18 @@ def timm_model(name: str, *, classes: int, channels: int = 3, image_size: int = 
 
     Args:
         name: as in `timm.list_models()`.
+        options: of timm's model, numbers and switches, such as drop_path_rate.
     """
     timm = _library("timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'", hint=did_you_mean(name, timm.list_models()))
     check_sizes(f"'timm:{name}'", classes=classes, channels=channels, image_size=image_size)
-    create = functools.partial(timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels)
+    given = options or {}
+    if taken := sorted(given.keys() & _NO_OPTIONS):
+        raise UserError(f"'{taken[0]}' is no option of 'timm:{name}' here", hint=_NO_OPTIONS[taken[0]])
+    create = functools.partial(
+        timm.create_model, name, pretrained=False, num_classes=classes, in_chans=channels, **given
+    )
     try:
         try:
             return create(img_size=image_size)

@@ -4,6 +4,8 @@
 stand for all of them in the order of the layers, `layers.last` and `layers.last.preact` for the last of them.
 `last.preact` is the map of one more convolution behind the layers, before its ReLU, where a network pools that. Of
 several teachers at once, `teacher2.layer1` is that of the second one.
+Networks with a head for the labels and one for a teacher have `logits.class` and `logits.distillation`, and answer
+`logits`, the mean of both.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, "layers.last": _LA
 
 def point_name(name: str) -> str:
     """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""
-    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|last\.preact|pooled", name):
-        raise ValueError("a hook point is called stem, layer1, layer1.preact, …, last.preact, or pooled")
+    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|last\.preact|pooled|logits\.(class|distillation)", name):
+        raise ValueError(
+            "a hook point is called stem, layer1, layer1.preact, …, last.preact, pooled, logits.class or "
+            "logits.distillation"
+        )
     return name
 
 

@@ -37,7 +37,7 @@ def cell_spec(
     protocol, protocol_tree = _protocol(recipe, tree, data, registry)
     method, foreign, method_tree = method_spec(variant, protocol_tree, registry)
     check_target(method, target, method_tree)
-    student = student_spec(recipe.student, tree.at("student"), registry)
+    student = student_spec(recipe.student, tree.at("student"), registry).seen_with(data)
     teacher = None
     if not needs_teacher(method):
         foreign = foreign | {"teacher"}
@@ -49,6 +49,7 @@ def cell_spec(
         )
     else:
         teacher = teacher_spec(recipe.teacher, tree, registry, trained, weights_must_exist)
+        teacher = teacher.model_copy(update={"model": teacher.model.seen_with(data)})
         check_channels(teacher.normalization, data, tree.origin(("teacher",)))
         if teacher.untrained:
             check_trains_teacher(method, tree.origin(("teacher",)))
@@ -77,6 +78,7 @@ def cell_spec(
     _check_mixed(spec, protocol_tree, registry)
     if protocol.ema is not None:
         _check_average(spec, protocol_tree.origin(("ema",)))
+    _check_sizes(spec, tree.origin(("teacher",)))
     return spec, foreign
 
 
@@ -183,6 +185,20 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
                 f"{spec.data.classes} of '{spec.data.name}'",
                 where=where,
                 hint="it can teach its features, or logits through a connector: methods like at, hint, ab_transfer",
+            )
+
+
+def _check_sizes(spec: CellSpec, where: str) -> None:
+    if spec.teacher is None:
+        return
+    own, taught = spec.student.takes(spec.data).image_size, spec.teacher.knows(spec.data).image_size
+    for name, stage in spec.method.stages.items():
+        if stage.source is not None and stage.source.teacher and own != taught:
+            raise UserError(
+                f"method '{spec.method.name}', stage '{name}': '{stage.source.name}' makes images for its teacher, "
+                f"which takes {taught}×{taught} pixels; for the student's {own}×{own} they would be other ones",
+                where=where,
+                hint="give both networks one 'image_size'",
             )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdbench.cards import PointName
-from kdbench.forms import Entry, Named, Strict
+from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict
 from kdbench.image_cards import Normalization
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
@@ -66,6 +66,7 @@ class TeacherChoice(Strict):
     )
     entry: Entry = None
     normalization: Normalization | None = None
+    image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
     untrained: bool = Field(
         default=False, description="beside 'model': it begins with first values, for methods that train it along"
     )
@@ -76,6 +77,7 @@ class TeacherChoice(Strict):
         le=100,
         description="beside 'weights': expected test accuracy in percent, checked after loading",
     )
+    resize: int | None = Field(default=None, gt=0, description="beside 'accuracy': " + RESIZE)
     classes: int | None = Field(
         default=None,
         gt=0,
@@ -105,6 +107,8 @@ class TeacherChoice(Strict):
             raise ValueError("'accuracy' and 'classes' stand beside 'weights'; a teacher card has its own")
         if self.weights is None and self.entry is not None:
             raise ValueError("'entry' stands beside 'weights'; a teacher card has its own")
+        if self.resize is not None and self.accuracy is None:
+            raise ValueError("'resize' says how the 'accuracy' was measured: give both")
         if self.accuracy is not None and self.classes is not None:
             raise ValueError("the accuracy of a teacher of other classes cannot be checked on these data")
         return self
@@ -114,6 +118,7 @@ class StudentChoice(Named):
     """A model by name, with its own options, hook points (for models without a hooks card) and first weights."""
 
     hooks: dict[PointName, str] | None = None
+    image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
     weights: str | None = Field(None, description="file with a state dict to start from")
     entry: Entry = None
     start: str | None = Field(

@@ -48,7 +48,7 @@ def method_spec(variant: Variant, protocol: Tree, registry: Registry) -> tuple[M
 def _module(tree: Tree, card: MethodCard, registry: Registry, what: str) -> ModuleSpec:
     """A module of a method, from its connector's card."""
     own = {key: tree.data[key] for key in ("student", "teacher") if key in tree.data}
-    if "optimizer" in tree.data:
+    if tree.data.get("optimizer") is not None:
         own["optimizer"] = named_spec("optimizers", tree.at("optimizer"), registry)
     found = named_spec("connectors", tree, registry, own=("name", *ModuleSpec.model_fields), what=what)
     check_asked(found.target, card.modules, what, tree.origin(("name",)))

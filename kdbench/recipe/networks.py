@@ -22,12 +22,12 @@ from kdbench.tree import Tree
 # (a teacher's own recipe, where it is named, folder of the data) -> the one cell that it plans.
 TeacherCell = Callable[[str, str, str | None], CellSpec]
 
-_MODEL_KEYS = ("name", "hooks", "weights", "entry", "start")
+_MODEL_KEYS = ("name", "hooks", "image_size", "weights", "entry", "start")
 
 
 def student_spec(choice: StudentChoice, tree: Tree, registry: Registry) -> ModelSpec:
     """The student that a recipe chooses; `tree`: of the choice."""
-    model = model_spec(tree, registry, choice.hooks)
+    model = model_spec(tree, registry, choice.hooks, choice.image_size)
     if choice.weights is not None:
         sha256 = _file_hash(_existing(choice.weights, tree.origin(("weights",))))
         given = {"weights": choice.weights, "weights_sha256": sha256, "entry": choice.entry}
@@ -37,11 +37,15 @@ def student_spec(choice: StudentChoice, tree: Tree, registry: Registry) -> Model
     return model
 
 
-def model_spec(tree: Tree, registry: Registry, hooks: dict[str, str] | None = None) -> ModelSpec:
+def model_spec(
+    tree: Tree, registry: Registry, hooks: dict[str, str] | None = None, image_size: int | None = None
+) -> ModelSpec:
     """A model with the options that stand beside its name, and its card's hook points where none are given."""
     card = registry.card("models", tree.data["name"], tree.origin(("name",)))
     points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
-    spec: ModelSpec = named_spec("models", tree, registry, own=_MODEL_KEYS, hooks=hooks or points)
+    spec: ModelSpec = named_spec(
+        "models", tree, registry, own=_MODEL_KEYS, hooks=hooks or points, image_size=image_size
+    )
     return spec
 
 
@@ -82,7 +86,7 @@ def teacher_spec(
         return several_teachers(members, tree.origin(("teacher",)))
     if choice.untrained:
         own = registry.card("datasets", tree.data["data"]["name"]).normalization
-        model = _teacher_model(tree.at("teacher", "model"), registry)
+        model = _teacher_model(tree.at("teacher", "model"), registry, choice.image_size)
         return TeacherSpec(name=model.name, model=model, normalization=choice.normalization or own)
     if choice.name is None:
         return _own_teacher(choice, tree, registry)
@@ -97,11 +101,13 @@ def teacher_spec(
             where=where,
             hint="choose a teacher for this data ('kdbench ls teachers')",
         )
-    model = _teacher_model(registry.tree("teachers", name).at("model"), registry)
+    size = choice.image_size or card.image_size
+    model = _teacher_model(registry.tree("teachers", name).at("model"), registry, size)
     weights = None if choice.trained else card.weights
     trained_by = None
     if weights is None:
         trained_by = _training(name, card, model, tree, registry, trained)
+        model = model.model_copy(update={"image_size": size or trained_by.student.image_size})
     elif weights.url is None and weights_must_exist:
         _existing(weights.file, where)
     own = trained_by.protocol.normalization if trained_by is not None else theirs.normalization
@@ -112,6 +118,7 @@ def teacher_spec(
         weights=weights_spec(name, weights) if weights is not None else None,
         trained_by=trained_by,
         accuracy=card.accuracy if weights is not None and not foreign else None,
+        resize=card.resize,
         classes=theirs.classes if foreign else None,
         known_classes=trained_by.data.only_classes if trained_by is not None else None,
     )
@@ -161,24 +168,25 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
         )
     return TeacherSpec(
         name=file.stem,
-        model=_teacher_model(tree.at("teacher", "model"), registry),
+        model=_teacher_model(tree.at("teacher", "model"), registry, choice.image_size),
         normalization=choice.normalization or (training or card).normalization,
         weights=WeightsSpec(file=str(file), sha256=digest, entry=choice.entry),
         accuracy=choice.accuracy,
+        resize=choice.resize,
         classes=choice.classes,
         known_classes=training.data.only_classes if training is not None else None,
     )
 
 
-def _teacher_model(tree: Tree, registry: Registry) -> ModelSpec:
-    for key in ("weights", "entry", "start"):
+def _teacher_model(tree: Tree, registry: Registry, image_size: int | None = None) -> ModelSpec:
+    for key in ("weights", "entry", "start", "image_size"):
         if key in tree.data:
             raise UserError(
                 f"write a teacher's '{key}' next to its 'model', not inside it",
                 where=tree.origin((key,)),
                 hint=f"move '{key}' one level up",
             )
-    return model_spec(tree, registry, tree.data.get("hooks"))
+    return model_spec(tree, registry, tree.data.get("hooks"), image_size)
 
 
 def _existing(weights: str, where: str) -> Path:

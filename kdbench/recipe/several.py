@@ -16,17 +16,18 @@ def several_teachers(members: Sequence[TeacherSpec], where: str) -> TeacherSpec:
     Its hook point `teacher2.layer1` is `layer1` of the second one, `logits` the mean of all logits.
 
     Raises:
-        UserError: one of them begins untrained, or does not know all classes of the data.
+        UserError: one of them begins untrained, does not know all classes of the data, or takes images of another size.
     """
     name = " + ".join(member.name for member in members)
     for member in members:
         why = "begins untrained" if member.untrained else ""
         why = why or ("does not know all classes" if member.classes or member.known_classes else "")
+        why = why or ("has an 'image_size' of its own" if member.model.image_size is not None else "")
         if why:
             raise UserError(
                 f"'{member.name}' {why}, so it cannot be one of several teachers",
                 where=where,
-                hint="take teachers that were trained on all classes of these data",
+                hint="take teachers that were trained on all classes of these data, on images of their size",
             )
     parts = [PartSpec(model=member.model, normalization=member.normalization) for member in members]
     hooks: dict[str, str] = {}

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
+from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import POINT_GROUPS, numbered
 from kdbench.names import content_name, is_content
@@ -98,6 +99,7 @@ class WeightsSpec(Coded, Weights):
 
 class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
+    image_size: int | None = Field(default=None, description=IMAGE_SIZE)
     weights: str | None = None
     weights_sha256: str | None = None
     entry: str | None = None
@@ -111,6 +113,15 @@ class ModelSpec(TargetSpec):
     def not_started(self) -> ModelSpec:
         """This model without the card's weights that it will start from, which may not be here yet."""
         return self.model_copy(update={"start": None})
+
+    def takes(self, data: DataSpec) -> DataSpec:
+        """The data as this model takes them: with its own size of images."""
+        own = self.image_size
+        return data if own in (None, data.image_size) else data.model_copy(update={"image_size": own})
+
+    def seen_with(self, data: DataSpec) -> ModelSpec:
+        """This model for those data, whose own size of images is said by them alone."""
+        return self if self.image_size != data.image_size else self.model_copy(update={"image_size": None})
 
     def reading(self, points: set[str]) -> ModelSpec:
         """This model with only those hook points (or members of groups) that are read."""
@@ -266,6 +277,7 @@ class TeacherSpec(Spec):
     weights: WeightsSpec | None = None
     trained_by: CellSpec | None = None
     accuracy: float | None = None
+    resize: int | None = Field(default=None, description=RESIZE)
     classes: int | None = Field(
         default=None, description="its own number of classes, where it was trained on other data"
     )
@@ -286,8 +298,9 @@ class TeacherSpec(Spec):
         return self.members or [self]
 
     def knows(self, data: DataSpec) -> DataSpec:
-        """The data as this teacher takes them: with its own classes."""
-        return data if self.classes is None else data.model_copy(update={"classes": self.classes})
+        """The data as this teacher takes them: with its own classes and size of images."""
+        known = data if self.classes is None else data.model_copy(update={"classes": self.classes})
+        return self.model.takes(known)
 
     def identity(self) -> str:
         """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""
@@ -336,7 +349,7 @@ class CellSpec(Spec):
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
 # no number. Files count by their sha256, code by what it counts as.
 _NOT_NUMBERS = {
-    "label", "train", "test", "root", "file", "url", "accuracy", "mirrors", "official", "references", "shares",
+    "label", "train", "test", "root", "file", "url", "accuracy", "resize", "mirrors", "official", "references", "shares",
     "counts_as",
 }  # fmt: skip
 

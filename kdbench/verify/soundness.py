@@ -61,7 +61,9 @@ def _origins(record: Record, spec: CellSpec) -> Iterator[str]:
     # Its card speaks of the data that it knows: with a target domain, those of the source.
     key = "accuracy" if record.target is None else "source_accuracy"
     said, found = spec.teacher.accuracy, getattr(teacher, key)
-    if said is not None and found is not None and abs(found - said) > TEACHER_TOLERANCE:
+    # That of pictures as they were tested on is checked before it teaches; the record has that of these views.
+    same_view = spec.teacher.resize is None and spec.teacher.model.image_size is None
+    if same_view and said is not None and found is not None and abs(found - said) > TEACHER_TOLERANCE:
         yield f"teacher.{key} is {found}, its card says {said}"
 
 

@@ -30,8 +30,9 @@ def two_steps(spec: CellSpec) -> CellSpec:
         name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
         for i, (name, stage) in enumerate(spec.method.stages.items())
     }
-    # Larger pictures would take a minute each, and show no more of a recipe.
-    size = min(spec.data.image_size, 16)
+    # Larger pictures would take a minute each, and show no more of a recipe; a ConvNeXt shrinks them 32 times.
+    shrinks = spec.teacher is not None and "convnext" in spec.teacher.model.name
+    size = min(spec.data.image_size, 32 if shrinks else 16)
     small = {"image_size": size, "streamed": False}
     return spec.model_copy(
         update={

@@ -443,7 +443,7 @@ class Seen:
     """A teacher for the source alone: logits W x of its normalized images, or none that has a slope."""
 
     def __init__(self, classes: int, flat: bool) -> None:
-        self.normalizer = Normalizer(UNCHANGED, CPU)
+        self.normalizer = Normalizer(UNCHANGED, (8, 8), CPU)
         self.weight = torch.zeros(classes, 64)
         if not flat:
             self.weight[torch.arange(classes), torch.arange(classes)] = 1.0

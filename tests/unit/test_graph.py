@@ -18,7 +18,7 @@ from kdbench.models.probing import undisturbed
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
-UNCHANGED = Normalizer(Normalization(mean=[0.0] * 3, std=[1.0] * 3), torch.device("cpu"))
+UNCHANGED = Normalizer(Normalization(mean=[0.0] * 3, std=[1.0] * 3), (32, 32), torch.device("cpu"))
 
 REGISTRY = Registry()
 SHAPE = (3, 32, 32)

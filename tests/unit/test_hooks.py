@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet, timm_model, torchvision_model
 from kdbench.models.hooks import Extractor, places
+from kdbench.models.mobilenetv1 import mobilenet_v1
 from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.places import Place
 from kdbench.models.points import expand
@@ -34,6 +35,7 @@ OWN: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
     "resnet8x4": ("resnet_cifar", lambda: crd_resnet(8, 4, classes=5), 3),
     "vgg8": ("vgg", lambda: vgg(8, classes=5), 4),
     "vgg13": ("vgg", lambda: vgg(13, classes=5), 4),
+    "mobilenetv1": ("mobilenetv1", lambda: mobilenet_v1(classes=5), 4),
     "mobilenetv2_half": ("mobilenetv2", lambda: mobilenet_v2(width=0.5, classes=5), 4),
     "shufflenet_v1": ("shufflenet", lambda: shufflenet_v1(classes=5), 3),
     "shufflenet_v2": ("shufflenet", lambda: shufflenet_v2(classes=5), 3),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.models.external import small_image_resnet
+from kdbench.models.mobilenetv1 import mobilenet_v1
 from kdbench.models.mobilenetv2 import mobilenet_v2
 from kdbench.models.resnet_cifar import PaddedShortcut, bss_resnet, crd_resnet, resnet
 from kdbench.models.shufflenet import GroupedBlock, shuffled, shufflenet_v1, shufflenet_v2
@@ -57,6 +58,8 @@ REFERENCE: dict[str, tuple[Builder, int, int, list[float]]] = {
     "shufflenet_v2": (shufflenet_v2, 100, 1_355_528, [0.22724567, 6.0412639, 11.209563]),
     "vgg8": (lambda **k: vgg(8, **k), 100, 3_965_028, [1.4372208, -1.760716, 2.0282019]),
     "vgg13": (lambda **k: vgg(13, **k), 100, 9_462_180, [1.6478624, -1.8221402, 1.8649233]),
+    # mdistiller's, its pooling of 7×7 pixels replaced by that of whatever there is, and for 1000 classes.
+    "mobilenetv1": (mobilenet_v1, 1000, 4_231_976, [6260.6549784, 11656.693457, 15577.139546]),
     "mobilenetv2_half": (lambda **k: mobilenet_v2(6, 0.5, **k), 100, 812_836, [1.1152433, 2.2045754, -3.0060394]),
 }
 # As above, of networks whose modules are torchvision's.
@@ -270,6 +273,7 @@ def test_public_bss_weights_have_our_names(teacher_folder: Path) -> None:
         ("bss_resnet14", 172_506),
         ("crd_resnet20", 272_474),
         ("vgg13", 9_416_010),
+        ("mobilenetv1", 4_231_976 - 990 * 1025),
         ("mobilenetv2_half", 697_546),
         ("shufflenet_v1", 862_768),
         ("shufflenet_v2", 1_263_278),

@@ -40,6 +40,7 @@ GIVEN: dict[str, Any] = {
 # Small ones of each function that is not another package's.
 MODELS = (
     "wrn_10_1", "resnet8", "bss_resnet8", "resnet8x4", "vgg8", "mobilenetv2_half", "shufflenet_v1", "shufflenet_v2",
+    "mobilenetv1",
 )  # fmt: skip
 
 
