@@ -349,8 +349,8 @@ class CellSpec(Spec):
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
 # no number. Files count by their sha256, code by what it counts as.
 _NOT_NUMBERS = {
-    "label", "train", "test", "root", "file", "url", "accuracy", "resize", "mirrors", "official", "references", "shares",
-    "counts_as",
+    "label", "train", "test", "root", "file", "url", "accuracy", "resize", "mirrors", "official", "references",
+    "shares", "counts_as",
 }  # fmt: skip
 
 

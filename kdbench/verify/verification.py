@@ -22,7 +22,7 @@ from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.record import BEST, LOGITS, RUN, STUDENT
 from kdbench.registry import Registry
 from kdbench.results.contents import Table
-from kdbench.results.latex import Form
+from kdbench.results.latex import LatexForm
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
 from kdbench.results.texts import latex, texts
@@ -273,7 +273,7 @@ def _tables(folder: Folder) -> Iterator[Finding]:
 def _latex_forms(table: Table, text: str) -> list[str]:
     """A table in every form that LaTeX can have it in, with the label that a text gives it."""
     label = re.search(r"\\label\{([\w:.-]+)\}", text, re.ASCII)
-    return [latex(table, form, label[1] if label else None) for form in get_args(Form)]
+    return [latex(table, form, label[1] if label else None) for form in get_args(LatexForm)]
 
 
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
