@@ -203,9 +203,7 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
     notes = []
     if copies:
         but = f"; {different} of them with other results" if different else ""
-        notes.append(
-            f"{copies} cell{' stands' if copies == 1 else 's stand'} twice among the records{but}: one is used"
-        )
+        notes.append(f"{copies} cell{' is' if copies == 1 else 's are'} twice among the records{but}: one is used")
     return list(kept.values()), notes
 
 

@@ -50,9 +50,9 @@ def notes_of(
     yield from _settings(comparison)
     yield from _teachers_in_doubt(comparison)
     if any(record.result.source is not None for record in records):
-        yield "The test accuracy is the target domain's, no label of which was used in training"
+        yield "The test accuracy is on the target domain, whose labels were not used in training"
     if any(record.result.by_classes for record in records):
-        yield "Accuracies on groups of classes are of the test images of these classes, with all classes competing"
+        yield "Accuracies on groups of classes are on their test images, classified among all classes"
     for measure in measures:
         yield from _measure(records, measure)
     yield "Seconds are the mean training time of one seed; methods that train together share their teacher's passes"
@@ -77,22 +77,20 @@ def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Me
     else:
         yield f"± is the sample standard deviation over the seeds, n = {ranged(counts)} seeds ({listed(seeds)})"
     if len(rows) > 1:
-        yield "Bold is the highest mean, underlined the second; neither says that a difference is real"
+        yield "The highest mean is bold, the second underlined; neither says that a difference is real"
 
 
 def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, interval: Interval) -> Said:
-    yield f"Differences are in percentage points to {comparison.baseline.label}, seed by seed"
+    yield f"Differences to {comparison.baseline.label} are in percentage points, taken seed by seed"
     yield _paired(comparison, rows)
     if tests:
         level = "5 %" if tests == 1 else f"5 % / {tests} (Holm's first step)"
         compared = "1 comparison" if tests == 1 else f"{tests} comparisons"
         yield f"Intervals are 95 % {_INTERVALS[interval]} of the paired differences"
+        yield f"p values are of two-sided paired t tests, with Holm's correction for the {compared} of this table"
         yield (
-            f"The p values are of two-sided paired t tests, after Holm's correction for the {compared} of this table"
-        )
-        yield (
-            f"The number of seeds needed gives an 80 % chance to show the difference at a level of {level}, if its "
-            "true size and deviation are the measured ones"
+            f"Seeds needed: with so many, the difference would be found at a level of {level} with 80 % power, if its "
+            "true size and deviation are as measured"
         )
 
 
@@ -110,8 +108,8 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
         if set(labels) != compared
     ]
     if not said:
-        return "With one seed, methods have only its number in common, so pairing them gains nothing"
-    return f"With one seed, methods have {' and '.join(said)}"
+        return "Runs of one seed have only its number in common, so pairing them gains nothing"
+    return f"Runs of one seed have {' and '.join(said)}"
 
 
 def _settings(comparison: Comparison) -> Said:
@@ -195,7 +193,7 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
             ends = dict.fromkeys(measure.show(value) for value in (min(values), max(values)))
             shown.append(f"{' to '.join(ends)} at {point}")
     if shown:
-        yield f"For comparison, a student that ignores its input can reach {listed(shown, 8)}"
+        yield f"A student that ignores its input can reach {listed(shown, 8)}"
     elif measure.share_of is not None:
         yield f"The {measure.title} of a student that ignores its input was not recorded"
 
@@ -224,25 +222,22 @@ def across_notes(found: Across | None, baseline: str) -> Said:
         yield f"There is no critical distance of ranks: {found.why_no_distance}"
     elif found.columns:
         yield (
-            f"Methods whose average ranks differ by less than {found.critical_distance:.2f}, the critical distance, "
-            "cannot be told apart at 5 % over all pairs of methods (Nemenyi)"
+            f"Average ranks that differ by less than the critical distance, {found.critical_distance:.2f}, are not "
+            "significantly different at 5 % over all pairs of methods (Nemenyi)"
         )
         but = f", which they are only in part: some have {in_words(found.shared)} in common" if found.shared else ""
-        yield f"The critical distance takes the columns for independent{but}"
+        yield f"The critical distance assumes that the columns are independent{but}"
     yield (
-        f"Probability of improvement is that a method beats {baseline} in the same column when their seeds differ: "
-        "the share among pairs of different seeds, averaged over the columns that have both"
+        f"Probability of improvement: the share of pairs of runs with different seeds in which a method beats "
+        f"{baseline}, averaged over the columns that have both"
     )
-    yield (
-        "Its 95 % interval comes from leaving out one seed at a time, and is of these columns only; there is none "
-        "where the seeds allow none"
-    )
+    yield "Its 95 % interval leaves out one seed at a time and is for these columns only; few seeds may allow none"
 
 
 def copied_notes(copied: Sequence[CopiedRow], published: Mapping[str, PublishedCard]) -> Said:
     """Where copied numbers are from; nothing where there are none."""
     if copied:
-        yield "†: numbers of other people, copied; never bold or underlined"
+        yield "†: copied from other people's publications; never bold or underlined"
         for key, card in published.items():
             more = [" ".join(note.split()).rstrip(".") for note in (card.note, card.protocol.note) if note]
             said = [f"Source {key}: {card.title}; {card.source}", *(note[:1].upper() + note[1:] for note in more)]

@@ -200,9 +200,9 @@ def _remarks(comparison: Comparison, line: Row, column: Column, difference: Pair
     if extra := next(iter(group.values())).budget.extra_epochs:
         said.append(f"trained {extra:g} epochs beyond the protocol's budget")
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, line.label, axis.path)]:
-        said.append(f"does not depend on {listed(free)}: the same numbers in every such column")
+        said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
     if difference is not None and difference.n < len(group):
-        said.append(f"difference over the {difference.n} of its seeds that {comparison.baseline.label} has too")
+        said.append(f"the difference is over the {difference.n} seeds that {comparison.baseline.label} has too")
     if difference is not None and difference.n > 1 and difference.p is None:
         said.append("equal differences for all seeds: no spread, so no interval and no test")
     return said

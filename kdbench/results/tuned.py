@@ -27,10 +27,10 @@ def tuning_notes(comparison: Comparison) -> Iterator[str]:
         if tuning is not None:
             seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
             part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
-            way = f"{len(tuning.trials)} trials each on {seeds}, by the accuracy on {part} of the training images"
+            way = f"{len(tuning.trials)} trials each on {seeds}, by accuracy on {part} of the training images"
             by_way.setdefault(way, []).append(f"{label} ({setting_text(tuning.chosen)})")
     for way, chosen in by_way.items():
-        yield f"Tuned, {way}; the test set was not looked at. Chosen: {listed(chosen, 100)}"
+        yield f"Tuned: {way}, never on the test set. Chosen: {listed(chosen, 100)}"
     if by_way and (untuned := [label for label, tuning in found if tuning is None]):
         yield f"Not tuned: {listed(untuned)}"
 

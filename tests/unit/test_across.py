@@ -81,7 +81,7 @@ def test_columns_that_share_only_a_part_have_a_distance_and_say_which() -> None:
             own = {"student": student, "teacher": f"big {i}", "data": f"set {i}", "recipe": f"recipe {i}"}
             apart += [make(method, 10 * i + s, v, order=k, **own) for s, v in enumerate(values)]
     assert summed(apart).shared == ()
-    assert "The critical distance takes the columns for independent.\n" in markdown(build(apart))
+    assert "The critical distance assumes that the columns are independent.\n" in markdown(build(apart))
 
 
 def test_one_run_each_has_no_probability_of_improvement() -> None:
@@ -138,7 +138,7 @@ def test_the_files_show_it() -> None:
     assert "Across the 4 columns:" in text
     assert "| AB | 1.00 | 1.00 | – |" in text
     assert "| CE | 2.75 |  |  |" in text
-    assert "differ by less than 1.66, the critical distance," in text and "of these columns only" in text
+    assert "differ by less than the critical distance, 1.66," in text and "for these columns only" in text
     assert "Across the 4 columns" in latex(table)
     assert "average_rank" in table_csv(table).splitlines()[0]
     assert "average_rank" not in table_csv(build(comparison(VALUES)))

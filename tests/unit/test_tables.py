@@ -254,7 +254,7 @@ def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one
     assert [column.label for column in table.columns] == ["big", "huge"]
     assert cell(table, "CE", 0).values == cell(table, "CE", 1).values
     assert [(t.name, t.accuracies) for t in table.teachers] == [("big", (95.5, None)), ("huge", (None, 95.5))]
-    assert "Does not depend on teacher: the same numbers in every such column" in notes(table)
+    assert "Does not depend on teacher: the same numbers in all these columns" in notes(table)
     assert "Holm's correction for the 3 comparisons" in notes(table)
 
 
@@ -285,10 +285,10 @@ def test_a_copy_of_a_cell_counts_once_and_is_told() -> None:
     records = comparison(VALUES)
     table = build([*records, *records[:2]])
     assert cell(table, "CE").n == 3
-    assert "2 cells stand twice among the records: one is used" in notes(table)
+    assert "2 cells are twice among the records: one is used" in notes(table)
     other = make("ce", 0, 12.0, order=0, teacher=None)
     assert other.identity == records[0].identity
-    assert "1 cell stands twice among the records; 1 of them with other results: one is used" in notes(
+    assert "1 cell is twice among the records; 1 of them with other results: one is used" in notes(
         build([*records, other])
     )
 
@@ -319,7 +319,7 @@ def test_partly_common_seeds_are_told() -> None:
     records = comparison({"ce": [93.0, 93.2, 93.1]}) + [make("kd", seed, 94 + seed / 10, order=1) for seed in (1, 2, 3)]
     kd = cell(build(records), "KD")
     assert kd.difference is not None and kd.difference.n == 2
-    assert "Difference over the 2 of its seeds that CE has too" in notes(build(records))
+    assert "The difference is over the 2 seeds that CE has too" in notes(build(records))
 
 
 def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
@@ -430,8 +430,8 @@ COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"cl
 @pytest.mark.parametrize(
     ("over", "says"),
     [
-        ({}, "With one seed, methods have the same data order, augmentation and initial student."),
-        (made("boundary"), "With one seed, methods have the same data order, augmentation and initial student."),
+        ({}, "Runs of one seed have the same data order, augmentation and initial student."),
+        (made("boundary"), "Runs of one seed have the same data order, augmentation and initial student."),
         (made("data"), "the same initial student and the same data order and augmentation (not 'X')."),
         (COPIED, "the same data order and augmentation and the same initial student (not 'X')."),
         (
