@@ -21,7 +21,10 @@ def with_folders(tree: Tree, registry: Registry) -> Tree:
     for key in ("data", "target"):
         choice = tree.data.get(key)
         name = choice.get("name") if isinstance(choice, dict) else None
-        if not isinstance(name, str) or "root" in choice or name in registry.trees["datasets"]:
+        if not isinstance(name, str) or "root" in choice:
+            continue
+        # A card that was made of the folder itself, when this recipe was read before, says nothing against it.
+        if name in registry.trees["datasets"] and name not in registry.notes:
             continue
         if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or os.path.isdir(name)):
             continue
