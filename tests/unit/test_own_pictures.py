@@ -256,7 +256,7 @@ def test_a_folder_is_data_in_a_recipe(tmp_path: Path, monkeypatch: pytest.Monkey
         assert any("12 training and 4 test pictures of 2 classes" in note for note in planned.notes)
         cells[name] = planned.cells[0].spec
     # Every cell knows where they are, however many there are.
-    several = plan(RECIPE | {"data": "shapes", "seeds": 2}, Registry())
+    several = plan(RECIPE | {"data": "shapes", "compare": {"steps": [2, 3]}}, Registry())
     assert {cell.spec.data.root for cell in several.cells} == {str(tmp_path)} and len(several.cells) == 2
     first, *others, shipped = cells.values()
     assert (first.data.name, first.data.classes, first.data.train, first.data.per_class) == ("shapes", 2, 12, 2)

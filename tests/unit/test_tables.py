@@ -334,7 +334,7 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
             # Whoever has the seeds that are needed has found the difference.
             assert difference.p_holm <= 0.05 or difference.seeds_needed > difference.n
         level = "5 %" if methods == 1 else f"5 % / {methods} (Holm's first step)"
-        assert f"an 80 % chance to show the difference at a level of {level}, if its true size" in notes(table)
+        assert f"the difference would be found at a level of {level} with 80 % power" in notes(table)
     # Mean 0.4, deviation 0.1; a second test asks for one seed more.
     one = build(comparison({key: VALUES[key] for key in ("ce", "kd")}))
     alone, beside = (cell(table, "KD").difference for table in (one, build(comparison(VALUES))))
@@ -370,7 +370,7 @@ def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() ->
     ]
     said = notes(build(records))
     assert "Agreement is the share of equal activation signs of student (through its connector) and teacher" in said
-    assert "a student that ignores its input can reach 95.1 % to 95.8 % at layer1.preact." in said
+    assert "A student that ignores its input can reach 95.1 % to 95.8 % at layer1.preact." in said
 
 
 def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: Path) -> None:
@@ -766,7 +766,7 @@ def test_other_accuracies_stand_beside_the_one_on_the_test_part() -> None:
     assert "| method | classes trained on here | other classes | on the source | teacher that trained with it |" in text
     assert "| KD | 91.00 ± 1.41 | 7.00 ± 0.00 | – | – |" in text
     assert "| UDA | – | – | 96.50 | 61.25 |" in text
-    assert "target domain's" in notes(table) and "groups of classes" in notes(table)
+    assert "on the target domain" in notes(table) and "groups of classes" in notes(table)
     of_kd = next(row for row in csv.DictReader(io.StringIO(table_csv(table))) if row["method"] == "kd")
     assert (of_kd["also.trained_on"], of_kd["also.others"], of_kd["also.source"]) == ("91.0", "7.0", "")
     of_uda = next(row for row in csv.DictReader(io.StringIO(records_csv(records))) if row["method"] == "uda")
