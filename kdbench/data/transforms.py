@@ -3,6 +3,7 @@
 A card of the kind `transforms` names a function that takes options and returns what is called with a Pillow picture and
 returns another of the same size and mode: any transform of `torchvision.transforms.v2`, or one's own that draws with
 torch's functions. They run on the processor, ahead of the step, in several threads.
+torchvision is imported by those that need it: it takes a second.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
 
 from kdbench.errors import UserError
 
@@ -73,11 +72,15 @@ class Transforms:
 
 def rand_augment(*, num_ops: int = 2, magnitude: int = 9, interpolation: Filter = "bilinear") -> Transform:
     """RandAugment (Cubuk et al. 2020): so many operations of one magnitude, 0 to 30."""
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.RandAugment(num_ops, magnitude, interpolation=InterpolationMode(interpolation))
 
 
 def trivial_augment(*, interpolation: Filter = "bilinear") -> Transform:
     """TrivialAugment, wide (Müller & Hutter 2021): one operation of a random magnitude."""
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.TrivialAugmentWide(interpolation=InterpolationMode(interpolation))
 
 
@@ -85,6 +88,8 @@ def auto_augment(
     *, policy: Literal["imagenet", "cifar10", "svhn"] = "imagenet", interpolation: Filter = "bilinear"
 ) -> Transform:
     """AutoAugment (Cubuk et al. 2019): a random one of the policies that were found for a data set."""
+    from torchvision.transforms import InterpolationMode, v2
+
     return v2.AutoAugment(v2.AutoAugmentPolicy(policy), InterpolationMode(interpolation))
 
 
@@ -93,11 +98,15 @@ def color_jitter(
 ) -> Transform:
     """Brightness, contrast and saturation times 1 ± their option, hue plus or minus its option (0 to 0.5), in a random
     order."""
+    from torchvision.transforms import v2
+
     return v2.ColorJitter(brightness, contrast, saturation, hue)
 
 
 def grayscale(*, p: float = 0.1) -> Transform:
     """Grey in all channels, with probability p."""
+    from torchvision.transforms import v2
+
     return v2.RandomGrayscale(p)
 
 
@@ -114,6 +123,9 @@ def random_erasing(
         scale: its share of the image. ratio: of its sides.
         value: the colour, in [0, 1]; the mean pixel stands for torchvision's 0 after normalization.
     """
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as F
+
     colour = {"RGB": [round(255 * one) for one in value], "L": [round(255 * sum(value) / len(value))]}
     erasing = {mode: v2.RandomErasing(p, scale, ratio, of_mode) for mode, of_mode in colour.items()}
 

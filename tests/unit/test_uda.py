@@ -205,7 +205,8 @@ def by_hand(method: str, alternating: bool) -> tuple[Any, Any]:
     nets = {"student": copy.deepcopy(member.student), "teacher": copy.deepcopy(member.own_teacher.network)}
     optimizers = {}
     for (name, net), own in zip(nets.items(), member.stage.optimizers, strict=True):
-        optimizer = torch.optim.SGD(net.model.parameters(), **{**own.optimizer.defaults, "lr": own.base_rates[0]})
+        same = {key: value for key, value in own.optimizer.defaults.items() if key != "delta"}
+        optimizer = torch.optim.SGD(net.model.parameters(), **{**same, "lr": own.base_rates[0]})
         kept = copy.deepcopy(own.optimizer.state_dict())["state"]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
         for group in optimizer.param_groups:
