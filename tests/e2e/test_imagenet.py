@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import Kdbench, filled
-from picture_files import write_pictures
+from conftest import ROOT, Kdbench, filled
+from kills import Strike, struck
+from picture_files import write_imagenet
 
 from kdbench.files import sha256_of
 
 CARDS = """
 datasets:
-  eight: {include: imagenet, classes: 8, image_size: 32, train: 40, test: 16, args: {short_side: 36}}
+  eight:
+    include: imagenet
+    classes: 8
+    image_size: 32
+    train: 32
+    test: 16
+    args: {official: imagenet_subset, short_side: 36}
 teachers:
   small:
     model: mobilenetv2_half
@@ -22,6 +33,7 @@ teachers:
 """
 # Smaller networks with as many layers; the real ones are built and trained by tests/cards.
 WORDS = ["data=eight", "teacher=small", "student=mobilenetv2_half", "steps=4", "protocol.batch_size=8", "evaluations=2"]
+FILES = ("student.safetensors", "test_logits.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +44,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kdbench.models.mobilenetv2 import mobilenet_v2
 
     folder = tmp_path_factory.mktemp("imagenet")
-    write_pictures(folder / "data" / "imagenet", classes=8, train=5, test=2)
-    (folder / "data" / "imagenet" / "test").rename(folder / "data" / "imagenet" / "val")
+    write_imagenet(folder / "data" / "imagenet")
     torch.manual_seed(0)
     weights = folder / "teacher.safetensors"
     save_file(mobilenet_v2(width=0.5, classes=8).state_dict(), weights)
@@ -49,13 +60,51 @@ def words(here: Path, recipe: str, runs: Path) -> list[str | Path]:
 
 
 @pytest.mark.slow
-def test_all_methods_train(here: Path, kdbench: Kdbench) -> None:
+def test_all_methods_train_and_a_killed_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
+    few = ["--checkpoint-seconds", "0"]
     done = kdbench(*words(here, "imagenet_small", here / "whole"), "data.fraction=null")
     runs = here / "whole" / "imagenet_small"
     cells = [file.parent for file in runs.glob("*/record.json")]
     assert len(cells) == 11, done.stderr
     taught = [record for cell in cells if (record := filled(cell / "record.json"))["teacher"]]
     assert len(taught) == 10 and {record["teacher"]["accuracy"] for record in taught} == {12.5}
+
+    some = ["compare.method=[ce, crd, ab_ce]", *few]
+    struck([*words(here, "imagenet_resnet34_resnet18", here / "again"), *some], Strike("checkpoint", 1, "run"))
+    assert not list((here / "again").rglob("record.json")) and list((here / "again").rglob("checkpoint.pt"))
+    kdbench(*words(here, "imagenet_resnet34_resnet18", here / "again"), *some)
+    kdbench(*words(here, "imagenet_resnet34_resnet18", here / "beside"), *some)
+    again = [file.parent for file in (here / "again" / "imagenet_resnet34_resnet18").glob("*/record.json")]
+    assert len(again) == 3
+    for cell in again:
+        for name in FILES:
+            assert (cell / name).read_bytes() == (
+                here / "beside" / "imagenet_resnet34_resnet18" / cell.name / name
+            ).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_deit_are_killed_and_go_on(here: Path, kdbench: Kdbench) -> None:
+    """Mixed, augmented and averaged, with a teacher of another size."""
+    own = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    student = json.dumps({"name": "timm:deit_tiny_distilled_patch16_224", "options": own})
+    more = ["teacher.image_size=40", f"student={student}", "compare.method=[ce, deit]", "--checkpoint-seconds", "0"]
+    line = [str(word) for word in [*words(here, "imagenet_deit", here / "ranks"), *more] if word not in ("--jobs", "1")]
+    del line[line.index("--threads")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdbench"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "killing")])
+    strike = {"PYTHONPATH": paths, "STRIKE_WHEN": "step", "STRIKE_AFTER": "5", "STRIKE_AT_WHOM": "worker"}
+    killed = subprocess.run(
+        [*torchrun, *line, "--threads", "1"], env=os.environ | strike, capture_output=True, text=True, timeout=200
+    )
+    assert killed.returncode == 1, killed.stderr
+    runs = here / "ranks" / "imagenet_deit"
+    assert not [*runs.glob("*/record.json")] and [*runs.glob("*/checkpoint.pt")]
+    kdbench(*words(here, "imagenet_deit", here / "ranks"), *more)
+    records = [filled(file) for file in sorted(runs.glob("*/record.json"))]
+    assert [record["compute"]["ranks"] for record in records] == [[2, 1]] * 2
+    assert records[1]["spec"]["teacher"]["model"]["image_size"] == 40
+    assert {"mix", "transforms", "resized_crop"} <= {*records[0]["seeds"]["streams"]}
 
 
 @pytest.mark.slow
