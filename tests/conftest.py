@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from warm import warm_python
+
+# Runs inherit what is ignored here: below nohup, a closed terminal would not end them, and tests would wait for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 END_TO_END = ROOT / "tests" / "e2e"
