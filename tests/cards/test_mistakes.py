@@ -268,6 +268,8 @@ def is_defined_here(path: tuple[str | int, ...], kind: str) -> bool:
         parent in ("parameters", "metrics", "profiles")
         or (parent in ("losses", "stages") and kind in ("methods", "recipes"))
         or (parent in ("pairs", "methods") and kind == "published")
+        # Of a timm model: timm says which there are, when the network is built.
+        or path[-3:-1] == ("student", "options")
     )
 
 

@@ -320,11 +320,12 @@ def test_a_public_teachers_card_speaks_of_the_source() -> None:
 
     from kdbench.verify.soundness import _origins
 
-    card = SimpleNamespace(accuracy=93.39, weights=None)
+    card = SimpleNamespace(accuracy=93.39, weights=None, resize=None, model=SimpleNamespace(image_size=None))
+    card.each = [card]
     spec = SimpleNamespace(teacher=card, data=SimpleNamespace(options={}))
 
     def told(accuracy: float, source: float, target: object) -> list[str]:
-        teacher = SimpleNamespace(accuracy=accuracy, source_accuracy=source)
+        teacher = SimpleNamespace(accuracy=accuracy, source_accuracy=source, members=[], sha256="")
         return list(_origins(SimpleNamespace(teacher=teacher, data=None, target=target), spec))  # type: ignore[arg-type]
 
     assert told(83.6, 93.39, object()) == []
