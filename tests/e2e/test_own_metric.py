@@ -85,7 +85,7 @@ def test_a_metric_of_ones_own_reaches_record_and_csv(kdbench: Kdbench, tmp_path:
     shown = kdbench("table", run).stdout
     assert f"{100 * result.metrics['likeness']['layer3']:.1f} %" in shown
     assert "Likeness is the share of the longest likeness" in shown
-    assert "a student that ignores its input can reach 25.0 % at layer3" in shown
+    assert "A student that ignores its input can reach 25.0 % at layer3" in shown
 
     # What the test logits say stands there too: of ten classes no top-5, of a student without a teacher no fidelity.
     assert result.top5 is None and "top5" not in by_method["turned"]
