@@ -24,8 +24,8 @@ COPIES = 3
 SCRATCH = 0.5
 # A forward pass without gradients holds about this many of its largest feature maps at once.
 MAPS = 4
-# Images in the pass that is measured.
-IMAGES = 2
+# Images in the pass that is measured: some losses take pairs, or four that show one image.
+IMAGES = 4
 FLOAT = 4
 
 

@@ -26,6 +26,9 @@ from kdbench.told import asked
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
 
+# Of a loss that is tried on random values: some losses take pairs of rows, or four that show one image.
+ROWS = 8
+
 
 @dataclass
 class Layer:
@@ -208,9 +211,10 @@ class Term(nn.Module):
         sets: Sets = {}
         for name in self.input_sets:
             for network, shapes in (("student", student), ("teacher", teacher)):
-                values[network][name] = {p: torch.randn(2, *shape) for p, shape in shapes.items()}
-            labels = torch.tensor([0, classes - 1])
-            sets[name] = Batch(torch.empty(0), labels, torch.tensor([0, 1]), mask=torch.tensor([True, True]))
+                values[network][name] = {p: torch.randn(ROWS, *shape) for p, shape in shapes.items()}
+            rows = torch.arange(ROWS)
+            labels = torch.where(rows < ROWS / 2, 0, classes - 1)
+            sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(ROWS, dtype=torch.bool))
         own = [value for points in values[self.spec.of].values() for value in points.values()]
         for value in own:
             value.requires_grad_()

@@ -10,6 +10,8 @@ from tiny import images, member_of, shortened, student_of, target_for, train
 from torch import Tensor, nn
 
 from kdbench.cards import KINDS
+from kdbench.engine.check import check_cell
+from kdbench.engine.memory import memory_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
@@ -127,7 +129,9 @@ def test_every_method_trains(method: str) -> None:
         "protocol": "digits",
         "method": method,
     } | target_for(method, REGISTRY)
-    train_two_steps(two_steps(plan(recipe, REGISTRY).cells[0].spec))
+    spec = plan(recipe, REGISTRY).cells[0].spec
+    assert memory_of(spec, torch.device("cpu"), check_cell(spec)).step > 0
+    train_two_steps(two_steps(spec))
 
 
 @pytest.mark.parametrize("name", CELLS)
