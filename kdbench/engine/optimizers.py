@@ -173,12 +173,15 @@ class ScheduledOptimizer:
                 buffer.zero_()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from the state dict of such an optimizer, with rates in the same tensors."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        """Go on from the state dict of such an optimizer.
+
+        Options stay the cell's own: rates lie in the same tensors, and a state of an older version may lack some.
+        """
+        options = [{name: group[name] for name in group.keys() - {"params"}} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         self.renewed += 1
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
 
     def set_rates(self, now: Moment) -> None:
         """Let an optimizer that takes numbers have the rates of a moment."""
