@@ -4,8 +4,6 @@ No card sets them. Beside these names, an argument annotated as a module (`nn.Mo
 among the method's `modules`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """What a student's test logits say beside its accuracy."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A moving average of the student's weights, which is tested and kept in its place (a protocol's `ema`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """From specs to networks and schedules. Every initial value is a function of (seed, stream)."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

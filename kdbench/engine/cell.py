@@ -1,7 +1,5 @@
 """A member's place in the run: its folder, its log, and why it left the cohort, if it did."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager

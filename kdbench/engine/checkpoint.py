@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, read without executing anything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any

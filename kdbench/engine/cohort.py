@@ -1,7 +1,5 @@
 """The training loop: the cells of a program side by side."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What is measured at an evaluation point: accuracy on the test (and validation) part, and the losses' own metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """One cell in training: its student, its loss terms, its present stage, and what it did so far."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -207,10 +205,8 @@ class Member:
             optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
             optimizers.append(ScheduledOptimizer(optimizer, schedule, [*self.own_teacher.model.parameters()]))
         if not optimizers:
-            raise UserError(
-                f"method '{self.spec.method.name}', stage '{name}': nothing to train",
-                hint="add 'student' to the stage's 'trains'",
-            )
+            hint = "add 'student' to the stage's 'trains'"
+            raise UserError(f"method '{self.spec.method.name}', stage '{name}': nothing to train", hint=hint)
         return optimizers
 
     def set_modes(self, evaluating: bool = False) -> None:
@@ -361,10 +357,8 @@ class Member:
         if not anchors or teacher is None:
             return None
         if teacher.route is None:
-            raise UserError(
-                f"method '{self.spec.method.name}': the teacher's training left no checkpoints to learn from",
-                hint="its recipe says 'route: 20' for 20 of them",
-            )
+            what = f"method '{self.spec.method.name}': the teacher's training left no checkpoints to learn from"
+            raise UserError(what, hint="its recipe says 'route: 20' for 20 of them")
         own, student = self.own_teacher, self.student
         assert own is not None
         return AnchorTeacher(

@@ -3,8 +3,6 @@
 How a batch is mixed is drawn by address, for a whole epoch at once, and lies on the device for the coming steps.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.special import betaincinv

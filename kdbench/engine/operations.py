@@ -1,7 +1,5 @@
 """Operations: what a stage does to its student once, before its first step, and what holds from then on."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

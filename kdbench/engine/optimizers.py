@@ -1,7 +1,5 @@
 """Optimizers whose rates lie on the device, and the schedule that sets them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How to run, and who is told how it goes. Imports no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol

@@ -1,7 +1,5 @@
 """A member's present stage: what trains by which loss terms, at which rates and weights."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,10 +88,8 @@ class Stage:
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
         if spec.clip is not None and any(one.separates for one in optimizers):
-            raise UserError(
-                f"stage '{span.name}': gradients that an optimizer with 'delta' takes apart are not clipped together",
-                hint="leave out 'clip' or 'delta'",
-            )
+            what = f"stage '{span.name}': gradients that an optimizer with 'delta' takes apart are not clipped together"
+            raise UserError(what, hint="leave out 'clip' or 'delta'")
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())
         self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)

@@ -8,8 +8,6 @@ it calls: the stage's turns, its teacher, its batch source. What the host does b
 A member is a cell while it trains. A turn is a group of losses and the optimizers that step on them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 

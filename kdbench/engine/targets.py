@@ -1,7 +1,5 @@
 """The objects that cards name, and where they fail."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import traceback

@@ -1,7 +1,5 @@
 """Loss terms with their connectors. Every initial value is a function of (seed, stream)."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

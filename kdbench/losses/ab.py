@@ -4,8 +4,6 @@ Heo, Lee, Yun, Choi: Knowledge Transfer via Distillation of Activation Boundarie
 arXiv 1811.03233.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Attention transfer (AT). Zagoruyko, Komodakis: Paying More Attention to Attention. ICLR 2017, arXiv 1612.03928."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

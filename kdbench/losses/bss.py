@@ -4,8 +4,6 @@ Heo, Lee, Yun, Choi: Knowledge Distillation with Adversarial Samples Supporting 
 1805.05532. `kdbench.methods.bss.attack` makes the samples.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -4,8 +4,6 @@ Zhang, Song, Gao, Chen, Bao, Ma: Be Your Own Teacher: Improve the Performance of
 Distillation. ICCV 2019, arXiv 1905.08094.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

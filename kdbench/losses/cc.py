@@ -4,8 +4,6 @@ Peng, Jin, Liu, Li, Wu, Liu, Zhou, Zhang: Correlation Congruence for Knowledge D
 1904.01802.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

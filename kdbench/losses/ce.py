@@ -1,7 +1,5 @@
 """Cross-entropy with the labels: the loss of the plain student and one term of most methods."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """Checks and conversions that all losses share."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

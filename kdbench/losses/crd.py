@@ -3,8 +3,6 @@
 Tian, Krishnan, Isola: Contrastive Representation Distillation. ICLR 2020, arXiv 1910.10699.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ Li, Li, Yang, Zhao, Song, Luo, Li, Yang: Curriculum Temperature for Knowledge Di
 arXiv 2211.16231.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

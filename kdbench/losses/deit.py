@@ -4,8 +4,6 @@ Touvron, Cord, Douze, Massa, Sablayrolles, Jégou: Training data-efficient image
 attention. ICML 2021, arXiv 2012.12877.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

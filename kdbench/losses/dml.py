@@ -1,7 +1,5 @@
 """Deep mutual learning (DML). Zhang, Xiang, Hospedales, Lu: Deep Mutual Learning. CVPR 2018, arXiv 1706.00384."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdbench.losses.kl import kl_divergence

@@ -3,8 +3,6 @@
 Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer. NeurIPS 2018, arXiv 1802.04977.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from torch import Tensor, nn

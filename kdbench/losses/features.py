@@ -1,7 +1,5 @@
 """Helpers of several feature losses: checks of two batches, maps of the same size, and products of all pairs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """FitNets. Romero, Ballas, Kahou, Chassang, Gatta, Bengio: FitNets: Hints for Thin Deep Nets. ICLR 2015."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

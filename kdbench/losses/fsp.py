@@ -1,7 +1,5 @@
 """Flow of solution procedure (FSP). Yim, Joo, Bae, Kim: A Gift from Knowledge Distillation. CVPR 2017."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

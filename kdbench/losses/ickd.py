@@ -4,8 +4,6 @@ Liu, Huang, Lin, Xie, Wang, Chang, Liang: Exploring Inter-Channel Correlation fo
 Distillation. ICCV 2021, arXiv 2202.03680.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -4,8 +4,6 @@ Lee, Kim, Song: Self-supervised Knowledge Distillation Using Singular Value Deco
 arXiv 1807.06819.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """KL divergence of softened outputs in either direction, with gradients to both networks."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

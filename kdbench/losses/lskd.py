@@ -3,8 +3,6 @@
 Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation. CVPR 2024, arXiv 2403.01427.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kdbench.losses.checks import full, labelled_logits, logits_shape

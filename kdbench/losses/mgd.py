@@ -3,8 +3,6 @@
 Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation. ECCV 2022, arXiv 2205.01529.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

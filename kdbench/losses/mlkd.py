@@ -3,8 +3,6 @@
 Jin, Wang, Lin: Multi-Level Logit Distillation. CVPR 2023.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -4,8 +4,6 @@ Gretton et al.: A Kernel Two-Sample Test. JMLR 13, 2012. Several Gaussian kernel
 Transferable Features with Deep Adaptation Networks. arXiv 1502.02791.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

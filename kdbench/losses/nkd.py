@@ -4,8 +4,6 @@ Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge D
 Normalized Loss and Customized Soft Labels. ICCV 2023, arXiv 2303.13005.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

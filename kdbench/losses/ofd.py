@@ -3,8 +3,6 @@
 Heo, Kim, Yun, Park, Kwak, Choi: A Comprehensive Overhaul of Feature Distillation. ICCV 2019, arXiv 1904.01866.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 Zhang, Lan, Dai, Zeng, Bai, Chang, Wei: Prime-Aware Adaptive Distillation. ECCV 2020, arXiv 2008.01458.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kdbench.losses.checks import full, same_shape, shape

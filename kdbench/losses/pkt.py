@@ -3,8 +3,6 @@
 Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer. ECCV 2018, arXiv 1803.10837.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """ReviewKD. Chen, Liu, Zhao, Jia: Distilling Knowledge via Knowledge Review. CVPR 2021, arXiv 2104.09044."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

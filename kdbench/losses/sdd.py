@@ -3,8 +3,6 @@
 Wei, Luo, Luo: Scale Decoupled Distillation. CVPR 2024, arXiv 2403.13512.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

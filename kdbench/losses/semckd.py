@@ -4,8 +4,6 @@ Chen, Mei, Zhang, Wang, Wang, Feng, Chen: Cross-Layer Distillation with Semantic
 arXiv 2012.03236.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

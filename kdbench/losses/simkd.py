@@ -4,8 +4,6 @@ Chen, Mei, Zhang, Wang, Feng, Chen: Knowledge Distillation with the Reused Teach
 arXiv 2203.14001.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -3,8 +3,6 @@
 Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation. AAAI 2024, arXiv 2303.11098.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kdbench.losses.checks import full, same_shape

@@ -3,8 +3,6 @@
 Yang, Martinez, Bulat, Tzimiropoulos: Knowledge Distillation via Softmax Regression Representation Learning. ICLR 2021.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ Xu, Liu, Li, Loy: Knowledge Distillation Meets Self-Supervision. ECCV 2020, arXi
 Batches hold each image four times, one after another: upright, then turned by 90, 180 and 270 degrees: [4 N, ...].
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

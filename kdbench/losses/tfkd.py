@@ -4,8 +4,6 @@ Yuan, Tay, Li, Wang, Feng: Revisiting Knowledge Distillation via Label Smoothing
 arXiv 1909.11723.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Ahn, Hu, Damianou, Lawrence, Dai: Variational Information Distillation for Knowl
 1904.05835.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

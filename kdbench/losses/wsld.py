@@ -4,8 +4,6 @@ Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang: Rethinking Soft Labels for Knowledge 
 Perspective. ICLR 2021, arXiv 2102.00650.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

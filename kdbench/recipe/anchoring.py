@@ -1,7 +1,5 @@
 """Writes a stage with anchors out as one stage for each, and refuses what such a stage cannot have."""
 
-from __future__ import annotations
-
 from kdbench.cards import Anchors, StageCard
 from kdbench.errors import UserError
 from kdbench.recipe.specs import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
@@ -26,11 +24,8 @@ def expanded(
         where = tree.origin(("stages", name, "anchors"))
         _check(stage, anchors, f"stage '{name}'", where)
         if other := next((s for s, o in stages.items() if "teacher" in o.trains or o.modes.teacher == "train"), None):
-            raise UserError(
-                f"stage '{name}': anchors are frozen, but in the stage '{other}' the teacher is not",
-                where=where,
-                hint="leave 'teacher' out of 'trains', and the teacher in eval mode",
-            )
+            what = f"stage '{name}': anchors are frozen, but in the stage '{other}' the teacher is not"
+            raise UserError(what, where, "leave 'teacher' out of 'trains', and the teacher in eval mode")
         for new, part in _parts(name, stage, anchors, 1 - taken).items():
             if new in stages:
                 raise UserError(
@@ -97,17 +92,11 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
         return
     needs = f"the method '{method.name}' learns from checkpoints of its teacher's training"
     if teacher.trained_by is None:
-        raise UserError(
-            f"{needs}, and '{teacher.name}' is a weight file, which has none",
-            where=where,
-            hint="choose a teacher that is trained from a recipe with 'route:' (of a card with both: 'trained: true')",
-        )
+        hint = "choose a teacher that is trained from a recipe with 'route:' (of a card with both: 'trained: true')"
+        raise UserError(f"{needs}, and '{teacher.name}' is a weight file, which has none", where, hint)
     if teacher.trained_by.route is None:
-        raise UserError(
-            f"{needs}, and the recipe of '{teacher.name}' keeps none",
-            where=where,
-            hint="add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 evenly spaced checkpoints",
-        )
+        hint = "add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 evenly spaced checkpoints"
+        raise UserError(f"{needs}, and the recipe of '{teacher.name}' keeps none", where, hint)
     if most := max((a.n for a in anchors if a.n > (teacher.trained_by.route or 0)), default=0):
         raise UserError(
             f"the method '{method.name}' has {most} anchors, the route of '{teacher.name}' {teacher.trained_by.route} "
@@ -116,8 +105,6 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
             hint="use fewer anchors, or a longer route",
         )
     if any(a.choose == "greedy" for a in anchors) and not data.validation:
-        raise UserError(
-            f"the method '{method.name}' chooses anchors on validation images, which this recipe does not split off",
-            where=where,
-            hint="write 'data: {validation: 0.1, …}': all methods of the recipe then train on the same rest",
-        )
+        what = f"the method '{method.name}' chooses anchors on validation images, which this recipe does not split off"
+        hint = "write 'data: {validation: 0.1, …}': all methods of the recipe then train on the same rest"
+        raise UserError(what, where, hint)

@@ -1,7 +1,5 @@
 """One cell of a recipe: every name looked up, every option typed, what cannot go together refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from kdbench.cards import ProtocolCard
@@ -42,11 +40,8 @@ def cell_spec(
     if not needs_teacher(method):
         foreign = foreign | {"teacher"}
     elif recipe.teacher is None:
-        raise UserError(
-            f"the method '{method.name}' needs a teacher",
-            where=tree.origin(()),
-            hint="add 'teacher:' with the key of a teacher card ('kdbench ls teachers')",
-        )
+        hint = "add 'teacher:' with the key of a teacher card ('kdbench ls teachers')"
+        raise UserError(f"the method '{method.name}' needs a teacher", tree.origin(()), hint)
     else:
         teacher = teacher_spec(recipe.teacher, tree, registry, trained, weights_must_exist)
         teacher = teacher.model_copy(update={"model": teacher.model.seen_with(data)})
@@ -55,11 +50,8 @@ def cell_spec(
             check_trains_teacher(method, tree.origin(("teacher",)))
         if method.starts_from == "teacher":
             if teacher.members:
-                raise UserError(
-                    f"a student of the method '{method.name}' starts from its teacher, and here are several",
-                    where=tree.origin(("teacher",)),
-                    hint="name one teacher",
-                )
+                what = f"a student of the method '{method.name}' starts from its teacher, and here are several"
+                raise UserError(what, tree.origin(("teacher",)), "name one teacher")
             # Its weights mean what they do for images that are normalized as its own were.
             protocol = protocol.model_copy(update={"normalization": teacher.normalization})
     check_route(method, teacher, data, tree.origin(("teacher",)))
@@ -112,11 +104,8 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
 def _augmentation(card: AugmentationCard, tree: Tree, data: DataSpec, registry: Registry) -> AugmentationSpec:
     """An augmentation, its transforms looked up."""
     if card.mode == "reflect" and card.padding >= data.image_size:
-        raise UserError(
-            f"reflect padding of {card.padding} does not fit images of {data.image_size} pixels",
-            where=tree.origin(("padding",)),
-            hint="it must be smaller than the image",
-        )
+        what = f"reflect padding of {card.padding} does not fit images of {data.image_size} pixels"
+        raise UserError(what, tree.origin(("padding",)), "it must be smaller than the image")
     places = [tree.at("transforms", i) for i in range(len(card.transforms or ()))]
     transforms = [named_spec("transforms", place, registry) for place in places]
     same = {key: getattr(card, key) for key in AugmentationFields.model_fields}
@@ -134,11 +123,8 @@ def _check_mixed(spec: CellSpec, protocol: Tree, registry: Registry) -> None:
         source = spec.method.stages[stage].source
         what = f"method '{spec.method.name}', stage '{stage}'"
         if source is not None:
-            raise UserError(
-                f"{what}: the batch source '{source.name}' works on images of one class each",
-                where=protocol.origin(next(iter(mixed.values()))),
-                hint="train this method without 'mix'",
-            )
+            what = f"{what}: the batch source '{source.name}' works on images of one class each"
+            raise UserError(what, protocol.origin(next(iter(mixed.values()))), "train this method without 'mix'")
         takes = "labels" not in term.loss.inputs or registry.card("losses", term.loss.name).soft_labels
         if term.input in mixed and not takes:
             raise UserError(

@@ -1,7 +1,5 @@
 """The data of a cell, and the target domain: their cards with what the recipe chooses of them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -61,22 +59,15 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
     held_out = choice.validation * card.train if choice.validation < 1 else choice.validation
     left = card.train - held_out
     if not isinstance(choice.validation, int) and choice.validation >= 1:
-        raise UserError(
-            f"'data.validation' is a share below 1 or a whole number of images, not {choice.validation}",
-            where=tree.origin(("data", "validation")),
-        )
+        what = f"'data.validation' is a share below 1 or a whole number of images, not {choice.validation}"
+        raise UserError(what, tree.origin(("data", "validation")))
     if left < card.classes or (choice.per_class or 0) * card.classes > left:
-        raise UserError(
-            f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice",
-            where=tree.origin(("data", "per_class" if choice.per_class else "validation")),
-            hint=f"after the validation split {left:.0f} images are left",
-        )
+        what = f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice"
+        hint = f"after the validation split {left:.0f} images are left"
+        raise UserError(what, tree.origin(("data", "per_class" if choice.per_class else "validation")), hint)
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
-        raise UserError(
-            f"'{choice.name}' has no class {bad[0]}",
-            where=tree.origin(("data", "only_classes")),
-            hint=f"its labels are 0 to {card.classes - 1}",
-        )
+        hint = f"its labels are 0 to {card.classes - 1}"
+        raise UserError(f"'{choice.name}' has no class {bad[0]}", tree.origin(("data", "only_classes")), hint)
     return spec_of_card(
         choice.name,
         registry,
@@ -120,7 +111,5 @@ def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
 
 def check_channels(normalization: Normalization, data: DataSpec, where: str) -> None:
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
-        raise UserError(
-            f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'",
-            where=where,
-        )
+        what = f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'"
+        raise UserError(what, where)

@@ -1,7 +1,5 @@
 """The method of a cell: its card with the recipe's changes, and its stages."""
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 
@@ -75,10 +73,8 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
         if key in short:
             path = tuple(short[key].split("."))
             if not _is_mapping(tree.data, path[:-1]):
-                raise UserError(
-                    f"method '{name}': the parameter '{key}' points to nothing: {short[key]}",
-                    where=tree.origin(("parameters", key)),
-                )
+                what = f"method '{name}': the parameter '{key}' points to nothing: {short[key]}"
+                raise UserError(what, tree.origin(("parameters", key)))
             tree = tree.put(path, Tree.of(value, given.origin((key,))))
             if f"method.{key}" in variant.axes:
                 label = f"{label}, {key} {value}"
@@ -91,11 +87,8 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
         elif key in variant.shared:
             foreign.add(key)
         elif key not in _METHOD_KEYS:
-            raise UserError(
-                f"unknown key '{key}' for method '{name}'",
-                where=given.origin((key,)),
-                hint=did_you_mean(key, [*short, "stages", "label"]),
-            )
+            what = f"unknown key '{key}' for method '{name}'"
+            raise UserError(what, given.origin((key,)), did_you_mean(key, [*short, "stages", "label"]))
     return written_out(tree), foreign, label
 
 
@@ -167,11 +160,9 @@ def check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> Non
     for stage, name, term in terms_of(method):
         source = method.stages[stage].source
         if target is None and "target" in (term.input, term.against) and not (source and "target" in source.gives):
-            raise UserError(
-                f"the method '{method.name}' needs a target domain (loss '{name}' reads it)",
-                where=tree.origin(("stages", stage, "losses", name)),
-                hint="add 'target:' with the key of a data card to the recipe ('kdbench ls datasets')",
-            )
+            what = f"the method '{method.name}' needs a target domain (loss '{name}' reads it)"
+            hint = "add 'target:' with the key of a data card to the recipe ('kdbench ls datasets')"
+            raise UserError(what, tree.origin(("stages", stage, "losses", name)), hint)
 
 
 def check_trains_teacher(method: MethodSpec, where: str) -> None:
@@ -179,11 +170,9 @@ def check_trains_teacher(method: MethodSpec, where: str) -> None:
     first = next(iter(method.stages.values()))
     parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
     if "teacher" not in first.trains or method.starts_from or any(part.teacher for part in parts):
-        raise UserError(
-            f"the method '{method.name}' needs a teacher that knows something, and this one is untrained",
-            where=where,
-            hint="choose a method that trains its teacher from the first step on, such as dml, or a trained teacher",
-        )
+        what = f"the method '{method.name}' needs a teacher that knows something, and this one is untrained"
+        hint = "choose a method that trains its teacher from the first step on, such as dml, or a trained teacher"
+        raise UserError(what, where, hint)
 
 
 def needs_teacher(method: MethodSpec) -> bool:
@@ -199,29 +188,20 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
     extra = [stage.extra for stage in stages.values()]
     for position, (name, stage) in enumerate(stages.items()):
         if stage.extra and not all(extra[:position]):
-            raise UserError(
-                f"method '{method}', stage '{name}': stages on top of the budget come first",
-                where=where,
-                hint="their steps are on top of the budget, so that the others stay paired with other methods",
-            )
+            hint = "their steps are on top of the budget, so that the others stay paired with other methods"
+            raise UserError(f"method '{method}', stage '{name}': stages on top of the budget come first", where, hint)
         if stage.extra and stage.share is not None:
             raise UserError(
                 f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where=where
             )
     rest = [name for name, stage in stages.items() if stage.share is None and not stage.extra]
     if len(rest) > 1:
-        raise UserError(
-            f"method '{method}': the stages {rest} have no share",
-            where=where,
-            hint="only one stage may leave it out and take the rest",
-        )
+        hint = "only one stage may leave it out and take the rest"
+        raise UserError(f"method '{method}': the stages {rest} have no share", where, hint)
     total = sum(stage.share or 0.0 for stage in stages.values())
     if total > 1 + 1e-9 or (rest and total >= 1) or (not rest and abs(total - 1) > 1e-9):
-        raise UserError(
-            f"method '{method}': the shares of its stages sum to {total:.0%}",
-            where=where,
-            hint="they sum to 100 %; one stage may leave its share out and take the rest",
-        )
+        hint = "they sum to 100 %; one stage may leave its share out and take the rest"
+        raise UserError(f"method '{method}': the shares of its stages sum to {total:.0%}", where, hint)
 
 
 def _is_mapping(data: Any, path: tuple[str, ...]) -> bool:

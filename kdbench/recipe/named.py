@@ -1,7 +1,5 @@
 """A card that a recipe or another card names, as a spec: its code, its options, and what else the card says of it."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The networks of a cell: models with their options and weights, and teachers, whose own recipes may train them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +51,8 @@ def _start(teacher: str, model: ModelSpec, where: str, registry: Registry) -> We
     """The weights of a teacher card, for a student of the same model."""
     card: TeacherCard = registry.card("teachers", teacher, where)
     if card.weights is None:
-        raise UserError(
-            f"the teacher '{teacher}' has no weight file (a recipe trains it): no student can start from it",
-            where=where,
-        )
+        what = f"the teacher '{teacher}' has no weight file (a recipe trains it): no student can start from it"
+        raise UserError(what, where)
     theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
     if (theirs.name, theirs.options) != (model.name, model.options):
         raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model.name}'", where=where)
@@ -96,11 +92,8 @@ def teacher_spec(
     theirs: DatasetCard = registry.card("datasets", card.data.name)
     foreign = (card.data.name, theirs.classes) != (data, registry.card("datasets", data).classes)
     if foreign and not card.transfers:
-        raise UserError(
-            f"the teacher '{name}' was trained on the classes of '{card.data.name}', not of '{data}'",
-            where=where,
-            hint="choose a teacher for this data ('kdbench ls teachers')",
-        )
+        what = f"the teacher '{name}' was trained on the classes of '{card.data.name}', not of '{data}'"
+        raise UserError(what, where, "choose a teacher for this data ('kdbench ls teachers')")
     size = choice.image_size or card.image_size
     model = _teacher_model(registry.tree("teachers", name).at("model"), registry, size)
     weights = None if choice.trained else card.weights
@@ -181,11 +174,8 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
 def _teacher_model(tree: Tree, registry: Registry, image_size: int | None = None) -> ModelSpec:
     for key in ("weights", "entry", "start", "image_size"):
         if key in tree.data:
-            raise UserError(
-                f"write a teacher's '{key}' next to its 'model', not inside it",
-                where=tree.origin((key,)),
-                hint=f"move '{key}' one level up",
-            )
+            hint = f"move '{key}' one level up"
+            raise UserError(f"write a teacher's '{key}' next to its 'model', not inside it", tree.origin((key,)), hint)
     return model_spec(tree, registry, tree.data.get("hooks"), image_size)
 
 
@@ -193,11 +183,8 @@ def _existing(weights: str, where: str) -> Path:
     file = find_weights(weights)
     if file is None:
         tried = ", ".join(str(folder) for folder in weight_folders())
-        raise UserError(
-            f"there is no weight file '{weights}'",
-            where=where,
-            hint=f"looked for it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it",
-        )
+        hint = f"looked for it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it"
+        raise UserError(f"there is no weight file '{weights}'", where, hint)
     return file
 
 

@@ -1,7 +1,5 @@
 """From a recipe to its cells: the comparison multiplied out, one cell for each combination and seed."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -161,11 +159,8 @@ def _baseline(asked: str | None, cells: list[PlannedCell], tree: Tree) -> str:
     """The method that is compared with: the one asked for, else the first."""
     methods = list(dict.fromkeys(cell.spec.method.name for cell in cells))
     if asked is not None and asked not in methods:
-        raise UserError(
-            f"the baseline '{asked}' is not among the methods",
-            where=tree.origin(("baseline",)),
-            hint=did_you_mean(asked, methods),
-        )
+        what = f"the baseline '{asked}' is not among the methods"
+        raise UserError(what, tree.origin(("baseline",)), did_you_mean(asked, methods))
     return asked or methods[0]
 
 
@@ -279,11 +274,8 @@ def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
     for cell in cells:
         key = repr((cell.spec.method.label, cell.axes, cell.spec.seed))
         if key in seen:
-            raise UserError(
-                f"two different cells are both called '{cell.spec.method.label}'",
-                where=tree.origin(("compare", "method")),
-                hint="give each its own 'label'",
-            )
+            what = f"two different cells are both called '{cell.spec.method.label}'"
+            raise UserError(what, tree.origin(("compare", "method")), "give each its own 'label'")
         seen.add(key)
 
 

@@ -4,8 +4,6 @@ A record is data, whoever wrote it. Its names are looked up, the code is that of
 signature of that code, and what cards say otherwise must be what the record says. Anything else is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -90,11 +88,8 @@ def _parsed(kind: type[T], plain: Any, where: str) -> T:
     try:
         return kind.model_validate(plain)
     except ValidationError as error:
-        raise NotHere(
-            f"this record's recipe has a form that this version cannot read: {fault(error)}",
-            where=where,
-            hint="check out the commit that the record names",
-        ) from None
+        what = f"this record's recipe has a form that this version cannot read: {fault(error)}"
+        raise NotHere(what, where, "check out the commit that the record names") from None
 
 
 class _Reader:

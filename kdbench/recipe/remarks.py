@@ -1,7 +1,5 @@
 """Notes on what may surprise in a plan: whose normalization images get, and whose weights a student starts from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

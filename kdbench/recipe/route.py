@@ -1,7 +1,5 @@
 """A route: checkpoints that a training leaves along its way, and which of them are anchors. Pure arithmetic."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

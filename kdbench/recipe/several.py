@@ -1,7 +1,5 @@
 """Several teachers as one: their hook points by number, and the mean of their logits."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -24,11 +22,8 @@ def several_teachers(members: Sequence[TeacherSpec], where: str) -> TeacherSpec:
         why = why or ("does not know all classes" if member.classes or member.known_classes else "")
         why = why or ("has an 'image_size' of its own" if member.model.image_size is not None else "")
         if why:
-            raise UserError(
-                f"'{member.name}' {why}, so it cannot be one of several teachers",
-                where=where,
-                hint="take teachers that were trained on all classes of these data, on images of their size",
-            )
+            hint = "take teachers that were trained on all classes of these data, on images of their size"
+            raise UserError(f"'{member.name}' {why}, so it cannot be one of several teachers", where, hint)
     parts = [PartSpec(model=member.model, normalization=member.normalization) for member in members]
     hooks: dict[str, str] = {}
     for number, member in enumerate(members):

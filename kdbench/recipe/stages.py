@@ -1,7 +1,5 @@
 """The stages of a method and their loss terms, every name in them looked up."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 
@@ -97,8 +95,7 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str, modules: Co
         raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
     if through is not None and term.connector is not None and term.connector.options:
         raise UserError(
-            f"{what}: '{through}' is a module of the method, whose options stand there",
-            where=tree.origin(("connector",)),
+            f"{what}: '{through}' is a module of the method, whose options stand there", tree.origin(("connector",))
         )
     # Those of a module are taken once, when it is built.
     settable = registry.settable(loss.target, registry.card("losses", loss.name))
@@ -136,11 +133,8 @@ def _check(card: StageCard, source: SourceSpec | None, losses: dict[str, TermSpe
     for name, term in losses.items():
         _check_term(term, card, given, tree.at("losses", name), f"loss '{name}' in {what}")
     if "teacher" in card.trains and all(term.of != "teacher" for term in losses.values()):
-        raise UserError(
-            f"{what} trains the teacher, but no loss has 'of: teacher'",
-            where=tree.origin(("trains",)),
-            hint="add 'of: teacher' to one, or leave 'teacher' out of 'trains'",
-        )
+        hint = "add 'of: teacher' to one, or leave 'teacher' out of 'trains'"
+        raise UserError(f"{what} trains the teacher, but no loss has 'of: teacher'", tree.origin(("trains",)), hint)
     if card.alternating and ("teacher" not in card.trains or source is not None):
         raise UserError(
             f"{what} alternates "
@@ -157,22 +151,17 @@ def _check_term(term: TermSpec, card: StageCard, given: list[str], tree: Tree, w
         if name is not None and name not in given:
             raise _no_input_set(name, given, what, tree.origin((key,)))
     if "other" in term.loss.inputs and term.against is None:
-        raise UserError(
-            f"{what}: the loss '{term.loss.name}' needs a second input set",
-            where=tree.origin(("loss",)),
-            hint="name it with 'against'",
-        )
+        hint = "name it with 'against'"
+        raise UserError(f"{what}: the loss '{term.loss.name}' needs a second input set", tree.origin(("loss",)), hint)
     if "other" not in term.loss.inputs and term.against is not None:
+        hint = "leave 'against' out"
         raise UserError(
-            f"{what}: the loss '{term.loss.name}' takes no second input set",
-            where=tree.origin(("against",)),
-            hint="leave 'against' out",
+            f"{what}: the loss '{term.loss.name}' takes no second input set", tree.origin(("against",)), hint
         )
     if term.of == "teacher" and "teacher" not in card.trains:
+        hint = "add 'teacher' to the stage's 'trains'"
         raise UserError(
-            f"{what} has 'of: teacher', but this stage does not train the teacher",
-            where=tree.origin(("of",)),
-            hint="add 'teacher' to the stage's 'trains'",
+            f"{what} has 'of: teacher', but this stage does not train the teacher", tree.origin(("of",)), hint
         )
 
 

@@ -1,7 +1,5 @@
 """A cell's budget in steps, its stages and its evaluation points. Pure arithmetic."""
 
-from __future__ import annotations
-
 import bisect
 import math
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ They are all known before anything is trained. So they train side by side like a
 killed and goes on chooses as it would have.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -114,11 +112,8 @@ class Tuning:
                 "a field of the protocol, as protocol.optimizer.lr",
             )
         if both := sorted({*self.tune.seeds} & {*seeds}):
-            raise UserError(
-                f"the table has the seed {both[0]} too",
-                where=self.tree.origin(("tune", "seeds")),
-                hint="try settings on other seeds, as [100, 101]",
-            )
+            hint = "try settings on other seeds, as [100, 101]"
+            raise UserError(f"the table has the seed {both[0]} too", self.tree.origin(("tune", "seeds")), hint)
 
 
 def value_at(space: Range | list[Any], share: float) -> Any:

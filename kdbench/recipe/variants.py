@@ -1,7 +1,5 @@
 """A comparison multiplied out: the recipe's tree for each combination of compared values."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator
@@ -49,11 +47,8 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
         if not values:
             raise UserError(f"'compare.{path}' has no values", where=where)
     if "method" in recipe.compare and "name" in recipe.method:
-        raise UserError(
-            "a method is named beside the compared ones",
-            where=tree.origin(("method",)),
-            hint="either 'method:' or 'compare: {method: […]}'",
-        )
+        hint = "either 'method:' or 'compare: {method: […]}'"
+        raise UserError("a method is named beside the compared ones", tree.origin(("method",)), hint)
     if "method" not in recipe.compare and "name" not in recipe.method:
         raise UserError(
             "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"

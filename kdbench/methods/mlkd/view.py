@@ -1,7 +1,5 @@
 """The strong view of an image that MLKD's authors take: two operations of any strength, then a rectangle cut out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
