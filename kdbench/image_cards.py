@@ -91,6 +91,9 @@ class AugmentationFields(BaseModel):
     resized_crop: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None, description="lowest and highest share of the area of RandomResizedCrop"
     )
+    decoder: Literal["torchvision"] | None = Field(
+        None, description="torchvision decodes and resizes what 'resized_crop' crops: faster than Pillow, other pixels"
+    )
     mix: Mix | None = None
 
     @model_validator(mode="after")
@@ -100,6 +103,8 @@ class AugmentationFields(BaseModel):
                 raise ValueError("'resized_crop' is the lowest and the highest share of the area, as [0.08, 1.0]")
             if self.padding:
                 raise ValueError("'resized_crop' and 'padding' are two ways to crop: choose one ('padding: 0')")
+        elif self.decoder is not None:
+            raise ValueError("'decoder' is of pictures that 'resized_crop' crops; all others are decoded by Pillow")
         return self
 
 

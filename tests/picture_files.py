@@ -10,6 +10,17 @@ from PIL import Image
 
 from kdbench.data import birds
 
+# The card of what `write_imagenet` writes.
+EIGHT = """
+datasets:
+  eight:
+    include: imagenet
+    classes: 8
+    image_size: 32
+    train: 32
+    test: 16
+    args: {folder: imagenet, official: imagenet_subset, short_side: 36}
+"""
 SIZES = [(40, 30), (30, 40), (33, 33), (90, 20), (20, 90), (64, 48), (47, 61)]
 
 

@@ -67,11 +67,16 @@ def measured(rounds: int, tell: Callable[[str], None]) -> Rates:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         files = made_up(Path(name))
+        randomly = Transforms([("rand_augment", rand_augment())]), _MIRRORED
         ways = {
-            "kdbench": ours(files, None),
-            "kdbench, RandAugment": ours(files, Transforms([("rand_augment", rand_augment())])),
+            "kdbench": ours(files, Making(AREA)),
+            "kdbench, decoder: torchvision": ours(files, Making(AREA, "torchvision")),
+            "kdbench, RandAugment": ours(files, Making(AREA, None, *randomly)),
+            "the same, decoder: torchvision": ours(files, Making(AREA, "torchvision", *randomly)),
             "torchvision: ImageFolder (Pillow), transforms.v2": of_folder(Path(name), []),
-            "the same, RandAugment": of_folder(Path(name), [v2.RandAugment(2, 9, interpolation=_BILINEAR)]),
+            "torchvision: ImageFolder, RandAugment": of_folder(
+                Path(name), [v2.RandAugment(2, 9, interpolation=_BILINEAR)]
+            ),
             "torchvision.io.decode_image, transforms.v2": of_tensors(files),
         }
         rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -89,12 +94,12 @@ def measured(rounds: int, tell: Callable[[str], None]) -> Rates:
 
 
 _BILINEAR = v2.InterpolationMode.BILINEAR
+_MIRRORED = Augmentation(flip=True)
 
 
-def ours(files: list[Path], transforms: Transforms | None) -> Iterator[torch.Tensor]:
+def ours(files: list[Path], making: Making) -> Iterator[torch.Tensor]:
     """Batches as the streamed loader makes them."""
     split = StreamedSplit(files, torch.zeros(len(files), dtype=torch.int64), 256, SIZE, 3)
-    augmentation = Augmentation(flip=True)
 
     def drawn() -> Iterator[Drawn]:
         for step in itertools.count():
@@ -102,9 +107,9 @@ def ours(files: list[Path], transforms: Transforms | None) -> Iterator[torch.Ten
             crops = uniform(BATCH * NUMBERS, 0, "crops", step).reshape(BATCH, NUMBERS).tolist()
             yield Drawn(index, index % 2, crops, range(step * BATCH, (step + 1) * BATCH))
 
-    for one, images in decoded(split, Making(AREA, transforms, augmentation), drawn()):
+    for one, images in decoded(split, making, drawn()):
         # Without transforms the device mirrors a whole batch.
-        yield augmentation.view(images, one.view) if transforms is None else images
+        yield _MIRRORED.view(images, one.view) if making.transforms is None else images
 
 
 def of_folder(folder: Path, more: list[v2.Transform]) -> Iterator[torch.Tensor]:

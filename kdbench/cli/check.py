@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from kdbench.engine.compute import Memory
     from kdbench.engine.estimate import Estimate
     from kdbench.recipe.planning import Plan, PlannedCell
     from kdbench.recipe.specs import CellSpec, DataSpec, MethodSpec, ModelSpec
@@ -43,41 +44,46 @@ def command(
     import torch
 
     from kdbench.engine.build import weight_notes
-    from kdbench.engine.check import check_cell
+    from kdbench.engine.check import Known, check_cell
     from kdbench.engine.device import chosen_device
     from kdbench.engine.estimate import Estimate
+    from kdbench.engine.memory import memory_of
 
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
     torch.set_num_threads(1)
+    known: Known = {}
     try:
-        for spec in _distinct(cell.spec for cell in planned.cells):
-            check_cell(spec)
+        distinct = _distinct(cell.spec for cell in planned.cells)
+        taken = {name: memory_of(spec, device, check_cell(spec, known)) for name, spec in distinct.items()}
     except UserError as error:
         raise planned.placed(error) from None
+    _print_heading(console, planned, device)
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
-    _print_heading(console, planned, device)
-    files = {f"{spec.student} {spec.teacher}": spec for spec in _distinct(cell.spec for cell in planned.cells)}
+    files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
         console.print(f"note: {remark}", style="yellow", markup=False)
-    for keeper in _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None):
+    routes = _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None)
+    for keeper in routes.values():
         kept = keeper.route or 0
         size = kept * 4 * estimate.size(keeper.student, keeper.data).parameters / 1e6
         console.print(f"route: {kept} checkpoints of {keeper.student.name} are kept, {size:.0f} MB for each training")
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
-    _print_needs(console, planned, runs, estimate, device, time)
+    _print_needs(console, planned, runs, estimate, taken, time)
 
 
-def _distinct(specs: Iterable[CellSpec]) -> list[CellSpec]:
-    """One spec of those that differ in their seed alone."""
+def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:
+    """One spec of each `kind`."""
+    from kdbench.engine.scheduling import kind
+
     found: dict[str, CellSpec] = {}
     for spec in specs:
-        found.setdefault(spec.model_copy(update={"seed": 0}).identity(), spec)
-    return list(found.values())
+        found.setdefault(kind(spec), spec)
+    return found
 
 
 def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
@@ -176,9 +182,13 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
 
 
 def _print_needs(
-    console: Console, planned: Plan, runs: Path, estimate: Estimate, device: torch.device, time: bool
+    console: Console, planned: Plan, runs: Path, estimate: Estimate, taken: Mapping[str, Memory], time: bool
 ) -> None:
-    """What the cells that are not finished need of memory and time."""
+    """What the cells that are not finished need of memory and time.
+
+    Args:
+        taken: what each kind of cell takes of memory.
+    """
     import torch
 
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
@@ -186,11 +196,12 @@ def _print_needs(
     from kdbench.record import finished_record
 
     left = [cell for cell in planned.cells if finished_record(runs / planned.name / cell.slug) is None]
+    device = estimate.device
     at_once = workers(device, len(left))
     if left:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
         here = f", of {free / 1e9:.1f} GB that are free here" if free is not None else ""
-        most = memory(left, at_once, device) / 1e9
+        most = memory(left, taken, at_once, device) / 1e9
         console.print(f"memory: up to {most:.1f} GB for each of {at_once} workers{here}; what does not fit is split")
     if planned.tried:
         seconds = f": {clock(estimate.cells(planned.tried) / workers(device, len(planned.tried)))}" if time else ""

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from kdbench.data.listing import centred, converted, opened
+from kdbench.data.listing import converted, damaged, opened
 
 # Tries for a random crop that fits, and the numbers that one picture's crop is made from.
 TRIES = 10
@@ -55,16 +56,40 @@ def crop_box(numbers: Sequence[float], height: int, width: int, area: Sequence[f
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: Image.Image, box: Box, size: int) -> Tensor:
-    """A crop brought to size × size, bilinear with antialiasing: uint8 [3, size, size]."""
+def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """A crop brought to size × size, bilinear with antialiasing."""
     top, left, height, width = box
     part = image.crop((left, top, left + width, top + height))
-    return as_bytes(part.resize((size, size), Image.Resampling.BILINEAR))
+    return part.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def centre(image: Image.Image, short_side: int, size: int) -> Tensor:
-    """The picture with its shorter side brought to `short_side`, and of it the middle: uint8 [channels, size, size]."""
-    return as_bytes(centred(image, short_side, size))
+def decoded_crop(file: Path, numbers: Sequence[float], area: Sequence[float], size: int, channels: int) -> Tensor:
+    """A random crop of a file, brought to size × size, by torchvision's decoder and PyTorch's resizing.
+
+    The same place as `resized_crop`, and almost the same pixels: most bytes agree, others differ by 1.
+
+    Args:
+        numbers, area: of `crop_box`.
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        UserError: a file that cannot be decoded.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+
+    try:
+        image = decode_image(str(file), ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY)
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside a decoder
+        raise damaged(file, error) from None
+    top, left, height, width = crop_box(numbers, image.shape[1], image.shape[2], area)
+    part = image[:, top : top + height, left : left + width].unsqueeze(0)
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def as_bytes(image: Image.Image) -> Tensor:

@@ -1,11 +1,13 @@
 """A cell built once before anything trains: what cannot be built is told now."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
@@ -24,6 +26,13 @@ from kdbench.recipe.timeline import planned_timeline, training_images
 CPU = torch.device("cpu")
 # The largest networks that people distil into or from here have a tenth of these.
 MOST_PARAMETERS = 4 * 10**9
+# Of tensors with more elements than this, a check draws no first values: a memory bank has a row for every image.
+LARGE = 2**26
+# Networks that are kept for the next cells that are checked.
+KEPT = 4
+
+# Network and data -> the network, and the shapes of its hook points.
+Known = dict[str, tuple[Extractor, dict[str, Shape]]]
 
 
 @dataclass(frozen=True)
@@ -38,28 +47,48 @@ class BuiltCell:
     modules: Mapping[str, nn.Module]
 
 
-def build_cell(spec: CellSpec) -> BuiltCell:
-    """Build what a cell consists of, on the CPU.
+class _Undrawn(TorchFunctionMode):
+    """Inside, large tensors get no random values: memory that nobody wrote to takes no place, and reads as zeros."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and args[0].numel() > LARGE:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
+    """Build what a cell consists of, on the CPU, to look at and not to train.
+
+    Args:
+        known: networks that other cells were built with, extended: they are built once.
 
     Raises:
         UserError: a model that cannot be built, a hook point that does not exist, a pair that no connector can bridge.
     """
+    before: Known = {} if known is None else known
 
-    def built(model: ModelSpec, data: DataSpec) -> Extractor:
-        _check_size(model, data)
-        return build_extractor(build_model(model, data), model, data)
+    def built(model: ModelSpec, data: DataSpec) -> tuple[Extractor, dict[str, Shape]]:
+        key = f"{model.model_dump_json()} {data.model_dump_json()}"
+        if key not in before:
+            _check_size(model, data)
+            extractor = build_extractor(build_model(model, data), model, data)
+            found = extractor, extractor.shapes(data.image_shape)
+            for oldest in [*before][: len(before) + 1 - KEPT]:
+                del before[oldest]
+            before[key] = found
+        return before[key]
 
-    taken = spec.student.takes(spec.data)
-    student, teacher, teacher_shapes = built(spec.student.not_started(), taken), None, {}
-    shapes = student.shapes(taken.image_shape)
+    student, shapes = built(spec.student.not_started(), spec.student.takes(spec.data))
+    teacher, teacher_shapes = None, {}
     if spec.teacher is not None:
-        known = spec.teacher.knows(spec.data)
-        teacher = built(spec.teacher.model.untrained(), known)
-        teacher_shapes = teacher.shapes(known.image_shape)
-    cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
-    if spec.method.predicts is not None:
-        check_answers(cell)
-    return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(cell), cell.modules)
+        teacher, teacher_shapes = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
+    with _Undrawn():
+        cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
+        if spec.method.predicts is not None:
+            check_answers(cell)
+        return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(cell), cell.modules)
 
 
 def _check_size(spec: ModelSpec, data: DataSpec) -> None:
@@ -75,13 +104,16 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
 
 
-def check_cell(spec: CellSpec) -> BuiltCell:
+def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     """Build a cell, compute its loss terms once on random values, and build its optimizers.
+
+    Args:
+        known: as of `build_cell`.
 
     Raises:
         UserError: what of it cannot be built or computed, or that a stage trains nothing.
     """
-    cell = build_cell(spec)
+    cell = build_cell(spec, known)
     _check_single_images(spec, cell)
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
@@ -143,3 +175,9 @@ def costs_of(spec: CellSpec) -> dict[str, Cost]:
         name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
         for name, source in named.items()
     }
+
+
+def multiples(spec: CellSpec, costs: Mapping[str, Cost]) -> dict[str, int]:
+    """Input set -> its images for each of the batch, of sets that batch sources give."""
+    sources = {name: stage.source for name, stage in spec.method.stages.items() if stage.source is not None}
+    return {given: costs[name].times for name, source in sources.items() for given in source.gives}

@@ -1,6 +1,6 @@
 """What a plan will cost, from a few timed steps of each network. Time of one worker; whoever has several divides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from kdbench.data.listing import cores
 from kdbench.engine.build import build_model
-from kdbench.engine.check import costs_of
+from kdbench.engine.check import costs_of, multiples
+from kdbench.engine.compute import Memory
 from kdbench.engine.finish import size_of
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
-from kdbench.engine.memory import memory_of
-from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of, kind
+from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.engine.trial import times
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
@@ -26,8 +26,9 @@ from kdbench.record import finished_record
 GPU, GPU_RATE = "NVIDIA H200", 1e14
 # A training step is a forward pass and two as long backwards.
 PASSES = 3
-# Images in a timed batch: enough to fill the machine, few enough to be quick.
-TIMED = 32
+# Images in a timed batch: enough to fill the machine, on a CPU as few as a forward pass takes in SECONDS.
+TIMED, FEWEST = 32, 2
+SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,15 @@ class Estimate:
         size, line = self.size(spec.student, spec.data), planned_timeline(spec)
         tests = [part.test for part in (spec.data, spec.target) if part is not None]
         total = len(line.evaluations) * sum(tests) * size.forward
+        times = multiples(spec, self.costs(spec))
         for span in line.spans:
             stage, images = spec.method.stages[span.name], span.steps * _batch(spec)
-            seen = {name: _sets(stage, name) for name in ("student", "teacher")}
-            total += images * len(seen["student"]) * size.training
+            seen = {name: sum(times.get(one, 1) for one in _sets(stage, name)) for name in ("student", "teacher")}
+            total += images * seen["student"] * size.training
             if spec.teacher is not None and "teacher" in stage.trains:
                 own = self.size(spec.teacher.model, spec.teacher.knows(spec.data))
                 # In turns, it runs for its own step and again for the student's.
-                total += images * len(seen["teacher"]) * (own.training + own.forward * stage.alternating)
+                total += images * seen["teacher"] * (own.training + own.forward * stage.alternating)
                 total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
         for cost in self.costs(spec).values():
             total += cost.student * size.training
@@ -107,7 +109,11 @@ class Estimate:
         """Seconds of the teacher's passes for one cell that has them for itself."""
         if spec.teacher is None:
             return 0.0
-        return _images(spec) * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).forward
+        times = multiples(spec, self.costs(spec))
+        most = max(
+            (times.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
+        )
+        return _images(spec) * most * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).forward
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
         """Seconds of several cells: a cohort pays for its teacher's passes once."""
@@ -134,14 +140,15 @@ class Estimate:
         return total
 
 
-def memory(cells: Iterable[PlannedCell], jobs: int, device: torch.device) -> int:
+def memory(cells: Iterable[PlannedCell], taken: Mapping[str, Memory], jobs: int, device: torch.device) -> int:
     """Bytes that the largest cohort takes when so many workers share the cells out.
 
     On a GPU several of one comparison train as one program, where these fit.
+
+    Args:
+        taken: what each `kind` of cell takes.
     """
     states = [CellState(cell, i) for i, cell in enumerate(cells)]
-    kinds = {kind(cell.spec): cell.spec for cell in states}
-    taken = {name: memory_of(spec, device) for name, spec in kinds.items()}
     cohorts = balanced(cohorts_of(states), jobs)
     return max(bytes_of([cohort], taken, device.type == "cuda") for cohort in cohorts)
 
@@ -179,17 +186,20 @@ def measure(model: ModelSpec, data: DataSpec, timed: bool, device: torch.device)
     if timed:
         images = torch.randn(TIMED, *data.image_shape, device=device)
         labels = torch.zeros(TIMED, dtype=torch.int64, device=device)
+        n = FEWEST
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
-            F.cross_entropy(network(images), labels).backward()
+            F.cross_entropy(network(images[:n]), labels[:n]).backward()
 
         def look() -> None:
             with torch.no_grad():
-                network(images)
+                network(images[:n])
 
-        network.train()
-        training = times(step, device)[2] / TIMED
         network.eval()
-        forward = times(look, device)[2] / TIMED
+        fewest = times(look, device)[2]
+        n = TIMED if device.type == "cuda" else max(FEWEST, min(TIMED, int(FEWEST * SECONDS / fewest)))
+        forward = times(look, device)[2] / n
+        network.train()
+        training = times(step, device)[2] / n
     return Size(int(size["parameters"]), int(size["flops"]), forward, training)

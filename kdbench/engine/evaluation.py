@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdbench.engine.averaging import Average
 from kdbench.engine.batch import SLICE, Split
 from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
@@ -49,9 +50,12 @@ class Measurement:
         terms = [term for name in self.stages for term in self.member.terms_of(name).values() if term.measured]
         if self.teacher is not None and terms:
             self.metrics = Metrics(terms)
+            # Of the network whose accuracy this is; one that answers through another head has no hook points.
+            answers = self.member.answers
+            student = answers if isinstance(answers, Average) else self.member.student
             for images, labels in _probed(self.test).slices(SLICE[self.member.device.type]):
-                student = self.member.student(self.member.student.normalizer(images), self.metrics.points("student"))
-                self.metrics.add(student, self.teacher(images, self.metrics.points("teacher")), len(labels))
+                own = student(student.normalizer(images), self.metrics.points("student"))
+                self.metrics.add(own, self.teacher(images, self.metrics.points("teacher")), len(labels))
 
     def plain(self) -> dict[str, Any]:
         """What was found.

@@ -84,6 +84,7 @@ class Cost:
             serves all cells that have it.
         at_once: images in the largest of these passes.
         held: bytes that it keeps on the device while the cell trains.
+        times: images in each of its sets, for each of the batch.
     """
 
     teacher: float = 0.0
@@ -92,6 +93,7 @@ class Cost:
     key: str = ""
     at_once: int = 0
     held: int = 0
+    times: int = 1
 
 
 class Source(ABC):

@@ -1,21 +1,22 @@
 """How much memory cells take: predicted from one small forward pass, to split cohorts that would not fit."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.engine.batch import SLICE, Batch
-from kdbench.engine.check import BuiltCell, build_cell, costs_of
+from kdbench.engine.check import BuiltCell, build_cell, costs_of, multiples
 from kdbench.engine.compute import Memory
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.pool import peak_resident
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
-from kdbench.models.probing import undisturbed, watched
+from kdbench.models.probing import IMAGES as DRY
+from kdbench.models.probing import UNSUITABLE, dry_run, watched
 from kdbench.recipe.specs import CellSpec
 
 # Parameter, gradient, momentum.
@@ -41,7 +42,8 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     shape, known = spec.student.takes(data).image_shape, spec.teacher.knows(data).image_shape if spec.teacher else None
     batch = min(spec.protocol.batch_size, data.train)
     teacher_bytes = copy = passing = 0
-    costs = costs_of(spec).values()
+    by_stage = costs_of(spec)
+    costs, times = by_stage.values(), multiples(spec, by_stage)
     learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
     if cell.teacher is not None and known is not None:
         model = cell.teacher.model
@@ -50,10 +52,12 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
             passing = _passing(model, known) * at_once
             if any(cost.student for cost in costs):
                 passing += _passing(student, shape) * at_once
-        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(batch, SLICE[device.type])
+        teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(
+            batch * max([1, *times.values()]), SLICE[device.type]
+        )
     every = [term for stage in terms.values() for term in stage.values()]
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
-    features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) for _, p in read)
+    features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) * times.get(name, 1) for name, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     layers = [layer for term in every if term.measured for layer in term.layers]
     seen = [pair for layer in layers for pair in zip(layer.students, layer.teachers, strict=True)]
@@ -64,6 +68,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
             cell,
             learning if "teacher" in spec.method.stages[name].trains else None,
             (shape, known or shape),
+            times,
         )
         for name, stage in terms.items()
     )
@@ -87,24 +92,30 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
 
 
 def _saved(
-    terms: Collection[Term], cell: BuiltCell, learning: Extractor | None, shapes: tuple[tuple[int, int, int], ...]
+    terms: Collection[Term],
+    cell: BuiltCell,
+    learning: Extractor | None,
+    shapes: tuple[tuple[int, int, int], ...],
+    times: Mapping[str, int],
 ) -> int:
     """Bytes that autograd keeps of a stage's terms, for `IMAGES` images.
 
     Args:
         learning: the teacher, where the stage trains it.
         shapes: of an image for the student, and for the teacher.
+        times: of `multiples`.
     """
     names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
-    labels = torch.zeros(IMAGES, dtype=torch.int64)
-    sets = {n: Batch(torch.randn(IMAGES, *shapes[0]), labels, labels, mask=labels == 0) for n in names}
+    images = {n: IMAGES * times.get(n, 1) for n in names}
+    labels = {n: torch.zeros(images[n], dtype=torch.int64) for n in names}
+    sets = {n: Batch(torch.randn(images[n], *shapes[0]), labels[n], labels[n], mask=labels[n] == 0) for n in names}
 
     def taught(name: str) -> dict[str, Tensor]:
         """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
         if learning is None:
-            return {point: torch.randn(IMAGES, *size) for point, size in cell.teacher_shapes.items()}
+            return {point: torch.randn(images[name], *size) for point, size in cell.teacher_shapes.items()}
         points = _points(terms, "teacher", name)
-        return learning(torch.randn(IMAGES, *shapes[1]), points) if points else {}
+        return learning(torch.randn(images[name], *shapes[1]), points) if points else {}
 
     kept = _Saved(cell.student.model, *([learning.model] if learning else []))
     with kept:
@@ -162,9 +173,12 @@ def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:
         if isinstance(output, Tensor):
             sizes.append(output.numel() * output.element_size())
 
-    with undisturbed(model, training=False), watched((module, "output", note) for module in model.modules()):
-        model(torch.zeros(1, *shape))
-    return max(sizes)
+    with watched((module, "output", note) for module in model.modules()):
+        try:
+            dry_run(model, shape, meta=True)
+        except UNSUITABLE:
+            dry_run(model, shape)
+    return max(sizes) // DRY
 
 
 def _points(terms: Iterable[Term], network: str, name: str) -> list[str]:

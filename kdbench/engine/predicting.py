@@ -64,8 +64,8 @@ def predictor(cell: Surroundings) -> Predictor:
 def answers(cell: Surroundings, student: Network) -> Network:
     """The network that is tested and kept: the student, or what its protocol or its method has in its place."""
     if (decay := cell.spec.protocol.ema) is not None:
-        model = copy.deepcopy(student.model)
-        return Average(student, build_extractor(model, cell.spec.student, cell.spec.data), decay)
+        own = student.extractor
+        return Average(student, Extractor(copy.deepcopy(student.model), own.places, own.model_name), decay)
     if cell.spec.method.predicts is None:
         return student
     whole = Extractor(predictor(cell), {}, student.extractor.model_name)

@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from kdbench.data.augment import Augmentation
-from kdbench.data.decoding import NUMBERS, as_bytes, as_image, centre, crop_box, picture, resized_crop
+from kdbench.data.decoding import NUMBERS, as_bytes, as_image, crop_box, decoded_crop, mirrored, picture, resized_crop
 from kdbench.data.images import ImageData
+from kdbench.data.listing import centred
 from kdbench.data.pictures import Pictures
 from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transforms
@@ -53,9 +54,14 @@ class Drawn:
 @dataclass(frozen=True)
 class Making:
     """What is made of a picture on the processor: a random crop of a share of its area, else its centre; and where
-    there are transforms, these, after the crop and mirror that the device makes otherwise."""
+    there are transforms, these, after the crop and mirror that the device makes otherwise.
+
+    Attributes:
+        decoder: of the protocol's augmentation.
+    """
 
     area: Sequence[float] = ()
+    decoder: str | None = None
     transforms: Transforms | None = None
     augmentation: Augmentation = Augmentation()
 
@@ -117,7 +123,10 @@ class StreamedDomain(Domain):
         chosen = spec.protocol.augmentation
         transforms = [(one.name, import_target(one.target)(**one.options)) for one in chosen.transforms or ()]
         self.making = Making(
-            tuple(chosen.resized_crop or ()), Transforms(transforms) if transforms else None, self.augmentation
+            tuple(chosen.resized_crop or ()),
+            chosen.decoder,
+            Transforms(transforms) if transforms else None,
+            self.augmentation,
         )
         # Before a share of the batch comes the picture with which its first one is mixed.
         self.before = 1 if chosen.mix is not None and ranks.size > 1 else 0
@@ -193,16 +202,27 @@ def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> I
     """
     device = split.labels.device
 
-    def decode(drawn: Drawn, at: int) -> Tensor:
-        image, numbers = split.picture(int(drawn.index[at])), drawn.crops[at]
+    def cropped(index: int, numbers: list[float] | None) -> Image.Image | Tensor:
+        """A picture as the device takes it, before it is mirrored."""
+        if numbers is not None and making.decoder is not None and not isinstance(split.pictures, Tensor):
+            return decoded_crop(split.pictures[index], numbers, making.area, split.size, split.channels)
+        image = split.picture(index)
         if numbers is None:
-            made = centre(image, split.short_side, split.size)
-        else:
-            made = resized_crop(image, crop_box(numbers, image.height, image.width, making.area), split.size)
+            return centred(image, split.short_side, split.size)
+        return resized_crop(image, crop_box(numbers, image.height, image.width, making.area), split.size)
+
+    def decode(drawn: Drawn, at: int) -> Tensor:
+        made = cropped(int(drawn.index[at]), drawn.crops[at])
         if making.transforms is None:
-            return made
-        seen = making.augmentation.view(made.unsqueeze(0), drawn.view[at : at + 1])[0]
-        return as_bytes(making.transforms(as_image(seen), drawn.seeds[at]))
+            return made if isinstance(made, Tensor) else as_bytes(made)
+        if making.augmentation.padding:
+            made = as_bytes(made) if isinstance(made, Image.Image) else made
+            made = making.augmentation.view(made.unsqueeze(0), drawn.view[at : at + 1])[0]
+            flipped = False
+        else:
+            flipped = bool(making.augmentation.draws(drawn.view[at]).flip)
+        image = as_image(made) if isinstance(made, Tensor) else made
+        return as_bytes(making.transforms(mirrored(image) if flipped else image, drawn.seeds[at]))
 
     def together(images: Iterable[Tensor]) -> Tensor:
         batch = torch.stack(list(images))

@@ -12,7 +12,7 @@ from kdbench.data.sent import SUFFIX, save_listing
 from kdbench.engine import logit_table
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
-from kdbench.engine.check import check_cell
+from kdbench.engine.check import Known, check_cell
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
 from kdbench.engine.distributed import join, refuse, send, told
@@ -97,10 +97,11 @@ class TaskRunner:
 
     def check_cells(self, task: CheckCells) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
+        known: Known = {}
         for spec in task.specs:
             if self.ranks.size > 1:
                 refuse(spec, self.ranks.size)
-            memory = memory_of(spec, self.device, check_cell(spec))
+            memory = memory_of(spec, self.device, check_cell(spec, known))
             self.emit(MemoryNeeded(kind=kind(spec), memory=memory))
 
     def read_fingerprint(self, task: ReadFingerprint) -> None:

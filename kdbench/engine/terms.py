@@ -209,7 +209,8 @@ class Term(nn.Module):
         sets: Sets = {}
         for name in self.input_sets:
             for network, shapes in (("student", student), ("teacher", teacher)):
-                values[network][name] = {p: torch.randn(ROWS, *shape) for p, shape in shapes.items()}
+                points = self.points(network).get(name, [])
+                values[network][name] = {p: torch.randn(ROWS, *shapes[p]) for p in points}
             rows = torch.arange(ROWS)
             labels = torch.where(rows < ROWS / 2, 0, classes - 1)
             sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(ROWS, dtype=torch.bool))

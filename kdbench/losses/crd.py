@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from kdbench.losses.checks import full, shape
 from kdbench.losses.features import inner_products
 
+# Numbers that are drawn at once.
+DRAWN = 2**26
+
 
 def noise_contrastive(log_scores: Tensor, samples: int, eps: float = 1e-7) -> Tensor:
     r"""Noise-contrastive estimation: the first score of each row belongs to a pair, the others to noise.
@@ -201,8 +204,15 @@ class ContrastiveDistillation(nn.Module):
         Returns:
             Scalar.
         """
-        uniform = torch.rand(len(labels), len(self.training_labels), device=student.device)
-        chosen = draw_negatives(uniform, self.training_labels, labels, self.negatives)
+        samples = len(self.training_labels)
+        # A batch of ImageNet would draw 1.3 GB at once.
+        drawn = [
+            draw_negatives(
+                torch.rand(len(some), samples, device=student.device), self.training_labels, some, self.negatives
+            )
+            for some in labels.split(max(DRAWN // samples, 1))
+        ]
+        chosen = torch.cat(drawn)
         loss: Tensor = self.contrast(student, teacher, index, chosen)
         return loss
 

@@ -11,25 +11,20 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Kdbench, filled
 from kills import Strike, struck
-from picture_files import write_imagenet
+from picture_files import EIGHT, write_imagenet
 
 from kdbench.files import sha256_of
 
-CARDS = """
-datasets:
-  eight:
-    include: imagenet
-    classes: 8
-    image_size: 32
-    train: 32
-    test: 16
-    args: {official: imagenet_subset, short_side: 36}
-teachers:
+CARDS = f"""{EIGHT}teachers:
   small:
     model: mobilenetv2_half
     data: eight
-    weights: {file: %s, sha256: %s}
+    weights: {{file: %s, sha256: %s}}
     accuracy: %s
+  of_timm:
+    model: "timm:test_convnext"
+    data: eight
+    weights: {{file: %s, sha256: %s}}
 """
 # Smaller networks with as many layers; the real ones are built and trained by tests/cards.
 WORDS = ["data=eight", "teacher=small", "student=mobilenetv2_half", "steps=4", "protocol.batch_size=8", "evaluations=2"]
@@ -38,6 +33,7 @@ FILES = ("student.safetensors", "test_logits.safetensors")
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
     import torch
     from safetensors.torch import save_file
 
@@ -46,11 +42,13 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagenet")
     write_imagenet(folder / "data" / "imagenet")
     torch.manual_seed(0)
-    weights = folder / "teacher.safetensors"
+    weights, own = folder / "teacher.safetensors", folder / "timm.safetensors"
     save_file(mobilenet_v2(width=0.5, classes=8).state_dict(), weights)
+    # The form in which timm publishes them: its own names of parameters.
+    save_file(timm.create_model("test_convnext", num_classes=8).state_dict(), own)
     (folder / "cards").mkdir()
     # An untrained network answers one class of eight.
-    (folder / "cards" / "cards.yaml").write_text(CARDS % (weights, sha256_of(weights), 12.5))
+    (folder / "cards" / "cards.yaml").write_text(CARDS % (weights, sha256_of(weights), 12.5, own, sha256_of(own)))
     return folder
 
 
@@ -85,10 +83,17 @@ def test_all_methods_train_and_a_killed_run_ends_with_the_same_bits(here: Path, 
 
 @pytest.mark.slow
 def test_two_ranks_train_deit_are_killed_and_go_on(here: Path, kdbench: Kdbench) -> None:
-    """Mixed, augmented and averaged, with a teacher of another size."""
+    """Mixed, augmented and averaged, with a teacher of timm that takes another size."""
     own = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
     student = json.dumps({"name": "timm:deit_tiny_distilled_patch16_224", "options": own})
-    more = ["teacher.image_size=40", f"student={student}", "compare.method=[ce, deit]", "--checkpoint-seconds", "0"]
+    more = [
+        "teacher=of_timm",
+        "teacher.image_size=40",
+        f"student={student}",
+        "compare.method=[ce, deit]",
+        "--checkpoint-seconds",
+        "0",
+    ]
     line = [str(word) for word in [*words(here, "imagenet_deit", here / "ranks"), *more] if word not in ("--jobs", "1")]
     del line[line.index("--threads")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdbench"]
@@ -103,7 +108,9 @@ def test_two_ranks_train_deit_are_killed_and_go_on(here: Path, kdbench: Kdbench)
     kdbench(*words(here, "imagenet_deit", here / "ranks"), *more)
     records = [filled(file) for file in sorted(runs.glob("*/record.json"))]
     assert [record["compute"]["ranks"] for record in records] == [[2, 1]] * 2
-    assert records[1]["spec"]["teacher"]["model"]["image_size"] == 40
+    model, weights = records[1]["spec"]["teacher"]["model"], here / "timm.safetensors"
+    assert (model["options"]["name"], model["image_size"]) == ("test_convnext", 40)
+    assert records[1]["teacher"]["sha256"] == sha256_of(weights)
     assert {"mix", "transforms", "resized_crop"} <= {*records[0]["seeds"]["streams"]}
 
 

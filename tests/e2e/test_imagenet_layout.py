@@ -11,18 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Kdbench, filled
 from kills import Strike, struck
-from picture_files import write_imagenet
+from picture_files import EIGHT, write_imagenet
 
-CARDS = """
-datasets:
-  eight:
-    include: imagenet
-    classes: 8
-    image_size: 32
-    train: 32
-    test: 16
-    args: {folder: imagenet, official: imagenet_subset, short_side: 36}
-"""
 RECIPE = """
 data: eight
 teacher: {model: "torchvision:resnet18", weights: teacher.safetensors}
@@ -56,7 +46,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagenet")
     write_imagenet(folder / "data" / "imagenet", flat=True)
     (folder / "cards").mkdir()
-    (folder / "cards" / "cards.yaml").write_text(CARDS)
+    (folder / "cards" / "cards.yaml").write_text(EIGHT)
     torch.manual_seed(0)
     save_file(resnet18(num_classes=8).state_dict(), folder / "teacher.safetensors")
     (folder / "recipe.yaml").write_text(RECIPE.replace("teacher.saf", f"{folder}/teacher.saf"))

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
-from kdbench.data.decoding import centre, picture
+from kdbench.data.decoding import picture
 from kdbench.data.images import moments
+from kdbench.data.listing import centred
 from kdbench.data.survey import survey
 from kdbench.engine.materials import load_data
 from kdbench.errors import UserError
@@ -167,7 +168,7 @@ def test_what_cannot_be_read_is_named_by_both_loaders_and_the_survey(what: str, 
 
     def decoded() -> None:
         for one in streamed(root).train_files:
-            centre(picture(one), 32, 32)
+            centred(picture(one), 32, 32)
 
     for read in (lambda: resident(root), decoded, lambda: survey(root, tmp_path / "cache")):
         with pytest.raises(UserError, match=said) as error:
@@ -202,7 +203,7 @@ def test_damaged_pictures_of_every_kind_are_one_message(kind: str, tmp_path: Pat
             content[draw.randrange(min(len(content), draw.choice((40, 4000))))] = draw.randrange(256)
         file.write_bytes(content[: draw.choice((len(content), draw.randrange(len(content))))])
         try:
-            assert np.asarray(centre(picture(file), 32, 32)).shape == (3, 32, 32)
+            assert np.asarray(centred(picture(file), 32, 32)).shape == (32, 32, 3)
         except UserError as error:
             failed += 1
             assert error.where == str(file) and error.hint

@@ -16,9 +16,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from kdbench.data import birds, pictures, scenes
-from kdbench.data.decoding import NUMBERS, centre, crop_box, picture, resized_crop
+from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, picture, resized_crop
 from kdbench.data.images import ImageData
-from kdbench.data.listing import not_found
+from kdbench.data.listing import centred, not_found
 from kdbench.data.streams import uniform
 from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import evaluate
@@ -95,10 +95,38 @@ def test_a_crop_and_a_centre_are_torchvisions_bit_for_bit(width: int, height: in
     image = photo(width, height, 7)
     box = crop_box(uniform(NUMBERS, 1, "t", width).tolist(), height, width, (0.2, 0.9))
     expected = F.resized_crop(image, *box, [24, 24], InterpolationMode.BILINEAR)
-    assert torch.equal(resized_crop(image, box, 24), F.pil_to_tensor(expected))
+    assert torch.equal(as_bytes(resized_crop(image, box, 24)), F.pil_to_tensor(expected))
     for short_side, size in ((28, 24), (24, 24), (16, 24)):
         expected = F.center_crop(F.resize(image, short_side, InterpolationMode.BILINEAR), [size, size])
-        assert torch.equal(centre(image, short_side, size), F.pil_to_tensor(expected)), short_side
+        assert torch.equal(as_bytes(centred(image, short_side, size)), F.pil_to_tensor(expected)), short_side
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_torchvisions_decoder_makes_almost_the_same_pixels_and_is_another_identity(
+    registry: Registry, root: Path, channels: int
+) -> None:
+    file, numbers = root / "photo.jpg", uniform(NUMBERS, 1, "t").tolist()
+    photo(90, 70, 7).save(file, quality=95)
+    image = picture(file, channels)
+    exact = as_bytes(resized_crop(image, crop_box(numbers, image.height, image.width, (0.2, 0.9)), 24))
+    fast = decoded_crop(file, numbers, (0.2, 0.9), 24, channels)
+    off = (fast.int() - exact.int()).abs()
+    assert fast.shape == exact.shape and int(off.max()) <= 2 and (off == 0).float().mean() > 0.8
+    plain = {"padding": 0, "mode": "zero", "flip": True, "resized_crop": [0.08, 1.0]}
+    protocols = [
+        {"name": "ab_official", "batch_size": 4, "augmentation": plain | d} for d in ({}, {"decoder": "torchvision"})
+    ]
+    specs = [spec_of(registry, protocol=protocol) for protocol in protocols]
+    assert specs[0].identity() == spec_of(registry).identity() != specs[1].identity()
+    data = read(specs[0], root)
+    pillow, other = (Batches(spec, data, CPU).at(0, timeline(spec, 15)).images.int() for spec in specs)
+    assert 0 < (pillow - other).abs().float().mean() < 1, "the same crops, not the same bits"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(UserError, match="damaged or cut short") as error:
+        decoded_crop(file, numbers, (0.2, 0.9), 24, channels)
+    assert error.value.where == str(file)
+    with pytest.raises(UserError, match="'decoder' is of pictures that 'resized_crop' crops"):
+        spec_of(registry, protocol={"name": "crd", "augmentation": {"decoder": "torchvision"}})
 
 
 @pytest.mark.parametrize("width, height", [(60, 40), (400, 30)])
@@ -195,7 +223,8 @@ def test_without_a_resized_crop_the_centres_are_cropped_as_resident_images_are(r
     spec = spec_of(registry, protocol=protocol)
     data = read(spec, root)
     centres = [
-        torch.stack([centre(picture(file), 28, 24) for file in files]) for files in (data.train_files, data.test_files)
+        torch.stack([as_bytes(centred(picture(file), 28, 24)) for file in files])
+        for files in (data.train_files, data.test_files)
     ]
     resident = ImageData("x", data.classes, centres[0], data.train_labels, centres[1], data.test_labels, "", "")
     line = timeline(spec, 15)

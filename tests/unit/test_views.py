@@ -273,12 +273,12 @@ def test_wrong_keys_are_told(wrong: Any, said: str) -> None:
         spec_of(augmentation=wrong)
 
 
-def test_transforms_come_after_crop_and_mirror() -> None:
+@pytest.mark.parametrize("crop", [{}, {"padding": 0, "resized_crop": [0.3, 1.0]}])
+def test_transforms_come_after_crop_and_mirror(crop: dict[str, Any]) -> None:
     """A transform that does nothing leaves what the device makes otherwise, bit for bit."""
-    nothing = {"transforms": [{"name": "grayscale", "p": 0.0}]}
-    spec = spec_of(augmentation=nothing)
+    spec = spec_of(augmentation=crop | {"transforms": [{"name": "grayscale", "p": 0.0}]})
     data, line = images(spec.data, per_class=3), timeline(spec, 30)
-    ours, plain = Batches(spec, data, CPU), Batches(spec_of(), data, CPU)
+    ours, plain = Batches(spec, data, CPU), Batches(spec_of(augmentation=crop), data, CPU)
     assert all(torch.equal(ours.at(step, line).images, plain.at(step, line).images) for step in range(4))
 
 
@@ -307,6 +307,19 @@ def test_the_average_is_tested_and_kept_and_goes_on_from_a_checkpoint() -> None:
         train(one, of, None, 4)
     kept, theirs = member.answers.model.state_dict(), resumed.answers.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in kept.items())
+
+
+def test_metrics_are_of_the_average_too() -> None:
+    """What a record says of agreement belongs to the network whose accuracy it states."""
+    recipe = {"data": "cifar10", "student": "wrn_10_1", "teacher": "wrn_22_4_cifar10", "method": "ab", "steps": 12}
+    protocol = {"name": "ab_official", "batch_size": 8, "ema": 0.75}
+    spec = plan(recipe | {"protocol": protocol}, REGISTRY, weights_must_exist=False).cells[0].spec
+    member, batches, teacher = member_of(spec, images(spec.data, per_class=3))
+    train(member, batches, teacher, 6)
+    found = evaluate(member, batches, teacher)["metrics"]
+    average = {name: value.clone() for name, value in member.answers.model.state_dict().items()}
+    member.student.model.load_state_dict(average)
+    assert evaluate(member, batches, teacher)["metrics"] == found, "they changed with the weights that do not answer"
 
 
 def test_what_an_average_cannot_follow_is_refused() -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from kdbench.engine.batch import Batch
-from kdbench.engine.inputs import Source, SourceContext, SourceStep
+from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.losses.sskd import TURNS
 
 
@@ -20,3 +20,6 @@ class TurnedImages(Source):
         assert batch.labels is not None
         turned = torch.stack([batch.images.rot90(k, (2, 3)) for k in range(TURNS)], dim=1)
         return {"turned": Batch(turned.flatten(0, 1), batch.labels.repeat_interleave(TURNS))}
+
+    def cost(self, steps: int) -> Cost:
+        return Cost(times=TURNS)
