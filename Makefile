@@ -7,7 +7,7 @@ TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-quick test-long test-gpu fuzz peers bench bench-gpu speed-gpu docs lint types check reproduce-cifar reproduce-crd lock clean
+.PHONY: help setup quickstart test test-quick test-long test-gpu fuzz peers bench bench-gpu bench-loading speed-gpu docs lint types check reproduce-cifar reproduce-crd lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -54,6 +54,9 @@ bench: peers ## images per second, technique by technique, against torchdistill 
 OUT ?= runs/gpu
 bench-gpu: peers ## the same on a GPU, with whole runs extrapolated and the quickstart timed; writes to OUT
 	$(BIN)/kdbench bench --device cuda --json $(OUT)/bench.json
+
+bench-loading: setup ## images per second that one core reads from JPEG files, beside torchvision's loaders
+	$(BIN)/kdbench bench --loading --rounds 40 --json runs/loading.json
 
 speed-gpu: setup ## one 240-epoch run of the usual tables' protocol on a GPU, in full, with its teacher; writes to OUT
 	$(BIN)/kdbench run speed --no-adopt --device cuda --runs $(OUT)

@@ -131,7 +131,7 @@ class ProtocolCard(Card):
     follows: str | None = None
     batch_size: int = Field(gt=0)
     last_batch: Literal["keep", "drop"] = "keep"
-    augmentation: AugmentationCard = AugmentationCard(padding=0, resized_crop=None, transforms=None)
+    augmentation: AugmentationCard = AugmentationCard(padding=0, resized_crop=None, decoder=None, transforms=None)
     second: AugmentationCard | None = Field(
         None, description="augmentation of the input set `second`, the batch's images again; the same where absent"
     )

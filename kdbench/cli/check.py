@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -182,7 +182,7 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
 
 
 def _print_needs(
-    console: Console, planned: Plan, runs: Path, estimate: Estimate, taken: Mapping[str, Memory], time: bool
+    console: Console, planned: Plan, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
 ) -> None:
     """What the cells that are not finished need of memory and time.
 

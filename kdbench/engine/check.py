@@ -81,7 +81,8 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         return before[key]
 
     student, shapes = built(spec.student.not_started(), spec.student.takes(spec.data))
-    teacher, teacher_shapes = None, {}
+    teacher: Extractor | None = None
+    teacher_shapes: dict[str, Shape] = {}
     if spec.teacher is not None:
         teacher, teacher_shapes = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
     with _Undrawn():

@@ -1,6 +1,6 @@
 """What a plan will cost, from a few timed steps of each network. Time of one worker; whoever has several divides."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,7 +140,7 @@ class Estimate:
         return total
 
 
-def memory(cells: Iterable[PlannedCell], taken: Mapping[str, Memory], jobs: int, device: torch.device) -> int:
+def memory(cells: Iterable[PlannedCell], taken: dict[str, Memory], jobs: int, device: torch.device) -> int:
     """Bytes that the largest cohort takes when so many workers share the cells out.
 
     On a GPU several of one comparison train as one program, where these fit.

@@ -85,6 +85,16 @@ class TeacherChoice(Strict):
         "teach, its logits cannot",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def one_view(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (own := [key for key in ("crop", "transforms", "augmentation") if key in data]):
+            raise ValueError(
+                f"'{own[0]}' cannot be a teacher's own: both networks see one view of an image, or they would answer to "
+                "different pictures; 'image_size' and 'normalization' can be"
+            )
+        return data
+
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
         if self.several is not None:

@@ -170,7 +170,7 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
         assert all(torch.equal(value, again[name]) for name, value in load_file(one / "student.safetensors").items())
         card, record = (folder / "README.md").read_text(), read_record(one)
         assert f"{record.result.test.last:.2f} %" in card and record.data.fingerprint in card
-        assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell)
+        assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell) == ("without a teacher" in card)
         assert {"config.json", "record.json"} <= hub.files.keys()
 
 

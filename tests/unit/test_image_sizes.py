@@ -86,6 +86,8 @@ def test_what_is_made_for_the_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="takes 16×16 pixels; for the student's 8×8 they would be other ones"):
         cell("bss", teacher={"image_size": 16})
     assert cell("bss", teacher={"image_size": 8})
+    with pytest.raises(UserError, match="'crop' cannot be a teacher's own: both networks see one view"):
+        cell(teacher={"crop": 224})
     with pytest.raises(UserError, match="'image_size' next to its 'model'"):
         cell("kd", teacher={"name": None, "model": {"name": "wrn_10_1", "image_size": 16}, "untrained": True})
     with pytest.raises(UserError, match="'image_size' of its own, so it cannot be one of several teachers"):
