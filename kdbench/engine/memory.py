@@ -72,11 +72,8 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
         )
         for name, stage in terms.items()
     )
-    own = (
-        _bytes(student)
-        + sum(_bytes(one) for one in [*every, *cell.modules.values()])
-        + (_bytes(learning.model) if learning else 0)
-    )
+    trained = [student, *every, *cell.modules.values(), *([learning.model] if learning else [])]
+    own = sum(_bytes(one) + (COPIES - 1) * sum(p.nbytes for p in one.parameters()) for one in trained)
     testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     held = sum(cost.held for cost in costs) + (_bytes(student) if spec.protocol.ema else 0)
@@ -88,7 +85,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
         views = augmentation_of(spec.protocol).views
         tabled = not data.streamed and spec.protocol.augmentation.finite
         both += FLOAT * data.train * views * cell.teacher_shapes["logits"][0] if tabled else 0
-    return Memory(both, teacher_bytes, features * batch, COPIES * own + copy + held, max(training + passing, testing))
+    return Memory(both, teacher_bytes, features * batch, own + copy + held, max(training + passing, testing))
 
 
 def _saved(

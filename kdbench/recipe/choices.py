@@ -90,8 +90,8 @@ class TeacherChoice(Strict):
     def one_view(cls, data: Any) -> Any:
         if isinstance(data, dict) and (own := [key for key in ("crop", "transforms", "augmentation") if key in data]):
             raise ValueError(
-                f"'{own[0]}' cannot be a teacher's own: both networks see one view of an image, or they would answer to "
-                "different pictures; 'image_size' and 'normalization' can be"
+                f"'{own[0]}' cannot be a teacher's own: both networks see one view of an image, or they would answer "
+                "to different pictures; 'image_size' and 'normalization' can be"
             )
         return data
 

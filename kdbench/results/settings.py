@@ -63,7 +63,7 @@ def _augmentation(record: Record) -> str:
         return ""
     crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
     parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
-    parts += [f"{found['decoder']}'s decoder"] * bool(found.get("decoder"))
+    parts += [f"{found.get('decoder')}'s decoder"] * bool(found.get("decoder"))
     mixed = [word for key, word in (("mixup", "Mixup"), ("cutmix", "CutMix")) if (found.get("mix") or {}).get(key)]
     own = [str(one.get("name")).replace("_", " ") for one in found.get("transforms") or ()]
     return " and ".join(parts + ["flip"] * bool(found.get("flip")) + own + mixed) or "none"

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from kdbench.engine.check import check_cell
 from kdbench.engine.compute import Memory, program_bytes
+from kdbench.engine.estimate import Estimate
+from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
 from kdbench.engine.pool import available_memory
 from kdbench.engine.scheduling import Cells, CellState, cohorts_of, fitting, kind
+from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -168,3 +172,29 @@ def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Pat
     # After the first epochs and evaluations, resident memory stays but for where the allocator finds room: one map of
     # an evaluation slice is 64 MiB; a batch's features kept at each step would be over 270 MB in this half.
     assert max(result["at"]) - result["at"][len(result["at"]) // 2] < 0.1 * result["peak"]
+
+
+def test_sets_with_several_images_for_each_of_the_batch_count_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPE | {"compare": {"method": ["sskd"]}, "epochs": 1}
+    spec = plan(recipe, REGISTRY).cells[0].spec
+    four = memory_of(spec, torch.device("cpu"))
+    monkeypatch.setattr(TurnedImages, "cost", lambda source, steps: Cost())
+    one = memory_of(spec, torch.device("cpu"))
+    assert four.features == 4 * one.features and four.step > 2 * one.step
+    seconds = [Estimate(torch.device("cpu"), rate=1e9).passes(spec)]
+    monkeypatch.undo()
+    assert Estimate(torch.device("cpu"), rate=1e9).passes(spec) == 4 * seconds[0] > 0
+
+
+def test_banks_of_a_million_images_are_counted_and_not_filled() -> None:
+    recipe = RECIPE | {"compare": {"method": ["crd"]}, "epochs": 1}
+    small = plan(recipe, REGISTRY).cells[0].spec
+    large = small.model_copy(update={"data": small.data.model_copy(update={"train": 1_000_000})})
+    cell = check_cell(large)
+    (term,) = (term for terms in cell.terms.values() for term in terms.values() if len(term.functions))
+    banks = [value for name, value in term.named_buffers() if name.endswith("bank")]
+    assert [tuple(bank.shape) for bank in banks] == [(1_000_000, 128)] * 2
+    assert not any(bank[:1000].any() for bank in banks)
+    more = memory_of(large, torch.device("cpu"), cell).member - memory_of(small, torch.device("cpu")).member
+    # Two banks of 128 numbers, and the labels.
+    assert more == (1_000_000 - small.data.train) * (2 * 128 * 4 + 8)
