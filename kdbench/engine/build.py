@@ -67,14 +67,14 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
     return model, notes
 
 
-def build_student(spec: CellSpec, teacher: nn.Module | None, sync_batch_norm: bool) -> nn.Module:
+def build_student(spec: CellSpec, teacher: nn.Module | None) -> nn.Module:
     """The student of a cell with its first values, which may be those of its teacher."""
     student = build_model(spec.student, spec.student.takes(spec.data), spec.seed)
     if spec.method.starts_from == "teacher":
         assert teacher is not None and spec.teacher is not None
         weights = {name: value.cpu() for name, value in teacher.state_dict().items()}
         start_from(student, weights, spec.student.name, spec.teacher.model.name, spec.teacher.known_classes)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(student) if sync_batch_norm else student
+    return student
 
 
 def build_extractor(model: nn.Module, spec: ModelSpec, data: DataSpec) -> Extractor:

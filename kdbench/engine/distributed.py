@@ -94,12 +94,14 @@ def _local() -> int:
 
 
 def send(ranks: Ranks, task: TrainCohort | None) -> None:
-    """Give the other ranks a task with the files that it begins from; None: there are no more."""
+    """Give the other ranks a task with the files that it begins from; None: there are no more, and all part."""
     what: list[Any] = [None]
     if task is not None:
         folders = [*(cell.folder for cell in task.cells), *([task.teacher_folder] if task.teacher_folder else [])]
         what = [(task.line(), {str(folder): _files(folder) for folder in folders})]
     dist.broadcast_object_list(what, 0, ranks.control)
+    if task is None:
+        dist.destroy_process_group()
 
 
 def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
@@ -107,6 +109,8 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
     what: list[Any] = [None]
     dist.broadcast_object_list(what, 0, ranks.control)
     if what[0] is None:
+        # NCCL would wait, or complain, if a process ended with it.
+        dist.destroy_process_group()
         return None
     line, files = what[0]
     here = {folder: scratch / str(number) / Path(folder).name for number, folder in enumerate(files)}

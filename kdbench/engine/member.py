@@ -54,10 +54,11 @@ class Member:
         self.timeline = timeline(spec, len(batches.train))
         taken = spec.student.takes(spec.data)
         normalizer = Normalizer(spec.protocol.normalization, taken.image_shape[1:], device)
-        own = build_student(spec, teacher.network.model if teacher else None, batches.ranks.sync_batch_norm)
-        self.student = Network(build_extractor(own.to(device), spec.student, taken), normalizer, computing)
+        own = build_student(spec, teacher.network.model if teacher else None).to(device)
+        self.student = Network(build_extractor(own, spec.student, taken), normalizer, computing)
+        batches.ranks.synchronize(self.student.extractor, taken.image_shape)
         shapes = self.student.extractor.shapes(taken.image_shape)
-        self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks.sync_batch_norm)
+        self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks)
         cell = Surroundings(
             spec,
             self.student.extractor,

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +141,7 @@ class Pool:
         # A terminal that closes says so twice, and a scheduler may.
         with spared():
             for worker in self.workers.values():
-                try:
-                    assert worker.stdin is not None
-                    worker.stdin.close()
-                except OSError:
-                    pass
+                self._dismiss(worker)
             self._wait(SPARED_SECONDS)
         for worker in self._wait(LEAVE_SECONDS):
             worker.kill()
@@ -156,6 +152,11 @@ class Pool:
                 self.workers.pop(number, None)
                 if event.code:
                     raise CellError(_gone(event)) from None
+
+    def _dismiss(self, worker: Any) -> None:
+        """Let a worker write its checkpoints and leave."""
+        with suppress(OSError):
+            worker.stdin.close()
 
     def _wait(self, seconds: float) -> list[Any]:
         """Those of the workers that have not left after so many seconds."""
@@ -298,10 +299,30 @@ def spared() -> Iterator[None]:
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+
+    def wait(number: int, _: Any) -> None:
+        # Another thread, as one of Ray's, has taken what this one blocks.
+        signal.pthread_kill(threading.get_ident(), number)
+
     try:
-        yield
+        with own_signals() as answered:
+            for number in answered:
+                signal.signal(number, wait)
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def own_signals() -> Iterator[list[int]]:
+    """How this process answers what ends a run is after the block as it was before. Yields what it answers itself."""
+    here = threading.current_thread() is threading.main_thread()
+    answers = {number: answer for number in ENDS if here and callable(answer := signal.getsignal(number))}
+    try:
+        yield [*answers]
+    finally:
+        for number, answer in answers.items():
+            signal.signal(number, answer)
 
 
 def _omp_threads() -> int:

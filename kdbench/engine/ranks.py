@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdbench.errors import CellError, UserError
+from kdbench.models.hooks import Extractor
 
 T = TypeVar("T")
 LOST = "another rank has ended, what it said stands above; the same command goes on from the last checkpoints"
@@ -34,6 +35,22 @@ class Ranks:
     size: int = 1
     control: Any = None
     sync_batch_norm: bool = False
+
+    def synchronize(self, extractor: Extractor, image_shape: tuple[int, int, int]) -> None:
+        """Let a network's batch norms take the whole batch, where they are to."""
+        if not self.sync_batch_norm:
+            return
+        # A dry run in train mode, which one rank might make alone later, and wait for the others.
+        extractor.overwritten(image_shape)
+        # Torch's own loses the activation that is part of timm's batch norms.
+        from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+
+        known = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d}
+        for module in extractor.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in known:
+                what = f"batch norms of model '{extractor.model_name}' are of a kind of their own"
+                raise UserError(f"{what}, {type(module).__name__}", where="--sync-batch-norm", hint="leave it out")
+        convert_sync_batchnorm(extractor.model)
 
     def share(self, images: int) -> slice:
         """This rank's part of a batch: consecutive images, one more on the first ranks where it does not divide."""

@@ -11,9 +11,10 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from kdbench.engine.messages import (
     TrainCohort,
     read_line,
 )
-from kdbench.engine.pool import LEAVE_SECONDS, SHARE, Pool
+from kdbench.engine.pool import SHARE, Pool, own_signals
 from kdbench.engine.ray_node import TABLES, Node, files_of
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
@@ -80,10 +81,16 @@ class Losses:
 
 @dataclass(eq=False)
 class RayWorker:
-    """An actor, and its folder on its node once it is there."""
+    """What stands for a process: an actor, its folder on its node once it is there, and who listens to its end."""
 
     actor: Any
     folder: Path | None = None
+    listener: threading.Thread = field(default_factory=threading.Thread)
+    kill: Callable[[], None] = lambda: None
+
+    def poll(self) -> int | None:
+        """None while it is there, as a process has it."""
+        return None if self.listener.is_alive() else 0
 
 
 class RayPool(Pool):
@@ -100,7 +107,6 @@ class RayPool(Pool):
         super().__init__(device, jobs, paths, settings)
         self.cluster, self.runs = cluster, runs.resolve()
         self.local = Pool("cpu", 1, paths, settings)
-        self.listeners: list[threading.Thread] = []
         self.losses = Losses()
 
     def __enter__(self) -> RayPool:
@@ -108,29 +114,38 @@ class RayPool(Pool):
         self.sending = Sending(self.ray, self.runs)
         try:
             alone = {"include_dashboard": False} if self.cluster.address == "local" else {}
-            self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
+            # Ray's answer to SIGTERM is to leave at once.
+            with own_signals():
+                self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"there is no Ray cluster at '{self.cluster.address}': {str(error).splitlines()[0]}",
                 where="--ray",
                 hint="start one with 'ray start --head', or give its address",
             ) from None
-        self._share_out(self.ray.cluster_resources())
-        self.local.__enter__()
+        try:
+            self._share_out(self.ray.cluster_resources())
+            self.local.__enter__()
+        except BaseException:
+            self.__exit__()
+            raise
         super().__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for worker in self.workers.values():
-            if worker.folder is not None:
-                worker.actor.close.remote()
-            else:
-                self.ray.kill(worker.actor)
-        # What the workers write when they are stopped comes back as well.
-        for listener in self.listeners:
-            listener.join(timeout=LEAVE_SECONDS)
-        self.local.__exit__()
-        self.ray.shutdown()
+    def __exit__(self, kind: Any = None, *_: Any) -> None:
+        try:
+            super().__exit__(kind)
+        finally:
+            self.local.__exit__()
+            self.ray.shutdown()
+        while not self.events.empty():
+            _, event = self.events.get()
+            if isinstance(event, Gone) and event.lost:
+                log.warning("%s while the run was stopping: it goes on from the last checkpoint", event.why)
+
+    def _dismiss(self, worker: RayWorker) -> None:
+        # What it writes comes back as well.
+        worker.actor.close.remote() if worker.folder is not None else worker.kill()
 
     def carry_out(self, tasks: Sequence[Task]) -> Iterator[Event]:
         here = [task for task in tasks if isinstance(task, CheckCells | ReadFingerprint)]
@@ -194,9 +209,9 @@ class RayPool(Pool):
             num_cpus=self.threads, num_gpus=self.gpus, max_concurrency=4, scheduling_strategy="SPREAD"
         )
         key = hashlib.sha256(f"{platform.node()} {self.runs}".encode()).hexdigest()[:12]
-        self.workers[number] = RayWorker(kind.remote(key))
-        self.listeners.append(threading.Thread(target=self._attend, args=(number, self.workers[number]), daemon=True))
-        self.listeners[-1].start()
+        worker = self.workers[number] = RayWorker(actor := kind.remote(key), kill=partial(self.ray.kill, actor))
+        worker.listener = threading.Thread(target=self._attend, args=(number, worker), daemon=True)
+        worker.listener.start()
 
     def _attend(self, number: int, worker: RayWorker) -> None:
         """Pass on what a worker tells and writes, to its end."""

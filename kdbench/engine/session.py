@@ -90,8 +90,8 @@ class Session:
             self.listener.say(not_used(self.pool.unusable))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.pool.__exit__()
+    def __exit__(self, *about: object) -> None:
+        self.pool.__exit__(*about)
 
     def events(self, tasks: Sequence[Task]) -> Iterator[Event]:
         """Have tasks done. Yields what concerns cells, or answers; the rest is told to the listener.

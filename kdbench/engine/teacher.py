@@ -18,6 +18,7 @@ from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Network, Normalizer, autocast
+from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec, StageSpec
 
@@ -128,11 +129,9 @@ class OwnTeacher:
 
     shared_with_others = False
 
-    def __init__(self, teacher: Teacher, computing: Computing, device: torch.device, sync_batch_norm: bool) -> None:
+    def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
         extractor = teacher.network.extractor
         model = copy.deepcopy(extractor.model).train().to(device)
-        if sync_batch_norm:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         copied = Extractor(model, extractor.places, extractor.model_name)
         self.network = Network(copied, teacher.network.normalizer, computing)
         self.trains = False
@@ -147,12 +146,13 @@ class OwnTeacher:
 
 
 def own_teacher_of(
-    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, sync_batch_norm: bool = False
+    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, ranks: Ranks = ALONE
 ) -> OwnTeacher | None:
     """The copy that a cell's stages need, with first values of its own where the teacher begins untrained."""
     if teacher is None or spec.teacher is None or not own_teacher_stages(spec.method.stages):
         return None
-    found = OwnTeacher(teacher, computing, device, sync_batch_norm)
+    found = OwnTeacher(teacher, computing, device)
+    ranks.synchronize(found.network.extractor, spec.teacher.knows(spec.data).image_shape)
     if spec.teacher.untrained:
         first = build_model(spec.teacher.model, spec.teacher.knows(spec.data), spec.seed, "init/teacher")
         found.model.load_state_dict(first.state_dict())

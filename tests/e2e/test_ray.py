@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from conftest import ROOT, TINY, Kdbench, Once
 from kills import assert_alike
@@ -45,6 +46,18 @@ datasets:
 """
 FEW = "{data: few_pictures, student: wrn_10_1, protocol: digits, method: ce, steps: 4, evaluations: 2}"
 
+# A teacher taught by another one keeps its route.
+COMMON = "data: {name: digits, per_class: 10}\nstudent: wrn_10_1\nprotocol: digits\nsteps: 12\nevaluations: 2\n"
+CHAIN = {
+    "cards/cards.yaml": "teachers:\n"
+    "  large: {model: wrn_10_1, data: digits, recipe: ../large.yaml}\n"
+    "  assistant: {model: wrn_10_1, data: digits, recipe: ../assistant.yaml}\n",
+    "large.yaml": f"{COMMON}method: ce\n",
+    "assistant.yaml": f"{COMMON}teacher: large\nmethod: kd\nroute: 4\n",
+    "chain.yaml": f"{COMMON}teacher: assistant\ncompare: {{method: [kd, rco]}}\n",
+    "mutual.yaml": f"{COMMON}teacher: {{model: wrn_10_1, untrained: true}}\nmethod: dml\n",
+}
+
 
 class Nodes:
     """A cluster of this machine."""
@@ -69,10 +82,18 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     started = Nodes(tmp_path_factory.mktemp("cluster"))
     yield started
     started.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Iterator[Nodes]:
+    """A cluster in which nobody computes yet."""
+    yield head
+    for node in [*head.cluster.worker_nodes]:
+        head.cluster.remove_node(node, allow_graceful=False)
 
 
 def words(runs: Path) -> list[str]:
@@ -84,9 +105,23 @@ def on_ray(runs: Path, nodes: Nodes) -> list[str]:
     return [*words(runs), "--jobs", "2", "--ray", nodes.cluster.address]
 
 
-def until(condition: Any, run: subprocess.Popen[str]) -> None:
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """A command in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdbench", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+
+
+def until(condition: Any, run: subprocess.Popen[str], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < end, run.kill()
         time.sleep(0.02)
 
 
@@ -98,21 +133,11 @@ def test_killed_nodes_actors_and_runs_leave_what_a_local_run_leaves(
     node is lost with an unfinished cell on it."""
     whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
     lost = nodes.add(**STRIKE)
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "kdbench", *on_ray(tmp_path, nodes)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    first = start()
+    first = start(on_ray(tmp_path, nodes))
     until(lambda: [*tmp_path.glob("teachers/*/checkpoint.pt")], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    again = start()
+    again = start(on_ray(tmp_path, nodes))
     until(lambda: [*tmp_path.glob("tiny/*/checkpoint.pt")], again)
     nodes.cluster.remove_node(lost, allow_graceful=False)
     nodes.add()
@@ -121,6 +146,51 @@ def test_killed_nodes_actors_and_runs_leave_what_a_local_run_leaves(
     assert again.returncode == 0, told
     assert "its node or its actor is lost" in told and "accuracy, last epoch" in told
     assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_what_ends_a_run_leaves_checkpoints_and_no_actors(
+    once: Once, command_line: Kdbench, nodes: Nodes, tmp_path: Path
+) -> None:
+    """None was due; and Ray would answer SIGTERM in its own way. A second signal does not make the run leave without
+    them. The one core that there is has to be free for the same command again."""
+    whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
+    nodes.add(**STRIKE | {"STRIKE_AFTER": "28", "STRIKE_AT_WHOM": "nobody"})
+    for numbers, folder in (([signal.SIGTERM], "teachers"), ([signal.SIGHUP, signal.SIGTERM], "tiny")):
+        run = start([*on_ray(tmp_path, nodes), "--checkpoint-seconds", "1000"])
+        until(lambda folder=folder: [*tmp_path.glob(f"{folder}/*/metrics.jsonl")], run)
+        for number in numbers:
+            run.send_signal(number)
+            time.sleep(0.5)
+        told = run.communicate(timeout=100)[0]
+        assert run.returncode == 130 and "interrupted: all progress is saved" in told, told
+        assert "Traceback" not in told and [*tmp_path.glob(f"{folder}/*/checkpoint.pt")], told
+    command_line(*words(tmp_path), cwd=tmp_path)
+    assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_on_this_machine_alone(once: Once, command_line: Kdbench, tmp_path: Path) -> None:
+    whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
+    run = start([*words(tmp_path), "--ray", "local"])
+    told = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, told
+    assert_alike(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_routes_chains_and_networks_that_teach_each_other(command_line: Kdbench, nodes: Nodes, tmp_path: Path) -> None:
+    """Teachers by recipe reach nodes that share no folder, whose actors are killed again and again."""
+    nodes.add(**STRIKE), nodes.add()
+    for name, text in CHAIN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for recipe in ("chain.yaml", "mutual.yaml"):
+        given = ["run", recipe, "--registry", "cards", "--jobs", "1", "--threads", "1", "--checkpoint-seconds", "0"]
+        command_line(*given, "--runs", "here", cwd=tmp_path)
+        command_line(*given, "--runs", "far", "--jobs", "2", "--ray", nodes.cluster.address, cwd=tmp_path)
+    assert len([*tmp_path.glob("far/teachers/*/record.json")]) == 2
+    assert_alike(tmp_path / "far", tmp_path / "here")
 
 
 @pytest.mark.slow
@@ -159,7 +229,33 @@ def test_nodes_of_another_version_are_told_before_training(
         pool.__enter__()
 
 
-def test_without_ray_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"Ray is not installed.*(?s:.)*kdbench\[ray\]"):
-        RayPool(Cluster("auto"), "cpu", 1, (), Settings(), tmp_path).__enter__()
+@pytest.mark.long
+def test_the_quickstart_on_two_nodes_is_that_of_one_machine(
+    command_line: Kdbench, nodes: Nodes, tmp_path: Path
+) -> None:
+    """To the last digit of its table. The run is killed when a fourth of its cells is finished; when half of them is, a
+    node is, and another one comes."""
+    whole, far = tmp_path / "whole", tmp_path / "far"
+    given = ["run", "quickstart", "--no-adopt", "--threads", "1", "--jobs", "2", "--checkpoint-seconds", "5", "--runs"]
+    lost, _ = nodes.add(), nodes.add()
+    over = [*given, str(far), "--ray", nodes.cluster.address]
+
+    def finished(cells: int) -> Any:
+        return lambda: len([*far.glob("quickstart/*/record.json")]) >= cells
+
+    first = start(over)
+    until(finished(10), first, 3600)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    again = start(over)
+    until(finished(20), again, 3600)
+    nodes.cluster.remove_node(lost, allow_graceful=False)
+    nodes.add()
+    told = again.communicate(timeout=3600)[0]
+    assert again.returncode == 0 and "its node or its actor is lost" in told, told
+    command_line(*given, whole, cwd=tmp_path, timeout=3600)
+    assert_alike(far, whole)
+    tables = [pandas.read_csv(runs / "quickstart" / "table.csv") for runs in (far, whole)]
+    pandas.testing.assert_frame_equal(*(table.drop(columns=["seconds", "images_per_second"]) for table in tables))
+    texts = [(runs / "quickstart" / "table.md").read_text().partition("Agreement")[0] for runs in (far, whole)]
+    assert texts[0] == texts[1]

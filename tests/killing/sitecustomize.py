@@ -25,7 +25,7 @@ def strike() -> None:
         case whom:
             if whom.endswith(" to all"):
                 os.killpg(0, getattr(signal, whom.split()[0]))
-            else:
+            elif whom != "nobody":
                 os.kill(os.getppid(), {"run": signal.SIGKILL, "interrupt": signal.SIGINT}[whom])
             # Not a step more until the worker can know that its run is leaving: its input has ended.
             ended = select.poll()

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdbench.cli.run import started_by_torchrun
 from kdbench.engine import distributed
 from kdbench.engine.batches import Batches
+from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.distributed import device_here, join, refuse
 from kdbench.engine.finished import names
@@ -32,6 +33,7 @@ from kdbench.engine.messages import CellFinished, CellTask, Event, Settings, Tra
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import UserError
+from kdbench.models.hooks import Extractor
 from kdbench.recipe.planning import plan
 from kdbench.record import read_record
 
@@ -137,6 +139,26 @@ def test_batch_norms_are_synchronized_where_they_are_asked_to_be() -> None:
             (member.terms, torch.nn.BatchNorm2d),
         ):
             assert {type(m) for m in module.modules() if isinstance(m, _BatchNorm)} == {kind}
+
+
+def test_batch_norms_with_an_activation_keep_it_and_unknown_ones_are_refused() -> None:
+    ranks, shape = Ranks(sync_batch_norm=True), (3, 32, 32)
+    recipe = {"data": "cifar10", "student": "timm:mobilenetv3_small_050", "protocol": "crd", "method": "ce"}
+    spec = plan(recipe, two_ranks.REGISTRY).cells[0].spec
+    extractor = build_extractor(build_model(spec.student, spec.data), spec.student, spec.data)
+    extractor.model.eval()
+    pictures = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    before = extractor(pictures, [*extractor.places, "logits"])
+    ranks.synchronize(extractor, shape)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in extractor.model.modules())
+    for point, value in extractor(pictures, [*before]).items():
+        assert torch.equal(value, before[point]), point
+
+    class Own(torch.nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match="'mine' are of a kind of their own, Own"):
+        ranks.synchronize(Extractor(torch.nn.Sequential(Own(3)), {}, "mine"), shape)
 
 
 def test_synchronized_batch_norms_are_recorded(tmp_path: Path) -> None:

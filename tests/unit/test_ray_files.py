@@ -94,6 +94,9 @@ def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, mon
     before = [*actor.sent]
     sending.give(actor, actor.node.folder, order)
     assert actor.sent == before and len(before) == 2
+    given.file.write_text("damaged on the node")
+    sending.give(actor, actor.node.folder, order)
+    assert given.file.read_text() == "images"
     # As a worker there finds it, whose run's own files it does not see.
     (tmp_path / "own" / "w").unlink()
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(actor.node.folder / "weights"))
