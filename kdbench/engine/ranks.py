@@ -43,7 +43,7 @@ class Ranks:
         # A dry run in train mode, which one rank might make alone later, and wait for the others.
         extractor.overwritten(image_shape)
         # Torch's own loses the activation that is part of timm's batch norms.
-        from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+        from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 
         known = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d}
         for module in extractor.model.modules():

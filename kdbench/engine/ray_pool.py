@@ -139,7 +139,7 @@ class RayPool(Pool):
             self.local.__exit__()
             self.ray.shutdown()
         while not self.events.empty():
-            _, event = self.events.get()
+            event = self.events.get()[1]
             if isinstance(event, Gone) and event.lost:
                 log.warning("%s while the run was stopping: it goes on from the last checkpoint", event.why)
 

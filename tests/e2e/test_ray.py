@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 from conftest import ROOT, TINY, Kdbench, Once
 from kills import assert_alike
 from picture_files import write_pictures
@@ -117,7 +118,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def until(condition: Any, run: subprocess.Popen[str], seconds: float = 100) -> None:
+def until(condition: Any, run: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert run.poll() is None, run.communicate()[0]
@@ -155,16 +156,24 @@ def test_what_ends_a_run_leaves_checkpoints_and_no_actors(
     """None was due; and Ray would answer SIGTERM in its own way. A second signal does not make the run leave without
     them. The one core that there is has to be free for the same command again."""
     whole = once("whole", lambda folder: command_line(*words(folder), cwd=folder))
-    nodes.add(**STRIKE | {"STRIKE_AFTER": "28", "STRIKE_AT_WHOM": "nobody"})
-    for numbers, folder in (([signal.SIGTERM], "teachers"), ([signal.SIGHUP, signal.SIGTERM], "tiny")):
+    shutil.copytree(whole / "teachers", tmp_path / "teachers")
+    # Its workers stand still after 25 steps of both cells (of the first run's, some are those of a trial), until their
+    # run leaves.
+    nodes.add(**STRIKE | {"STRIKE_AFTER": "50", "STRIKE_AT_WHOM": "nobody"})
+
+    def evaluated(step: int) -> Any:
+        return lambda: sum(f'"step": {step},' in f.read_text() for f in tmp_path.glob("tiny/*/metrics.jsonl")) == 2
+
+    for numbers, step in (([signal.SIGTERM], 10), ([signal.SIGHUP, signal.SIGTERM], 30)):
         run = start([*on_ray(tmp_path, nodes), "--checkpoint-seconds", "1000"])
-        until(lambda folder=folder: [*tmp_path.glob(f"{folder}/*/metrics.jsonl")], run)
+        until(evaluated(step), run)
         for number in numbers:
             run.send_signal(number)
             time.sleep(0.5)
-        told = run.communicate(timeout=100)[0]
+        told = run.communicate(timeout=300)[0]
         assert run.returncode == 130 and "interrupted: all progress is saved" in told, told
-        assert "Traceback" not in told and [*tmp_path.glob(f"{folder}/*/checkpoint.pt")], told
+        kept = [torch.load(file, weights_only=False)["step"] for file in tmp_path.glob("tiny/*/checkpoint.pt")]
+        assert "Traceback" not in told and len(kept) == 2 and min(kept) >= step, told
     command_line(*words(tmp_path), cwd=tmp_path)
     assert_alike(tmp_path, whole)
 
