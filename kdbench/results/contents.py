@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdbench.record import Metric, Record
-from kdbench.record_parts import Budget
+from kdbench.record_parts import Budget, RecordedTuning
 from kdbench.results.across import Across
 from kdbench.results.comparison import Column
 from kdbench.results.copied import CopiedRow
@@ -73,6 +73,10 @@ class Entry:
     @property
     def budget(self) -> Budget:
         return self.records[0].budget
+
+    @property
+    def tuning(self) -> RecordedTuning | None:
+        return self.records[0].cell.tuning
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from kdbench.results.contents import CAP, Entry, MethodRow, Table
 from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
 from kdbench.results.statistics import Summary
+from kdbench.results.tuned import setting_text
 
 ABSENT = "–"
 # Accuracies beside the one on the test part, as a record names them.
@@ -168,18 +169,21 @@ def _also(table: Table) -> Grid:
 
 
 def _details(table: Table) -> Grid:
-    """Metrics of the losses, and what a method costs beyond the protocol's budget and in time."""
-    extra = any(cell is not None and cell.budget.extra_epochs for row in table.rows for cell in row.cells)
+    """Tuned settings, metrics of the losses, and what a method costs beyond the protocol's budget and in time."""
+    cells = [cell for row in table.rows for cell in row.cells if cell is not None]
+    extra = any(cell.budget.extra_epochs for cell in cells)
+    tuned = any(cell.tuning is not None for cell in cells)
 
     def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
-        shown = [f"+{cell.budget.extra_epochs:g}" if cell.budget.extra_epochs else "0"] if extra else []
+        shown = [ABSENT if cell.tuning is None else setting_text(cell.tuning.chosen)] if tuned else []
+        shown += [f"+{cell.budget.extra_epochs:g}" if cell.budget.extra_epochs else "0"] if extra else []
         for measure in table.measures:
             means = [cell.numbers.get(f"{measure.metric}.{point}") for point in measure.points]
             shown += [ABSENT if found is None else measure.show(found.mean) for found in means]
         seconds = f"{cell.seconds:,.0f}" if cell.seconds >= 100 else f"{cell.seconds:.1f}"
         return [*map(Text, shown), Text(seconds, place=place)]
 
-    header = ["extra epochs"] if extra else []
+    header = (["tuned setting"] if tuned else []) + (["extra epochs"] if extra else [])
     captions = []
     for measure in table.measures:
         # ".preact" of layer1.preact, layer2.preact is said once.
@@ -187,8 +191,8 @@ def _details(table: Table) -> Grid:
         suffix = suffixes.pop() if len(suffixes) == 1 else ""
         captions.append(measure.title + (f" (at {suffix} of each layer)" if suffix else ""))
         header += [f"{measure.title} {point.removesuffix(f'.{suffix}')}" for point in measure.points]
-    caption = ", ".join(captions)
-    caption = f"{caption[:1].upper()}{caption[1:]} and cost" if captions else "Cost"
+    caption = ", ".join((["tuned setting"] if tuned else []) + captions)
+    caption = f"{caption[:1].upper()}{caption[1:]} and cost" if caption else "Cost"
     return _blocks(table, caption, (*header, "seconds"), entries)
 
 

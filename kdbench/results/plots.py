@@ -34,6 +34,8 @@ ACROSS = 3
 # Inches of a chart in the page, where text must be readable on a phone, and of a line of its legend.
 CHART = (4.2, 2.7)
 LEGEND_LINE = 0.19
+# Methods that one chart of curves shows beside the first: as many as have a look of their own.
+GROUP = len(COLOURS) - 1
 # A cost is drawn on a logarithmic axis from this ratio of its largest to its smallest value.
 LOG_FROM = 20.0
 
@@ -72,9 +74,10 @@ class Point(NamedTuple):
 
 
 def look_of(comparison: Comparison, row: Row) -> Look:
-    """A method's look: the same in all charts of a comparison."""
+    """A method's look: the same in all charts of a comparison. The first method's is that of no other."""
     i = comparison.rows.index(row)
-    return Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
+    i = i and 1 + (i - 1) % GROUP
+    return Look(COLOURS[i], MARKERS[i], LINES[i % len(LINES)])
 
 
 def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
@@ -89,7 +92,7 @@ def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
     """
     comparison = compare(records)
     panels = accuracy_panels(comparison, logs(comparison))
-    return _save(comparison, panels, file, 2, (4.7, 3.2))
+    return _save(comparison, panels, file, 2, (4.7, 3.2), legends=len(comparison.rows) > GROUP + 1)
 
 
 def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
@@ -122,18 +125,30 @@ def final_accuracies(records: Iterable[Record], file: str | Path) -> Path:
 def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
     """Test accuracy over epochs, mean over the seeds with a band of ± one deviation, for each column of the comparison.
 
-    The whole run, and its last quarter enlarged where every column has evaluations in it.
+    The whole run, and its last quarter enlarged where every column has evaluations in it. Many methods are shown in
+    groups, the first method in each.
     """
     panels = []
     by_column = {column: curves_of(comparison, column, log, accuracy_of) for column in comparison.columns}
     by_column = {column: curves for column, curves in by_column.items() if curves}
     parts = {column: last_quarter(curves) for column, curves in by_column.items()}
     for column, curves in by_column.items():
-        for part in (None, parts[column]) if all(parts.values()) else (None,):
-            name = f"{column.label}: " if comparison.axes else ""
-            title = name + ("whole run" if part is None else part.title)
-            panels.append(_curves_panel(comparison, title, curves, "test accuracy (%)", part=part))
+        name = f"{column.label}: " if comparison.axes else ""
+        groups = _groups(comparison, curves)
+        for i, group in enumerate(groups, start=1):
+            which = f" ({i} of {len(groups)})" if len(groups) > 1 else ""
+            for part in (None, parts[column]) if all(parts.values()) else (None,):
+                title = name + ("whole run" if part is None else part.title) + which
+                panels.append(_curves_panel(comparison, title, group, "test accuracy (%)", part=part))
     return panels
+
+
+def _groups(comparison: Comparison, curves: Mapping[Row, Curve]) -> list[dict[Row, Curve]]:
+    """Curves as charts show them together: those of the first method in each group."""
+    first, *others = comparison.rows
+    chunks = [others[i : i + GROUP] for i in range(0, len(others), GROUP)] or [[]]
+    groups = [{row: curves[row] for row in [first, *chunk] if row in curves} for chunk in chunks]
+    return [group for group in groups if group]
 
 
 def metric_panels(comparison: Comparison, log: Logs, metric: str) -> list[Panel]:
@@ -213,7 +228,14 @@ def _save(
     size: tuple[float, float],
     sharey: bool = False,
     legend: bool = True,
+    legends: bool = False,
 ) -> Path:
+    """Draw panels into a PNG file.
+
+    Args:
+        legend: whether there is any.
+        legends: a legend beside the last of panels that show the same methods, where one for all would be too long.
+    """
     with drawing.style():
         figure, axes = drawing.panels(len(panels), across, size, sharey)
         for axis, panel in zip(axes, panels, strict=True):
@@ -221,7 +243,9 @@ def _save(
             axis.set_title(panel.title)
             if (place := axis.get_subplotspec()) is not None and not place.is_first_col():
                 axis.set_ylabel("")
-        if legend:
+        if legends:
+            _legends(axes)
+        elif legend:
             _legend(figure, comparison, axes)
         return drawing.save(figure, file)
 
@@ -356,6 +380,14 @@ def _teacher_of(comparison: Comparison, column: Column) -> float | None:
         if record.teacher is not None and record.teacher.accuracy is not None
     }
     return found.pop()[1] if len(found) == 1 else None
+
+
+def _legends(axes: Sequence[Axes]) -> None:
+    """A legend to the right of each of the axes, unless the next ones show the same."""
+    labels = [axis.get_legend_handles_labels()[1] for axis in axes]
+    for axis, own, following in zip(axes, labels, [*labels[1:], None], strict=True):
+        if own != following:
+            axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=3.2)
 
 
 def _legend(figure: Figure, comparison: Comparison, axes: Sequence[Axes]) -> int:

@@ -20,7 +20,7 @@ def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None
 
 
 def tuning_notes(comparison: Comparison) -> Iterator[str]:
-    """How settings were chosen, which, and where there was nothing to choose."""
+    """How settings were chosen, and where there was nothing to choose. Which were chosen is a column of the table."""
     found = list(tunings(comparison))
     by_way: dict[str, list[str]] = {}
     for label, tuning in found:
@@ -28,9 +28,9 @@ def tuning_notes(comparison: Comparison) -> Iterator[str]:
             seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
             part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
             way = f"{len(tuning.trials)} trials each on {seeds}, by accuracy on {part} of the training images"
-            by_way.setdefault(way, []).append(f"{label} ({setting_text(tuning.chosen)})")
-    for way, chosen in by_way.items():
-        yield f"Tuned: {way}, never on the test set. Chosen: {listed(chosen, 100)}"
+            by_way.setdefault(way, []).append(label)
+    for way, tuned in by_way.items():
+        yield f"Tuned: {way}, never on the test set" + (f" ({listed(tuned)})" if len(by_way) > 1 else "")
     if by_way and (untuned := [label for label, tuning in found if tuning is None]):
         yield f"Not tuned: {listed(untuned)}"
 

@@ -41,7 +41,7 @@ def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, 
                 {
                     "step": 391 * epoch,
                     "epoch": float(epoch),
-                    "test": {"accuracy": 80 + k + seed / 10 + epoch / 10, "loss": 1.0},
+                    "test": {"accuracy": 80 + k % 15 + seed / 10 + epoch / 10, "loss": 1.0},
                     **(
                         {
                             "metrics": {
@@ -57,7 +57,7 @@ def run(folder: Path, methods: tuple[str, ...] = tuple(LABELS), seeds: int = 3, 
             last = lines[-1]["test"]["accuracy"]  # type: ignore[index]
             write(
                 folder / f"{method}-{seed}-{len(over)}-{over.get('student', '')}",
-                plain_record(method, seed, last, label=LABELS[method], order=k, **over),
+                plain_record(method, seed, last, label=LABELS.get(method, method), order=k, **over),
                 lines,
             )
     return read_records([folder])
@@ -315,3 +315,20 @@ def test_a_plot_has_a_palette_and_a_photograph_all_its_colours(tmp_path: Path) -
     assert plot.mode == "P" and photograph.mode == "RGB"
     colours = {colour for _, colour in plot.convert("RGB").getcolors(1 << 24)}
     assert {(255, 255, 255), (0, 0x72, 0xB2)} <= colours
+
+
+def test_many_methods_are_drawn_in_groups_that_can_be_told_apart(tmp_path: Path, figures: list[Figure]) -> None:
+    methods = tuple(f"method{i}" for i in range(24))
+    draw_all(run(tmp_path / "runs", methods, seeds=2), tmp_path / "plots")
+    curves = figures[0]
+    curves.canvas.draw()
+    seen = []
+    for axis in curves.axes:
+        lines = [line for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
+        looks = {(line.get_color(), line.get_marker()) for line in lines}
+        assert len(looks) == len(lines) <= 10 and lines[0].get_label() == "method0"
+        seen += [line.get_label() for line in lines[1:]]
+    assert seen.count("method23") == 2 and set(seen) == set(methods[1:])
+    boxes = [legend.get_window_extent() for axis in curves.axes if (legend := axis.get_legend()) is not None]
+    panels = [axis.get_window_extent() for axis in curves.axes]
+    assert len(boxes) == 3 and not any(box.overlaps(panel) for box in boxes for panel in panels)
