@@ -218,11 +218,13 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         spec = record.resolved
         if spec is None:
             continue
-        student = json.dumps([record.spec["student"], spec.data.image_size], sort_keys=True)
+        # A student that answers through other modules is as large as these and its teacher have it.
+        answers = [recorded(spec.method.predicts), record.spec["teacher"]] if spec.method.predicts else []
+        student = json.dumps([record.spec["student"], spec.data.image_size, *answers], sort_keys=True)
         add(name, "size of the student", student, record.models.student.model_dump())
-        # Batch sources have streams of their own.
-        drawing = [stage.source.target for stage in spec.method.stages.values() if stage.source]
-        add(name, "list of random streams", (record.kdbench, record.target is None, *drawing), record.seeds.streams)
+        # Batch sources and second views have streams of their own.
+        drawing = (record.kdbench, record.target is None, spec.method.name, json.dumps(record.spec["protocol"]))
+        add(name, "list of random streams", drawing, record.seeds.streams)
         if record.teacher is None or spec.teacher is None:
             continue
         of = spec.teacher.trained_by
