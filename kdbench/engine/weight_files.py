@@ -6,6 +6,7 @@ plain content is read.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections import Counter, OrderedDict
@@ -25,8 +26,10 @@ State = dict[str, Tensor]
 _USUAL = ("state_dict", "model_state_dict", "model", "net", "network", "student", "weights", "params")
 # Levels of mappings, and unknown classes in one file, at most.
 _DEEPEST, _MOST_CLASSES = 4, 200
-# Put around networks by DataParallel and torch.compile, at any level.
-_WRAPPERS = {"module", "_orig_mod"}
+# Put around networks by DataParallel, torch.compile, FSDP, checkpointing and Fabric, at any level.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# Left beside the weights by torch's averages and by counters of operations.
+_COUNTERS = ("n_averaged", "total_ops", "total_params")
 _UNKNOWN = re.compile(r"GLOBAL ([\w.]+) (was not an allowed global|whose module)")
 # Types of Python itself that stand in files by name alone.
 _TYPES = {"dict", "list", "int", "float", "str", "object"}
@@ -60,7 +63,7 @@ def networks(file: Path) -> dict[str, State]:
         raise UserError(
             f"the weight file holds no state dict, but: {held or 'nothing'}",
             where=str(file),
-            hint="save the network's state_dict() alone, or under a key like 'state_dict'",
+            hint="save the network's state_dict() (names and torch tensors) alone, or under a key like 'state_dict'",
         )
     return dict(sorted(found.items(), key=lambda item: _rank(*item)))
 
@@ -116,7 +119,10 @@ def _matches(state: State, own: Mapping[str, torch.Size]) -> int:
 def _inside(whole: State, own: Mapping[str, torch.Size]) -> list[tuple[str, State]]:
     """A state dict by a network's own names, once for each prefix that these have in it; that which has most first."""
     extra = _WRAPPERS - {part for name in own for part in name.split(".")}
+    whole = {name: value for name, value in whole.items() if not name.endswith(_COUNTERS)}
     state = {".".join(part for part in name.split(".") if part not in extra): value for name, value in whole.items()}
+    if len(state) < len(whole):
+        state = dict(whole)  # a network with a wrapper beside one without
     ends = {(*name.split("."),) for name in own}
     prefixes = Counter(
         "".join(f"{part}." for part in parts[:i])
@@ -134,8 +140,9 @@ def _content(file: Path) -> Any:
     unknown: dict[str, type] = {}
     while True:
         try:
-            if file.suffix == ".safetensors":
-                return load_file(file)
+            with file.open("rb") as opened:
+                if opened.read(9)[8:] == b"{":
+                    return load_file(file)
             classes: list[Any] = [(stand_in, name) for name, stand_in in unknown.items()]
             with torch.serialization.safe_globals(classes), warnings.catch_warnings(action="ignore"):
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -149,6 +156,9 @@ def _content(file: Path) -> Any:
 
 def _unreadable(file: Path, error: Exception) -> UserError:
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    begins = b""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        begins = opened.read(40)
     hint = "it must hold a state dict (.safetensors, or torch.save of tensors)"
     if called := _UNKNOWN.search(said):
         why = f"it calls '{called[1]}', and nothing in such files is executed here"
@@ -156,6 +166,8 @@ def _unreadable(file: Path, error: Exception) -> UserError:
         why, hint = "it holds a whole module in torch's form of before 1.6", f"{hint}: save its state_dict()"
     elif "TorchScript" in said:
         why, hint = "it is a TorchScript program", f"{hint}: save that of the module which was scripted"
+    elif begins.isascii() and len(begins) == 40 and begins.decode().isprintable():
+        why, hint = f"it is text, and begins with '{begins.decode()}'", f"{hint}; was it really downloaded?"
     else:
         first = "" if "weights_only" in said else next(iter(said.splitlines()), "")[:160]
         why = f"it is damaged, cut short, or of another kind ({type(error).__name__}{': ' if first else ''}{first})"

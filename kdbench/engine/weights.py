@@ -113,9 +113,15 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     strange = [key for key in state if key not in own]
     shapes = [f"{key} {[*state[key].shape]} against {[*own[key].shape]}" for key in other]
+    kinds = [f"{key} {kind}" for key in own if key in state and (kind := _no_values(state[key], own[key]))]
     differing = [
-        f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if keys[2:] else ''})"
-        for keys, what in ((missing, "missing"), (strange, "unknown"), (shapes, "of another shape"))
+        f"{len(keys)} {what} ({', '.join(key[:80] for key in keys[:2])}{', …' if keys[2:] else ''})"
+        for keys, what in (
+            (missing, "missing"),
+            (strange, "unknown"),
+            (shapes, "of another shape"),
+            (kinds, "of another kind"),
+        )
         if keys
     ]
     if differing:
@@ -125,6 +131,18 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
             hint="check the model's name and options; two networks of one name can differ",
         )
     model.load_state_dict(state)
+
+
+def _no_values(value: Tensor, own: Tensor) -> str:
+    """Why a tensor cannot stand for a network's one: "" where it can, in whatever precision."""
+    reasons = {
+        "quantized": value.is_quantized,
+        "sparse": value.layout != torch.strided,
+        "without values": value.is_meta,
+        "of complex numbers": value.is_complex(),
+        "of whole numbers": own.is_floating_point() and not value.is_floating_point(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _other_classes(own: Mapping[str, Tensor], state: State, other: list[str]) -> tuple[int, int] | None:

@@ -72,6 +72,14 @@ FORMS: dict[str, Any] = {
         key.replace("block1.", "block1._orig_mod.") if key.startswith("block1.") else key: value
         for key, value in STATE.items()
     },
+    "wrapped layers": {
+        key.replace("block1.", "block1._fsdp_wrapped_module._checkpoint_wrapped_module."): value
+        for key, value in under("_forward_module.", STATE).items()
+    },
+    "DeepSpeed": {"module": under("module.", STATE), "ds_config": {"a": 1}},
+    "torch's average": {"model_ema": torch.optim.swa_utils.AveragedModel(NET).state_dict()},
+    "operations counted": STATE | {"total_ops": torch.zeros(1), "fc.total_params": torch.zeros(1)},
+    "a wrapper beside none": AVERAGE | under("module.", STATE),
     "state_dict": {"state_dict": STATE, "epoch": 3},
     "RepDistiller": {"opt": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("x")), "model": STATE},
     "mdistiller": {"epoch": 240, "model": STATE, "optimizer": OPTIMIZER, "best_acc": 75.6},
@@ -89,7 +97,7 @@ FORMS: dict[str, Any] = {
     "average beside": {"state_dict": STATE, "state_dict_ema": under("module.", AVERAGE)},
     "average first": {"ema": {"decay": 0.9, "shadow": AVERAGE}, "model": STATE},
     "numbers of NumPy": {"model": STATE, "best": np.float64(3), "all": np.zeros(3)},
-    "half": {key: value.half() if value.is_floating_point() else value for key, value in STATE.items()},
+    "half": {key: value.half() for key, value in STATE.items()},
     "a mapping of its own kind": Options(model=Options(STATE)),
     "defaultdict": defaultdict(dict, model=STATE),
     "whole module": NET,
@@ -111,6 +119,7 @@ def test_weights_load_in_any_form(form: str, zipped: bool, tmp_path: Path) -> No
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, STATE[key], atol=1e-3 if form == "half" else 0, rtol=0)
     said = {
+        "a wrapper beside none": f"{file} holds several networks' weights: 'module' is taken, not ''{CHOICE}",
         "average beside": f"{file} holds several networks' weights: 'state_dict' is taken, not '{AVERAGE_AT}'{CHOICE}",
         "average first": f"{file} holds several networks' weights: 'model' is taken, not 'ema.shadow'{CHOICE}",
     }
@@ -168,6 +177,8 @@ def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None
     model = network()
     assert load_file(model, tmp_path / "w.safetensors", "wrn_10_1") == []
     assert all(torch.equal(model.state_dict()[key], value) for key, value in old.items())
+    (tmp_path / "w.safetensors").rename(tmp_path / "w.bin")
+    assert load_file(network(), tmp_path / "w.bin", "wrn_10_1") == []
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,12 @@ def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None
         (network(depth=16).state_dict(), "36 unknown"),
         (network(channels=3).state_dict(), r"conv1.weight \[16, 3, 3, 3\] against \[16, 1, 3, 3\]"),
         ({key: value for key, value in STATE.items() if "fc" not in key}, r"2 missing \(fc.weight, fc.bias\)"),
+        ({key: value.to(torch.int8) for key, value in STATE.items()}, "39 of another kind .*weight of whole numbers"),
+        ({key: value.to_sparse() for key, value in STATE.items() if value.ndim}, "39 of another kind .*weight sparse"),
+        ({key: value.to("meta") for key, value in STATE.items()}, "46 of another kind .*weight without values"),
+        (STATE | {"fc.bias": STATE["fc.bias"] * 1j}, r"1 of another kind \(fc.bias of complex numbers"),
+        (STATE | {"k" * 10_000: STATE["fc.bias"]}, r"1 unknown \(k+\)"),
+        ({key: value.numpy() for key, value in STATE.items()}, "no state dict, but: 'conv1.weight'"),
         (network(classes=7).state_dict(), "are for 7 classes, where the data have 10"),
     ],
 )
@@ -221,10 +238,10 @@ def test_files_of_another_kind_are_told(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:5000])
     (tmp_path / "pickled.pkl").write_bytes(pickle.dumps(OPTIMIZER))
     for name in ("text.pth", "text.safetensors", "empty.pth"):
-        (tmp_path / name).write_text("" if "empty" in name else "hello")
+        (tmp_path / name).write_text("" if "empty" in name else "version https://git-lfs.github.com/spec/v1\n")
     for file in tmp_path.iterdir():
         if file != whole:
-            with pytest.raises(UserError, match="cannot be read: it is (damaged|a TorchScript)") as error:
+            with pytest.raises(UserError, match="cannot be read: it is (damaged|text|a TorchScript)") as error:
                 load_file(network(), file, "wrn_10_1")
             assert len(str(error.value)) < 400 + len(str(file)), file
 
