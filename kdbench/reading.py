@@ -45,9 +45,11 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
         return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError("cannot be read: there is no such file", where=str(file), hint=hint) from None
+    except UnicodeError as error:
+        what = f"this file is damaged, or no text in UTF-8: {error}"
+        raise UserError(what, where=str(file), hint=hint or "save it as text in UTF-8") from None
     except (OSError, ValueError) as error:
-        what = f"this file is damaged{', or no text in UTF-8' if isinstance(error, UnicodeError) else ''}: {error}"
-        raise UserError(what, where=str(file), hint=hint) from None
+        raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None
 
 
 def parsed(text: str, where: str, hint: str | None = None, finite: bool = True) -> Any:

@@ -23,6 +23,8 @@ MOST_ENTRIES = 100_000
 Path = tuple[str | int, ...]
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What YAML 1.1 reads as an octal number, and as hours, minutes and seconds.
+_OTHER_BASE = re.compile(r"^[+-]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
 _SCIENTIFIC = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
@@ -164,6 +166,12 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
         scalar = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not a valid YAML value: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
+    if isinstance(scalar, int | float) and _OTHER_BASE.match(node.value):
+        raise UserError(
+            f"'{node.value}' would be read as {scalar}",
+            where=f"{source}:{node.start_mark.line + 1}",
+            hint="write a plain number, or a text in quotes",
+        )
     if isinstance(scalar, str) and (bad := CONTROL.search(scalar)):
         where = f"{source}:{node.start_mark.line + 1}"
         raise UserError(f"a text holds the character {bad[0]!r}", where=where, hint="remove it")

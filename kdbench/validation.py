@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from datetime import date
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -63,7 +64,10 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
         return f"{place}cannot be {shortened(value)}", f"it has the keys {', '.join(fields_at(model, loc))}"
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
-    return f"{place}cannot be {shortened(value)}", message
+    if kind in ("string_type", "model_type", "dict_type"):
+        # no, on, 12 and 2024-01-01 are no texts in YAML.
+        message = "a text that looks like a number, a date or yes and no must be in quotes"
+    return f"{place}cannot be {value if isinstance(value, date) else shortened(value)}", message
 
 
 def fields_at(model: type[BaseModel], loc: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The command `kdbench`. One file a command; nothing here imports torch before a recipe is known to be sound."""
 
 import codecs
+import contextlib
 import errno
 import io
 import os
@@ -71,6 +72,8 @@ def with_address(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
+    # Closed by whoever started this ('>&-'): what is printed is not wanted.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     _fit_encodings()
     if sys.platform not in ("linux", "darwin"):
         print("note: kdbench is made for Linux and macOS; on Windows it is tried in WSL only", file=sys.stderr)
@@ -90,20 +93,32 @@ def main() -> None:
         for word in sys.argv[1:]
     ]
     try:
+        if odd := next((word for word in words if re.search("[\ud800-\udfff]", word)), None):
+            raise UserError(f"not in UTF-8: {os.fsencode(odd)!r}", "command line", "rename the file, or set the locale")
         app(with_address(words), standalone_mode=True)
+    except SystemExit as end:
+        # Said here for every command. The terminal may be gone.
+        if end.code == 130:
+            _end(130, "interrupted: what is finished is kept; repeat the command to continue")
+        raise
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {error}")
     except CellError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, f"failed: {error}")
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"the disk is full: {error.filename or 'nothing more can be written'}" if full else str(error)
+        if error.errno == errno.ENOENT and error.filename is None:
+            what = "the folder in which this was started is no longer there"
         hint = "check that the path exists, is not too long, and can be written"
         hint = "make room and repeat the command: what is finished is kept" if full else hint
-        print(f"error: {what[:1000]}\n  {hint}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {what[:1000]}\n  {hint}")
+
+
+def _end(code: int, message: str) -> None:
+    with contextlib.suppress(OSError):  # Full as well: the code says it.
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 # What stands for characters that an output's encoding lacks.

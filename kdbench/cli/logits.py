@@ -66,11 +66,7 @@ def fill(
         registries=folders,
     )
     progress = _FillDisplay()
-    try:
-        fill_logits(planned, options, estimate, progress.table_found, progress.filled, listener())
-    except KeyboardInterrupt:
-        print("\ninterrupted: all progress is saved; repeat the command to continue", file=sys.stderr)
-        raise typer.Exit(130) from None
+    fill_logits(planned, options, estimate, progress.table_found, progress.filled, listener())
 
 
 class _FillDisplay:

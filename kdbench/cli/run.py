@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,7 +118,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
         results: folder of published results, whose cells of this plan count as finished.
 
     Raises:
-        typer.Exit: interrupted, with code 130.
+        KeyboardInterrupt: after all cells were checkpointed.
     """
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
@@ -132,15 +130,9 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
         shown.say(f"note: {remark}")
     before = (results or Path()) / planned.name
-    try:
-        planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
-        found = published(planned, before) if results is not None else {}
-        outcome = run_plan(planned, options, shown, before, found)
-    except KeyboardInterrupt:
-        # The terminal may be gone.
-        with suppress(OSError):
-            print("interrupted: all progress is saved; repeat the command to continue", file=sys.stderr, flush=True)
-        raise typer.Exit(130) from None
+    planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
+    found = published(planned, before) if results is not None else {}
+    outcome = run_plan(planned, options, shown, before, found)
     if outcome.finished:
         from kdbench.cli.output import write_tables
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData, cached, canonical, with_fixed_split
-from kdbench.data.listing import HELD_OUT, Listing, cores, find_folder, listing, opened, pixels
+from kdbench.data.listing import Listing, cores, find_folder, held_out, listing, opened, pixels
 
 _CHUNK = 256
 
@@ -63,13 +63,10 @@ def read(found: Listing, name: str, channels: int, size: tuple[int, int] | None 
     origin = f"image folder ({', '.join(found.kinds)})"
     if len(parts) == 1:
         images, labels = parts[0]
-        return with_fixed_split(name, classes, images, labels, held_out(len(labels)), f"{origin}, in one piece")
+        return with_fixed_split(
+            name, classes, images, labels, held_out(len(labels), len(classes)), f"{origin}, in one piece"
+        )
     return canonical(name, classes, parts[0], parts[1], origin)
-
-
-def held_out(images: int) -> int:
-    """Test images of so many in one piece."""
-    return round(HELD_OUT * images)
 
 
 def decode(files: list[Path], channels: int, size: tuple[int, int]) -> Tensor:

@@ -26,8 +26,11 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
-# What the test split's folder may be called.
+# What the test split's folder may be called, and what no class is called.
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+SPLITS = ("train", "training", "testing", *TEST_FOLDERS)
+# Folders that systems leave behind, with pictures of their own.
+_OF_SYSTEMS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 # Levels of folders below a class: whoever names a whole disk is told soon.
 DEEPEST = 6
 # Share of a folder in one piece that is held out for testing.
@@ -35,6 +38,7 @@ HELD_OUT = 0.2
 
 # These name no file, and say nothing that concerns us.
 warnings.filterwarnings("ignore", "Palette images with Transparency")
+warnings.filterwarnings("ignore", "Corrupt EXIF data")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 _MODES = {3: "RGB", 1: "L"}
@@ -69,6 +73,10 @@ class Listing:
         """This listing, if every split has pictures of every class. UserError says what is missing."""
         for split, by_class in self.files.items():
             where = str(self.folders[split])
+            if not self.folders[split].is_dir():
+                raise UserError(
+                    "there is no such folder", where, f"beside 'train' lies one of: {', '.join(TEST_FOLDERS)}"
+                )
             if not self.classes:
                 raise UserError("no class folders", where=where, hint="pictures lie in folders named after their class")
             if empty := [name for name in self.classes if not by_class.get(name)]:
@@ -82,6 +90,9 @@ class Listing:
                     if others
                     else f"images end in {', '.join(SUFFIXES[:5])}, or the like",
                 )
+            if split == "all" and (alone := [name for name, files in by_class.items() if len(files) < 2]):
+                hint = "some of each class are held out for testing: remove the class, or add pictures"
+                raise UserError(f"there is one picture of class '{alone[0]}'", where, hint)
         return self
 
 
@@ -96,6 +107,12 @@ def listing(root: Path, in_one: bool = False) -> Listing:
     """
     if in_one and not (root / "train").is_dir():
         folders = {"all": root}
+        for name in class_names(root):
+            if name.casefold() in SPLITS:
+                what = f"'{name}' is a split rather than a class"
+                raise UserError(what, str(root), "call the two folders 'train' and 'test'")
+            if name not in TEST_FOLDERS and (root / name / "train").is_dir():
+                raise UserError("the pictures lie one folder below", str(root), f"give '{root / name}'")
     else:
         train = class_names(root / "train")
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
@@ -112,11 +129,16 @@ def find_folder(roots: Iterable[Path], folder: str) -> Path:
     """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
     for root in (roots := list(roots)):
         for place in (root / folder, *([root] if root.name == folder else [])):
-            if in_folders(place) or (not (place / "train").is_dir() and class_names(place)):
+            if class_names(place):
                 return place
     wanted = f"{folder}/{{train,test}}/<class>/* or {folder}/<class>/*"
     here = "\n  There is one in this folder: give '--data .'" if Path(folder).is_dir() else ""
     raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted) + here)
+
+
+def held_out(pictures: int, classes: int) -> int:
+    """Test pictures of so many in one piece: a fifth, but one of each class at least."""
+    return max(round(HELD_OUT * pictures), classes)
 
 
 def in_folders(root: Path) -> bool:
@@ -125,7 +147,7 @@ def in_folders(root: Path) -> bool:
 
 
 def class_names(split: Path) -> set[str]:
-    return {unicodedata.normalize("NFC", entry.name) for entry in entries(split) if entry.is_dir()}
+    return {unicodedata.normalize("NFC", name) for name in _folders(split)}
 
 
 def class_folders(split: Path) -> dict[str, list[Path]]:
@@ -133,7 +155,7 @@ def class_folders(split: Path) -> dict[str, list[Path]]:
     if (named := _annotated(split)) is not None:
         return named
     found: dict[str, Path] = {}
-    for name in sorted(entry.name for entry in entries(split) if entry.is_dir()):
+    for name in sorted(_folders(split)):
         composed = unicodedata.normalize("NFC", name)
         if composed in found:
             raise UserError(
@@ -145,15 +167,32 @@ def class_folders(split: Path) -> dict[str, list[Path]]:
     return {name: sorted(_pictures(found[name], ())) for name in sorted(found)}
 
 
-def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, without hidden files; nothing where there is no such folder."""
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, without hidden files; nothing where there is no such folder.
+
+    Raises:
+        UserError: a folder that cannot be read, or a name that no file and no terminal can show.
+    """
     try:
-        with os.scandir(folder) as found:
-            yield from (entry for entry in found if not entry.name.startswith("."))
+        names = [name for name in os.listdir(folder) if not name.startswith(".") and name not in _OF_SYSTEMS]
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise UserError(f"the folder cannot be read: {error.strerror}", where=str(folder)) from None
+    for name in names:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            what = f"a name with control characters, or not in UTF-8: {os.fsencode(name)!r}"
+            raise UserError(what, where=str(folder), hint="rename it")
+    return [folder / name for name in names]
+
+
+def _folders(split: Path) -> list[str]:
+    """Names of the folders in a folder. UserError for a link to nothing."""
+    found = entries(split)
+    for place in found:
+        if not os.path.exists(place):
+            _regular(place)
+    return [place.name for place in found if os.path.isdir(place)]
 
 
 def _pictures(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -164,9 +203,9 @@ def _pictures(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         raise UserError(what, where=str(folder), hint="give a folder of pictures in folders of their classes")
     if real in above:
         raise UserError("a link that leads back to a folder above it", where=str(folder), hint="remove the link")
-    for entry in entries(folder):
-        name, file = entry.name.lower(), Path(entry.path)
-        if entry.is_dir():
+    for file in entries(folder):
+        name = file.name.lower()
+        if os.path.isdir(file):
             yield from _pictures(file, (*above, real))
         elif name.endswith(NOT_READ):
             raise UserError(
@@ -192,7 +231,7 @@ def _regular(file: Path) -> Path:
 
 def picture_files(folder: Path) -> list[Path]:
     """Pictures that lie in a folder itself."""
-    return [Path(entry.path) for entry in entries(folder) if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+    return [file for file in entries(folder) if os.path.isfile(file) and file.name.lower().endswith(SUFFIXES)]
 
 
 def _annotated(split: Path) -> dict[str, list[Path]] | None:

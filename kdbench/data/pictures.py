@@ -31,8 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data import imagenet
-from kdbench.data.folder import held_out
-from kdbench.data.listing import cores, find_folder, in_folders, listing, not_found
+from kdbench.data.listing import cores, find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json
@@ -116,7 +115,7 @@ def from_folders(root: Path, name: str, cache: Path, short_side: int, in_one: bo
     sums = sums_of([file for file, _ in train], cache, name)
     ordered = sorted(train, key=lambda one: (one[1], sums[one[0]], str(one[0])))
     labels = torch.tensor([label for _, label in ordered])
-    parts = validation(labels, size=held_out(len(ordered)), seed=0)
+    parts = validation(labels, size=held_out(len(ordered), len(found.classes)), seed=0)
     train, test = ([ordered[i] for i in part.tolist()] for part in parts)
     return gather(name, found.classes, train, test, cache, short_side, "picture folder, in one piece")
 

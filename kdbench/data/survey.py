@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdbench.data.listing import HELD_OUT, Listing, centred, converted, cores, listing, opened, pixels
+from kdbench.data.listing import Listing, centred, converted, cores, held_out, listing, opened, pixels
 from kdbench.errors import UserError
 from kdbench.files import write_json
 from kdbench.reading import plain_name, read_as
@@ -55,7 +55,7 @@ class Survey:
         found = {split: sum(by_class.values()) for split, by_class in self.counts.items()}
         if "all" not in found:
             return found
-        test = round(HELD_OUT * found["all"])
+        test = held_out(found["all"], len(self.counts["all"]))
         return {"train": found["all"] - test, "test": test}
 
     def card(self, folder: str) -> dict[str, Any]:
@@ -91,6 +91,8 @@ class Survey:
         )
         if self.streamed:
             said.append(f"they are read while training, and brought to {self.image_size}×{self.image_size} pixels")
+        if classes == 1:
+            said.append("with one class every network is always right")
         if self.turned:
             said.append(f"{self.turned} are to be turned by their EXIF data, which is not done: save them upright")
         return said

@@ -58,6 +58,9 @@ class Meter:
         return {"sums": self.sums, "bad": self.bad, "counts": self.counts, "images": self.images}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state. ValueError for one of other values."""
+        if [*state["counts"]] != [*self.names]:
+            raise ValueError(f"it measures {', '.join(state['counts'])}")
         self.sums.copy_(state["sums"])
         self.bad.copy_(state["bad"])
         self.counts, self.images = dict(state["counts"]), state["images"]

@@ -26,7 +26,7 @@ from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import load_file, locate
 from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
-from kdbench.reading import of_form, read_json
+from kdbench.reading import of_form, read_as
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.route import FOLDER
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
@@ -79,6 +79,13 @@ def given_weights(spec: TeacherSpec, download: bool) -> TeacherFile:
     return TeacherFile(locate(spec.weights, download), spec.weights.sha256, None)
 
 
+@dataclass(frozen=True)
+class _Members:
+    """sha256 of every teacher's own file."""
+
+    members: tuple[str, ...]
+
+
 def all_weights(
     spec: TeacherSpec, folder: Path, data: DataSpec, of_one: Callable[[TeacherSpec, Path], TeacherFile]
 ) -> TeacherFile:
@@ -94,7 +101,7 @@ def all_weights(
         # On another machine there is what was sent.
         if not file.is_file():
             raise
-        return TeacherFile(file, sha256_of(file), None, members=tuple(read_json(file.with_suffix(".json"))["members"]))
+        return TeacherFile(file, sha256_of(file), None, members=read_as(_Members, file.with_suffix(".json")).members)
     whole = build_model(spec.model, data)
     for one, part, weights in zip(spec.members, whole.parts, each, strict=True):  # type: ignore[arg-type]
         load_file(part.network, weights.file, one.model.name, one.weights.layout if one.weights is not None else None)
@@ -252,7 +259,7 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
     """
     if file.exists():
         try:
-            found = read_json(file)
+            found = read_as(dict[str, Any], file)
             seen = of_form(Seen, {field.name: found.get(field.name) for field in fields(Seen)}, str(file))
             if all(found.get(name) == value for name, value in key.items()):
                 return seen

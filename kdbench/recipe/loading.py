@@ -68,7 +68,9 @@ def override(tree: Tree, text: str) -> Tree:
     where = f"command line, '{text}'"
     if not equals or not path_text:
         raise UserError("an override is written key.path=value", where=where, hint="for example: epochs=20")
-    value = Tree.parse(value_text, where).data if value_text.strip() else None
+    if not value_text.strip():
+        raise UserError("there is no value", where=where, hint=f"'{path_text}=null' is none at all")
+    value = Tree.parse(value_text, where).data
     compared = tree.data.get("compare")
     if isinstance(compared, dict) and path_text in compared:
         # One value in place of the compared ones.
@@ -95,7 +97,8 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
         raise UserError("a recipe includes itself", where=str(file), hint="remove the circular 'include:'")
     tree = Tree.read(file)
     if not isinstance(tree.data, dict) or not tree.data:
-        raise UserError("a recipe is a mapping of keys to values", where=str(file))
+        hint = "'kdbench cp quickstart my.yaml' writes one to begin with"
+        raise UserError("a recipe is a mapping of keys to values", where=str(file), hint=hint)
     tree = written_out(tree, recipe=True)
     base = Tree({}, {})
     includes = tree.data.get("include", [])

@@ -64,6 +64,12 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\ntemperature: 4", 7, "'method.temperature'"),
         ("method: kd\nseed: 4", 7, "'seeds=[42]' is the one seed 42"),
         ("method: kd\nlr: 4", 7, "'protocol.optimizer.lr'"),
+        ("method: no", 6, "must be in quotes"),
+        ("method: kd\ntitle: on", 7, "must be in quotes"),
+        ("method: kd\ntitle: 2024-01-01", 7, "cannot be 2024-01-01"),
+        ("method: kd\nsteps: 017", 6, "'017' would be read as 15"),
+        ("method: kd\nsteps: 1:30", 6, "'1:30' would be read as 90"),
+        ("method: kd\nprotocol: {name: digits, optimizer: {lr: 1:30.5}}", 6, "would be read as 90.5"),
         ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text holds the character"),
     ],
 )
@@ -163,6 +169,25 @@ def test_no_text_in_csv_is_a_formula() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("ls methods >&-", 0, ""),
+        ("ls methods >&- 2>&-", 0, ""),
+        ("ls methods >/dev/full", 2, "the disk is full"),
+        ("check quickstart steps=x 2>/dev/full", 2, ""),
+        ("check quickstart $'title=\\xe9'", 2, r"command line: not in UTF-8: b'title=\xe9'"),
+        ("check quickstart steps=", 2, "command line, 'steps=': there is no value\n  'steps=null' is none at all"),
+    ],
+)
+def test_odd_words_and_closed_or_full_outputs(words: str, code: int, said: str) -> None:
+    command = f"{sys.executable} -m kdbench {words}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, env=environment, text=True, timeout=300)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr or not said
+
+
 def test_a_full_disk_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
@@ -244,6 +269,31 @@ def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch:
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["data", "."], "kdbench.data.survey.survey"),
+        (["check", "quickstart"], "kdbench.recipe.planning.plan"),
+        (["run", "quickstart"], "kdbench.engine.tuning.tuned"),
+        (["logits", "fill", "quickstart"], "kdbench.engine.filling.fill_logits"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_every_command_says_that_it_was_interrupted(
+    words: list[str], where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(where, interrupted)
+    monkeypatch.setattr(sys, "argv", ["kdbench", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said.endswith("kept; repeat the command to continue\n") and "Trace" not in said
 
 
 def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -> None:

@@ -138,6 +138,17 @@ def put_damage(root: Path, what: str) -> Path:
     elif what == "HEIC":
         file = file.with_suffix(".heic")
         file.write_bytes(b"x")
+    elif what == "link to itself":
+        file.symlink_to("0.png")
+    elif what == "class that is a link to nothing":
+        file = root / "train" / "cat"
+        file.symlink_to("/nowhere")
+    elif what == "control characters":
+        file.with_name("a\x1b[31m.png").write_bytes(b"")
+        file = file.parent
+    elif what == "Latin-1":
+        os.close(os.open(os.fsencode(file.parent) + b"/\xe9.png", os.O_CREAT))
+        file = file.parent
     elif what == "link to a folder above":
         file = root / "train" / "bee" / "loop"
         file.symlink_to(root / "train" / "bee")
@@ -154,6 +165,10 @@ def put_damage(root: Path, what: str) -> Path:
     ("what", "said"),
     [
         ("link to nothing", "a link to nothing"),
+        ("link to itself", "a link to nothing"),
+        ("class that is a link to nothing", "a link to nothing"),
+        ("control characters", r"control characters, or not in UTF-8: b'a\\x1b\[31m.png'"),
+        ("Latin-1", r"control characters, or not in UTF-8: b'\\xe9.png'"),
         ("pipe", "no regular file"),
         ("HEIC", r"end in \.heic are not read"),
         ("link to a folder above", "leads back"),
@@ -174,6 +189,38 @@ def test_what_cannot_be_read_is_named_by_both_loaders_and_the_survey(what: str, 
         with pytest.raises(UserError, match=said) as error:
             read()
         assert error.value.where == str(file) and error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("folders", "said", "way"),
+    [
+        (("Train/a", "Train/b", "Test/a", "Test/b"), "is a split rather than a class", "'train' and 'test'"),
+        (("training/a", "testing/a"), "is a split rather than a class", "'train' and 'test'"),
+        (("x/train/a", "x/test/a"), "one folder below", "give '.*x'"),
+        (("train/a", "train/b"), "no such folder", "beside 'train' lies one of: test, val"),
+        (("a", "b"), "there is one picture of class 'a'", "some of each class are held out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_layout_that_would_be_misread_is_told(folders: tuple[str, ...], said: str, way: str, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    for place in folders:
+        (root / place).mkdir(parents=True)
+        photo(1).save(root / place / "1.png")
+    for read in (resident, streamed, lambda root: survey(root, tmp_path / "cache")):
+        with pytest.raises(UserError, match=said) as error:
+            read(root)
+        assert re.search(way, error.value.hint or "") and error.value.where.startswith(str(root))
+
+
+@BOTH
+def test_of_few_pictures_in_one_piece_one_of_each_class_is_held_out(load: Loader, tmp_path: Path) -> None:
+    root = write(tmp_path / "x", all=2)
+    (root / "__MACOSX").mkdir()
+    (root / "ant" / "@eaDir").mkdir()
+    photo(1).save(root / "ant" / "@eaDir" / "thumbnail.png")
+    assert counts(load(root)) == [[1, 1], [1, 1]]
+    assert survey(root, tmp_path / "cache").total == {"train": 2, "test": 2}
 
 
 def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:

@@ -42,3 +42,22 @@ def test_a_state_of_an_older_version_may_lack_options_of_its_optimizer() -> None
     for group in state["optimizers"][0]["param_groups"]:
         del group["delta"]
     assert fingerprint(at(spec, 4, state).student.model) == fingerprint(whole.student.model)
+
+
+@pytest.mark.parametrize("lost", ["momentum", "meter", "terms", "log", "sources"])
+def test_a_state_that_lacks_what_training_reads_is_refused_before_it_trains(lost: str) -> None:
+    spec = cell("bss" if lost == "sources" else "kd", steps=4)
+    state = copy.deepcopy(at(spec, 2).state())
+    if lost == "momentum":
+        del state["optimizers"][0]["state"][0]["momentum_buffer"]
+    elif lost == "meter":
+        # As long as its own: sums would be those of other terms.
+        state["meter"]["counts"] = {f"old {name}": n for name, n in state["meter"]["counts"].items()}
+    elif lost == "terms":
+        state["terms"]["more"] = state["meter"]["sums"]
+    elif lost == "log":
+        state["log"]["older"] = []
+    else:
+        state["sources"] = {}
+    with pytest.raises((KeyError, TypeError, ValueError, AttributeError, RuntimeError)):
+        member_of(spec)[0].load_state(state)

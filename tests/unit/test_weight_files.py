@@ -79,7 +79,6 @@ FORMS: dict[str, Any] = {
     "DeepSpeed": {"module": under("module.", STATE), "ds_config": {"a": 1}},
     "torch's average": {"model_ema": torch.optim.swa_utils.AveragedModel(NET).state_dict()},
     "operations counted": STATE | {"total_ops": torch.zeros(1), "fc.total_params": torch.zeros(1)},
-    "a wrapper beside none": AVERAGE | under("module.", STATE),
     "state_dict": {"state_dict": STATE, "epoch": 3},
     "RepDistiller": {"opt": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("x")), "model": STATE},
     "mdistiller": {"epoch": 240, "model": STATE, "optimizer": OPTIMIZER, "best_acc": 75.6},
@@ -119,7 +118,6 @@ def test_weights_load_in_any_form(form: str, zipped: bool, tmp_path: Path) -> No
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, STATE[key], atol=1e-3 if form == "half" else 0, rtol=0)
     said = {
-        "a wrapper beside none": f"{file} holds several networks' weights: 'module' is taken, not ''{CHOICE}",
         "average beside": f"{file} holds several networks' weights: 'state_dict' is taken, not '{AVERAGE_AT}'{CHOICE}",
         "average first": f"{file} holds several networks' weights: 'model' is taken, not 'ema.shadow'{CHOICE}",
     }
@@ -199,6 +197,7 @@ def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None
         ({key: value.to("meta") for key, value in STATE.items()}, "46 of another kind .*weight without values"),
         (STATE | {"fc.bias": STATE["fc.bias"] * 1j}, r"1 of another kind \(fc.bias of complex numbers"),
         (STATE | {"k" * 10_000: STATE["fc.bias"]}, r"1 unknown \(k+\)"),
+        (STATE | under("module.", AVERAGE), r"46 unknown \(module.conv1.weight"),
         ({key: value.numpy() for key, value in STATE.items()}, "no state dict, but: 'conv1.weight'"),
         (network(classes=7).state_dict(), "are for 7 classes, where the data have 10"),
     ],
