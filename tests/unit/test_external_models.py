@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import member_of, shortened, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,8 @@ from kdbench.models.external import small_image_resnet, timm_model, torchvision_
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
 from kdbench.models.points import expand
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
 
 SIZE = 64
 
@@ -201,6 +204,32 @@ def test_transformers_are_built_for_the_size() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm:deit_tiny_distilled_patch16_224", 32),
+        ("timm:levit_128s", 224),
+        ("torchvision:googlenet", 64),
+        ("timm:resnet18.a1_in1k", 32),
+    ],
+)
+def test_networks_with_two_heads_or_a_tag_in_their_name_train(name: str, size: int) -> None:
+    """Those that give more than logits while they train, in public reports of distillation that broke on them."""
+    recipe = {"data": "digits", "student": name, "protocol": "digits", "method": "ce", "steps": 2}
+    spec = shortened(plan(recipe, Registry()).cells[0].spec, steps=2, batch=4, per_class=1)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"image_size": size, "channels": 3})})
+    normalization = spec.data.normalization.model_copy(update={"mean": [0.5] * 3, "std": [0.25] * 3})
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"normalization": normalization})})
+    member, batches, teacher = member_of(spec)
+    before = copy.deepcopy(member.student.model.state_dict())
+    train(member, batches, teacher, 2)
+    member.check_finite()
+    changed = {key for key, value in member.student.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key for key, _ in member.student.model.named_parameters()} <= changed
+    logits = member.student.model.eval()(images(2, size))
+    assert logits.shape == (2, 10) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
     ("library", "name", "message", "hint"),
     [
         (timm_model, "resnet81", "timm has no model 'resnet81'", "resnet18"),
@@ -216,7 +245,13 @@ def test_unknown_names_are_said(library: Any, name: str, message: str, hint: str
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("torchvision:vit_b_16", 40), ("torchvision:squeezenet1_1", 8), ("timm:convnext_atto", 8)]
+    ("name", "size"),
+    [
+        ("torchvision:vit_b_16", 40),
+        ("torchvision:squeezenet1_1", 8),
+        ("timm:convnext_atto", 8),
+        ("torchvision:inception_v3", 32),
+    ],
 )
 def test_images_too_small_are_said(name: str, size: int) -> None:
     with pytest.raises(UserError, match=rf"'{name}' cannot .*3×{size}×{size}"):
