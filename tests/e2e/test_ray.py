@@ -171,7 +171,7 @@ def test_what_ends_a_run_leaves_checkpoints_and_no_actors(
             run.send_signal(number)
             time.sleep(0.5)
         told = run.communicate(timeout=300)[0]
-        assert run.returncode == 130 and "interrupted: all progress is saved" in told, told
+        assert run.returncode == 130 and "interrupted: what is finished is kept" in told, told
         kept = [torch.load(file, weights_only=False)["step"] for file in tmp_path.glob("tiny/*/checkpoint.pt")]
         assert "Traceback" not in told and len(kept) == 2 and min(kept) >= step, told
     command_line(*words(tmp_path), cwd=tmp_path)
