@@ -76,7 +76,7 @@ class LossCard(CodeCard):
         for name, beside in (("references", self.references), ("shares", self.shares)):
             if strange := sorted(beside.keys() - self.metrics.keys()):
                 there = ", ".join(self.metrics)
-                raise ValueError(f"'{name}.{strange[0]}' stands beside no metric; there are: {there}")
+                raise ValueError(f"'{name}.{strange[0]}' belongs to no metric; known: {there}")
         return self
 
 

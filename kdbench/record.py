@@ -230,7 +230,7 @@ def read_record(path: str | Path) -> Record:
         raise UserError("there is no record", where=where, hint=f"give a folder that holds a {RECORD}")
     plain = read_json(file, _AGAIN)
     if not isinstance(plain, dict) or not isinstance(plain.get("schema"), int) or "kdbench" not in plain:
-        raise UserError("this is no record of kdbench", where=where, hint="leave this folder out")
+        raise UserError("this is not a record of kdbench", where=where, hint="leave this folder out")
     if plain["schema"] > SCHEMA:
         raise UserError(
             f"this record has schema {plain['schema']}, made by kdbench {plain['kdbench']}; "
@@ -268,7 +268,7 @@ class RunFile(Open):
 
 def read_run(folder: Path) -> RunFile:
     """The recipe.json of a run's folder. UserError where it is absent or damaged."""
-    return read_as(RunFile, folder / RUN, "run the recipe again: it is written anew, and finished cells are kept")
+    return read_as(RunFile, folder / RUN, "run the recipe again: it is written again, and finished cells are kept")
 
 
 def finished_record(folder: Path) -> Record | None:
@@ -309,7 +309,7 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
         raise UserError(
             f"these weights are not those of their record: sha256 {found[:12]}…, the record says {expected[:12]}…",
             where=str(file),
-            hint="the file is damaged or another one: put the right one back, or remove its folder and run the recipe "
+            hint="the file is damaged or another one: restore the right one, or remove its folder and run the recipe "
             "again",
         )
     return file

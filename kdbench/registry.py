@@ -83,7 +83,7 @@ class Registry:
         for file in sorted(folder.rglob("*.yaml")):
             tree = Tree.read(file)
             if not isinstance(tree.data, dict):
-                raise UserError("a registry file maps names to cards", where=shown(file))
+                raise UserError("a registry file must map names to cards", where=shown(file))
             if "recipes" in file.relative_to(folder).parts or {"data", "student"} <= tree.data.keys():
                 continue  # a recipe that lies beside the card of the teacher that it trains
             if file.parent == folder:
@@ -128,7 +128,7 @@ class Registry:
             return tree
         base, place = tree.data["include"], tree.origin(("include",))
         if not isinstance(base, str) or base in (name, *includers):
-            raise UserError("'include' names another card", where=place)
+            raise UserError("'include' must name another card", where=place)
         return _unpaired(self.tree(kind, base, place, (*includers, name)), tree).merged(tree.without("include"))
 
     def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError("a key must be a plain word", where=where)
             if bad := CONTROL.search(key := key_node.value):
-                raise UserError(f"a key holds the character {bad[0]!r}", where=where, hint="remove it")
+                raise UserError(f"a key contains the character {bad[0]!r}", where=where, hint="remove it")
             if key == "<<":
                 raise UserError("YAML merge keys are not supported", where=where, hint="use 'include:' instead")
             if key in result:
@@ -174,7 +174,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
         )
     if isinstance(scalar, str) and (bad := CONTROL.search(scalar)):
         where = f"{source}:{node.start_mark.line + 1}"
-        raise UserError(f"a text holds the character {bad[0]!r}", where=where, hint="remove it")
+        raise UserError(f"a text contains the character {bad[0]!r}", where=where, hint="remove it")
     # YAML 1.1 takes 1e-3 for text because it lacks the dot; nobody who writes it means text.
     if isinstance(scalar, str) and not getattr(node, "style", None) and _SCIENTIFIC.match(scalar):
         return float(scalar)

@@ -121,7 +121,7 @@ def _check_peers() -> None:
 
     if importlib.util.find_spec("torchdistill") is None:
         hint = "pip install 'kdbench[peers]', or leave the peers out: --no-peers"
-        raise UserError("torchdistill, which the comparison needs, is not installed", "kdbench bench", hint)
+        raise UserError("the comparison needs torchdistill, which is not installed", "kdbench bench", hint)
 
 
 def _flops(planned: Plan) -> dict[str, float]:

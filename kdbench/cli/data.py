@@ -32,7 +32,7 @@ def command(
     name = folder_name(folder)
     file = out / "datasets" / f"{name}.yaml"
     if file.exists() and not force:
-        raise UserError(f"'{file}' exists", where="kdbench data", hint="another folder (--out), or --force")
+        raise UserError(f"'{file}' exists", where="kdbench data", hint="choose another folder (--out), or --force")
     seen = survey(folder, home() / "cache", all_of_them=True, tell=lambda text: print(text, file=sys.stderr))
     table = plain_table("class", *seen.counts, right=tuple(seen.counts))
     classes = [*next(iter(seen.counts.values()))]

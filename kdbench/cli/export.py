@@ -33,7 +33,9 @@ def command(
     with the network's. In Python, use kdbench.load_student.
     """
     if not (onnx or torchscript or timm or hub):
-        raise UserError("say in which form", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME")
+        raise UserError(
+            "choose a form to export to", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME"
+        )
     from kdbench.engine.exporting import exported_student, to_hub, to_onnx, to_timm, to_torchscript
 
     student = exported_student(cell, registry or (), weights)

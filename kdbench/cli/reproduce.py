@@ -91,7 +91,9 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
     # The table of the whole study has a folder too.
     names = [planned.name for planned in plans] + [study] * bool(card.published)
     if any(same_name(a, b) for a, b in itertools.combinations(names, 2)):
-        raise UserError("two recipes have one name, and so one folder", where=tree.origin(("profiles", profile)))
+        raise UserError(
+            "two recipes have the same name, and so the same folder", where=tree.origin(("profiles", profile))
+        )
     return plans
 
 

@@ -100,7 +100,7 @@ def started_by_torchrun(sync_batch_norm: bool, ray: str | None) -> tuple[int, in
     started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     rank, ranks = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if started else (0, 1)
     if ranks > 1 and ray is not None:
-        raise UserError("torchrun and Ray do not go together", where="--ray", hint="leave one of them out")
+        raise UserError("torchrun and Ray cannot be combined", where="--ray", hint="leave one of them out")
     if ranks == 1 and sync_batch_norm:
         raise UserError(
             "there are no other ranks", where="--sync-batch-norm", hint="start it by torchrun --nproc-per-node N"

@@ -64,7 +64,7 @@ def command(
     from kdbench.verify import sums
 
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
-        raise UserError(f"'{label}' is no label of LaTeX's", where="--label", hint="letters, digits, and : . -")
+        raise UserError(f"'{label}' is not a LaTeX label", where="--label", hint="letters, digits, and : . -")
     cards = Registry(registry or ()) if published else None
     records = read_records(folders)
     table = build(

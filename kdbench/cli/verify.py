@@ -55,7 +55,7 @@ def command(
     from kdbench.verify.verification import verify
 
     if cell is not None and not rerun:
-        raise UserError("'--cell' says what to run again", where="--cell", hint="add --rerun")
+        raise UserError("'--cell' is for reruns", where="--cell", hint="add --rerun")
     folders = tuple(registry or ())
     cards = Registry(folders)
     console = page()
@@ -85,7 +85,7 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     # A damaged record is told already; the others can be run.
     records = read_folder(folder).planned
     if not records:
-        raise UserError("there is no sound record to run again", where=str(folder))
+        raise UserError("there is no intact record to run again", where=str(folder))
     name, record, spec = cell_to_rerun(records, cell, cards)
     place = record.cell.label, record.cell.axes | {"method": None}
     siblings = [r for r in records.values() if (r.cell.label, r.cell.axes | {"method": None}) == place]

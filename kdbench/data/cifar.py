@@ -269,7 +269,7 @@ def _archived(cifar: Cifar, root: Path, cache: Path) -> Path | None:
         raise UserError(
             "the archive is damaged: it does not have the official checksum",
             where=str(file),
-            hint="download it again, or take it away",
+            hint="download it again, or remove it",
         )
     return _unpack(cifar, file, cache)
 

@@ -77,7 +77,7 @@ def imageclef(
             case _:
                 raise UserError("not a line '<picture> <class>'", where=where, hint="unpack it again")
     if {label for _, label in pictures} != set(range(_CLASSES["imageclef"])):
-        raise UserError("its classes are not 0 to 11", where=str(file), hint="unpack it again")
+        raise UserError("the classes in it are not 0 to 11", where=str(file), hint="unpack it again")
     classes = [str(label) for label in range(_CLASSES["imageclef"])]
     return gather(f"imageclef_{domain}", classes, pictures, pictures, cache, short_side, f"list ({file.name})")
 

@@ -198,7 +198,7 @@ def load_images(path: Path, name: str) -> ImageData | None:
         )
         bytes_and_labels = [(torch.uint8, 4), (torch.int64, 1)] * 2
         if [(part.dtype, part.ndim) for part in tensors.values()] != bytes_and_labels:
-            raise UserError("these are no images")
+            raise UserError("these are not images")
         if fingerprint(*tensors.values()) == data.fingerprint:
             return data
     except FileNotFoundError:

@@ -78,7 +78,9 @@ class Listing:
                     "there is no such folder", where, f"beside 'train' lies one of: {', '.join(TEST_FOLDERS)}"
                 )
             if not self.classes:
-                raise UserError("no class folders", where=where, hint="pictures lie in folders named after their class")
+                raise UserError(
+                    "no class folders", where=where, hint="put pictures into folders named after their class"
+                )
             if empty := [name for name in self.classes if not by_class.get(name)]:
                 like = {_plain(name): name for name in by_class}
                 others = [f"'{like[_plain(name)]}'" for name in empty if _plain(name) in like and name not in by_class]
@@ -223,9 +225,9 @@ def _regular(file: Path) -> Path:
         regular = stat.S_ISREG(file.stat().st_mode)
     except OSError as error:
         what = "a link to nothing" if file.is_symlink() else f"it cannot be read: {error.strerror}"
-        raise UserError(what, where=str(file), hint="get the picture, or remove this") from None
+        raise UserError(what, where=str(file), hint="restore the picture, or remove this link") from None
     if not regular:
-        raise UserError("this is no regular file", where=str(file), hint="remove it")
+        raise UserError("this is not a regular file", where=str(file), hint="remove it")
     return file
 
 
@@ -297,7 +299,9 @@ def damaged(file: Path, error: Exception) -> UserError:
             "make it smaller, or remove it",
         )
     if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
-        return UserError(f"the image cannot be read: {error.strerror}", where=str(file), hint="see to it, or remove it")
+        return UserError(
+            f"the image cannot be read: {error.strerror}", where=str(file), hint="correct this, or remove the file"
+        )
     what = str(error) or type(error).__name__
     return UserError(f"the image is damaged or cut short ({what})", where=str(file), hint="copy or unpack it again")
 

@@ -89,7 +89,7 @@ class FinishedCell:
         for what, then, now in compared:
             if then != now:
                 raise UserError(
-                    f"this cell was made from other {what}: {then[:12]}, here it is {now[:12]}",
+                    f"this cell was trained with other {what}: {then[:12]}, here it is {now[:12]}",
                     where=str(self.record.folder),
                     hint="give the data and the runs that belong to it (--data, --runs), or run its recipe again",
                 )

@@ -45,6 +45,6 @@ def load(
     except Exception:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler
         why = "damaged"
     if why:
-        tell(f"its checkpoint is {why}: set aside as {file.replace(file.with_suffix('.unusable'))}, it begins anew")
+        tell(f"its checkpoint is {why}: set aside as {file.replace(file.with_suffix('.unusable'))}, it starts again")
         return None
     return state

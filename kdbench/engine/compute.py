@@ -25,7 +25,7 @@ Precision = Literal["float32", "bfloat16"]
 
 # The file of a run in which its ways to compute are kept.
 NAME = "compute.json"
-_AGAIN = "remove the file: finished cells are kept, the others are tried anew"
+_AGAIN = "remove the file: finished cells are kept, the fastest way to compute is measured again"
 
 # What a process holds before it has any data: Python and torch with its libraries.
 PROCESS = 900_000_000

@@ -42,9 +42,9 @@ def join(settings: Settings, device: str) -> Ranks:
     """
     if device != own_device(device):
         raise UserError(
-            f"each rank computes on the GPU of its number, so rank 0 cannot have {device}",
+            f"each rank uses the GPU of its own number, so rank 0 cannot have {device}",
             where="--device",
-            hint="give --device cuda, and choose among the GPUs by CUDA_VISIBLE_DEVICES",
+            hint="give --device cuda, and select GPUs with CUDA_VISIBLE_DEVICES",
         )
     if settings.sync_batch_norm and not device.startswith("cuda"):
         raise UserError("torch synchronizes batch norms on GPUs only", where="--sync-batch-norm")
@@ -144,7 +144,7 @@ def refuse(spec: CellSpec, ranks: int) -> None:
             raise UserError(
                 f"method '{method.name}', stage '{name}': '{stage.begins.name}' is made for one process, "
                 f"here are {ranks} ranks",
-                hint="run it without torchrun; several cells at once go on several GPUs by themselves",
+                hint="run it without torchrun; without torchrun, cells are spread over several GPUs anyway",
             )
     size = spec.protocol.batch_size
     parts = [training_images(part) for part in (spec.data, spec.target) if part is not None]

@@ -185,7 +185,7 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"the hub did not take '{name}': {said}", where="--hub", hint="log in first: hf auth login"
+            f"the hub refused '{name}': {said}", where="--hub", hint="log in first: hf auth login"
         ) from None
     return address
 
@@ -215,7 +215,9 @@ def _checked(student: Student, file: Path, run: Any) -> float:
             worst = max(worst, float((run(images) - student.network(images)).abs().max()))
     if not worst <= TOLERANCE:
         raise UserError(
-            f"the exported network's logits are {worst:.2g} off", where=str(file), hint=f"at most {TOLERANCE} is right"
+            f"the exported network's logits are {worst:.2g} off",
+            where=str(file),
+            hint=f"at most {TOLERANCE} is allowed",
         )
     return worst
 

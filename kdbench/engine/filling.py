@@ -41,7 +41,7 @@ def fill_logits(
             parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, compute.key(spec.compute)]
             wanted.setdefault(str(parts), cell)
     if not wanted:
-        raise UserError("no method of this recipe reads its teacher's logits", where=plan.name)
+        raise UserError("no method of this recipe uses the teacher's logits", where=plan.name)
     first = list(wanted.values())
     with locked_run(folder), Session(options, listener) as session:
         session.check_cells(first)

@@ -69,7 +69,7 @@ def table_at(key: dict[str, Any], name: str, among: Path | None = None) -> Logit
     folder = (among or tables_folder()) / f"{plain}-{key['precision']}-{digest[:10]}"
     found = read_table(folder)
     if found is not None and found.key != key:
-        raise UserError("this table of teacher logits is another one than its folder says", str(folder), _AGAIN)
+        raise UserError("this table of teacher logits does not match its folder's name", str(folder), _AGAIN)
     return found or LogitTable(folder, name, key, 0, 0.0)
 
 

@@ -49,7 +49,7 @@ class Materials:
                     f"the data set '{spec.name}' on {platform.node()} is another one than the run has: "
                     f"its fingerprint is {found.fingerprint[:12]}, not {known.fingerprint[:12]}",
                     where=found.origin,
-                    hint="bring the same files to all nodes",
+                    hint="copy the same files to all nodes",
                 )
             # Two at most: a cell's domains.
             self._data = dict([*self._data.items()][-1:]) | {key: found}
@@ -70,7 +70,7 @@ class Materials:
         target = self.data(spec.target)
         if target.classes != data.classes:
             raise UserError(
-                f"the classes of '{spec.data.name}' and of '{spec.target.name}' are called differently: "
+                f"the classes of '{spec.data.name}' and of '{spec.target.name}' have different names: "
                 f"{', '.join(data.classes[:3])} … against {', '.join(target.classes[:3])} …",
                 hint="both domains have the same classes, in the same order",
             )

@@ -53,7 +53,7 @@ class SGD(torch.optim.Optimizer):
             if value < 0:
                 raise ValueError(f"the {name} must be at least 0, not {value}")
         if nesterov and not momentum:
-            raise ValueError("Nesterov's form needs a momentum")
+            raise ValueError("Nesterov momentum needs a momentum above 0")
         if delta and not 0 < delta <= momentum < 1 - delta:
             raise ValueError(f"momentum {momentum} ± delta {delta} must lie between 0 and 1")
         options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "delta": delta}

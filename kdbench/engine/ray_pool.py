@@ -177,7 +177,7 @@ class RayPool(Pool):
         cpus, gpus = int(there.get("CPU", 0)), there.get("GPU", 0.0) if self.device != "cpu" else 0.0
         self.gpus = self.cluster.gpus if self.cluster.gpus is not None else float(gpus > 0)
         if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"on a cluster there is no device {self.device}", where="--device", hint="give cuda")
+            raise UserError(f"a cluster has no device {self.device}", where="--device", hint="give cuda")
         if self.device == "cuda" and not self.gpus:
             raise UserError("no node of the cluster has a GPU", where="--device", hint="use --device cpu or auto")
         most = int(gpus / self.gpus) if self.gpus else None
@@ -187,7 +187,7 @@ class RayPool(Pool):
             raise UserError(
                 f"no worker of {self.threads} cores and {self.gpus:g} GPUs fits a cluster of {cpus} and {gpus:g}",
                 where="--ray",
-                hint="ask for less by --cpus-per-worker or --gpus-per-worker",
+                hint="ask for less with --cpus-per-worker or --gpus-per-worker",
             )
         self.jobs = min(self.jobs, most) if not self._one_for_each_gpu else most
         self.cores = self.threads * self.jobs

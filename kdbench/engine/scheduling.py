@@ -171,7 +171,7 @@ class Begun(Strict):
 def begun(folder: Path) -> Begun:
     """How a cell began. UserError where its file is damaged."""
     file = folder / BEGUN
-    return read_as(Begun, file, "remove the cell's folder: it begins anew") if file.exists() else Begun()
+    return read_as(Begun, file, "remove the cell's folder: it starts again") if file.exists() else Begun()
 
 
 def begin(folder: Path, how: Begun) -> None:

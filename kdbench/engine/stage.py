@@ -88,7 +88,7 @@ class Stage:
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
         if spec.clip is not None and any(one.separates for one in optimizers):
-            what = f"stage '{span.name}': gradients that an optimizer with 'delta' takes apart are not clipped together"
+            what = f"stage '{span.name}': 'clip' does not work with an optimizer that has 'delta'"
             raise UserError(what, hint="leave out 'clip' or 'delta'")
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())

@@ -143,7 +143,7 @@ class TaskRunner:
                 context = SourceContext(spec, name, self.device, network, files)
                 import_target(stage.source.target).prepare(context, self.doing, self.stopping, **stage.source.options)
         if self.stopping():
-            raise CellError("stopped; the same command goes on from here")
+            raise CellError("stopped; repeat the command to continue")
 
     def trial(self, task: Trial) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
@@ -208,7 +208,7 @@ class TaskRunner:
             self.emit(Filled(done=done, seconds=seconds))
 
         if not logit_table.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
-            raise CellError("stopped; the same command goes on from here")
+            raise CellError("stopped; repeat the command to continue")
 
     def train_cohort(self, task: TrainCohort) -> None:
         if self.ranks.size > 1 and self.ranks.rank == 0:

@@ -114,7 +114,7 @@ class Term(nn.Module):
             students = []
         if self.joint:
             if spec.layer_weights != "equal":
-                raise UserError(f"{place}: it takes all its hook points at once, which have no weights of their own")
+                raise UserError(f"{place}: it takes all its hook points at once, so 'layer_weights' cannot be used")
             return [Layer(students, teachers, [], 1.0)]
         if students and teachers and len(students) != len(teachers):
             raise UserError(
@@ -135,7 +135,7 @@ class Term(nn.Module):
         if self.spec.connector is None:
             return nn.Identity()
         if len(students) != len(teachers):
-            raise UserError(f"{place}: a connector needs as many hook points of both networks")
+            raise UserError(f"{place}: a connector needs the same number of hook points in both networks")
         at = f"{place}: {layer.students[i]} → {layer.teachers[i]}"
         return _connector(self.spec.connector, students[i], teachers[i], at)
 
@@ -243,7 +243,7 @@ class Term(nn.Module):
             reached = torch.autograd.grad(result, own, allow_unused=True)
         if not result.requires_grad or (reads and all(gradient is None for gradient in reached)):
             raise UserError(
-                f"{what} does not depend on the {self.spec.of}", hint=f"is the {self.spec.of}'s value detached?"
+                f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
             )
 
     def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Any]:
@@ -261,7 +261,7 @@ class Term(nn.Module):
                 value = getattr(batch, name)
                 if value is None:
                     raise UserError(
-                        f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' has not"
+                        f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' does not have"
                     )
                 found.append(value)
                 continue

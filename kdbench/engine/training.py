@@ -163,7 +163,7 @@ class Training:
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 kept = cell.folder / checkpoint.NAME
                 raise CellError(
-                    f"{kept} does not fit this cell ({error}): remove it, and the cell begins anew"
+                    f"{kept} does not fit this cell ({error}): remove it, and the cell starts again"
                 ) from None
         before = member.log.ranks or ([1] if state is not None else [])
         if [self.ranks.size] != (before or [1])[-1:]:

@@ -86,7 +86,7 @@ def _best(plan: Plan, candidates: list[Candidate], known: Known) -> list[Planned
     validation = candidates[0].tried[0].spec.data.validation
     tuning = RecordedTuning.model_validate({"seeds": plan.tune.seeds, "validation": validation, "trials": trials})
     if tuning.chosen.mean is None:
-        raise CellError(f"'{candidates[0].cells[0].spec.method.label}': no setting has losses that are finite")
+        raise CellError(f"'{candidates[0].cells[0].spec.method.label}': no setting has finite losses")
     best = candidates[tuning.trials.index(tuning.chosen)]
     return [replace(cell, tuning=tuning.model_dump(mode="json")) for cell in best.cells]
 

@@ -61,7 +61,7 @@ def networks(file: Path) -> dict[str, State]:
     if not found:
         held = ", ".join(map(repr, [*content][:5])) if isinstance(content, Mapping) else type(content).__name__
         raise UserError(
-            f"the weight file holds no state dict, but: {held or 'nothing'}",
+            f"the weight file holds no state dict; it holds: {held or 'nothing'}",
             where=str(file),
             hint="save the network's state_dict() (names and torch tensors) alone, or under a key like 'state_dict'",
         )

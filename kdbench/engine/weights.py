@@ -40,7 +40,7 @@ def locate(weights: Weights, download: bool) -> Path:
             ) from None
     if sha256_of(file) != weights.sha256:
         raise UserError(
-            f"the weight file has another sha256 than its card says ({weights.sha256[:12]}…)",
+            f"the weight file does not have the sha256 of its card ({weights.sha256[:12]}…)",
             where=str(file),
             hint="it is damaged or another file: replace it",
         )
@@ -94,7 +94,7 @@ def load_file(
     other = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if new_classes and (classes := _other_classes(own, state, other)):
         state = state | {key: own[key] for key in other}
-        notes.append(f"{file} has {classes[0]} classes: the last layer of '{name}', of {classes[1]}, begins anew")
+        notes.append(f"{file} has {classes[0]} classes: the last layer of '{name}', of {classes[1]}, is new")
     load_weights(model, state, name, str(file))
     return notes
 
@@ -107,8 +107,8 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
         raise UserError(
             f"these weights of '{name}' are for {classes[0]} classes, where the data have {classes[1]}",
             where=where,
-            hint=f"a teacher of other classes can teach its features: 'classes: {classes[0]}' beside its 'weights'; "
-            "a student may start from them, with a new last layer",
+            hint=f"a teacher of other classes can teach its features: write 'classes: {classes[0]}' beside its "
+            "'weights'; a student may start from them, with a new last layer",
         )
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     strange = [key for key in state if key not in own]

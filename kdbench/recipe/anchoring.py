@@ -70,7 +70,9 @@ def _parts(name: str, stage: StageSpec, anchors: Anchors, rest: float) -> dict[s
 
 def _check(stage: StageSpec, anchors: Anchors, what: str, where: str) -> None:
     if stage.source is not None:
-        raise UserError(f"{what}: a batch source sees the converged teacher, not the anchors", where=where)
+        raise UserError(
+            f"{what}: a batch source uses the converged teacher, so it cannot be combined with anchors", where=where
+        )
     if all("teacher" not in term.loss.inputs for term in stage.losses.values()):
         raise UserError(f"{what} has anchors, but no loss that reads the teacher", where=where)
     if anchors.rates == "continue" and "connectors" in stage.trains:
@@ -96,7 +98,7 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
         raise UserError(f"{needs}, and '{teacher.name}' is a weight file, which has none", where, hint)
     if teacher.trained_by.route is None:
         hint = "add 'route: 20' to that recipe (or a copy of recipe and card): it keeps 20 evenly spaced checkpoints"
-        raise UserError(f"{needs}, and the recipe of '{teacher.name}' keeps none", where, hint)
+        raise UserError(f"{needs}, and the recipe of '{teacher.name}' saves none", where, hint)
     if most := max((a.n for a in anchors if a.n > (teacher.trained_by.route or 0)), default=0):
         raise UserError(
             f"the method '{method.name}' has {most} anchors, the route of '{teacher.name}' {teacher.trained_by.route} "

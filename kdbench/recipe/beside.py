@@ -63,6 +63,6 @@ def origin_of(file: Path) -> Origin | None:
     training = read_as(Origin, record, "copy the weights to another folder to use them without it")
     hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files
     if (expected := hashes.get(file.name)) is not None and expected != sha256_of(file):
-        hint = "put the right file back, or copy this one to another folder to use it without the record"
+        hint = "restore the right file, or copy this one to another folder to use it without the record"
         raise UserError("these weights do not match the record next to them (different sha256)", str(file), hint)
     return training.model_copy(update={"accuracy": None}) if inside_route else training

@@ -50,7 +50,7 @@ def cell_spec(
             check_trains_teacher(method, tree.origin(("teacher",)))
         if method.starts_from == "teacher":
             if teacher.members:
-                what = f"a student of the method '{method.name}' starts from its teacher, and here are several"
+                what = f"a student of the method '{method.name}' starts from its teacher, and this recipe has several"
                 raise UserError(what, tree.origin(("teacher",)), "name one teacher")
             # Its weights mean what they do for images that are normalized as its own were.
             protocol = protocol.model_copy(update={"normalization": teacher.normalization})
@@ -79,7 +79,9 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
     given = tree.at("protocol")
     name = given.data.get("name")
     if not isinstance(name, str):
-        raise UserError("no protocol is named", where=tree.origin(("protocol",)), hint="add 'protocol: ab_official'")
+        raise UserError(
+            "the recipe names no protocol", where=tree.origin(("protocol",)), hint="add 'protocol: ab_official'"
+        )
     merged = registry.tree("protocols", name, given.origin(("name",)))
     own = given.without("name")
     for budget in ("epochs", "steps"):
@@ -182,7 +184,7 @@ def _check_sizes(spec: CellSpec, where: str) -> None:
         if stage.source is not None and stage.source.teacher and own != taught:
             raise UserError(
                 f"method '{spec.method.name}', stage '{name}': '{stage.source.name}' makes images for its teacher, "
-                f"which takes {taught}×{taught} pixels; for the student's {own}×{own} they would be other ones",
+                f"which takes {taught}×{taught} pixels; the student takes {own}×{own}",
                 where=where,
                 hint="give both networks one 'image_size'",
             )

@@ -99,12 +99,12 @@ class TeacherChoice(Strict):
     def one_form(self) -> TeacherChoice:
         if self.several is not None:
             if self != TeacherChoice.model_construct(several=self.several):
-                raise ValueError("of several teachers each has its own settings")
+                raise ValueError("with several teachers, write settings beside each of them")
             if any(one.several for one in self.several):
-                raise ValueError("a list of teachers holds no further lists")
+                raise ValueError("a list of teachers cannot hold other lists")
             return self
         if self.untrained and (self.name is not None or self.weights is not None or self.accuracy is not None):
-            raise ValueError("an untrained teacher is a 'model' alone")
+            raise ValueError("an untrained teacher has a 'model' and nothing else")
         if self.name is None and (self.model is None or (self.weights is None and not self.untrained)):
             raise ValueError(
                 "a teacher is the name of a teacher card, or 'model' and 'weights' (or 'untrained: true'), or a list"
@@ -114,9 +114,9 @@ class TeacherChoice(Strict):
         if self.trained and self.name is None:
             raise ValueError("a teacher with 'weights' is not trained: leave out 'trained'")
         if self.name is not None and (self.accuracy is not None or self.classes is not None):
-            raise ValueError("'accuracy' and 'classes' stand beside 'weights'; a teacher card has its own")
+            raise ValueError("'accuracy' and 'classes' go with 'weights'; a teacher card has its own")
         if self.weights is None and self.entry is not None:
-            raise ValueError("'entry' stands beside 'weights'; a teacher card has its own")
+            raise ValueError("'entry' goes with 'weights'; a teacher card has its own")
         if self.resize is not None and self.accuracy is None:
             raise ValueError("'resize' says how the 'accuracy' was measured: give both")
         if self.accuracy is not None and self.classes is not None:
@@ -140,7 +140,7 @@ class StudentChoice(Named):
         if self.weights is not None and self.start is not None:
             raise ValueError("'weights' and 'start' cannot be combined")
         if self.weights is None and self.entry is not None:
-            raise ValueError("'entry' stands beside 'weights'")
+            raise ValueError("'entry' goes with 'weights'")
         return self
 
 
@@ -181,7 +181,7 @@ class Range(Strict):
     @model_validator(mode="after")
     def some_width(self) -> Range:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError("'low' is below 'high', and above 0 with 'log'")
+            raise ValueError("'low' must be below 'high', and above 0 with 'log'")
         return self
 
 

@@ -46,7 +46,7 @@ def _card_of(folder: Path, where: str, registry: Registry) -> str:
     if name in cards and cards[name].data != card.data:
         name = f"my_{name}"
     if name in cards and cards[name].data != card.data:
-        raise UserError(f"there are several data sets '{name}'", where=where, hint="rename the folder")
+        raise UserError(f"there are several data sets called '{name}'", where=where, hint="rename the folder")
     cards.setdefault(name, card)
     registry.notes[name] = [f"data {folder}: {'; '.join(seen.sentences())}"]
     return name

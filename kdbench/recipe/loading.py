@@ -67,7 +67,7 @@ def override(tree: Tree, text: str) -> Tree:
     path_text, equals, value_text = text.partition("=")
     where = f"command line, '{text}'"
     if not equals or not path_text:
-        raise UserError("an override is written key.path=value", where=where, hint="for example: epochs=20")
+        raise UserError("write overrides as key.path=value", where=where, hint="for example: epochs=20")
     if not value_text.strip():
         raise UserError("there is no value", where=where, hint=f"'{path_text}=null' is none at all")
     value = Tree.parse(value_text, where).data

@@ -106,7 +106,9 @@ def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[t
             where = method.origin(("pairs", index, key))
             if key not in ("teacher", "student") and key not in short:
                 hint = did_you_mean(key, short)
-                raise UserError(f"a pair names the method's parameters, and '{key}' is none", where=where, hint=hint)
+                raise UserError(
+                    f"a pair sets the method's parameters, and '{key}' is not one of them", where=where, hint=hint
+                )
             said = [pair[side] if isinstance(pair[side], list) else [pair[side]] for side in models]
             if key in short and all(model in names for model, names in zip(models.values(), said, strict=True)):
                 found[tuple(short[key].split("."))] = Tree.of(value, where)
@@ -170,7 +172,7 @@ def check_trains_teacher(method: MethodSpec, where: str) -> None:
     first = next(iter(method.stages.values()))
     parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
     if "teacher" not in first.trains or method.starts_from or any(part.teacher for part in parts):
-        what = f"the method '{method.name}' needs a teacher that knows something, and this one is untrained"
+        what = f"the method '{method.name}' needs a trained teacher, and this one is untrained"
         hint = "choose a method that trains its teacher from the first step on, such as dml, or a trained teacher"
         raise UserError(what, where, hint)
 
@@ -189,7 +191,9 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
     for position, (name, stage) in enumerate(stages.items()):
         if stage.extra and not all(extra[:position]):
             hint = "their steps are on top of the budget, so that the others stay paired with other methods"
-            raise UserError(f"method '{method}', stage '{name}': stages on top of the budget come first", where, hint)
+            raise UserError(
+                f"method '{method}', stage '{name}': stages with 'extra_epochs' must come first", where, hint
+            )
         if stage.extra and stage.share is not None:
             raise UserError(
                 f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where=where

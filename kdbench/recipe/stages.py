@@ -56,7 +56,7 @@ def stage_spec(
     known = ["student", "connectors", "teacher", *modules]
     if strange := [name for name in card.trains if name not in known]:
         raise UserError(
-            f"{what} trains '{strange[0]}', which the method has not",
+            f"{what} trains '{strange[0]}', which the method does not have",
             where=tree.origin(("trains",)),
             hint=did_you_mean(strange[0], known),
         )
@@ -78,7 +78,7 @@ def check_asked(target: str, modules: Collection[str], what: str, where: str) ->
     for name in asks_for_modules(target):
         if name not in modules:
             hint = did_you_mean(name, modules) if modules else f"add it: 'modules: {{{name}: CONNECTOR}}'"
-            raise UserError(f"{what} needs the module '{name}', which the method has not", where=where, hint=hint)
+            raise UserError(f"{what} needs the module '{name}', which the method does not have", where=where, hint=hint)
 
 
 def _term(term: TermCard, tree: Tree, registry: Registry, what: str, modules: Collection[str]) -> TermSpec:
@@ -95,14 +95,14 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str, modules: Co
         raise UserError(f"{what}: a connector needs a loss of student and teacher", where=tree.origin(("connector",)))
     if through is not None and term.connector is not None and term.connector.options:
         raise UserError(
-            f"{what}: '{through}' is a module of the method, whose options stand there", tree.origin(("connector",))
+            f"{what}: '{through}' is a module of the method: write its options there", tree.origin(("connector",))
         )
     # Those of a module are taken once, when it is built.
     settable = registry.settable(loss.target, registry.card("losses", loss.name))
     known = [option for option in settable if option in parameters(loss.target, called=True)]
     if strange := [option for option in term.schedules if option not in known]:
         raise UserError(
-            f"{what} has no option '{strange[0]}' that can change at every step",
+            f"{what} has no option '{strange[0]}' with a schedule",
             where=tree.origin(("schedules", strange[0])),
             hint=did_you_mean(strange[0], known),
         )

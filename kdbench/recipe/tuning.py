@@ -106,14 +106,14 @@ class Tuning:
         """Raises UserError for what meant nothing to any method, and for seeds that the table uses too."""
         for key in sorted(self.idle):
             raise UserError(
-                f"'{key}' means nothing to the methods of this comparison",
+                f"'{key}' is no option of the methods of this comparison",
                 where=self.origin(key),
                 hint="write a method and one of its parameters, as at.beta ('kdbench show methods at' lists them), or "
                 "a field of the protocol, as protocol.optimizer.lr",
             )
         if both := sorted({*self.tune.seeds} & {*seeds}):
             hint = "try settings on other seeds, as [100, 101]"
-            raise UserError(f"the table has the seed {both[0]} too", self.tree.origin(("tune", "seeds")), hint)
+            raise UserError(f"seed {both[0]} is also a seed of the table", self.tree.origin(("tune", "seeds")), hint)
 
 
 def value_at(space: Range | list[Any], share: float) -> Any:

@@ -48,10 +48,12 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
             raise UserError(f"'compare.{path}' has no values", where=where)
     if "method" in recipe.compare and "name" in recipe.method:
         hint = "either 'method:' or 'compare: {method: […]}'"
-        raise UserError("a method is named beside the compared ones", tree.origin(("method",)), hint)
+        raise UserError("there is a 'method' as well as a 'compare.method'", tree.origin(("method",)), hint)
     if "method" not in recipe.compare and "name" not in recipe.method:
         raise UserError(
-            "no method is named", where=tree.origin(()), hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
+            "the recipe names no method",
+            where=tree.origin(()),
+            hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'",
         )
     seeds = recipe.seeds if isinstance(recipe.seeds, int) else len(recipe.seeds)
     if (cells := seeds * math.prod(map(len, recipe.compare.values()))) > MOST_CELLS:

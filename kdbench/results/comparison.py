@@ -361,7 +361,7 @@ def _check_same(row: Row, a: Record, b: Record) -> None:
     shown += "; …" if len(found) > 3 else ""
     seeds = f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}"
     raise UserError(
-        f"two cells of '{row.label}', {seeds}, would stand in one place and are different experiments"
+        f"two cells of '{row.label}', {seeds}, would share one place in the table, but are different experiments"
         + (f": {shown}" if shown else ""),
         where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
         hint="give the folders of one comparison, or take one of the two out",

@@ -42,5 +42,5 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
         wrong += problems(record, metrics(place))
         if wrong:
             hint = "'kdbench verify' tells more; with --no-adopt every cell is trained here"
-            raise UserError(f"this published record cannot be taken over: {wrong[0]}", str(place), hint)
+            raise UserError(f"this published record cannot be used: {wrong[0]}", str(place), hint)
     return found

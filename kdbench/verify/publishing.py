@@ -22,16 +22,20 @@ def publish(run: Path, out: Path) -> Path:
     """
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
-        raise UserError("this is no folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}")
+        raise UserError(
+            "this is not the folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}"
+        )
     cells, name = plan.cells, plan.name
     if open_cells := [cell for cell in cells if not inside(run, cell, RECORD).is_file()]:
         what = f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one"
-        raise UserError(what, str(run), "run the recipe again: it goes on where it was stopped")
+        raise UserError(what, str(run), "run the recipe again: it continues where it stopped")
     target = inside(out, name)
     if target.resolve() == run.resolve():
         raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
     if target.exists() and not (target / RUN).is_file():
-        raise UserError("this is no folder of results: it stays as it is", where=str(target), hint="give another --out")
+        raise UserError(
+            "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name

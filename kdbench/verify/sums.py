@@ -55,7 +55,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     for number, line in enumerate(read_text(file).splitlines(), 1):
         digest, two_spaces, name = line.partition("  ")
         if len(digest) != 64 or not two_spaces or not name:
-            raise UserError("this line is no sha256 with a path", where=f"{file}:{number}")
+            raise UserError("this line is not a sha256 with a path", where=f"{file}:{number}")
         inside(folder, *name.split("/"), where=f"{file}:{number}")
         found[name] = digest
     return found

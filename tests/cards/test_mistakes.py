@@ -162,7 +162,13 @@ MISTAKES = [
         "unknown loss 'activation_bundary'|activation_boundary",
         6,
     ),
-    ("no method is named", "compare:\n  method: [ce, kd, ab]\n", "", "no method is named|method: kd", 1),
+    (
+        "the recipe names no method",
+        "compare:\n  method: [ce, kd, ab]\n",
+        "",
+        "the recipe names no method|method: kd",
+        1,
+    ),
     (
         "the optimizer does not exist",
         "protocol: digits",

@@ -89,7 +89,7 @@ def test_timm_alone_loads_what_was_written_for_it(timm_cell: Path, kdbench: Kdbe
 
 def test_what_cannot_be_written_is_told(cell: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     for words, said in (
-        ([cell], "say in which form"),
+        ([cell], "choose a form to export to"),
         ([cell, "--timm"], "timm has no network 'wrn_10_1'"),
         ([tmp_path, "--onnx"], "there is no finished cell"),
         ([cell, "--onnx", "--weights", "best"], "kept no weights of its best evaluation"),

@@ -72,7 +72,7 @@ def test_a_studys_own_numbers_stand_beside_published_ones(kdbench: Kdbench, tmp_
 def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "did you mean 'cifar'" in kdbench("reproduce", "cifra", code=2).stderr
     assert "did you mean 'small'" in kdbench("reproduce", "cifar", "--profile", "smal", code=2).stderr
-    assert "no folder of a run" in kdbench("publish", tmp_path, code=2).stderr
+    assert "not the folder of a run" in kdbench("publish", tmp_path, code=2).stderr
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     (run / "recipe.json").write_text('{"name": "x", "cells": ["kd-seed0-00000000"]}')

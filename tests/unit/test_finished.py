@@ -208,7 +208,7 @@ def test_a_published_record_that_was_changed_is_not_taken(tmp_path: Path) -> Non
     sums.write(folder)
     file = folder / one.cells[0].slug / "record.json"
     file.write_text(file.read_text().replace("90.2", "99.2"))
-    with pytest.raises(UserError, match=r"cannot be taken over: kd-\S+/record.json has changed"):
+    with pytest.raises(UserError, match=r"cannot be used: kd-\S+/record.json has changed"):
         published(one, folder)
 
 

@@ -83,7 +83,7 @@ def test_what_is_planned_measured_and_kept_agrees() -> None:
 
 
 def test_what_is_made_for_the_teacher_is_refused() -> None:
-    with pytest.raises(UserError, match="takes 16×16 pixels; for the student's 8×8 they would be other ones"):
+    with pytest.raises(UserError, match="takes 16×16 pixels; the student takes 8×8"):
         cell("bss", teacher={"image_size": 16})
     assert cell("bss", teacher={"image_size": 8})
     with pytest.raises(UserError, match="'crop' cannot be a teacher's own: both networks see one view"):

@@ -70,7 +70,7 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\nsteps: 017", 6, "'017' would be read as 15"),
         ("method: kd\nsteps: 1:30", 6, "'1:30' would be read as 90"),
         ("method: kd\nprotocol: {name: digits, optimizer: {lr: 1:30.5}}", 6, "would be read as 90.5"),
-        ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text holds the character"),
+        ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text contains the character"),
     ],
 )
 def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, said: str, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_teachers_recipe_is_found_beside_its_card_and_by_name(place: str, name
 
 
 def test_a_control_character_in_a_key() -> None:
-    with pytest.raises(UserError, match="a key holds"):
+    with pytest.raises(UserError, match="a key contains"):
         Tree.parse('"a\\u0007": 1', "x")
 
 

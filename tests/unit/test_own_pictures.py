@@ -169,7 +169,7 @@ def put_damage(root: Path, what: str) -> Path:
         ("class that is a link to nothing", "a link to nothing"),
         ("control characters", r"control characters, or not in UTF-8: b'a\\x1b\[31m.png'"),
         ("Latin-1", r"control characters, or not in UTF-8: b'\\xe9.png'"),
-        ("pipe", "no regular file"),
+        ("pipe", "not a regular file"),
         ("HEIC", r"end in \.heic are not read"),
         ("link to a folder above", "leads back"),
         ("too large", "more than 178 million pixels"),

@@ -153,7 +153,7 @@ def test_what_cannot_be_is_told_before_anything_runs(change: str, message: str) 
     ("change", "message"),
     [
         ("protocol.optimizer.lr=-1.0", "learning rate"),
-        ("method.stages.classification.trains=[connectors]", "nothing to train"),
+        ("method.stages.classification.trains=[connectors]", "there is nothing to train"),
     ],
 )
 def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: str) -> None:

@@ -227,7 +227,7 @@ def test_ranks_with_gpus_meet_by_nccl_each_on_the_gpu_of_its_number(
     assert device_here("cpu") == "cpu"
     join(Settings(ranks=2), "cpu")
     assert began[-1] == "gloo"
-    with pytest.raises(UserError, match=r"(?s)each rank computes on the GPU of its number.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(UserError, match=r"(?s)each rank uses the GPU of its own number.*CUDA_VISIBLE_DEVICES"):
         join(Settings(ranks=2), f"cuda:{1 - local}")
     with pytest.raises(UserError, match="torch synchronizes batch norms on GPUs only"):
         join(Settings(ranks=2, sync_batch_norm=True), "cpu")
@@ -276,5 +276,5 @@ def test_options_that_do_not_belong_to_a_run_are_told(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
     assert started_by_torchrun(True, None) == (1, 2)
-    with pytest.raises(UserError, match="do not go together"):
+    with pytest.raises(UserError, match="cannot be combined"):
         started_by_torchrun(False, "auto")

@@ -242,7 +242,7 @@ def test_workers_are_as_many_as_fit(
 def test_what_no_cluster_has_is_told(tmp_path: Path) -> None:
     for device, cluster, match in (
         ("cuda", Cluster("auto"), "no node of the cluster has a GPU"),
-        ("cuda:1", Cluster("auto", gpus=1), "there is no device cuda:1"),
+        ("cuda:1", Cluster("auto", gpus=1), "a cluster has no device cuda:1"),
         ("cpu", Cluster("auto", cpus=3), "no worker of 3 cores"),
         ("auto", Cluster("auto", gpus=1), "no worker of 1 cores and 1 GPUs"),
     ):

@@ -518,7 +518,7 @@ def test_what_only_a_search_reads_makes_no_other_cell() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "wrn_16_2_digits"}, "the recipe of 'wrn_16_2_digits' keeps none"),
+        ({"teacher": "wrn_16_2_digits"}, "the recipe of 'wrn_16_2_digits' saves none"),
         ({"data": "cifar10", "teacher": "resnet20_cifar10", "protocol": "crd"}, "is a weight file, which has none"),
         ({"method": {"name": "rco", "n": 21}}, "has 21 anchors, the route of 'wrn_16_2_digits_route' 20 checkpoints"),
         ({"data": "digits", "method": "rco_greedy"}, "which this recipe does not split off"),

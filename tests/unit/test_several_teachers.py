@@ -75,7 +75,7 @@ def test_a_list_replaces_one_teacher_and_one_a_list() -> None:
         ([BOTH[0], "wrn_16_2_digits_0_to_4"], "kd", "does not know all classes"),
         ([BOTH[0], "wrn_16_2_digit"], "kd", "unknown teacher 'wrn_16_2_digit'"),
         ([BOTH[0], BOTH], "kd", "list"),
-        (BOTH, "prune_none", "starts from its teacher, and here are several"),
+        (BOTH, "prune_none", "starts from its teacher, and this recipe has several"),
     ],
 )
 def test_what_several_teachers_cannot_be_is_said(teacher: Any, method: str, message: str) -> None:

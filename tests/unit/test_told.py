@@ -189,7 +189,7 @@ def test_what_cannot_change_or_is_not_there_is_said(tmp_path: Path) -> None:
     shift = {"losses": {"own": {"loss": "own_losses:shifted", "hook": "pooled"}}}
     with pytest.raises(UserError, match="needs the module 'shift'"):
         spec_of(own(tmp_path, shift))
-    with pytest.raises(UserError, match="trains 'paraphrase', which the method has not"):
+    with pytest.raises(UserError, match="trains 'paraphrase', which the method does not have"):
         spec_of(Registry(), {"name": "ft", "stages": {"paraphrasing": {"trains": ["paraphrase"]}}})
     with pytest.raises(UserError, match="equal channels"):
         check_cell(spec_of(Registry(), "fsp"))
@@ -430,7 +430,7 @@ def test_an_untrained_teacher_begins_by_the_seed_and_trains_along() -> None:
     member = trained(first, 2)
     assert member.own_teacher is not None and fingerprint(member.own_teacher.model) != begun[0]
     for method, more in (("kd", {}), ("finetune_new_classes", {"student": "wrn_10_2"})):
-        with pytest.raises(UserError, match="needs a teacher that knows something"):
+        with pytest.raises(UserError, match="needs a trained teacher"):
             spec_of(Registry(), method, **recipe, **more)
 
 

@@ -165,7 +165,7 @@ def test_a_recipe_and_a_card_choose_an_entry(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()["fc.weight"], expected["fc.weight"])
     assert "taken" in weight_notes(plain)[0] and not weight_notes(taught)
     for wrong in ({"model": {"name": "wrn_10_1"}, "untrained": True, **average}, {"name": "x", **average}):
-        with pytest.raises(UserError, match="'entry' stands beside 'weights'"):
+        with pytest.raises(UserError, match="'entry' goes with 'weights'"):
             cell(teacher=wrong)
 
 
@@ -182,12 +182,12 @@ def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([STATE], "no state dict, but: list"),
-        (STATE["fc.weight"], "no state dict, but: Tensor"),
-        ({0: STATE["fc.weight"]}, "no state dict, but: 0"),
-        ({}, "no state dict, but: nothing"),
+        ([STATE], "no state dict; it holds: list"),
+        (STATE["fc.weight"], "no state dict; it holds: Tensor"),
+        ({0: STATE["fc.weight"]}, "no state dict; it holds: 0"),
+        ({}, "no state dict; it holds: nothing"),
         (None, "no state dict"),
-        (OPTIMIZER, "no state dict, but: 'state', 'param_groups'"),
+        (OPTIMIZER, "no state dict; it holds: 'state', 'param_groups'"),
         (network(width=2).state_dict(), "of 46 entries 1 unknown .* 33 of another shape"),
         (network(depth=16).state_dict(), "36 unknown"),
         (network(channels=3).state_dict(), r"conv1.weight \[16, 3, 3, 3\] against \[16, 1, 3, 3\]"),
@@ -254,7 +254,7 @@ def test_a_student_starts_from_weights_of_other_classes_and_says_so(tmp_path: Pa
     file = tmp_path / "w.pth"
     torch.save({"model": (state := network(classes=1000).state_dict())}, file)
     cell = spec(student={"name": "wrn_10_1", "weights": str(file)})
-    assert weight_notes(cell) == [f"{file} has 1000 classes: the last layer of 'wrn_10_1', of 10, begins anew"]
+    assert weight_notes(cell) == [f"{file} has 1000 classes: the last layer of 'wrn_10_1', of 10, is new"]
     found = build_model(cell.student, cell.data, seed=4)
     first = build_model(cell.student.untrained(), cell.data, seed=4)
     assert torch.equal(found.state_dict()["conv1.weight"], state["conv1.weight"])

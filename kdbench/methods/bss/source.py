@@ -118,7 +118,7 @@ class BoundarySamples(Source):
         if state.keys() != self.state().keys():
             raise CellError(
                 "this cell began with a version of kdbench that did not count boundary samples: "
-                "remove the cell's folder to begin anew"
+                "remove the cell's folder to start again"
             )
         self.steps, self.counts = state["steps"], state["counts"].to(self.context.device)
 

@@ -290,7 +290,7 @@ class SynthesizedImages(Source):
         if state["pool"] is not None and state["pool"] != self._digests():
             raise CellError(
                 f"the synthesized images that this cell began with have changed ({self.context.files.shared}): "
-                "remove the cell's folder to begin anew"
+                "remove the cell's folder to start again"
             )
         self.added = []
         for growth, digest, seconds in state["added"]:
