@@ -1,7 +1,7 @@
 """kdbench: run, compare and publish knowledge-distillation experiments.
 
-`kdbench.run` trains what a recipe plans, `kdbench.table` compares records, `kdbench.load_student` loads a trained
-network, `kdbench.losses` holds the loss functions. Importing kdbench imports none of torch, pandas or pydantic.
+`kdbench.run` trains the cells of a recipe, `kdbench.table` compares records, `kdbench.load_student` loads a trained
+network, and `kdbench.losses` has the loss functions. Importing kdbench does not import torch, pandas or pydantic.
 """
 
 from kdbench.api import load_student, run, table

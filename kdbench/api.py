@@ -21,21 +21,21 @@ def run(
     registries: Iterable[str | Path] = (),
     **options: Any,
 ) -> list[Record]:
-    """Train every cell that a recipe plans and that is not finished yet.
+    """Train every cell of a recipe that is not finished yet.
 
     Args:
-        recipe: a file, the name of a shipped recipe, or plain data of the same form.
-        overrides: texts "dotted.path=value", or a mapping of dotted paths to values.
-        runs: folder under which `runs/<recipe>/` is written.
-        registries: further registry folders.
-        options: fields of `kdbench.engine.options.Options` (jobs, threads, device, data_roots, download …).
+        recipe: A file, the name of a shipped recipe, or a dictionary with the keys of a recipe.
+        overrides: Strings "dotted.path=value", or a dictionary of dotted paths to values.
+        runs: Folder in which the run's folder, `<recipe>/`, is written.
+        registries: Folders with your own cards. Their Python files are executed.
+        options: Fields of `kdbench.engine.options.Options` (jobs, threads, device, data_roots, download, …).
 
     Returns:
-        the records of the finished cells, in the order of the comparison.
+        The records of the finished cells, in the order of the comparison.
 
     Raises:
-        UserError: a mistake in the recipe, missing data or weights.
-        CellError: a cell failed (the others are finished and recorded).
+        UserError: A mistake in the recipe, or missing data or weights.
+        CellError: A cell failed. The others are finished and recorded.
     """
     import json
 
@@ -61,10 +61,17 @@ def run(
 
 
 def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> pandas.DataFrame:
-    """Records (or folders that hold them) as a comparison table: mean, deviation, n, paired difference.
+    """A comparison table of records: mean, deviation, n and paired difference for each method.
 
     Args:
-        options: those of `kdbench.results.tables.build` (baseline, metric, interval, published).
+        records: Records, or folders that hold them.
+        options: Arguments of `kdbench.results.tables.build` (baseline, metric, interval, published, …).
+
+    Returns:
+        One row for each method and column of the table.
+
+    Raises:
+        UserError: There are no records, or they cannot stand in one table.
     """
     from kdbench.record import Record, read_records
     from kdbench.results.frames import to_frame
@@ -79,13 +86,22 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
 def load_student(
     folder: str | Path, registries: Iterable[str | Path] = (), weights: Literal["last", "best"] = "last"
 ) -> nn.Module:
-    """The trained network of a finished cell's folder, in eval mode, on the CPU.
+    """The trained network of a finished cell, in eval mode, on the CPU.
+
+    It takes float32 images [N, C, H, W], normalized as in training: pixels in [0, 1], minus the mean and divided by the
+    deviation in `record.spec["protocol"]["normalization"]`. It returns logits [N, K].
 
     Args:
-        registries: folders with the user's own models, if it is one of them.
-        weights: after the last step, or of the best evaluation, where the recipe said `keep: best`.
+        folder: The cell's folder, `runs/<recipe>/<cell>`.
+        registries: Folders with your own cards, if the model is one of them.
+        weights: "last" for the weights after the last step, "best" for those of the best evaluation, if the recipe said
+            `keep: best`.
 
-    Its input is normalized as the record's protocol says (`record.spec["protocol"]["normalization"]`).
+    Returns:
+        The network.
+
+    Raises:
+        UserError: There is no finished cell, or its weights are missing or not those of its record.
     """
     from kdbench.engine import trained
 

@@ -26,15 +26,15 @@ def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
     detaches the teacher's feature before it is embedded.
 
     Args:
-        student: embeddings [N, D].
-        teacher: embeddings [N, D].
+        student: Embeddings [N, D].
+        teacher: Embeddings [N, D].
 
     Returns:
         Scalar, at least 0; 0 for equal embeddings, and for a batch of one. Also 0 where of each two neighbours one
         agrees with the teacher: it is no distance.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: The shapes differ.
     """
     same_shape(student, teacher, "neighbour_congruence")
     distance = (full(student) - full(teacher)).abs().flatten(1)
@@ -51,9 +51,9 @@ class NeighbourCongruence(nn.Module):
     The layers start with torch's default initialization and train with the student.
 
     Args:
-        student_shape: of one sample, without the batch; flattened.
-        teacher_shape: of one sample.
-        dim: width of the embeddings.
+        student_shape: Of one sample, without the batch; flattened.
+        teacher_shape: Of one sample.
+        dim: Width of the embeddings.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, dim: int = 128) -> None:
@@ -89,7 +89,7 @@ def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, orde
         Scalar, at least 0, mean over all N² pairs; 0 for equal features.
 
     Raises:
-        ValueError: when the batches differ, or an option is out of range.
+        ValueError: The batches differ, or an option is out of range.
     """
     same_batch(student, teacher, "kernel_congruence")
     if not gamma > 0 or order < 1:

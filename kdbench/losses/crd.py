@@ -28,7 +28,7 @@ def noise_contrastive(log_scores: Tensor, samples: int, eps: float = 1e-7) -> Te
 
     Args:
         log_scores: log x, [N, 1 + K].
-        samples: M, from which the noise is drawn: the size of the training set.
+        samples: m, from which the noise is drawn: the size of the training set.
         eps: ε.
 
     Returns:

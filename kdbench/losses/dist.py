@@ -34,14 +34,14 @@ def dist(
         beta: β, weight of the rows.
         gamma: γ, weight of the columns.
         temperature: T > 0.
-        scale: multiply by T².
-        eps: added to the products of the norms.
+        scale: Multiply by T².
+        eps: Added to the products of the norms.
 
     Returns:
         Scalar in [0, 2 (β + γ)], × T² when `scale`.
 
     Raises:
-        ValueError: when the shapes are not one [N, K], or T is not positive.
+        ValueError: The shapes are not one [N, K], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "dist")
     positive(temperature)

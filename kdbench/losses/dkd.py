@@ -32,7 +32,7 @@ def dkd(
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        labels: class indices, int64 [N].
+        labels: Class indices, int64 [N].
         alpha: α, weight of TCKD.
         beta: β, weight of NCKD.
         temperature: T > 0.
@@ -41,7 +41,7 @@ def dkd(
         Scalar, at least 0 for α, β ≥ 0; finite for any finite logits.
 
     Raises:
-        ValueError: when the logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not
+        ValueError: The logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not
             positive.
     """
     labelled_logits(student_logits, teacher_logits, labels, "dkd")

@@ -25,13 +25,13 @@ def maps_of_one_size(student: Tensor, teacher: Tensor, loss: str) -> tuple[Tenso
     Args:
         student: [N, C, H, W].
         teacher: [N, C', H', W'].
-        loss: name for the message.
+        loss: Name for the message.
 
     Returns:
         [N, C, h, w] and [N, C', h, w], h = min(H, H'), w = min(W, W').
 
     Raises:
-        ValueError: when either is not [N, C, H, W], or the batches differ.
+        ValueError: Either is not [N, C, H, W], or the batches differ.
     """
     if student.ndim != 4 or teacher.ndim != 4 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(

@@ -22,7 +22,7 @@ def fsp_matrix(shallow: Tensor, deep: Tensor) -> Tensor:
 
     Args:
         shallow: A, feature map, [N, C, H, W].
-        deep: B, feature map, [N, C', H', W'].
+        deep: b, feature map, [N, C', H', W'].
 
     Returns:
         [N, C, C'].

@@ -30,7 +30,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar in [0, 2] but for rounding; 0 for equal maps.
 
     Raises:
-        ValueError: when either is not [N, C, H, W], or the batches differ.
+        ValueError: Either is not [N, C, H, W], or the batches differ.
     """
     student, teacher = maps_of_one_size(student, teacher.detach(), "neuron_selectivity")
     own, taught = (F.normalize(feature.flatten(2), dim=2) for feature in (student, teacher))

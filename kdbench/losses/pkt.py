@@ -30,7 +30,7 @@ def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
         Scalar, at least 0 but for terms of the order of ε.
 
     Raises:
-        ValueError: when the batches differ, or a feature is not [N, ...].
+        ValueError: The batches differ, or a feature is not [N, ...].
     """
     same_batch(student, teacher, "pkt")
     own, taught = _neighbours(student, eps), _neighbours(teacher.detach(), eps)

@@ -25,13 +25,13 @@ def rkd_distance(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor
     Args:
         student: [N, ...], flattened.
         teacher: [N, ...], flattened; its width may differ.
-        eps: least squared distance of two images.
+        eps: Least squared distance of two images.
 
     Returns:
         Scalar, at least 0; 0 for a batch of one.
 
     Raises:
-        ValueError: when the batches differ, or a feature is not [N, ...].
+        ValueError: The batches differ, or a feature is not [N, ...].
     """
     same_batch(student, teacher, "rkd_distance")
     return F.smooth_l1_loss(_distances(student, eps), _distances(teacher.detach(), eps))
@@ -52,13 +52,13 @@ def rkd_angle(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor:
     Args:
         student: [N, ...], flattened.
         teacher: [N, ...], flattened; its width may differ.
-        eps: two images that are not further apart have no direction (the zero vector, without gradient).
+        eps: Two images that are not further apart have no direction (the zero vector, without gradient).
 
     Returns:
         Scalar in [0, 1.5]; 0 for a batch of one.
 
     Raises:
-        ValueError: when the batches differ, or a feature is not [N, ...].
+        ValueError: The batches differ, or a feature is not [N, ...].
     """
     same_batch(student, teacher, "rkd_angle")
     return F.smooth_l1_loss(_cosines(student, eps), _cosines(teacher.detach(), eps))

@@ -29,7 +29,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         Scalar in [0, 4 / N]; after a ReLU, where no similarity is negative, in [0, 2 / N].
 
     Raises:
-        ValueError: when the batches differ, or a feature is not [N, ...].
+        ValueError: The batches differ, or a feature is not [N, ...].
     """
     same_batch(student, teacher, "similarity_preserving")
     return F.mse_loss(_similarities(student), _similarities(teacher.detach()))

@@ -32,7 +32,7 @@ def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
         Scalar; negative where variances are below 1 and predictions good enough.
 
     Raises:
-        ValueError: when the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     if mean.ndim != 4 or mean.shape != teacher.shape or variance.shape != mean.shape[1:2]:
         raise ValueError(
@@ -61,7 +61,7 @@ class VariationalInformation(nn.Module):
         teacher_shape: (C', H', W').
         variance: σ² of every channel at first, above ε.
         eps: ε, the least variance.
-        learned: whether the variances are parameters. False keeps them as they are; the loss is then a mean squared
+        learned: Whether the variances are parameters. False keeps them as they are; the loss is then a mean squared
             error divided by 2 σ², but for a constant.
     """
 
