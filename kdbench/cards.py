@@ -47,7 +47,7 @@ class TargetCard(CodeCard):
 
 
 class ModelCard(TargetCard):
-    hooks: str = Field(description="key of a hooks card, or 'derived'")
+    hooks: str = Field(description="key of a hooks card, or 'derived' to find them by running the network")
     examples: list[str] = Field([], description="names that a template key stands for")
 
 
@@ -60,14 +60,16 @@ class HookCard(Card):
 
 class LossCard(CodeCard):
     inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]] | None = Field(
-        None, description="what its first arguments take, where their names do not say it"
+        None, description="what its first arguments take, if their names do not say it"
     )
     soft_labels: bool = Field(
-        False, description="its `labels` may be shares of the classes [N, K], as Mixup and CutMix make them"
+        False, description="its `labels` can be shares of the classes [N, K], as Mixup and CutMix make them"
     )
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(
-        {}, description="metric -> class whose value a student reaches that ignores its input; logged beside the metric"
+        {},
+        description="metric -> class that computes what a student that ignores its input reaches; logged "
+        "beside the metric",
     )
     shares: dict[str, str] = Field({}, description="metric in [0, 1] -> what it is a share of; shown in percent")
 
@@ -84,8 +86,8 @@ class SourceCard(TargetCard):
     """A batch source: what makes a stage's input sets beside, or in place of, those of the data set."""
 
     settings: Target | None = Field(None, description="a dataclass whose fields are further options of the target")
-    reads: list[Name] = Field([], description="input sets that it is given")
-    logits: bool = Field(True, description="whether it is given both networks' logits on these too")
+    reads: list[Name] = Field([], description="input sets that it gets")
+    logits: bool = Field(True, description="whether it also gets both networks' logits on these")
     gives: list[Name] = Field(description="input sets that it makes")
     teacher: bool = Field(True, description="whether it needs a teacher")
 
@@ -111,7 +113,7 @@ class DataFields(BaseModel):
     train: int = Field(description="images of the whole training set")
     test: int = Field(description="images of the test set")
     normalization: Normalization
-    streamed: bool = Field(False, description="read from disk while training: for what is larger than memory")
+    streamed: bool = Field(False, description="read from disk while training, for data larger than memory")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -133,18 +135,20 @@ class ProtocolCard(Card):
     last_batch: Literal["keep", "drop"] = "keep"
     augmentation: AugmentationCard = AugmentationCard(padding=0, resized_crop=None, decoder=None, transforms=None)
     second: AugmentationCard | None = Field(
-        None, description="augmentation of the input set `second`, the batch's images again; the same where absent"
+        None,
+        description="augmentation of the input set `second`, other views of the batch's images; by default the same",
     )
     ema: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="decay a step of a moving average of the student's weights, which is tested and kept in its place",
+        description="decay per step of a moving average of the student's weights, which is tested and kept "
+        "instead of them",
     )
     label_smoothing: float | None = Field(
-        None, ge=0, le=1, description="of every loss that has this option, whose term says nothing of it"
+        None, ge=0, le=1, description="for every loss that has this option, unless its term sets it"
     )
-    normalization: Normalization | None = Field(None, description="the student's; the data card's where absent")
+    normalization: Normalization | None = Field(None, description="the student's; by default the data card's")
     optimizer: Named
     schedule: Named
     epochs: float | None = Field(None, gt=0)
@@ -183,7 +187,7 @@ class TeacherCard(Card):
     accuracy: float | None = Field(None, description="expected test accuracy in percent, checked after loading")
     image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
     resize: int | None = Field(default=None, gt=0, description="beside 'accuracy': " + RESIZE)
-    transfers: bool = Field(False, description="its features may teach other data, its logits only its own")
+    transfers: bool = Field(False, description="its features can teach on other data, its logits only on its own")
     licence: str | None = None
     source: str | None = None
 
@@ -198,7 +202,9 @@ class TermFields(BaseModel):
     """What a loss term says on a card and in a cell."""
 
     input: Name = Field("data", description="input set whose values (and labels) the term takes")
-    of: Side = Field("student", description="network whose value is the loss's `student`; of the teacher: trains it")
+    of: Side = Field(
+        "student", description="network that gives the loss's `student`; `teacher` makes a term that trains the teacher"
+    )
     against: Name | None = Field(None, description="input set on which the same network gives the loss's `other`")
     detach: bool = Field(True, description="no gradient goes through the loss's `teacher`")
     weight: float = 1.0
@@ -212,15 +218,19 @@ Points = str | list[str]
 class TermCard(TermFields, WithOptions):
     """One loss term. The loss function's own options stand beside these keys."""
 
-    loss: str = Field(description="key of a loss card; or module:object of a loss that needs none")
+    loss: str = Field(description="key of a loss card; or module:object of a loss without a card")
     hook: Points | None = Field(
-        None, description="hook point or group, on both networks; a list of them: the loss takes all at once"
+        None, description="hook point or group, in both networks; for a list, the loss takes all of them at once"
     )
-    student: Points | None = Field(None, description="the same of the student alone")
-    teacher: Points | None = Field(None, description="the same of the teacher alone")
+    student: Points | None = Field(None, description="hook point or group of the student alone")
+    teacher: Points | None = Field(None, description="hook point or group of the teacher alone")
     connector: Named | None = Field(None, description="a connector card, or one of the method's modules")
-    weight_schedule: Named | list[Named] | None = Field(None, description="factor of the weight; several: a product")
-    schedules: dict[str, Named] = Field({}, description="option of the loss -> what multiplies it over the stage")
+    weight_schedule: Named | list[Named] | None = Field(
+        None, description="factor of the weight; several are multiplied"
+    )
+    schedules: dict[str, Named] = Field(
+        {}, description="option of the loss -> schedule that multiplies it over the stage"
+    )
 
 
 class ModuleCard(WithOptions):
@@ -232,7 +242,7 @@ class ModuleCard(WithOptions):
     name: str = Field(description="key of a connector card")
     student: str = Field("logits", description="hook point of the student, for the module's size")
     teacher: str = Field("logits", description="hook point of the teacher, for the module's size")
-    optimizer: Named | None = Field(None, description="of its own; trained with the student's where absent")
+    optimizer: Named | None = Field(None, description="its own optimizer; by default the student's")
 
 
 class PredictsCard(WithOptions):
@@ -256,10 +266,10 @@ class Anchors(Strict):
     The last anchor is the converged teacher.
     """
 
-    n: int = Field(gt=0, description="how many; greedily chosen ones reach the converged teacher after at most so many")
+    n: int = Field(gt=0, description="number of anchors; with greedy, at most so many until the converged teacher")
     choose: Literal["equal", "greedy", "converged"] = Field(
         "equal",
-        description="at equal intervals of the route; each where its distance to the student has grown; or the "
+        description="equal intervals of the route; greedy, each where its distance to the student has grown; or the "
         "converged teacher each time, as a control",
     )
     rates: Literal["restart", "continue"] = Field(
@@ -267,10 +277,10 @@ class Anchors(Strict):
     )
     budget: Literal["shared", "each"] = Field(
         "shared",
-        description="the stage's steps shared out evenly, or all of them for each anchor, on top of the budget",
+        description="divide the stage's steps evenly, or give all of them to each anchor, on top of the budget",
     )
-    delta: float = Field(0.8, gt=0, description="greedy: growth of the divergence, as a share, that ends an interval")
-    images: int = Field(10_000, gt=0, description="greedy: at most so many images of the validation part are looked at")
+    delta: float = Field(0.8, gt=0, description="greedy: relative growth of the divergence that ends an interval")
+    images: int = Field(10_000, gt=0, description="greedy: number of images of the validation part to use, at most")
 
 
 class StageFields(BaseModel):
@@ -281,33 +291,31 @@ class StageFields(BaseModel):
         ["student"],
         description="student, connectors (those of the stage's own terms), teacher, or modules of the method",
     )
-    clip: float | None = Field(
-        None, gt=0, description="the norm to which the gradients of each optimizer are clipped together"
-    )
+    clip: float | None = Field(None, gt=0, description="maximum norm of all gradients of an optimizer together")
     alternating: bool = Field(
         False,
-        description="the teacher's own terms make a step of it first, then everything is computed anew for the others",
+        description="each step trains the teacher first; then everything is computed again for the student's terms",
     )
     modes: Modes = Modes()
     batch_norm: dict[Name, Statistics] = Field(
         {},
         description="what the student's batch norms do with an input set: add it to their running statistics (shared), "
-        "use these and leave them (frozen), or use the batch's own and leave them (separate)",
+        "use these without changing them (frozen), or use the batch's own statistics and change nothing (separate)",
     )
 
 
 class StageCard(StageFields, Strict):
     share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
-    anchors: Anchors | None = Field(None, description="the teacher is, one after another, checkpoints of its route")
+    anchors: Anchors | None = Field(
+        None, description="learn from checkpoints of the teacher's route, one after another"
+    )
     begins: Named | None = Field(None, description="an operation on the student, before the first step")
     losses: dict[Name, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None
-    teacher_optimizer: Named | None = Field(
-        None, description="of a teacher that is trained; the optimizer where absent"
-    )
-    teacher_schedule: Named | None = Field(None, description="of a teacher that is trained; the schedule where absent")
+    teacher_optimizer: Named | None = Field(None, description="of a teacher that is trained; by default `optimizer`")
+    teacher_schedule: Named | None = Field(None, description="of a teacher that is trained; by default `schedule`")
 
 
 class PairCard(WithOptions):
@@ -319,17 +327,19 @@ class PairCard(WithOptions):
 
 class MethodCard(Card):
     title: str
-    follows: str | None = Field(None, description="the source whose choices this card takes")
+    follows: str | None = Field(None, description="the source that this card follows")
     departs: list[str] = Field([], description="where paper, code and this card differ")
     parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
-    pairs: list[PairCard] = Field([], description="parameters that the source chooses by pair of networks")
+    pairs: list[PairCard] = Field([], description="parameters that the source sets by pair of networks")
     starts_from: Literal["teacher"] | None = Field(
         None,
-        description="the student begins with the teacher's weights and normalization; a classifier of more classes is "
-        "widened by new rows",
+        description="the student starts from the teacher's weights and normalization; a classifier of more "
+        "classes gets new rows",
     )
     modules: dict[Name, ModuleCard] = Field({}, description="modules that terms and stages share, by name")
-    predicts: PredictsCard | None = Field(None, description="what the student answers through, if not its own head")
+    predicts: PredictsCard | None = Field(
+        None, description="module that the student predicts through, if not its own classifier"
+    )
     stages: dict[Name, StageCard]
 
 
@@ -338,7 +348,7 @@ class StudyCard(Card):
 
     title: str
     profiles: dict[Name, list[str]] = Field(description="profile -> recipes, by name or by path from the card's file")
-    published: list[str] = Field([], description="keys of published tables that stand beside the study's own numbers")
+    published: list[str] = Field([], description="keys of published tables to show beside the study's own numbers")
 
     @model_validator(mode="after")
     def some_recipes(self) -> StudyCard:

@@ -7,13 +7,16 @@ from pydantic import BaseModel, ConfigDict, Field
 # What authors of methods call their stages and losses.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
 # What cards and recipes say of the images that a network takes.
-IMAGE_SIZE = "side of the images that it takes, where it is not the data's: the same views are resized for it"
-RESIZE = "pixels to which test pictures' shorter sides were brought for that accuracy, if not the data card's"
+IMAGE_SIZE = "side of the images that it takes, if not the data card's: the views are resized for it"
+RESIZE = "pixels to which the shorter side of test pictures was resized for that accuracy, if not the data card's"
 
 # Of a weight file, on cards and in recipes.
 Entry = Annotated[
     str | None,
-    Field(description="which of several networks in the weight file, as state_dict_ema; else one that is no average"),
+    Field(
+        description="which of several networks in the weight file to take, for example state_dict_ema; by "
+        "default one that is not an average"
+    ),
 ]
 
 

@@ -85,11 +85,11 @@ class AugmentationFields(BaseModel):
     has is a function of seed, epoch and position.
     """
 
-    padding: int = Field(0, ge=0, description="pixels around an image before it is cropped to its size again")
+    padding: int = Field(0, ge=0, description="pixels added around an image before it is cropped to its size again")
     mode: Literal["zero", "reflect"] = "zero"
     flip: bool = False
     resized_crop: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
-        None, description="lowest and highest share of the area of RandomResizedCrop"
+        None, description="lowest and highest share of the area, as in RandomResizedCrop"
     )
     decoder: Literal["torchvision"] | None = Field(
         None, description="torchvision decodes and resizes what 'resized_crop' crops: faster than Pillow, other pixels"
@@ -112,5 +112,5 @@ class AugmentationCard(AugmentationFields, Strict):
     """What a protocol says of its images' views."""
 
     transforms: list[Named] | None = Field(
-        None, description="transforms cards, in this order, of each picture after crop and mirror"
+        None, description="transforms cards, applied in this order to each picture after crop and flip"
     )

@@ -167,17 +167,15 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
 
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in (first.data, first.target) if part is not None)
-    computed = (
-        possible(plainest(first.compute), device).name if first.compute.settled else "as a short trial will choose"
-    )
+    computed = possible(plainest(first.compute), device).name if first.compute.settled else "chosen by a short trial"
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
-        f"data {domains}, protocol {first.protocol.name}, batch {first.protocol.batch_size}, "
-        f"computed {computed}, baseline {planned.baseline}"
+        f"data: {domains}, protocol: {first.protocol.name}, batch size: {first.protocol.batch_size}, "
+        f"compute: {computed}, baseline: {planned.baseline}"
     )
     for teacher in {t.identity(): t for c in planned.cells if c.spec.teacher for t in c.spec.teacher.each}.values():
         weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe first"
-        weights = "untrained, it trains along" if teacher.untrained else weights
+        weights = "untrained, it trains along with the student" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
 
 
@@ -200,29 +198,33 @@ def _print_needs(
     at_once = workers(device, len(left))
     if left:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
-        here = f", of {free / 1e9:.1f} GB that are free here" if free is not None else ""
+        here = f" ({free / 1e9:.1f} GB are free)" if free is not None else ""
         most = memory(left, taken, at_once, device) / 1e9
-        console.print(f"memory: up to {most:.1f} GB for each of {at_once} workers{here}; what does not fit is split")
+        console.print(
+            f"memory: up to {most:.1f} GB for each of {at_once} workers{here}; cohorts that do not fit are split"
+        )
     if planned.tried:
         seconds = f": {clock(estimate.cells(planned.tried) / workers(device, len(planned.tried)))}" if time else ""
         console.print(
-            f"first, methods try {planned.tune.trials if planned.tune else 0} settings each, on images of the training "
-            f"set, {len(planned.tried)} cells{seconds}"
+            f"first, each method tries {planned.tune.trials if planned.tune else 0} settings, tested on images of the "
+            f"training set: {len(planned.tried)} cells{seconds}"
         )
     if not time:
         return
     where = f"{at_once} one-thread workers" if device.type == "cpu" else f"{at_once} GPU(s)"
     console.print(
-        f"estimate for the cells that are not finished: {clock(estimate.cells(left) / at_once)} on {where} "
+        f"estimated time for all unfinished cells: {clock(estimate.cells(left) / at_once)} on {where} "
         "(cells that train side by side share their teacher's passes)"
     )
     if device.type == "cpu" and left:
         elsewhere = Estimate(device, rate=GPU_RATE)
         total = elsewhere.cells([*left, *planned.tried]) + elsewhere.teachers(left, runs, set())
-        console.print(f"all of it on one {GPU}: {clock(total)} or more, by {GPU_RATE:.0e} operations a second")
+        console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
     if any(estimate.costs(cell.spec) for cell in left):
-        console.print("this counts batch sources at their most: an attack that arrives early takes less")
+        console.print("this counts batch sources at their slowest: an attack that succeeds early takes less time")
     if first_teachers := estimate.teachers(left, runs, set()):
-        console.print(f"before that, teachers are trained: {clock(first_teachers)} on one of them")
+        console.print(f"before that, teachers are trained: {clock(first_teachers)} on one worker")
     if prepared := estimate.prepared(left):
-        console.print(f"and batch sources prepare: {clock(prepared)} on one of them, less what is there already")
+        console.print(
+            f"and batch sources are prepared: {clock(prepared)} on one worker, less if a part is there already"
+        )

@@ -151,4 +151,4 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
         f"estimate for what is not finished: {clock(total)} on {where}, from a few timed steps of each network"
     )
     if not on_gpu:
-        console.print(f"on one {GPU}: {clock(on_other)} or more, by {GPU_RATE:.0e} operations a second")
+        console.print(f"on one {GPU}: at least {clock(on_other)}, at {GPU_RATE:.0e} operations per second")

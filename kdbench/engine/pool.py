@@ -198,7 +198,7 @@ class Pool:
                 if event.lost and self._again(assigned[number]):
                     waiting.append(assigned.pop(number))
                     yield Announcement(
-                        text=f"warning: {_gone(event)}; what it did goes on from its last checkpoint elsewhere"
+                        text=f"warning: {_gone(event)}; its cells continue elsewhere from their last checkpoint"
                     )
                     continue
                 event = Failed(message=_gone(event))

@@ -19,7 +19,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.models.hooks import Extractor
 
 T = TypeVar("T")
-LOST = "another rank has ended, what it said stands above; the same command goes on from the last checkpoints"
+LOST = "another rank has ended, see its message above; repeat the command to continue from the last checkpoints"
 
 
 @dataclass(frozen=True)

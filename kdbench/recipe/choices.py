@@ -29,9 +29,9 @@ class DataChoice(Strict):
     )
     validation: float | int = Field(0, ge=0, description="images (or share below 1) split off the training set")
     tested_on: Literal["test", "validation"] = Field(
-        "test", description="the test set, or the validation part in its place: for choosing by, without the test set"
+        "test", description="the test set, or the validation part instead, to make choices without the test set"
     )
-    split_seed: int | None = Field(None, description="seed of subset and split; the cell's seed where absent")
+    split_seed: int | None = Field(None, description="seed of subset and split; by default the cell's seed")
     root: str | None = Field(None, description="folder that holds the data")
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class TeacherChoice(Strict):
 
     name: str | None = Field(None, description="key of a teacher card")
     several: list[TeacherChoice] | None = Field(
-        default=None, min_length=2, description="several teachers; a list in place of the mapping says the same"
+        default=None, min_length=2, description="several teachers; you can also write a list instead of a mapping"
     )
     model: Named | None = None
     weights: str | None = Field(
@@ -68,9 +68,9 @@ class TeacherChoice(Strict):
     normalization: Normalization | None = None
     image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
     untrained: bool = Field(
-        default=False, description="beside 'model': it begins with first values, for methods that train it along"
+        default=False, description="beside 'model': start from random weights, for methods that train the teacher too"
     )
-    trained: bool = Field(False, description="train it by its card's recipe, though the card has weights")
+    trained: bool = Field(False, description="train it with its card's recipe, even if the card has weights")
     accuracy: float | None = Field(
         default=None,
         ge=0,
@@ -81,8 +81,9 @@ class TeacherChoice(Strict):
     classes: int | None = Field(
         default=None,
         gt=0,
-        description="beside 'weights': classes of its training, where they are not those of the data: its features can "
-        "teach, its logits cannot",
+        description="beside 'weights': number of classes that it was trained on, if not those of the data. "
+        "Its features "
+        "can then teach, its logits cannot",
     )
 
     @model_validator(mode="before")
@@ -149,7 +150,8 @@ class ComputeChoice(Strict):
 
     mode: Literal["auto", "reference"] = Field(
         default="auto",
-        description="for what is not said below: the fastest by a short trial, or float32, contiguous, eager",
+        description="for everything that is not set below: auto measures what is fastest, reference is "
+        "float32, contiguous, eager",
     )
     precision: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="of convolutions and products in training; parameters, losses and tests stay float32"
@@ -186,16 +188,16 @@ class Range(Strict):
 
 
 class Tune(BaseModel):
-    """What to try for every method before it comes into the table. Beside these keys stand parameters of a method
-    (`at.beta`) or of all that have it (`method.beta`), or fields of the protocol, each with a list or a range."""
+    """Settings that every method tries before the comparison. Beside these keys, write parameters of one method
+    (`at.beta`) or of all methods (`method.beta`), or fields of the protocol, each with a list or a range."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Range | list[Any]] = Field(init=False)
 
     trials: int = Field(8, gt=1, description="settings that every method tries")
-    seeds: list[int] = Field([100], min_length=1, description="seeds to try them on; the table has others")
+    seeds: list[int] = Field([100], min_length=1, description="seeds of the trials; the table must use others")
     validation: float | int = Field(
-        0.2, gt=0, description="images (or share below 1) of the training set to choose by, where 'data' says none"
+        0.2, gt=0, description="images (or share below 1) of the training set to choose by, unless 'data' sets one"
     )
 
     @model_validator(mode="after")
@@ -220,32 +222,33 @@ class Recipe(Strict):
     title: str = Field("", description="shown above the table")
     data: DataChoice
     target: TargetChoice | None = Field(
-        None, description="unlabelled domain to adapt to; its test set is then the one that counts"
+        None, description="unlabelled domain to adapt to; the table then shows the accuracy on its test set"
     )
     teacher: TeacherChoice | None = None
     student: StudentChoice
     protocol: dict[str, Any] = Field(description="a protocol card by name, with any of its fields beside it")
     method: dict[str, Any] = Field({}, description="a method card by name, with any of its fields or parameters")
     compare: dict[str, list[Any]] = Field({}, description="dotted recipe path -> the values to compare")
-    tune: Tune | None = Field(None, description="what every method may try first, without the test set")
-    baseline: str | None = Field(None, description="method to which the table compares; the first one where absent")
+    tune: Tune | None = Field(None, description="settings that every method tries first, without the test set")
+    baseline: str | None = Field(None, description="method that the table compares with; by default the first")
     seeds: Annotated[int, Field(ge=1)] | list[Seed] = Field(1, description="a count, or the seeds themselves")
     epochs: float | None = Field(None, gt=0, description="budget over all stages, in place of the protocol's")
     steps: int | None = Field(None, gt=0, description="budget over all stages, in optimizer steps")
     evaluations: Annotated[int, Field(ge=0, le=MOST_EVALUATIONS)] | Literal["epoch"] = Field(
-        50, description="even points at which to test, or after every epoch"
+        50, description="number of evenly spaced tests during the training, or 'epoch' for a test after every epoch"
     )
     compute: ComputeChoice = Field(ComputeChoice(), description="auto, reference, or a mapping that fixes parts")
     route: int | None = Field(
         None,
         gt=0,
         le=ROUTE_MOST,
-        description="keep the student's weights at so many even points, the last step included",
+        description="number of evenly spaced checkpoints of the student to keep, the last step included",
     )
     keep: Literal["best"] | None = Field(
         None,
-        description="beside the last weights keep those of the best evaluation: on the validation part where there is "
-        "one, else on the test part",
+        description="also keep the weights of the best evaluation: best on the validation part if there is "
+        "one, else on "
+        "the test set",
     )
 
     @model_validator(mode="after")
