@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class OwnTeacher(nn.Module):
-    r"""Exits at the layers before the last, taught by labels and by the network's own end.
+    r"""Exits at the layers before the last, taught by the labels and by the network's own final layers.
 
     $$
     L = \sum_i \left[ (1 - \alpha)\, \mathrm{CE}(z_i, y)
@@ -24,9 +24,9 @@ class OwnTeacher(nn.Module):
     $$
 
     p are softened outputs of the end, f its pooled feature, both without gradient; p_i, z_i and f_i those of exit i. An
-    exit is a 1×1 convolution to a narrower map, a convolution as large and as wide in stride as brings it to the last
-    layer's size, a 1×1 convolution to f's width, each with batch norm and ReLU, pooling, and a classifier. A_i is a
-    linear layer. The last exit before the end has no third part.
+    exit is a 1×1 convolution to a narrower map, a strided convolution that brings it to the last layer's size, a 1×1
+    convolution to f's width, each with batch norm and ReLU, pooling, and a classifier. A_i is a linear layer. The last
+    exit before the end has no third part.
 
     Args:
         student_shapes: Maps (C, H, W) of the layers, the pooled feature (D,), and the logits (K,), in this order.

@@ -17,7 +17,7 @@ def class_attention(student: Tensor, teacher: Tensor, resolution: int = 2, norma
     $$
 
     Args:
-        student: How much each position speaks for each class, [N, K, H, W].
+        student: Evidence for each class at each position, [N, K, H, W].
         teacher: [N, K, H', W'].
         resolution: r, positions along a side.
         normalize: Whether each pooled class map is divided by its L2 norm first.

@@ -22,7 +22,7 @@ def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
     $$
 
     Two images that follow each other in the batch should not differ from the teacher's embeddings in the same
-    dimensions. There is no kernel in it. The gradient reaches the teacher's embedding too, which learns; the caller
+    dimensions. It has no kernel. The gradient reaches the teacher's embedding too, which learns; the caller
     detaches the teacher's feature before it is embedded.
 
     Args:
@@ -30,8 +30,8 @@ def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: Embeddings [N, D].
 
     Returns:
-        Scalar, at least 0; 0 for equal embeddings, and for a batch of one. Also 0 where of each two neighbours one
-        agrees with the teacher: it is no distance.
+        Scalar, at least 0; 0 for equal embeddings, and for a batch of one. It is also 0 if one of each two neighbours
+        agrees with the teacher, so it is not a distance.
 
     Raises:
         ValueError: The shapes differ.

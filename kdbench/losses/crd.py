@@ -28,7 +28,7 @@ def noise_contrastive(log_scores: Tensor, samples: int, eps: float = 1e-7) -> Te
 
     Args:
         log_scores: log x, [N, 1 + K].
-        samples: m, from which the noise is drawn: the size of the training set.
+        samples: M, from which the noise is drawn: the size of the training set.
         eps: ε.
 
     Returns:
@@ -47,7 +47,7 @@ def noise_contrastive(log_scores: Tensor, samples: int, eps: float = 1e-7) -> Te
 
 
 class ContrastiveRepresentation(nn.Module):
-    r"""CRD with two memory banks: each network's embedding is told from noise by the other network's bank.
+    r"""CRD with two memory banks: each network's embedding is told apart from noise with the other network's bank.
 
     $$
     x_{nk} = \frac{1}{Z} \exp \frac{\langle e_n, b_{i_{nk}} \rangle}{\tau}

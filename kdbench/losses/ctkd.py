@@ -15,12 +15,12 @@ from kdbench.losses.lskd import standardized
 
 
 def against(parameter: Tensor, strength: Tensor) -> Tensor:
-    """The same value, whose gradient is multiplied by -strength: 0 stops it, 1 turns it round."""
+    """The same value, with its gradient multiplied by -strength: 0 stops it, 1 reverses it."""
     return parameter.detach() - strength * (parameter - parameter.detach())
 
 
 class CurriculumTemperature(nn.Module):
-    r"""`kd` at a temperature that is trained against the student, more so from epoch to epoch.
+    r"""`kd` at a temperature that is trained against the student, with more strength from epoch to epoch.
 
     $$
     L = \frac{T^2}{N} \sum_n \mathrm{KL}(p^T_n \,\|\, p^S_n), \qquad

@@ -185,7 +185,7 @@ def jensen_shannon(
 
     - "paper": the formula above, in [0, ln 2].
     - "code", as in the authors' code: ½ KL(M ‖ p) + ½ KL(M ‖ q), with p, q and M clamped to [0.01, 0.99], so that they
-      no longer sum to 1. ln 2 is no bound.
+      no longer sum to 1. ln 2 is then not a bound.
 
     Gradients go to both networks' logits.
 

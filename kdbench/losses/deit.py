@@ -11,7 +11,7 @@ from kdbench.losses.checks import full, logits_shape
 
 
 def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""Cross-entropy with the class that the teacher answers, averaged over the batch (section 4 of the paper).
+    r"""Cross-entropy with the class that the teacher predicts, averaged over the batch (section 4 of the paper).
 
     $$
     L = -\frac{1}{N} \sum_n \log p^S_{n, c_n}, \qquad c_n = \arg\max_k z^T_{nk}

@@ -18,7 +18,7 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    r"""KD in two parts with weights of their own: one on the target class, one on the other classes.
+    r"""KD in two parts with separate weights: one on the target class, one on the other classes.
 
     $$
     L = \frac{T^2}{N} \sum_n \left( \alpha\, \mathrm{KL}(b^T_n \,\|\, b^S_n)
@@ -56,7 +56,7 @@ def dkd(
 def decoupled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms of (p_y, 1 - p_y) [N, 2], and of the probabilities among the other classes [N, K - 1].
 
-    By logarithms throughout: 1 - p_y rounds to 0 long before its logarithm is out of reach.
+    Everything is computed with logarithms, because 1 - p_y rounds to 0 long before its logarithm is infinite.
     """
     others = other_logits(logits, labels)
     target = torch.cat([logits.gather(1, labels.unsqueeze(1)), others.logsumexp(dim=1, keepdim=True)], dim=1)

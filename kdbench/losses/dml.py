@@ -6,7 +6,7 @@ from kdbench.losses.kl import kl_divergence
 
 
 def mutual(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""What each of two networks learns from the other, who stands still meanwhile.
+    r"""Two networks learn from each other; each term has a gradient for one of them.
 
     $$
     L = \frac{1}{N} \sum_n \mathrm{KL}(\bar p^T_n \,\|\, p^S_n) + \mathrm{KL}(\bar p^S_n \,\|\, p^T_n)

@@ -12,10 +12,10 @@ from kdbench.losses.features import maps_of_one_size
 
 
 class Paraphraser(nn.Module):
-    """Autoencoder of a teacher's map; what lies in its middle are the teacher's factors.
+    """Autoencoder of a teacher's map; its middle holds the teacher's factors.
 
     Three 3×3 convolutions (C → C → C·rate → C·rate) and three transposed ones back, each with a leaky ReLU of slope 0.1
-    behind it, the last one too. It is trained to reconstruct its input, then kept as it is.
+    behind it, the last one too. It is trained to reconstruct its input, and then frozen.
 
     Args:
         teacher_shape: (C, H, W).
@@ -134,7 +134,7 @@ def paraphrased(
 
 
 def reconstruction(teacher: Tensor, paraphraser: nn.Module, power: Literal[1, 2] = 1) -> Tensor:
-    r"""How far a paraphraser's output is from the teacher's map: what trains it.
+    r"""How far a paraphraser's output is from the teacher's map: the loss that trains it.
 
     $$
     L = \operatorname{mean} | P(T) - T |^p

@@ -13,8 +13,8 @@ def fitnets(student: Tensor, teacher: Tensor) -> Tensor:
     L = \frac{1}{ND} \sum_n \left\| u_h(x_n) - r(v_g(x_n)) \right\|_2^2
     $$
 
-    u_h is the teacher's feature of D elements, v_g the student's, and r the regressor (a connector). The mean is what
-    later implementations share. The paper's hint loss is ½ ‖u_h(x) - r(v_g(x))‖² for each sample, D / 2 times this
+    u_h is the teacher's feature of D elements, v_g the student's, and r the regressor (a connector). Later
+    implementations share this mean. The paper's hint loss is ½ ‖u_h(x) - r(v_g(x))‖² for each sample, D / 2 times this
     value, so the paper's weights do not carry over.
 
     Args:

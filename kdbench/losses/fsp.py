@@ -12,7 +12,7 @@ from kdbench.losses.features import inner_products, maps_of_one_size
 
 
 def fsp_matrix(shallow: Tensor, deep: Tensor) -> Tensor:
-    r"""Inner products of the channels of two layers of one network: what the layers between them do.
+    r"""Inner products of the channels of two layers of one network, which describe what the layers between them do.
 
     $$
     M_{nij} = \frac{1}{HW} \sum_{h,w} A_{nihw} B_{njhw}
@@ -22,7 +22,7 @@ def fsp_matrix(shallow: Tensor, deep: Tensor) -> Tensor:
 
     Args:
         shallow: A, feature map, [N, C, H, W].
-        deep: b, feature map, [N, C', H', W'].
+        deep: B, feature map, [N, C', H', W'].
 
     Returns:
         [N, C, C'].

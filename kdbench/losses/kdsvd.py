@@ -28,9 +28,9 @@ def singular_vectors(
     $$
 
     v [.., m] are the k leading right singular vectors of an image's map as a matrix, times the teacher's singular
-    values of unit length: for k = 1, times 1. Of the student's k + 3 leading vectors those count that are the most like
-    each of the teacher's, with its sign. A vector's own sign is a matter of the algorithm; here the teacher's largest
-    entry is positive. A gradient flows through vectors whose singular values differ.
+    values of unit length: for k = 1, times 1. Of the student's k + 3 leading vectors, those count that are most like
+    each of the teacher's, with its sign. A vector's own sign is arbitrary; here the teacher's largest entry is
+    positive. A gradient flows through vectors whose singular values differ.
 
     Args:
         student: Maps [N, C, H, W], at least two, from the shallowest to the deepest.

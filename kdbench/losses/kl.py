@@ -22,8 +22,8 @@ def kl_divergence(
     \text{reversed:}\ \frac{T^2}{N} \sum_n \mathrm{KL}(p^S_n \,\|\, p^T_n), \qquad p = \operatorname{softmax}(z / T)
     $$
 
-    Its gradient reaches the teacher's logits too, for methods whose teacher learns from its student. In a recipe a
-    term's `detach` (true by default) stops that gradient. Forward and detached, it equals `kd`.
+    Its gradient reaches the teacher's logits too, for methods in which the teacher learns from the student. In a recipe
+    a term's `detach` (true by default) stops that gradient. Forward and detached, it equals `kd`.
 
     Args:
         student_logits: [N, K].

@@ -39,8 +39,8 @@ def standardized_kd(
     p = \operatorname{softmax}\left( \frac{z - \bar z}{\sigma(z)\, T} \right)
     $$
 
-    The mean and the unbiased standard deviation σ are those of an image's logits. Any a z + b with a > 0 in place of
-    z, with a and b for each image and network, gives the same value.
+    The mean and the unbiased standard deviation σ are those of an image's logits. Replacing z by a z + b with a > 0,
+    with other a and b for each image and network, does not change the value.
 
     Args:
         student_logits: [N, K], K at least 2.

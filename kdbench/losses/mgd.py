@@ -16,8 +16,8 @@ class MaskedGeneration(nn.Module):
     L = \frac{1}{N} \left\| G(m \odot A(F_S)) - F_T \right\|_F^2
     $$
 
-    A is a 1×1 convolution to the teacher's channels (nothing where they agree), G a 3×3 convolution, a ReLU and another
-    3×3 convolution, all with bias and torch's default initialization. The mask m is drawn anew at each call from
+    A is a 1×1 convolution to the teacher's channels (left out if they agree), G a 3×3 convolution, a ReLU and another
+    3×3 convolution, all with bias and torch's default initialization. A new mask m is drawn at each call from
     torch's generator: each channel of each image is 0 with probability λ. The larger map is average-pooled to the
     smaller. The sum over elements makes weights small.
 

@@ -69,7 +69,7 @@ def multi_level(
         student_logits: [N, K].
         teacher_logits: [N, K].
         temperatures: Above 0.
-        form: Which.
+        form: Which of the two forms.
         standardize: Whether the logits of the first part are standardized first (LSKD).
 
     Returns:

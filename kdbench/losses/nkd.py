@@ -22,8 +22,8 @@ def nkd(
     $$
 
     p is the softmax of the logits, without temperature; p̂ that of z / T over the K - 1 other classes. Both parts are
-    cross-entropies: a student like its teacher is at the least value of the second part, but that is not 0, and the
-    first falls on.
+    cross-entropies. A student that equals its teacher reaches the minimum of the second part, which is not 0; the first
+    part can still fall.
 
     Args:
         student_logits: [N, K].

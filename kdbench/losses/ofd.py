@@ -75,7 +75,7 @@ def overhaul(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     L = \frac{1}{N} \sum_{nchw} \begin{cases} 0 & s \le t \le 0 \\ (s - t)^2 & \text{else} \end{cases}
     $$
 
-    Where the teacher's neuron is off, the student's may lie as far below as it likes. Both maps are taken before the
+    Where the teacher's neuron is off, the student's may be as far below as it likes. Both maps are taken before the
     ReLU. The loss is a sum over elements, so its weight depends on the map's size. If the maps differ in size, the
     larger one is average-pooled to the smaller size first.
 

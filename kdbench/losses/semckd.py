@@ -31,7 +31,8 @@ class SemanticCalibration(nn.Module):
     Args:
         student_shapes: Maps (C, H, W) of S layers.
         teacher_shapes: Maps of the teacher's layers.
-        batch_size: Of the largest batch: so wide are q's and k's inputs. A smaller batch is filled up with zeros.
+        batch_size: Size of the largest batch, which is the width of q's and k's inputs. A smaller batch is padded with
+            zeros.
         soft: τ, above 0.
         factor: By how much q and k are narrower than the batch.
     """

@@ -73,7 +73,7 @@ def simkd(student: Tensor, teacher: Tensor, relu: bool = False) -> Tensor:
 
 
 def reused_head(projector: nn.Module, teacher_classifier: nn.Module) -> nn.Sequential:
-    """What stands in place of the student's own head: its last map [N, C, H, W] to logits, by the teacher's classifier.
+    """Replaces the student's own classifier: its last map [N, C, H, W] to logits, by the teacher's classifier.
 
     Args:
         projector: Trained by `simkd`.

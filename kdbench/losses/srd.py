@@ -21,7 +21,7 @@ def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Te
         exponent: α, above 0.
 
     Returns:
-        Scalar, log(N D) larger than the logarithm of the mean; -∞, without a gradient, where all elements are equal.
+        Scalar, larger by log(N D) than the logarithm of the mean; -∞, without a gradient, where all elements are equal.
 
     Raises:
         ValueError: The shapes differ, or α is not positive.

@@ -17,8 +17,8 @@ class SoftmaxRegression(nn.Module):
     a = \operatorname{pool} \operatorname{ReLU} \operatorname{BN} (V F_S)
     $$
 
-    V is a 1×1 convolution without bias. Of a pooled feature, (D,), it has torch's default initialization, of a map
-    N(0, 2 / C'), as each form's code has it. The teacher's classifier is not trained.
+    V is a 1×1 convolution without bias. For a pooled feature, (D,), it has torch's default initialization, for a map
+    N(0, 2 / C'), as in the code of each form. The teacher's classifier is not trained.
 
     Args:
         student_shape: (C, H, W), or (D,).

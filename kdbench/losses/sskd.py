@@ -67,14 +67,14 @@ def upright_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def turned_kd(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0, ratio: float = 1.0
 ) -> Tensor:
-    r"""`kd` of the turned images, without those that the teacher gets the most wrong.
+    r"""`kd` of the turned images, without those that the teacher gets most wrong.
 
     $$
     L = \frac{T^2}{|M|} \sum_{m \in M} \mathrm{KL}(p^T_m \,\|\, p^S_m)
     $$
 
     M are the images whose label is first among the teacher's outputs, and a share of the others, those with the best
-    rank of the label. Of images of one rank the first count.
+    rank of the label. Of images with equal rank the first count.
 
     Args:
         student_logits: [4 N, K].
@@ -102,7 +102,7 @@ def similarity_kd(
     temperature: float = 0.5,
     ratio: float = 0.75,
 ) -> Tensor:
-    r"""KL divergence between the two networks' beliefs of which upright image a turned one shows.
+    r"""KL divergence between the two networks' probabilities of which upright image a turned one shows.
 
     $$
     L = \frac{T^2}{|M|} \sum_{m \in M} \mathrm{KL}(b^T_m \,\|\, b^S_m), \qquad
@@ -131,7 +131,7 @@ def similarity_kd(
 
 
 def recognize_turned(teacher: Tensor, teacher_head: nn.Module) -> Tensor:
-    r"""Cross-entropy of finding the upright image of each turned one, by which a head learns.
+    r"""Cross-entropy of finding the upright image of each turned one. It trains the teacher's head.
 
     $$
     L = -\frac{1}{3 N} \sum_m \log \frac{\exp \cos(h_m, h_{n(m)})}{\sum_n \exp \cos(h_m, h_n)}

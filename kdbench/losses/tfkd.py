@@ -44,7 +44,7 @@ def virtual_teacher(
     student_temperature: float = 1.0,
     correct: float = 0.99,
 ) -> Tensor:
-    r"""KL divergence from a made-up teacher, who is right with certainty u, to the student, averaged over all elements.
+    r"""KL divergence from a virtual teacher, right with probability u, to the student, averaged over all elements.
 
     $$
     L = \frac{1}{N K} \sum_{n,k} q_{nk} \log \frac{q_{nk}}{p_{nk}}, \qquad
@@ -52,7 +52,7 @@ def virtual_teacher(
     d_{nk} = \begin{cases} u & k = y_n \\ \frac{1 - u}{K - 1} & \text{else} \end{cases}
     $$
 
-    p is the student's softmax. The probabilities d stand in place of logits, so that q is almost uniform.
+    p is the student's softmax. The probabilities d are used as logits, so q is almost uniform.
 
     Args:
         student_logits: [N, K].

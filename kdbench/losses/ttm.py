@@ -20,8 +20,8 @@ def transformed_teacher(
     q_{nk} = \frac{(p^T_{nk})^\gamma}{\sum_j (p^T_{nj})^\gamma}
     $$
 
-    q equals the teacher's softmax at temperature 1 / γ. The weights u are 1 (TTM), or Σ_j (p_j)^γ (WTTM): a teacher
-    that is less certain counts more.
+    q equals the teacher's softmax at temperature 1 / γ. The weights u are 1 (TTM), or Σ_j (p_j)^γ (WTTM): images on
+    which the teacher is less certain count more.
 
     Args:
         student_logits: [N, K].

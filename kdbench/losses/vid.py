@@ -21,7 +21,7 @@ def gaussian_nll(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     L = \operatorname{mean}\ \tfrac{1}{2} \left( \frac{(t - \mu)^2}{\sigma_c^2} + \log \sigma_c^2 \right)
     $$
 
-    A lower bound of the mutual information of the two networks' features grows as this falls.
+    As this falls, a lower bound of the two networks' mutual information grows.
 
     Args:
         mean: μ, what the student predicts, [N, C, H, W].

@@ -31,7 +31,7 @@ def weighted_soft_labels(
         eps: ε.
 
     Returns:
-        Scalar, at least 0. No least value at the teacher's outputs: it is a cross-entropy, with moving weights.
+        Scalar, at least 0. Its minimum is not at the teacher's outputs: it is a cross-entropy with changing weights.
 
     Raises:
         ValueError: The logits are not one [N, K] with K ≥ 2, the labels not [N] indices, or T not positive.
