@@ -43,10 +43,10 @@ def command(
     """Time the training loop on the networks of RECIPES (default: ab_wrn), with random images of their size.
 
     A method that uses only its teacher's logits is trained in several ways. The fastest is then timed with a table of
-    teacher logits, and with all methods as one cohort. All lanes take turns, so that a busy machine slows all of them
+    teacher logits, and with all methods as one cohort. All ways take turns, so that a busy machine slows all of them
     alike. This takes five to six minutes for each recipe on two CPU cores.
 
-    On a GPU, all lanes of all RECIPES start at once (default: ab_wrn, and speed with five methods). Five seeds of the
+    On a GPU, all ways of all RECIPES start at once (default: ab_wrn, and speed with five methods). Five seeds of the
     method also train at once, whole runs are extrapolated, and what does not fit into --minutes is left out.
     """
     from kdbench.bench.compare import Benchmark, benchmark, speed_table

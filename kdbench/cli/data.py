@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Look at every picture in FOLDER, say what is there, and write its data card.
 
-    FOLDER holds train/<class>/* and test/<class>/*, or <class>/* alone, of which a fifth is then held out for testing.
+    FOLDER holds train/<class>/* and test/<class>/*, or only <class>/*; then a fifth is held out for testing.
     A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
     """
     from kdbench.cli.console import console as page

@@ -37,5 +37,5 @@ RayOption = Annotated[
 CpusOption = Annotated[int | None, typer.Option(min=1, help="On Ray: cores of each worker.")]
 GpusOption = Annotated[float | None, typer.Option(min=0, help="On Ray: GPUs of each worker, or a fraction of one.")]
 SyncBatchNormOption = Annotated[
-    bool, typer.Option("--sync-batch-norm", help="Under torchrun, on GPUs: batch norms take the whole batch.")
+    bool, typer.Option("--sync-batch-norm", help="Under torchrun, on GPUs: batch norms use the whole batch.")
 ]

@@ -42,7 +42,7 @@ def command(
     jobs: JobsOption = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")] = None,
     seeds_together: Annotated[
-        bool | None, typer.Option(help="Whether a worker trains several seeds at once (default: on a GPU).")
+        bool | None, typer.Option(help="Whether a worker trains several seeds at once (default: only on a GPU).")
     ] = None,
     device: DeviceOption = "auto",
     data: DataOption = None,
@@ -59,8 +59,9 @@ def command(
     """Train every cell of RECIPE that is not finished yet, then print and write the table.
 
     RECIPE is a file or the name of a shipped recipe ('kdbench ls recipes'). Further words KEY.PATH=VALUE override it.
-    Repeat the command after an interruption: it continues where it stopped. Finished cells are never run again, nor are
-    those that 'kdbench publish' has put into results/<recipe>: so you can add seeds to a published table.
+    Repeat the command after an interruption: it continues where it stopped. Finished cells are not trained again.
+    Cells that 'kdbench publish' has put into results/<recipe> count as finished, so you can add seeds to a published
+    table.
     """
     from kdbench.engine.options import Options
     from kdbench.engine.ray_pool import Cluster

@@ -35,15 +35,15 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="KEY[:METHOD,…]",
-            help="Published table whose numbers are shown too, or some methods of it ('kdbench ls published').",
+            help="Published table to show too, or some of its methods ('kdbench ls published').",
         ),
     ] = None,
     columns: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME,…",
-            help="Numbers to show too: top5, calibration_error, fidelity (predictions that are the teacher's), or any "
-            "metric of a loss card.",
+            help="Numbers to show too: top5, calibration_error, fidelity (share of predictions that equal the "
+            "teacher's), or any metric of a loss card.",
         ),
     ] = None,
     latex: Annotated[
