@@ -52,7 +52,7 @@ def test_a_run_goes_on_computing_as_it_began(kdbench: Kdbench, tmp_path: Path) -
     [
         (("logits", "clear"), "no tables are named"),
         (("logits", "clear", "nothing"), "there is no table 'nothing'"),
-        (("logits", "fill", *TINY[:1], "compare.method=[ce]", *REGISTRY), "no method of this recipe reads"),
+        (("logits", "fill", *TINY[:1], "compare.method=[ce]", *REGISTRY), "no method of this recipe uses"),
         (("run", *TINY, *REGISTRY, "compute=fast"), "'compute.mode' cannot be 'fast'"),
         (("run", *TINY, *REGISTRY, "compute.presicion=float32"), "unknown key 'presicion'"),
         (("run", *TINY, *REGISTRY, "compute.layout=nhwc"), "'compute.layout' cannot be 'nhwc'"),

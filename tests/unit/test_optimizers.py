@@ -154,5 +154,5 @@ def test_the_step_tells_both_kinds_of_gradients_apart(monkeypatch: pytest.Monkey
 def test_what_cannot_go_with_gradients_apart_is_said() -> None:
     with pytest.raises(ValueError, match="delta 0.2 must lie between 0 and 1"):
         SGD([nn.Parameter(torch.ones(1))], momentum=0.9, delta=0.2)
-    with pytest.raises(UserError, match="not clipped together"):
+    with pytest.raises(UserError, match="'clip' does not work with"):
         member_of(cell({"name": "dot", "stages": {"classification": {"clip": 1.0}}}))

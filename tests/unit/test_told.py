@@ -184,7 +184,7 @@ def test_what_cannot_change_or_is_not_there_is_said(tmp_path: Path) -> None:
     linear = {"name": "linear", "start": 1.0, "end": 0.5}
     for method, loss, option in (("kd", "kd", "scale_"), ("vid", "vid", "variance")):
         override = {"classification": {"losses": {loss: {"schedules": {option: linear}}}}}
-        with pytest.raises(UserError, match=f"no option '{option}' that can change"):
+        with pytest.raises(UserError, match=f"no option '{option}' with a schedule"):
             spec_of(Registry(), {"name": method, "stages": override})
     shift = {"losses": {"own": {"loss": "own_losses:shifted", "hook": "pooled"}}}
     with pytest.raises(UserError, match="needs the module 'shift'"):
