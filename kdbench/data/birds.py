@@ -27,7 +27,7 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     """
     wanted = "CUB_200_2011/{images/, images.txt, …} or cub200/{train,test}/<class>/*"
     place, official = official_or_folders(
-        roots, _NAMES, lambda root: (root / "images.txt").is_file(), "CUB-200-2011 is not here", wanted
+        roots, _NAMES, lambda root: (root / "images.txt").is_file(), "CUB-200-2011 was not found", wanted
     )
     if not official:
         return from_folders(place, "cub200", cache, short_side)
@@ -40,7 +40,9 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
     for number, name in pictures.items():
         if split[number] not in parts or ".." in name:
-            raise UserError(f"picture {number} is in no split", where=str(place / TABLES[3]), hint="unpack it again")
+            raise UserError(
+                f"picture {number} belongs to no split", where=str(place / TABLES[3]), hint="unpack it again"
+            )
         parts[split[number]].append((place / "images" / name, order.index(labels[number])))
     classes = [names[number] for number in order]
     return gather("cub200", classes, parts["1"], parts["0"], cache, short_side, "official split (train_test_split.txt)")

@@ -125,7 +125,7 @@ def load(
             return checked(_read(cifar, source, cache), fingerprint)
     if not download:
         raise UserError(
-            f"{cifar.name} is not here, and downloading it is not allowed", hint=not_found(roots, _wanted(cifar))
+            f"{cifar.name} was not found, and downloading it is not allowed", hint=not_found(roots, _wanted(cifar))
         )
     return checked(_read(cifar, _download(cifar, roots, cache, mirrors), cache), fingerprint)
 
@@ -313,7 +313,7 @@ def _download(cifar: Cifar, roots: Iterable[Path], cache: Path, mirrors: tuple[s
             log.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)
     tried = "\n  ".join(failures)
     raise UserError(
-        f"{cifar.name} is not here and could not be downloaded",
+        f"{cifar.name} was not found and could not be downloaded",
         hint=f"{tried}\n  {not_found(roots, _wanted(cifar))}\n"
         "  Or name a copy of the archive: environment variable KDBENCH_CIFAR_MIRROR.",
     )

@@ -39,7 +39,7 @@ def office31(
     place = find(roots, _OFFICE, lambda root: (root / domain).is_dir())
     if place is None:
         raise UserError(
-            f"Office-31 ({domain}) is not here", hint=not_found(roots, f"office31/{domain}/images/<class>/*")
+            f"Office-31 ({domain}) was not found", hint=not_found(roots, f"office31/{domain}/images/<class>/*")
         )
     inner = place / domain / "images"
     return _of_folders(inner if inner.is_dir() else place / domain, "office31", domain, cache, short_side)
@@ -65,7 +65,7 @@ def imageclef(
     place = find(roots, _CLEF, lambda root: (root / domain).is_dir())
     if place is None:
         wanted = f"image_CLEF/{{list/{domain}List.txt, {domain}/*}} or image_CLEF/{domain}/<class>/*"
-        raise UserError(f"ImageCLEF-DA ({domain}) is not here", hint=not_found(roots, wanted))
+        raise UserError(f"ImageCLEF-DA ({domain}) was not found", hint=not_found(roots, wanted))
     file = place / "list" / f"{domain}List.txt"
     if not file.is_file():
         return _of_folders(place / domain, "imageclef", domain, cache, short_side)

@@ -60,9 +60,9 @@ def checked(found: Iterable[str], subset: bool, where: Path) -> None:
     names = set(found)
     if strange := sorted(names - known):
         raise UserError(
-            f"{len(strange)} class folders are no classes of ImageNet-1k: {_some(strange)}",
+            f"{len(strange)} class folders are not classes of ImageNet-1k: {_some(strange)}",
             where=str(where),
-            hint="folders are called by synsets, as 'n01440764'; other pictures go with 'data: FOLDER'",
+            hint="folders must be named by synsets, for example 'n01440764'; for other pictures write 'data: FOLDER'",
         )
     if not subset and (missing := sorted(known - names)):
         raise UserError(
@@ -79,7 +79,7 @@ def flat(val: Path, root: Path) -> dict[str, list[Path]]:
     of = truth(root)
     if of is None:
         raise UserError(
-            f"{len(files)} validation pictures lie in no class folders, and nothing says their classes",
+            f"{len(files)} validation pictures are in no class folders, and no file names their classes",
             where=str(val),
             hint=f"put beside 'val' one of: {_WANTED}; or sort them into folders",
         )

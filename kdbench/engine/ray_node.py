@@ -63,7 +63,7 @@ class Node:
     def put(self, name: str, sha256: str, content: bytes) -> None:
         """Keep a file. ValueError where it is not what was sent."""
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"{name} has arrived on {platform.node()} with another sha256")
+            raise ValueError(f"{name} arrived on {platform.node()} with another sha256")
         with atomic(self.folder / name) as temporary:
             temporary.write_bytes(content)
 

@@ -100,7 +100,7 @@ def test_office31_in_its_published_layout(inner: str, tmp_path: Path) -> None:
     assert torch.equal(found[0].train_labels, found[0].test_labels)
     for file, label in zip(found[1].train_files, found[1].train_labels.tolist(), strict=True):
         assert file.parent.name == f"class_{label:02}" and "webcam" in file.parts
-    with pytest.raises(UserError, match=r"Office-31 \(dslr\) is not here"):
+    with pytest.raises(UserError, match=r"Office-31 \(dslr\) was not found"):
         domains.office31([tmp_path], False, tmp_path / "cache", domain="dslr")
     office(root, "dslr", classes=30, inner=inner)
     with pytest.raises(UserError, match="30 class folders, not 31"):
@@ -130,7 +130,7 @@ def test_imageclef_by_its_list_and_by_folders(tmp_path: Path) -> None:
         (root / "i" / f"c{c}").mkdir(parents=True)
         photo(18, 16, c).save(root / "i" / f"c{c}" / "a.jpg")
     assert len(domains.imageclef([tmp_path], False, tmp_path / "cache", domain="i").train_files) == 12
-    with pytest.raises(UserError, match=r"ImageCLEF-DA \(c\) is not here"):
+    with pytest.raises(UserError, match=r"ImageCLEF-DA \(c\) was not found"):
         domains.imageclef([tmp_path], False, tmp_path / "cache", domain="c")
 
 

@@ -75,7 +75,7 @@ def test_the_thousand_classes_are_checked(tmp_path: Path) -> None:
         load(few, "imagenet")
     assert "imagenet_subset" in (error.value.hint or "") and error.value.where == str(few / "train")
     (few / "train" / "cats").mkdir()
-    with pytest.raises(UserError, match="1 class folders are no classes of ImageNet-1k: cats"):
+    with pytest.raises(UserError, match="1 class folders are not classes of ImageNet-1k: cats"):
         load(few)
     (few / "train" / "cats").rmdir()
     shutil.rmtree(few / "val" / SYNSETS[2])
@@ -95,7 +95,7 @@ def test_what_is_said_of_flat_pictures_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="classes cannot be read") as error:
         load(root)
     shutil.rmtree(root / DEVKIT)
-    with pytest.raises(UserError, match="nothing says their classes") as error:
+    with pytest.raises(UserError, match="no file names their classes") as error:
         load(root)
     assert "meta.bin" in (error.value.hint or "")
 

@@ -332,10 +332,10 @@ def test_birds_take_the_official_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("absent", "CUB-200-2011 is not here"),
+        ("absent", "CUB-200-2011 was not found"),
         ("no table", "classes.txt: the list cannot be read"),
         ("a row less", "do not list the same pictures"),
-        ("strange split", "is in no split"),
+        ("strange split", "belongs to no split"),
         ("strange row", "images.txt:1: not a line"),
     ],
 )
