@@ -198,7 +198,7 @@ def test_safetensors_and_old_files_without_counters_load(tmp_path: Path) -> None
         (STATE | {"fc.bias": STATE["fc.bias"] * 1j}, r"1 of another kind \(fc.bias of complex numbers"),
         (STATE | {"k" * 10_000: STATE["fc.bias"]}, r"1 unknown \(k+\)"),
         (STATE | under("module.", AVERAGE), r"46 unknown \(module.conv1.weight"),
-        ({key: value.numpy() for key, value in STATE.items()}, "no state dict, but: 'conv1.weight'"),
+        ({key: value.numpy() for key, value in STATE.items()}, "no state dict; it holds: 'conv1.weight'"),
         (network(classes=7).state_dict(), "are for 7 classes, where the data have 10"),
     ],
 )
