@@ -1,7 +1,5 @@
 """Errors: what the user can fix, and a cell that failed."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

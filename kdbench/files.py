@@ -1,7 +1,5 @@
 """Files: written atomically, hashed, and found in the folders where users keep weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -12,30 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from kdbench import record_parts as parts
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
-from kdbench.record_parts import (
-    Anchor,
-    Best,
-    Budget,
-    Cell,
-    Checkpoint,
-    Compute,
-    Data,
-    Evaluation,
-    Git,
-    Models,
-    RecordedTeacher,
-    Result,
-    Seeds,
-    SpecForm,
-    Tail,
-    with_metrics_by_name,
-)
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -67,23 +50,25 @@ class Record(Open):
     status: str
     identity: str
     recipe: str
-    cell: Cell
+    cell: parts.Cell
     spec: dict[str, Any] = {}
-    budget: Budget
-    result: Result
-    teacher: RecordedTeacher | None = None
-    anchors: list[Anchor] = []
-    route: list[Checkpoint] = []
-    best: Best | None = Field(None, description="the evaluation whose weights were kept too, by 'keep: best'")
-    data: Data
-    target: Data | None = Field(None, description="the domain adapted to and tested on; `train` images without labels")
-    models: Models
-    compute: Compute
+    budget: parts.Budget
+    result: parts.Result
+    teacher: parts.RecordedTeacher | None = None
+    anchors: list[parts.Anchor] = []
+    route: list[parts.Checkpoint] = []
+    best: parts.Best | None = Field(None, description="the evaluation whose weights were kept too, by 'keep: best'")
+    data: parts.Data
+    target: parts.Data | None = Field(
+        None, description="the domain adapted to and tested on; `train` images without labels"
+    )
+    models: parts.Models
+    compute: parts.Compute
     sources: dict[str, Any] = Field({}, description="stage -> what its batch source says of itself")
     operations: dict[str, Any] = Field({}, description="stage -> what its operation says of itself")
-    seeds: Seeds = Seeds()
+    seeds: parts.Seeds = parts.Seeds()
     files: dict[str, str] = Field({}, description="name of a file that was left beside the record -> sha256, in hex")
-    git: Git | None = None
+    git: parts.Git | None = None
     folder: Path | None = Field(None, exclude=True, repr=False)
 
     @model_validator(mode="before")
@@ -101,7 +86,7 @@ class Record(Open):
     @classmethod
     def _of_readable_form(cls, spec: Any) -> Any:
         """It stays as it is: another version's is compared, not understood."""
-        SpecForm.model_validate(spec)
+        parts.SpecForm.model_validate(spec)
         return spec
 
     @cached_property
@@ -118,7 +103,7 @@ class Record(Open):
         return self.tail.mean if metric == "mean_last" else getattr(self.result.test, metric)
 
     @cached_property
-    def tail(self) -> Tail:
+    def tail(self) -> parts.Tail:
         """The evaluations of the last `LAST_EPOCHS` epochs, from the metrics beside the record.
 
         The same part of every training, whatever stages it had before.
@@ -146,7 +131,7 @@ class Record(Open):
         elif len(points) < FEWEST_EVALUATIONS:
             why = f"{len(points)} evaluations in its last {LAST_EPOCHS} epochs, {FEWEST_EVALUATIONS} are needed"
         else:
-            return Tail(math.fsum(points) / len(points), len(points))
+            return parts.Tail(math.fsum(points) / len(points), len(points))
         hint = "take the accuracy after the last step, or run the recipe longer or with evaluations=epoch"
         raise UserError(f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}", where, hint)
 
@@ -369,8 +354,8 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(lines, 1):
         # A loss may have grown out of all bounds: it stands there, and no table reads it.
-        entries.append(with_metrics_by_name(parsed(line, f"{file}:{number}", _AGAIN, finite=False)))
-        of_form(Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
+        entries.append(parts.with_metrics_by_name(parsed(line, f"{file}:{number}", _AGAIN, finite=False)))
+        of_form(parts.Evaluation, entries[-1], f"{file}:{number}", _AGAIN)
     return entries
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdbench.bench.lanes import Lane, Process
@@ -119,101 +119,37 @@ class Benchmark:
         }
 
 
-def benchmark(
-    plan: Plan,
-    machine: Machine,
-    flops: dict[str, float],
-    threads: int,
-    rounds: int,
-    seconds: float,
-    peers: bool,
-    tell: Callable[[str], None],
-) -> Benchmark:
-    """Time on the CPU the ways to compute one cell, and by the fastest of them the cohort and the run with a table,
-    beside peers.
-
-    Each technique is built on the best so far. Times are compared within the same rounds only.
-
-    Args:
-        flops: of one image's forward pass, of the "teacher" and the "student".
-        rounds: turns of every lane; in each round all lanes have one.
-        seconds: of one turn.
-        peers: whether torchdistill and the plain loop take part; without them the first lane is the baseline.
-    """
-    logit, cells = cells_of(plan)
-    one, all_cells = [logit.model_dump(mode="json")], [spec.model_dump(mode="json") for spec in cells]
-    rounds_of = Rounds(machine, "cpu", threads, threads, rounds, seconds, tell)
-
-    def row(process: Process, taken: Taken) -> Measured:
-        return Measured(process, taken[process.lane.name], taken[first.lane.name], flops)
-
-    try:
-        # A way that does not work here leaves the others their times; a peer must be there.
-        peers_here = rounds_of.start(peers_of(one) if peers else [], needed=True)
-        ways = rounds_of.start(_ways(one, machine))
-        first = (peers_here + ways)[0]
-        taken = rounds_of.measure([*peers_here, *ways], "without graphs")
-        best = fastest(ways, taken)
-        rounds_of.end(besides=(first, best))
-        rows = [row(process, taken) for process in (*peers_here, *ways)]
-        # Compilation takes a minute: only the best so far is compiled.
-        if graphs := rounds_of.start(_graphs(best.lane, machine)):
-            taken = rounds_of.measure(_each_once(first, best, *graphs), "graphs")
-            rows += [row(process, taken) for process in graphs]
-            best = fastest([best, *graphs], taken)
-            rounds_of.end(besides=(first, best))
-        way = best.lane
-        table = replace(way, name=f"{way.name}, logit table", table=True)
-        cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
-        final = [best, *rounds_of.start([cohort, table], needed=True)]
-        taken = rounds_of.measure(_each_once(first, *final), "cohort and table")
-    finally:
-        rounds_of.end()
-    roles = {role: row(process, taken) for role, process in zip(("run", "cohort", "table"), final, strict=True)}
-    rows += [roles["cohort"], roles["table"]]
-    return Benchmark(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, rounds_of.peaks)
-
-
-def fastest(processes: Sequence[Process], taken: Taken) -> Process:
-    return max(processes, key=lambda process: statistics.median(taken[process.lane.name]))
-
-
-def _each_once(*processes: Process) -> list[Process]:
-    return list(dict.fromkeys(processes))
-
-
-class Rounds:
+@dataclass
+class LaneTimer:
     """Starts lanes and lets them take turns.
 
-    Args:
-        threads: of each lane. at_once: how many lanes start at a time: most of it is imports and compilation.
-        rounds: turns of every lane; in each round all lanes have one. seconds: of one turn.
-
     Attributes:
+        threads: of each lane.
+        rounds: turns of every lane; in each round all lanes have one. seconds: of one turn.
         peaks: FLOP/s of a large matrix product by precision, the best of those measured between the rounds.
     """
 
-    def __init__(
-        self,
-        machine: Machine,
-        device: str,
-        threads: int,
-        at_once: int,
-        rounds: int,
-        seconds: float,
-        tell: Callable[[str], None],
-    ) -> None:
-        self.machine, self.device, self.threads, self.at_once = machine, device, threads, at_once
-        self.rounds, self.seconds, self.tell = rounds, seconds, tell
-        self.peaks: dict[str, float] = dict.fromkeys(machine.precisions, 0.0)
-        self.started: list[Process] = []
+    machine: Machine
+    device: str
+    threads: int
+    rounds: int
+    seconds: float
+    tell: Callable[[str], None]
+    peaks: dict[str, float] = field(init=False)
+    started: list[Process] = field(default_factory=list, init=False)
 
-    def start(self, lanes: Sequence[Lane], needed: bool = False, wait: float | None = None) -> list[Process]:
+    def __post_init__(self) -> None:
+        self.peaks = dict.fromkeys(self.machine.precisions, 0.0)
+
+    def start(
+        self, lanes: Sequence[Lane], needed: bool = False, wait: float | None = None, at_once: int | None = None
+    ) -> list[Process]:
         """Start lanes.
 
         Args:
             needed: whether one that cannot start is an error. Else it is left out, and that is told.
             wait: seconds after which those that are not ready are left out.
+            at_once: how many start at a time, by default as many as threads: most of it is imports and compilation.
         """
         self.tell(f"starting {', '.join(lane.name for lane in lanes)}")
         here = len(self.started)
@@ -223,7 +159,7 @@ class Rounds:
             self.started.append(process)
             return process.ready()
 
-        with ThreadPoolExecutor(self.at_once) as pool:
+        with ThreadPoolExecutor(at_once or self.threads) as pool:
             starting = [pool.submit(ready, lane) for lane in lanes]
             late = {future for future in futures.wait(starting, timeout=wait).not_done if not future.cancel()}
             for process in self.started[here:] if late else ():
@@ -272,6 +208,60 @@ class Rounds:
                 process.end()
 
 
+def benchmark(plan: Plan, timer: LaneTimer, flops: dict[str, float], peers: bool) -> Benchmark:
+    """Time on the CPU the ways to compute one cell, and by the fastest of them the cohort and the run with a table,
+    beside peers.
+
+    Each technique is built on the best so far. Times are compared within the same rounds only.
+
+    Args:
+        timer: that has started nothing yet.
+        flops: of one image's forward pass, of the "teacher" and the "student".
+        peers: whether torchdistill and the plain loop take part; without them the first lane is the baseline.
+    """
+    logit, cells = cells_of(plan)
+    one, all_cells = [logit.model_dump(mode="json")], [spec.model_dump(mode="json") for spec in cells]
+
+    def row(process: Process, taken: Taken) -> Measured:
+        return Measured(process, taken[process.lane.name], taken[first.lane.name], flops)
+
+    try:
+        # A way that does not work here leaves the others their times; a peer must be there.
+        peers_here = timer.start(peers_of(one) if peers else [], needed=True)
+        ways = timer.start(_ways(one, timer.machine))
+        first = (peers_here + ways)[0]
+        taken = timer.measure([*peers_here, *ways], "without graphs")
+        best = fastest(ways, taken)
+        timer.end(besides=(first, best))
+        rows = [row(process, taken) for process in (*peers_here, *ways)]
+        # Compilation takes a minute: only the best so far is compiled.
+        compiled = replace(best.lane.computing, compile=True)
+        lane = replace(best.lane, name=compiled.name, computing=compiled)
+        if graphs := timer.start([lane] if timer.machine.compiler else []):
+            taken = timer.measure(_each_once(first, best, *graphs), "graphs")
+            rows += [row(process, taken) for process in graphs]
+            best = fastest([best, *graphs], taken)
+            timer.end(besides=(first, best))
+        way = best.lane
+        table = replace(way, name=f"{way.name}, logit table", table=True)
+        cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
+        final = [best, *timer.start([cohort, table], needed=True)]
+        taken = timer.measure(_each_once(first, *final), "cohort and table")
+    finally:
+        timer.end()
+    roles = {role: row(process, taken) for role, process in zip(("run", "cohort", "table"), final, strict=True)}
+    rows += [roles["cohort"], roles["table"]]
+    return Benchmark(plan.name, plan.title or plan.name, logit.protocol.batch_size, rows, roles, timer.peaks)
+
+
+def fastest(processes: Sequence[Process], taken: Taken) -> Process:
+    return max(processes, key=lambda process: statistics.median(taken[process.lane.name]))
+
+
+def _each_once(*processes: Process) -> list[Process]:
+    return list(dict.fromkeys(processes))
+
+
 def peers_of(specs: list[dict[str, Any]]) -> list[Lane]:
     """The lanes of peers, the baseline first."""
     return [
@@ -290,12 +280,6 @@ def _ways(specs: list[dict[str, Any]], machine: Machine) -> list[Lane]:
     for precision in machine.precisions:
         lanes.append(Lane(f"{precision}, channels_last", "kdbench", specs, Computing(precision, "channels_last")))
     return lanes
-
-
-def _graphs(best: Lane, machine: Machine) -> list[Lane]:
-    """The best lane so far as a graph, where this machine can compile one."""
-    compiled = [replace(best.computing, compile=True)] if machine.compiler else []
-    return [replace(best, name=way.name, computing=way) for way in compiled]
 
 
 def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:

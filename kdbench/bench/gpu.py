@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.bench.compare import Benchmark, Machine, Measured, Rounds, Taken, cells_of, peers_of
+from kdbench.bench.compare import Benchmark, LaneTimer, Machine, Measured, Taken, cells_of, peers_of
 from kdbench.bench.lanes import Lane, Process
 from kdbench.engine.compute import Computing
 from kdbench.errors import CellError
@@ -99,19 +99,16 @@ class Pair:
 
 def bench_gpu(
     pairs: Sequence[Pair],
-    machine: Machine,
-    device: str,
+    timer: LaneTimer,
     minutes: float,
-    rounds: int,
-    seconds: float,
     peers: bool,
     quick: bool,
-    tell: Callable[[str], None],
     keep: Callable[[list[Benchmark], dict[str, Any]], None],
 ) -> tuple[list[Benchmark], dict[str, Any]]:
     """Time pairs in at most so many minutes.
 
     Args:
+        timer: that has started nothing yet.
         peers: whether torchdistill and the plain loop take part, for the first pair.
         quick: whether the quickstart is timed too.
         keep: is given what was measured so far, again and again: results of the pairs, and times.
@@ -121,14 +118,13 @@ def bench_gpu(
     """
     begin = time.monotonic()
     for number, pair in enumerate(pairs):
-        pair.choose_lanes(machine, f"{pair.plan.name}: " if number else "", peers and not number)
+        pair.choose_lanes(timer.machine, f"{pair.plan.name}: " if number else "", peers and not number)
     lanes = [lane for pair in pairs for of_role in pair.lanes.values() for lane in of_role]
-    rounds_of = Rounds(machine, device, THREADS, len(lanes), rounds, seconds, tell)
     times: dict[str, Any] = {}
     taken: Taken = {}
 
     def results() -> list[Benchmark]:
-        found = [(pair, pair.result(taken, rounds_of.peaks)) for pair in pairs]
+        found = [(pair, pair.result(taken, timer.peaks)) for pair in pairs]
         times.update({pair.plan.name: pair.whole(result) for pair, result in found if result is not None})
         return [result for _, result in found if result is not None]
 
@@ -137,22 +133,22 @@ def bench_gpu(
         keep(results(), times)
 
     try:
-        started = {p.lane.name: p for p in rounds_of.start(lanes, wait=READY * minutes * 60)}
+        started = {p.lane.name: p for p in timer.start(lanes, wait=READY * minutes * 60, at_once=len(lanes))}
         for pair in pairs:
             names = [lane.name for of_role in pair.lanes.values() for lane in of_role]
             pair.processes = [started[name] for name in names if name in started]
-        rounds_of.measure([*started.values()], "all lanes", begin + MEASURED * minutes * 60, note)
+        timer.measure([*started.values()], "all lanes", begin + MEASURED * minutes * 60, note)
         for pair in pairs:
             result = pair.result(taken, {})
             if result is not None and "run" in result.roles:
                 pair.evaluation = result.roles["run"].process.evaluation()
         note(taken)
     finally:
-        rounds_of.end()
+        timer.end()
     if quick:
         left = minutes * 60 - (time.monotonic() - begin)
-        tell(f"the quickstart, for {left:.0f} s at most")
-        times["quickstart_seconds"] = quickstart(device, left)
+        timer.tell(f"the quickstart, for {left:.0f} s at most")
+        times["quickstart_seconds"] = quickstart(timer.device, left)
         keep(results(), times)
     return results(), times
 

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import errno
+import importlib
 import io
 import os
 import re
@@ -12,24 +13,7 @@ import unicodedata
 
 import typer
 
-from kdbench.cli import (
-    analyse,
-    bench,
-    check,
-    cp,
-    data,
-    export,
-    logits,
-    ls,
-    plot,
-    publish,
-    reproduce,
-    run,
-    schema,
-    show,
-    table,
-    verify,
-)
+from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError
 
 app = typer.Typer(
@@ -41,8 +25,10 @@ app = typer.Typer(
     epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
 )
 
-for module in (run, check, data, table, plot, analyse, publish, verify, export, reproduce, ls, show, cp, schema, bench):
-    name = module.__name__.rpartition(".")[2]
+# In the order of the help.
+COMMANDS = "run check data table plot analyse publish verify export reproduce ls show cp schema bench"
+for name in COMMANDS.split():
+    module = importlib.import_module(f"kdbench.cli.{name}")
     app.command(name, epilog=module.EXAMPLES)(module.command)
 for name in ("boundary", "judge"):
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}

@@ -49,8 +49,8 @@ def command(
     On a GPU, all ways of all RECIPES start at once (default: ab_wrn, and speed with five methods). Five seeds of the
     method also train at once, whole runs are extrapolated, and what does not fit into --minutes is left out.
     """
-    from kdbench.bench.compare import Benchmark, benchmark, speed_table
-    from kdbench.bench.gpu import Pair, bench_gpu, result_lines
+    from kdbench.bench.compare import Benchmark, LaneTimer, benchmark, speed_table
+    from kdbench.bench.gpu import THREADS, Pair, bench_gpu, result_lines
     from kdbench.files import write_json
     from kdbench.registry import Registry
 
@@ -76,12 +76,14 @@ def command(
 
     if on.type == "cuda":
         pairs = [Pair(planned, _flops(planned)) for planned in measured_plans(recipes, cards, gpu=True)]
-        results, times = bench_gpu(pairs, machine, str(on), minutes, rounds, turn, peers, quickstart, tell, keep)
+        timer = LaneTimer(machine, str(on), THREADS, rounds, turn, tell)
+        results, times = bench_gpu(pairs, timer, minutes, peers, quickstart, keep)
     else:
         results, times = [], {}
         for planned in plans:
             tell(f"{planned.title or planned.name}")
-            results.append(benchmark(planned, machine, _flops(planned), cores, rounds, turn, peers, tell))
+            timer = LaneTimer(machine, "cpu", cores, rounds, turn, tell)
+            results.append(benchmark(planned, timer, _flops(planned), peers))
             keep(results, times)
     print(f"{speed_table(results)}\n{result_lines(results, times)}")
 

@@ -42,7 +42,7 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class _Base:
+class _Base(Listener):
     def begin(self, cells: list[CellState], title: str) -> None:
         self.cells = cells
         self.started = time.monotonic()
@@ -89,8 +89,6 @@ class _Lines(_Base):
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
             self.say(self.summary() + (f"; {cell.label}: {cell.doing}" if cell.doing else ""))
-
-    def end(self) -> None: ...
 
 
 class _Live(_Base):

@@ -5,8 +5,6 @@ one half, independently. Together an image has (2p + 1)² · 2 equally likely vi
 one: id = (dy · (2p + 1) + dx) · 2 + flip.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -107,10 +105,8 @@ class Augmentation:
         columns = torch.where(flip.bool(), w - 1 - columns, columns) + dx
         if self.mode == "reflect" and p:
             if p >= min(h, w):
-                raise UserError(
-                    f"reflect padding {p} does not fit images of {h}x{w} pixels",
-                    hint="it must be smaller than the image; use 'zero' or less padding",
-                )
+                hint = "it must be smaller than the image; use 'zero' or less padding"
+                raise UserError(f"reflect padding {p} does not fit images of {h}x{w} pixels", hint=hint)
             rows, columns = _reflected(rows - p, h), _reflected(columns - p, w)
         elif p:
             images, w = F.pad(images, (p, p, p, p)), w + 2 * p

@@ -1,7 +1,5 @@
 """Caltech-UCSD Birds-200-2011 (Wah et al. 2011): 200 classes, 5,994 training and 5,794 test pictures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kdbench.data.pictures import Pictures, from_folders, gather, list_lines, official_or_folders

@@ -1,7 +1,5 @@
 """Handwritten digits, 8x8, one channel: the 1,797 images that scikit-learn ships. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 

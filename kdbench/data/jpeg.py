@@ -1,7 +1,5 @@
 """CIFAR-10 as JPEG leaves it at a low quality: another domain of the same images, made here."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from pathlib import Path

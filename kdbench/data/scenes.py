@@ -1,7 +1,5 @@
 """MIT indoor scenes (Quattoni and Torralba, CVPR 2009): 67 classes, 80 training and 20 test pictures of each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kdbench.data.pictures import Pictures, from_folders, gather, list_lines, official_or_folders

@@ -3,8 +3,6 @@
 A listing is a JSON file that says of every picture where it lies, its label and its sha256.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ first ones are taken, so that with one seed a smaller `per_class` subset lies in
 gives is decided by largest remainder in exact arithmetic: 0.29 means 29/100, not the binary number next to it.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -73,18 +71,14 @@ def validation(labels: Tensor, *, size: int | float, seed: int) -> tuple[Tensor,
     elif isinstance(size, int) and not isinstance(size, bool) and size > 0:
         total = size
     else:
-        raise UserError(
-            f"the size of a validation split cannot be {size!r}",
-            hint="it is a number of images, or a share between 0 and 1",
-        )
+        hint = "it is a number of images, or a share between 0 and 1"
+        raise UserError(f"the size of a validation split cannot be {size!r}", hint=hint)
     lowest, highest = len(sizes), int((sizes - 1).sum())
     if sizes.min() < 2:
         raise UserError(f"class {int(present[sizes.argmin()])} has one image, too few for a validation split")
     if not lowest <= total <= highest:
-        raise UserError(
-            f"a validation split of {total} of {len(labels)} images leaves a class without images",
-            hint=f"between {lowest} and {highest} images are possible here",
-        )
+        what = f"a validation split of {total} of {len(labels)} images leaves a class without images"
+        raise UserError(what, hint=f"between {lowest} and {highest} images are possible here")
     chosen = _take(labels, present, _apportion(sizes, total, keep=1), seed, "validation")
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[chosen] = False

@@ -5,8 +5,6 @@ with its first eight bytes. `words` and `permutation` use its first sixteen byte
 counter generator, whose output is the same in every numpy version, and never ask numpy or torch for a distribution.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

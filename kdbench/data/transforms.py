@@ -6,8 +6,6 @@ torch's functions. They run on the processor, ahead of the step, in several thre
 torchvision is imported by those that need it: it takes a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 

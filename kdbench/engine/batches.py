@@ -1,7 +1,5 @@
 """A cell's data on its device: the input sets of every step, and the splits on which it is tested."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property

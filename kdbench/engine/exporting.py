@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdbench.engine.trained import load_student
 from kdbench.errors import UserError
 from kdbench.files import sha256_of, write_json, write_text
+from kdbench.models.several import Part
 from kdbench.record import RECORD, STUDENT, Record, WhichWeights, read_record, student_file
 
 # How far an exported network's logits may be from the network's own.
@@ -23,27 +24,6 @@ TOLERANCE = 1e-4
 # The file that holds what the network is, in a folder for the hub; timm has the same.
 CONFIG, CARD = "config.json", "README.md"
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
-
-
-class WithNormalization(nn.Module):
-    """Pixel values on the scale of [0, 1], float32 [N, channels, size, size] -> logits [N, classes].
-
-    Args:
-        mean, std: of the normalization that the model wants, one number a channel.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model((images - self.mean) / self.std)
-        return logits
 
 
 @dataclass(frozen=True)
@@ -62,8 +42,9 @@ class Student:
     file: Path
 
     @property
-    def network(self) -> WithNormalization:
-        return WithNormalization(self.model, self.normalization["mean"], self.normalization["std"]).eval()
+    def network(self) -> nn.Module:
+        """Float32 pixel values on the scale of [0, 1], [N, channels, size, size] -> logits [N, classes]."""
+        return Part(self.model, self.normalization["mean"], self.normalization["std"]).eval()
 
     def images(self, n: int) -> Tensor:
         """Random pixel values on the scale of [0, 1], always the same."""

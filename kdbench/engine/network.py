@@ -1,7 +1,5 @@
 """A network as the training step runs it: with hooks, or as compiled graphs made for what will be asked of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from kdbench.engine.ray_pool import Cluster
 from kdbench.engine.scheduling import CellState
@@ -38,17 +37,12 @@ class Options:
         return [*self.data_roots, *folders_in("KDBENCH_DATA"), Path("data"), home() / "data"]
 
 
-class Listener(Protocol):
-    """Is told what happens. `update` comes after every change; `say` is for what nobody should miss, at any time."""
+class Listener:
+    """Is told what happens. `update` comes after every change; `say` is for what nobody should miss, at any time.
 
-    def say(self, text: str) -> None: ...
-    def begin(self, cells: list[CellState], title: str) -> None: ...
-    def doing(self, text: str) -> None: ...
-    def update(self, cell: CellState) -> None: ...
-    def end(self) -> None: ...
+    This one ignores all of it.
+    """
 
-
-class Silent:
     def say(self, text: str) -> None: ...
     def begin(self, cells: list[CellState], title: str) -> None: ...
     def doing(self, text: str) -> None: ...

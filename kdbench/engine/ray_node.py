@@ -3,8 +3,6 @@
 The worker is the one of a local run, in a folder of this node. Nothing here or above imports torch or ray.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

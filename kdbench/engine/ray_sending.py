@@ -1,7 +1,5 @@
 """What the nodes of a Ray cluster are sent: a run's own files, data and weights, each where a node has not got it."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ What is finished is never run again: a cell's folder name holds its identity, an
 for the data and the teacher that the record names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from kdbench.engine import compute
 from kdbench.engine.finished import DataHere, Finished, cell_folder, names
-from kdbench.engine.options import Listener, Options, Silent
+from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, begun
 from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
@@ -50,7 +48,7 @@ def run(
             that was made from other data or by another teacher than those here.
         KeyboardInterrupt: after all cells were checkpointed.
     """
-    listener = listener or Silent()
+    listener = listener or Listener()
     folder = options.runs / plan.name
     _check_case(folder)
     with locked_run(folder):
@@ -97,11 +95,8 @@ def _check_case(folder: Path) -> None:
     """Refuse a folder beside which another lies whose name many systems take for the same."""
     for other in folder.parent.iterdir() if folder.parent.is_dir() else ():
         if other.name != folder.name and same_name(other.name, folder.name):
-            raise UserError(
-                f"there is another run, '{other.name}', whose name is the same on other systems",
-                where=str(folder),
-                hint="rename the recipe's file, or give another folder: --runs DIR",
-            )
+            what = f"there is another run, '{other.name}', whose name is the same on other systems"
+            raise UserError(what, str(folder), "rename the recipe's file, or give another folder: --runs DIR")
 
 
 def _rename(file: Path, place: dict[str, Any]) -> None:

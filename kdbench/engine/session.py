@@ -10,45 +10,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdbench.engine import compute
+from kdbench.engine import compute, messages, scheduling
 from kdbench.engine.compute import Computing, plainest
 from kdbench.engine.device import not_used
 from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
-from kdbench.engine.messages import (
-    Announcement,
-    CellFailed,
-    CellFinished,
-    CellTask,
-    CheckCells,
-    Doing,
-    Event,
-    Failed,
-    MemoryNeeded,
-    Prepare,
-    PrepareSources,
-    Progress,
-    Settings,
-    Task,
-    TrainCohort,
-    Trial,
-    TrialDone,
-)
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.pool import Pool
 from kdbench.engine.ray_pool import RayPool
-from kdbench.engine.scheduling import (
-    Begun,
-    Cells,
-    CellState,
-    Memories,
-    balanced,
-    begin,
-    begun,
-    cohorts_of,
-    fitting,
-    joined,
-    kind,
-)
 from kdbench.errors import CellError, UserError
 from kdbench.files import home, locked
 from kdbench.recipe.choices import ComputeChoice
@@ -67,7 +35,7 @@ class Session:
 
     def __init__(self, options: Options, listener: Listener) -> None:
         self.options, self.listener = options, listener
-        settings = Settings(
+        settings = messages.Settings(
             data_roots=options.roots(),
             download=options.download,
             cache=home() / "cache",
@@ -82,7 +50,7 @@ class Session:
             if options.cluster is None
             else RayPool(options.cluster, options.device, jobs, options.registries, settings, options.runs)
         )
-        self.memory: Memories = {}
+        self.memory: scheduling.Memories = {}
 
     def __enter__(self) -> Session:
         self.pool.__enter__()
@@ -93,31 +61,31 @@ class Session:
     def __exit__(self, *about: object) -> None:
         self.pool.__exit__(*about)
 
-    def events(self, tasks: Sequence[Task]) -> Iterator[Event]:
+    def events(self, tasks: Sequence[messages.Task]) -> Iterator[messages.Event]:
         """Have tasks done. Yields what concerns cells, or answers; the rest is told to the listener.
 
         Raises:
             UserError, CellError: a task failed that is not the training of cells, or that the user can mend.
         """
         for event in self.pool.carry_out(tasks):
-            if isinstance(event, Doing) and event.cell is None:
+            if isinstance(event, messages.Doing) and event.cell is None:
                 self.listener.doing(event.text)
-            elif isinstance(event, Announcement):
+            elif isinstance(event, messages.Announcement):
                 self.listener.say(event.text)
-            elif isinstance(event, Failed) and (event.by_user or not event.cells):
+            elif isinstance(event, messages.Failed) and (event.by_user or not event.cells):
                 raise event.error
             else:
                 yield event
 
-    def check_cells(self, cells: Cells) -> None:
+    def check_cells(self, cells: scheduling.Cells) -> None:
         """Build every kind of cell once, before anything is trained: what cannot be built is told now."""
-        kinds = {kind(cell.spec): cell.spec.model_copy(update={"seed": 0}) for cell in cells}
+        kinds = {scheduling.kind(cell.spec): cell.spec.model_copy(update={"seed": 0}) for cell in cells}
         unknown = [spec for name, spec in kinds.items() if name not in self.memory]
-        for event in self.events([CheckCells(specs=unknown)] if unknown else []):
-            if isinstance(event, MemoryNeeded):
+        for event in self.events([messages.CheckCells(specs=unknown)] if unknown else []):
+            if isinstance(event, messages.MemoryNeeded):
                 self.memory[event.kind] = event.memory
 
-    def train_teachers(self, cells: Cells, here: DataHere) -> None:
+    def train_teachers(self, cells: scheduling.Cells, here: DataHere) -> None:
         """Train the teachers that have a recipe and no weights yet, each in a run of its own.
 
         Raises:
@@ -141,7 +109,7 @@ class Session:
         assert teacher.trained_by is not None
         title = f"teacher {teacher.name}"
         planned = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
-        cell = CellState(planned, 0, folder, title)
+        cell = scheduling.CellState(planned, 0, folder, title)
         plan = Plan(title, "", [planned], planned.spec.method.name)
         self.train_teachers([cell], here)
         self.listener.begin([cell], title)
@@ -153,22 +121,22 @@ class Session:
         if cell.state != "finished":
             raise CellError(f"the teacher '{teacher.name}' could not be trained: {cell.message}")
 
-    def prepare(self, cells: Cells) -> None:
+    def prepare(self, cells: scheduling.Cells) -> None:
         """Data, teachers and what batch sources share, each once, so that several workers do not all fetch them."""
-        tasks: dict[tuple[str, ...], Task] = {}
+        tasks: dict[tuple[str, ...], messages.Task] = {}
         for spec in sorted((cell.spec for cell in cells), key=lambda spec: spec.teacher is None):
             data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
             given = [spec.teacher.identity()] if spec.teacher else []
             given += [spec.student.start.sha256] if spec.student.start else []
             given += [spec.student.weights_sha256] if spec.student.weights_sha256 else []
             if given or all(key[0] != data for key in tasks):
-                once = Prepare(spec=spec, teacher_folder=self._teacher_of(spec), threads=self.pool.threads)
+                once = messages.Prepare(spec=spec, teacher_folder=self._teacher_of(spec), threads=self.pool.threads)
                 tasks.setdefault((data, *given), once)
         for task in tasks.values():
             list(self.events([task]))
         list(self.events(self._source_tasks(cells)))
 
-    def _source_tasks(self, cells: Cells) -> list[Task]:
+    def _source_tasks(self, cells: scheduling.Cells) -> list[messages.Task]:
         """A task for each kind of batch source, teacher and seed: what is made before cells train."""
         kinds: dict[str, CellSpec] = {}
         for spec in (cell.spec for cell in cells):
@@ -180,15 +148,15 @@ class Session:
         threads = self._threads(len(kinds))
         shared = self.options.runs / SOURCES
         return [
-            PrepareSources(spec=spec, teacher_folder=self._teacher_of(spec), shared=shared, threads=threads)
+            messages.PrepareSources(spec=spec, teacher_folder=self._teacher_of(spec), shared=shared, threads=threads)
             for spec in kinds.values()
         ]
 
-    def computings(self, folder: Path, cells: Cells, finished: Sequence[Path] = ()) -> dict[str, Computing]:
+    def computings(self, folder: Path, cells: scheduling.Cells, finished: Sequence[Path] = ()) -> dict[str, Computing]:
         """How cells compute, by what their recipe leaves open (`compute.key`): as this run began, else as its finished
         cells were computed, else as a short trial finds fastest."""
         result: dict[str, Computing] = {}
-        open_alike: dict[str, Cells] = {}
+        open_alike: dict[str, scheduling.Cells] = {}
         for cell in cells:
             open_alike.setdefault(compute.key(cell.spec.compute), []).append(cell)
         for key, alike in open_alike.items():
@@ -201,27 +169,27 @@ class Session:
             result[key] = found or self._trial(folder, choice, alike)
         return result
 
-    def _trial(self, folder: Path, choice: ComputeChoice, cells: Cells) -> Computing:
+    def _trial(self, folder: Path, choice: ComputeChoice, cells: scheduling.Cells) -> Computing:
         """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
-        cohorts = balanced(cohorts_of(cells), self.pool.jobs)
+        cohorts = scheduling.balanced(scheduling.cohorts_of(cells), self.pool.jobs)
         busy = min(self.pool.jobs, len(cohorts))
         steps = {cell.id: planned_timeline(cell.spec).total for cell in cells}
         taught = [[steps[cell.id] for cell in cohort if cell.spec.teacher is not None] for cohort in cohorts]
         largest = max(cohorts, key=lambda cohort: sum(steps[cell.id] for cell in cohort))
-        task = Trial(
-            specs=list({kind(cell.spec): cell.spec for cell in largest}.values()),
+        task = messages.Trial(
+            specs=list({scheduling.kind(cell.spec): cell.spec for cell in largest}.values()),
             student_steps=sum(steps.values()) / busy,
             teacher_steps=sum(max(steps, default=0) for steps in taught) / busy,
             threads=self._threads(busy),
             teacher_folder=self._teacher_of(*(cell.spec for cell in largest)),
             shared=self.options.runs / SOURCES,
         )
-        (chosen,) = [event.chosen for event in self.events([task]) if isinstance(event, TrialDone)]
+        (chosen,) = [event.chosen for event in self.events([task]) if isinstance(event, messages.TrialDone)]
         compute.keep(folder, chosen)
         self.listener.doing(f"cells in {chosen.computing.name} ({chosen.why})")
         return chosen.computing
 
-    def train(self, plan: Plan, folder: Path, cells: Cells, finished: Sequence[Path] = ()) -> None:
+    def train(self, plan: Plan, folder: Path, cells: scheduling.Cells, finished: Sequence[Path] = ()) -> None:
         """Train cells that were checked, whose teachers are there.
 
         Args:
@@ -233,13 +201,16 @@ class Session:
         programs = self._programs(cells)
         tasks = []
         for cohort in ([cell for cohort in program for cell in cohort] for program in programs):
-            kept = begun(cohort[0].folder)
+            kept = scheduling.begun(cohort[0].folder)
             threads = kept.threads or self._threads(len(programs))
             for cell in cohort:
-                begin(cell.folder, Begun(threads=threads, logits=kept.logits))
+                scheduling.begin(cell.folder, scheduling.Begun(threads=threads, logits=kept.logits))
             tasks.append(
-                TrainCohort(
-                    cells=[CellTask(id=c.id, folder=c.folder, spec=c.spec, names=names(plan, c.cell)) for c in cohort],
+                messages.TrainCohort(
+                    cells=[
+                        messages.CellTask(id=c.id, folder=c.folder, spec=c.spec, names=names(plan, c.cell))
+                        for c in cohort
+                    ],
                     computing=computings[compute.key(cohort[0].spec.compute)],
                     logits=kept.logits,
                     teacher_folder=self._teacher_of(*(cell.spec for cell in cohort)),
@@ -250,27 +221,29 @@ class Session:
         for event in self.events(tasks):
             self._follow(event, states)
 
-    def _programs(self, cells: Cells) -> list[list[Cells]]:
+    def _programs(self, cells: scheduling.Cells) -> list[list[scheduling.Cells]]:
         """Cells as cohorts, and these as programs: what a worker trains at once."""
         jobs, limit, on_gpu = self.pool.jobs, self.pool.memory, self.pool.devices != ["cpu"]
-        cohorts = fitting(balanced(cohorts_of(cells), jobs), self.memory, limit, at_once=on_gpu)
+        cohorts = scheduling.fitting(
+            scheduling.balanced(scheduling.cohorts_of(cells), jobs), self.memory, limit, at_once=on_gpu
+        )
         together = self.options.seeds_together
         if together if together is not None else on_gpu:
-            return joined(cohorts, jobs, self.memory, limit, at_once=on_gpu)
+            return scheduling.joined(cohorts, jobs, self.memory, limit, at_once=on_gpu)
         return [[cohort] for cohort in cohorts]
 
-    def _follow(self, event: Event, states: dict[int, CellState]) -> None:
+    def _follow(self, event: messages.Event, states: dict[int, scheduling.CellState]) -> None:
         """Let an event of a cohort change the states of its cells."""
-        if isinstance(event, Failed):
+        if isinstance(event, messages.Failed):
             for cell in event.cells:
                 self._fail(states[cell], str(event.error))
-        elif isinstance(event, CellFailed):
+        elif isinstance(event, messages.CellFailed):
             self._fail(states[event.cell], event.message)
-        elif isinstance(event, Doing | Progress | CellFinished) and event.cell is not None:
+        elif isinstance(event, messages.Doing | messages.Progress | messages.CellFinished) and event.cell is not None:
             state = states[event.cell]
-            if isinstance(event, Doing):
+            if isinstance(event, messages.Doing):
                 state.state, state.doing = "running", event.text
-            elif isinstance(event, CellFinished):
+            elif isinstance(event, messages.CellFinished):
                 state.state, state.step, state.accuracy = "finished", state.total, event.accuracy
                 state.seconds = event.seconds
             elif state.state != "finished":
@@ -278,7 +251,7 @@ class Session:
                 state.stage, state.accuracy, state.doing = event.stage, event.accuracy, ""
             self.listener.update(state)
 
-    def _fail(self, state: CellState, message: str) -> None:
+    def _fail(self, state: scheduling.CellState, message: str) -> None:
         if state.state not in ("finished", "failed"):
             state.state, state.message = "failed", message
             self.listener.update(state)

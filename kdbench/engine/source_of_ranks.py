@@ -2,8 +2,6 @@
 it makes. So what a source chooses among the images of a batch, or finds by a long search, is what it is on one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial

@@ -9,7 +9,7 @@ import torch
 from kdbench.data.images import save_images
 from kdbench.data.pictures import Pictures
 from kdbench.data.sent import SUFFIX, save_listing
-from kdbench.engine import logit_table
+from kdbench.engine import logit_table, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
 from kdbench.engine.check import Known, check_cell
@@ -20,27 +20,6 @@ from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
-from kdbench.engine.messages import (
-    Announcement,
-    CheckCells,
-    DataSaved,
-    Doing,
-    Event,
-    Filled,
-    FillLogits,
-    FingerprintRead,
-    Given,
-    MemoryNeeded,
-    Prepare,
-    PrepareSources,
-    ReadFingerprint,
-    SaveData,
-    TableFound,
-    Task,
-    TrainCohort,
-    Trial,
-    TrialDone,
-)
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
@@ -61,30 +40,32 @@ class TaskRunner:
         ranks: that train cells together, where this process has met them.
     """
 
-    def __init__(self, emit: Callable[[Event], None], stopping: Callable[[], bool], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, emit: Callable[[messages.Event], None], stopping: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> None:
         self.emit, self.stopping, self.ranks = emit, stopping, ranks
         self.materials = Materials()
 
-    def run(self, task: Task) -> None:
+    def run(self, task: messages.Task) -> None:
         """Do a task. UserError and CellError say what went wrong with the whole of it."""
         torch.set_num_threads(task.threads)
         self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
         if task.settings.ranks > self.ranks.size:
             self.ranks = join(task.settings, task.device)
-            self.emit(Announcement(text=f"note: {told(self.ranks)}"))
+            self.emit(messages.Announcement(text=f"note: {told(self.ranks)}"))
         if self.device.type == "cuda":
             # Recorded steps of the task before hold each other, and memory.
             gc.collect()
             torch.cuda.empty_cache()
-        kinds: dict[type[Task], Callable[[Any], None]] = {
-            CheckCells: self.check_cells,
-            ReadFingerprint: self.read_fingerprint,
-            SaveData: self.save_data,
-            Prepare: self.prepare,
-            PrepareSources: self.prepare_sources,
-            Trial: self.trial,
-            FillLogits: self.fill_logits,
-            TrainCohort: self.train_cohort,
+        kinds: dict[type[messages.Task], Callable[[Any], None]] = {
+            messages.CheckCells: self.check_cells,
+            messages.ReadFingerprint: self.read_fingerprint,
+            messages.SaveData: self.save_data,
+            messages.Prepare: self.prepare,
+            messages.PrepareSources: self.prepare_sources,
+            messages.Trial: self.trial,
+            messages.FillLogits: self.fill_logits,
+            messages.TrainCohort: self.train_cohort,
         }
         kinds[type(task)](task)
 
@@ -93,30 +74,30 @@ class TaskRunner:
         return self.materials.device
 
     def doing(self, text: str) -> None:
-        self.emit(Doing(text=text))
+        self.emit(messages.Doing(text=text))
 
-    def check_cells(self, task: CheckCells) -> None:
+    def check_cells(self, task: messages.CheckCells) -> None:
         """Build every kind of cell once, and tell what memory it will take."""
         known: Known = {}
         for spec in task.specs:
             if self.ranks.size > 1:
                 refuse(spec, self.ranks.size)
             memory = memory_of(spec, self.device, check_cell(spec, known))
-            self.emit(MemoryNeeded(kind=kind(spec), memory=memory))
+            self.emit(messages.MemoryNeeded(kind=kind(spec), memory=memory))
 
-    def read_fingerprint(self, task: ReadFingerprint) -> None:
-        self.emit(FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
+    def read_fingerprint(self, task: messages.ReadFingerprint) -> None:
+        self.emit(messages.FingerprintRead(fingerprint=self.materials.data(task.data, task.download).fingerprint))
 
-    def save_data(self, task: SaveData) -> None:
+    def save_data(self, task: messages.SaveData) -> None:
         """Keep a data set in one file: all of it, or a list of the pictures that stay on disk."""
         data, cache = self.materials.data(task.data), self.materials.settings.cache
         if isinstance(data, Pictures):
             save_listing(file := cache / f"{data.fingerprint}{SUFFIX}", data, cache)
         else:
             save_images(file := cache / f"{data.fingerprint}.safetensors", data)
-        self.emit(DataSaved(given=Given(fingerprint=data.fingerprint, file=file)))
+        self.emit(messages.DataSaved(given=messages.Given(fingerprint=data.fingerprint, file=file)))
 
-    def prepare(self, task: Prepare) -> None:
+    def prepare(self, task: messages.Prepare) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""
         spec = task.spec
         self.doing(f"data {spec.data.name}")
@@ -127,11 +108,11 @@ class TaskRunner:
             self.doing(f"teacher {spec.teacher.name}")
             file = self.materials.teacher_file(spec, task.teacher_folder)
             for doubt in file.doubts if file else ():
-                self.emit(Announcement(text=f"warning: {doubt}"))
+                self.emit(messages.Announcement(text=f"warning: {doubt}"))
         for note in weight_notes(spec):
-            self.emit(Announcement(text=f"note: {note}"))
+            self.emit(messages.Announcement(text=f"note: {note}"))
 
-    def prepare_sources(self, task: PrepareSources) -> None:
+    def prepare_sources(self, task: messages.PrepareSources) -> None:
         """What a cell's batch sources need before it trains."""
         spec = task.spec
         file = self.materials.teacher_file(spec, task.teacher_folder)
@@ -145,7 +126,7 @@ class TaskRunner:
         if self.stopping():
             raise CellError("stopped; repeat the command to continue")
 
-    def trial(self, task: Trial) -> None:
+    def trial(self, task: messages.Trial) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
         first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
         data, target = self.materials.domains(first)
@@ -158,7 +139,7 @@ class TaskRunner:
             return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
         if not compiler_works(self.device) and self.device.type == "cuda" and first.compute.compile is not False:
-            self.emit(Announcement(text=f"note: {NO_COMPILER}"))
+            self.emit(messages.Announcement(text=f"note: {NO_COMPILER}"))
         chosen = choose(
             first.compute,
             task.specs,
@@ -169,9 +150,9 @@ class TaskRunner:
             self.doing,
             SourceFiles(file.sha256 if file else "", None, task.shared),
         )
-        self.emit(TrialDone(chosen=chosen))
+        self.emit(messages.TrialDone(chosen=chosen))
 
-    def fill_logits(self, task: FillLogits) -> None:
+    def fill_logits(self, task: messages.FillLogits) -> None:
         """Fill a table of teacher logits, or only tell what that takes."""
         spec, device = task.spec, self.device
         assert spec.teacher is not None
@@ -191,7 +172,7 @@ class TaskRunner:
         images, views, classes = table.shape
         each = 0.0 if table.complete else logit_table.seconds_an_image(table, teacher, data, spec.protocol, device)
         self.emit(
-            TableFound(
+            messages.TableFound(
                 folder=table.folder,
                 images=images,
                 views=views,
@@ -205,12 +186,12 @@ class TaskRunner:
             return
 
         def tell(done: int, seconds: float) -> None:
-            self.emit(Filled(done=done, seconds=seconds))
+            self.emit(messages.Filled(done=done, seconds=seconds))
 
         if not logit_table.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
             raise CellError("stopped; repeat the command to continue")
 
-    def train_cohort(self, task: TrainCohort) -> None:
+    def train_cohort(self, task: messages.TrainCohort) -> None:
         if self.ranks.size > 1 and self.ranks.rank == 0:
             send(self.ranks, task)
         train_cohort(task, self.materials, self.emit, self.stopping, self.ranks)

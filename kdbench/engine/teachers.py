@@ -1,7 +1,5 @@
 """Teachers from their weights: loaded and frozen, or with first weights."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

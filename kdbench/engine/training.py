@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine import checkpoint
+from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
@@ -21,16 +21,6 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.materials import AnyData, Materials
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
-from kdbench.engine.messages import (
-    Announcement,
-    CellFailed,
-    CellFinished,
-    CellTask,
-    Doing,
-    Event,
-    Progress,
-    TrainCohort,
-)
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
@@ -48,11 +38,11 @@ from kdbench.record import Record, finished_record
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS
 
-Emit = Callable[[Event], None]
+Emit = Callable[[messages.Event], None]
 
 
 def train_cohort(
-    task: TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
+    task: messages.TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
 ) -> None:
     """Train a cohort. Cells' failures are told as events; the others go on.
 
@@ -75,7 +65,7 @@ def train_cohort(
             training.finish,
             stop,
             materials.settings.checkpoint_seconds,
-            lambda cell, text: emit(Doing(text=text, cell=training.cells[cell].id)),
+            lambda cell, text: emit(messages.Doing(text=text, cell=training.cells[cell].id)),
         )
         try:
             cohort.run()
@@ -87,7 +77,7 @@ def train_cohort(
             raise
         for trained, of in training.cells.items():
             if trained.failure is not None:
-                emit(CellFailed(cell=of.id, message=trained.failure))
+                emit(messages.CellFailed(cell=of.id, message=trained.failure))
 
 
 class Training:
@@ -98,12 +88,12 @@ class Training:
     """
 
     def __init__(
-        self, task: TrainCohort, cells: list[CellTask], materials: Materials, emit: Emit, ranks: Ranks
+        self, task: messages.TrainCohort, cells: list[messages.CellTask], materials: Materials, emit: Emit, ranks: Ranks
     ) -> None:
         self.task, self.emit, self.device, self.ranks = task, emit, materials.device, ranks
         self.computing = possible(task.computing, self.device)
         if self.computing.compile != task.computing.compile:
-            emit(Announcement(text=f"warning: {NO_COMPILER}"))
+            emit(messages.Announcement(text=f"warning: {NO_COMPILER}"))
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
         if self.device.type == "cuda":
@@ -112,12 +102,12 @@ class Training:
         self.teacher = materials.teacher(first, self.file, self.computing)
         self.table, self.logits = materials.logits(first, self.file, self.teacher, task.logits)
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
-        self.cells: dict[TrainingCell, CellTask] = {}
+        self.cells: dict[TrainingCell, messages.CellTask] = {}
         seeds = dict.fromkeys(cell.spec.seed for cell in cells)
         groups = [self._group([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
         self.program = Together(groups, ranks) if ranks.size > 1 else program_of(groups, self.computing)
 
-    def _group(self, cells: list[CellTask]) -> Group:
+    def _group(self, cells: list[messages.CellTask]) -> Group:
         """Cells of one seed, built; those that could not be are told."""
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         batches = Batches(first, self.domains[0], self.device, self.domains[1], self.ranks)
@@ -131,13 +121,13 @@ class Training:
             try:
                 built = self._built(cell, group)
             except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
-                self.emit(CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
+                self.emit(messages.CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
             else:
                 group.cells.append(built)
                 self.cells[built] = cell
         return group
 
-    def _built(self, cell: CellTask, group: Group) -> TrainingCell:
+    def _built(self, cell: messages.CellTask, group: Group) -> TrainingCell:
         """A cell of a group, from its checkpoint if there is one."""
         spec, (data, target) = cell.spec, self.domains
         teacher, file = (group.teacher, self.file) if spec.teacher is not None else (None, None)
@@ -155,7 +145,7 @@ class Training:
         member = Member(spec, group.batches, teacher, self.device, self.computing, files)
         name = f"{spec.method.label}, seed {spec.seed}"
         state = checkpoint.load(
-            cell.folder, key, member.state(), lambda text: self.emit(Announcement(text=f"{name}: {text}"))
+            cell.folder, key, member.state(), lambda text: self.emit(messages.Announcement(text=f"{name}: {text}"))
         )
         if state is not None:
             try:
@@ -175,11 +165,11 @@ class Training:
         for other, of in self.cells.items():
             if other.failure is not None:
                 if other is cell:
-                    self.emit(CellFailed(cell=of.id, message=other.failure))
+                    self.emit(messages.CellFailed(cell=of.id, message=other.failure))
             elif other.active or other is cell:
                 member = other.member
                 self.emit(
-                    Progress(
+                    messages.Progress(
                         cell=of.id,
                         step=member.step,
                         total=member.timeline.total,
@@ -244,7 +234,7 @@ class Training:
         self.emit(_finished(self.cells[cell], record))
 
 
-def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
+def _finished_meanwhile(cell: messages.CellTask, emit: Emit) -> bool:
     """Whether an orphan of a killed run finished a cell while this task waited for its folder."""
     record = finished_record(cell.folder)
     if record is None:
@@ -253,8 +243,8 @@ def _finished_meanwhile(cell: CellTask, emit: Emit) -> bool:
     return True
 
 
-def _finished(cell: CellTask, record: Record) -> CellFinished:
-    return CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds)
+def _finished(cell: messages.CellTask, record: Record) -> messages.CellFinished:
+    return messages.CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds)
 
 
 def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[str, Any]:

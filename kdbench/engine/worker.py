@@ -4,8 +4,6 @@ Started by the runner as `python -m kdbench.engine.worker`. When its input ends 
 writes its checkpoints and leaves; so no orphan goes on computing beside a resumed run.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

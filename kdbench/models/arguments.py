@@ -1,7 +1,5 @@
 """Checks of arguments that the builders of networks share."""
 
-from __future__ import annotations
-
 from kdbench.errors import UserError
 
 # Layers of a network, at most: what is deeper takes minutes to build.
@@ -19,10 +17,8 @@ def check_sizes(model: str, *, classes: int, channels: int, image_size: int, sma
         if value < 1:
             raise UserError(f"{model} needs at least 1 for '{name}', not {value}")
     if image_size < smallest:
-        raise UserError(
-            f"{model} needs images of at least {smallest}×{smallest} pixels, not {image_size}×{image_size}",
-            hint="choose a network that shrinks its input less, such as wrn_16_1 or resnet20",
-        )
+        what = f"{model} needs images of at least {smallest}×{smallest} pixels, not {image_size}×{image_size}"
+        raise UserError(what, hint="choose a network that shrinks its input less, such as wrn_16_1 or resnet20")
 
 
 def blocks_per_stage(model: str, depth: int, per_block: int, outside: int) -> int:
@@ -38,8 +34,6 @@ def blocks_per_stage(model: str, depth: int, per_block: int, outside: int) -> in
     blocks, rest = divmod(depth - outside, period)
     if rest or blocks < 1:
         near = [outside + period * n for n in range(max(blocks, 1), max(blocks, 1) + 2)]
-        raise UserError(
-            f"{model} has a depth of {period}n + {outside}, not {depth}",
-            hint=f"the nearest are {near[0]} and {near[1]}",
-        )
+        hint = f"the nearest are {near[0]} and {near[1]}"
+        raise UserError(f"{model} has a depth of {period}n + {outside}, not {depth}", hint=hint)
     return blocks

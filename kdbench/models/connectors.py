@@ -6,8 +6,6 @@ generator alone. What cannot be bridged is a UserError. Shapes carry no axis nam
 (C, H, W), however the network keeps it.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import nn
@@ -30,10 +28,8 @@ def conv1x1_bn(student_shape: Shape, teacher_shape: Shape, *, identity_if_equal:
     """
     _check_kinds(student_shape, teacher_shape)
     if student_shape[1:] != teacher_shape[1:]:
-        raise UserError(
-            f"it keeps the map's size, {_size(student_shape)} is not {_size(teacher_shape)}",
-            hint="'conv_bn' changes the size of maps too",
-        )
+        hint = "'conv_bn' changes the size of maps too"
+        raise UserError(f"it keeps the map's size, {_size(student_shape)} is not {_size(teacher_shape)}", hint=hint)
     inputs, outputs = student_shape[0], teacher_shape[0]
     if identity_if_equal and inputs == outputs:
         return nn.Identity()
@@ -98,10 +94,8 @@ def _resizing(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
 def _valid(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
     kernel = (1 + student_shape[1] - teacher_shape[1], 1 + student_shape[2] - teacher_shape[2])
     if min(kernel) < 1:
-        raise UserError(
-            f"it cannot enlarge a map of {_size(student_shape)} to {_size(teacher_shape)}",
-            hint="choose a shallower hook point of the student or a deeper one of the teacher",
-        )
+        hint = "choose a shallower hook point of the student or a deeper one of the teacher"
+        raise UserError(f"it cannot enlarge a map of {_size(student_shape)} to {_size(teacher_shape)}", hint=hint)
     return nn.Conv2d(student_shape[0], teacher_shape[0], kernel_size=kernel)
 
 
@@ -120,10 +114,8 @@ def _check_kinds(student_shape: Shape, teacher_shape: Shape) -> None:
         if len(shape) not in (1, 3):
             raise UserError(f"the {whose}'s feature {shape} is neither a map (C, H, W) nor a vector (C,)")
     if len(student_shape) != len(teacher_shape):
-        raise UserError(
-            f"one side is a map and the other a vector: {student_shape}, {teacher_shape}",
-            hint="choose hook points of one kind on both networks",
-        )
+        hint = "choose hook points of one kind on both networks"
+        raise UserError(f"one side is a map and the other a vector: {student_shape}, {teacher_shape}", hint=hint)
 
 
 def _size(shape: Shape) -> str:

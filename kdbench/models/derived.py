@@ -7,8 +7,6 @@ Only modules can be hooked: where a network applies a ReLU as a function (torchv
 stage), the layer is what came before it, and there is no pre-activation.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -57,10 +55,8 @@ def derived_places(
     if stages is None:
         stages = _stages_by_resolution(calls)
     if not stages:
-        raise UserError(
-            f"no stages could be found in model '{model_name}'",
-            hint="name its hook points in the recipe, under the model's 'hooks'",
-        )
+        hint = "name its hook points in the recipe, under the model's 'hooks'"
+        raise UserError(f"no stages could be found in model '{model_name}'", hint=hint)
     stem, layers = _split_stem(stages)
     found = {"stem": Place(stem, "output")} if stem else {}
     for number, path in enumerate(layers, start=1):

@@ -1,8 +1,6 @@
 """Networks of timm and torchvision, by their names there, without pretrained weights, and ResNets of torchvision with
 a stem for small images."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect
@@ -118,10 +116,8 @@ def small_image_resnet(depth: int, *, classes: int, channels: int = 3, image_siz
     known = [name for name in models.list_models(module=models) if re.fullmatch(r"resnet\d+", name)]
     if builder not in known:
         depths = sorted(int(name.removeprefix("resnet")) for name in known)
-        raise UserError(
-            f"'{builder}_32x32' does not exist: torchvision has no residual network of depth {depth}",
-            hint=f"the depths are {', '.join(map(str, depths))}",
-        )
+        what = f"'{builder}_32x32' does not exist: torchvision has no residual network of depth {depth}"
+        raise UserError(what, hint=f"the depths are {', '.join(map(str, depths))}")
     check_sizes(f"'{builder}_32x32'", classes=classes, channels=channels, image_size=image_size)
     model: nn.Module = models.get_model_builder(builder)(weights=None, num_classes=classes)
     stem = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

@@ -53,10 +53,8 @@ def places(
         place, states_order = parse_place(text)
         path = _resolved(model, place.path)
         if path is None:
-            raise UserError(
-                f"hook point '{point}': model '{model_name}' has no module '{place.path}'",
-                hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]),
-            )
+            what = f"hook point '{point}': model '{model_name}' has no module '{place.path}'"
+            raise UserError(what, hint=did_you_mean(place.path, [name for name, _ in model.named_modules() if name]))
         found[point] = place._replace(path=path)
         stated |= {point} if states_order else set()
     return in_order(with_orders(model, found, stated, model_name, image_shape, larger))
@@ -162,10 +160,8 @@ class Extractor:
 
     def _logits(self, value: object) -> Tensor:
         if not isinstance(value, Tensor):
-            raise UserError(
-                f"model '{self.model_name}' returns {_kind(value)}, not logits",
-                hint="a model here returns one tensor [N, classes]",
-            )
+            hint = "a model here returns one tensor [N, classes]"
+            raise UserError(f"model '{self.model_name}' returns {_kind(value)}, not logits", hint=hint)
         return value
 
 
@@ -231,10 +227,8 @@ class _Run:
         """What was found at a point. UserError when it was not reached."""
         found = self._found.get(point)
         if found is None:
-            raise UserError(
-                f"{self._where(point)} is not reached when the network runs",
-                hint="choose a module that the network's forward calls",
-            )
+            hint = "choose a module that the network's forward calls"
+            raise UserError(f"{self._where(point)} is not reached when the network runs", hint=hint)
         if self.behaviours is not None and found.value is found.original and self.overwritten(point):
             raise RuntimeError(f"{self._where(point)}: the network overwrote the value, but not so in its dry run")
         place = self.extractor.places[point]

@@ -1,7 +1,5 @@
 """MobileNet, version 1. Howard et al., arXiv 1704.04861."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """MobileNetV2 for small images. Sandler et al., CVPR 2018."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,10 +78,8 @@ def mobilenet_v2(
     """
     check_sizes("MobileNetV2", classes=classes, channels=channels, image_size=image_size, smallest=8)
     if expansion < 1 or int(16 * width) < 1:
-        raise UserError(
-            f"MobileNetV2 cannot have expansion {expansion} and width {width}",
-            hint="the expansion is at least 1, the width at least 1/16",
-        )
+        hint = "the expansion is at least 1, the width at least 1/16"
+        raise UserError(f"MobileNetV2 cannot have expansion {expansion} and width {width}", hint=hint)
     return MobileNetV2(expansion, width, classes, channels)
 
 

@@ -1,7 +1,5 @@
 """Modules of a network that belong to a hook point: its batch norm, and the classifier behind the pooled features."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import partial
 
@@ -23,10 +21,9 @@ def classifier(extractor: Extractor) -> nn.Module:
     existing("pooled", [*extractor.places], f"model '{extractor.model_name}'")
     place = extractor.places["pooled"]
     if place.side != "input":
-        raise UserError(
-            f"the classifier of model '{extractor.model_name}' is not known: its hook point 'pooled' is {place}",
-            hint="name the classifier's input in the recipe, under the model's 'hooks': 'pooled: input(PATH)'",
-        )
+        what = f"the classifier of model '{extractor.model_name}' is not known: its hook point 'pooled' is {place}"
+        hint = "name the classifier's input in the recipe, under the model's 'hooks': 'pooled: input(PATH)'"
+        raise UserError(what, hint=hint)
     return extractor.model.get_submodule(place.path)
 
 

@@ -5,8 +5,6 @@ A network may keep its maps as [N, C, H, W] or as [N, H, W, C] (Swin and its rel
 those that grow are height and width. Where it takes one size only, it is built once more for a larger one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -89,10 +87,8 @@ def with_orders(
     here = _shapes(model, found, image_shape)
     maps = {point: place for point, place in found.items() if len(here.get(point, ())) == 4}
     for point in stated & (here.keys() - maps.keys()):
-        raise UserError(
-            f"hook point '{point}' ({found[point]}) of model '{model_name}' gives {list(here[point])}, no map",
-            hint=f"leave out '{_word(found[point].order)}'",
-        )
+        what = f"hook point '{point}' ({found[point]}) of model '{model_name}' gives {list(here[point])}, no map"
+        raise UserError(what, hint=f"leave out '{_word(found[point].order)}'")
     orders: dict[str, Order] = {}
     channels, height, width = image_shape
     for taller, wider in _GROWN:

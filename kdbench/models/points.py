@@ -8,8 +8,6 @@ Networks with a head for the labels and one for a teacher have `logits.class` an
 `logits`, the mean of both.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -88,10 +86,8 @@ def existing(point: str, known: Sequence[str], whose: str) -> str:
         return point
     layer, _, rest = point.partition(".")
     if rest == "preact" and layer in known:
-        raise UserError(
-            f"{whose} has no '{point}': {layer} does not end in a ReLU",
-            hint=f"{_has(known)}; a recipe can name another place under the model's 'hooks'",
-        )
+        hint = f"{_has(known)}; a recipe can name another place under the model's 'hooks'"
+        raise UserError(f"{whose} has no '{point}': {layer} does not end in a ReLU", hint=hint)
     raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
 
 

@@ -1,7 +1,5 @@
 """Dry runs of a network: they leave modes, buffers and random states as they were."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal

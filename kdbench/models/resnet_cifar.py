@@ -4,8 +4,6 @@ Three networks go by the same name in the literature. They differ where the numb
 shortcut without parameters, the one that pads the new channels at the end only, and a 1×1 convolution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Several networks as one, whose logits are the mean of theirs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ There the stem is a 1×1 convolution of stride 1 without pooling after it. Zhang
 al., ECCV 2018 (version 2).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

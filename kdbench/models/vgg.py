@@ -4,8 +4,6 @@ One linear classifier on globally pooled features, as in the CIFAR-100 tables th
 ICLR 2020).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

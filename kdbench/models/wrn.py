@@ -1,7 +1,5 @@
 """Wide residual networks, in the pre-activation form. Zagoruyko and Komodakis, BMVC 2016."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Checks cards as thoroughly as using them does, without importing torch."""
 
-from __future__ import annotations
-
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -57,11 +55,8 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
         known = registry.settable(card.target, card)
         for option in getattr(card, "args", {}):
             if option not in known:
-                raise UserError(
-                    f"unknown key '{option}' in 'args'",
-                    where=tree.origin(("args", option)),
-                    hint=did_you_mean(option, known),
-                )
+                what = f"unknown key '{option}' in 'args'"
+                raise UserError(what, tree.origin(("args", option)), did_you_mean(option, known))
 
 
 def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:

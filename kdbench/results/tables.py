@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
@@ -101,11 +101,25 @@ def build(
 def _rows(
     comparison: Comparison, metric: Metric, differences: Mapping[tuple[str, Column], Paired], mark: Callable[[str], str]
 ) -> tuple[MethodRow, ...]:
-    by_column = [
-        [_cell(comparison, line, column, metric, differences, mark) for line in comparison.rows]
-        for column in comparison.columns
-    ]
-    ranked = [_ranked(cells) for cells in by_column]
+    def entry(row: Row, column: Column) -> Entry | None:
+        records = tuple(comparison.cell(row, column).values())
+        if not records:
+            return None
+        values = tuple(record.accuracy(metric) for record in records)
+        difference = differences.get((row.label, column))
+        return Entry(
+            records=records,
+            values=values,
+            **asdict(statistics.summarize(values)),
+            difference=difference,
+            numbers=_summaries(record.result.numbers() for record in records),
+            also=_summaries(comparison.also(record) for record in records),
+            seconds=statistics.summarize([_seconds(record) for record in records]).mean,
+            images_per_second=statistics.summarize([record.compute.images_per_second for record in records]).mean,
+            marks=tuple(map(mark, _remarks(comparison, row, column, difference))),
+        )
+
+    ranked = [_ranked([entry(row, column) for row in comparison.rows]) for column in comparison.columns]
     return tuple(
         MethodRow(row.method, row.label, row == comparison.baseline, tuple(cells[i] for cells in ranked))
         for i, row in enumerate(comparison.rows)
@@ -158,36 +172,6 @@ def _bootstrapped(pair: Paired, values: Mapping[int, float], baseline: Mapping[i
         )
     low, high = statistics.bootstrap(values, baseline, CONFIDENCE) or (None, None)
     return replace(pair, low=low, high=high)
-
-
-def _cell(
-    comparison: Comparison,
-    line: Row,
-    column: Column,
-    metric: Metric,
-    differences: Mapping[tuple[str, Column], Paired],
-    mark: Callable[[str], str],
-) -> Entry | None:
-    group = comparison.cell(line, column)
-    if not group:
-        return None
-    records = tuple(group.values())
-    values = tuple(record.accuracy(metric) for record in records)
-    summary = statistics.summarize(values)
-    difference = differences.get((line.label, column))
-    return Entry(
-        records=records,
-        values=values,
-        n=summary.n,
-        mean=summary.mean,
-        deviation=summary.deviation,
-        difference=difference,
-        numbers=_summaries(record.result.numbers() for record in records),
-        also=_summaries(comparison.also(record) for record in records),
-        seconds=_mean([_seconds(record) for record in records]),
-        images_per_second=_mean([record.compute.images_per_second for record in records]),
-        marks=tuple(map(mark, _remarks(comparison, line, column, difference))),
-    )
 
 
 def _remarks(comparison: Comparison, line: Row, column: Column, difference: Paired | None) -> list[str]:
@@ -296,7 +280,3 @@ def _is_free(comparison: Comparison, group: Mapping[int, Record], label: str, pa
 def _seconds(record: Record) -> float:
     compute = record.compute
     return compute.seconds if compute.training_seconds is None else compute.training_seconds
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.summarize(values).mean

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Kdbench
 
-from kdbench.bench.compare import Benchmark, Machine, cells_of
+from kdbench.bench.compare import Benchmark, LaneTimer, Machine, cells_of
 from kdbench.bench.gpu import Pair, bench_gpu, result_lines
 from kdbench.bench.lanes import Lane
 from kdbench.cli.bench import measured_plans
@@ -88,7 +88,7 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     def keep(results: list[Benchmark], times: dict[str, Any]) -> None:
         kept.append({"rows": [one.plain() for one in results], "times": dict(times)})
 
-    results, times = bench_gpu(pairs, machine, "cpu", 2.2, 2, 0.1, False, False, said.append, keep)
+    results, times = bench_gpu(pairs, LaneTimer(machine, "cpu", 2, 2, 0.1, said.append), 2.2, False, False, keep)
     (result,) = results
     assert set(result.roles) == {"run", "cohort"} and all(len(row.rates) == 2 for row in result.rows)
     assert any("left out" in line and "sleeps" in line for line in said)

@@ -11,7 +11,7 @@ from picture_files import write_pictures
 
 import kdbench
 from kdbench.cli.output import write_tables
-from kdbench.engine.options import Options, Silent
+from kdbench.engine.options import Listener, Options
 from kdbench.engine.runner import Outcome, run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -41,7 +41,7 @@ teachers:
 BOTH = "data: mine\nstudent: wrn_10_1\nprotocol: {name: digits, batch_size: 5}\nevaluations: 1\ncompute: reference\n"
 
 
-class Told(Silent):
+class Told(Listener):
     def __init__(self) -> None:
         self.said: list[str] = []
 

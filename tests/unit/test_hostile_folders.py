@@ -23,7 +23,7 @@ from kdbench.cli import main
 from kdbench.engine import compute, logit_files, runner, teacher_files
 from kdbench.engine.anchors import Route
 from kdbench.engine.finished import teacher_folder
-from kdbench.engine.options import Listener, Options, Silent
+from kdbench.engine.options import Listener, Options
 from kdbench.engine.weight_files import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
@@ -385,7 +385,7 @@ def test_threads_of_a_record_are_not_believed_unread(run: Path) -> None:
     record = read_record(run / KD)
     spec = CellSpec.model_validate(record.spec)
     with pytest.raises(UserError, match="threads"):
-        rerun(record, spec, [], [], Options(runs=Path("again")), Silent())
+        rerun(record, spec, [], [], Options(runs=Path("again")), Listener())
 
 
 @pytest.mark.parametrize(
