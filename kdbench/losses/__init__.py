@@ -11,7 +11,7 @@ raise a ValueError that names both.
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
-from kdbench.losses.byot import OwnTeacher
+from kdbench.losses.byot import BeYourOwnTeacher
 from kdbench.losses.cat_kd import cat_kd, class_attention
 from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
@@ -61,19 +61,19 @@ from kdbench.losses.vid import VariationalInformation, gaussian_nll
 from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
-    "AttentionFusion", "BatchNormInputs", "ConstantAgreement", "ContrastiveDistillation",
+    "AttentionFusion", "BatchNormInputs", "BeYourOwnTeacher", "ConstantAgreement", "ContrastiveDistillation",
     "ContrastiveRepresentation", "CurriculumTemperature", "KnowledgeReview", "MaskedGeneration",
-    "NeighbourCongruence", "OwnTeacher", "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration",
-    "SimpleRecipe", "SoftmaxRegression", "Translator", "VariationalInformation", "activation_agreement",
-    "activation_boundary", "adaptive_mse", "angle_similarity", "attention_transfer", "batch_norm_distance",
-    "batch_norm_margin", "cat_kd", "centred_mse", "channel_wise", "class_attention", "competition", "cross_entropy",
-    "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp", "fsp_matrix", "gaussian_nll",
-    "hierarchical_context", "inter_channel_correlation", "jensen_shannon", "kd", "kd_at_temperatures",
-    "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum",
-    "magnitude_similarity", "mmd", "multi_level", "mutual", "neighbour_congruence", "neuron_selectivity", "nkd",
-    "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction",
-    "reused_head", "rkd_angle", "rkd_distance", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving",
-    "simkd", "singular_vectors", "soft_cross_entropy", "standardized", "standardized_dkd", "standardized_kd",
-    "total_variation", "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
+    "NeighbourCongruence", "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe",
+    "SoftmaxRegression", "Translator", "VariationalInformation", "activation_agreement", "activation_boundary",
+    "adaptive_mse", "angle_similarity", "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd",
+    "centred_mse", "channel_wise", "class_attention", "competition", "cross_entropy", "dist", "dkd",
+    "draw_negatives", "factor_transfer", "fitnets", "fsp", "fsp_matrix", "gaussian_nll", "hierarchical_context",
+    "inter_channel_correlation", "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes",
+    "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity",
+    "mmd", "multi_level", "mutual", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd",
+    "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head", "rkd_angle",
+    "rkd_distance", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd", "singular_vectors",
+    "soft_cross_entropy", "standardized", "standardized_dkd", "standardized_kd", "total_variation",
+    "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
     "weighted_soft_labels",
 ]  # fmt: skip

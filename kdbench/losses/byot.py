@@ -15,7 +15,7 @@ from kdbench.losses.checks import full, positive
 Shape = tuple[int, ...]
 
 
-class OwnTeacher(nn.Module):
+class BeYourOwnTeacher(nn.Module):
     r"""Exits at the layers before the last, taught by the labels and by the network's own final layers.
 
     $$

@@ -414,9 +414,9 @@ class TestBYOT:
     def features(self) -> list[Tensor]:
         return [rand(6, *shape, seed=seed) for seed, shape in enumerate(self.SHAPES)]
 
-    def module(self) -> losses.OwnTeacher:
+    def module(self) -> losses.BeYourOwnTeacher:
         torch.manual_seed(0)
-        return losses.OwnTeacher(self.SHAPES, alpha=0.3, beta=0.1, temperature=2.0).double()
+        return losses.BeYourOwnTeacher(self.SHAPES, alpha=0.3, beta=0.1, temperature=2.0).double()
 
     def test_by_its_formula(self) -> None:
         module, features, labels = self.module(), self.features(), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -449,4 +449,4 @@ class TestBYOT:
 
     def test_what_does_not_fit(self) -> None:
         with pytest.raises(ValueError, match="two maps or more"):
-            losses.OwnTeacher(((3, 4, 4), (5,), (4,)))
+            losses.BeYourOwnTeacher(((3, 4, 4), (5,), (4,)))
