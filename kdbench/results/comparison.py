@@ -239,18 +239,14 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
     by_recipe: dict[str, set[str]] = {}
     for record in records:
         by_recipe.setdefault(record.recipe, set()).update(record.cell.axes)
+
     # None: the axis means nothing to the cell. An axis that its recipe does not compare has a value all the same.
-    values: list[dict[str, str | None]] = [
-        {
-            path: text(record.cell.axes[path])
-            if path in record.cell.axes
-            else None
-            if path in by_recipe[record.recipe]
-            else _implied(record, path)
-            for path in declared
-        }
-        for record in records
-    ]
+    def value_of(record: Record, path: str) -> str | None:
+        if path in record.cell.axes:
+            return text(record.cell.axes[path])
+        return None if path in by_recipe[record.recipe] else _implied(record, path)
+
+    values = [{path: value_of(record, path) for path in declared} for record in records]
     for path in ("student", "teacher", "data", "target", "protocol", "epochs", "training images"):
         implied = [_implied(record, path) for record in records]
         apart: dict[tuple[str | None, ...], set[str]] = {}
@@ -318,29 +314,21 @@ def _columns(axes: tuple[Axis, ...], keys: list[Key]) -> tuple[Column, ...]:
 
 def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -> tuple[Row, str | None]:
     if asked is not None:
-        for row in rows:
-            if asked == row.label:
-                return row, None
-        matching = [row for row in rows if row.method == asked]
+        matching = [row for row in rows if row.label == asked] or [row for row in rows if row.method == asked]
         if not matching:
-            what = f"the baseline '{asked}' is not among the methods"
-            raise UserError(
-                what, "baseline", did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows})
-            )
+            hint = did_you_mean(asked, {row.method for row in rows} | {row.label for row in rows})
+            raise UserError(f"the baseline '{asked}' is not among the methods", "baseline", hint)
     else:
         named = list(dict.fromkeys(record.cell.baseline for record in records if record.cell.baseline is not None))
         if not named:
             return rows[0], None
         matching = [row for row in rows if row.method in named or row.label in named]
         if not matching:
-            return rows[0], (
-                f"the recipe's baseline {', '.join(named)} has no finished cell: differences are to {rows[0].label}"
-            )
+            lacking = f"the recipe's baseline {', '.join(named)} has no finished cell"
+            return rows[0], f"{lacking}: differences are to {rows[0].label}"
         if len(named) > 1:
-            return matching[0], (
-                f"the records name several baselines ({', '.join(sorted(named))}): differences are to "
-                f"{matching[0].label}"
-            )
+            several = f"the records name several baselines ({', '.join(sorted(named))})"
+            return matching[0], f"{several}: differences are to {matching[0].label}"
     if len(matching) > 1:
         return matching[0], f"{len(matching)} rows are the method {matching[0].method}: the first is the baseline"
     return matching[0], None

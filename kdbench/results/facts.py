@@ -1,10 +1,13 @@
 """What a record says of how its number was made, in words, for notes below tables and for the page."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from kdbench.record import LAST_EPOCHS, Metric, Record
 from kdbench.record_parts import Data
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 # Letters of a hash that are shown below a table.
 SHORT = 12
@@ -105,6 +108,14 @@ def in_words(words: Sequence[str]) -> str:
 def ranged(counts: Sequence[int]) -> str:
     """ "3" or "3 to 5", of sorted counts."""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """What comes first in pairs -> all that comes second with it, each once, in the order in which they come."""
+    found: dict[K, dict[V, None]] = {}
+    for first, second in pairs:
+        found.setdefault(first, {})[second] = None
+    return {first: [*seconds] for first, seconds in found.items()}
 
 
 def listed(values: Sequence[Any], most: int = 12) -> str:

@@ -105,19 +105,10 @@ def _flat(table: Table) -> list[dict[str, Any]]:
     for copied in table.copied:
         for column, entry in zip(table.columns, copied.cells, strict=True):
             if entry is not None:
-                result.append(
-                    {
-                        "method": copied.method or "teacher",
-                        "label": copied.label,
-                        "baseline": False,
-                        **dict(column.key),
-                        "n": entry.runs,
-                        "mean": entry.mean,
-                        "deviation": entry.deviation,
-                        "marks": " ".join(entry.marks),
-                        "copied_from": copied.source,
-                    }
-                )
+                names = {"method": copied.method or "teacher", "label": copied.label, "baseline": False}
+                numbers = {"n": entry.runs, "mean": entry.mean, "deviation": entry.deviation}
+                source = {"marks": " ".join(entry.marks), "copied_from": copied.source}
+                result.append({**names, **dict(column.key), **numbers, **source})
     return result
 
 

@@ -10,10 +10,10 @@ from kdbench.recipe.remarks import replaced_normalization
 from kdbench.record import Metric, Record
 from kdbench.results import settings, statistics
 from kdbench.results.across import Across
-from kdbench.results.comparison import Column, Comparison
+from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
-from kdbench.results.facts import FACTS, SHORT, in_words, listed, metric_label, ranged, sentence
+from kdbench.results.facts import FACTS, SHORT, grouped, in_words, listed, metric_label, ranged, sentence
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 
@@ -128,31 +128,24 @@ def _settings(comparison: Comparison) -> Said:
 
 def _fact(comparison: Comparison, name: str) -> Said:
     """One fact of all records: its values, with the columns or (as a warning) the rows that have them."""
-    columns: dict[str, dict[str, None]] = {}
-    rows: dict[str, dict[str, None]] = {}
-    within: dict[Column, set[str]] = {}
-    for row, column, record in comparison.places():
-        if value := FACTS[name](record, SHORT):
-            within.setdefault(column, set()).add(value)
-            columns.setdefault(value, {})[column.label] = None
-            rows.setdefault(value, {})[row.label] = None
-    mixed = any(len(values) > 1 for values in within.values())
+    said = [(row, column, FACTS[name](record, SHORT)) for row, column, record in comparison.places()]
+    rows = grouped((value, row.label) for row, _, value in said if value)
+    columns = grouped((value, column.label) for _, column, value in said if value)
+    by_column = grouped((column, value) for _, column, value in said if value)
+    mixed = any(len(values) > 1 for values in by_column.values())
     if len(rows) == 1:
         yield f"{name}: {next(iter(rows))}"
     elif rows:
-        shown = "; ".join(f"{value} ({listed(list(p), 6)})" for value, p in (rows if mixed else columns).items())
+        shown = "; ".join(f"{value} ({listed(labels, 6)})" for value, labels in (rows if mixed else columns).items())
         warned = "; this is mixed within the table, so differences may come from it" if mixed else ""
         yield Note(f"{name}: {shown}{warned}", warning=mixed)
 
 
 def _training(comparison: Comparison) -> Said:
-    rows: dict[str, dict[str, None]] = {}
-    order = {row: place for place, row in enumerate(comparison.rows)}
-    for row, _, record in sorted(comparison.places(), key=lambda place: order[place[0]]):
-        if said := settings.in_a_line(record):
-            rows.setdefault(said, {})[row.label] = None
+    places = sorted(comparison.places(), key=lambda place: comparison.rows.index(place[0]))
+    rows = grouped((said, row.label) for row, _, record in places if (said := settings.in_a_line(record)))
     for said, labels in rows.items():
-        yield f"Training: {said}" if len(rows) == 1 else f"Training of {listed(list(labels), 6)}: {said}"
+        yield f"Training: {said}" if len(rows) == 1 else f"Training of {listed(labels, 6)}: {said}"
 
 
 def _teachers_in_doubt(comparison: Comparison) -> Said:

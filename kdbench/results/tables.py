@@ -232,17 +232,10 @@ def _ranked(cells: list[Entry | None]) -> list[Entry | None]:
 
 def _teachers(comparison: Comparison) -> tuple[TeacherRow, ...]:
     """Accuracies by teacher and column."""
-    found: dict[str, dict[Column, float | None]] = {}
-    for column in comparison.columns:
-        for record in comparison.of_column(column):
-            if record.teacher is not None:
-                known = found.setdefault(record.teacher.name, {})
-                if known.get(column) is None:
-                    known[column] = record.teacher.accuracy
-    return tuple(
-        TeacherRow(name, tuple(by_column.get(column) for column in comparison.columns))
-        for name, by_column in found.items()
-    )
+    seen = [(column, record.teacher) for _, column, record in comparison.places() if record.teacher is not None]
+    measured = {(one.name, column): one.accuracy for column, one in reversed(seen) if one.accuracy is not None}
+    names = dict.fromkeys(one.name for _, one in seen)
+    return tuple(TeacherRow(name, tuple(measured.get((name, c)) for c in comparison.columns)) for name in names)
 
 
 def _title(comparison: Comparison) -> str:
