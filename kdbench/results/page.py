@@ -11,10 +11,11 @@ from kdbench.recipe.loading import dump
 from kdbench.record import Record
 from kdbench.results.comparison import compare
 from kdbench.results.contents import Table
+from kdbench.results.costs import cost_panels
 from kdbench.results.curves import logs
 from kdbench.results.facts import FACTS
 from kdbench.results.layout import layout
-from kdbench.results.plots import Panel, accuracy_panels, chart, cost_panels, metric_panels, metrics_of
+from kdbench.results.plots import Panel, accuracy_panels, chart, metric_panels, metrics_of
 from kdbench.results.rendering import rendered
 from kdbench.results.tuned import trials
 

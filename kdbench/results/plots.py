@@ -1,4 +1,4 @@
-"""Charts of a comparison: learning curves, metrics over training, accuracy against cost, accuracies of all seeds.
+"""Charts of a comparison: learning curves, metrics over training, accuracies of all seeds.
 
 Each chart is a panel that is drawn onto axes: several of them make a PNG file, one of them an SVG in the page. The same
 records give the same bytes, in any order. Methods differ by colour (Okabe and Ito's palette, safe for colour-blind
@@ -20,7 +20,6 @@ from kdbench.drawing import COLOURS, LINES, MARKERS
 from kdbench.record import Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.contents import Table
 from kdbench.results.curves import Curve, Excerpt, Logs, accuracy_of, curves_of, last_quarter, logs, metric_at
 from kdbench.results.facts import metric_label
 
@@ -36,8 +35,6 @@ CHART = (4.2, 2.7)
 LEGEND_LINE = 0.19
 # Methods that one chart of curves shows beside the first: as many as have a look of their own.
 GROUP = len(COLOURS) - 1
-# A cost is drawn on a logarithmic axis from this ratio of its largest to its smallest value.
-LOG_FROM = 20.0
 
 
 class Look(NamedTuple):
@@ -52,25 +49,12 @@ class Look(NamedTuple):
         return {"color": self.colour, "marker": self.marker, "markersize": MARKER_SIZES.get(self.marker, 5)}
 
 
-TEACHER = Look("#595959", "D", "-")
-
-
 @dataclass(frozen=True)
 class Panel:
     """One chart. `draw`: onto axes of any size, without the title."""
 
     title: str
     draw: Callable[[Axes], None]
-
-
-class Point(NamedTuple):
-    """A method's accuracy in percent, with its deviation where there is one, against a cost `x` above 0."""
-
-    look: Look
-    label: str
-    x: float
-    y: float
-    deviation: float | None
 
 
 def look_of(comparison: Comparison, row: Row) -> Look:
@@ -164,36 +148,6 @@ def metric_panels(comparison: Comparison, log: Logs, metric: str) -> list[Panel]
                 title = f"{column.label}: {point}" if comparison.axes else point
                 reference = _reference(comparison, column, metric, point)
                 panels.append(_curves_panel(comparison, title, curves, metric.replace("_", " "), reference=reference))
-    return panels
-
-
-def cost_panels(table: Table, comparison: Comparison) -> list[Panel]:
-    """Accuracy against training time and against parameters, for each data set, since accuracies of two data sets have
-    no common axis."""
-    times: dict[str, list[Point]] = {}
-    sizes: dict[str, list[Point]] = {}
-    for j, column in enumerate(comparison.columns):
-        for i, row in enumerate(comparison.rows):
-            if (cell := table.rows[i].cells[j]) is None:
-                continue
-            record = next(iter(comparison.cell(row, column).values()))
-            style, data, parameters = look_of(comparison, row), record.data.name, record.models.student.parameters
-            if cell.seconds > 0:
-                times.setdefault(data, []).append(Point(style, row.label, cell.seconds, cell.mean, cell.deviation))
-            if parameters:
-                sizes.setdefault(data, []).append(Point(style, row.label, parameters, cell.mean, cell.deviation))
-            teacher, network = record.teacher, record.models.teacher
-            if teacher is not None and teacher.accuracy is not None and network is not None and network.parameters:
-                large = Point(TEACHER, "teacher", network.parameters, teacher.accuracy, None)
-                sizes.setdefault(data, []).append(large)
-    several = len(times.keys() | sizes.keys()) > 1
-    panels = []
-    for data in dict.fromkeys([*times, *sizes]):
-        name = f"{data}: " if several else ""
-        if data in times:
-            panels.append(_cost_panel(f"{name}training time of one seed", "seconds", times[data]))
-        if data in sizes:
-            panels.append(_cost_panel(f"{name}parameters", "parameters", list(dict.fromkeys(sizes[data]))))
     return panels
 
 
@@ -294,42 +248,6 @@ def _reference(comparison: Comparison, column: Column, metric: str, point: str) 
         if point in (references := record.result.references.get(metric, {}))
     ]
     return statistics.summarize(found).mean if found else None
-
-
-def _cost_panel(title: str, label: str, points: Sequence[Point]) -> Panel:
-    def draw(axis: Axes) -> None:
-        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-
-        known: set[str] = set()
-        for point in points:
-            # Once in the legend, though a method has a point for each column.
-            name = "" if point.label in known else point.label
-            known.add(point.label)
-            style: dict[str, Any] = point.look.marking | {"markersize": point.look.marking["markersize"] + 2}
-            edge: dict[str, Any] = {
-                "markeredgecolor": "white",
-                "markeredgewidth": 0.5,
-                "elinewidth": 1.0,
-                "linestyle": "",
-            }
-            axis.errorbar(point.x, point.y, point.deviation, label=name, **style, **edge)
-        costs = [point.x for point in points]
-        scale = ""
-        if max(costs) / min(costs) >= LOG_FROM:
-            scale = " (logarithmic)"
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        else:
-            axis.margins(x=0.08)
-            axis.xaxis.set_major_locator(MaxNLocator(5, integer=label == "parameters"))
-        if label == "parameters":
-            axis.xaxis.set_major_formatter(EngFormatter())
-        axis.set_xlabel(label + scale)
-        axis.set_ylabel("test accuracy (%)")
-
-    return Panel(title, draw)
 
 
 def _seeds_panel(comparison: Comparison, column: Column) -> Panel:

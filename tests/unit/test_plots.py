@@ -17,7 +17,7 @@ from synthetic import make, plain_record, write
 from kdbench import drawing
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
-from kdbench.results import plots
+from kdbench.results import costs, plots
 from kdbench.results.comparison import compare
 from kdbench.results.tables import build
 
@@ -164,7 +164,7 @@ def test_no_agreement_is_no_file(tmp_path: Path) -> None:
 def drawn_costs(records: list[Record]) -> dict[str, Any]:
     """Axes of the charts of accuracy against cost, by their titles."""
     found = {}
-    for panel in plots.cost_panels(build(records), compare(records)):
+    for panel in costs.cost_panels(build(records), compare(records)):
         _, (axis,) = drawing.panels(1, 1, (4.0, 3.0))
         panel.draw(axis)
         found[panel.title] = axis
