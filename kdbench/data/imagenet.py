@@ -1,7 +1,5 @@
 """ImageNet-1k and Tiny ImageNet in the layouts in which people have them."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Iterable
@@ -37,11 +35,8 @@ def splits(root: Path, subset: bool = False) -> tuple[list[str], list[tuple[Path
     val = root / "val"
     tested = class_folders(val) if class_names(val) else flat(val, root)
     if missing := sorted(train.keys() ^ tested.keys()):
-        raise UserError(
-            f"{len(missing)} classes are in one of 'train' and 'val' only: {_some(missing)}",
-            where=str(root),
-            hint="unpack both archives again, or remove these folders",
-        )
+        what = f"{len(missing)} classes are in one of 'train' and 'val' only: {_some(missing)}"
+        raise UserError(what, str(root), "unpack both archives again, or remove these folders")
     classes = sorted(train)
     for folder, by_class in ((root / "train", train), (val, tested)):
         if empty := [name for name in classes if not by_class[name]]:
@@ -59,11 +54,9 @@ def checked(found: Iterable[str], subset: bool, where: Path) -> None:
     known = set(ImageNetInfo("imagenet-1k").label_names())
     names = set(found)
     if strange := sorted(names - known):
-        raise UserError(
-            f"{len(strange)} class folders are not classes of ImageNet-1k: {_some(strange)}",
-            where=str(where),
-            hint="folders must be named by synsets, for example 'n01440764'; for other pictures write 'data: FOLDER'",
-        )
+        what = f"{len(strange)} class folders are not classes of ImageNet-1k: {_some(strange)}"
+        hint = "folders must be named by synsets, for example 'n01440764'; for other pictures write 'data: FOLDER'"
+        raise UserError(what, str(where), hint)
     if not subset and (missing := sorted(known - names)):
         raise UserError(
             f"{len(missing)} of ImageNet's 1,000 classes are missing: {_some(missing)}",
@@ -78,11 +71,8 @@ def flat(val: Path, root: Path) -> dict[str, list[Path]]:
     files = sorted(picture_files(val))
     of = truth(root)
     if of is None:
-        raise UserError(
-            f"{len(files)} validation pictures are in no class folders, and no file names their classes",
-            where=str(val),
-            hint=f"put beside 'val' one of: {_WANTED}; or sort them into folders",
-        )
+        what = f"{len(files)} validation pictures are in no class folders, and no file names their classes"
+        raise UserError(what, str(val), f"put beside 'val' one of: {_WANTED}; or sort them into folders")
     names = [file.stem for file in files]
     if isinstance(of, list):
         if len(of) != len(files):
@@ -116,11 +106,8 @@ def truth(root: Path) -> list[str] | dict[str, str] | None:
         if kept.is_file():
             return [str(name) for name in torch.load(kept, weights_only=True)[1]]
     except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside its reader
-        raise UserError(
-            f"the validation pictures' classes cannot be read: {error or type(error).__name__}",
-            where=str(root),
-            hint=f"get one of these again: {_WANTED}",
-        ) from None
+        what = f"the validation pictures' classes cannot be read: {error or type(error).__name__}"
+        raise UserError(what, str(root), f"get one of these again: {_WANTED}") from None
     return None
 
 
@@ -147,11 +134,8 @@ def tiny(roots: list[Path], download: bool, cache: Path, *, folder: str = "tiny-
     found = listing(find_folder(roots, folder)).complete()
     names = found.root / "wnids.txt"
     if names.is_file() and (other := sorted({*names.read_text().split()} ^ {*found.classes})):
-        raise UserError(
-            f"{len(other)} classes are in one of wnids.txt and 'train' only: {_some(other)}",
-            where=str(names),
-            hint="unpack the archive again",
-        )
+        what = f"{len(other)} classes are in one of wnids.txt and 'train' only: {_some(other)}"
+        raise UserError(what, str(names), "unpack the archive again")
     return cached(lambda: read(found, folder, 3), cache, folder, found.stamps, "3 channels")
 
 

@@ -195,11 +195,8 @@ def _checked(student: Student, file: Path, run: Any) -> float:
             images = student.images(n)
             worst = max(worst, float((run(images) - student.network(images)).abs().max()))
     if not worst <= TOLERANCE:
-        raise UserError(
-            f"the exported network's logits are {worst:.2g} off",
-            where=str(file),
-            hint=f"at most {TOLERANCE} is allowed",
-        )
+        hint = f"at most {TOLERANCE} is allowed"
+        raise UserError(f"the exported network's logits are {worst:.2g} off", str(file), hint)
     return worst
 
 

@@ -50,11 +50,8 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
         hint = "either 'method:' or 'compare: {method: […]}'"
         raise UserError("there is a 'method' as well as a 'compare.method'", tree.origin(("method",)), hint)
     if "method" not in recipe.compare and "name" not in recipe.method:
-        raise UserError(
-            "the recipe names no method",
-            where=tree.origin(()),
-            hint="add 'method: kd', or 'compare: {method: [ce, kd, ab]}'",
-        )
+        hint = "add 'method: kd', or 'compare: {method: [ce, kd, ab]}'"
+        raise UserError("the recipe names no method", tree.origin(()), hint)
     seeds = recipe.seeds if isinstance(recipe.seeds, int) else len(recipe.seeds)
     if (cells := seeds * math.prod(map(len, recipe.compare.values()))) > MOST_CELLS:
         where = tree.origin(("seeds",) if seeds > MOST_CELLS else ("compare",))
