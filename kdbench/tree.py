@@ -50,11 +50,8 @@ class Tree:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
-            raise UserError(
-                f"not valid YAML: {error.problem or error.context}",
-                where=f"{source}{line}",
-                hint="check the indentation, the colons and the brackets of this line and the one above",
-            ) from None
+            hint = "check the indentation, the colons and the brackets of this line and the one above"
+            raise UserError(f"not valid YAML: {error.problem or error.context}", f"{source}{line}", hint) from None
         except yaml.YAMLError as error:
             raise UserError(f"not valid YAML: {error}", where=source) from None
         except RecursionError:
@@ -167,11 +164,8 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not a valid YAML value: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
     if isinstance(scalar, int | float) and _OTHER_BASE.match(node.value):
-        raise UserError(
-            f"'{node.value}' would be read as {scalar}",
-            where=f"{source}:{node.start_mark.line + 1}",
-            hint="write a plain number, or a text in quotes",
-        )
+        hint = "write a plain number, or a text in quotes"
+        raise UserError(f"'{node.value}' would be read as {scalar}", f"{source}:{node.start_mark.line + 1}", hint)
     if isinstance(scalar, str) and (bad := CONTROL.search(scalar)):
         where = f"{source}:{node.start_mark.line + 1}"
         raise UserError(f"a text contains the character {bad[0]!r}", where=where, hint="remove it")

@@ -1,7 +1,5 @@
 """Turns pydantic's errors into one message: what is wrong, file and line, what to do."""
 
-from __future__ import annotations
-
 import typing
 from datetime import date
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """How fast pictures are read, cropped and resized on one core: our loader beside torchvision's, on made-up JPEGs."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """`kdbench data`: look at a folder of pictures, and write the data card for it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from pickled batches or image folders: the same tensors either way."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import logging
@@ -266,11 +264,8 @@ def _archived(cifar: Cifar, root: Path, cache: Path) -> Path | None:
     if not file.is_file():
         return None
     if not check_integrity(str(file), md5):
-        raise UserError(
-            "the archive is damaged: it does not have the official checksum",
-            where=str(file),
-            hint="download it again, or remove it",
-        )
+        hint = "download it again, or remove it"
+        raise UserError("the archive is damaged: it does not have the official checksum", str(file), hint)
     return _unpack(cifar, file, cache)
 
 
@@ -288,11 +283,8 @@ def _unpack(cifar: Cifar, archive: Path, cache: Path) -> Path:
     except (OSError, tarfile.TarError) as error:
         # Another process may have been first.
         if not _is_batches(cifar, target):
-            raise UserError(
-                f"the archive cannot be unpacked: {error}",
-                where=str(target),
-                hint="make room or permissions there, or choose another cache folder",
-            ) from None
+            hint = "make room or permissions there, or choose another cache folder"
+            raise UserError(f"the archive cannot be unpacked: {error}", str(target), hint) from None
     return target
 
 

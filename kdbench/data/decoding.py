@@ -4,8 +4,6 @@ Pixel for pixel what torchvision's transforms make of a PIL image; where to crop
 so that a draw has an address.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

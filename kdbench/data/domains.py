@@ -4,8 +4,6 @@ Neither has a split. As in the papers of domain adaptation, all pictures of a do
 with labels, the target without) and all are its test part.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -86,10 +84,7 @@ def _of_folders(root: Path, data: str, domain: str, cache: Path, short_side: int
     found = class_folders(root)
     empty = [name for name, files in found.items() if not files]
     if len(found) != _CLASSES[data] or empty:
-        raise UserError(
-            f"{len(found)} class folders{f', {empty[0]} without pictures' if empty else ''}, not {_CLASSES[data]}",
-            where=str(root),
-            hint=f"pictures end in {', '.join(SUFFIXES)}",
-        )
+        what = f"{len(found)} class folders{f', {empty[0]} without pictures' if empty else ''}, not {_CLASSES[data]}"
+        raise UserError(what, str(root), f"pictures end in {', '.join(SUFFIXES)}")
     pictures = [(file, label) for label, files in enumerate(found.values()) for file in files]
     return gather(f"{data}_{domain}", found, pictures, pictures, cache, short_side, "picture folder")

@@ -14,8 +14,6 @@ A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
       normalization: {mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A data set in memory: images as bytes, in an order that does not depend on how it was stored."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -15,8 +15,6 @@ A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
       normalization: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

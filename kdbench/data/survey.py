@@ -1,7 +1,5 @@
 """What a folder of pictures holds, and the data card that this makes. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ Rank 0 is an ordinary run with one worker, which alone writes. The others do wha
 folder of its own that nobody keeps.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 from datetime import timedelta
@@ -41,11 +39,8 @@ def join(settings: Settings, device: str) -> Ranks:
             its own GPU.
     """
     if device != own_device(device):
-        raise UserError(
-            f"each rank uses the GPU of its own number, so rank 0 cannot have {device}",
-            where="--device",
-            hint="give --device cuda, and select GPUs with CUDA_VISIBLE_DEVICES",
-        )
+        hint = "give --device cuda, and select GPUs with CUDA_VISIBLE_DEVICES"
+        raise UserError(f"each rank uses the GPU of its own number, so rank 0 cannot have {device}", "--device", hint)
     if settings.sync_batch_norm and not device.startswith("cuda"):
         raise UserError("torch synchronizes batch norms on GPUs only", where="--sync-batch-norm")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=STEP)
@@ -55,10 +50,8 @@ def join(settings: Settings, device: str) -> Ranks:
     dist.all_gather_object(found, (platform.node(), versions()), control)
     for rank, (node, here) in enumerate(found):
         if here != found[0][1]:
-            raise UserError(
-                f"rank {rank} on {node} has {here}, rank 0 on {found[0][0]} has {found[0][1]}",
-                hint="install the same versions on all nodes",
-            )
+            hint = "install the same versions on all nodes"
+            raise UserError(f"rank {rank} on {node} has {here}, rank 0 on {found[0][0]} has {found[0][1]}", hint=hint)
     return ranks
 
 
@@ -151,10 +144,8 @@ def refuse(spec: CellSpec, ranks: int) -> None:
     smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or _keeps(spec))])
     if smallest < ranks:
         last = "" if smallest == size else f", as the last one of an epoch is (batches have {size}),"
-        raise UserError(
-            f"a batch of {smallest} images{last} cannot be shared out among {ranks} ranks",
-            hint="choose another batch size, leave the last one out (protocol.last_batch=drop), or start fewer ranks",
-        )
+        hint = "choose another batch size, leave the last one out (protocol.last_batch=drop), or start fewer ranks"
+        raise UserError(f"a batch of {smallest} images{last} cannot be shared out among {ranks} ranks", hint=hint)
 
 
 def _keeps(spec: CellSpec) -> bool:

@@ -1,7 +1,5 @@
 """Carries out `kdbench logits fill`: teachers first, then their tables, one after the other. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from kdbench.engine import compute

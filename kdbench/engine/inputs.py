@@ -4,8 +4,6 @@ A source is built once for a stage of a cell and asked at every step. It sees bo
 by address like everything else, and keeps nothing in memory that a resumed cell could not have again.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Every rank computes the networks on its share. Losses are computed on every rank
 are gathered, so a loss that relates the samples of a batch, or keeps a bank of them, is what it is on one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar

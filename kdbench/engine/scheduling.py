@@ -1,7 +1,5 @@
 """Which cells train side by side, and how cohorts are shared out among workers. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Nothing in a file is executed. Of objects whose classes are unknown here (option
 plain content is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings
@@ -60,11 +58,8 @@ def networks(file: Path) -> dict[str, State]:
     found = dict(_states(content, ()))
     if not found:
         held = ", ".join(map(repr, [*content][:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(
-            f"the weight file holds no state dict; it holds: {held or 'nothing'}",
-            where=str(file),
-            hint="save the network's state_dict() (names and torch tensors) alone, or under a key like 'state_dict'",
-        )
+        hint = "save the network's state_dict() (names and torch tensors) alone, or under a key like 'state_dict'"
+        raise UserError(f"the weight file holds no state dict; it holds: {held or 'nothing'}", str(file), hint)
     return dict(sorted(found.items(), key=lambda item: _rank(*item)))
 
 

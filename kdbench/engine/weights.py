@@ -1,7 +1,5 @@
 """Weight files: found, read, and loaded into networks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,16 +32,11 @@ def locate(weights: Weights, download: bool) -> Path:
             torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=weights.sha256, progress=False)
         except (OSError, RuntimeError) as error:
             tried = ", ".join(str(folder) for folder in weight_folders())
-            raise UserError(
-                f"the weights could not be downloaded from {weights.url}: {error}",
-                hint=f"get '{weights.file}' by hand and put it into one of: {tried}",
-            ) from None
+            hint = f"get '{weights.file}' by hand and put it into one of: {tried}"
+            raise UserError(f"the weights could not be downloaded from {weights.url}: {error}", hint=hint) from None
     if sha256_of(file) != weights.sha256:
-        raise UserError(
-            f"the weight file does not have the sha256 of its card ({weights.sha256[:12]}…)",
-            where=str(file),
-            hint="it is damaged or another file: replace it",
-        )
+        what = f"the weight file does not have the sha256 of its card ({weights.sha256[:12]}…)"
+        raise UserError(what, str(file), "it is damaged or another file: replace it")
     return file
 
 
@@ -125,11 +118,8 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
         if keys
     ]
     if differing:
-        raise UserError(
-            f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}",
-            where=where,
-            hint="check the model's name and options; two networks of one name can differ",
-        )
+        hint = "check the model's name and options; two networks of one name can differ"
+        raise UserError(f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}", where, hint)
     model.load_state_dict(state)
 
 
@@ -178,10 +168,8 @@ def start_from(
     ]
     if bad or wider:
         at = min([*bad, *wider])
-        raise UserError(
-            f"the student '{name}' cannot begin with the weights of its teacher '{teacher}': they differ at '{at}'",
-            hint="choose the same model for both (the student may have more classes)",
-        )
+        what = f"the student '{name}' cannot begin with the weights of its teacher '{teacher}': they differ at '{at}'"
+        raise UserError(what, hint="choose the same model for both (the student may have more classes)")
     rows = None if known_classes is None else torch.tensor(known_classes)
     classifier = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
     if rows is not None and not classifier:
