@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +80,20 @@ def to_onnx(student: Student, file: Path) -> float:
     import onnxruntime
 
     try:
-        torch.onnx.export(
-            student.network,
-            (student.images(2),),
-            str(file),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}},
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # The exporter warns of torch's own future.
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.onnx.export(
+                student.network,
+                (student.images(2),),
+                str(file),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}},
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # noqa: BLE001 - the exporter fails in as many ways as there are networks
         raise _refused(student, "ONNX", error) from None
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
