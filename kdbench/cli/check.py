@@ -52,13 +52,14 @@ def command(
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
     torch.set_num_threads(1)
+    # Before what takes seconds with large networks.
+    _print_heading(console, planned, device)
     known: Known = {}
     try:
         distinct = _distinct(cell.spec for cell in planned.cells)
         taken = {name: memory_of(spec, device, check_cell(spec, known)) for name, spec in distinct.items()}
     except UserError as error:
         raise planned.placed(error) from None
-    _print_heading(console, planned, device)
     estimate = Estimate(device, time)
     networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}

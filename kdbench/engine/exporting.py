@@ -134,8 +134,10 @@ def to_timm(student: Student, folder: Path) -> None:
     from timm.models import save_for_hf
 
     mean, std = student.normalization["mean"], student.normalization["std"]
-    about = {"input_size": list(student.shape), "mean": mean, "std": std, "crop_pct": 1.0}
-    save_for_hf(student.model, str(folder), data_config=about, safe_serialization=True)
+    about = {"input_size": list(student.shape), "mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bilinear"}
+    # What timm says of its own weights is not so of these.
+    own = {"pretrained_cfg": {"tag": "kdbench"} | dict.fromkeys(("license", "origin_url", "paper_ids", "description"))}
+    save_for_hf(student.model, str(folder), model_config=own, data_config=about, safe_serialization=True)
 
 
 def to_hub(student: Student, name: str, folder: Path) -> str:

@@ -80,6 +80,8 @@ def test_timm_alone_loads_what_was_written_for_it(timm_cell: Path, kdbench: Kdbe
     kdbench("export", timm_cell, "--timm", "--out", tmp_path, cwd=tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     about = model.pretrained_cfg
+    said = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    assert (said["tag"], said.get("license"), said.get("origin_url")) == ("kdbench", None, None)
     mean, std = (torch.tensor(about[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     pixels = torch.rand(3, *about["input_size"])
     assert tuple(about["input_size"]) == (1, 8, 8) and model.num_classes == 10
@@ -169,6 +171,8 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
         again = kdbench.load_student(folder).state_dict()
         assert all(torch.equal(value, again[name]) for name, value in load_file(one / "student.safetensors").items())
         card, record = (folder / "README.md").read_text(), read_record(one)
+        rows = [line for line in card.partition("## Use")[0].splitlines() if line.startswith("|")]
+        assert len(rows) == (7 if one == timm_cell else 8) and all(row.endswith("|") for row in rows), card
         assert f"{record.result.test.last:.2f} %" in card and record.data.fingerprint in card
         assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell) == ("without a teacher" in card)
         assert {"config.json", "record.json"} <= hub.files.keys()

@@ -290,16 +290,18 @@ def test_banks_have_the_size_of_the_part_that_is_trained_on() -> None:
     assert {name.rpartition(".")[2] for name in kept} == {"student_bank", "teacher_bank", "log_z", "weight", "bias"}
 
 
-def test_noise_comes_from_other_classes_and_is_drawn_by_the_step() -> None:
+def test_noise_comes_from_other_classes_and_is_drawn_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     module = losses.ContrastiveDistillation((4,), (6,), training_labels=torch.arange(40) % 5, negatives=10)
     chosen: list[Any] = []
     module.contrast.register_forward_pre_hook(lambda _, args: chosen.append(args[3]))
     labels = torch.tensor([0, 3])
-    for seed in (1, 2, 1):
+    for seed, at_once in ((1, 2), (2, 2), (1, 2), (1, 1)):
+        monkeypatch.setattr(losses.crd, "DRAWN", at_once * 40)
         torch.manual_seed(seed)
         module(torch.randn(2, 4), torch.randn(2, 6), torch.tensor([0, 3]), labels)
     assert (chosen[0] % 5 != labels[:, None]).all() and all(len({*row}) == 10 for row in chosen[0].tolist())
     assert torch.equal(chosen[0], chosen[2]) and not torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[3]), "of a large training set a batch draws in parts"
 
 
 def test_a_student_answers_through_its_projector_and_the_teachers_classifier() -> None:
