@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import CPU, train, untrained_teacher
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from kdbench.bench import loading
 from kdbench.data import birds, pictures, scenes
 from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, picture, resized_crop
 from kdbench.data.images import ImageData
@@ -388,3 +390,11 @@ def test_the_official_splits_are_on_the_cards() -> None:
     for name, train_images, test_images, classes in (("mit67", 5360, 1340, 67), ("cub200", 5994, 5794, 200)):
         card = cards.card("datasets", name)
         assert (card.train, card.test, card.classes, card.streamed) == (train_images, test_images, classes, True)
+
+
+def test_all_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "made_up", partial(loading.made_up, pictures=4))
+    monkeypatch.setattr(loading, "BATCH", 2)
+    found = loading.measured(2, lambda text: None)
+    assert len(found.rates) == 7 and all(len(rates) == 2 and min(rates) > 0 for rates in found.rates.values())
+    assert found.table().count("\n") == 8 and found.kilobytes > 50
