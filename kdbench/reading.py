@@ -46,7 +46,7 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
     except FileNotFoundError:
         raise UserError("cannot be read: there is no such file", where=str(file), hint=hint) from None
     except UnicodeError as error:
-        what = f"this file is damaged, or no text in UTF-8: {error}"
+        what = f"this file is damaged, or not text in UTF-8: {error}"
         raise UserError(what, where=str(file), hint=hint or "save it as text in UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None

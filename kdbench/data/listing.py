@@ -75,7 +75,7 @@ class Listing:
             where = str(self.folders[split])
             if not self.folders[split].is_dir():
                 raise UserError(
-                    "there is no such folder", where, f"beside 'train' lies one of: {', '.join(TEST_FOLDERS)}"
+                    "there is no such folder", where, f"beside 'train' there must be one of: {', '.join(TEST_FOLDERS)}"
                 )
             if not self.classes:
                 raise UserError(
@@ -114,7 +114,7 @@ def listing(root: Path, in_one: bool = False) -> Listing:
                 what = f"'{name}' is a split rather than a class"
                 raise UserError(what, str(root), "call the two folders 'train' and 'test'")
             if name not in TEST_FOLDERS and (root / name / "train").is_dir():
-                raise UserError("the pictures lie one folder below", str(root), f"give '{root / name}'")
+                raise UserError("the pictures are one folder below", str(root), f"give '{root / name}'")
     else:
         train = class_names(root / "train")
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]

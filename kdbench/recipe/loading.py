@@ -69,7 +69,7 @@ def override(tree: Tree, text: str) -> Tree:
     if not equals or not path_text:
         raise UserError("write overrides as key.path=value", where=where, hint="for example: epochs=20")
     if not value_text.strip():
-        raise UserError("there is no value", where=where, hint=f"'{path_text}=null' is none at all")
+        raise UserError("there is no value", where=where, hint=f"write '{path_text}=null' for no value")
     value = Tree.parse(value_text, where).data
     compared = tree.data.get("compare")
     if isinstance(compared, dict) and path_text in compared:

@@ -177,7 +177,7 @@ def test_no_text_in_csv_is_a_formula() -> None:
         ("ls methods >/dev/full", 2, "the disk is full"),
         ("check quickstart steps=x 2>/dev/full", 2, ""),
         ("check quickstart $'title=\\xe9'", 2, r"command line: not in UTF-8: b'title=\xe9'"),
-        ("check quickstart steps=", 2, "command line, 'steps=': there is no value\n  'steps=null' is none at all"),
+        ("check quickstart steps=", 2, "command line, 'steps=': there is no value\n  write 'steps=null' for no value"),
     ],
 )
 def test_odd_words_and_closed_or_full_outputs(words: str, code: int, said: str) -> None:
