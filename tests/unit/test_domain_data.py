@@ -156,7 +156,7 @@ def test_a_student_starts_from_a_cards_weights_with_a_new_last_layer(
     renamed = student.model_copy(update={"start": start.model_copy(update={"file": "other.pt", "url": "x"})})
     assert started.model_copy(update={"student": renamed}).identity() == started.identity()
     torch.save({k: v[..., :1] if k == "conv1.weight" else v for k, v in wide.items()}, tmp_path / "start.pt")
-    with pytest.raises(UserError, match="another sha256"):
+    with pytest.raises(UserError, match="does not have the sha256 of its card"):
         build_model(student, spec.data)
     worse = start.model_copy(update={"sha256": sha256_of(tmp_path / "start.pt")})
     with pytest.raises(UserError, match="of another shape"):

@@ -468,7 +468,7 @@ def test_a_table_of_logits_is_not_believed_unread(
     assert not logit_files.tables() and "damaged" in caplog.text
     # Of another teacher, with more images …: its folder's name alone is no proof.
     (table.folder / "table.json").write_text(json.dumps(about | {"key": key | {"weights": "x"}}))
-    with pytest.raises(UserError, match="another one"):
+    with pytest.raises(UserError, match="does not match its folder"):
         logit_files.table_at(key, "a")
 
 
