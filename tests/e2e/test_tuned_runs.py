@@ -82,7 +82,7 @@ def test_killed_among_its_trials(whole: Path, kdbench: Kdbench, tmp_path: Path) 
     """Inside a trial, between two records of trials, and inside the table's cells."""
     struck(words(tmp_path), Strike("checkpoint", 9, "run"))
     struck(words(tmp_path), Strike("record", 2))
-    struck(words(tmp_path), Strike("record", 2, "everybody"))
+    struck(words(tmp_path), Strike("record", 2, "SIGHUP to all"))
     kdbench(*words(tmp_path))
     (tmp_path / "said").touch()
     assert_alike(tmp_path, whole)
