@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -113,15 +114,17 @@ class RayPool(Pool):
         self.ray = _ray()
         self.sending = Sending(self.ray, self.runs)
         try:
+            _reach(self.cluster.address)
             alone = {"include_dashboard": False} if self.cluster.address == "local" else {}
             # Ray's answer to SIGTERM is to leave at once.
             with own_signals():
                 self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
             raise UserError(
-                f"there is no Ray cluster at '{self.cluster.address}': {str(error).splitlines()[0]}",
+                f"there is no Ray cluster at '{self.cluster.address}' that lets this run in: {_first_line(error)}",
                 where="--ray",
-                hint="start one with 'ray start --head', or give its address",
+                hint="start one with 'ray start --head', or give its address; "
+                "if it wants a token, set RAY_AUTH_MODE=token and have its ~/.ray/auth_token",
             ) from None
         try:
             self._share_out(self.ray.cluster_resources())
@@ -300,6 +303,13 @@ def _ray() -> Any:
             "Ray is not installed", where="--ray", hint="install it with: pip install 'kdbench[ray]'"
         ) from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT. Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
 
 
 def _first_line(error: BaseException) -> str:

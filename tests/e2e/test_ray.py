@@ -27,6 +27,8 @@ from kdbench.errors import UserError
 from kdbench.record import read_record
 
 pytest.importorskip("ray", reason="the extra kdbench[ray] is not installed")
+# Whatever the tester's own clusters ask for; and no token is left in the tester's home.
+NO_TOKENS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 # A node's actors are killed whenever they have taken so many steps: not half of a cell's.
 STRIKE = {"STRIKE_WHEN": "step", "STRIKE_AFTER": "25", "STRIKE_AT_WHOM": "run"}
 
@@ -67,7 +69,7 @@ class Nodes:
         from ray.cluster_utils import Cluster as Started
 
         self.folder, self.number = folder, 0
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= NO_TOKENS
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
         self.cluster = Started(initialize_head=True, head_node_args=head)
 
@@ -113,7 +115,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | NO_TOKENS | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +251,18 @@ def test_what_no_cluster_has_is_told(tmp_path: Path) -> None:
         pool = RayPool(cluster, device, None, (), two_ranks.Settings(), tmp_path)
         with pytest.raises(UserError, match=match):
             pool._share_out({"CPU": 2.0})
+
+
+def test_nobody_at_an_address_is_told_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra kdbench[ray] is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pool = RayPool(Cluster(f"127.0.0.1:{port}"), "cpu", 1, (), two_ranks.Settings(), tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=f"no Ray cluster at '127.0.0.1:{port}' .*refused"):
+        pool.__enter__()
+    assert time.monotonic() - begin < 20
 
 
 def test_ray_alone_means_the_cluster_of_this_machine() -> None:
