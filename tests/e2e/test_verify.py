@@ -207,7 +207,7 @@ def test_cells_that_are_missing_or_too_many_are_told(folder: Path, kdbench: Kdbe
     assert {f.where for f in found if f.level == "disagrees"} == {"SHA256SUMS"}
     shutil.rmtree(cell)
     done = kdbench("verify", folder, "--registry", HERE / "registry", code=1)
-    assert cell.name in done.stdout and "no intact record" in done.stdout
+    assert cell.name in done.stdout and "no sound record" in done.stdout
     assert "Traceback" not in done.stderr
 
 
