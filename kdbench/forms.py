@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # What authors of methods call their stages and losses.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 # What cards and recipes say of the images that a network takes.
 IMAGE_SIZE = "side of the images that it takes, if not the data card's: the views are resized for it"
 RESIZE = "pixels to which the shorter side of test pictures was resized for that accuracy, if not the data card's"

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kdbench.forms import Card, Name, Named, Strict
+from kdbench.forms import Card, Name, Named, Percent, Strict
 
-Percent = Annotated[float, Field(ge=0, le=100)]
 MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
 
 

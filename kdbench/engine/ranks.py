@@ -70,7 +70,7 @@ class Ranks:
 
     def whole(self, part: Tensor, images: int) -> Tensor:
         """The same with gradients: this rank's share of them reaches what it computed."""
-        return _Whole.apply(part, self, images) if part.requires_grad else self.gathered(part, images)
+        return _AllGather.apply(part, self, images) if part.requires_grad else self.gathered(part, images)
 
     def all_well(self, build: Callable[[], T], alike: Callable[[T], Any]) -> T:
         """What `build` returns, where it does so on all ranks.
@@ -163,7 +163,7 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection " in str(error)
 
 
-class _Whole(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, ranks: Ranks, images: int) -> Tensor:  # type: ignore[override]
         ctx.ranks, ctx.images = ranks, images

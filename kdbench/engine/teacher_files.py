@@ -26,6 +26,7 @@ from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import load_file, locate
 from kdbench.errors import CellError, UserError
 from kdbench.files import atomic, sha256_of, write_json
+from kdbench.forms import Percent
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.route import FOLDER
@@ -36,7 +37,6 @@ log = logging.getLogger("kdbench")
 
 # File with the weights of several teachers that are one.
 ALL_WEIGHTS = "weights.safetensors"
-Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 # What was seen on pictures as they were tested on for a stated accuracy.
 _PUBLISHED = "as_published.json"
 # Percentage points that another order of classes must bring before it is told.

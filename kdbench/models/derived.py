@@ -28,7 +28,7 @@ _NO_STAGE = re.compile(r"Pool\dd$|Flatten|Dropout|Identity|Permute")
 
 
 @dataclass
-class _Call:
+class _ModuleCall:
     path: str
     module: nn.Module
     output: Any
@@ -81,16 +81,16 @@ def derived_places(
     }
 
 
-def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_Call], object]:
+def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_ModuleCall], object]:
     """All calls of modules in the order in which they end, with their outputs, and the network's own output."""
     large = (image_shape[0], max(_SIDE, image_shape[1]), max(_SIDE, image_shape[2]))
     failure: Exception | None = None
     # Without computing anything where that is possible; networks of a fixed size refuse the large image.
     for shape, meta in ((large, True), (image_shape, True), (image_shape, False)):
-        calls: list[_Call] = []
+        calls: list[_ModuleCall] = []
 
-        def noted(module: nn.Module, path: str, calls: list[_Call] = calls) -> Callable[[object], None]:
-            return lambda output: calls.append(_Call(path, module, output))
+        def noted(module: nn.Module, path: str, calls: list[_ModuleCall] = calls) -> Callable[[object], None]:
+            return lambda output: calls.append(_ModuleCall(path, module, output))
 
         try:
             with watched([(module, "output", noted(module, path)) for path, module in model.named_modules()]):
@@ -101,7 +101,7 @@ def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int])
     raise cannot_take(model_name, image_shape, failure)
 
 
-def _declared_stages(model: nn.Module, calls: list[_Call]) -> list[str] | None:
+def _declared_stages(model: nn.Module, calls: list[_ModuleCall]) -> list[str] | None:
     """Stages by `feature_info`, without such as only pool. None where the network declares none."""
     info = getattr(model, "feature_info", None)
     entries = getattr(info, "info", info)
@@ -122,8 +122,8 @@ def _declared_stages(model: nn.Module, calls: list[_Call]) -> list[str] | None:
     return stages
 
 
-def _stages_by_resolution(calls: list[_Call]) -> list[str]:
-    children: dict[str, list[_Call]] = {}
+def _stages_by_resolution(calls: list[_ModuleCall]) -> list[str]:
+    children: dict[str, list[_ModuleCall]] = {}
     for call in calls:
         if call.path and _resolution(call) is not None:
             children.setdefault(call.path.rpartition(".")[0], []).append(call)
@@ -142,7 +142,7 @@ def _stages_by_resolution(calls: list[_Call]) -> list[str]:
     return list(ends.values()) if len(ends) > 1 else list(dict.fromkeys(call.path for call in inside))
 
 
-def _resolution(call: _Call) -> tuple[str, int] | None:
+def _resolution(call: _ModuleCall) -> tuple[str, int] | None:
     """Side of a square map (of whichever layout), or number of tokens. None for anything else, single pixels too."""
     shape = tuple(call.output.shape) if isinstance(call.output, Tensor) else ()
     if len(shape) == 4:
@@ -158,7 +158,7 @@ def _split_stem(stages: list[str]) -> tuple[str | None, list[str]]:
     return (stages[first - 1] if first else None), stages[first:]
 
 
-def _final_relu(stage: str, last: dict[str, _Call]) -> str | None:
+def _final_relu(stage: str, last: dict[str, _ModuleCall]) -> str | None:
     """The ReLU inside a stage whose last output is the stage's own output."""
     output = last[stage].output
     for path, call in last.items():
@@ -168,7 +168,7 @@ def _final_relu(stage: str, last: dict[str, _Call]) -> str | None:
     return None
 
 
-def _classifier(calls: list[_Call], logits: object) -> str | None:
+def _classifier(calls: list[_ModuleCall], logits: object) -> str | None:
     """The last module with weights of its own, if what it gives is what the network returns."""
     for call in reversed(calls):
         # Not the network itself, which may have parameters too (a class token).

@@ -79,7 +79,7 @@ class Extractor:
             UserError: an image that the network cannot take; a point that is not reached, gives no tensor, gives
                 something else than one value for each image, or values that are not finite.
         """
-        run = _Run(self, list(self.places), checking=True)
+        run = _Pass(self, list(self.places), checking=True)
         try:
             with run.watching():
                 logits = dry_run(self.model, image_shape)
@@ -125,7 +125,7 @@ class Extractor:
         if self._behaviours is None:
             self._behaviours = self._study(images)
         asked = list(dict.fromkeys(point for point in points if point != LOGITS))
-        run = _Run(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
+        run = _Pass(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
         logits: object = None
         with run.watching(), suppress(_Stop):
             logits = self.model(images)
@@ -146,7 +146,7 @@ class Extractor:
         found = []
         for training in (False, True):
             try:
-                with undisturbed(self.model, training), _Run(self, list(self.places)).watching() as run:
+                with undisturbed(self.model, training), _Pass(self, list(self.places)).watching() as run:
                     dry_call(self.model, dry_images(self.model, shape).to(images.device))
             except UNSUITABLE:
                 # The real run will say what is wrong, if anything is: networks exist that fail on noise only.
@@ -190,14 +190,14 @@ class _Active(threading.local):
     """The runs under way in this thread, innermost last. Hooks of all others are neutral."""
 
     def __init__(self) -> None:
-        self.runs: list[_Run] = []
+        self.runs: list[_Pass] = []
 
 
 _ACTIVE = _Active()
 
 
 @dataclass(eq=False)
-class _Run:
+class _Pass:
     """One forward with hooks at some points. They are there while it is `watching`."""
 
     extractor: Extractor
@@ -213,7 +213,7 @@ class _Run:
         self._waiting = set(self.points)
 
     @contextmanager
-    def watching(self) -> Iterator[_Run]:
+    def watching(self) -> Iterator[_Pass]:
         """Inside, hooks are there."""
         model, at = self.extractor.model, self.extractor.places
         with watched([(model.get_submodule(at[p].path), at[p].side, partial(self._take, p)) for p in self.points]):

@@ -13,37 +13,37 @@ from kdbench.reading import read_as
 _RECORD, _STUDENT, _ROUTE = "record.json", "student.safetensors", "route"
 
 
-class _Part(BaseModel):
+class _RecordedPart(BaseModel):
     """As much of a record as is needed here."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
-class _Data(_Part):
+class _RecordedData(_RecordedPart):
     name: str
     classes: int
     only_classes: list[int] | None = None
 
 
-class _Checkpoint(_Part):
+class _RecordedCheckpoint(_RecordedPart):
     file: str
     sha256: str
 
 
-class Origin(_Part):
+class Origin(_RecordedPart):
     """How a student was trained, as the record beside its weights says.
 
     `normalization`: of the student's images. `fingerprint`: of the data. `accuracy`: on the test set of `target`, or of
     `data` where there is none; None for a checkpoint of a route.
     """
 
-    data: _Data = Field(validation_alias=AliasPath("spec", "data"))
-    target: _Data | None = Field(None, validation_alias=AliasPath("spec", "target"))
+    data: _RecordedData = Field(validation_alias=AliasPath("spec", "data"))
+    target: _RecordedData | None = Field(None, validation_alias=AliasPath("spec", "target"))
     normalization: Normalization = Field(validation_alias=AliasPath("spec", "protocol", "normalization"))
     fingerprint: str = Field(validation_alias=AliasPath("data", "fingerprint"))
     accuracy: float | None = Field(ge=0, le=100, validation_alias=AliasPath("result", "test", "last"))
     files: dict[str, str] = {}
-    route: list[_Checkpoint] = []
+    route: list[_RecordedCheckpoint] = []
 
     def knows(self, data: str, classes: int) -> bool:
         """Whether its classes are those of a data set."""
