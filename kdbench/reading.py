@@ -16,10 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError
 
-# Bytes of a file, levels of its nesting, and size of its whole numbers, at most. A record has 15 kB and ten levels.
+# Bytes of a file, levels of its nesting, and size of its whole numbers and of others (whose squares must be finite), at
+# most. A record has 15 kB and ten levels.
 LARGEST = 1 << 25
 DEEPEST = 100
 WIDEST = 1 << 63
+HIGHEST = 1e100
 # Bytes of a name: file systems take 255, and temporary files have longer names than those that they replace.
 LONGEST = 200
 
@@ -179,6 +181,8 @@ def _check(path: tuple[Any, ...], value: Any, finite: bool) -> None:
     place = ".".join(map(str, path))
     if isinstance(value, float) and finite and not math.isfinite(value):
         raise ValueError(f"'{place}': {value} is not a number")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > HIGHEST:
+        raise ValueError(f"'{place}': this number is too large")
     if isinstance(value, int) and abs(value) > WIDEST:
         raise ValueError(f"'{place}': this number is too large")
     if isinstance(value, dict | list):
