@@ -96,8 +96,9 @@ FACTS: dict[str, Callable[[Record, int | None], str]] = {
 
 
 def sentence(text: str) -> str:
-    """With a capital letter and a full stop."""
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+    """With a capital letter and a full stop, where no question mark ends it."""
+    text = text[:1].upper() + text[1:].rstrip(".")
+    return text if text.endswith("?") else f"{text}."
 
 
 def in_words(words: Sequence[str]) -> str:
