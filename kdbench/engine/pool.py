@@ -28,6 +28,8 @@ from kdbench.engine.messages import (
 )
 from kdbench.errors import CellError, UserError
 
+# How many workers are tried for the first: its node may be lost, which a cluster notices late.
+MOST_STARTS = 5
 # How long a worker that was told to stop may take to leave: it may be in the middle of an evaluation.
 LEAVE_SECONDS = 120.0
 # Of that, how long a second interrupt does not make the run leave without them.
@@ -122,8 +124,12 @@ class Pool:
 
     def __enter__(self) -> Pool:
         try:
-            self._start()
-            _, ready = self._next()
+            for _ in range(MOST_STARTS):
+                self._start()
+                number, ready = self._next()
+                if not (isinstance(ready, Gone) and ready.lost):
+                    break
+                self.workers.pop(number, None)
             if isinstance(ready, Failed):
                 raise ready.error
             if not isinstance(ready, Ready):
@@ -261,13 +267,17 @@ class Pool:
 
     def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
+        last: Event | None = None
         try:
             for line in worker.stdout:
-                self.events.put((number, read_line(Event, line)))
+                last = read_line(Event, line)
+                self.events.put((number, last))
         except ValueError:
             # Of another version, as when the package was changed under a run: the rest is not understood either.
             worker.kill()
-        self.events.put((number, Gone(code=worker.wait())))
+        code = worker.wait()
+        # Why it ended is told, also where an interrupt hides what it said itself.
+        self.events.put((number, last if isinstance(last, Gone) else Gone(code=code)))
 
     def _send(self, number: int, task: Task) -> bool:
         """Give a task to a worker. False when the worker is gone: its end arrives as an event."""

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from kdbench.engine.messages import (
     TrainCohort,
     read_line,
 )
-from kdbench.errors import UserError
+from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -105,6 +106,32 @@ def test_what_takes_a_dead_workers_place_takes_its_device(machine: Any) -> None:
     assert sum(isinstance(event, Failed) for event in found) == 1
     by_worker = {worker: device for worker, device, _ in where(found)}
     assert sorted(by_worker.values()) == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(("dead", "begins"), [(2, True), (99, False)])
+def test_a_first_worker_whose_node_is_lost_is_replaced_a_few_times(machine: Any, dead: int, begins: bool) -> None:
+    class Nodes(pool.Pool):
+        def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
+            if number < dead:
+                worker.kill()
+                worker.wait()
+                return self.events.put((number, Gone(code=1, lost=True)))
+            return super()._listen(number, worker)
+
+    machine(0)
+    ends = nullcontext() if begins else pytest.raises(CellError, match="before it could begin")
+    with ends, Nodes("cpu", 1, (), Settings()) as workers:
+        assert len(where(list(workers.carry_out(tasks(3))))) == 3
+
+
+def test_why_a_worker_ended_is_its_last_word(machine: Any, tmp_path: Path) -> None:
+    machine(0)
+    with pool.Pool("cpu", 1, (), Settings()) as workers:
+        ended = 'print(\'Gone {"code": 1, "why": "another rank has ended"}\', flush=True); raise SystemExit(1)'
+        (tmp_path / "worker.py").write_text(ended)
+        workers._start()
+        for _ in range(2):
+            assert workers._next()[1] == Gone(code=1, why="another rank has ended")
 
 
 def test_a_failed_task_names_its_cells(machine: Any) -> None:

@@ -40,7 +40,7 @@ COMMITTED = [next(folder.parent.glob("*/record.json")) for folder in sorted((ROO
 def test_what_follows_from_the_resolved_recipe_is_not_written_and_comes_back(tmp_path: Path, file: Path) -> None:
     record = read_record(file)
     plain = json.loads(json.dumps(record.plain()))
-    assert "budget" not in plain and plain["cell"].keys() <= {"axes", "order", "baseline", "title"}
+    assert "budget" not in plain and plain["cell"].keys() <= {"axes", "order", "baseline", "title", "tuning"}
     assert plain["data"].keys() == {"fingerprint", "origin"} and plain["seeds"].keys() == {"streams"}
     again = read_record(write(tmp_path / "cell", plain))
     assert again.model_copy(update={"folder": record.folder}) == record
