@@ -131,7 +131,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
                 raise UserError(what, hint="write 'trains: [student, connectors]'")
             trained += term.parameters() if "connectors" in stage.trains else []
         if not trained and "teacher" not in stage.trains:
-            raise UserError(f"{where}: there is there is nothing to train", hint="add 'student' to its 'trains'")
+            raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
         if trained:
             build_optimizer(stage.optimizer, trained)
         if "teacher" in stage.trains and cell.teacher is not None:
