@@ -65,6 +65,9 @@ class LossCard(CodeCard):
     soft_labels: bool = Field(
         False, description="its `labels` can be shares of the classes [N, K], as Mixup and CutMix make them"
     )
+    by_step: str | None = Field(
+        None, description="why the host must act at every step, so that a GPU cannot replay it; leave out if it can"
+    )
     metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(
         {},

@@ -94,6 +94,16 @@ def with_drop_rate(group: Group) -> None:
         model.drop_rate = 0.3
 
 
+def by_step(member: Member) -> dict[str, str]:
+    """Stages of a member that say that the host must act at every step, and why."""
+    acting = {
+        name: [member.sources.get(name), *(term.loss for term in stage.losses.values())]
+        for name, stage in member.spec.method.stages.items()
+    }
+    said = {name: [one.by_step for one in ones if one is not None and one.by_step] for name, ones in acting.items()}
+    return {name: why[0] for name, why in said.items() if why}
+
+
 def trained(program: Program, stop: Callable[[], bool] = lambda: False) -> None:
     Cohort(program, lambda cell, entry: None, lambda cell: None, stop).run()
     for group in program.groups:

@@ -18,7 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 # Operations that give the host a value of the device, and those that bring numbers of the host to it.
-READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"}
+READS = {
+    *("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"),
+    # They ask on the host whether they succeeded.
+    *("aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_eig", "aten::_linalg_check_errors"),
+}
 MAKES = {"aten::lift_fresh", "aten::lift_fresh_copy"}
 
 

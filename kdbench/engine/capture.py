@@ -312,9 +312,8 @@ class CapturedProgram(Program):
 
 def _why_apart(member: Member) -> str | None:
     """Why steps of a member cannot be recorded, whatever the others do; None where they can."""
-    source = member.stage.source
-    if source is not None and source.by_step:
-        return source.by_step
+    if member.stage.by_step:
+        return member.stage.by_step
     if not all(one.on_device for one in member.stage.optimizers):
         return "its optimizer takes its rates from the host"
     return None

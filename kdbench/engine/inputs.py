@@ -103,7 +103,7 @@ class Source(ABC):
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
-    by_step: ClassVar[str | None] = "its class does not say that a stretch of steps can do without the host"
+    by_step: str | None = "its class does not say that a stretch of steps can do without the host"
 
     @classmethod  # noqa: B027 - most have nothing to prepare
     def prepare(

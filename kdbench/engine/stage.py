@@ -111,6 +111,12 @@ class Stage:
             return {}
         return shared_teacher_points(self.terms.values(), self.spec)
 
+    @property
+    def by_step(self) -> str | None:
+        """Why the host must act at every step; None where it need not."""
+        acting = [self.source, *(term.spec.loss for term in self.terms.values())]
+        return next((one.by_step for one in acting if one is not None and one.by_step), None)
+
     def progress(self, step: int) -> float:
         """Progress through the schedules, in [0, 1), before a step."""
         return (step - self.schedule_span.start) / self.schedule_span.steps

@@ -218,6 +218,16 @@ class Term(nn.Module):
         for value in own:
             value.requires_grad_()
         try:
+            # As plain numbers options are checked; those of a step lie on the device, where nobody looks.
+            for now in (Moment(), Moment(END, END)) if self.spec.schedules else ():
+                self(
+                    values,
+                    sets,
+                    {
+                        n: at(now) if n in self.spec.schedules else torch.tensor(at(now))
+                        for n, at in self.numbers.items()
+                    },
+                )
             result = self(values, sets)
             self.train()
         except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
@@ -268,6 +278,9 @@ class Term(nn.Module):
             found.append(self._one_or_all(sides))
         return found
 
+
+# Just before the end of a stage or an epoch.
+END = 1 - 2.0**-20
 
 # What a loss may be told at every step: its value at a moment.
 _NUMBERS: dict[str, Callable[[Moment], float]] = {

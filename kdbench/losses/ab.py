@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, same_shape
+from kdbench.losses.checks import full, logits_shape, positive, same_shape
 
 
 def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -> Tensor:
@@ -38,8 +38,7 @@ def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0) -
         ValueError: The shapes differ, or the margin is not positive.
     """
     same_shape(student, teacher, "activation_boundary")
-    if not margin > 0:
-        raise ValueError(f"margin must be positive, not {margin}")
+    positive(margin, "margin")
     student = full(student)
     shortfall = torch.where(teacher.detach() > 0, margin - student, margin + student)
     return F.relu(shortfall).square().sum() / len(student)

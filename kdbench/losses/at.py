@@ -42,7 +42,7 @@ def attention_transfer(
         ValueError: A tensor is not [N, C, H, W], the batch sizes differ, p is below 1, or there is no such form.
     """
     student, teacher = maps_of_one_size(student, teacher.detach(), "attention_transfer")
-    if not p >= 1:
+    if not isinstance(p, Tensor) and not p >= 1:
         raise ValueError(f"p must be at least 1, not {p}")
     if form not in ("code", "paper"):
         raise ValueError(f"form must be 'code' or 'paper', not {form!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, same_shape
+from kdbench.losses.checks import full, positive, same_shape
 from kdbench.losses.features import inner_products, same_batch
 
 
@@ -92,8 +92,9 @@ def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, orde
         ValueError: The batches differ, or an option is out of range.
     """
     same_batch(student, teacher, "kernel_congruence")
-    if not gamma > 0 or order < 1:
-        raise ValueError(f"gamma must be positive and order at least 1, not {gamma} and {order}")
+    positive(gamma, "gamma")
+    if order < 1:
+        raise ValueError(f"order must be at least 1, not {order}")
     return F.mse_loss(_correlations(student, gamma, order), _correlations(teacher.detach(), gamma, order))
 
 
@@ -103,4 +104,5 @@ def _correlations(feature: Tensor, gamma: float, order: int) -> Tensor:
     series = torch.ones_like(cosines)
     for p in range(order, 0, -1):  # Horner's scheme
         series = 1 + 2 * gamma / p * cosines * series
-    return math.exp(-2 * gamma) * series
+    # A gamma that changes while training lies in a tensor.
+    return series * (torch.exp(-2 * gamma) if isinstance(gamma, Tensor) else math.exp(-2 * gamma))

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, shape
+from kdbench.losses.checks import full, shape, share
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -30,7 +30,11 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0.0)
             "cross_entropy needs logits [N, K] with class indices [N] or soft targets [N, K]: "
             f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}"
         )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], not {label_smoothing}")
+    share(label_smoothing, "label_smoothing")
     student = full(student)
-    return F.cross_entropy(student, labels.to(student.dtype) if soft else labels, label_smoothing=label_smoothing)
+    labels = labels.to(student.dtype) if soft else labels
+    if not isinstance(label_smoothing, Tensor):
+        return F.cross_entropy(student, labels, label_smoothing=label_smoothing)
+    # torch reads it on the host.
+    uniform = -F.log_softmax(student, dim=1).mean()
+    return (1 - label_smoothing) * F.cross_entropy(student, labels) + label_smoothing * uniform

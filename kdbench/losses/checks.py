@@ -40,14 +40,24 @@ def labelled_logits(student: Tensor, teacher: Tensor, labels: Tensor, loss: str)
         )
 
 
-def positive(temperature: float | Tensor) -> None:
-    """Check a temperature. One that lies in a tensor, as those that change while training do, is not read.
+def positive(value: float | Tensor, name: str = "temperature") -> None:
+    """Check an option. One that lies in a tensor, as those that change while training do, is not read.
 
     Raises:
         ValueError: It is not above 0.
     """
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not isinstance(value, Tensor) and not value > 0:
+        raise ValueError(f"{name} must be positive, not {value}")
+
+
+def share(value: float | Tensor, name: str) -> None:
+    """The same of an option between 0 and 1.
+
+    Raises:
+        ValueError: It lies outside.
+    """
+    if not isinstance(value, Tensor) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], not {value}")
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdbench.losses.checks import full, shape
+from kdbench.losses.checks import full, positive, shape
 
 
 def mmd(
@@ -47,8 +47,9 @@ def mmd(
     """
     if student.shape[1:] != other.shape[1:] or student.ndim < 2 or not len(student) or not len(other):
         raise ValueError(f"mmd needs two batches [N, …] of one shape: {shape(student)} and {shape(other)}")
-    if kernels < 1 or not factor > 0 or reduction not in ("sum", "mean"):
-        raise ValueError(f"mmd cannot have kernels {kernels}, factor {factor}, reduction {reduction!r}")
+    positive(factor, "factor")
+    if kernels < 1 or reduction not in ("sum", "mean"):
+        raise ValueError(f"mmd cannot have kernels {kernels}, reduction {reduction!r}")
     n = len(student)
     both = torch.cat([full(student).flatten(1), full(other).flatten(1)])
     # Differences, not ‖a‖² + ‖b‖² - 2ab: that loses the small distances, which the narrow kernels are about.

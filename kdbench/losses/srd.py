@@ -5,7 +5,7 @@ Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distill
 
 from torch import Tensor, nn
 
-from kdbench.losses.checks import full, same_shape
+from kdbench.losses.checks import full, positive, same_shape
 
 
 def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Tensor:
@@ -27,8 +27,7 @@ def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Te
         ValueError: The shapes differ, or α is not positive.
     """
     same_shape(student, teacher, "log_power_sum")
-    if not exponent > 0:
-        raise ValueError(f"exponent must be positive, not {exponent}")
+    positive(exponent, "exponent")
     return (full(student) - full(teacher.detach())).abs().pow(exponent).sum().log()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, labelled_logits, logits_shape, positive, shape
+from kdbench.losses.checks import full, labelled_logits, logits_shape, positive, shape, share
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import divergences
@@ -174,8 +174,7 @@ def turned_similarities(feature: Tensor) -> Tensor:
 def _selected(student: Tensor, teacher: Tensor, truth: Tensor, temperature: float, ratio: float) -> Tensor:
     """`kd` of the rows that the teacher gets right, and of a share of the others."""
     positive(temperature)
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio is a share, not {ratio}")
+    share(ratio, "ratio")
     rank = (teacher > teacher.gather(1, truth.unsqueeze(1))).sum(dim=1)
     wrong = (rank > 0).sum()
     kept = len(rank) - wrong + (wrong * ratio).floor()

@@ -7,7 +7,7 @@ arXiv 1909.11723.
 import torch
 from torch import Tensor
 
-from kdbench.losses.checks import full, labelled_logits, positive
+from kdbench.losses.checks import full, labelled_logits, positive, share
 from kdbench.losses.kd import kd
 
 
@@ -70,10 +70,9 @@ def virtual_teacher(
     labelled_logits(student_logits, student_logits, labels, "virtual_teacher")
     positive(temperature)
     positive(student_temperature)
-    if not 0 <= correct <= 1:
-        raise ValueError(f"correct is a probability, not {correct}")
+    share(correct, "correct")
     logits = full(student_logits)
     classes = logits.shape[1]
     right = torch.arange(classes, device=logits.device) == labels.unsqueeze(1)
-    teacher = torch.full_like(logits, (1 - correct) / (classes - 1)).masked_fill(right, correct)
+    teacher = torch.where(right, correct, torch.zeros_like(logits) + (1 - correct) / (classes - 1))
     return kd_over_elements(logits / student_temperature, teacher / temperature, 1.0)

@@ -6,7 +6,7 @@ Zheng, Yang: Knowledge Distillation Based on Transformed Teacher Matching. ICLR 
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.checks import full, logits_shape, positive
 from kdbench.losses.kl import divergences
 
 
@@ -36,8 +36,7 @@ def transformed_teacher(
         ValueError: The shapes are not the same [N, K], or γ is not positive.
     """
     logits_shape(student_logits, teacher_logits, "transformed_teacher")
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, not {gamma}")
+    positive(gamma, "gamma")
     powers = gamma * F.log_softmax(full(teacher_logits.detach()), dim=1)
     student = F.log_softmax(full(student_logits), dim=1)
     divergence = divergences(student, powers.log_softmax(dim=1))

@@ -147,6 +147,7 @@ class PartSpec(Spec):
 
 class LossSpec(TargetSpec):
     inputs: list[str]
+    by_step: str | None = None
     metrics: dict[str, str] = {}
     references: dict[str, str] = {}
     shares: dict[str, str] = {}
@@ -350,7 +351,7 @@ class CellSpec(Spec):
 # no number. Files count by their sha256, code by what it counts as.
 _NOT_NUMBERS = {
     "label", "train", "test", "root", "file", "url", "accuracy", "resize", "mirrors", "official", "references",
-    "shares", "counts_as",
+    "shares", "counts_as", "by_step",
 }  # fmt: skip
 
 

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from captured import METHODS, STEPS, cell, evaluated, outcome, resumed, short, trained, with_drop_rate, with_dropout
+from captured import (
+    METHODS,
+    STEPS,
+    by_step,
+    cell,
+    evaluated,
+    outcome,
+    resumed,
+    short,
+    trained,
+    with_drop_rate,
+    with_dropout,
+)
 from captured import both as both_on
 from captured import group_of as group_on
 from standin import Broken, StandIn
@@ -21,6 +33,7 @@ from kdbench.engine.cohort import Cohort
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.teachers import fingerprint
+from kdbench.methods.bss import attack
 from kdbench.recipe.specs import CellSpec
 
 __all__ = ["short"]
@@ -46,14 +59,22 @@ def test_every_stage_of_every_method_is_replayed_or_says_why_not(method: str, tm
     (of,) = program.groups[0].cells
     recorder: Any = program.recorder
     said = program.eager_stages(of.member)
-    for name, stage in of.member.spec.method.stages.items():
-        source = of.member.sources.get(name)
-        if source is not None and source.by_step:
-            assert said[name] == source.by_step
-        else:
-            assert name not in said and (of.member, name) in program.done, f"{name}: {said.get(name)}"
-            assert stage.losses
+    assert said == by_step(of.member)
+    assert {name for _, name in program.done} == of.member.spec.method.stages.keys() - said.keys()
     assert recorder.replayed >= len(program.done) or len(said) == len(of.member.spec.method.stages)
+
+
+@pytest.mark.parametrize("method", ["bss", "bss_released", "bss_keep"])
+def test_an_attack_that_asks_nothing_is_replayed(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. The record counts what became of the samples of all steps."""
+    monkeypatch.setattr(attack, "ASKED", ())
+    program = both([cell(method, batch=8)], tmp_path)
+    (of,) = program.groups[0].cells
+    assert program.replayed(of.member) and not program.eager_stages(of.member)
+    eager = group_of([cell(method, batch=8)], tmp_path / "again")
+    trained(Program([eager]))
+    counted, expected = (one.member.sources["classification"].record() for one in (of, *eager.cells))
+    assert counted == expected and counted["steps"] > 5
 
 
 def test_a_cohort_is_one_recording_and_members_that_leave_make_another(tmp_path: Path) -> None:
@@ -278,7 +299,7 @@ def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path:
     bss, kd = program.groups[0].cells
     assert program.replayed(kd.member) and program.eager_stages(kd.member) == {}
     said = program.eager_stages(bss.member)
-    assert not program.replayed(bss.member) and all("attacked" in why for why in said.values()) and said
+    assert not program.replayed(bss.member) and all("an attack" in why for why in said.values()) and said
     alone = group_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
     assert outcome(alone)[0] == outcome(program.groups[0])[1]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from captured import both, cell, short
+from captured import both, by_step, cell, short
 from PIL import Image
 from standin import StandIn
 from tiny import images, member_of, shortened, train
@@ -32,6 +32,7 @@ from kdbench.models.points import expand
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec, ModuleSpec
 from kdbench.registry import Registry
+from kdbench.signature import parameters
 from kdbench.told import TOLD, inputs_of
 
 __all__ = ["short"]
@@ -178,6 +179,43 @@ def test_options_change_by_schedules_also_where_steps_are_recorded(tmp_path: Pat
     assert [member.stage.numbers(step) for step in (0, 6)] == [[4.0], [3.0]]
     program = both([spec], tmp_path, StandIn())
     assert any(program.recordings.values())
+
+
+def losses_with_numbers() -> list[tuple[str, str, str, list[str]]]:
+    """For every loss with numbers that can change while training: a method, a stage and a term that have it."""
+    registry, found = Registry(), dict[str, tuple[str, str, str, list[str]]]()
+    for method in registry.names("methods"):
+        for stage, card in registry.card("methods", method).stages.items():
+            for term, entry in card.losses.items():
+                loss = registry.card("losses", entry.loss)
+                in_call = parameters(loss.target, called=True)
+                settable = [one for one in registry.settable(loss.target, loss) if one in in_call]
+                if numbers := [one for one in settable if isinstance(in_call[one].default, float)]:
+                    found.setdefault(entry.loss, (method, stage, term, numbers))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("method", "stage", "term", "options"), losses_with_numbers())
+def test_every_number_of_every_loss_can_change_where_steps_are_recorded(
+    method: str, stage: str, term: str, options: list[str], tmp_path: Path
+) -> None:
+    """Nothing reads it on the host. At first it is what the card says."""
+    schedules = {option: {"name": "linear", "start": 1.0, "end": 0.9} for option in options}
+    spec = cell({"name": method, "stages": {stage: {"losses": {term: {"schedules": schedules}}}}}, steps=8)
+    program = both([spec], tmp_path, StandIn())
+    of = program.groups[0].cells[0].member
+    assert stage not in program.eager_stages(of) or stage in by_step(of)
+
+
+def test_a_number_that_leaves_its_range_is_said_before_anything_trains(tmp_path: Path) -> None:
+    for end in (-1.0, 0.5):
+        falling = {"schedules": {"temperature": {"name": "linear", "start": 1.0, "end": end}}}
+        spec = spec_of(Registry(), {"name": "kd", "stages": {"classification": {"losses": {"kd": falling}}}})
+        if end > 0:
+            check_cell(spec)
+        else:
+            with pytest.raises(UserError, match="temperature must be positive"):
+                check_cell(spec)
 
 
 def test_what_cannot_change_or_is_not_there_is_said(tmp_path: Path) -> None:

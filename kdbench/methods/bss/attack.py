@@ -26,6 +26,8 @@ RATES: dict[StepRule, float] = {"newton": 1.0, "released": 0.3}
 # A gradient shorter than this, in logits per unit of length, leads nowhere. Its square is far from the least float32,
 # so that no step's size overflows.
 FLAT = 1e-12
+# Devices on which it costs no waiting to ask which images still move, so that an attack goes on with these alone.
+ASKED = ("cpu",)
 
 
 class Attacked(NamedTuple):
@@ -77,7 +79,7 @@ def boundary_attack(
     """
     eta = _checked(images, base, target, step, rate, iterations, epsilon)
     x, logits = images.detach(), None
-    # Rows that are attacked: all, or where it costs no waiting to ask, those that still move.
+    # Rows that are attacked: all, or those that still move.
     rows = torch.arange(len(images), device=images.device)
     for left in reversed(range(iterations + 1)):
         some = x[rows].requires_grad_(left > 0)
@@ -134,9 +136,15 @@ def _finite(values: Tensor) -> Tensor:
     return values.flatten(1).isfinite().all(dim=1)
 
 
+def asks(device: torch.device) -> bool:
+    """Whether an attack on a device goes on with the images that still move alone. Elsewhere it moves all, as often as it
+    may, and reads nothing."""
+    return device.type in ASKED
+
+
 def _where(rows: Tensor, moves: Tensor) -> Tensor:
-    """The rows of images that still move. On a GPU all of them: to ask which would be to wait for it."""
-    return rows[torch.from_numpy(moves.numpy().nonzero()[0])] if rows.device.type == "cpu" else rows
+    """The rows of images that go on."""
+    return rows[moves] if asks(rows.device) else rows
 
 
 def base_samples(student: Tensor, teacher: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:

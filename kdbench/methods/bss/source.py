@@ -6,14 +6,15 @@ Training images moved to the teacher's decision boundary, where teacher and stud
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdbench.data.streams import uniform
-from kdbench.engine.batch import Batch
+from kdbench.engine.batch import MOST_STEPS, Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
-from kdbench.methods.bss.attack import again, base_samples, boundary_attack, target_classes
+from kdbench.methods.bss.attack import again, asks, base_samples, boundary_attack, target_classes
 
 # One number for each image of a step's batch, by (seed, stream, step).
 STREAM = "boundary_targets"
@@ -38,7 +39,6 @@ class BoundarySamples(Source):
     """
 
     streams = (STREAM,)
-    by_step = "which images are attacked, and for how long, depends on the networks' answers at every step"
 
     def __init__(
         self,
@@ -71,7 +71,13 @@ class BoundarySamples(Source):
             "clamp": tuple(clamp) if clamp is not None else None,
         }
         # Steps with an attack, and the samples of COUNTED, which stay on the device: no step waits for them.
-        self.steps, self.counts = 0, torch.zeros(len(COUNTED), dtype=torch.int64, device=context.device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=context.device)
+        self.counts = torch.zeros(len(COUNTED), dtype=torch.int64, device=context.device)
+        self.by_step = "how many images an attack still moves is asked at every step" if asks(context.device) else None
+        # The numbers of the steps from `first` on, a row each, and the row of the coming step.
+        shape = (1 if self.by_step else MOST_STEPS, context.spec.protocol.batch_size)
+        self.draws = torch.zeros(shape, dtype=torch.float64, device=context.device)
+        self.first, self.row = -len(self.draws), torch.zeros(1, dtype=torch.int64, device=context.device)
 
     @classmethod
     def prepare(
@@ -80,6 +86,18 @@ class BoundarySamples(Source):
         """Nothing but to refuse options that make no sense, before anything trains."""
         cls(context, **options)
 
+    def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+        """Draw for the coming steps."""
+        if not self.first <= now.step < self.first + len(self.draws):
+            self.first, (rows, size) = now.step, self.draws.shape
+            drawn = [uniform(size, self.context.spec.seed, STREAM, now.step + i) for i in range(rows)]
+            self.draws.copy_(torch.from_numpy(np.stack(drawn)))
+        self.row.fill_(now.step - self.first)
+        return True
+
+    def stretch(self, now: SourceStep) -> int:
+        return self.first + len(self.draws) - now.step
+
     def sets(self, now: SourceStep) -> dict[str, Batch]:
         batch = now.sets["data"]
         assert batch.labels is not None
@@ -87,17 +105,14 @@ class BoundarySamples(Source):
         rows, mask = base_samples(student, teacher, batch.labels, self.attack_size)
         base = batch.labels[rows]
         # A draw belongs to its image, whatever rank that has among the others.
-        drawn = torch.from_numpy(uniform(len(batch.labels), self.context.spec.seed, STREAM, now.step))
-        if rows.is_cuda:
-            # From pinned memory, or the host would wait for everything before it.
-            drawn = drawn.pin_memory().to(rows.device, non_blocking=True)
+        drawn = self.draws.index_select(0, self.row).squeeze(0)
+        self.row.add_(1)
         target = target_classes(teacher[rows], base, drawn[rows])
         normalizer = self.teacher.normalizer
         found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
         ends = [mask, mask & found.crossed, mask & found.arrived, mask & ~found.arrived & self.reject]
-        if not now.ahead:
-            self.steps += 1
-            self.counts = self.counts + torch.stack(ends).sum(dim=1)
+        self.steps.add_(1)
+        self.counts.add_(torch.stack(ends).sum(dim=1))
         if self.reject:
             accepted, mask = again(mask & found.arrived)
             rows, base = rows[accepted], base[accepted]
@@ -120,14 +135,15 @@ class BoundarySamples(Source):
                 "this cell began with a version of kdbench that did not count boundary samples: "
                 "remove the cell's folder to start again"
             )
-        self.steps, self.counts = state["steps"], state["counts"].to(self.context.device)
+        self.steps.fill_(int(state["steps"]))
+        self.counts.copy_(state["counts"])
 
     def record(self) -> dict[str, Any]:
         """Steps with an attack, and the samples of all of them.
 
         Attacked, crossed (they left their base class), arrived (in their target class), rejected (they did not count).
         """
-        return {"steps": self.steps, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
+        return {"steps": int(self.steps), **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
 
     def _logits(self, images: Tensor) -> Tensor:
         return self.teacher(images, ["logits"])["logits"].float()
