@@ -42,7 +42,7 @@ fuzz: setup ## recipes and run folders that are wrong in ways nobody thought of;
 	$(BIN)/python tests/fuzzing.py folders 2000 $(if $(SEED),--seed $(SEED))
 
 test-gpu: setup ## tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m gpu
 
 # torchdistill's metadata asks for a newer torch than the pinned one; it is measured on the same torch as everything else.
 peers: setup ## install what the benchmark compares with

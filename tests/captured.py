@@ -17,6 +17,7 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
+from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
@@ -64,18 +65,33 @@ def cell(method: str | dict[str, Any], steps: int = STEPS, batch: int = 2, **mor
     return spec.model_copy(update={"method": spec.method.model_copy(update={"stages": equal}), "evaluations": 0})
 
 
+# Images that are mixed, and an average of the weights.
+MIXED: dict[str, Any] = {
+    "name": "digits",
+    "augmentation": {"padding": 1, "flip": True, "mix": {"mixup": 0.5, "cutmix": 1.0}},
+    "ema": 0.9,
+    "optimizer": {"lr": 0.02},
+}
+
+
 def evaluated(spec: CellSpec, evaluations: int = 5) -> CellSpec:
     return spec.model_copy(update={"evaluations": evaluations})
 
 
-def group_of(specs: list[CellSpec], folder: Path, device: torch.device = CPU, per_class: int = 24) -> Group:
+def group_of(
+    specs: list[CellSpec],
+    folder: Path,
+    device: torch.device = CPU,
+    per_class: int = 24,
+    computing: Computing = REFERENCE,
+) -> Group:
     data = images(specs[0].data, per_class=per_class)
     target = images(specs[0].target, per_class=8, seed=1) if specs[0].target else None
     batches = Batches(specs[0], data, device, target)
     teacher = next((t for t in (untrained_teacher(spec, device) for spec in specs) if t), None)
     cells = []
     for i, spec in enumerate(specs):
-        member = Member(spec, batches, teacher if spec.teacher else None, device)
+        member = Member(spec, batches, teacher if spec.teacher else None, device, computing)
         cells.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
     return Group(batches, teacher, cells)
 

@@ -91,11 +91,10 @@ class AnchorTeacher:
         student_logits: Callable[[Tensor], Tensor],
         anchor_logits: Callable[[Tensor], Tensor],
         validation: Split,
-        slice_size: int,
     ) -> None:
         self.anchors, self.route, self.network = anchors, checkpoints, network
         self.student_logits, self.anchor_logits = student_logits, anchor_logits
-        self.validation, self.slice_size = validation, slice_size
+        self.validation = validation
         self.chosen: dict[str, dict[str, Any]] = {}
         # The stage whose anchor the network is, and that anchor's position.
         self.stage: str | None = None
@@ -154,11 +153,11 @@ class AnchorTeacher:
             images: at most so many of the validation split, evenly spaced in its seeded random choice.
         """
         part = self.validation.every(-(-len(self.validation.labels) // images))
-        student = torch.cat([self.student_logits(x) for x, _ in part.slices(self.slice_size)])
+        student = torch.cat([self.student_logits(x) for x, _ in part.slices()])
         found = []
         for position in range(len(self.route)):
             self._load(position)
-            anchor = torch.cat([self.anchor_logits(x) for x, _ in part.slices(self.slice_size)])
+            anchor = torch.cat([self.anchor_logits(x) for x, _ in part.slices()])
             each = (anchor.softmax(1) * (anchor.log_softmax(1) - student.log_softmax(1))).sum(dim=1)
             found.append(max(each.double().mean().item(), 0.0))
         return found

@@ -33,10 +33,16 @@ Sets = dict[str, Batch]
 TARGET = "target"
 # The batch's images again, in views of their own.
 SECOND = "second"
-# Images that are looked at at once outside of training.
+# Images of up to 32 pixels a side that are looked at at once outside of training.
 SLICE = {"cpu": 250, "cuda": 2000}
 # Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.
 MOST_STEPS = 1024
+
+
+def at_once(device: torch.device, side: int) -> int:
+    """How many images of so many pixels a side are looked at at once outside of training: fewer of larger ones."""
+    most = SLICE[device.type]
+    return max(most // 8, min(most, most * 32**2 // side**2))
 
 
 class Split(Protocol):
@@ -54,8 +60,8 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, bytes [n, C, H, W] on the device, and their labels: `size` at a time, in order."""
+    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, bytes [n, C, H, W] on the device, and their labels: `size` or `at_once` at a time, in order."""
         ...
 
     def every(self, stride: int) -> Split:

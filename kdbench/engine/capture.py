@@ -143,6 +143,8 @@ class CapturedProgram(Program):
                 self._warm(cells)
                 return
             self.recordings[kind] = self._record(cells)
+            if self.recordings[kind] is not None:
+                self._drop_before(kind)
         recording = self.recordings[kind]
         if recording is None:
             self.take(cells)
@@ -165,6 +167,15 @@ class CapturedProgram(Program):
             states = tuple(one.renewed for one in stage.optimizers)
             kinds.append((stage, active, states, stage.source.memory() if stage.source else None))
         return tuple(kinds)
+
+    def _drop_before(self, kind: Any) -> None:
+        """Drop recordings of the same steps on memory that a source has left: it does not come back to that."""
+
+        def but_for_memory(one: Any) -> Any:
+            return [cell[:3] for cell in one[0]], one[1:]
+
+        for old in [one for one in self.recordings if one != kind and but_for_memory(one) == but_for_memory(kind)]:
+            del self.recordings[old]
 
     def _why_not(self, cells: Collection[TrainingCell]) -> str:
         """Why a stretch of these cells cannot be recorded, or is not worth it; "" where it can."""

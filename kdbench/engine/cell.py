@@ -21,7 +21,7 @@ class TrainingCell:
 
     Attributes:
         key: what its checkpoint must agree in.
-        log: None for cells that only try something out.
+        log: None for cells that only try something out: they leave no file.
         failure: why it cannot go on. recorded: whether its record is written.
     """
 
@@ -46,9 +46,11 @@ class TrainingCell:
         except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
             way = self.member.computing
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
-            file = self.folder / "error.txt"
-            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            self.failure = f"{type(error).__name__}: {error} {where_raised(error)}; the whole is in {file}{hint}"
+            self.failure = f"{type(error).__name__}: {error} {where_raised(error)}"
+            if self.log is not None:
+                file = self.folder / "error.txt"
+                file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                self.failure += f"; the whole is in {file}{hint}"
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
                 raise SystemExit(LOST if is_lost(error) else self.failure) from None

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.engine.averaging import Average
-from kdbench.engine.batch import SLICE, Split
+from kdbench.engine.batch import Split
 from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import Network
@@ -53,7 +53,7 @@ class Measurement:
             # Of the network whose accuracy this is; one that answers through another head has no hook points.
             answers = self.member.answers
             student = answers if isinstance(answers, Average) else self.member.student
-            for images, labels in _probed(self.test).slices(SLICE[self.member.device.type]):
+            for images, labels in _probed(self.test).slices():
                 own = student(student.normalizer(images), self.metrics.points("student"))
                 self.metrics.add(own, self.teacher(images, self.metrics.points("teacher")), len(labels))
 
@@ -116,7 +116,7 @@ def scores(network: Network, part: Split) -> Scores:
     device = part.labels.device
     right = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), device=device)
-    for images, labels in part.slices(SLICE[device.type]):
+    for images, labels in part.slices():
         logits = network.logits(images)
         right = right + (logits.argmax(dim=1) == labels).sum()
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -51,6 +51,7 @@ def fill_logits(
             session.prepare(first)
             teachers = {cell.spec.teacher.identity() for cell in first if cell.spec.teacher}
             known = [c for c in cells if c.spec.teacher is None or c.spec.teacher.identity() in teachers]
+            session.check_cells(known)
             done = [cell.folder for cell in known if finished_record(cell.folder) is not None]
             computings = session.computings(folder, known, done)
         for spec in (cell.spec for cell in first):

@@ -8,7 +8,7 @@ from torch import nn
 
 from kdbench.data.streams import address
 from kdbench.engine.anchors import AnchorTeacher
-from kdbench.engine.batch import SLICE, Batch, Sets
+from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import REFERENCE, Computing
@@ -369,7 +369,6 @@ class Member:
             lambda images: student.logits(images).float(),
             lambda images: own.network.logits(images).float(),
             self.batches.validation,
-            SLICE[self.device.type],
         )
 
     def _operation_context(self) -> OperationContext:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.engine.batch import SLICE, Batch
+from kdbench.engine.batch import Batch, at_once
 from kdbench.engine.check import BuiltCell, build_cell, costs_of, multiples
 from kdbench.engine.compute import Memory
 from kdbench.engine.domain import augmentation_of
@@ -48,12 +48,12 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     if cell.teacher is not None and known is not None:
         model = cell.teacher.model
         copy = _bytes(model) * bool(own_teacher_stages(spec.method.stages))
-        if at_once := max((cost.at_once for cost in costs), default=0):
-            passing = _passing(model, known) * at_once
+        if made := max((cost.at_once for cost in costs), default=0):
+            passing = _passing(model, known) * made
             if any(cost.student for cost in costs):
-                passing += _passing(student, shape) * at_once
+                passing += _passing(student, shape) * made
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(
-            batch * max([1, *times.values()]), SLICE[device.type]
+            batch * max([1, *times.values()]), at_once(device, data.image_size)
         )
     every = [term for stage in terms.values() for term in stage.values()]
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
@@ -74,7 +74,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     )
     trained = [student, *every, *cell.modules.values(), *([learning.model] if learning else [])]
     own = sum(_bytes(one) + (COPIES - 1) * sum(p.nbytes for p in one.parameters()) for one in trained)
-    testing = (MAPS * _largest_map(student, shape) + looked_at) * SLICE[device.type]
+    testing = (MAPS * _largest_map(student, shape) + looked_at) * at_once(device, data.image_size)
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     held = sum(cost.held for cost in costs) + (_bytes(student) if spec.protocol.ema else 0)
     # Resident data are there as they were read, and in parts on the device.

@@ -111,7 +111,7 @@ class Pool:
         self.device, self.paths, self.settings = device, paths, settings
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
-        self.threads = _omp_threads() or self.cores
+        self.threads = _omp_threads(self.cores) or self.cores
         self.jobs = jobs or self.cores
         self._one_for_each_gpu = jobs is None
         # Of C: an interrupt between two lines of queue.Queue leaves its lock undone.
@@ -335,9 +335,12 @@ def own_signals() -> Iterator[list[int]]:
             signal.signal(number, answer)
 
 
-def _omp_threads() -> int:
+def _omp_threads(cores: int) -> int:
     """Threads that the user allows, 0 where nothing is said."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if first == "1" and (here := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > 1:
+        # That is what torchrun says where the user says nothing: one thread cannot decode pictures for a GPU.
+        return max(cores // here, 1)
     return int(first) if first.isdigit() else 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
-from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, Split
+from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec
@@ -32,7 +32,8 @@ class ResidentSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        size = size or at_once(self.labels.device, self.images.shape[-1])
         for start in range(0, len(self.labels), size):
             yield self.images[start : start + size], self.labels[start : start + size]
 
@@ -61,7 +62,7 @@ class LaterSplit:
     def labels(self) -> Tensor:
         return self.take_labels()
 
-    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         return ResidentSplit(self.images, self.labels).slices(size)
 
     def every(self, stride: int) -> Split:

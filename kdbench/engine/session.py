@@ -171,7 +171,7 @@ class Session:
 
     def _trial(self, folder: Path, choice: ComputeChoice, cells: scheduling.Cells) -> Computing:
         """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
-        cohorts = scheduling.balanced(scheduling.cohorts_of(cells), self.pool.jobs)
+        cohorts = self._cohorts(cells)
         busy = min(self.pool.jobs, len(cohorts))
         steps = {cell.id: planned_timeline(cell.spec).total for cell in cells}
         taught = [[steps[cell.id] for cell in cohort if cell.spec.teacher is not None] for cohort in cohorts]
@@ -223,14 +223,20 @@ class Session:
 
     def _programs(self, cells: scheduling.Cells) -> list[list[scheduling.Cells]]:
         """Cells as cohorts, and these as programs: what a worker trains at once."""
-        jobs, limit, on_gpu = self.pool.jobs, self.pool.memory, self.pool.devices != ["cpu"]
-        cohorts = scheduling.fitting(
-            scheduling.balanced(scheduling.cohorts_of(cells), jobs), self.memory, limit, at_once=on_gpu
-        )
+        cohorts = self._cohorts(cells)
         together = self.options.seeds_together
-        if together if together is not None else on_gpu:
-            return scheduling.joined(cohorts, jobs, self.memory, limit, at_once=on_gpu)
+        if together if together is not None else self.on_gpu:
+            return scheduling.joined(cohorts, self.pool.jobs, self.memory, self.pool.memory, at_once=self.on_gpu)
         return [[cohort] for cohort in cohorts]
+
+    def _cohorts(self, cells: scheduling.Cells) -> list[scheduling.Cells]:
+        """Cells that share what they can, as far as there is memory."""
+        cohorts = scheduling.balanced(scheduling.cohorts_of(cells), self.pool.jobs)
+        return scheduling.fitting(cohorts, self.memory, self.pool.memory, at_once=self.on_gpu)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.pool.devices != ["cpu"]
 
     def _follow(self, event: messages.Event, states: dict[int, scheduling.CellState]) -> None:
         """Let an event of a cohort change the states of its cells."""

@@ -28,7 +28,7 @@ from kdbench.data.listing import centred
 from kdbench.data.pictures import Pictures
 from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transforms
-from kdbench.engine.batch import Batch, Split
+from kdbench.engine.batch import Batch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentSplit
@@ -81,7 +81,8 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def slices(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        size = size or at_once(self.labels.device, self.size)
         every = torch.arange(len(self.pictures))
         batches = (Drawn(index, index, [None] * len(index)) for index in (every.split(size) if len(every) else ()))
         for drawn, images in decoded(self, Making(), batches):
@@ -153,7 +154,7 @@ class StreamedDomain(Domain):
         assert self._next is not None
         self._next += 1
         drawn, images = next(self._decoding)
-        new = (images, drawn.index.to(self.device), drawn.view.to(self.device))
+        new = (images, *(on(self.device, one) for one in (drawn.index, drawn.view)))
         self._present = self._held.setdefault(len(images), new)
         if self._present is not new:
             for tensor, value in zip(self._present, new, strict=True):
@@ -194,6 +195,11 @@ class StreamedDomain(Domain):
             yield Drawn(order[part][rows], views[part][rows], crops, seeds)
 
 
+def on(device: torch.device, made: Tensor) -> Tensor:
+    """What the processor made, on a device, which has not to have done all that came before it."""
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+
+
 def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> Iterator[tuple[Drawn, Tensor]]:
     """Batches in their order, each with its pictures, bytes [N, channels, size, size] on the split's device.
 
@@ -225,8 +231,7 @@ def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> I
         return as_bytes(making.transforms(mirrored(image) if flipped else image, drawn.seeds[at]))
 
     def together(images: Iterable[Tensor]) -> Tensor:
-        batch = torch.stack(list(images))
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+        return on(device, torch.stack(list(images)))
 
     threads = min(torch.get_num_threads(), MOST_THREADS)
     if threads == 1:

@@ -17,7 +17,7 @@ from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.anchors import Route
-from kdbench.engine.batch import SLICE, Split
+from kdbench.engine.batch import Split
 from kdbench.engine.build import build_model
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.streamed import split_for_testing
@@ -210,7 +210,7 @@ def look(teacher: Teacher, split: Split, classes: int) -> Seen:
     """A network's answers on a split of so many classes."""
     device = split.labels.device
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    for images, labels in split.slices(SLICE[device.type]):
+    for images, labels in split.slices():
         answers = teacher(images, ["logits"])["logits"].argmax(dim=1)
         counts += torch.bincount(answers * classes + labels, minlength=classes * classes)
     table = counts.view(classes, classes)

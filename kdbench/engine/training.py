@@ -24,7 +24,7 @@ from kdbench.engine.memory import peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Group, Program
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teacher_files import TeacherFile
@@ -71,9 +71,10 @@ def train_cohort(
             cohort.run()
             # Where ranks have come apart at the very end, they all learn of it.
             stop()
-        except SystemExit:
-            # All but the cell that was in the middle of a step.
-            cohort.save()
+        except SystemExit as end:
+            # All but the cell that was in the middle of a step. A GPU that waits for a lost rank never gets there.
+            if end.code != LOST or materials.device.type == "cpu":
+                cohort.save()
             raise
         for trained, of in training.cells.items():
             if trained.failure is not None:

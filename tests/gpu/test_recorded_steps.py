@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs, on a GPU: `make test-gpu`, some five minutes. The same is asked of a stand-in in
+"""Steps recorded as CUDA graphs, on a GPU: `make test-gpu`. The same is asked of a stand-in in
 tests/unit/test_capture.py, which needs no GPU.
 
 A recorded run equals an eager one bit for bit where torch has deterministic kernels for all of it; else, and only where
@@ -21,6 +21,7 @@ import pytest
 import torch
 from captured import (
     METHODS,
+    MIXED,
     REGISTRY,
     assert_near,
     assert_same,
@@ -37,7 +38,7 @@ from captured import (
 )
 
 from kdbench.engine.capture import CapturedProgram
-from kdbench.engine.compute import program_bytes
+from kdbench.engine.compute import Computing, program_bytes
 from kdbench.engine.device import gpus, use
 from kdbench.engine.memory import memory_of
 from kdbench.engine.program import Group, Program
@@ -129,6 +130,43 @@ def test_other_optimizers_take_their_rates_from_the_device(
     protocol = {"name": "digits", "optimizer": optimizer, "schedule": "cosine"}
     program = both([cell("kd", protocol=protocol)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
     assert program.eager_stages(program.groups[0].cells[0].member) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "changes"),
+    [
+        # Batches that are mixed, and an average of the weights; also where the processor makes the images ahead.
+        ("kd", {"protocol": MIXED}, {}),
+        ("kd", {"protocol": MIXED | {"augmentation": {"transforms": ["rand_augment"], "flip": True}}}, {}),
+        ("kd", {}, {"streamed": True}),
+        # It answers through another head.
+        ("simkd", {}, {}),
+    ],
+)
+def test_batches_and_evaluations_of_all_kinds_are_replayed(
+    method: str, more: dict[str, Any], changes: dict[str, Any], tmp_path: Path, deterministic: Same
+) -> None:
+    spec = evaluated(cell(method, **more))
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
+    program = both([spec], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    of = program.groups[0].cells[0].member
+    assert program.replayed(of) and (program.evaluations_replayed(of) or changes)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_clipped_gradients_are_replayed(optimizer: str, tmp_path: Path, deterministic: Same) -> None:
+    method = {"name": "kd", "stages": {"classification": {"clip": 0.5}}}
+    protocol = {"name": "digits", "optimizer": {"name": optimizer, "lr": 0.001}, "schedule": "cosine"}
+    program = both([cell(method, protocol=protocol)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
+    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path) -> None:
+    """In bfloat16 and channels_last, also where a batch has more than two images. A loss that is not finite fails."""
+    used = Computing(precision="bfloat16", layout="channels_last", cuda_graphs=True)
+    group = group_of([evaluated(cell(method, steps=8, batch=16), 2)], tmp_path, GPU, computing=used)
+    trained(CapturedProgram([group], CudaRecorder(GPU)))
 
 
 # --- what draws at random

@@ -12,6 +12,7 @@ import pytest
 import torch
 from captured import (
     METHODS,
+    MIXED,
     STEPS,
     by_step,
     cell,
@@ -34,6 +35,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.teachers import fingerprint
 from kdbench.methods.bss import attack
+from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.specs import CellSpec
 
 __all__ = ["short"]
@@ -99,8 +101,7 @@ def test_seeds_side_by_side_are_the_cells_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transforms", [None, ["rand_augment"]])
 def test_mixed_batches_and_averages_are_replayed(transforms: list[str] | None, tmp_path: Path) -> None:
     """Of images on the device, and of those that the processor makes ahead."""
-    mixed = {"padding": 1, "flip": True, "mix": {"mixup": 0.5, "cutmix": 1.0}, "transforms": transforms}
-    protocol = {"name": "digits", "augmentation": mixed, "ema": 0.9, "optimizer": {"lr": 0.02}}
+    protocol = MIXED | {"augmentation": MIXED["augmentation"] | {"transforms": transforms}}
     program = both([evaluated(cell("kd", protocol=protocol))], tmp_path)
     assert any(program.recordings.values())
 
@@ -286,6 +287,17 @@ def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
     with pytest.raises(Broken, match=message):
         for _ in range(4):
             program.step(group.cells)
+
+
+def test_steps_on_memory_that_a_source_has_left_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a set of made images grows: else every size would hold its memory to the end."""
+    monkeypatch.setattr(TurnedImages, "stretch", lambda self, now: 7 - now.step % 7)
+    monkeypatch.setattr(TurnedImages, "ready", lambda self, now, tell, stopping: setattr(self, "at", now.step) or True)
+    monkeypatch.setattr(TurnedImages, "memory", lambda self: self.at // 7)
+    program = both([cell("sskd", steps=28)], tmp_path)
+    recorder: Any = program.recorder
+    stages = {kind[0][0][0] for kind in program.recordings}
+    assert len(program.recordings) == len(stages) and recorder.recorded > len(stages) and recorder.replayed
 
 
 # --- a cell that cannot be recorded, in a program with others

@@ -81,6 +81,15 @@ def tasks(n: int) -> list[Task]:
     return [CheckCells(specs=[], threads=i) for i in range(n)]
 
 
+def test_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun allows each one thread where nobody said anything."""
+    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: range(16))
+    for allowed, here, threads in (("1", "4", 4), ("3", "4", 3), ("1", "1", 1), ("1", "32", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert pool.Pool("cpu", None, (), Settings()).threads == threads
+
+
 def test_tasks_spread_over_all_gpus_one_worker_each(machine: Any) -> None:
     machine(3)
     found = where(done("auto", None, tasks(9)))

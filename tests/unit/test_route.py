@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import AnchorTeacher, Route
+from kdbench.engine.batch import SLICE
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
@@ -111,9 +112,10 @@ class Scores:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_greedy_choice_against_a_naive_one(seed: int) -> None:
+def test_greedy_choice_against_a_naive_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(seed)
-    n, at_once, k = 11, 4, 6
+    n, k = 11, 6
+    monkeypatch.setitem(SLICE, "cpu", 4)
     part = ResidentSplit(torch.arange(n).view(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
     student = Scores(torch.randn(1, n, 5, generator=generator, dtype=torch.float64))
     # Checkpoints that move away from the student, by steps of random length: some choices are early, some late.
@@ -129,7 +131,7 @@ def test_greedy_choice_against_a_naive_one(seed: int) -> None:
     loaded = Loaded(Path(), tuple({"step": i, "epoch": i, "sha256": str(i)} for i in range(k)))
     spec = cell({"name": "rco_greedy", "n": 5, "delta": 0.5})
     anchors = {name: stage.anchor for name, stage in spec.method.stages.items() if stage.anchor}
-    guide = AnchorTeacher(anchors, loaded, nn.Identity(), student, anchor, part, at_once)
+    guide = AnchorTeacher(anchors, loaded, nn.Identity(), student, anchor, part)
     chosen: list[int] = []
     for name in anchors:
         guide.begin(name)

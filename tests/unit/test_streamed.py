@@ -22,12 +22,14 @@ from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, pic
 from kdbench.data.images import ImageData
 from kdbench.data.listing import centred, not_found
 from kdbench.data.streams import uniform
+from kdbench.engine.batch import SLICE, at_once
 from kdbench.engine.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.streamed import StreamedDomain, split_for_testing
+from kdbench.engine.resident import ResidentSplit
+from kdbench.engine.streamed import StreamedDomain, StreamedSplit, split_for_testing
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -398,3 +400,14 @@ def test_all_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = loading.measured(2, lambda text: None)
     assert len(found.rates) == 7 and all(len(rates) == 2 and min(rates) > 0 for rates in found.rates.values())
     assert found.table().count("\n") == 8 and found.kilobytes > 50
+
+
+def test_fewer_large_pictures_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 pictures of 224 pixels would take tens of gigabytes."""
+    sizes = (32, 64, 224, 1024)
+    assert [at_once(torch.device("cuda"), side) for side in sizes] == [2000, 500, 250, 250]
+    monkeypatch.setitem(SLICE, "cpu", 40)
+    for side, expected in ((8, [40, 10]), (64, [10] * 5), (256, [5] * 10)):
+        pictures, labels = torch.zeros(50, 1, side, side, dtype=torch.uint8), torch.zeros(50, dtype=torch.int64)
+        for part in (ResidentSplit(pictures, labels), StreamedSplit(pictures, labels, side, side, 1)):
+            assert [len(shown) for shown, _ in part.slices()] == expected

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, FinishedCell, PixelLogits
-from kdbench.engine.batch import SLICE
+from kdbench.engine.batch import at_once
 from kdbench.errors import UserError
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, boundary_attack
@@ -378,4 +378,4 @@ def _check_targets(targets: int | None) -> None:
 
 
 def _slice(images: Tensor) -> int:
-    return SLICE.get(images.device.type, SLICE["cpu"])
+    return at_once(images.device, images.shape[-1])

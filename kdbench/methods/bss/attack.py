@@ -137,8 +137,8 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def asks(device: torch.device) -> bool:
-    """Whether an attack on a device goes on with the images that still move alone. Elsewhere it moves all, as often as it
-    may, and reads nothing."""
+    """Whether an attack on a device goes on with those images alone that still move. Elsewhere it moves all of them, as
+    often as it may, and reads nothing."""
     return device.type in ASKED
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, PixelLogits
-from kdbench.engine.batch import SLICE
+from kdbench.engine.batch import at_once
 from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.planning import teacher_of_card
@@ -133,7 +133,8 @@ def _right(one: Judge, pool: MadeImages, device: torch.device) -> tuple[int, int
     """How many images a pool has, and how many of them a network classifies as what they were made for."""
     count = right = 0
     for batch in pool.whole():
-        images, labels = (values.to(device).split(SLICE[device.type]) for values in pool.read(batch))
+        read = [values.to(device) for values in pool.read(batch)]
+        images, labels = (values.split(at_once(device, read[0].shape[-1])) for values in read)
         for some, expected in zip(images, labels, strict=True):
             right += int((one.logits(some.float()).argmax(dim=1) == expected).sum())
             count += len(expected)
