@@ -42,6 +42,7 @@ COST = 0.1
 OFF = {"float32": 1e-3, "bfloat16": 0.05}
 # Replayed steps in a measurement.
 REPLAYS = 20
+FASTEST = "the fastest that was measured"
 # Cells of a cohort that are measured at most: they differ little, and all would take long.
 CELLS = 3
 
@@ -119,30 +120,35 @@ def choose(
     best = measured(ways[0])
     if best.error is not None and len(specs) > 1:
         # There may be memory for one at a time.
-        specs = specs[:1]
+        specs, tried = specs[:1], []
         best = measured(ways[0])
     if best.error is not None:
         raise best.error
-    why = "the fastest that was measured"
+    why = FASTEST
     for way in ways[1:]:
-        predicted = best.seconds(ahead)
-        if predicted < SHORT:
-            why = f"about {predicted:.0f} s of work for a worker: too short for a choice to matter"
-            break
-        if time.monotonic() - begin > COST * predicted:
-            why += "; trying more would have cost more than it could save"
-            break
-        if way.compile and not best.computing.compile and predicted < COMPILING[device.type]:
-            why += f"; about {predicted:.0f} s of work for a worker are too few to compile for"
+        if enough := _enough(way, best, ahead, time.monotonic() - begin, device):
+            why = enough
             break
         if way.compile and not _promising(way, best, tried, device):
             continue
         one = measured(way)
-        if not one.remark and one.seconds(ahead) < (1 - GAIN) * predicted:
+        if not one.remark and one.seconds(ahead) < (1 - GAIN) * best.seconds(ahead):
             best = one
     way = best.computing
     eager = next((one for one in tried if one.computing == replace(way, compile=False)), None)
     return chosen(_settled(way, best, eager), why, [one.plain(ahead) for one in tried])
+
+
+def _enough(way: Computing, best: MeasuredWay, ahead: Steps, spent: float, device: torch.device) -> str:
+    """Why neither this way nor another is tried; "" where it may be."""
+    predicted = best.seconds(ahead)
+    if predicted < SHORT:
+        return f"about {predicted:.0f} s of work for a worker: too short for a choice to matter"
+    if spent > COST * predicted:
+        return f"{FASTEST}; trying more would have cost more than it could save"
+    if way.compile and not best.computing.compile and predicted < COMPILING[device.type]:
+        return f"{FASTEST}; about {predicted:.0f} s of work for a worker are too few to compile for"
+    return ""
 
 
 def _promising(way: Computing, best: MeasuredWay, tried: list[MeasuredWay], device: torch.device) -> bool:

@@ -30,6 +30,7 @@ from standin import Broken, StandIn
 from tiny import CPU
 
 from kdbench.engine.capture import CapturedProgram
+from kdbench.engine.cell import TrainingCell
 from kdbench.engine.cohort import Cohort
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
@@ -298,6 +299,14 @@ def test_steps_on_memory_that_a_source_has_left_are_forgotten(tmp_path: Path, mo
     recorder: Any = program.recorder
     stages = {kind[0][0][0] for kind in program.recordings}
     assert len(program.recordings) == len(stages) and recorder.recorded > len(stages) and recorder.replayed
+
+
+def test_a_cell_that_only_tries_something_out_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tried = TrainingCell(group_of([cell("kd")], tmp_path).cells[0].member, Path(), {}, None)
+    with tried.failures():
+        raise ZeroDivisionError("out of memory")
+    assert "out of memory" in (tried.failure or "") and not (tmp_path / "error.txt").exists()
 
 
 # --- a cell that cannot be recorded, in a program with others

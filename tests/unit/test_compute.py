@@ -223,6 +223,24 @@ def test_a_way_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "failed: out of memory" in [one["remark"] for one in choice.tried]
 
 
+def test_cells_that_fail_together_are_tried_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several take more memory than one."""
+    tried: list[int] = []
+
+    def measure(computing: Computing, specs: list[CellSpec], *_: Any) -> MeasuredWay:
+        tried.append(len(specs))
+        if len(specs) > 1:
+            return MeasuredWay(computing, remark="failed: out of memory", error=MemoryError("out of memory"))
+        return MeasuredWay(computing, **way(1.0))
+
+    monkeypatch.setattr(trial, "_measure", measure)
+    monkeypatch.setattr(trial, "bfloat16_computes", lambda device: False)
+    monkeypatch.setattr(trial, "compiler_works", lambda device: False)
+    specs = [cell("ce"), cell("kd")]
+    choice = choose(ComputeChoice(), specs, None, lambda w: None, Steps(10, 0), CPU, lambda text: None)  # type: ignore[arg-type]
+    assert choice.computing == REFERENCE and tried == [2, 1]
+
+
 def test_what_the_recipe_fixes_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = chosen(monkeypatch, ALL, 1e4, ComputeChoice(precision="float32", compile=False))
     assert [one["way"] for one in choice.tried] == [PLAIN, LAST]
