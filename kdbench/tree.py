@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from kdbench.errors import UserError
-from kdbench.reading import CONTROL, DEEPEST, read_text
+from kdbench.reading import CONTROL, DEEPEST, WIDEST, read_text
 
 # Of one file, with what its aliases stand for.
 MOST_ENTRIES = 100_000
@@ -166,6 +166,8 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     if isinstance(scalar, int | float) and _OTHER_BASE.match(node.value):
         hint = "write a plain number, or a text in quotes"
         raise UserError(f"'{node.value}' would be read as {scalar}", f"{source}:{node.start_mark.line + 1}", hint)
+    if isinstance(scalar, int) and abs(scalar) > WIDEST:
+        raise UserError("this number is too large", f"{source}:{node.start_mark.line + 1}", "write a smaller one")
     if isinstance(scalar, str) and (bad := CONTROL.search(scalar)):
         where = f"{source}:{node.start_mark.line + 1}"
         raise UserError(f"a text contains the character {bad[0]!r}", where=where, hint="remove it")

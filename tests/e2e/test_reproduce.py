@@ -85,12 +85,12 @@ def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path
         plans_of("s", "full", Registry([tmp_path / "cards"]))
 
 
-def test_the_small_profile_has_five_seeds_and_the_teacher_that_comes_with_kdbench() -> None:
-    (planned,) = plans_of("cifar", "small", Registry())
-    for cell in planned.cells:
-        assert cell.spec.student.name == "wrn_16_2"
-        assert cell.spec.teacher is None or cell.spec.teacher.name == "wrn_22_4_cifar10"
-    assert {cell.spec.seed for cell in planned.cells} == {0, 1, 2, 3, 4}
+def test_the_small_profile_has_seeds_enough_and_the_teacher_that_comes_with_kdbench() -> None:
+    small = plans_of("cifar", "small", Registry())
+    for spec in (cell.spec for planned in small for cell in planned.cells):
+        assert spec.student.name == "wrn_16_2"
+        assert spec.teacher is None or spec.teacher.name == "wrn_22_4_cifar10"
+    assert [len({cell.spec.seed for cell in planned.cells}) for planned in small] == [5, 3]
     full = plans_of("cifar", "full", Registry())
     assert [planned.name for planned in full][:2] == ["ab_wrn", "ab_wrn_30"] and len(full) == 7
     assert "reproduce cifar --profile $(PROFILE)" in (ROOT / "Makefile").read_text()

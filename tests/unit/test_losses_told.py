@@ -404,7 +404,7 @@ class TestSSKD:
         ):
             with pytest.raises(ValueError, match="in fours"):
                 call()
-        with pytest.raises(ValueError, match="share"):
+        with pytest.raises(ValueError, match="ratio must lie in"):
             losses.similarity_kd(student, teacher, *HEADS, ratio=2.0)
 
 
