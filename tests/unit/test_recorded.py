@@ -102,6 +102,7 @@ WEIGHTS = {"file": "../../stolen.pt", "sha256": "0" * 64, "url": "https://exampl
         ((*SCHEDULE, "options"), {"args": ["touch", "mark"]}, "unknown key 'args'"),
         ((*SCHEDULE, "version"), 2, "has version 1 here, and 2 in the record"),
         ((*SCHEDULE, "counts_as"), {"subprocess:Popen": "kdbench.schedules:multistep"}, None),
+        (("method", "stages", "boundaries", "losses", "boundary", "loss", "by_step"), "the host looks on", None),
         ((*SCHEDULE, "source_sha256"), "0" * 64, "the code of the schedule 'multistep' is not that of the record"),
         (("student", "options"), {"depth": "ten", "width": 1}, "'depth'"),
         (("student", "start"), WEIGHTS, "no teacher card here has the weights"),
