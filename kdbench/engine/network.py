@@ -93,13 +93,9 @@ class Network:
         names, call = graph
         try:
             values = call(images.contiguous(memory_format=self.memory_format))
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CellError(
-                f"torch.compile failed on '{self.extractor.model_name}': {reason}; run with compute.compile=false"
-            ) from None
+        except Exception as error:  # noqa: BLE001 - all but the compiler's own are raised
+            what = f"torch.compile failed on '{self.extractor.model_name}'"
+            raise CellError(f"{what}: {of_compiler(error)}; run with compute.compile=false") from None
         found = dict(zip(names, values, strict=True))
         return {point: found[point] for point in points}
 
@@ -157,6 +153,13 @@ class Network:
         # Where an optimizer takes gradients apart, two backward passes go through one graph.
         torch._functorch.config.donated_buffer = False
         return torch.compile(graph.module, dynamic=False, options=options or None)
+
+
+def of_compiler(error: Exception) -> str:
+    """What torch.compile says of its failure; any other error is raised."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        raise error
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:

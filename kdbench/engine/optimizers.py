@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from kdbench.engine.build import build_schedule
 from kdbench.engine.targets import import_target
@@ -111,21 +112,18 @@ class SGD(torch.optim.Optimizer):
                 parameter.addcmul_(sum(changes.values()), group["lr"], value=-1)
 
     def _step_together(self, group: dict[str, Any]) -> None:
-        """The same for all parameters at once: on a GPU a handful of kernels in place of a handful each."""
-        decay, momentum = group["weight_decay"], group["momentum"]
+        """The same for all parameters at once: on a GPU one kernel in place of a handful for each."""
         moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-        changes: list[Any] = [parameter.grad for parameter in moved]
-        if not moved:
-            return
-        if decay:
-            changes = list(torch._foreach_add(changes, moved, alpha=decay))
-        if momentum:
-            kept = [self.state[parameter]["momentum_buffer"] for parameter in moved]
-            torch._foreach_mul_(kept, momentum)
-            torch._foreach_add_(kept, changes)
-            changes = list(torch._foreach_add(changes, kept, alpha=momentum)) if group["nesterov"] else kept
-        # torch's stubs lack the overload with a tensor.
-        torch._foreach_sub_(moved, torch._foreach_mul(changes, group["lr"]))  # type: ignore[call-overload]
+        sgd(
+            moved,
+            [parameter.grad for parameter in moved],
+            [self.state[parameter].get("momentum_buffer") for parameter in moved],
+            fused=True,
+            lr=group["lr"],
+            dampening=0.0,
+            maximize=False,
+            **{name: group[name] for name in ("momentum", "weight_decay", "nesterov")},
+        )
 
 
 class ScheduledOptimizer:

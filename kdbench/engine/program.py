@@ -120,7 +120,7 @@ class Program:
 
 
 def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | None) -> None:
-    """Make the graphs of all networks, where they pay: one of each network for all that its users ask of it.
+    """Make the graphs of all networks and losses, where they pay: one of each network for all that its users ask of it.
 
     Args:
         members: of all groups of a program. batches, teacher: of any of them: batches of all have one shape, and all
@@ -140,6 +140,11 @@ def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | 
             member.student.prepare(uses, shape, training=True)
     if teacher is not None:
         teacher.network.prepare(_teacher_uses(members, teacher), shape, training=False)
+    # Eager losses are a quarter of all work on a GPU, since each of their operations goes through memory.
+    for member in (one for one in members if one.computing.compile and one.device.type == "cuda"):
+        for span in (span for span in member.timeline.spans if span.steps >= member.computing.worth):
+            for term in member.terms_of(span.name).values():
+                term.compile_loss()
 
 
 def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset[str], int]:

@@ -1,6 +1,7 @@
 """Loss terms with their connectors. Every initial value is a function of (seed, stream)."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule
+from kdbench.engine.network import of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target, where_raised
 from kdbench.errors import UserError
@@ -20,6 +22,8 @@ from kdbench.recipe.specs import TargetSpec, TermSpec
 from kdbench.schedules import Moment, product
 from kdbench.signature import parameters
 from kdbench.told import asked
+
+log = logging.getLogger("kdbench")
 
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
@@ -181,6 +185,11 @@ class Term(nn.Module):
         assert total is not None
         return total
 
+    def compile_loss(self) -> None:
+        """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens."""
+        if self.call is not None and not self.spec.loss.by_step:
+            self.call = _compiled(self.call, self.name)
+
     @property
     def measured(self) -> bool:
         """Whether the term has metrics, of student and teacher on the data's own images."""
@@ -305,6 +314,22 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
     base = spec.loss.options.get(option, parameters(spec.loss.target)[option].default)
     factor = build_schedule(schedule)
     return lambda now: base * factor.at(*now)
+
+
+def _compiled(loss: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+    """A loss as a compiled graph, or as it is where torch.compile cannot."""
+    call = torch.compile(loss, dynamic=False)
+
+    def computed(*values: Any, **options: Any) -> Tensor:
+        nonlocal call
+        try:
+            return call(*values, **options)
+        except Exception as error:  # noqa: BLE001 - all but the compiler's own are raised
+            log.warning("torch.compile failed on the loss '%s', which runs eagerly: %s", name, of_compiler(error))
+            call = loss
+            return loss(*values, **options)
+
+    return computed
 
 
 def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:

@@ -161,12 +161,34 @@ def test_clipped_gradients_are_replayed(optimizer: str, tmp_path: Path, determin
     assert program.eager_stages(program.groups[0].cells[0].member) == {}
 
 
+def compiled(group: Group) -> Group:
+    """The same with compiled losses; the networks are as they were."""
+    torch._dynamo.reset()
+    for one in group.cells:
+        for stage in one.member.spec.method.stages:
+            for term in one.member.terms_of(stage).values():
+                term.compile_loss()
+    return group
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path) -> None:
-    """In bfloat16 and channels_last, also where a batch has more than two images. A loss that is not finite fails."""
+def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In bfloat16 and channels_last, also where a batch has more than two images, by compiled losses. A loss that is
+    not finite fails."""
     used = Computing(precision="bfloat16", layout="channels_last", cuda_graphs=True)
-    group = group_of([evaluated(cell(method, steps=8, batch=16), 2)], tmp_path, GPU, computing=used)
-    trained(CapturedProgram([group], CudaRecorder(GPU)))
+    group = compiled(group_of([evaluated(cell(method, steps=8, batch=16), 2)], tmp_path, GPU, computing=used))
+    program = CapturedProgram([group], CudaRecorder(GPU))
+    trained(program)
+    assert program.eager_stages(group.cells[0].member).keys() == by_step(group.cells[0].member).keys()
+    assert not [one.message for one in caplog.records if one.name == "kdbench"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_losses_train_as_eager_ones(method: str, tmp_path: Path) -> None:
+    groups = [group_of([cell(method, steps=2, batch=16)], tmp_path / str(i), GPU) for i in range(2)]
+    trained(Program([groups[0]]))
+    trained(Program([compiled(groups[1])]))
+    assert_near(*groups, TOLERANCE)
 
 
 # --- what draws at random

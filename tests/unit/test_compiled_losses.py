@@ -1,0 +1,68 @@
+"""Losses as compiled graphs: what torch traces of them, without the GPU that runs its kernels."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from captured import assert_near, cell, group_of, trained
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+
+from kdbench.engine.program import Group, Program
+
+
+def compiled(group: Group) -> Group:
+    (one,) = group.cells
+    for stage in one.member.spec.method.stages:
+        for term in one.member.terms_of(stage).values():
+            term.compile_loss()
+    return group
+
+
+# Signs, maps of several sizes, sorted values, scheduled options, an option that is drawn, and a teacher that trains.
+@pytest.mark.parametrize("method", ["ab_kd_ce", "at", "mlkd", "ctkd_lskd", "mgd", "dml"])
+def test_compiled_losses_train_as_eager_ones(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    groups = [group_of([cell(method, steps=3, batch=8)], tmp_path / str(i)) for i in range(2)]
+    trained(Program([groups[0]]))
+    trained(Program([compiled(groups[1])]))
+    assert_near(*groups, 1e-4)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert not [one.message for one in caplog.records if one.name == "kdbench"]
+
+
+def refusing(error: Exception) -> Any:
+    def compile(loss: Any, **options: Any) -> Any:
+        def call(*values: Any, **more: Any) -> Any:
+            raise error
+
+        return call
+
+    return compile
+
+
+def test_a_loss_that_the_compiler_refuses_runs_eagerly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch, "compile", refusing(Unsupported("it is too clever")))
+    groups = [group_of([cell("kd", steps=3)], tmp_path / str(i)) for i in range(2)]
+    trained(Program([groups[0]]))
+    trained(Program([compiled(groups[1])]))
+    assert_near(*groups, 0.0)
+    said = "torch.compile failed on the loss 'kd', which runs eagerly: it is too clever"
+    assert caplog.messages.count(said) == 1
+
+
+def test_a_loss_that_is_wrong_is_no_matter_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", refusing(RuntimeError("its own")))
+    (one,) = compiled(group_of([cell("kd", steps=3)], tmp_path)).cells
+    call = one.member.stage.terms["kd"].call
+    assert call is not None
+    with pytest.raises(RuntimeError, match="its own"):
+        call(torch.zeros(2, 10), torch.zeros(2, 10))
