@@ -150,9 +150,14 @@ class Network:
         if self.frozen and next(self.model.parameters()).device.type == "cpu":
             # Weights become constants, packed for the kernels once, with batch norms folded into convolutions.
             options["freezing"] = True
-        # Where an optimizer takes gradients apart, two backward passes go through one graph.
-        torch._functorch.config.donated_buffer = False
-        return torch.compile(graph.module, dynamic=False, options=options or None)
+        return compiled(graph.module, options)
+
+
+def compiled(call: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """A function or module as a graph for inputs of one size."""
+    # Where an optimizer takes gradients apart, two backward passes go through one graph.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(call, dynamic=False, options=options or None)
 
 
 def of_compiler(error: Exception) -> str:

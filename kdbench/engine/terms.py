@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule
-from kdbench.engine.network import of_compiler
+from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target, where_raised
 from kdbench.errors import UserError
@@ -188,7 +188,7 @@ class Term(nn.Module):
     def compile_loss(self) -> None:
         """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens."""
         if self.call is not None and not self.spec.loss.by_step:
-            self.call = _compiled(self.call, self.name)
+            self.call = _compiled_or_eager(self.call, self.name)
 
     @property
     def measured(self) -> bool:
@@ -316,9 +316,9 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
     return lambda now: base * factor.at(*now)
 
 
-def _compiled(loss: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+def _compiled_or_eager(loss: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
     """A loss as a compiled graph, or as it is where torch.compile cannot."""
-    call = torch.compile(loss, dynamic=False)
+    call = compiled(loss)
 
     def computed(*values: Any, **options: Any) -> Tensor:
         nonlocal call

@@ -10,7 +10,9 @@ from captured import assert_near, cell, group_of, trained
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
+from kdbench.engine.network import compiled as compiled_call
 from kdbench.engine.program import Group, Program
+from kdbench.losses.ce import cross_entropy
 
 
 def compiled(group: Group) -> Group:
@@ -66,3 +68,17 @@ def test_a_loss_that_is_wrong_is_no_matter_of_the_compiler(tmp_path: Path, monke
     assert call is not None
     with pytest.raises(RuntimeError, match="its own"):
         call(torch.zeros(2, 10), torch.zeros(2, 10))
+
+
+@pytest.mark.slow
+def test_two_backward_passes_go_through_a_compiled_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of an optimizer that takes gradients of terms that read a teacher apart."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    logits = torch.randn(8, 10, requires_grad=True)
+    loss = compiled_call(cross_entropy)(logits, torch.arange(8))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert logits.grad is not None
+    once = (logits.detach().softmax(1) - torch.eye(10)[:8]) / 8
+    torch.testing.assert_close(logits.grad, 2 * once)
