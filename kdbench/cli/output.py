@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     from kdbench.results.contents import Table
     from kdbench.results.latex import LatexForm
     from kdbench.results.layout import Text as Entry
+
+
+def prepare() -> None:
+    """Import meanwhile what writing will need, which takes seconds."""
+
+    def load() -> None:
+        import kdbench.results.page
+        import kdbench.results.texts  # noqa: F401
+
+    Thread(target=load, daemon=True).start()
 
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:

@@ -121,6 +121,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     Raises:
         KeyboardInterrupt: after all cells were checkpointed.
     """
+    from kdbench.cli.output import prepare, write_tables
     from kdbench.cli.progress import listener
     from kdbench.engine.runner import run as run_plan
     from kdbench.engine.tuning import tuned
@@ -133,10 +134,9 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     before = (results or Path()) / planned.name
     planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
     found = published(planned, before) if results is not None else {}
+    prepare()
     outcome = run_plan(planned, options, shown, before, found)
     if outcome.finished:
-        from kdbench.cli.output import write_tables
-
         write_tables(outcome.finished, outcome.folder, [f"{s.label} (failed)" for s in outcome.failed])
     return outcome
 

@@ -89,6 +89,9 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.path.extend(sys.argv[1:])
     Worker(sys.stdin, events).serve()
+    sys.stdout.flush()
+    # Python would take a second to take torch apart.
+    os._exit(0)
 
 
 if __name__ == "__main__":

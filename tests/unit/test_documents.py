@@ -52,8 +52,8 @@ def _packed(lines: list[str]) -> str:
 
 
 def test_the_readmes_first_numbers_are_those_of_the_records() -> None:
-    _, (_, teacher, *_), *rows = shown("README.md", "results/ab_wrn_30 and results/ab_data_small")
-    for column, folder in ((1, "ab_wrn_30"), (3, "ab_data_small")):
+    _, (_, teacher, *_), *rows = shown("README.md", "results/ab_wrn_30, results/ab_data_10 and results/ab_data_small")
+    for column, folder in ((1, "ab_wrn_30"), (3, "ab_data_10"), (5, "ab_data_small")):
         records = sorted(read_records([ROOT / "results" / folder]), key=lambda record: record.cell.seed)
         assert {f"{record.teacher.accuracy:.2f}" for record in records if record.teacher} == {teacher}
         found: dict[str, list[float]] = {}
