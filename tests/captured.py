@@ -35,7 +35,6 @@ STEPS = 14
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages of a few steps are worth recording here."""
-    monkeypatch.setattr(capture, "WARM", 2)
     monkeypatch.setattr(capture, "FEWEST", 3)
 
 

@@ -69,7 +69,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # A scheduler's end (SIGTERM) and a closed terminal (SIGHUP) are answered as an interrupt is. What 'nohup' has
     # ignored stays so.
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in _OTHER_ENDS:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
@@ -85,6 +85,9 @@ def main() -> None:
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
         if end.code == 130:
+            # Python's own end would leave them to the system, which kills.
+            for name in ("SIGINT", *_OTHER_ENDS):
+                signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
             _end(130, "interrupted: what is finished is kept; repeat the command to continue")
         raise
     except UserError as error:
@@ -99,6 +102,10 @@ def main() -> None:
         hint = "check that the path exists, is not too long, and can be written"
         hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
+
+
+# What ends a program beside Ctrl-C, where the system has it.
+_OTHER_ENDS = ("SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 def _end(code: int, message: str) -> None:

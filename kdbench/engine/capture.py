@@ -27,8 +27,9 @@ from kdbench.engine.teacher import PointValues
 
 log = logging.getLogger("kdbench")
 
-# Steps that run eagerly before one is recorded: what compiles or chooses its kernels does so in them.
-WARM = 3
+# Steps that run eagerly before one is recorded. In the first of them kernels are compiled and chosen, and what lasts
+# from step to step is made.
+WARM = 2
 # Recording takes about a second: fewer steps are not worth it.
 FEWEST = 20
 

@@ -157,6 +157,8 @@ def compiled(call: Callable[..., Any], options: dict[str, Any] | None = None) ->
     """A function or module as a graph for inputs of one size."""
     # Where an optimizer takes gradients apart, two backward passes go through one graph.
     torch._functorch.config.donated_buffer = False
+    # One loss may see the layers of many students, and each of its options' values is another graph.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(call, dynamic=False, options=options or None)
 
 

@@ -33,7 +33,7 @@ from kdbench.engine.messages import (
     TrainCohort,
     read_line,
 )
-from kdbench.engine.pool import SHARE, Pool, own_signals
+from kdbench.engine.pool import SHARE, Pool, own_signals, spared
 from kdbench.engine.ray_node import TABLES, Node, files_of
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
@@ -139,8 +139,10 @@ class RayPool(Pool):
         try:
             super().__exit__(kind)
         finally:
-            self.local.__exit__()
-            self.ray.shutdown()
+            # Ray that is interrupted in its end ends the process.
+            with spared():
+                self.local.__exit__()
+                self.ray.shutdown()
         while not self.events.empty():
             event = self.events.get()[1]
             if isinstance(event, Gone) and event.lost:

@@ -58,6 +58,20 @@ def test_a_scheduler_or_a_closed_terminal_ends_a_run_as_an_interrupt_does(
     assert_alike(tmp_path, whole)
 
 
+def test_who_ends_a_run_may_say_so_until_it_has_left(whole: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """Its last moments too, in which Python takes itself apart."""
+    run = start([*words(tmp_path), "--checkpoint-seconds", "1000"])
+    while not [*tmp_path.glob("tiny/*/metrics.jsonl")]:
+        assert run.poll() is None
+        time.sleep(0.05)
+    while run.poll() is None:
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert run.returncode == 130 and [*tmp_path.glob("tiny/*/checkpoint.pt")]
+    kdbench(*words(tmp_path))
+    assert_alike(tmp_path, whole)
+
+
 @pytest.mark.slow
 def test_several_seeds_in_one_program_are_the_cells_alone_also_when_killed(
     once: Once, command_line: Kdbench, kdbench: Kdbench, tmp_path: Path

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from kdbench.engine.network import compiled as compiled_call
 from kdbench.engine.program import Group, Program
 from kdbench.losses.ce import cross_entropy
+from kdbench.losses.kd import kd
 
 
 def compiled(group: Group) -> Group:
@@ -68,6 +69,17 @@ def test_a_loss_that_is_wrong_is_no_matter_of_the_compiler(tmp_path: Path, monke
     assert call is not None
     with pytest.raises(RuntimeError, match="its own"):
         call(torch.zeros(2, 10), torch.zeros(2, 10))
+
+
+def test_a_loss_is_compiled_for_each_of_many_temperatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    student, teacher = torch.randn(2, 4, 10)
+    for temperature in range(1, 13):
+        call = compiled_call(kd)
+        torch.testing.assert_close(call(student, teacher, temperature), kd(student, teacher, temperature))
+    assert counters["stats"]["unique_graphs"] == 12
 
 
 @pytest.mark.slow
