@@ -47,6 +47,11 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known words, or all of them when none is near."""
     known = sorted(known)

@@ -18,6 +18,28 @@ _PACKAGE = Path(__file__).parent
 SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 
 
+# What a run's folder holds beside those of its cells, and what a cell's holds.
+RUN = "recipe.json"
+RECORD, METRICS, LOGITS = "record.json", "metrics.jsonl", "test_logits.safetensors"
+STUDENT, BEST = "student.safetensors", "student_best.safetensors"
+CHECKPOINT, ROUTE, EVENTS = "checkpoint.pt", "route", "events"
+# What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
+PUBLISHED = (METRICS, LOGITS, RECORD)
+# What a cell that goes on elsewhere does not read.
+UNREAD = (EVENTS, METRICS, LOGITS)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All files of a folder by their names below it, without hidden ones."""
+    found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: file for name, file in found.items() if not file.name.startswith(".")}
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
     if set_by_user := os.environ.get("KDBENCH_HOME"):

@@ -14,21 +14,13 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from kdbench import record_parts as parts
 from kdbench.errors import UserError
-from kdbench.files import sha256_of
+from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
 
 SCHEMA = 1
-RECORD = "record.json"
-METRICS = "metrics.jsonl"
-RUN = "recipe.json"
-STUDENT = "student.safetensors"
-BEST = "student_best.safetensors"
-LOGITS = "test_logits.safetensors"
-# What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
-PUBLISHED = (METRICS, LOGITS, RECORD)
 Metric = Literal["last", "best", "mean_last"]
 WhichWeights = Literal["last", "best"]
 # The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is

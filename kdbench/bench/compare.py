@@ -306,7 +306,7 @@ def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:
 
 def _reads(spec: CellSpec) -> set[str]:
     """Hook points of its teacher that a cell's losses read."""
-    terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
+    terms = spec.method.terms
     own = {point for term in terms if term.of == "teacher" for point in term.points("student")}
     return own | {point for term in terms if "teacher" in term.loss.inputs for point in term.points("teacher")}
 

@@ -116,7 +116,7 @@ def _print(rows: Sequence[AnalysisRow]) -> None:
     from rich import box
     from rich.table import Table
 
-    from kdbench.cli.console import console, show
+    from kdbench.cli.console import page, show
 
     frame = pandas.DataFrame(rows)
     texts = [name for name in map(str, frame) if is_bool_dtype(frame[name]) or not is_numeric_dtype(frame[name])]
@@ -135,9 +135,9 @@ def _print(rows: Sequence[AnalysisRow]) -> None:
             table.add_column(name, justify="left" if name in texts else "right")
         for row in shown[differing].itertuples(index=False):
             table.add_row(*row)
-        show(console(), table)
+        show(page(), table)
     facts = [f"{name} {shown[name].iloc[0]}" for name in shown if name not in differing and shown[name].iloc[0]]
-    console().print(("in all rows: " if differing else "") + ", ".join(facts), markup=False)
+    page().print(("in all rows: " if differing else "") + ", ".join(facts), markup=False)
 
 
 def _mean(values: pandas.Series[Any]) -> str:

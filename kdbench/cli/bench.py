@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +50,7 @@ def command(
     """
     from kdbench.bench.compare import Benchmark, LaneTimer, benchmark, speed_table
     from kdbench.bench.gpu import THREADS, Pair, bench_gpu, result_lines
+    from kdbench.files import cores as all_cores
     from kdbench.files import write_json
     from kdbench.registry import Registry
 
@@ -65,7 +65,7 @@ def command(
     from kdbench.engine.device import chosen_device
 
     on = chosen_device(device, tell)
-    cores = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = threads or all_cores()
     machine, turn = machine_of(on, cores, compiled), seconds or (1.0 if on.type == "cuda" else 2.0)
     print(f"{machine.about['device_name']}, {cores} threads, torch {machine.about['torch']}\n")
 

@@ -33,8 +33,7 @@ def command(
     time: Annotated[bool, typer.Option(help="Time a few steps of each network to estimate the whole.")] = True,
 ) -> None:
     """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import show
+    from kdbench.cli.console import page, show
     from kdbench.recipe.planning import plan
     from kdbench.recipe.remarks import remarks
     from kdbench.registry import Registry
@@ -91,7 +90,7 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
     """A cell, the one that trains its teacher, and so on."""
     while spec is not None:
         yield spec
-        teachers = spec.teacher.each if spec.teacher is not None else []
+        teachers = spec.teachers
         for one in teachers[1:]:
             yield from _lineage(one.trained_by)
         spec = teachers[0].trained_by if teachers else None
@@ -116,8 +115,8 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
 def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
     from kdbench.cli.console import plain_table
+    from kdbench.engine.finished import open_cells
     from kdbench.recipe.timeline import planned_timeline
-    from kdbench.record import finished_record
 
     timed = ["time a seed"] if estimate is not None else []
     table = plain_table("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
@@ -133,7 +132,7 @@ def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
             f"{line.epochs(line.total):.4g}",
             str(len(cells)),
             *([clock(estimate.cell(spec) + estimate.passes(spec))] if estimate is not None else []),
-            f"{sum(finished_record(runs / planned.name / cell.slug) is not None for cell in cells)}/{len(cells)}",
+            f"{len(cells) - len(open_cells(cells, runs / planned.name))}/{len(cells)}",
         )
     return table
 
@@ -167,14 +166,14 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
     from kdbench.engine.trial import possible
 
     first = planned.cells[0].spec
-    domains = " → ".join(part.name for part in (first.data, first.target) if part is not None)
+    domains = " → ".join(part.name for part in first.domains)
     computed = possible(plainest(first.compute), device).name if first.compute.settled else "chosen by a short trial"
     console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
     console.print(
         f"data: {domains}, protocol: {first.protocol.name}, batch size: {first.protocol.batch_size}, "
         f"compute: {computed}, baseline: {planned.baseline}"
     )
-    for teacher in {t.identity(): t for c in planned.cells if c.spec.teacher for t in c.spec.teacher.each}.values():
+    for teacher in {one.identity(): one for cell in planned.cells for one in cell.spec.teachers}.values():
         weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe first"
         weights = "untrained, it trains along with the student" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
@@ -191,10 +190,10 @@ def _print_needs(
     import torch
 
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
+    from kdbench.engine.finished import open_cells
     from kdbench.engine.pool import available_memory
-    from kdbench.record import finished_record
 
-    left = [cell for cell in planned.cells if finished_record(runs / planned.name / cell.slug) is None]
+    left = open_cells(planned.cells, runs / planned.name)
     device = estimate.device
     at_once = workers(device, len(left))
     if left:

@@ -9,7 +9,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 
-def console() -> Console:
+def page() -> Console:
     """The terminal; in a log or pipe, which has no width to fit into, a wide page."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -22,18 +22,18 @@ def plain_table(*columns: str, right: Iterable[str] = ()) -> Table:
     return table
 
 
-def show(page: Console, table: Table) -> None:
+def show(console: Console, table: Table) -> None:
     """Print a table. Where it is too wide, its last columns are left out, rather than digits of all of them."""
     left_out: list[str] = []
-    while len(table.columns) > 2 and _width(page, table) > page.width:
+    while len(table.columns) > 2 and _width(console, table) > console.width:
         left_out.insert(0, str(table.columns.pop().header))
-    page.print(table)
+    console.print(table)
     if left_out:
-        page.print(f"  no room here for: {', '.join(left_out)}", style="dim", markup=False)
+        console.print(f"  no room here for: {', '.join(left_out)}", style="dim", markup=False)
 
 
-def _width(page: Console, table: Table) -> int:
-    return Measurement.get(page, page.options.update(width=10_000, max_width=10_000), table).maximum
+def _width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(width=10_000, max_width=10_000), table).maximum
 
 
 def print_yaml(text: str) -> None:

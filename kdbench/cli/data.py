@@ -21,8 +21,7 @@ def command(
     FOLDER holds train/<class>/* and test/<class>/*, or only <class>/*; then a fifth is held out for testing.
     A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
     """
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import plain_table, show
+    from kdbench.cli.console import page, plain_table, show
     from kdbench.data.survey import folder_name, survey
     from kdbench.files import home, write_text
     from kdbench.recipe.loading import dump

@@ -106,7 +106,7 @@ class _FillDisplay:
 @app.command("ls")
 def ls() -> None:
     """List the saved tables on this machine."""
-    from kdbench.cli.console import console, plain_table
+    from kdbench.cli.console import page, plain_table
     from kdbench.engine.logit_files import tables, tables_folder
 
     found = tables()
@@ -123,7 +123,7 @@ def ls() -> None:
             "complete" if table.complete else f"{table.done / table.shape[0]:.1%}",
             clock(table.seconds),
         )
-    console().print(shown)
+    page().print(shown)
 
 
 @app.command("clear")

@@ -28,8 +28,7 @@ def command(
 ) -> None:
     """List the cards of a KIND, or all kinds. Methods are grouped by what they take from the teacher."""
     from kdbench.cards import KINDS
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import plain_table
+    from kdbench.cli.console import page, plain_table
     from kdbench.recipe.loading import recipe_names
     from kdbench.registry import Registry
 

@@ -70,8 +70,7 @@ def print_table(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import show
+    from kdbench.cli.console import page, show
     from kdbench.results.layout import layout
 
     console = page()

@@ -100,7 +100,8 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
 def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], out: Path) -> None:
     """Print the table of all published recipes of a study, with other people's numbers, and write it."""
     from kdbench.cli.output import print_table, write_files
-    from kdbench.record import RUN, read_records
+    from kdbench.files import RUN
+    from kdbench.record import read_records
     from kdbench.results.tables import build
     from kdbench.verify import sums
 
@@ -117,12 +118,11 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import plain_table
+    from kdbench.cli.console import page, plain_table
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
+    from kdbench.engine.finished import open_cells
     from kdbench.engine.tuning import tried_plan
-    from kdbench.record import finished_record
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -135,14 +135,15 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     known: set[str] = set()
     for planned in plans:
         folders = {planned.name: planned.cells, **({tried_plan(planned).name: planned.tried} if planned.tried else {})}
-        every = [(runs / name / cell.slug, cell) for name, cells in folders.items() for cell in cells]
-        left = [cell for folder, cell in every if finished_record(folder) is None]
+        left = [cell for name, cells in folders.items() for cell in open_cells(cells, runs / name)]
         at_once = workers(device, len(left))
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds
         on_other += elsewhere.cells(left) + elsewhere.teachers(left, runs, known_there)
-        done = len(every) - len(left)
-        table.add_row(planned.name, str(len(every)), str(done), clock(teachers) if teachers else "–", clock(seconds))
+        every = sum(map(len, folders.values()))
+        table.add_row(
+            planned.name, str(every), str(every - len(left)), clock(teachers) if teachers else "–", clock(seconds)
+        )
     console = page()
     console.print(table)
     at_once = workers(device, sum(len(planned.cells) for planned in plans))

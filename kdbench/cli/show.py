@@ -19,8 +19,7 @@ def command(
     from rich.markup import escape
 
     from kdbench.cards import KINDS
-    from kdbench.cli.console import console as page
-    from kdbench.cli.console import plain_table, print_yaml
+    from kdbench.cli.console import page, plain_table, print_yaml
     from kdbench.cli.ls import ALIASES
     from kdbench.reading import read_text
     from kdbench.recipe.loading import dump, find

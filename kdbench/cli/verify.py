@@ -48,7 +48,7 @@ def command(
     """
     from rich.text import Text
 
-    from kdbench.cli.console import console as page
+    from kdbench.cli.console import page
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
     from kdbench.verify.findings import Finding, verdict
@@ -78,7 +78,8 @@ def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Opt
     from dataclasses import replace
 
     from kdbench.cli.progress import listener
-    from kdbench.record import RECORD, read_record
+    from kdbench.files import RECORD
+    from kdbench.record import read_record
     from kdbench.verify.findings import read_folder
     from kdbench.verify.rerun import cell_to_rerun, rerun
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData, cached, canonical, with_fixed_split
-from kdbench.data.listing import Listing, cores, find_folder, held_out, listing, opened, pixels
+from kdbench.data.listing import Listing, find_folder, held_out, listing, opened, pixels
+from kdbench.files import cores
 
 _CHUNK = 256
 

@@ -1,11 +1,8 @@
 """A data set in memory: images as bytes, in an order that does not depend on how it was stored."""
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
+from kdbench.files import atomic
 from kdbench.reading import of_form, parsed
 
 log = logging.getLogger("kdbench")
@@ -209,12 +207,6 @@ def load_images(path: Path, name: str) -> ImageData | None:
 
 def save_images(path: Path, data: ImageData) -> None:
     """Write whole or not at all: a reader never sees a part, a full disk leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-    try:
-        about = {"classes": json.dumps(data.classes), "fingerprint": data.fingerprint, "origin": data.origin}
+    about = {"classes": json.dumps(data.classes), "fingerprint": data.fingerprint, "origin": data.origin}
+    with atomic(path) as temporary:
         save_file({key: getattr(data, key).contiguous() for key in _TENSORS}, temporary, metadata=about)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

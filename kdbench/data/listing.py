@@ -347,8 +347,3 @@ def not_found(roots: Iterable[Path], wanted: str) -> str:
         f"looked for {wanted}\n  in: {tried}\n"
         "  Say where the data are: recipe key `data.root`, option `--data DIR`, or the environment's KDBENCH_DATA."
     )
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,6 +15,8 @@ A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
       normalization: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -29,10 +31,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data import imagenet
-from kdbench.data.listing import cores, find_folder, held_out, in_folders, listing, not_found
+from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
-from kdbench.files import sha256_of, write_json
+from kdbench.files import cores, sha256_of, write_json
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")
@@ -65,9 +67,23 @@ class Pictures:
     fingerprint: str
     origin: str
 
+    @classmethod
+    def of(cls, name: str, classes: Iterable[str], short_side: int, train: Rows, test: Rows, origin: str) -> Pictures:
+        """The data set of pictures that are in canonical order."""
+        total = hashlib.sha256()
+        parts: list[tuple[tuple[Path, ...], Tensor]] = []
+        for rows in (train, test):
+            total.update(f"{len(rows)}\n".encode())
+            for _, label, digest in rows:
+                total.update(f"{label} {digest}\n".encode())
+            labels = torch.tensor([label for _, label, _ in rows], dtype=torch.int64)
+            parts.append((tuple(Path(file) for file, *_ in rows), labels))
+        return cls(name, tuple(classes), short_side, *parts[0], *parts[1], total.hexdigest(), origin)
 
-# (file, label) of every picture of a split.
+
+# (file, label) of every picture of a split; and with the file's sha256.
 Split = Sequence[tuple[Path, int]]
+Rows = Sequence[tuple[Path | str, int, str]]
 
 
 def load(
@@ -127,19 +143,12 @@ def gather(
         UserError: a file that is not there.
     """
     sums = sums_of([file for split in (train, test) for file, _ in split], cache, name)
-    total = hashlib.sha256()
-    parts: list[tuple[tuple[Path, ...], Tensor]] = []
-    for split in (train, test):
-        ordered = sorted((label, sums[file], str(file), file) for file, label in split)
-        total.update(f"{len(ordered)}\n".encode())
-        for label, digest, _, _ in ordered:
-            total.update(f"{label} {digest}\n".encode())
-        labels = torch.tensor([label for label, *_ in ordered], dtype=torch.int64)
-        parts.append((tuple(file for *_, file in ordered), labels))
-    (train_files, train_labels), (test_files, test_labels) = parts
-    return Pictures(
-        name, tuple(classes), short_side, train_files, train_labels, test_files, test_labels, total.hexdigest(), origin
-    )
+
+    def rows(split: Split) -> Rows:
+        ordered = sorted((label, sums[file], str(file)) for file, label in split)
+        return [(file, label, digest) for label, digest, file in ordered]
+
+    return Pictures.of(name, classes, short_side, rows(train), rows(test), origin)
 
 
 def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bool]) -> Path | None:

@@ -3,11 +3,9 @@
 A listing is a JSON file that says of every picture where it lies, its label and its sha256.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from kdbench.data.pictures import MOST_SUMS, Pictures, Sum, sums_of
@@ -54,26 +52,8 @@ def read_listing(file: Path) -> Listing:
 
 def load_listing(file: Path) -> Pictures:
     """The data set of a listing whose pictures are all there."""
-    found, total = read_listing(file), hashlib.sha256()
-    files: list[tuple[Path, ...]] = []
-    labels: list[torch.Tensor] = []
-    for rows in (found.train, found.test):
-        total.update(f"{len(rows)}\n".encode())
-        for _, label, digest in rows:
-            total.update(f"{label} {digest}\n".encode())
-        labels.append(torch.tensor([label for _, label, _ in rows], dtype=torch.int64))
-        files.append(tuple(Path(place) for place, *_ in rows))
-    return Pictures(
-        found.name,
-        tuple(found.classes),
-        found.short_side,
-        files[0],
-        labels[0],
-        files[1],
-        labels[1],
-        total.hexdigest(),
-        found.origin,
-    )
+    found = read_listing(file)
+    return Pictures.of(found.name, found.classes, found.short_side, found.train, found.test, found.origin)
 
 
 def settle(listing: Path, store: Path, cache: Path) -> list[str]:

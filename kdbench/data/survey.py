@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from kdbench.data.listing import Listing, centred, converted, cores, held_out, listing, opened, pixels
+from kdbench.data.listing import Listing, centred, converted, held_out, listing, opened, pixels
 from kdbench.errors import UserError
-from kdbench.files import write_json
+from kdbench.files import cores, write_json
 from kdbench.reading import plain_name, read_as
 
 # Bytes of decoded images that are kept in memory at most, and pictures that stand for all others in means.

@@ -12,7 +12,7 @@ from kdbench.engine.batch import Split
 from kdbench.engine.weight_files import read_weights
 from kdbench.engine.weights import load_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
-from kdbench.files import sha256_of, write_json
+from kdbench.files import ROUTE, sha256_of, write_json
 from kdbench.reading import inside
 from kdbench.recipe import route
 from kdbench.recipe.specs import AnchorSpec
@@ -63,12 +63,12 @@ def keep_checkpoint(
             chooses among checkpoints must not see it.
     """
     name = f"{step:08d}.safetensors"
-    file = folder / route.FOLDER / name
+    file = folder / ROUTE / name
     try:
         digest = save_tensors(file, weights_of(model))
         entry = {"step": step, "epoch": round(epoch, 4), "file": name, "sha256": digest}
         kept.append(entry | ({"validation": measured} if measured is not None else {}))
-        write_json(folder / route.FOLDER / route.INDEX, kept)
+        write_json(folder / ROUTE / route.INDEX, kept)
     except OSError as error:
         raise CellError(f"a checkpoint of the route could not be written to {folder}: {error}") from None
 

@@ -11,7 +11,8 @@ from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
 from kdbench.models.several import Part, Several
-from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, TargetSpec
+from kdbench.recipe.coded import TargetSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.schedules import Schedule
 
 # Places of the hook points of networks that were built before: they are found by running the network.

@@ -24,6 +24,7 @@ from kdbench.engine.program import Group, Program, sets_of
 from kdbench.engine.recorder import Call, CudaRecorder, Recorder
 from kdbench.engine.step import input_sets, teacher_pass, train
 from kdbench.engine.teacher import PointValues
+from kdbench.errors import first_line
 
 log = logging.getLogger("kdbench")
 
@@ -253,7 +254,7 @@ class CapturedProgram(Program):
             replay = self.recorder.record(together)
             alone = {cell: self.recorder.record(partial(recorded, cell)) for cell in drawing}
         except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, eager steps do or tell
-            why = f"recording failed: {_first_line(error)}"
+            why = f"recording failed: {_root_cause(error)}"
             failed = at_work or cells
             self.eager |= dict.fromkeys(map(_stage, failed), why)
             log.warning("a step could not be recorded, so it runs eagerly: %s", why)
@@ -318,7 +319,7 @@ class CapturedProgram(Program):
         try:
             return RecordedEvaluation(measurement, self.recorder.record(measurement.compute))
         except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, the evaluation itself does
-            log.warning("an evaluation could not be recorded, so it runs eagerly: %s", _first_line(error))
+            log.warning("an evaluation could not be recorded, so it runs eagerly: %s", _root_cause(error))
             return None
 
 
@@ -343,11 +344,11 @@ def _memory(member: Member) -> tuple[int, ...]:
     return tuple(t.data_ptr() for module in modules for t in (*module.parameters(), *module.buffers()))
 
 
-def _first_line(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """What an error says, or what came before it: a recording that fails tells only that it ended badly."""
     while error.__context__ is not None:
         error = error.__context__
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def _stage(cell: TrainingCell) -> tuple[Member, str]:

@@ -142,7 +142,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
 def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
     """Raises UserError where a training batch is one image, and a batch norm then has one value of each channel."""
     size, keeps = spec.protocol.batch_size, spec.protocol.last_batch == "keep"
-    images = [training_images(spec.data), *([spec.target.train] if spec.target else [])]
+    images = [training_images(part) for part in spec.domains]
     single = [n for n in images if n == 1 or size == 1 or (n % size == 1 and keeps)]
     trained = {name for name, stage in spec.method.stages.items() if stage.modes.student == "train"}
     if not single or not trained:
@@ -166,19 +166,17 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
 
 def costs_of(spec: CellSpec) -> dict[str, Cost]:
     """Stage -> what its batch source takes, by sources whose teacher has the right shape and knows nothing."""
-    named = {name: stage.source for name, stage in spec.method.stages.items() if stage.source is not None}
-    if not named:
+    if not spec.method.sources:
         return {}
     teacher = untrained_teacher(spec.teacher, spec.data, CPU, REFERENCE) if spec.teacher is not None else None
     frozen = teacher.network if teacher else None
     steps = {span.name: span.steps for span in planned_timeline(spec).spans}
     return {
         name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
-        for name, source in named.items()
+        for name, source in spec.method.sources.items()
     }
 
 
 def multiples(spec: CellSpec, costs: Mapping[str, Cost]) -> dict[str, int]:
     """Input set -> its images for each of the batch, of sets that batch sources give."""
-    sources = {name: stage.source for name, stage in spec.method.stages.items() if stage.source is not None}
-    return {given: costs[name].times for name, source in sources.items() for given in source.gives}
+    return {given: costs[name].times for name, source in spec.method.sources.items() for given in source.gives}

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from kdbench.errors import CellError
-from kdbench.files import atomic
-
-NAME = "checkpoint.pt"
+from kdbench.files import CHECKPOINT, atomic
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint of a cell. A full disk leaves the old one and ends the cell with a clear message."""
     try:
-        with atomic(folder / NAME) as temporary:
+        with atomic(folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
         raise CellError(f"the checkpoint could not be written to {folder}: {error}") from None
@@ -33,7 +31,7 @@ def load(
             then its checkpoints are set aside as well.
         tell: is told of a checkpoint that was set aside.
     """
-    file = folder / NAME
+    file = folder / CHECKPOINT
     if not file.is_file():
         return None
     try:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import ConfigDict, NonNegativeInt, StrictBool
 
 from kdbench.errors import UserError
-from kdbench.files import write_json
+from kdbench.files import RECORD, write_json
 from kdbench.forms import Strict
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.choices import ComputeChoice
-from kdbench.record import RECORD, read_record
+from kdbench.record import read_record
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def unusable_gpu() -> str:
         # A GPU that is too old or too new for this torch is there, until something is computed.
         torch.zeros(1, device="cuda").add_(1).item()
     except (RuntimeError, AssertionError) as error:
-        return next(iter(str(error).splitlines()), "") or type(error).__name__
+        return first_line(error)
     return ""
 
 

@@ -18,9 +18,9 @@ from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError
+from kdbench.files import UNREAD, files_of
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import training_images
-from kdbench.record import LOGITS
 
 # How long ranks wait for what one of them does alone: data and teachers are prepared, an evaluation is written.
 PATIENCE = timedelta(days=7)
@@ -123,10 +123,7 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
 
 def _files(folder: Path) -> dict[str, bytes]:
     """What a cell goes on from, or learns from: all but what only people read."""
-    found = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    unread = ("events", "metrics.jsonl", LOGITS)
-    names = {str(file.relative_to(folder)): file for file in found}
-    return {name: file.read_bytes() for name, file in names.items() if not name.startswith(unread)}
+    return {name: file.read_bytes() for name, file in files_of(folder).items() if not name.startswith(UNREAD)}
 
 
 def refuse(spec: CellSpec, ranks: int) -> None:
@@ -140,7 +137,7 @@ def refuse(spec: CellSpec, ranks: int) -> None:
                 hint="run it without torchrun; without torchrun, cells are spread over several GPUs anyway",
             )
     size = spec.protocol.batch_size
-    parts = [training_images(part) for part in (spec.data, spec.target) if part is not None]
+    parts = [training_images(part) for part in spec.domains]
     smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or _keeps(spec))])
     if smallest < ranks:
         last = "" if smallest == size else f", as the last one of an epoch is (batches have {size}),"

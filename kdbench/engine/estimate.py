@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kdbench.data.listing import cores
 from kdbench.engine.build import build_model
 from kdbench.engine.check import costs_of, multiples
 from kdbench.engine.compute import Memory
@@ -16,6 +15,7 @@ from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.engine.trial import times
+from kdbench.files import cores
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
@@ -68,7 +68,7 @@ class Estimate:
     def cell(self, spec: CellSpec) -> float:
         """Seconds of one cell: training and evaluation, without its teacher."""
         size, line = self.size(spec.student, spec.data), planned_timeline(spec)
-        tests = [part.test for part in (spec.data, spec.target) if part is not None]
+        tests = [part.test for part in spec.domains]
         total = len(line.evaluations) * sum(tests) * size.forward
         times = multiples(spec, self.costs(spec))
         for span in line.spans:
@@ -130,7 +130,7 @@ class Estimate:
             known: identities of teachers that are counted already; extended.
         """
         total = 0.0
-        for teacher in (one for cell in cells if cell.spec.teacher for one in cell.spec.teacher.each):
+        for teacher in (one for cell in cells for one in cell.spec.teachers):
             if teacher.trained_by is None or teacher.identity() in known:
                 continue
             known.add(teacher.identity())

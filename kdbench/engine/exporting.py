@@ -15,10 +15,10 @@ from jinja2 import Template
 from torch import Tensor, nn
 
 from kdbench.engine.trained import load_student
-from kdbench.errors import UserError
-from kdbench.files import sha256_of, write_json, write_text
+from kdbench.errors import UserError, first_line
+from kdbench.files import RECORD, STUDENT, sha256_of, write_json, write_text
 from kdbench.models.several import Part
-from kdbench.record import RECORD, STUDENT, Record, WhichWeights, read_record, student_file
+from kdbench.record import Record, WhichWeights, read_record, student_file
 
 # How far an exported network's logits may be from the network's own.
 TOLERANCE = 1e-4
@@ -170,7 +170,7 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
         address = str(hub.create_repo(name, exist_ok=True))
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="A student trained with kdbench")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        said = first_line(error)
         raise UserError(
             f"the hub refused '{name}': {said}", where="--hub", hint="log in first: hf auth login"
         ) from None
@@ -207,7 +207,7 @@ def _checked(student: Student, file: Path, run: Any) -> float:
 
 
 def _refused(student: Student, form: str, error: Exception) -> UserError:
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = first_line(error)
     return UserError(f"'{student.record.cell.student}' cannot be written as {form}: {said}")
 
 

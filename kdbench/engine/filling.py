@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kdbench.engine import compute
 from kdbench.engine.compute import plainest
-from kdbench.engine.finished import DataHere, teacher_folder
+from kdbench.engine.finished import DataHere, cell_folder, teacher_folder
 from kdbench.engine.messages import Filled, FillLogits, TableFound
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState
@@ -30,12 +30,11 @@ def fill_logits(
         filled: is given images done and seconds of this call, now and then.
     """
     folder = options.runs / plan.name
-    cells = [CellState(cell, i, folder / cell.slug) for i, cell in enumerate(plan.cells)]
+    cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
     wanted: dict[str, CellState] = {}
     for cell in cells:
         spec = cell.spec
-        terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-        if spec.teacher is not None and any(_reads_logits(t) for t in terms):
+        if spec.teacher is not None and any(map(_reads_logits, spec.method.terms)):
             parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, compute.key(spec.compute)]
             wanted.setdefault(str(parts), cell)
     if not wanted:

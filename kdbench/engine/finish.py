@@ -15,7 +15,6 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine.answers import measured
 from kdbench.engine.batch import SECOND, TARGET
 from kdbench.engine.batches import Batches
-from kdbench.engine.checkpoint import NAME as CHECKPOINT
 from kdbench.engine.evaluation import score
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
@@ -23,10 +22,10 @@ from kdbench.engine.predicting import Predictor
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
-from kdbench.files import write_json
+from kdbench.files import BEST, CHECKPOINT, LOGITS, RECORD, STUDENT, write_json
 from kdbench.models.probing import undisturbed
 from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
-from kdbench.record import BEST, LOGITS, RECORD, SCHEMA, STUDENT, Record, summary
+from kdbench.record import SCHEMA, Record, summary
 from kdbench.record_parts import Result
 from kdbench.version import __version__
 
@@ -145,10 +144,9 @@ def streams(spec: CellSpec) -> list[str]:
 
     drawn = ["order", *drawn_for(spec.protocol.augmentation)]
     of_target = [f"{TARGET}/{stream}" for stream in drawn] if spec.target is not None else []
-    terms = [term for stage in spec.method.stages.values() for term in stage.losses.values()]
-    if any(SECOND in (term.input, term.against) for term in terms):
+    if any(SECOND in (term.input, term.against) for term in spec.method.terms):
         of_target += [f"{SECOND}/{one}" for one in drawn_for(spec.protocol.second or spec.protocol.augmentation)]
-    sources = [import_target(stage.source.target) for stage in spec.method.stages.values() if stage.source is not None]
+    sources = [import_target(source.target) for source in spec.method.sources.values()]
     own = dict.fromkeys(name for source in sources for name in source.streams)
     return ["init", "connectors", *drawn, *of_target, "dropout", *own]
 

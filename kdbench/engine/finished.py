@@ -4,7 +4,7 @@ Cells whose records were made from the data that are here, and by the teacher th
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import Cells, CellState
 from kdbench.errors import UserError
-from kdbench.files import sha256_of
+from kdbench.files import PUBLISHED, atomic, sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import TEACHERS, Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import PUBLISHED, Record, derived, finished_record, student_file
+from kdbench.record import Record, derived, finished_record, student_file
 
 
 class DataHere:
@@ -99,33 +99,30 @@ class Finished:
         """Raises UserError for cells of the folder, or teachers that were trained for it, that were made from other
         data."""
         for cell in self.open:
-            for part in (cell.spec.data, cell.spec.target):
-                if part is not None:
-                    here.fingerprint(part, needed=True)
+            for part in cell.spec.domains:
+                here.fingerprint(part, needed=True)
         self._sort_out(
             "made from other data", {cell.id: here.unlike(cell.spec, record) for cell, record in self.recorded}
         )
-        teachers = {c.spec.teacher.identity(): c.spec.teacher for c in self.cells if c.spec.teacher is not None}
-        for teacher in teachers.values():
-            for one in teacher.each:
-                if one.trained_by is not None and (record := finished_record(teacher_folder(one, self.runs))):
-                    check_teacher(one, record, here)
+        for one in {one.identity(): one for cell in self.cells for one in cell.spec.teachers}.values():
+            if one.trained_by is not None and (record := finished_record(teacher_folder(one, self.runs))):
+                check_teacher(one, record, here)
 
     def compare_teachers(self) -> None:
         """Raises UserError for cells of the folder that learned from other weights of a trained teacher than those
         from which the open cells would learn, or than each other."""
         expected: dict[str, str] = {}
-        for teacher in (one for cell in self.open if cell.spec.teacher for one in cell.spec.teacher.each):
+        for teacher in (one for cell in self.open for one in cell.spec.teachers):
             if teacher.trained_by is None or teacher.identity() in expected:
                 continue
             if record := finished_record(teacher_folder(teacher, self.runs)):
                 expected[teacher.identity()] = sha256_of(student_file(record))
         reasons = {}
         for cell, record in self.recorded:
-            if cell.spec.teacher is None or record.teacher is None:
+            if record.teacher is None:
                 continue
             found = record.teacher.members or [record.teacher.sha256]
-            for one, before in zip(cell.spec.teacher.each, found, strict=False):
+            for one, before in zip(cell.spec.teachers, found, strict=False):
                 sha256 = expected.setdefault(one.identity(), before)
                 if sha256 != before:
                     reasons[cell.id] = f"'{one.name}' had the sha256 {before[:12]}, here it has {sha256[:12]}"
@@ -170,6 +167,11 @@ def cell_folder(folder: Path, cell: PlannedCell) -> Path:
     return _finished_or_first([inside(folder, slug) for slug in cell.slugs])
 
 
+def open_cells(cells: Iterable[PlannedCell], folder: Path) -> list[PlannedCell]:
+    """Those of a run's cells that have not finished in its folder."""
+    return [cell for cell in cells if finished_record(cell_folder(folder, cell)) is None]
+
+
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy (of several: all their weights)."""
     if spec.members:
@@ -210,11 +212,10 @@ def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
     for name in PUBLISHED:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / f".{name}.part")
-            (target / f".{name}.part").replace(target / name)
+            with atomic(target / name) as temporary:
+                shutil.copyfile(source / name, temporary)
 
 
 def _cells(number: int) -> str:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdbench.files import write_text
-
-NAME = "metrics.jsonl"
+from kdbench.files import EVENTS, METRICS, write_text
 
 
 @dataclass
@@ -45,14 +43,14 @@ class MetricsLog:
 
     def __init__(self, folder: Path, history: list[dict[str, Any]], tensorboard: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / NAME, "".join(json.dumps(entry) + "\n" for entry in history))
-        self.file = (folder / NAME).open("a", encoding="utf-8")
+        write_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in history))
+        self.file = (folder / METRICS).open("a", encoding="utf-8")
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             purge = history[-1]["step"] + 1 if history else 0
-            self.writer = SummaryWriter(str(folder / "events"), purge_step=purge)
+            self.writer = SummaryWriter(str(folder / EVENTS), purge_step=purge)
 
     def append(self, entry: dict[str, Any]) -> None:
         self.file.write(json.dumps(entry) + "\n")

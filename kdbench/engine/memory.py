@@ -78,7 +78,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     training = round((1 + SCRATCH) * saved * batch / IMAGES)
     held = sum(cost.held for cost in costs) + (_bytes(student) if spec.protocol.ema else 0)
     # Resident data are there as they were read, and in parts on the device.
-    domains = [part for part in (data, spec.target) if part is not None and not part.streamed]
+    domains = [part for part in spec.domains if not part.streamed]
     both = sum(2 * (part.train + part.test) * math.prod(part.image_shape) for part in domains)
     if device.type == "cuda" and ("data", "logits") in read:
         # A table of teacher logits, where there is one, lies on the GPU.

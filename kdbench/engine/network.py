@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdbench.data.augment import normalize
 from kdbench.engine.compute import Computing
-from kdbench.errors import CellError
+from kdbench.errors import CellError, first_line
 from kdbench.image_cards import Normalization
 from kdbench.models.graph import Traced, Untraceable, traced
 from kdbench.models.hooks import Extractor
@@ -166,7 +166,7 @@ def of_compiler(error: Exception) -> str:
     """What torch.compile says of its failure; any other error is raised."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise error
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:

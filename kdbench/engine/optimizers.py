@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd
 from kdbench.engine.build import build_schedule
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
-from kdbench.recipe.specs import TargetSpec
+from kdbench.recipe.coded import TargetSpec
 from kdbench.schedules import Moment
 
 # Gradients of the terms that read a teacher, where an optimizer takes these apart.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kdbench.engine.messages import (
     read_line,
 )
 from kdbench.errors import CellError, UserError
+from kdbench.files import cores
 
 # How many workers are tried for the first: its node may be lost, which a cluster notices late.
 MOST_STARTS = 5
@@ -109,7 +110,7 @@ class Pool:
 
     def __init__(self, device: str, jobs: int | None, paths: tuple[Path, ...], settings: Settings) -> None:
         self.device, self.paths, self.settings = device, paths, settings
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = cores()
         # Who sets OMP_NUM_THREADS shares the machine: more threads than that would only wait for each other.
         self.threads = _omp_threads(self.cores) or self.cores
         self.jobs = jobs or self.cores
@@ -255,14 +256,7 @@ class Pool:
         number = self._started
         self._started += 1
         with spared():
-            worker = self.workers[number] = subprocess.Popen(
-                [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in self.paths)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                env=ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(self.threads)},
-            )
+            worker = self.workers[number] = worker_process(self.paths, self.threads)
             threading.Thread(target=self._listen, args=(number, worker), daemon=True).start()
 
     def _listen(self, number: int, worker: subprocess.Popen[str]) -> None:
@@ -299,6 +293,18 @@ class Pool:
             used = [self._on[other] for other in self.workers if other in self._on]
             self._on[number] = min(self.devices, key=used.count)
         return self._on[number]
+
+
+def worker_process(paths: Iterable[Path], threads: int, **more: str) -> subprocess.Popen[str]:
+    """A worker; `paths`: folders from which it imports users' modules, `more`: of its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in paths)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=ALLOCATOR | os.environ | {"OMP_NUM_THREADS": str(threads)} | more,
+    )
 
 
 @contextmanager

@@ -8,29 +8,19 @@ import os
 import platform
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
-from kdbench.engine.pool import ALLOCATOR
+from kdbench.engine.pool import worker_process
 from kdbench.engine.versions import versions
-from kdbench.files import atomic, folders_in, home, sha256_of
+from kdbench.files import RECORD, atomic, files_of, folders_in, home, sha256_of
 
 # Seconds between looks at a worker's files.
 LOOK = 0.5
-# What a cell goes on from is not in these.
-UNREAD = ("events", "metrics.jsonl", "test_logits.safetensors")
 # How a list of pictures is called, and where tables of teacher logits lie.
 PICTURES, TABLES = ".pictures.json", "teacher_logits"
 # A file's name below a folder, and its bytes; None where it is gone.
 Content = tuple[str, bytes | None]
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """All files of a folder by their names below it, without hidden ones."""
-    found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {name: file for name, file in found.items() if not file.name.startswith(".")}
 
 
 class Node:
@@ -78,15 +68,8 @@ class Node:
             paths: folders below this node's from which it imports users' modules.
         """
         weights = os.pathsep.join(map(str, [self.folder / "weights", *folders_in("KDBENCH_WEIGHTS")]))
-        own = {"OMP_NUM_THREADS": str(threads), "KDBENCH_WEIGHTS": weights}
-        worker = self.worker = subprocess.Popen(
-            [sys.executable, "-m", "kdbench.engine.worker", *(str(self.folder / path) for path in paths)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=ALLOCATOR | os.environ | own,
-        )
+        folders = [self.folder / path for path in paths]
+        worker = self.worker = worker_process(folders, threads, KDBENCH_WEIGHTS=weights)
 
         def listen() -> None:
             assert worker.stdout is not None
@@ -158,4 +141,4 @@ class Node:
         changed += [(name, None) for name in self.seen if name not in now and name.startswith(here)]
         self.seen = now
         # A record makes its cell whole, so it comes after what it speaks of.
-        return sorted(changed, key=lambda one: one[0].endswith("record.json"))
+        return sorted(changed, key=lambda one: one[0].endswith(RECORD))

@@ -34,11 +34,11 @@ from kdbench.engine.messages import (
     read_line,
 )
 from kdbench.engine.pool import SHARE, Pool, own_signals, spared
-from kdbench.engine.ray_node import TABLES, Node, files_of
+from kdbench.engine.ray_node import TABLES, Node
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
-from kdbench.errors import CellError, UserError
-from kdbench.files import atomic
+from kdbench.errors import CellError, UserError, first_line
+from kdbench.files import CHECKPOINT, atomic, files_of
 from kdbench.recipe.specs import DataSpec
 
 
@@ -121,7 +121,7 @@ class RayPool(Pool):
                 self.ray.init(address=self.cluster.address, log_to_driver=False, logging_level="error", **alone)
         except (OSError, ValueError, RuntimeError, self.ray.exceptions.RayError) as error:
             raise UserError(
-                f"there is no Ray cluster at '{self.cluster.address}' that lets this run in: {_first_line(error)}",
+                f"there is no Ray cluster at '{self.cluster.address}' that lets this run in: {first_line(error)}",
                 where="--ray",
                 hint="start one with 'ray start --head', or give its address; "
                 "if it wants a token, set RAY_AUTH_MODE=token and have its ~/.ray/auth_token",
@@ -158,8 +158,8 @@ class RayPool(Pool):
         if here:
             yield from self.local.carry_out(here)
         for spec in (spec for task in away for spec in specs_of(task)):
-            for data in (spec.data, spec.target):
-                if data is not None and data.source() not in self.sending.given:
+            for data in spec.domains:
+                if data.source() not in self.sending.given:
                     yield from self._save(data)
         for event in super().carry_out(away):
             if isinstance(event, Progress):
@@ -249,7 +249,7 @@ class RayPool(Pool):
             self.events.put((number, Failed(message=error.what, by_user=True, where=error.where, hint=error.hint)))
         except self.ray.exceptions.RayError as error:
             self.events.put(
-                (number, Gone(code=1, why=f"its node or its actor is lost: {_first_line(error)}", lost=True))
+                (number, Gone(code=1, why=f"its node or its actor is lost: {first_line(error)}", lost=True))
             )
         except Exception as error:  # noqa: BLE001 - whoever waits for this worker must hear of it
             self.events.put((number, Gone(code=1, why=f"{type(error).__name__}: {error}")))
@@ -264,7 +264,7 @@ class RayPool(Pool):
             raise CellError(f"a node sent a file outside of the run's folder: {name}")
         if content is None:
             # A finished cell has none any more. Nothing else is ever taken away.
-            if file.name == "checkpoint.pt":
+            if file.name == CHECKPOINT:
                 file.unlink(missing_ok=True)
             return
         with atomic(file) as temporary:
@@ -312,7 +312,3 @@ def _reach(address: str) -> None:
     host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

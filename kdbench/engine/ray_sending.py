@@ -7,8 +7,8 @@ from typing import Any
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.logit_files import ABOUT, VALUES, tables
 from kdbench.engine.messages import Given, Message, Task, TrainCohort
-from kdbench.engine.ray_node import PICTURES, TABLES, UNREAD, files_of
-from kdbench.files import SHARE, below, find_weights, sha256_of
+from kdbench.engine.ray_node import PICTURES, TABLES
+from kdbench.files import SHARE, UNREAD, below, files_of, find_weights, sha256_of
 from kdbench.reading import read_json
 from kdbench.recipe.specs import CellSpec
 
@@ -50,14 +50,13 @@ class Sending:
         """Send what a task's cells read beside the run's own files, data and weights."""
         given: dict[str, Given] = {}
         for spec in specs_of(task):
-            for data in (spec.data, spec.target):
-                if data is not None:
-                    known = given[data.source()] = self.given[data.source()]
-                    place = f"data/{known.file.name}"
-                    self.put(actor, {place: known.file})
-                    if known.file.name.endswith(PICTURES):
-                        place = self._pictures(actor, place, known.file)
-                    given[data.source()] = known.model_copy(update={"file": base / place})
+            for data in spec.domains:
+                known = given[data.source()] = self.given[data.source()]
+                place = f"data/{known.file.name}"
+                self.put(actor, {place: known.file})
+                if known.file.name.endswith(PICTURES):
+                    place = self._pictures(actor, place, known.file)
+                given[data.source()] = known.model_copy(update={"file": base / place})
             files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
             away = {name: file for name, file in files.items() if SHARE not in file.resolve().parents}
             self.put(actor, {f"weights/{below(name)}": file for name, file in away.items()})
@@ -138,6 +137,6 @@ def specs_of(task: Task) -> list[CellSpec]:
 
 def _weights(spec: CellSpec) -> list[str]:
     """Names of the weight files that a cell reads."""
-    teachers = [one.weights for one in spec.teacher.each] if spec.teacher is not None else []
+    teachers = [one.weights for one in spec.teachers]
     cards = [weights.file for weights in (spec.student.start, *teachers) if weights is not None]
     return cards + ([spec.student.weights] if spec.student.weights is not None else [])

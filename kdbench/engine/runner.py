@@ -15,10 +15,10 @@ from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, begun
 from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
-from kdbench.files import write_json
+from kdbench.files import RECORD, RUN, write_json
 from kdbench.reading import same_name
 from kdbench.recipe.planning import Plan
-from kdbench.record import RECORD, Record, read_record
+from kdbench.record import Record, read_record
 
 
 @dataclass
@@ -54,7 +54,7 @@ def run(
     with locked_run(folder):
         cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
         about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
-        write_json(folder / "recipe.json", about | {"cells": [cell.folder.name for cell in cells]})
+        write_json(folder / RUN, about | {"cells": [cell.folder.name for cell in cells]})
         finished = Finished(cells, published or {}, options.runs, listener.say)
         # What is damaged of the way in which they began is told before a teacher is trained.
         for cell in finished.open:

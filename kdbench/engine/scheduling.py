@@ -85,7 +85,7 @@ def _group(cell: CellState, seed: bool = True) -> str:
     extra = [(s.extra_epochs, s.extra_share) for s in spec.method.stages.values() if s.extra]
     protocol = spec.protocol.model_dump(mode="json", exclude={"name", "normalization"})
     kept = begun(cell.folder).model_dump()
-    domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+    domains = [part.model_dump(mode="json") for part in spec.domains]
     return json.dumps([domains, spec.seed if seed else None, protocol, compute.key(spec.compute), extra, kept])
 
 

@@ -92,7 +92,7 @@ class Session:
             UserError: for one that was trained before: its weights are gone or damaged, or it saw other data.
         """
         wanted: dict[str, TeacherSpec] = {}
-        for teacher in (one for cell in cells if cell.spec.teacher for one in cell.spec.teacher.each):
+        for teacher in (one for cell in cells for one in cell.spec.teachers):
             if teacher.trained_by is not None:
                 wanted.setdefault(teacher.trained_by.identity(), teacher)
         for teacher in wanted.values():
@@ -125,7 +125,7 @@ class Session:
         """Data, teachers and what batch sources share, each once, so that several workers do not all fetch them."""
         tasks: dict[tuple[str, ...], messages.Task] = {}
         for spec in sorted((cell.spec for cell in cells), key=lambda spec: spec.teacher is None):
-            data = json.dumps([[part.name, part.root] for part in (spec.data, spec.target) if part is not None])
+            data = json.dumps([[part.name, part.root] for part in spec.domains])
             given = [spec.teacher.identity()] if spec.teacher else []
             given += [spec.student.start.sha256] if spec.student.start else []
             given += [spec.student.weights_sha256] if spec.student.weights_sha256 else []
@@ -140,10 +140,10 @@ class Session:
         """A task for each kind of batch source, teacher and seed: what is made before cells train."""
         kinds: dict[str, CellSpec] = {}
         for spec in (cell.spec for cell in cells):
-            sources = [stage.source.model_dump(mode="json") for stage in spec.method.stages.values() if stage.source]
+            sources = [source.model_dump(mode="json") for source in spec.method.sources.values()]
             if sources:
                 teacher = spec.teacher.identity() if spec.teacher else ""
-                domains = [part.model_dump(mode="json") for part in (spec.data, spec.target) if part is not None]
+                domains = [part.model_dump(mode="json") for part in spec.domains]
                 kinds.setdefault(json.dumps([sources, teacher, domains, spec.seed], sort_keys=True), spec)
         threads = self._threads(len(kinds))
         shared = self.options.runs / SOURCES

@@ -119,10 +119,9 @@ class TaskRunner:
         teacher = self.materials.teacher(spec, file, REFERENCE)
         network = teacher.network if teacher else None
         files = SourceFiles(file.sha256 if file else "", None, task.shared)
-        for name, stage in spec.method.stages.items():
-            if stage.source is not None:
-                context = SourceContext(spec, name, self.device, network, files)
-                import_target(stage.source.target).prepare(context, self.doing, self.stopping, **stage.source.options)
+        for name, source in spec.method.sources.items():
+            context = SourceContext(spec, name, self.device, network, files)
+            import_target(source.target).prepare(context, self.doing, self.stopping, **source.options)
         if self.stopping():
             raise CellError("stopped; repeat the command to continue")
 

@@ -25,11 +25,10 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import load_file, locate
 from kdbench.errors import CellError, UserError
-from kdbench.files import atomic, sha256_of, write_json
+from kdbench.files import ROUTE, atomic, sha256_of, write_json
 from kdbench.forms import Percent
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.beside import origin_of
-from kdbench.recipe.route import FOLDER
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
 
@@ -69,7 +68,7 @@ def trained(folder: Path) -> TeacherFile | None:
         return None
     file = student_file(record)
     checkpoints = tuple(checkpoint.model_dump(mode="json") for checkpoint in record.route)
-    route = Route(folder / FOLDER, checkpoints) if checkpoints else None
+    route = Route(folder / ROUTE, checkpoints) if checkpoints else None
     return TeacherFile(file, sha256_of(file), record.result.test.last, route, data=record.data.fingerprint)
 
 

@@ -18,7 +18,8 @@ from kdbench.engine.targets import import_target, where_raised
 from kdbench.errors import UserError
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
-from kdbench.recipe.specs import TargetSpec, TermSpec
+from kdbench.recipe.coded import TargetSpec
+from kdbench.recipe.specs import TermSpec
 from kdbench.schedules import Moment, product
 from kdbench.signature import parameters
 from kdbench.told import asked

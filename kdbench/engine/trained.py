@@ -9,6 +9,7 @@ from kdbench.engine.build import build_model
 from kdbench.engine.predicting import untrained
 from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
+from kdbench.files import RECORD
 from kdbench.recipe.recorded import cell_of, student_of
 from kdbench.record import WhichWeights, read_record, student_file
 from kdbench.registry import Registry
@@ -16,7 +17,7 @@ from kdbench.registry import Registry
 
 def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: WhichWeights = "last") -> nn.Module:
     """The student of a finished cell's folder, in eval mode, on the CPU. See `kdbench.load_student`."""
-    if not (folder / "record.json").is_file():
+    if not (folder / RECORD).is_file():
         raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
     record = read_record(folder)
     cards = Registry(Path(registry) for registry in registries)

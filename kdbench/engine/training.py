@@ -32,7 +32,7 @@ from kdbench.engine.teachers import fingerprint
 from kdbench.engine.together import Together
 from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError
-from kdbench.files import locked, sweep
+from kdbench.files import CHECKPOINT, locked, sweep
 from kdbench.record import Record, finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
@@ -152,7 +152,7 @@ class Training:
             try:
                 member.load_state(state)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                kept = cell.folder / checkpoint.NAME
+                kept = cell.folder / CHECKPOINT
                 raise CellError(
                     f"{kept} does not fit this cell ({error}): remove it, and the cell starts again"
                 ) from None

@@ -21,7 +21,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import Taught, Teacher
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, first_line
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.specs import CellSpec
 
@@ -226,7 +226,7 @@ def _measure(
     except (CellError, UserError, RuntimeError, MemoryError) as error:
         # Its traceback would hold the networks, and with them memory that the next ways need.
         one.error = error.with_traceback(None)
-        one.remark = f"failed: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
+        one.remark = f"failed: {first_line(error)}"
     return one
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, first_line
 from kdbench.models.arguments import check_sizes
 
 # Networks with auxiliary classifiers, and what the entries of these in weight files begin with.
@@ -147,7 +147,7 @@ def _library(name: str) -> Any:
 
 
 def _cannot(name: str, channels: int, image_size: int, error: Exception) -> UserError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     return UserError(
         f"'{name}' cannot be built for images of {channels}×{image_size}×{image_size}: {reason}",
         hint="choose another model, or a data set with larger images",

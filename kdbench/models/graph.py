@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kdbench.errors import first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.places import FIRST, Place
 from kdbench.models.points import LOGITS
@@ -40,7 +41,7 @@ def traced(extractor: Extractor, points: Collection[str], training: bool, image_
         with undisturbed(extractor.model, training):
             graph = tracer.trace(extractor.model)
     except Exception as error:  # noqa: BLE001 - tracing runs a network's code with stand-ins, which can fail anyhow
-        raise Untraceable(f"{extractor.model_name}: {type(error).__name__}: {_first_line(error)}") from None
+        raise Untraceable(f"{extractor.model_name}: {type(error).__name__}: {first_line(error)}") from None
     missing = [point for point in asked if point != LOGITS and point not in tracer.found]
     if missing:
         raise Untraceable(f"{extractor.model_name}: {', '.join(missing)} is not in the traced graph")
@@ -110,7 +111,3 @@ def _compare(extractor: Extractor, traced: Traced, training: bool, image_shape: 
     for point, value in zip(traced.points, values, strict=True):
         if not isinstance(value, Tensor) or not torch.equal(value, by_hooks[point]):
             raise Untraceable(f"{extractor.model_name}: the traced graph gives other values at '{point}'")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

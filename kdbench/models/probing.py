@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, first_line
 
 # What a network can raise when its input does not suit it.
 UNSUITABLE = (
@@ -102,7 +102,7 @@ def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMA
 def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: Exception) -> UserError:
     """What to raise when a network failed on images of this shape."""
     size = "×".join(map(str, image_shape))
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     return UserError(
         f"model '{model_name}' cannot take images of {size}: {reason}",
         hint="choose another model, or a data set with larger images",

@@ -6,11 +6,9 @@ from pathlib import Path
 from pydantic import AliasPath, BaseModel, ConfigDict, Field
 
 from kdbench.errors import UserError
-from kdbench.files import sha256_of
+from kdbench.files import RECORD, ROUTE, STUDENT, sha256_of
 from kdbench.image_cards import Normalization
 from kdbench.reading import read_as
-
-_RECORD, _STUDENT, _ROUTE = "record.json", "student.safetensors", "route"
 
 
 class _RecordedPart(BaseModel):
@@ -56,9 +54,9 @@ def origin_of(file: Path) -> Origin | None:
     Raises:
         UserError: a record that cannot be read, or of other weights.
     """
-    inside_route = file.parent.name == _ROUTE
-    record = (file.parent.parent if inside_route else file.parent) / _RECORD
-    if not record.is_file() or not (inside_route or file.name == _STUDENT):
+    inside_route = file.parent.name == ROUTE
+    record = (file.parent.parent if inside_route else file.parent) / RECORD
+    if not record.is_file() or not (inside_route or file.name == STUDENT):
         return None
     training = read_as(Origin, record, "copy the weights to another folder to use them without it")
     hashes = {kept.file: kept.sha256 for kept in training.route} if inside_route else training.files

@@ -182,7 +182,7 @@ def needs_teacher(method: MethodSpec) -> bool:
     return (
         method.starts_from == "teacher"
         or any(part.teacher for part in parts)
-        or any("teacher" in term.loss.inputs or term.of == "teacher" for _, _, term in terms_of(method))
+        or any("teacher" in term.loss.inputs or term.of == "teacher" for term in method.terms)
     )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from kdbench.errors import UserError
-from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec, TargetSpec
+from kdbench.recipe.coded import TargetSpec
+from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 

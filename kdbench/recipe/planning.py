@@ -148,7 +148,7 @@ def plan(
         raise UserError(f"no method of this comparison has '{key}'", where=where, hint=did_you_mean(key, known))
     _check_names(cells.values(), tree)
     name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
-    data = {part.name for cell in cells.values() for part in (cell.spec.data, cell.spec.target) if part is not None}
+    data = {part.name for cell in cells.values() for part in cell.spec.domains}
     notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
     planned = list(cells.values())
     baseline = _baseline(base.baseline, planned, tree)

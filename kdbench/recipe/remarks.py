@@ -16,7 +16,7 @@ def remarks(specs: Iterable[CellSpec]) -> list[str]:
     """Sentences on all cells of a plan, each once."""
     found: dict[str, None] = {}
     for spec in specs:
-        of_teachers = [text for one in (spec.teacher.each if spec.teacher else ()) for text in _teacher(one)]
+        of_teachers = [text for one in spec.teachers for text in _teacher(one)]
         found |= dict.fromkeys([*replaced_normalization(spec), *of_teachers, *_start(spec)])
     return list(found)
 

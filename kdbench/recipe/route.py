@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 
 from kdbench.recipe.specs import AnchorSpec
 
-# Folder beside a cell's record for the checkpoints of its route, and the index inside it.
-FOLDER = "route"
+# What says which checkpoints lie in a cell's folder `files.ROUTE`.
 INDEX = "index.json"
 
 

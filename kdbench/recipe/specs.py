@@ -9,70 +9,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, Field
 
 from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
 from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import POINT_GROUPS, numbered
-from kdbench.names import content_name, is_content
+from kdbench.names import is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
-
-# Fields of specs that hold targets, or mappings of names to targets.
-_CODE = ("target", "metrics", "references", "layout")
-# The context in which a spec is written for a record.
-_RECORD = "record"
-
-
-class Spec(BaseModel):
-    """Resolved plain data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Coded(BaseModel):
-    """What names code. In a record and in an identity, code counts under a name that stays when it moves."""
-
-    counts_as: dict[str, str] = Field(default={}, description="target -> what is hashed in its place, where it differs")
-
-    @model_serializer(mode="wrap")
-    def _plain(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        plain: dict[str, Any] = handler(self)
-        if info.context == _RECORD:
-            plain |= {part: _named(plain[part], self.counts_as) for part in _CODE if part in plain}
-            del plain["counts_as"]
-            # As in records of before there were versions.
-            if plain.get("version") == 1:
-                del plain["version"]
-        return plain
-
-
-class TargetSpec(Coded, Spec):
-    """A registered thing with its options: what to call, and with what."""
-
-    name: str
-    target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
-    options: dict[str, Any] = {}
-    source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
-    version: int = Field(1, description="of the card")
-
-    @model_validator(mode="before")
-    @classmethod
-    def own_code_by_its_content(cls, data: Any) -> Any:
-        """Records of earlier versions name the module of a user's own code."""
-        if isinstance(data, dict) and "counts_as" not in data:
-            target, sha256 = data.get("target"), data.get("source_sha256")
-            if isinstance(target, str) and ":" in target and isinstance(sha256, str):
-                return {**data, "counts_as": {target: content_name(target, sha256)}}
-        return data
+from kdbench.recipe.coded import CODE, RECORDED, Coded, Spec, TargetSpec, renamed
 
 
 class DataSpec(DataFields, TargetSpec):
@@ -237,9 +182,19 @@ class MethodSpec(Spec):
     predicts: ModuleSpec | None = None
     stages: dict[str, StageSpec]
 
+    @property
+    def terms(self) -> list[TermSpec]:
+        """The loss terms of all stages."""
+        return [term for stage in self.stages.values() for term in stage.losses.values()]
+
+    @property
+    def sources(self) -> dict[str, SourceSpec]:
+        """Stage -> its batch source."""
+        return {name: stage.source for name, stage in self.stages.items() if stage.source is not None}
+
     def points(self, network: Literal["student", "teacher"]) -> set[str]:
         """Hook points and groups that it reads of a network."""
-        terms = [term for stage in self.stages.values() for term in stage.losses.values()]
+        terms = self.terms
         read = [point for term in terms if term.of == network for point in term.points("student")]
         modules = [*self.modules.values(), *([self.predicts] if self.predicts else [])]
         read += [getattr(module, network) for module in modules]
@@ -324,6 +279,16 @@ class CellSpec(Spec):
     keep: Literal["best"] | None = None
 
     @property
+    def domains(self) -> list[DataSpec]:
+        """Its data sets: the source, and the target where it has one."""
+        return [self.data] if self.target is None else [self.data, self.target]
+
+    @property
+    def teachers(self) -> list[TeacherSpec]:
+        """Its teachers one by one; none where it has none."""
+        return self.teacher.each if self.teacher is not None else []
+
+    @property
     def tested(self) -> DataSpec:
         """The data whose test set counts."""
         return self.target or self.data
@@ -357,13 +322,7 @@ _NOT_NUMBERS = {
 
 def recorded(spec: Spec) -> dict[str, Any]:
     """A spec as plain data that stays: what is code counts under its name, wherever it lies today."""
-    return spec.model_dump(mode="json", exclude_none=True, context=_RECORD)
-
-
-def _named(code: Any, names: dict[str, str]) -> Any:
-    if isinstance(code, dict):
-        return {key: names.get(target, target) for key, target in code.items()}
-    return names.get(code, code)
+    return spec.model_dump(mode="json", exclude_none=True, context=RECORDED)
 
 
 def _digest(spec: Spec, earlier: bool = False) -> str:
@@ -379,8 +338,8 @@ def _numbers(value: Any, earlier: bool) -> Any:
         for name, field in type(value).model_fields.items():
             part = getattr(value, name)
             if name not in dropped and (field.is_required() or part != field.default):
-                if isinstance(value, Coded) and name in _CODE:
-                    part = _named(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
+                if isinstance(value, Coded) and name in CODE:
+                    part = renamed(part, {t: n for t, n in value.counts_as.items() if not (earlier and is_content(n))})
                 if isinstance(value, DataSpec) and name == "options":
                     part = {key: p for key, p in part.items() if key not in _NOT_NUMBERS}
                 # Stages follow each other, and sums of losses round by their order.

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from kdbench.errors import UserError
-from kdbench.record import METRICS, metrics
+from kdbench.files import METRICS
+from kdbench.record import metrics
 from kdbench.results.comparison import Column, Comparison, Row
 
 # A method this many times farther below the median than the best is above it is left out of the enlarged part.

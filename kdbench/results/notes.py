@@ -170,8 +170,7 @@ def _teachers_in_doubt(comparison: Comparison) -> Said:
 def _plain(record: Record) -> bool:
     """Whether a student learned from labelled images alone."""
     spec = record.resolved if record.teacher is None else None
-    stages = list(spec.method.stages.values()) if spec is not None else []
-    terms = [term for stage in stages for term in stage.losses.values()]
+    terms = spec.method.terms if spec is not None else []
     return bool(terms) and all({*term.loss.inputs} <= {"student", "labels"} and term.input == "data" for term in terms)
 
 

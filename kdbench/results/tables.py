@@ -199,8 +199,7 @@ def _measures(records: Iterable[Record]) -> tuple[Measure, ...]:
     for record in records:
         for metric, values in record.result.metrics.items():
             points.setdefault(metric, set()).update(values)
-        stages = record.resolved.method.stages.values() if record.resolved is not None else ()
-        for term in (term for stage in stages for term in stage.losses.values()):
+        for term in record.resolved.method.terms if record.resolved is not None else ():
             shares = shares | term.loss.shares
     return tuple(Measure(metric, tuple(sorted(points[metric])), shares.get(metric)) for metric in sorted(points))
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from kdbench.engine.tuning import known_of
 from kdbench.errors import UserError
+from kdbench.files import RECORD, RUN
 from kdbench.recipe.planning import Plan
-from kdbench.record import RECORD, RUN, Record, finished_record, metrics, read_record, read_records
+from kdbench.record import Record, finished_record, metrics, read_record, read_records
 from kdbench.verify import sums
 from kdbench.verify.soundness import problems
 

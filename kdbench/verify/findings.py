@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdbench.errors import UserError
+from kdbench.files import METRICS, RECORD, RUN
 from kdbench.reading import inside
-from kdbench.record import METRICS, RECORD, RUN, Record, RunFile, metrics, read_record, read_run
+from kdbench.record import Record, RunFile, metrics, read_record, read_run
 
 Level = Literal["agrees", "remark", "unchecked", "disagrees"]
 

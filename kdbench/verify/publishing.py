@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
+from kdbench.files import PUBLISHED, RECORD, RUN
 from kdbench.reading import inside
-from kdbench.record import PUBLISHED, RECORD, RUN, metrics, read_record, read_run
+from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
 
 
@@ -62,7 +63,7 @@ def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:
     found = {}
     for cell in cells:
         spec = read_record(run / cell).resolved
-        for teacher in spec.teacher.each if spec is not None and spec.teacher is not None else ():
+        for teacher in spec.teachers if spec is not None else ():
             if (trained := teacher.trained_by) is None:
                 continue
             # One that was not trained here may have come with published cells, as a record.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kdbench.engine.materials import load_data
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import LOGITS, home
 from kdbench.recipe.specs import DataSpec
-from kdbench.record import LOGITS, Record
+from kdbench.record import Record
 
 
 def labels_of(data: DataSpec, roots: Iterable[Path]) -> tuple[Tensor, str]:

@@ -75,7 +75,7 @@ def cell_to_rerun(records: dict[str, Record], name: str | None, registry: Regist
 
         def cost(cell: str) -> tuple[bool, bool, float, str]:
             spec = records[cell].resolved
-            trains = spec is not None and spec.teacher is not None and any(t.trained_by for t in spec.teacher.each)
+            trains = spec is not None and any(one.trained_by for one in spec.teachers)
             return spec is None, trains, records[cell].compute.seconds, cell
 
         name = min(records, key=cost)
@@ -109,7 +109,7 @@ def rerun(
     if (way := compute.of_records([record.folder] if record.folder else [])) is not None:
         chosen = Chosen(asked=spec.compute.fixed(), computing=way, why="as the record says")
         compute.keep(options.runs / plan.name, chosen)
-    for one in spec.teacher.each if spec.teacher is not None else ():
+    for one in spec.teachers:
         if (trained := one.trained_by) is not None:
             for teacher in teachers:
                 if teacher.identity in (trained.identity(), trained.identity(earlier=True)):

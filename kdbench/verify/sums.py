@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kdbench.errors import UserError
-from kdbench.files import sha256_of, write_text
+from kdbench.files import PUBLISHED, RUN, sha256_of, write_text
 from kdbench.reading import inside, read_text
-from kdbench.record import PUBLISHED, RUN
 
 NAME = "SHA256SUMS"
 

@@ -15,11 +15,10 @@ from typing import Any, get_args
 from kdbench.engine.finished import names
 from kdbench.engine.tuning import TRIALS, chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
-from kdbench.files import sha256_of
+from kdbench.files import BEST, LOGITS, RUN, STUDENT, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
-from kdbench.record import BEST, LOGITS, RUN, STUDENT
 from kdbench.registry import Registry
 from kdbench.results.contents import Table
 from kdbench.results.latex import LatexForm

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 import kdbench
 from kdbench.engine.exporting import exported_student, model_card
-from kdbench.record import BEST, read_record
+from kdbench.files import BEST
+from kdbench.record import read_record
 from kdbench.record_parts import Best
 
 RECIPE = """\

@@ -14,8 +14,9 @@ from kdbench.cli.output import write_tables
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.runner import Outcome, run
 from kdbench.errors import UserError
+from kdbench.files import LOGITS
 from kdbench.recipe.planning import plan
-from kdbench.record import LOGITS, read_record
+from kdbench.record import read_record
 from kdbench.registry import Registry
 from kdbench.verify.adopting import published
 from kdbench.verify.publishing import publish

@@ -15,7 +15,7 @@ from kdbench import load_student
 from kdbench.data.augment import normalize
 from kdbench.data.digits import load
 from kdbench.errors import UserError
-from kdbench.record import LOGITS, STUDENT
+from kdbench.files import LOGITS, STUDENT
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
-from kdbench.files import SHARE, sha256_of
+from kdbench.files import ROUTE, SHARE, sha256_of
 from kdbench.recipe import route
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -429,7 +429,7 @@ def keeping(folder: Path, spec: CellSpec, batches: Batches, stop_after: int = -1
 
 
 def left_in(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / route.FOLDER).iterdir()}
+    return {file.name: file.read_bytes() for file in (folder / ROUTE).iterdir()}
 
 
 def test_a_route_is_kept_bounded_and_the_same_after_interruptions(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_a_route_is_kept_bounded_and_the_same_after_interruptions(tmp_path: Path
     for stop in (1, 3, 4, 8):
         assert not keeping(tmp_path / "parts", spec, batches, stop)
     # What a kill between two checkpoints leaves: a file of a step that is done again.
-    (tmp_path / "parts" / route.FOLDER / "00000010.safetensors").write_bytes(b"half")
+    (tmp_path / "parts" / ROUTE / "00000010.safetensors").write_bytes(b"half")
     assert keeping(tmp_path / "parts", spec, batches)
     assert left_in(tmp_path / "parts") == whole
 
@@ -455,10 +455,10 @@ def test_the_index_says_what_was_kept_and_nothing_of_the_test_part(tmp_path: Pat
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
     batches = Batches(spec, images(spec.data), CPU)
     keeping(tmp_path, spec, batches)
-    index = json.loads((tmp_path / route.FOLDER / route.INDEX).read_text())
+    index = json.loads((tmp_path / ROUTE / route.INDEX).read_text())
     assert [(e["step"], e["epoch"]) for e in index] == [(3, 1.5), (6, 3.0)]
     assert all(set(e) == {"step", "epoch", "file", "sha256", "validation"} for e in index)
-    kept = Route(tmp_path / route.FOLDER, tuple(index))
+    kept = Route(tmp_path / ROUTE, tuple(index))
     for i, entry in enumerate(index):
         assert sha256_of(kept.folder / entry["file"]) == entry["sha256"]
         # Replayed from nothing, the student at that step is what was kept.

@@ -146,7 +146,7 @@ def compared_with(specs: Sequence[CellSpec]) -> list[TeacherSpec | None]:
 
 def makes_boundary_samples(spec: CellSpec) -> bool:
     """Whether a cell's batch sources give the input set "boundary"."""
-    return any(stage.source is not None and "boundary" in stage.source.gives for stage in spec.method.stages.values())
+    return any("boundary" in source.gives for source in spec.method.sources.values())
 
 
 def attack(
