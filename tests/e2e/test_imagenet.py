@@ -58,8 +58,7 @@ def words(here: Path, recipe: str, runs: Path) -> list[str | Path]:
 
 
 @pytest.mark.slow
-def test_all_methods_train_and_a_killed_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
-    few = ["--checkpoint-seconds", "0"]
+def test_all_methods_train(here: Path, kdbench: Kdbench) -> None:
     done = kdbench(*words(here, "imagenet_small", here / "whole"), "data.fraction=null")
     runs = here / "whole" / "imagenet_small"
     cells = [file.parent for file in runs.glob("*/record.json")]
@@ -67,7 +66,10 @@ def test_all_methods_train_and_a_killed_run_ends_with_the_same_bits(here: Path, 
     taught = [record for cell in cells if (record := filled(cell / "record.json"))["teacher"]]
     assert len(taught) == 10 and {record["teacher"]["accuracy"] for record in taught} == {12.5}
 
-    some = ["compare.method=[ce, crd, ab_ce]", *few]
+
+@pytest.mark.long
+def test_a_killed_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
+    some = ["compare.method=[ce, crd, ab_ce]", "--checkpoint-seconds", "0"]
     struck([*words(here, "imagenet_resnet34_resnet18", here / "again"), *some], Strike("checkpoint", 1, "run"))
     assert not list((here / "again").rglob("record.json")) and list((here / "again").rglob("checkpoint.pt"))
     kdbench(*words(here, "imagenet_resnet34_resnet18", here / "again"), *some)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Kdbench, filled
+from conftest import Kdbench, filled
 from kills import Strike, struck
 from picture_files import EIGHT, write_imagenet
 
@@ -59,7 +55,7 @@ def words(here: Path, runs: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits_and_two_ranks_train_it(here: Path, kdbench: Kdbench) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(here: Path, kdbench: Kdbench) -> None:
     kdbench(*words(here, here / "whole"), "--jobs", "1")
     cells = [file.parent for file in (here / "whole" / "recipe").glob("*/record.json")]
     assert len(cells) == 2
@@ -74,12 +70,3 @@ def test_a_killed_run_ends_with_the_same_bits_and_two_ranks_train_it(here: Path,
         for name in ("student.safetensors", "test_logits.safetensors"):
             resumed = here / "again" / "recipe" / cell.name / name
             assert resumed.read_bytes() == (cell / name).read_bytes(), (cell.name, name)
-
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kdbench"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*torchrun, *words(here, here / "ranks")], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = [*(here / "ranks" / "recipe").glob("*/record.json")]
-    assert [json.loads(file.read_text())["compute"]["ranks"] for file in files] == [[2], [2]]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from kdbench import signature
-from kdbench.engine.finished import names
+from kdbench.engine.finished import names, open_cells
 from kdbench.errors import UserError
 from kdbench.names import frozen
 from kdbench.recipe.loading import recipe_names
@@ -241,6 +241,8 @@ def test_verify_knows_cells_of_own_code_that_once_counted_by_its_module(tmp_path
     found = {finding.what: finding.level for finding in verify(tmp_path, registry)}
     assert found["planned with the cards of today it gives these very cells"] == "agrees"
     assert found["what the records name are cards of this installation, as they are today"] == "agrees"
+    # It is not trained again, nor counted as work that is left.
+    assert open_cells(planned.cells, tmp_path) == [] and open_cells(planned.cells, tmp_path / "empty") == planned.cells
     # Without the registry it is said, and what to do.
     unchecked = [finding for finding in verify(tmp_path, REGISTRY) if finding.level == "unchecked" and finding.check]
     assert any("unknown loss 'my_loss'" in finding.what and "--registry" in finding.what for finding in unchecked)
