@@ -16,11 +16,11 @@ from kdbench.engine import capture
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.recorder import Recorder
 from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.planning import plan
@@ -77,13 +77,13 @@ def evaluated(spec: CellSpec, evaluations: int = 5) -> CellSpec:
     return spec.model_copy(update={"evaluations": evaluations})
 
 
-def group_of(
+def cohort_of(
     specs: list[CellSpec],
     folder: Path,
     device: torch.device = CPU,
     per_class: int = 24,
     computing: Computing = REFERENCE,
-) -> Group:
+) -> Cohort:
     data = images(specs[0].data, per_class=per_class)
     target = images(specs[0].target, per_class=8, seed=1) if specs[0].target else None
     batches = Batches(specs[0], data, device, target)
@@ -92,18 +92,18 @@ def group_of(
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, device, computing)
         cells.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    return Group(batches, teacher, cells)
+    return Cohort(batches, teacher, cells)
 
 
-def with_dropout(group: Group) -> None:
-    for one in group.cells[:1]:
+def with_dropout(cohort: Cohort) -> None:
+    for one in cohort.cells[:1]:
         model: Any = one.member.student.model
         model.fc.register_forward_pre_hook(lambda module, args: F.dropout(args[0], 0.3, module.training))
 
 
-def with_drop_rate(group: Group) -> None:
+def with_drop_rate(cohort: Cohort) -> None:
     """timm's own dropout, before the last layer."""
-    for one in group.cells:
+    for one in cohort.cells:
         model: Any = one.member.student.model
         assert model.drop_rate == 0.0
         model.drop_rate = 0.3
@@ -120,17 +120,17 @@ def by_step(member: Member) -> dict[str, str]:
 
 
 def trained(program: Program, stop: Callable[[], bool] = lambda: False) -> None:
-    Cohort(program, lambda cell, entry: None, lambda cell: None, stop).run()
-    for group in program.groups:
-        assert [cell.failure for cell in group.cells] == [None] * len(group.cells)
+    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, stop).run()
+    for cohort in program.cohorts:
+        assert [cell.failure for cell in cohort.cells] == [None] * len(cohort.cells)
 
 
-def metrics(group: Group) -> list[list[dict[str, Any]]]:
+def metrics(cohort: Cohort) -> list[list[dict[str, Any]]]:
     """What was measured on the way, without times."""
     timeless = ("images_per_second", "seconds")
     return [
         [{key: v for key, v in entry.items() if key not in timeless} for entry in cell.member.log.history]
-        for cell in group.cells
+        for cell in cohort.cells
     ]
 
 
@@ -145,13 +145,13 @@ def modules(cell: TrainingCell) -> list[torch.nn.Module]:
     ]
 
 
-def outcome(group: Group) -> list[Any]:
+def outcome(cohort: Cohort) -> list[Any]:
     """All that training leaves: weights, and what was measured on the way."""
-    cells = zip(group.cells, metrics(group), strict=True)
+    cells = zip(cohort.cells, metrics(cohort), strict=True)
     return [([fingerprint(module) for module in modules(cell)], measured) for cell, measured in cells]
 
 
-def assert_near(a: Group, b: Group, tolerance: float) -> None:
+def assert_near(a: Cohort, b: Cohort, tolerance: float) -> None:
     """The same up to a share of each weight's largest value, for arithmetic whose order is not settled."""
     for one, other in zip(a.cells, b.cells, strict=True):
         for module, twin in zip(modules(one), modules(other), strict=True):
@@ -165,15 +165,15 @@ def both(
     specs: list[CellSpec],
     folder: Path,
     recorder: Recorder,
-    change: Callable[[Group], None] = lambda group: None,
+    change: Callable[[Cohort], None] = lambda cohort: None,
     device: torch.device = CPU,
     per_class: int = 24,
-    same: Callable[[Group, Group], None] | None = None,
+    same: Callable[[Cohort, Cohort], None] | None = None,
 ) -> CapturedProgram:
     """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded."""
-    eager, recorded = (group_of(specs, folder / name, device, per_class) for name in ("eager", "recorded"))
-    for group in (eager, recorded):
-        change(group)
+    eager, recorded = (cohort_of(specs, folder / name, device, per_class) for name in ("eager", "recorded"))
+    for cohort in (eager, recorded):
+        change(cohort)
     trained(Program([eager]))
     program = CapturedProgram([recorded], recorder)
     trained(program)
@@ -181,19 +181,19 @@ def both(
     return program
 
 
-def assert_same(a: Group, b: Group) -> None:
+def assert_same(a: Cohort, b: Cohort) -> None:
     assert outcome(a) == outcome(b)
 
 
 def resumed(
     specs: list[CellSpec], folder: Path, recorder: Callable[[], Recorder], at: int, device: torch.device = CPU
-) -> Group:
+) -> Cohort:
     """Cells that were stopped after some steps and went on from their states in another program."""
-    first = group_of(specs, folder / "first", device)
+    first = cohort_of(specs, folder / "first", device)
     (any_cell, *_) = first.cells
     trained(CapturedProgram([first], recorder()), lambda: any_cell.member.step >= at)
     assert any_cell.member.step == at
-    second = group_of(specs, folder / "second", device)
+    second = cohort_of(specs, folder / "second", device)
     for cell, before in zip(second.cells, first.cells, strict=True):
         cell.member.load_state(copy.deepcopy(before.member.state()))
     trained(CapturedProgram([second], recorder()))

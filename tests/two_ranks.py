@@ -20,7 +20,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.distributed import join, refuse
 from kdbench.engine.member import Member
 from kdbench.engine.messages import Settings
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.together import Together
@@ -78,8 +78,8 @@ def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
     if attacks:
         agree(member, teacher)
     alone = TrainingCell(member, Path(), {}, None)
-    groups = [Group(batches, teacher, [alone])]
-    program = Together(groups, ranks) if ranks.size > 1 else Program(groups)
+    cohorts = [Cohort(batches, teacher, [alone])]
+    program = Together(cohorts, ranks) if ranks.size > 1 else Program(cohorts)
     modules = {"student": member.student.model, "terms": member.terms}
     modules |= {"teacher": member.own_teacher.model} if member.own_teacher else {}
     found: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from kdbench.engine.compute import Computing
 from kdbench.engine.device import use
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program, make_graphs
+from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.trial import endless, enter_longest_stage
@@ -48,10 +48,10 @@ class Loop:
         self.data = made_up(self.first.data, self.first.data.test if lane["whole_test"] else 64)
         teacher = untrained_teacher(self.first.teacher, self.first.data, device, self.computing)
         table = self._table() if lane["table"] else None
-        groups = [self._group(seed, teacher, table) for seed in range(lane["seeds"])]
-        self.program: Program = program_of(groups, self.computing)
+        cohorts = [self._cohort(seed, teacher, table) for seed in range(lane["seeds"])]
+        self.program: Program = program_of(cohorts, self.computing)
         self.cells = self.program.cells
-        make_graphs([cell.member for cell in self.cells], groups[0].batches, groups[0].teacher)
+        make_graphs([cell.member for cell in self.cells], cohorts[0].batches, cohorts[0].teacher)
         self.step = endless(self.program)
 
     def train(self) -> int:
@@ -68,14 +68,14 @@ class Loop:
         kind = torch.bfloat16 if self.computing.precision == "bfloat16" else torch.float32
         return torch.randn(len(self.data.train_labels), views, self.first.data.classes).to(kind).to(self.device)
 
-    def _group(self, seed: int, teacher: Teacher, table: torch.Tensor | None) -> Group:
+    def _cohort(self, seed: int, teacher: Teacher, table: torch.Tensor | None) -> Cohort:
         specs = [spec.model_copy(update={"seed": seed}) for spec in self.specs]
         batches = Batches(specs[0], self.data, self.device)
         if table is not None:
             teacher = teacher.with_logits(table, batches.positions)
         members = [Member(s, batches, teacher if s.teacher else None, self.device, self.computing) for s in specs]
         folder = Path(tempfile.mkdtemp())
-        return Group(batches, teacher, [TrainingCell(enter_longest_stage(one), folder, {}, None) for one in members])
+        return Cohort(batches, teacher, [TrainingCell(enter_longest_stage(one), folder, {}, None) for one in members])
 
 
 PEERS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {

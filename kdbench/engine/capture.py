@@ -20,7 +20,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program, sets_of
+from kdbench.engine.program import Cohort, Program, sets_of
 from kdbench.engine.recorder import Call, CudaRecorder, Recorder
 from kdbench.engine.step import input_sets, teacher_pass, train
 from kdbench.engine.teacher import PointValues
@@ -62,25 +62,25 @@ class RecordedEvaluation:
 
 
 class SharedPart:
-    """What the cells of a group share in a step, and who has to wait for what.
+    """What the cells of a cohort share in a step, and who has to wait for what.
 
     Attributes:
         sets: the input sets, as they were made last.
     """
 
-    def __init__(self, group: Group, members: Collection[Member], recorder: Recorder) -> None:
-        self.group, self.members, self.recorder = group, members, recorder
+    def __init__(self, cohort: Cohort, members: Collection[Member], recorder: Recorder) -> None:
+        self.cohort, self.members, self.recorder = cohort, members, recorder
         self.sets: Sets = {}
         self._values: PointValues = {}
         self._wait: Call | None = None
 
     def begin(self) -> None:
         """Make the input sets."""
-        self.sets = input_sets(self.group.batches, self.members)
+        self.sets = input_sets(self.cohort.batches, self.members)
 
     def teach(self) -> None:
         """The teacher's pass. Students may begin theirs meanwhile."""
-        self._values = teacher_pass(self.group.teacher, self.sets, self.members)
+        self._values = teacher_pass(self.cohort.teacher, self.sets, self.members)
         self._wait = self.recorder.so_far()
 
     def taught(self) -> PointValues:
@@ -104,8 +104,8 @@ class CapturedProgram(Program):
         evaluated: kinds of evaluations that there were. evaluations: those that are recorded; None where that failed.
     """
 
-    def __init__(self, groups: Sequence[Group], recorder: Recorder) -> None:
-        super().__init__(groups)
+    def __init__(self, cohorts: Sequence[Cohort], recorder: Recorder) -> None:
+        super().__init__(cohorts)
         self.recorder = recorder
         self.recordings: dict[Any, Recording | None] = {}
         self.warmed: dict[Any, int] = {}
@@ -138,7 +138,7 @@ class CapturedProgram(Program):
         if self._kind is None:
             self.take(cells)
             return
-        kind = (self._kind, *(group.batches.sizes(sets_of(members)) for group, members in self._present(cells)))
+        kind = (self._kind, *(cohort.batches.sizes(sets_of(members)) for cohort, members in self._present(cells)))
         if kind not in self.recordings:
             if self.warmed.setdefault(kind, 0) < WARM:
                 self.warmed[kind] += 1
@@ -183,8 +183,8 @@ class CapturedProgram(Program):
         """Why a stretch of these cells cannot be recorded, or is not worth it; "" where it can."""
         if self.apart and len(self.apart) == len(cells):
             return next(iter(self.apart.values()))
-        for group, _ in self._present(cells):
-            if group.teacher is not None and group.teacher.logits_elsewhere(group.batches.device):
+        for cohort, _ in self._present(cells):
+            if cohort.teacher is not None and cohort.teacher.logits_elsewhere(cohort.batches.device):
                 return "its teacher's logits do not lie on the device"
         if min(cell.member.stage.span.stop - cell.member.step for cell in cells) < FEWEST:
             return f"fewer than {FEWEST} steps are left of it"
@@ -193,28 +193,28 @@ class CapturedProgram(Program):
     def _calls(
         self, cells: Collection[TrainingCell], images: dict[TrainingCell, int]
     ) -> tuple[list[SharedPart], dict[TrainingCell, Call]]:
-        """A step of these cells: what each group shares, and a call for each cell, which notes its images."""
+        """A step of these cells: what each cohort shares, and a call for each cell, which notes its images."""
         parts: dict[TrainingCell, SharedPart] = {}
-        for group, members in self._present(cells):
-            part = SharedPart(group, members, self.recorder)
-            parts.update(dict.fromkeys(group.among(cells), part))
+        for cohort, members in self._present(cells):
+            part = SharedPart(cohort, members, self.recorder)
+            parts.update(dict.fromkeys(cohort.among(cells), part))
 
         def trained(cell: TrainingCell) -> None:
             images[cell] = train(cell.member, parts[cell].sets, parts[cell].taught)
 
         return [*dict.fromkeys(parts.values())], {cell: partial(trained, cell) for cell in cells}
 
-    def _side_by_side(self, groups: Sequence[SharedPart], own: Sequence[Call]) -> None:
-        """What groups share, with the steps of cells beside their teachers' passes."""
-        self.recorder.side_by_side([group.begin for group in groups])
-        self.recorder.side_by_side([*(group.teach for group in groups), *own])
-        for group in groups:
-            group.end()
+    def _side_by_side(self, parts: Sequence[SharedPart], own: Sequence[Call]) -> None:
+        """What cohorts share, with the steps of cells beside their teachers' passes."""
+        self.recorder.side_by_side([part.begin for part in parts])
+        self.recorder.side_by_side([*(part.teach for part in parts), *own])
+        for part in parts:
+            part.end()
 
     def _warm(self, cells: Collection[TrainingCell]) -> None:
         """A step as recorded ones run, which also tells which cells draw at random."""
         images: dict[TrainingCell, int] = {}
-        groups, own = self._calls(cells, images)
+        parts, own = self._calls(cells, images)
 
         def watched(cell: TrainingCell) -> None:
             with cell.failures():
@@ -225,7 +225,7 @@ class CapturedProgram(Program):
                     self.drawing.add(cell)
 
         def step() -> None:
-            self._side_by_side(groups, [partial(watched, cell) for cell in cells if cell not in self.apart])
+            self._side_by_side(parts, [partial(watched, cell) for cell in cells if cell not in self.apart])
 
         alone = {cell: own[cell] for cell in cells if cell in self.apart}
         self._between(cells, partial(self.recorder.run, step), alone, images)
@@ -236,7 +236,7 @@ class CapturedProgram(Program):
         A cell whose own step fails is put apart, and the others are recorded without it.
         """
         images: dict[TrainingCell, int] = {}
-        groups, own = self._calls(cells, images)
+        parts, own = self._calls(cells, images)
         apart = {cell: own[cell] for cell in cells if cell in self.apart}
         drawing = [cell for cell in cells if cell in self.drawing and cell not in apart]
         at_work: list[TrainingCell] = []
@@ -248,7 +248,7 @@ class CapturedProgram(Program):
 
         def together() -> None:
             with_others = [cell for cell in cells if cell not in apart and cell not in drawing]
-            self._side_by_side(groups, [partial(recorded, cell) for cell in with_others])
+            self._side_by_side(parts, [partial(recorded, cell) for cell in with_others])
 
         try:
             replay = self.recorder.record(together)
@@ -266,7 +266,7 @@ class CapturedProgram(Program):
         self.done |= {_stage(cell) for cell in cells if cell not in apart}
         # Their images are known after their step.
         images |= dict.fromkeys(apart, 0)
-        return Recording(replay, alone | apart, images, (groups, own))
+        return Recording(replay, alone | apart, images, (parts, own))
 
     def _replay(self, recording: Recording, cells: Collection[TrainingCell]) -> None:
         self._between(cells, recording.shared, recording.alone, recording.images)
@@ -296,8 +296,8 @@ class CapturedProgram(Program):
             cell.member.log.seconds += each + own.get(cell, 0.0)
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
-        group = self.group_of(cell)
-        return evaluate(cell.member, group.batches, group.teacher, partial(self._measured, cell))
+        cohort = self.cohort_of(cell)
+        return evaluate(cell.member, cohort.batches, cohort.teacher, partial(self._measured, cell))
 
     def evaluations_replayed(self, member: Member) -> bool:
         return any(kind[0].member is member and recorded for kind, recorded in self.evaluations.items())
@@ -355,9 +355,9 @@ def _stage(cell: TrainingCell) -> tuple[Member, str]:
     return cell.member, cell.member.stage.span.name
 
 
-def program_of(groups: Sequence[Group], computing: Computing) -> Program:
-    """The program that trains groups of cells as they are to be computed."""
-    device = groups[0].batches.device
+def program_of(cohorts: Sequence[Cohort], computing: Computing) -> Program:
+    """The program that trains cohorts as they are to be computed."""
+    device = cohorts[0].batches.device
     if computing.cuda_graphs and device.type == "cuda":
-        return CapturedProgram(groups, CudaRecorder(device))
-    return Program(groups)
+        return CapturedProgram(cohorts, CudaRecorder(device))
+    return Program(cohorts)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kdbench.engine.device import gpus
-from kdbench.engine.messages import Settings, Task, TrainCohort, read_line
+from kdbench.engine.messages import Settings, Task, TrainCells, read_line
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError
@@ -86,7 +86,7 @@ def _local() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def send(ranks: Ranks, task: TrainCohort | None) -> None:
+def send(ranks: Ranks, task: TrainCells | None) -> None:
     """Give the other ranks a task with the files that it begins from; None: there are no more, and all part."""
     what: list[Any] = [None]
     if task is not None:
@@ -97,7 +97,7 @@ def send(ranks: Ranks, task: TrainCohort | None) -> None:
         dist.destroy_process_group()
 
 
-def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
+def receive(ranks: Ranks, scratch: Path) -> TrainCells | None:
     """The next task, with its folders below one of this rank's own."""
     what: list[Any] = [None]
     dist.broadcast_object_list(what, 0, ranks.control)
@@ -113,7 +113,7 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCohort | None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
     task = read_line(Task, line)
-    assert isinstance(task, TrainCohort)
+    assert isinstance(task, TrainCells)
     cells = [cell.model_copy(update={"folder": here[str(cell.folder)]}) for cell in task.cells]
     teacher = here[str(task.teacher_folder)] if task.teacher_folder else None
     settings = task.settings.model_copy(update={"checkpoint_seconds": PATIENCE.total_seconds()})

@@ -141,7 +141,7 @@ class CellTask(Message):
     names: dict[str, Any]
 
 
-class TrainCohort(Task):
+class TrainCells(Task):
     """Train cells side by side, those of one seed behind one teacher pass.
 
     `logits`: the table of teacher logits that they began with, "" for none, None for cells that begin now.

@@ -23,7 +23,7 @@ from kdbench.engine.messages import (
     Ready,
     Settings,
     Task,
-    TrainCohort,
+    TrainCells,
     read_line,
 )
 from kdbench.errors import CellError, UserError
@@ -211,7 +211,7 @@ class Pool:
                 event = Failed(message=_gone(event))
             if isinstance(event, Done | Failed):
                 task = assigned.pop(number, None)
-                if isinstance(event, Failed) and isinstance(task, TrainCohort):
+                if isinstance(event, Failed) and isinstance(task, TrainCells):
                     event = event.model_copy(update={"cells": [cell.id for cell in task.cells]})
             yield event
 

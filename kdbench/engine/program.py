@@ -17,7 +17,7 @@ from kdbench.engine.teacher import Taught, Teacher
 
 
 @dataclass(eq=False)
-class Group:
+class Cohort:
     """Cells with one data order, side by side behind one teacher pass."""
 
     batches: Batches
@@ -33,11 +33,11 @@ class Program:
     """Runs stretches of steps of cells that are at the same step, one after the other.
 
     Args:
-        groups: of all cells; those of several seeds may train in one program.
+        cohorts: of all cells; those of several seeds may train in one program.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
+    def __init__(self, cohorts: Sequence[Cohort]) -> None:
+        self.cohorts = cohorts
 
     def prepare(self, cells: Collection[TrainingCell], most: int = MOST_STEPS) -> int:
         """Put what the coming steps need on the device. A cell for which that fails leaves the others untouched.
@@ -48,8 +48,8 @@ class Program:
         Returns:
             how many steps can be taken before the host has to act again.
         """
-        for group, members in self._present(cells):
-            most = min(most, group.batches.seek(members[0].step, members[0].timeline, sets_of(members)))
+        for cohort, members in self._present(cells):
+            most = min(most, cohort.batches.seek(members[0].step, members[0].timeline, sets_of(members)))
         for cell in cells:
             with cell.failures():
                 most = max(cell.member.steps_alike(most), 1)
@@ -66,18 +66,18 @@ class Program:
     def feed(self, cells: Collection[TrainingCell]) -> None:
         """The host's part of the coming step's batches."""
         begin = time.perf_counter()
-        for group, members in self._present(cells):
-            group.batches.feed(sets_of(members))
+        for cohort, members in self._present(cells):
+            cohort.batches.feed(sets_of(members))
         for cell in cells:
             cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
 
     def take(self, cells: Collection[TrainingCell]) -> None:
         """A step on batches that were fed."""
-        for group, members in self._present(cells):
+        for cohort, members in self._present(cells):
             begin = time.perf_counter()
-            sets, taught = shared_part(group.batches, group.teacher, members)
+            sets, taught = shared_part(cohort.batches, cohort.teacher, members)
             shared = (time.perf_counter() - begin) / len(members)
-            for cell in group.among(cells):
+            for cell in cohort.among(cells):
                 begin = time.perf_counter()
                 with cell.failures():
                     cell.member.before_step()
@@ -90,15 +90,15 @@ class Program:
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
         """Metrics of a cell at its present step, as `Measurement.plain` gives them."""
-        group = self.group_of(cell)
-        return evaluate(cell.member, group.batches, group.teacher)
+        cohort = self.cohort_of(cell)
+        return evaluate(cell.member, cohort.batches, cohort.teacher)
 
     @property
     def cells(self) -> list[TrainingCell]:
-        return [cell for group in self.groups for cell in group.cells]
+        return [cell for cohort in self.cohorts for cell in cohort.cells]
 
-    def group_of(self, cell: TrainingCell) -> Group:
-        return next(group for group in self.groups if cell in group.cells)
+    def cohort_of(self, cell: TrainingCell) -> Cohort:
+        return next(cohort for cohort in self.cohorts if cell in cohort.cells)
 
     def replayed(self, member: Member) -> bool:
         """Whether steps of a member were replayed."""
@@ -112,18 +112,18 @@ class Program:
         """Stages of a member whose steps could not be replayed, and why."""
         return {}
 
-    def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Group, list[Member]]]:
+    def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Cohort, list[Member]]]:
         """Groups that have some of these cells, with their members."""
-        for group in self.groups:
-            if members := [cell.member for cell in group.among(cells)]:
-                yield group, members
+        for cohort in self.cohorts:
+            if members := [cell.member for cell in cohort.among(cells)]:
+                yield cohort, members
 
 
 def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | None) -> None:
     """Make the graphs of all networks and losses, where they pay: one of each network for all that its users ask of it.
 
     Args:
-        members: of all groups of a program. batches, teacher: of any of them: batches of all have one shape, and all
+        members: of all cohorts of a program. batches, teacher: of any of them: batches of all have one shape, and all
             have one teacher's network.
     """
     here = batches.ranks.share(batches.batch_size)

@@ -30,7 +30,7 @@ from kdbench.engine.messages import (
     SaveData,
     Settings,
     Task,
-    TrainCohort,
+    TrainCells,
     read_line,
 )
 from kdbench.engine.pool import SHARE, Pool, own_signals, spared
@@ -74,7 +74,7 @@ class Losses:
     def again(self, task: Task) -> bool:
         """Whether to do a lost task again. Not one that is lost again and again without coming any further: it is what
         kills its workers, by taking more memory than there is, for example."""
-        cells = [cell.id for cell in task.cells] if isinstance(task, TrainCohort) else []
+        cells = [cell.id for cell in task.cells] if isinstance(task, TrainCells) else []
         far = sum(self.steps.get(cell, 0) for cell in cells)
         self.lost.append((str(cells), far))
         return sum(of == str(cells) and step >= far for of, step in self.lost) < MOST_LOSSES

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.logit_files import ABOUT, VALUES, tables
-from kdbench.engine.messages import Given, Message, Task, TrainCohort
+from kdbench.engine.messages import Given, Message, Task, TrainCells
 from kdbench.engine.ray_node import PICTURES, TABLES
 from kdbench.files import SHARE, UNREAD, below, files_of, find_weights, sha256_of
 from kdbench.reading import read_json
@@ -34,7 +34,7 @@ class Sending:
 
     def folders(self, actor: Any, task: Task) -> list[str]:
         """Send the folders that a task works in; their names below a node's folder. Of a cell's nothing else stays."""
-        own = [cell.folder for cell in task.cells] if isinstance(task, TrainCohort) else []
+        own = [cell.folder for cell in task.cells] if isinstance(task, TrainCells) else []
         others = [folder for name in ("teacher_folder", "shared") if (folder := getattr(task, name, None))]
         several = (spec.teacher for spec in specs_of(task) if spec.teacher is not None and spec.teacher.members)
         others += dict.fromkeys(teacher_folder(one, self.runs) for teacher in several for one in teacher.members)
@@ -130,7 +130,7 @@ class Sending:
 
 def specs_of(task: Task) -> list[CellSpec]:
     """The cells that a task is about."""
-    if isinstance(task, TrainCohort):
+    if isinstance(task, TrainCells):
         return [cell.spec for cell in task.cells]
     return [*getattr(task, "specs", []), *([spec] if (spec := getattr(task, "spec", None)) is not None else [])]
 

@@ -206,7 +206,7 @@ class Session:
             for cell in cohort:
                 scheduling.begin(cell.folder, scheduling.Begun(threads=threads, logits=kept.logits))
             tasks.append(
-                messages.TrainCohort(
+                messages.TrainCells(
                     cells=[
                         messages.CellTask(id=c.id, folder=c.folder, spec=c.spec, names=names(plan, c.cell))
                         for c in cohort

@@ -25,7 +25,7 @@ from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
-from kdbench.engine.training import train_cohort
+from kdbench.engine.training import train_cells
 from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
 from kdbench.engine.weights import locate
 from kdbench.errors import CellError, UserError
@@ -65,7 +65,7 @@ class TaskRunner:
             messages.PrepareSources: self.prepare_sources,
             messages.Trial: self.trial,
             messages.FillLogits: self.fill_logits,
-            messages.TrainCohort: self.train_cohort,
+            messages.TrainCells: self.train_cells,
         }
         kinds[type(task)](task)
 
@@ -190,10 +190,10 @@ class TaskRunner:
         if not logit_table.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
             raise CellError("stopped; repeat the command to continue")
 
-    def train_cohort(self, task: messages.TrainCohort) -> None:
+    def train_cells(self, task: messages.TrainCells) -> None:
         if self.ranks.size > 1 and self.ranks.rank == 0:
             send(self.ranks, task)
-        train_cohort(task, self.materials, self.emit, self.stopping, self.ranks)
+        train_cells(task, self.materials, self.emit, self.stopping, self.ranks)
 
     def close(self) -> None:
         """Let the other ranks go."""

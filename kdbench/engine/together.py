@@ -15,7 +15,7 @@ from kdbench.engine.averaging import Average
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.member import Member, seed_draws
 from kdbench.engine.network import autocast
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
 from kdbench.engine.source_of_ranks import sizes_of
 from kdbench.engine.stage import Numbers, Stage, Turn
@@ -31,8 +31,8 @@ class Together(Program):
         replicas: what each member's present stage trains.
     """
 
-    def __init__(self, groups: Sequence[Group], ranks: Ranks) -> None:
-        super().__init__(groups)
+    def __init__(self, cohorts: Sequence[Cohort], ranks: Ranks) -> None:
+        super().__init__(cohorts)
         self.ranks = ranks
         self.replicas: dict[Member, tuple[Stage, nn.Module]] = {}
 

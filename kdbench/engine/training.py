@@ -1,4 +1,4 @@
-"""Trains the cells of a `TrainCohort` task, from their folders to their records."""
+"""Trains the cells of a `TrainCells` task, from their folders to their records."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,18 +12,18 @@ from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import score
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.materials import AnyData, Materials
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.pool import LEAVE_SECONDS
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teacher import Teacher
@@ -41,10 +41,10 @@ LOCK_SECONDS = 2 * LEAVE_SECONDS
 Emit = Callable[[messages.Event], None]
 
 
-def train_cohort(
-    task: messages.TrainCohort, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
+def train_cells(
+    task: messages.TrainCells, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
 ) -> None:
-    """Train a cohort. Cells' failures are told as events; the others go on.
+    """Train a program's cells. Cells' failures are told as events; the others go on.
 
     Args:
         ranks: that train it together, all of which call this.
@@ -59,7 +59,7 @@ def train_cohort(
             return
         training = ranks.all_well(lambda: Training(task, cells, materials, emit, ranks), lambda built: built.alike())
         stop = stopping if ranks.size == 1 else ranks.agreed(stopping, training.state)
-        cohort = Cohort(
+        loop = TrainingLoop(
             training.program,
             training.report,
             training.finish,
@@ -68,13 +68,13 @@ def train_cohort(
             lambda cell, text: emit(messages.Doing(text=text, cell=training.cells[cell].id)),
         )
         try:
-            cohort.run()
+            loop.run()
             # Where ranks have come apart at the very end, they all learn of it.
             stop()
         except SystemExit as end:
             # All but the cell that was in the middle of a step. A GPU that waits for a lost rank never gets there.
             if end.code != LOST or materials.device.type == "cpu":
-                cohort.save()
+                loop.save()
             raise
         for trained, of in training.cells.items():
             if trained.failure is not None:
@@ -82,14 +82,14 @@ def train_cohort(
 
 
 class Training:
-    """Builds the cells of a cohort, tells how they get on, and writes their records.
+    """Builds the cells of a program, tells how they get on, and writes their records.
 
     Attributes:
         cells: what trains -> its part of the task; those that could not be built are told and left out.
     """
 
     def __init__(
-        self, task: messages.TrainCohort, cells: list[messages.CellTask], materials: Materials, emit: Emit, ranks: Ranks
+        self, task: messages.TrainCells, cells: list[messages.CellTask], materials: Materials, emit: Emit, ranks: Ranks
     ) -> None:
         self.task, self.emit, self.device, self.ranks = task, emit, materials.device, ranks
         self.computing = possible(task.computing, self.device)
@@ -105,10 +105,10 @@ class Training:
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
         self.cells: dict[TrainingCell, messages.CellTask] = {}
         seeds = dict.fromkeys(cell.spec.seed for cell in cells)
-        groups = [self._group([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
-        self.program = Together(groups, ranks) if ranks.size > 1 else program_of(groups, self.computing)
+        cohorts = [self._cohort([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
+        self.program = Together(cohorts, ranks) if ranks.size > 1 else program_of(cohorts, self.computing)
 
-    def _group(self, cells: list[messages.CellTask]) -> Group:
+    def _cohort(self, cells: list[messages.CellTask]) -> Cohort:
         """Cells of one seed, built; those that could not be are told."""
         first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
         batches = Batches(first, self.domains[0], self.device, self.domains[1], self.ranks)
@@ -116,22 +116,22 @@ class Training:
         if teacher is not None and self.logits is not None:
             # Every seed may have another training part, whose images are in other places of the table.
             teacher = teacher.with_logits(self.logits, batches.positions)
-        group = Group(batches, teacher, [])
+        cohort = Cohort(batches, teacher, [])
         for cell in cells:
             begin(cell.folder, Begun(threads=self.task.threads, logits=self.table))
             try:
-                built = self._built(cell, group)
+                built = self._built(cell, cohort)
             except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
                 self.emit(messages.CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
             else:
-                group.cells.append(built)
+                cohort.cells.append(built)
                 self.cells[built] = cell
-        return group
+        return cohort
 
-    def _built(self, cell: messages.CellTask, group: Group) -> TrainingCell:
-        """A cell of a group, from its checkpoint if there is one."""
+    def _built(self, cell: messages.CellTask, cohort: Cohort) -> TrainingCell:
+        """A cell of a cohort, from its checkpoint if there is one."""
         spec, (data, target) = cell.spec, self.domains
-        teacher, file = (group.teacher, self.file) if spec.teacher is not None else (None, None)
+        teacher, file = (cohort.teacher, self.file) if spec.teacher is not None else (None, None)
         key = {
             "identity": spec.identity(),
             "data": data.fingerprint,
@@ -143,7 +143,7 @@ class Training:
             **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }
         files = SourceFiles(file.sha256 if file else "", cell.folder, self.task.shared)
-        member = Member(spec, group.batches, teacher, self.device, self.computing, files)
+        member = Member(spec, cohort.batches, teacher, self.device, self.computing, files)
         name = f"{spec.method.label}, seed {spec.seed}"
         state = checkpoint.load(
             cell.folder, key, member.state(), lambda text: self.emit(messages.Announcement(text=f"{name}: {text}"))
@@ -193,7 +193,7 @@ class Training:
         spec = next((cell.spec.teacher for cell in self.cells.values() if cell.spec.teacher is not None), None)
         if self.teacher is None or self.file is None or spec is None or spec.classes is not None:
             return None
-        return score(self.teacher.network, self.program.groups[0].batches.test)[1]
+        return score(self.teacher.network, self.program.cohorts[0].batches.test)[1]
 
     def finish(self, cell: TrainingCell) -> None:
         """Write a cell's files and its record.
@@ -201,8 +201,8 @@ class Training:
         Raises:
             CellError: a frozen teacher is not what it was.
         """
-        member, group = cell.member, self.program.group_of(cell)
-        teacher = group.teacher if member.spec.teacher is not None else None
+        member, cohort = cell.member, self.program.cohort_of(cell)
+        teacher = cohort.teacher if member.spec.teacher is not None else None
         file: TeacherFile | None = self.file if teacher else None
         if teacher is not None and fingerprint(teacher.network.model) != self.untouched:
             raise CellError(
@@ -213,8 +213,8 @@ class Training:
         compute = {
             **machine(self.device, self.task.threads),
             **way_of(member, teacher, self.program),
-            "cohort": len(group.cells),
-            **({"seeds_together": len(self.program.groups)} if len(self.program.groups) > 1 else {}),
+            "cohort": len(cohort.cells),
+            **({"seeds_together": len(self.program.cohorts)} if len(self.program.cohorts) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
             **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
@@ -223,7 +223,7 @@ class Training:
             member,
             cell.folder,
             dict(self.cells[cell].names),
-            group.batches,
+            cohort.batches,
             self.domains,
             file,
             teacher.network.model if teacher else None,

@@ -18,7 +18,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Chosen, Computing, candidates
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program, make_graphs
+from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import Taught, Teacher
 from kdbench.errors import CellError, UserError, first_line
@@ -236,7 +236,7 @@ def _replayed(
     """Seconds until the members' steps are recorded, seconds of one student in a replayed step (its part of the
     teacher's pass included), and their first losses."""
     cells = [TrainingCell(member, Path(), {}, None) for member in members]
-    step = endless(program_of([Group(batches, teacher, cells)], way))
+    step = endless(program_of([Cohort(batches, teacher, cells)], way))
 
     def taken(steps: int) -> float:
         begin = time.perf_counter()

@@ -28,8 +28,8 @@ from captured import (
     both,
     by_step,
     cell,
+    cohort_of,
     evaluated,
-    group_of,
     resumed,
     short,
     trained,
@@ -41,7 +41,7 @@ from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.compute import Computing, program_bytes
 from kdbench.engine.device import gpus, use
 from kdbench.engine.memory import memory_of
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.recorder import CudaRecorder
 from kdbench.recipe.planning import plan
 
@@ -55,14 +55,14 @@ IN_ANOTHER_ORDER = "does not have a deterministic implementation"
 
 
 @pytest.fixture(autouse=True)
-def deterministic() -> Iterator[Callable[[Group, Group], None]]:
+def deterministic() -> Iterator[Callable[[Cohort, Cohort], None]]:
     """Deterministic kernels where there are some. Compares bit for bit, unless torch warned that there was none."""
     use(GPU)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
 
-        def same(a: Group, b: Group) -> None:
+        def same(a: Cohort, b: Cohort) -> None:
             if any(IN_ANOTHER_ORDER in str(one.message) for one in found):
                 assert_near(a, b, TOLERANCE)
             else:
@@ -72,7 +72,7 @@ def deterministic() -> Iterator[Callable[[Group, Group], None]]:
     torch.use_deterministic_algorithms(False)
 
 
-Same = Callable[[Group, Group], None]
+Same = Callable[[Cohort, Cohort], None]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,7 +80,7 @@ def test_every_stage_of_every_method_is_replayed_or_says_why_not(
     method: str, tmp_path: Path, deterministic: Same
 ) -> None:
     program = both([cell(method)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
-    (of,) = program.groups[0].cells
+    (of,) = program.cohorts[0].cells
     said = program.eager_stages(of.member)
     assert said == by_step(of.member)
 
@@ -88,25 +88,25 @@ def test_every_stage_of_every_method_is_replayed_or_says_why_not(
 def test_a_cohort_is_what_its_cells_are_alone(tmp_path: Path, deterministic: Same) -> None:
     """Also with cells that are evaluated on the way, and one that cannot be recorded."""
     specs = [evaluated(cell(method, steps=24)) for method in ("kd", "at", "bss", "kdsvd_columns")]
-    together = group_of(specs, tmp_path / "together", GPU)
+    together = cohort_of(specs, tmp_path / "together", GPU)
     program = CapturedProgram([together], CudaRecorder(GPU))
     trained(program)
     assert all(program.replayed(one.member) for one in together.cells[:3])
     assert all(program.evaluations_replayed(one.member) for one in together.cells)
     for one, spec in zip(together.cells, specs, strict=True):
-        alone = group_of([spec], tmp_path / f"alone {spec.method.name}", GPU)
+        alone = cohort_of([spec], tmp_path / f"alone {spec.method.name}", GPU)
         trained(CapturedProgram([alone], CudaRecorder(GPU)))
-        deterministic(Group(together.batches, together.teacher, [one]), alone)
+        deterministic(Cohort(together.batches, together.teacher, [one]), alone)
 
 
 def test_several_seeds_in_one_program_are_what_they_are_alone(tmp_path: Path, deterministic: Same) -> None:
     seeds = [[cell(m).model_copy(update={"seed": seed}) for m in ("kd", "at")] for seed in (0, 1, 2)]
-    together = [group_of(specs, tmp_path / f"together {i}", GPU) for i, specs in enumerate(seeds)]
+    together = [cohort_of(specs, tmp_path / f"together {i}", GPU) for i, specs in enumerate(seeds)]
     program = CapturedProgram(together, CudaRecorder(GPU))
     trained(program)
     assert len(program.recordings) == 1 and all(program.recordings.values())
     for i, specs in enumerate(seeds):
-        alone = group_of(specs, tmp_path / f"alone {i}", GPU)
+        alone = cohort_of(specs, tmp_path / f"alone {i}", GPU)
         trained(Program([alone]))
         deterministic(together[i], alone)
 
@@ -116,7 +116,7 @@ def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(
     methods: list[str], tmp_path: Path, deterministic: Same
 ) -> None:
     specs = [cell(method, steps=30) for method in methods]
-    whole = group_of(specs, tmp_path / "whole", GPU)
+    whole = cohort_of(specs, tmp_path / "whole", GPU)
     trained(CapturedProgram([whole], CudaRecorder(GPU)))
     deterministic(resumed(specs, tmp_path, lambda: CudaRecorder(GPU), 12, GPU), whole)
 
@@ -129,7 +129,7 @@ def test_other_optimizers_take_their_rates_from_the_device(
         pytest.fail(f"no such optimizer: {', '.join(REGISTRY.names('optimizers'))}")
     protocol = {"name": "digits", "optimizer": optimizer, "schedule": "cosine"}
     program = both([cell("kd", protocol=protocol)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
-    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+    assert program.eager_stages(program.cohorts[0].cells[0].member) == {}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_batches_and_evaluations_of_all_kinds_are_replayed(
     spec = evaluated(cell(method, **more))
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
     program = both([spec], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
-    of = program.groups[0].cells[0].member
+    of = program.cohorts[0].cells[0].member
     assert program.replayed(of) and (program.evaluations_replayed(of) or changes)
 
 
@@ -158,17 +158,17 @@ def test_clipped_gradients_are_replayed(optimizer: str, tmp_path: Path, determin
     method = {"name": "kd", "stages": {"classification": {"clip": 0.5}}}
     protocol = {"name": "digits", "optimizer": {"name": optimizer, "lr": 0.001}, "schedule": "cosine"}
     program = both([cell(method, protocol=protocol)], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
-    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+    assert program.eager_stages(program.cohorts[0].cells[0].member) == {}
 
 
-def compiled(group: Group) -> Group:
+def compiled(cohort: Cohort) -> Cohort:
     """The same with compiled losses; the networks are as they were."""
     torch._dynamo.reset()
-    for one in group.cells:
+    for one in cohort.cells:
         for stage in one.member.spec.method.stages:
             for term in one.member.terms_of(stage).values():
                 term.compile_loss()
-    return group
+    return cohort
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -176,20 +176,20 @@ def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path, caplo
     """In bfloat16 and channels_last, also where a batch has more than two images, by compiled losses. A loss that is
     not finite fails."""
     used = Computing(precision="bfloat16", layout="channels_last", cuda_graphs=True)
-    group = compiled(group_of([evaluated(cell(method, steps=8, batch=16), 2)], tmp_path, GPU, computing=used))
-    program = CapturedProgram([group], CudaRecorder(GPU))
+    cohort = compiled(cohort_of([evaluated(cell(method, steps=8, batch=16), 2)], tmp_path, GPU, computing=used))
+    program = CapturedProgram([cohort], CudaRecorder(GPU))
     trained(program)
-    assert program.eager_stages(group.cells[0].member).keys() == by_step(group.cells[0].member).keys()
+    assert program.eager_stages(cohort.cells[0].member).keys() == by_step(cohort.cells[0].member).keys()
     assert not [one.message for one in caplog.records if one.name == "kdbench"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_losses_train_as_eager_ones(method: str, tmp_path: Path) -> None:
-    groups = [group_of([cell(method, steps=2, batch=16)], tmp_path / str(i), GPU) for i in range(2)]
-    trained(Program([groups[0]]))
-    trained(Program([compiled(groups[1])]))
+    cohorts = [cohort_of([cell(method, steps=2, batch=16)], tmp_path / str(i), GPU) for i in range(2)]
+    trained(Program([cohorts[0]]))
+    trained(Program([compiled(cohorts[1])]))
     # Some losses magnify the last digit: DIST is off by 0.0014.
-    assert_near(*groups, 5 * TOLERANCE)
+    assert_near(*cohorts, 5 * TOLERANCE)
 
 
 # --- what draws at random
@@ -201,8 +201,8 @@ def test_a_network_that_draws_has_a_graph_of_its_own(tmp_path: Path, determinist
     (recording,) = [r for r in program.recordings.values() if r]
     assert [one.member.spec.method.name for one in recording.alone] == ["kd"]
     alone = both(specs[:1], tmp_path / "alone", CudaRecorder(GPU), with_dropout, GPU, same=deterministic)
-    first = program.groups[0]
-    deterministic(Group(first.batches, first.teacher, first.cells[:1]), alone.groups[0])
+    first = program.cohorts[0]
+    deterministic(Cohort(first.batches, first.teacher, first.cells[:1]), alone.cohorts[0])
 
 
 def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path, deterministic: Same) -> None:
@@ -211,8 +211,8 @@ def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path,
     (recording,) = [r for r in program.recordings.values() if r]
     assert len(recording.alone) == 2
     alone = both(specs[1:], tmp_path / "alone", CudaRecorder(GPU), with_drop_rate, GPU, same=deterministic)
-    first = program.groups[0]
-    deterministic(Group(first.batches, first.teacher, first.cells[1:]), alone.groups[0])
+    first = program.cohorts[0]
+    deterministic(Cohort(first.batches, first.teacher, first.cells[1:]), alone.cohorts[0])
 
 
 # --- what cannot be recorded
@@ -233,9 +233,9 @@ def test_a_recording_that_fails_leaves_torch_usable(
 ) -> None:
     """Its cell goes on eagerly, also with what draws; the other is recorded, and so is what comes later."""
 
-    def when_recorded(group: Group) -> None:
-        with_dropout(group)
-        term = next(iter(group.cells[0].member.stage.terms.values()))
+    def when_recorded(cohort: Cohort) -> None:
+        with_dropout(cohort)
+        term = next(iter(cohort.cells[0].member.stage.terms.values()))
         forward = term.forward
 
         def looks(*values: Any) -> Any:
@@ -250,17 +250,17 @@ def test_a_recording_that_fails_leaves_torch_usable(
     stream = torch.cuda.current_stream(GPU)
     program = both([cell("kd"), cell("at")], tmp_path, recorder, when_recorded, GPU, same=deterministic)
     assert torch.cuda.current_stream(GPU) == stream
-    failing, other = program.groups[0].cells
+    failing, other = program.cohorts[0].cells
     (why,) = program.eager_stages(failing.member).values()
     assert why.startswith("recording failed: CUDA") and said in why
     assert program.replayed(other.member) and not program.eager_stages(other.member)
     later = both([cell("at")], tmp_path / "later", recorder, device=GPU, same=deterministic)
-    assert later.replayed(later.groups[0].cells[0].member)
+    assert later.replayed(later.cohorts[0].cells[0].member)
 
 
 def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, deterministic: Same) -> None:
-    def looks(group: Group) -> None:
-        model = group.cells[0].member.student.model
+    def looks(cohort: Cohort) -> None:
+        model = cohort.cells[0].member.student.model
         forward = model.forward
 
         def reads(images: Any) -> Any:
@@ -271,7 +271,7 @@ def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, dete
         model.forward = reads  # type: ignore[method-assign]
 
     program = both([evaluated(cell("kd"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
-    of = program.groups[0].cells[0].member
+    of = program.cohorts[0].cells[0].member
     assert program.replayed(of) and not program.evaluations_replayed(of)
 
 
@@ -296,6 +296,6 @@ def test_what_a_program_takes_is_no_more_than_was_announced(tmp_path: Path) -> N
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(GPU)
     before = torch.cuda.memory_reserved(GPU)
-    groups = [group_of(copy.deepcopy(of_seed), tmp_path / str(i), GPU) for i, of_seed in enumerate(seeds)]
-    trained(CapturedProgram(groups, CudaRecorder(GPU)))
+    cohorts = [cohort_of(copy.deepcopy(of_seed), tmp_path / str(i), GPU) for i, of_seed in enumerate(seeds)]
+    trained(CapturedProgram(cohorts, CudaRecorder(GPU)))
     assert torch.cuda.max_memory_reserved(GPU) - before <= predicted

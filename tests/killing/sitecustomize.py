@@ -84,7 +84,7 @@ class Armed(importlib.abc.MetaPathFinder):
     """Arms when the training loop is imported: in a worker, not in the command that starts it."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
-        if name == "kdbench.engine.cohort" and self in sys.meta_path:
+        if name == "kdbench.engine.loop" and self in sys.meta_path:
             sys.meta_path.remove(self)
             arm()
 

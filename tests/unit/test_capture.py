@@ -31,7 +31,7 @@ from tiny import CPU
 
 from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Group, Program
 from kdbench.engine.teachers import fingerprint
@@ -59,7 +59,7 @@ def both(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_stage_of_every_method_is_replayed_or_says_why_not(method: str, tmp_path: Path) -> None:
     program = both([cell(method)], tmp_path)
-    (of,) = program.groups[0].cells
+    (of,) = program.cohorts[0].cells
     recorder: Any = program.recorder
     said = program.eager_stages(of.member)
     assert said == by_step(of.member)
@@ -72,7 +72,7 @@ def test_an_attack_that_asks_nothing_is_replayed(method: str, tmp_path: Path, mo
     """As on a GPU. The record counts what became of the samples of all steps."""
     monkeypatch.setattr(attack, "ASKED", ())
     program = both([cell(method, batch=8)], tmp_path)
-    (of,) = program.groups[0].cells
+    (of,) = program.cohorts[0].cells
     assert program.replayed(of.member) and not program.eager_stages(of.member)
     eager = group_of([cell(method, batch=8)], tmp_path / "again")
     trained(Program([eager]))
@@ -119,7 +119,7 @@ def test_steps_that_change_in_turns_are_recorded_too(tmp_path: Path) -> None:
     """Ten images in batches of 6: a batch of six, one of four, and again."""
     program = both([cell("kd", steps=28, batch=6)], tmp_path, per_class=1)
     assert {key[-1] for key, recording in program.recordings.items() if recording} == {(6,), (4,)}
-    assert program.eager_stages(program.groups[0].cells[0].member) == {}
+    assert program.eager_stages(program.cohorts[0].cells[0].member) == {}
 
 
 def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_address(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_addres
     (recording,) = [r for r in program.recordings.values() if r]
     assert [c.member.spec.method.name for c in recording.alone] == ["kd"]
     alone = both([cell("kd")], tmp_path / "alone", with_dropout)
-    assert outcome(alone.groups[0])[0] == outcome(program.groups[0])[0]
+    assert outcome(alone.groups[0])[0] == outcome(program.cohorts[0])[0]
 
 
 def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path)
     (recording,) = [r for r in program.recordings.values() if r]
     assert len(recording.alone) == 2
     alone = both(specs[1:], tmp_path / "alone", with_drop_rate)
-    assert outcome(alone.groups[0])[0] == outcome(program.groups[0])[1]
+    assert outcome(alone.groups[0])[0] == outcome(program.cohorts[0])[1]
 
 
 def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     program = both([cell("kd")], tmp_path, recorder=Fails())
-    (why,) = program.eager_stages(program.groups[0].cells[0].member).values()
+    (why,) = program.eager_stages(program.cohorts[0].cells[0].member).values()
     assert why == "recording failed: CUDA error: operation not permitted when stream is capturing"
-    assert not program.replayed(program.groups[0].cells[0].member)
+    assert not program.replayed(program.cohorts[0].cells[0].member)
 
 
 def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
 
     failing.member.prepare = fails  # type: ignore[method-assign]
     program = CapturedProgram([group], StandIn())
-    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
     assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
     assert left == [fingerprint(failing.member.student.model)]
     alone = group_of(specs[1:], tmp_path / "alone", per_class=2)
@@ -183,7 +183,7 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
 def test_rates_of_an_optimizer_that_takes_numbers_are_no_stretch(tmp_path: Path) -> None:
     protocol = {"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}, "schedule": "cosine"}
     program = both([cell("kd", protocol=protocol)], tmp_path)
-    assert program.eager_stages(program.groups[0].cells[0].member) == {
+    assert program.eager_stages(program.cohorts[0].cells[0].member) == {
         "classification": "its optimizer takes its rates from the host"
     }
 
@@ -317,13 +317,13 @@ def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path:
     specs = [cell(method, steps=24) for method in ("bss", "kd")]
     specs = [spec.model_copy(update={"evaluations": 2}) for spec in specs]
     program = both(specs, tmp_path)
-    bss, kd = program.groups[0].cells
+    bss, kd = program.cohorts[0].cells
     assert program.replayed(kd.member) and program.eager_stages(kd.member) == {}
     said = program.eager_stages(bss.member)
     assert not program.replayed(bss.member) and all("an attack" in why for why in said.values()) and said
     alone = group_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
-    assert outcome(alone)[0] == outcome(program.groups[0])[1]
+    assert outcome(alone)[0] == outcome(program.cohorts[0])[1]
 
 
 @pytest.mark.parametrize("change", [lambda group: None, with_dropout])
@@ -353,7 +353,7 @@ def test_a_cell_whose_recording_fails_leaves_the_others_theirs(change: Callable[
         term.forward = looks  # type: ignore[method-assign]
 
     program = both([cell(method) for method in ("kd", "ce", "at")], tmp_path, asks, recorder=recorder)
-    failing, *others = program.groups[0].cells
+    failing, *others = program.cohorts[0].cells
     (why,) = program.eager_stages(failing.member).values()
     assert why == "recording failed: operation not permitted when stream is capturing"
     assert all(program.replayed(one.member) and not program.eager_stages(one.member) for one in others)
@@ -373,7 +373,7 @@ def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Pat
 
     failing.member.make = fails  # type: ignore[method-assign]
     program = CapturedProgram([group], StandIn())
-    Cohort(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
     assert "an attack that ends" in str(failing.failure) and failing.member.step == 10
     assert other.failure is None and program.replayed(other.member)
     alone = group_of(specs[1:], tmp_path / "alone")
@@ -391,7 +391,7 @@ def test_evaluations_are_replayed_and_measure_what_eager_ones_do(method: str, tm
     spec = cell(method)
     stages = len(spec.method.stages)
     program = both([evaluated(spec, 5 * stages)], tmp_path)
-    (of,) = program.groups[0].cells
+    (of,) = program.cohorts[0].cells
     losses = [entry["test"]["loss"] for entry in of.member.log.history]
     assert len(losses) == 5 * stages and len(set(losses)) > 3
     # One recording for every set of stages that are measured.
@@ -421,7 +421,7 @@ def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
 
     specs = [evaluated(cell("kd", protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}}), 7)]
     program = both(specs, tmp_path, replaces)
-    (of,) = program.groups[0].cells
+    (of,) = program.cohorts[0].cells
     assert len(program.evaluations) == 2 and all(program.evaluations.values())
 
 
@@ -431,7 +431,7 @@ def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> N
             raise RuntimeError("out of memory")
 
     program = both([evaluated(cell("kd"))], tmp_path, recorder=Fails())
-    assert not program.evaluations_replayed(program.groups[0].cells[0].member)
+    assert not program.evaluations_replayed(program.cohorts[0].cells[0].member)
 
 
 def test_a_metric_that_reads_a_value_would_be_found(tmp_path: Path) -> None:

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from captured import assert_near, cell, group_of, trained
+from captured import assert_near, cell, cohort_of, trained
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 from kdbench.engine.network import compiled as compiled_call
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.kd import kd
 
 
-def compiled(group: Group) -> Group:
-    (one,) = group.cells
+def compiled(cohort: Cohort) -> Cohort:
+    (one,) = cohort.cells
     for stage in one.member.spec.method.stages:
         for term in one.member.terms_of(stage).values():
             term.compile_loss()
-    return group
+    return cohort
 
 
 # Signs, maps of several sizes, sorted values, scheduled options, an option that is drawn, and a teacher that trains.
@@ -32,10 +32,10 @@ def test_compiled_losses_train_as_eager_ones(
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    groups = [group_of([cell(method, steps=3, batch=8)], tmp_path / str(i)) for i in range(2)]
-    trained(Program([groups[0]]))
-    trained(Program([compiled(groups[1])]))
-    assert_near(*groups, 1e-4)
+    cohorts = [cohort_of([cell(method, steps=3, batch=8)], tmp_path / str(i)) for i in range(2)]
+    trained(Program([cohorts[0]]))
+    trained(Program([compiled(cohorts[1])]))
+    assert_near(*cohorts, 1e-4)
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     assert not [one.message for one in caplog.records if one.name == "kdbench"]
 
@@ -54,17 +54,17 @@ def test_a_loss_that_the_compiler_refuses_runs_eagerly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch, "compile", refusing(Unsupported("it is too clever")))
-    groups = [group_of([cell("kd", steps=3)], tmp_path / str(i)) for i in range(2)]
-    trained(Program([groups[0]]))
-    trained(Program([compiled(groups[1])]))
-    assert_near(*groups, 0.0)
+    cohorts = [cohort_of([cell("kd", steps=3)], tmp_path / str(i)) for i in range(2)]
+    trained(Program([cohorts[0]]))
+    trained(Program([compiled(cohorts[1])]))
+    assert_near(*cohorts, 0.0)
     said = "torch.compile failed on the loss 'kd', which runs eagerly: it is too clever"
     assert caplog.messages.count(said) == 1
 
 
 def test_a_loss_that_is_wrong_is_no_matter_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", refusing(RuntimeError("its own")))
-    (one,) = compiled(group_of([cell("kd", steps=3)], tmp_path)).cells
+    (one,) = compiled(cohort_of([cell("kd", steps=3)], tmp_path)).cells
     call = one.member.stage.terms["kd"].call
     assert call is not None
     with pytest.raises(RuntimeError, match="its own"):

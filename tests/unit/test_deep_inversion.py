@@ -19,12 +19,12 @@ from kdbench.engine import checkpoint
 from kdbench.engine.batch import Batch
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -539,14 +539,14 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
             member.load_state(state)
         log = MetricsLog(folder / "cell", member.log.history, tensorboard=False)
         seat = TrainingCell(member, folder / "cell", {"a": 1}, log)
-        cohort = Cohort(
-            Program([Group(batches, teacher, [seat])]),
+        loop = TrainingLoop(
+            Program([Cohort(batches, teacher, [seat])]),
             lambda *_: None,
             lambda _: None,
             lambda: iterations >= stop_after,
             tell=lambda _, text: told.append(text),
         )
-        done = cohort.run()
+        done = loop.run()
         assert seat.failure is None
         return done, member
 

@@ -14,11 +14,11 @@ from tiny import CPU, images, member_of, shortened, train, untrained_teacher
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import CellError, UserError
@@ -88,7 +88,7 @@ def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = la
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, CPU)
         seats.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    Cohort(Program([Group(batches, teacher, seats)]), lambda seat, entry: None, lambda seat: None, stop).run()
+    TrainingLoop(Program([Cohort(batches, teacher, seats)]), lambda seat, entry: None, lambda seat: None, stop).run()
     return seats
 
 

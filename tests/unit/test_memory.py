@@ -113,10 +113,10 @@ torch.set_num_threads(1)
 from tiny import images, untrained_teacher, CPU
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.memory import peak_memory
 from kdbench.recipe.specs import CellSpec
 from pathlib import Path
@@ -133,7 +133,7 @@ at = []
 def look(seat, entry):
     if entry is not None:
         at.append(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
-Cohort(Program([Group(batches, teacher, seats)]), look, lambda seat: None, lambda: False).run()
+TrainingLoop(Program([Cohort(batches, teacher, seats)]), look, lambda seat: None, lambda: False).run()
 print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s in seats if s.failure]}))
 """
 

@@ -27,7 +27,7 @@ from kdbench.engine.messages import (
     Gone,
     Settings,
     Task,
-    TrainCohort,
+    TrainCells,
     read_line,
 )
 from kdbench.errors import CellError, UserError
@@ -147,14 +147,14 @@ def test_a_failed_task_names_its_cells(machine: Any) -> None:
     machine(0)
     spec = plan("quickstart", Registry(), ("seeds=1", "compare.method=[ce]")).cells[0].spec
     cells = [CellTask(id=i, folder=Path("a"), spec=spec, names={"method": "ce"}) for i in (3, 5)]
-    task = TrainCohort(
+    task = TrainCells(
         threads=99, cells=cells, computing=REFERENCE, logits=None, teacher_folder=None, shared=Path("shared")
     )
     (failed,) = [event for event in done("cpu", 1, [task]) if isinstance(event, Failed)]
     assert failed.cells == [3, 5]
     # What goes over the line comes out as it went in.
     read = read_line(Task, task.line())
-    assert isinstance(read, TrainCohort) and read == task
+    assert isinstance(read, TrainCells) and read == task
     assert read.cells[0].spec.identity() == spec.identity()
 
 

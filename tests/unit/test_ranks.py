@@ -30,7 +30,7 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.distributed import device_here, join, refuse
 from kdbench.engine.finished import names
 from kdbench.engine.member import Member
-from kdbench.engine.messages import CellFinished, CellTask, Event, Settings, TrainCohort
+from kdbench.engine.messages import CellFinished, CellTask, Event, Settings, TrainCells
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import UserError
@@ -185,7 +185,7 @@ def test_synchronized_batch_norms_are_recorded(tmp_path: Path) -> None:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce", "steps": 1}
     planned = plan(recipe, two_ranks.REGISTRY)
     (cell,) = planned.cells
-    order = TrainCohort(
+    order = TrainCells(
         cells=[CellTask(id=0, folder=tmp_path / "ce", spec=cell.spec, names=names(planned, cell))],
         computing=REFERENCE,
         logits=None,

@@ -18,7 +18,7 @@ from kdbench.data import pictures
 from kdbench.data.sent import SUFFIX, load_listing, save_listing
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.logit_files import ABOUT, VALUES, table_at
-from kdbench.engine.messages import CellTask, Failed, Given, TrainCohort
+from kdbench.engine.messages import CellTask, Failed, Given, TrainCells
 from kdbench.engine.ray_node import TABLES, Node, files_of
 from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool, RayWorker
 from kdbench.engine.ray_sending import Sending
@@ -49,11 +49,11 @@ def actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Called:
     return Called(Node("run"))
 
 
-def task(runs: Path, **changes: Any) -> TrainCohort:
+def task(runs: Path, **changes: Any) -> TrainCells:
     spec = two_ranks.cell("kd").model_copy(update=changes)
     cell = CellTask(id=3, folder=runs / "mine" / "kd", spec=spec, names={})
     folders = {"teacher_folder": runs / "teachers" / "t", "shared": runs / "sources"}
-    return TrainCohort(cells=[cell], computing=REFERENCE, logits=None, **folders)
+    return TrainCells(cells=[cell], computing=REFERENCE, logits=None, **folders)
 
 
 def written(folder: Path, **files: str) -> None:

@@ -20,10 +20,10 @@ from kdbench.engine.anchors import AnchorTeacher, Route
 from kdbench.engine.batch import SLICE
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.cohort import Cohort
 from kdbench.engine.log import MetricsLog
+from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
@@ -423,7 +423,7 @@ def keeping(folder: Path, spec: CellSpec, batches: Batches, stop_after: int = -1
         member.load_state(state)
     seat = TrainingCell(member, folder, {}, MetricsLog(folder, member.log.history, tensorboard=False))
     stop = lambda: member.step == stop_after  # noqa: E731
-    done = Cohort(Program([Group(batches, None, [seat])]), lambda *_: None, lambda _: None, stop, 0.0).run()
+    done = TrainingLoop(Program([Cohort(batches, None, [seat])]), lambda *_: None, lambda _: None, stop, 0.0).run()
     assert seat.failure is None
     return done
 
@@ -489,7 +489,7 @@ def test_keeping_a_route_changes_no_training() -> None:
         with tempfile.TemporaryDirectory() as folder:
             member = Member(spec, batches, None, CPU)
             seat = TrainingCell(member, Path(folder), {}, MetricsLog(Path(folder), [], tensorboard=False))
-            Cohort(Program([Group(batches, None, [seat])]), lambda *_: None, lambda _: None, lambda: False).run()
+            TrainingLoop(Program([Cohort(batches, None, [seat])]), lambda *_: None, lambda _: None, lambda: False).run()
         ends.append(fingerprint(member.student.model))
     assert ends[0] == ends[1]
 

@@ -203,7 +203,7 @@ def test_every_number_of_every_loss_can_change_where_steps_are_recorded(
     schedules = {option: {"name": "linear", "start": 1.0, "end": 0.9} for option in options}
     spec = cell({"name": method, "stages": {stage: {"losses": {term: {"schedules": schedules}}}}}, steps=8)
     program = both([spec], tmp_path, StandIn())
-    of = program.groups[0].cells[0].member
+    of = program.cohorts[0].cells[0].member
     assert stage not in program.eager_stages(of) or stage in by_step(of)
 
 

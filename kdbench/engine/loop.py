@@ -18,7 +18,7 @@ PROGRESS_SECONDS = 0.25
 
 
 @dataclass
-class Cohort:
+class TrainingLoop:
     """Cells that train side by side. One that fails or is finished leaves the others untouched.
 
     Args:
@@ -42,7 +42,7 @@ class Cohort:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         self._saved = time.monotonic()
-        first = self.program.groups[0]
+        first = self.program.cohorts[0]
         make_graphs([cell.member for cell in self.program.cells if cell.active], first.batches, first.teacher)
         while active := [cell for cell in self.program.cells if cell.active]:
             # Members resume each from their own checkpoint: those that are behind catch up alone.
@@ -151,7 +151,7 @@ class Cohort:
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
         self._settle()
-        member, validation = cell.member, self.program.group_of(cell).batches.validation
+        member, validation = cell.member, self.program.cohort_of(cell).batches.validation
         begin = time.perf_counter()
         member.check_finite()
         member.set_modes(evaluating=True)
@@ -167,7 +167,7 @@ class Cohort:
 
     def _settle(self) -> None:
         """Wait for the steps that a GPU still has before it: they are training, not the evaluation that follows."""
-        device = self.program.groups[0].batches.device
+        device = self.program.cohorts[0].batches.device
         if device.type != "cuda":
             return
         begin = time.perf_counter()
