@@ -154,11 +154,17 @@ class Network:
 
 
 def compiled(call: Callable[..., Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """A function or module as a graph for inputs of one size."""
-    # Where an optimizer takes gradients apart, two backward passes go through one graph.
-    torch._functorch.config.donated_buffer = False
+    """A function or module as a graph for inputs of one size, with the gradient of an eager call."""
     # One loss may see the layers of many students, and each of its options' values is another graph.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
+    config = torch._functorch.config
+    # As an eager backward pass, a compiled one is no matter of the forward pass's autocast: what a loss computes in
+    # float32 has its gradient in float32.
+    config.backward_pass_autocast = "off"
+    # Where an optimizer takes gradients apart, two backward passes go through one graph.
+    config.donated_buffer = False
+    # What the compiler cannot do is known when the function is called.
+    config.force_non_lazy_backward_lowering = True
     return torch.compile(call, dynamic=False, options=options or None)
 
 
@@ -166,7 +172,7 @@ def of_compiler(error: Exception) -> str:
     """What torch.compile says of its failure; any other error is raised."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise error
-    return first_line(error)
+    return first_line(getattr(error, "inner_exception", error))
 
 
 def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:

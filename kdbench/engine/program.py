@@ -144,7 +144,7 @@ def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | 
     for member in (one for one in members if one.computing.compile and one.device.type == "cuda"):
         for span in (span for span in member.timeline.spans if span.steps >= member.computing.worth):
             for term in member.terms_of(span.name).values():
-                term.compile_loss()
+                term.compile_loss(shape[0])
 
 
 def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset[str], int]:

@@ -61,6 +61,7 @@ class Term(nn.Module):
     Attributes:
         joint: whether the loss takes lists of hook points at once.
         numbers: name -> its value at a moment: what the loss asked for, and its scheduled options.
+        graph: the compiled loss, where it is compiled. not_compiled: why it is not, where torch.compile failed.
     """
 
     def __init__(self, name: str, spec: TermSpec, cell: Surroundings, place: str) -> None:
@@ -71,6 +72,8 @@ class Term(nn.Module):
         self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
         target = import_target(spec.loss.target)
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(target) else target
+        self.graph: Callable[..., Tensor] | None = None
+        self.full, self.not_compiled = 0, ""
         in_call = asked(spec.loss.target, called=True)
         self.numbers = {option: _scheduled(spec, option, one) for option, one in spec.schedules.items()}
         self.numbers |= {told: _NUMBERS[told] for told in in_call if told in _NUMBERS}
@@ -178,7 +181,7 @@ class Term(nn.Module):
         total: Tensor | None = None
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
-            function = self.call or self.functions[position]
+            function = self._call(sets) or self.functions[position]
             options = {**self.options, **layer.told, **now} if self.call else {**layer.told, **now}
             value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
@@ -186,10 +189,29 @@ class Term(nn.Module):
         assert total is not None
         return total
 
-    def compile_loss(self) -> None:
-        """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens."""
+    def compile_loss(self, size: int) -> None:
+        """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens.
+
+        Args:
+            size: of a full batch. What an epoch's smaller last one asks is not worth a graph.
+        """
         if self.call is not None and not self.spec.loss.by_step:
-            self.call = _compiled_or_eager(self.call, self.name)
+            self.graph, self.full = compiled(self.call), size
+
+    def _call(self, sets: Sets) -> Callable[..., Tensor] | None:
+        """The loss for these sets, where it is a plain function."""
+        smaller = "data" in sets and len(sets["data"].images) != self.full
+        return self.call if self.graph is None or smaller else self._by_graph
+
+    def _by_graph(self, *values: Any, **options: Any) -> Tensor:
+        """The loss by its graph; as it is from now on where torch.compile cannot."""
+        assert self.graph is not None and self.call is not None
+        try:
+            return self.graph(*values, **options)
+        except Exception as error:  # noqa: BLE001 - all but the compiler's own are raised
+            self.graph, self.not_compiled = None, f"loss '{self.name}': {of_compiler(error)}"
+            log.warning("torch.compile failed on the %s; it runs eagerly", self.not_compiled)
+            return self.call(*values, **options)
 
     @property
     def measured(self) -> bool:
@@ -315,22 +337,6 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
     base = spec.loss.options.get(option, parameters(spec.loss.target)[option].default)
     factor = build_schedule(schedule)
     return lambda now: base * factor.at(*now)
-
-
-def _compiled_or_eager(loss: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """A loss as a compiled graph, or as it is where torch.compile cannot."""
-    call = compiled(loss)
-
-    def computed(*values: Any, **options: Any) -> Tensor:
-        nonlocal call
-        try:
-            return call(*values, **options)
-        except Exception as error:  # noqa: BLE001 - all but the compiler's own are raised
-            log.warning("torch.compile failed on the loss '%s', which runs eagerly: %s", name, of_compiler(error))
-            call = loss
-            return loss(*values, **options)
-
-    return computed
 
 
 def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:

@@ -253,8 +253,10 @@ def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[st
     way: Computing = member.computing
     asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
     networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
-    untraceable = next((network.untraceable for network in networks if network.untraceable), None)
-    graphs = any(network.graphs for network in networks)
+    terms = [term for span in member.timeline.spans for term in member.terms_of(span.name).values()]
+    failed = [network.untraceable for network in networks] + [term.not_compiled for term in terms]
+    not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
+    graphs = any(network.graphs for network in networks) or any(term.graph for term in terms)
     return {
         "precision": way.precision,
         "layout": way.layout,
@@ -263,6 +265,6 @@ def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[st
         "cuda_graphs": program.replayed(member),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": f"float32, {'replayed' if program.evaluations_replayed(member) else 'eager'}",
-        **({"not_compiled": untraceable} if untraceable else {}),
+        **({"not_compiled": not_compiled} if not_compiled else {}),
         **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
     }

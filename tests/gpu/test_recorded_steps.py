@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Read when cuBLAS begins: without it its results may differ from call to call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -167,7 +167,7 @@ def compiled(cohort: Cohort) -> Cohort:
     for one in cohort.cells:
         for stage in one.member.spec.method.stages:
             for term in one.member.terms_of(stage).values():
-                term.compile_loss()
+                term.compile_loss(one.member.spec.protocol.batch_size)
     return cohort
 
 
@@ -183,9 +183,14 @@ def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path, caplo
     assert not [one.message for one in caplog.records if one.name == "kdbench"]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_losses_train_as_eager_ones(method: str, tmp_path: Path) -> None:
-    cohorts = [cohort_of([cell(method, steps=2, batch=16)], tmp_path / str(i), GPU) for i in range(2)]
+def test_compiled_losses_train_as_eager_ones(
+    method: str, precision: Literal["float32", "bfloat16"], tmp_path: Path
+) -> None:
+    used = Computing(precision=precision)
+    specs = [cell(method, steps=2, batch=16)]
+    cohorts = [cohort_of(specs, tmp_path / str(i), GPU, computing=used) for i in range(2)]
     trained(Program([cohorts[0]]))
     trained(Program([compiled(cohorts[1])]))
     # Some losses magnify the last digit: DIST is off by 0.0014.

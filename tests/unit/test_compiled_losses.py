@@ -1,5 +1,6 @@
 """Losses as compiled graphs: what torch traces of them, without the GPU that runs its kernels."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,24 @@ from typing import Any
 import pytest
 import torch
 from captured import assert_near, cell, cohort_of, trained
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
 from kdbench.engine.network import compiled as compiled_call
 from kdbench.engine.program import Cohort, Program
+from kdbench.engine.training import way_of
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.kd import kd
+from kdbench.losses.nst import neuron_selectivity
+from kdbench.losses.sp import similarity_preserving
 
 
 def compiled(cohort: Cohort) -> Cohort:
     (one,) = cohort.cells
     for stage in one.member.spec.method.stages:
         for term in one.member.terms_of(stage).values():
-            term.compile_loss()
+            term.compile_loss(one.member.spec.protocol.batch_size)
     return cohort
 
 
@@ -58,17 +63,67 @@ def test_a_loss_that_the_compiler_refuses_runs_eagerly(
     trained(Program([cohorts[0]]))
     trained(Program([compiled(cohorts[1])]))
     assert_near(*cohorts, 0.0)
-    said = "torch.compile failed on the loss 'kd', which runs eagerly: it is too clever"
+    said = "torch.compile failed on the loss 'kd': it is too clever; it runs eagerly"
     assert caplog.messages.count(said) == 1
+    way = way_of(cohorts[1].cells[0].member, cohorts[1].teacher, Program([cohorts[1]]))
+    assert not way["compile"] and "loss 'kd': it is too clever" in way["not_compiled"]
+
+
+def test_a_loss_whose_gradient_the_compiler_refuses_runs_eagerly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(graph: Any, examples: Any) -> Any:
+        raise RuntimeError("no kernel for this gradient")
+
+    backend = aot_autograd(fw_compiler=lambda graph, examples: graph.forward, bw_compiler=refused)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    cohorts = [cohort_of([cell("kd", steps=3)], tmp_path / str(i)) for i in range(2)]
+    trained(Program([cohorts[0]]))
+    trained(Program([compiled(cohorts[1])]))
+    assert_near(*cohorts, 0.0)
+    said = "torch.compile failed on the loss 'kd': no kernel for this gradient; it runs eagerly"
+    assert caplog.messages.count(said) == 1
+
+
+def test_the_smaller_last_batch_of_an_epoch_is_not_worth_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    cohort = compiled(cohort_of([cell("kd", steps=3, batch=100)], tmp_path))
+    trained(Program([cohort]))
+    assert len(cohort.batches.train) % 100 and counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("loss", [similarity_preserving, neuron_selectivity])
+def test_what_a_loss_computes_in_float32_has_its_gradient_in_float32(
+    loss: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision leaves little of the differences between similarities."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    teacher = torch.randn(64, 32, 8, 8).relu()
+    student = teacher + 0.1 * torch.randn_like(teacher)
+    found = []
+    for call, half in ((loss, False), (loss, True), (compiled_call(loss), True)):
+        own = student.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            value = call(own, teacher)
+        value.backward()
+        assert own.grad is not None
+        found.append(own.grad)
+    exact, eager, by_graph = found
+    assert all((gradient - exact).norm() < 1e-5 * exact.norm() for gradient in (eager, by_graph))
 
 
 def test_a_loss_that_is_wrong_is_no_matter_of_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", refusing(RuntimeError("its own")))
-    (one,) = compiled(cohort_of([cell("kd", steps=3)], tmp_path)).cells
-    call = one.member.stage.terms["kd"].call
-    assert call is not None
-    with pytest.raises(RuntimeError, match="its own"):
-        call(torch.zeros(2, 10), torch.zeros(2, 10))
+    cohort = compiled(cohort_of([cell("kd", steps=3)], tmp_path))
+    with pytest.raises(AssertionError):
+        trained(Program([cohort]))
+    assert "its own" in str(cohort.cells[0].failure)
 
 
 def test_a_loss_is_compiled_for_each_of_many_temperatures(monkeypatch: pytest.MonkeyPatch) -> None:
