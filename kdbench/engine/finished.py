@@ -177,7 +177,8 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     if spec.members:
         return inside(runs / TEACHERS, f"{spec.name}-{spec.identity()[:8]}")
     if (own := spec.trained_by) is None:
-        return inside(runs / TEACHERS, f"{spec.name}-{spec.weights.sha256[:8] if spec.weights else 'untrained'}")
+        which = spec.identity()[:8] if spec.choice else spec.weights.sha256[:8] if spec.weights else "untrained"
+        return inside(runs / TEACHERS, f"{spec.name}-{which}")
     names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
     return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
 

@@ -52,6 +52,7 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     return {
         "layout": LAYOUT,
         "weights": sha256,
+        **teacher.choice,
         "model": [model[part] for part in ("target", "options", "version", "image_size") if part in model],
         "normalization": teacher.normalization.model_dump(mode="json"),
         "data": data.fingerprint,

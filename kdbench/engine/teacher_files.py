@@ -103,7 +103,8 @@ def all_weights(
         return TeacherFile(file, sha256_of(file), None, members=read_as(_Members, file.with_suffix(".json")).members)
     whole = build_model(spec.model, data)
     for one, part, weights in zip(spec.members, whole.parts, each, strict=True):  # type: ignore[arg-type]
-        load_file(part.network, weights.file, one.model.name, one.weights.layout if one.weights is not None else None)
+        layout, entry = (one.weights.layout, one.weights.entry) if one.weights is not None else (None, None)
+        load_file(part.network, weights.file, one.model.name, layout, entry)
     found = save(whole.state_dict())
     if not file.is_file() or file.read_bytes() != found:
         with atomic(file) as temporary:
@@ -239,6 +240,9 @@ def _seen(
         "data": data.fingerprint,
         "model": recorded(spec.model),
         "normalization": spec.normalization.model_dump(mode="json"),
+        # A file that was kept for another entry must not do for the one that is read where none is named.
+        **dict.fromkeys(("entry", "weights_layout")),
+        **spec.choice,
     }
     if kept_in.name == _PUBLISHED:
         key["resize"] = spec.resize
@@ -265,7 +269,8 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
         except UserError as error:
             log.warning("%s; the teacher is measured again", str(error))
     seen = measure()
-    write_json(file, {**about, **key, **asdict(seen)})
+    said = {name: value for name, value in key.items() if value is not None}
+    write_json(file, {**about, **said, **asdict(seen)})
     return seen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,9 @@ from kdbench.recipe.choices import Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
 from kdbench.validation import fields_at, validated
+
+# What a title does not speak of: how much is run and how it is computed, what is compared, names, and folders.
+_UNTITLED = {"seeds", "evaluations", "compute", "keep", "route", "compare", "tune", "baseline", "title", "data.root"}
 
 
 def recipe_names() -> list[str]:
@@ -52,9 +55,18 @@ def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) 
         _check_keys(tree)
     else:
         tree = _load_file(find(str(recipe)), ())
-    for text in overrides:
+    over = list(overrides)
+    for text in over:
         tree = override(tree, text)
-    return tree
+    return _titled(tree, {text.partition("=")[0]: text for text in over})
+
+
+def _titled(tree: Tree, over: Mapping[str, str]) -> Tree:
+    """The title says what was laid over the recipe, since its own words may not hold any more."""
+    said = [text for path, text in over.items() if path.partition(".")[0] not in _UNTITLED and path not in _UNTITLED]
+    if not said or "title" in over or not isinstance(title := tree.data.get("title"), str):
+        return tree
+    return put(tree, "title", f"{title} ({', '.join(said)})", "command line")
 
 
 def typed(tree: Tree) -> Recipe:

@@ -41,6 +41,16 @@ class DataSpec(DataFields, TargetSpec):
 class WeightsSpec(Coded, Weights):
     """The weights of a teacher card."""
 
+    @property
+    def choice(self) -> dict[str, str]:
+        """What decides beside the file which weights are read: empty for most."""
+        code = self.counts_as.get(self.layout or "", "")
+        return {
+            **({"entry": self.entry} if self.entry is not None else {}),
+            # A card's own code is as old as its file's sha256, a user's may change.
+            **({"weights_layout": code} if is_content(code) else {}),
+        }
+
 
 class ModelSpec(TargetSpec):
     hooks: dict[str, str] | Literal["derived"]
@@ -249,6 +259,11 @@ class TeacherSpec(Spec):
         return self.weights is None and self.trained_by is None and not self.members
 
     @property
+    def choice(self) -> dict[str, str]:
+        """What decides beside a file's sha256 which weights it has."""
+        return self.weights.choice if self.weights is not None else {}
+
+    @property
     def each(self) -> list[TeacherSpec]:
         """Its members, or itself where it is one."""
         return self.members or [self]
@@ -285,7 +300,7 @@ class CellSpec(Spec):
 
     @property
     def teachers(self) -> list[TeacherSpec]:
-        """Its teachers one by one; none where it has none."""
+        """Its teachers one by one."""
         return self.teacher.each if self.teacher is not None else []
 
     @property

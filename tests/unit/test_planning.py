@@ -86,6 +86,26 @@ def test_identity_does_not_change_with_names_and_folders(change: str) -> None:
     assert one(change).identity() == one().identity()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "title"),
+    [
+        ((), "Digits, 5 steps"),
+        (("steps=7", "data.per_class=5"), "Digits, 5 steps (steps=7, data.per_class=5)"),
+        (
+            ("steps=6", "steps=7", "seeds=2", "data.root=/elsewhere", "compute.compile=false"),
+            "Digits, 5 steps (steps=7)",
+        ),
+        (("steps=7", "title=Mine"), "Mine"),
+    ],
+)
+def test_a_title_says_what_was_laid_over_its_recipe(overrides: tuple[str, ...], title: str) -> None:
+    recipe = RECIPE | {"method": "kd", "title": "Digits, 5 steps"}
+    changed = plan(recipe, REGISTRY, overrides)
+    assert changed.title == title
+    assert plan(changed.recipe, REGISTRY).title == title, "what recipe.json keeps"
+    assert plan(RECIPE | {"method": "kd"}, REGISTRY, overrides).title in ("", "Mine")
+
+
 def test_identity_does_not_change_with_a_hook_point_that_nothing_reads() -> None:
     spec = one(method="ab")
     hooks = dict(spec.student.hooks)  # type: ignore[call-overload]

@@ -102,6 +102,7 @@ class SynthesizedImages(Source):
         assert self.context.spec.teacher is not None
         return {
             "teacher_sha256": self.context.files.teacher_sha256,
+            **self.context.spec.teacher.choice,
             "teacher": self.context.spec.teacher.model.name,
             "normalization": self.context.spec.teacher.normalization.model_dump(mode="json"),
             "classes": self.classes,
