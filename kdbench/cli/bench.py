@@ -50,8 +50,7 @@ def command(
     """
     from kdbench.bench.compare import Benchmark, LaneTimer, benchmark, speed_table
     from kdbench.bench.gpu import THREADS, Pair, bench_gpu, result_lines
-    from kdbench.files import cores as all_cores
-    from kdbench.files import write_json
+    from kdbench.files import cores, write_json
     from kdbench.registry import Registry
 
     if loading:
@@ -65,9 +64,9 @@ def command(
     from kdbench.engine.device import chosen_device
 
     on = chosen_device(device, tell)
-    cores = threads or all_cores()
-    machine, turn = machine_of(on, cores, compiled), seconds or (1.0 if on.type == "cuda" else 2.0)
-    print(f"{machine.about['device_name']}, {cores} threads, torch {machine.about['torch']}\n")
+    threads = threads or cores()
+    machine, turn = machine_of(on, threads, compiled), seconds or (1.0 if on.type == "cuda" else 2.0)
+    print(f"{machine.about['device_name']}, {threads} threads, torch {machine.about['torch']}\n")
 
     def keep(results: list[Benchmark], times: dict[str, Any]) -> None:
         if json is not None:
@@ -82,7 +81,7 @@ def command(
         results, times = [], {}
         for planned in plans:
             tell(f"{planned.title or planned.name}")
-            timer = LaneTimer(machine, "cpu", cores, rounds, turn, tell)
+            timer = LaneTimer(machine, "cpu", threads, rounds, turn, tell)
             results.append(benchmark(planned, timer, _flops(planned), peers))
             keep(results, times)
     print(f"{speed_table(results)}\n{result_lines(results, times)}")

@@ -25,7 +25,7 @@ from captured import (
     with_dropout,
 )
 from captured import both as both_on
-from captured import group_of as group_on
+from captured import cohort_of as cohort_on
 from standin import Broken, StandIn
 from tiny import CPU
 
@@ -33,7 +33,7 @@ from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.program import Group, Program
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers import fingerprint
 from kdbench.methods.bss import attack
 from kdbench.methods.sskd.source import TurnedImages
@@ -42,14 +42,14 @@ from kdbench.recipe.specs import CellSpec
 __all__ = ["short"]
 
 
-def group_of(specs: list[CellSpec], folder: Path, per_class: int = 24) -> Group:
-    return group_on(specs, folder, CPU, per_class)
+def cohort_of(specs: list[CellSpec], folder: Path, per_class: int = 24) -> Cohort:
+    return cohort_on(specs, folder, CPU, per_class)
 
 
 def both(
     specs: list[CellSpec],
     folder: Path,
-    change: Callable[[Group], None] = lambda group: None,
+    change: Callable[[Cohort], None] = lambda cohort: None,
     recorder: StandIn | None = None,
     per_class: int = 24,
 ) -> CapturedProgram:
@@ -74,7 +74,7 @@ def test_an_attack_that_asks_nothing_is_replayed(method: str, tmp_path: Path, mo
     program = both([cell(method, batch=8)], tmp_path)
     (of,) = program.cohorts[0].cells
     assert program.replayed(of.member) and not program.eager_stages(of.member)
-    eager = group_of([cell(method, batch=8)], tmp_path / "again")
+    eager = cohort_of([cell(method, batch=8)], tmp_path / "again")
     trained(Program([eager]))
     counted, expected = (one.member.sources["classification"].record() for one in (of, *eager.cells))
     assert counted == expected and counted["steps"] > 5
@@ -89,13 +89,13 @@ def test_a_cohort_is_one_recording_and_members_that_leave_make_another(tmp_path:
 
 def test_seeds_side_by_side_are_the_cells_alone(tmp_path: Path) -> None:
     specs = [cell("kd").model_copy(update={"seed": seed}) for seed in (0, 1)]
-    alone = [group_of([spec], tmp_path / f"alone{spec.seed}") for spec in specs]
-    for group in alone:
-        trained(Program([group]))
-    together = [group_of([spec], tmp_path / f"together{spec.seed}") for spec in specs]
+    alone = [cohort_of([spec], tmp_path / f"alone{spec.seed}") for spec in specs]
+    for cohort in alone:
+        trained(Program([cohort]))
+    together = [cohort_of([spec], tmp_path / f"together{spec.seed}") for spec in specs]
     program = CapturedProgram(together, StandIn())
     trained(program)
-    assert [outcome(group) for group in together] == [outcome(group) for group in alone]
+    assert [outcome(cohort) for cohort in together] == [outcome(cohort) for cohort in alone]
     assert len(program.recordings) == 1 and all(program.recordings.values())
 
 
@@ -127,7 +127,7 @@ def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_addres
     (recording,) = [r for r in program.recordings.values() if r]
     assert [c.member.spec.method.name for c in recording.alone] == ["kd"]
     alone = both([cell("kd")], tmp_path / "alone", with_dropout)
-    assert outcome(alone.groups[0])[0] == outcome(program.cohorts[0])[0]
+    assert outcome(alone.cohorts[0])[0] == outcome(program.cohorts[0])[0]
 
 
 def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path)
     (recording,) = [r for r in program.recordings.values() if r]
     assert len(recording.alone) == 2
     alone = both(specs[1:], tmp_path / "alone", with_drop_rate)
-    assert outcome(alone.groups[0])[0] == outcome(program.cohorts[0])[1]
+    assert outcome(alone.cohorts[0])[0] == outcome(program.cohorts[0])[1]
 
 
 def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     specs = [cell(method, steps=20) for method in ("kd", "ab")]
-    whole = group_of(specs, tmp_path / "whole")
+    whole = cohort_of(specs, tmp_path / "whole")
     trained(CapturedProgram([whole], StandIn()))
     assert outcome(resumed(specs, tmp_path, StandIn, 9)) == outcome(whole)
 
@@ -160,8 +160,8 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
 def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
     """Evaluated every ten steps: the first ten record both cells, before the next ones one of them fails."""
     specs = [evaluated(cell(method, steps=30), 3) for method in ("kd", "ce")]
-    group = group_of(specs, tmp_path / "both", per_class=2)
-    failing, other = group.cells
+    cohort = cohort_of(specs, tmp_path / "both", per_class=2)
+    failing, other = cohort.cells
     prepare, left = failing.member.prepare, []
 
     def fails(steps: int) -> None:
@@ -171,13 +171,13 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
         prepare(steps)
 
     failing.member.prepare = fails  # type: ignore[method-assign]
-    program = CapturedProgram([group], StandIn())
+    program = CapturedProgram([cohort], StandIn())
     TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
     assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
     assert left == [fingerprint(failing.member.student.model)]
-    alone = group_of(specs[1:], tmp_path / "alone", per_class=2)
+    alone = cohort_of(specs[1:], tmp_path / "alone", per_class=2)
     trained(Program([alone]))
-    assert outcome(group)[1] == outcome(alone)[0] and other.failure is None
+    assert outcome(cohort)[1] == outcome(alone)[0] and other.failure is None
 
 
 def test_rates_of_an_optimizer_that_takes_numbers_are_no_stretch(tmp_path: Path) -> None:
@@ -257,18 +257,18 @@ def term_with_a_count(member: Member) -> None:
     ],
 )
 def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], None], tmp_path: Path) -> None:
-    group = group_of([cell("kd")], tmp_path)
-    program = CapturedProgram([group], StandIn())
-    (one,) = group.cells
+    cohort = cohort_of([cell("kd")], tmp_path)
+    program = CapturedProgram([cohort], StandIn())
+    (one,) = cohort.cells
     assert one.member.ready(lambda text: None, lambda: False)
-    assert program.prepare(group.cells) > 5
+    assert program.prepare(cohort.cells) > 5
     for _ in range(4):
-        program.step(group.cells)
+        program.step(cohort.cells)
     assert program.replayed(one.member) and one.failure is None
     trap(one.member)
     with pytest.raises(Broken, match="stale"):
-        program.step(group.cells)
-        program.step(group.cells)
+        program.step(cohort.cells)
+        program.step(cohort.cells)
 
 
 @pytest.mark.parametrize(
@@ -278,16 +278,16 @@ def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], N
 def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
     loss: Callable[[Any], Any], message: str, tmp_path: Path
 ) -> None:
-    group = group_of([cell("kd")], tmp_path)
-    program = CapturedProgram([group], StandIn())
-    term = next(iter(group.cells[0].member.stage.terms.values()))
+    cohort = cohort_of([cell("kd")], tmp_path)
+    program = CapturedProgram([cohort], StandIn())
+    term = next(iter(cohort.cells[0].member.stage.terms.values()))
     forward = term.forward
     term.forward = lambda *given: loss(forward(*given))  # type: ignore[method-assign]
-    group.cells[0].member.ready(lambda text: None, lambda: False)
-    program.prepare(group.cells)
+    cohort.cells[0].member.ready(lambda text: None, lambda: False)
+    program.prepare(cohort.cells)
     with pytest.raises(Broken, match=message):
         for _ in range(4):
-            program.step(group.cells)
+            program.step(cohort.cells)
 
 
 def test_steps_on_memory_that_a_source_has_left_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_steps_on_memory_that_a_source_has_left_are_forgotten(tmp_path: Path, mo
 
 def test_a_cell_that_only_tries_something_out_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tried = TrainingCell(group_of([cell("kd")], tmp_path).cells[0].member, Path(), {}, None)
+    tried = TrainingCell(cohort_of([cell("kd")], tmp_path).cells[0].member, Path(), {}, None)
     with tried.failures():
         raise ZeroDivisionError("out of memory")
     assert "out of memory" in (tried.failure or "") and not (tmp_path / "error.txt").exists()
@@ -321,13 +321,15 @@ def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path:
     assert program.replayed(kd.member) and program.eager_stages(kd.member) == {}
     said = program.eager_stages(bss.member)
     assert not program.replayed(bss.member) and all("an attack" in why for why in said.values()) and said
-    alone = group_of(specs[1:], tmp_path / "alone")
+    alone = cohort_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
     assert outcome(alone)[0] == outcome(program.cohorts[0])[1]
 
 
-@pytest.mark.parametrize("change", [lambda group: None, with_dropout])
-def test_a_cell_whose_recording_fails_leaves_the_others_theirs(change: Callable[[Group], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [lambda cohort: None, with_dropout])
+def test_a_cell_whose_recording_fails_leaves_the_others_theirs(
+    change: Callable[[Cohort], None], tmp_path: Path
+) -> None:
     class Notices(StandIn):
         recording = False
 
@@ -340,9 +342,9 @@ def test_a_cell_whose_recording_fails_leaves_the_others_theirs(change: Callable[
 
     recorder = Notices()
 
-    def asks(group: Group) -> None:
-        change(group)
-        term = next(iter(group.cells[0].member.stage.terms.values()))
+    def asks(cohort: Cohort) -> None:
+        change(cohort)
+        term = next(iter(cohort.cells[0].member.stage.terms.values()))
         forward = term.forward
 
         def looks(*values: Any) -> Any:
@@ -362,8 +364,8 @@ def test_a_cell_whose_recording_fails_leaves_the_others_theirs(change: Callable[
 
 def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Path) -> None:
     specs = [cell(method, steps=24) for method in ("bss", "kd")]
-    group = group_of(specs, tmp_path / "both")
-    failing, other = group.cells
+    cohort = cohort_of(specs, tmp_path / "both")
+    failing, other = cohort.cells
     make = failing.member.make
 
     def fails(*args: Any) -> Any:
@@ -372,13 +374,13 @@ def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Pat
         return make(*args)
 
     failing.member.make = fails  # type: ignore[method-assign]
-    program = CapturedProgram([group], StandIn())
+    program = CapturedProgram([cohort], StandIn())
     TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
     assert "an attack that ends" in str(failing.failure) and failing.member.step == 10
     assert other.failure is None and program.replayed(other.member)
-    alone = group_of(specs[1:], tmp_path / "alone")
+    alone = cohort_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
-    assert outcome(alone)[0] == outcome(group)[1]
+    assert outcome(alone)[0] == outcome(cohort)[1]
 
 
 # --- evaluations
@@ -407,8 +409,8 @@ def test_a_single_evaluation_is_not_worth_recording(tmp_path: Path) -> None:
 def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
     """As after an operation that prunes, or whatever else replaces a parameter."""
 
-    def replaces(group: Group) -> None:
-        (of,) = group.cells
+    def replaces(cohort: Cohort) -> None:
+        (of,) = cohort.cells
         before, model = of.member.before_step, of.member.student.model
 
         def moved() -> None:
@@ -435,9 +437,9 @@ def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> N
 
 
 def test_a_metric_that_reads_a_value_would_be_found(tmp_path: Path) -> None:
-    group = group_of([evaluated(cell("ab"))], tmp_path)
-    terms = group.cells[0].member.terms_of("boundaries")
+    cohort = cohort_of([evaluated(cell("ab"))], tmp_path)
+    terms = cohort.cells[0].member.terms_of("boundaries")
     for term in terms.values():
         term.metrics = {"agreement": lambda student, teacher: torch.full((), (student > 0).float().mean().item())}
     with pytest.raises(Broken, match="reads values"):
-        trained(CapturedProgram([group], StandIn()))
+        trained(CapturedProgram([cohort], StandIn()))
