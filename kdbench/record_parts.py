@@ -219,6 +219,7 @@ class Compute(Open):
     torch: str
     torchvision: str = ""
     platform: str = ""
+    cpu_capability: str = ""
 
 
 class Seeds(Open):

@@ -1,7 +1,7 @@
 """The facts below a table, one sentence each: what its numbers are, and what a reader must know before comparing."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from kdbench.results.across import Across
 from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
-from kdbench.results.facts import FACTS, SHORT, grouped, in_words, listed, metric_label, ranged, sentence
+from kdbench.results.facts import FACTS, SHORT, grouped, in_words, instructions, listed, metric_label, ranged, sentence
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 
@@ -119,16 +119,18 @@ def _settings(comparison: Comparison) -> Said:
     a column is a warning.
     """
     for name in FACTS:
-        yield from _fact(comparison, name)
+        yield from _fact(comparison, name, FACTS[name])
         if name == "Protocol":
             yield from _training(comparison)
+    # Worth a line only where it differs.
+    yield from (said for said in _fact(comparison, "Processor instructions", instructions) if isinstance(said, Note))
     specs = [spec for record in comparison.records if (spec := record.resolved) is not None]
     yield from dict.fromkeys(remark for spec in specs for remark in replaced_normalization(spec))
 
 
-def _fact(comparison: Comparison, name: str) -> Said:
+def _fact(comparison: Comparison, name: str, of: Callable[[Record, int | None], str]) -> Said:
     """One fact of all records: its values, with the columns or (as a warning) the rows that have them."""
-    said = [(row, column, FACTS[name](record, SHORT)) for row, column, record in comparison.places()]
+    said = [(row, column, of(record, SHORT)) for row, column, record in comparison.places()]
     rows = grouped((value, row.label) for row, _, value in said if value)
     columns = grouped((value, column.label) for _, column, value in said if value)
     by_column = grouped((column, value) for _, column, value in said if value)

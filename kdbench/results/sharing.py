@@ -50,7 +50,9 @@ def _initial_student(record: Record) -> str | None:
     """Drawn for its architecture, given by weights, or a copy of the teacher."""
     copied = (record.spec.get("method") or {}).get("starts_from")
     teacher = record.teacher.sha256 if copied and record.teacher is not None else None
-    return _drawn(record, "init", [record.cell.student, record.spec.get("student"), copied, teacher])
+    # Earlier versions wrote down fewer of the fields that are empty.
+    model = {key: value for key, value in (record.spec.get("student") or {}).items() if value not in ([], {}, None)}
+    return _drawn(record, "init", [record.cell.student, model, copied, teacher])
 
 
 _DRAWN: dict[str, Callable[[Record], str | None]] = {

@@ -491,6 +491,20 @@ def test_mixed_values_are_said_with_the_rows_that_have_them(path: str, value: An
     assert "this is mixed within the table" in warned[0]
 
 
+def test_processors_of_one_name_with_other_instructions_are_said() -> None:
+    def told(*capabilities: str) -> list[str]:
+        records = [
+            make(method, s, 90 + s, order=i, compute__cpu_capability=capability)
+            for i, (method, capability) in enumerate(zip(("ce", "kd"), capabilities, strict=True))
+            for s in (0, 1)
+        ]
+        return [note.text for note in build(records).notes if "instructions" in note.text]
+
+    (said,) = told("AVX2", "AVX512")
+    assert said.startswith("Processor instructions: AVX2 (CE); AVX512 (KD); this is mixed within the table")
+    assert told("AVX2", "AVX2") == []
+
+
 def test_two_protocols_that_are_compared_side_by_side_are_columns() -> None:
     records = [make("ce", 0, 90), make("kd", 0, 91, protocol="crd", order=1)]
     table = build(records)
