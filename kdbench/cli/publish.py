@@ -11,6 +11,7 @@ EXAMPLES = "Examples:  kdbench publish runs/quickstart   ·   kdbench publish ru
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders runs/<recipe> of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder for <recipe>/.")] = Path("results"),
+    replace: Annotated[bool, typer.Option("--replace", help="Let published cells go that RUN does not have.")] = False,
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
@@ -20,4 +21,4 @@ def command(
     from kdbench.verify.publishing import publish
 
     for run in runs:
-        print(publish(run, out))
+        print(publish(run, out, replace))

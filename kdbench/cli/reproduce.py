@@ -59,7 +59,7 @@ def command(
     failed = []
     for planned in plans:
         try:
-            outcome = carry_out(planned, options)
+            outcome = carry_out(planned, options, results)
             if outcome.failed:
                 raise failure(planned, outcome)
             print(f"published: {publish(outcome.folder, results)}")

@@ -126,7 +126,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     from kdbench.engine.runner import run as run_plan
     from kdbench.engine.tuning import tuned
     from kdbench.recipe.remarks import remarks
-    from kdbench.verify.adopting import published, tried
+    from kdbench.verify.adopting import computed_otherwise, published, tried
 
     shown = listener()
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
@@ -134,6 +134,8 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     before = (results or Path()) / planned.name
     planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
     found = published(planned, before) if results is not None else {}
+    if results is not None and not found and (way := computed_otherwise(planned, before)):
+        shown.say(f"note: the cells of {before} count as finished only if they are computed as they were there: {way}")
     prepare()
     outcome = run_plan(planned, options, shown, before, found)
     if outcome.finished:

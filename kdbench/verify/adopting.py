@@ -18,6 +18,21 @@ def tried(plan: Plan, folder: Path) -> dict[str, float | None]:
     return known_of(read_records([folder]))
 
 
+def computed_otherwise(plan: Plan, folder: Path) -> str | None:
+    """How the published cells of a plan's name were computed, as overrides, where the plan computes in another way."""
+    if not (folder / RUN).is_file():
+        return None
+    specs = [record.resolved for record in read_records([folder])]
+    ways = [spec.compute.fixed() for spec in specs if spec is not None]
+    if (
+        not ways
+        or ways[0] in [{}, *(cell.spec.compute.fixed() for cell in plan.cells)]
+        or ways.count(ways[0]) < len(ways)
+    ):
+        return None
+    return " ".join(f"compute.{key}={str(value).lower()}" for key, value in ways[0].items())
+
+
 def published(plan: Plan, folder: Path) -> dict[str, Record]:
     """The records of a plan's cells in a folder that `kdbench publish` wrote, and those of teachers there, by the names
     of their folders; none where there is no such folder.

@@ -12,10 +12,13 @@ from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
 
 
-def publish(run: Path, out: Path) -> Path:
+def publish(run: Path, out: Path, replace: bool = False) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
+
+    Args:
+        replace: whether cells of the earlier copy that the run does not have may go.
 
     Raises:
         UserError: no run, cells that are not finished, links that leave the run, or something else than results in the
@@ -37,6 +40,12 @@ def publish(run: Path, out: Path) -> Path:
         raise UserError(
             "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
         )
+    if target.exists() and not replace:
+        before = [cell for cell in read_run(target).cells or () if inside(target, cell, RECORD).is_file()]
+        if lost := [cell for cell in before if cell not in cells]:
+            what = f"{len(lost)} of {len(before)} cells that are published there are not in this run, {lost[0]} for one"
+            hint = "run the recipe with all of them, give another --out, or let them go: --replace"
+            raise UserError(what, str(target), hint)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name

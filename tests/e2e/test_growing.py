@@ -154,6 +154,12 @@ def test_a_published_table_grows_by_seeds(lab: Lab) -> None:
     assert {file.parent for file in second.parent.rglob("student.safetensors")} == {second}, "the first is not trained"
     assert f"1 cell taken from {made}" in said[0] and "KD, seed 1: its checkpoint is damaged: set aside" in said[1]
     lab.publish(outcome.finished)
+    # Fewer seeds do not take the place of more, unless it is said.
+    assert len(lab.go()[0].finished) == 1
+    with pytest.raises(UserError, match="1 of 2 cells that are published there are not in this run, kd-seed1"):
+        lab.publish([outcome.finished[0]])
+    assert len(lab.go("seeds=2")[0].finished) == 2
+    lab.publish(outcome.finished)
     for folder in (made, lab.runs / "recipe"):
         assert {finding.level for finding in verify(folder, lab.registry, [lab.folder / "data"])} == {"agrees"}
         # Where the data are not at hand, accuracies are not counted again, and that is said.
