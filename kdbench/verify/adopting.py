@@ -24,11 +24,8 @@ def computed_otherwise(plan: Plan, folder: Path) -> str | None:
         return None
     specs = [record.resolved for record in read_records([folder])]
     ways = [spec.compute.fixed() for spec in specs if spec is not None]
-    if (
-        not ways
-        or ways[0] in [{}, *(cell.spec.compute.fixed() for cell in plan.cells)]
-        or ways.count(ways[0]) < len(ways)
-    ):
+    asked = [{}, *(cell.spec.compute.fixed() for cell in plan.cells)]
+    if not ways or ways[0] in asked or any(way != ways[0] for way in ways):
         return None
     return " ".join(f"compute.{key}={str(value).lower()}" for key, value in ways[0].items())
 

@@ -16,14 +16,14 @@ from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerpr
 from kdbench.engine.scheduling import CellState
 from kdbench.engine.teacher_files import trained
 from kdbench.errors import UserError
-from kdbench.files import sha256_of
+from kdbench.files import SHARE, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record, finished_record, read_record, student_file
 from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.verify import sums
-from kdbench.verify.adopting import published
+from kdbench.verify.adopting import computed_otherwise, published
 from kdbench.verify.findings import read_folder
 from kdbench.verify.verification import _files
 
@@ -197,6 +197,17 @@ def test_published_cells_are_taken_where_they_fit_and_left_where_they_do_not(tmp
     scene.leave_teacher(b"other weights")
     scene.finished.compare_teachers()
     assert len(scene.finished.open) == 2 and "not taken, taught by another teacher" in scene.said[0]
+
+
+def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwise() -> None:
+    folder = SHARE / "results" / "ab_wrn_30"
+    if not folder.is_dir():
+        pytest.skip("results/ is not beside the package")
+    way = "compute.precision=bfloat16 compute.layout=channels_last compute.compile=true"
+    by_measuring, alike = plan("ab_wrn_30", Registry()), plan("ab_wrn_30", Registry(), tuple(way.split()))
+    assert published(by_measuring, folder) == {} and computed_otherwise(by_measuring, folder) == way
+    assert len(published(alike, folder)) == 35 and computed_otherwise(alike, folder) is None
+    assert computed_otherwise(by_measuring, folder / "absent") is None
 
 
 def test_a_published_record_that_was_changed_is_not_taken(tmp_path: Path) -> None:
