@@ -74,10 +74,10 @@ types: setup ## mypy, also for what Windows lacks
 
 check: lint types docs test ## everything that CI checks
 
-reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small fits an afternoon on two CPU cores
+reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small takes hours on two CPU cores
 	$(BIN)/kdbench reproduce cifar --profile $(PROFILE)
 
-reproduce-crd: setup ## CRD's 13 pairs on CIFAR-100 into results/: GPU days; PROFILE=small fits an afternoon on two CPU cores
+reproduce-crd: setup ## CRD's 13 pairs on CIFAR-100 into results/: days on a GPU; PROFILE=small takes hours on two CPU cores
 	$(BIN)/kdbench reproduce crd --profile $(PROFILE)
 
 lock: setup ## renew requirements.lock

@@ -56,7 +56,7 @@ def command(
         Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
     ] = None,
 ) -> None:
-    """Print the table of all records below FOLDERS, and write it with --out."""
+    """Print the table of the last run in each of FOLDERS, and write it with --out."""
     from kdbench.cli.output import print_table, write_files
     from kdbench.record import read_records, unfinished
     from kdbench.registry import Registry

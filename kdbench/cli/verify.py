@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "Examples:  kdbench verify results/quickstart   ·   kdbench verify results/quickstart --rerun   ·   "
-    "kdbench verify results/quickstart --rerun --cell kd-seed0-84f986b0"
+    "kdbench verify results/quickstart --rerun --cell kd-seed0-9d9a250a"
 )
 COLOURS = {"agrees": "green", "remark": "yellow", "unchecked": "yellow", "disagrees": "red"}
 

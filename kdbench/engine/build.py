@@ -57,7 +57,7 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
             raise UserError(
                 f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
                 f"{data.image_size}, {data.classes} classes): {error}",
-                hint="'kdbench show models' lists what its options mean",
+                hint=f"'kdbench show models {spec.name}' lists what its options mean",
             ) from None
     notes = []
     if spec.weights is not None:
