@@ -150,7 +150,7 @@ def planned(words: list[str]) -> list[str]:
         case [_] if words[0] not in ("ls", "schema"):
             return [*words, "--help"]
         case ["run", *rest]:
-            return ["check", *rest, "--no-time"]
+            return ["check", *(word for word in rest if word != "--no-adopt"), "--no-time"]
         case ["logits", "fill", recipe, *_]:
             return ["check", recipe, "--no-time"]
         case ["analyse", name, *rest]:
