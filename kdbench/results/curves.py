@@ -109,7 +109,8 @@ def last_quarter(curves: Mapping[Row, Curve]) -> Excerpt | None:
         high.append((late.mean(axis=0) + deviation).max())
     final = {row: float(values[:, -1].mean()) for row, (_, values) in curves.items()}
     middle = float(np.median(list(final.values())))
-    bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle))
+    # One curve has none to be told from.
+    bottom = max(min(low), middle - FAR_BELOW * (max(high) - middle)) if len(final) > 1 else min(low)
     room = max(0.06 * (max(high) - bottom), 0.05)
     beside = 0.01 * end
     return Excerpt(

@@ -124,6 +124,9 @@ def test_four_evaluations_on_whole_steps_have_a_last_quarter(tmp_path: Path, fig
     write(tmp_path / "runs" / "ce", plain_record("ce", agreement={}), lines)
     plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "curves.png")
     assert [axis.get_title() for axis in figures[0].axes] == ["whole run", "last quarter"]
+    # A curve alone is in it with all its points.
+    low, high = figures[0].axes[1].get_ylim()
+    assert low < 50.0 + 293 / 100 and high > 50.0 + 391 / 100
 
 
 def test_a_method_far_below_does_not_flatten_the_enlarged_panel(tmp_path: Path, figures: list[Figure]) -> None:
