@@ -68,7 +68,7 @@ class LossCard(CodeCard):
     by_step: str | None = Field(
         None, description="why the host must act at every step, so that a GPU cannot replay it; leave out if it can"
     )
-    metrics: dict[str, Target] = Field({}, description="logged at every evaluation, from the same tensors")
+    metrics: dict[Name, Target] = Field({}, description="logged at every evaluation, from the same tensors")
     references: dict[str, Target] = Field(
         {},
         description="metric -> class that computes what a student that ignores its input reaches; logged "

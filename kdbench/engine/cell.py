@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,10 @@ class TrainingCell:
             self.failure = f"{type(error).__name__}: {error} {where_raised(error)}"
             if self.log is not None:
                 file = self.folder / "error.txt"
-                file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-                self.failure += f"; the whole is in {file}{hint}"
+                # On a full disk there is none, and the others go on all the same.
+                with suppress(OSError):
+                    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                    self.failure += f"; the whole is in {file}{hint}"
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
                 raise SystemExit(LOST if is_lost(error) else self.failure) from None

@@ -200,8 +200,9 @@ class Term(nn.Module):
 
     def _call(self, sets: Sets) -> Callable[..., Tensor] | None:
         """The loss for these sets, where it is a plain function."""
-        smaller = "data" in sets and len(sets["data"].images) != self.full
-        return self.call if self.graph is None or smaller else self._by_graph
+        if self.graph is None or ("data" in sets and len(sets["data"].images) != self.full):
+            return self.call
+        return self._by_graph
 
     def _by_graph(self, *values: Any, **options: Any) -> Tensor:
         """The loss by its graph; as it is from now on where torch.compile cannot."""
@@ -249,6 +250,10 @@ class Term(nn.Module):
         own = [value for points in values[self.spec.of].values() for value in points.values()]
         for value in own:
             value.requires_grad_()
+        taken = [value for sides in values.values() for points in sides.values() for value in points.values()]
+        of_batches = (part for batch in sets.values() for part in (batch.labels, batch.index, batch.mask))
+        taken += [part for part in of_batches if part is not None]
+        versions = [value._version for value in taken]
         try:
             # As plain numbers options are checked; those of a step lie on the device, where nobody looks.
             for now in (Moment(), Moment(END, END)) if self.spec.schedules else ():
@@ -275,6 +280,9 @@ class Term(nn.Module):
                 hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
                 "channels and sizes ('kdbench ls connectors')",
             ) from None
+        if [value._version for value in taken] != versions:
+            hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
+            raise UserError(f"{what} changes what it is given, in place", hint=hint)
         if not isinstance(result, Tensor) or result.dim():
             given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise UserError(f"{what} returned {given}", hint="a loss returns a scalar tensor: take .mean() or .sum()")

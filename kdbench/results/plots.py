@@ -17,6 +17,7 @@ import numpy as np
 
 from kdbench import drawing
 from kdbench.drawing import COLOURS, LINES, MARKERS
+from kdbench.reading import inside
 from kdbench.record import Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Column, Comparison, Row, compare
@@ -87,11 +88,11 @@ def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
     """
     comparison = compare(records)
     log = logs(comparison)
+    found = metrics_of(log).items()
+    files = {metric: inside(folder, f"{metric}.png") for metric, _ in found}
     return [
-        _save(
-            comparison, metric_panels(comparison, log, metric), folder / f"{metric}.png", len(points), (3.5, 3.0), True
-        )
-        for metric, points in metrics_of(log).items()
+        _save(comparison, metric_panels(comparison, log, metric), files[metric], len(points), (3.5, 3.0), True)
+        for metric, points in found
     ]
 
 

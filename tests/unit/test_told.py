@@ -162,6 +162,19 @@ def test_a_loss_that_does_not_depend_on_the_student_is_found_whatever_it_has(tmp
             check_cell(spec_of(own(folder, stage)))
 
 
+@pytest.mark.parametrize("given", ["teacher", "labels"])
+def test_a_loss_that_changes_what_others_read_is_found(given: str, tmp_path: Path) -> None:
+    stage = {"trains": ["student"], "losses": {"own": {"loss": f"in_place:of_{given}", "hook": "logits"}}}
+    registry = own(tmp_path, stage)
+    (tmp_path / "in_place.py").write_text(
+        "from torch.nn import functional as F\n\n\n"
+        "def of_teacher(student, teacher):\n    return F.mse_loss(student, teacher.mul_(0))\n\n\n"
+        "def of_labels(student, labels):\n    return F.cross_entropy(student, labels.zero_())\n"
+    )
+    with pytest.raises(UserError, match="changes what it is given, in place"):
+        check_cell(spec_of(registry))
+
+
 def test_a_loss_with_parameters_gets_the_shape_behind_its_connector(tmp_path: Path) -> None:
     term = {"loss": "own_losses:Behind", "hook": "layer2", "connector": "conv1x1_bn"}
     spec = spec_of(own(tmp_path, {"trains": ["student", "connectors"], "losses": {"own": term}}))
