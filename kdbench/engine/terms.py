@@ -268,18 +268,7 @@ class Term(nn.Module):
             result = self(values, sets)
             self.train()
         except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
-            sides = ((layer.students, student if self.spec.of == "student" else teacher) for layer in self.layers)
-            own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
-            taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
-            said = str(error).replace(" ", "_")
-            for option, given in self.spec.loss.options.items():
-                if option in said:
-                    raise UserError(f"'{option}' of the loss '{self.name}' cannot be {given!r}: {error}") from None
-            raise UserError(
-                f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
-                hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
-                "channels and sizes ('kdbench ls connectors')",
-            ) from None
+            raise self._uncomputable(what, error, student, teacher) from None
         if [value._version for value in taken] != versions:
             hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
             raise UserError(f"{what} changes what it is given, in place", hint=hint)
@@ -295,6 +284,23 @@ class Term(nn.Module):
             raise UserError(
                 f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
             )
+
+    def _uncomputable(
+        self, what: str, error: Exception, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
+    ) -> UserError:
+        """What to say where the loss failed on random values: the option that it names, or the shapes."""
+        said = str(error).replace(" ", "_")
+        for option, given in self.spec.loss.options.items():
+            if option in said:
+                return UserError(f"'{option}' of the loss '{self.name}' cannot be {given!r}: {error}")
+        sides = ((layer.students, student if self.spec.of == "student" else teacher) for layer in self.layers)
+        own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
+        taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
+        return UserError(
+            f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
+            hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
+            "channels and sizes ('kdbench ls connectors')",
+        )
 
     def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Any]:
         spec, batch = self.spec, sets[self.spec.input]
