@@ -131,7 +131,8 @@ def test_four_evaluations_on_whole_steps_have_a_last_quarter(tmp_path: Path, fig
 
 def test_a_metric_s_plot_stays_in_its_folder(tmp_path: Path) -> None:
     """Its name may come from somebody else's record."""
-    lines = [
+    measured = {"test": {"accuracy": 50.0}, "metrics": {"../evil": {"layer1": 0.5}}}
+    lines = [{"step": s, "epoch": s, **measured} for s in (1, 2)]
         {"step": s, "epoch": s, "test": {"accuracy": 50.0}, "metrics": {"../evil": {"layer1": 0.5}}} for s in (1, 2)
     ]
     write(tmp_path / "runs" / "ce", plain_record("ce", agreement={}), lines)
