@@ -133,8 +133,6 @@ def test_a_metric_s_plot_stays_in_its_folder(tmp_path: Path) -> None:
     """Its name may come from somebody else's record."""
     measured = {"test": {"accuracy": 50.0}, "metrics": {"../evil": {"layer1": 0.5}}}
     lines = [{"step": s, "epoch": s, **measured} for s in (1, 2)]
-        {"step": s, "epoch": s, "test": {"accuracy": 50.0}, "metrics": {"../evil": {"layer1": 0.5}}} for s in (1, 2)
-    ]
     write(tmp_path / "runs" / "ce", plain_record("ce", agreement={}), lines)
     with pytest.raises(UserError, match="evil"):
         plots.metric_curves(read_records([tmp_path / "runs"]), tmp_path / "plots")
