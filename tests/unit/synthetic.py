@@ -85,6 +85,7 @@ def plain_record(method: str = "kd", seed: int = 0, last: float = 90.0, **over: 
             "torch": "2.11.0",
             "torchvision": "0.26.0",
             "platform": "Linux",
+            "cpu_capability": "AVX2",
         },
         "seeds": {"seed": seed, "split": seed, "streams": ["init", "connectors", "order", "augmentation", "dropout"]},
         "git": {"commit": "0123456789abcdef", "dirty": False},
