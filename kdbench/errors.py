@@ -28,6 +28,10 @@ class UserError(Exception):
         return type(self), (self.what, self.where, self.hint)
 
 
+class SharedChange(UserError):
+    """A cell changed in place what other cells of its step are given: no cell can go on from there."""
+
+
 # What a cell's failure begins with whose loss grew out of all bounds.
 NOT_FINITE = "the loss was not finite"
 

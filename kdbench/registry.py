@@ -19,7 +19,7 @@ from kdbench.cards import KINDS, AnalysisCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE
 from kdbench.names import Shipped, targets_in
-from kdbench.signature import Parameter, check_options, own_code_sha256, parameters
+from kdbench.signature import Parameter, check_one_file, check_options, own_code_sha256, parameters
 from kdbench.told import TOLD, inputs_of, is_module, losses_in
 from kdbench.tree import Tree, dotted, shown
 from kdbench.tree import walk as paths
@@ -151,6 +151,7 @@ class Registry:
         for at, target in [*targets_in(tree.data), *settings]:
             # A target whose file and object can be found, without importing it.
             try:
+                check_one_file(target, self.folders[1:])
                 parameters(target)
             except UserError as error:
                 path = tuple(at.split(".")[1:]) or ("target",)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,6 @@ class Parameter:
     positional: bool
 
 
-@functools.cache
 def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
     """Parameters of a target by name, in order. Raises UserError when module or object cannot be found.
 
@@ -48,6 +47,17 @@ def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
     """
     module_name, _, object_name = target.partition(":")
     file = source_file(module_name, target)
+    return _parameters(file, _written(file), object_name, called)
+
+
+def _written(file: Path) -> tuple[int, int]:
+    """What tells whether a file was written again: a long-lived process, such as a notebook's, must read it again."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.cache
+def _parameters(file: Path, written: tuple[int, int], object_name: str, called: bool) -> dict[str, Parameter]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except SyntaxError as error:
@@ -74,22 +84,37 @@ def source_file(module_name: str, target: str) -> Path:
     if not rest:
         return Path(spec.origin)
     path = Path(spec.origin).parent.joinpath(*rest)
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.is_file():
-            return file
+    if file := module_at(path):
+        return file
     what = f"target '{target}': there is no module '{module_name}'"
     raise UserError(what, hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]))
+
+
+def module_at(path: Path) -> Path | None:
+    """The file of a module or package at a path without suffix, if there is one."""
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 # Packages whose versions a record names: their files need no hash of their own.
 _KNOWN_PACKAGES = ("kdbench", "torch", "torchvision", "timm")
 
 
-@functools.cache
 def own_code_sha256(target: str) -> str | None:
     """sha256 of the file that defines a target of the user's own; None for what kdbench and torch bring."""
     module = target.partition(":")[0]
     return None if module.split(".")[0] in _KNOWN_PACKAGES else sha256_of(source_file(module, target))
+
+
+def check_one_file(target: str, folders: Iterable[Path]) -> None:
+    """Raises UserError where a target's module is not the file of that name in these folders: Python would run another
+    registry's code, or a package's."""
+    module = target.partition(":")[0]
+    own = [file for folder in folders if (file := module_at(folder.joinpath(*module.split("."))))]
+    taken = source_file(module, target) if own else None
+    for file in own:
+        if taken is not None and file.resolve() != taken.resolve() and sha256_of(file) != sha256_of(taken):
+            what = f"target '{target}': {file} would not be used, for Python takes {taken}"
+            raise UserError(what, hint="two modules must not have one name: rename the file, and the target in its card")
 
 
 def check_options(

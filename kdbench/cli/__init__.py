@@ -102,6 +102,12 @@ def main() -> None:
         hint = "check that the path exists, is not too long, and can be written"
         hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
+    except Exception as error:
+        from kdbench.engine.targets import raised_by_own_code
+
+        if found := raised_by_own_code(error):
+            _end(2, f"error: {found}")
+        raise
 
 
 # What ends a program beside Ctrl-C, where the system has it.

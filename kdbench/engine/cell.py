@@ -12,7 +12,7 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, is_lost
 from kdbench.engine.targets import where_raised
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, SharedChange, UserError
 
 
 @dataclass(eq=False)
@@ -41,6 +41,8 @@ class TrainingCell:
         """Turns an exception of this cell into its failure; the others go on."""
         try:
             yield
+        except SharedChange:
+            raise
         except (CellError, UserError) as error:
             self.failure = str(error)
         except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
@@ -18,8 +18,9 @@ from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
-from kdbench.errors import UserError
+from kdbench.errors import UserError, first_line
 from kdbench.models.hooks import Extractor
+from kdbench.models.probing import dry_run
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 
@@ -75,6 +76,7 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
             _check_size(model, data)
             extractor = build_extractor(build_model(model, data), model, data)
             found = extractor, extractor.shapes(data.image_shape)
+            _check_weights_say_all(model, data)
             for oldest in [*before][: len(before) + 1 - KEPT]:
                 del before[oldest]
             before[key] = found
@@ -105,6 +107,27 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
 
 
+def _check_weights_say_all(spec: ModelSpec, data: DataSpec) -> None:
+    """Raises UserError for a network of the user's own whose weights, loaded into one that was built anew, give other
+    answers: nobody could load what was trained, nor say what a teacher's accuracy is."""
+    for own in (one for one in [part.model for part in spec.parts] or [spec] if one.source_sha256 is not None):
+        model, again = (build_model(own.untrained(), data, seed) for seed in range(2))
+        what = f"model '{own.name}' holds values that its state dict lacks: its weights, loaded into a network built anew"
+        hint = "register what it draws as buffers: self.register_buffer('name', values)"
+        try:
+            again.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise UserError(f"{what}, do not fit: {first_line(error)}", hint=hint) from None
+        answers = []
+        for network in (model, again):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                answers.append(dry_run(network, data.image_shape))
+        first, second = (answer if isinstance(answer, Tensor) else None for answer in answers)
+        if first is not None and second is not None and not torch.equal(first, second):
+            raise UserError(f"{what}, give other answers", hint=hint)
+
+
 def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     """Build a cell, compute its loss terms once on random values, and build its optimizers.
 
@@ -130,6 +153,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
                 what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
                 raise UserError(what, hint="write 'trains: [student, connectors]'")
             trained += term.parameters() if "connectors" in stage.trains else []
+        trained = [parameter for parameter in trained if parameter.requires_grad]
         if not trained and "teacher" not in stage.trains:
             raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
         if trained:

@@ -89,6 +89,9 @@ class Member:
         self.meter = Meter([*(n for s in spec.method.stages.values() for n in s.losses), "loss"], device)
         self.log = Log()
         self.step = 0
+        # What its author froze stays so, whatever a stage trains.
+        modules = (self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
+        self.frozen = {p for module in modules for p in module.parameters() if not p.requires_grad}
         self.enter(0)
 
     @property
@@ -167,14 +170,14 @@ class Member:
         span = self.timeline.spans[index]
         spec = self.spec.method.stages[span.name]
         own = self.terms[f"stage:{span.name}"]
-        self.student.model.requires_grad_("student" in spec.trains)
+        self._let_train(self.student.model, "student" in spec.trains)
         self.terms.requires_grad_(False)
-        own.requires_grad_("connectors" in spec.trains)
+        self._let_train(own, "connectors" in spec.trains)
         for name, module in self.modules.items():
-            module.requires_grad_(name in spec.trains)
+            self._let_train(module, name in spec.trains)
         if self.own_teacher is not None:
             self.own_teacher.trains = "teacher" in spec.trains
-            self.own_teacher.model.requires_grad_(self.own_teacher.trains)
+            self._let_train(self.own_teacher.model, self.own_teacher.trains)
         with_own = span.name in own_teacher_stages(self.spec.method.stages)
         follows = before is not None and index > 0 and before.span == self.timeline.spans[index - 1]
         self.stage = Stage(
@@ -190,21 +193,26 @@ class Member:
         )
         self.set_modes()
 
+    def _let_train(self, module: nn.Module, trains: bool) -> None:
+        """Have all parameters of a module trained that may be, or none."""
+        for parameter in module.parameters():
+            parameter.requires_grad_(trains and parameter not in self.frozen)
+
     def _optimizers(self, name: str) -> list[ScheduledOptimizer]:
         """Of the student and its connectors, of modules that have one of their own, then of the teacher."""
         stage, specs = self.spec.method.stages[name], self.spec.method.modules
         apart = {key for key in self.modules if specs[key].optimizer is not None}
         with_student = [module for key, module in self.modules.items() if key not in apart]
         modules = (self.student.model, self.terms[f"stage:{name}"], *with_student)
-        trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        trained = _trained(*modules)
         optimizers = [ScheduledOptimizer(stage.optimizer, stage.schedule, trained)] if trained else []
         for key in (key for key in self.modules if key in apart and key in stage.trains):
             own = specs[key].optimizer or stage.optimizer
-            optimizers.append(ScheduledOptimizer(own, stage.schedule, [*self.modules[key].parameters()]))
+            optimizers.append(ScheduledOptimizer(own, stage.schedule, _trained(self.modules[key])))
         if "teacher" in stage.trains:
             assert self.own_teacher is not None
             optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
-            optimizers.append(ScheduledOptimizer(optimizer, schedule, [*self.own_teacher.model.parameters()]))
+            optimizers.append(ScheduledOptimizer(optimizer, schedule, _trained(self.own_teacher.model)))
         if not optimizers:
             hint = "add 'student' to the stage's 'trains'"
             raise UserError(f"method '{self.spec.method.name}', stage '{name}': nothing to train", hint=hint)
@@ -385,6 +393,11 @@ class Member:
 
         given = self.teacher.network if self.teacher else None
         return OperationContext(self.student, given, self.batches.image_shape, self.device, batch, self.stage.span.name)
+
+
+def _trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a stage trains."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def seed_draws(seed: int, device: torch.device) -> None:

@@ -20,6 +20,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.stage import Numbers, Turn, batch_norms
 from kdbench.engine.teacher import PointValues, Taught, Teacher
+from kdbench.errors import SharedChange
 
 
 def shared_part(batches: Batches, teacher: Teacher | None, members: Collection[Member]) -> tuple[Sets, Taught]:
@@ -99,13 +100,17 @@ def train(
 
     Returns:
         how many images it saw.
+
+    Raises:
+        SharedChange: the method's own code changed in place what other members are given.
     """
     stage = member.stage
+    given = Given(sets, taught)
     numbers = stage.next_numbers()
     found: dict[str, Tensor] = {}
     total = torch.zeros((), device=member.device)
     for turn in stage.turns:
-        loss, losses, images = losses_of(member, turn, sets, taught, numbers)
+        loss, losses, images = losses_of(member, turn, sets, given.taught, numbers)
         # Backward may reach parameters of other turns, whose gradients are dropped.
         for optimizer in stage.optimizers:
             optimizer.optimizer.zero_grad(set_to_none=True)
@@ -114,9 +119,43 @@ def train(
             optimizer.step(numbers.rates[optimizer], stage.spec.clip, distillation)
         total = total + loss.detach()
         found |= losses
+    given.check(member)
     member.answers.follow()
     member.meter.add(found | {"loss": total})
     return images
+
+
+class Given:
+    """What a member is given and others read too: the cohort's input sets and its teacher's values."""
+
+    def __init__(self, sets: Sets, taught: Taught) -> None:
+        self._taught = taught
+        # torch counts how often a tensor was changed in place.
+        self._noted: dict[str, tuple[Tensor, int]] = {}
+        for name, batch in sets.items():
+            self._note(f"of input set '{name}'", vars(batch))
+
+    def taught(self) -> PointValues:
+        """The teacher's values."""
+        values = self._taught()
+        for name, points in values.items():
+            self._note(f"of the teacher on '{name}'", points)
+        return values
+
+    def _note(self, where: str, tensors: Mapping[str, Any]) -> None:
+        for what, tensor in tensors.items():
+            if isinstance(tensor, Tensor):
+                self._noted.setdefault(f"'{what}' {where}", (tensor, tensor._version))
+
+    def check(self, member: Member) -> None:
+        """Raises SharedChange where something was changed since it was given."""
+        changed = [what for what, (tensor, version) in self._noted.items() if tensor._version != version]
+        if changed:
+            raise SharedChange(
+                f"method '{member.spec.method.name}', stage '{member.stage.span.name}': a loss or the batch source "
+                f"changes {', '.join(changed)} in place",
+                hint="other methods train on the same values: write 'images * 2', not 'images.mul_(2)'",
+            )
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.scheduling import kind
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import import_target, raised_by_own_code
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cells
@@ -67,7 +67,12 @@ class TaskRunner:
             messages.FillLogits: self.fill_logits,
             messages.TrainCells: self.train_cells,
         }
-        kinds[type(task)](task)
+        try:
+            kinds[type(task)](task)
+        except (UserError, CellError):
+            raise
+        except Exception as error:
+            raise (raised_by_own_code(error) or error) from None
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,179 @@
+"""Code of the user's own that does what it must not: it is told, and changes no number of anything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from captured import cohort_of, trained
+from tiny import member_of, shortened, train
+
+from kdbench.engine.check import check_cell
+from kdbench.engine.program import Program
+from kdbench.errors import SharedChange, UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import CellSpec
+from kdbench.registry import Registry
+
+NETS = '''
+import torch
+from torch import nn
+
+
+class Frozen(nn.Module):
+    """A network whose first layer its author froze."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, classes)
+        self.stem.requires_grad_(False)
+
+    def forward(self, images):
+        return self.head(self.stem(images))
+
+
+class Drawn(Frozen):
+    """Has a scale that is drawn when it is built, and that its state dict lacks."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.scale = torch.rand(4)
+
+    def forward(self, images):
+        return self.head(self.scale * self.stem(images))
+
+
+class Kept(Drawn):
+    """The same with a buffer."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        scale = self.scale
+        del self.scale
+        self.register_buffer("scale", scale)
+'''
+
+
+IN_PLACE = """
+from kdbench.engine.batch import Batch
+from kdbench.engine.inputs import Source
+from torch import Tensor
+from torch.nn import functional as F
+
+calls = 0
+
+
+class Darker(Source):
+    by_step = None
+
+    def __init__(self, context):
+        pass
+
+    def sets(self, now):
+        data = now.sets["data"]
+        data.images.mul_(0.5) if data.images.is_floating_point() else data.images.floor_divide_(2)
+        return {"darker": data}
+
+
+def third_time(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    global calls
+    calls += 1
+    return F.mse_loss(student, teacher.mul_(2) if calls > 3 else teacher)
+
+
+def labels_at_last(student: Tensor, labels: Tensor, progress: Tensor) -> Tensor:
+    if progress > 0.5:
+        labels.zero_()
+    return F.cross_entropy(student, labels)
+"""
+SOURCE = {"sources": {"darker": {"target": "in_place:Darker", "reads": ["data"], "gives": ["darker"]}}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A registry folder of its own, forgotten by Python afterwards."""
+    before = [*sys.path], {*sys.modules}
+    yield tmp_path
+    sys.path[:] = before[0]
+    for name in {*sys.modules} - before[1]:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and Path(file).is_relative_to(tmp_path):
+            del sys.modules[name]
+
+
+def registry(folder: Path, cards: dict[str, Any], **modules: str) -> Registry:
+    """Cards and modules of the user's own."""
+    folder.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "own.yaml").write_text(yaml.safe_dump(cards))
+    return Registry([folder])
+
+
+def spec_of(cards: Registry, steps: int = 4, **recipe: Any) -> CellSpec:
+    base = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
+    (planned,) = plan(base | recipe, cards).cells
+    return shortened(planned.spec, steps)
+
+
+def network(name: str) -> dict[str, Any]:
+    return {"models": {"own": {"target": f"own_nets:{name}", "hooks": "derived"}}}
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.named_parameters()}
+
+
+def test_what_a_network_s_author_froze_is_not_trained(folder: Path) -> None:
+    cards = registry(folder, network("Frozen"), own_nets=NETS)
+    spec = spec_of(cards, student="own")
+    check_cell(spec)
+    member, batches, teacher = member_of(spec)
+    before = weights(member.student.model)
+    train(member, batches, teacher, 3)
+    changed = {name for name, value in weights(member.student.model).items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_nor_in_a_teacher_that_is_trained_along(folder: Path) -> None:
+    cards = registry(folder, network("Frozen"), own_nets=NETS)
+    teacher = {"model": "own", "untrained": True}
+    member, batches, shared = member_of(spec_of(cards, teacher=teacher, method="dml"))
+    assert member.own_teacher is not None
+    before = weights(member.own_teacher.model)
+    train(member, batches, shared, 3)
+    after = weights(member.own_teacher.model)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
+
+
+def test_weights_that_do_not_say_all_of_a_network_are_refused(folder: Path) -> None:
+    cards = registry(folder, network("Drawn"), own_nets=NETS)
+    with pytest.raises(UserError, match="state dict lacks"):
+        check_cell(spec_of(cards, student="own"))
+    (folder / "own.yaml").write_text(yaml.safe_dump(network("Kept")))
+    check_cell(spec_of(Registry([folder]), student="own"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [
+        ({"source": "darker", "losses": {"ce": {"loss": "cross_entropy", "input": "darker"}}}, "'images' of input set"),
+        ({"losses": {"own": {"loss": "in_place:third_time"}}}, "'logits' of the teacher"),
+        ({"losses": {"own": {"loss": "in_place:labels_at_last"}}}, "'labels' of input set 'data'"),
+    ],
+)
+def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: dict[str, Any], what: str) -> None:
+    method = {"title": "own", "stages": [{"name": "training", **stage}]}
+    cards = registry(folder / "cards", SOURCE | {"methods": {"own": method}}, in_place=IN_PLACE)
+    specs = [spec_of(cards, method=name) for name in ("own", "kd")]
+    check_cell(specs[0])
+    program = Program([cohort_of(specs, folder)])
+    with pytest.raises(SharedChange, match=f"method 'own', stage 'training'.*{what}"):
+        trained(program)
+    assert not any((cell.folder / "record.json").exists() for cell in program.cells)
