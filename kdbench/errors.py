@@ -1,9 +1,16 @@
 """Errors: what the user can fix, and a cell that failed."""
 
 import difflib
+import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
+# Folders of code that is nobody's own: kdbench's, Python's, and installed packages.
+_OTHERS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent, sysconfig.get_path("stdlib")))
+_PACKAGES = {"site-packages", "dist-packages"}
 _ENDLESS = re.compile(r"(\S{300})\S{200,}")
 
 
@@ -64,3 +71,29 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
     return f"known: {shown}" if known else "nothing is known there"
+
+
+def said(error: BaseException) -> str:
+    """What an error of other code says, of which kind it is, and where it was raised."""
+    return f"{type(error).__name__}: {first_line(error)} {where_raised(error)}".rstrip()
+
+
+def where_raised(error: BaseException) -> str:
+    """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def raised_by_own_code(error: BaseException) -> UserError | None:
+    """What an exception says that code of the user's own raised, or led to; None for any other."""
+
+    def own(file: str) -> bool:
+        # What was made while running has a name like '<string>'.
+        return not file.startswith(("<", *_OTHERS)) and not _PACKAGES & {*Path(file).parts}
+
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if own(frame.filename)]
+    if not frames:
+        return None
+    last = frames[-1]
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return UserError(f"your own code failed: {what}", f"{last.filename}:{last.lineno}", f"in {last.name}: {last.line}")

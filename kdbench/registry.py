@@ -193,17 +193,20 @@ class Registry:
         card = self.card(kind, name, given.origin(own[:1]))
         origins = {key: self.tree(kind, name).origin(("args", key)) for key in getattr(card, "args", {})}
         options = getattr(card, "args", {}) | self.fields(kind, name)
+        what = what or f"{singular(kind)} '{name}'"
+        settable = self.settable(card.target, card)
+        if hidden := [key for key in own if key in settable and key not in options]:
+            hint = f"rename that parameter in {card.target.partition(':')[0]}, or set it under the card's 'args'"
+            raise UserError(
+                f"{what} has a parameter '{hidden[0]}', which nobody can set: the word has a meaning here",
+                given.origin(own[:1]),
+                hint,
+            )
         for key, value in given.data.items():
             if key not in own:
                 options[key] = value
                 origins[key] = given.origin((key,))
-        return check_options(
-            options,
-            self.settable(card.target, card),
-            lambda key: origins.get(key, given.origin(())),
-            what or f"{singular(kind)} '{name}'",
-            own[1:],
-        )
+        return check_options(options, settable, lambda key: origins.get(key, given.origin(())), what, own[1:])
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""

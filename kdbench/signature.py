@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,12 +66,22 @@ def _parameters(file: Path, written: tuple[int, int], object_name: str, called: 
         if isinstance(node, ast.FunctionDef) and node.name == object_name:
             return _from_arguments(node.args, skip=0)
         if isinstance(node, ast.ClassDef) and node.name == object_name:
-            for item in node.body:
+            classes = [*_with_bases(node, {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)})]
+            for item in (item for of in classes for item in of.body):
                 if isinstance(item, ast.FunctionDef) and item.name == ("forward" if called else "__init__"):
                     return _from_arguments(item.args, skip=1)
             return {} if called else _from_fields(node)
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
+
+
+def _with_bases(node: ast.ClassDef, known: Mapping[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """A class, and what it inherits from in its own file."""
+    yield node
+    for base in node.bases:
+        # A class that inherits from its own name is of a later time of the file.
+        if isinstance(base, ast.Name) and base.id in known and base.id != node.name:
+            yield from _with_bases(known[base.id], {name: one for name, one in known.items() if name != node.name})
 
 
 def source_file(module_name: str, target: str) -> Path:
@@ -114,7 +124,9 @@ def check_one_file(target: str, folders: Iterable[Path]) -> None:
     for file in own:
         if taken is not None and file.resolve() != taken.resolve() and sha256_of(file) != sha256_of(taken):
             what = f"target '{target}': {file} would not be used, for Python takes {taken}"
-            raise UserError(what, hint="two modules must not have one name: rename the file, and the target in its card")
+            raise UserError(
+                what, hint="two modules must not have one name: rename the file, and the target in its card"
+            )
 
 
 def check_options(

@@ -53,12 +53,13 @@ def is_module(parameter: Parameter) -> bool:
 def inputs_of(target: str) -> list[str]:
     """What the first arguments of a loss take, by their names: `student…`, `teacher…`, `other…`, or one `OF_BATCH`.
 
-    One with a default is an option; a card's `inputs` can say otherwise.
+    One with a default, or of a plain type such as float, is an option; a card's `inputs` can say otherwise.
     """
     found = []
     for parameter in parameters(target, called=True).values():
         first = parameter.name.partition("_")[0]
-        if parameter.name in TOLD or is_module(parameter) or parameter.default is not REQUIRED:
+        plain = parameter.type in (int, float, bool, str)
+        if parameter.name in TOLD or is_module(parameter) or plain or parameter.default is not REQUIRED:
             break
         if parameter.name in OF_BATCH or first in ("student", "teacher", "other"):
             found.append(parameter.name if parameter.name in OF_BATCH else first)

@@ -14,7 +14,7 @@ import unicodedata
 import typer
 
 from kdbench.cli import analyse, logits
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, raised_by_own_code
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,8 +103,6 @@ def main() -> None:
         hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
     except Exception as error:
-        from kdbench.engine.targets import raised_by_own_code
-
         if found := raised_by_own_code(error):
             _end(2, f"error: {found}")
         raise

@@ -1,12 +1,15 @@
 """From specs to networks and schedules. Every initial value is a function of (seed, stream)."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target
 from kdbench.engine.weights import load_file, locate, start_from, weight_file
-from kdbench.errors import UserError
+from kdbench.errors import UserError, said
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
@@ -49,16 +52,15 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
         if spec.parts:
             each = [(build_model(part.model, data, seed, stream), part.normalization) for part in spec.parts]
             return Several([Part(network, of.mean, of.std) for network, of in each]), []
-        try:
-            model: nn.Module = import_target(spec.target)(
-                **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
-                f"{data.image_size}, {data.classes} classes): {error}",
-                hint=f"'kdbench show models {spec.name}' lists what its options mean",
-            ) from None
+        model = made(
+            spec,
+            f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
+            f"{data.image_size}, {data.classes} classes)",
+            f"'kdbench show models {spec.name}' lists what its options mean",
+            classes=data.classes,
+            channels=data.channels,
+            image_size=data.image_size,
+        )
     notes = []
     if spec.weights is not None:
         notes = load_file(model, weight_file(spec), spec.name, entry=spec.entry, new_classes=True)
@@ -66,6 +68,31 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
         file = locate(spec.start, download=False)
         notes = load_file(model, file, spec.name, spec.start.layout, spec.start.entry, new_classes=True)
     return model, notes
+
+
+def made(spec: TargetSpec, what: str, hint: str | None = None, *given: Any, **more: Any) -> nn.Module:
+    """The module that a spec's target makes of what is given and its options.
+
+    Args:
+        what: begins the message of its failure. hint: for that.
+
+    Raises:
+        UserError: it fails, or makes no module whose parameters have their sizes.
+    """
+    try:
+        module = import_target(spec.target)(*given, **more, **spec.options)
+    except UserError as error:
+        raise UserError(f"{what}: {error.what}", error.where, error.hint or hint) from None
+    except Exception as error:  # noqa: BLE001 - a user's class can fail in any way
+        # These say what an option or a shape must be.
+        reason = str(error) if isinstance(error, ValueError | RuntimeError) else said(error)
+        raise UserError(f"{what}: {reason}", hint=hint) from None
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{what}: it is a {type(module).__name__}, not a torch.nn.Module", hint=hint)
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        hint = "name the sizes: nn.Linear(64, 10) for nn.LazyLinear(10)"
+        raise UserError(f"{what}: the sizes of lazy layers are known after a first batch only", hint=hint)
+    return module
 
 
 def build_student(spec: CellSpec, teacher: nn.Module | None) -> nn.Module:

@@ -101,9 +101,10 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
             model = import_target(spec.target)(
                 **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
             )
+            n = sum(parameter.numel() for parameter in model.parameters())
     except Exception:  # noqa: BLE001 - not every network can be built without values; building it says what is wrong
         return
-    if (n := sum(parameter.numel() for parameter in model.parameters())) > MOST_PARAMETERS:
+    if n > MOST_PARAMETERS:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
 
 
@@ -112,7 +113,9 @@ def _check_weights_say_all(spec: ModelSpec, data: DataSpec) -> None:
     answers: nobody could load what was trained, nor say what a teacher's accuracy is."""
     for own in (one for one in [part.model for part in spec.parts] or [spec] if one.source_sha256 is not None):
         model, again = (build_model(own.untrained(), data, seed) for seed in range(2))
-        what = f"model '{own.name}' holds values that its state dict lacks: its weights, loaded into a network built anew"
+        what = (
+            f"model '{own.name}' holds values that its state dict lacks: its weights, loaded into a network built anew"
+        )
         hint = "register what it draws as buffers: self.register_buffer('name', values)"
         try:
             again.load_state_dict(model.state_dict())

@@ -90,8 +90,8 @@ class Member:
         self.log = Log()
         self.step = 0
         # What its author froze stays so, whatever a stage trains.
-        modules = (self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
-        self.frozen = {p for module in modules for p in module.parameters() if not p.requires_grad}
+        all_parts = (self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
+        self.frozen = {p for part in all_parts for p in part.parameters() if not p.requires_grad}
         self.enter(0)
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
-from kdbench.engine.targets import import_target
+from kdbench.engine.build import made
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
@@ -97,13 +97,12 @@ def build_module(
     given = {name: shape for name, shape in shapes.items() if name in parameters(spec.target)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(seed, f"connectors/{place}"))
+        what = f"{place}: '{spec.name}' cannot be built for {given}"
         try:
             told = {name: tell(name) for name in asked(spec.target, called=False)}
-            module: nn.Module = import_target(spec.target)(**given, **told, **spec.options)
-        except (UserError, ValueError) as error:
-            what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
-            raise UserError(f"{place}: '{spec.name}' cannot be built for {given}: {what}", hint=hint) from None
-    return module
+        except UserError as error:
+            raise UserError(f"{what}: {error.what}", hint=error.hint) from None
+        return made(spec, what, None, **given, **told)
 
 
 def _labels(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tensor:

@@ -22,13 +22,13 @@ from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.scheduling import kind
-from kdbench.engine.targets import import_target, raised_by_own_code
+from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cells
 from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
 from kdbench.engine.weights import locate
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, raised_by_own_code
 
 
 class TaskRunner:
@@ -71,7 +71,7 @@ class TaskRunner:
             kinds[type(task)](task)
         except (UserError, CellError):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again, in what words it may be
             raise (raised_by_own_code(error) or error) from None
 
     @property

@@ -4,20 +4,21 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
-from kdbench.engine.build import build_schedule
+from kdbench.engine.build import build_schedule, made
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
-from kdbench.engine.targets import import_target, where_raised
-from kdbench.errors import UserError
+from kdbench.engine.targets import import_target
+from kdbench.errors import UserError, where_raised
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
+from kdbench.models.probing import kind_of
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import TermSpec
 from kdbench.schedules import Moment, product
@@ -28,6 +29,10 @@ log = logging.getLogger("kdbench")
 
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
+
+_OF_A_CLASS = (
+    "a loss that is a class is built with the shapes of what it reads: __init__(self, student_shape, teacher_shape)"
+)
 
 # Of a loss that is tried on random values: some losses take pairs of rows, or four that show one image.
 ROWS = 8
@@ -100,7 +105,8 @@ class Term(nn.Module):
                     behind = [_behind(connector, shape) for connector, shape in pairs]
                     shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
                     told = {one: cell.tell(one, stage, points) for one in asked(spec.loss.target, called=False)}
-                    self.functions.append(_built(target, shapes, self.options | told, place))
+                    of_class = spec.loss.model_copy(update={"options": self.options | told})
+                    self.functions.append(made(of_class, f"{place}: loss '{spec.loss.name}'", _OF_A_CLASS, *shapes))
             self.connectors.extend(nn.Identity() if spec.through else one for one in layer.connectors)
             self.layers.append(layer)
         self.metrics = {name: import_target(target) for name, target in spec.loss.metrics.items()}
@@ -178,7 +184,7 @@ class Term(nn.Module):
             values: network ("student", "teacher") -> input set -> hook point -> value.
             numbers: the present values of `numbers`, on the device; those of the first step where not given.
         """
-        total: Tensor | None = None
+        total: Any = None
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
             function = self._call(sets) or self.functions[position]
@@ -186,8 +192,7 @@ class Term(nn.Module):
             value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if total is None else total + value
-        assert total is not None
-        return total
+        return cast(Tensor, total)
 
     def compile_loss(self, size: int) -> None:
         """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens.
@@ -272,9 +277,11 @@ class Term(nn.Module):
         if [value._version for value in taken] != versions:
             hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
             raise UserError(f"{what} changes what it is given, in place", hint=hint)
-        if not isinstance(result, Tensor) or result.dim():
-            given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise UserError(f"{what} returned {given}", hint="a loss returns a scalar tensor: take .mean() or .sum()")
+        if not isinstance(result, Tensor) or result.dim() or not result.is_floating_point():
+            given = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else kind_of(result)
+            raise UserError(
+                f"{what} returned {given}", hint="a loss returns one float in a tensor: take .mean() or .sum()"
+            )
         if not torch.isfinite(result):
             raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
         reads = {"student", "other"} & {*self.spec.loss.inputs}
@@ -353,14 +360,6 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
     return lambda now: base * factor.at(*now)
 
 
-def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:
-    try:
-        module: nn.Module = target(*shapes, **options)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
-    return module
-
-
 def _behind(connector: nn.Module, shape: Shape) -> Shape:
     """The shape of one image's value behind a connector."""
     if isinstance(connector, nn.Identity):
@@ -374,16 +373,9 @@ def _behind(connector: nn.Module, shape: Shape) -> Shape:
 
 
 def _connector(spec: TargetSpec, student: Shape, teacher: Shape, place: str) -> nn.Module:
-    try:
-        connector: nn.Module = import_target(spec.target)(student, teacher, **spec.options)
-    except (UserError, ValueError) as error:
-        what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
-        raise UserError(
-            f"{place}: connector '{spec.name}' cannot bridge {student} → {teacher}: {what}",
-            hint=hint
-            or "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')",
-        ) from None
-    return connector
+    what = f"{place}: connector '{spec.name}' cannot bridge {student} → {teacher}"
+    hint = "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')"
+    return made(spec, what, hint, student, teacher)
 
 
 def _layer_weights(spec: TermSpec, n: int, place: str) -> list[float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.models.places import FIRST, LAST, Place, with_orders
-from kdbench.models.probing import UNSUITABLE, cannot_take, dry_run, watched
+from kdbench.models.probing import UNSUITABLE, cannot_take, dry_run, logits_of, watched
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -49,7 +49,8 @@ def derived_places(
     Raises:
         UserError: no stages can be found, or the network cannot run on such images.
     """
-    calls, logits = _trace(model, model_name, image_shape)
+    calls, output = _trace(model, model_name, image_shape)
+    logits = logits_of(model_name, output)
     last = {call.path: call for call in calls}
     stages = _declared_stages(model, calls)
     if stages is None:

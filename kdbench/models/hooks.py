@@ -23,7 +23,18 @@ from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
 from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
 from kdbench.models.points import LOGITS, existing, in_order
-from kdbench.models.probing import IMAGES, UNSUITABLE, cannot_take, dry_call, dry_images, dry_run, undisturbed, watched
+from kdbench.models.probing import (
+    IMAGES,
+    UNSUITABLE,
+    cannot_take,
+    dry_call,
+    dry_images,
+    dry_run,
+    kind_of,
+    logits_of,
+    undisturbed,
+    watched,
+)
 
 
 def places(
@@ -86,7 +97,7 @@ class Extractor:
         except UNSUITABLE as error:
             raise cannot_take(self.model_name, image_shape, error) from None
         values = {name: run.value(name) for name in self.places}
-        values[LOGITS] = self._logits(logits)
+        values[LOGITS] = logits_of(self.model_name, logits)
         if not torch.isfinite(values[LOGITS]).all():
             raise UserError(
                 f"model '{self.model_name}' gives logits that are not finite", hint="check its weights for NaN"
@@ -131,7 +142,7 @@ class Extractor:
             logits = self.model(images)
         values = {point: run.value(point) for point in asked}
         if LOGITS in points:
-            values[LOGITS] = self._logits(logits)
+            values[LOGITS] = logits_of(self.model_name, logits)
         return {point: values[point] for point in points}
 
     def overwritten(self, image_shape: tuple[int, int, int]) -> set[str]:
@@ -157,12 +168,6 @@ class Extractor:
             name: _Behaviour(calm.calls if calm.calls == busy.calls else None, calm.overwritten or busy.overwritten)
             for name, (calm, busy) in both.items()
         }
-
-    def _logits(self, value: object) -> Tensor:
-        if not isinstance(value, Tensor):
-            hint = "a model here returns one tensor [N, classes]"
-            raise UserError(f"model '{self.model_name}' returns {_kind(value)}, not logits", hint=hint)
-        return value
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,7 @@ class _Pass:
             return
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{self._where(point)} gives {_kind(value)}, not a tensor", hint="choose a module inside or after it"
+                f"{self._where(point)} gives {kind_of(value)}, not a tensor", hint="choose a module inside or after it"
             )
         if self.checking and not torch.isfinite(value).all():
             raise UserError(
@@ -278,7 +283,3 @@ def _resolved(model: nn.Module, path: str) -> str | None:
         names.append(part)
         module = children[part]
     return ".".join(names)
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

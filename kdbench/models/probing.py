@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.errors import UserError, first_line
+from kdbench.errors import UserError, first_line, said
 
 # What a network can raise when its input does not suit it.
 UNSUITABLE = (
@@ -76,20 +75,42 @@ def dry_run(model: nn.Module, image_shape: tuple[int, int, int], meta: bool = Fa
     Args:
         meta: compute nothing, follow the shapes alone.
     """
-    tensors = None
-    if meta:
-        held = (*model.named_parameters(), *model.named_buffers())
-        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in held}
     with undisturbed(model, training=False):
         images = dry_images(model, image_shape)
-        return dry_call(model, images.to("meta") if meta else images, tensors)
+        if not meta:
+            return dry_call(model, images)
+        with other_tensors(model, lambda tensor: torch.empty_like(tensor, device="meta"), parameters=True):
+            return model(images.to("meta"))
 
 
-def dry_call(model: nn.Module, images: Tensor, tensors: dict[str, Tensor] | None = None) -> object:
-    """The network's output with copies of its buffers in place of them, or with all the given tensors."""
-    if tensors is None:
-        tensors = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return functional_call(model, tensors, (images,))
+def dry_call(model: nn.Module, images: Tensor) -> object:
+    """The network's output with copies of its buffers in place of them."""
+    with other_tensors(model, torch.clone):
+        return model(images)
+
+
+@contextmanager
+def other_tensors(model: nn.Module, make: Callable[[Tensor], Tensor], parameters: bool = False) -> Iterator[None]:
+    """Inside, a network computes with other tensors in place of its buffers, and of its parameters.
+
+    `torch.func.functional_call` would leave them in a module that stands in two places of the network.
+    """
+    kinds = ("_buffers", "_parameters") if parameters else ("_buffers",)
+    held = [getattr(module, kind) for module in model.modules() for kind in kinds]
+    own = [dict(one) for one in held]
+    made: dict[Tensor, Tensor] = {}
+    try:
+        for one, before in zip(held, own, strict=True):
+            for name, tensor in before.items():
+                if tensor is not None:
+                    # Of tied parameters each stands for all.
+                    made[tensor] = made[tensor] if tensor in made else make(tensor)
+                    one[name] = made[tensor]
+        yield
+    finally:
+        for one, before in zip(held, own, strict=True):
+            one.clear()
+            one.update(before)
 
 
 def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMAGES) -> Tensor:
@@ -102,8 +123,25 @@ def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMA
 def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: Exception) -> UserError:
     """What to raise when a network failed on images of this shape."""
     size = "×".join(map(str, image_shape))
-    reason = first_line(error)
+    reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else said(error)
     return UserError(
         f"model '{model_name}' cannot take images of {size}: {reason}",
         hint="choose another model, or a data set with larger images",
     )
+
+
+def logits_of(model_name: str, value: object) -> Tensor:
+    """A network's output, which must be logits.
+
+    Raises:
+        UserError: it is no tensor of numbers with a point.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else kind_of(value)
+    hint = "a model here returns one tensor [N, classes]"
+    raise UserError(f"model '{model_name}' returns {what}, not logits", hint=hint)
+
+
+def kind_of(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

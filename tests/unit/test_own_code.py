@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ import yaml
 from captured import cohort_of, trained
 from tiny import member_of, shortened, train
 
+from kdbench.engine import messages
 from kdbench.engine.check import check_cell
 from kdbench.engine.program import Program
+from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import SharedChange, UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -59,6 +62,93 @@ class Kept(Drawn):
         self.register_buffer("scale", scale)
 '''
 
+
+NETS += '''
+
+class Twice(Kept):
+    """One module stands in two places."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.first = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))
+        self.second = self.first
+
+    def forward(self, images):
+        return super().forward(self.second(self.first(images)))
+
+
+class Lazy(Frozen):
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.head = nn.LazyLinear(classes)
+
+
+class Raises(nn.Module):
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        raise KeyError("mine")
+
+
+class RaisesLater(Frozen):
+    def forward(self, images):
+        raise KeyError("mine")
+
+
+class Nothing(Frozen):
+    def forward(self, images):
+        pass
+
+
+class Complex(Frozen):
+    def forward(self, images):
+        return super().forward(images) * 1j
+
+
+class NoModule:
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        pass
+'''
+
+LOSSES = """
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def nothing(student: Tensor, teacher: Tensor):
+    pass
+
+
+def complex_number(student: Tensor, teacher: Tensor):
+    return student.sum() * 1j
+
+
+def whole_number(student: Tensor, teacher: Tensor):
+    return student.argmax()
+
+
+class NoShapes(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor):
+        return F.mse_loss(student, teacher)
+
+
+class Raises(NoShapes):
+    def __init__(self, student_shape, teacher_shape):
+        raise KeyError("mine")
+
+
+class Lazy(NoShapes):
+    def __init__(self, student_shape, teacher_shape):
+        super().__init__()
+        self.layer = nn.LazyLinear(10)
+
+
+def weighted(student: Tensor, teacher: Tensor, weight: float = 1.0):
+    return weight * F.mse_loss(student, teacher)
+
+
+def tempered(student: Tensor, teacher: Tensor, student_temp: float):
+    return F.mse_loss(student / student_temp, teacher)
+"""
 
 IN_PLACE = """
 from kdbench.engine.batch import Batch
@@ -177,3 +267,97 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
     with pytest.raises(SharedChange, match=f"method 'own', stage 'training'.*{what}"):
         trained(program)
     assert not any((cell.folder / "record.json").exists() for cell in program.cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Lazy", r"lazy layers.*\n.*nn.Linear"),
+        ("Raises", r"cannot be built for digits.*KeyError: 'mine' \(own_nets.py:\d+\)"),
+        ("RaisesLater", r"KeyError: 'mine' \(own_nets.py:\d+\)"),
+        ("Nothing", "returns nothing, not logits"),
+        ("Complex", "returns a tensor of torch.complex64, not logits"),
+        ("NoModule", "is a NoModule, not a torch.nn.Module"),
+    ],
+)
+def test_a_network_that_cannot_be_used_is_told(folder: Path, name: str, said: str) -> None:
+    cards = registry(folder, network(name), own_nets=NETS)
+    with pytest.raises(UserError) as told:
+        check_cell(spec_of(cards, student="own"))
+    assert re.search(said, str(told.value))
+
+
+def test_one_module_may_stand_in_two_places(folder: Path) -> None:
+    """A look at its shapes leaves its values and its statistics as they are."""
+    cards = registry(folder, network("Twice"), own_nets=NETS)
+    spec = spec_of(cards, student="own")
+    check_cell(spec)
+    member, batches, teacher = member_of(spec)
+    state = member.student.model.state_dict()
+    assert state["first.1.num_batches_tracked"] == 0 and state["first.1.running_mean"].eq(0).all()
+    train(member, batches, teacher, 2)
+    assert member.student.model.state_dict()["second.1.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", "returned nothing"),
+        ("complex_number", r"returned torch.complex64 \[\]"),
+        ("whole_number", r"returned torch.int64 \[\]"),
+        ("NoShapes", r"NoShapes.__init__\(\) takes .*\n.*\(self, student_shape, teacher_shape\)"),
+        ("Raises", r"KeyError: 'mine' \(own_losses.py:\d+\)"),
+        ("Lazy", r"lazy layers.*\n.*nn.Linear"),
+        ("weighted", "has a parameter 'weight', which nobody can set"),
+        ("tempered", "needs 'student_temp'"),
+    ],
+)
+def test_a_loss_that_cannot_be_used_is_told(folder: Path, name: str, said: str) -> None:
+    losses = {"own": {"loss": f"own_losses:{name}"}}
+    method = {"title": "own", "stages": [{"name": "training", "trains": ["student", "connectors"], "losses": losses}]}
+    cards = registry(folder, {"methods": {"own": method}}, own_losses=LOSSES)
+    with pytest.raises(UserError) as told:
+        check_cell(spec_of(cards, method="own"))
+    assert re.search(said, str(told.value))
+
+
+def test_what_own_code_raises_anywhere_in_a_task_is_told_with_its_place(folder: Path) -> None:
+    """Of a batch source, whose class nothing else looks at before a cell is built."""
+    source = "class Own:\n    def __init__(self, context):\n        raise KeyError('mine')\n"
+    stage = {"name": "training", "source": "own", "losses": {"ce": {"loss": "cross_entropy", "input": "made"}}}
+    cards = registry(
+        folder,
+        {
+            "sources": {"own": {"target": "own_source:Own", "reads": ["data"], "gives": ["made"]}},
+            "methods": {"own": {"title": "own", "stages": [stage]}},
+        },
+        own_source=source,
+    )
+    task = messages.CheckCells(
+        specs=[spec_of(cards, method="own")], threads=1, device="cpu", settings=messages.Settings()
+    )
+    with pytest.raises(UserError) as told:
+        TaskRunner(lambda event: None, lambda: False).run(task)
+    assert str(told.value) == (
+        f"{folder / 'own_source.py'}:3: your own code failed: KeyError: 'mine'\n  in __init__: raise KeyError('mine')"
+    )
+
+
+def test_a_module_of_two_registries_is_refused(folder: Path) -> None:
+    """Python would run the first one's code for both."""
+    first, second = folder / "first", folder / "second"
+    registry(first, network("Kept"), own_nets=NETS)
+    cards = network("Kept")["models"]["own"]
+    again = registry(second, {"models": {"other": cards}}, own_nets=NETS)
+    assert again.card("models", "other")
+    (second / "own_nets.py").write_text(NETS + "\n")
+    with pytest.raises(UserError, match=f"{second / 'own_nets.py'} would not be used, for Python takes {first}"):
+        Registry([second]).card("models", "other")
+
+
+def test_code_that_was_written_again_is_read_again(folder: Path) -> None:
+    """As in a notebook: a student of other code is another student."""
+    before = spec_of(registry(folder, network("Kept"), own_nets=NETS), student="own")
+    (folder / "own_nets.py").write_text(NETS.replace("channels, 4, 3", "channels, 4, 3, 2"))
+    after = spec_of(Registry([folder]), student="own")
+    assert before.student.source_sha256 != after.student.source_sha256
