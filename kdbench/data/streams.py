@@ -48,3 +48,10 @@ def uniform(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:
 def permutation(n: int, seed: int, stream: str, epoch: int = 0) -> Tensor:
     """A uniform permutation of 0 … n - 1, int64 [n] on the CPU: the stable order of n random words."""
     return torch.from_numpy(np.argsort(words(n, seed, stream, epoch), kind="stable"))
+
+
+def seed_draws(seed: int, device: torch.device) -> None:
+    """Let draws of networks and losses begin at a seed: `torch.manual_seed` without a look at other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdbench.data.streams import address
+from kdbench.data.streams import address, seed_draws
 from kdbench.engine.anchors import AnchorTeacher
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.freezing import let_train, note_frozen
 from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep
 from kdbench.engine.log import Log
 from kdbench.engine.meter import Meter
@@ -27,6 +28,7 @@ from kdbench.engine.terms import Term, build_terms
 from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
+from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
 
@@ -89,9 +91,7 @@ class Member:
         self.meter = Meter([*(n for s in spec.method.stages.values() for n in s.losses), "loss"], device)
         self.log = Log()
         self.step = 0
-        # What its author froze stays so, whatever a stage trains.
-        all_parts = (self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
-        self.frozen = {p for part in all_parts for p in part.parameters() if not p.requires_grad}
+        note_frozen(self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
         self.enter(0)
 
     @property
@@ -170,14 +170,14 @@ class Member:
         span = self.timeline.spans[index]
         spec = self.spec.method.stages[span.name]
         own = self.terms[f"stage:{span.name}"]
-        self._let_train(self.student.model, "student" in spec.trains)
+        let_train(self.student.model, "student" in spec.trains)
         self.terms.requires_grad_(False)
-        self._let_train(own, "connectors" in spec.trains)
+        let_train(own, "connectors" in spec.trains)
         for name, module in self.modules.items():
-            self._let_train(module, name in spec.trains)
+            let_train(module, name in spec.trains)
         if self.own_teacher is not None:
             self.own_teacher.trains = "teacher" in spec.trains
-            self._let_train(self.own_teacher.model, self.own_teacher.trains)
+            let_train(self.own_teacher.model, self.own_teacher.trains)
         with_own = span.name in own_teacher_stages(self.spec.method.stages)
         follows = before is not None and index > 0 and before.span == self.timeline.spans[index - 1]
         self.stage = Stage(
@@ -193,30 +193,27 @@ class Member:
         )
         self.set_modes()
 
-    def _let_train(self, module: nn.Module, trains: bool) -> None:
-        """Have all parameters of a module trained that may be, or none."""
-        for parameter in module.parameters():
-            parameter.requires_grad_(trains and parameter not in self.frozen)
-
     def _optimizers(self, name: str) -> list[ScheduledOptimizer]:
         """Of the student and its connectors, of modules that have one of their own, then of the teacher."""
         stage, specs = self.spec.method.stages[name], self.spec.method.modules
+        found: list[ScheduledOptimizer] = []
+
+        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *modules: nn.Module) -> None:
+            trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+            if trained:
+                found.append(ScheduledOptimizer(optimizer or stage.optimizer, schedule or stage.schedule, trained))
+
         apart = {key for key in self.modules if specs[key].optimizer is not None}
         with_student = [module for key, module in self.modules.items() if key not in apart]
-        modules = (self.student.model, self.terms[f"stage:{name}"], *with_student)
-        trained = _trained(*modules)
-        optimizers = [ScheduledOptimizer(stage.optimizer, stage.schedule, trained)] if trained else []
+        add(None, None, self.student.model, self.terms[f"stage:{name}"], *with_student)
         for key in (key for key in self.modules if key in apart and key in stage.trains):
-            own = specs[key].optimizer or stage.optimizer
-            optimizers.append(ScheduledOptimizer(own, stage.schedule, _trained(self.modules[key])))
-        if "teacher" in stage.trains:
-            assert self.own_teacher is not None
-            optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
-            optimizers.append(ScheduledOptimizer(optimizer, schedule, _trained(self.own_teacher.model)))
-        if not optimizers:
+            add(specs[key].optimizer, None, self.modules[key])
+        if self.own_teacher is not None and "teacher" in stage.trains:
+            add(stage.teacher_optimizer, stage.teacher_schedule, self.own_teacher.model)
+        if not found:
             hint = "add 'student' to the stage's 'trains'"
             raise UserError(f"method '{self.spec.method.name}', stage '{name}': nothing to train", hint=hint)
-        return optimizers
+        return found
 
     def set_modes(self, evaluating: bool = False) -> None:
         """Modes of this stage, or of an evaluation between its steps."""
@@ -393,15 +390,3 @@ class Member:
 
         given = self.teacher.network if self.teacher else None
         return OperationContext(self.student, given, self.batches.image_shape, self.device, batch, self.stage.span.name)
-
-
-def _trained(*modules: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a stage trains."""
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-
-def seed_draws(seed: int, device: torch.device) -> None:
-    """Let draws of networks and losses begin at a seed: `torch.manual_seed` without a look at other devices."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)

@@ -17,6 +17,7 @@ from kdbench.engine.anchors import Route
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.freezing import let_train, note_frozen
 from kdbench.engine.network import Network, Normalizer, autocast
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.models.hooks import Extractor
@@ -80,10 +81,8 @@ class Teacher:
     ) -> None:
         self.shapes, self.logits, self.route = shapes, logits, route
         self.network = Network(extractor, normalizer, computing, frozen=True)
-        model = self.network.model.eval()
-        # Parameters that its author froze: a copy that is trained along leaves them as they are.
-        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        model.requires_grad_(False)
+        note_frozen(self.network.model)
+        self.network.model.eval().requires_grad_(False)
 
     def with_logits(self, table: Tensor, positions: Tensor) -> Teacher:
         """The same teacher, network and all, with a table of its logits for one training split (see `SplitLogits`)."""
@@ -135,8 +134,7 @@ class OwnTeacher:
     def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
         extractor = teacher.network.extractor
         model = copy.deepcopy(extractor.model).train().to(device)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in teacher.frozen)
+        let_train(model, True, like=extractor.model)
         copied = Extractor(model, extractor.places, extractor.model_name)
         self.network = Network(copied, teacher.network.normalizer, computing)
         self.trains = False

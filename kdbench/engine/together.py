@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.data.streams import address
+from kdbench.data.streams import address, seed_draws
 from kdbench.engine.averaging import Average
 from kdbench.engine.batch import Batch, Sets
-from kdbench.engine.member import Member, seed_draws
+from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
