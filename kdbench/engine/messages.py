@@ -1,7 +1,7 @@
 """What a run and its workers tell each other: tasks one way, events the other, a line each. Imports no torch."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -69,7 +69,10 @@ class Task(Message):
 
     Attributes:
         threads: that it may use. device, settings: filled in by whoever sends it.
+        saves: whether it leaves something for the next run when it is stopped in the middle.
     """
+
+    saves: ClassVar[bool] = False
 
     threads: int = 1
     device: str = "cpu"
@@ -105,6 +108,7 @@ class Prepare(Task):
 class PrepareSources(Task):
     """Make what a cell's batch sources need before it trains, in `shared`."""
 
+    saves = True
     spec: CellSpec
     teacher_folder: Path | None
     shared: Path
@@ -126,6 +130,7 @@ class FillLogits(Task):
     Answered by `TableFound` and `Filled`.
     """
 
+    saves = True
     spec: CellSpec
     computing: Computing
     estimate: bool
@@ -147,6 +152,7 @@ class TrainCells(Task):
     `logits`: the table of teacher logits that they began with, "" for none, None for cells that begin now.
     """
 
+    saves = True
     cells: list[CellTask]
     computing: Computing
     logits: str | None

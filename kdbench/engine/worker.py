@@ -23,7 +23,8 @@ class Worker:
 
     def __init__(self, tasks: IO[str], events: IO[str]) -> None:
         self.tasks, self.events = tasks, events
-        self.stopping, self.began = threading.Event(), False
+        # Whether a stop has to wait for what the present task saves.
+        self.stopping, self.saves = threading.Event(), False
         self.queue: queue.Queue[Task | None] = queue.Queue()
 
     def emit(self, event: Event) -> None:
@@ -45,7 +46,8 @@ class Worker:
         self.emit(Ready(cuda=free, unusable=unusable_gpu()))
         runner = TaskRunner(self.emit, self.stopping.is_set)
         while (task := self.queue.get()) is not None:
-            self.began = True
+            # Other ranks wait for this one in the middle of a task.
+            self.saves = task.saves or task.settings.ranks > 1
             try:
                 runner.run(task)
                 self.emit(Done())
@@ -69,8 +71,8 @@ class Worker:
             # The run and its worker are of two versions, as when the package was changed under a run.
             self.emit(Failed(message=f"the worker does not understand its run: {error}; start the command again"))
         self.stopping.set()
-        if not self.began:
-            # There is nothing to save: what is still being imported need not be waited for.
+        if not self.saves:
+            # What is being imported, built or measured need not be waited for.
             os._exit(0)
         self.queue.put(None)
         time.sleep(LEAVE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from kdbench.engine.messages import (
     Event,
     Failed,
     Gone,
+    ReadFingerprint,
     Settings,
     Task,
     TrainCells,
@@ -257,3 +259,30 @@ def test_workers_are_left_all_at_once(machine: Any, monkeypatch: pytest.MonkeyPa
         begin = time.monotonic()
     assert time.monotonic() - begin < 1.2
     assert all(worker.wait(5) == -signal.SIGKILL for worker in workers.workers.values())
+
+
+def test_a_worker_with_nothing_to_save_leaves_at_once(tmp_path: Path) -> None:
+    """As in the middle of reading data, or of measuring a teacher."""
+    (tmp_path / "slow_data.py").write_text(
+        "import time\n\n\ndef data(**_):\n    print('reading', flush=True)\n    time.sleep(60)\n"
+    )
+    card = {"target": "slow_data:data", "classes": 2, "channels": 1, "image_size": 8, "train": 400, "test": 4}
+    card |= {"title": "Slow", "normalization": {"mean": [0.5], "std": [0.5]}}
+    (tmp_path / "cards.yaml").write_text(json.dumps({"datasets": {"slow": card}}))
+    recipe = {"data": "slow", "student": "wrn_10_1", "method": "ce", "protocol": "digits"}
+    spec = plan(recipe, Registry([tmp_path])).cells[0].spec
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "kdbench.engine.worker", str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdin is not None and worker.stderr is not None
+    worker.stdin.write(ReadFingerprint(data=spec.data, download=False).line())
+    worker.stdin.flush()
+    assert any("reading" in line for line in worker.stderr)
+    begin = time.monotonic()
+    worker.stdin.close()
+    assert worker.wait(timeout=30) == 0
+    assert time.monotonic() - begin < 5
