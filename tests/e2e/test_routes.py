@@ -97,6 +97,7 @@ def test_anchors_reproduce_from_the_record(whole: Path, cards: Path, kdbench: Kd
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_anywhere_it_ends_alike(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     """In the teacher's training, between two points of its route, and in the students', between two anchors."""
     struck(words(cards, tmp_path), Strike("step", 20, "SIGTERM to all"))

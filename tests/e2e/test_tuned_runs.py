@@ -78,6 +78,7 @@ def test_table_and_page_say_what_was_tried(whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_among_its_trials(whole: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     """Inside a trial, between two records of trials, and inside the table's cells."""
     struck(words(tmp_path), Strike("checkpoint", 9, "run"))

@@ -292,7 +292,9 @@ def test_one_anchor_is_in_memory_at_a_time() -> None:
     teacher.route = OneAtATime(spec.teacher, spec.data)
     member, batches, _ = member_of(spec, teacher=teacher)
     kind = type(teacher.network.model)
+    # Only what comes from now on is looked through.
     gc.collect()
+    gc.freeze()
     wide = sum(p.numel() for p in teacher.network.model.parameters())
 
     def networks() -> int:
@@ -304,6 +306,7 @@ def test_one_anchor_is_in_memory_at_a_time() -> None:
     while not member.finished:
         step(member, batches, teacher)
         assert networks() == before
+    gc.unfreeze()
     # The last anchor is looked at once more when the cell ends.
     assert member.anchors is not None
     member.anchors.check()
