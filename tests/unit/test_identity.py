@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +178,9 @@ def own(folder: Path, module: str = "mine_", text: str = OWN_LOSS, name: str = "
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of one name in several folders: nothing is remembered of the others."""
     monkeypatch.setattr("sys.path", list(sys.path))
-    signature.parameters.cache_clear()
-    signature.own_code_sha256.cache_clear()
-    yield
-    signature.parameters.cache_clear()
-    signature.own_code_sha256.cache_clear()
 
 
 def test_own_code_counts_by_its_content(tmp_path: Path, modules: None) -> None:
