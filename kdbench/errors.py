@@ -1,8 +1,11 @@
 """Errors: what the user can fix, and a cell that failed."""
 
 import difflib
+import os
 import re
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 _ENDLESS = re.compile(r"(\S{300})\S{200,}")
 
@@ -50,6 +53,24 @@ def shortened(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def where_raised(error: BaseException) -> str:
+    """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}torch{os.sep}" not in frame.filename and not frame.filename.startswith("<")
+    ]
+    return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def failure(error: BaseException) -> str:
+    """How code of the user's failed, in one line: with what, what it said, and where."""
+    if isinstance(error, SystemExit):
+        return f"it ends the program by 'sys.exit({error.code or ''})' {where_raised(error)}".rstrip()
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{said} {where_raised(error)}".rstrip()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

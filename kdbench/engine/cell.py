@@ -11,8 +11,7 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, is_lost
-from kdbench.engine.targets import where_raised
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, where_raised
 
 
 @dataclass(eq=False)

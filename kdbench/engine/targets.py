@@ -1,12 +1,9 @@
-"""The objects that cards name, and where they fail."""
+"""The objects that cards name, and what their code may do when it runs."""
 
 import importlib
-import os
-import traceback
-from pathlib import Path
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, failure
 
 
 def import_target(target: str) -> Any:
@@ -14,11 +11,6 @@ def import_target(target: str) -> Any:
     module, _, name = target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001 - a user's module can fail in any way when it is imported
-        raise UserError(f"target '{target}' cannot be imported: {type(error).__name__}: {error}") from None
-
-
-def where_raised(error: BaseException) -> str:
-    """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
-    return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module can fail in any way when it is imported
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        raise UserError(f"target '{target}' cannot be imported: {failure(error)}") from None

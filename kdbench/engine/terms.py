@@ -14,8 +14,8 @@ from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
-from kdbench.engine.targets import import_target, where_raised
-from kdbench.errors import UserError
+from kdbench.engine.targets import import_target
+from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
 from kdbench.recipe.coded import TargetSpec
@@ -297,7 +297,7 @@ class Term(nn.Module):
         own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
         taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
         return UserError(
-            f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
+            f"{what} cannot be computed: {failure(error)}",
             hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
             "channels and sizes ('kdbench ls connectors')",
         )
