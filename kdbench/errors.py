@@ -65,6 +65,10 @@ def where_raised(error: BaseException) -> str:
     return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
+# What to do about code that ends the program it is part of.
+MENDED = "let it raise an error that says what is wrong, or a ValueError, in place of ending the program"
+
+
 def failure(error: BaseException) -> str:
     """How code of the user's failed, in one line: with what, what it said, and where."""
     if isinstance(error, SystemExit):

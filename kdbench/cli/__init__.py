@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import sys
+import traceback
 import unicodedata
+from pathlib import Path
 
 import typer
 
 from kdbench.cli import analyse, logits
-from kdbench.errors import CellError, UserError
+from kdbench.errors import MENDED, CellError, UserError, failure
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,6 +91,8 @@ def main() -> None:
             for name in ("SIGINT", *_OTHER_ENDS):
                 signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
             _end(130, "interrupted: what is finished is kept; repeat the command to continue")
+        if not _by_command(end):
+            _end(2, f"error: code of a card does not work: {failure(end)}\n  {MENDED}")
         raise
     except UserError as error:
         _end(2, f"error: {error}")
@@ -106,6 +110,17 @@ def main() -> None:
 
 # What ends a program beside Ctrl-C, where the system has it.
 _OTHER_ENDS = ("SIGTERM", "SIGHUP", "SIGBREAK")
+
+
+def _by_command(end: SystemExit) -> bool:
+    """Whether the command itself ends, and not code of the user's that it runs."""
+    frames = traceback.extract_tb(end.__traceback__)
+    ours = [
+        Path(module.__file__ or "").parent
+        for name in ("kdbench", "typer", "click")
+        if (module := sys.modules.get(name))
+    ]
+    return not frames or any(Path(frames[-1].filename).is_relative_to(folder) for folder in ours)
 
 
 def _end(code: int, message: str) -> None:

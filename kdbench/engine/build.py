@@ -6,7 +6,7 @@ from torch import nn
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target
 from kdbench.engine.weights import load_file, locate, start_from, weight_file
-from kdbench.errors import UserError
+from kdbench.errors import UserError, failure
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
@@ -53,10 +53,13 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
             model: nn.Module = import_target(spec.target)(
                 **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
             )
-        except (ValueError, TypeError, RuntimeError) as error:
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's network can fail in any way
+            told = str(error) if isinstance(error, ValueError | TypeError | RuntimeError) else failure(error)
             raise UserError(
                 f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
-                f"{data.image_size}, {data.classes} classes): {error}",
+                f"{data.image_size}, {data.classes} classes): {told}",
                 hint=f"'kdbench show models {spec.name}' lists what its options mean",
             ) from None
     notes = []

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule
+from kdbench.engine.metrics import check_metrics
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import code_of, import_target, in_words
 from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
@@ -219,22 +220,11 @@ class Term(nn.Module):
         """Whether the term has metrics, of student and teacher on the data's own images."""
         return bool(self.metrics) and not self.joint and self.spec.input == "data" and self.spec.of == "student"
 
-    def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The loss's metrics: metric -> student hook point -> value."""
-        return {
-            name: {
-                point: metric(connector(student[point]), teacher[taught])
-                for layer in self.layers
-                for point, connector, taught in zip(layer.students, layer.connectors, layer.teachers, strict=True)
-            }
-            for name, metric in self.metrics.items()
-        }
-
     def check(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
         """Compute the term once on random values of the right shapes.
 
         Raises:
-            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it.
+            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it; or so a metric.
         """
         self.eval()
         what = f"loss '{self.name}' ({self.spec.loss.target})"
@@ -267,7 +257,7 @@ class Term(nn.Module):
                 )
             result = self(values, sets)
             self.train()
-        except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's loss can fail in any way
             raise self._uncomputable(what, error, student, teacher) from None
         if [value._version for value in taken] != versions:
             hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
@@ -284,9 +274,12 @@ class Term(nn.Module):
             raise UserError(
                 f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
             )
+        self.eval()
+        check_metrics(self, values["student"].get("data", {}), values["teacher"].get("data", {}), ROWS)
+        self.train()
 
     def _uncomputable(
-        self, what: str, error: Exception, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
+        self, what: str, error: BaseException, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
     ) -> UserError:
         """What to say where the loss failed on random values: the option that it names, or the shapes."""
         said = str(error).replace(" ", "_")
@@ -354,10 +347,8 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
 
 
 def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:
-    try:
+    with code_of(place):
         module: nn.Module = target(*shapes, **options)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
     return module
 
 
@@ -376,8 +367,8 @@ def _behind(connector: nn.Module, shape: Shape) -> Shape:
 def _connector(spec: TargetSpec, student: Shape, teacher: Shape, place: str) -> nn.Module:
     try:
         connector: nn.Module = import_target(spec.target)(student, teacher, **spec.options)
-    except (UserError, ValueError) as error:
-        what, hint = (error.what, error.hint) if isinstance(error, UserError) else (str(error), None)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's connector can fail in any way
+        what, hint = in_words(error)
         raise UserError(
             f"{place}: connector '{spec.name}' cannot bridge {student} → {teacher}: {what}",
             hint=hint

@@ -244,9 +244,9 @@ def _draw_curve(axis: Axes, curve: Curve, style: Look, label: str) -> None:
 def _reference(comparison: Comparison, column: Column, metric: str, point: str) -> float | None:
     """Mean value of students that ignore their input; None where it was not recorded."""
     found = [
-        references[point]
+        value
         for record in comparison.of_column(column)
-        if point in (references := record.result.references.get(metric, {}))
+        if (value := record.result.references.get(metric, {}).get(point)) is not None
     ]
     return statistics.summarize(found).mean if found else None
 
