@@ -13,16 +13,19 @@ import pytest
 import torch
 import yaml
 from captured import cohort_of
-from tiny import member_of, shortened, train
+from tiny import CPU, batches_for, member_of, shortened, train, untrained_teacher
 
 from kdbench import cli
 from kdbench.data.pictures import Pictures
 from kdbench.engine.check import check_cell
+from kdbench.engine.compute import REFERENCE
 from kdbench.engine.evaluation import evaluate
+from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.materials import load_data
 from kdbench.engine.messages import Failed
 from kdbench.engine.program import Program
+from kdbench.engine.trial import _measure
 from kdbench.engine.worker import Worker
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -226,6 +229,7 @@ def of_labels(student, labels): return nn.functional.cross_entropy(student, labe
 
 
 def leaves_at_once(student, teacher): sys.exit()
+def wrong_key(student, teacher): return {}["absent"]
 
 
 def leaves_later(student, teacher):
@@ -298,7 +302,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     losses["no_reference"] = losses["good"] | {"references": {"good": "own_code:NoReference"}}
     losses["no_teacher"] = losses["good"] | {"target": "own_code:of_labels"}
     losses["good"] |= {"references": {"good": "own_code:Reference"}}
-    losses |= {name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later")}
+    losses |= {name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later", "wrong_key")}
     method = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
     cards = {
         "transforms": {name: {"target": f"own_code:{name}"} for name in [*NAMES, "cannot_be_made"]},
@@ -446,6 +450,14 @@ def test_a_loss_that_ends_the_program_fails_its_cell_alone(own: Registry, tmp_pa
     TrainingLoop(Program([cohort]), lambda cell, entry: None, finished.append, lambda: False).run()
     failed, other = cohort.cells
     assert re.search(LEAVES, failed.failure or "") and other.failure is None and finished == [other]
+
+
+@pytest.mark.parametrize("loss", ["leaves_at_once", "wrong_key"])
+def test_a_loss_that_fails_while_ways_are_tried_is_told(loss: str, own: Registry) -> None:
+    spec = cell(own, method=stage(loss=loss))
+    tried = _measure(REFERENCE, [spec], batches_for(spec), lambda way: untrained_teacher(spec), CPU, SourceFiles())
+    assert isinstance(tried.error, UserError)
+    assert re.search(r"(sys.exit\(\)'|KeyError: 'absent') \(own_code.py:\d+\)", tried.error.what)
 
 
 @pytest.mark.parametrize("end", [SystemExit(), SystemExit(0), KeyboardInterrupt()])

@@ -385,10 +385,13 @@ def test_a_metric_without_a_value_is_absent_and_told(tmp_path: Path) -> None:
     assert "distance.layer1" in records_csv(records)
     table = build(records)
     assert "| OWN | 0.5 | – |" in markdown(table) and "| OTHER | – | – |" in markdown(table)
-    assert "The distance of 3 cells could not be measured at each hook point." in notes(table)
+    assert "Distance could not be measured at each hook point in 3 cells." in notes(table)
     of = {row["method"]: row for row in csv.DictReader(io.StringIO(table_csv(table)))}
     assert (of["own"]["distance.layer1"], of["own"]["distance.layer2"]) == ("0.5", "")
-    assert metric_curves(records, tmp_path) and "distance" in html(table, records)
+    assert metric_curves(records, tmp_path) == [tmp_path / "distance.png"] and "distance" in html(table, records)
+    without = [record for record in records if record.cell.method == "other"]
+    assert not metric_curves(without, tmp_path) and "| OTHER | – |" in markdown(build(without))
+    assert html(build(without), without)
     assert not [one for one in problems(records[0], metrics(records[0].folder or "")) if "result.metrics" in one]
 
 
