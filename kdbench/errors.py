@@ -63,25 +63,25 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words, or all of them when none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-    return f"known: {shown}" if known else "nothing is known there"
-
-
-def said(error: BaseException) -> str:
-    """What an error of other code says, of which kind it is, and where it was raised."""
-    return f"{type(error).__name__}: {first_line(error)} {where_raised(error)}".rstrip()
-
-
 def where_raised(error: BaseException) -> str:
     """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}torch{os.sep}" not in f.filename]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}torch{os.sep}" not in frame.filename and not frame.filename.startswith("<")
+    ]
     return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def failure(error: BaseException) -> str:
+    """How code of the user's failed, in one line: with what, what it said, and where."""
+    return f"{_told(error)} {where_raised(error)}".rstrip()
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it ends the program by 'sys.exit({'' if error.code is None else error.code})'"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def raised_by_own_code(error: BaseException) -> UserError | None:
@@ -95,5 +95,15 @@ def raised_by_own_code(error: BaseException) -> UserError | None:
     if not frames:
         return None
     last = frames[-1]
-    what = f"{type(error).__name__}: {first_line(error)}"
-    return UserError(f"your own code failed: {what}", f"{last.filename}:{last.lineno}", f"in {last.name}: {last.line}")
+    what = f"your own code failed: {_told(error)}"
+    return UserError(what, f"{last.filename}:{last.lineno}", f"in {last.name}: {last.line}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known words, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+    return f"known: {shown}" if known else "nothing is known there"

@@ -94,8 +94,8 @@ class Accuracies(Open):
         return {key: value for key, value in data.items() if key not in ("mean_last", "mean_last_of")}
 
 
-# Metric -> hook point -> value.
-MetricValues = dict[str, dict[str, float]]
+# Metric -> hook point -> value; None where it could not be measured.
+MetricValues = dict[str, dict[str, float | None]]
 
 
 def with_metrics_by_name(data: Any) -> Any:
@@ -149,6 +149,7 @@ class Result(Open):
             for suffix, metrics in (("", self.metrics), ("_reference", self.references))
             for metric, points in sorted(metrics.items())
             for point, value in sorted(points.items())
+            if value is not None
         }
 
     def also(self) -> dict[str, float]:

@@ -89,6 +89,8 @@ def main() -> None:
             for name in ("SIGINT", *_OTHER_ENDS):
                 signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
             _end(130, "interrupted: what is finished is kept; repeat the command to continue")
+        if found := raised_by_own_code(end):
+            _end(2, f"error: {found}")
         raise
     except UserError as error:
         _end(2, f"error: {error}")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kdbench.data.checks import check_alike, check_classes, check_images, check_labels
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
 from kdbench.files import atomic
@@ -46,15 +47,36 @@ class ImageData:
     fingerprint: str
     origin: str
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what is not as said above."""
+        check_classes(self.name, self.classes)
+        splits = {"training": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        for split, (images, labels) in splits.items():
+            check_images(self.name, split, images)
+            check_labels(self.name, split, labels, len(images), len(self.classes))
+            if labels.dtype != torch.int64:
+                hint = "'kdbench.data.images.canonical' makes a data set of labels of any whole numbers"
+                what = f"the data set '{self.name}': its {split} labels are {labels.dtype}, not torch.int64"
+                raise UserError(what, hint=hint)
+        check_alike(self.name, self.train_images, self.test_images)
+
 
 def canonical(
     name: str, classes: Iterable[str], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], origin: str
 ) -> ImageData:
-    """Sort both splits (images uint8 [N, C, H, W], labels [N]) into canonical order and take the fingerprint."""
+    """Sort both splits (images uint8 [N, C, H, W], labels [N]) into canonical order and take the fingerprint.
+
+    Raises:
+        UserError: images or labels that are something else.
+    """
+    classes = tuple(classes)
+    for split, (images, labels) in (("training", train), ("test", test)):
+        check_images(name, split, images)
+        check_labels(name, split, labels, len(images), len(classes))
     (train_images, train_labels), (test_images, test_labels) = _sorted(*train), _sorted(*test)
     return ImageData(
         name,
-        tuple(classes),
+        classes,
         train_images,
         train_labels,
         test_images,
@@ -89,6 +111,11 @@ def fingerprint(train_images: Tensor, train_labels: Tensor, test_images: Tensor,
         total.update(labels.contiguous().numpy().astype("<i8", copy=False).data)
         total.update(images.contiguous().numpy().data)
     return total.hexdigest()
+
+
+def taken_of(data: ImageData) -> str:
+    """The fingerprint that a data set must have."""
+    return fingerprint(data.train_images, data.train_labels, data.test_images, data.test_labels)
 
 
 def resized(images: Tensor, size: int) -> Tensor:

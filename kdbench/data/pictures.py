@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data import imagenet
+from kdbench.data.checks import check_classes, check_labels
 from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
@@ -66,6 +67,12 @@ class Pictures:
     test_labels: Tensor
     fingerprint: str
     origin: str
+
+    def __post_init__(self) -> None:
+        """Raises UserError for labels that are not as said above."""
+        check_classes(self.name, self.classes)
+        check_labels(self.name, "training", self.train_labels, len(self.train_files), len(self.classes))
+        check_labels(self.name, "test", self.test_labels, len(self.test_files), len(self.classes))
 
     @classmethod
     def of(cls, name: str, classes: Iterable[str], short_side: int, train: Rows, test: Rows, origin: str) -> Pictures:
@@ -149,6 +156,17 @@ def gather(
         return [(file, label, digest) for label, digest, file in ordered]
 
     return Pictures.of(name, classes, short_side, rows(train), rows(test), origin)
+
+
+def sum_of(data: Pictures, cache: Path) -> str:
+    """The fingerprint that a data set must have."""
+    sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
+    parts = ((data.train_files, data.train_labels), (data.test_files, data.test_labels))
+    train, test = (
+        [(file, label, sums[file]) for file, label in zip(files, labels.tolist(), strict=True)]
+        for files, labels in parts
+    )
+    return Pictures.of(data.name, data.classes, data.short_side, train, test, data.origin).fingerprint
 
 
 def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bool]) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, failure
 
 Transform = Callable[[Image.Image], Image.Image]
 Filter = Literal["nearest", "bilinear", "bicubic"]
@@ -53,11 +53,18 @@ class Transforms:
         """What a seed makes of a picture.
 
         Raises:
-            UserError: a transform gives another size or mode.
+            UserError: a transform fails, or gives something else than a picture of this size and mode.
         """
         with Addressed(seed):
             for name, part in self.parts:
-                changed = part(image)
+                try:
+                    changed: object = part(image)
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's transform can fail in any way
+                    what = f"the transform '{name}' fails on a picture of mode {image.mode}: {failure(error)}"
+                    raise UserError(what, hint="it is called with a Pillow picture") from None
+                if not isinstance(changed, Image.Image):
+                    what = f"the transform '{name}' gives {type(changed).__name__}, not a Pillow picture"
+                    raise UserError(what, hint="torchvision's 'v2.functional.to_pil_image' makes one of a tensor")
                 if (changed.size, changed.mode) != (image.size, image.mode):
                     raise UserError(
                         f"the transform '{name}' makes {changed.size} pixels of mode {changed.mode} of {image.size} of "

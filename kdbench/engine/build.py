@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kdbench.data.streams import address
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import import_target, in_words
 from kdbench.engine.weights import load_file, locate, start_from, weight_file
-from kdbench.errors import UserError, said
+from kdbench.errors import UserError
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
@@ -81,12 +81,9 @@ def made(spec: TargetSpec, what: str, hint: str | None = None, *given: Any, **mo
     """
     try:
         module = import_target(spec.target)(*given, **more, **spec.options)
-    except UserError as error:
-        raise UserError(f"{what}: {error.what}", error.where, error.hint or hint) from None
-    except Exception as error:  # noqa: BLE001 - a user's class can fail in any way
-        # These say what an option or a shape must be.
-        reason = str(error) if isinstance(error, ValueError | RuntimeError) else said(error)
-        raise UserError(f"{what}: {reason}", hint=hint) from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class can fail in any way
+        reason, advice = in_words(error)
+        raise UserError(f"{what}: {reason}", hint=advice or hint) from None
     if not isinstance(module, nn.Module):
         raise UserError(f"{what}: it is a {type(module).__name__}, not a torch.nn.Module", hint=hint)
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):

@@ -317,7 +317,10 @@ class CapturedProgram(Program):
 
     def _recorded(self, measurement: Measurement) -> RecordedEvaluation | None:
         try:
-            return RecordedEvaluation(measurement, self.recorder.record(measurement.compute))
+            recorded = RecordedEvaluation(measurement, self.recorder.record(measurement.compute))
+            if measurement.metrics is not None and measurement.metrics.failed:
+                raise RuntimeError(next(iter(measurement.metrics.failed.values())))
+            return recorded
         except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, the evaluation itself does
             log.warning("an evaluation could not be recorded, so it runs eagerly: %s", _root_cause(error))
             return None

@@ -10,8 +10,8 @@ from typing import Any
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
-from kdbench.engine.ranks import LOST, is_lost
-from kdbench.errors import CellError, SharedChange, UserError, where_raised
+from kdbench.engine.ranks import LOST, Apart, is_lost
+from kdbench.errors import CellError, SharedChange, UserError, failure
 
 
 @dataclass(eq=False)
@@ -44,10 +44,12 @@ class TrainingCell:
             raise
         except (CellError, UserError) as error:
             self.failure = str(error)
-        except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
+        except Apart:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - one cell's user code must not end the others
             way = self.member.computing
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
-            self.failure = f"{type(error).__name__}: {error} {where_raised(error)}"
+            self.failure = failure(error)
             if self.log is not None:
                 file = self.folder / "error.txt"
                 # On a full disk there is none, and the others go on all the same.
@@ -56,4 +58,4 @@ class TrainingCell:
                     self.failure += f"; the whole is in {file}{hint}"
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
-                raise SystemExit(LOST if is_lost(error) else self.failure) from None
+                raise Apart(LOST if is_lost(error) else self.failure) from None

@@ -14,12 +14,14 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.predicting import check_answers
+from kdbench.engine.streamed import check_transforms
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError, first_line
 from kdbench.models.hooks import Extractor
+from kdbench.models.points import LOGITS
 from kdbench.models.probing import dry_run
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
@@ -102,7 +104,7 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
                 **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
             )
             n = sum(parameter.numel() for parameter in model.parameters())
-    except Exception:  # noqa: BLE001 - not every network can be built without values; building it says what is wrong
+    except (Exception, SystemExit):  # noqa: BLE001 - building it says what is wrong, where it cannot be built without values
         return
     if n > MOST_PARAMETERS:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
@@ -141,6 +143,10 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         UserError: what of it cannot be built or computed, or that a stage trains nothing.
     """
     cell = build_cell(spec, known)
+    _check_logits(spec, cell)
+    for chosen in (spec.protocol.augmentation, spec.protocol.second):
+        if chosen is not None:
+            check_transforms(chosen, spec.data)
     _check_single_images(spec, cell)
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
@@ -164,6 +170,23 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if "teacher" in stage.trains and cell.teacher is not None:
             build_optimizer(stage.teacher_optimizer or stage.optimizer, [*cell.teacher.model.parameters()])
     return cell
+
+
+def _check_logits(spec: CellSpec, cell: BuiltCell) -> None:
+    """Raises UserError for a network with other logits than one for each class that it is to know."""
+    networks = [(spec.student, spec.data, cell.shapes)] if _asks_logits(spec) else []
+    if spec.teacher is not None:
+        networks.append((spec.teacher.model, spec.teacher.knows(spec.data), cell.teacher_shapes))
+    for model, data, shapes in networks:
+        if (found := tuple(shapes[LOGITS])) != (data.classes,):
+            many = f"{found[0]} logits" if len(found) == 1 else f"logits of shape {[*found]}"
+            what = f"model '{model.name}' gives {many} for an image, where there are {data.classes} classes"
+            raise UserError(what, model.target, "it is built with 'classes': its last layer has as many outputs")
+
+
+def _asks_logits(spec: CellSpec) -> bool:
+    """Whether anybody reads what the student's own head gives."""
+    return spec.method.predicts is None or LOGITS in spec.method.points("student")
 
 
 def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:

@@ -1,6 +1,6 @@
 """What is measured at an evaluation point: accuracy on the test (and validation) part, and the losses' own metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from kdbench.engine.averaging import Average
 from kdbench.engine.batch import Split
 from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
+from kdbench.engine.metrics import Metrics
 from kdbench.engine.network import Network
 from kdbench.engine.teacher import Teacher
 
@@ -65,8 +66,8 @@ class Measurement:
             "source": same on the source's test part, where the test part is a target domain's,
             "teacher": same of the teacher on the test part, where the cell trains it,
             "metrics": {metric: {hook point: value}}, the metrics that the loss cards declare, and "references": the
-            same of a student that ignores its input, where a card has a reference}. Both are absent where there are
-            none.
+            same of a student that ignores its input, where a card has a reference; both are absent where there are
+            none; "unmeasured": why a metric has no value}.
         """
         found: dict[str, Any] = {name: one.plain() for name, one in self.scores.items()}
         return found | (self.metrics.plain() if self.metrics else {})
@@ -128,51 +129,6 @@ def score(network: Network, part: Split) -> tuple[dict[str, float], Tensor]:
     """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
     found = scores(network, part)
     return found.plain(), found.logits
-
-
-class Metrics:
-    """Metrics of loss terms, averaged over images."""
-
-    def __init__(self, terms: list[Any]) -> None:
-        self.terms, self.images = terms, 0
-        self.sums: dict[str, dict[str, Tensor]] = {}
-        # Of two terms that measure one point, the later stage's counts.
-        self.references = {
-            (metric, point): (taught, reference())
-            for term in terms
-            for metric, reference in term.references.items()
-            for layer in term.layers
-            for point, taught in zip(layer.students, layer.teachers, strict=True)
-        }
-
-    def points(self, network: str) -> list[str]:
-        """Hook points of the "student" or the "teacher" that they read."""
-        return [point for term in self.terms for point in term.points(network)["data"]]
-
-    def add(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], images: int) -> None:
-        """Add both networks' values on further images. Reads nothing from the device."""
-        here: dict[str, dict[str, Tensor]] = {}
-        for term in self.terms:
-            for metric, points in term.measure(student, teacher).items():
-                here.setdefault(metric, {}).update(points)
-        for point, reference in self.references.values():
-            reference.add(teacher[point])
-        for metric, points in here.items():
-            into = self.sums.setdefault(metric, {})
-            for point, value in points.items():
-                into[point] = into.get(point, 0) + value * images
-        self.images += images
-
-    def plain(self) -> dict[str, dict[str, dict[str, float]]]:
-        """ "metrics" and "references", each by metric and hook point of the student."""
-        references: dict[str, dict[str, float]] = {}
-        for (metric, point), (_, reference) in self.references.items():
-            references.setdefault(metric, {})[point] = reference.value()
-        metrics = {
-            metric: {point: value.item() / self.images for point, value in points.items()}
-            for metric, points in self.sums.items()
-        }
-        return {"metrics": metrics, "references": references}
 
 
 def _probed(test: Split) -> Split:

@@ -14,7 +14,7 @@ import torch
 
 from kdbench.engine.batch import MOST_STEPS, Batch, Sets
 from kdbench.engine.network import Network
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.terms import Values
 from kdbench.recipe.specs import CellSpec, SourceSpec
 
@@ -157,5 +157,6 @@ class Source(ABC):
 
 
 def build_source(spec: SourceSpec, context: SourceContext) -> Source:
-    source: Source = import_target(spec.target)(context, **spec.options)
+    with code_of(f"source '{spec.name}' ({spec.target})"):
+        source: Source = import_target(spec.target)(context, **spec.options)
     return source

@@ -1,5 +1,7 @@
 """The training loop: the cells of a program side by side."""
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import score
 from kdbench.engine.program import Program, make_graphs
+
+logger = logging.getLogger("kdbench")
 
 PROGRESS_SECONDS = 0.25
 
@@ -130,6 +134,14 @@ class TrainingLoop:
         # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
         measured = self.program.evaluate(cell)
+        for part, found in measured.items():
+            if not math.isfinite(found.get("loss", 0.0)):
+                # The step had a finite loss itself, and left weights that have none.
+                raise member.diverged(max(member.step - 1, 0), f"{part}/loss", trained=True)
+        known = log.history[-1].get("unmeasured", {}) if log.history else {}
+        for metric, points in measured.get("unmeasured", {}).items():
+            if metric not in known:
+                logger.warning("%s: the metric '%s' has no value: %s", cell.folder, metric, [*points.values()][0])
         since = log.history[-1]["seconds"] if log.history else 0.0
         entry = {
             "step": member.step,

@@ -301,11 +301,14 @@ class Member:
             return
         step = min(bad.values())
         terms = ", ".join(name for name, at in bad.items() if at == step and name != "loss") or "the weighted sum"
+        raise self.diverged(step, terms, trained=step > 0)
+
+    def diverged(self, step: int, terms: str, trained: bool) -> CellError:
+        """What to raise for terms that were not finite at a step; `trained`: whether training can have made them so."""
         stage = self.timeline.spans[self.timeline.stage(step)].name
-        raise CellError(
-            f"{NOT_FINITE} at step {step}, stage '{stage}', term {terms}; "
-            + ("try a smaller learning rate or weight" if step else "look at the loss itself: nothing was trained yet")
-        )
+        advice = "look at the loss itself: nothing was trained yet"
+        advice = "try a smaller learning rate or weight" if trained else advice
+        return CellError(f"{NOT_FINITE} at step {step}, stage '{stage}', term {terms}; {advice}")
 
     def keep_best(self) -> None:
         """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good."""

@@ -9,7 +9,7 @@ import torch
 
 from kdbench.engine.batch import Batch
 from kdbench.engine.network import Network
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import code_of, import_target
 from kdbench.recipe.specs import OperationSpec
 
 
@@ -58,5 +58,6 @@ class Operation(ABC):
 
 
 def build_operation(spec: OperationSpec) -> Operation:
-    operation: Operation = import_target(spec.target)(**spec.options)
+    with code_of(f"operation '{spec.name}' ({spec.target})"):
+        operation: Operation = import_target(spec.target)(**spec.options)
     return operation

@@ -20,6 +20,10 @@ T = TypeVar("T")
 LOST = "another rank has ended, see its message above; repeat the command to continue from the last checkpoints"
 
 
+class Apart(SystemExit):
+    """Ends this rank: it cannot go on without the others."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run, and which of them this one is.
@@ -123,7 +127,7 @@ class Ranks:
             stopping: whether this rank is told to. at: numbers that tell how far the training is.
 
         Raises:
-            SystemExit: a rank has ended, or they are not equally far: one lost a cell that the others still train.
+            Apart: a rank has ended, or they are not equally far: one lost a cell that the others still train.
         """
         last: list[Any] = [None, False]
 
@@ -135,10 +139,10 @@ class Ranks:
                 try:
                     dist.all_gather(found, mine, self.control)
                 except RuntimeError:
-                    raise SystemExit(LOST) from None
+                    raise Apart(LOST) from None
                 if any(one[1:].tolist() != now for one in found):
                     far = [one[1:].tolist() for one in found]
-                    raise SystemExit(f"the ranks have come apart, a cell failed on some of them alone: {far}")
+                    raise Apart(f"the ranks have come apart, a cell failed on some of them alone: {far}")
                 last[:] = now, any(bool(one[0]) for one in found)
             return bool(last[1])
 
@@ -157,7 +161,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether an exception of a step says that another rank is not there any more."""
     # Gloo's have no class of their own.
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection " in str(error)

@@ -27,13 +27,14 @@ from kdbench.data.images import ImageData
 from kdbench.data.listing import centred
 from kdbench.data.pictures import Pictures
 from kdbench.data.streams import uniform, words
-from kdbench.data.transforms import Transforms
+from kdbench.data.transforms import Transform, Transforms
 from kdbench.engine.batch import Batch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.targets import import_target
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.errors import UserError, failure
+from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec
 from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16
@@ -122,13 +123,7 @@ class StreamedDomain(Domain):
         if spec.data.tested_on == "test":
             self.test = split_for_testing(spec.data, data, device)
         chosen = spec.protocol.augmentation
-        transforms = [(one.name, import_target(one.target)(**one.options)) for one in chosen.transforms or ()]
-        self.making = Making(
-            tuple(chosen.resized_crop or ()),
-            chosen.decoder,
-            Transforms(transforms) if transforms else None,
-            self.augmentation,
-        )
+        self.making = Making(tuple(chosen.resized_crop or ()), chosen.decoder, transforms_of(chosen), self.augmentation)
         # Before a share of the batch comes the picture with which its first one is mixed.
         self.before = 1 if chosen.mix is not None and ranks.size > 1 else 0
         self.anew()
@@ -193,6 +188,42 @@ class StreamedDomain(Domain):
             if self.making.transforms is not None:
                 seeds = words(n, self.seed, f"{name}transforms", of_stream)[rows].tolist()
             yield Drawn(order[part][rows], views[part][rows], crops, seeds)
+
+
+def transforms_of(chosen: AugmentationSpec) -> Transforms | None:
+    """The transforms of an augmentation, None where it has none.
+
+    Raises:
+        UserError: one cannot be made of its options.
+    """
+    parts: list[tuple[str, Transform]] = []
+    for one in chosen.transforms or ():
+        try:
+            part = import_target(one.target)(**one.options)
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's transform can fail in any way
+            raise UserError(f"the transform '{one.name}' cannot be made by '{one.target}': {failure(error)}") from None
+        if not callable(part):
+            what = f"the transform '{one.name}': '{one.target}' gives {type(part).__name__}"
+            raise UserError(what, hint="the card's function takes options, and returns what is called with a picture")
+        parts.append((one.name, part))
+    return Transforms(parts) if parts else None
+
+
+def check_transforms(chosen: AugmentationSpec, data: DataSpec) -> None:
+    """Have the transforms of an augmentation change one picture of noise.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if (transforms := transforms_of(chosen)) is not None:
+        noise = torch.randint(0, 256, data.image_shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        try:
+            image = as_image(noise)
+        except TypeError:
+            raise UserError(f"transforms take pictures of 1 or 3 channels, '{data.name}' has {data.channels}") from None
+        transforms(image, 0)
 
 
 def on(device: torch.device, made: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The objects that cards name."""
+"""The objects that cards name, and what their code may do when it runs."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import CellError, UserError, failure
 
 
 def import_target(target: str) -> Any:
@@ -11,5 +13,28 @@ def import_target(target: str) -> Any:
     module, _, name = target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001 - a user's module can fail in any way when it is imported
-        raise UserError(f"target '{target}' cannot be imported: {type(error).__name__}: {error}") from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module can fail in any way when it is imported
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
+        raise UserError(f"target '{target}' cannot be imported: {failure(error)}") from None
+
+
+@contextmanager
+def code_of(what: str) -> Iterator[None]:
+    """Inside runs code that a card names: whatever it raises is an error of it that says where.
+
+    Args:
+        what: the card, as "source 'x'".
+    """
+    try:
+        yield
+    except (UserError, CellError):
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code can fail in any way
+        raise UserError(f"{what}: {in_words(error)[0]}") from None
+
+
+def in_words(error: BaseException) -> tuple[str, str | None]:
+    """What a card's code says by an error, and what to do: a `ValueError` is meant to be read, others say where."""
+    if isinstance(error, UserError):
+        return error.what, error.hint
+    return str(error) if isinstance(error, ValueError) else failure(error), None

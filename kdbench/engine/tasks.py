@@ -20,7 +20,7 @@ from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
 from kdbench.engine.memory import memory_of
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import ALONE, Apart, Ranks
 from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
@@ -69,9 +69,9 @@ class TaskRunner:
         }
         try:
             kinds[type(task)](task)
-        except (UserError, CellError):
+        except (UserError, CellError, Apart):
             raise
-        except Exception as error:  # noqa: BLE001 - raised again, in what words it may be
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again, in what words it may be
             raise (raised_by_own_code(error) or error) from None
 
     @property

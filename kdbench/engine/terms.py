@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.build import build_schedule, made
+from kdbench.engine.metrics import check_metrics
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
-from kdbench.errors import UserError, where_raised
+from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
 from kdbench.models.probing import kind_of
@@ -224,22 +225,11 @@ class Term(nn.Module):
         """Whether the term has metrics, of student and teacher on the data's own images."""
         return bool(self.metrics) and not self.joint and self.spec.input == "data" and self.spec.of == "student"
 
-    def measure(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The loss's metrics: metric -> student hook point -> value."""
-        return {
-            name: {
-                point: metric(connector(student[point]), teacher[taught])
-                for layer in self.layers
-                for point, connector, taught in zip(layer.students, layer.connectors, layer.teachers, strict=True)
-            }
-            for name, metric in self.metrics.items()
-        }
-
     def check(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
         """Compute the term once on random values of the right shapes.
 
         Raises:
-            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it.
+            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it; or so a metric.
         """
         self.eval()
         what = f"loss '{self.name}' ({self.spec.loss.target})"
@@ -272,7 +262,7 @@ class Term(nn.Module):
                 )
             result = self(values, sets)
             self.train()
-        except Exception as error:  # noqa: BLE001 - a user's loss can fail in any way
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's loss can fail in any way
             raise self._uncomputable(what, error, student, teacher) from None
         if [value._version for value in taken] != versions:
             hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
@@ -291,9 +281,12 @@ class Term(nn.Module):
             raise UserError(
                 f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
             )
+        self.eval()
+        check_metrics(self, values["student"].get("data", {}), values["teacher"].get("data", {}), ROWS)
+        self.train()
 
     def _uncomputable(
-        self, what: str, error: Exception, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
+        self, what: str, error: BaseException, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
     ) -> UserError:
         """What to say where the loss failed on random values: the option that it names, or the shapes."""
         said = str(error).replace(" ", "_")
@@ -304,7 +297,7 @@ class Term(nn.Module):
         own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
         taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
         return UserError(
-            f"{what} cannot be computed: {type(error).__name__}: {error} {where_raised(error)}",
+            f"{what} cannot be computed: {failure(error)}",
             hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
             "channels and sizes ('kdbench ls connectors')",
         )

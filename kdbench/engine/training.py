@@ -31,7 +31,7 @@ from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.together import Together
 from kdbench.engine.trial import NO_COMPILER, possible
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, locked, sweep
 from kdbench.record import Record, finished_record
 
@@ -121,8 +121,10 @@ class Training:
             begin(cell.folder, Begun(threads=self.task.threads, logits=self.table))
             try:
                 built = self._built(cell, cohort)
-            except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
-                self.emit(messages.CellFailed(cell=cell.id, message=str(error) or type(error).__name__))
+            except (CellError, UserError) as error:
+                self.emit(messages.CellFailed(cell=cell.id, message=str(error)))
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one cell's user code must not end the others
+                self.emit(messages.CellFailed(cell=cell.id, message=failure(error)))
             else:
                 cohort.cells.append(built)
                 self.cells[built] = cell

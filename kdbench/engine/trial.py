@@ -21,7 +21,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.step import shared_part, train
 from kdbench.engine.teacher import Taught, Teacher
-from kdbench.errors import CellError, UserError, first_line
+from kdbench.errors import CellError, UserError, failure, first_line
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.specs import CellSpec
 
@@ -227,6 +227,9 @@ def _measure(
         # Its traceback would hold the networks, and with them memory that the next ways need.
         one.error = error.with_traceback(None)
         one.remark = f"failed: {first_line(error)}"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code can fail in any way
+        one.error = UserError(f"the first steps cannot be computed: {failure(error)}")
+        one.remark = f"failed: {one.error.what}"
     return one
 
 
@@ -318,7 +321,7 @@ def endless(program: Program) -> Callable[[], None]:
             left = program.prepare(cells, most)
         program.step(cells)
         left -= 1
-        for failure in (cell.failure for cell in cells if cell.failure):
-            raise RuntimeError(failure)
+        for why in (cell.failure for cell in cells if cell.failure):
+            raise RuntimeError(why)
 
     return step

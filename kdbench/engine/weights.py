@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdbench.cards import Weights
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError
 from kdbench.files import atomic, find_weights, home, sha256_of, weight_folders
@@ -75,7 +75,8 @@ def load_file(
     found = networks(file)
     if layout is not None:
         place, state = next(iter((found if entry is None else at(entry, found, found)).items()))
-        found = {place: import_target(layout)({key.removeprefix("module."): value for key, value in state.items()})}
+        with code_of(f"layout '{layout}' of {file}"):
+            found = {place: import_target(layout)({key.removeprefix("module."): value for key, value in state.items()})}
     state, choice = fitting(found, model, entry)
     notes = [f"{file} holds several networks' weights: {choice} ('entry' beside the file's name chooses)"]
     notes = notes if choice else []

@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import IO
 
 from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
 from kdbench.engine.pool import ENDS, LEAVE_SECONDS
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, failure
 
 
 class Worker:
@@ -48,20 +50,29 @@ class Worker:
         while (task := self.queue.get()) is not None:
             # Other ranks wait for this one in the middle of a task.
             self.saves = task.saves or task.settings.ranks > 1
-            try:
-                runner.run(task)
-                self.emit(Done())
-            except UserError as error:
-                self.emit(Failed(message=error.what, by_user=True, where=error.where, hint=error.hint))
-            except CellError as error:
-                self.emit(Failed(message=str(error)))
-            except SystemExit as error:
-                # Of several ranks: this one cannot go on alone.
-                self.emit(Gone(code=1, why=str(error)))
-                os._exit(1)
-            except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
-                self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
+            self.emit(self.outcome(partial(runner.run, task)))
         runner.close()
+
+    def outcome(self, work: Callable[[], None]) -> Event:
+        """What to tell of a task after it was done, well or not."""
+        from kdbench.engine.ranks import Apart
+
+        try:
+            work()
+            return Done()
+        except UserError as error:
+            return Failed(message=error.what, by_user=True, where=error.where, hint=error.hint)
+        except CellError as error:
+            return Failed(message=str(error))
+        except Apart as error:
+            # Of several ranks: this one cannot go on alone.
+            self.emit(Gone(code=1, why=str(error)))
+            os._exit(1)
+        except (SystemExit, KeyboardInterrupt) as error:
+            # No signal does this here: a user's code does.
+            return Failed(message=failure(error), by_user=True)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
+            return Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
 
     def _listen(self) -> None:
         try:

@@ -85,7 +85,7 @@ def derived_places(
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_ModuleCall], object]:
     """All calls of modules in the order in which they end, with their outputs, and the network's own output."""
     large = (image_shape[0], max(_SIDE, image_shape[1]), max(_SIDE, image_shape[2]))
-    failure: Exception | None = None
+    failure: BaseException | None = None
     # Without computing anything where that is possible; networks of a fixed size refuse the large image.
     for shape, meta in ((large, True), (image_shape, True), (image_shape, False)):
         calls: list[_ModuleCall] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.errors import UserError, first_line, said
+from kdbench.errors import UserError, failure, first_line
 
 # What a network can raise when its input does not suit it.
 UNSUITABLE = (
@@ -20,7 +20,10 @@ UNSUITABLE = (
     KeyError,
     AttributeError,
     NotImplementedError,
-    ZeroDivisionError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+    SystemExit,
 )
 
 
@@ -120,10 +123,10 @@ def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMA
     return values if parameter is None else values.to(parameter.device, parameter.dtype)
 
 
-def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: Exception) -> UserError:
+def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: BaseException) -> UserError:
     """What to raise when a network failed on images of this shape."""
     size = "×".join(map(str, image_shape))
-    reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else said(error)
+    reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else failure(error)
     return UserError(
         f"model '{model_name}' cannot take images of {size}: {reason}",
         hint="choose another model, or a data set with larger images",

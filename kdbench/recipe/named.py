@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, failure
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec
 from kdbench.registry import Registry
@@ -55,4 +55,9 @@ def named_spec(
         except ValueError as error:
             shares = [key for key, value in options.items() if isinstance(value, list | str)]
             raise UserError(f"schedule '{name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's schedule can fail in any way
+            what = f"schedule '{name}' cannot be made by '{spec.target}': {failure(error)}"
+            raise UserError(what, where=tree.origin(())) from None
     return spec

@@ -190,6 +190,9 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
         yield f"A student that ignores its input can reach {listed(shown, 8)}"
     elif measure.share_of is not None:
         yield f"The {measure.title} of a student that ignores its input was not recorded"
+    if unmeasured := sum(None in record.result.metrics.get(measure.metric, {}).values() for record in records):
+        cells = "1 cell" if unmeasured == 1 else f"{unmeasured} cells"
+        yield Note(f"{measure.title} could not be measured at each hook point in {cells}", warning=True)
 
 
 def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:

@@ -167,11 +167,12 @@ def chart(comparison: Comparison, panel: Panel, name: str) -> str:
 
 
 def metrics_of(log: Logs) -> dict[str, list[str]]:
-    """Metric -> hook points, of all that was logged."""
+    """Metric -> hook points, of all that was measured."""
     found: dict[str, set[str]] = {}
     for entry in (entry for entries in log.values() for entry in entries):
         for metric, points in entry.get("metrics", {}).items():
-            found.setdefault(metric, set()).update(points)
+            if there := {point for point, value in points.items() if value is not None}:
+                found.setdefault(metric, set()).update(there)
     return {metric: sorted(found[metric]) for metric in sorted(found)}
 
 
@@ -244,9 +245,9 @@ def _draw_curve(axis: Axes, curve: Curve, style: Look, label: str) -> None:
 def _reference(comparison: Comparison, column: Column, metric: str, point: str) -> float | None:
     """Mean value of students that ignore their input; None where it was not recorded."""
     found = [
-        references[point]
+        value
         for record in comparison.of_column(column)
-        if point in (references := record.result.references.get(metric, {}))
+        if (value := record.result.references.get(metric, {}).get(point)) is not None
     ]
     return statistics.summarize(found).mean if found else None
 

@@ -322,8 +322,12 @@ def test_a_loss_that_cannot_be_used_is_told(folder: Path, name: str, said: str) 
 
 
 def test_what_own_code_raises_anywhere_in_a_task_is_told_with_its_place(folder: Path) -> None:
-    """Of a batch source, whose class nothing else looks at before a cell is built."""
-    source = "class Own:\n    def __init__(self, context):\n        raise KeyError('mine')\n"
+    """Of what a batch source says that it costs, which nothing else looks at."""
+    source = (
+        "from kdbench.engine.inputs import Source\n\n\nclass Own(Source):\n"
+        "    def __init__(self, context):\n        pass\n\n"
+        "    def sets(self, now):\n        pass\n\n    def cost(self, steps):\n        raise KeyError('mine')\n"
+    )
     stage = {"name": "training", "source": "own", "losses": {"ce": {"loss": "cross_entropy", "input": "made"}}}
     cards = registry(
         folder,
@@ -339,7 +343,7 @@ def test_what_own_code_raises_anywhere_in_a_task_is_told_with_its_place(folder: 
     with pytest.raises(UserError) as told:
         TaskRunner(lambda event: None, lambda: False).run(task)
     assert str(told.value) == (
-        f"{folder / 'own_source.py'}:3: your own code failed: KeyError: 'mine'\n  in __init__: raise KeyError('mine')"
+        f"{folder / 'own_source.py'}:12: your own code failed: KeyError: 'mine'\n  in cost: raise KeyError('mine')"
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 from synthetic import comparison, make, plain_record, write
 
 from kdbench.errors import UserError
-from kdbench.record import Record, read_records
+from kdbench.record import Record, metrics, read_records
 from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.contents import Entry, Note, Table
@@ -28,6 +28,7 @@ from kdbench.results.page import html
 from kdbench.results.plots import metric_curves
 from kdbench.results.tables import build
 from kdbench.results.texts import latex, markdown
+from kdbench.verify.soundness import problems
 
 PACKAGES = r"\usepackage{booktabs,xltabular}"
 VALUES = {"ce": [93.5, 93.7, 93.6], "kd": [94.0, 94.1, 93.9], "ab": [94.6, 94.3, 94.6]}
@@ -371,6 +372,27 @@ def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() ->
     said = notes(build(records))
     assert "Agreement is the share of equal activation signs of student (through its connector) and teacher" in said
     assert "A student that ignores its input can reach 95.1 % to 95.8 % at layer1.preact." in said
+
+
+def test_a_metric_without_a_value_is_absent_and_told(tmp_path: Path) -> None:
+    values = {"own": [{"layer1": 0.5, "layer2": None}, {"layer1": None, "layer2": None}], "other": [{"layer1": None}]}
+    for m, several in values.items():
+        for s, held in enumerate(several):
+            lines = [{"step": n, "epoch": n, "test": {"accuracy": 90.0}, "metrics": {"distance": held}} for n in (1, 2)]
+            more = {"result__metrics": {"distance": held}, "result__references": {"distance": {"layer1": None}}}
+            write(tmp_path / f"{m}-{s}", plain_record(m, s, 90.0, order=len(m), **more), lines)
+    records = read_records([tmp_path])
+    assert "distance.layer1" in records_csv(records)
+    table = build(records)
+    assert "| OWN | 0.5 | – |" in markdown(table) and "| OTHER | – | – |" in markdown(table)
+    assert "Distance could not be measured at each hook point in 3 cells." in notes(table)
+    of = {row["method"]: row for row in csv.DictReader(io.StringIO(table_csv(table)))}
+    assert (of["own"]["distance.layer1"], of["own"]["distance.layer2"]) == ("0.5", "")
+    assert metric_curves(records, tmp_path) == [tmp_path / "distance.png"] and "distance" in html(table, records)
+    without = [record for record in records if record.cell.method == "other"]
+    assert not metric_curves(without, tmp_path) and "| OTHER | – |" in markdown(build(without))
+    assert html(build(without), without)
+    assert not [one for one in problems(records[0], metrics(records[0].folder or "")) if "result.metrics" in one]
 
 
 def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: Path) -> None:
