@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from kdbench.data.streams import address
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import import_target, is_module
 from kdbench.engine.weights import load_file, locate, start_from, weight_file
 from kdbench.errors import UserError, failure
 from kdbench.files import find_weights
@@ -62,6 +62,7 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
                 f"{data.image_size}, {data.classes} classes): {told}",
                 hint=f"'kdbench show models {spec.name}' lists what its options mean",
             ) from None
+    is_module(model, f"model '{spec.name}': '{spec.target}'")
     notes = []
     if spec.weights is not None:
         notes = load_file(model, weight_file(spec), spec.name, entry=spec.entry, new_classes=True)

@@ -101,9 +101,10 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
             model = import_target(spec.target)(
                 **spec.options, classes=data.classes, channels=data.channels, image_size=data.image_size
             )
+        n = sum(parameter.numel() for parameter in model.parameters())
     except (Exception, SystemExit):  # noqa: BLE001 - not every network can be built without values; building it says what is wrong
         return
-    if (n := sum(parameter.numel() for parameter in model.parameters())) > MOST_PARAMETERS:
+    if n > MOST_PARAMETERS:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
-from kdbench.engine.targets import import_target, in_words
+from kdbench.engine.targets import import_target, in_words, is_module
 from kdbench.engine.teacher import own_teacher_stages
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
@@ -100,6 +100,7 @@ def build_module(
         try:
             told = {name: tell(name) for name in asked(spec.target, called=False)}
             module: nn.Module = import_target(spec.target)(**given, **told, **spec.options)
+            is_module(module, "its function")
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module can fail in any way
             what, hint = in_words(error)
             raise UserError(f"{place}: '{spec.name}' cannot be built for {given}: {what}", hint=hint) from None

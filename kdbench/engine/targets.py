@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from kdbench.errors import CellError, UserError, failure
 
 
@@ -31,6 +33,12 @@ def code_of(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code can fail in any way
         raise UserError(f"{what}: {in_words(error)[0]}") from None
+
+
+def is_module(made: Any, what: str) -> None:
+    """Raises UserError for what a card's code makes in place of a module."""
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{what} gives {type(made).__name__}, no nn.Module", hint="return a torch.nn.Module")
 
 
 def in_words(error: BaseException) -> tuple[str, str | None]:

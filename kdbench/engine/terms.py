@@ -15,7 +15,7 @@ from kdbench.engine.build import build_schedule
 from kdbench.engine.metrics import check_metrics
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
-from kdbench.engine.targets import code_of, import_target, in_words
+from kdbench.engine.targets import code_of, import_target, in_words, is_module
 from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
@@ -98,7 +98,8 @@ class Term(nn.Module):
                 ]
                 if self.call is None:
                     pairs = zip(layer.connectors, students, strict=True)
-                    behind = [_behind(connector, shape) for connector, shape in pairs]
+                    with code_of(f"{place}: its connector"):
+                        behind = [_behind(connector, shape) for connector, shape in pairs]
                     shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
                     told = {one: cell.tell(one, stage, points) for one in asked(spec.loss.target, called=False)}
                     self.functions.append(_built(target, shapes, self.options | told, place))
@@ -349,6 +350,7 @@ def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[M
 def _built(target: Any, shapes: Sequence[Any], options: Mapping[str, Any], place: str) -> nn.Module:
     with code_of(place):
         module: nn.Module = target(*shapes, **options)
+        is_module(module, "its loss")
     return module
 
 
@@ -374,6 +376,7 @@ def _connector(spec: TargetSpec, student: Shape, teacher: Shape, place: str) -> 
             hint=hint
             or "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')",
         ) from None
+    is_module(connector, f"{place}: connector '{spec.name}' ({spec.target})")
     return connector
 
 
