@@ -244,6 +244,7 @@ def broken_connector(student_shape, teacher_shape): return {}["absent"]
 def no_connector(student_shape, teacher_shape): return None
 def no_model(classes, channels, image_size): return [classes]
 def leaving_schedule(): sys.exit()
+def broken_optimizer(params): return {}["absent"]
 
 
 class BrokenConnector(nn.Module):
@@ -308,6 +309,7 @@ class Net(nn.Module):
 NAMES = ["same", "as_tensor", "gives_nothing", "fails", "leaves", "smaller", "other_mode", "no_transform"]
 MEASURED = ["each_image", "number", "raising", "leaving", "doubling", "not_a_number", "good", "later"]
 
+OPTIMIZER = "broken_optimizer"
 CONNECTORS = ["leaving_connector", "broken_connector", "no_connector", "BrokenConnector"]
 
 
@@ -326,13 +328,21 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     losses |= {
         name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later", "wrong_key", "WithWeight")
     }
-    method = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
+    method: dict[str, Any] = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
     cards = {
         "transforms": {name: {"target": f"own_code:{name}"} for name in [*NAMES, "cannot_be_made"]},
         "losses": losses,
         "connectors": {name: {"target": f"own_code:{name}"} for name in CONNECTORS},
         "schedules": {"leaving_schedule": {"target": "own_code:leaving_schedule"}},
-        "methods": {"own": method},
+        "methods": {
+            "own": method,
+            "answers": method | {"predicts": {"name": "BrokenConnector", "student": "pooled"}},
+            "optimizer": {
+                "title": "Own",
+                "stages": [method["stages"][0] | {"optimizer": {"name": "broken_optimizer"}}],
+            },
+        },
+        "optimizers": {OPTIMIZER: {"target": f"own_code:{OPTIMIZER}"}},
         "models": {
             "own": {"target": "own_code:Net", "hooks": "own"},
             "no": {"target": "own_code:no_model", "hooks": "own"},
@@ -466,6 +476,8 @@ def stage(**loss: Any) -> dict[str, Any]:
             "connector 'no_connector' .* gives NoneType, no nn.Mod",
         ),
         ({"method": stage(loss="WithWeight", connector="BrokenConnector")}, r"its connector: KeyError: 'absent' \(own"),
+        ({"method": "answers"}, r"cannot answer through 'predicts': KeyError: 'absent' \(own"),
+        ({"method": "optimizer"}, r"optimizer 'broken_optimizer': KeyError: 'absent' \(own"),
         ({"student": "no"}, "model 'no': 'own_code:no_model' gives list, no nn.Module"),
         ({"method": stage(loss="good", weight_schedule="leaving_schedule")}, f"schedule 'leaving_schedule' .*{LEAVES}"),
     ],
