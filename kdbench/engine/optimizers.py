@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from kdbench.engine.build import build_schedule
-from kdbench.engine.targets import import_target
-from kdbench.errors import UserError
+from kdbench.engine.targets import code_of, import_target
 from kdbench.recipe.coded import TargetSpec
 from kdbench.schedules import Moment
 
@@ -235,8 +234,6 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
         options |= {"capturable": True, "lr": torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)}
     else:
         groups = parameters
-    try:
+    with code_of(f"optimizer '{spec.name}'"):
         optimizer: torch.optim.Optimizer = kind(groups, **options)
-    except ValueError as error:
-        raise UserError(f"optimizer '{spec.name}': {error}") from None
     return optimizer

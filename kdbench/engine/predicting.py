@@ -9,7 +9,7 @@ from kdbench.engine.averaging import Average
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.network import Network
 from kdbench.engine.surroundings import Surroundings, build_module
-from kdbench.errors import UserError
+from kdbench.errors import UserError, failure
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec
 
@@ -83,10 +83,13 @@ def check_answers(cell: Surroundings) -> None:
     try:
         with torch.no_grad():
             logits = built(torch.zeros(2, *data.image_shape))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"the student cannot answer through 'predicts': {error}") from None
-    if tuple(logits.shape) != (2, data.classes):
-        raise UserError(f"'predicts' gives {list(logits.shape)} for two images, not [2, {data.classes}]")
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's head can fail in any way
+        raise UserError(f"the student cannot answer through 'predicts': {failure(error)}") from None
+    given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if given != [2, data.classes]:
+        raise UserError(f"'predicts' gives {given} for two images, not [2, {data.classes}]")
 
 
 def untrained(spec: CellSpec) -> nn.Module:

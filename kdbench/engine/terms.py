@@ -15,7 +15,7 @@ from kdbench.engine.build import build_schedule, made
 from kdbench.engine.metrics import check_metrics
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
 from kdbench.models.points import expand
@@ -103,7 +103,8 @@ class Term(nn.Module):
                 ]
                 if self.call is None:
                     pairs = zip(layer.connectors, students, strict=True)
-                    behind = [_behind(connector, shape) for connector, shape in pairs]
+                    with code_of(f"{place}: its connector"):
+                        behind = [_behind(connector, shape) for connector, shape in pairs]
                     shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
                     told = {one: cell.tell(one, stage, points) for one in asked(spec.loss.target, called=False)}
                     of_class = spec.loss.model_copy(update={"options": self.options | told})

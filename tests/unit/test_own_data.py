@@ -241,7 +241,27 @@ def leaves_later(student, teacher):
 
 def leaving_connector(student_shape, teacher_shape): sys.exit()
 def broken_connector(student_shape, teacher_shape): return {}["absent"]
+def no_connector(student_shape, teacher_shape): return None
+def no_model(classes, channels, image_size): return [classes]
 def leaving_schedule(): sys.exit()
+def broken_optimizer(params): return {}["absent"]
+
+
+class BrokenConnector(nn.Module):
+    def __init__(self, student_shape, teacher_shape):
+        super().__init__()
+
+    def forward(self, student):
+        return {}["absent"]
+
+
+class WithWeight(nn.Module):
+    def __init__(self, student_shape, teacher_shape):
+        super().__init__()
+        self.last = nn.Linear(student_shape[0], teacher_shape[0])
+
+    def forward(self, student, teacher):
+        return distance(self.last(student), teacher)
 
 
 def each_image(student, teacher): return (student - teacher).square().mean(1)
@@ -289,6 +309,9 @@ class Net(nn.Module):
 NAMES = ["same", "as_tensor", "gives_nothing", "fails", "leaves", "smaller", "other_mode", "no_transform"]
 MEASURED = ["each_image", "number", "raising", "leaving", "doubling", "not_a_number", "good", "later"]
 
+OPTIMIZER = "broken_optimizer"
+CONNECTORS = ["leaving_connector", "broken_connector", "no_connector", "BrokenConnector"]
+
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
@@ -302,15 +325,28 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     losses["no_reference"] = losses["good"] | {"references": {"good": "own_code:NoReference"}}
     losses["no_teacher"] = losses["good"] | {"target": "own_code:of_labels"}
     losses["good"] |= {"references": {"good": "own_code:Reference"}}
-    losses |= {name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later", "wrong_key")}
-    method = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
+    losses |= {
+        name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later", "wrong_key", "WithWeight")
+    }
+    method: dict[str, Any] = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
     cards = {
         "transforms": {name: {"target": f"own_code:{name}"} for name in [*NAMES, "cannot_be_made"]},
         "losses": losses,
-        "connectors": {name: {"target": f"own_code:{name}"} for name in ("leaving_connector", "broken_connector")},
+        "connectors": {name: {"target": f"own_code:{name}"} for name in CONNECTORS},
         "schedules": {"leaving_schedule": {"target": "own_code:leaving_schedule"}},
-        "methods": {"own": method},
-        "models": {"own": {"target": "own_code:Net", "hooks": "own"}},
+        "methods": {
+            "own": method,
+            "answers": method | {"predicts": {"name": "BrokenConnector", "student": "pooled"}},
+            "optimizer": {
+                "title": "Own",
+                "stages": [method["stages"][0] | {"optimizer": {"name": "broken_optimizer"}}],
+            },
+        },
+        "optimizers": {OPTIMIZER: {"target": f"own_code:{OPTIMIZER}"}},
+        "models": {
+            "own": {"target": "own_code:Net", "hooks": "own"},
+            "no": {"target": "own_code:no_model", "hooks": "own"},
+        },
         "hooks": {"own": {"points": {"layer1": "features", "pooled": "input(last)"}}},
     }
     (folder / "cards.yaml").write_text(yaml.safe_dump(cards))
@@ -435,10 +471,18 @@ def stage(**loss: Any) -> dict[str, Any]:
         ({"method": stage(loss="leaves_at_once")}, f"loss 'own' .*{LEAVES}"),
         ({"method": stage(loss="good", connector="leaving_connector")}, f"connector 'leaving_connector' .*{LEAVES}"),
         ({"method": stage(loss="good", connector="broken_connector")}, r"KeyError: 'absent' \(own_code.py:\d+\)"),
+        (
+            {"method": stage(loss="good", connector="no_connector")},
+            "connector 'no_connector' .* is a NoneType, not a torch",
+        ),
+        ({"method": stage(loss="WithWeight", connector="BrokenConnector")}, r"its connector: KeyError: 'absent' \(own"),
+        ({"method": "answers"}, r"cannot answer through 'predicts': KeyError: 'absent' \(own"),
+        ({"method": "optimizer"}, r"optimizer 'broken_optimizer': KeyError: 'absent' \(own"),
+        ({"student": "no"}, "model 'no' cannot be built .* is a list, not a torch.nn.Module"),
         ({"method": stage(loss="good", weight_schedule="leaving_schedule")}, f"schedule 'leaving_schedule' .*{LEAVES}"),
     ],
 )
-def test_code_that_ends_the_program_is_an_error_before_training(over: dict[str, Any], told: str, own: Registry) -> None:
+def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told: str, own: Registry) -> None:
     with pytest.raises(UserError, match=told):
         check_cell(cell(own, **over))
 
