@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, shortened
 
 _PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
@@ -27,6 +27,10 @@ CHECKPOINT, ROUTE, EVENTS = "checkpoint.pt", "route", "events"
 PUBLISHED = (METRICS, LOGITS, RECORD)
 # What a cell that goes on elsewhere does not read.
 UNREAD = (EVENTS, METRICS, LOGITS)
+# Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
+TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
+# What the name of a run ends with that tries settings for another.
+TRIALS = ".trials"
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -40,16 +44,49 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def expanded(path: str | Path, where: str | None = None) -> Path:
+    """A path that the user gave, with `~` and `~name` as the home folders that they stand for.
+
+    Args:
+        where: it stands.
+
+    Raises:
+        UserError: nobody knows that home folder, and nothing here is called so.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        if os.path.lexists(path):
+            return Path(path)
+        what = f"there is no home folder '{Path(path).parts[0]}', as '{path}' has it"
+        raise UserError(what, where, "write the whole path") from None
+
+
+def paths_of(given: str | Path | Iterable[str | Path], where: str | None = None) -> tuple[Path, ...]:
+    """Paths that the user gave: one, or several.
+
+    Args:
+        where: they stand.
+
+    Raises:
+        UserError: something else than a path, or an unknown home folder.
+    """
+    each = (given,) if isinstance(given, str | Path) else tuple(given)
+    if other := [one for one in each if not isinstance(one, str | os.PathLike)]:
+        raise UserError(f"a path is a text or a Path, not {shortened(other[0])}", where)
+    return tuple(expanded(one, where) for one in each)
+
+
 def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
     if set_by_user := os.environ.get("KDBENCH_HOME"):
-        return Path(set_by_user).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdbench"
+        return expanded(set_by_user, "KDBENCH_HOME")
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "kdbench"
 
 
 def folders_in(variable: str) -> list[Path]:
     """Folders that an environment variable names, several separated as in PATH."""
-    return [Path(part).expanduser() for part in os.environ.get(variable, "").split(os.pathsep) if part]
+    return [expanded(part, variable) for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
 def sha256_of(file: Path) -> str:
@@ -66,14 +103,13 @@ def atomic(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,
     finds the old file or the new one, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    # Made here, so that it has the permissions of any new file, whoever writes it.
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -135,9 +171,10 @@ def weight_folders() -> list[Path]:
     return [*folders_in("KDBENCH_WEIGHTS"), Path("weights"), home() / "weights", SHARE / "registry" / "weights"]
 
 
-def find_weights(file: str) -> Path | None:
-    """A weight file by name in the weight folders, or by its own path; None when it is nowhere."""
-    if os.path.isfile(path := Path(file).expanduser()):
+def find_weights(file: str, where: str | None = None) -> Path | None:
+    """A weight file by name in the weight folders, or by its own path; None when it is nowhere. `where`: its name
+    stands."""
+    if os.path.isfile(path := expanded(file, where)):
         return path
     for folder in weight_folders():
         if os.path.isfile(found := folder / below(file)):

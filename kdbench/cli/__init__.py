@@ -15,6 +15,7 @@ import typer
 
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError
+from kdbench.files import expanded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,14 +74,11 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    # A shell opens ~ at the beginning of a word only.
-    words = [
-        re.sub(r"^(--[\w-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)
-        for word in sys.argv[1:]
-    ]
     try:
-        if odd := next((word for word in words if re.search("[\ud800-\udfff]", word)), None):
+        if odd := next((word for word in sys.argv[1:] if re.search("[\ud800-\udfff]", word)), None):
             raise UserError(f"not in UTF-8: {os.fsencode(odd)!r}", "command line", "rename the file, or set the locale")
+        # A shell opens ~ at the beginning of a word only, and of no word in quotes.
+        words = [re.sub(r"(?s)^(--[\w-]+=|)(~.*)", _with_home, word) for word in sys.argv[1:]]
         app(with_address(words), standalone_mode=True)
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
@@ -102,6 +100,10 @@ def main() -> None:
         hint = "check that the path exists, is not too long, and can be written"
         hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
+
+
+def _with_home(word: re.Match[str]) -> str:
+    return word[1] + str(expanded(word[2], "command line"))
 
 
 # What ends a program beside Ctrl-C, where the system has it.

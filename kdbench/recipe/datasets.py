@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import expanded, home
 from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
@@ -27,8 +27,8 @@ def with_folders(tree: Tree, registry: Registry) -> Tree:
         if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or os.path.isdir(name)):
             continue
         where = tree.origin((key, "name"))
-        given = {**choice, "name": _card_of(Path(name).expanduser(), where, registry)}
-        given["root"] = str(Path(name).expanduser().resolve().parent)
+        folder = expanded(name, where)
+        given = {**choice, "name": _card_of(folder, where, registry), "root": str(folder.resolve().parent)}
         tree = Tree({**tree.data, key: given}, {**tree.origins, (key, "root"): where})
     return tree
 

@@ -49,7 +49,7 @@ def publish(run: Path, out: Path, replace: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name
-        made.mkdir(mode=0o755)
+        made.mkdir()
         for file in sums.published_files(run):
             if file.parent == run:
                 shutil.copy(file, made)

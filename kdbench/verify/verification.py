@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kdbench.engine.finished import names
-from kdbench.engine.tuning import TRIALS, chosen, known_of, tried_plan
+from kdbench.engine.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
-from kdbench.files import BEST, LOGITS, RUN, STUDENT, sha256_of
+from kdbench.files import BEST, LOGITS, RUN, STUDENT, TRIALS, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded

@@ -1,0 +1,160 @@
+"""What a command finds around it: folders, home folders, permissions, streams, variables and disks of all kinds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import kdbench
+from kdbench.cli import main
+from kdbench.errors import UserError
+from kdbench.files import TEACHERS, TRIALS, atomic, expanded, home
+from kdbench.recipe.loading import load
+from kdbench.record import read_records, unfinished
+from kdbench.registry import Registry
+
+CELLS = ["ce-seed0-dd220819", "kd-seed0-9d9a250a"]
+NOBODY = "~nobody_is_called_so"
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder `runs` with the run `quickstart` of two cells, and a third cell of an earlier plan of it."""
+    folder, committed = tmp_path / "runs" / "quickstart", ROOT / "results" / "quickstart"
+    for cell in [*CELLS, "kd-seed1-" + next(committed.glob("kd-seed1-*")).name.rpartition("-")[2]]:
+        shutil.copytree(committed / cell, folder / cell)
+    about = json.loads((committed / "recipe.json").read_text()) | {"cells": CELLS}
+    (folder / "recipe.json").write_text(json.dumps(about))
+    return tmp_path / "runs"
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["kdbench", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
+    """Neither trials, nor teachers, nor cells of an earlier plan stand beside them."""
+    shutil.copytree(runs / "quickstart" / CELLS[0], runs / f"quickstart{TRIALS}" / "ce-seed100-dd220819")
+    shutil.copytree(runs / "quickstart" / CELLS[0], runs / TEACHERS / "digits-dd220819")
+    assert [record.folder.name for record in read_records(runs) if record.folder] == CELLS
+    for begun in (runs / f"quickstart{TRIALS}" / "at-seed100-1", runs / TEACHERS / "other-1"):
+        begun.mkdir()
+        (begun / "metrics.jsonl").touch()
+    assert unfinished([runs]) == []
+    # Who names them gets them.
+    assert len(read_records(runs / f"quickstart{TRIALS}")) == 1
+    assert len(read_records(runs / TEACHERS)) == 1
+
+
+def test_an_unknown_home_folder_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Said) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("run", f"{NOBODY}/my.yaml"),
+        ("run", "quickstart", "--data", f"{NOBODY}/data"),
+        ("run", "quickstart", f"--runs={NOBODY}/runs"),
+        ("check", "quickstart", f"data={NOBODY}/pictures"),
+        ("ls", "methods", "--registry", f"{NOBODY}/registry"),
+        ("check", "quickstart", "teacher={model: wrn_10_1, " + f"weights: {NOBODY}/w.pt" + "}"),
+    ):
+        assert called(monkeypatch, *words) == 2, words
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and NOBODY in said and "write the whole path" in said, (words, said)
+    assert not list(tmp_path.iterdir())
+    for variable in ("KDBENCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv("KDBENCH_HOME", raising=False)
+        monkeypatch.setenv(variable, f"{NOBODY}/cache")
+        with pytest.raises(UserError, match=NOBODY) as caught:
+            home()
+        assert caught.value.where == variable
+
+
+def test_home_folders_are_opened_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("seeds: 2\n")
+    (tmp_path / "over.yaml").write_text("include: ~/my.yaml\n")
+    assert load("~/over.yaml").data == {"seeds": 2}
+    (tmp_path / "cards").mkdir()
+    assert Registry("~/cards").folders[-1] == tmp_path / "cards"
+    # What is called so is meant.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NOBODY).mkdir()
+    assert expanded(NOBODY) == Path(NOBODY)
+
+
+def test_the_home_folder_is_not_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have none."""
+
+    def nowhere(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("KDBENCH_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert home() == Path("/somewhere/kdbench")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_have_the_permissions_of_new_ones(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic(tmp_path / "ours") as temporary:
+            temporary.write_text("text")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {file.name for file in tmp_path.iterdir()} == {"ours", "plain"}
+
+
+def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = runs / "quickstart"
+    assert len(kdbench.table(str(run))) == len(kdbench.table([run])) == 2
+    with pytest.raises(UserError, match="no record has the number 'agreement'"):
+        kdbench.table(run, columns="agreement")
+    record = read_records(run)[0]
+    assert len(kdbench.table(record)) == 1
+    planned: list[object] = []
+
+    def stop(recipe: object, registry: Registry, overrides: tuple[str, ...]) -> None:
+        planned.extend([registry.folders[-1], overrides])
+        raise UserError("enough")
+
+    (tmp_path / "reg").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
+        patch.setattr("kdbench.recipe.planning.plan", stop)
+        kdbench.run("quickstart", "seeds=2", registries="reg")
+    assert planned == [Path("reg"), ("seeds=2",)]
+    with pytest.raises(UserError, match="there is no registry folder 'nowhere'"):
+        kdbench.load_student(run / CELLS[0], registries="nowhere")
+    with pytest.raises(UserError, match="a path is a text or a Path, not 3"):
+        kdbench.run("quickstart", registries=[3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="an override is a text, not 3"):
+        kdbench.run("quickstart", [3])  # type: ignore[list-item]
+
+
+def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdbench.engine.options import Options
+
+    given: list[Options] = []
+
+    def stop(planned: object, how: Options) -> None:
+        given.append(how)
+        raise UserError("enough")
+
+    monkeypatch.setattr("kdbench.engine.tuning.tuned", stop)
+    with pytest.raises(UserError, match="enough"):
+        kdbench.run("quickstart", data_roots="pictures", runs="~/runs")
+    assert given[0].data_roots == (Path("pictures"),)
+    assert given[0].runs == Path("~/runs").expanduser()
