@@ -62,6 +62,15 @@ def expanded(path: str | Path, where: str | None = None) -> Path:
         raise UserError(what, where, "write the whole path") from None
 
 
+def no_file(path: Path) -> str | None:
+    """What stands at a path in place of a file; None where nothing does."""
+    if path.is_dir():
+        return "this is a folder, not a regular file"
+    if path.is_symlink():
+        return f"this is a link to '{os.readlink(path)}', where nothing is"
+    return "this is not a regular file" if path.exists() else None
+
+
 def paths_of(given: str | Path | Iterable[str | Path], where: str | None = None) -> tuple[Path, ...]:
     """Paths that the user gave: one, or several.
 

@@ -67,7 +67,8 @@ class Registry:
         self.folders = [SHARE / "registry", *_installed()]
         for folder in paths_of(folders, "--registry"):
             if not folder.is_dir():
-                raise UserError(f"there is no registry folder '{folder}'", where="--registry")
+                what = f"'{folder}' is a file" if folder.exists() else f"there is no registry folder '{folder}'"
+                raise UserError(what, "--registry", "give a folder that holds cards and their Python files")
             if folder.resolve() in [known.resolve() for known in self.folders]:
                 continue
             self.folders.append(folder)

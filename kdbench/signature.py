@@ -49,7 +49,7 @@ def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
     module_name, _, object_name = target.partition(":")
     file = source_file(module_name, target)
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(file.read_bytes())
     except SyntaxError as error:
         raise UserError(f"not valid Python: {error.msg}", where=f"{file}:{error.lineno}") from None
     for node in tree.body:

@@ -10,7 +10,7 @@ import yaml
 
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, did_you_mean, shortened
-from kdbench.files import SHARE, expanded
+from kdbench.files import SHARE, expanded, no_file
 from kdbench.recipe.choices import Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
@@ -35,6 +35,8 @@ def find(recipe: str, base: Path | None = None) -> Path:
     for file in candidates:
         if os.path.isfile(file):
             return file
+    if what := next(filter(None, map(no_file, candidates)), None):
+        raise UserError(f"'{recipe}' is no recipe: {what}", hint="'kdbench ls recipes' lists the shipped ones")
     if recipe.endswith((".yaml", ".yml")):
         name = Path(recipe).stem
         raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -18,6 +20,7 @@ from kdbench.files import TEACHERS, TRIALS, atomic, expanded, home
 from kdbench.recipe.loading import load
 from kdbench.record import read_records, unfinished
 from kdbench.registry import Registry
+from kdbench.signature import parameters
 
 CELLS = ["ce-seed0-dd220819", "kd-seed0-9d9a250a"]
 NOBODY = "~nobody_is_called_so"
@@ -158,3 +161,86 @@ def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
         kdbench.run("quickstart", data_roots="pictures", runs="~/runs")
     assert given[0].data_roots == (Path("pictures"),)
     assert given[0].runs == Path("~/runs").expanduser()
+
+
+@pytest.mark.parametrize("command", [("check",), ("show", "recipes"), ("cp",)])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder.yaml", "'folder.yaml' is no recipe: this is a folder"),
+        ("folder", "'folder' is no recipe: this is a folder"),
+        ("link.yaml", "'link.yaml' is no recipe: this is a link to '/nowhere'"),
+        ("latin.yaml", "latin.yaml: this file is damaged, or not text in UTF-8"),
+        ("closed.yaml", "closed.yaml: cannot be read: Permission denied"),
+    ],
+)
+def test_what_is_no_recipe_says_so(
+    name: str, said: str, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd_files(tmp_path, monkeypatch)
+    after = ["copy.yaml"] if command == ("cp",) else []
+    assert called(monkeypatch, *command, name, *after) == 2
+    assert said in capsys.readouterr().err
+    (tmp_path / "over.yaml").write_text(f"include: {name}\n")
+    with pytest.raises(UserError) as caught:
+        load("over.yaml")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder.yaml", "folder.yaml: this is a folder"),
+        ("link.yaml", "link.yaml: this is a link to '/nowhere'"),
+        ("latin.yaml", "latin.yaml: this file is damaged, or not text in UTF-8"),
+        ("closed.yaml", "closed.yaml: cannot be read: Permission denied"),
+    ],
+)
+def test_what_is_no_card_file_says_so(name: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cards" / "losses").mkdir(parents=True)
+    odd_files(tmp_path, monkeypatch)
+    (tmp_path / name).rename(tmp_path / "cards" / "losses" / name)
+    with pytest.raises(UserError) as caught:
+        Registry(tmp_path / "cards")
+    assert said in str(caught.value)
+
+
+def test_a_file_is_no_registry(tmp_path: Path) -> None:
+    (tmp_path / "cards.yaml").touch()
+    with pytest.raises(UserError, match=r"cards\.yaml' is a file"):
+        Registry(tmp_path / "cards.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbfseeds: 2\n")
+    assert load(tmp_path / "my.yaml").data == {"seeds": 2}
+    (tmp_path / "cards" / "losses").mkdir(parents=True)
+    (tmp_path / "cards" / "losses" / "my.yaml").write_bytes(b"\xef\xbb\xbfmine: {target: 'kdbench.losses:kd'}\n")
+    assert "mine" in Registry(tmp_path / "cards").keys("losses")
+
+
+def test_own_python_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_latin.py").write_bytes(b"def loss(student):\n    return student  # caf\xe9\n")
+    with pytest.raises(UserError, match="not valid Python"):
+        parameters("own_latin:loss")
+    (tmp_path / "own_declared.py").write_bytes(b"# coding: latin-1\ndef loss(student): return student  # caf\xe9\n")
+    assert list(parameters("own_declared:loss")) == ["student"]
+
+
+def odd_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that cannot be read, of every kind. Root may read all: who opens one is answered as others are."""
+    (folder / "folder.yaml").mkdir()
+    (folder / "folder").mkdir()
+    (folder / "link.yaml").symlink_to("/nowhere")
+    (folder / "latin.yaml").write_bytes(b"seeds: 2 # caf\xe9\n")
+    (folder / "closed.yaml").write_text("seeds: 2\n")
+    given = Path.open
+
+    def refusing(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "closed.yaml":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return given(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refusing)
