@@ -49,7 +49,9 @@ def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
     module_name, _, object_name = target.partition(":")
     file = source_file(module_name, target)
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = ast.parse(importlib.util.decode_source(file.read_bytes()))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not text in UTF-8: {error}", str(file), "save it as text in UTF-8") from None
     except SyntaxError as error:
         raise UserError(f"not valid Python: {error.msg}", where=f"{file}:{error.lineno}") from None
     for node in tree.body:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from kdbench.engine.build import build_schedule
-from kdbench.engine.targets import import_target
-from kdbench.errors import UserError
+from kdbench.engine.targets import import_target, where_raised
+from kdbench.errors import UserError, shortened
 from kdbench.recipe.coded import TargetSpec
 from kdbench.schedules import Moment
 
@@ -225,7 +225,7 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     """An optimizer over parameters; one of torch's takes its rate as a tensor where it can.
 
     Raises:
-        UserError: options that it refuses.
+        UserError: options that it refuses, a class that fails, or another than torch's optimizers are of.
     """
     kind = import_target(spec.target)
     options: dict[str, Any] = dict(spec.options)
@@ -236,7 +236,13 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     else:
         groups = parameters
     try:
-        optimizer: torch.optim.Optimizer = kind(groups, **options)
+        optimizer = kind(groups, **options)
     except ValueError as error:
         raise UserError(f"optimizer '{spec.name}': {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        how = f"{type(error).__name__}: {error} {where_raised(error)}"
+        raise UserError(f"optimizer '{spec.name}' cannot be built: {how}") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        what = f"optimizer '{spec.name}' is no torch.optim.Optimizer: {shortened(optimizer)}"
+        raise UserError(what, hint="derive its class from torch.optim.Optimizer")
     return optimizer
