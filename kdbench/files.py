@@ -1,9 +1,11 @@
 """Files: written atomically, hashed, and found in the folders where users keep weights."""
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,9 @@ _PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
 SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 
+
+# Bytes that are left on a disk on which nothing more can be written, at most.
+FULL = 1 << 16
 
 # What a run's folder holds beside those of its cells, and what a cell's holds.
 RUN = "recipe.json"
@@ -107,10 +112,22 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def disk_full(error: BaseException) -> UserError | None:
+    """What is said of an error where it is a full disk; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    what = f"the disk is full: {error.filename or 'nothing more can be written'}"
+    return UserError(what, hint="make room and repeat the command: what is finished is kept")
+
+
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,
-    finds the old file or the new one, never a part."""
+    finds the old file or the new one, never a part.
+
+    Raises:
+        OSError: whoever wrote it failed on a full disk, whatever they call that.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     # Made here, so that it has the permissions of any new file, whoever writes it.
@@ -120,6 +137,12 @@ def atomic(file: Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+    except (UserError, TypeError, ValueError):
+        raise
+    except Exception as error:
+        if disk_full(error) is None and shutil.disk_usage(file.parent).free >= FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

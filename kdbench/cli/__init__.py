@@ -15,7 +15,7 @@ import typer
 
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError
-from kdbench.files import expanded
+from kdbench.files import disk_full, expanded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,12 +93,12 @@ def main() -> None:
     except CellError as error:
         _end(1, f"failed: {error}")
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"the disk is full: {error.filename or 'nothing more can be written'}" if full else str(error)
+        if full := disk_full(error):
+            _end(2, f"error: {full}")
+        what = str(error)
         if error.errno == errno.ENOENT and error.filename is None:
             what = "the folder in which this was started is no longer there"
         hint = "check that the path exists, is not too long, and can be written"
-        hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
 
 

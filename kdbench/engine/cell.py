@@ -13,6 +13,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, is_lost
 from kdbench.engine.targets import where_raised
 from kdbench.errors import CellError, UserError
+from kdbench.files import disk_full
 
 
 @dataclass(eq=False)
@@ -46,8 +47,9 @@ class TrainingCell:
         except Exception as error:  # noqa: BLE001 - one cell's user code must not end the others
             way = self.member.computing
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
-            self.failure = f"{type(error).__name__}: {error} {where_raised(error)}"
-            if self.log is not None:
+            full = disk_full(error)
+            self.failure = str(full or f"{type(error).__name__}: {error} {where_raised(error)}")
+            if self.log is not None and full is None:
                 file = self.folder / "error.txt"
                 # On a full disk there is none, and the others go on all the same.
                 with suppress(OSError):

@@ -16,6 +16,7 @@ from typing import IO
 from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
 from kdbench.engine.pool import ENDS, LEAVE_SECONDS
 from kdbench.errors import CellError, UserError
+from kdbench.files import disk_full
 
 
 class Worker:
@@ -58,6 +59,9 @@ class Worker:
                 self.emit(Gone(code=1, why=str(error)))
                 os._exit(1)
             except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
+                if full := disk_full(error):
+                    self.emit(Failed(message=full.what, by_user=True, hint=full.hint))
+                    continue
                 self.emit(Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc()))
         runner.close()
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 import kdbench
 from kdbench.cli import main
+from kdbench.engine import checkpoint
+from kdbench.engine.anchors import keep_checkpoint
+from kdbench.engine.cell import TrainingCell
 from kdbench.engine.check import check_cell
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
-from kdbench.files import TEACHERS, TRIALS, atomic, expanded, home
+from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, expanded, home
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -373,3 +381,41 @@ def test_sound_ones_pass(own_cards: Registry) -> None:
     checked(own_cards, "protocol.optimizer=Sound", "protocol.schedule=sound")
     # Weights may be negative, rates not.
     checked(own_cards, "method.stages.classification.losses.ce.weight_schedule=negative")
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which nothing more can be written. Its writers say that in words of their own."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=4096))
+
+    def failing(*_: Any, **named: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 329024 vs 328912")
+
+    monkeypatch.setattr("torch.save", failing)
+    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(full: None, tmp_path: Path) -> None:
+    file = tmp_path / CHECKPOINT
+    file.write_text("the one before")
+    with pytest.raises(UserError, match=f"the disk is full: {re.escape(str(file))}") as caught:
+        checkpoint.save(tmp_path, {})
+    assert caught.value.hint and "make room and repeat the command" in caught.value.hint
+    with pytest.raises(UserError, match=r"the disk is full: .*00000003\.safetensors"):
+        keep_checkpoint(tmp_path, [], torch.nn.Linear(1, 1), 3, 1.0, None)
+    assert file.read_text() == "the one before"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [CHECKPOINT]
+
+
+def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> None:
+    member: Any = SimpleNamespace(computing=REFERENCE, batches=SimpleNamespace(ranks=SimpleNamespace(size=1)))
+    cell = TrainingCell(member, tmp_path, {}, log=object())  # type: ignore[arg-type]
+    with cell.failures():
+        save_tensors(tmp_path / "student.safetensors", {})
+    assert cell.failure and cell.failure.startswith("the disk is full: ") and "make room" in cell.failure
+    assert not list(tmp_path.iterdir())
+    # Other faults stay what they are.
+    other = TrainingCell(member, tmp_path, {}, None)
+    with other.failures(), atomic(tmp_path / "record.json"):
+        raise ValueError("Out of range float values")
+    assert other.failure and other.failure.startswith("ValueError: Out of range")
