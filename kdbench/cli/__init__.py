@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import unicodedata
+from typing import Any
 
 import typer
 
@@ -59,8 +60,7 @@ def with_address(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
-    # Closed by whoever started this ('>&-'): what is printed is not wanted.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    keep_streams()
     _fit_encodings()
     if sys.platform not in ("linux", "darwin"):
         print("note: kdbench is made for Linux and macOS; on Windows it is tried in WSL only", file=sys.stderr)
@@ -114,6 +114,36 @@ def _end(code: int, message: str) -> None:
     with contextlib.suppress(OSError):  # Full as well: the code says it.
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+class _Heard(io.FileIO):
+    """An output that somebody may stop reading, as `2>&1 | head -1` does. The rest is not wanted: the work goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def keep_streams() -> None:
+    """Standard streams that were closed by whoever started this ('>&-') lead nowhere, for worker processes too, which
+    would else take a file of theirs for one. Messages may lose their reader at any time."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        output = io.BufferedWriter(_Heard(2, "w", closefd=False))
+        encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        sys.stderr = io.TextIOWrapper(output, encoding, errors, line_buffering=True)
 
 
 # What stands for characters that an output's encoding lacks.

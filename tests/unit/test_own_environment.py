@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -419,3 +420,27 @@ def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> 
     with other.failures(), atomic(tmp_path / "record.json"):
         raise ValueError("Out of range float values")
     assert other.failure and other.failure.startswith("ValueError: Out of range")
+
+
+CHILD = "import os, sys; os.fstat(2); os.fstat(1); assert sys.stderr and sys.stdout"
+SAYING = """
+import subprocess, sys, time
+from kdbench.cli import keep_streams
+keep_streams()
+time.sleep({wait})
+for _ in range(3):
+    print("nobody reads this", file=sys.stderr, flush=True)
+done = subprocess.run([sys.executable, "-c", {child!r}])
+open("done", "w").write(str(done.returncode))
+"""
+
+
+@pytest.mark.parametrize(("outputs", "wait"), [("2>&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0), ("2>&1 | true", 0.3)])
+def test_work_goes_on_where_nobody_listens(outputs: str, wait: float, tmp_path: Path) -> None:
+    """In this process and in those that it starts."""
+    (tmp_path / "saying.py").write_text(SAYING.format(wait=wait, child=CHILD))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} saying.py {outputs}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
+    assert (tmp_path / "done").read_text() == "0", done
+    assert not done.stderr
