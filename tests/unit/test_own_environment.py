@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import kdbench
 from kdbench.cli import main
+from kdbench.cli.run import started_by_torchrun
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.cell import TrainingCell
@@ -444,3 +445,41 @@ def test_work_goes_on_where_nobody_listens(outputs: str, wait: float, tmp_path: 
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
     assert (tmp_path / "done").read_text() == "0", done
     assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "RANK is 'x', and must be a whole number from 0 to 1"),
+        ({"RANK": "2"}, "RANK is '2'"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "1e3"}, "WORLD_SIZE is '1e3'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set, but"),
+        ({"RANK": None, "MASTER_PORT": ""}, "RANK and MASTER_PORT are not set, but"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not set, but"),
+    ],
+)
+def test_variables_that_torchrun_does_not_set_so(
+    variables: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
+    for name, value in (whole | variables).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        started_by_torchrun(False, None)
+    assert said in caught.value.what and caught.value.where == "environment" and "torchrun" in str(caught.value.hint)
+
+
+def test_an_address_alone_makes_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "x")
+    assert started_by_torchrun(False, None) == (0, 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_by_torchrun(False, None) == (1, 2)
