@@ -76,6 +76,26 @@ def no_file(path: Path) -> str | None:
     return "this is not a regular file" if path.exists() else None
 
 
+def is_recipe(path: Path) -> bool:
+    """Whether a path is named as recipes are."""
+    return path.suffix in (".yaml", ".yml")
+
+
+def meant(path: Path, wanted: str, holds: str) -> str:
+    """A hint where a command got another path than it takes: which folders it takes, and which are probably meant.
+
+    Args:
+        holds: the file that such a folder holds: of a run, or of a cell.
+    """
+    name = path.stem if is_recipe(path) else path.name
+    below = (holds, f"*/{holds}") if holds == RUN else (holds, f"*/{holds}", f"*/*/{holds}")
+    folders = [folder for folder in (path, Path("runs") / name, Path("results") / name) if folder.is_dir()]
+    found = [file.parent for folder in folders for place in below for file in sorted(folder.glob(place))]
+    shown = [f"'{one}'" for one in dict.fromkeys(found) if one.parent.name != TEACHERS]
+    as_these = f", as {', '.join(shown[:3])}{' …' if len(shown) > 3 else ''}" if shown else f", which holds a {holds}"
+    return f"{'this is a recipe: ' if is_recipe(path) else ''}give {wanted}{as_these}"
+
+
 def paths_of(given: str | Path | Iterable[str | Path], where: str | None = None) -> tuple[Path, ...]:
     """Paths that the user gave: one, or several.
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from kdbench import record_parts as parts
 from kdbench.errors import UserError
-from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, paths_of, sha256_of
+from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, meant, paths_of, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec, DataSpec
@@ -304,7 +304,10 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
     files: dict[Path, Path] = {}
     for path in given:
         if not path.exists():
-            raise UserError("there is no such folder", where=str(path), hint="give a folder with finished cells")
+            raise UserError("there is no such folder", str(path), meant(path, "a folder with finished cells", RUN))
+        if path.is_file() and path.suffix != ".json":
+            what = "this is a file, and no record of a cell"
+            raise UserError(what, str(path), meant(path, "a folder with finished cells", RUN))
         for file in _of_cells(RECORD, path) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     if not files:

@@ -483,3 +483,35 @@ def test_an_address_alone_makes_no_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert started_by_torchrun(False, None) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("table", "quickstart.yaml"), "this is a recipe: give a folder with finished cells, as 'runs/quickstart'"),
+        (("plot", "quickstart.yaml"), "this is a recipe: give a folder with finished cells, as 'runs/quickstart'"),
+        (("verify", "quickstart.yaml"), "this is a recipe: give a folder that holds one comparison, as 'runs/quick"),
+        (("publish", "quickstart.yaml"), "this is a recipe: give the folder of a run, as 'runs/quickstart'"),
+        (
+            ("export", "quickstart.yaml", "--onnx"),
+            f"this is a recipe: give the folder of a finished cell, as 'runs/quickstart/{CELLS[0]}'",
+        ),
+        (
+            ("analyse", "boundary", "quickstart.yaml"),
+            "this is a recipe: give a folder with finished cells, as 'runs/quickstart'",
+        ),
+        (("table", "quickstart"), "there is no such folder\n  give a folder with finished cells, as 'runs/quick"),
+        (("publish", "runs"), "give the folder of a run, as 'runs/quickstart'"),
+        (("verify", "runs"), "give a folder that holds one comparison, as 'runs/quickstart'"),
+        (("export", "runs/quickstart", "--onnx"), f"as 'runs/quickstart/{CELLS[0]}', "),
+        (("publish", "nowhere"), "give the folder of a run, which holds a recipe.json"),
+    ],
+)
+def test_the_folder_that_is_probably_meant(
+    words: tuple[str, ...], said: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    (runs.parent / "quickstart.yaml").write_text("seeds: 1\n")
+    assert called(monkeypatch, *words) == 2
+    found = capsys.readouterr().err
+    assert said in found, found
