@@ -32,6 +32,7 @@ def command(
         float | None,
         typer.Option(
             min=0,
+            max=100,
             help="Allowed difference in percentage points where a rerun cannot be exact, as on another processor "
             "(default: 3 standard deviations over the seeds, at least 1).",
         ),
@@ -49,7 +50,7 @@ def command(
     from rich.text import Text
 
     from kdbench.cli.console import page
-    from kdbench.engine.options import Options
+    from kdbench.engine.options import MOST_SECONDS, Options
     from kdbench.registry import Registry
     from kdbench.verify.findings import Finding, verdict
     from kdbench.verify.verification import verify
@@ -60,7 +61,11 @@ def command(
     cards = Registry(folders)
     console = page()
     options = Options(
-        device=device, data_roots=tuple(data or ()), download=download, registries=folders, checkpoint_seconds=1e9
+        device=device,
+        data_roots=tuple(data or ()),
+        download=download,
+        registries=folders,
+        checkpoint_seconds=MOST_SECONDS,
     )
     findings = verify(folder, cards, options.roots())
     for finding in findings:

@@ -63,7 +63,7 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         raise UserError(what, tree.origin(("data", "validation")))
     if left < card.classes or (choice.per_class or 0) * card.classes > left:
         what = f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice"
-        hint = f"after the validation split {left:.0f} images are left"
+        hint = f"after the validation split {max(left, 0):.0f} images are left"
         raise UserError(what, tree.origin(("data", "per_class" if choice.per_class else "validation")), hint)
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
         hint = f"its labels are 0 to {card.classes - 1}"

@@ -26,6 +26,7 @@ from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import REFERENCE
+from kdbench.engine.options import Options
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
 from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, expanded, home
@@ -161,8 +162,6 @@ def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdbench.engine.options import Options
-
     given: list[Options] = []
 
     def stop(planned: object, how: Options) -> None:
@@ -515,3 +514,50 @@ def test_the_folder_that_is_probably_meant(
     assert called(monkeypatch, *words) == 2
     found = capsys.readouterr().err
     assert said in found, found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"checkpoint_seconds": float("inf")}, "'checkpoint_seconds' is inf"),
+        ({"checkpoint_seconds": float("nan")}, "'checkpoint_seconds' is nan"),
+        ({"checkpoint_seconds": -1}, "'checkpoint_seconds' is -1"),
+        ({"checkpoint_seconds": "60"}, "'checkpoint_seconds' is '60'"),
+        ({"jobs": 0}, "'jobs' is 0, and must be a whole number of at least 1"),
+        ({"jobs": 1.5}, "'jobs' is 1.5"),
+        ({"threads": 100_000}, "'threads' is 100000, and must be a whole number from 1 to 1024"),
+        ({"threads": True}, "'threads' is True"),
+    ],
+)
+def test_numbers_that_mean_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Options(**options)
+    assert said in caught.value.what
+
+
+def test_numbers_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Said, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert called(monkeypatch, "run", "quickstart", "--checkpoint-seconds", "inf") == 2
+    assert "error: --checkpoint-seconds: " in capsys.readouterr().err
+    for words in (
+        *(("run", "quickstart", option) for option in ("--checkpoint-seconds=nan", "--jobs=-1", "--threads=inf")),
+        *(("bench", option) for option in ("--seconds=inf", "--minutes=inf", "--rounds=1000000000", "--threads=nan")),
+        ("verify", "runs", "--tolerance=inf"),
+        ("logits", "fill", "quickstart", "--threads=100000"),
+    ):
+        assert called(monkeypatch, *words) == 2, words
+        assert "Invalid value" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trials", [10**9, 1001])
+def test_more_trials_than_anybody_plans(trials: int) -> None:
+    tune = (f"tune.trials={trials}", "tune.kd.temperature={low: 1, high: 2}")
+    with pytest.raises(UserError, match=f"'tune.trials' cannot be {trials}"):
+        plan("quickstart", Registry(), tune)
+
+
+def test_more_cells_to_tune_by_than_anybody_trains() -> None:
+    tune = ("tune.trials=1000", "tune.kd.temperature={low: 1, high: 2}", "tune.seeds=[100, 101]")
+    with pytest.raises(UserError, match="16,000 cells to tune by, more than 10,000"):
+        plan("quickstart", Registry(), tune)
