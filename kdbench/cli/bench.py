@@ -28,9 +28,7 @@ EXAMPLES = (
 def command(
     recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="What is timed.")] = None,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Turns of every lane.")] = 3,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.1, max=3600, help="Length of a turn (default: 2, on a GPU 1).")
-    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, max=3600, help="Of a turn (default: 2, GPU 1).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,

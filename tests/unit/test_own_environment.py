@@ -561,3 +561,12 @@ def test_more_cells_to_tune_by_than_anybody_trains() -> None:
     tune = ("tune.trials=1000", "tune.kd.temperature={low: 1, high: 2}", "tune.seeds=[100, 101]")
     with pytest.raises(UserError, match="16,000 cells to tune by, more than 10,000"):
         plan("quickstart", Registry(), tune)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_plots_need_no_backend(backend: str, tmp_path: Path) -> None:
+    """A notebook's variable reaches the commands that are started in it."""
+    code = "from kdbench.drawing import panels, save, style\nwith style(): save(panels(1, 1, (1, 1))[0], 'plot.png')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert (tmp_path / "plot.png").is_file(), done.stderr
