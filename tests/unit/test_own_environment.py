@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import kdbench
 from kdbench.cli import main
+from kdbench.cli.progress import clock
 from kdbench.cli.run import started_by_torchrun
 from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep_checkpoint
@@ -570,3 +571,31 @@ def test_plots_need_no_backend(backend: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
     assert (tmp_path / "plot.png").is_file(), done.stderr
+
+
+def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    monkeypatch.chdir(runs.parent)
+    shutil.copytree(runs, runs.parent / "results")
+    shutil.rmtree(runs / "quickstart" / CELLS[1])
+    few = ("seeds=1", "compare.method=[ce,kd,at]", "--no-time")
+    assert called(monkeypatch, "check", "quickstart", *few) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 cells are finished, 1 of them published in results/quickstart" in said
+    assert called(monkeypatch, "check", "quickstart", *few, "--results", "nowhere") == 0
+    assert "1 of 3 cells are finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (None, "–"),
+        (0.2, "0 s"),
+        (59.6, "1 min 00 s"),
+        (1668, "27 min 48 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (100_080, "27 h 48 min"),
+    ],
+)
+def test_a_time_says_its_units(seconds: float | None, said: str) -> None:
+    assert clock(seconds) == said
