@@ -24,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Run, compare and publish knowledge-distillation experiments.",
-    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
+    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab\n\n"
+    "Environment:  KDBENCH_HOME (cache)   ·   KDBENCH_DATA, KDBENCH_WEIGHTS (folders)   ·   KDBENCH_CIFAR_MIRROR",
 )
 
 # In the order of the help.

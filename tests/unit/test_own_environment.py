@@ -599,3 +599,13 @@ def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_a_time_says_its_units(seconds: float | None, said: str) -> None:
     assert clock(seconds) == said
+
+
+def test_every_variable_that_is_read_is_documented(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "kdbench").rglob("*.py"))
+    table = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    read = {*re.findall(r"KDBENCH_[A-Z_]+", code)}
+    assert read == {*re.findall(r"^\| `(KDBENCH_[A-Z_]+)` \|", table, re.MULTILINE)} and len(read) > 3
+    assert called(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in read)
