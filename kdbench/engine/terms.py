@@ -178,16 +178,17 @@ class Term(nn.Module):
             values: network ("student", "teacher") -> input set -> hook point -> value.
             numbers: the present values of `numbers`, on the device; those of the first step where not given.
         """
-        total: Tensor | None = None
+        # What a user's loss returns; `check` tells what is no tensor.
+        total: Any = None
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
             function = self._call(sets) or self.functions[position]
             options = {**self.options, **layer.told, **now} if self.call else {**layer.told, **now}
             value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+            total = value if position == 0 else total + value
+        found: Tensor = total
+        return found
 
     def compile_loss(self, size: int) -> None:
         """Have a loss that is a plain function run as a compiled graph: a few kernels in place of dozens.
@@ -274,7 +275,8 @@ class Term(nn.Module):
             raise UserError(f"{what} changes what it is given, in place", hint=hint)
         if not isinstance(result, Tensor) or result.dim():
             given = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise UserError(f"{what} returned {given}", hint="a loss returns a scalar tensor: take .mean() or .sum()")
+            hint = "a loss returns a scalar tensor, with its gradient: take .mean() or .sum(), and no .item()"
+            raise UserError(f"{what} returned {'nothing' if result is None else given}", hint=hint)
         if not torch.isfinite(result):
             raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
         reads = {"student", "other"} & {*self.spec.loss.inputs}

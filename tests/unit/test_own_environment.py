@@ -276,6 +276,12 @@ def failing(): return {}["rate"]
 def sound(): return Schedule(lambda epochs: 1.0 if epochs < 3 else 0.1, clock="epochs")
 
 
+def none(student, teacher): pass
+def number(student, teacher): return ((student - teacher) ** 2).mean().item()
+def listed(student, teacher): return [3]
+def vector(student, teacher): return ((student - teacher) ** 2).mean(1)
+
+
 class Raising(torch.optim.Optimizer):
     def __init__(self, params): raise KeyError("rate")
 
@@ -339,14 +345,22 @@ OPTIMIZERS = {
 }
 
 
+LOSSES = {"none": "nothing", "number": "float", "listed": "list", "vector": "shape (8,)"}
+
+
 @pytest.fixture(scope="module")
 def own_cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """Cards of optimizers and schedules of all kinds, sound ones too."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own_training.py").write_text(OWN)
-    cards = {
+    cards: dict[str, Any] = {
         "schedules": {name: {"target": f"own_training:{name}"} for name in [*SCHEDULES, "sound"]},
         "optimizers": {name: {"target": f"own_training:{name}"} for name in [*OPTIMIZERS, "Sound"]},
+    }
+    losses = {loss: {"own": {"loss": f"own_training:{loss}"}} for loss in LOSSES}
+    cards["methods"] = {
+        name: {"title": name, "note": name, "stages": [{"name": "train", "losses": terms}]}
+        for name, terms in losses.items()
     }
     (folder / "cards.yaml").write_text(json.dumps(cards))
     with pytest.MonkeyPatch.context() as patch:
@@ -609,3 +623,23 @@ def test_every_variable_that_is_read_is_documented(monkeypatch: pytest.MonkeyPat
     assert called(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
     assert all(name in said for name in read)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_returned_is_told(name: str, own_cards: Registry) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(own_cards, f"method={name}", "teacher=wrn_16_2_digits")
+    assert f"loss 'own' (own_training:{name}) returned {LOSSES[name]}" in caught.value.what
+    assert "a loss returns a scalar tensor" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("wrn_16_2", "hook points: stem, layer1, layer1.preact, layer2, layer2.preact, layer3, layer3.preact, pooled"),
+        ("timm:resnet18", "hook points: stem, layer1, layer1.preact, layer2, "),
+    ],
+)
+def test_a_models_hook_points_are_shown(model: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    assert called(monkeypatch, "show", "models", model) == 0
+    assert said in capsys.readouterr().out
