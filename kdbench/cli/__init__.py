@@ -118,12 +118,13 @@ def _end(code: int, message: str) -> None:
 
 
 class _Heard(io.FileIO):
-    """An output that somebody may stop reading, as `2>&1 | head -1` does. The rest is not wanted: the work goes on."""
+    """An output that somebody may stop reading, as `2>&1 | head -1` does, or that goes to a full disk. The rest is lost,
+    and the work goes on."""
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or 0
-        except BrokenPipeError:
+            return super().write(data)
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
