@@ -118,8 +118,8 @@ def _end(code: int, message: str) -> None:
 
 
 class _Heard(io.FileIO):
-    """An output that somebody may stop reading, as `2>&1 | head -1` does, or that goes to a full disk. The rest is lost,
-    and the work goes on."""
+    """An output whose reader may leave, as `2>&1 | head -1` does, or whose disk may be full: the rest is lost, and the
+    work goes on."""
 
     def write(self, data: Any) -> int:
         try:
