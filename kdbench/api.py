@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 def run(
     recipe: str | Path | dict[str, Any],
-    overrides: Iterable[str] | dict[str, Any] = (),
+    overrides: str | Iterable[str] | dict[str, Any] = (),
     *,
     runs: str | Path = "runs",
-    registries: Iterable[str | Path] = (),
+    registries: str | Path | Iterable[str | Path] = (),
     **options: Any,
 ) -> list[Record]:
     """Train every cell of a recipe that is not finished yet.
 
     Args:
         recipe: A file, the name of a shipped recipe, or a dictionary with the keys of a recipe.
-        overrides: Strings "dotted.path=value", or a dictionary of dotted paths to values.
+        overrides: Strings "dotted.path=value" (or one alone), or a dictionary of dotted paths to values.
         runs: Folder in which the run's folder, `<recipe>/`, is written.
-        registries: Folders with your own cards. Their Python files are executed.
+        registries: Folders with your own cards, or one alone. Their Python files are executed.
         options: Fields of `kdbench.engine.options.Options` (jobs, threads, device, data_roots, download, …).
 
     Returns:
@@ -43,15 +43,19 @@ def run(
     from kdbench.engine.runner import run as run_plan
     from kdbench.engine.tuning import tuned
     from kdbench.errors import CellError
+    from kdbench.files import expanded, paths_of
     from kdbench.recipe.planning import plan
     from kdbench.record import read_records
     from kdbench.registry import Registry
     from kdbench.tree import plain
 
-    folders = tuple(Path(folder) for folder in registries)
-    texts = [f"{k}={json.dumps(plain(v))}" for k, v in overrides.items()] if isinstance(overrides, dict) else overrides
-    planned = plan(plain(recipe) if isinstance(recipe, dict) else recipe, Registry(folders), tuple(texts))
-    how = Options(runs=Path(runs), registries=folders, **options)
+    folders = paths_of(registries, "registries")
+    if isinstance(overrides, dict):
+        overrides = [f"{path}={json.dumps(plain(value))}" for path, value in overrides.items()]
+    texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
+    planned = plan(plain(recipe) if isinstance(recipe, dict) else recipe, Registry(folders), texts)
+    options["data_roots"] = paths_of(options.get("data_roots") or (), "data_roots")
+    how = Options(runs=expanded(runs, "runs"), registries=folders, **options)
     planned = tuned(planned, how)
     outcome = run_plan(planned, how)
     if outcome.failed:
@@ -60,11 +64,11 @@ def run(
     return read_records(outcome.finished)
 
 
-def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> pandas.DataFrame:
+def table(records: str | Path | Record | Iterable[Record | str | Path], **options: Any) -> pandas.DataFrame:
     """A comparison table of records: mean, deviation, n and paired difference for each method.
 
     Args:
-        records: Records, or folders that hold them.
+        records: Records, or folders that hold them; one alone too.
         options: Arguments of `kdbench.results.tables.build` (baseline, metric, interval, published, …).
 
     Returns:
@@ -77,14 +81,14 @@ def table(records: Iterable[Record] | Iterable[str | Path], **options: Any) -> p
     from kdbench.results.frames import to_frame
     from kdbench.results.tables import build
 
-    given = list(records)
-    found = [r for r in given if isinstance(r, Record)]
-    paths = [Path(r) for r in given if not isinstance(r, Record)]
+    given = [records] if isinstance(records, str | Path | Record) else list(records)
+    found = [one for one in given if isinstance(one, Record)]
+    paths = [one for one in given if not isinstance(one, Record)]
     return to_frame(build([*found, *(read_records(paths) if paths else [])], **options))
 
 
 def load_student(
-    folder: str | Path, registries: Iterable[str | Path] = (), weights: Literal["last", "best"] = "last"
+    folder: str | Path, registries: str | Path | Iterable[str | Path] = (), weights: Literal["last", "best"] = "last"
 ) -> nn.Module:
     """The trained network of a finished cell, in eval mode, on the CPU.
 
@@ -104,5 +108,6 @@ def load_student(
         UserError: There is no finished cell, or its weights are missing or not those of its record.
     """
     from kdbench.engine import trained
+    from kdbench.files import expanded
 
-    return trained.load_student(Path(folder), registries, weights)
+    return trained.load_student(expanded(folder, "load_student"), registries, weights)

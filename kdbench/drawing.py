@@ -5,12 +5,16 @@ For tables and for single methods alike.
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +37,7 @@ MOST_CHANGED = 0.15
 @contextmanager
 def style() -> Iterator[None]:
     """Our own look, whatever the user's matplotlibrc says."""
-    import matplotlib
-
+    matplotlib = _library()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
@@ -101,8 +104,7 @@ def svg(figure: Figure, title: str, name: str) -> str:
         title: what it shows, read out to who cannot see it.
         name: different for each figure of a page, so that no id in it comes twice.
     """
-    import matplotlib
-
+    matplotlib = _library()
     _lay_out(figure)
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
@@ -118,6 +120,21 @@ def svg(figure: Figure, title: str, name: str) -> str:
         f'<svg class="chart" role="img" aria-label="{escape(title)}" {found[1]} xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">{inside}'
     )
+
+
+def _library() -> ModuleType:
+    """matplotlib, which cannot be imported where `$MPLBACKEND` names a backend that is not here, as a notebook's has it
+    for the commands that are started in it. None is used here: plots are only written."""
+    if "matplotlib" in sys.modules or (given := os.environ.pop("MPLBACKEND", None)) is None:
+        return importlib.import_module("matplotlib")
+    try:
+        library = importlib.import_module("matplotlib")
+    finally:
+        os.environ["MPLBACKEND"] = given
+    # The choice holds for who goes on in this process.
+    with suppress(ValueError):
+        library.rcParams["backend"] = given
+    return library
 
 
 def _lay_out(figure: Figure) -> None:

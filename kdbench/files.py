@@ -1,22 +1,27 @@
 """Files: written atomically, hashed, and found in the folders where users keep weights."""
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, shortened
 
 _PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
 SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 
+
+# Bytes that are left on a disk on which nothing more can be written, at most.
+FULL = 1 << 16
 
 # What a run's folder holds beside those of its cells, and what a cell's holds.
 RUN = "recipe.json"
@@ -27,6 +32,10 @@ CHECKPOINT, ROUTE, EVENTS = "checkpoint.pt", "route", "events"
 PUBLISHED = (METRICS, LOGITS, RECORD)
 # What a cell that goes on elsewhere does not read.
 UNREAD = (EVENTS, METRICS, LOGITS)
+# Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
+TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
+# What the name of a run ends with that tries settings for another.
+TRIALS = ".trials"
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -40,16 +49,78 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def expanded(path: str | Path, where: str | None = None) -> Path:
+    """A path that the user gave, with `~` and `~name` as the home folders that they stand for.
+
+    Args:
+        where: it stands.
+
+    Raises:
+        UserError: nobody knows that home folder, and nothing here is called so.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        if os.path.lexists(path):
+            return Path(path)
+        what = f"there is no home folder '{Path(path).parts[0]}', as '{path}' has it"
+        raise UserError(what, where, "write the whole path") from None
+
+
+def no_file(path: Path) -> str | None:
+    """What stands at a path in place of a file; None where nothing does."""
+    if path.is_dir():
+        return "this is a folder, not a regular file"
+    if path.is_symlink():
+        return f"this is a link to '{os.readlink(path)}', where nothing is"
+    return "this is not a regular file" if path.exists() else None
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether a path is named as recipes are."""
+    return path.suffix in (".yaml", ".yml")
+
+
+def meant(path: Path, wanted: str, holds: str) -> str:
+    """A hint where a command got another path than it takes: which folders it takes, and which are probably meant.
+
+    Args:
+        holds: the file that such a folder holds: of a run, or of a cell.
+    """
+    name = path.stem if is_recipe(path) else path.name
+    below = (holds, f"*/{holds}") if holds == RUN else (holds, f"*/{holds}", f"*/*/{holds}")
+    folders = [folder for folder in (path, Path("runs") / name, Path("results") / name) if folder.is_dir()]
+    found = [file.parent for folder in folders for place in below for file in sorted(folder.glob(place))]
+    shown = [f"'{one}'" for one in dict.fromkeys(found) if one.parent.name != TEACHERS]
+    as_these = f", as {', '.join(shown[:3])}{' …' if len(shown) > 3 else ''}" if shown else f", which holds a {holds}"
+    return f"{'this is a recipe: ' if is_recipe(path) else ''}give {wanted}{as_these}"
+
+
+def paths_of(given: str | Path | Iterable[str | Path], where: str | None = None) -> tuple[Path, ...]:
+    """Paths that the user gave: one, or several.
+
+    Args:
+        where: they stand.
+
+    Raises:
+        UserError: something else than a path, or an unknown home folder.
+    """
+    each = (given,) if isinstance(given, str | Path) else tuple(given)
+    if other := [one for one in each if not isinstance(one, str | os.PathLike)]:
+        raise UserError(f"a path is a text or a Path, not {shortened(other[0])}", where)
+    return tuple(expanded(one, where) for one in each)
+
+
 def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
     if set_by_user := os.environ.get("KDBENCH_HOME"):
-        return Path(set_by_user).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kdbench"
+        return expanded(set_by_user, "KDBENCH_HOME")
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "kdbench"
 
 
 def folders_in(variable: str) -> list[Path]:
     """Folders that an environment variable names, several separated as in PATH."""
-    return [Path(part).expanduser() for part in os.environ.get(variable, "").split(os.pathsep) if part]
+    return [expanded(part, variable) for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
 def sha256_of(file: Path) -> str:
@@ -61,20 +132,37 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def disk_full(error: BaseException) -> UserError | None:
+    """What is said of an error where it is a full disk; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    what = f"the disk is full: {error.filename or 'nothing more can be written'}"
+    return UserError(what, hint="make room and repeat the command: what is finished is kept")
+
+
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,
-    finds the old file or the new one, never a part."""
+    finds the old file or the new one, never a part.
+
+    Raises:
+        OSError: whoever wrote it failed on a full disk, whatever they call that.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    # Made here, so that it has the permissions of any new file, whoever writes it.
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, file)
+    except (UserError, TypeError, ValueError):
+        raise
+    except Exception as error:
+        if disk_full(error) is None and shutil.disk_usage(file.parent).free >= FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -135,9 +223,10 @@ def weight_folders() -> list[Path]:
     return [*folders_in("KDBENCH_WEIGHTS"), Path("weights"), home() / "weights", SHARE / "registry" / "weights"]
 
 
-def find_weights(file: str) -> Path | None:
-    """A weight file by name in the weight folders, or by its own path; None when it is nowhere."""
-    if os.path.isfile(path := Path(file).expanduser()):
+def find_weights(file: str, where: str | None = None) -> Path | None:
+    """A weight file by name in the weight folders, or by its own path; None when it is nowhere. `where`: its name
+    stands."""
+    if os.path.isfile(path := expanded(file, where)):
         return path
     for folder in weight_folders():
         if os.path.isfile(found := folder / below(file)):

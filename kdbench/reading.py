@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError
+from kdbench.files import no_file
 
 # Bytes of a file, levels of its nesting, and size of its whole numbers and of others (whose squares must be finite), at
 # most. A record has 15 kB and ten levels.
@@ -38,8 +39,8 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
         UserError: absent, no regular file, too large, not UTF-8.
     """
     try:
-        if file.exists() and not file.is_file():
-            raise UserError("this is not a regular file", where=str(file), hint=hint)
+        if not file.is_file() and (what := no_file(file)):
+            raise UserError(what, where=str(file), hint=hint)
         with file.open("rb") as stream:
             content = stream.read(most + 1)
         if len(content) > most:
@@ -50,7 +51,9 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
     except UnicodeError as error:
         what = f"this file is damaged, or not text in UTF-8: {error}"
         raise UserError(what, where=str(file), hint=hint or "save it as text in UTF-8") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}", where=str(file), hint=hint) from None
+    except ValueError as error:
         raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None
 
 

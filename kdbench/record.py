@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 
 from kdbench import record_parts as parts
 from kdbench.errors import UserError
-from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, sha256_of
+from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, meant, paths_of, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec, DataSpec
@@ -292,7 +292,7 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
     return file
 
 
-def read_records(paths: Iterable[str | Path]) -> list[Record]:
+def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
     """All records at or below the given folders and files, each file once.
 
     Folders in the given order, and inside a folder by path.
@@ -300,12 +300,15 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
     Raises:
         UserError: a path that does not exist, no record at all, or a record that cannot be read.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    given = paths_of(paths)
     files: dict[Path, Path] = {}
     for path in given:
         if not path.exists():
-            raise UserError("there is no such folder", where=str(path), hint="give a folder with finished cells")
-        for file in _records_below(path) if path.is_dir() else [path]:
+            raise UserError("there is no such folder", str(path), meant(path, "a folder with finished cells", RUN))
+        if path.is_file() and path.suffix != ".json":
+            what = "this is a file, and no record of a cell"
+            raise UserError(what, str(path), meant(path, "a folder with finished cells", RUN))
+        for file in _of_cells(RECORD, path) if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     if not files:
         hint = f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them"
@@ -313,18 +316,24 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
     return [read_record(file) for file in files.values()]
 
 
-def _records_below(folder: Path) -> list[Path]:
-    """Records below a folder by path; of a run's folder, those of the cells that its last plan had."""
+def _of_cells(name: str, folder: Path) -> list[Path]:
+    """Files of that name in the cells' folders at or below a folder, by path. Of a run's folder: of the cells that its
+    last plan had. Of a folder of runs: of all but those that try settings, and without the teachers beside them."""
     cells = read_run(folder).cells if (folder / RUN).exists() else None
-    if cells is None:
-        return sorted(folder.rglob(RECORD))
-    return sorted(file for cell in cells if (file := inside(folder, cell) / RECORD).is_file())
+    if cells is not None:
+        return sorted(file for cell in cells if (file := inside(folder, cell) / name).is_file())
+    found = [folder / name] if (folder / name).is_file() else []
+    for below in sorted(folder.iterdir()):
+        apart = below.name.endswith(TRIALS) or below.name == TEACHERS
+        if below.is_dir() and not below.is_symlink() and not apart:
+            found += _of_cells(name, below)
+    return found
 
 
-def unfinished(paths: Iterable[str | Path]) -> list[Path]:
+def unfinished(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Folders of cells that began (they hold metrics) and have no record, at or below the given folders, by path."""
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    begun = {file.parent for path in given if path.is_dir() for file in path.rglob(METRICS)}
+    given = paths_of(paths)
+    begun = {file.parent for path in given if path.is_dir() for file in _of_cells(METRICS, path)}
     return sorted(folder for folder in begun if not (folder / RECORD).is_file())
 
 

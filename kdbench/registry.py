@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from kdbench.cards import KINDS, AnalysisCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
-from kdbench.files import SHARE
+from kdbench.files import SHARE, paths_of
 from kdbench.names import Shipped, targets_in
 from kdbench.signature import Parameter, check_one_file, check_options, own_code_sha256, parameters
 from kdbench.told import TOLD, inputs_of, is_module, losses_in
@@ -62,12 +62,13 @@ class Registry:
         folders: further registry folders, in order. Each is added to `sys.path`, since its cards point at its modules.
     """
 
-    def __init__(self, folders: Iterable[Path] = ()) -> None:
+    def __init__(self, folders: str | Path | Iterable[str | Path] = ()) -> None:
         self.trees: dict[str, dict[str, Tree]] = {kind: {} for kind in KINDS}
         self.folders = [SHARE / "registry", *_installed()]
-        for folder in folders:
+        for folder in paths_of(folders, "--registry"):
             if not folder.is_dir():
-                raise UserError(f"there is no registry folder '{folder}'", where="--registry")
+                what = f"'{folder}' is a file" if folder.exists() else f"there is no registry folder '{folder}'"
+                raise UserError(what, "--registry", "give a folder that holds cards and their Python files")
             if folder.resolve() in [known.resolve() for known in self.folders]:
                 continue
             self.folders.append(folder)

@@ -59,7 +59,9 @@ def _written(file: Path) -> tuple[int, int]:
 @functools.cache
 def _parameters(file: Path, written: tuple[int, int], object_name: str, called: bool) -> dict[str, Parameter]:
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        tree = ast.parse(importlib.util.decode_source(file.read_bytes()))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not text in UTF-8: {error}", str(file), "save it as text in UTF-8") from None
     except SyntaxError as error:
         raise UserError(f"not valid Python: {error.msg}", where=f"{file}:{error.lineno}") from None
     for node in tree.body:

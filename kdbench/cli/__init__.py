@@ -10,11 +10,13 @@ import re
 import signal
 import sys
 import unicodedata
+from typing import Any
 
 import typer
 
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError, raised_by_own_code
+from kdbench.files import disk_full, expanded
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Run, compare and publish knowledge-distillation experiments.",
-    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab",
+    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab\n\n"
+    "Environment:  KDBENCH_HOME (cache)   ·   KDBENCH_DATA, KDBENCH_WEIGHTS (folders)   ·   KDBENCH_CIFAR_MIRROR",
 )
 
 # In the order of the help.
@@ -58,8 +61,7 @@ def with_address(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
-    # Closed by whoever started this ('>&-'): what is printed is not wanted.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    keep_streams()
     _fit_encodings()
     if sys.platform not in ("linux", "darwin"):
         print("note: kdbench is made for Linux and macOS; on Windows it is tried in WSL only", file=sys.stderr)
@@ -73,14 +75,11 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-    # A shell opens ~ at the beginning of a word only.
-    words = [
-        re.sub(r"^(--[\w-]+=)(~.*)", lambda found: found[1] + os.path.expanduser(found[2]), word)
-        for word in sys.argv[1:]
-    ]
     try:
-        if odd := next((word for word in words if re.search("[\ud800-\udfff]", word)), None):
+        if odd := next((word for word in sys.argv[1:] if re.search("[\ud800-\udfff]", word)), None):
             raise UserError(f"not in UTF-8: {os.fsencode(odd)!r}", "command line", "rename the file, or set the locale")
+        # A shell opens ~ at the beginning of a word only, and of no word in quotes.
+        words = [re.sub(r"(?s)^(--[\w-]+=|)(~.*)", _with_home, word) for word in sys.argv[1:]]
         app(with_address(words), standalone_mode=True)
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
@@ -97,17 +96,21 @@ def main() -> None:
     except CellError as error:
         _end(1, f"failed: {error}")
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"the disk is full: {error.filename or 'nothing more can be written'}" if full else str(error)
+        if full := disk_full(error):
+            _end(2, f"error: {full}")
+        what = str(error)
         if error.errno == errno.ENOENT and error.filename is None:
             what = "the folder in which this was started is no longer there"
         hint = "check that the path exists, is not too long, and can be written"
-        hint = "make room and repeat the command: what is finished is kept" if full else hint
         _end(2, f"error: {what[:1000]}\n  {hint}")
     except Exception as error:
         if found := raised_by_own_code(error):
             _end(2, f"error: {found}")
         raise
+
+
+def _with_home(word: re.Match[str]) -> str:
+    return word[1] + str(expanded(word[2], "command line"))
 
 
 # What ends a program beside Ctrl-C, where the system has it.
@@ -118,6 +121,37 @@ def _end(code: int, message: str) -> None:
     with contextlib.suppress(OSError):  # Full as well: the code says it.
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+class _Heard(io.FileIO):
+    """An output whose reader may leave, as `2>&1 | head -1` does, or whose disk may be full: the rest is lost, and the
+    work goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def keep_streams() -> None:
+    """Standard streams that were closed by whoever started this ('>&-') lead nowhere, for worker processes too, which
+    would else take a file of theirs for one. Messages may lose their reader at any time."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        output = io.BufferedWriter(_Heard(2, "w", closefd=False))
+        encoding, errors = sys.stderr.encoding, sys.stderr.errors
+        sys.stderr = io.TextIOWrapper(output, encoding, errors, line_buffering=True)
 
 
 # What stands for characters that an output's encoding lacks.

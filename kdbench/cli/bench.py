@@ -27,14 +27,14 @@ EXAMPLES = (
 
 def command(
     recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="What is timed.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every lane.")] = 3,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Length of a turn (default: 2, on a GPU 1).")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Turns of every lane.")] = 3,
+    seconds: Annotated[float | None, typer.Option(min=0.1, max=3600, help="Of a turn (default: 2, GPU 1).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
     peers: Annotated[bool, typer.Option(help="Whether torchdistill and a plain PyTorch loop take part.")] = True,
     compiled: Annotated[bool, typer.Option(help="Whether torch.compile takes part: it takes minutes to start.")] = True,
     quickstart: Annotated[bool, typer.Option(help="On a GPU: whether the quickstart is timed too.")] = True,
-    minutes: Annotated[float, typer.Option(min=0.5, help="On a GPU: stop after so many minutes.")] = 3.8,
+    minutes: Annotated[float, typer.Option(min=0.5, max=10_000, help="On a GPU: stop after so many minutes.")] = 3.8,
     loading: Annotated[bool, typer.Option("--loading", help="Instead: how fast one core reads pictures.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,

@@ -30,6 +30,7 @@ def command(
     overrides: Overrides = None,
     registry: RegistryOption = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, to count finished cells.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Folder of published results, to count theirs.")] = Path("results"),
     time: Annotated[bool, typer.Option(help="Time a few steps of each network to estimate the whole.")] = True,
 ) -> None:
     """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
@@ -60,7 +61,8 @@ def command(
     except UserError as error:
         raise planned.placed(error) from None
     estimate = Estimate(device, time)
-    networks, cells = _networks(planned, estimate), _cells(planned, runs, estimate if time else None)
+    left, taken_over = _left(planned, runs, results)
+    networks, cells = _networks(planned, estimate), _cells(planned, left, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
@@ -73,7 +75,21 @@ def command(
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
-    _print_needs(console, planned, runs, estimate, taken, time)
+    if done := len(planned.cells) - len(left):
+        also = f", {taken_over} of them published in {results / planned.name}" if taken_over else ""
+        console.print(f"{done} of {len(planned.cells)} cells are finished{also}")
+    _print_needs(console, planned, left, runs, estimate, taken, time)
+
+
+def _left(planned: Plan, runs: Path, results: Path) -> tuple[list[PlannedCell], int]:
+    """The cells that 'kdbench run' would train, and how many it would take from published results instead."""
+    from kdbench.engine.finished import open_cells
+    from kdbench.verify.adopting import published
+
+    open_here = open_cells(planned.cells, runs / planned.name)
+    found = published(planned, results / planned.name)
+    left = [cell for cell in open_here if cell.slug not in found]
+    return left, len(open_here) - len(left)
 
 
 def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:
@@ -113,13 +129,13 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
     return table
 
 
-def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
+def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) -> Table:
     from kdbench.cli.console import plain_table
-    from kdbench.engine.finished import open_cells
     from kdbench.recipe.timeline import planned_timeline
 
     timed = ["time a seed"] if estimate is not None else []
     table = plain_table("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
+    unfinished = {id(cell) for cell in left}
     orders: dict[int, list[PlannedCell]] = {}
     for cell in planned.cells:
         orders.setdefault(cell.order, []).append(cell)
@@ -132,7 +148,7 @@ def _cells(planned: Plan, runs: Path, estimate: Estimate | None) -> Table:
             f"{line.epochs(line.total):.4g}",
             str(len(cells)),
             *([clock(estimate.cell(spec) + estimate.passes(spec))] if estimate is not None else []),
-            f"{len(cells) - len(open_cells(cells, runs / planned.name))}/{len(cells)}",
+            f"{sum(id(cell) not in unfinished for cell in cells)}/{len(cells)}",
         )
     return table
 
@@ -180,20 +196,25 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
 
 
 def _print_needs(
-    console: Console, planned: Plan, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
+    console: Console,
+    planned: Plan,
+    left: list[PlannedCell],
+    runs: Path,
+    estimate: Estimate,
+    taken: dict[str, Memory],
+    time: bool,
 ) -> None:
     """What the cells that are not finished need of memory and time.
 
     Args:
+        left: cells that are not finished.
         taken: what each kind of cell takes of memory.
     """
     import torch
 
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
-    from kdbench.engine.finished import open_cells
     from kdbench.engine.pool import available_memory
 
-    left = open_cells(planned.cells, runs / planned.name)
     device = estimate.device
     at_once = workers(device, len(left))
     if left:

@@ -37,7 +37,7 @@ def fill(
     overrides: Overrides = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only print the size and the time.")] = False,
     runs: RunsOption = Path("runs"),
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads (default: all cores).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads (default: all cores).")] = None,
     device: DeviceOption = "auto",
     data: DataOption = None,
     download: DownloadOption = True,

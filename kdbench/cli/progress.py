@@ -34,12 +34,14 @@ def _done(cells: list[CellState], typical: float) -> float:
 
 
 def clock(seconds: float | None) -> str:
-    """1:02:03, 4:05, or – when unknown."""
+    """1 h 02 min, 4 min 05 s, 7 s, or – when unknown."""
     if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 class _Base(Listener):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,10 +97,21 @@ def command(
 
 
 def started_by_torchrun(sync_batch_norm: bool, ray: str | None) -> tuple[int, int]:
-    """Rank of this process, and how many ranks there are: 0 and 1 for a run of its own. UserError for options that do
-    not belong to such a run."""
-    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    rank, ranks = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if started else (0, 1)
+    """Rank of this process, and how many ranks there are: 0 and 1 for a run of its own. UserError for variables that
+    torchrun does not set so, and for options that do not belong to such a run."""
+    rank, ranks = 0, 1
+    if os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+        if absent := [name for name in _OF_TORCHRUN if not os.environ.get(name)]:
+            are = "is" if len(absent) == 1 else "are"
+            what = f"{' and '.join(absent)} {are} not set, but other variables of ranks are"
+            hint = "start it by torchrun, which sets all of them, or unset RANK and WORLD_SIZE for a run of its own"
+            raise UserError(what, "environment", hint)
+        ranks = _variable("WORLD_SIZE", 1, 1 << 20)
+        rank = _variable("RANK", 0, ranks - 1)
+        _variable("MASTER_PORT", 1, 65535)
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if name in os.environ:
+                _variable(name, 0, ranks)
     if ranks > 1 and ray is not None:
         raise UserError("torchrun and Ray cannot be combined", where="--ray", hint="leave one of them out")
     if ranks == 1 and sync_batch_norm:
@@ -110,6 +122,18 @@ def started_by_torchrun(sync_batch_norm: bool, ray: str | None) -> tuple[int, in
         # DistributedDataParallel would remark at every stage that all parameters are used.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return rank, ranks
+
+
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _variable(name: str, least: int, most: int) -> int:
+    """A whole number from the environment. UserError for anything else, or outside the bounds."""
+    text = os.environ[name]
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+        hint = "start it by torchrun, which sets it, or unset RANK and WORLD_SIZE for a run of its own"
+        raise UserError(f"{name} is '{text}', and must be a whole number from {least} to {most}", "environment", hint)
+    return int(text)
 
 
 def carry_out(planned: Plan, options: Options, results: Path | None = None) -> Outcome:

@@ -1,12 +1,19 @@
 """`kdbench show`: one card, with the options of its target, or one recipe."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from kdbench.registry import Registry
+
+# Data whose images networks take that say nothing of their hook points: these are found by running them.
+USUAL = "imagenet"
 EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show recipes ab_wrn"
 
 
@@ -56,7 +63,30 @@ def command(
             )
         if table.row_count:
             console.print(table)
+    if kind == "models" and (points := _hook_points(cards, name)):
+        console.print(f"hook points: {', '.join(points)}", highlight=False, markup=False)
     paper = getattr(card, "paper", None)
     if paper:
         entry = cards.card("papers", paper)
         console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.", highlight=False)
+
+
+def _hook_points(cards: Registry, name: str) -> list[str]:
+    """The hook points of a model, in order; none where it cannot be built as it stands, without options."""
+    from kdbench.models.points import LOGITS
+
+    hooks = cards.card("models", name).hooks
+    if "{" in name:
+        return []
+    if hooks != "derived":
+        return [*cards.card("hooks", hooks).points, LOGITS]
+    from kdbench.engine.build import build_extractor, build_model
+    from kdbench.recipe.datasets import spec_of_card
+    from kdbench.recipe.networks import model_spec
+    from kdbench.tree import Tree
+
+    try:
+        data, spec = spec_of_card(USUAL, cards), model_spec(Tree.of({"name": name}, "kdbench show"), cards)
+        return [*build_extractor(build_model(spec, data), spec, data).places, LOGITS]
+    except UserError:
+        return []

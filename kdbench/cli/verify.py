@@ -32,6 +32,7 @@ def command(
         float | None,
         typer.Option(
             min=0,
+            max=100,
             help="Allowed difference in percentage points where a rerun cannot be exact, as on another processor "
             "(default: 3 standard deviations over the seeds, at least 1).",
         ),

@@ -12,7 +12,7 @@ from kdbench.engine.batch import Split
 from kdbench.engine.weight_files import read_weights
 from kdbench.engine.weights import load_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
-from kdbench.files import ROUTE, sha256_of, write_json
+from kdbench.files import ROUTE, disk_full, sha256_of, write_json
 from kdbench.reading import inside
 from kdbench.recipe import route
 from kdbench.recipe.specs import AnchorSpec
@@ -70,6 +70,8 @@ def keep_checkpoint(
         kept.append(entry | ({"validation": measured} if measured is not None else {}))
         write_json(folder / ROUTE / route.INDEX, kept)
     except OSError as error:
+        if full := disk_full(error):
+            raise full from None
         raise CellError(f"a checkpoint of the route could not be written to {folder}: {error}") from None
 
 

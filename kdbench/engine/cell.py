@@ -12,6 +12,7 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, Apart, is_lost
 from kdbench.errors import CellError, SharedChange, UserError, failure
+from kdbench.files import disk_full
 
 
 @dataclass(eq=False)
@@ -49,8 +50,9 @@ class TrainingCell:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one cell's user code must not end the others
             way = self.member.computing
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
-            self.failure = failure(error)
-            if self.log is not None:
+            full = disk_full(error)
+            self.failure = str(full) if full else failure(error)
+            if self.log is not None and full is None:
                 file = self.folder / "error.txt"
                 # On a full disk there is none, and the others go on all the same.
                 with suppress(OSError):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.check_rates import check_optimizer, check_schedules
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
-from kdbench.engine.optimizers import build_optimizer
 from kdbench.engine.predicting import check_answers
 from kdbench.engine.streamed import check_transforms
 from kdbench.engine.surroundings import Shape, Surroundings
@@ -154,7 +154,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         for module, of in spec.method.modules.items():
             own = [*cell.modules[module].parameters()] if module in stage.trains else []
             if own and of.optimizer is not None:
-                build_optimizer(of.optimizer, own)
+                check_optimizer(of.optimizer, stage.schedule, own)
             trained += own
         for term in terms.values():
             term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
@@ -166,9 +166,11 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if not trained and "teacher" not in stage.trains:
             raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
         if trained:
-            build_optimizer(stage.optimizer, trained)
+            check_optimizer(stage.optimizer, stage.schedule, trained)
         if "teacher" in stage.trains and cell.teacher is not None:
-            build_optimizer(stage.teacher_optimizer or stage.optimizer, [*cell.teacher.model.parameters()])
+            optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
+            check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()])
+    check_schedules(spec)
     return cell
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdbench.errors import CellError
-from kdbench.files import CHECKPOINT, atomic
+from kdbench.files import CHECKPOINT, atomic, disk_full
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -16,6 +16,8 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         with atomic(folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
+        if full := disk_full(error):
+            raise full from None
         raise CellError(f"the checkpoint could not be written to {folder}: {error}") from None
 
 

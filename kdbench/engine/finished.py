@@ -12,9 +12,9 @@ from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import Cells, CellState
 from kdbench.errors import UserError
-from kdbench.files import PUBLISHED, atomic, sha256_of
+from kdbench.files import PUBLISHED, TEACHERS, atomic, sha256_of
 from kdbench.reading import inside
-from kdbench.recipe.planning import TEACHERS, Plan, PlannedCell
+from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, derived, finished_record, student_file
 

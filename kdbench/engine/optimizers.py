@@ -10,6 +10,7 @@ from torch.optim.sgd import sgd
 
 from kdbench.engine.build import build_schedule
 from kdbench.engine.targets import code_of, import_target
+from kdbench.errors import UserError, shortened
 from kdbench.recipe.coded import TargetSpec
 from kdbench.schedules import Moment
 
@@ -224,7 +225,7 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     """An optimizer over parameters; one of torch's takes its rate as a tensor where it can.
 
     Raises:
-        UserError: options that it refuses.
+        UserError: options that it refuses, a class that fails, or another than torch's optimizers are of.
     """
     kind = import_target(spec.target)
     options: dict[str, Any] = dict(spec.options)
@@ -235,5 +236,8 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
     else:
         groups = parameters
     with code_of(f"optimizer '{spec.name}'"):
-        optimizer: torch.optim.Optimizer = kind(groups, **options)
+        optimizer = kind(groups, **options)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        what = f"optimizer '{spec.name}' is no torch.optim.Optimizer: {shortened(optimizer)}"
+        raise UserError(what, hint="derive its class from torch.optim.Optimizer")
     return optimizer

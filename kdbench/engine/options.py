@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdbench.engine.ray_pool import Cluster
-from kdbench.engine.scheduling import CellState
+from kdbench.engine.scheduling import MOST_THREADS, CellState
+from kdbench.errors import UserError, shortened
 from kdbench.files import folders_in, home
+
+# Between checkpoints: thirty years.
+MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,16 @@ class Options:
     ranks: int = 1
     sync_batch_norm: bool = False
     cluster: Cluster | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("jobs", self.jobs, None), ("threads", self.threads, MOST_THREADS)):
+            if value is not None and (type(value) is not int or not 1 <= value <= (most or value)):
+                bounds = f"from 1 to {most}" if most else "of at least 1"
+                raise UserError(f"'{name}' is {shortened(value)}, and must be a whole number {bounds}", f"--{name}")
+        seconds = self.checkpoint_seconds
+        if not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_SECONDS:
+            what = f"'checkpoint_seconds' is {shortened(seconds)}, and must be a number from 0 to {MOST_SECONDS:g}"
+            raise UserError(what, "--checkpoint-seconds", "an interrupted run writes checkpoints in any case")
 
     def roots(self) -> list[Path]:
         """Folders searched for data, in order."""

@@ -38,7 +38,7 @@ from kdbench.engine.ray_node import TABLES, Node
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
 from kdbench.errors import CellError, UserError, first_line
-from kdbench.files import CHECKPOINT, atomic, files_of
+from kdbench.files import CHECKPOINT, atomic, expanded, files_of
 from kdbench.recipe.specs import DataSpec
 
 
@@ -275,7 +275,7 @@ class RayPool(Pool):
         worker = self.workers[number]
         if worker.folder is None:
             return False
-        roots = [root.expanduser().resolve() for root in self.settings.data_roots]
+        roots = [expanded(root, "--data").resolve() for root in self.settings.data_roots]
         try:
             watched = self.sending.folders(worker.actor, task)
             given = self.sending.give(worker.actor, worker.folder, task)

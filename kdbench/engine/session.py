@@ -18,9 +18,9 @@ from kdbench.engine.options import Listener, Options
 from kdbench.engine.pool import Pool
 from kdbench.engine.ray_pool import RayPool
 from kdbench.errors import CellError, UserError
-from kdbench.files import home, locked
+from kdbench.files import SOURCES, home, locked
 from kdbench.recipe.choices import ComputeChoice
-from kdbench.recipe.planning import SOURCES, Plan, PlannedCell
+from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import finished_record, read_record, student_file

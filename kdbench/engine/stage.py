@@ -119,7 +119,7 @@ class Stage:
 
     def progress(self, step: int) -> float:
         """Progress through the schedules, in [0, 1), before a step."""
-        return (step - self.schedule_span.start) / self.schedule_span.steps
+        return self.moment(step).progress
 
     def rate(self, step: int) -> float:
         """The rate of the first optimizer at a step."""
@@ -131,9 +131,7 @@ class Stage:
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""
-        each = self.timeline.batches_per_epoch
-        epochs = (step - self.schedule_span.start) / each
-        return Moment(self.progress(step), place_of(step, self.timeline)[2] / each, epochs)
+        return moment_at(step, self.schedule_span, self.timeline)
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
@@ -259,6 +257,12 @@ def batch_norms(model: nn.Module, policy: str) -> Iterator[None]:
         for norm, track in zip(norms, tracked, strict=True):
             norm.train(True)
             norm.track_running_stats = track
+
+
+def moment_at(step: int, span: Span, timeline: Timeline) -> Moment:
+    """Where schedules with a span of their own are before a step."""
+    each, done = timeline.batches_per_epoch, step - span.start
+    return Moment(done / span.steps, place_of(step, timeline)[2] / each, done / each)
 
 
 def schedule_span_of(spans: Sequence[Span], stages: Mapping[str, StageSpec], stage: int) -> Span:

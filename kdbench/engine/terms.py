@@ -186,6 +186,7 @@ class Term(nn.Module):
             values: network ("student", "teacher") -> input set -> hook point -> value.
             numbers: the present values of `numbers`, on the device; those of the first step where not given.
         """
+        # What a user's loss returns; `check` tells what is no tensor.
         total: Any = None
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
@@ -193,7 +194,7 @@ class Term(nn.Module):
             options = {**self.options, **layer.told, **now} if self.call else {**layer.told, **now}
             value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
-            total = value if total is None else total + value
+            total = value if position == 0 else total + value
         return cast(Tensor, total)
 
     def compile_loss(self, size: int) -> None:
@@ -270,9 +271,8 @@ class Term(nn.Module):
             raise UserError(f"{what} changes what it is given, in place", hint=hint)
         if not isinstance(result, Tensor) or result.dim() or not result.is_floating_point():
             given = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else kind_of(result)
-            raise UserError(
-                f"{what} returned {given}", hint="a loss returns one float in a tensor: take .mean() or .sum()"
-            )
+            hint = "a loss returns one float in a tensor, with its gradient: take .mean() or .sum(), and no .item()"
+            raise UserError(f"{what} returned {given}", hint=hint)
         if not torch.isfinite(result):
             raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
         reads = {"student", "other"} & {*self.spec.loss.inputs}

@@ -9,18 +9,21 @@ from kdbench.engine.build import build_model
 from kdbench.engine.predicting import untrained
 from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
-from kdbench.files import RECORD
+from kdbench.files import RECORD, meant
 from kdbench.recipe.recorded import cell_of, student_of
 from kdbench.record import WhichWeights, read_record, student_file
 from kdbench.registry import Registry
 
 
-def load_student(folder: Path, registries: Iterable[str | Path] = (), weights: WhichWeights = "last") -> nn.Module:
+def load_student(
+    folder: Path, registries: str | Path | Iterable[str | Path] = (), weights: WhichWeights = "last"
+) -> nn.Module:
     """The student of a finished cell's folder, in eval mode, on the CPU. See `kdbench.load_student`."""
     if not (folder / RECORD).is_file():
-        raise UserError("there is no finished cell", where=str(folder), hint="give a folder that holds a record.json")
+        hint = meant(folder, "the folder of a finished cell", RECORD)
+        raise UserError("there is no finished cell", str(folder), hint)
     record = read_record(folder)
-    cards = Registry(Path(registry) for registry in registries)
+    cards = Registry(registries)
     if (record.spec.get("method") or {}).get("predicts") is not None:
         spec = cell_of(record.spec, cards, str(folder))
         student, model = spec.student, untrained(spec)

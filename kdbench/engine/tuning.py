@@ -12,12 +12,11 @@ from typing import Any
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.runner import run
 from kdbench.errors import NOT_FINITE, CellError
+from kdbench.files import TRIALS
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
 from kdbench.record import Record, read_record
 from kdbench.record_parts import RecordedTuning
 
-# What the name of the candidates' run ends with.
-TRIALS = ".trials"
 # Identity of a tried cell -> its accuracy, None where its loss was not finite.
 Known = Mapping[str, float | None]
 

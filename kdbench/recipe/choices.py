@@ -11,6 +11,8 @@ from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict
 from kdbench.image_cards import Normalization
 
 # Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
+# Settings that every method tries: each is planned before anything is trained.
+MOST_TRIALS = 1000
 ROUTE_MOST = 100
 # Of one cell.
 MOST_EVALUATIONS = 10**5
@@ -194,7 +196,7 @@ class Tune(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Range | list[Any]] = Field(init=False)
 
-    trials: int = Field(8, gt=1, description="settings that every method tries")
+    trials: int = Field(8, gt=1, le=MOST_TRIALS, description="settings that every method tries")
     seeds: list[int] = Field([100], min_length=1, description="seeds of the trials; the table must use others")
     validation: float | int = Field(
         0.2, gt=0, description="images (or share below 1) of the training set to choose by, unless 'data' sets one"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError
-from kdbench.files import home
+from kdbench.files import expanded, home
 from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
@@ -27,8 +27,8 @@ def with_folders(tree: Tree, registry: Registry) -> Tree:
         if not (any(mark in name for mark in ("/", os.sep)) or name.startswith((".", "~")) or os.path.isdir(name)):
             continue
         where = tree.origin((key, "name"))
-        given = {**choice, "name": _card_of(Path(name).expanduser(), where, registry)}
-        given["root"] = str(Path(name).expanduser().resolve().parent)
+        folder = expanded(name, where)
+        given = {**choice, "name": _card_of(folder, where, registry), "root": str(folder.resolve().parent)}
         tree = Tree({**tree.data, key: given}, {**tree.origins, (key, "root"): where})
     return tree
 
@@ -63,7 +63,7 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         raise UserError(what, tree.origin(("data", "validation")))
     if left < card.classes or (choice.per_class or 0) * card.classes > left:
         what = f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice"
-        hint = f"after the validation split {left:.0f} images are left"
+        hint = f"after the validation split {max(left, 0):.0f} images are left"
         raise UserError(what, tree.origin(("data", "per_class" if choice.per_class else "validation")), hint)
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
         hint = f"its labels are 0 to {card.classes - 1}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from kdbench.cards import ProtocolCard
-from kdbench.errors import UserError, did_you_mean
-from kdbench.files import SHARE
+from kdbench.errors import UserError, did_you_mean, shortened
+from kdbench.files import SHARE, expanded, no_file
 from kdbench.recipe.choices import Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
@@ -28,12 +28,15 @@ def recipe_names() -> list[str]:
 
 def find(recipe: str, base: Path | None = None) -> Path:
     """File of a recipe given as a path (also relative to `base`) or as the name of a shipped one."""
-    candidates = [Path(recipe), SHARE / "recipes" / f"{recipe}.yaml"]
+    path = expanded(recipe)
+    candidates = [path, SHARE / "recipes" / f"{recipe}.yaml"]
     if base is not None:
-        candidates.insert(0, base / recipe)
+        candidates.insert(0, base / path)
     for file in candidates:
         if os.path.isfile(file):
             return file
+    if what := next(filter(None, map(no_file, candidates)), None):
+        raise UserError(f"'{recipe}' is no recipe: {what}", hint="'kdbench ls recipes' lists the shipped ones")
     if recipe.endswith((".yaml", ".yml")):
         name = Path(recipe).stem
         raise UserError(
@@ -76,8 +79,10 @@ def typed(tree: Tree) -> Recipe:
 
 def override(tree: Tree, text: str) -> Tree:
     """`tree` with one `dotted.path=value` laid over it."""
-    path_text, equals, value_text = text.partition("=")
     where = f"command line, '{text}'"
+    if not isinstance(text, str):
+        raise UserError(f"an override is a text, not {shortened(text)}", "overrides", "for example: 'epochs=20'")
+    path_text, equals, value_text = text.partition("=")
     if not equals or not path_text:
         raise UserError("write overrides as key.path=value", where=where, hint="for example: epochs=20")
     if not value_text.strip():

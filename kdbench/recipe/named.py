@@ -5,10 +5,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kdbench.errors import UserError, failure
+from kdbench.errors import UserError, failure, shortened
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec
 from kdbench.registry import Registry
+from kdbench.schedules import Schedule
 from kdbench.tree import Tree
 
 _FORMS: dict[str, type[TargetSpec]] = {
@@ -48,16 +49,22 @@ def named_spec(
     options = registry.options(kind, tree, own, what)
     spec = spec_of(kind, name, registry, options, **more)
     if kind == "schedules":
-        # Schedules are plain Python: trying one now tells a malformed share before anything is trained.
-        module, _, function = spec.target.partition(":")
-        try:
-            getattr(importlib.import_module(module), function)(**options)
-        except ValueError as error:
-            shares = [key for key, value in options.items() if isinstance(value, list | str)]
-            raise UserError(f"schedule '{name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's schedule can fail in any way
-            what = f"schedule '{name}' cannot be made by '{spec.target}': {failure(error)}"
-            raise UserError(what, where=tree.origin(())) from None
+        _try_schedule(spec, tree)
     return spec
+
+
+def _try_schedule(spec: TargetSpec, tree: Tree) -> None:
+    """Schedules are plain Python: building one now tells a malformed share, and a function that makes something else,
+    before torch is imported."""
+    module, _, function = spec.target.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)(**spec.options)
+    except ValueError as error:
+        shares = [key for key, value in spec.options.items() if isinstance(value, list | str)]
+        raise UserError(f"schedule '{spec.name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
+        what = f"schedule '{spec.name}' cannot be built: {failure(error)}"
+        raise UserError(what, tree.origin(()), f"see {spec.target}") from None
+    if not isinstance(made, Schedule):
+        hint = "its function returns kdbench.schedules.Schedule(factor), where factor takes the progress in [0, 1)"
+        raise UserError(f"schedule '{spec.name}' is no schedule: {shortened(made)}", tree.origin(()), hint)

@@ -180,7 +180,7 @@ def _teacher_model(tree: Tree, registry: Registry, image_size: int | None = None
 
 
 def _existing(weights: str, where: str) -> Path:
-    file = find_weights(weights)
+    file = find_weights(weights, where)
     if file is None:
         tried = ", ".join(str(folder) for folder in weight_folders())
         hint = f"looked for it as a path and in {tried}; set KDBENCH_WEIGHTS to the folder that holds it"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.files import OWN_FOLDERS
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
@@ -19,9 +20,6 @@ from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry
 from kdbench.tree import Tree, walk
-
-# Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
-TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
 
 
 @dataclass(frozen=True)

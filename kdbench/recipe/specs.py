@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
+from kdbench.files import expanded
 from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import POINT_GROUPS, numbered
@@ -35,7 +36,7 @@ class DataSpec(DataFields, TargetSpec):
 
     def roots(self, others: Iterable[Path]) -> list[Path]:
         """Folders searched for these data: its own, else the others."""
-        return [Path(self.root).expanduser()] if self.root else [Path(other).expanduser() for other in others]
+        return [expanded(self.root, "data.root")] if self.root else [expanded(other, "--data") for other in others]
 
 
 class WeightsSpec(Coded, Weights):

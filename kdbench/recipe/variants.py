@@ -58,6 +58,10 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
         raise UserError(
             f"{cells:,} cells, more than {MOST_CELLS:,}", where=where, hint="split the recipe, or take fewer seeds"
         )
+    tried = recipe.tune.trials * len(recipe.tune.seeds) * cells // max(seeds, 1) if recipe.tune else 0
+    if tried > MOST_CELLS:
+        hint = "take fewer 'trials' or seeds of 'tune', or compare less"
+        raise UserError(f"{tried:,} cells to tune by, more than {MOST_CELLS:,}", tree.origin(("tune",)), hint)
     for combination in itertools.product(*recipe.compare.values()):
         yield _variant(tree, dict(zip(recipe.compare, combination, strict=True)))
 

@@ -89,7 +89,7 @@ class Comparison:
         return [record for _, own, record in self.places() if own == column]
 
 
-def compare(records: Iterable[Record], baseline: str | None = None, asked: Iterable[str] = ()) -> Comparison:
+def compare(records: Iterable[Record], baseline: str | None = None, asked: str | Iterable[str] = ()) -> Comparison:
     """Arrange finished records in rows (students without a teacher, then those with one, each in the order of the
     recipe) and columns (combinations of everything else that varies).
 
@@ -133,11 +133,11 @@ def compare(records: Iterable[Record], baseline: str | None = None, asked: Itera
     )
 
 
-def _asked(records: list[Record], asked: Iterable[str]) -> tuple[str, ...]:
+def _asked(records: list[Record], asked: str | Iterable[str]) -> tuple[str, ...]:
     """Names of numbers that were asked for, a metric's name as those of all its hook points."""
     known = dict.fromkeys(name for record in records for name in record.result.numbers())
     found: dict[str, None] = {}
-    for name in asked:
+    for name in [asked] if isinstance(asked, str) else asked:
         own = [one for one in known if one == name or one.startswith(f"{name}.")]
         if not own:
             hint = did_you_mean(name, known) if known else "records of earlier versions have no numbers of this kind"

@@ -45,7 +45,7 @@ def build(
     unfinished: Sequence[str | Path] = (),
     interval: Interval = "student",
     published: Mapping[str, PublishedCard] | None = None,
-    columns: Iterable[str] = (),
+    columns: str | Iterable[str] = (),
 ) -> Table:
     """The table of all records: rows are methods, columns the combinations of everything else that varies.
 

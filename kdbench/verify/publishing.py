@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
-from kdbench.files import PUBLISHED, RECORD, RUN
+from kdbench.files import PUBLISHED, RECORD, RUN, meant
 from kdbench.reading import inside
 from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
@@ -26,9 +26,7 @@ def publish(run: Path, out: Path, replace: bool = False) -> Path:
     """
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
-        raise UserError(
-            "this is not the folder of a run", where=str(run), hint=f"give runs/<recipe>, which holds a {RUN}"
-        )
+        raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
     cells, name = plan.cells, plan.name
     if open_cells := [cell for cell in cells if not inside(run, cell, RECORD).is_file()]:
         what = f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one"
@@ -49,7 +47,7 @@ def publish(run: Path, out: Path, replace: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name
-        made.mkdir(mode=0o755)
+        made.mkdir()
         for file in sums.published_files(run):
             if file.parent == run:
                 shutil.copy(file, made)

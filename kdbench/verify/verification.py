@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kdbench.engine.finished import names
-from kdbench.engine.tuning import TRIALS, chosen, known_of, tried_plan
+from kdbench.engine.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
-from kdbench.files import BEST, LOGITS, RUN, STUDENT, sha256_of
+from kdbench.files import BEST, LOGITS, RUN, STUDENT, TRIALS, meant, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
@@ -40,9 +40,7 @@ def verify(path: Path, registry: Registry, roots: Iterable[Path] = ()) -> list[F
         UserError: this is no such folder.
     """
     if not (path / RUN).is_file():
-        raise UserError(
-            f"there is no {RUN}", where=str(path), hint="give a folder of runs/ or results/ that holds one comparison"
-        )
+        raise UserError(f"there is no {RUN}", str(path), meant(path, "a folder that holds one comparison", RUN))
     folder = read_folder(path)
     checks: list[Iterable[Finding]] = [
         *(check(folder) for check in (_sums, _plan_is_there, _sound, _files, _identities, _shared, _tables)),

@@ -33,7 +33,7 @@ def test_a_study_is_run_published_and_verified(kdbench: Kdbench, tmp_path: Path)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
     again = kdbench(*TINY, "--profile", "full").stdout
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("record.json")}
-    assert "estimate for what is not finished: 0:00" in again
+    assert "estimate for what is not finished: 0 s" in again
 
 
 @pytest.mark.slow

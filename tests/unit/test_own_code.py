@@ -118,6 +118,18 @@ def nothing(student: Tensor, teacher: Tensor):
     pass
 
 
+def number(student: Tensor, teacher: Tensor):
+    return F.mse_loss(student, teacher).item()
+
+
+def listed(student: Tensor, teacher: Tensor):
+    return [F.mse_loss(student, teacher)]
+
+
+def vector(student: Tensor, teacher: Tensor):
+    return (student - teacher).square().mean(1)
+
+
 def complex_number(student: Tensor, teacher: Tensor):
     return student.sum() * 1j
 
@@ -303,6 +315,9 @@ def test_one_module_may_stand_in_two_places(folder: Path) -> None:
     ("name", "said"),
     [
         ("nothing", "returned nothing"),
+        ("number", "returned a float\n  a loss returns one float in a tensor, with its gradient"),
+        ("listed", "returned a list"),
+        ("vector", r"returned torch.float32 \[8\]"),
         ("complex_number", r"returned torch.complex64 \[\]"),
         ("whole_number", r"returned torch.int64 \[\]"),
         ("NoShapes", r"NoShapes.__init__\(\) takes .*\n.*\(self, student_shape, teacher_shape\)"),

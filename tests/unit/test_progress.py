@@ -45,7 +45,7 @@ def test_running_cells_never_have_no_time_left(monkeypatch: pytest.MonkeyPatch) 
     lines = progress._Lines()
     lines.begin(cells, "title")
     lines.started -= 100
-    for step, said in ((0, "about – left"), (400, "about 1:40 left"), (799, "almost done"), (800, "almost done")):
+    for step, said in ((0, "about – left"), (400, "about 1 min 40 s left"), (799, "almost done"), (800, "almost done")):
         for cell in cells:
             cell.step = step
-        assert said in lines.summary() and "0:00" not in lines.summary()
+        assert said in lines.summary() and " 0 s" not in lines.summary()

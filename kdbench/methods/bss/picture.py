@@ -38,13 +38,13 @@ def boundary_picture(crossings: Sequence[Crossing], file: str | Path) -> Path:
     Raises:
         ValueError: nothing to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not crossings:
         raise ValueError("there is no image to draw")
     networks = list(crossings[0].scores)
     with style():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         widths = [1.0, 1.0, 1.0, *[1.7] * len(networks)]
         figure = Figure(figsize=(1.55 * sum(widths), 1.75 * len(crossings)), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)

@@ -1,0 +1,88 @@
+"""Optimizers and schedules, tried before anything is trained: both may be the user's own code."""
+
+import io
+import math
+from collections.abc import Iterator
+from numbers import Real
+
+import torch
+from torch import nn
+
+from kdbench.engine.build import build_schedule
+from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer
+from kdbench.engine.stage import moment_at, schedule_span_of
+from kdbench.errors import UserError, failure
+from kdbench.recipe.coded import TargetSpec
+from kdbench.recipe.specs import CellSpec, StageSpec
+from kdbench.recipe.timeline import planned_timeline
+
+# Steps of a stage at which its schedules are asked, about evenly from the first to the last.
+ASKED = 100
+
+
+def check_optimizer(optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
+    """Build an optimizer of these parameters, and let another take a step with copies of a few, of every number of
+    dimensions. What it keeps must come back from a checkpoint.
+
+    Raises:
+        UserError: it cannot be built, fails, or keeps something else than tensors and plain data.
+    """
+    build_optimizer(optimizer, trained)
+    few = {one.ndim: one for one in sorted(trained, key=torch.Tensor.numel, reverse=True)}
+    copies = [nn.Parameter(one.detach().clone()) for one in few.values()]
+    for copy in copies:
+        copy.grad = torch.ones_like(copy)
+    doing = "has no rate 'lr' in its parameter groups"
+    try:
+        tried = ScheduledOptimizer(optimizer, schedule, copies)
+        doing = "fails in its first step"
+        tried.step([torch.zeros([]) for _ in tried.base_rates])
+        doing = "keeps something that no checkpoint gives back"
+        stream = io.BytesIO()
+        torch.save(tried.optimizer.state_dict(), stream)
+        stream.seek(0)
+        tried.load_state(torch.load(stream, weights_only=True))
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a user's class can fail in any way
+        what = f"optimizer '{optimizer.name}' {doing}: {failure(error)}"
+        hint = "write it as a subclass of torch.optim.Optimizer: step() moves parameters at the rate group['lr']"
+        raise UserError(what, hint=hint) from None
+
+
+def check_schedules(spec: CellSpec) -> None:
+    """Ask the schedules of all stages for their values.
+
+    Raises:
+        UserError: one fails, gives no finite number, or a rate below 0.
+    """
+    line = planned_timeline(spec)
+    for index, (name, stage) in enumerate(spec.method.stages.items()):
+        span, own = schedule_span_of(line.spans, spec.method.stages, index), line.spans[index]
+        steps = sorted({own.start + (own.steps - 1) * number // ASKED for number in range(ASKED + 1)})
+        for what, target in _schedules(stage):
+            schedule, said = build_schedule(target), f"stage '{name}': the schedule '{target.name}' of {what}"
+            for step in steps:
+                now = moment_at(step, span, line)
+                where = f"at step {step - span.start} of {span.steps}"
+                try:
+                    value = schedule.at(*now)
+                except Exception as error:  # noqa: BLE001 - a user's function can fail in any way
+                    raise UserError(f"{said} fails {where}: {failure(error)}") from None
+                if not isinstance(value, Real) or not math.isfinite(value):
+                    raise UserError(f"{said} gives {value!r} {where}", hint="it must give a finite number")
+                if what == "the learning rate" and value < 0:
+                    raise UserError(f"{said} gives {value:g} {where}", hint="a rate is at least 0")
+
+
+def _schedules(stage: StageSpec) -> Iterator[tuple[str, TargetSpec]]:
+    """What is scheduled in a stage, and by which schedule."""
+    yield "the learning rate", stage.schedule
+    if stage.teacher_schedule is not None:
+        yield "the learning rate", stage.teacher_schedule
+    for name, term in stage.losses.items():
+        given = term.weight_schedule or []
+        for one in given if isinstance(given, list) else [given]:
+            yield f"the weight of '{name}'", one
+        for option, one in term.schedules.items():
+            yield f"'{option}' of '{name}'", one

@@ -1,0 +1,623 @@
+"""What a command finds around it: folders, home folders, permissions, streams, variables and disks of all kinds."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kdbench
+from kdbench.cli import main
+from kdbench.cli.progress import clock
+from kdbench.cli.run import started_by_torchrun
+from kdbench.engine import checkpoint
+from kdbench.engine.anchors import keep_checkpoint
+from kdbench.engine.cell import TrainingCell
+from kdbench.engine.check import check_cell
+from kdbench.engine.compute import REFERENCE
+from kdbench.engine.options import Options
+from kdbench.engine.weights import save_tensors
+from kdbench.errors import UserError
+from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, expanded, home
+from kdbench.recipe.loading import load
+from kdbench.recipe.planning import plan
+from kdbench.record import read_records, unfinished
+from kdbench.registry import Registry
+from kdbench.signature import parameters
+
+CELLS = ["ce-seed0-dd220819", "kd-seed0-9d9a250a"]
+NOBODY = "~nobody_is_called_so"
+Said = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder `runs` with the run `quickstart` of two cells, and a third cell of an earlier plan of it."""
+    folder, committed = tmp_path / "runs" / "quickstart", ROOT / "results" / "quickstart"
+    for cell in [*CELLS, "kd-seed1-" + next(committed.glob("kd-seed1-*")).name.rpartition("-")[2]]:
+        shutil.copytree(committed / cell, folder / cell)
+    about = json.loads((committed / "recipe.json").read_text()) | {"cells": CELLS}
+    (folder / "recipe.json").write_text(json.dumps(about))
+    return tmp_path / "runs"
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["kdbench", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
+    """Neither trials, nor teachers, nor cells of an earlier plan stand beside them."""
+    shutil.copytree(runs / "quickstart" / CELLS[0], runs / f"quickstart{TRIALS}" / "ce-seed100-dd220819")
+    shutil.copytree(runs / "quickstart" / CELLS[0], runs / TEACHERS / "digits-dd220819")
+    assert [record.folder.name for record in read_records(runs) if record.folder] == CELLS
+    for begun in (runs / f"quickstart{TRIALS}" / "at-seed100-1", runs / TEACHERS / "other-1"):
+        begun.mkdir()
+        (begun / "metrics.jsonl").touch()
+    assert unfinished([runs]) == []
+    # Who names them gets them.
+    assert len(read_records(runs / f"quickstart{TRIALS}")) == 1
+    assert len(read_records(runs / TEACHERS)) == 1
+
+
+def test_an_unknown_home_folder_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Said) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("run", f"{NOBODY}/my.yaml"),
+        ("run", "quickstart", "--data", f"{NOBODY}/data"),
+        ("run", "quickstart", f"--runs={NOBODY}/runs"),
+        ("check", "quickstart", f"data={NOBODY}/pictures"),
+        ("ls", "methods", "--registry", f"{NOBODY}/registry"),
+        ("check", "quickstart", "teacher={model: wrn_10_1, " + f"weights: {NOBODY}/w.pt" + "}"),
+    ):
+        assert called(monkeypatch, *words) == 2, words
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and NOBODY in said and "write the whole path" in said, (words, said)
+    assert not list(tmp_path.iterdir())
+    for variable in ("KDBENCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv("KDBENCH_HOME", raising=False)
+        monkeypatch.setenv(variable, f"{NOBODY}/cache")
+        with pytest.raises(UserError, match=NOBODY) as caught:
+            home()
+        assert caught.value.where == variable
+
+
+def test_home_folders_are_opened_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("seeds: 2\n")
+    (tmp_path / "over.yaml").write_text("include: ~/my.yaml\n")
+    assert load("~/over.yaml").data == {"seeds": 2}
+    (tmp_path / "cards").mkdir()
+    assert Registry("~/cards").folders[-1] == tmp_path / "cards"
+    # What is called so is meant.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NOBODY).mkdir()
+    assert expanded(NOBODY) == Path(NOBODY)
+
+
+def test_the_home_folder_is_not_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have none."""
+
+    def nowhere(*_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("KDBENCH_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert home() == Path("/somewhere/kdbench")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_files_have_the_permissions_of_new_ones(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic(tmp_path / "ours") as temporary:
+            temporary.write_text("text")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {file.name for file in tmp_path.iterdir()} == {"ours", "plain"}
+
+
+def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = runs / "quickstart"
+    assert len(kdbench.table(str(run))) == len(kdbench.table([run])) == 2
+    with pytest.raises(UserError, match="no record has the number 'agreement'"):
+        kdbench.table(run, columns="agreement")
+    record = read_records(run)[0]
+    assert len(kdbench.table(record)) == 1
+    planned: list[object] = []
+
+    def stop(recipe: object, registry: Registry, overrides: tuple[str, ...]) -> None:
+        planned.extend([registry.folders[-1], overrides])
+        raise UserError("enough")
+
+    (tmp_path / "reg").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
+        patch.setattr("kdbench.recipe.planning.plan", stop)
+        kdbench.run("quickstart", "seeds=2", registries="reg")
+    assert planned == [Path("reg"), ("seeds=2",)]
+    with pytest.raises(UserError, match="there is no registry folder 'nowhere'"):
+        kdbench.load_student(run / CELLS[0], registries="nowhere")
+    with pytest.raises(UserError, match="a path is a text or a Path, not 3"):
+        kdbench.run("quickstart", registries=[3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="an override is a text, not 3"):
+        kdbench.run("quickstart", [3])  # type: ignore[list-item]
+
+
+def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Options] = []
+
+    def stop(planned: object, how: Options) -> None:
+        given.append(how)
+        raise UserError("enough")
+
+    monkeypatch.setattr("kdbench.engine.tuning.tuned", stop)
+    with pytest.raises(UserError, match="enough"):
+        kdbench.run("quickstart", data_roots="pictures", runs="~/runs")
+    assert given[0].data_roots == (Path("pictures"),)
+    assert given[0].runs == Path("~/runs").expanduser()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder.yaml", "'folder.yaml' is no recipe: this is a folder"),
+        ("folder", "'folder' is no recipe: this is a folder"),
+        ("link.yaml", "'link.yaml' is no recipe: this is a link to '/nowhere'"),
+        ("latin.yaml", "latin.yaml: this file is damaged, or not text in UTF-8"),
+        ("closed.yaml", "closed.yaml: cannot be read: Permission denied"),
+    ],
+)
+def test_what_is_no_recipe_says_so(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd_files(tmp_path, monkeypatch)
+    for words in (("show", "recipes", name), ("cp", name, "copy.yaml")):
+        assert called(monkeypatch, *words) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "over.yaml").write_text(f"include: {name}\n")
+    with pytest.raises(UserError) as caught:
+        load("over.yaml")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder.yaml", "folder.yaml: this is a folder"),
+        ("link.yaml", "link.yaml: this is a link to '/nowhere'"),
+        ("latin.yaml", "latin.yaml: this file is damaged, or not text in UTF-8"),
+        ("closed.yaml", "closed.yaml: cannot be read: Permission denied"),
+    ],
+)
+def test_what_is_no_card_file_says_so(name: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cards" / "losses").mkdir(parents=True)
+    odd_files(tmp_path, monkeypatch)
+    (tmp_path / name).rename(tmp_path / "cards" / "losses" / name)
+    with pytest.raises(UserError) as caught:
+        Registry(tmp_path / "cards")
+    assert said in str(caught.value)
+
+
+def test_a_file_is_no_registry(tmp_path: Path) -> None:
+    (tmp_path / "cards.yaml").touch()
+    with pytest.raises(UserError, match=r"cards\.yaml' is a file"):
+        Registry(tmp_path / "cards.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbfseeds: 2\n")
+    assert load(tmp_path / "my.yaml").data == {"seeds": 2}
+    (tmp_path / "cards" / "losses").mkdir(parents=True)
+    (tmp_path / "cards" / "losses" / "my.yaml").write_bytes(b"\xef\xbb\xbfmine: {target: 'kdbench.losses:kd'}\n")
+    assert "mine" in Registry(tmp_path / "cards").keys("losses")
+
+
+def test_own_python_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_latin.py").write_bytes(b"def loss(student):\n    return student  # caf\xe9\n")
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        parameters("own_latin:loss")
+    (tmp_path / "own_declared.py").write_bytes(b"# coding: latin-1\ndef loss(student): return student  # caf\xe9\n")
+    assert list(parameters("own_declared:loss")) == ["student"]
+
+
+def odd_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that cannot be read, of every kind. Root may read all: who opens one is answered as others are."""
+    (folder / "folder.yaml").mkdir()
+    (folder / "folder").mkdir()
+    (folder / "link.yaml").symlink_to("/nowhere")
+    (folder / "latin.yaml").write_bytes(b"seeds: 2 # caf\xe9\n")
+    (folder / "closed.yaml").write_text("seeds: 2\n")
+    given = Path.open
+
+    def refusing(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "closed.yaml":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return given(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refusing)
+
+
+OWN = """
+from kdbench.schedules import Schedule
+import torch
+
+
+def text(): return Schedule(lambda progress: "much")
+def nothing(): return Schedule(lambda progress: None)
+def nan(): return Schedule(lambda progress: float("nan"))
+def infinite(): return Schedule(lambda progress: float("inf") if progress > 0.5 else 1.0)
+def negative(): return Schedule(lambda progress: 0.5 - progress)
+def dividing(): return Schedule(lambda progress: 1 / progress)
+def short(): return Schedule(lambda epochs: [1.0, 0.5][int(epochs)], clock="epochs")
+def clockless(): return Schedule(lambda progress: 1.0, clock="day")
+def plain(): return 0.5
+def failing(): return {}["rate"]
+def sound(): return Schedule(lambda epochs: 1.0 if epochs < 3 else 0.1, clock="epochs")
+
+
+class Raising(torch.optim.Optimizer):
+    def __init__(self, params): raise KeyError("rate")
+
+
+class Other:
+    def __init__(self, params): pass
+
+
+class Stepless(torch.optim.Optimizer):
+    def __init__(self, params, *, lr=0.1): super().__init__(params, {"lr": lr})
+
+
+class Asking(Stepless):
+    def step(self, images): pass
+
+
+class Rateless(torch.optim.Optimizer):
+    def __init__(self, params): super().__init__(params, {"rate": 0.1})
+    def step(self, closure=None): pass
+
+
+class Flat(Stepless):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data += parameter.grad.view(1, -1) @ parameter.grad.view(-1)[:2]
+
+
+class Keeping(Stepless):
+    def step(self, closure=None): self.state[self.param_groups[0]["params"][0]]["kept"] = Other([])
+
+
+class Sound(Stepless):
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(group["lr"] * parameter.grad)
+                    self.state[parameter]["steps"] = torch.ones(1)
+"""
+SCHEDULES = {
+    "text": "'much' at step 0 of 12",
+    "nothing": "gives None at step 0 of 12",
+    "nan": "gives nan at step 0 of 12",
+    "infinite": "gives inf at step 7 of 12",
+    "negative": "gives -0.0833333 at step 7 of 12",
+    "dividing": "fails at step 0 of 12: ZeroDivisionError",
+    "short": "fails at step 6 of 12: IndexError",
+    "clockless": "fails at step 0 of 12: KeyError: 'day'",
+    "plain": "is no schedule: 0.5",
+    "failing": "KeyError: 'rate'",
+}
+OPTIMIZERS = {
+    "Raising": "KeyError: 'rate'",
+    "Other": "is no torch.optim.Optimizer",
+    "Stepless": "fails in its first step: NotImplementedError",
+    "Asking": "fails in its first step: TypeError",
+    "Rateless": "has no rate 'lr' in its parameter groups",
+    "Flat": "fails in its first step: RuntimeError",
+    "Keeping": "keeps something that no checkpoint gives back",
+}
+
+
+@pytest.fixture(scope="module")
+def own_cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """Cards of optimizers and schedules of all kinds, sound ones too."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_training.py").write_text(OWN)
+    cards: dict[str, Any] = {
+        "schedules": {name: {"target": f"own_training:{name}"} for name in [*SCHEDULES, "sound"]},
+        "optimizers": {name: {"target": f"own_training:{name}"} for name in [*OPTIMIZERS, "Sound"]},
+    }
+    (folder / "cards.yaml").write_text(json.dumps(cards))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        yield Registry(folder)
+
+
+def checked(cards: Registry, *overrides: str) -> None:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce", "seeds": 1, "steps": 12}
+    few = ("data.per_class=10", "protocol.batch_size=40", *overrides)
+    check_cell(plan({**recipe}, cards, few).cells[0].spec)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_own_schedule_is_asked_before_training(name: str, own_cards: Registry) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(own_cards, f"protocol.schedule={name}")
+    assert f"schedule '{name}'" in str(caught.value) and SCHEDULES[name] in str(caught.value)
+
+
+def test_schedules_of_losses_are_asked_too(own_cards: Registry) -> None:
+    with pytest.raises(UserError, match="the schedule 'nan' of the weight of 'ce' gives nan"):
+        checked(own_cards, "method.stages.classification.losses.ce.weight_schedule=nan")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_own_optimizer_takes_a_step_before_training(name: str, own_cards: Registry) -> None:
+    with pytest.raises(UserError) as caught:
+        checked(own_cards, f"protocol.optimizer={name}")
+    assert f"optimizer '{name}'" in str(caught.value) and OPTIMIZERS[name] in str(caught.value)
+
+
+def test_sound_ones_pass(own_cards: Registry) -> None:
+    checked(own_cards, "protocol.optimizer=Sound", "protocol.schedule=sound")
+    # Weights may be negative, rates not.
+    checked(own_cards, "method.stages.classification.losses.ce.weight_schedule=negative")
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which nothing more can be written. Its writers say that in words of their own."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=4096))
+
+    def failing(*_: Any, **named: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 329024 vs 328912")
+
+    monkeypatch.setattr("torch.save", failing)
+    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(full: None, tmp_path: Path) -> None:
+    file = tmp_path / CHECKPOINT
+    file.write_text("the one before")
+    with pytest.raises(UserError, match=f"the disk is full: {re.escape(str(file))}") as caught:
+        checkpoint.save(tmp_path, {})
+    assert caught.value.hint and "make room and repeat the command" in caught.value.hint
+    with pytest.raises(UserError, match=r"the disk is full: .*00000003\.safetensors"):
+        keep_checkpoint(tmp_path, [], torch.nn.Linear(1, 1), 3, 1.0, None)
+    assert file.read_text() == "the one before"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [CHECKPOINT]
+
+
+def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> None:
+    member: Any = SimpleNamespace(computing=REFERENCE, batches=SimpleNamespace(ranks=SimpleNamespace(size=1)))
+    cell = TrainingCell(member, tmp_path, {}, log=object())  # type: ignore[arg-type]
+    with cell.failures():
+        save_tensors(tmp_path / "student.safetensors", {})
+    assert cell.failure and cell.failure.startswith("the disk is full: ") and "make room" in cell.failure
+    assert not list(tmp_path.iterdir())
+    # Other faults stay what they are.
+    other = TrainingCell(member, tmp_path, {}, None)
+    with other.failures(), atomic(tmp_path / "record.json"):
+        raise ValueError("Out of range float values")
+    assert other.failure and other.failure.startswith("ValueError: Out of range")
+
+
+CHILD = "import os, sys; os.fstat(2); os.fstat(1); assert sys.stderr and sys.stdout"
+SAYING = """
+import subprocess, sys, time
+from kdbench.cli import keep_streams
+keep_streams()
+time.sleep({wait})
+for _ in range(3):
+    print("nobody reads this", file=sys.stderr, flush=True)
+done = subprocess.run([sys.executable, "-c", {child!r}])
+open("done", "w").write(str(done.returncode))
+"""
+
+
+@pytest.mark.parametrize(("outputs", "wait"), [("2>&-", 0), (">&- 2>&-", 0), ("<&- >&- 2>&-", 0), ("2>&1 | true", 0.3)])
+def test_work_goes_on_where_nobody_listens(outputs: str, wait: float, tmp_path: Path) -> None:
+    """In this process and in those that it starts."""
+    (tmp_path / "saying.py").write_text(SAYING.format(wait=wait, child=CHILD))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} saying.py {outputs}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
+    assert (tmp_path / "done").read_text() == "0", done
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "x"}, "RANK is 'x', and must be a whole number from 0 to 1"),
+        ({"RANK": "2"}, "RANK is '2'"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "1e3"}, "WORLD_SIZE is '1e3'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first'"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set, but"),
+        ({"RANK": None, "MASTER_PORT": ""}, "RANK and MASTER_PORT are not set, but"),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE is not set, but"),
+    ],
+)
+def test_variables_that_torchrun_does_not_set_so(
+    variables: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
+    for name, value in (whole | variables).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        started_by_torchrun(False, None)
+    assert said in caught.value.what and caught.value.where == "environment" and "torchrun" in str(caught.value.hint)
+
+
+def test_an_address_alone_makes_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "x")
+    assert started_by_torchrun(False, None) == (0, 1)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_by_torchrun(False, None) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("table", "quickstart.yaml"), "this is a recipe: give a folder with finished cells, as 'runs/quickstart'"),
+        (("plot", "quickstart.yaml"), "this is a recipe: give a folder with finished cells, as 'runs/quickstart'"),
+        (("verify", "quickstart.yaml"), "this is a recipe: give a folder that holds one comparison, as 'runs/quick"),
+        (("publish", "quickstart.yaml"), "this is a recipe: give the folder of a run, as 'runs/quickstart'"),
+        (
+            ("export", "quickstart.yaml", "--onnx"),
+            f"this is a recipe: give the folder of a finished cell, as 'runs/quickstart/{CELLS[0]}'",
+        ),
+        (
+            ("analyse", "boundary", "quickstart.yaml"),
+            "this is a recipe: give a folder with finished cells, as 'runs/quickstart'",
+        ),
+        (("table", "quickstart"), "there is no such folder\n  give a folder with finished cells, as 'runs/quick"),
+        (("publish", "runs"), "give the folder of a run, as 'runs/quickstart'"),
+        (("verify", "runs"), "give a folder that holds one comparison, as 'runs/quickstart'"),
+        (("export", "runs/quickstart", "--onnx"), f"as 'runs/quickstart/{CELLS[0]}', "),
+        (("publish", "nowhere"), "give the folder of a run, which holds a recipe.json"),
+    ],
+)
+def test_the_folder_that_is_probably_meant(
+    words: tuple[str, ...], said: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    (runs.parent / "quickstart.yaml").write_text("seeds: 1\n")
+    assert called(monkeypatch, *words) == 2
+    found = capsys.readouterr().err
+    assert said in found, found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"checkpoint_seconds": float("inf")}, "'checkpoint_seconds' is inf"),
+        ({"checkpoint_seconds": float("nan")}, "'checkpoint_seconds' is nan"),
+        ({"checkpoint_seconds": -1}, "'checkpoint_seconds' is -1"),
+        ({"checkpoint_seconds": "60"}, "'checkpoint_seconds' is '60'"),
+        ({"jobs": 0}, "'jobs' is 0, and must be a whole number of at least 1"),
+        ({"jobs": 1.5}, "'jobs' is 1.5"),
+        ({"threads": 100_000}, "'threads' is 100000, and must be a whole number from 1 to 1024"),
+        ({"threads": True}, "'threads' is True"),
+    ],
+)
+def test_numbers_that_mean_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Options(**options)
+    assert said in caught.value.what
+
+
+def test_numbers_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Said, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert called(monkeypatch, "run", "quickstart", "--checkpoint-seconds", "inf") == 2
+    assert "error: --checkpoint-seconds: " in capsys.readouterr().err
+    for words in (
+        *(("run", "quickstart", option) for option in ("--checkpoint-seconds=nan", "--jobs=-1", "--threads=inf")),
+        *(("bench", option) for option in ("--seconds=inf", "--minutes=inf", "--rounds=1000000000", "--threads=nan")),
+        ("verify", "runs", "--tolerance=inf"),
+        ("logits", "fill", "quickstart", "--threads=100000"),
+    ):
+        assert called(monkeypatch, *words) == 2, words
+        assert "Invalid value" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trials", [10**9, 1001])
+def test_more_trials_than_anybody_plans(trials: int) -> None:
+    tune = (f"tune.trials={trials}", "tune.kd.temperature={low: 1, high: 2}")
+    with pytest.raises(UserError, match=f"'tune.trials' cannot be {trials}"):
+        plan("quickstart", Registry(), tune)
+
+
+def test_more_cells_to_tune_by_than_anybody_trains() -> None:
+    tune = ("tune.trials=1000", "tune.kd.temperature={low: 1, high: 2}", "tune.seeds=[100, 101]")
+    with pytest.raises(UserError, match="16,000 cells to tune by, more than 10,000"):
+        plan("quickstart", Registry(), tune)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_plots_need_no_backend(backend: str, tmp_path: Path) -> None:
+    """A notebook's variable reaches the commands that are started in it."""
+    code = "from kdbench.drawing import panels, save, style\nwith style(): save(panels(1, 1, (1, 1))[0], 'plot.png')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert (tmp_path / "plot.png").is_file(), done.stderr
+
+
+def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    monkeypatch.chdir(runs.parent)
+    shutil.copytree(runs, runs.parent / "results")
+    shutil.rmtree(runs / "quickstart" / CELLS[1])
+    few = ("seeds=1", "compare.method=[ce,kd,at]", "--no-time")
+    assert called(monkeypatch, "check", "quickstart", *few) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 cells are finished, 1 of them published in results/quickstart" in said
+    assert called(monkeypatch, "check", "quickstart", *few, "--results", "nowhere") == 0
+    assert "1 of 3 cells are finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (None, "–"),
+        (0.2, "0 s"),
+        (59.6, "1 min 00 s"),
+        (1668, "27 min 48 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (100_080, "27 h 48 min"),
+    ],
+)
+def test_a_time_says_its_units(seconds: float | None, said: str) -> None:
+    assert clock(seconds) == said
+
+
+def test_every_variable_that_is_read_is_documented(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "kdbench").rglob("*.py"))
+    table = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    read = {*re.findall(r"KDBENCH_[A-Z_]+", code)}
+    assert read == {*re.findall(r"^\| `(KDBENCH_[A-Z_]+)` \|", table, re.MULTILINE)} and len(read) > 3
+    assert called(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in read)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("wrn_16_2", "hook points: stem, layer1, layer1.preact, layer2, layer2.preact, layer3, layer3.preact, pooled"),
+        ("timm:resnet18", "hook points: stem, layer1, layer1.preact, layer2, "),
+    ],
+)
+def test_a_models_hook_points_are_shown(model: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    assert called(monkeypatch, "show", "models", model) == 0
+    assert said in capsys.readouterr().out
