@@ -28,9 +28,12 @@ def follow(paths: tuple[Path, ...], settings: Settings, device: str) -> None:
     def stop(*_: Any) -> None:
         stopping.set()
 
+    # Who waits for ranks that do not come has nothing to save, and answers no signal but by its end.
+    for number in ENDS:
+        signal.signal(number, signal.SIG_DFL)
+    ranks = join(settings, device_here(device))
     for number in ENDS:
         signal.signal(number, stop)
-    ranks = join(settings, device_here(device))
     # What there is to tell, rank 0 tells.
     runner = TaskRunner(lambda event: None, stopping.is_set, ranks)
     while True:

@@ -10,9 +10,9 @@ from kdbench.cards import PointName
 from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict
 from kdbench.image_cards import Normalization
 
-# Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
-# Settings that every method tries: each is planned before anything is trained.
+# Settings that every method tries at most: each is planned before anything is trained.
 MOST_TRIALS = 1000
+# Checkpoints that a cell keeps at most: a bound on what one training leaves on the disk.
 ROUTE_MOST = 100
 # Of one cell.
 MOST_EVALUATIONS = 10**5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -278,3 +279,20 @@ def test_options_that_do_not_belong_to_a_run_are_told(monkeypatch: pytest.Monkey
     assert started_by_torchrun(True, None) == (1, 2)
     with pytest.raises(UserError, match="cannot be combined"):
         started_by_torchrun(False, "auto")
+
+
+def test_a_rank_that_waits_for_others_ends_when_it_is_told_to() -> None:
+    """They may never come. There is nothing to save yet."""
+    code = "from kdbench.engine.follower import follow, Settings; follow((), Settings(ranks=2), 'cpu')"
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        first.settimeout(120)
+        variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        variables["MASTER_PORT"] = str(first.getsockname()[1])
+        rank = subprocess.Popen([sys.executable, "-c", code], env=os.environ | variables)
+        connection, _ = first.accept()
+        with connection:
+            rank.terminate()
+            try:
+                assert rank.wait(timeout=10) == -signal.SIGTERM
+            finally:
+                rank.kill()
