@@ -308,7 +308,8 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
         if path.is_file() and path.suffix != ".json":
             what = "this is a file, and no record of a cell"
             raise UserError(what, str(path), meant(path, "a folder with finished cells", RUN))
-        for file in _of_cells(RECORD, path) if path.is_dir() else [path]:
+        below = sorted(cell / RECORD for cell in _cell_folders(path)) if path.is_dir() else [path]
+        for file in filter(Path.is_file, below):
             files.setdefault(file.resolve(), file)
     if not files:
         hint = f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them"
@@ -316,25 +317,26 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
     return [read_record(file) for file in files.values()]
 
 
-def _of_cells(name: str, folder: Path) -> list[Path]:
-    """Files of that name in the cells' folders at or below a folder, by path. Of a run's folder: of the cells that its
-    last plan had. Of a folder of runs: of all but those that try settings, and without the teachers beside them."""
+def _cell_folders(folder: Path) -> list[Path]:
+    """The cells' folders at or below a folder. Of a run's folder: of the cells that its last plan had. Of a folder of
+    runs: of all but those that try settings, and without the teachers beside them."""
     cells = read_run(folder).cells if (folder / RUN).exists() else None
     if cells is not None:
-        return sorted(file for cell in cells if (file := inside(folder, cell) / name).is_file())
-    found = [folder / name] if (folder / name).is_file() else []
-    for below in sorted(folder.iterdir()):
+        return [inside(folder, cell) for cell in cells]
+    found = [folder] if any((folder / name).is_file() for name in (RECORD, METRICS)) else []
+    for below in folder.iterdir():
         apart = below.name.endswith(TRIALS) or below.name == TEACHERS
         if below.is_dir() and not below.is_symlink() and not apart:
-            found += _of_cells(name, below)
+            found += _cell_folders(below)
     return found
 
 
 def unfinished(paths: str | Path | Iterable[str | Path]) -> list[Path]:
-    """Folders of cells that began (they hold metrics) and have no record, at or below the given folders, by path."""
+    """Folders of cells without a record, at or below the given folders, by path: of those that a run planned, else of
+    those that began (they hold metrics)."""
     given = paths_of(paths)
-    begun = {file.parent for path in given if path.is_dir() for file in _of_cells(METRICS, path)}
-    return sorted(folder for folder in begun if not (folder / RECORD).is_file())
+    cells = {cell for path in given if path.is_dir() for cell in _cell_folders(path)}
+    return sorted(cell for cell in cells if not (cell / RECORD).is_file())
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     prepare()
     outcome = run_plan(planned, options, shown, before, found)
     if outcome.finished:
-        write_tables(outcome.finished, outcome.folder, [f"{s.label} (failed)" for s in outcome.failed])
+        write_tables(outcome.finished, outcome.folder, [state.cell.slug for state in outcome.failed])
     return outcome
 
 

@@ -55,7 +55,7 @@ def build(
         metric: "last" (after the last step), "best" (best test epoch, marked as optimistic) or "mean_last" (mean of the
             evaluations in the last 10 epochs).
         title: shown above; by default the names of teacher, student and data.
-        unfinished: cells that began and have no record; a note says so.
+        unfinished: folders, or their names, of cells without a record; a note says so.
         interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
         published: key -> card of published tables whose numbers are shown too, marked as copied.
         columns: names of numbers to show too, see `comparison.compare`.
@@ -76,7 +76,7 @@ def build(
     measures = _measures(comparison.records)
     said = [
         *notes_of(comparison, rows, metric, tests, measures, interval),
-        *missing(comparison, [*map(str, unfinished), *failed]),
+        *missing(comparison, [*sorted(Path(cell).name for cell in unfinished), *failed]),
         *across_notes(summed, comparison.baseline.label),
         *copied_notes(copied, published or {}),
         *(Note(text, letter) for text, letter in marks.items()),

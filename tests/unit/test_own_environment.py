@@ -20,6 +20,7 @@ from conftest import ROOT
 
 import kdbench
 from kdbench.cli import main
+from kdbench.cli.output import write_tables
 from kdbench.cli.progress import clock
 from kdbench.cli.run import started_by_torchrun
 from kdbench.engine import checkpoint
@@ -35,7 +36,10 @@ from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
 from kdbench.registry import Registry
+from kdbench.results.tables import build
+from kdbench.results.texts import texts
 from kdbench.signature import parameters
+from kdbench.verify.verification import verify
 
 CELLS = ["ce-seed0-dd220819", "kd-seed0-9d9a250a"]
 NOBODY = "~nobody_is_called_so"
@@ -59,6 +63,18 @@ def called(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     with pytest.raises(SystemExit) as end:
         main()
     return int(end.value.code or 0)
+
+
+def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(runs: Path) -> None:
+    """A run, `kdbench table` and `kdbench verify` know that cell by different ways."""
+    run = runs / "quickstart"
+    for file in (run / CELLS[1]).iterdir():
+        file.unlink()
+    write_tables([run / CELLS[0]], run, [CELLS[1]])
+    assert f"Not finished and not in the table: {CELLS[1]}" in (run / "table.md").read_text()
+    assert not [found for found in verify(run, Registry()) if found.level == "disagrees" and "table" in found.where]
+    again = texts(build(read_records(run), unfinished=unfinished(run)), read_records(run))
+    assert again["table.md"] == (run / "table.md").read_text()
 
 
 def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
