@@ -12,8 +12,6 @@ from kdbench.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from kdbench.registry import Registry
 
-# Data whose images networks take that say nothing of their hook points: these are found by running them.
-USUAL = "imagenet"
 EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show recipes ab_wrn"
 
 
@@ -85,8 +83,10 @@ def _hook_points(cards: Registry, name: str) -> list[str]:
     from kdbench.recipe.networks import model_spec
     from kdbench.tree import Tree
 
+    # They are found by running the network, on images that any of them takes.
+    largest = max(cards.names("datasets"), key=lambda data: cards.card("datasets", data).image_size)
     try:
-        data, spec = spec_of_card(USUAL, cards), model_spec(Tree.of({"name": name}, "kdbench show"), cards)
+        data, spec = spec_of_card(largest, cards), model_spec(Tree.of({"name": name}, "kdbench show"), cards)
         return [*build_extractor(build_model(spec, data), spec, data).places, LOGITS]
     except UserError:
         return []

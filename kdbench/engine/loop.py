@@ -135,8 +135,8 @@ class TrainingLoop:
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
         measured = self.program.evaluate(cell)
         for part, found in measured.items():
-            if not math.isfinite(found.get("loss", 0.0)):
-                # The step had a finite loss itself, and left weights that have none.
+            # A student may come back from that, as batch norms do; what has ended has no accuracy then.
+            if member.finished and not math.isfinite(found.get("loss", 0.0)):
                 raise member.diverged(max(member.step - 1, 0), f"{part}/loss", trained=True)
         known = log.history[-1].get("unmeasured", {}) if log.history else {}
         for metric, points in measured.get("unmeasured", {}).items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.data.images import ImageData, load_images, taken_of
+from kdbench.data.images import ImageData, check, load_images, taken_of
 from kdbench.data.pictures import Pictures, sum_of
 from kdbench.data.sent import SUFFIX, load_listing
 from kdbench.engine import logit_table
@@ -195,6 +195,8 @@ def _made(spec: DataSpec, places: dict[str, Any]) -> ImageData | Pictures:
     if not isinstance(data, ImageData | Pictures):
         what = f"the data set '{spec.name}': its function gives {type(data).__name__}, not ImageData or Pictures"
         raise UserError(what, spec.target, "end it with 'return kdbench.data.images.canonical(…)'")
+    if own and isinstance(data, ImageData):
+        check(data)
     # What is shipped takes it of what it read.
     if own and data.fingerprint != (taken_of(data) if isinstance(data, ImageData) else sum_of(data, places["cache"])):
         what = f"the data set '{spec.name}': its fingerprint {data.fingerprint!s:.12} is not that of its images"

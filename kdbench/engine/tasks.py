@@ -72,7 +72,11 @@ class TaskRunner:
         except (UserError, CellError, Apart):
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - raised again, in what words it may be
-            raise (raised_by_own_code(error) or error) from None
+            found = raised_by_own_code(error)
+            if found and isinstance(task, messages.TrainCells):
+                # Other cells may go on.
+                raise CellError(str(found)) from None
+            raise (found or error) from None
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,6 @@ from kdbench.errors import UserError, failure, shortened
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec
 from kdbench.registry import Registry
-from kdbench.schedules import Schedule
 from kdbench.tree import Tree
 
 _FORMS: dict[str, type[TargetSpec]] = {
@@ -65,6 +64,6 @@ def _try_schedule(spec: TargetSpec, tree: Tree) -> None:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
         what = f"schedule '{spec.name}' cannot be built: {failure(error)}"
         raise UserError(what, tree.origin(()), f"see {spec.target}") from None
-    if not isinstance(made, Schedule):
+    if not hasattr(made, "factor"):
         hint = "its function returns kdbench.schedules.Schedule(factor), where factor takes the progress in [0, 1)"
         raise UserError(f"schedule '{spec.name}' is no schedule: {shortened(made)}", tree.origin(()), hint)

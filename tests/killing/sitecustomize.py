@@ -64,6 +64,8 @@ def arm() -> None:
 
             def half(state: Any, file: Any) -> None:
                 save(state, file)
+                if not isinstance(file, str | os.PathLike):
+                    return
                 os.truncate(file, os.path.getsize(file) // 2)
                 strike()
                 save(state, file)

@@ -21,7 +21,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
-from kdbench.errors import CellError, UserError
+from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CellError, match="No space left"):
+    with pytest.raises(UserError, match="the disk is full"):
         checkpoint.save(tmp_path, {"key": {}, **member.state()})
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -185,8 +185,9 @@ def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: st
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [("(student @ teacher.T)", "returned shape"), ("1.0", "returned float"), ("teacher.mean()", "does not depend"),
-     ("(student - teacher).mean() * float('nan')", "gave nan"), ("no_such_name", "cannot be computed: NameError")],
+    [("(student @ teacher.T)", "returned torch.float32"), ("1.0", "returned a float"),
+     ("teacher.mean()", "does not depend"), ("(student - teacher).mean() * float('nan')", "gave nan"),
+     ("no_such_name", "cannot be computed: NameError")],
 )  # fmt: skip
 def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, tmp_path: Path) -> None:
     from kdbench.engine.check import check_cell
