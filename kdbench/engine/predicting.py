@@ -9,7 +9,8 @@ from kdbench.engine.averaging import Average
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.network import Network
 from kdbench.engine.surroundings import Surroundings, build_module
-from kdbench.errors import UserError, failure
+from kdbench.engine.targets import code_of
+from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.specs import CellSpec
 
@@ -80,13 +81,8 @@ def check_answers(cell: Surroundings) -> None:
     """
     data = cell.spec.student.takes(cell.spec.data)
     built = predictor(cell).eval()
-    try:
-        with torch.no_grad():
-            logits = built(torch.zeros(2, *data.image_shape))
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's head can fail in any way
-        raise UserError(f"the student cannot answer through 'predicts': {failure(error)}") from None
+    with code_of("the student cannot answer through 'predicts'"), torch.no_grad():
+        logits = built(torch.zeros(2, *data.image_shape))
     given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if given != [2, data.classes]:
         raise UserError(f"'predicts' gives {given} for two images, not [2, {data.classes}]")

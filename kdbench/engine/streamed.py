@@ -32,8 +32,8 @@ from kdbench.engine.batch import Batch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentSplit
-from kdbench.engine.targets import import_target
-from kdbench.errors import UserError, failure
+from kdbench.engine.targets import code_of, import_target
+from kdbench.errors import UserError
 from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec
 from kdbench.recipe.timeline import Timeline
 
@@ -198,12 +198,8 @@ def transforms_of(chosen: AugmentationSpec) -> Transforms | None:
     """
     parts: list[tuple[str, Transform]] = []
     for one in chosen.transforms or ():
-        try:
+        with code_of(f"the transform '{one.name}' cannot be made by '{one.target}'"):
             part = import_target(one.target)(**one.options)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's transform can fail in any way
-            raise UserError(f"the transform '{one.name}' cannot be made by '{one.target}': {failure(error)}") from None
         if not callable(part):
             what = f"the transform '{one.name}': '{one.target}' gives {type(part).__name__}"
             raise UserError(what, hint="the card's function takes options, and returns what is called with a picture")
