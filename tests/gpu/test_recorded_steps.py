@@ -11,6 +11,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,6 +279,35 @@ def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, dete
     program = both([evaluated(cell("kd"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
     of = program.cohorts[0].cells[0].member
     assert program.replayed(of) and not program.evaluations_replayed(of)
+
+
+def says_no(_: torch.Tensor) -> None:
+    raise ValueError("not while it is recorded")
+
+
+@pytest.mark.parametrize("what", [reads, says_no])
+def test_a_metric_that_a_recording_does_not_bear_is_measured_eagerly(
+    what: Callable[[torch.Tensor], None], tmp_path: Path, deterministic: Same
+) -> None:
+    """A recording would keep a measurement without this metric, and replay it."""
+
+    def measured(metric: Callable[..., torch.Tensor], *values: torch.Tensor) -> torch.Tensor:
+        value = metric(*values)
+        if torch.cuda.is_current_stream_capturing():
+            what(value)
+        return value
+
+    def looks(cohort: Cohort) -> None:
+        member = cohort.cells[0].member
+        for stage in member.spec.method.stages:
+            for term in member.terms_of(stage).values():
+                term.metrics = {name: partial(measured, metric) for name, metric in term.metrics.items()}
+
+    program = both([evaluated(cell("ab"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
+    of = program.cohorts[0].cells[0].member
+    assert program.replayed(of) and not program.evaluations_replayed(of)
+    agreements = [entry["metrics"]["agreement"] for entry in of.log.history]
+    assert agreements and all(value is not None for points in agreements for value in points.values())
 
 
 # --- memory
