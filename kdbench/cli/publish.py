@@ -12,6 +12,9 @@ def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders runs/<recipe> of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder for <recipe>/.")] = Path("results"),
     replace: Annotated[bool, typer.Option("--replace", help="Let published cells go that RUN does not have.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Cells may be missing: the table is made without them and names them.")
+    ] = False,
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
@@ -21,4 +24,13 @@ def command(
     from kdbench.verify.publishing import publish
 
     for run in runs:
-        print(publish(run, out, replace))
+        if not unfinished:
+            print(publish(run, out, replace))
+            continue
+        from kdbench.cli.output import write_tables
+        from kdbench.engine.session import locked_run
+        from kdbench.record import unfinished as unfinished_cells
+
+        with locked_run(run):
+            write_tables([run], run, [cell.name for cell in unfinished_cells(run)])
+            print(publish(run, out, replace, unfinished))

@@ -12,25 +12,28 @@ from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
 
 
-def publish(run: Path, out: Path, replace: bool = False) -> Path:
+def publish(run: Path, out: Path, replace: bool = False, unfinished: bool = False) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
 
     Args:
         replace: whether cells of the earlier copy that the run does not have may go.
+        unfinished: whether cells may be missing. The run's table must be one of those that are there.
 
     Raises:
-        UserError: no run, cells that are not finished, links that leave the run, or something else than results in the
-            way.
+        UserError: no run, cells that are not finished and none that are, links that leave the run, or something else
+            than results in the way.
     """
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
-    cells, name = plan.cells, plan.name
-    if open_cells := [cell for cell in cells if not inside(run, cell, RECORD).is_file()]:
-        what = f"{len(open_cells)} of {len(cells)} cells are not finished, {open_cells[0]} for one"
-        raise UserError(what, str(run), "run the recipe again: it continues where it stopped")
+    cells, name = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()], plan.name
+    open_cells = [cell for cell in plan.cells if cell not in cells]
+    if open_cells and not (unfinished and cells):
+        what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
+        hint = "run the recipe again: it continues where it stopped. Or publish without them: --unfinished"
+        raise UserError(what, str(run), hint)
     target = inside(out, name)
     if target.resolve() == run.resolve():
         raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")

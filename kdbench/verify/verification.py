@@ -68,21 +68,29 @@ def _sums(folder: Folder) -> Iterator[Finding]:
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
-    """Every planned cell has a record; what else has one is said."""
+    """Every planned cell has a record, but for those that had none when the folder was summed up; what else has one is
+    said."""
     cells = folder.run.cells
     if cells is None:
         what = "it names no cells (an older version wrote it): all records here are taken for its"
         yield Finding("unchecked", what, RUN, "which cells were planned")
         return
     extra = [name for name in folder.records if name not in cells and is_cell(name)]
-    yield from (
-        Finding("disagrees", "planned, and has no sound record", cell) for cell in cells if cell not in folder.records
+    absent = [cell for cell in cells if cell not in folder.records]
+    summed = (
+        {name.split("/")[0] for name in sums.read_sums(folder.path)} if (folder.path / sums.NAME).is_file() else None
     )
+    for cell in absent:
+        if summed is None or cell in summed:
+            yield Finding("disagrees", "planned, and has no sound record", cell)
+        else:
+            yield Finding("remark", "planned, and not finished: not in the table", cell)
     # A run's folder keeps what an earlier plan trained; of a published one, the sums tell.
     yield from (
         Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
     )
-    yield Finding("agrees", f"its {len(cells)} cells have their records", RUN)
+    finished = f"{len(cells) - len(absent)} finished cells" if absent else f"{len(cells)} cells"
+    yield Finding("agrees", f"its {finished} have their records", RUN)
 
 
 def _sound(folder: Folder) -> Iterator[Finding]:

@@ -60,6 +60,33 @@ def disagreements(folder: Path) -> list[Finding]:
     return [finding for finding in verify(folder, REGISTRY) if finding.level == "disagrees"]
 
 
+def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
+    tiny_run: Path, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(tiny_run / "runs" / "tiny", tmp_path / "runs" / "tiny"))
+    (gone,) = run.glob("ab-seed1-*")
+    shutil.rmtree(gone)
+    said = kdbench("publish", run, code=2).stderr
+    assert f"1 of 4 cells are not finished, {gone.name} for one" in said and "--unfinished" in said
+    kdbench("publish", run, "--unfinished")
+    made = tmp_path / "results" / "tiny"
+    assert f"Not finished and not in the table: {gone.name}" in (made / "table.md").read_text().replace("\\", "")
+    assert not disagreements(made)
+    assert [f.where for f in verify(made, REGISTRY) if f.level == "remark"] == [gone.name]
+    shutil.rmtree(run)
+    grown = kdbench("run", *TINY, "seeds=2", "steps=12", "evaluations=3", "--jobs", "1", "--threads", "1")
+    assert "3 cells taken from results/tiny" in grown.stderr and (gone / "record.json").is_file()
+    # What was published and is gone is no remark.
+    (lost,) = made.glob("ab-seed0-*")
+    shutil.rmtree(lost)
+    assert (lost.name, "planned, and has no sound record") in [(f.where, f.what) for f in disagreements(made)]
+    shutil.rmtree(made)
+    for cell in run.glob("*-seed*"):
+        (cell / "record.json").unlink()
+    assert "4 of 4 cells are not finished" in kdbench("publish", run, code=2).stderr
+    assert "no finished cell was found" in kdbench("publish", run, "--unfinished", code=2).stderr
+
+
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all numbers, words and truth values."""
     if isinstance(data, dict | list):
