@@ -151,14 +151,22 @@ def outcome(cohort: Cohort) -> list[Any]:
     return [([fingerprint(module) for module in modules(cell)], measured) for cell, measured in cells]
 
 
-def assert_near(a: Cohort, b: Cohort, tolerance: float) -> None:
-    """The same up to a share of each weight's largest value, for arithmetic whose order is not settled."""
+def farthest(a: Cohort, b: Cohort) -> tuple[float, str]:
+    """How far one of two trainings' weights is off at most, as a share of its tensor's largest value, and where."""
+    found = [(0.0, "nothing")]
     for one, other in zip(a.cells, b.cells, strict=True):
         for module, twin in zip(modules(one), modules(other), strict=True):
-            for (name, value), (_, found) in zip(module.state_dict().items(), twin.state_dict().items(), strict=True):
-                off = (value.double() - found.double()).abs().max() if value.numel() else torch.zeros(())
-                most = value.double().abs().max().clamp(min=1e-3) if value.numel() else torch.ones(())
-                assert off <= tolerance * most, f"{one.member.spec.method.name}: {name} is off by {off / most:.2g}"
+            for (name, value), (_, there) in zip(module.state_dict().items(), twin.state_dict().items(), strict=True):
+                if value.numel():
+                    off = (value.double() - there.double()).abs().max() / value.double().abs().max().clamp(min=1e-3)
+                    found.append((float(off), f"{one.member.spec.method.name}: {name}"))
+    return max(found)
+
+
+def assert_near(a: Cohort, b: Cohort, tolerance: float) -> None:
+    """The same up to a share of each tensor's largest value, for arithmetic whose order is not settled."""
+    off, where = farthest(a, b)
+    assert off <= tolerance, f"{where} is off by {off:.2g}"
 
 
 def both(

@@ -31,6 +31,7 @@ from captured import (
     cell,
     cohort_of,
     evaluated,
+    farthest,
     resumed,
     short,
     trained,
@@ -184,18 +185,26 @@ def test_every_method_trains_as_a_gpu_is_used(method: str, tmp_path: Path, caplo
     assert not [one.message for one in caplog.records if one.name == "kdbench"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def stepped(method: str, folder: Path, precision: Literal["float32", "bfloat16"], compile_losses: bool) -> Cohort:
+    cohort = cohort_of([cell(method, steps=2, batch=16)], folder, GPU, computing=Computing(precision=precision))
+    trained(Program([compiled(cohort) if compile_losses else cohort]))
+    return cohort
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_losses_train_as_eager_ones(
-    method: str, precision: Literal["float32", "bfloat16"], tmp_path: Path
-) -> None:
-    used = Computing(precision=precision)
-    specs = [cell(method, steps=2, batch=16)]
-    cohorts = [cohort_of(specs, tmp_path / str(i), GPU, computing=used) for i in range(2)]
-    trained(Program([cohorts[0]]))
-    trained(Program([compiled(cohorts[1])]))
-    # Some losses magnify the last digit: DIST is off by 0.0014.
-    assert_near(*cohorts, 5 * TOLERANCE)
+def test_compiled_losses_train_as_eager_ones(method: str, tmp_path: Path) -> None:
+    """The last digit may turn a neuron on or off. DIST is off by 0.0094 then, and by as much on a CPU whose student
+    begins with weights that differ by a millionth."""
+    eager, other = (stepped(method, tmp_path / str(i), "float32", compile_losses=i == 1) for i in range(2))
+    assert_near(eager, other, 20 * TOLERANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_losses_are_as_near_to_float32_as_eager_ones(method: str, tmp_path: Path) -> None:
+    """In bfloat16, in which two ways to compute the same differ by some percent after two steps."""
+    exact = stepped(method, tmp_path / "exact", "float32", compile_losses=False)
+    eager, other = (stepped(method, tmp_path / str(i), "bfloat16", compile_losses=i == 1) for i in range(2))
+    assert farthest(exact, other)[0] <= 1.5 * farthest(exact, eager)[0] + 20 * TOLERANCE
 
 
 # --- what draws at random
