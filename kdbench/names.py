@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kdbench.signature import own_code_sha256
+from kdbench.own_code import own_code_sha256
 from kdbench.tree import Tree
 
 

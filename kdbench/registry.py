@@ -19,7 +19,8 @@ from kdbench.cards import KINDS, AnalysisCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE, paths_of
 from kdbench.names import Shipped, targets_in
-from kdbench.signature import Parameter, check_one_file, check_options, own_code_sha256, parameters
+from kdbench.own_code import check_one_file, own_code_sha256
+from kdbench.signature import Parameter, check_options, parameters
 from kdbench.told import TOLD, inputs_of, is_module, losses_in
 from kdbench.tree import Tree, dotted, shown
 from kdbench.tree import walk as paths

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError, did_you_mean
-from kdbench.files import sha256_of
 
 REQUIRED = object()
 
@@ -47,17 +46,17 @@ def parameters(target: str, called: bool = False) -> dict[str, Parameter]:
     """
     module_name, _, object_name = target.partition(":")
     file = source_file(module_name, target)
-    return _parameters(file, _written(file), object_name, called)
+    return _parameters(file, written(file), object_name, called)
 
 
-def _written(file: Path) -> tuple[int, int]:
+def written(file: Path) -> tuple[int, int]:
     """What tells whether a file was written again: a long-lived process, such as a notebook's, must read it again."""
     status = file.stat()
     return status.st_mtime_ns, status.st_size
 
 
 @functools.cache
-def _parameters(file: Path, written: tuple[int, int], object_name: str, called: bool) -> dict[str, Parameter]:
+def _parameters(file: Path, of: tuple[int, int], object_name: str, called: bool) -> dict[str, Parameter]:
     try:
         tree = ast.parse(importlib.util.decode_source(file.read_bytes()))
     except UnicodeDecodeError as error:
@@ -105,30 +104,6 @@ def source_file(module_name: str, target: str) -> Path:
 def module_at(path: Path) -> Path | None:
     """The file of a module or package at a path without suffix, if there is one."""
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-# Packages whose versions a record names: their files need no hash of their own.
-_KNOWN_PACKAGES = ("kdbench", "torch", "torchvision", "timm")
-
-
-def own_code_sha256(target: str) -> str | None:
-    """sha256 of the file that defines a target of the user's own; None for what kdbench and torch bring."""
-    module = target.partition(":")[0]
-    return None if module.split(".")[0] in _KNOWN_PACKAGES else sha256_of(source_file(module, target))
-
-
-def check_one_file(target: str, folders: Iterable[Path]) -> None:
-    """Raises UserError where a target's module is not the file of that name in these folders: Python would run another
-    registry's code, or a package's."""
-    module = target.partition(":")[0]
-    own = [file for folder in folders if (file := module_at(folder.joinpath(*module.split("."))))]
-    taken = source_file(module, target) if own else None
-    for file in own:
-        if taken is not None and file.resolve() != taken.resolve() and sha256_of(file) != sha256_of(taken):
-            what = f"target '{target}': {file} would not be used, for Python takes {taken}"
-            raise UserError(
-                what, hint="two modules must not have one name: rename the file, and the target in its card"
-            )
 
 
 def check_options(

@@ -20,8 +20,8 @@ from kdbench.engine.teacher_files import TeacherFile, all_weights, given_weights
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.errors import CellError, UserError, failure
 from kdbench.image_cards import SQUARE
+from kdbench.own_code import own_code_sha256
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.signature import own_code_sha256
 
 AnyData = ImageData | Pictures
 

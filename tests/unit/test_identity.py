@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdbench import signature
+from kdbench import own_code
 from kdbench.engine.finished import names, open_cells
 from kdbench.errors import UserError
 from kdbench.names import frozen
@@ -63,9 +63,9 @@ def with_text(change: Any, monkeypatch: pytest.MonkeyPatch) -> Registry:
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """The shipped registry after every module went into a package of another name."""
-    (tmp_path / "elsewhere").symlink_to(Path(signature.__file__).parent)
+    (tmp_path / "elsewhere").symlink_to(Path(own_code.__file__).parent)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(signature, "_KNOWN_PACKAGES", (*signature._KNOWN_PACKAGES, "elsewhere"))
+    monkeypatch.setattr(own_code, "_KNOWN_PACKAGES", (*own_code._KNOWN_PACKAGES, "elsewhere"))
     found = with_text(lambda text: text.replace("kdbench.", "elsewhere."), monkeypatch)
     assert found.card("losses", "kd").target == "elsewhere.losses.kd:kd"
     return found

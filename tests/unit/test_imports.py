@@ -38,6 +38,7 @@ GROUND = [
     "tree",
     "validation",
     "signature",
+    "own_code",
     "schedules",
     "told",
     "names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -380,3 +381,50 @@ def test_code_that_was_written_again_is_read_again(folder: Path) -> None:
     (folder / "own_nets.py").write_text(NETS.replace("channels, 4, 3", "channels, 4, 3, 2"))
     after = spec_of(Registry([folder]), student="own")
     assert before.student.source_sha256 != after.student.source_sha256
+
+
+def test_files_that_own_code_imports_count_with_it(folder: Path) -> None:
+    """Also by way of packages and of other files; what it does not import, and an empty file, changes nothing."""
+
+    def hashed() -> Any:
+        return spec_of(Registry([folder]), student="own").student.source_sha256
+
+    (folder / "parts" / "deep").mkdir(parents=True)
+    for name, text in {
+        "own_tools.py": "import parts.deep.inner\nimport random\n",
+        "random.py": "WIDTH = 1\n",
+        "parts/__init__.py": "",
+        "parts/deep/__init__.py": "from .. import outer\n",
+        "parts/deep/inner.py": "from . import inmost\n",
+        "parts/deep/inmost.py": "WIDTH = 3\n",
+        "parts/outer.py": "from own_tools import *\nfrom .absent import nothing\n",
+        "parts/beside.py": "WIDTH = 4\n",
+    }.items():
+        (folder / name).write_text(text)
+    alone = spec_of(registry(folder, network("Kept"), own_nets=NETS), student="own").student.source_sha256
+    assert alone == hashlib.sha256((folder / "own_nets.py").read_bytes()).hexdigest()
+    registry(folder, network("Kept"), own_nets="def later():\n    from own_tools import WIDTH\n\n" + NETS)
+    seen = [alone, hashed()]
+    for name in (
+        "own_tools.py",
+        "parts/outer.py",
+        "parts/deep/__init__.py",
+        "parts/deep/inmost.py",
+        "parts/__init__.py",
+    ):
+        (folder / name).write_text((folder / name).read_text() + "# more\n")
+        seen.append(hashed())
+    assert len({*seen}) == 7
+    for name in ("random.py", "parts/beside.py"):
+        (folder / name).write_text("WIDTH = 5\n")
+    assert hashed() == seen[-1]
+
+
+def test_a_module_of_two_registries_that_own_code_imports_is_refused(folder: Path) -> None:
+    first, second = folder / "first", folder / "second"
+    registry(first, {}, own_tools="WIDTH = 4\n")
+    cards = registry(second, network("Kept"), own_nets="from own_tools import WIDTH\n" + NETS, own_tools="WIDTH = 4\n")
+    assert cards.card("models", "own")
+    (second / "own_tools.py").write_text("WIDTH = 5\n")
+    with pytest.raises(UserError, match=f"{second / 'own_tools.py'} would not be used, for Python takes {first}"):
+        Registry([second]).card("models", "own")
