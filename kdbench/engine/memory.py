@@ -103,7 +103,8 @@ def _saved(
         times: of `multiples`.
     """
     names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
-    images = {n: IMAGES * times.get(n, 1) for n in names}
+    few = min([IMAGES, *(term.most for term in terms if term.most)])
+    images = {n: few * times.get(n, 1) for n in names}
     labels = {n: torch.zeros(images[n], dtype=torch.int64) for n in names}
     sets = {n: Batch(torch.randn(images[n], *shapes[0]), labels[n], labels[n], mask=labels[n] == 0) for n in names}
 
@@ -122,7 +123,7 @@ def _saved(
         }
         total = sum(term(values, sets) for term in terms)
     assert isinstance(total, Tensor)
-    return kept.bytes
+    return kept.bytes * IMAGES // few
 
 
 def peak_memory(device: torch.device) -> int:

@@ -67,6 +67,7 @@ class Term(nn.Module):
     Attributes:
         joint: whether the loss takes lists of hook points at once.
         numbers: name -> its value at a moment: what the loss asked for, and its scheduled options.
+        most: images of the largest batch that the loss is made for; none for one that takes any.
         graph: the compiled loss, where it is compiled. not_compiled: why it is not, where torch.compile failed.
     """
 
@@ -80,7 +81,8 @@ class Term(nn.Module):
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(target) else target
         self.graph: Callable[..., Tensor] | None = None
         self.full, self.not_compiled = 0, ""
-        in_call = asked(spec.loss.target, called=True)
+        in_call, when_made = (asked(spec.loss.target, called=called) for called in (True, False))
+        self.most = cell.spec.protocol.batch_size if "batch_size" in (*in_call, *when_made) else None
         self.numbers = {option: _scheduled(spec, option, one) for option, one in spec.schedules.items()}
         self.numbers |= {told: _NUMBERS[told] for told in in_call if told in _NUMBERS}
         self.joint = isinstance(spec.student, list) or isinstance(spec.teacher, list)
@@ -106,7 +108,7 @@ class Term(nn.Module):
                     with code_of(f"{place}: its connector"):
                         behind = [_behind(connector, shape) for connector, shape in pairs]
                     shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
-                    told = {one: cell.tell(one, stage, points) for one in asked(spec.loss.target, called=False)}
+                    told = {one: cell.tell(one, stage, points) for one in when_made}
                     of_class = spec.loss.model_copy(update={"options": self.options | told})
                     self.functions.append(made(of_class, f"{place}: loss '{spec.loss.name}'", _OF_A_CLASS, *shapes))
             self.connectors.extend(nn.Identity() if spec.through else one for one in layer.connectors)
@@ -234,16 +236,16 @@ class Term(nn.Module):
             UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it; or so a metric.
         """
         self.eval()
-        what = f"loss '{self.name}' ({self.spec.loss.target})"
+        what, n = f"loss '{self.name}' ({self.spec.loss.target})", min(ROWS, self.most or ROWS)
         values: dict[str, dict[str, dict[str, Tensor]]] = {"student": {}, "teacher": {}}
         sets: Sets = {}
         for name in self.input_sets:
             for network, shapes in (("student", student), ("teacher", teacher)):
                 points = self.points(network).get(name, [])
-                values[network][name] = {p: torch.randn(ROWS, *shapes[p]) for p in points}
-            rows = torch.arange(ROWS)
-            labels = torch.where(rows < ROWS / 2, 0, classes - 1)
-            sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(ROWS, dtype=torch.bool))
+                values[network][name] = {p: torch.randn(n, *shapes[p]) for p in points}
+            rows = torch.arange(n)
+            labels = torch.where(rows < n / 2, 0, classes - 1)
+            sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(n, dtype=torch.bool))
         own = [value for points in values[self.spec.of].values() for value in points.values()]
         for value in own:
             value.requires_grad_()
@@ -283,7 +285,7 @@ class Term(nn.Module):
                 f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
             )
         self.eval()
-        check_metrics(self, values["student"].get("data", {}), values["teacher"].get("data", {}), ROWS)
+        check_metrics(self, values["student"].get("data", {}), values["teacher"].get("data", {}), n)
         self.train()
 
     def _uncomputable(

@@ -40,6 +40,13 @@ def cohort() -> Cells:
     return cohorts_of([CellState(cell, i) for i, cell in enumerate(cells)])[0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_loss_that_is_made_for_small_batches_is_tried_with_no_more_images(batch_size: int) -> None:
+    protocol = {"name": "ab_official", "batch_size": batch_size}
+    (cell,) = plan({**RECIPE, "compare": {"method": ["semckd"]}, "protocol": protocol}, REGISTRY).cells
+    assert memory_of(cell.spec, torch.device("cpu"), check_cell(cell.spec)).step
+
+
 def test_members_take_turns() -> None:
     """Parameters add up, activations do not."""
     one = Memory(data=1 * GB, teacher=2 * GB, features=0, member=GB // 10, step=3 * GB)
