@@ -73,7 +73,7 @@ class Term(nn.Module):
 
     def __init__(self, name: str, spec: TermSpec, cell: Surroundings, place: str) -> None:
         super().__init__()
-        self.name, self.spec, self.options = name, spec, spec.loss.options
+        self.name, self.spec = name, spec
         stage = place.partition("/")[0]
         given = spec.weight_schedule or []
         self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
@@ -109,7 +109,7 @@ class Term(nn.Module):
                         behind = [_behind(connector, shape) for connector, shape in pairs]
                     shapes = [self._one_or_all(side) for side in (behind, teachers) if side]
                     told = {one: cell.tell(one, stage, points) for one in when_made}
-                    of_class = spec.loss.model_copy(update={"options": self.options | told})
+                    of_class = spec.loss.model_copy(update={"options": spec.loss.options | told})
                     self.functions.append(made(of_class, f"{place}: loss '{spec.loss.name}'", _OF_A_CLASS, *shapes))
             self.connectors.extend(nn.Identity() if spec.through else one for one in layer.connectors)
             self.layers.append(layer)
@@ -193,7 +193,7 @@ class Term(nn.Module):
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
             function = self._call(sets) or self.functions[position]
-            options = {**self.options, **layer.told, **now} if self.call else {**layer.told, **now}
+            options = {**self.spec.loss.options, **layer.told, **now} if self.call else {**layer.told, **now}
             value = function(*self._inputs(layer, values, sets), **options)
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if position == 0 else total + value
