@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,14 @@ def check_device(device: str) -> str:
     return device
 
 
+def note_absent(folders: list[Path] | None) -> list[Path] | None:
+    """Folders as they are. One that is not there may be on other machines of a cluster, or misspelt: that is noted."""
+    for folder in folders or ():
+        if not folder.is_dir():
+            print(f"note: --data: there is no folder {folder}", file=sys.stderr)
+    return folders
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
@@ -29,7 +38,9 @@ RegistryOption = Annotated[
 RunsOption = Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")]
 JobsOption = Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.", callback=check_device)]
-DataOption = Annotated[list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).")]
+DataOption = Annotated[
+    list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).", callback=note_absent)
+]
 DownloadOption = Annotated[bool, typer.Option(help="Whether data and weights may be downloaded.")]
 RayOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: auto, local, or HOST:PORT.")

@@ -268,3 +268,9 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert done.returncode == 2 and "seeds" in done.stderr
+
+
+def test_a_data_folder_that_is_not_there_is_noted(kdbench: Kdbench, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    said = kdbench("verify", ROOT / "results" / "quickstart", "--data", "here", "--data", "absent").stderr
+    assert said == "note: --data: there is no folder absent\n"
