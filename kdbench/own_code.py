@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -20,58 +21,75 @@ _PYTHONS_OWN = Path(sysconfig.get_path("stdlib")).resolve()
 def own_code_sha256(target: str) -> str | None:
     """A hash of the code of a target of the user's own; None for what kdbench and torch bring.
 
-    Of one file it is the file's sha256. Files beside it that it imports count too. Of an installed package it is the
-    target's file alone.
+    Of one file it is the file's sha256. Files that it imports count too: those in the same folder or below it, or those
+    of its package, where that is installed and offers cards. Of others that are installed, the target's file alone.
     """
-    if target.partition(":")[0].split(".")[0] in _KNOWN_PACKAGES:
+    if _top(target) in _KNOWN_PACKAGES:
         return None
-    first, *others = map(sha256_of, own_files(target).values())
-    return hashlib.sha256("\n".join([first, *sorted(others)]).encode()).hexdigest() if others else first
+    (_, (_, file)), *others = _beside(target).items()
+    installed, sha256 = _installed(file), sha256_of(file)
+    own = {name: taken for name, (_, taken) in others if _installed(taken) == installed and taken.stat().st_size}
+    lines = [sha256, *sorted(f"{name} {sha256_of(taken)}" for name, taken in own.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if own else sha256
 
 
 def check_one_file(target: str, folders: Iterable[Path]) -> None:
-    """Raises UserError where a target's module, or one that it imports, is not the file of that name in these folders:
-    Python would run another registry's code, or a package's."""
+    """Raises UserError where a target's module, or one beside it that it imports, is not the file of that name in these
+    folders: Python would run another registry's code, or a package's."""
     folders = list(folders)
-    for module, taken in own_files(target).items() if folders else ():
-        for folder in folders:
-            file = module_at(folder.joinpath(*module.split(".")))
+    for module, (there, taken) in _beside(target).items() if folders else ():
+        for file in (there, *(module_at(folder.joinpath(*module.split("."))) for folder in folders)):
             if file is not None and file.resolve() != taken.resolve() and sha256_of(file) != sha256_of(taken):
                 what = f"target '{target}': {file} would not be used, for Python takes {taken}"
                 hint = "two modules must not have one name: rename the file, and the target in its card"
                 raise UserError(what, hint=hint)
 
 
-def own_files(target: str) -> dict[str, Path]:
-    """The file of a target's module, and those in the same folder, or below it, that are imported with it.
+def _beside(target: str) -> dict[str, tuple[Path, Path]]:
+    """A target's module, and those that are imported with it and have a file in the same folder or below it.
 
-    Imports are read, not run: a module that is imported by a computed name is not found. Empty files do not count.
+    Imports are read, not run: a module that is imported by a computed name is not found. Names of Python's own modules
+    are taken for these.
 
     Returns:
-        module -> the file that Python takes for it, the target's first.
+        module -> (the file there, the file that Python takes for it), the target's first.
     """
-    module = target.partition(":")[0]
+    module, top = target.partition(":")[0], _top(target)
     file = source_file(module, target)
-    found, waiting = {module: file}, [] if _installed(file) else [module]
+    found, installed = {module: (file, file)}, _installed(file)
+    if top in _KNOWN_PACKAGES or (installed and top not in _packages_with_cards()):
+        return found
     root = file.parents[module.count(".") + (file.stem == "__init__")]
+    waiting = [module]
     for name in waiting:
-        for imported in [*_with_packages(name), *_imports(found[name], written(found[name]), name)]:
-            if imported in found or module_at(root.joinpath(*imported.split("."))) is None:
+        of = found[name][0]
+        for imported in [*_with_packages(name), *_imports(of, written(of), name)]:
+            foreign = _top(imported) in _KNOWN_PACKAGES or (installed and _top(imported) != top)
+            there = None if imported in found or foreign else module_at(root.joinpath(*imported.split(".")))
+            if there is None:
                 continue
             try:
                 taken = source_file(imported, target)
-            except (UserError, ValueError):
+            except (UserError, ImportError, ValueError):
                 continue
-            if taken.is_file() and not _installed(taken):
-                found[imported] = taken
+            if taken.is_file() and (_installed(taken) or _PYTHONS_OWN not in taken.resolve().parents):
+                found[imported] = there, taken
                 waiting.append(imported)
-    return {name: file for name, file in found.items() if name == module or file.stat().st_size}
+    return found
+
+
+def _top(target: str) -> str:
+    return target.partition(":")[0].partition(".")[0]
 
 
 def _installed(file: Path) -> bool:
-    """Whether a file is of an installed package, or one of Python's own."""
-    file = file.resolve()
-    return _PYTHONS_OWN in file.parents or not {"site-packages", "dist-packages"}.isdisjoint(file.parts)
+    """Whether a file is of an installed package."""
+    return not {"site-packages", "dist-packages"}.isdisjoint(file.resolve().parts)
+
+
+@functools.cache
+def _packages_with_cards() -> frozenset[str]:
+    return frozenset(_top(point.value) for point in importlib.metadata.entry_points(group="kdbench.registry"))
 
 
 def _with_packages(module: str) -> Iterator[str]:
@@ -85,7 +103,7 @@ def _imports(file: Path, of: tuple[int, int], module: str) -> list[str]:
     """The modules that a file's imports may name, packages among them: `from a import b` may name a module `a.b`."""
     try:
         tree = ast.parse(importlib.util.decode_source(file.read_bytes()))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         # Whoever imports it is told.
         return []
     found: list[str] = []

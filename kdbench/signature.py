@@ -88,22 +88,23 @@ def _with_bases(node: ast.ClassDef, known: Mapping[str, ast.ClassDef]) -> Iterat
 def source_file(module_name: str, target: str) -> Path:
     """File of a module, found without importing its parent packages."""
     top, *rest = module_name.split(".")
-    spec = importlib.util.find_spec(top) if top not in sys.modules else sys.modules[top].__spec__
-    if spec is None or spec.origin is None:
+    spec = getattr(sys.modules[top], "__spec__", None) if top in sys.modules else importlib.util.find_spec(top)
+    # A package without an __init__.py has no file of its own, and may lie in several folders.
+    if spec is None or not (rest or spec.origin):
         hint = "a target is module:object; the module must be importable or lie in the registry's folder"
         raise UserError(f"target '{target}': there is no module '{top}'", hint=hint)
     if not rest:
-        return Path(spec.origin)
-    path = Path(spec.origin).parent.joinpath(*rest)
-    if file := module_at(path):
+        return Path(str(spec.origin))
+    paths = [Path(folder).joinpath(*rest) for folder in spec.submodule_search_locations or ()]
+    if file := next(filter(None, map(module_at, paths)), None):
         return file
     what = f"target '{target}': there is no module '{module_name}'"
-    raise UserError(what, hint=did_you_mean(rest[-1], [f.stem for f in path.parent.glob("*.py")]))
+    raise UserError(what, hint=did_you_mean(rest[-1], [f.stem for path in paths for f in path.parent.glob("*.py")]))
 
 
 def module_at(path: Path) -> Path | None:
-    """The file of a module or package at a path without suffix, if there is one."""
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    """The file of a package or module at a path without suffix, if there is one."""
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
 def check_options(

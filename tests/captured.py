@@ -159,7 +159,8 @@ def farthest(a: Cohort, b: Cohort) -> tuple[float, str]:
             for (name, value), (_, there) in zip(module.state_dict().items(), twin.state_dict().items(), strict=True):
                 if value.numel():
                     off = (value.double() - there.double()).abs().max() / value.double().abs().max().clamp(min=1e-3)
-                    found.append((float(off), f"{one.member.spec.method.name}: {name}"))
+                    where = f"{one.member.spec.method.name}: {name}"
+                    found.append((float(off) if off.isfinite() else float("inf"), where))
     return max(found)
 
 

@@ -21,16 +21,15 @@ def command(
     They are small enough to commit: with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds
     the table from them, and 'kdbench verify' checks them.
     """
+    from kdbench.cli.output import write_files, write_plots
+    from kdbench.record import read_records
+    from kdbench.results.tables import build
     from kdbench.verify.publishing import publish
 
-    for run in runs:
-        if not unfinished:
-            print(publish(run, out, replace))
-            continue
-        from kdbench.cli.output import write_tables
-        from kdbench.engine.session import locked_run
-        from kdbench.record import unfinished as unfinished_cells
+    def write_tables(folder: Path, missing: list[str]) -> None:
+        records = read_records(folder)
+        write_files(build(records, unfinished=missing), folder, records)
+        write_plots(records, folder)
 
-        with locked_run(run):
-            write_tables([run], run, [cell.name for cell in unfinished_cells(run)])
-            print(publish(run, out, replace, unfinished))
+    for run in runs:
+        print(publish(run, out, replace, write_tables if unfinished else None))

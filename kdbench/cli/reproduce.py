@@ -101,14 +101,14 @@ def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], ou
     """Print the table of all published recipes of a study, with other people's numbers, and write it."""
     from kdbench.cli.output import print_table, write_files
     from kdbench.files import RUN
-    from kdbench.record import read_records
+    from kdbench.record import read_records, unfinished
     from kdbench.results.tables import build
     from kdbench.verify import sums
 
     there = [folder for folder in folders if (folder / RUN).is_file()]
     if there:
         records = read_records(there)
-        table = build(records, published=beside)
+        table = build(records, unfinished=unfinished(there), published=beside)
         print_table(table)
         write_files(table, out, records)
         print(f"written together: {sums.write(out).parent}")

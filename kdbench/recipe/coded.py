@@ -51,7 +51,9 @@ class TargetSpec(Coded, Spec):
     name: str
     target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
     options: dict[str, Any] = {}
-    source_sha256: str | None = Field(None, description="of the target's file, where it is the user's own code")
+    source_sha256: str | None = Field(
+        None, description="of the target's file and those that it imports, where they are the user's own code"
+    )
     version: int = Field(1, description="of the card")
 
     @model_validator(mode="before")

@@ -130,8 +130,8 @@ class _Reader:
         code = self.registry.code(kind, spec.name)
         if spec.source_sha256 != code["source_sha256"]:
             raise self.not_here(
-                f"the code of {what} is not that of the record (sha256 of its file)",
-                "restore the file as it was when the cell was trained",
+                f"the code of {what} is not that of the record (sha256 of its file, and of those that it imports)",
+                "restore the files as they were when the cell was trained",
             )
         if spec.source_sha256 is None or spec.target.partition(":")[2] != card.target.partition(":")[2]:
             self.check_code(f"code of {what}", spec.target, card.target, code["counts_as"])

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from kdbench.engine.finished import teacher_folder
@@ -12,14 +13,17 @@ from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
 
 
-def publish(run: Path, out: Path, replace: bool = False, unfinished: bool = False) -> Path:
+def publish(
+    run: Path, out: Path, replace: bool = False, write_tables: Callable[[Path, list[str]], None] | None = None
+) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
 
     Args:
         replace: whether cells of the earlier copy that the run does not have may go.
-        unfinished: whether cells may be missing. The run's table must be one of those that are there.
+        write_tables: writes tables and plots of the cells in a folder, given the names of those that are missing. With
+            it, a run may be published that is not finished, without a table of its own.
 
     Raises:
         UserError: no run, cells that are not finished and none that are, links that leave the run, or something else
@@ -30,7 +34,7 @@ def publish(run: Path, out: Path, replace: bool = False, unfinished: bool = Fals
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
     cells, name = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
-    if open_cells and not (unfinished and cells):
+    if open_cells and not (write_tables and cells):
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
         hint = "run the recipe again: it continues where it stopped. Or publish without them: --unfinished"
         raise UserError(what, str(run), hint)
@@ -52,7 +56,7 @@ def publish(run: Path, out: Path, replace: bool = False, unfinished: bool = Fals
         made = Path(temporary) / name
         made.mkdir()
         for file in sums.published_files(run):
-            if file.parent == run:
+            if file.parent == run and (file.name == RUN or not open_cells):
                 shutil.copy(file, made)
         for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:
             inside(made, copy).mkdir()
@@ -61,6 +65,8 @@ def publish(run: Path, out: Path, replace: bool = False, unfinished: bool = Fals
             for file_name in PUBLISHED:
                 if (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
+        if open_cells and write_tables:
+            write_tables(made, open_cells)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")

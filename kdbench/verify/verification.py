@@ -15,7 +15,7 @@ from typing import Any, get_args
 from kdbench.engine.finished import names
 from kdbench.engine.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
-from kdbench.files import BEST, LOGITS, RUN, STUDENT, TRIALS, meant, sha256_of
+from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
@@ -77,11 +77,9 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
         return
     extra = [name for name in folder.records if name not in cells and is_cell(name)]
     absent = [cell for cell in cells if cell not in folder.records]
-    summed = (
-        {name.split("/")[0] for name in sums.read_sums(folder.path)} if (folder.path / sums.NAME).is_file() else None
-    )
+    summed = sums.read_sums(folder.path) if (folder.path / sums.NAME).is_file() else None
     for cell in absent:
-        if summed is None or cell in summed:
+        if summed is None or f"{cell}/{RECORD}" in summed:
             yield Finding("disagrees", "planned, and has no sound record", cell)
         else:
             yield Finding("remark", "planned, and not finished: not in the table", cell)
@@ -297,7 +295,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
-    by_slug = {next((s for s in cell.slugs if s in folder.records), cell.slug): cell for cell in today.cells}
+    by_slug = {next((s for s in cell.slugs if s in cells), cell.slug): cell for cell in today.cells}
     if list(by_slug) != cells:
         specs = [record.resolved for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)

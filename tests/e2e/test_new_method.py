@@ -128,5 +128,5 @@ def test_the_method_in_contributing_trains_and_resumes(tmp_path: Path) -> None:
     for one, other in ((whole.student.model, resumed.student.model), (whole.terms, resumed.terms)):
         assert fingerprint(one) == fingerprint(other)
     near = whole.terms_of("training")["near"]
-    assert near.options == {"power": 3.0} and near.points("student")["data"] == ["layer1", "layer2", "layer3"]
+    assert near.spec.loss.options == {"power": 3.0} and near.points("student")["data"] == ["layer1", "layer2", "layer3"]
     whole.check_finite()

@@ -68,7 +68,9 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     shutil.rmtree(gone)
     said = kdbench("publish", run, code=2).stderr
     assert f"1 of 4 cells are not finished, {gone.name} for one" in said and "--unfinished" in said
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     kdbench("publish", run, "--unfinished")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     made = tmp_path / "results" / "tiny"
     assert f"Not finished and not in the table: {gone.name}" in (made / "table.md").read_text().replace("\\", "")
     assert not disagreements(made)
@@ -80,11 +82,17 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     (lost,) = made.glob("ab-seed0-*")
     shutil.rmtree(lost)
     assert (lost.name, "planned, and has no sound record") in [(f.where, f.what) for f in disagreements(made)]
+    # Nor does it become one by another call, which changes nothing.
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "this is the published copy itself" in kdbench("publish", made, "--unfinished", code=2).stderr
+    for wrong in (run.parent, tmp_path / "absent", made / "table.md"):
+        assert "this is not the folder of a run" in kdbench("publish", wrong, "--unfinished", code=2).stderr
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     shutil.rmtree(made)
     for cell in run.glob("*-seed*"):
         (cell / "record.json").unlink()
     assert "4 of 4 cells are not finished" in kdbench("publish", run, code=2).stderr
-    assert "no finished cell was found" in kdbench("publish", run, "--unfinished", code=2).stderr
+    assert "4 of 4 cells are not finished" in kdbench("publish", run, "--unfinished", code=2).stderr
 
 
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -149,3 +149,12 @@ def test_two_backward_passes_go_through_a_compiled_loss(monkeypatch: pytest.Monk
     assert logits.grad is not None
     once = (logits.detach().softmax(1) - torch.eye(10)[:8]) / 8
     torch.testing.assert_close(logits.grad, 2 * once)
+
+
+def test_weights_that_are_not_finite_are_near_to_nothing(tmp_path: Path) -> None:
+    one, other = (cohort_of([cell("kd", steps=1)], tmp_path / str(i)) for i in range(2))
+    assert_near(one, other, 0.0)
+    for cohort in (one, other):
+        next(cohort.cells[0].member.student.model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(AssertionError, match="kd: .* is off by inf"):
+        assert_near(one, other, 1.0)

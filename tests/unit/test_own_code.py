@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from captured import cohort_of, trained
+from conftest import ROOT
 from tiny import member_of, shortened, train
 
 from kdbench.engine import messages
@@ -20,6 +21,7 @@ from kdbench.engine.check import check_cell
 from kdbench.engine.program import Program
 from kdbench.engine.tasks import TaskRunner
 from kdbench.errors import SharedChange, UserError
+from kdbench.own_code import _packages_with_cards, own_code_sha256
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -390,34 +392,74 @@ def test_files_that_own_code_imports_count_with_it(folder: Path) -> None:
         return spec_of(Registry([folder]), student="own").student.source_sha256
 
     (folder / "parts" / "deep").mkdir(parents=True)
+    (folder / "loose").mkdir()
+    (folder / "kdbench").symlink_to(ROOT / "kdbench")
     for name, text in {
-        "own_tools.py": "import parts.deep.inner\nimport random\n",
-        "random.py": "WIDTH = 1\n",
-        "parts/__init__.py": "",
-        "parts/deep/__init__.py": "from .. import outer\n",
-        "parts/deep/inner.py": "from . import inmost\n",
-        "parts/deep/inmost.py": "WIDTH = 3\n",
-        "parts/outer.py": "from own_tools import *\nfrom .absent import nothing\n",
-        "parts/beside.py": "WIDTH = 4\n",
+        "own_tools": "import parts.deep.inner\nimport random, loose.one, kdbench.losses.kd\n",
+        "random": "WIDTH = 1\n",
+        "loose/one": "WIDTH = 2\n",
+        "parts/__init__": "",
+        "parts/deep/__init__": "from .. import outer\n",
+        "parts/deep": "WIDTH = 3\n",
+        "parts/deep/inner": "from . import inmost\n",
+        "parts/deep/inmost": "WIDTH = 4\n",
+        "parts/outer": "from own_tools import *\nfrom .absent import nothing\n",
+        "parts/beside": "WIDTH = 5\n",
     }.items():
-        (folder / name).write_text(text)
+        (folder / f"{name}.py").write_text(text)
     alone = spec_of(registry(folder, network("Kept"), own_nets=NETS), student="own").student.source_sha256
     assert alone == hashlib.sha256((folder / "own_nets.py").read_bytes()).hexdigest()
     registry(folder, network("Kept"), own_nets="def later():\n    from own_tools import WIDTH\n\n" + NETS)
     seen = [alone, hashed()]
-    for name in (
-        "own_tools.py",
-        "parts/outer.py",
-        "parts/deep/__init__.py",
-        "parts/deep/inmost.py",
-        "parts/__init__.py",
-    ):
-        (folder / name).write_text((folder / name).read_text() + "# more\n")
+    counting = ["own_tools", "loose/one", "parts/outer", "parts/deep/__init__", "parts/deep/inmost", "parts/__init__"]
+    for name in counting:
+        file = folder / f"{name}.py"
+        file.write_text(file.read_text() + "# more\n")
         seen.append(hashed())
-    assert len({*seen}) == 7
-    for name in ("random.py", "parts/beside.py"):
-        (folder / name).write_text("WIDTH = 5\n")
+    for name in ("random", "parts/beside", "parts/deep"):
+        (folder / f"{name}.py").write_text("WIDTH = 6\n")
     assert hashed() == seen[-1]
+    # Two that change places.
+    one, other = (folder / "loose" / "one.py", folder / "parts" / "deep" / "inmost.py")
+    text = one.read_text()
+    one.write_text(other.read_text())
+    other.write_text(text)
+    assert len({*seen, hashed()}) == len(counting) + 3
+
+
+def test_an_installed_package_with_cards_counts_as_it_does_in_its_authors_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for place in ("source", "site-packages"):
+        package = tmp_path / place / "shared_cards"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        (package / "losses.py").write_text("import beside_it\nfrom .tools import WIDTH\n")
+        (package / "tools.py").write_text("WIDTH = 1\n")
+        about = tmp_path / place / "shared_cards-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: shared-cards\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text("[kdbench.registry]\nshared = shared_cards\n")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path / place))
+            _packages_with_cards.cache_clear()
+            found.append(own_code_sha256("shared_cards.losses:loss"))
+            (package / "tools.py").write_text("WIDTH = 2\n")
+            assert own_code_sha256("shared_cards.losses:loss") != found[-1]
+            if place == "site-packages":
+                # Whatever else is installed beside it is not followed.
+                (tmp_path / place / "beside_it.py").write_text("WIDTH = 3\n")
+                (package / "tools.py").write_text("WIDTH = 1\n")
+                assert own_code_sha256("shared_cards.losses:loss") == found[-1]
+    _packages_with_cards.cache_clear()
+    assert found[0] == found[1]
+
+
+def test_a_module_that_an_installed_one_hides_is_refused(folder: Path) -> None:
+    cards = registry(folder, network("Kept"), own_nets="import filelock\n" + NETS, filelock="WIDTH = 4\n")
+    with pytest.raises(UserError, match=f"{folder / 'filelock.py'} would not be used, for Python takes .*/filelock"):
+        cards.card("models", "own")
 
 
 def test_a_module_of_two_registries_that_own_code_imports_is_refused(folder: Path) -> None:
