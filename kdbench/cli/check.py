@@ -48,6 +48,7 @@ def command(
     from kdbench.engine.device import chosen_device
     from kdbench.engine.estimate import Estimate
     from kdbench.engine.memory import memory_of
+    from kdbench.verify.adopting import left_of
 
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
@@ -61,7 +62,7 @@ def command(
     except UserError as error:
         raise planned.placed(error) from None
     estimate = Estimate(device, time)
-    left, taken_over = _left(planned, runs, results)
+    left, taken_over = left_of(planned, runs, results)
     networks, cells = _networks(planned, estimate), _cells(planned, left, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
@@ -79,17 +80,6 @@ def command(
         also = f", {taken_over} of them published in {results / planned.name}" if taken_over else ""
         console.print(f"{done} of {len(planned.cells)} cells are finished{also}")
     _print_needs(console, planned, left, runs, estimate, taken, time)
-
-
-def _left(planned: Plan, runs: Path, results: Path) -> tuple[list[PlannedCell], int]:
-    """The cells that 'kdbench run' would train, and how many it would take from published results instead."""
-    from kdbench.engine.finished import open_cells
-    from kdbench.verify.adopting import published
-
-    open_here = open_cells(planned.cells, runs / planned.name)
-    found = published(planned, results / planned.name)
-    left = [cell for cell in open_here if cell.slug not in found]
-    return left, len(open_here) - len(left)
 
 
 def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:

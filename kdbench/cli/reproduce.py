@@ -40,8 +40,9 @@ def command(
 ) -> None:
     """Run the recipes of STUDY one after the other and publish each to results/ when all its cells are finished.
 
-    It prints the estimated cost first. Repeat the command after an interruption: it continues where it stopped. If a
-    cell fails, the other recipes still run; the failed recipe is not published, and the exit code is 1.
+    Cells that are published there count as finished; those that are missing are computed as these were. It prints the
+    estimated cost first. Repeat the command after an interruption: it continues where it stopped. If a cell fails, the
+    other recipes still run; the failed recipe is not published, and the exit code is 1.
     """
     from kdbench.cli.run import carry_out, failure
     from kdbench.engine.options import Options
@@ -49,8 +50,8 @@ def command(
     from kdbench.verify.publishing import publish
 
     folders = tuple(registry or ())
-    plans = plans_of(study, profile, Registry(folders))
-    _print_cost(plans, runs, device)
+    plans = plans_of(study, profile, Registry(folders), results)
+    _print_cost(plans, runs, results, device)
     if cost:
         return
     options = Options(
@@ -62,7 +63,10 @@ def command(
             outcome = carry_out(planned, options, results)
             if outcome.failed:
                 raise failure(planned, outcome)
-            print(f"published: {publish(outcome.folder, results)}")
+            try:
+                print(f"published: {publish(outcome.folder, results)}")
+            except UserError as error:
+                raise CellError(f"it is finished, and not published: {error}") from None
         except CellError as error:
             print(f"failed: {planned.name}: {error}", file=sys.stderr)
             failed.append(planned.name)
@@ -74,10 +78,15 @@ def command(
         raise CellError(f"{len(failed)} of {len(plans)} recipes: {', '.join(failed)}; the others are published")
 
 
-def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
-    """The plans of a study's recipes, in order. UserError for an unknown study, profile or recipe."""
+def plans_of(study: str, profile: str, registry: Registry, results: Path | None = None) -> list[Plan]:
+    """The plans of a study's recipes, in order. UserError for an unknown study, profile or recipe.
+
+    Args:
+        results: folder of published results. A recipe's cells are computed as those that are published there.
+    """
     from kdbench.recipe.loading import find
     from kdbench.recipe.planning import plan
+    from kdbench.verify.adopting import computed_otherwise
 
     card = registry.card("studies", study)
     tree = registry.tree("studies", study)
@@ -87,7 +96,12 @@ def plans_of(study: str, profile: str, registry: Registry) -> list[Plan]:
     plans = []
     for index, recipe in enumerate(card.profiles[profile]):
         card_file = Path(tree.origin(("profiles", profile, index)).rpartition(":")[0])
-        plans.append(plan(find(recipe, card_file.parent), registry))
+        file = find(recipe, card_file.parent)
+        planned = plan(file, registry)
+        if results is not None and (way := computed_otherwise(planned, results / planned.name)):
+            planned = plan(file, registry, tuple(way.split()))
+            planned.notes.append(f"{planned.name} is computed as its published cells were: {way}")
+        plans.append(planned)
     # The table of the whole study has a folder too.
     names = [planned.name for planned in plans] + [study] * bool(card.published)
     if any(same_name(a, b) for a, b in itertools.combinations(names, 2)):
@@ -114,7 +128,7 @@ def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], ou
         print(f"written together: {sums.write(out).parent}")
 
 
-def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
+def _print_cost(plans: list[Plan], runs: Path, results: Path, device_name: str) -> None:
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 
@@ -123,6 +137,7 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
     from kdbench.engine.finished import open_cells
     from kdbench.engine.tuning import tried_plan
+    from kdbench.verify.adopting import left_of
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -134,13 +149,13 @@ def _print_cost(plans: list[Plan], runs: Path, device_name: str) -> None:
     total = 0.0
     known: set[str] = set()
     for planned in plans:
-        folders = {planned.name: planned.cells, **({tried_plan(planned).name: planned.tried} if planned.tried else {})}
-        left = [cell for name, cells in folders.items() for cell in open_cells(cells, runs / name)]
+        tried = open_cells(planned.tried, runs / tried_plan(planned).name) if planned.tried else []
+        left = [*left_of(planned, runs, results)[0], *tried]
         at_once = workers(device, len(left))
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds
         on_other += elsewhere.cells(left) + elsewhere.teachers(left, runs, known_there)
-        every = sum(map(len, folders.values()))
+        every = len(planned.cells) + len(planned.tried)
         table.add_row(
             planned.name, str(every), str(every - len(left)), clock(teachers) if teachers else "–", clock(seconds)
         )

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from kdbench.engine.finished import open_cells
 from kdbench.engine.tuning import known_of
 from kdbench.errors import UserError
 from kdbench.files import RECORD, RUN
-from kdbench.recipe.planning import Plan
+from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.record import Record, finished_record, metrics, read_record, read_records
 from kdbench.verify import sums
 from kdbench.verify.soundness import problems
@@ -28,6 +29,14 @@ def computed_otherwise(plan: Plan, folder: Path) -> str | None:
     if not ways or ways[0] in asked or any(way != ways[0] for way in ways):
         return None
     return " ".join(f"compute.{key}={str(value).lower()}" for key, value in ways[0].items())
+
+
+def left_of(plan: Plan, runs: Path, results: Path) -> tuple[list[PlannedCell], int]:
+    """The cells that a run of a plan would train, and how many it would take from published results instead."""
+    open_here = open_cells(plan.cells, runs / plan.name)
+    found = published(plan, results / plan.name)
+    left = [cell for cell in open_here if cell.slug not in found]
+    return left, len(open_here) - len(left)
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

@@ -69,6 +69,33 @@ def test_a_studys_own_numbers_stand_beside_published_ones(kdbench: Kdbench, tmp_
     assert "12.34" in row and "56.78" in row and "†" in row
 
 
+@pytest.mark.slow
+def test_published_cells_that_were_computed_in_another_way_count(kdbench: Kdbench, tmp_path: Path) -> None:
+    """Those that are missing are computed as they were: else nothing could be published beside them."""
+    (tmp_path / "cards").mkdir()
+    text = "data: {name: digits, per_class: 1}\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nsteps: 2\n"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"{text}seeds: 2\n")
+    (tmp_path / "cards" / "s.yaml").write_text(
+        "studies:\n  s:\n    title: S\n    profiles: {full: [../one.yaml, ../two.yaml]}\n"
+    )
+    way = ("compute.precision=float32", "compute.layout=channels_last", "compute.compile=false")
+    kdbench("run", "one.yaml", "seeds=1", "--runs", "there", *way)
+    kdbench("publish", "there/one")
+    words = ("reproduce", "s", "--registry", "cards", "--jobs", "1")
+    lines = {line.split()[0]: line.split()[1:3] for line in kdbench(*words, "--cost").stdout.splitlines() if line}
+    assert lines["one"] == ["2", "1"] and lines["two"] == ["2", "0"]
+    done = kdbench(*words)
+    assert f"note: one is computed as its published cells were: {' '.join(way)}" in done.stderr
+    assert "1 cell taken from results/one" in done.stderr and done.stdout.count("published: ") == 2
+    assert "everything agrees" in kdbench("verify", "results/one").stdout
+    # What cannot be published does not stop the study.
+    (tmp_path / "one.yaml").write_text(f"{text}seeds: [5]\n")
+    done = kdbench(*words, code=1)
+    assert "failed: one: it is finished, and not published: results/one: 2 of 2 cells" in done.stderr
+    assert done.stdout.count("published: ") == 1
+
+
 def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path) -> None:
     assert "did you mean 'cifar'" in kdbench("reproduce", "cifra", code=2).stderr
     assert "did you mean 'small'" in kdbench("reproduce", "cifar", "--profile", "smal", code=2).stderr
