@@ -74,7 +74,7 @@ types: setup ## mypy, also for what Windows lacks
 
 check: lint types docs test ## everything that CI checks
 
-reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/; PROFILE=small takes hours on two CPU cores
+reproduce-cifar: setup ## AB's comparisons on CIFAR-10 into results/, without cells that are there; PROFILE=small: few images
 	$(BIN)/kdbench reproduce cifar --profile $(PROFILE)
 
 reproduce-crd: setup ## CRD's 13 pairs on CIFAR-100 into results/: days on a GPU; PROFILE=small takes hours on two CPU cores

@@ -28,16 +28,22 @@ def prepare() -> None:
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     """Write the table of finished cells in every form, draw the plots, print it, and say where everything is."""
-    from kdbench.record import read_records
-    from kdbench.results.tables import build
     from kdbench.verify import sums
 
-    records = read_records(folders)
-    table = build(records, unfinished=failed)
-    files = [*write_files(table, out, records), *write_plots(records, out)]
+    table, files = write_tables_and_plots(folders, out, failed)
     files.append(sums.write(out))
     print_table(table)
     print(f"written to {out}: {', '.join(file.name for file in files)}")
+
+
+def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -> tuple[Table, list[Path]]:
+    """The table of finished cells, which names the missing ones, and all files of it that were written."""
+    from kdbench.record import read_records
+    from kdbench.results.tables import build
+
+    records = read_records(folders)
+    table = build(records, unfinished=missing)
+    return table, [*write_files(table, out, records), *write_plots(records, out)]
 
 
 def write_files(

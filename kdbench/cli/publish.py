@@ -21,15 +21,11 @@ def command(
     They are small enough to commit: with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds
     the table from them, and 'kdbench verify' checks them.
     """
-    from kdbench.cli.output import write_files, write_plots
-    from kdbench.record import read_records
-    from kdbench.results.tables import build
+    from kdbench.cli.output import write_tables_and_plots
     from kdbench.verify.publishing import publish
 
-    def write_tables(folder: Path, missing: list[str]) -> None:
-        records = read_records(folder)
-        write_files(build(records, unfinished=missing), folder, records)
-        write_plots(records, folder)
+    def write(folder: Path, missing: list[str]) -> None:
+        write_tables_and_plots([folder], folder, missing)
 
     for run in runs:
-        print(publish(run, out, replace, write_tables if unfinished else None))
+        print(publish(run, out, replace, write if unfinished else None))
