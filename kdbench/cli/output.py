@@ -60,12 +60,14 @@ def write_files(
 
 
 def write_plots(records: Sequence[Record], out: Path) -> list[Path]:
-    """Learning curves, every metric that was logged and final accuracies as PNG."""
+    """Learning curves, every metric that was logged, errors along an axis of numbers and final accuracies as PNG."""
+    from kdbench.results.by_axis import errors_by_axis
     from kdbench.results.plots import final_accuracies, learning_curves, metric_curves
 
     return [
         learning_curves(records, out / "learning_curves.png"),
         *metric_curves(records, out),
+        *errors_by_axis(records, out),
         final_accuracies(records, out / "final_accuracies.png"),
     ]
 

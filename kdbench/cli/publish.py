@@ -15,11 +15,14 @@ def command(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Cells may be missing: the table is made without them and names them.")
     ] = False,
+    logits: Annotated[
+        bool, typer.Option(help="Whether test logits are copied too: 'verify' counts the accuracies again from them.")
+    ] = True,
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
-    They are small enough to commit: with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds
-    the table from them, and 'kdbench verify' checks them.
+    They are small enough to commit. The logits are the largest part: with ten classes, 20 bytes for each test image and
+    cell. 'kdbench table' rebuilds the table from the records, and 'kdbench verify' checks all of it.
     """
     from kdbench.cli.output import write_tables_and_plots
     from kdbench.verify.publishing import publish
@@ -28,4 +31,4 @@ def command(
         write_tables_and_plots([folder], folder, missing)
 
     for run in runs:
-        print(publish(run, out, replace, write if unfinished else None))
+        print(publish(run, out, replace, write if unfinished else None, logits))

@@ -25,11 +25,14 @@ class Axis:
     path: str
     values: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """What its values are, in words."""
+        return self.path.rpartition(".")[2].replace("_", " ")
+
     def show(self, value: str) -> str:
         """A value as a column's label: names speak for themselves, numbers get the name of what they count."""
-        if self.path in ("student", "teacher", "data", "target", "protocol"):
-            return value
-        return f"{self.path.rpartition('.')[2].replace('_', ' ')} {value}"
+        return value if self.path in ("student", "teacher", "data", "target", "protocol") else f"{self.name} {value}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from kdbench.recipe.loading import dump
 from kdbench.record import Record
+from kdbench.results.by_axis import axis_panels
 from kdbench.results.comparison import compare
 from kdbench.results.contents import Table
 from kdbench.results.costs import cost_panels
@@ -22,6 +23,7 @@ from kdbench.results.tuned import trials
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 CURVES = "Test accuracy, mean over the seeds ± one deviation (band)."
+AXIS = "Test error, mean over the seeds ± one deviation (whisker). Dashed: the teacher."
 METRIC = "At each hook point, mean over the seeds ± one deviation (band)."
 COSTS = (
     "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that train "
@@ -49,7 +51,8 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
     def drawn(key: str, panels: Sequence[Panel]) -> list[tuple[str, str]]:
         return [(p.title, chart(comparison, p, f"{key}-{n}") if charts else "") for n, p in enumerate(panels)]
 
-    sections = [("curves", "Learning curves", CURVES + missing, accuracy_panels(comparison, log))]
+    sections = [("axis", f"Test error by {name}", AXIS, [panel]) for name, panel in axis_panels(comparison).items()]
+    sections.append(("curves", "Learning curves", CURVES + missing, accuracy_panels(comparison, log)))
     for n, metric in enumerate(metrics_of(log)):
         if panels := metric_panels(comparison, log, metric):
             sections.append((f"metric-{n}", metric.replace("_", " ").capitalize(), METRIC + missing, panels))

@@ -77,7 +77,7 @@ def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
     """
     comparison = compare(records)
     panels = accuracy_panels(comparison, logs(comparison))
-    return _save(comparison, panels, file, 2, (4.7, 3.2), legends=len(comparison.rows) > GROUP + 1)
+    return save(comparison, panels, file, 2, (4.7, 3.2), legends=len(comparison.rows) > GROUP + 1)
 
 
 def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
@@ -91,7 +91,7 @@ def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
     found = metrics_of(log).items()
     files = {metric: inside(folder, f"{metric}.png") for metric, _ in found}
     return [
-        _save(comparison, metric_panels(comparison, log, metric), files[metric], len(points), (3.5, 3.0), True)
+        save(comparison, metric_panels(comparison, log, metric), files[metric], len(points), (3.5, 3.0), True)
         for metric, points in found
     ]
 
@@ -104,7 +104,7 @@ def final_accuracies(records: Iterable[Record], file: str | Path) -> Path:
     comparison = compare(records)
     panels = [_seeds_panel(comparison, column) for column in comparison.columns]
     width, height = 4.4 if len(panels) > 1 else 6.0, 0.9 + 0.36 * len(comparison.rows)
-    return _save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=False)
+    return save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=False)
 
 
 def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
@@ -176,7 +176,7 @@ def metrics_of(log: Logs) -> dict[str, list[str]]:
     return {metric: sorted(found[metric]) for metric in sorted(found)}
 
 
-def _save(
+def save(
     comparison: Comparison,
     panels: Sequence[Panel],
     file: str | Path,
@@ -257,7 +257,7 @@ def _seeds_panel(comparison: Comparison, column: Column) -> Panel:
     by_row = [[*comparison.accuracies(row, column, "last").values()] for row in comparison.rows]
     title = column.label if comparison.axes else metric_label(comparison.records, "last")
     everything = [value for values in by_row for value in values]
-    teacher = _teacher_of(comparison, column)
+    teacher = teacher_of(comparison, column)
     room = max(max(everything) - min(everything), 0.5) if everything else 0.0
     near = teacher is not None and bool(everything) and (min(everything) - room <= teacher <= max(everything) + room)
     if teacher is not None and everything:
@@ -292,7 +292,7 @@ def _draw_seeds(axis: Axes, line: int, values: Sequence[float], style: Look) -> 
     axis.plot(values, line + offsets, **style.marking, **edge)
 
 
-def _teacher_of(comparison: Comparison, column: Column) -> float | None:
+def teacher_of(comparison: Comparison, column: Column) -> float | None:
     """The accuracy of a column's teacher in percent; None where there are several, or none was measured."""
     found = {
         (record.teacher.name, record.teacher.accuracy)

@@ -7,14 +7,18 @@ from pathlib import Path
 
 from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
-from kdbench.files import PUBLISHED, RECORD, RUN, meant
+from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant
 from kdbench.reading import inside
 from kdbench.record import metrics, read_record, read_run
 from kdbench.verify import sums
 
 
 def publish(
-    run: Path, out: Path, replace: bool = False, write_tables: Callable[[Path, list[str]], None] | None = None
+    run: Path,
+    out: Path,
+    replace: bool = False,
+    write_tables: Callable[[Path, list[str]], None] | None = None,
+    logits: bool = True,
 ) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
@@ -24,6 +28,7 @@ def publish(
         replace: whether cells of the earlier copy that the run does not have may go.
         write_tables: writes tables and plots of the cells in a folder, given the names of those that are missing. With
             it, a run may be published that is not finished, without a table of its own.
+        logits: whether test logits are copied too.
 
     Raises:
         UserError: no run, cells that are not finished and none that are, links that leave the run, or something else
@@ -38,19 +43,7 @@ def publish(
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
         hint = "run the recipe again: it continues where it stopped. Or publish without them: --unfinished"
         raise UserError(what, str(run), hint)
-    target = inside(out, name)
-    if target.resolve() == run.resolve():
-        raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
-    if target.exists() and not (target / RUN).is_file():
-        raise UserError(
-            "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
-        )
-    if target.exists() and not replace:
-        before = [cell for cell in read_run(target).cells or () if inside(target, cell, RECORD).is_file()]
-        if lost := [cell for cell in before if cell not in cells]:
-            what = f"{len(lost)} of {len(before)} cells that are published there are not in this run, {lost[0]} for one"
-            hint = "run the recipe with all of them, give another --out, or let them go: --replace"
-            raise UserError(what, str(target), hint)
+    target = _target(inside(out, name), run, cells, replace)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
         made = Path(temporary) / name
@@ -63,7 +56,7 @@ def publish(
             # What cannot be read again is not worth keeping.
             read_record(inside(folder, RECORD)), metrics(folder)
             for file_name in PUBLISHED:
-                if (file := inside(folder, file_name)).is_file():
+                if (logits or file_name != LOGITS) and (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
         if open_cells and write_tables:
             write_tables(made, open_cells)
@@ -71,6 +64,23 @@ def publish(
         if target.exists():
             target.rename(Path(temporary) / "before")
         made.rename(target)
+    return target
+
+
+def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
+    """The folder that the copy may take the place of, or UserError."""
+    if target.resolve() == run.resolve():
+        raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
+    if target.exists() and not (target / RUN).is_file():
+        raise UserError(
+            "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
+        )
+    if target.exists() and not replace:
+        before = [cell for cell in read_run(target).cells or () if inside(target, cell, RECORD).is_file()]
+        if lost := [cell for cell in before if cell not in cells]:
+            what = f"{len(lost)} of {len(before)} cells that are published there are not in this run, {lost[0]} for one"
+            hint = "run the recipe with all of them, give another --out, or let them go: --replace"
+            raise UserError(what, str(target), hint)
     return target
 
 

@@ -141,6 +141,9 @@ def _files(folder: Folder) -> Iterator[Finding]:
 def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterator[Finding]:
     """Test accuracies follow from the logits beside their records, where the data are here."""
     held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
+    check = "accuracies against the test logits"
+    if lacking := len(folder.records) - len(held):
+        yield Finding("unchecked", f"{lacking} of {len(folder.records)} records have none beside them", LOGITS, check)
     if not held:
         return
     from kdbench.verify.recount import contradictions
@@ -151,7 +154,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
         wrong = contradictions({n: r for n, r in held.items() if data[n].tested_on == "test"}, data, roots)
     except UserError as error:
         what = f"accuracies were not counted again, for want of labels: {error.what}"
-        yield Finding("unchecked", what, LOGITS, "accuracies against the test logits")
+        yield Finding("unchecked", what, LOGITS, check)
         return
     yield from (Finding("disagrees", what, name) for name, what in wrong.items())
     yield Finding("agrees", f"the test accuracies of {len(held)} records follow from them", LOGITS)

@@ -95,6 +95,22 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     assert "4 of 4 cells are not finished" in kdbench("publish", run, "--unfinished", code=2).stderr
 
 
+def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    run, made = tiny_run / "runs" / "tiny", tmp_path / "results" / "tiny"
+    kdbench("publish", run, "--no-logits")
+    assert not list(made.glob("*/test_logits*")) and len(list(made.glob("*/record.json"))) == 5
+    said = "5 of 5 records have none beside them"
+    assert {f.what for f in verify(made, REGISTRY) if f.level not in ("agrees", "remark")} == {said}
+    (some,) = run.glob("ab-seed0-*/test_logits.safetensors")
+    shutil.copy(some, made / some.parent.name)
+    sums.write(made)
+    found = verify(made, REGISTRY)
+    assert {f.what for f in found if f.level == "unchecked"} == {
+        said.replace("5 of 5", "4 of 5")
+    } and not disagreements(made)
+    assert "the test accuracies of 1 records follow from them" in {f.what for f in found}
+
+
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all numbers, words and truth values."""
     if isinstance(data, dict | list):

@@ -1,0 +1,90 @@
+"""A chart of errors over the numbers that a comparison's columns stand for: budgets, shares of the training images."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdbench.reading import inside
+from kdbench.record import Record
+from kdbench.results import statistics
+from kdbench.results.comparison import Column, Comparison, Row, compare
+from kdbench.results.plots import Panel, look_of, save, teacher_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# With fewer values there is no curve to see.
+FEWEST_VALUES = 3
+# What spans a larger factor is drawn on a logarithmic scale.
+SPAN_OF_VALUES, SPAN_OF_ERRORS = 10, 4
+
+
+def errors_by_axis(records: Iterable[Record], folder: Path) -> list[Path]:
+    """Test error over the numbers that the columns compare (budgets, shares of the data): a PNG file named after them.
+
+    None where the columns differ in something else, or have fewer than three values.
+    """
+    comparison = compare(records)
+    return [
+        save(comparison, [panel], inside(folder, f"by_{name.replace(' ', '_')}.png"), 1, (6.0, 4.2))
+        for name, panel in axis_panels(comparison).items()
+    ]
+
+
+def axis_panels(comparison: Comparison) -> dict[str, Panel]:
+    """Test error over an axis of numbers, by the axis's name: mean over the seeds, with whiskers of ± one deviation.
+
+    Errors that become some times smaller are seen as that: then the scale is logarithmic.
+    """
+    if len(comparison.axes) != 1 or len(comparison.columns) < FEWEST_VALUES:
+        return {}
+    (axis,) = comparison.axes
+    try:
+        values = {column: float(column.key[0][1]) for column in comparison.columns}
+    except ValueError:
+        return {}
+    curves = {row: _errors(comparison, row, values) for row in comparison.rows}
+    teachers = {found for column in comparison.columns if (found := teacher_of(comparison, column)) is not None}
+    return {
+        axis.name: Panel(f"Test error by {axis.name}", partial(_draw_errors, comparison, axis.name, curves, teachers))
+    }
+
+
+def _errors(comparison: Comparison, row: Row, values: Mapping[Column, float]) -> dict[float, statistics.Summary]:
+    """Of a method: value of the axis -> its test errors in percent, summed up over the seeds."""
+    found = {value: comparison.accuracies(row, column, "last").values() for column, value in values.items()}
+    return {value: statistics.summarize([100 - a for a in seeds]) for value, seeds in found.items() if seeds}
+
+
+def _draw_errors(
+    comparison: Comparison,
+    name: str,
+    curves: Mapping[Row, Mapping[float, statistics.Summary]],
+    teachers: Collection[float],
+    axis: Axes,
+) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+    for row, curve in curves.items():
+        look = look_of(comparison, row)
+        means, deviations = [s.mean for s in curve.values()], [s.deviation or 0.0 for s in curve.values()]
+        whiskers: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2}
+        axis.errorbar(list(curve), means, deviations, linestyle=look.line, label=row.label, **whiskers, **look.marking)
+    if len(teachers) == 1:
+        axis.axhline(100 - next(iter(teachers)), color="#555555", linestyle=(0, (4, 3)), linewidth=1, label="teacher")
+    values = sorted({value for curve in curves.values() for value in curve})
+    if values[0] > 0 and values[-1] > SPAN_OF_VALUES * values[0]:
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    errors = [summary.mean for curve in curves.values() for summary in curve.values()]
+    if min(errors) > 0 and max(errors) > SPAN_OF_ERRORS * min(errors):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel(name)
+    axis.set_ylabel("test error (%)")
