@@ -24,8 +24,8 @@ def metric_label(records: Sequence[Record], metric: Metric) -> str:
 
 
 def _protocol(record: Record, digits: int | None) -> str:
-    budget = record.budget
-    return f"{record.cell.protocol}, {budget.epochs - budget.extra_epochs:g} epochs"
+    epochs = record.budget.epochs - record.budget.extra_epochs
+    return f"{record.cell.protocol}, {epochs:g} epoch{'' if epochs == 1 else 's'}"
 
 
 def _teacher(record: Record, digits: int | None) -> str:

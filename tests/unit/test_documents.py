@@ -13,6 +13,7 @@ import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -75,6 +76,18 @@ def test_the_readmes_first_numbers_are_those_of_the_records() -> None:
                 mean, half = statistics.mean(gain), quantiles[n] * statistics.stdev(gain) / n**0.5
                 expected[label] = f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]".replace("-", "−")
         assert {row[0]: row[column] for row in rows if row[column] != "–"} == expected
+
+
+def test_the_readmes_epochs_are_those_of_the_records() -> None:
+    """What so many epochs give, and in the picture."""
+    found: dict[tuple[str, Any], list[float]] = {}
+    for record in read_records([ROOT / "results" / "ab_speed"]):
+        found.setdefault((record.cell.label, record.cell.axes["epochs"]), []).append(record.result.test.last)
+    few, many = (statistics.mean(found[place]) for place in (("AB + KD + CE", 20), ("student", 50)))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"AB + KD + CE reaches {few:.2f} % in 20 epochs, and the plain student {many:.2f} % in 50" in text
+    assert {len(seeds) for (_, epochs), seeds in found.items() if epochs < 100} == {3}
+    assert {len(seeds) for (_, epochs), seeds in found.items() if epochs == 100} == {1} and "one for 100 epochs" in text
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "results" / "speed").glob("*.json")), ids=lambda file: file.stem)
