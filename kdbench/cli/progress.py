@@ -11,6 +11,11 @@ from kdbench.engine.options import Listener
 from kdbench.engine.scheduling import CellState
 
 LINE_SECONDS = 15.0
+# A program's first steps compile its networks and record the others: their time says nothing about what is left.
+FIRST_STEPS = 50
+# Seconds from which a speed is known.
+SHORTEST = 2.0
+ENDED = ("finished", "failed")
 
 
 def listener() -> Listener:
@@ -18,25 +23,8 @@ def listener() -> Listener:
     return _Live() if sys.stderr.isatty() else _Lines()
 
 
-def remaining(cells: list[CellState], elapsed: float, done_before: float) -> float | None:
-    """Seconds left, from the share of steps done since the display began; None before there is anything to go by."""
-    known = [c.total for c in cells if c.total]
-    if not known or elapsed < 2:
-        return None
-    typical = sum(known) / len(known)
-    whole = sum(c.total or typical for c in cells)
-    done = _done(cells, typical) - done_before
-    return elapsed * (whole - done_before - done) / done if done > 0 else None
-
-
-def _done(cells: list[CellState], typical: float) -> float:
-    return sum((c.total or typical) if c.state in ("finished", "failed") else c.step for c in cells)
-
-
-def clock(seconds: float | None) -> str:
-    """1 h 02 min, 4 min 05 s, 7 s, or – when unknown."""
-    if seconds is None:
-        return "–"
+def clock(seconds: float) -> str:
+    """1 h 02 min, 4 min 05 s, or 7 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -47,19 +35,42 @@ def clock(seconds: float | None) -> str:
 class _Base(Listener):
     def begin(self, cells: list[CellState], title: str) -> None:
         self.cells = cells
-        self.started = time.monotonic()
-        self.before = float(sum(1 for c in cells if c.state == "finished"))
+        self.open = [c for c in cells if c.state != "finished"]
+        # Cell -> the step that it was first seen at, which is not 0 after an interruption.
+        self.first: dict[int, int] = {}
+        # When, and how many steps were done, as the first cell had left its first steps behind.
+        self.since: tuple[float, float] | None = None
+
+    def update(self, cell: CellState) -> None:
+        begun = self.first.setdefault(cell.id, cell.step)
+        if self.since is None and (cell.state in ENDED or cell.step - begun >= min(FIRST_STEPS, cell.total / 10) > 0):
+            self.since = time.monotonic(), self._steps()[0]
+
+    def _steps(self) -> tuple[float, float]:
+        """Steps that are done and all steps, of the cells that were not finished before."""
+        known = [c.total for c in self.cells if c.total]
+        typical = sum(known) / len(known) if known else 0
+        done = sum((c.total or typical) if c.state in ENDED else c.step for c in self.open)
+        return done, sum(c.total or typical for c in self.open)
+
+    def _left(self) -> float | None:
+        """Seconds left at the speed since the first steps; None before there is anything to go by."""
+        if self.since is None:
+            return None
+        elapsed, (done, whole) = time.monotonic() - self.since[0], self._steps()
+        made = done - self.since[1]
+        return elapsed * (whole - done) / made if made > 0 and elapsed >= SHORTEST else None
 
     def summary(self) -> str:
         count = {
             state: sum(c.state == state for c in self.cells) for state in ("finished", "running", "waiting", "failed")
         }
-        known = [c.total for c in self.cells if c.total]
-        before = self.before * (sum(known) / len(known) if known else 0)
-        left = remaining(self.cells, time.monotonic() - self.started, before)
+        left = self._left()
         failed = f", {count['failed']} failed" if count["failed"] else ""
-        # Tests and checkpoints take time beside the steps that are counted.
-        time_left = "almost done" if left is not None and left < 1 else f"about {clock(left)} left"
+        time_left = "time left not known yet"
+        if left is not None:
+            # Tests and checkpoints take time beside the steps that are counted.
+            time_left = f"about {clock(left)} left" if left >= 1 else "almost done"
         return (
             f"{count['finished']}/{len(self.cells)} cells finished, {count['running']} running, "
             f"{count['waiting']} waiting{failed}; {time_left}"
@@ -76,13 +87,14 @@ class _Lines(_Base):
         super().begin(cells, title)
         self.last = time.monotonic()
         self.shown: set[tuple[int, str]] = set()
-        self.say(f"{title}: {len(cells)} cells, {sum(c.state == 'finished' for c in cells)} finished before")
+        self.say(f"{title}: {len(cells)} cells, {len(cells) - len(self.open)} finished before")
 
     def doing(self, text: str) -> None:
         self.say(f"preparing {text}")
 
     def update(self, cell: CellState) -> None:
-        if cell.state in ("finished", "failed") and (cell.id, cell.state) not in self.shown:
+        super().update(cell)
+        if cell.state in ENDED and (cell.id, cell.state) not in self.shown:
             self.shown.add((cell.id, cell.state))
             said = f"failed: {cell.message}"
             if cell.state == "finished":
@@ -107,7 +119,7 @@ class _Live(_Base):
         name, text = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[text]"))
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
         self.bars = Progress(*columns, console=self.console, transient=True)
-        self.all = self.bars.add_task(title, total=len(cells), completed=int(self.before), text="cells")
+        self.all = self.bars.add_task(title, total=len(cells), completed=len(cells) - len(self.open), text="cells")
         self.running: dict[int, TaskID] = {}
         self.bars.start()
 
@@ -115,6 +127,7 @@ class _Live(_Base):
         self.bars.update(self.all, text=f"preparing {text}")
 
     def update(self, cell: CellState) -> None:
+        super().update(cell)
         if cell.state == "running":
             if cell.id not in self.running:
                 self.running[cell.id] = self.bars.add_task(cell.label, text="")
@@ -125,7 +138,7 @@ class _Live(_Base):
             self.bars.remove_task(self.running.pop(cell.id))
         if cell.state == "failed":
             self.console.print(Text(f"{cell.label} failed: {cell.message}", style="red"))
-        ended = sum(c.state in ("finished", "failed") for c in self.cells)
+        ended = sum(c.state in ENDED for c in self.cells)
         self.bars.update(self.all, completed=ended, text=self.summary().rpartition(";")[2].strip())
 
     def end(self) -> None:

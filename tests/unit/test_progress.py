@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -39,13 +40,74 @@ def test_what_a_cell_does_beside_its_steps_is_shown(
     assert "batch 2 of 5" in shown and "3/8" in shown
 
 
-def test_running_cells_never_have_no_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the display sees, in seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def running(count: int, total: int = 800, **over: Any) -> list[CellState]:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 8, "method": "ce"}
-    cells = [CellState(plan(recipe, Registry()).cells[0], i, Path(), state="running", total=800) for i in range(2)]
+    cell = plan(recipe, Registry()).cells[0]
+    return [CellState(cell, i, Path(), state="running", total=total, **over) for i in range(count)]
+
+
+def test_running_cells_never_have_no_time_left(clock: list[float]) -> None:
+    cells = running(2)
     lines = progress._Lines()
     lines.begin(cells, "title")
-    lines.started -= 100
-    for step, said in ((0, "about – left"), (400, "about 1 min 40 s left"), (799, "almost done"), (800, "almost done")):
+    for step, said in (
+        (0, "not known yet"),
+        (50, "not known yet"),
+        (425, "about 1 min 10 s left"),
+        (799, "almost done"),
+        (800, "almost"),
+    ):
         for cell in cells:
             cell.step = step
+            clock[0] = 1000 + step / 5
+            lines.update(cell)
         assert said in lines.summary() and " 0 s" not in lines.summary()
+
+
+def test_what_compiling_takes_is_not_taken_for_the_speed_of_the_rest(clock: list[float]) -> None:
+    """Four steps of a GPU's program in two minutes, then a hundred a second."""
+    (cell,) = cells = running(1, total=100_000)
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    for second, step, said in (
+        (60, 1, "not known yet"),
+        (120, 4, "not known yet"),
+        (121, 104, "not known yet"),
+        (131, 1104, "about 16 min 29 s"),
+    ):
+        clock[0], cell.step = 1000.0 + second, step
+        lines.update(cell)
+        assert said in lines.summary()
+
+
+def test_steps_of_a_checkpoint_and_cells_finished_before_do_not_count(clock: list[float]) -> None:
+    """A cell goes on at step 700; of two others one was finished before, and one begins at the same speed."""
+    old, continued, new = running(3)
+    old.state, old.total = "finished", 0
+    continued.step, new.state, new.total = 700, "waiting", 0
+    lines = progress._Lines()
+    lines.begin([old, continued, new], "title")
+    for second, step in ((1, 700), (11, 750), (15, 770)):
+        clock[0], continued.step = 1000.0 + second, step
+        lines.update(continued)
+    assert (
+        "1/3 cells finished" in lines.summary() and "about 2 min 46 s left" in lines.summary()
+    )  # 830 steps, 5 a second
+
+
+def test_a_cell_that_ends_before_its_fiftieth_step_sets_the_clock(clock: list[float]) -> None:
+    cells = running(4, total=8, accuracy=50.0)
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    for cell, second in zip(cells[:3], (10, 20, 30), strict=True):
+        clock[0], cell.step, cell.state = 1000.0 + second, 8, "finished"
+        lines.update(cell)
+    assert "about 10 s left" in lines.summary()
