@@ -50,3 +50,4 @@ GpusOption = Annotated[float | None, typer.Option(min=0, help="On Ray: GPUs of e
 SyncBatchNormOption = Annotated[
     bool, typer.Option("--sync-batch-norm", help="Under torchrun, on GPUs: batch norms use the whole batch.")
 ]
+AdoptOption = Annotated[bool, typer.Option(help="Whether published cells of a recipe count as finished.")]

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, JobsOption, RegistryOption, RunsOption
+from kdbench.cli.options import (
+    AdoptOption,
+    DataOption,
+    DeviceOption,
+    DownloadOption,
+    JobsOption,
+    RegistryOption,
+    RunsOption,
+)
 from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import same_name
 
@@ -37,10 +45,12 @@ def command(
     data: DataOption = None,
     download: DownloadOption = True,
     registry: RegistryOption = None,
+    adopt: AdoptOption = True,
 ) -> None:
     """Run the recipes of STUDY one after the other and publish each to results/ when all its cells are finished.
 
-    Cells that are published there count as finished; those that are missing are computed as these were. It prints the
+    Cells that are published there count as finished; those that are missing are computed as these were. With --no-adopt
+    all are trained here, and take the place of the published ones: give another --results to keep both. It prints the
     estimated cost first. Repeat the command after an interruption: it continues where it stopped. If a cell fails, the
     other recipes still run; the failed recipe is not published, and the exit code is 1.
     """
@@ -50,8 +60,9 @@ def command(
     from kdbench.verify.publishing import publish
 
     folders = tuple(registry or ())
-    plans = plans_of(study, profile, Registry(folders), results)
-    _print_cost(plans, runs, results, device)
+    adopted = results if adopt else None
+    plans = plans_of(study, profile, Registry(folders), adopted)
+    _print_cost(plans, runs, adopted, device)
     if cost:
         return
     options = Options(
@@ -60,7 +71,7 @@ def command(
     failed = []
     for planned in plans:
         try:
-            outcome = carry_out(planned, options, results)
+            outcome = carry_out(planned, options, adopted)
             if outcome.failed:
                 raise failure(planned, outcome)
             try:
@@ -128,7 +139,7 @@ def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], ou
         print(f"written together: {sums.write(out).parent}")
 
 
-def _print_cost(plans: list[Plan], runs: Path, results: Path, device_name: str) -> None:
+def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name: str) -> None:
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 

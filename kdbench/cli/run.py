@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdbench.cli.options import (
+    AdoptOption,
     CpusOption,
     DataOption,
     DeviceOption,
@@ -55,7 +56,7 @@ def command(
     gpus_per_worker: GpusOption = None,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 60.0,
     results: Annotated[Path, typer.Option(help="Folder of published results.")] = Path("results"),
-    adopt: Annotated[bool, typer.Option(help="Whether published cells of this recipe count as finished.")] = True,
+    adopt: AdoptOption = True,
 ) -> None:
     """Train every cell of RECIPE that is not finished yet, then print and write the table.
 

@@ -31,10 +31,10 @@ def computed_otherwise(plan: Plan, folder: Path) -> str | None:
     return " ".join(f"compute.{key}={str(value).lower()}" for key, value in ways[0].items())
 
 
-def left_of(plan: Plan, runs: Path, results: Path) -> tuple[list[PlannedCell], int]:
+def left_of(plan: Plan, runs: Path, results: Path | None) -> tuple[list[PlannedCell], int]:
     """The cells that a run of a plan would train, and how many it would take from published results instead."""
     open_here = open_cells(plan.cells, runs / plan.name)
-    found = published(plan, results / plan.name)
+    found = published(plan, results / plan.name) if results is not None else {}
     left = [cell for cell in open_here if cell.slug not in found]
     return left, len(open_here) - len(left)
 
