@@ -55,6 +55,8 @@ class _Base(Listener):
 
     def _left(self) -> float | None:
         """Seconds left at the speed since the first steps; None before there is anything to go by."""
+        if all(cell.state in ENDED for cell in self.open):
+            return 0.0
         if self.since is None:
             return None
         elapsed, (done, whole) = time.monotonic() - self.since[0], self._steps()

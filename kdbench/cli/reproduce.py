@@ -50,18 +50,21 @@ def command(
     """Run the recipes of STUDY one after the other and publish each to results/ when all its cells are finished.
 
     Cells that are published there count as finished; those that are missing are computed as these were. With --no-adopt
-    all are trained here, and take the place of the published ones: give another --results to keep both. It prints the
-    estimated cost first. Repeat the command after an interruption: it continues where it stopped. If a cell fails, the
-    other recipes still run; the failed recipe is not published, and the exit code is 1.
+    all are trained here: give another --results to keep both. It prints the estimated cost first. Repeat the command
+    after an interruption: it continues where it stopped. If a cell fails, the other recipes still run; the failed one
+    is not published, and the exit code is 1.
     """
     from kdbench.cli.run import carry_out, failure
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
-    from kdbench.verify.publishing import publish
+    from kdbench.verify.publishing import lost, publish
 
     folders = tuple(registry or ())
     adopted = results if adopt else None
     plans = plans_of(study, profile, Registry(folders), adopted)
+    for planned in plans if not adopt else ():
+        if what := lost(results / planned.name, {slug for cell in planned.cells for slug in cell.slugs}):
+            raise UserError(what, str(results / planned.name), "they would be lost: give another --results")
     _print_cost(plans, runs, adopted, device)
     if cost:
         return

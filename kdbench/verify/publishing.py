@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kdbench.engine.finished import teacher_folder
@@ -75,13 +75,20 @@ def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
         raise UserError(
             "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
         )
-    if target.exists() and not replace:
-        before = [cell for cell in read_run(target).cells or () if inside(target, cell, RECORD).is_file()]
-        if lost := [cell for cell in before if cell not in cells]:
-            what = f"{len(lost)} of {len(before)} cells that are published there are not in this run, {lost[0]} for one"
-            hint = "run the recipe with all of them, give another --out, or let them go: --replace"
-            raise UserError(what, str(target), hint)
+    if target.exists() and not replace and (what := lost(target, cells)):
+        hint = "run the recipe with all of them, give another --out, or let them go: --replace"
+        raise UserError(what, str(target), hint)
     return target
+
+
+def lost(published: Path, cells: Collection[str]) -> str | None:
+    """Which published cells a run of these cells does not have, in words."""
+    if not (published / RUN).is_file():
+        return None
+    before = [cell for cell in read_run(published).cells or () if inside(published, cell, RECORD).is_file()]
+    if not (gone := [cell for cell in before if cell not in cells]):
+        return None
+    return f"{len(gone)} of {len(before)} cells that are published there are not in this run, {gone[0]} for one"
 
 
 def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:

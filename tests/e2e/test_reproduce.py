@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from conftest import ROOT, Kdbench
 
 from kdbench.cli.reproduce import plans_of
 from kdbench.errors import UserError
-from kdbench.record import read_records
 from kdbench.registry import Registry
 
 HERE = Path(__file__).parent
@@ -87,20 +87,23 @@ def test_published_cells_that_were_computed_in_another_way_count(kdbench: Kdbenc
 
     def counted(*options: str) -> dict[str, list[str]]:
         """Recipe -> its cells, and those that count as finished."""
-        lines = kdbench(*words, "--cost", *options).stdout.splitlines()
-        return {line.split()[0]: line.split()[1:3] for line in lines if line}
+        lines = [line.split() for line in kdbench(*words, "--cost", *options).stdout.splitlines()]
+        return {line[0]: line[1:3] for line in lines if line[:1] in (["one"], ["two"])}
 
     assert counted()["one"] == ["2", "1"] and counted()["two"] == ["2", "0"]
     done = kdbench(*words)
     assert f"note: one is computed as its published cells were: {' '.join(way)}" in done.stderr
     assert "1 cell taken from results/one" in done.stderr and done.stdout.count("published: ") == 2
     assert "everything agrees" in kdbench("verify", "results/one").stdout
-    # Unless all are to be trained here, as the recipe says: they take the place of the published ones.
-    assert counted("--no-adopt", "--runs", "new")["one"] == ["2", "0"]
-    new = kdbench(*words, "--no-adopt", "--runs", "new")
-    assert "taken from" not in new.stderr and "as its published cells were" not in new.stderr
-    assert new.stdout.count("published: results/") == 2
-    assert {record.compute.layout for record in read_records([tmp_path / "results" / "one"])} == {"contiguous"}
+    # Unless all are to be trained here, as the recipe says. Published ones that these would not replace are kept.
+    anew = ("--no-adopt", "--runs", "new")
+    assert "2 of 2 cells that are published there are not in this run" in kdbench(*words, *anew, code=2).stderr
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(tmp_path / "results" / "two", tmp_path / "mine" / "two")
+    assert counted(*anew, "--results", "mine") == counted("--runs", "x", "--results", "y")
+    for _ in range(2):
+        new = kdbench(*words, *anew, "--results", "mine")
+        assert "taken from" not in new.stderr and new.stdout.count("published: mine/") == 2
     # What cannot be published does not stop the study.
     (tmp_path / "one.yaml").write_text(f"{text}seeds: [5]\n")
     done = kdbench(*words, code=1)

@@ -111,3 +111,12 @@ def test_a_cell_that_ends_before_its_fiftieth_step_sets_the_clock(clock: list[fl
         clock[0], cell.step, cell.state = 1000.0 + second, 8, "finished"
         lines.update(cell)
     assert "about 10 s left" in lines.summary()
+
+
+def test_nothing_is_left_of_a_run_whose_only_cell_took_no_time(clock: list[float]) -> None:
+    (cell,) = cells = running(1, total=8, accuracy=50.0)
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    cell.step, cell.state = 8, "finished"
+    lines.update(cell)
+    assert "almost done" in lines.summary()
