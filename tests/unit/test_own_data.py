@@ -94,6 +94,8 @@ def leaves(roots, download, cache):
     sys.exit("no licence")
 def leaves_quietly(roots, download, cache): sys.exit()
 def takes_nothing(): return made()
+def no_training_of_one(roots, download, cache): return made(labels=LABELS.clamp(max=1))
+def no_test_of_one(roots, download, cache): return made(test_labels=LABELS.clamp(max=1))
 
 
 def pictures(cache, change=lambda data: data):
@@ -157,6 +159,10 @@ def load(folder: Path, function: str, **over: Any) -> Any:
         ("numbers_as_classes", "the class 0 is no text"),
         ("no_test", "'own' has no test images"),
         ("no_training", "'own' has no training images"),
+        (
+            "no_training_of_one",
+            "own_sets:no_training_of_one: .*test images of classes that have no training images: 'c'",
+        ),
         ("fixed_fingerprint", "own_sets:fixed_fingerprint: .*its fingerprint 1 is not that of its images"),
         ("no_fingerprint", "its fingerprint None is not that of its images"),
         ("changed_afterwards", "is not that of its images"),
@@ -191,6 +197,7 @@ def test_a_wrong_set_of_pictures_is_told(function: str, told: str, sets: Path) -
 
 def test_a_data_set_as_it_should_be_is_taken(sets: Path) -> None:
     assert load(sets, "good").train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert set(load(sets, "no_test_of_one").test_labels.tolist()) == {0, 1}, "nobody is asked for it"
     assert isinstance(load(sets, "good_pictures", streamed=True, train=3, test=3), Pictures)
 
 
