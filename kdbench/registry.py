@@ -5,6 +5,7 @@ registry folder maps kinds to such mappings, so that one file can carry a new me
 (`--registry DIR`) and installed packages (entry point group `kdbench.registry`) add to the built-in cards.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import re
@@ -315,20 +316,24 @@ def _stages_by_name(stages: list[Any], path: tuple[str | int, ...], origins: dic
 
 def _match(key: str, name: str, target: Any) -> dict[str, Any] | None:
     """Fields of a template key that make it this name, or None."""
-    if "{" not in key:
+    # Most templates are not the name's: only where one may be is its code asked for the types of its fields.
+    if "{" not in key or not re.fullmatch(_pattern(key), name):
         return None
     types = {p.name: p.type for p in parameters(target).values()} if isinstance(target, str) else {}
+    numbers = frozenset(field for field, type_ in types.items() if type_ is int)
+    match = re.fullmatch(_pattern(key, numbers), name)
+    return match and {f: int(v) if f in numbers else v for f, v in match.groupdict().items()}
+
+
+@functools.cache
+def _pattern(key: str, numbers: frozenset[str] = frozenset()) -> str:
+    """The names that a template key stands for, with a group for each field."""
     pattern = ""
     for part in re.split(r"(\{\w+\})", key):
-        if part.startswith("{"):
-            field = part[1:-1]
-            pattern += rf"(?P<{field}>\d+)" if types.get(field) is int else rf"(?P<{field}>.+)"
-        else:
-            pattern += re.escape(part)
-    match = re.fullmatch(pattern, name)
-    if match is None:
-        return None
-    return {f: int(v) if types.get(f) is int else v for f, v in match.groupdict().items()}
+        field = part[1:-1]
+        found = r"\d+" if field in numbers else ".+"
+        pattern += f"(?P<{field}>{found})" if part.startswith("{") else re.escape(part)
+    return pattern
 
 
 def _installed() -> list[Path]:
