@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
+
+from kdbench.errors import UserError
+from kdbench.files import RECORD
 
 if TYPE_CHECKING:
     from rich.text import Text as RichText
@@ -43,7 +47,25 @@ def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -
 
     records = read_records(folders)
     table = build(records, unfinished=missing)
-    return table, [*write_files(table, out, records), *write_plots(records, out)]
+    files = [*write_files(table, out, records), *write_plots(records, out)]
+    remove_old_plots(out, files)
+    return table, files
+
+
+def remove_old_plots(run: Path, written: Iterable[Path]) -> None:
+    """Remove plots that earlier tables of this run left and this one does not have: they would be published with it."""
+    from kdbench.record import read_record
+    from kdbench.results.by_axis import file_of
+    from kdbench.results.comparison import IMPLIED, Axis
+
+    left = {*run.glob("*.png")} - {*written}
+    for file in run.glob(f"*/{RECORD}") if left else ():
+        with suppress(UserError):
+            record = read_record(file)
+            names = {file_of(Axis(path, ())) for path in (*record.cell.axes, *IMPLIED)}
+            names |= {f"{metric}.png" for metric in record.result.metrics}
+            for old in left & {run / name for name in names}:
+                old.unlink(missing_ok=True)
 
 
 def write_files(

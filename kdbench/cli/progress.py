@@ -9,6 +9,7 @@ from rich.text import Text
 
 from kdbench.engine.options import Listener
 from kdbench.engine.scheduling import CellState
+from kdbench.files import CHECKPOINT
 
 LINE_SECONDS = 15.0
 # A program's first steps compile its networks and record the others: their time says nothing about what is left.
@@ -36,32 +37,35 @@ class _Base(Listener):
     def begin(self, cells: list[CellState], title: str) -> None:
         self.cells = cells
         self.open = [c for c in cells if c.state != "finished"]
-        # Cell -> the step that it was first seen at, which is not 0 after an interruption.
-        self.first: dict[int, int] = {}
-        # When, and how many steps were done, as the first cell had left its first steps behind.
-        self.since: tuple[float, float] | None = None
+        # Cell -> the step from which its steps count as made. Those before a checkpoint were made by another command.
+        self.begun = {c.id: 0 for c in self.open if not (c.folder / CHECKPOINT).is_file()}
+        self.since: float | None = None
+        self.asked: set[int] = set()
 
     def update(self, cell: CellState) -> None:
-        begun = self.first.setdefault(cell.id, cell.step)
-        if self.since is None and (cell.state in ENDED or cell.step - begun >= min(FIRST_STEPS, cell.total / 10) > 0):
-            self.since = time.monotonic(), self._steps()[0]
-
-    def _steps(self) -> tuple[float, float]:
-        """Steps that are done and all steps, of the cells that were not finished before."""
-        known = [c.total for c in self.cells if c.total]
-        typical = sum(known) / len(known) if known else 0
-        done = sum((c.total or typical) if c.state in ENDED else c.step for c in self.open)
-        return done, sum(c.total or typical for c in self.open)
+        if cell.step and cell.state == "running" and (cell.id in self.asked or cell.id not in self.begun):
+            self.begun[cell.id] = cell.step
+        self.asked -= {cell.id}
+        made = cell.step - self.begun.get(cell.id, cell.step)
+        if self.since is None and (cell.state in ENDED or made >= min(FIRST_STEPS, cell.total / 10) > 0):
+            self.since = time.monotonic()
+            self.begun |= {c.id: c.step for c in self.open if c.id in self.begun}
+            # Those that run beside it tell in a moment where they are now.
+            self.asked = {c.id for c in self.open if c.state == "running"} - {cell.id}
 
     def _left(self) -> float | None:
         """Seconds left at the speed since the first steps; None before there is anything to go by."""
-        if all(cell.state in ENDED for cell in self.open):
+        waiting = [cell for cell in self.open if cell.state not in ENDED]
+        if not waiting:
             return 0.0
         if self.since is None:
             return None
-        elapsed, (done, whole) = time.monotonic() - self.since[0], self._steps()
-        made = done - self.since[1]
-        return elapsed * (whole - done) / made if made > 0 and elapsed >= SHORTEST else None
+        known = [c.total for c in self.cells if c.total]
+        typical = sum(known) / len(known) if known else 0
+        made = sum(c.step - self.begun.get(c.id, c.step) for c in self.open)
+        left = sum((c.total or typical) - c.step for c in waiting)
+        elapsed = time.monotonic() - self.since
+        return elapsed * left / made if made > 0 and elapsed >= SHORTEST else None
 
     def summary(self) -> str:
         count = {

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdbench.reading import inside
-from kdbench.record import Record
+from kdbench.record import Metric, Record
 from kdbench.results import statistics
-from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.plots import Panel, look_of, save, teacher_of
+from kdbench.results.comparison import Axis, Column, Comparison, Row, compare
+from kdbench.results.plots import Panel, groups_of, look_of, save, teacher_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,34 +28,45 @@ def errors_by_axis(records: Iterable[Record], folder: Path) -> list[Path]:
     None where the columns differ in something else, or have fewer than three values.
     """
     comparison = compare(records)
-    return [
-        save(comparison, [panel], inside(folder, f"by_{name.replace(' ', '_')}.png"), 1, (6.0, 4.2))
-        for name, panel in axis_panels(comparison).items()
-    ]
+    if not (panels := axis_panels(comparison)):
+        return []
+    file = inside(folder, file_of(comparison.axes[0]))
+    return [save(comparison, panels, file, 2, (6.0, 4.2), legends=len(panels) > 1)]
 
 
-def axis_panels(comparison: Comparison) -> dict[str, Panel]:
-    """Test error over an axis of numbers, by the axis's name: mean over the seeds, with whiskers of ± one deviation.
+def file_of(axis: Axis) -> str:
+    """The name of an axis's chart."""
+    return f"by_{axis.name.replace(' ', '_')}.png"
 
-    Errors that become some times smaller are seen as that: then the scale is logarithmic.
+
+def axis_panels(comparison: Comparison, metric: Metric = "last") -> list[Panel]:
+    """Test error over an axis of numbers: mean over the seeds, with whiskers of ± one deviation.
+
+    Errors that become some times smaller are seen as that: then the scale is logarithmic. Many methods are shown in
+    groups, the first method in each.
     """
     if len(comparison.axes) != 1 or len(comparison.columns) < FEWEST_VALUES:
-        return {}
+        return []
     (axis,) = comparison.axes
     try:
         values = {column: float(column.key[0][1]) for column in comparison.columns}
     except ValueError:
-        return {}
-    curves = {row: _errors(comparison, row, values) for row in comparison.rows}
+        return []
+    curves = {row: _errors(comparison, row, values, metric) for row in comparison.rows}
     teachers = {found for column in comparison.columns if (found := teacher_of(comparison, column)) is not None}
-    return {
-        axis.name: Panel(f"Test error by {axis.name}", partial(_draw_errors, comparison, axis.name, curves, teachers))
-    }
+    groups = groups_of(comparison, {row: curve for row, curve in curves.items() if curve})
+    panels = []
+    for n, group in enumerate(groups, 1):
+        title = f"Test error by {axis.name}" + (f" ({n} of {len(groups)})" if len(groups) > 1 else "")
+        panels.append(Panel(title, partial(_draw_errors, comparison, axis.name, group, teachers)))
+    return panels
 
 
-def _errors(comparison: Comparison, row: Row, values: Mapping[Column, float]) -> dict[float, statistics.Summary]:
+def _errors(
+    comparison: Comparison, row: Row, values: Mapping[Column, float], metric: Metric
+) -> dict[float, statistics.Summary]:
     """Of a method: value of the axis -> its test errors in percent, summed up over the seeds."""
-    found = {value: comparison.accuracies(row, column, "last").values() for column, value in values.items()}
+    found = {value: comparison.accuracies(row, column, metric).values() for column, value in values.items()}
     return {value: statistics.summarize([100 - a for a in seeds]) for value, seeds in found.items() if seeds}
 
 
@@ -73,14 +84,16 @@ def _draw_errors(
         means, deviations = [s.mean for s in curve.values()], [s.deviation or 0.0 for s in curve.values()]
         whiskers: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2}
         axis.errorbar(list(curve), means, deviations, linestyle=look.line, label=row.label, **whiskers, **look.marking)
-    if len(teachers) == 1:
+    errors = [summary.mean for curve in curves.values() for summary in curve.values()]
+    # One far away would leave no room for the methods.
+    room = max(errors) - min(errors)
+    if len(teachers) == 1 and min(errors) - room <= 100 - next(iter(teachers)) <= max(errors) + room:
         axis.axhline(100 - next(iter(teachers)), color="#555555", linestyle=(0, (4, 3)), linewidth=1, label="teacher")
     values = sorted({value for curve in curves.values() for value in curve})
     if values[0] > 0 and values[-1] > SPAN_OF_VALUES * values[0]:
         axis.set_xscale("log")
         axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(values, [f"{value:g}" for value in values])
-    errors = [summary.mean for curve in curves.values() for summary in curve.values()]
     if min(errors) > 0 and max(errors) > SPAN_OF_ERRORS * min(errors):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
-from kdbench.recipe.specs import recorded
 from kdbench.record import Metric, Record
+from kdbench.results.sameness import check_made_alike, check_same, differences, text
 
-# Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
-_NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "shares", "keep"}
+# What tells cells of several recipes apart, though none of them compares it.
+IMPLIED = ("student", "teacher", "data", "target", "protocol", "epochs", "training images")
+# Budgets of so few epochs' difference are one: records round.
+SAME_BUDGET = 0.001
 
 Key = tuple[tuple[str, str], ...]
 
@@ -108,17 +110,18 @@ def compare(records: Iterable[Record], baseline: str | None = None, asked: str |
     ordered, notes = _unique(recipe_order(record for record in records if record.status == "finished"))
     if not ordered:
         raise UserError("there are no records to compare", hint="'kdbench run RECIPE' makes them")
-    rows = _rows(ordered)
+    labels = _labels(ordered)
+    notes += [f"'{own}' is '{known}' under another name" for (_, own), known in labels.items() if own != known]
+    rows = _rows(ordered, labels)
     axes, keys = _axes(ordered)
     columns = _columns(axes, [key for several in keys for key in several])
     cells: dict[tuple[str, Key], dict[int, Record]] = {}
     for record, row, several in zip(ordered, rows, keys, strict=True):
         for key in several:
             group = cells.setdefault((row.label, key), {})
-            for other in (group.get(record.cell.seed), next(iter(group.values()), None)):
-                if other is not None:
-                    _check_same(row, other, record)
-                    _check_made_alike(other, record)
+            for other in group.values():
+                check_same(row.label, other, record)
+                check_made_alike(other, record)
             group[record.cell.seed] = record
     unique_rows = tuple(dict.fromkeys(rows))
     chosen, note = _baseline(unique_rows, ordered, baseline)
@@ -147,28 +150,6 @@ def _asked(records: list[Record], asked: str | Iterable[str]) -> tuple[str, ...]
             raise UserError(f"no record has the number '{name}'", where="columns", hint=hint)
         found |= dict.fromkeys(own)
     return tuple(found)
-
-
-def text(value: Any) -> str:
-    """A compared value as text: a mapping by its name and its other entries, a float without noise."""
-    if isinstance(value, Mapping):
-        rest = [f"{key} {text(part)}" for key, part in value.items() if key != "name"]
-        return ", ".join([*([str(value["name"])] if "name" in value else []), *rest])
-    if isinstance(value, list | tuple):
-        return ", ".join(text(part) for part in value)
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted paths at which two resolved recipes differ in what affects numbers; the seed does not count."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            if key not in _NAMES_ONLY and (path or key != "seed"):
-                yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
-    elif a != b:
-        yield path, a, b
 
 
 def recipe_order(records: Iterable[Record]) -> list[Record]:
@@ -200,7 +181,7 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
         if (first := kept.get(record.identity)) is None:
             kept[record.identity] = record
         else:
-            _check_made_alike(first, record)
+            check_made_alike(first, record)
             copies += 1
             different += first.result != record.result
     notes = []
@@ -210,12 +191,31 @@ def _unique(records: list[Record]) -> tuple[list[Record], list[str]]:
     return list(kept.values()), notes
 
 
-def _rows(records: list[Record]) -> list[Row]:
+def _labels(records: list[Record]) -> dict[tuple[str, str], str]:
+    """Method and label -> the first label of this very method with these settings: versions may call it otherwise."""
+    found: dict[str, dict[str, dict[str, Record]]] = {}
+    for record in records:
+        by_axes = found.setdefault(record.cell.method, {}).setdefault(record.cell.label, {})
+        by_axes.setdefault(json.dumps(record.cell.axes, sort_keys=True), record)
+    chosen = {}
+    for method, labels in found.items():
+        for n, (label, own) in enumerate(labels.items()):
+            same = (
+                known
+                for known, other in [*labels.items()][:n]
+                if any(not any(differences(own[axes].spec, other[axes].spec)) for axes in own.keys() & other.keys())
+            )
+            chosen[method, label] = next(same, label)
+    return chosen
+
+
+def _rows(records: list[Record], labels: Mapping[tuple[str, str], str]) -> list[Row]:
     """The row of each record. Where one label stands for several methods or settings, these are added to it."""
     parts = []
     for record in records:
         compared = {path: text(value) for path, value in record.cell.axes.items() if path.startswith("method.")}
-        parts.append((record.cell.label, record.cell.method, tuple(sorted(compared.items()))))
+        label = labels[record.cell.method, record.cell.label]
+        parts.append((label, record.cell.method, tuple(sorted(compared.items()))))
     rows = []
     for label, method, settings in parts:
         same = {other for other in parts if other[0] == label}
@@ -239,19 +239,14 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
     declared = list(
         dict.fromkeys(path for record in records for path in record.cell.axes if path.partition(".")[0] != "method")
     )
-    by_recipe: dict[str, set[str]] = {}
-    for record in records:
-        by_recipe.setdefault(record.recipe, set()).update(record.cell.axes)
 
-    # None: the axis means nothing to the cell. An axis that its recipe does not compare has a value all the same.
     def value_of(record: Record, path: str) -> str | None:
-        if path in record.cell.axes:
-            return text(record.cell.axes[path])
-        return None if path in by_recipe[record.recipe] else _implied(record, path)
+        return text(record.cell.axes[path]) if path in record.cell.axes else _implied(record, path, budgets)
 
+    budgets = _budgets(records)
     values = [{path: value_of(record, path) for path in declared} for record in records]
-    for path in ("student", "teacher", "data", "target", "protocol", "epochs", "training images"):
-        implied = [_implied(record, path) for record in records]
+    for path in IMPLIED:
+        implied = [_implied(record, path, budgets) for record in records]
         apart: dict[tuple[str | None, ...], set[str]] = {}
         for own, value in zip(values, implied, strict=True):
             if value is not None:
@@ -278,24 +273,56 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
     return tuple(axes), [[key for key in several if key in made] or several for several in keys]
 
 
-def _implied(record: Record, path: str) -> str | None:
+def _implied(record: Record, path: str, budgets: Mapping[str, str]) -> str | None:
     """What a cell has on an axis that its recipe does not compare. None: nothing, such as a plain student's teacher."""
-    cell, budget = record.cell, record.budget
+    cell = record.cell
     known: dict[str, Any] = {
         "student": cell.student,
         "teacher": cell.teacher,
         "data": cell.data,
         "target": cell.target,
         "protocol": cell.protocol,
-        "epochs": round(budget.epochs - budget.extra_epochs, 3),
+        "epochs": budgets[record.identity],
+        "steps": _own_steps(record),
         "training images": record.data.train,
+        "data.fraction": _fraction(record),
     }
+    first = path.partition(".")[0]
+    if first in ("teacher", "target") and known[first] is None:
+        return None
     if path in known:
         return None if known[path] is None else text(known[path])
     value: Any = record.spec
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return "default" if value is None else text(value)
+
+
+def _fraction(record: Record) -> str | float:
+    """Of the training images, all where nothing is said."""
+    data = record.spec.get("data") or {}
+    return data.get("fraction") or ("default" if data.get("per_class") else 1)
+
+
+def _own_steps(record: Record) -> int:
+    """Steps of a cell without those that its method takes on top of the protocol's budget."""
+    budget = record.budget
+    return budget.steps - (round(budget.steps * budget.extra_epochs / budget.epochs) if budget.extra_epochs else 0)
+
+
+def _budgets(records: Iterable[Record]) -> dict[str, str]:
+    """Identity of each record -> its budget in epochs, the same text where it is the same but for rounding."""
+    epochs = {}
+    for record in records:
+        budget = record.budget
+        share = _own_steps(record) / budget.steps if budget.steps else 1.0
+        epochs[record.identity] = budget.epochs * share
+    shown: dict[str, str] = {}
+    first = None
+    for identity, value in sorted(epochs.items(), key=lambda item: item[1]):
+        first = value if first is None or value - first > SAME_BUDGET else first
+        shown[identity] = text(round(first, 3))
+    return shown
 
 
 def _sorted(values: Iterable[str]) -> list[str]:
@@ -335,45 +362,3 @@ def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -
     if len(matching) > 1:
         return matching[0], f"{len(matching)} rows are the method {matching[0].method}: the first is the baseline"
     return matching[0], None
-
-
-def _check_same(row: Row, a: Record, b: Record) -> None:
-    """Refuse to pool different experiments, or to have two values for one seed."""
-    # A field that came with a later version is absent from older records.
-    drift = a.kdbench != b.kdbench
-    own, other = a.spec, b.spec
-    if any(differences(own, other)):
-        # With what one leaves out as a default, and own code by its content.
-        own, other = (one.spec if one.resolved is None else recorded(one.resolved) for one in (a, b))
-    found = [(path, x, y) for path, x, y in differences(own, other) if not (drift and (x is None or y is None))]
-    if not found and a.cell.seed != b.cell.seed:
-        return
-    shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
-    shown += "; …" if len(found) > 3 else ""
-    seeds = f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}"
-    raise UserError(
-        f"two cells of '{row.label}', {seeds}, would share one place in the table, but are different experiments"
-        + (f": {shown}" if shown else ""),
-        where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
-        hint="give the folders of one comparison, or take one of the two out",
-    )
-
-
-def _check_made_alike(a: Record, b: Record) -> None:
-    """Refuse to average over, or to take for one cell, what was made from different data or by different teachers of
-    one name."""
-    for what, kept, digest in (
-        ("data", "fingerprint", lambda record: {p.name: p.fingerprint for p in (record.data, record.target) if p}),
-        ("teacher", "sha256", lambda record: {p.name: p.sha256 for p in (record.teacher,) if p}),
-    ):
-        found: list[dict[str, str]] = [digest(record) for record in (a, b)]
-        for name in found[0].keys() & found[1].keys():
-            if found[0][name] != found[1][name]:
-                raise UserError(
-                    f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different "
-                    f"{what} '{name}', so no mean is taken over them: {kept} {found[0][name][:12]} and "
-                    f"{found[1][name][:12]}",
-                    where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
-                    hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
-                    "and 'kdbench run' trains it again",
-                )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdbench.files import no_formula
 from kdbench.record import Record
-from kdbench.results.comparison import recipe_order, text
+from kdbench.results.comparison import recipe_order
 from kdbench.results.contents import Entry, Table
 from kdbench.results.layout import seeds_text
+from kdbench.results.sameness import text
 from kdbench.results.statistics import Summary
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ def _flat(table: Table) -> list[dict[str, Any]]:
     for row in table.rows:
         for column, cell, teacher in zip(table.columns, row.cells, teachers, strict=True):
             if cell is not None:
-                names = {"method": row.method, "label": row.label, "baseline": row.is_baseline, **dict(column.key)}
+                axes = dict(column.key)
+                names = {"method": row.method, "label": row.label, "baseline": row.is_baseline, **axes}
                 summed = across.get(row.label, {})
                 numbers = {"metric": table.metric, **_numbers(table, cell), **teacher}
-                result.append({**names, **numbers, "marks": " ".join(cell.marks) or None, **summed})
+                # What a column stands for is said as it was compared, even where it is called like a number.
+                result.append({**names, **numbers, **axes, "marks": " ".join(cell.marks) or None, **summed})
     for copied in table.copied:
         for column, entry in zip(table.columns, copied.cells, strict=True):
             if entry is not None:

@@ -51,7 +51,8 @@ def for_page(grids: Iterable[Grid], form: LatexForm) -> Iterator[Grid]:
     break there.
     """
     for grid in grids:
-        across = ACROSS_SPREADS if any("±" in row[-1].text for row in grid.rows) else ACROSS
+        spreads = {i for row in grid.rows for i, entry in enumerate(row) if "±" in entry.text}
+        across = ACROSS_SPREADS if len(spreads) > 1 else ACROSS
         across = across // 2 if form == "column" else across
         starts = range(1, len(grid.header), across)
         for start in starts:

@@ -23,7 +23,6 @@ from kdbench.results.tuned import trials
 # Nothing may be loaded, from anywhere: what the page needs is in it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 CURVES = "Test accuracy, mean over the seeds ± one deviation (band)."
-AXIS = "Test error, mean over the seeds ± one deviation (whisker). Dashed: the teacher."
 METRIC = "At each hook point, mean over the seeds ± one deviation (band)."
 COSTS = (
     "Mean accuracy ± one deviation (whisker). Time is one seed's own training, without evaluation; cells that train "
@@ -51,8 +50,10 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
     def drawn(key: str, panels: Sequence[Panel]) -> list[tuple[str, str]]:
         return [(p.title, chart(comparison, p, f"{key}-{n}") if charts else "") for n, p in enumerate(panels)]
 
-    sections = [("axis", f"Test error by {name}", AXIS, [panel]) for name, panel in axis_panels(comparison).items()]
-    sections.append(("curves", "Learning curves", CURVES + missing, accuracy_panels(comparison, log)))
+    sections = [("curves", "Learning curves", CURVES + missing, accuracy_panels(comparison, log))]
+    if panels := axis_panels(comparison, table.metric):
+        said = f"Test error ({table.metric_label}), mean over the seeds ± one deviation (whisker)."
+        sections.insert(0, ("axis", f"Test error by {comparison.axes[0].name}", said, panels))
     for n, metric in enumerate(metrics_of(log)):
         if panels := metric_panels(comparison, log, metric):
             sections.append((f"metric-{n}", metric.replace("_", " ").capitalize(), METRIC + missing, panels))

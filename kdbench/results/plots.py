@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ CHART = (4.2, 2.7)
 LEGEND_LINE = 0.19
 # Methods that one chart of curves shows beside the first: as many as have a look of their own.
 GROUP = len(COLOURS) - 1
+
+
+T = TypeVar("T")
 
 
 class Look(NamedTuple):
@@ -119,7 +122,7 @@ def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
     parts = {column: last_quarter(curves) for column, curves in by_column.items()}
     for column, curves in by_column.items():
         name = f"{column.label}: " if comparison.axes else ""
-        groups = _groups(comparison, curves)
+        groups = groups_of(comparison, curves)
         for i, group in enumerate(groups, start=1):
             which = f" ({i} of {len(groups)})" if len(groups) > 1 else ""
             for part in (None, parts[column]) if all(parts.values()) else (None,):
@@ -128,7 +131,7 @@ def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
     return panels
 
 
-def _groups(comparison: Comparison, curves: Mapping[Row, Curve]) -> list[dict[Row, Curve]]:
+def groups_of(comparison: Comparison, curves: Mapping[Row, T]) -> list[dict[Row, T]]:
     """Curves as charts show them together: those of the first method in each group."""
     first, *others = comparison.rows
     chunks = [others[i : i + GROUP] for i in range(0, len(others), GROUP)] or [[]]

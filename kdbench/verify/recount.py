@@ -44,10 +44,12 @@ def accuracies(file: Path, labels: Tensor) -> tuple[float, float]:
     return tuple(100 * found.double().mean().item() for found in (certain, possible))  # type: ignore[return-value]
 
 
-def contradictions(
+def counted_again(
     records: Mapping[str, Record], data: Mapping[str, DataSpec], roots: Iterable[Path]
-) -> dict[str, str]:
-    """Records whose test accuracy does not follow from their logits: folder name -> what is wrong.
+) -> dict[str, str | None]:
+    """Records whose accuracy could be compared with their logits: folder name -> what is wrong, None if nothing is.
+
+    Others were not tested on the test images that are here.
 
     Args:
         records: by folder name, with logits beside them.
@@ -56,8 +58,11 @@ def contradictions(
     Raises:
         UserError: the data are not here.
     """
-    roots, found, known = list(roots), {}, {}
+    roots, known = list(roots), dict[str, tuple[Tensor, str]]()
+    found: dict[str, str | None] = {}
     for name, record in records.items():
+        if data[name].tested_on != "test":
+            continue
         key = data[name].model_dump_json()
         if key not in known:
             known[key] = labels_of(data[name], roots)
@@ -70,6 +75,7 @@ def contradictions(
         except UserError as error:
             found[name] = error.what
             continue
+        found[name] = None
         # Accuracies are recorded with four decimals.
         if not low - 1e-4 <= record.result.test.last <= high + 1e-4:
             span = f"{low:.4f}" if low == high else f"{low:.4f} to {high:.4f}"

@@ -111,6 +111,23 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert "the test accuracies of 1 records follow from them" in {f.what for f in found}
 
 
+@pytest.mark.parametrize("other", ["data", "part"])
+def test_logits_that_could_not_be_compared_are_not_said_to_agree(folder: Path, other: str) -> None:
+    for file in folder.glob("*/record.json"):
+        plain = json.loads(file.read_text())
+        if other == "data":
+            plain["data"]["fingerprint"] = "0" * 64
+        else:
+            plain["spec"]["data"] |= {"tested_on": "validation", "validation": 10}
+        file.write_text(json.dumps(plain))
+        logits = file.with_name("test_logits.safetensors")
+        save_file({"logits": torch.zeros(3, 2)}, logits)
+    found = [finding for finding in verify(folder, REGISTRY) if finding.where == "test_logits.safetensors"]
+    assert [(f.level, f.what) for f in found] == [
+        ("unchecked", "5 of 5 are not of the test images that are here: not counted again")
+    ]
+
+
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all numbers, words and truth values."""
     if isinstance(data, dict | list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def records(values: dict[Any, tuple[float, ...]], axis: str = "epochs", **over: 
 
 
 def drawn(found: list[Record]) -> Axes:
-    (panel,) = axis_panels(compare(found)).values()
+    (panel,) = axis_panels(compare(found))
     axis = Figure().subplots()
     panel.draw(axis)
     return axis
@@ -58,6 +59,45 @@ def test_scales_are_logarithmic_where_much_is_spanned() -> None:
     # Neither zero nor an error of zero has a logarithm.
     axis = drawn(records({0: (50.0,), 10: (90.0,), 1000: (100.0,)}, axis="method_free.weight"))
     assert (axis.get_xscale(), axis.get_yscale(), axis.get_xlabel()) == ("linear", "linear", "weight")
+
+
+def test_the_page_shows_the_metric_of_its_table() -> None:
+    found = records(FALLING, best=99.0)
+    (panel,) = axis_panels(compare(found), "best")
+    panel.draw(axis := Figure().subplots())
+    assert {y for bars in axis.containers for _, y in bars.lines[0].get_xydata()} == {1.0}
+    page = html(build(found, metric="best"), found)
+    assert "Test error (best test epoch (optimistic)), mean over the seeds" in page
+
+
+def test_a_teacher_far_away_and_several_teachers_are_not_drawn() -> None:
+    def teachers(found: list[Record]) -> list[Any]:
+        return [line for line in drawn(found).lines if line.get_label() == "teacher"]
+
+    near = {1: (94.0,), 2: (95.0,), 3: (96.0,)}
+    assert len(teachers(records(near))) == 1
+    far = {value: (accuracies[0] - 40,) for value, accuracies in near.items()}
+    assert not teachers(records(far))
+    several = [one for n, value in enumerate(near) for one in records({value: near[value]}, teacher__accuracy=95.0 + n)]
+    assert not teachers(several)
+
+
+def test_many_methods_are_shown_in_groups(tmp_path: Path) -> None:
+    found = [
+        make(f"m{n}", 0, 90.0 + value + n / 50, axes={"method": f"m{n}", "epochs": value}, order=n)
+        for n in range(54)
+        for value in (1, 2, 3)
+    ]
+    panels = axis_panels(compare(found))
+    assert [panel.title for panel in panels][::5] == ["Test error by epochs (1 of 6)", "Test error by epochs (6 of 6)"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors_by_axis(found, tmp_path)
+    names = []
+    for panel in panels:
+        panel.draw(axis := Figure().subplots())
+        names += [bars.get_label() for bars in axis.containers]
+    assert sorted({*names}) == sorted(f"M{n}" for n in range(54)) and names.count("M0") == 6
 
 
 def test_a_seed_alone_and_a_method_that_lacks_a_value_are_drawn() -> None:

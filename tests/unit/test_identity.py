@@ -20,7 +20,7 @@ from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.registry import SHARE, Registry
-from kdbench.results.comparison import differences
+from kdbench.results.sameness import differences
 from kdbench.tree import Tree, shown
 from kdbench.verify.verification import verify
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from PIL import Image
 from synthetic import make, plain_record, write
 
 from kdbench import drawing
+from kdbench.cli.output import write_tables_and_plots
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.results import costs, plots
@@ -345,3 +348,30 @@ def test_many_methods_are_drawn_in_groups_that_can_be_told_apart(tmp_path: Path,
     boxes = [legend.get_window_extent() for axis in curves.axes if (legend := axis.get_legend()) is not None]
     panels = [axis.get_window_extent() for axis in curves.axes]
     assert len(boxes) == 3 and not any(box.overlaps(panel) for box in boxes for panel in panels)
+
+
+def test_plots_of_an_earlier_table_do_not_stay_beside_a_smaller_one(tmp_path: Path) -> None:
+    """Of three budgets and a method that measures agreement, then of two without it. What is not ours stays."""
+    run_folder = tmp_path / "r"
+
+    def table_of(epochs: tuple[int, ...], methods: tuple[str, ...]) -> set[str]:
+        names = []
+        for method, e in itertools.product(methods, epochs):
+            measured = {"metrics": {"agreement": {"layer1.preact": 0.5}}} if method == "ab" else {}
+            lines = [{"step": s, "epoch": s / 2, "test": {"accuracy": 50.0}, **measured} for s in (1, 2)]
+            agreement = {"layer1.preact": 0.5} if measured else {}
+            axes = {"method": method, "epochs": e}
+            record = plain_record(method, 0, 80.0 + e, axes=axes, epochs=float(e), agreement=agreement)
+            names.append(name := f"{method}-{e}")
+            if not (run_folder / name).exists():
+                write(run_folder / name, record, lines)
+        (run_folder / "recipe.json").write_text(json.dumps({"name": "r", "cells": names}))
+        _, files = write_tables_and_plots([run_folder], run_folder, [])
+        plots_there = {file.name for file in run_folder.glob("*.png")}
+        assert {file.name for file in files if file.suffix == ".png"} <= plots_there
+        return plots_there
+
+    always = {"learning_curves.png", "final_accuracies.png"}
+    assert table_of((1, 2, 3), ("ce", "ab")) == always | {"by_epochs.png", "agreement.png"}
+    Image.new("RGB", (2, 2)).save(run_folder / "mine.png")
+    assert table_of((1, 2), ("ce",)) == always | {"mine.png"}

@@ -61,7 +61,7 @@ def test_running_cells_never_have_no_time_left(clock: list[float]) -> None:
     for step, said in (
         (0, "not known yet"),
         (50, "not known yet"),
-        (425, "about 1 min 10 s left"),
+        (425, "about 1 min 15 s left"),
         (799, "almost done"),
         (800, "almost"),
     ):
@@ -88,19 +88,43 @@ def test_what_compiling_takes_is_not_taken_for_the_speed_of_the_rest(clock: list
         assert said in lines.summary()
 
 
-def test_steps_of_a_checkpoint_and_cells_finished_before_do_not_count(clock: list[float]) -> None:
-    """A cell goes on at step 700; of two others one was finished before, and one begins at the same speed."""
-    old, continued, new = running(3)
-    old.state, old.total = "finished", 0
-    continued.step, new.state, new.total = 700, "waiting", 0
+def test_steps_of_checkpoints_and_cells_finished_before_do_not_count(clock: list[float], tmp_path: Path) -> None:
+    """A cell goes on at step 700, and a later one at 300; of two others one was finished before."""
+    old, continued, later, new = running(4)
+    for cell in (continued, later):
+        cell.folder = tmp_path / str(cell.id)
+        cell.folder.mkdir()
+        (cell.folder / "checkpoint.pt").touch()
+    old.state, old.total, later.state, new.state, new.total = "finished", 0, "waiting", "waiting", 0
     lines = progress._Lines()
-    lines.begin([old, continued, new], "title")
+    lines.begin([old, continued, later, new], "title")
+    # Something else is said before its first step.
+    lines.update(continued)
     for second, step in ((1, 700), (11, 750), (15, 770)):
         clock[0], continued.step = 1000.0 + second, step
         lines.update(continued)
-    assert (
-        "1/3 cells finished" in lines.summary() and "about 2 min 46 s left" in lines.summary()
-    )  # 830 steps, 5 a second
+    # 30, 800 and 800 steps, 5 a second: what the later one has done is not known yet.
+    assert "1/4 cells finished" in lines.summary() and "about 5 min 26 s left" in lines.summary()
+    clock[0], continued.step, continued.state, continued.accuracy = 1021.0, 800, "finished", 50.0
+    lines.update(continued)
+    for second, step in ((22, 300), (26, 320)):
+        clock[0], later.step, later.state = 1000.0 + second, step, "running"
+        lines.update(later)
+    assert "about 4 min 34 s left" in lines.summary()  # 480 and 800 steps; 70 in 15 seconds
+
+
+def test_a_failed_cell_is_neither_made_nor_left(clock: list[float]) -> None:
+    failing, other = cells = running(2, total=1000)
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    for second, step in ((100, 100), (200, 200)):
+        clock[0] = 1000.0 + second
+        for cell in cells:
+            cell.step = step
+            lines.update(cell)
+    failing.state = "failed"
+    lines.update(failing)
+    assert "about 6 min 40 s left" in lines.summary()  # 800 steps; both made one a second
 
 
 def test_a_cell_that_ends_before_its_fiftieth_step_sets_the_clock(clock: list[float]) -> None:

@@ -706,6 +706,17 @@ def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
             assert shown in text, text
 
 
+def test_latex_of_columns_with_one_seed_is_no_wider(tmp_path: Path) -> None:
+    """Means and deviations take the room, wherever they stand."""
+    records = [
+        make(method, seed, 91.25 + seed / 3 + k, axes={"method": method, "epochs": epochs}, order=k)
+        for k, method in enumerate(("ce", "kd", "ab"))
+        for epochs in (1, 5, 10, 20, 50, 100)
+        for seed in range(1 if epochs == 100 else 3)
+    ]
+    compiled(tmp_path, latex(build(records)))
+
+
 def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -> None:
     registry = Registry()
     records = [

@@ -1,0 +1,87 @@
+"""Whether two records are of one experiment: cells of different ones are never averaged."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kdbench.errors import UserError
+from kdbench.recipe.specs import recorded
+from kdbench.record import Record
+
+# Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
+_NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "shares", "keep"}
+# Parts whose keys were chosen by whoever wrote a card: one of them may be called as a part above.
+_OF_CARDS = {"options", "losses", "stages", "modules", "modes", "schedules", "batch_norm"}
+
+
+def text(value: Any) -> str:
+    """A compared value as text: a mapping by its name and its other entries, a float without noise."""
+    if isinstance(value, Mapping):
+        rest = [f"{key} {text(part)}" for key, part in value.items() if key != "name"]
+        return ", ".join([*([str(value["name"])] if "name" in value else []), *rest])
+    if isinstance(value, list | tuple):
+        return ", ".join(text(part) for part in value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted paths at which two resolved recipes differ in what affects numbers; the seed does not count."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if (path or key != "seed") and not _names_only(path, key):
+                yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for n, (own, other) in enumerate(zip(a, b, strict=True)):
+            yield from differences(own, other, f"{path}.{n}")
+    elif a != b:
+        yield path, a, b
+
+
+def _names_only(path: str, key: str) -> bool:
+    above, _, last = path.rpartition(".")
+    if last in _OF_CARDS and not (last == "options" and above.rpartition(".")[2] in ("data", "target")):
+        return False
+    return key in _NAMES_ONLY
+
+
+def check_same(label: str, a: Record, b: Record) -> None:
+    """Refuse to pool different experiments, or to have two values for one seed."""
+    # A field that came with a later version is absent from older records.
+    drift = a.kdbench != b.kdbench
+    own, other = a.spec, b.spec
+    if any(differences(own, other)):
+        # With what one leaves out as a default, and own code by its content.
+        own, other = (one.spec if one.resolved is None else recorded(one.resolved) for one in (a, b))
+    found = [(path, x, y) for path, x, y in differences(own, other) if not (drift and (x is None or y is None))]
+    if not found and a.cell.seed != b.cell.seed:
+        return
+    shown = "; ".join(f"{path} ({text(x)} and {text(y)})" for path, x, y in found[:3])
+    shown += "; …" if len(found) > 3 else ""
+    seeds = f"seed {a.cell.seed}" if a.cell.seed == b.cell.seed else f"seeds {a.cell.seed} and {b.cell.seed}"
+    raise UserError(
+        f"two cells of '{label}', {seeds}, would share one place in the table, but are different experiments"
+        + (f": {shown}" if shown else ""),
+        where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+        hint="give the folders of one comparison, or take one of the two out",
+    )
+
+
+def check_made_alike(a: Record, b: Record) -> None:
+    """Refuse to average over, or to take for one cell, what was made from different data or by different teachers of
+    one name."""
+    for what, kept, digest in (
+        ("data", "fingerprint", lambda record: {p.name: p.fingerprint for p in (record.data, record.target) if p}),
+        ("teacher", "sha256", lambda record: {p.name: p.sha256 for p in (record.teacher,) if p}),
+    ):
+        found: list[dict[str, str]] = [digest(record) for record in (a, b)]
+        for name in found[0].keys() & found[1].keys():
+            if found[0][name] != found[1][name]:
+                raise UserError(
+                    f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different "
+                    f"{what} '{name}', so no mean is taken over them: {kept} {found[0][name][:12]} and "
+                    f"{found[1][name][:12]}",
+                    where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+                    hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
+                    "and 'kdbench run' trains it again",
+                )

@@ -1,0 +1,149 @@
+"""Which cells stand together: what a recipe does not compare, what is one method, and what is another experiment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from synthetic import make
+
+from kdbench.errors import UserError
+from kdbench.record import Record
+from kdbench.results.comparison import compare
+from kdbench.results.frames import to_frame
+from kdbench.results.sameness import differences
+from kdbench.results.tables import build
+
+
+def by_epochs(method: str, *epochs: int, order: int = 0, extra: float = 0.0) -> list[Record]:
+    return [
+        make(
+            method,
+            seed,
+            80 + e / 10 + seed,
+            axes={"method": method, "epochs": e},
+            order=order,
+            epochs=float(e),
+            extra_epochs=extra,
+        )
+        for e in epochs
+        for seed in (0, 1)
+    ]
+
+
+def shown(records: list[Record]) -> dict[str, list[int]]:
+    """Row -> its cells' numbers of seeds, column by column."""
+    table = build(records)
+    return {row.label: [cell.n if cell else 0 for cell in row.cells] for row in table.rows}
+
+
+def test_a_cell_stands_in_no_column_that_it_was_not_trained_for() -> None:
+    """Cells of one recipe, of which another command compared no epochs."""
+    alone = [make("at", seed, 95.0 + seed, epochs=200.0, order=2) for seed in (0, 1)]
+    records = [*by_epochs("ce", 10, 20), *by_epochs("kd", 10, 20, order=1), *alone]
+    assert [column.label for column in compare(records).columns] == ["epochs 10", "epochs 20", "epochs 200"]
+    assert shown(records) == {"CE": [2, 2, 0], "KD": [2, 2, 0], "AT": [0, 0, 2]}
+    # As do those of which no command says what part of the images they have: all.
+    share = [make("ce", 0, axes={"method": "ce", "data.fraction": f}, spec__data={"fraction": f}) for f in (0.1, 0.5)]
+    whole = make("kd", 0, order=1, spec__data={"name": "cifar10"})
+    assert shown([*share, whole]) == {"CE": [1, 1, 0], "KD": [0, 0, 1]}
+    assert [column.label for column in compare([*share, whole]).columns][-1] == "fraction 1"
+
+
+def test_a_plain_student_stands_in_every_column_of_teachers() -> None:
+    records = [make("ce", seed, teacher=None) for seed in (0, 1)]
+    records += [
+        make("kd", s, axes={"method": "kd", "teacher": t}, teacher=t, order=1) for s in (0, 1) for t in ("a", "b")
+    ]
+    assert shown(records) == {"CE": [2, 2], "KD": [2, 2]}
+
+
+def test_a_budget_in_steps_is_said_where_it_is_not_compared() -> None:
+    default = make("ce", 0, epochs=50.0, budget__steps=2000)
+    longer = [make("ce", 0, axes={"method": "ce", "steps": s}, budget__steps=s, epochs=s / 40) for s in (4000, 8000)]
+    assert [column.label for column in compare([*longer, default]).columns] == [
+        "steps 2000",
+        "steps 4000",
+        "steps 8000",
+    ]
+
+
+def test_one_budget_is_one_column_though_records_round() -> None:
+    """2,000 steps of 782 an epoch, with and without 30 epochs before."""
+    plain = make("ce", 0, budget={"steps": 2000, "epochs": 2.5575, "stages": []})
+    longer = make("ab", 0, order=1, budget={"steps": 25460, "epochs": 32.5575, "extra_epochs": 30.0, "stages": []})
+    assert not compare([plain, longer]).axes
+
+
+def test_an_axis_keeps_its_own_values_in_data_frames() -> None:
+    """A method with ten epochs more stands where it was compared; of teachers nobody measured, two are two."""
+    frame = to_frame(build([*by_epochs("ce", 20, 30), *by_epochs("ab", 20, 30, order=1, extra=10.0)]))
+    assert [*zip(frame["method"], frame["epochs"].astype(str), frame["extra_epochs"], strict=True)] == [
+        ("ce", "20", 0.0),
+        ("ce", "30", 0.0),
+        ("ab", "20", 10.0),
+        ("ab", "30", 10.0),
+    ]
+    taught = [
+        make("kd", 0, axes={"method": "kd", "teacher": t}, teacher=t, **{"teacher__accuracy": None}) for t in "ab"
+    ]
+    assert sorted(to_frame(build(taught))["teacher"]) == ["a", "b"]
+
+
+def test_one_method_under_two_names_is_one_row() -> None:
+    before = [make("ab", seed, 90.0 + seed / 5, label="AB + CE") for seed in (0, 1, 2)]
+    now = [make("ab", seed, 90.0 + seed / 5, label="AB, then CE", identity=f"{seed}") for seed in (2, 3, 4)]
+    for record in now:
+        record.spec["method"]["label"] = "AB, then CE"
+    table = build([*before, *now[1:]])
+    assert [(row.label, row.cells[0].n) for row in table.rows if row.cells[0]] == [("AB + CE", 5)]
+    assert "'AB, then CE' is 'AB + CE' under another name" in " ".join(note.text for note in table.notes)
+    # Two settings are two rows.
+    for record in now:
+        record.spec["method"]["temperature"] = 9
+    assert [row.label for row in compare([*before, *now[1:]]).rows] == ["AB + CE", "AB, then CE"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("method", "stages", "a", "losses", "kd", "loss", "options", "keep"),
+        ("method", "stages", "a", "source", "options", "file"),
+        ("method", "stages", "a", "losses", "keep"),
+        ("method", "stages", "label"),
+    ],
+    ids=".".join,
+)
+def test_what_a_card_calls_as_a_name_is_none(path: tuple[str, ...]) -> None:
+    records = [make("kd", seed) for seed in range(2)]
+    for record, value in zip(records, ("last", "best"), strict=True):
+        place = record.spec
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+    assert [found for found, _, _ in differences(*(record.spec for record in records))] == [".".join(path)]
+    with pytest.raises(UserError, match="are different experiments"):
+        compare(records)
+
+
+@pytest.mark.parametrize("path", ["data.options.root", "target.options.url", "teacher.file", "keep", "method.label"])
+def test_names_and_folders_are_no_differences(path: str) -> None:
+    def nested(value: str) -> Any:
+        found: Any = value
+        for key in reversed(path.split(".")):
+            found = {key: found}
+        return found
+
+    assert not [*differences(nested("a"), nested("b"))]
+    assert not [*differences({"teacher": {"members": [nested("a")]}}, {"teacher": {"members": [nested("b")]}})]
+
+
+def test_no_two_cells_of_a_mean_are_different_experiments() -> None:
+    """An older version's record lacks the field in which two newer ones differ."""
+    old, *new = (make("kd", seed, kdbench=version) for seed, version in enumerate(("0.1.0", "0.2.0", "0.2.0")))
+    for record, beta in zip(new, (1, 100), strict=True):
+        record.spec["method"]["beta"] = beta
+    with pytest.raises(UserError, match="method.beta"):
+        compare([old, *new])
+    new[1].spec["method"]["beta"] = 1
+    assert len(compare([old, *new]).cells) == 1
