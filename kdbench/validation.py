@@ -31,8 +31,8 @@ def _place(tree: Tree, loc: Path, kind: str) -> str:
     """Where a finding stands. What is wrong with a mapping as a whole is so by the key that came last: the user's own,
     where others were inherited."""
     inside = [tree.origins[path] for path in tree.origins if kind == "value_error" and path[:-1] == loc and path != loc]
-    files = {origin.rpartition(":")[0] for origin in inside}
-    return inside[-1] if len(files) > 1 else tree.origin(loc)
+    files = {origin.rpartition(":")[0] for origin in [*inside, tree.origin(loc)]}
+    return inside[-1] if inside and len(files) > 1 else tree.origin(loc)
 
 
 def _keys(loc: tuple[Any, ...], data: Any) -> Path:
@@ -59,7 +59,8 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
     if isinstance(value, list) and kind in ("model_type", "string_type"):
         return f"{place}is one thing, not a list", f"to compare several: 'compare: {{{dotted(loc)}: […]}}'"
     if kind == "model_type":
-        return f"{place}cannot be {shortened(value)}", f"it has the keys {', '.join(fields_at(model, loc))}"
+        keys = fields_at(model, loc)
+        return f"{place}cannot be {shortened(value)}", f"it has the keys {', '.join(keys)}" if keys else message
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
     if kind in ("string_type", "model_type", "dict_type"):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -48,6 +49,7 @@ def command(
     write_text(file, f"# kdbench data {folder}\n{text}")
     console.print(f"written: {file}", markup=False)
     console.print(
-        f"  use it:  data: {name}   and   kdbench run my.yaml --registry {out} --data {folder.resolve().parent}",
+        f"  use it:  data: {name}   and   kdbench run my.yaml --registry {quote(str(out))} "
+        f"--data {quote(str(folder.resolve().parent))}",
         markup=False,
     )

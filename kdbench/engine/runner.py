@@ -53,8 +53,6 @@ def run(
     _check_case(folder)
     with locked_run(folder):
         cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
-        about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
-        write_json(folder / RUN, about | {"cells": [cell.folder.name for cell in cells]})
         finished = Finished(cells, published or {}, options.runs, listener.say)
         # What is damaged of the way in which they began is told before a teacher is trained.
         for cell in finished.open:
@@ -77,6 +75,9 @@ def run(
                     _rename(cell.folder / RECORD, names(plan, cell.cell))
             # Published cells that were not taken are open now.
             session.check_cells(finished.open)
+            # A plan that was refused leaves the last one's table as it is.
+            about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
+            write_json(folder / RUN, about | {"cells": [cell.folder.name for cell in cells]})
             listener.begin(cells, plan.title or plan.name)
             try:
                 if finished.open:

@@ -29,6 +29,7 @@ from kdbench.engine.training import train_cells
 from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
 from kdbench.engine.weights import locate
 from kdbench.errors import CellError, UserError, raised_by_own_code
+from kdbench.record import finished_record
 
 
 class TaskRunner:
@@ -169,7 +170,9 @@ class TaskRunner:
             what = "read while training" if isinstance(data, Pictures) else "resized, transformed or mixed at random"
             raise UserError(f"images of '{spec.data.name}' are {what}: they have no finite set of views")
         way = possible(task.computing, device)
-        if task.estimate:
+        trained = spec.teacher.trained_by is not None and finished_record(task.teacher_folder) is not None
+        unknown = task.estimate and not trained
+        if unknown:
             # Time and size are the same for any weights; its own may not be trained yet.
             teacher, sha256 = untrained_teacher(spec.teacher, spec.data, device, way), ""
         else:
@@ -181,7 +184,8 @@ class TaskRunner:
         each = 0.0 if table.complete else logit_table.seconds_an_image(table, teacher, data, spec.protocol, device)
         self.emit(
             messages.TableFound(
-                folder=table.folder,
+                # It is called after the weights.
+                folder=table.folder.parent if unknown else table.folder,
                 images=images,
                 views=views,
                 classes=classes,

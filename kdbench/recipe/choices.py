@@ -39,7 +39,7 @@ class DataChoice(Strict):
     @model_validator(mode="after")
     def one_subset(self) -> DataChoice:
         if self.fraction is not None and self.per_class is not None:
-            raise ValueError("'fraction' and 'per_class' cannot be combined")
+            raise ValueError("'fraction' and 'per_class' cannot be combined: 'null' takes one away that is inherited")
         if self.only_classes is not None and self.per_class is None:
             raise ValueError("'only_classes' needs 'per_class': a data card does not say how many images a class has")
         if self.tested_on == "validation" and not self.validation:

@@ -17,7 +17,9 @@ from kdbench.tree import Tree
 from kdbench.validation import fields_at, validated
 
 # What a title does not speak of: how much is run and how it is computed, what is compared, names, and folders.
-_UNTITLED = {"seeds", "evaluations", "compute", "keep", "route", "compare", "tune", "baseline", "title", "data.root"}
+_UNTITLED = {"seeds", "evaluations", "compute", "keep", "route", "compare", "baseline", "title", "data.root"}
+# Of these the later one holds.
+_BUDGETS = ("epochs", "steps")
 
 
 def recipe_names() -> list[str]:
@@ -58,10 +60,16 @@ def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) 
         _check_keys(tree)
     else:
         tree = _load_file(find(str(recipe)), ())
-    over = list(overrides)
-    for text in over:
+    over: dict[str, str] = {}
+    for text in overrides:
         tree = override(tree, text)
-    return _titled(tree, {text.partition("=")[0]: text for text in over})
+        over[text.partition("=")[0]] = text
+    for path, text in over.items():
+        both = {path, *(_BUDGETS if path in _BUDGETS and not text.endswith("=null") else ())}
+        if compared := next((other for one in both if (other := over.get(f"compare.{one}"))), None):
+            what = f"'{path}' is given one value, and there are several to compare"
+            raise UserError(what, f"command line, '{text}' and '{compared}'", "leave one of the two out")
+    return _titled(tree, over)
 
 
 def _titled(tree: Tree, over: Mapping[str, str]) -> Tree:

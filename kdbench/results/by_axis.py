@@ -90,8 +90,10 @@ def _draw_errors(
     if len(teachers) == 1 and min(errors) - room <= 100 - next(iter(teachers)) <= max(errors) + room:
         axis.axhline(100 - next(iter(teachers)), color="#555555", linestyle=(0, (4, 3)), linewidth=1, label="teacher")
     values = sorted({value for curve in curves.values() for value in curve})
-    if values[0] > 0 and values[-1] > SPAN_OF_VALUES * values[0]:
-        axis.set_xscale("log")
+    smallest = next((value for value in values if value > 0), 0)
+    if values[0] >= 0 and values[-1] > SPAN_OF_VALUES * smallest > 0:
+        # Zero has a place of its own beside the smallest.
+        axis.set_xscale(**({"value": "log"} if values[0] else {"value": "symlog", "linthresh": smallest}))
         axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(values, [f"{value:g}" for value in values])
     if min(errors) > 0 and max(errors) > SPAN_OF_ERRORS * min(errors):

@@ -13,7 +13,7 @@ from kdbench.record import Metric, Record
 from kdbench.results.sameness import check_made_alike, check_same, differences, text
 
 # What tells cells of several recipes apart, though none of them compares it.
-IMPLIED = ("student", "teacher", "data", "target", "protocol", "epochs", "training images")
+IMPLIED = ("student", "teacher", "data", "target", "protocol", "training images", "epochs")
 # Budgets of so few epochs' difference are one: records round.
 SAME_BUDGET = 0.001
 
@@ -301,7 +301,7 @@ def _implied(record: Record, path: str, budgets: Mapping[str, str]) -> str | Non
 def _fraction(record: Record) -> str | float:
     """Of the training images, all where nothing is said."""
     data = record.spec.get("data") or {}
-    return data.get("fraction") or ("default" if data.get("per_class") else 1)
+    return data.get("fraction") or (f"({each} per class)" if (each := data.get("per_class")) else 1)
 
 
 def _own_steps(record: Record) -> int:

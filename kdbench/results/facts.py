@@ -72,8 +72,13 @@ def _precision(record: Record, digits: int | None) -> str:
     compute = record.compute
     parts = [compute.precision, "" if compute.layout == "contiguous" else compute.layout]
     parts += ["compiled" if compute.compile else "", "CUDA graphs" if compute.cuda_graphs else ""]
-    parts += ["" if compute.teacher_logits == "computed" else f"teacher logits from a {compute.teacher_logits}"]
     return ", ".join(part for part in parts if part)
+
+
+def _teacher_logits(record: Record, digits: int | None) -> str:
+    """Where they came from, if they were not computed in every step: a table has the same."""
+    where = record.compute.teacher_logits
+    return "" if where == "computed" else f"from a {where}"
 
 
 def _version(record: Record, digits: int | None) -> str:
@@ -96,6 +101,7 @@ FACTS: dict[str, Callable[[Record, int | None], str]] = {
     "Data": _data,
     "Machine": _machine,
     "Precision": _precision,
+    "Teacher logits": _teacher_logits,
     "Software": _version,
 }
 

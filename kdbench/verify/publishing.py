@@ -41,7 +41,8 @@ def publish(
     open_cells = [cell for cell in plan.cells if cell not in cells]
     if open_cells and not (write_tables and cells):
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
-        hint = "run the recipe again: it continues where it stopped. Or publish without them: --unfinished"
+        hint = "run the recipe again: it continues where it stopped"
+        hint += ". Or publish without them: --unfinished" if cells else ""
         raise UserError(what, str(run), hint)
     target = _target(inside(out, name), run, cells, replace)
     out.mkdir(parents=True, exist_ok=True)

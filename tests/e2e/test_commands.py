@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -187,6 +188,17 @@ def test_what_only_a_built_model_can_tell_is_told_before_training(
     done = kdbench("run", *TINY, override, "compare.method=[ab]", code=2)
     assert expected in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", ["protocol.optimizer.lr=-1", "student=timm:resnet18", "data.per_class=1000"])
+def test_a_refused_command_leaves_what_is_finished_as_it_is(
+    override: str, tiny_run: Path, kdbench: Kdbench, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_run / "runs", tmp_path / "runs")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    kdbench("run", *TINY, override, code=2)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.slow

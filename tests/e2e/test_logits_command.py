@@ -18,14 +18,21 @@ def test_told_filled_used_and_cleared(kdbench: Kdbench, tmp_path: Path) -> None:
     home = {"KDBENCH_HOME": str(tmp_path / "home")}
     told = kdbench("logits", "fill", *TINY, *REGISTRY, "--estimate", **home).stdout
     assert "views × 10 classes" in told and "MB" in told and "about" in told
+    # What a table is called is known once its teacher is trained.
+    assert f"MB in {tmp_path / 'home' / 'teacher_logits'}: about" in told
     assert "no tables" in kdbench("logits", "ls", **home).stdout
     kdbench("logits", "fill", *TINY, *REGISTRY, **home)
-    assert "already complete" in kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
+    complete = kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
+    assert "already complete" in complete
+    assert kdbench("logits", "fill", *TINY, *REGISTRY, "--estimate", **home).stdout == complete
     assert "complete" in kdbench("logits", "ls", **home).stdout
     kdbench("run", *TINY, *REGISTRY, **home)
     records = [filled(file) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
     used = {record["cell"]["method"]: record["compute"]["teacher_logits"] for record in records}
     assert used == {"ce": "computed", "kd": "table"}
+    # That is no difference between the methods.
+    table = (tmp_path / "runs" / "tiny" / "table.md").read_text()
+    assert "Teacher logits: from a table" in table and "mixed" not in table
     name = next((tmp_path / "home" / "teacher_logits").glob("*/table.json")).parent.name
     assert "removed" in kdbench("logits", "clear", name, **home).stdout
     assert "no tables" in kdbench("logits", "ls", **home).stdout

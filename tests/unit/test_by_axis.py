@@ -56,9 +56,11 @@ def test_scales_are_logarithmic_where_much_is_spanned() -> None:
         axis = drawn(records(values))
         assert (axis.get_xscale(), axis.get_yscale()) == (scale, scale)
         assert [text.get_text() for text in axis.get_xticklabels()] == [str(value) for value in values]
-    # Neither zero nor an error of zero has a logarithm.
+    # An error of zero has no logarithm; a value of zero stands beside the smallest.
     axis = drawn(records({0: (50.0,), 10: (90.0,), 1000: (100.0,)}, axis="method_free.weight"))
-    assert (axis.get_xscale(), axis.get_yscale(), axis.get_xlabel()) == ("linear", "linear", "weight")
+    assert (axis.get_xscale(), axis.get_yscale(), axis.get_xlabel()) == ("symlog", "linear", "weight")
+    zero, smallest, largest = axis.transData.transform([(value, 1) for value in (0, 10, 1000)])[:, 0]
+    assert smallest - zero > (largest - zero) / 5
 
 
 def test_the_page_shows_the_metric_of_its_table() -> None:

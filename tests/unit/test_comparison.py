@@ -50,6 +50,15 @@ def test_a_cell_stands_in_no_column_that_it_was_not_trained_for() -> None:
     assert [column.label for column in compare([*share, whole]).columns][-1] == "fraction 1"
 
 
+def test_images_of_each_class_are_said() -> None:
+    share = [make("ce", 0, axes={"method": "ce", "data.fraction": f}, spec__data={"fraction": f}) for f in (0.1, 0.5)]
+    each = make("ce", 0, spec__data={"per_class": 10})
+    assert [column.label for column in compare([*share, each]).columns][-1] == "fraction (10 per class)"
+    # Of two numbers of images for equal steps the budgets in epochs are a consequence.
+    few, many = make("ce", 0, data__train=100, epochs=10.0), make("ce", 0, data__train=1000, epochs=1.0)
+    assert [column.label for column in compare([few, many]).columns] == ["training images 100", "training images 1000"]
+
+
 def test_a_plain_student_stands_in_every_column_of_teachers() -> None:
     records = [make("ce", seed, teacher=None) for seed in (0, 1)]
     records += [

@@ -65,6 +65,23 @@ def test_an_override_replaces_what_was_compared() -> None:
     assert [c.spec.method.name for c in cells] == ["kd"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("steps=7", "compare.steps=[3, 4]"),
+        ("compare.steps=[3, 4]", "steps=7"),
+        ("compare.steps=[3, 4]", "steps=null"),
+        ("compare.method.temperature=[3, 4]", "method.temperature=5"),
+        ("epochs=7", "compare.steps=[3, 4]"),
+    ],
+    ids=" ".join,
+)
+def test_one_value_and_several_to_compare_are_an_error_in_any_order(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="is given one value, and there are several to compare"):
+        plan(RECIPE | {"method": "kd"}, REGISTRY, overrides)
+    assert len(plan(RECIPE | {"method": "kd"}, REGISTRY, ("epochs=null", "compare.steps=[3, 4]", "seeds=1")).cells) == 2
+
+
 def test_the_later_of_two_budgets_holds(tmp_path: Path) -> None:
     assert one("epochs=3", steps=10).protocol.steps is None
     (tmp_path / "base.yaml").write_text("data: digits\nstudent: wrn_10_1\nprotocol: digits\nmethod: ce\nepochs: 5\n")
@@ -96,6 +113,7 @@ def test_identity_does_not_change_with_names_and_folders(change: str) -> None:
             "Digits, 5 steps (steps=7)",
         ),
         (("steps=7", "title=Mine"), "Mine"),
+        (("tune=null",), "Digits, 5 steps (tune=null)"),
     ],
 )
 def test_a_title_says_what_was_laid_over_its_recipe(overrides: tuple[str, ...], title: str) -> None:
@@ -201,3 +219,25 @@ def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, t
     (cell,) = planned(registry=Registry([tmp_path]), method="mine").cells
     with pytest.raises(UserError, match=message):
         check_cell(cell.spec)
+
+
+def test_a_wrong_mapping_is_told_where_it_was_written_last(tmp_path: Path) -> None:
+    """Whether all its keys were laid over an included one, or one of them."""
+    (tmp_path / "base.yaml").write_text("data: {name: digits, per_class: 10}\nstudent: wrn_10_1\nprotocol: digits\n")
+    for mine in ("{name: digits, per_class: 10, fraction: 0.5}", "{fraction: 0.5}"):
+        (tmp_path / "mine.yaml").write_text(f"include: base.yaml\ndata: {mine}\nmethod: ce\n")
+        with pytest.raises(UserError, match="cannot be combined: 'null' takes one away") as error:
+            plan(tmp_path / "mine.yaml", REGISTRY)
+        assert error.value.where == f"{tmp_path / 'mine.yaml'}:2"
+    tune = "tune: {trials: 2, seeds: [9], validation: 0.1, kd.temperature: {low: 1, high: 2}}\n"
+    (tmp_path / "tune.yaml").write_text(f"include: base.yaml\nmethod: kd\nteacher: wrn_16_2_digits\n{tune}")
+    for text, told in (
+        ("{low: 3, high: 2}", "must be below 'high'"),
+        ("{low: 0, high: 1, log: true}", "must be below"),
+    ):
+        with pytest.raises(UserError, match=told) as error:
+            plan(tmp_path / "tune.yaml", REGISTRY, (f"tune.kd.temperature={text}",))
+        assert error.value.where is not None and error.value.where.startswith("command line")
+    with pytest.raises(UserError) as error:
+        plan(tmp_path / "tune.yaml", REGISTRY, ("tune.kd.temperature.low=2",))
+    assert error.value.hint and not error.value.hint.endswith("keys ")
