@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -325,6 +327,12 @@ def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
     assert re.search(r"ant +6 +2", done.stdout)
     again = kdbench("run", "my.yaml", "compute=reference", "--registry", "cards", "--data", ".")
     assert "1 finished before" in again.stderr, again.stderr
+    # What it says to use can be typed as it stands, whatever the folders are called.
+    (tmp_path / "two words").mkdir()
+    shutil.copytree(tmp_path / "shapes", tmp_path / "two words" / "shapes")
+    told = kdbench("data", "two words/shapes", "--out", "my cards").stdout.replace("\n", " ")
+    words = shlex.split(told.partition("kdbench run my.yaml ")[2])
+    assert words[:4] == ["--registry", "my cards", "--data", str(tmp_path / "two words")]
     (tmp_path / "shapes" / "train" / "ant" / "0.png").write_bytes(b"x")
     (tmp_path / "shapes" / "train" / "bee" / "0.png").write_bytes(b"x")
     done = kdbench("data", "shapes", "--force", code=2)
