@@ -52,4 +52,5 @@ def command(
         f"  use it:  data: {name}   and   kdbench run my.yaml --registry {quote(str(out))} "
         f"--data {quote(str(folder.resolve().parent))}",
         markup=False,
+        soft_wrap=True,
     )

@@ -47,6 +47,14 @@ def check_labels(name: str, split: str, labels: Any, images: int, classes: int) 
         raise UserError(f"{what} {int(labels.min())} to {int(labels.max())}, of {classes} classes", hint=hint)
 
 
+def check_taught(name: str, classes: Sequence[str], train: Tensor, test: Tensor) -> None:
+    """Raises UserError for labels of test images that no training image has. Without any, something else is told."""
+    if len(train) and (untaught := sorted({*test.unique().tolist()} - {*train.unique().tolist()})):
+        names = ", ".join(repr(classes[label]) for label in untaught[:3]) + (", …" if len(untaught) > 3 else "")
+        what = f"the data set '{name}' has test images of classes that have no training images: {names}"
+        raise UserError(what, hint="no student could name these; is a class's label the same in both parts?")
+
+
 def check_alike(name: str, train: Tensor, test: Tensor) -> None:
     """Raises UserError for training and test images of different shapes."""
     if train.shape[1:] != test.shape[1:]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdbench.data.checks import check_alike, check_classes, check_images, check_labels
+from kdbench.data.checks import check_alike, check_classes, check_images, check_labels, check_taught
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
 from kdbench.files import atomic
@@ -60,6 +60,7 @@ def canonical(
     for split, (images, labels) in (("training", train), ("test", test)):
         check_images(name, split, images)
         check_labels(name, split, labels, len(images), len(classes))
+    check_taught(name, classes, train[1], test[1])
     (train_images, train_labels), (test_images, test_labels) = _sorted(*train), _sorted(*test)
     return ImageData(
         name,

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdbench.data import imagenet
-from kdbench.data.checks import check_classes, check_labels
+from kdbench.data.checks import check_classes, check_labels, check_taught
 from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
@@ -73,6 +73,7 @@ class Pictures:
         check_classes(self.name, self.classes)
         check_labels(self.name, "training", self.train_labels, len(self.train_files), len(self.classes))
         check_labels(self.name, "test", self.test_labels, len(self.test_files), len(self.classes))
+        check_taught(self.name, self.classes, self.train_labels, self.test_labels)
 
     @classmethod
     def of(cls, name: str, classes: Iterable[str], short_side: int, train: Rows, test: Rows, origin: str) -> Pictures:

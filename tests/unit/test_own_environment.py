@@ -475,7 +475,6 @@ def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [
-        (None, "–"),
         (0.2, "0 s"),
         (59.6, "1 min 00 s"),
         (1668, "27 min 48 s"),
@@ -484,7 +483,7 @@ def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatc
         (100_080, "27 h 48 min"),
     ],
 )
-def test_a_time_says_its_units(seconds: float | None, said: str) -> None:
+def test_a_time_says_its_units(seconds: float, said: str) -> None:
     assert clock(seconds) == said
 
 

@@ -330,7 +330,7 @@ def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
     # What it says to use can be typed as it stands, whatever the folders are called.
     (tmp_path / "two words").mkdir()
     shutil.copytree(tmp_path / "shapes", tmp_path / "two words" / "shapes")
-    told = kdbench("data", "two words/shapes", "--out", "my cards").stdout.replace("\n", " ")
+    told = kdbench("data", "two words/shapes", "--out", "my cards").stdout
     words = shlex.split(told.partition("kdbench run my.yaml ")[2])
     assert words[:4] == ["--registry", "my cards", "--data", str(tmp_path / "two words")]
     (tmp_path / "shapes" / "train" / "ant" / "0.png").write_bytes(b"x")
