@@ -65,6 +65,10 @@ def test_a_plain_student_stands_in_every_column_of_teachers() -> None:
         make("kd", s, axes={"method": "kd", "teacher": t}, teacher=t, order=1) for s in (0, 1) for t in ("a", "b")
     ]
     assert shown(records) == {"CE": [2, 2], "KD": [2, 2]}
+    # And of what is compared of one.
+    plain = make("ce", 0, teacher=None)
+    routes = [make("kd", 0, axes={"method": "kd", "teacher.route": n}, order=1, spec__route=n) for n in (1, 2)]
+    assert shown([plain, *routes]) == {"CE": [1, 1], "KD": [1, 1]}
 
 
 def test_a_budget_in_steps_is_said_where_it_is_not_compared() -> None:
@@ -78,9 +82,9 @@ def test_a_budget_in_steps_is_said_where_it_is_not_compared() -> None:
 
 
 def test_one_budget_is_one_column_though_records_round() -> None:
-    """2,000 steps of 782 an epoch, with and without 30 epochs before."""
-    plain = make("ce", 0, budget={"steps": 2000, "epochs": 2.5575, "stages": []})
-    longer = make("ab", 0, order=1, budget={"steps": 25460, "epochs": 32.5575, "extra_epochs": 30.0, "stages": []})
+    """300 steps of 19 an epoch, with and without 30 epochs before."""
+    plain = make("ce", 0, budget={"steps": 300, "epochs": 15.7895, "stages": []})
+    longer = make("ab", 0, order=1, budget={"steps": 870, "epochs": 45.7895, "extra_epochs": 30.0, "stages": []})
     assert not compare([plain, longer]).axes
 
 
