@@ -18,6 +18,8 @@ from kdbench.validation import fields_at, validated
 
 # What a title does not speak of: how much is run and how it is computed, what is compared, names, and folders.
 _UNTITLED = {"seeds", "evaluations", "compute", "keep", "route", "compare", "baseline", "title", "data.root"}
+# How the place of an override begins.
+_COMMAND_LINE = "command line"
 # Of these the later one holds.
 _BUDGETS = ("epochs", "steps")
 
@@ -61,14 +63,19 @@ def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) 
     else:
         tree = _load_file(find(str(recipe)), ())
     over: dict[str, str] = {}
+    compared: dict[str, str] = {}
     for text in overrides:
         tree = override(tree, text)
         over[text.partition("=")[0]] = text
+        given = tree.data.get("compare")
+        origins = {path: tree.origin(("compare", path)) for path in (given if isinstance(given, dict) else ())}
+        compared |= {path: origin for path, origin in origins.items() if origin.startswith(_COMMAND_LINE)}
     for path, text in over.items():
-        both = {path, *(_BUDGETS if path in _BUDGETS and not text.endswith("=null") else ())}
-        if compared := next((other for one in both if (other := over.get(f"compare.{one}"))), None):
+        budget = path in _BUDGETS and tree.data.get(path) is not None
+        for one in {path, *(_BUDGETS if budget else ())} & compared.keys():
             what = f"'{path}' is given one value, and there are several to compare"
-            raise UserError(what, f"command line, '{text}' and '{compared}'", "leave one of the two out")
+            where = f"{_COMMAND_LINE}, '{text}' and {compared[one].removeprefix(_COMMAND_LINE + ', ')}"
+            raise UserError(what, where, "leave one of the two out")
     return _titled(tree, over)
 
 
@@ -77,7 +84,7 @@ def _titled(tree: Tree, over: Mapping[str, str]) -> Tree:
     said = [text for path, text in over.items() if path.partition(".")[0] not in _UNTITLED and path not in _UNTITLED]
     if not said or "title" in over or not isinstance(title := tree.data.get("title"), str):
         return tree
-    return put(tree, "title", f"{title} ({', '.join(said)})", "command line")
+    return put(tree, "title", f"{title} ({', '.join(said)})", _COMMAND_LINE)
 
 
 def typed(tree: Tree) -> Recipe:
@@ -87,7 +94,7 @@ def typed(tree: Tree) -> Recipe:
 
 def override(tree: Tree, text: str) -> Tree:
     """`tree` with one `dotted.path=value` laid over it."""
-    where = f"command line, '{text}'"
+    where = f"{_COMMAND_LINE}, '{text}'"
     if not isinstance(text, str):
         raise UserError(f"an override is a text, not {shortened(text)}", "overrides", "for example: 'epochs=20'")
     path_text, equals, value_text = text.partition("=")

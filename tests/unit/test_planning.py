@@ -73,6 +73,7 @@ def test_an_override_replaces_what_was_compared() -> None:
         ("compare.steps=[3, 4]", "steps=null"),
         ("compare.method.temperature=[3, 4]", "method.temperature=5"),
         ("epochs=7", "compare.steps=[3, 4]"),
+        ("compare={steps: [3, 4]}", "steps=7"),
     ],
     ids=" ".join,
 )
