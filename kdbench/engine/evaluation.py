@@ -54,7 +54,8 @@ class Measurement:
             # Of the network whose accuracy this is; one that answers through another head has no hook points.
             answers = self.member.answers
             student = answers if isinstance(answers, Average) else self.member.student
-            for images, labels in _probed(self.test).slices():
+            probed = self.test.every(max(1, -(-len(self.test.labels) // PROBE_IMAGES)))
+            for images, labels in probed.slices():
                 own = student(student.normalizer(images), self.metrics.points("student"))
                 self.metrics.add(own, self.teacher(images, self.metrics.points("teacher")), len(labels))
 
@@ -123,13 +124,3 @@ def scores(network: Network, part: Split) -> Scores:
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
         all_logits.append(logits)
     return Scores(right, loss, torch.cat(all_logits))
-
-
-def score(network: Network, part: Split) -> tuple[dict[str, float], Tensor]:
-    """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
-    found = scores(network, part)
-    return found.plain(), found.logits
-
-
-def _probed(test: Split) -> Split:
-    return test.every(max(1, -(-len(test.labels) // PROBE_IMAGES)))

@@ -15,7 +15,7 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine.answers import measured
 from kdbench.engine.batch import SECOND, TARGET
 from kdbench.engine.batches import Batches
-from kdbench.engine.evaluation import score
+from kdbench.engine.evaluation import scores
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
@@ -52,7 +52,7 @@ def finish(
         the record.
     """
     member.set_modes(evaluating=True)
-    _, logits = score(member.answers, batches.test)
+    logits = scores(member.answers, batches.test).logits
     kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.answers.model)}
     if best := member.log.best:
         kept[BEST] = best["weights"]
@@ -106,7 +106,7 @@ def _result(member: Member, batches: Batches, logits: Tensor, teacher: Tensor | 
     history = member.log.history
     if (own := member.trained_teacher) is not None:
         own.model.eval()
-        teacher = score(own, batches.test)[1]
+        teacher = scores(own, batches.test).logits
     # On the source, and of the teacher that the cell trained, where there are such.
     parts = [part for part in ("test", "validation", "source", "teacher") if part in history[-1]]
     return Result.model_validate(

@@ -100,18 +100,6 @@ class Program:
     def cohort_of(self, cell: TrainingCell) -> Cohort:
         return next(cohort for cohort in self.cohorts if cell in cohort.cells)
 
-    def replayed(self, member: Member) -> bool:
-        """Whether steps of a member were replayed."""
-        return False
-
-    def evaluations_replayed(self, member: Member) -> bool:
-        """Whether evaluations of a member were replayed."""
-        return False
-
-    def eager_stages(self, member: Member) -> dict[str, str]:
-        """Stages of a member whose steps could not be replayed, and why."""
-        return {}
-
     def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Cohort, list[Member]]]:
         """Groups that have some of these cells, with their members."""
         for cohort in self.cohorts:

@@ -19,7 +19,6 @@ from kdbench.engine.pool import Pool
 from kdbench.engine.ray_pool import RayPool
 from kdbench.errors import CellError, UserError
 from kdbench.files import SOURCES, home, locked
-from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
@@ -166,10 +165,10 @@ class Session:
                 result[key] = plainest(choice)
                 continue
             found = compute.kept(folder, choice) or compute.of_records([f for f in finished if _chose(f, key)])
-            result[key] = found or self._trial(folder, choice, alike)
+            result[key] = found or self._trial(folder, alike)
         return result
 
-    def _trial(self, folder: Path, choice: ComputeChoice, cells: scheduling.Cells) -> Computing:
+    def _trial(self, folder: Path, cells: scheduling.Cells) -> Computing:
         """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
         cohorts = self._cohorts(cells)
         busy = min(self.pool.jobs, len(cohorts))

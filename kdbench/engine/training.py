@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
-from kdbench.engine.capture import program_of
+from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
-from kdbench.engine.evaluation import score
+from kdbench.engine.evaluation import scores
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
@@ -163,7 +163,7 @@ class Training:
             member.log.ranks = [*before, self.ranks.size]
         return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
 
-    def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:
+    def report(self, cell: TrainingCell) -> None:
         """Tell how far all cells are that are still training."""
         for other, of in self.cells.items():
             if other.failure is not None:
@@ -195,7 +195,7 @@ class Training:
         spec = next((cell.spec.teacher for cell in self.cells.values() if cell.spec.teacher is not None), None)
         if self.teacher is None or self.file is None or spec is None or spec.classes is not None:
             return None
-        return score(self.teacher.network, self.program.cohorts[0].batches.test)[1]
+        return scores(self.teacher.network, self.program.cohorts[0].batches.test).logits
 
     def finish(self, cell: TrainingCell) -> None:
         """Write a cell's files and its record.
@@ -258,15 +258,17 @@ def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[st
     terms = [term for span in member.timeline.spans for term in member.terms_of(span.name).values()]
     failed = [network.untraceable for network in networks] + [term.not_compiled for term in terms]
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
+    recorded = program if isinstance(program, CapturedProgram) else None
+    eager = recorded.eager_stages(member) if recorded else {}
     graphs = any(network.graphs for network in networks) or any(term.graph for term in terms)
     return {
         "precision": way.precision,
         "layout": way.layout,
         # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
         "compile": graphs,
-        "cuda_graphs": program.replayed(member),
+        "cuda_graphs": recorded is not None and recorded.replayed(member),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
-        "evaluation": f"float32, {'replayed' if program.evaluations_replayed(member) else 'eager'}",
+        "evaluation": f"float32, {'replayed' if recorded and recorded.evaluations_replayed(member) else 'eager'}",
         **({"not_compiled": not_compiled} if not_compiled else {}),
-        **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
+        **({"eager": eager} if eager else {}),
     }

@@ -88,7 +88,7 @@ def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = la
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, CPU)
         seats.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    TrainingLoop(Program([Cohort(batches, teacher, seats)]), lambda seat, entry: None, lambda seat: None, stop).run()
+    TrainingLoop(Program([Cohort(batches, teacher, seats)]), lambda seat: None, lambda seat: None, stop).run()
     return seats
 
 

@@ -453,7 +453,7 @@ def test_what_the_last_step_ruins_is_a_failed_cell_and_no_result(ruined: str, tm
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": protocol, "method": {"name": "ce", **weight}}
     cohort = cohort_of([shortened(plan(recipe, Registry()).cells[0].spec, 1)], tmp_path)
     finished: list[Any] = []
-    TrainingLoop(Program([cohort]), lambda cell, entry: None, finished.append, lambda: False).run()
+    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
     (cell,) = cohort.cells
     term = "test/loss; try a smaller" if ruined == "weights" else "the weighted sum; look at the loss itself"
     assert cell.failure is not None and not finished and not cell.member.log.history
@@ -498,7 +498,7 @@ def test_a_loss_that_ends_the_program_fails_its_cell_alone(own: Registry, tmp_pa
     sys.modules.pop("own_code", None)
     cohort = cohort_of([cell(own, method=stage(loss="leaves_later")), cell(own)], tmp_path)
     finished: list[Any] = []
-    TrainingLoop(Program([cohort]), lambda cell, entry: None, finished.append, lambda: False).run()
+    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
     failed, other = cohort.cells
     assert re.search(LEAVES, failed.failure or "") and other.failure is None and finished == [other]
 

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from kdbench.data.decoding import as_bytes, as_image
 from kdbench.data.transforms import Addressed, Transforms, color_jitter, rand_augment, random_erasing
 from kdbench.engine.batches import Batches
-from kdbench.engine.evaluation import evaluate, score
+from kdbench.engine.evaluation import evaluate, scores
 from kdbench.engine.finish import streams
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
@@ -300,7 +300,7 @@ def test_the_average_is_tested_and_kept_and_goes_on_from_a_checkpoint() -> None:
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())
     assert not torch.allclose(found["fc.weight"], member.student.model.state_dict()["fc.weight"], atol=1e-4)
     tested = evaluate(member, batches, None)["test"]
-    assert tested == score(member.answers, batches.test)[0] != score(member.student, batches.test)[0]
+    assert tested == scores(member.answers, batches.test).plain() != scores(member.student, batches.test).plain()
     resumed, again, _ = member_of(spec, data)
     resumed.load_state(copy.deepcopy(member.state()))
     for one, of in ((member, batches), (resumed, again)):
