@@ -51,7 +51,7 @@ class Loop:
         cohorts = [self._cohort(seed, teacher, table) for seed in range(lane["seeds"])]
         self.program: Program = program_of(cohorts, self.computing)
         self.cells = self.program.cells
-        make_graphs([cell.member for cell in self.cells], cohorts[0].batches, cohorts[0].teacher)
+        make_graphs([cell.member for cell in self.cells])
         self.step = endless(self.program)
 
     def train(self) -> int:

@@ -298,8 +298,7 @@ class CapturedProgram(Program):
             cell.member.log.seconds += each + own.get(cell, 0.0)
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
-        cohort = self.cohort_of(cell)
-        return evaluate(cell.member, cohort.batches, cohort.teacher, partial(self._measured, cell))
+        return evaluate(cell.member, partial(self._measured, cell))
 
     def evaluations_replayed(self, member: Member) -> bool:
         """Whether evaluations of a member were replayed."""

@@ -45,8 +45,8 @@ class TrainingLoop:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         self._saved = time.monotonic()
-        first = self.program.cohorts[0]
-        make_graphs([cell.member for cell in self.program.cells if cell.active], first.batches, first.teacher)
+        if members := [cell.member for cell in self.program.cells if cell.active]:
+            make_graphs(members)
         while active := [cell for cell in self.program.cells if cell.active]:
             # Members resume each from their own checkpoint: those that are behind catch up alone.
             step = min(cell.member.step for cell in active)
@@ -162,7 +162,7 @@ class TrainingLoop:
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
         self._settle()
-        member, validation = cell.member, self.program.cohort_of(cell).batches.validation
+        member, validation = cell.member, cell.member.batches.validation
         begin = time.perf_counter()
         member.check_finite()
         member.set_modes(evaluating=True)

@@ -12,7 +12,6 @@ from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import scores
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
@@ -26,8 +25,6 @@ from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.together import Together
 from kdbench.engine.trial import NO_COMPILER, possible
@@ -203,10 +200,8 @@ class Training:
         Raises:
             CellError: a frozen teacher is not what it was.
         """
-        member, cohort = cell.member, self.program.cohort_of(cell)
-        teacher = cohort.teacher if member.spec.teacher is not None else None
-        file: TeacherFile | None = self.file if teacher else None
-        if teacher is not None and fingerprint(teacher.network.model) != self.untouched:
+        member = cell.member
+        if member.teacher is not None and fingerprint(member.teacher.network.model) != self.untouched:
             raise CellError(
                 "the frozen teacher changed while its students trained: a defect of the method's loss, or of kdbench"
             )
@@ -214,8 +209,8 @@ class Training:
             member.anchors.check()
         compute = {
             **machine(self.device, self.task.threads),
-            **way_of(member, teacher, self.program),
-            "cohort": len(cohort.cells),
+            **way_of(member, self.program),
+            "cohort": len(self.program.cohort_of(cell).cells),
             **({"seeds_together": len(self.program.cohorts)} if len(self.program.cohorts) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
@@ -225,11 +220,9 @@ class Training:
             member,
             cell.folder,
             dict(self.cells[cell].names),
-            cohort.batches,
             self.domains,
-            file,
-            teacher.network.model if teacher else None,
-            self.teacher_logits if teacher else None,
+            self.file if member.teacher else None,
+            self.teacher_logits if member.teacher else None,
             compute,
         )
         assert cell.log is not None
@@ -250,9 +243,9 @@ def _finished(cell: messages.CellTask, record: Record) -> messages.CellFinished:
     return messages.CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds)
 
 
-def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[str, Any]:
+def way_of(member: Member, program: Program) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
-    way: Computing = member.computing
+    way, teacher = member.computing, member.teacher
     asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
     networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
     terms = [term for span in member.timeline.spans for term in member.terms_of(span.name).values()]

@@ -193,7 +193,7 @@ def _measure(
         members = [
             enter_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, files)) for s in specs
         ]
-        make_graphs(members, batches, teacher)
+        make_graphs(members)
         if way.cuda_graphs:
             one.compiling, one.student, one.losses = _replayed(members, batches, teacher, way)
             return one

@@ -60,7 +60,7 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     for member, stage in zip(members, stages, strict=True):
         member.step = member.timeline.spans[stage].start
         member.enter(stage)
-    make_graphs(members, own_batches[0], teacher)
+    make_graphs(members)
     result = []
     for member, batches in zip(members, own_batches, strict=True):
         for one in member.stage.optimizers:
@@ -350,5 +350,5 @@ def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compile
     spec, way = cell("kd"), Computing(compile=True, worth=worth)
     batches, teacher = batches_for(spec), teacher_of(spec, way)
     member = Member(spec, batches, teacher, CPU, way)
-    make_graphs([member], batches, teacher)
-    assert way_of(member, teacher, Program([]))["compile"] is compiled
+    make_graphs([member])
+    assert way_of(member, Program([]))["compile"] is compiled

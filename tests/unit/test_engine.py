@@ -178,7 +178,7 @@ def test_evaluation_changes_nothing() -> None:
     member, batches, teacher = member_of(cell("ab"))
     train(member, batches, teacher, 2)
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
-    measured = evaluate(member, batches, teacher)
+    measured = evaluate(member)
     assert set(measured) == {"test", "metrics", "references"}
     shares, of_constant = measured["metrics"]["agreement"], measured["references"]["agreement"]
     assert set(shares) == set(of_constant) == {"layer1.preact", "layer2.preact", "layer3.preact"}

@@ -423,11 +423,11 @@ def test_a_metric_that_fails_later_costs_its_value_and_not_the_cell(loss: str, w
     check_cell(spec)
     member, batches, teacher = member_of(spec)
     train(member, batches, teacher, 1)
-    found = evaluate(member, batches, teacher)
+    found = evaluate(member)
     assert found["metrics"][loss] == {"logits": None} and found["metrics"]["good"]["logits"] > 0
     assert why in found["unmeasured"][loss]["logits"] and "good" not in found["unmeasured"]
     member, batches, teacher = member_of(cell(own))
-    found = evaluate(member, batches, teacher)
+    found = evaluate(member)
     assert found["references"]["good"]["logits"] > 0 and "unmeasured" not in found
 
 
