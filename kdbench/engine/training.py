@@ -12,6 +12,7 @@ from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.choosing import NO_COMPILER, possible
 from kdbench.engine.evaluation import scores
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
@@ -27,7 +28,6 @@ from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.together import Together
-from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, locked, sweep
 from kdbench.record import Record, finished_record

@@ -18,6 +18,7 @@ from tiny import CPU, batches_for, member_of, shortened, train, untrained_teache
 from kdbench import cli
 from kdbench.data.pictures import Pictures
 from kdbench.engine.check import check_cell
+from kdbench.engine.choosing import _measure
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceFiles
@@ -25,7 +26,6 @@ from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.materials import load_data
 from kdbench.engine.messages import Failed
 from kdbench.engine.program import Program
-from kdbench.engine.trial import _measure
 from kdbench.engine.worker import Worker
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
