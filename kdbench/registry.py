@@ -134,10 +134,10 @@ class Registry:
             raise UserError("'include' must name another card", where=place)
         return _unpaired(self.tree(kind, base, place, (*includers, name)), tree).merged(tree.without("include"))
 
-    def code(self, kind: str, name: str, where: str | None = None) -> dict[str, Any]:
+    def code(self, kind: str, name: str) -> dict[str, Any]:
         """A card's code as fields of a `TargetSpec`: where it is now, and what it counts as in identities."""
-        card = self.card(kind, name, where)
-        shipped, key = self.shipped[kind], self._find(kind, name, where)[0]
+        card = self.card(kind, name)
+        shipped, key = self.shipped[kind], self._find(kind, name, None)[0]
         counts_as = {target: shipped.name(key, at, target) for at, target in targets_in(card.model_dump())}
         return {
             "target": card.target,

@@ -5,7 +5,7 @@ among the method's `modules`.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from kdbench.signature import REQUIRED, Parameter, parameters
 
@@ -13,23 +13,17 @@ from kdbench.signature import REQUIRED, Parameter, parameters
 OF_BATCH = ("labels", "index", "mask")
 
 
-class Told(NamedTuple):
-    """`when` it is known: once the cell is built, or anew at every step. `what` it is."""
-
-    when: Literal["built", "step"]
-    what: str
-
-
-TOLD: dict[str, Told] = {
-    "known_classes": Told("built", "classes that the teacher was trained on; None: all"),
-    "training_labels": Told("built", "labels of the images that the cell trains on, int64 [M], on the CPU"),
-    "batch_size": Told("built", "images of a batch; the last one of a pass may have fewer"),
-    "student_classifier": Told("built", "the module that makes the student's logits of its pooled features"),
-    "teacher_classifier": Told("built", "the same of the teacher"),
-    "student_batch_norm": Told("built", "the batch norm before the student's hook point"),
-    "teacher_batch_norm": Told("built", "the same of the teacher"),
-    "progress": Told("step", "steps done of the stage, as a share in [0, 1); float32 [] on the device"),
-    "epoch": Told("step", "whole epochs done of the stage, from 0; float32 [] on the device"),
+# Name -> what it is. The last two are told anew at every step, the others once the cell is built.
+TOLD = {
+    "known_classes": "classes that the teacher was trained on; None: all",
+    "training_labels": "labels of the images that the cell trains on, int64 [M], on the CPU",
+    "batch_size": "images of a batch; the last one of a pass may have fewer",
+    "student_classifier": "the module that makes the student's logits of its pooled features",
+    "teacher_classifier": "the same of the teacher",
+    "student_batch_norm": "the batch norm before the student's hook point",
+    "teacher_batch_norm": "the same of the teacher",
+    "progress": "steps done of the stage, as a share in [0, 1); float32 [] on the device",
+    "epoch": "whole epochs done of the stage, from 0; float32 [] on the device",
 }
 
 

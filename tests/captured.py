@@ -21,7 +21,6 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.recorder import Recorder
 from kdbench.engine.teachers import fingerprint
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -120,7 +119,7 @@ def by_step(member: Member) -> dict[str, str]:
 
 
 def trained(program: Program, stop: Callable[[], bool] = lambda: False) -> None:
-    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, stop).run()
+    TrainingLoop(program, lambda cell: None, lambda cell: None, stop).run()
     for cohort in program.cohorts:
         assert [cell.failure for cell in cohort.cells] == [None] * len(cohort.cells)
 
@@ -173,7 +172,7 @@ def assert_near(a: Cohort, b: Cohort, tolerance: float) -> None:
 def both(
     specs: list[CellSpec],
     folder: Path,
-    recorder: Recorder,
+    recorder: Any,
     change: Callable[[Cohort], None] = lambda cohort: None,
     device: torch.device = CPU,
     per_class: int = 24,
@@ -195,7 +194,7 @@ def assert_same(a: Cohort, b: Cohort) -> None:
 
 
 def resumed(
-    specs: list[CellSpec], folder: Path, recorder: Callable[[], Recorder], at: int, device: torch.device = CPU
+    specs: list[CellSpec], folder: Path, recorder: Callable[[], Any], at: int, device: torch.device = CPU
 ) -> Cohort:
     """Cells that were stopped after some steps and went on from their states in another program."""
     first = cohort_of(specs, folder / "first", device)

@@ -69,7 +69,7 @@ class Watched(TorchDispatchMode):
 
 
 class StandIn:
-    """A `kdbench.engine.capture.Recorder` without a GPU.
+    """What does as `kdbench.engine.recorder.CudaRecorder`, without a GPU.
 
     Attributes:
         recorded: how many calls were recorded. replayed: how many replays there were.

@@ -17,6 +17,7 @@ from kdbench.engine import capture
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.choosing import endless, enter_longest_stage
 from kdbench.engine.compute import Computing
 from kdbench.engine.device import use
 from kdbench.engine.domain import augmentation_of
@@ -24,7 +25,6 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import untrained_teacher
-from kdbench.engine.trial import endless, enter_longest_stage
 from kdbench.recipe.specs import CellSpec
 
 # Steps before the first measured one: compilation, and on a GPU those before a recording and two replays.
@@ -51,7 +51,7 @@ class Loop:
         cohorts = [self._cohort(seed, teacher, table) for seed in range(lane["seeds"])]
         self.program: Program = program_of(cohorts, self.computing)
         self.cells = self.program.cells
-        make_graphs([cell.member for cell in self.cells], cohorts[0].batches, cohorts[0].teacher)
+        make_graphs([cell.member for cell in self.cells])
         self.step = endless(self.program)
 
     def train(self) -> int:

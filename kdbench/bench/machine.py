@@ -6,9 +6,9 @@ import torch
 
 from kdbench.bench.compare import Machine
 from kdbench.engine.build import build_model
+from kdbench.engine.choosing import bfloat16_computes, compiler_works
 from kdbench.engine.compute import Precision
 from kdbench.engine.finish import machine, size_of
-from kdbench.engine.trial import bfloat16_computes, compiler_works
 from kdbench.recipe.specs import CellSpec
 
 SIZE = {"cpu": 2048, "cuda": 8192}

@@ -168,8 +168,8 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
 
 
 def _print_heading(console: Console, planned: Plan, device: torch.device) -> None:
+    from kdbench.engine.choosing import possible
     from kdbench.engine.compute import plainest
-    from kdbench.engine.trial import possible
 
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in first.domains)

@@ -28,11 +28,11 @@ def measured(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """Expected calibration error in percent (Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 5).
 
-    An image's confidence is its largest softmax probability. Images are sorted into bins of equal width, (0, 1/bins],
-    (1/bins, 2/bins] …; the error is the mean over all images of the distance between accuracy and mean confidence of
+    An image's confidence is its largest softmax probability. Images are sorted into bins of equal width, (0, 1/15],
+    (1/15, 2/15] …; the error is the mean over all images of the distance between accuracy and mean confidence of
     their bin.
 
     Args:
@@ -40,6 +40,6 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
     """
     # On the CPU, where sums have one order.
     confidence, answers = logits.detach().cpu().double().softmax(dim=1).max(dim=1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, place, (answers == labels.cpu()).double() - confidence)
+    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, place, (answers == labels.cpu()).double() - confidence)
     return 100 * gaps.abs().sum().item() / len(labels)

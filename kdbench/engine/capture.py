@@ -21,7 +21,7 @@ from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, sets_of
-from kdbench.engine.recorder import Call, CudaRecorder, Recorder
+from kdbench.engine.recorder import Call, CudaRecorder
 from kdbench.engine.step import input_sets, teacher_pass, train
 from kdbench.engine.teacher import PointValues
 from kdbench.errors import first_line
@@ -68,7 +68,7 @@ class SharedPart:
         sets: the input sets, as they were made last.
     """
 
-    def __init__(self, cohort: Cohort, members: Collection[Member], recorder: Recorder) -> None:
+    def __init__(self, cohort: Cohort, members: Collection[Member], recorder: CudaRecorder) -> None:
         self.cohort, self.members, self.recorder = cohort, members, recorder
         self.sets: Sets = {}
         self._values: PointValues = {}
@@ -104,7 +104,7 @@ class CapturedProgram(Program):
         evaluated: kinds of evaluations that there were. evaluations: those that are recorded; None where that failed.
     """
 
-    def __init__(self, cohorts: Sequence[Cohort], recorder: Recorder) -> None:
+    def __init__(self, cohorts: Sequence[Cohort], recorder: CudaRecorder) -> None:
         super().__init__(cohorts)
         self.recorder = recorder
         self.recordings: dict[Any, Recording | None] = {}
@@ -154,9 +154,11 @@ class CapturedProgram(Program):
             self._replay(recording, cells)
 
     def replayed(self, member: Member) -> bool:
+        """Whether steps of a member were replayed."""
         return any(of is member for of, _ in self.done)
 
     def eager_stages(self, member: Member) -> dict[str, str]:
+        """Stages of a member whose steps could not be replayed, and why."""
         own = {key: why for key, why in self.eager.items() if key[0] is member and key not in self.done}
         return {stage: why for (_, stage), why in own.items()}
 
@@ -296,10 +298,10 @@ class CapturedProgram(Program):
             cell.member.log.seconds += each + own.get(cell, 0.0)
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
-        cohort = self.cohort_of(cell)
-        return evaluate(cell.member, cohort.batches, cohort.teacher, partial(self._measured, cell))
+        return evaluate(cell.member, partial(self._measured, cell))
 
     def evaluations_replayed(self, member: Member) -> bool:
+        """Whether evaluations of a member were replayed."""
         return any(kind[0].member is member and recorded for kind, recorded in self.evaluations.items())
 
     def _measured(self, cell: TrainingCell, measurement: Measurement) -> Measurement:

@@ -81,8 +81,7 @@ def _schedules(stage: StageSpec) -> Iterator[tuple[str, TargetSpec]]:
     if stage.teacher_schedule is not None:
         yield "the learning rate", stage.teacher_schedule
     for name, term in stage.losses.items():
-        given = term.weight_schedule or []
-        for one in given if isinstance(given, list) else [given]:
+        for one in term.weight_schedules:
             yield f"the weight of '{name}'", one
         for option, one in term.schedules.items():
             yield f"'{option}' of '{name}'", one

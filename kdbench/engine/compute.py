@@ -159,6 +159,14 @@ class Memory:
     step: int
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What one worker has before it: steps of students, and steps with a teacher."""
+
+    of_students: float
+    with_teacher: float
+
+
 def program_bytes(cohorts: Iterable[Iterable[Memory]], at_once: bool) -> int:
     """Bytes that a worker needs for the cohorts of a program.
 

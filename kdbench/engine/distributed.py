@@ -55,7 +55,7 @@ def join(settings: Settings, device: str) -> Ranks:
     return ranks
 
 
-def told(ranks: Ranks) -> str:
+def note_on(ranks: Ranks) -> str:
     """What its user should know of a run of several ranks."""
     norms = "the whole batch" if ranks.sync_batch_norm else "each one's share of a batch"
     return f"{ranks.size} ranks train each cell together; batch norms take {norms}"

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from kdbench.engine.build import build_model
 from kdbench.engine.check import costs_of, multiples
+from kdbench.engine.choosing import times
 from kdbench.engine.compute import Memory
 from kdbench.engine.finish import size_of
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
-from kdbench.engine.trial import times
 from kdbench.files import cores
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from kdbench.engine.averaging import Average
 from kdbench.engine.batch import Split
-from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.metrics import Metrics
 from kdbench.engine.network import Network
-from kdbench.engine.teacher import Teacher
 
 # Metrics need features of the teacher: they are measured on at most this many evenly spaced test images.
 PROBE_IMAGES = 2000
@@ -24,8 +22,8 @@ class Measurement:
     """An evaluation of a member at its present step. `compute` runs on the device alone, so that it can be recorded;
     `plain` waits for it and reads what it found."""
 
-    def __init__(self, member: Member, batches: Batches, teacher: Teacher | None) -> None:
-        self.member, self.teacher, self.test = member, teacher, batches.test
+    def __init__(self, member: Member) -> None:
+        self.member, batches = member, member.batches
         self.parts: dict[str, tuple[Network, Split]] = {"test": (member.answers, batches.test)}
         if len(batches.validation) and batches.test is not batches.validation:
             self.parts["validation"] = (member.answers, batches.validation)
@@ -49,14 +47,15 @@ class Measurement:
         """Run the networks over all parts, in eval mode."""
         self.scores = {name: scores(network, part) for name, (network, part) in self.parts.items()}
         terms = [term for name in self.stages for term in self.member.terms_of(name).values() if term.measured]
-        if self.teacher is not None and terms:
+        if self.member.teacher is not None and terms:
             self.metrics = Metrics(terms)
             # Of the network whose accuracy this is; one that answers through another head has no hook points.
             answers = self.member.answers
             student = answers if isinstance(answers, Average) else self.member.student
-            for images, labels in _probed(self.test).slices():
+            test = self.member.batches.test
+            for images, labels in test.every(max(1, -(-len(test.labels) // PROBE_IMAGES))).slices():
                 own = student(student.normalizer(images), self.metrics.points("student"))
-                self.metrics.add(own, self.teacher(images, self.metrics.points("teacher")), len(labels))
+                self.metrics.add(own, self.member.teacher(images, self.metrics.points("teacher")), len(labels))
 
     def plain(self) -> dict[str, Any]:
         """What was found.
@@ -79,19 +78,14 @@ def computed(measurement: Measurement) -> Measurement:
     return measurement
 
 
-def evaluate(
-    member: Member,
-    batches: Batches,
-    teacher: Teacher | None,
-    carry_out: Callable[[Measurement], Measurement] = computed,
-) -> dict[str, Any]:
+def evaluate(member: Member, carry_out: Callable[[Measurement], Measurement] = computed) -> dict[str, Any]:
     """Metrics of a member at its present step, as `Measurement.plain` gives them; its modes are as before afterwards.
 
     Args:
         carry_out: gives the measurement that was carried out: this one, or a recorded one that was replayed.
     """
     member.set_modes(evaluating=True)
-    measured = carry_out(Measurement(member, batches, teacher))
+    measured = carry_out(Measurement(member))
     member.set_modes()
     return measured.plain()
 
@@ -123,13 +117,3 @@ def scores(network: Network, part: Split) -> Scores:
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum")
         all_logits.append(logits)
     return Scores(right, loss, torch.cat(all_logits))
-
-
-def score(network: Network, part: Split) -> tuple[dict[str, float], Tensor]:
-    """Accuracy in percent and mean cross-entropy of a network on a part, and all its logits [N, classes]."""
-    found = scores(network, part)
-    return found.plain(), found.logits
-
-
-def _probed(test: Split) -> Split:
-    return test.every(max(1, -(-len(test.labels) // PROBE_IMAGES)))

@@ -14,8 +14,7 @@ from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.answers import measured
 from kdbench.engine.batch import SECOND, TARGET
-from kdbench.engine.batches import Batches
-from kdbench.engine.evaluation import score
+from kdbench.engine.evaluation import scores
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
@@ -34,10 +33,8 @@ def finish(
     member: Member,
     folder: Path,
     cell: dict[str, Any],
-    batches: Batches,
     domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
     teacher: TeacherFile | None,
-    teacher_model: nn.Module | None,
     teacher_logits: Tensor | None,
     compute: dict[str, Any],
 ) -> Record:
@@ -52,7 +49,7 @@ def finish(
         the record.
     """
     member.set_modes(evaluating=True)
-    _, logits = score(member.answers, batches.test)
+    logits = scores(member.answers, member.batches.test).logits
     kept = {LOGITS: {"logits": logits.to(torch.float16).cpu().contiguous()}, STUDENT: weights_of(member.answers.model)}
     if best := member.log.best:
         kept[BEST] = best["weights"]
@@ -68,13 +65,13 @@ def finish(
             "recipe": cell.pop("recipe"),
             "cell": cell,
             "spec": recorded(spec),
-            "result": _result(member, batches, logits, teacher_logits),
+            "result": _result(member, logits, teacher_logits),
             "teacher": _teacher(spec, teacher),
             "anchors": member.anchors.record() if member.anchors else [],
             "route": log.route,
             "best": best and {key: value for key, value in best.items() if key != "weights"},
             **_data(*domains),
-            "models": _sizes(member, teacher_model),
+            "models": _sizes(member),
             "compute": compute | _times(log),
             "sources": {name: source.record() for name, source in member.sources.items()},
             "operations": {name: operation.record() for name, operation in member.operations.items()},
@@ -88,9 +85,9 @@ def finish(
     return record
 
 
-def _sizes(member: Member, teacher: nn.Module | None) -> dict[str, dict[str, float] | None]:
-    spec = member.spec
-    taught = size_of(teacher, spec.teacher.knows(spec.data)) if teacher is not None and spec.teacher else None
+def _sizes(member: Member) -> dict[str, dict[str, float] | None]:
+    spec, teacher = member.spec, member.teacher
+    taught = size_of(teacher.network.model, spec.teacher.knows(spec.data)) if teacher and spec.teacher else None
     return {"student": size_of(member.answers.model, spec.student.takes(spec.data)), "teacher": taught}
 
 
@@ -102,20 +99,20 @@ def _times(log: Log) -> dict[str, float]:
     }
 
 
-def _result(member: Member, batches: Batches, logits: Tensor, teacher: Tensor | None) -> Result:
-    history = member.log.history
+def _result(member: Member, logits: Tensor, teacher: Tensor | None) -> Result:
+    history, test = member.log.history, member.batches.test
     if (own := member.trained_teacher) is not None:
         own.model.eval()
-        teacher = score(own, batches.test)[1]
+        teacher = scores(own, test).logits
     # On the source, and of the teacher that the cell trained, where there are such.
     parts = [part for part in ("test", "validation", "source", "teacher") if part in history[-1]]
     return Result.model_validate(
         {
             **{part: summary(history, part) for part in parts},
-            **measured(logits, batches.test.labels, teacher),
+            **measured(logits, test.labels, teacher),
             "metrics": history[-1].get("metrics", {}),
             "references": history[-1].get("references", {}),
-            "by_classes": by_classes(member.spec.data, logits, batches.test.labels),
+            "by_classes": by_classes(member.spec.data, logits, test.labels),
         }
     )
 

@@ -36,7 +36,7 @@ class DataHere:
         Args:
             needed: something is to be trained on it, so it is an error if it cannot be read, and may be downloaded.
         """
-        key = spec.source()
+        key = spec.images_key()
         if key not in self.known:
             found = None
             for event in self.pool.carry_out([ReadFingerprint(data=spec, download=needed)]):

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.evaluation import score
+from kdbench.engine.evaluation import scores
 from kdbench.engine.program import Program, make_graphs
 
 logger = logging.getLogger("kdbench")
@@ -27,7 +26,7 @@ class TrainingLoop:
 
     Args:
         program: that runs their steps.
-        report: called with (cell, None) for progress and (cell, metrics) after an evaluation.
+        report: called with a cell for progress, and after an evaluation.
         finish: called with a cell whose member is finished, to write its record.
         stop: asked before every step; True ends the loop after a checkpoint.
         checkpoint_seconds: time between checkpoints.
@@ -35,7 +34,7 @@ class TrainingLoop:
     """
 
     program: Program
-    report: Callable[[TrainingCell, dict[str, Any] | None], None]
+    report: Callable[[TrainingCell], None]
     finish: Callable[[TrainingCell], None]
     stop: Callable[[], bool]
     checkpoint_seconds: float = 60.0
@@ -46,8 +45,8 @@ class TrainingLoop:
     def run(self) -> bool:
         """Train all members to their end. False when stopped before that (everything is checkpointed)."""
         self._saved = time.monotonic()
-        first = self.program.cohorts[0]
-        make_graphs([cell.member for cell in self.program.cells if cell.active], first.batches, first.teacher)
+        if members := [cell.member for cell in self.program.cells if cell.active]:
+            make_graphs(members)
         while active := [cell for cell in self.program.cells if cell.active]:
             # Members resume each from their own checkpoint: those that are behind catch up alone.
             step = min(cell.member.step for cell in active)
@@ -121,7 +120,7 @@ class TrainingLoop:
         for cell in cells:
             if cell.failure is not None or due:
                 self._reported = time.monotonic()
-                self.report(cell, None)
+                self.report(cell)
                 due = False
 
     def _evaluate(self, cell: TrainingCell) -> None:
@@ -158,16 +157,16 @@ class TrainingLoop:
         assert cell.log is not None
         cell.log.append(entry)
         log.evaluation_seconds += time.perf_counter() - begin
-        self.report(cell, entry)
+        self.report(cell)
 
     def _keep(self, cell: TrainingCell) -> None:
         """Keep a checkpoint of the cell's route."""
         self._settle()
-        member, validation = cell.member, self.program.cohort_of(cell).batches.validation
+        member, validation = cell.member, cell.member.batches.validation
         begin = time.perf_counter()
         member.check_finite()
         member.set_modes(evaluating=True)
-        measured = score(member.answers, validation)[0] if len(validation) else None
+        measured = scores(member.answers, validation).plain() if len(validation) else None
         member.set_modes()
         epoch = member.timeline.epochs(member.step)
         keep_checkpoint(cell.folder, member.log.route, member.student.model, member.step, epoch, measured)

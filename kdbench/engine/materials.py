@@ -45,7 +45,7 @@ class Materials:
             found = self._given(spec) or load_data(
                 spec, roots, download and self.settings.download, self.settings.cache
             )
-            known = self.settings.given.get(spec.source())
+            known = self.settings.given.get(spec.images_key())
             if known is not None and known.fingerprint != found.fingerprint:
                 raise UserError(
                     f"the data set '{spec.name}' on {platform.node()} is another one than the run has: "
@@ -59,7 +59,7 @@ class Materials:
 
     def _given(self, spec: DataSpec) -> AnyData | None:
         """A data set that was sent here."""
-        known = self.settings.given.get(spec.source())
+        known = self.settings.given.get(spec.images_key())
         if known is None:
             return None
         return load_listing(known.file) if known.file.name.endswith(SUFFIX) else load_images(known.file, spec.name)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from kdbench.engine.compute import Chosen, Computing, Memory
+from kdbench.engine.compute import Chosen, Computing, Memory, Steps
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec
 
@@ -50,8 +50,8 @@ class Settings(Message):
     Attributes:
         ranks: processes that train every cell together. sync_batch_norm: whether their batch norms take the whole
             batch.
-        given: data sets by `DataSpec.source`, for workers elsewhere. tables: where these find tables of teacher logits;
-            None: where this machine keeps its own.
+        given: data sets by `DataSpec.images_key`, for workers elsewhere.
+        tables: where these find tables of teacher logits; None: where this machine keeps its own.
     """
 
     data_roots: list[Path] = []
@@ -114,12 +114,11 @@ class PrepareSources(Task):
     shared: Path
 
 
-class Trial(Task):
-    """Choose how to compute by measuring on cells of one cohort; answered by a `TrialDone`."""
+class ChooseComputing(Task):
+    """Choose how to compute by measuring on cells of one cohort; answered by a `ComputingChosen`."""
 
     specs: list[CellSpec]
-    student_steps: float
-    teacher_steps: float
+    ahead: Steps
     teacher_folder: Path | None
     shared: Path
 
@@ -202,7 +201,7 @@ class DataSaved(Event):
     given: Given
 
 
-class TrialDone(Event):
+class ComputingChosen(Event):
     chosen: Chosen
 
 

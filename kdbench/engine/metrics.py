@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdbench.errors import UserError, failure
 
 # Metric and hook point of the student.
-Place = tuple[str, str]
+MetricPoint = tuple[str, str]
 
 # Why there is no value of a metric that may have one of other images.
 NOT_FINITE = "it is not finite"
@@ -25,11 +25,11 @@ class Metrics:
 
     def __init__(self, terms: list[Any]) -> None:
         self.terms, self.images = terms, 0
-        self.sums: dict[Place, Tensor] = {}
-        self.failed: dict[Place, str] = {}
+        self.sums: dict[MetricPoint, Tensor] = {}
+        self.failed: dict[MetricPoint, str] = {}
         # Of two terms that measure one point, the later stage's counts.
-        self.references: dict[Place, tuple[str, Any]] = {}
-        self.places: dict[Place, None] = {}
+        self.references: dict[MetricPoint, tuple[str, Any]] = {}
+        self.places: dict[MetricPoint, None] = {}
         for term in terms:
             for point, _, taught in _pairs(term):
                 self.places |= dict.fromkeys((metric, point) for metric in term.metrics)
@@ -43,7 +43,7 @@ class Metrics:
 
     def add(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], images: int) -> None:
         """Add both networks' values on further images. Reads nothing from the device."""
-        here: dict[Place, Tensor] = {}
+        here: dict[MetricPoint, Tensor] = {}
         for term in self.terms:
             for metric, function in term.metrics.items():
                 for point, connector, taught in _pairs(term):
@@ -72,7 +72,7 @@ class Metrics:
             found.setdefault("unmeasured", {}).setdefault(metric, {})[point] = why
         return found
 
-    def _finite(self, place: Place, call: Callable[..., float], given: Any) -> float | None:
+    def _finite(self, place: MetricPoint, call: Callable[..., float], given: Any) -> float | None:
         """The value that a call gives, None for one that is not finite, which is noted."""
         value: float | None = self._carried_out(place, call, given)
         if value is not None and not math.isfinite(value):
@@ -80,7 +80,7 @@ class Metrics:
             return None
         return value
 
-    def _carried_out(self, place: Place, call: Callable[..., Any], *given: Any) -> Any:
+    def _carried_out(self, place: MetricPoint, call: Callable[..., Any], *given: Any) -> Any:
         """What a call gives that runs a user's code; None where it fails, now or before, which is noted."""
         if place in self.failed:
             return None
@@ -128,7 +128,7 @@ def _pairs(term: Any) -> Iterator[tuple[str, nn.Module, str]]:
         yield from zip(layer.students, layer.connectors, layer.teachers, strict=True)
 
 
-def _of_reference(metric: str, point: str) -> Place:
+def _of_reference(metric: str, point: str) -> MetricPoint:
     return f"{metric}_reference", point
 
 

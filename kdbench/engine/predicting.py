@@ -52,7 +52,7 @@ def predictor(cell: Surroundings) -> Predictor:
     """
     spec = cell.spec.method.predicts
     assert spec is not None
-    (point,) = cell.points(spec.student, "student")
+    (point,) = cell.points([spec.student], "student")
     head = build_module(spec, cell.shapes_for(spec), "predicts", cell.spec.seed, cell.tell)
     known = [*cell.modules.values(), cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
     if {*head.parameters()} - {parameter for module in known for parameter in module.parameters()}:

@@ -90,8 +90,7 @@ class Program:
 
     def evaluate(self, cell: TrainingCell) -> dict[str, Any]:
         """Metrics of a cell at its present step, as `Measurement.plain` gives them."""
-        cohort = self.cohort_of(cell)
-        return evaluate(cell.member, cohort.batches, cohort.teacher)
+        return evaluate(cell.member)
 
     @property
     def cells(self) -> list[TrainingCell]:
@@ -100,18 +99,6 @@ class Program:
     def cohort_of(self, cell: TrainingCell) -> Cohort:
         return next(cohort for cohort in self.cohorts if cell in cohort.cells)
 
-    def replayed(self, member: Member) -> bool:
-        """Whether steps of a member were replayed."""
-        return False
-
-    def evaluations_replayed(self, member: Member) -> bool:
-        """Whether evaluations of a member were replayed."""
-        return False
-
-    def eager_stages(self, member: Member) -> dict[str, str]:
-        """Stages of a member whose steps could not be replayed, and why."""
-        return {}
-
     def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Cohort, list[Member]]]:
         """Groups that have some of these cells, with their members."""
         for cohort in self.cohorts:
@@ -119,13 +106,13 @@ class Program:
                 yield cohort, members
 
 
-def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | None) -> None:
+def make_graphs(members: Sequence[Member]) -> None:
     """Make the graphs of all networks and losses, where they pay: one of each network for all that its users ask of it.
 
     Args:
-        members: of all cohorts of a program. batches, teacher: of any of them: batches of all have one shape, and all
-            have one teacher's network.
+        members: of all cohorts of a program: batches of all have one shape, and all have one teacher's network.
     """
+    batches = members[0].batches
     here = batches.ranks.share(batches.batch_size)
     shape = (here.stop - here.start, *batches.image_shape)
     by_student: dict[str, list[Member]] = {}
@@ -138,7 +125,7 @@ def make_graphs(members: Sequence[Member], batches: Batches, teacher: Teacher | 
         uses = together(member.student_uses() for member in alike)
         for member in alike:
             member.student.prepare(uses, shape, training=True)
-    if teacher is not None:
+    if (teacher := next((member.teacher for member in members if member.teacher), None)) is not None:
         teacher.network.prepare(_teacher_uses(members, teacher), shape, training=False)
     # Each operation of an eager loss goes through memory: a seventh of the time of five methods together on an H200.
     for member in (one for one in members if one.computing.compile and one.device.type == "cuda"):

@@ -159,7 +159,7 @@ class RayPool(Pool):
             yield from self.local.carry_out(here)
         for spec in (spec for task in away for spec in specs_of(task)):
             for data in spec.domains:
-                if data.source() not in self.sending.given:
+                if data.images_key() not in self.sending.given:
                     yield from self._save(data)
         for event in super().carry_out(away):
             if isinstance(event, Progress):
@@ -173,7 +173,7 @@ class RayPool(Pool):
         """Have a data set as one file, which nodes can be sent."""
         for event in self.local.carry_out([SaveData(data=data)]):
             if isinstance(event, DataSaved):
-                self.sending.given[data.source()] = event.given
+                self.sending.given[data.images_key()] = event.given
             else:
                 yield event
 

@@ -23,7 +23,7 @@ class Sending:
         ray: the module. runs: the folder that all of a run's own files are in.
 
     Attributes:
-        given: data sets by `DataSpec.source`.
+        given: data sets by `DataSpec.images_key`.
     """
 
     def __init__(self, ray: Any, runs: Path) -> None:
@@ -51,12 +51,12 @@ class Sending:
         given: dict[str, Given] = {}
         for spec in specs_of(task):
             for data in spec.domains:
-                known = given[data.source()] = self.given[data.source()]
+                known = given[data.images_key()] = self.given[data.images_key()]
                 place = f"data/{known.file.name}"
                 self.put(actor, {place: known.file})
                 if known.file.name.endswith(PICTURES):
                     place = self._pictures(actor, place, known.file)
-                given[data.source()] = known.model_copy(update={"file": base / place})
+                given[data.images_key()] = known.model_copy(update={"file": base / place})
             files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
             away = {name: file for name, file in files.items() if SHARE not in file.resolve().parents}
             self.put(actor, {f"weights/{below(name)}": file for name, file in away.items()})

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
@@ -13,30 +13,6 @@ log = logging.getLogger("kdbench")
 Call = Callable[[], None]
 # Bytes that torch keeps for eager steps, from which on they are given back before a recording.
 MUCH = 1_000_000_000
-
-
-class Recorder(Protocol):
-    """What can record a call."""
-
-    def run(self, call: Call) -> None:
-        """Run a call where recorded ones run."""
-        ...
-
-    def record(self, call: Call) -> Call:
-        """Record a call, which computes nothing now. Returns what replays it."""
-        ...
-
-    def side_by_side(self, calls: Sequence[Call]) -> None:
-        """Run calls, inside `run` or `record`. None may need what a later one does; see `so_far` for earlier ones."""
-        ...
-
-    def so_far(self) -> Call:
-        """Inside a call that runs side by side with others: what has another one wait for all that this one did."""
-        ...
-
-    def drawn(self) -> int:
-        """A number that changes whenever something was drawn at random."""
-        ...
 
 
 class CudaRecorder:
@@ -60,6 +36,7 @@ class CudaRecorder:
         self.holds_pool: torch.cuda.CUDAGraph | None = None
 
     def run(self, call: Call) -> None:
+        """Run a call where recorded ones run."""
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
@@ -67,6 +44,7 @@ class CudaRecorder:
         here.wait_stream(self.stream)
 
     def record(self, call: Call) -> Call:
+        """Record a call, which computes nothing now. Returns what replays it."""
         # What nobody holds any more must not be destroyed while a recording goes on.
         collects = gc.isenabled()
         gc.disable()
@@ -132,6 +110,7 @@ class CudaRecorder:
             self.failed.remove(graph)
 
     def side_by_side(self, calls: Sequence[Call]) -> None:
+        """Run calls, inside `run` or `record`. None may need what a later one does; see `so_far` for earlier ones."""
         here = torch.cuda.current_stream(self.device)
         while len(self.side) < len(calls):
             self.side.append(torch.cuda.Stream(self.device))
@@ -147,9 +126,11 @@ class CudaRecorder:
                 here.wait_stream(stream)
 
     def so_far(self) -> Call:
+        """Inside a call that runs side by side with others: what has another one wait for all that this one did."""
         done = torch.cuda.current_stream(self.device).record_event()
         return lambda: torch.cuda.current_stream(self.device).wait_event(done)
 
     def drawn(self) -> int:
+        """A number that changes whenever something was drawn at random."""
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()
         return int(torch.cuda.default_generators[index].get_offset())

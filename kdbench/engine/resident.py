@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
-from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, Split, at_once
+from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, at_once
 from kdbench.engine.domain import Domain, place_of, split
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.recipe.specs import CellSpec
@@ -21,13 +20,13 @@ from kdbench.recipe.timeline import Timeline
 MOST_IMAGES = 65_536
 
 
-@dataclass(frozen=True)
 class ResidentSplit:
-    """A split whose images, bytes [N, C, H, W], lie on the device."""
+    """A split whose images, bytes [N, C, H, W], lie on the device, with their labels."""
 
-    images: Tensor
-    labels: Tensor
     resident: ClassVar[bool] = True
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,32 +40,22 @@ class ResidentSplit:
         return ResidentSplit(self.images[::stride], self.labels[::stride])
 
 
-@dataclass(frozen=True)
-class LaterSplit:
-    """The same, of which images and labels are taken when they are first asked for: stages whose images are all made
-    never touch real ones or their labels."""
+class TrainingPart(ResidentSplit):
+    """The same, taken when it is first asked for: stages whose images are all made never touch real ones or labels."""
 
-    size: int
-    take_images: Callable[[], Tensor]
-    take_labels: Callable[[], Tensor]
-    resident: ClassVar[bool] = True
+    def __init__(self, data: ImageData, index: Tensor, device: torch.device) -> None:
+        self.data, self.index, self.device = data, index, device
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.index)
 
     @cached_property
-    def images(self) -> Tensor:
-        return self.take_images()
+    def images(self) -> Tensor:  # type: ignore[override]
+        return self.data.train_images[self.index].to(self.device)
 
     @cached_property
-    def labels(self) -> Tensor:
-        return self.take_labels()
-
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        return ResidentSplit(self.images, self.labels).slices(size)
-
-    def every(self, stride: int) -> Split:
-        return ResidentSplit(self.images, self.labels).every(stride)
+    def labels(self) -> Tensor:  # type: ignore[override]
+        return self.data.train_labels[self.index].to(self.device)
 
 
 class ResidentDomain(Domain):
@@ -79,14 +68,9 @@ class ResidentDomain(Domain):
     def __init__(
         self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
     ) -> None:
-        def later(index: Tensor) -> LaterSplit:
-            return LaterSplit(
-                len(index), lambda: data.train_images[index].to(device), lambda: data.train_labels[index].to(device)
-            )
-
         train, held_out = split(spec.data, data.train_labels, spec.seed)
-        self.pictures = later(train)
-        super().__init__(spec, device, prefix, self.pictures, later(held_out), ranks)
+        self.pictures, held_out_part = (TrainingPart(data, index, device) for index in (train, held_out))
+        super().__init__(spec, device, prefix, self.pictures, held_out_part, ranks)
         self.positions = train.to(device)
         if spec.data.tested_on == "test":
             self.test = ResidentSplit(data.test_images.to(device), data.test_labels.to(device))

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kdbench.engine import compute, messages, scheduling
-from kdbench.engine.compute import Computing, plainest
+from kdbench.engine.compute import Computing, Steps, plainest
 from kdbench.engine.device import not_used
 from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
 from kdbench.engine.options import Listener, Options
@@ -19,7 +19,6 @@ from kdbench.engine.pool import Pool
 from kdbench.engine.ray_pool import RayPool
 from kdbench.errors import CellError, UserError
 from kdbench.files import SOURCES, home, locked
-from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
@@ -166,25 +165,24 @@ class Session:
                 result[key] = plainest(choice)
                 continue
             found = compute.kept(folder, choice) or compute.of_records([f for f in finished if _chose(f, key)])
-            result[key] = found or self._trial(folder, choice, alike)
+            result[key] = found or self._measured(folder, alike)
         return result
 
-    def _trial(self, folder: Path, choice: ComputeChoice, cells: scheduling.Cells) -> Computing:
+    def _measured(self, folder: Path, cells: scheduling.Cells) -> Computing:
         """Let a worker measure on the cohort with the most steps, and keep what it chooses."""
         cohorts = self._cohorts(cells)
         busy = min(self.pool.jobs, len(cohorts))
         steps = {cell.id: planned_timeline(cell.spec).total for cell in cells}
         taught = [[steps[cell.id] for cell in cohort if cell.spec.teacher is not None] for cohort in cohorts]
         largest = max(cohorts, key=lambda cohort: sum(steps[cell.id] for cell in cohort))
-        task = messages.Trial(
+        task = messages.ChooseComputing(
             specs=list({scheduling.kind(cell.spec): cell.spec for cell in largest}.values()),
-            student_steps=sum(steps.values()) / busy,
-            teacher_steps=sum(max(steps, default=0) for steps in taught) / busy,
+            ahead=Steps(sum(steps.values()) / busy, sum(max(steps, default=0) for steps in taught) / busy),
             threads=self._threads(busy),
             teacher_folder=self._teacher_of(*(cell.spec for cell in largest)),
             shared=self.options.runs / SOURCES,
         )
-        (chosen,) = [event.chosen for event in self.events([task]) if isinstance(event, messages.TrialDone)]
+        (chosen,) = [event.chosen for event in self.events([task]) if isinstance(event, messages.ComputingChosen)]
         compute.keep(folder, chosen)
         self.listener.doing(f"cells in {chosen.computing.name} ({chosen.why})")
         return chosen.computing

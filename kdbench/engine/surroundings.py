@@ -68,17 +68,17 @@ class Surroundings:
         """A module of the method with its first values, on the CPU."""
         return build_module(spec, self.shapes_for(spec), place, self.spec.seed, self.tell)
 
-    def points(self, wanted: str, network: str) -> list[str]:
-        """The hook points that a name stands for."""
+    def points(self, wanted: list[str], network: str) -> list[str]:
+        """The hook points of a network that names stand for."""
         model = self.student if network == "student" else self.teacher
-        return expand([wanted], self.shapes[network], model.model_name if model else "")
+        return expand(wanted, self.shapes[network], model.model_name if model else "")
 
     def shapes_for(self, spec: ModuleSpec) -> dict[str, Shape]:
         """The shapes by which a module is built, `student_shape` and `teacher_shape`."""
         found = {}
         for network, wanted in (("student", spec.student), ("teacher", spec.teacher)):
             if self.shapes[network]:
-                point, *others = self.points(wanted, network)
+                point, *others = self.points([wanted], network)
                 if others:
                     raise UserError(f"a module is sized by one hook point, and '{wanted}' is {len(others) + 1}")
                 found[f"{network}_shape"] = self.shapes[network][point]

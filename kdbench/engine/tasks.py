@@ -13,9 +13,10 @@ from kdbench.engine import logit_table, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
 from kdbench.engine.check import Known, check_cell
+from kdbench.engine.choosing import NO_COMPILER, choose, compiler_works, possible
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
-from kdbench.engine.distributed import join, refuse, send, told
+from kdbench.engine.distributed import join, note_on, refuse, send
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
 from kdbench.engine.materials import Materials
@@ -26,7 +27,6 @@ from kdbench.engine.targets import import_target
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher, untrained_teacher
 from kdbench.engine.training import train_cells
-from kdbench.engine.trial import NO_COMPILER, Steps, choose, compiler_works, possible
 from kdbench.engine.weights import locate
 from kdbench.errors import CellError, UserError, raised_by_own_code
 from kdbench.record import finished_record
@@ -53,7 +53,7 @@ class TaskRunner:
         self.materials.settings, self.materials.device = task.settings, use(torch.device(task.device))
         if task.settings.ranks > self.ranks.size:
             self.ranks = join(task.settings, task.device)
-            self.emit(messages.Announcement(text=f"note: {told(self.ranks)}"))
+            self.emit(messages.Announcement(text=f"note: {note_on(self.ranks)}"))
         if self.device.type == "cuda":
             # Recorded steps of the task before hold each other, and memory.
             gc.collect()
@@ -64,7 +64,7 @@ class TaskRunner:
             messages.SaveData: self.save_data,
             messages.Prepare: self.prepare,
             messages.PrepareSources: self.prepare_sources,
-            messages.Trial: self.trial,
+            messages.ChooseComputing: self.choose_computing,
             messages.FillLogits: self.fill_logits,
             messages.TrainCells: self.train_cells,
         }
@@ -135,7 +135,7 @@ class TaskRunner:
         if self.stopping():
             raise CellError("stopped; repeat the command to continue")
 
-    def trial(self, task: messages.Trial) -> None:
+    def choose_computing(self, task: messages.ChooseComputing) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
         first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
         data, target = self.materials.domains(first)
@@ -154,12 +154,12 @@ class TaskRunner:
             task.specs,
             batches,
             teacher,
-            Steps(task.student_steps, task.teacher_steps),
+            task.ahead,
             self.device,
             self.doing,
             SourceFiles(file.sha256 if file else "", None, task.shared),
         )
-        self.emit(messages.TrialDone(chosen=chosen))
+        self.emit(messages.ComputingChosen(chosen=chosen))
 
     def fill_logits(self, task: messages.FillLogits) -> None:
         """Fill a table of teacher logits, or only tell what that takes."""

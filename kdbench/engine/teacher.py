@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,17 +26,6 @@ from kdbench.recipe.specs import CellSpec, StageSpec
 PointValues = dict[str, dict[str, Tensor]]
 # Gives what a cohort's teacher says on a step's input sets, and waits for it where it runs beside its students.
 Taught = Callable[[], PointValues]
-
-
-class StageTeacher(Protocol):
-    """What a step asks of a teacher."""
-
-    network: Network
-    shared_with_others: bool
-
-    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
-        """Values of hook points for images as a batch holds them."""
-        ...
 
 
 class SplitLogits:
@@ -64,8 +52,10 @@ class Teacher:
 
     Args:
         shapes: of its hook points, per image.
-        logits: the table of its logits for the training split, where there is one.
         route: the checkpoints of its training, where they were kept.
+
+    Attributes:
+        logits: the table of its logits for the training split, where there is one.
     """
 
     shared_with_others = True
@@ -76,10 +66,10 @@ class Teacher:
         normalizer: Normalizer,
         shapes: Mapping[str, tuple[int, ...]],
         computing: Computing = REFERENCE,
-        logits: SplitLogits | None = None,
         route: Route | None = None,
     ) -> None:
-        self.shapes, self.logits, self.route = shapes, logits, route
+        self.shapes, self.route = shapes, route
+        self.logits: SplitLogits | None = None
         self.network = Network(extractor, normalizer, computing, frozen=True)
         note_frozen(self.network.model)
         self.network.model.eval().requires_grad_(False)
@@ -146,6 +136,9 @@ class OwnTeacher:
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.trains):
             return self.network(self.network.normalizer(images), points)
+
+
+StageTeacher = Teacher | OwnTeacher
 
 
 def own_teacher_of(

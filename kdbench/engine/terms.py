@@ -18,7 +18,6 @@ from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError, failure
 from kdbench.models.places import Unordered
-from kdbench.models.points import expand
 from kdbench.models.probing import kind_of
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import TermSpec
@@ -75,8 +74,7 @@ class Term(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         stage = place.partition("/")[0]
-        given = spec.weight_schedule or []
-        self.schedules = product([build_schedule(one) for one in (given if isinstance(given, list) else [given])])
+        self.schedules = product([build_schedule(one) for one in spec.weight_schedules])
         target = import_target(spec.loss.target)
         self.call: Callable[..., Tensor] | None = None if inspect.isclass(target) else target
         self.graph: Callable[..., Tensor] | None = None
@@ -118,16 +116,9 @@ class Term(nn.Module):
 
     def _layers(self, cell: Surroundings, place: str) -> list[Layer]:
         """The hook points of each of its calls."""
-        spec, names = self.spec, {"student": cell.student, "teacher": cell.teacher}
-
-        def points(network: str, side: str) -> list[str]:
-            model = names[network]
-            wanted = spec.student if side == "student" else spec.teacher
-            asked = wanted if isinstance(wanted, list) else [wanted]
-            return expand(asked, cell.shapes[network], model.model_name if model else "")
-
-        students = points(spec.of, "student")
-        teachers = points("teacher", "teacher") if "teacher" in spec.loss.inputs else []
+        spec = self.spec
+        students = cell.points(spec.points("student"), spec.of)
+        teachers = cell.points(spec.points("teacher"), "teacher") if "teacher" in spec.loss.inputs else []
         if not {"student", "other"} & {*spec.loss.inputs}:
             students = []
         if self.joint:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kdbench.engine import checkpoint, messages
 from kdbench.engine.batches import Batches
-from kdbench.engine.capture import program_of
+from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Computing
-from kdbench.engine.evaluation import score
+from kdbench.engine.choosing import NO_COMPILER, possible
+from kdbench.engine.evaluation import scores
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
@@ -26,11 +26,8 @@ from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.teachers import fingerprint
 from kdbench.engine.together import Together
-from kdbench.engine.trial import NO_COMPILER, possible
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, locked, sweep
 from kdbench.record import Record, finished_record
@@ -163,7 +160,7 @@ class Training:
             member.log.ranks = [*before, self.ranks.size]
         return TrainingCell(member, cell.folder, key, MetricsLog(cell.folder, member.log.history))
 
-    def report(self, cell: TrainingCell, entry: dict[str, Any] | None) -> None:
+    def report(self, cell: TrainingCell) -> None:
         """Tell how far all cells are that are still training."""
         for other, of in self.cells.items():
             if other.failure is not None:
@@ -195,7 +192,7 @@ class Training:
         spec = next((cell.spec.teacher for cell in self.cells.values() if cell.spec.teacher is not None), None)
         if self.teacher is None or self.file is None or spec is None or spec.classes is not None:
             return None
-        return score(self.teacher.network, self.program.cohorts[0].batches.test)[1]
+        return scores(self.teacher.network, self.program.cohorts[0].batches.test).logits
 
     def finish(self, cell: TrainingCell) -> None:
         """Write a cell's files and its record.
@@ -203,10 +200,8 @@ class Training:
         Raises:
             CellError: a frozen teacher is not what it was.
         """
-        member, cohort = cell.member, self.program.cohort_of(cell)
-        teacher = cohort.teacher if member.spec.teacher is not None else None
-        file: TeacherFile | None = self.file if teacher else None
-        if teacher is not None and fingerprint(teacher.network.model) != self.untouched:
+        member = cell.member
+        if member.teacher is not None and fingerprint(member.teacher.network.model) != self.untouched:
             raise CellError(
                 "the frozen teacher changed while its students trained: a defect of the method's loss, or of kdbench"
             )
@@ -214,8 +209,8 @@ class Training:
             member.anchors.check()
         compute = {
             **machine(self.device, self.task.threads),
-            **way_of(member, teacher, self.program),
-            "cohort": len(cohort.cells),
+            **way_of(member, self.program),
+            "cohort": len(self.program.cohort_of(cell).cells),
             **({"seeds_together": len(self.program.cohorts)} if len(self.program.cohorts) > 1 else {}),
             "peak_memory_bytes": peak_memory(self.device),
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
@@ -225,11 +220,9 @@ class Training:
             member,
             cell.folder,
             dict(self.cells[cell].names),
-            cohort.batches,
             self.domains,
-            file,
-            teacher.network.model if teacher else None,
-            self.teacher_logits if teacher else None,
+            self.file if member.teacher else None,
+            self.teacher_logits if member.teacher else None,
             compute,
         )
         assert cell.log is not None
@@ -250,23 +243,25 @@ def _finished(cell: messages.CellTask, record: Record) -> messages.CellFinished:
     return messages.CellFinished(cell=cell.id, accuracy=record.result.test.last, seconds=record.compute.seconds)
 
 
-def way_of(member: Member, teacher: Teacher | None, program: Program) -> dict[str, Any]:
+def way_of(member: Member, program: Program) -> dict[str, Any]:
     """How a member was computed, as its record says it."""
-    way: Computing = member.computing
+    way, teacher = member.computing, member.teacher
     asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
     networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
     terms = [term for span in member.timeline.spans for term in member.terms_of(span.name).values()]
     failed = [network.untraceable for network in networks] + [term.not_compiled for term in terms]
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
+    recorded = program if isinstance(program, CapturedProgram) else None
+    eager = recorded.eager_stages(member) if recorded else {}
     graphs = any(network.graphs for network in networks) or any(term.graph for term in terms)
     return {
         "precision": way.precision,
         "layout": way.layout,
         # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
         "compile": graphs,
-        "cuda_graphs": program.replayed(member),
+        "cuda_graphs": recorded is not None and recorded.replayed(member),
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
-        "evaluation": f"float32, {'replayed' if program.evaluations_replayed(member) else 'eager'}",
+        "evaluation": f"float32, {'replayed' if recorded and recorded.evaluations_replayed(member) else 'eager'}",
         **({"not_compiled": not_compiled} if not_compiled else {}),
-        **({"eager": eager} if (eager := program.eager_stages(member)) else {}),
+        **({"eager": eager} if eager else {}),
     }

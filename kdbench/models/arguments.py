@@ -21,19 +21,17 @@ def check_sizes(model: str, *, classes: int, channels: int, image_size: int, sma
         raise UserError(what, hint="choose a network that shrinks its input less, such as wrn_16_1 or resnet20")
 
 
-def blocks_per_stage(model: str, depth: int, per_block: int, outside: int) -> int:
-    """Residual blocks in each of three stages: depth = 3 · per_block · blocks + outside.
+def blocks_per_stage(model: str, depth: int, outside: int) -> int:
+    """Residual blocks of two layers in each of three stages: depth = 6 · blocks + outside.
 
     Args:
-        per_block: layers with weights in one block.
         outside: layers with weights outside the blocks.
     """
     if depth > DEEPEST:
         raise UserError(f"{model} has a depth of at most {DEEPEST}, not {depth}")
-    period = 3 * per_block
-    blocks, rest = divmod(depth - outside, period)
+    blocks, rest = divmod(depth - outside, 6)
     if rest or blocks < 1:
-        near = [outside + period * n for n in range(max(blocks, 1), max(blocks, 1) + 2)]
+        near = [outside + 6 * n for n in range(max(blocks, 1), max(blocks, 1) + 2)]
         hint = f"the nearest are {near[0]} and {near[1]}"
-        raise UserError(f"{model} has a depth of {period}n + {outside}, not {depth}", hint=hint)
+        raise UserError(f"{model} has a depth of 6n + {outside}, not {depth}", hint=hint)
     return blocks

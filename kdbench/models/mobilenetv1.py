@@ -16,13 +16,13 @@ class MobileNetV1(nn.Module):
     def __init__(self, classes: int, channels: int) -> None:
         super().__init__()
         inputs = 32
-        self.stem = _conv_bn_relu(channels, inputs, 3, stride=2)
+        self.stem = conv_bn_relu(channels, inputs, 3, stride=2)
         self.stages = nn.ModuleList()
         for blocks in _STAGES:
             stage = nn.Sequential()
             for outputs, stride in blocks:
-                depthwise = _conv_bn_relu(inputs, inputs, 3, stride, groups=inputs)
-                stage.append(nn.Sequential(*depthwise, *_conv_bn_relu(inputs, outputs, 1)))
+                depthwise = conv_bn_relu(inputs, inputs, 3, stride, groups=inputs)
+                stage.append(nn.Sequential(*depthwise, *conv_bn_relu(inputs, outputs, 1)))
                 inputs = outputs
             self.stages.append(stage)
         self.classifier = nn.Linear(inputs, classes)
@@ -46,6 +46,6 @@ def mobilenet_v1(*, classes: int, channels: int = 3, image_size: int = 224) -> n
     return MobileNetV1(classes, channels)
 
 
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())

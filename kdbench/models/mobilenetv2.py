@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kdbench.errors import UserError
 from kdbench.models.arguments import check_sizes
+from kdbench.models.mobilenetv1 import conv_bn_relu
 
 # Channels, blocks and stride of each stage. The stride of the second is 1 here, 2 in the paper.
 _STAGES = ((16, 1, 1), (24, 2, 1), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
@@ -21,8 +22,8 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = inputs * expansion
         self.conv = nn.Sequential(
-            *_conv_bn_relu(inputs, hidden, 1),
-            *_conv_bn_relu(hidden, hidden, 3, stride, groups=hidden),
+            *conv_bn_relu(inputs, hidden, 1),
+            *conv_bn_relu(hidden, hidden, 3, stride, groups=hidden),
             nn.Conv2d(hidden, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
@@ -38,7 +39,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, expansion: int, width: float, classes: int, channels: int) -> None:
         super().__init__()
         inputs = int(32 * width)
-        self.conv1 = nn.Sequential(*_conv_bn_relu(channels, inputs, 3, stride=2))
+        self.conv1 = conv_bn_relu(channels, inputs, 3, stride=2)
         self.blocks = nn.ModuleList()
         for index, (base, repeats, first_stride) in enumerate(_STAGES):
             outputs = int(base * width)
@@ -48,7 +49,7 @@ class MobileNetV2(nn.Module):
                 inputs = outputs
             self.blocks.append(stage)
         features = max(1280, int(1280 * width))
-        self.conv2 = nn.Sequential(*_conv_bn_relu(inputs, features, 1))
+        self.conv2 = conv_bn_relu(inputs, features, 1)
         self.classifier = nn.Linear(features, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -81,8 +82,3 @@ def mobilenet_v2(
         hint = "the expansion is at least 1, the width at least 1/16"
         raise UserError(f"MobileNetV2 cannot have expansion {expansion} and width {width}", hint=hint)
     return MobileNetV2(expansion, width, classes, channels)
-
-
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]

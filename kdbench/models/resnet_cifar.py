@@ -97,7 +97,7 @@ def resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32)
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
     """
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
-    blocks = blocks_per_stage("a ResNet", depth, per_block=2, outside=2)
+    blocks = blocks_per_stage("a ResNet", depth, outside=2)
     return CifarResNet(blocks, (16, 16, 32, 64), classes, channels, _padded_on_both_sides, "fan_in", init_linear=True)
 
 
@@ -111,7 +111,7 @@ def bss_resnet(depth: int, *, classes: int, channels: int = 3, image_size: int =
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
     """
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
-    blocks = blocks_per_stage("a ResNet", depth, per_block=2, outside=2)
+    blocks = blocks_per_stage("a ResNet", depth, outside=2)
     return CifarResNet(blocks, (16, 16, 32, 64), classes, channels, _padded_at_the_end)
 
 
@@ -129,7 +129,7 @@ def crd_resnet(depth: int, width: int = 1, *, classes: int, channels: int = 3, i
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
     if width < 1:
         raise UserError(f"a ResNet has a width of at least 1, not {width}")
-    blocks = blocks_per_stage("a ResNet", depth, per_block=2, outside=2)
+    blocks = blocks_per_stage("a ResNet", depth, outside=2)
     widths = (16 if width == 1 else 32, 16 * width, 32 * width, 64 * width)
     return CifarResNet(blocks, widths, classes, channels, _projected)
 

@@ -66,7 +66,7 @@ def wide_resnet(depth: int, width: int, *, classes: int, channels: int = 3, imag
     check_sizes("a WRN", classes=classes, channels=channels, image_size=image_size)
     if width < 1:
         raise UserError(f"a WRN has a width of at least 1, not {width}")
-    return WideResNet(blocks_per_stage("a WRN", depth, per_block=2, outside=4), width, classes, channels)
+    return WideResNet(blocks_per_stage("a WRN", depth, outside=4), width, classes, channels)
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:

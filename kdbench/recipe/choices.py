@@ -20,8 +20,8 @@ MOST_EVALUATIONS = 10**5
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class DataChoice(Strict):
-    """Which data, and how much of its labelled training set."""
+class DataPart(BaseModel):
+    """What a recipe and a cell say of data: which they are, and which part of their labelled training set."""
 
     name: str = Field(description="key of a data card")
     fraction: float | None = Field(None, gt=0, le=1, description="share of the training set, stratified by class")
@@ -35,6 +35,10 @@ class DataChoice(Strict):
     )
     split_seed: int | None = Field(None, description="seed of subset and split; by default the cell's seed")
     root: str | None = Field(None, description="folder that holds the data")
+
+
+class DataChoice(DataPart, Strict):
+    """Which data, and how much of its labelled training set."""
 
     @model_validator(mode="after")
     def one_subset(self) -> DataChoice:

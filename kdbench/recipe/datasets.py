@@ -68,18 +68,9 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
         hint = f"its labels are 0 to {card.classes - 1}"
         raise UserError(f"'{choice.name}' has no class {bad[0]}", tree.origin(("data", "only_classes")), hint)
-    return spec_of_card(
-        choice.name,
-        registry,
-        fraction=choice.fraction,
-        per_class=choice.per_class,
-        # All classes are no choice among them.
-        only_classes=sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None,
-        validation=choice.validation,
-        tested_on=choice.tested_on,
-        split_seed=choice.split_seed,
-        root=choice.root,
-    )
+    # All classes are no choice among them.
+    only = sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None
+    return spec_of_card(registry=registry, **choice.model_dump() | {"only_classes": only})
 
 
 def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) -> DataSpec | None:

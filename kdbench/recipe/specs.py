@@ -17,22 +17,14 @@ from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import POINT_GROUPS, numbered
 from kdbench.names import is_content
-from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice
+from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice, DataPart
 from kdbench.recipe.coded import CODE, RECORDED, Coded, Spec, TargetSpec, renamed
 
 
-class DataSpec(DataFields, TargetSpec):
-    def source(self) -> str:
+class DataSpec(DataPart, DataFields, TargetSpec):
+    def images_key(self) -> str:
         """What tells which images they are, before any are left out."""
         return self.model_dump_json(include={"name", "target", "options", "source_sha256", "root"})
-
-    fraction: float | None = None
-    per_class: int | None = None
-    only_classes: list[int] | None = None
-    validation: float | int = 0
-    tested_on: Literal["test", "validation"] = "test"
-    split_seed: int | None = None
-    root: str | None = None
 
     def roots(self, others: Iterable[Path]) -> list[Path]:
         """Folders searched for these data: its own, else the others."""
@@ -130,6 +122,12 @@ class TermSpec(TermFields, Spec):
     through: str | None = None
     weight_schedule: TargetSpec | list[TargetSpec] | None = None
     schedules: dict[str, TargetSpec] = {}
+
+    @property
+    def weight_schedules(self) -> list[TargetSpec]:
+        """Those whose product its weight is multiplied by."""
+        given = self.weight_schedule or []
+        return given if isinstance(given, list) else [given]
 
     def points(self, network: Literal["student", "teacher"]) -> list[str]:
         """Its hook points and groups of a network's side."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from card_checks import check_card
 
 from kdbench.cards import KINDS
 from kdbench.errors import UserError
 from kdbench.files import SHARE
-from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry

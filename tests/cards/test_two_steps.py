@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from card_checks import check_card
 from tiny import images, member_of, shortened, student_of, target_for, train
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from kdbench.cards import KINDS
 from kdbench.engine.check import check_cell
 from kdbench.engine.memory import memory_of
 from kdbench.engine.teachers import fingerprint
-from kdbench.recipe.checking import check_card
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import CellSpec

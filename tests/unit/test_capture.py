@@ -172,7 +172,7 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
 
     failing.member.prepare = fails  # type: ignore[method-assign]
     program = CapturedProgram([cohort], StandIn())
-    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    TrainingLoop(program, lambda cell: None, lambda cell: None, lambda: False).run()
     assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
     assert left == [fingerprint(failing.member.student.model)]
     alone = cohort_of(specs[1:], tmp_path / "alone", per_class=2)
@@ -375,7 +375,7 @@ def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Pat
 
     failing.member.make = fails  # type: ignore[method-assign]
     program = CapturedProgram([cohort], StandIn())
-    TrainingLoop(program, lambda cell, entry: None, lambda cell: None, lambda: False).run()
+    TrainingLoop(program, lambda cell: None, lambda cell: None, lambda: False).run()
     assert "an attack that ends" in str(failing.failure) and failing.member.step == 10
     assert other.failure is None and program.replayed(other.member)
     alone = cohort_of(specs[1:], tmp_path / "alone")

@@ -65,7 +65,7 @@ def test_a_loss_that_the_compiler_refuses_runs_eagerly(
     assert_near(*cohorts, 0.0)
     said = "torch.compile failed on the loss 'kd': it is too clever; it runs eagerly"
     assert caplog.messages.count(said) == 1
-    way = way_of(cohorts[1].cells[0].member, cohorts[1].teacher, Program([cohorts[1]]))
+    way = way_of(cohorts[1].cells[0].member, Program([cohorts[1]]))
     assert not way["compile"] and "loss 'kd': it is too clever" in way["not_compiled"]
 
 

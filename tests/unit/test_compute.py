@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import CPU, batches_for, images, shortened, step, student_of, target_for, train, untrained_teacher
 
-from kdbench.engine import compute, trial
+from kdbench.engine import choosing, compute
 from kdbench.engine.batches import Batches
-from kdbench.engine.compute import REFERENCE, Chosen, Computing, candidates
+from kdbench.engine.choosing import MeasuredWay, bfloat16_computes, choose, compiler_works
+from kdbench.engine.compute import REFERENCE, Chosen, Computing, Steps, candidates
 from kdbench.engine.member import Member
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teacher import Teacher
-from kdbench.engine.trial import MeasuredWay, Steps, bfloat16_computes, choose, compiler_works
 from kdbench.errors import UserError
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import plan
@@ -60,7 +60,7 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     for member, stage in zip(members, stages, strict=True):
         member.step = member.timeline.spans[stage].start
         member.enter(stage)
-    make_graphs(members, own_batches[0], teacher)
+    make_graphs(members)
     result = []
     for member, batches in zip(members, own_batches, strict=True):
         for one in member.stage.optimizers:
@@ -118,7 +118,7 @@ def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference(methods:
 @pytest.mark.slow
 def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
     """Digits, two seeds: their test accuracies differ from plain ones by no more than seeds do among themselves."""
-    from kdbench.engine.evaluation import score
+    from kdbench.engine.evaluation import scores
     from kdbench.engine.materials import load_data
 
     differences, plain = [], []
@@ -131,7 +131,7 @@ def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
             member = Member(spec, batches, None, CPU, way)
             train(member, batches, None, 120)
             member.student.model.eval()
-            accuracies.append(score(member.student, batches.test)[0]["accuracy"])
+            accuracies.append(scores(member.student, batches.test).plain()["accuracy"])
         plain.append(accuracies[0])
         differences.append(accuracies[1] - accuracies[0])
     assert min(plain) > 80, "the plain students learned nothing: the comparison would show nothing"
@@ -151,16 +151,16 @@ def way(student: float, teacher: float = 0.0, compiling: float = 0.0, losses: tu
 
 def chosen(
     monkeypatch: pytest.MonkeyPatch, measured: dict[str, Any], steps: float, choice: ComputeChoice | None = None
-) -> trial.Choice:
+) -> choosing.Choice:
     """What is chosen where every way takes as long as said here."""
 
     def measure(computing: Computing, *_: Any) -> MeasuredWay:
         one = measured[computing.name]
         return MeasuredWay(computing, remark=one) if isinstance(one, str) else MeasuredWay(computing, **one)
 
-    monkeypatch.setattr(trial, "_measure", measure)
-    monkeypatch.setattr(trial, "bfloat16_computes", lambda device: True)
-    monkeypatch.setattr(trial, "compiler_works", lambda device: True)
+    monkeypatch.setattr(choosing, "_measure", measure)
+    monkeypatch.setattr(choosing, "bfloat16_computes", lambda device: True)
+    monkeypatch.setattr(choosing, "compiler_works", lambda device: True)
     return choose(
         choice or ComputeChoice(),
         [cell("ce")],
@@ -233,9 +233,9 @@ def test_cells_that_fail_together_are_tried_one_at_a_time(monkeypatch: pytest.Mo
             return MeasuredWay(computing, remark="failed: out of memory", error=MemoryError("out of memory"))
         return MeasuredWay(computing, **way(1.0))
 
-    monkeypatch.setattr(trial, "_measure", measure)
-    monkeypatch.setattr(trial, "bfloat16_computes", lambda device: False)
-    monkeypatch.setattr(trial, "compiler_works", lambda device: False)
+    monkeypatch.setattr(choosing, "_measure", measure)
+    monkeypatch.setattr(choosing, "bfloat16_computes", lambda device: False)
+    monkeypatch.setattr(choosing, "compiler_works", lambda device: False)
     specs = [cell("ce"), cell("kd")]
     choice = choose(ComputeChoice(), specs, None, lambda w: None, Steps(10, 0), CPU, lambda text: None)  # type: ignore[arg-type]
     assert choice.computing == REFERENCE and tried == [2, 1]
@@ -256,10 +256,10 @@ def test_a_fixed_compilation_leaves_the_rest_to_be_measured(monkeypatch: pytest.
 
 def test_what_was_chosen_elsewhere_is_done_as_far_as_it_can_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
     way = Computing("bfloat16", "channels_last", compile=True, cuda_graphs=True, worth=9)
-    monkeypatch.setattr(trial, "compiler_works", lambda device: True)
-    assert trial.possible(way, CPU) == Computing("bfloat16", "channels_last", compile=True, worth=9)
-    monkeypatch.setattr(trial, "compiler_works", lambda device: False)
-    assert trial.possible(way, CPU) == Computing("bfloat16", "channels_last", worth=9)
+    monkeypatch.setattr(choosing, "compiler_works", lambda device: True)
+    assert choosing.possible(way, CPU) == Computing("bfloat16", "channels_last", compile=True, worth=9)
+    monkeypatch.setattr(choosing, "compiler_works", lambda device: False)
+    assert choosing.possible(way, CPU) == Computing("bfloat16", "channels_last", worth=9)
 
 
 def test_a_choice_of_another_version_is_told(tmp_path: Path) -> None:
@@ -350,5 +350,5 @@ def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compile
     spec, way = cell("kd"), Computing(compile=True, worth=worth)
     batches, teacher = batches_for(spec), teacher_of(spec, way)
     member = Member(spec, batches, teacher, CPU, way)
-    make_graphs([member], batches, teacher)
-    assert way_of(member, teacher, Program([]))["compile"] is compiled
+    make_graphs([member])
+    assert way_of(member, Program([]))["compile"] is compiled

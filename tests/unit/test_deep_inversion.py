@@ -409,7 +409,7 @@ def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) ->
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path, guarded=True)
     train(member, batches, teacher, 4)
-    assert evaluate(member, batches, teacher)["test"]["accuracy"] >= 0
+    assert evaluate(member)["test"]["accuracy"] >= 0
     assert member.finished
     with_validation = spec.model_copy(update={"data": spec.data.model_copy(update={"validation": 10})})
     # The guard guards: a step on the data set's batch is seen, and so are looks at images or labels alone.
@@ -700,5 +700,5 @@ def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> Non
         files = SourceFiles("abc", tmp_path / method, tmp_path / "shared")
         member = Member(spec, batches, teacher, CPU, files=files)
         train(member, batches, teacher, 150)
-        accuracies[method] = evaluate(member, batches, teacher)["test"]["accuracy"]
+        accuracies[method] = evaluate(member)["test"]["accuracy"]
     assert accuracies["deep_inversion"] > accuracies["noise_kd"] + 5 and accuracies["deep_inversion"] > 80

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from picture_files import write_pictures
-from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, step_together, train
+from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, step_together, train, untrained_teacher
 
 from kdbench.cards import DatasetCard
 from kdbench.engine.batches import Batches
@@ -63,10 +63,11 @@ def test_no_label_of_the_target_is_touched_in_training(method: str) -> None:
     data, target = images(spec.data, per_class=4), images(spec.target, seed=1)
     target = replace(target, train_labels=Labels())  # type: ignore[arg-type]
     batches = Batches(spec, data, CPU, target)
-    member, _, teacher = member_of(spec.model_copy(update={"data": spec.data}), data)
+    teacher = untrained_teacher(spec)
+    member = Member(spec, batches, teacher, CPU)
     while not member.finished:
         step(member, batches, teacher)
-        measured = evaluate(member, batches, teacher)
+        measured = evaluate(member)
     # Tested on the target, selected on the source: neither asked for the guarded labels.
     assert {"test", "source", "validation"} <= set(measured)
     assert torch.equal(batches.validation.labels.sort().values, torch.arange(10))
@@ -217,7 +218,7 @@ def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -
     assert fingerprint(member.own_teacher.model) == before
     train(member, batches, teacher, 4)
     assert fingerprint(teacher.network.model) == before != fingerprint(member.own_teacher.model)
-    measured = evaluate(member, batches, teacher)
+    measured = evaluate(member)
     # Modes are as they were: the next step trains on the batch's own statistics.
     assert member.own_teacher.model.training
     member.own_teacher.model.eval()

@@ -88,7 +88,7 @@ def cohort_of(specs: list[CellSpec], folder: Path, stop: Callable[[], bool] = la
     for i, spec in enumerate(specs):
         member = Member(spec, batches, teacher if spec.teacher else None, CPU)
         seats.append(TrainingCell(member, folder / str(i), {}, MetricsLog(folder / str(i), [], tensorboard=False)))
-    TrainingLoop(Program([Cohort(batches, teacher, seats)]), lambda seat, entry: None, lambda seat: None, stop).run()
+    TrainingLoop(Program([Cohort(batches, teacher, seats)]), lambda seat: None, lambda seat: None, stop).run()
     return seats
 
 
@@ -178,7 +178,7 @@ def test_evaluation_changes_nothing() -> None:
     member, batches, teacher = member_of(cell("ab"))
     train(member, batches, teacher, 2)
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
-    measured = evaluate(member, batches, teacher)
+    measured = evaluate(member)
     assert set(measured) == {"test", "metrics", "references"}
     shares, of_constant = measured["metrics"]["agreement"], measured["references"]["agreement"]
     assert set(shares) == set(of_constant) == {"layer1.preact", "layer2.preact", "layer3.preact"}

@@ -137,8 +137,10 @@ for i, spec in enumerate(specs):
     member = Member(spec, batches, teacher if spec.teacher else None, CPU)
     seats.append(TrainingCell(member, folder, {}, MetricsLog(folder, [], tensorboard=False)))
 at = []
-def look(seat, entry):
-    if entry is not None:
+seen = {}
+def look(seat):
+    if seen.get(seat.folder, 0) != len(seat.member.log.history):
+        seen[seat.folder] = len(seat.member.log.history)
         at.append(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
 TrainingLoop(Program([Cohort(batches, teacher, seats)]), look, lambda seat: None, lambda: False).run()
 print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s in seats if s.failure]}))

@@ -18,6 +18,7 @@ from tiny import CPU, batches_for, member_of, shortened, train, untrained_teache
 from kdbench import cli
 from kdbench.data.pictures import Pictures
 from kdbench.engine.check import check_cell
+from kdbench.engine.choosing import _measure
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceFiles
@@ -25,7 +26,6 @@ from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.materials import load_data
 from kdbench.engine.messages import Failed
 from kdbench.engine.program import Program
-from kdbench.engine.trial import _measure
 from kdbench.engine.worker import Worker
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
@@ -423,11 +423,11 @@ def test_a_metric_that_fails_later_costs_its_value_and_not_the_cell(loss: str, w
     check_cell(spec)
     member, batches, teacher = member_of(spec)
     train(member, batches, teacher, 1)
-    found = evaluate(member, batches, teacher)
+    found = evaluate(member)
     assert found["metrics"][loss] == {"logits": None} and found["metrics"]["good"]["logits"] > 0
     assert why in found["unmeasured"][loss]["logits"] and "good" not in found["unmeasured"]
     member, batches, teacher = member_of(cell(own))
-    found = evaluate(member, batches, teacher)
+    found = evaluate(member)
     assert found["references"]["good"]["logits"] > 0 and "unmeasured" not in found
 
 
@@ -453,7 +453,7 @@ def test_what_the_last_step_ruins_is_a_failed_cell_and_no_result(ruined: str, tm
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": protocol, "method": {"name": "ce", **weight}}
     cohort = cohort_of([shortened(plan(recipe, Registry()).cells[0].spec, 1)], tmp_path)
     finished: list[Any] = []
-    TrainingLoop(Program([cohort]), lambda cell, entry: None, finished.append, lambda: False).run()
+    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
     (cell,) = cohort.cells
     term = "test/loss; try a smaller" if ruined == "weights" else "the weighted sum; look at the loss itself"
     assert cell.failure is not None and not finished and not cell.member.log.history
@@ -498,7 +498,7 @@ def test_a_loss_that_ends_the_program_fails_its_cell_alone(own: Registry, tmp_pa
     sys.modules.pop("own_code", None)
     cohort = cohort_of([cell(own, method=stage(loss="leaves_later")), cell(own)], tmp_path)
     finished: list[Any] = []
-    TrainingLoop(Program([cohort]), lambda cell, entry: None, finished.append, lambda: False).run()
+    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
     failed, other = cohort.cells
     assert re.search(LEAVES, failed.failure or "") and other.failure is None and finished == [other]
 

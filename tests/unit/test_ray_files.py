@@ -89,8 +89,8 @@ def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, mon
     spec = order.cells[0].spec
     order = task(tmp_path, student=spec.student.model_copy(update={"weights": weights}))
     sending = Sending(NOW, tmp_path)
-    sending.given[spec.data.source()] = Given(fingerprint="f", file=tmp_path / "data")
-    given = sending.give(actor, actor.node.folder, order)[spec.data.source()]
+    sending.given[spec.data.images_key()] = Given(fingerprint="f", file=tmp_path / "data")
+    given = sending.give(actor, actor.node.folder, order)[spec.data.images_key()]
     assert given.file is not None and given.file.read_text() == "images" and given.fingerprint == "f"
     assert given.file.is_relative_to(actor.node.folder)
     before = [*actor.sent]
@@ -112,7 +112,7 @@ def test_pictures_are_used_where_they_lie_or_sent(actor: Called, tmp_path: Path)
     data = pictures.from_folders(root, "some", tmp_path, 28)
     save_listing(listing := tmp_path / f"{data.fingerprint}{SUFFIX}", data, tmp_path)
     order = task(tmp_path)
-    source = order.cells[0].spec.data.source()
+    source = order.cells[0].spec.data.images_key()
     sending = Sending(NOW, tmp_path)
     sending.given[source] = Given(fingerprint=data.fingerprint, file=listing)
     # The driver's own places, of which the node lacks one and has another picture in a second.
@@ -156,7 +156,7 @@ def test_tables_of_teacher_logits_are_those_of_the_run(
     written(actor.node.folder / TABLES, old__x="cleared since")
     sending = Sending(NOW, tmp_path)
     written(tmp_path, data="images")
-    sending.given[spec.data.source()] = Given(fingerprint="f", file=tmp_path / "data")
+    sending.given[spec.data.images_key()] = Given(fingerprint="f", file=tmp_path / "data")
     sending.give(actor, actor.node.folder, order)
     wanted = table_at(key, spec.teacher.name)
     assert {*files_of(actor.node.folder / TABLES)} == {f"{wanted.folder.name}/{name}" for name in (VALUES, ABOUT)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_checks import check_card
 from conftest import ROOT
 from safetensors.torch import load_file
 from synthetic import plain_record, write
@@ -15,7 +16,6 @@ from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import SHARE
-from kdbench.recipe.checking import check_card
 from kdbench.recipe.planning import plan, teacher_of_card
 from kdbench.registry import Registry
 from kdbench.verify.verification import verify

@@ -249,7 +249,7 @@ def test_a_cell_trains_on_pictures(registry: Registry, root: Path) -> None:
     member = Member(spec, batches, None, CPU)
     train(member, batches, None, 9)
     member.check_finite()
-    assert 0 <= evaluate(member, batches, None)["test"]["accuracy"] <= 100
+    assert 0 <= evaluate(member)["test"]["accuracy"] <= 100
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from kdbench.data.decoding import as_bytes, as_image
 from kdbench.data.transforms import Addressed, Transforms, color_jitter, rand_augment, random_erasing
 from kdbench.engine.batches import Batches
-from kdbench.engine.evaluation import evaluate, score
+from kdbench.engine.evaluation import evaluate, scores
 from kdbench.engine.finish import streams
 from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
@@ -299,8 +299,8 @@ def test_the_average_is_tested_and_kept_and_goes_on_from_a_checkpoint() -> None:
     found = member.answers.model.state_dict()
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())
     assert not torch.allclose(found["fc.weight"], member.student.model.state_dict()["fc.weight"], atol=1e-4)
-    tested = evaluate(member, batches, None)["test"]
-    assert tested == score(member.answers, batches.test)[0] != score(member.student, batches.test)[0]
+    tested = evaluate(member)["test"]
+    assert tested == scores(member.answers, batches.test).plain() != scores(member.student, batches.test).plain()
     resumed, again, _ = member_of(spec, data)
     resumed.load_state(copy.deepcopy(member.state()))
     for one, of in ((member, batches), (resumed, again)):
@@ -316,10 +316,10 @@ def test_metrics_are_of_the_average_too() -> None:
     spec = plan(recipe | {"protocol": protocol}, REGISTRY, weights_must_exist=False).cells[0].spec
     member, batches, teacher = member_of(spec, images(spec.data, per_class=3))
     train(member, batches, teacher, 6)
-    found = evaluate(member, batches, teacher)["metrics"]
+    found = evaluate(member)["metrics"]
     average = {name: value.clone() for name, value in member.answers.model.state_dict().items()}
     member.student.model.load_state_dict(average)
-    assert evaluate(member, batches, teacher)["metrics"] == found, "they changed with the weights that do not answer"
+    assert evaluate(member)["metrics"] == found, "they changed with the weights that do not answer"
 
 
 def test_what_an_average_cannot_follow_is_refused() -> None:

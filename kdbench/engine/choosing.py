@@ -15,7 +15,7 @@ from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import WARM, program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Chosen, Computing, candidates
+from kdbench.engine.compute import Chosen, Computing, Steps, candidates
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
@@ -45,14 +45,6 @@ REPLAYS = 20
 FASTEST = "the fastest that was measured"
 # Cells of a cohort that are measured at most: they differ little, and all would take long.
 CELLS = 3
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What one worker has before it: steps of students, and steps with a teacher."""
-
-    of_students: float
-    with_teacher: float
 
 
 @dataclass
@@ -193,7 +185,7 @@ def _measure(
         members = [
             enter_longest_stage(Member(s, batches, teacher if s.teacher else None, device, way, files)) for s in specs
         ]
-        make_graphs(members, batches, teacher)
+        make_graphs(members)
         if way.cuda_graphs:
             one.compiling, one.student, one.losses = _replayed(members, batches, teacher, way)
             return one
