@@ -246,6 +246,9 @@ def _seen(
     }
     if kept_in.name == _PUBLISHED:
         key["resize"] = spec.resize
+    if isinstance(data, Pictures):
+        # Their fingerprint is that of the files, whatever is taken of them.
+        key["tested"] = {"short_side": data.short_side, "image_size": tested.image_size}
 
     def measure() -> Seen:
         split = split_for_testing(tested, data, device)
