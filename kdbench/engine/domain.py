@@ -16,8 +16,9 @@ from kdbench.data.streams import generator, permutation, uniform
 from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
 from kdbench.engine.mixing import NUMBERS, Mixing
 from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
-from kdbench.recipe.timeline import Timeline, batches_per_epoch
+from kdbench.recipe.timeline import Timeline, batches_per_epoch, training_images
 
 
 class Domain(ABC):
@@ -130,7 +131,11 @@ def place_of(step: int, timeline: Timeline) -> tuple[str, int, int]:
 
 
 def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the labelled training split and of the validation split: seeded, stratified, disjoint."""
+    """Indices of the labelled training split and of the validation split: seeded, stratified, disjoint.
+
+    Raises:
+        UserError: fewer images can be chosen than were asked for, as of a class without any.
+    """
     split_seed = spec.split_seed if spec.split_seed is not None else seed
     train, held_out = torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     if spec.validation:
@@ -140,4 +145,10 @@ def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     if spec.fraction is not None or spec.per_class is not None:
         chosen = subset(labels[train], fraction=spec.fraction, per_class=spec.per_class, seed=split_seed)
         train = train[chosen]
+        # Budget and record count by what was asked for.
+        if (asked := training_images(spec.model_copy(update={"train": len(labels)}))) != len(train):
+            empty = sorted({*(spec.only_classes or range(spec.classes))} - {*labels.unique().tolist()})
+            what = f"{asked} training images of '{spec.name}' were asked for, and {len(train)} can be chosen"
+            without = "classes without training images: " + ", ".join(map(str, empty[:3]))
+            raise UserError(f"{what}; {without}", hint="leave these out of the data set, or choose more of its images")
     return train, held_out

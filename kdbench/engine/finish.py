@@ -151,13 +151,14 @@ def streams(spec: CellSpec) -> list[str]:
 def by_classes(data: DataSpec, logits: Tensor, labels: Tensor) -> dict[str, float] | None:
     """Of a student that trained on images of some classes: test accuracy in percent on these and on the others.
 
-    All classes compete in both; None for a student that trained on all.
+    All classes compete in both; what has no test images is left out. None for a student that trained on all.
     """
     if data.only_classes is None:
         return None
     right = (logits.argmax(dim=1) == labels).float()
     own = torch.isin(labels, torch.tensor(data.only_classes, device=labels.device))
-    return {"trained_on": 100 * right[own].mean().item(), "others": 100 * right[~own].mean().item()}
+    parts = {"trained_on": right[own], "others": right[~own]}
+    return {name: 100 * part.mean().item() for name, part in parts.items() if len(part)}
 
 
 def size_of(model: nn.Module, data: DataSpec) -> dict[str, float]:

@@ -132,15 +132,19 @@ def with_accuracy(
     on_record: tuple[float, str] | None = None
     found: list[str] = []
     if spec.trained_by is None:
-        training = origin_of(file.file)
-        if training is not None and training.accuracy is not None and training.target is None:
-            on_record = (training.accuracy, "the record beside its weights")
-        if training is not None and training.fingerprint != data.fingerprint:
+        beside = origin_of(file.file)
+        if beside is not None and beside.accuracy is not None and beside.target is None:
+            on_record = (beside.accuracy, "the record beside its weights")
+        if beside is not None and beside.fingerprint != data.fingerprint:
             found = [f"the teacher '{spec.name}' was trained on other data of that name, of another fingerprint"]
-    elif spec.trained_by.target is None and file.accuracy is not None:
+    elif spec.trained_by.target is None and spec.trained_by.data.tested_on == "test" and file.accuracy is not None:
         on_record = (file.accuracy, "the record of its training")
-        same = spec.normalization == spec.trained_by.protocol.normalization
-        if same and spec.model.image_size == spec.trained_by.student.image_size and file.data == data.fingerprint:
+        training, before = spec.trained_by, spec.trained_by.data
+        same = spec.normalization == training.protocol.normalization
+        same &= spec.model.image_size == training.student.image_size and file.data == data.fingerprint
+        if isinstance(data, Pictures):
+            same &= (before.options, before.image_size) == (data_spec.options, data_spec.image_size)
+        if same:
             return replace(file, doubts=doubts(spec, Seen(file.accuracy), data_spec.classes, None))
     published = None
     if spec.accuracy is not None and (own := _own_view(spec, data_spec, data)) is not None:
@@ -246,6 +250,9 @@ def _seen(
     }
     if kept_in.name == _PUBLISHED:
         key["resize"] = spec.resize
+    if isinstance(data, Pictures):
+        # Their fingerprint is that of the files, whatever is taken of them.
+        key["tested"] = {"short_side": data.short_side, "image_size": tested.image_size}
 
     def measure() -> Seen:
         split = split_for_testing(tested, data, device)

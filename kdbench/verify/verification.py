@@ -248,7 +248,8 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         on_source = record.target is not None and record.teacher.source_accuracy is not None
         key = teacher if on_source else (teacher, tested)
         add(name, "teacher accuracy", key, record.teacher.source_accuracy if on_source else record.teacher.accuracy)
-        add(name, "teacher accuracy", key, trained.result.test.last)
+        if trained.resolved is None or trained.resolved.data.tested_on == "test":
+            add(name, "teacher accuracy", key, trained.result.test.last)
     different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
     for what, _, values in different:
         fewest = min(values.values(), key=len)

@@ -153,6 +153,13 @@ def test_a_trained_teachers_accuracy_is_that_with_the_input_it_gets(
         with monkeypatch.context() as once:
             once.setattr(teacher_files, "load_teacher", None)
             assert with_accuracy(case.teacher, file, tmp_path, case.data, data, tiny.CPU) == found
+    # One that was tested on images held out of its training set has another one on the test set.
+    assert spec.teacher.trained_by is not None
+    held_out = spec.teacher.trained_by.data.model_copy(update={"tested_on": "validation"})
+    trained_by = spec.teacher.trained_by.model_copy(update={"data": held_out})
+    other_part = spec.teacher.model_copy(update={"trained_by": trained_by})
+    found = with_accuracy(other_part, recorded, tmp_path, spec.data, data, tiny.CPU)
+    assert found.accuracy == pytest.approx(by_hand(spec, path, data), abs=1e-3)
     # One of other classes has none here.
     foreign = spec.teacher.model_copy(update={"classes": 7})
     assert with_accuracy(foreign, recorded, tmp_path, spec.data, data, tiny.CPU).accuracy is None

@@ -20,6 +20,7 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine.check import check_cell
 from kdbench.engine.choosing import _measure
 from kdbench.engine.compute import REFERENCE
+from kdbench.engine.domain import split
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.loop import TrainingLoop
@@ -199,6 +200,18 @@ def test_a_data_set_as_it_should_be_is_taken(sets: Path) -> None:
     assert load(sets, "good").train_labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert set(load(sets, "no_test_of_one").test_labels.tolist()) == {0, 1}, "nobody is asked for it"
     assert isinstance(load(sets, "good_pictures", streamed=True, train=3, test=3), Pictures)
+
+
+@pytest.mark.parametrize("choice", [{"per_class": 5}, {"fraction": 0.05}, {"per_class": 5, "only_classes": [0, 9]}])
+def test_images_that_a_class_does_not_have_are_not_counted(choice: dict[str, Any]) -> None:
+    """The record would tell more training images and other epochs than there were."""
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
+    spec = plan(recipe, Registry()).cells[0].spec
+    labels = torch.arange(90) % 9
+    with pytest.raises(UserError, match="can be chosen; classes without training images: 9"):
+        split(spec.data.model_copy(update=choice), labels, 0)
+    train, _ = split(spec.data.model_copy(update={"fraction": 0.5}), labels, 0)
+    assert len(train) == 45
 
 
 def test_a_module_that_ends_the_program_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def measured(here: Path, to: Path, **teacher: Any) -> TeacherFile:
     return with_accuracy(spec.teacher, file, to, spec.data, data, CPU)
 
 
-def test_a_wrong_accuracy_is_told_and_a_right_one_is_that_of_its_own_view(here: Path, tmp_path: Path) -> None:
+def written(here: Path) -> tuple[Path, pictures.Pictures]:
+    """The teacher's weights, and the pictures."""
     first = here / "teacher.safetensors"
     save_file({"none": torch.zeros(1)}, first)
     spec = spec_of(here)
@@ -82,6 +84,11 @@ def test_a_wrong_accuracy_is_told_and_a_right_one_is_that_of_its_own_view(here: 
     with torch.no_grad():
         model.train()(Normalizer(spec.teacher.normalization, (16, 16), CPU)(shown))
     save_file(model.state_dict(), first)
+    return first, data
+
+
+def test_a_wrong_accuracy_is_told_and_a_right_one_is_that_of_its_own_view(here: Path, tmp_path: Path) -> None:
+    first, data = written(here)
 
     def accuracy(short_side: int, size: int) -> float:
         split = StreamedSplit(data.test_files, data.test_labels, short_side, size, 3)
@@ -106,3 +113,20 @@ def test_a_wrong_accuracy_is_told_and_a_right_one_is_that_of_its_own_view(here: 
 def test_how_an_accuracy_was_measured_stands_beside_it(here: Path) -> None:
     with pytest.raises(UserError, match="'resize' says how the 'accuracy' was measured"):
         spec_of(here, resize=20)
+
+
+def test_an_accuracy_that_was_kept_is_not_that_of_other_sizes_of_the_same_pictures(here: Path, tmp_path: Path) -> None:
+    first, data = written(here)
+    spec = spec_of(here)
+    assert spec.teacher is not None
+    file = TeacherFile(first, sha256_of(first), None)
+
+    def accuracy(to: Path, short_side: int, size: int) -> float | None:
+        tested = spec.data.model_copy(update={"image_size": size})
+        assert spec.teacher is not None
+        return with_accuracy(spec.teacher, file, to, tested, replace(data, short_side=short_side), CPU).accuracy
+
+    sizes = [(18, 16), (40, 16), (40, 32)]
+    alone = [accuracy(tmp_path / str(i), *of) for i, of in enumerate(sizes)]
+    assert alone[0] != alone[1] != alone[2], "the case tells them apart"
+    assert [accuracy(tmp_path / "one", *of) for of in sizes] == alone
