@@ -334,6 +334,18 @@ def test_work_goes_on_where_nobody_listens(outputs: str, wait: float, tmp_path: 
     assert not done.stderr
 
 
+@pytest.mark.parametrize(("output", "code"), [("| true", 0), ("> /dev/full", 1)])
+def test_a_reader_that_has_enough_is_no_fault_of_the_command(output: str, code: int, tmp_path: Path) -> None:
+    """But a full disk is, of a table that was asked for."""
+    said = "import time\nfrom kdbench.cli import keep_streams\nkeep_streams()\ntime.sleep(0.3)\nprint('x' * 10**6)\n"
+    (tmp_path / "table.py").write_text(said)
+    command = f"{sys.executable} table.py {output}; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
+    assert done.returncode == code, done.stderr
+    assert (b"Error" in done.stderr) == (code == 1)
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
