@@ -21,6 +21,7 @@ from rich.table import Table
 
 from kdbench import api, cli
 from kdbench.__main__ import main
+from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
 from kdbench.engine import pool
@@ -302,3 +303,9 @@ def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -
     words = [sys.executable, "-m", "kdbench.engine.worker"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("kind", ["losses", "recipes"])
+def test_a_kind_alone_is_no_card(kind: str) -> None:
+    with pytest.raises(UserError, match=f"(?s)which of the {kind}.*'kdbench ls {kind}' lists them"):
+        showing.command(kind, None, None)
