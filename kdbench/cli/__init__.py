@@ -59,6 +59,20 @@ def with_address(words: list[str]) -> list[str]:
     return found
 
 
+def check_overrides(words: list[str]) -> None:
+    """Raises UserError for a recipe's key that is written as an option: '--epochs 3' for 'epochs=3'."""
+    if words[:1] not in (["run"], ["check"]) or not any(word.startswith("--") for word in words):
+        return
+    from kdbench.recipe.choices import Recipe
+
+    for word, after in zip(words, [*words[1:], "…"], strict=True):
+        name, equals, value = word.removeprefix("--").partition("=")
+        # The folder of the data sets is an option too.
+        if word.startswith("--") and name in Recipe.model_fields.keys() - {"data"}:
+            hint = f"write '{name}={value if equals else after}', without dashes: it overrides the recipe"
+            raise UserError(f"'--{name}' is no option", "command line", hint)
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
     keep_streams()
@@ -80,6 +94,7 @@ def main() -> None:
             raise UserError(f"not in UTF-8: {os.fsencode(odd)!r}", "command line", "rename the file, or set the locale")
         # A shell opens ~ at the beginning of a word only, and of no word in quotes.
         words = [re.sub(r"(?s)^(--[\w-]+=|)(~.*)", _with_home, word) for word in sys.argv[1:]]
+        check_overrides(words)
         app(with_address(words), standalone_mode=True)
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
