@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError
 
 import kdbench
 from kdbench.cli import main
@@ -29,7 +30,7 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
-from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, expanded, home
+from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -294,6 +295,21 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(full: None, tmp_path: Pa
         keep_checkpoint(tmp_path, [], torch.nn.Linear(1, 1), 3, 1.0, None)
     assert file.read_text() == "the one before"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [CHECKPOINT]
+
+
+def test_a_file_that_is_larger_than_what_is_free_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer asks for the whole room first, so that some is left."""
+
+    def failing(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+    with pytest.raises(OSError) as caught:
+        save_tensors(tmp_path / "student.safetensors", {})
+    assert str(disk_full(caught.value)).startswith(f"the disk is full: {tmp_path / 'student.safetensors'}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> None:
