@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from html import escape
@@ -38,7 +39,9 @@ MOST_CHANGED = 0.15
 def style() -> Iterator[None]:
     """Our own look, whatever the user's matplotlibrc says."""
     matplotlib = _library()
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Letters that the font lacks are boxes, as the plot shows.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(
             {

@@ -134,9 +134,11 @@ def sha256_of(file: Path) -> str:
 
 def disk_full(error: BaseException) -> UserError | None:
     """What is said of an error where it is a full disk; None for any other."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    # Writers in Rust, as safetensors', say the number in their words.
+    if getattr(error, "errno", None) not in codes and not any(f"(os error {code})" in str(error) for code in codes):
         return None
-    what = f"the disk is full: {error.filename or 'nothing more can be written'}"
+    what = f"the disk is full: {getattr(error, 'filename', None) or 'nothing more can be written'}"
     return UserError(what, hint="make room and repeat the command: what is finished is kept")
 
 

@@ -124,9 +124,10 @@ def check_options(
     result: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:
-            raise UserError(
-                f"unknown key '{name}' for {what}", where=where(name), hint=did_you_mean(name, [*known, *also_known])
-            )
+            hint = did_you_mean(name, [*known, *also_known])
+            if not (known or also_known):
+                hint = "it takes none: options are the arguments of its function, or of its class's own '__init__'"
+            raise UserError(f"unknown key '{name}' for {what}", where=where(name), hint=hint)
         result[name] = _typed(value, known[name], where(name), what)
     missing = [p.name for p in known.values() if p.default is REQUIRED and p.name not in result]
     if missing:

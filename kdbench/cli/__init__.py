@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import unicodedata
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -59,6 +59,20 @@ def with_address(words: list[str]) -> list[str]:
     return found
 
 
+def check_overrides(words: list[str]) -> None:
+    """Raises UserError for a recipe's key that is written as an option: '--epochs 3' for 'epochs=3'."""
+    if words[:1] not in (["run"], ["check"]) or not any(word.startswith("--") for word in words):
+        return
+    from kdbench.recipe.choices import Recipe
+
+    for word, after in zip(words, [*words[1:], "…"], strict=True):
+        name, equals, value = word.removeprefix("--").partition("=")
+        # The folder of the data sets is an option too.
+        if word.startswith("--") and name in Recipe.model_fields.keys() - {"data"}:
+            hint = f"write '{name}={value if equals else after}', without dashes: it overrides the recipe"
+            raise UserError(f"'--{name}' is no option", "command line", hint)
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
     keep_streams()
@@ -80,6 +94,7 @@ def main() -> None:
             raise UserError(f"not in UTF-8: {os.fsencode(odd)!r}", "command line", "rename the file, or set the locale")
         # A shell opens ~ at the beginning of a word only, and of no word in quotes.
         words = [re.sub(r"(?s)^(--[\w-]+=|)(~.*)", _with_home, word) for word in sys.argv[1:]]
+        check_overrides(words)
         app(with_address(words), standalone_mode=True)
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
@@ -124,13 +139,15 @@ def _end(code: int, message: str) -> None:
 
 
 class _Heard(io.FileIO):
-    """An output whose reader may leave, as `2>&1 | head -1` does, or whose disk may be full: the rest is lost, and the
-    work goes on."""
+    """An output whose reader may leave, as `| head -1` does, and for messages one whose disk may be full: the rest is
+    lost, and the work goes on."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except OSError:
+        except OSError as error:
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -139,7 +156,7 @@ class _Heard(io.FileIO):
 
 def keep_streams() -> None:
     """Standard streams that were closed by whoever started this ('>&-') lead nowhere, for worker processes too, which
-    would else take a file of theirs for one. Messages may lose their reader at any time."""
+    would else take a file of theirs for one. Both outputs may lose their reader at any time."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -148,10 +165,16 @@ def keep_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
-        output = io.BufferedWriter(_Heard(2, "w", closefd=False))
-        encoding, errors = sys.stderr.encoding, sys.stderr.errors
-        sys.stderr = io.TextIOWrapper(output, encoding, errors, line_buffering=True)
+    sys.stdout, sys.stderr = _heard(sys.stdout, sys.__stdout__, 1), _heard(sys.stderr, sys.__stderr__, 2)
+
+
+def _heard(stream: TextIO, own: TextIO | None, number: int) -> TextIO:
+    """The stream of this number, whose reader may leave; another, as a notebook has it, as it is."""
+    if stream is not own or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    output = io.BufferedWriter(_Heard(number, "w", closefd=False))
+    buffered = number == 1 and not (stream.line_buffering or stream.write_through)
+    return io.TextIOWrapper(output, stream.encoding, stream.errors, line_buffering=not buffered)
 
 
 # What stands for characters that an output's encoding lacks.

@@ -38,6 +38,8 @@ def command(
         print_yaml(read_text(find(name)))
         return
     if name is None:
+        if kind in (*KINDS, "recipes"):
+            raise UserError(f"which of the {kind}?", "kdbench show", f"'kdbench ls {kind}' lists them")
         found = [k for k in KINDS if kind in cards.names(k)]
         if len(found) != 1:
             what = f"several kinds have a card '{kind}': {', '.join(found)}" if found else f"there is no card '{kind}'"

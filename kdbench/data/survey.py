@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from kdbench.data.listing import Listing, centred, converted, held_out, listing, opened, pixels
 from kdbench.errors import UserError
@@ -177,7 +178,16 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
 
 def _head(file: Path) -> tuple[int, int, str, bool]:
     with opened(file) as image:
-        return image.height, image.width, image.mode, image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        return image.height, image.width, image.mode, _turned(image, file)
+
+
+def _turned(image: Image.Image, file: Path) -> bool:
+    """Whether the picture is to be turned by its EXIF data. UserError for a picture that is damaged."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # noqa: BLE001 - EXIF data lie behind a PNG's pixels, and damaged ones can fail in any way
+        converted(image, 3, file)  # A sound picture is used, whatever its EXIF data are.
+        return False
 
 
 def _tried(action: Callable[[Path], Any]) -> Callable[[Path], Any]:

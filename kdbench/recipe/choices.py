@@ -206,6 +206,14 @@ class Tune(BaseModel):
         0.2, gt=0, description="images (or share below 1) of the training set to choose by, unless 'data' sets one"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def lists_or_ranges(cls, given: Any) -> Any:
+        for key, space in given.items() if isinstance(given, dict) else ():
+            if key not in cls.model_fields and not isinstance(space, list | dict | Range):
+                raise ValueError(f"'{key}' needs a list of values, as [1, 10], or a range, as {{low: 1, high: 10}}")
+        return given
+
     @model_validator(mode="after")
     def something_once(self) -> Tune:
         if not self.spaces:

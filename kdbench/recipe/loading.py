@@ -11,7 +11,7 @@ import yaml
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE, expanded, no_file
-from kdbench.recipe.choices import Recipe
+from kdbench.recipe.choices import Range, Recipe
 from kdbench.registry import written_out
 from kdbench.tree import Tree
 from kdbench.validation import fields_at, validated
@@ -118,7 +118,10 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
     if path[0] not in known:
         raise UserError(f"unknown key '{path[0]}'", where=where, hint=_meant(path[0], known))
     if path[0] in ("compare", "tune") and len(path) > 1:
-        path = (path[0], ".".join(path[1:]))
+        inner, last, tuned = ".".join(path[1:-1]), path[-1], tree.data.get("tune")
+        # Of a range that is tuned one end may be given alone.
+        ranged = last in Range.model_fields and isinstance(tuned, dict) and isinstance(tuned.get(inner), dict)
+        path = ("tune", inner, last) if path[0] == "tune" and ranged else (path[0], ".".join(path[1:]))
     tree = _without_other_budget(tree, {dotted_path})
     over = Tree({}, {}).put(path, Tree.of(value, where))
     return tree.merged(written_out(over, recipe=True))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import ROOT
 from fuzzing import Found, folders, recipes
 from rich.console import Console
@@ -21,12 +22,14 @@ from rich.table import Table
 
 from kdbench import api, cli
 from kdbench.__main__ import main
+from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
 from kdbench.engine import pool
 from kdbench.engine.check import check_cell
 from kdbench.errors import UserError
 from kdbench.files import no_formula
+from kdbench.recipe.choices import Recipe
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 from kdbench.tree import Tree, plain
@@ -302,3 +305,27 @@ def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -
     words = [sys.executable, "-m", "kdbench.engine.worker"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("kind", ["losses", "recipes"])
+def test_a_kind_alone_is_no_card(kind: str) -> None:
+    with pytest.raises(UserError, match=f"(?s)which of the {kind}.*'kdbench ls {kind}' lists them"):
+        showing.command(kind, None, None)
+
+
+@pytest.mark.parametrize(("words", "way"), [(("--epochs", "3"), "epochs=3"), (("--seeds=[1]",), "seeds=[1]")])
+def test_an_override_that_is_written_as_an_option_is_told(
+    words: tuple[str, ...], way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kdbench", "run", "ab_wrn", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2 and f"write '{way}', without dashes" in capsys.readouterr().err
+    cli.check_overrides(["run", "ab_wrn", "epochs=3", "--data", "x", "--jobs=2"])
+
+
+def test_no_option_of_a_command_is_a_key_of_a_recipe() -> None:
+    """But the folder of the data sets, which is left alone: any other would be refused."""
+    commands = typer.main.get_command(cli.app).commands
+    options = {word for name in ("run", "check") for one in commands[name].params for word in one.opts}
+    assert options & {f"--{key}" for key in Recipe.model_fields} <= {"--data"}

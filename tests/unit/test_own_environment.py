@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError
 
 import kdbench
 from kdbench.cli import main
@@ -29,7 +30,7 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
-from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, expanded, home
+from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -296,6 +297,21 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(full: None, tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [CHECKPOINT]
 
 
+def test_a_file_that_is_larger_than_what_is_free_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer asks for the whole room first, so that some is left."""
+
+    def failing(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+    with pytest.raises(OSError) as caught:
+        save_tensors(tmp_path / "student.safetensors", {})
+    assert str(disk_full(caught.value)).startswith(f"the disk is full: {tmp_path / 'student.safetensors'}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> None:
     member: Any = SimpleNamespace(computing=REFERENCE, batches=SimpleNamespace(ranks=SimpleNamespace(size=1)))
     cell = TrainingCell(member, tmp_path, {}, log=object())  # type: ignore[arg-type]
@@ -332,6 +348,18 @@ def test_work_goes_on_where_nobody_listens(outputs: str, wait: float, tmp_path: 
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
     assert (tmp_path / "done").read_text() == "0", done
     assert not done.stderr
+
+
+@pytest.mark.parametrize(("output", "code"), [("| true", 0), ("> /dev/full", 1)])
+def test_a_reader_that_has_enough_is_no_fault_of_the_command(output: str, code: int, tmp_path: Path) -> None:
+    """But a full disk is, of a table that was asked for."""
+    said = "import time\nfrom kdbench.cli import keep_streams\nkeep_streams()\ntime.sleep(0.3)\nprint('x' * 10**6)\n"
+    (tmp_path / "table.py").write_text(said)
+    command = f"{sys.executable} table.py {output}; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, timeout=60, capture_output=True)
+    assert done.returncode == code, done.stderr
+    assert (b"Error" in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from kdbench.engine.check import check_cell
 from kdbench.errors import UserError
@@ -135,3 +138,25 @@ def test_sound_ones_pass(own_cards: Registry) -> None:
     checked(own_cards, "protocol.optimizer=Sound", "protocol.schedule=sound")
     # Weights may be negative, rates not.
     checked(own_cards, "method.stages.classification.losses.ce.weight_schedule=negative")
+
+
+def test_the_parts_of_the_documentation_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an option that a class inherits is told from a misspelt one."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    page = (ROOT / "docs" / "cards.md").read_text()
+    for name, text in re.findall(r"```\w+\n# my_parts/(\S+)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).write_text(text)
+    heir = "\n\nclass Heir(torch.optim.SGD):\n    pass\n"
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text() + heir)
+    (tmp_path / "heir.yaml").write_text("optimizers: {heir: {target: 'own:Heir'}}")
+    cards = Registry(tmp_path)
+    few = (
+        "data.per_class=4",
+        "compare.method=[own]",
+        "steps=4",
+        "protocol.optimizer=sign_sgd",
+        "protocol.schedule=power",
+    )
+    check_cell(plan("quickstart", cards, few).cells[0].spec)
+    with pytest.raises(UserError, match="(?s)unknown key 'lr' for optimizer 'heir'.*its class's own '__init__'"):
+        plan("quickstart", cards, ("protocol.optimizer={name: heir, lr: 0.1}",))

@@ -158,6 +158,9 @@ def put_damage(root: Path, what: str) -> Path:
         Image.new("1", (20_000, 20_000)).save(file)
     elif what == "no picture":
         file.write_text("hello")
+    elif what == "cut short":
+        photo(1).save(file)
+        os.truncate(file, 60)
     elif what == "16 bits":
         Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(file)
     return file
@@ -176,6 +179,7 @@ def put_damage(root: Path, what: str) -> Path:
         ("link to a folder above", "leads back"),
         ("too large", "more than 178 million pixels"),
         ("no picture", "damaged"),
+        ("cut short", "damaged or cut short"),
         ("16 bits", "do not fit into bytes"),
     ],
 )
@@ -229,6 +233,14 @@ def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "x" / "usr" / "/".join("abcdefgh")).mkdir(parents=True)
     with pytest.raises(UserError, match="nested more than 6 deep"):
         survey(tmp_path / "x", tmp_path / "cache")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_exif_data_make_no_picture_damaged(tmp_path: Path) -> None:
+    root = write(tmp_path / "x")
+    photo(50).save(root / "train" / "ant" / "exif.png", exif=b"Exif\0\0junk")
+    seen = survey(root, tmp_path / "cache")
+    assert (seen.total["train"], seen.turned) == (13, 0)
 
 
 @BOTH

@@ -112,6 +112,16 @@ def test_one_evaluation_and_methods_of_different_length(tmp_path: Path, figures:
     assert [[axis.get_title() for axis in figure.axes] for figure in figures] == [["whole run"]] * 2
 
 
+def test_letters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with drawing.style():
+            figure, (axis,) = drawing.panels(1, 1, (2, 2))
+            axis.set_title("日本")
+            drawing.save(figure, tmp_path / "x.png")
+            assert "日本" in drawing.svg(figure, "title", "name")
+
+
 def test_methods_that_trained_for_a_shorter_time_are_named(tmp_path: Path, figures: list[Figure]) -> None:
     run(tmp_path / "runs", ("ce", "kd"))
     for line in (tmp_path / "runs").glob("ce-*/metrics.jsonl"):

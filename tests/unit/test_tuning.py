@@ -161,6 +161,8 @@ def test_a_method_that_a_comparison_has_twice_is_tried_once() -> None:
         ({"at.beta": [1.0, 2.0, 3.0]}, "there are 3 settings of at.beta, and every method tries 2"),
         ({"at.beta": [1.0, 1.0]}, "there are 1 settings of at.beta"),
         ({"at.beta": [1.0]}, "'tune' is invalid"),
+        ({"at.beta": 5.0}, "'at.beta' needs a list of values, as .*, or a range"),
+        ({"at.beta.low": 5.0}, "'at.beta.low' needs a list of values, as .*, or a range"),
         ({"at.beta": {"low": 1.0, "high": 1.001}, "trials": 9}, "settings of at.beta, and every method tries 9"),
         ({}, "'tune' is invalid"),
         ({"at.beta": [1.0, 2.0], "seeds": [0]}, "seed 0 is also a seed of the table"),
@@ -206,3 +208,13 @@ def test_records_vouch_for_what_was_tried(tmp_path: Any) -> None:
             self.cell = type("Cell", (), {"tuning": cell.tuning and RecordedTuning.model_validate(cell.tuning)})
 
     assert known_of([Stub(cell) for cell in best.cells]) == known  # type: ignore[list-item]
+
+
+def test_one_end_of_a_range_can_be_overridden() -> None:
+    tune = {"at.beta": {"low": 2.0, "high": 2e8, "log": True}}
+    found = planned("tune.at.beta.low=20", tune=tune)
+    assert settings(found, "at")[1]["method.beta"] >= 20
+    assert found.tune and found.tune.model_dump()["at.beta"] == {"low": 20.0, "high": 2e8, "log": True}
+    for given in (tune, None):
+        with pytest.raises(UserError, match="'kd.alpha.low' needs a list of values"):
+            planned("tune.kd.alpha.low=1", tune=given)
