@@ -219,8 +219,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
             add(name, "data origin", domain.name, domain.origin)
         if record.teacher is not None:
             # A card may have weights, and a recipe to train by instead. Read as it stands: of any version's form.
-            by_recipe = bool((record.spec.get("teacher") or {}).get("trained_by"))
-            teacher, tested = (record.teacher.name, by_recipe), (record.target or record.data).name
+            described = record.spec.get("teacher") or {}
+            teacher = (record.teacher.name, bool(described.get("trained_by")))
+            images = record.spec.get("target") or record.spec.get("data") or {}
+            tested = _given(images, described.get("normalization"), described.get("model") or {})
             add(name, "teacher hash", teacher, record.teacher.sha256)
             add(name, "teacher accuracy", (teacher, tested), record.teacher.accuracy)
             add(name, "size of the teacher", teacher, record.models.teacher and record.models.teacher.model_dump())
@@ -248,8 +250,10 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         on_source = record.target is not None and record.teacher.source_accuracy is not None
         key = teacher if on_source else (teacher, tested)
         add(name, "teacher accuracy", key, record.teacher.source_accuracy if on_source else record.teacher.accuracy)
-        if trained.resolved is None or trained.resolved.data.tested_on == "test":
-            add(name, "teacher accuracy", key, trained.result.test.last)
+        own = trained.resolved
+        if own is None or own.data.tested_on == "test":
+            given = _given(trained.spec["data"], trained.spec["protocol"].get("normalization"), trained.spec["student"])
+            add(name, "teacher accuracy", key if on_source else (teacher, given), trained.result.test.last)
     different = [(what, key, values) for (what, key), values in groups.items() if len(values) > 1]
     for what, _, values in different:
         fewest = min(values.values(), key=len)
@@ -257,6 +261,12 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         yield Finding("disagrees", f"the {what} is not one: {shown}", ", ".join(dict.fromkeys(fewest[:3])))
     if groups:
         yield Finding("agrees", "data, teachers and networks are the same in all records that share them", "records")
+
+
+def _given(data: dict[str, Any], normalization: Any, model: dict[str, Any]) -> str:
+    """How a network was given the images that it was tested on: its accuracy depends on that too."""
+    sizes = data.get("image_size"), (data.get("options") or {}).get("short_side"), model.get("image_size")
+    return json.dumps([data.get("name"), sizes, normalization], sort_keys=True)
 
 
 def _tables(folder: Folder) -> Iterator[Finding]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
+from conftest import ROOT
 from synthetic import comparison, write
 
 from kdbench.registry import Registry
@@ -69,3 +73,27 @@ def test_records_of_another_form_and_a_folder_without_sums_or_cells_are_told(tmp
     empty.mkdir()
     (empty / "recipe.json").write_text("{}")
     assert {"the table's files", "records"} <= unchecked(empty)
+
+
+@pytest.mark.parametrize(
+    ("described", "agrees"),
+    [
+        ({}, False),
+        ({"teacher": {"normalization": {"mean": [0.5], "std": [0.5]}}}, True),
+        ({"data": {"image_size": 12}}, True),
+        ({"data": {"options": {"short_side": 12}}}, True),
+    ],
+)
+def test_a_teacher_has_one_accuracy_for_images_that_are_given_to_it_alike(
+    described: dict[str, dict[str, Any]], agrees: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "quickstart"
+    shutil.copytree(ROOT / "results" / "quickstart", folder, ignore=shutil.ignore_patterns("*.png", "*.html"))
+    file = next(folder.glob("kd-seed0-*")) / "record.json"
+    record = json.loads(file.read_text())
+    record["teacher"]["accuracy"] -= 1.0
+    for part, fields in described.items():
+        record["spec"][part] |= fields
+    file.write_text(json.dumps(record))
+    told = [finding.what for finding in verify(folder, Registry()) if "the teacher accuracy is not" in finding.what]
+    assert bool(told) is not agrees
