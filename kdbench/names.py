@@ -20,7 +20,8 @@ from kdbench.tree import Tree
 
 @functools.cache
 def frozen() -> dict[str, dict[str, str]]:
-    """Kind -> key -> the name of a card of version 0.1.0 or before. Of a metric: key.metrics.metric."""
+    """Kind -> key -> the name of a card of version 0.1.0 or before. Of a metric: key.metrics.metric. Beside the kinds,
+    `last_layers`: loss -> the hook point that its methods once named in place of `layers.last`."""
     kept: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return kept
 

@@ -16,10 +16,10 @@ from kdbench.errors import UserError
 
 P = TypeVar("P")
 
-LOGITS = "logits"
+LOGITS, LAST = "logits", "layers.last"
 # Names that stand for all hook points of one form.
 _LAYERS, _PREACTS = re.compile(r"layer(\d+)"), re.compile(r"layer(\d+)\.preact")
-POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, "layers.last": _LAYERS, "layers.last.preact": _PREACTS}
+POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, LAST: _LAYERS, "layers.last.preact": _PREACTS}
 
 
 def point_name(name: str) -> str:

@@ -15,8 +15,8 @@ from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
 from kdbench.files import expanded
 from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
-from kdbench.models.points import POINT_GROUPS, numbered
-from kdbench.names import is_content
+from kdbench.models.points import LAST, POINT_GROUPS, expand, numbered
+from kdbench.names import frozen, is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice, DataPart
 from kdbench.recipe.coded import CODE, RECORDED, Coded, Spec, TargetSpec, renamed
 
@@ -134,6 +134,18 @@ class TermSpec(TermFields, Spec):
         own = getattr(self, network)
         return [own] if isinstance(own, str) else own
 
+    def hashed(self, student: ModelSpec, teacher: ModelSpec | None) -> TermSpec:
+        """As it is hashed: the last layer under its number, where methods once said that number."""
+        older = frozen()["last_layers"].get(self.loss.name)
+        models = {"student": teacher if self.of == "teacher" else student, "teacher": teacher}
+        last = {
+            side: older
+            for side, model in models.items()
+            if older and model and getattr(self, side) == LAST and not isinstance(model.hooks, str)
+            if expand([LAST], model.hooks) == [older]
+        }
+        return self.model_copy(update=last)
+
 
 class ModuleSpec(TargetSpec):
     """A connector that lives over stages, or that the student answers through."""
@@ -195,6 +207,16 @@ class MethodSpec(Spec):
     def terms(self) -> list[TermSpec]:
         """The loss terms of all stages."""
         return [term for stage in self.stages.values() for term in stage.losses.values()]
+
+    def hashed(self, student: ModelSpec, teacher: ModelSpec | None) -> MethodSpec:
+        """With its terms as they are hashed."""
+        stages = {
+            name: stage.model_copy(
+                update={"losses": {key: term.hashed(student, teacher) for key, term in stage.losses.items()}}
+            )
+            for name, stage in self.stages.items()
+        }
+        return self.model_copy(update={"stages": stages})
 
     @property
     def sources(self) -> dict[str, SourceSpec]:
@@ -315,13 +337,14 @@ class CellSpec(Spec):
             earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
                 one identity.
         """
-        changes: dict[str, Any] = {"student": self.student.reading(self.method.points("student"))}
+        method = self.method.hashed(self.student, self.teacher and self.teacher.model)
+        changes: dict[str, Any] = {"method": method, "student": self.student.reading(method.points("student"))}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())
         # What is left beside the last weights changes none of them.
         changes["keep"] = None
         if self.teacher is not None:
-            model = self.teacher.model.reading(self.method.points("teacher"))
+            model = self.teacher.model.reading(method.points("teacher"))
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
         return _digest(self.model_copy(update=changes), earlier)
 

@@ -112,11 +112,20 @@ def test_every_shipped_card_of_code_is_told_by_its_key() -> None:
         assert len(new) == len(set(new)), f"{kind}: let one card include the other, in place of the same target twice"
 
 
+@pytest.mark.parametrize("method", ["sp", "ickd", "mgd", "cwd"])
+def test_the_last_layer_counts_as_the_number_that_methods_once_gave_it(method: str) -> None:
+    """Finished cells of three stages count; in networks of four, layer3 is another hook point than the last one."""
+    assert one(method=method).identity() == one(method={"name": method, "hook": "layer3"}).identity()
+    four = {"student": "torchvision:resnet18"}
+    others = [one(method=chosen, **four).identity() for chosen in (method, {"name": method, "hook": "layer3"})]
+    assert others[0] != others[1]
+
+
 def test_weights_kept_beside_the_last_ones_are_no_part_of_what_a_cell_is() -> None:
     assert one(keep="best").keep == "best" and one(keep="best").identity() == one().identity()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in frozen() if kind != "optimizers"])
+@pytest.mark.parametrize("kind", [kind for kind in frozen() if kind not in ("optimizers", "last_layers")])
 def test_a_new_card_is_hashed_by_its_key_and_as_an_alias_by_the_older_one(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
