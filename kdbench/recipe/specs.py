@@ -337,7 +337,7 @@ class CellSpec(Spec):
             earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
                 one identity.
         """
-        method = self.method.hashed(self.student, self.teacher and self.teacher.model)
+        method = self.method.hashed(self.student, self.teacher.model if self.teacher else None)
         changes: dict[str, Any] = {"method": method, "student": self.student.reading(method.points("student"))}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())
