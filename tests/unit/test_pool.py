@@ -211,7 +211,7 @@ def test_a_signal_that_does_not_wake_who_waits_ends_the_run_all_the_same(machine
     """As one does that comes between the last look and the wait; here another thread gets it."""
     machine(0)
     with pool.Pool("cpu", 1, (), Settings()) as workers:
-        waited = threading.Timer(6, lambda: workers.events.put((0, Gone(code=1))))
+        waited = threading.Timer(30, lambda: workers.events.put((0, Gone(code=1))))
 
         def strike() -> None:
             waited.start()
@@ -224,7 +224,7 @@ def test_a_signal_that_does_not_wake_who_waits_ends_the_run_all_the_same(machine
             # Waits for a death that does not come.
             list(workers.carry_out([CheckCells(specs=[], threads=100)]))
         waited.cancel()
-        assert time.monotonic() - begin < 4
+        assert time.monotonic() - begin < 15
         for worker in workers.workers.values():
             worker.kill()
 
