@@ -39,6 +39,7 @@ ALONE = {
     "compute.seconds",  # told where it falls below the training's own
     "git.dirty",
     "data.origin",  # of another form it would be told, as the others' is
+    "result.calibration_error",  # of a teacher, by less than rounding of its logits leaves open
     "files.student.safetensors",  # of published records the file itself is not there
 }
 
