@@ -6,7 +6,7 @@ verdict too, never passed over.
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -139,28 +139,39 @@ def _files(folder: Folder) -> Iterator[Finding]:
 
 
 def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterator[Finding]:
-    """Test accuracies follow from the logits beside their records, where the data are here."""
+    """What records say of their answers follows from the logits beside them, where the data are here."""
     held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
-    check = "accuracies against the test logits"
+    check = "results against the test logits"
     if lacking := len(folder.records) - len(held):
         yield Finding("unchecked", f"{lacking} of {len(folder.records)} records have none beside them", LOGITS, check)
     if not held:
         return
-    from kdbench.verify.recount import counted_again
+    from kdbench.verify.recount import counted_again, recorded_numbers
 
     try:
         data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
         found = counted_again(held, data, roots)
     except UserError as error:
-        what = f"accuracies were not counted again, for want of labels: {error.what}"
+        what = f"results were not counted again, for want of labels: {error.what}"
         yield Finding("unchecked", what, LOGITS, check)
         return
     if foreign := len(held) - len(found):
         what = f"{foreign} of {len(held)} are not of the test images that are here: not counted again"
         yield Finding("unchecked", what, LOGITS, check)
-    yield from (Finding("disagrees", what, name) for name, what in found.items() if what is not None)
-    if found:
-        yield Finding("agrees", f"the test accuracies of {len(found)} records follow from them", LOGITS)
+    yield from (Finding("disagrees", what, name) for name, (_, wrong) in found.items() for what in wrong)
+    left = Counter(
+        number
+        for name, (counted, _) in found.items()
+        for number in recorded_numbers(held[name])
+        if number not in counted
+    )
+    for number, times in left.items():
+        lacks = "no logits of the teacher in float32" if number == "fidelity" else "they do not say it"
+        yield Finding("remark", f"{number} of {times} records was not counted again: {lacks}", LOGITS)
+    counts = Counter(number for counted, _ in found.values() for number in counted)
+    if counts:
+        names = ", ".join(f"{number} of {times}" for number, times in counts.items())
+        yield Finding("agrees", f"what records say follows from them: {names}", LOGITS)
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:

@@ -39,7 +39,7 @@ ALONE = {
     "compute.seconds",  # told where it falls below the training's own
     "git.dirty",
     "data.origin",  # of another form it would be told, as the others' is
-    "result.calibration_error",  # of a teacher; a cell's stands in records.csv too
+    "result.calibration_error",  # of a teacher, by less than rounding of its logits leaves open
     "files.student.safetensors",  # of published records the file itself is not there
 }
 
@@ -109,7 +109,8 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert {f.what for f in found if f.level == "unchecked"} == {
         said.replace("5 of 5", "4 of 5")
     } and not disagreements(made)
-    assert "the test accuracies of 1 records follow from them" in {f.what for f in found}
+    assert "what records say follows from them: test.last of 1, calibration_error of 1" in {f.what for f in found}
+    assert any("fidelity of 1 records was not counted again" in f.what for f in found if f.level == "remark")
 
 
 @pytest.mark.parametrize("other", ["data", "part"])
@@ -173,7 +174,7 @@ def test_a_run_and_its_published_copy_are_sound(finished: Path) -> None:
     assert {"teacher/record.json", "teacher/metrics.jsonl"} <= names
     assert not [name for name in names if "student" in name or "events" in name or "lock" in name]
     assert "teacher/test_logits.safetensors" in names
-    assert any("follow from them" in finding.what for finding in verify(finished, REGISTRY))
+    assert any("follows from them" in finding.what for finding in verify(finished, REGISTRY))
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=finished, capture_output=True)
     assert done.returncode == 0
 
@@ -245,6 +246,20 @@ def test_a_table_written_in_another_form_of_latex_agrees(folder: Path) -> None:
         assert not disagreements(folder)
 
 
+@pytest.mark.parametrize("number", ["calibration_error", "fidelity"])
+def test_a_number_that_was_changed_wherever_it_stands_is_told_by_the_logits(folder: Path, number: str) -> None:
+    assert not disagreements(folder)
+    file = next(folder.glob("kd-seed0-*/record.json"))
+    plain = json.loads(file.read_text())
+    plain["result"][number] -= 1.5 if plain["result"][number] > 50 else -1.5
+    file.write_text(json.dumps(plain))
+    records = read_records([folder])
+    sums.renew(folder, write_files(build(records), folder, records, None, None))
+    sums.write(folder)
+    (found,) = disagreements(folder)
+    assert found.where == file.parent.name and f"result.{number} is" in found.what
+
+
 @pytest.mark.slow
 def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
     file = next(folder.glob("kd-seed0-*/test_logits.safetensors"))
@@ -253,7 +268,7 @@ def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
     assert logits.dtype == torch.float16
     wrong = logits.roll(1, dims=1).contiguous()
     save_file({"logits": wrong}, file)
-    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 2, "another file, another accuracy"
+    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 4, "another file, other numbers"
     # Somebody makes the sha256 and the sums fit again.
     plain = json.loads(record.read_text())
     plain["files"][file.name] = sha256_of(file)

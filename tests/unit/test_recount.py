@@ -1,22 +1,45 @@
-"""Accuracies counted again from test logits in float16."""
+"""Numbers of a result counted again from test logits in float16."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import pytest
 import torch
-from safetensors.torch import save_file
 
-from kdbench.verify.recount import accuracies
+from kdbench.engine.answers import measured
+from kdbench.verify.recount import spans
 
 
-def test_logits_that_rounding_made_equal_leave_the_accuracy_open(tmp_path: Path) -> None:
+def test_logits_that_rounding_made_equal_leave_the_accuracy_open() -> None:
     # Of the last two images the largest logits are one number in float16: 2049 is 2048.
     exact = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2048.0, 2049.0], [2049.0, 2048.0]])
     labels = torch.tensor([0, 0, 1, 1])
     assert 100 * (exact.argmax(dim=1) == labels).double().mean().item() == 50.0
-    file = tmp_path / "test_logits.safetensors"
-    save_file({"logits": exact.half()}, file)
-    assert accuracies(file, labels) == (25.0, 75.0)
-    save_file({"logits": exact[:2].half()}, file)
-    assert accuracies(file, labels[:2]) == (50.0, 50.0)
+    assert spans(exact.half(), labels, None)["test.last"] == (25.0, 75.0)
+    assert spans(exact[:2].half(), labels[:2], None)["test.last"] == (50.0, 50.0)
+
+
+@pytest.mark.parametrize(("classes", "size"), [(2, 0.1), (10, 1.0), (10, 30.0), (100, 4.0), (12, 0.0)])
+def test_what_is_measured_of_exact_logits_lies_within_what_rounded_ones_say(classes: int, size: float) -> None:
+    draws = torch.Generator().manual_seed(classes)
+    labels = torch.randint(classes, (500,), generator=draws)
+    logits, teacher = (size * torch.randn(500, classes, generator=draws) for _ in range(2))
+    found, said = measured(logits, labels, teacher), spans(logits.half(), labels, teacher.half())
+    assert {*found} == {*said} - {"test.last"}
+    for name, value in found.items():
+        assert said[name][0] - 1e-4 <= value <= said[name][1] + 1e-4, name
+    if size == 1:
+        assert all(high - low < 2 for low, high in said.values()), "the spans say something"
+
+
+def test_a_calibration_error_by_hand() -> None:
+    # Confidence 0.7311 in both, one of them right.
+    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).half(), torch.tensor([0, 1])
+    low, high = spans(logits, labels, None)["calibration_error"]
+    assert low == pytest.approx(23.106, abs=0.02) and high == pytest.approx(23.106, abs=0.02) and low < high
+    assert spans(torch.full((2, 2), torch.inf).half(), labels, None)["calibration_error"] == (0.0, 100.0)
+
+
+def test_classes_that_a_student_was_trained_on_count_apart() -> None:
+    logits, labels = torch.eye(4).half(), torch.tensor([0, 1, 3, 3])
+    said = spans(logits, labels, None, [0, 1, 2])
+    assert said["by_classes.trained_on"] == (100.0, 100.0) and said["by_classes.others"] == (50.0, 50.0)
