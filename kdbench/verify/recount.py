@@ -77,7 +77,8 @@ def spans(logits: Tensor, labels: Tensor, teacher: Tensor | None, own: list[int]
 def _within(logits: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Of which images the label is certainly among the k largest, and of which possibly."""
     label = logits.gather(1, labels[:, None])
-    return (logits >= label).sum(dim=1) <= k, (logits > label).sum(dim=1) < k
+    # Of what is no number nothing is known.
+    return (~(logits < label)).sum(dim=1) <= k, (logits > label).sum(dim=1) < k
 
 
 def _share(certain: Tensor, possible: Tensor) -> Span:
