@@ -55,10 +55,10 @@ def command(
 
     if loading:
         return _loading(rounds, json)
-    if peers:
-        _check_peers()
     cards = Registry(registry or ())
     plans = measured_plans(recipes, cards, gpu=False)
+    if peers:
+        _check_peers()
 
     from kdbench.bench.machine import machine_of
     from kdbench.engine.device import chosen_device

@@ -86,9 +86,12 @@ class Plan:
         return list({cell.spec.identity(): cell for cell in every}.values())
 
     def placed(self, error: UserError) -> UserError:
-        """An error of what was built from this plan with the place in the recipe of the first thing that it quotes."""
-        quoted = re.findall(r"'([^']+)'", error.what)
-        where = next((self.origins[word] for word in quoted if word in self.origins), None)
+        """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes.
+
+        Of an optimizer that only a card names, for one, the recipe may give numbers: then it is that of its kind.
+        """
+        quoted, kinds = re.findall(r"'([^']+)'", error.what), re.findall(r"(\w+) '", error.what)
+        where = next((self.origins[word] for word in quoted + kinds if word in self.origins), None)
         return UserError(error.what, error.where or where, error.hint)
 
 

@@ -110,3 +110,5 @@ def test_every_command_works_and_says_what_to_install(tmp_path: Path) -> None:
     }
     for (extra, command), (code, told) in zip(needs.items(), carried_out(tmp_path, *needs.values()), strict=True):
         assert code == 2 and f"pip install 'kdbench[{extra}]'" in told and "Traceback" not in told, (command, told)
+    ((code, told),) = carried_out(tmp_path, ["bench", "nope"])
+    assert code == 2 and "no recipe 'nope'" in told and "pip" not in told, "what would not help is not asked for"

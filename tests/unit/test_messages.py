@@ -90,6 +90,7 @@ def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, s
     [
         ("method: {name: kd, temperature: 0}", "r.yaml:6", "'temperature' of the loss 'kd' cannot be 0"),
         ("method: kd\nstudent: timm:nonsense", "r.yaml:6", "timm has no model 'nonsense'"),
+        ("method: kd\nprotocol: {name: digits, optimizer: {lr: -1.0}}", "r.yaml:6", "learning rate must be at least 0"),
     ],
 )
 def test_what_is_found_when_networks_are_built_has_a_line_too(more: str, place: str, said: str, tmp_path: Path) -> None:
