@@ -44,7 +44,7 @@ def check_optimizer(optimizer: TargetSpec, schedule: TargetSpec, trained: list[n
         tried.load_state(torch.load(stream, weights_only=True))
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - a user's class can fail in any way
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class can fail in any way
         what = f"optimizer '{optimizer.name}' {doing}: {failure(error)}"
         hint = "write it as a subclass of torch.optim.Optimizer: step() moves parameters at the rate group['lr']"
         raise UserError(what, hint=hint) from None
@@ -67,7 +67,7 @@ def check_schedules(spec: CellSpec) -> None:
                 where = f"at step {step - span.start} of {span.steps}"
                 try:
                     value = schedule.at(*now)
-                except Exception as error:  # noqa: BLE001 - a user's function can fail in any way
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
                     raise UserError(f"{said} fails {where}: {failure(error)}") from None
                 if not isinstance(value, Real) or not math.isfinite(value):
                     raise UserError(f"{said} gives {value!r} {where}", hint="it must give a finite number")

@@ -159,19 +159,14 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
         what = f"{foreign} of {len(held)} are not of the test images that are here: not counted again"
         yield Finding("unchecked", what, LOGITS, check)
     yield from (Finding("disagrees", what, name) for name, (_, wrong) in found.items() for what in wrong)
-    left = Counter(
-        number
-        for name, (counted, _) in found.items()
-        for number in recorded_numbers(held[name])
-        if number not in counted
-    )
-    for number, times in left.items():
-        lacks = "no logits of the teacher in float32" if number == "fidelity" else "they do not say it"
-        yield Finding("remark", f"{number} of {times} records was not counted again: {lacks}", LOGITS)
-    counts = Counter(number for counted, _ in found.values() for number in counted)
-    if counts:
-        names = ", ".join(f"{number} of {times}" for number, times in counts.items())
-        yield Finding("agrees", f"what records say follows from them: {names}", LOGITS)
+    recounted = Counter(number for counted, _ in found.values() for number in counted)
+    left = Counter(number for name in found for number in recorded_numbers(held[name])) - recounted
+    if recounted:
+        what = "follow from them: " + ", ".join(f"{number} of {times} records" for number, times in recounted.items())
+        if left:
+            what += f"; not {', '.join(f'{number} of {times}' for number, times in left.items())}"
+            what += ", for want of the teacher's in float32"
+        yield Finding("agrees", what, LOGITS)
 
 
 def _identities(folder: Folder) -> Iterator[Finding]:

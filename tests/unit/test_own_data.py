@@ -230,6 +230,10 @@ import torch
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
+from kdbench.engine.inputs import Source
+from kdbench.engine.operations import Operation
+from kdbench.schedules import Schedule
+
 CALLS = {"metric": 0, "loss": 0}
 
 
@@ -264,7 +268,42 @@ def broken_connector(student_shape, teacher_shape): return {}["absent"]
 def no_connector(student_shape, teacher_shape): return None
 def no_model(classes, channels, image_size): return [classes]
 def leaving_schedule(): sys.exit()
+def schedule_that_leaves(): return Schedule(lambda progress: sys.exit() if progress > 0.7 else 1.0)
 def broken_optimizer(params): return {}["absent"]
+
+
+class LeavingOptimizer(torch.optim.SGD):
+    def step(self): sys.exit()
+
+
+class LeavingSource(Source):
+    by_step = None
+
+    def __init__(self, context, leaves: str = ""):
+        self.leaves = leaves
+        self.leave("built")
+
+    def leave(self, where):
+        if self.leaves == where:
+            sys.exit()
+
+    def ready(self, now, tell, stopping):
+        self.leave("made ready")
+        return True
+
+    def sets(self, now):
+        self.leave("asked")
+        return {"made": now.sets["data"]}
+
+
+class LeavingOperation(Operation):
+    def __init__(self, leaves: str = "carried out"):
+        if leaves == "built":
+            sys.exit()
+
+    def perform(self, context): sys.exit()
+    def state(self): return {}
+    def load_state(self, state, context): ...
 
 
 class BrokenConnector(nn.Module):
@@ -353,7 +392,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
         "transforms": {name: {"target": f"own_code:{name}"} for name in [*NAMES, "cannot_be_made"]},
         "losses": losses,
         "connectors": {name: {"target": f"own_code:{name}"} for name in CONNECTORS},
-        "schedules": {"leaving_schedule": {"target": "own_code:leaving_schedule"}},
+        "schedules": {name: {"target": f"own_code:{name}"} for name in ("leaving_schedule", "schedule_that_leaves")},
+        "sources": {"leaving": {"target": "own_code:LeavingSource", "reads": ["data"], "gives": ["made"]}},
+        "operations": {"leaving": {"target": "own_code:LeavingOperation"}},
         "methods": {
             "own": method,
             "answers": method | {"predicts": {"name": "BrokenConnector", "student": "pooled"}},
@@ -362,7 +403,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
                 "stages": [method["stages"][0] | {"optimizer": {"name": "broken_optimizer"}}],
             },
         },
-        "optimizers": {OPTIMIZER: {"target": f"own_code:{OPTIMIZER}"}},
+        "optimizers": {name: {"target": f"own_code:{name}"} for name in (OPTIMIZER, "LeavingOptimizer")},
         "models": {
             "own": {"target": "own_code:Net", "hooks": "own"},
             "no": {"target": "own_code:no_model", "hooks": "own"},
@@ -500,6 +541,14 @@ def stage(**loss: Any) -> dict[str, Any]:
         ({"method": "optimizer"}, r"optimizer 'broken_optimizer': KeyError: 'absent' \(own"),
         ({"student": "no"}, "model 'no' cannot be built .* is a list, not a torch.nn.Module"),
         ({"method": stage(loss="good", weight_schedule="leaving_schedule")}, f"schedule 'leaving_schedule' .*{LEAVES}"),
+        (
+            {"method": stage(loss="good", weight_schedule="schedule_that_leaves")},
+            f"schedule 'schedule_that_leaves' of the weight of 'own' fails at step 3 of 4: {LEAVES}",
+        ),
+        (
+            {"protocol": {"name": "digits", "optimizer": {"name": "LeavingOptimizer"}}},
+            f"optimizer 'LeavingOptimizer' fails in its first step: {LEAVES}",
+        ),
     ],
 )
 def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told: str, own: Registry) -> None:
@@ -510,6 +559,36 @@ def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told:
 def test_a_loss_that_ends_the_program_fails_its_cell_alone(own: Registry, tmp_path: Path) -> None:
     sys.modules.pop("own_code", None)
     cohort = cohort_of([cell(own, method=stage(loss="leaves_later")), cell(own)], tmp_path)
+    finished: list[Any] = []
+    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
+    failed, other = cohort.cells
+    assert re.search(LEAVES, failed.failure or "") and other.failure is None and finished == [other]
+
+
+def with_source(leaves: str) -> dict[str, Any]:
+    own = {"source": {"name": "leaving", "leaves": leaves}, "losses": {"made": {"loss": "kd", "input": "made"}}}
+    return {"name": "own", "stages": {"training": own}}
+
+
+def beginning(leaves: str) -> dict[str, Any]:
+    return {"name": "own", "stages": {"training": {"begins": {"name": "leaving", "leaves": leaves}}}}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*map(with_source, ["built", "made ready", "asked"]), *map(beginning, ["built", "carried out"])],
+    ids=["source built", "source made ready", "source asked", "operation built", "operation carried out"],
+)
+def test_code_of_the_steps_that_ends_the_program_fails_its_cell_alone(
+    method: dict[str, Any], own: Registry, tmp_path: Path
+) -> None:
+    leaving, good = cell(own, method=method), cell(own)
+    check_cell(good)
+    try:
+        cohort = cohort_of([leaving, good], tmp_path)
+    except UserError as error:
+        assert re.search(LEAVES, error.what)
+        return
     finished: list[Any] = []
     TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
     failed, other = cohort.cells
