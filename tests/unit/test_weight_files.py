@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,21 @@ def test_nothing_in_a_file_is_executed(function: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("line", "said"), [("raise SystemExit(3)", r"'sys.exit\(3\)'"), ("return state['absent']", "KeyError: 'absent'")]
+)
+def test_a_layout_that_fails_is_told_with_its_line(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_layout.py").write_text(f"def ours(state):\n    {line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_layout", raising=False)
+    model = nn.Linear(2, 2)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=rf"layout 'own_layout:ours' of .*{said}.*own_layout.py:2"):
+        load_file(model, tmp_path / "w.safetensors", "net", layout="own_layout:ours")
+
+
 def test_files_of_another_kind_are_told(tmp_path: Path) -> None:
     torch.save(STATE, whole := tmp_path / "whole.pth")
     torch.jit.trace(network().eval(), torch.zeros(1, 1, 8, 8)).save(str(tmp_path / "traced.pt"))
