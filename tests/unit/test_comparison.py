@@ -8,7 +8,10 @@ import pytest
 from synthetic import make
 
 from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import recorded
 from kdbench.record import Record
+from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.results.frames import to_frame
 from kdbench.results.sameness import differences
@@ -160,3 +163,17 @@ def test_no_two_cells_of_a_mean_are_different_experiments() -> None:
         compare([old, *new])
     new[1].spec["method"]["beta"] = 1
     assert len(compare([old, *new]).cells) == 1
+
+
+def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
+
+    def record(seed: int, version: str, **protocol: float) -> Record:
+        spec = plan({**recipe, "protocol": {"name": "digits", **protocol}}, Registry()).cells[0].spec
+        plain = recorded(spec.model_copy(update={"seed": seed}))
+        return make("ce", seed, kdbench=version, data="digits", protocol="digits", teacher=None, spec=plain)
+
+    assert "ema" not in record(0, "0.1.0").spec["protocol"]
+    assert len(compare([record(0, "0.1.0"), record(1, "0.2.0")]).cells) == 1
+    with pytest.raises(UserError, match=r"protocol\.ema \(none and 0\.9\)"):
+        compare([record(0, "0.1.0"), record(1, "0.2.0", ema=0.9)])
