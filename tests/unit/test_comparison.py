@@ -165,15 +165,40 @@ def test_no_two_cells_of_a_mean_are_different_experiments() -> None:
     assert len(compare([old, *new]).cells) == 1
 
 
+DIGITS = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
+
+
+def as_planned(seed: int = 0, **over: Any) -> list[Record]:
+    """Records of a recipe's cells, as a run would leave them; `made`: what `make` takes."""
+    made = over.pop("made", {})
+    cells = plan({**DIGITS, "seeds": [seed], **over}, Registry()).cells
+    names = {"data": "digits", "protocol": "digits", "teacher": None} | made
+    return [make("ce", seed, axes={"method": "ce"} | cell.axes, spec=recorded(cell.spec), **names) for cell in cells]
+
+
 def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None:
-    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
-
-    def record(seed: int, version: str, **protocol: float) -> Record:
-        spec = plan({**recipe, "protocol": {"name": "digits", **protocol}}, Registry()).cells[0].spec
-        plain = recorded(spec.model_copy(update={"seed": seed}))
-        return make("ce", seed, kdbench=version, data="digits", protocol="digits", teacher=None, spec=plain)
-
-    assert "ema" not in record(0, "0.1.0").spec["protocol"]
-    assert len(compare([record(0, "0.1.0"), record(1, "0.2.0")]).cells) == 1
+    old = as_planned(0, made={"kdbench": "0.1.0"})
+    assert "ema" not in old[0].spec["protocol"]
+    assert len(compare([*old, *as_planned(1, made={"kdbench": "0.2.0"})]).cells) == 1
+    averaged = as_planned(1, protocol={"name": "digits", "ema": 0.9}, made={"kdbench": "0.2.0"})
     with pytest.raises(UserError, match=r"protocol\.ema \(none and 0\.9\)"):
-        compare([record(0, "0.1.0"), record(1, "0.2.0", ema=0.9)])
+        compare([*old, *averaged])
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "other", "label"),
+    [
+        ("protocol.optimizer.lr", [0.1, 0.01], {"protocol": {"name": "digits", "optimizer": {"lr": 0.5}}}, "lr 0.5"),
+        ("protocol.schedule.gamma", [0.3, 0.4], {}, "gamma 0.2"),
+        ("student.width", [1, 2], {"student": {"name": "wrn_10_1", "width": 4}}, "width 4"),
+        ("protocol.optimizer.delta", [0.05, 0.075], {}, "delta default"),
+        ("protocol.ema", [0.5, None], {"protocol": {"name": "digits", "ema": 0.9}}, "ema 0.9"),
+        ("protocol.ema", [0.5, 0.9], {}, "ema none"),
+    ],
+)
+def test_a_recipe_that_compares_less_stands_under_what_it_has(
+    path: str, values: list[Any], other: dict[str, Any], label: str
+) -> None:
+    found = compare([*as_planned(0, compare={path: values}), *as_planned(1, **other)])
+    labels = {column.label for column in found.columns if 1 in found.cell(found.rows[0], column)}
+    assert labels == {label} and len(found.columns) == 3
