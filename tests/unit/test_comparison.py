@@ -202,3 +202,24 @@ def test_a_recipe_that_compares_less_stands_under_what_it_has(
     found = compare([*as_planned(0, compare={path: values}), *as_planned(1, **other)])
     labels = {column.label for column in found.columns if 1 in found.cell(found.rows[0], column)}
     assert labels == {label} and len(found.columns) == 3
+
+
+def test_a_method_that_has_other_settings_in_another_column_says_so() -> None:
+    def kd(epochs: int, **options: float) -> list[Record]:
+        losses = {"kd": {"weight": 0.9, "loss": {"name": "kd", "options": options}}}
+        return [
+            make(
+                "kd",
+                seed,
+                axes={"method": "kd", "epochs": epochs},
+                spec__method={"stages": {"main": {"losses": losses}}},
+            )
+            for seed in (0, 1)
+        ]
+
+    def said(*records: Record) -> list[str]:
+        return [note.text for note in build(records).notes if "other columns" in note.text]
+
+    assert said(*kd(10, temperature=8.0), *kd(30, temperature=8.0)) == []
+    told = said(*kd(10), *kd(30, temperature=8.0))
+    assert told == ["KD has other settings in other columns: main.kd.temperature default and 8."]
