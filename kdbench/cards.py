@@ -25,9 +25,23 @@ def _target(text: str) -> str:
     return text
 
 
+def _term(name: str) -> str:
+    if name == "loss":
+        raise ValueError("a loss term cannot be called 'loss': metrics.jsonl calls the sum of all terms so")
+    return name
+
+
+def _module(name: str) -> str:
+    if name in ("student", "teacher", "connectors"):
+        raise ValueError(f"a module cannot be called '{name}': in 'trains' that is what every method has")
+    return name
+
+
 Share = Annotated[str, AfterValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(point_name)]
+TermName = Annotated[Name, AfterValidator(_term)]
+ModuleName = Annotated[Name, AfterValidator(_module)]
 Mode = Literal["train", "eval"]
 Side = Literal["student", "teacher"]
 Statistics = Literal["shared", "frozen", "separate"]
@@ -314,7 +328,7 @@ class StageCard(StageFields, Strict):
         None, description="learn from checkpoints of the teacher's route, one after another"
     )
     begins: Named | None = Field(None, description="an operation on the student, before the first step")
-    losses: dict[Name, TermCard]
+    losses: dict[TermName, TermCard]
     optimizer: Named | None = None
     schedule: Named | None = None
     teacher_optimizer: Named | None = Field(None, description="of a teacher that is trained; by default `optimizer`")
@@ -339,7 +353,7 @@ class MethodCard(Card):
         description="the student starts from the teacher's weights and normalization; a classifier of more "
         "classes gets new rows",
     )
-    modules: dict[Name, ModuleCard] = Field({}, description="modules that terms and stages share, by name")
+    modules: dict[ModuleName, ModuleCard] = Field({}, description="modules that terms and stages share, by name")
     predicts: PredictsCard | None = Field(
         None, description="module that the student predicts through, if not its own classifier"
     )

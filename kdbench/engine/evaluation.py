@@ -16,6 +16,8 @@ from kdbench.engine.network import Network
 
 # Metrics need features of the teacher: they are measured on at most this many evenly spaced test images.
 PROBE_IMAGES = 2000
+# What accuracies and losses are of, by name; whatever else was found is by the name of a metric, which may be any.
+PARTS = ("test", "validation", "source", "teacher")
 
 
 class Measurement:

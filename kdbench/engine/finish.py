@@ -14,7 +14,7 @@ from kdbench.data.images import ImageData
 from kdbench.data.pictures import Pictures
 from kdbench.engine.answers import measured
 from kdbench.engine.batch import SECOND, TARGET
-from kdbench.engine.evaluation import scores
+from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
@@ -105,7 +105,7 @@ def _result(member: Member, logits: Tensor, teacher: Tensor | None) -> Result:
         own.model.eval()
         teacher = scores(own, test).logits
     # On the source, and of the teacher that the cell trained, where there are such.
-    parts = [part for part in ("test", "validation", "source", "teacher") if part in history[-1]]
+    parts = [part for part in PARTS if part in history[-1]]
     return Result.model_validate(
         {
             **{part: summary(history, part) for part in parts},

@@ -12,7 +12,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.evaluation import scores
+from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.program import Program, make_graphs
 
 logger = logging.getLogger("kdbench")
@@ -133,9 +133,9 @@ class TrainingLoop:
         # The step just done may have ended a stage; what was trained since the last point belongs to that stage.
         span = member.timeline.spans[member.timeline.stage(member.step - 1)]
         measured = self.program.evaluate(cell)
-        for part, found in measured.items():
+        for part in (part for part in PARTS if part in measured):
             # A student may come back from that, as batch norms do; what has ended has no accuracy then.
-            if member.finished and not math.isfinite(found.get("loss", 0.0)):
+            if member.finished and not math.isfinite(measured[part]["loss"]):
                 raise member.diverged(max(member.step - 1, 0), f"{part}/loss", trained=True)
         known = log.history[-1].get("unmeasured", {}) if log.history else {}
         for metric, points in measured.get("unmeasured", {}).items():

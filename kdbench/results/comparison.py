@@ -11,6 +11,7 @@ from typing import Any
 from kdbench.errors import UserError, did_you_mean
 from kdbench.record import Metric, Record
 from kdbench.results.sameness import check_made_alike, check_same, differences, text
+from kdbench.results.settings import main_stage
 
 # What tells cells of several recipes apart, though none of them compares it.
 IMPLIED = ("student", "teacher", "data", "target", "protocol", "training images", "epochs")
@@ -292,10 +293,26 @@ def _implied(record: Record, path: str, budgets: Mapping[str, str]) -> str | Non
         return None
     if path in known:
         return None if known[path] is None else text(known[path])
-    value: Any = record.spec
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return "default" if value is None else text(value)
+    return _said(record, path)
+
+
+def _said(record: Record, path: str) -> str:
+    """What a record's resolved recipe has at a path of recipes; "default" where it says nothing, as of an option that
+    is left to its code."""
+    value: Any = record.spec if record.resolved is None else record.resolved.model_dump(mode="json")
+    parts = path.split(".")
+    if parts[0] == "protocol" and parts[1] in ("optimizer", "schedule"):
+        # A protocol's are resolved into the stages.
+        value, parts = main_stage(record), parts[1:]
+    for part in parts:
+        inside = value if isinstance(value, dict) else {}
+        inside = (inside.get("options") or {}) | inside
+        if part not in inside:
+            return "default"
+        value = inside[part]
+    if isinstance(value, dict) and "target" in value:
+        value = {"name": value.get("name"), **(value.get("options") or {})}
+    return text(value)
 
 
 def _fraction(record: Record) -> str | float:

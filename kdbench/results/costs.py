@@ -37,7 +37,9 @@ def cost_panels(table: Table, comparison: Comparison) -> list[Panel]:
             if (cell := table.rows[i].cells[j]) is None:
                 continue
             record = next(iter(comparison.cell(row, column).values()))
-            style, data, parameters = look_of(comparison, row), record.data.name, record.models.student.parameters
+            # Of the set that it is tested on.
+            data = (record.target or record.data).name
+            style, parameters = look_of(comparison, row), record.models.student.parameters
             if cell.seconds > 0:
                 times.setdefault(data, []).append(Point(style, row.label, cell.seconds, cell.mean, cell.deviation))
             if parameters:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from kdbench.published import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
@@ -14,6 +14,7 @@ from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
 from kdbench.results.facts import FACTS, SHORT, grouped, in_words, instructions, listed, metric_label, ranged, sentence
+from kdbench.results.sameness import differences, text
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 
@@ -48,6 +49,7 @@ def notes_of(
         yield from _differences(comparison, rows, tests, interval)
     yield from tuning_notes(comparison)
     yield from _settings(comparison)
+    yield from _unlike_columns(comparison)
     yield from _teachers_in_doubt(comparison)
     if any(record.result.source is not None for record in records):
         yield "The test accuracy is on the target domain, whose labels were not used in training"
@@ -148,6 +150,31 @@ def _training(comparison: Comparison) -> Said:
     rows = grouped((said, row.label) for row, _, record in places if (said := settings.in_a_line(record)))
     for said, labels in rows.items():
         yield f"Training: {said}" if len(rows) == 1 else f"Training of {listed(labels, 6)}: {said}"
+
+
+def _unlike_columns(comparison: Comparison) -> Said:
+    """Rows whose losses have other settings in one column than in another, unless they were tuned."""
+    for row in comparison.rows:
+        cells = [next(iter(cell.values())) for column in comparison.columns if (cell := comparison.cell(row, column))]
+        untuned = [_losses(record) for record in cells if record.cell.tuning is None]
+        found = {
+            path: f"{path} {' and '.join('default' if value is None else text(value) for value in values)}"
+            for one in untuned
+            for path, *values in differences(untuned[0], one)
+        }
+        if found:
+            yield f"{row.label} has other settings in other columns: {listed([*found.values()], 4)}"
+
+
+def _losses(record: Record) -> dict[str, Any]:
+    """Stage -> loss term -> its weight and options."""
+    return {
+        name: {
+            term: {"weight": own.get("weight")} | ((own.get("loss") or {}).get("options") or {})
+            for term, own in (stage.get("losses") or {}).items()
+        }
+        for name, stage in ((record.spec.get("method") or {}).get("stages") or {}).items()
+    }
 
 
 def _teachers_in_doubt(comparison: Comparison) -> Said:

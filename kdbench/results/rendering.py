@@ -28,7 +28,7 @@ def markdown_escaped(text: str) -> str:
 
 def sort_value(text: str) -> float | None:
     """The number by which an entry is sorted: its first, whatever stands around it; None where there is none."""
-    found = re.search(r"[−+-]?\d[\d,]*(?:\.\d+)?", text)
+    found = re.search(r"[−+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", text)
     return None if found is None else float(found[0].replace(",", "").replace("−", "-"))
 
 

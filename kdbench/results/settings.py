@@ -26,7 +26,7 @@ def in_a_line(record: Record) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _main_stage(record: Record) -> dict[str, Any]:
+def main_stage(record: Record) -> dict[str, Any]:
     """The stage that has the protocol's epochs to itself, or what others leave of them; the last where none does."""
     stages = list(((record.spec.get("method") or {}).get("stages") or {}).values())
     whole = [s for s in stages if not any(s.get(key) for key in ("share", "extra_epochs", "extra_share"))]
@@ -35,7 +35,7 @@ def _main_stage(record: Record) -> dict[str, Any]:
 
 def _options(record: Record, part: str) -> tuple[str, dict[str, Any]]:
     """Name and options of the main stage's optimizer or schedule."""
-    found = _main_stage(record).get(part) or {}
+    found = main_stage(record).get(part) or {}
     return str(found.get("name", "")), found.get("options") or {}
 
 

@@ -8,7 +8,10 @@ import pytest
 from synthetic import make
 
 from kdbench.errors import UserError
+from kdbench.recipe.planning import plan
+from kdbench.recipe.specs import recorded
 from kdbench.record import Record
+from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.results.frames import to_frame
 from kdbench.results.sameness import differences
@@ -160,3 +163,63 @@ def test_no_two_cells_of_a_mean_are_different_experiments() -> None:
         compare([old, *new])
     new[1].spec["method"]["beta"] = 1
     assert len(compare([old, *new]).cells) == 1
+
+
+DIGITS = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
+
+
+def as_planned(seed: int = 0, **over: Any) -> list[Record]:
+    """Records of a recipe's cells, as a run would leave them; `made`: what `make` takes."""
+    made = over.pop("made", {})
+    cells = plan({**DIGITS, "seeds": [seed], **over}, Registry()).cells
+    names = {"data": "digits", "protocol": "digits", "teacher": None} | made
+    return [make("ce", seed, axes={"method": "ce"} | cell.axes, spec=recorded(cell.spec), **names) for cell in cells]
+
+
+def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None:
+    old = as_planned(0, made={"kdbench": "0.1.0"})
+    assert "ema" not in old[0].spec["protocol"]
+    assert len(compare([*old, *as_planned(1, made={"kdbench": "0.2.0"})]).cells) == 1
+    averaged = as_planned(1, protocol={"name": "digits", "ema": 0.9}, made={"kdbench": "0.2.0"})
+    with pytest.raises(UserError, match=r"protocol\.ema \(none and 0\.9\)"):
+        compare([*old, *averaged])
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "other", "label"),
+    [
+        ("protocol.optimizer.lr", [0.1, 0.01], {"protocol": {"name": "digits", "optimizer": {"lr": 0.5}}}, "lr 0.5"),
+        ("protocol.schedule.gamma", [0.3, 0.4], {}, "gamma 0.2"),
+        ("student.width", [1, 2], {"student": {"name": "wrn_10_1", "width": 4}}, "width 4"),
+        ("protocol.optimizer.delta", [0.05, 0.075], {}, "delta default"),
+        ("protocol.ema", [0.5, None], {"protocol": {"name": "digits", "ema": 0.9}}, "ema 0.9"),
+        ("protocol.ema", [0.5, 0.9], {}, "ema none"),
+    ],
+)
+def test_a_recipe_that_compares_less_stands_under_what_it_has(
+    path: str, values: list[Any], other: dict[str, Any], label: str
+) -> None:
+    found = compare([*as_planned(0, compare={path: values}), *as_planned(1, **other)])
+    labels = {column.label for column in found.columns if 1 in found.cell(found.rows[0], column)}
+    assert labels == {label} and len(found.columns) == 3
+
+
+def test_a_method_that_has_other_settings_in_another_column_says_so() -> None:
+    def kd(epochs: int, **options: float) -> list[Record]:
+        losses = {"kd": {"weight": 0.9, "loss": {"name": "kd", "options": options}}}
+        return [
+            make(
+                "kd",
+                seed,
+                axes={"method": "kd", "epochs": epochs},
+                spec__method={"stages": {"main": {"losses": losses}}},
+            )
+            for seed in (0, 1)
+        ]
+
+    def said(*records: Record) -> list[str]:
+        return [note.text for note in build(records).notes if "other columns" in note.text]
+
+    assert said(*kd(10, temperature=8.0), *kd(30, temperature=8.0)) == []
+    told = said(*kd(10), *kd(30, temperature=8.0))
+    assert told == ["KD has other settings in other columns: main.kd.temperature default and 8."]

@@ -189,6 +189,17 @@ def test_evaluation_changes_nothing() -> None:
         assert torch.equal(value, before["student"][name])
 
 
+def test_a_metric_may_be_called_loss(tmp_path: Path) -> None:
+    spec = cell("ab", steps=4).model_copy(deep=True)
+    for term in spec.method.terms:
+        for target in [*term.loss.metrics.values()]:
+            term.loss.metrics["loss"] = target
+    (seat,) = cohort_of([spec], tmp_path)
+    assert seat.failure is None
+    last = seat.member.log.history[-1]["metrics"]
+    assert last["loss"] == last["agreement"]
+
+
 def test_a_stage_that_needs_features_runs_no_further() -> None:
     """In AB's first stage the last layer's logits are not computed: the classifier gets no gradient."""
     member, batches, teacher = member_of(cell({"name": "ab", "share": "50%"}))

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from kdbench import api, cli
 from kdbench.__main__ import main
+from kdbench.cards import MethodCard
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
@@ -33,6 +34,7 @@ from kdbench.recipe.choices import Recipe
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 from kdbench.tree import Tree, plain
+from kdbench.validation import validated
 
 SHIPPED = Registry()
 RECIPE = """data: digits
@@ -68,6 +70,7 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\ntemperature: 4", 7, "'method.temperature'"),
         ("method: kd\nseed: 4", 7, "'seeds=[42]' is the one seed 42"),
         ("method: kd\nlr: 4", 7, "'protocol.optimizer.lr'"),
+        ("method: {name: ce, stages: {classification: {losses: {loss: {loss: kd}}}}}", 6, "be called 'loss'"),
         ("method: no", 6, "must be in quotes"),
         ("method: kd\ntitle: on", 7, "must be in quotes"),
         ("method: kd\ntitle: 2024-01-01", 7, "cannot be 2024-01-01"),
@@ -142,6 +145,12 @@ def test_the_api_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="enough"):
         api.run({"steps": np.int64(4)}, {"steps": np.int64(3), "data.root": Path("x")})
     assert taken == [{"steps": 4}, ("steps=3", 'data.root="x"')]
+
+
+def test_a_module_is_not_called_as_what_every_method_has() -> None:
+    card = SHIPPED.tree("methods", "simkd").put(("modules", "teacher"), Tree.of({"name": "linear"}, "card"))
+    with pytest.raises(UserError, match="a module cannot be called 'teacher'"):
+        validated(MethodCard, card, "method")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])

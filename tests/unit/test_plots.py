@@ -197,6 +197,15 @@ def drawn_costs(records: list[Record]) -> dict[str, Any]:
     return found
 
 
+def test_accuracies_on_several_target_domains_have_no_common_axis() -> None:
+    records = []
+    for name, last in (("usps", 90.0), ("svhn", 40.0)):
+        target = make().data.model_dump() | {"name": name}
+        records += [make(m, 0, last, cell__target=name, target=target, order=k) for k, m in enumerate(("ce", "kd"))]
+    found = drawn_costs(records)
+    assert sorted(title.partition(":")[0] for title in found) == ["svhn", "svhn", "usps", "usps"]
+
+
 def test_accuracy_is_drawn_against_time_and_size() -> None:
     values = {"ce": [90.0, 91.0], "kd": [92.0, 94.0]}
     records = [
