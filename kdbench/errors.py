@@ -102,7 +102,8 @@ def raised_by_own_code(error: BaseException) -> UserError | None:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known words, or all of them when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
+    near = [one for one in known if one.lower() == word.lower()]
+    near = near or difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")

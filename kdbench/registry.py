@@ -49,6 +49,9 @@ _AS_WRITTEN = {"parameters", "modes", "batch_norm"}
 
 # How one makes one's own of a kind without Python.
 _OWN = {
+    "models": "your own network: 'timm:NAME', 'torchvision:NAME', or a card in a folder that '--registry FOLDER' names",
+    "methods": "your own method: a card in a folder that '--registry FOLDER' names",
+    "losses": "your own loss: a card in a folder that '--registry FOLDER' names",
     "datasets": "your own pictures: 'data: path/to/folder', or 'kdbench data FOLDER', which writes a card",
     "teachers": "your own weights: 'teacher: {model: NAME, weights: FILE}', or a card with the 'recipe' that trains it",
 }
@@ -178,8 +181,9 @@ class Registry:
             match = _match(key, name, self.trees[kind][key].data.get("target"))
             if match is not None:
                 return key, match
-        own = f"; {_OWN[kind]}" if kind in _OWN else ""
-        hint = did_you_mean(name, self.names(kind)) + own
+        hint = did_you_mean(name, self.names(kind))
+        # Nobody who mistyped a name wants to write a card.
+        hint += f"; {_OWN[kind]}" if kind in _OWN and not hint.startswith("did") else ""
         raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=hint)
 
     def options(

@@ -51,6 +51,8 @@ class Tree:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
             hint = "check the indentation, the colons and the brackets of this line and the one above"
+            if mark and re.match(r"\s*\t", (text.split("\n") + [""])[mark.line]):
+                hint = "indent with spaces, not with tabs"
             raise UserError(f"not valid YAML: {error.problem or error.context}", f"{source}{line}", hint) from None
         except yaml.YAMLError as error:
             raise UserError(f"not valid YAML: {error}", where=source) from None

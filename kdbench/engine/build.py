@@ -56,7 +56,8 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
             spec,
             f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
             f"{data.image_size}, {data.classes} classes)",
-            f"'kdbench show models {spec.name}' lists what its options mean",
+            f"its class or function takes 'classes', 'channels' and 'image_size', and the options that 'kdbench show "
+            f"models {spec.name}' lists",
             classes=data.classes,
             channels=data.channels,
             image_size=data.image_size,

@@ -13,17 +13,40 @@ def batch_size(record: Record) -> float | None:
 
 
 def in_a_line(record: Record) -> str:
-    """Batches, augmentation, optimizer and schedule of the main stage in a line; empty where nothing is said."""
+    """Batches, augmentation, optimizer, schedule and further settings of the main stage in a line; empty where nothing
+    is said."""
     size = batch_size(record)
     said = {name: words for name, say in SAID.items() if (words := say(record))}
     parts = [
         "" if size is None else f"batches of {size:g}",
         said.get("optimizer", ""),
         *(f"{name} {said[name]}" for name in ("learning rate", "weight decay") if name in said),
-        *([f"rate {said['schedule']}"] if "schedule" in said else []),
+        *([f"rate {said['schedule']}{_in_brackets(record)}"] if "schedule" in said else []),
         *([f"augmentation: {said['augmentation']}"] if "augmentation" in said else []),
+        *_further(record),
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _in_brackets(record: Record) -> str:
+    """Options of the schedule that its words leave out, as ' (warmup 5%)'."""
+    name, options = _options(record, "schedule")
+    told = {"at", "gamma", "reset_momentum"} if name == "multistep" else set()
+    found = [f"{key} {value}".replace("_", " ") for key, value in options.items() if key not in told]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _further(record: Record) -> list[str]:
+    """What few protocols have, and only where it is on."""
+    stage = main_stage(record)
+    losses = [(term.get("loss") or {}).get("options") or {} for term in (stage.get("losses") or {}).values()]
+    smoothing = sorted({value for options in losses if (value := options.get("label_smoothing"))})
+    ema = (record.spec.get("protocol") or {}).get("ema")
+    return [
+        *(f"label smoothing {value:g}" for value in smoothing),
+        *([f"gradients clipped at {stage['clip']:g}"] if stage.get("clip") else []),
+        *([f"tested with a moving average of the weights ({ema:g})"] if ema else []),
+    ]
 
 
 def main_stage(record: Record) -> dict[str, Any]:
@@ -64,7 +87,8 @@ def _augmentation(record: Record) -> str:
     crop = f"crop after {'reflect ' * (found.get('mode') == 'reflect')}padding {found.get('padding')}"
     parts = [crop] * bool(found.get("padding")) + ["resized crop"] * bool(found.get("resized_crop"))
     parts += [f"{found.get('decoder')}'s decoder"] * bool(found.get("decoder"))
-    mixed = [word for key, word in (("mixup", "Mixup"), ("cutmix", "CutMix")) if (found.get("mix") or {}).get(key)]
+    mix = found.get("mix") or {}
+    mixed = [f"{word} {mix[key]:g}" for key, word in (("mixup", "Mixup"), ("cutmix", "CutMix")) if mix.get(key)]
     own = [str(one.get("name")).replace("_", " ") for one in found.get("transforms") or ()]
     return " and ".join(parts + ["flip"] * bool(found.get("flip")) + own + mixed) or "none"
 

@@ -109,6 +109,11 @@ class Complex(Frozen):
 class NoModule:
     def __init__(self, classes: int, channels: int, image_size: int) -> None:
         pass
+
+
+class OtherNames(nn.Module):
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
 '''
 
 LOSSES = """
@@ -293,6 +298,7 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
         ("Nothing", "returns nothing, not logits"),
         ("Complex", "returns a tensor of torch.complex64, not logits"),
         ("NoModule", "is a NoModule, not a torch.nn.Module"),
+        ("OtherNames", "unexpected keyword argument 'classes' .*\n.*takes 'classes', 'channels' and 'image_size'"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_told(folder: Path, name: str, said: str) -> None:

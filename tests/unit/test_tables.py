@@ -437,6 +437,19 @@ def test_a_table_says_how_its_rows_were_trained() -> None:
     assert f"{common.format('constant')} and flip." in said.text and not said.warning
 
 
+def test_a_table_says_what_few_rows_were_trained_with() -> None:
+    given = trained(0.1, {"name": "cosine", "options": {"warmup": "5%"}})
+    given["spec__protocol"] |= {"ema": 0.99}
+    given["spec__protocol"]["augmentation"] |= {"mix": {"mixup": 0.2, "cutmix": None}}
+    given["spec__method"]["stages"]["whole"] |= {
+        "clip": 5.0,
+        "losses": {"ce": {"loss": {"options": {"label_smoothing": 0.1}}}, "kd": {"loss": {"options": {"alpha": 1.0}}}},
+    }
+    (said,) = (note.text for note in build([make("ce", **given)]).notes if note.text.startswith("Training: "))
+    assert "rate cosine (warmup 5%), augmentation: crop" in said and "and Mixup 0.2, label smoothing 0.1" in said
+    assert said.endswith("gradients clipped at 5, tested with a moving average of the weights (0.99).")
+
+
 def made(gives: str, steps: int = 200) -> dict[str, Any]:
     """Entries of a cell whose only stage has a batch source."""
     stage = {"source": {"name": "synthesized", "gives": [gives]}}
