@@ -329,14 +329,8 @@ class CellSpec(Spec):
         """The data whose test set counts."""
         return self.target or self.data
 
-    def identity(self, earlier: bool = False) -> str:
-        """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
-        that has its default (so that a new field with a default, or a new hook point, reruns nothing).
-
-        Args:
-            earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
-                one identity.
-        """
+    def counted(self) -> CellSpec:
+        """This cell as it counts: without hook points that no loss reads, and with what of `compute` is fixed."""
         method = self.method.hashed(self.student, self.teacher.model if self.teacher else None)
         changes: dict[str, Any] = {"method": method, "student": self.student.reading(method.points("student"))}
         # However it is said: what is fixed counts.
@@ -346,7 +340,17 @@ class CellSpec(Spec):
         if self.teacher is not None:
             model = self.teacher.model.reading(method.points("teacher"))
             changes["teacher"] = self.teacher.model_copy(update={"model": model})
-        return _digest(self.model_copy(update=changes), earlier)
+        return self.model_copy(update=changes)
+
+    def identity(self, earlier: bool = False) -> str:
+        """sha256 over what affects the numbers: no labels, no folders, no hook point that no loss reads, and no field
+        that has its default (so that a new field with a default, or a new hook point, reruns nothing).
+
+        Args:
+            earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
+                one identity.
+        """
+        return _digest(self.counted(), earlier)
 
 
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change

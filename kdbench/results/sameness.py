@@ -48,14 +48,10 @@ def _names_only(path: str, key: str) -> bool:
 def check_same(label: str, a: Record, b: Record) -> None:
     """Refuse to pool different experiments, or to have two values for one seed."""
     # A field that came with a later version is absent from older records; a typed recipe has it, with its default.
-    drift = a.kdbench != b.kdbench
-    own, other = a.spec, b.spec
+    own, other, drift = a.spec, b.spec, a.kdbench != b.kdbench
     if any(differences(own, other)) and a.resolved is not None and b.resolved is not None:
-        if a.resolved.model_copy(update={"seed": b.resolved.seed}).identity() == b.resolved.identity():
-            own = other
-        else:
-            # Own code by its content.
-            own, other, drift = recorded(a.resolved), recorded(b.resolved), False
+        # Own code by its content.
+        own, other, drift = recorded(a.resolved.counted()), recorded(b.resolved.counted()), False
     found = [(path, x, y) for path, x, y in differences(own, other) if not (drift and (x is None or y is None))]
     if not found and a.cell.seed != b.cell.seed:
         return
