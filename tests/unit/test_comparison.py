@@ -185,6 +185,18 @@ def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None
         compare([*old, *averaged])
 
 
+def test_the_last_layer_under_its_number_and_by_its_place_is_one_row() -> None:
+    """As of a run that was begun when the method said the number, and goes on."""
+    taught = {"teacher": "wrn_16_2_digits"}
+    (first, other), last = (
+        (as_planned(0, method={"name": "sp", "hook": hook}, **taught) for hook in ("layer3", "layer2")),
+        as_planned(1, method="sp", **taught),
+    )
+    assert len(compare([*first, *last]).cells) == 1
+    with pytest.raises(UserError, match=r"student \(layer2 and layer3\)"):
+        compare([*other, *last])
+
+
 @pytest.mark.parametrize(
     ("path", "values", "other", "label"),
     [
