@@ -99,12 +99,12 @@ def raised_by_own_code(error: BaseException) -> UserError | None:
     return UserError(what, f"{last.filename}:{last.lineno}", f"in {last.name}: {last.line}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words, or all of them when none is near."""
+def did_you_mean(word: str, known: Iterable[str], own: str = "") -> str:
+    """A hint that names the nearest known words, or when none is near all of them, and how one makes one's own."""
     known = sorted(known)
     near = [one for one in known if one.lower() == word.lower()]
     near = near or difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-    return f"known: {shown}" if known else "nothing is known there"
+    return (f"known: {shown}" if known else "nothing is known there") + (f"; {own}" if own else "")

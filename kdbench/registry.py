@@ -181,9 +181,7 @@ class Registry:
             match = _match(key, name, self.trees[kind][key].data.get("target"))
             if match is not None:
                 return key, match
-        hint = did_you_mean(name, self.names(kind))
-        # Nobody who mistyped a name wants to write a card.
-        hint += f"; {_OWN[kind]}" if kind in _OWN and not hint.startswith("did") else ""
+        hint = did_you_mean(name, self.names(kind), _OWN.get(kind, ""))
         raise UserError(f"unknown {singular(kind)} '{name}'", where=where, hint=hint)
 
     def options(

@@ -148,7 +148,7 @@ def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
         if isinstance(value, str) and parameter.type in (int, float):
             hint += "; write a number without quotes"
         if "str" in parameter.annotation and isinstance(value, int | float | list):
-            hint += "; a share of the stage is written like '30%'"
+            hint += "; a number that is meant as text needs quotes, and a share its sign: '30%'"
         raise UserError(f"'{parameter.name}' of {what} cannot be {value!r}", where=where, hint=hint) from None
 
 

@@ -134,8 +134,8 @@ class TermSpec(TermFields, Spec):
         own = getattr(self, network)
         return [own] if isinstance(own, str) else own
 
-    def hashed(self, student: ModelSpec, teacher: ModelSpec | None) -> TermSpec:
-        """As it is hashed: the last layer under its number, where methods once said that number."""
+    def counted(self, student: ModelSpec, teacher: ModelSpec | None) -> TermSpec:
+        """As it counts: the last layer under its number, where methods once said that number."""
         older = frozen()["last_layers"].get(self.loss.name)
         models = {"student": teacher if self.of == "teacher" else student, "teacher": teacher}
         last = {
@@ -208,11 +208,11 @@ class MethodSpec(Spec):
         """The loss terms of all stages."""
         return [term for stage in self.stages.values() for term in stage.losses.values()]
 
-    def hashed(self, student: ModelSpec, teacher: ModelSpec | None) -> MethodSpec:
-        """With its terms as they are hashed."""
+    def counted(self, student: ModelSpec, teacher: ModelSpec | None) -> MethodSpec:
+        """With its terms as they count."""
         stages = {
             name: stage.model_copy(
-                update={"losses": {key: term.hashed(student, teacher) for key, term in stage.losses.items()}}
+                update={"losses": {key: term.counted(student, teacher) for key, term in stage.losses.items()}}
             )
             for name, stage in self.stages.items()
         }
@@ -331,7 +331,7 @@ class CellSpec(Spec):
 
     def counted(self) -> CellSpec:
         """This cell as it counts: without hook points that no loss reads, and with what of `compute` is fixed."""
-        method = self.method.hashed(self.student, self.teacher.model if self.teacher else None)
+        method = self.method.counted(self.student, self.teacher.model if self.teacher else None)
         changes: dict[str, Any] = {"method": method, "student": self.student.reading(method.points("student"))}
         # However it is said: what is fixed counts.
         changes["compute"] = ComputeChoice(**self.compute.fixed())

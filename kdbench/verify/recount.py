@@ -56,12 +56,12 @@ def spans(logits: Tensor, labels: Tensor, teacher: Tensor | None, own: list[int]
         logits: [N, classes]. labels: int64 [N]. teacher: logits in float16 for the same images, where they are known.
         own: classes that the student was trained on, where these are not all.
     """
-    largest = logits == logits.amax(dim=1, keepdim=True)
     right = _within(logits, labels, 1)
     found = {"test.last": _share(*right), "calibration_error": _calibration(logits, *right)}
     if logits.shape[1] >= FEWEST_CLASSES:
         found["top5"] = _share(*_within(logits, labels, 5))
     if teacher is not None and teacher.shape == logits.shape:
+        largest = logits == logits.amax(dim=1, keepdim=True)
         taught = teacher == teacher.amax(dim=1, keepdim=True)
         possible = (largest & taught).any(dim=1)
         found["fidelity"] = _share(possible & (largest.sum(dim=1) == 1) & (taught.sum(dim=1) == 1), possible)

@@ -58,7 +58,7 @@ def written(folder: Path, more: str) -> str:
         ("method: {name: kd, label: 3}", 6, "a label is a text, not 3"),
         ("method: kd\nprotocol:\n\tname: digits", 7, "indent with spaces"),
         ("method: kd\nprotocol: {name: digits, optimizer: SGD}", 6, "did you mean 'sgd'?"),
-        ("method: kd\nprotocol: {name: digits, schedule: {name: multistep, at: [150]}}", 6, "is written like '30%'"),
+        ("method: kd\nprotocol: {name: digits, schedule: {name: multistep, at: [150]}}", 6, "a share its sign: '30%'"),
         ("method: kd\nstudent: mynet", 6, "your own network: 'timm:NAME'"),
         ("compare: {method: [ce, {name: kd, label: 2020-01-01}]}", 6, "a label is a text"),
         ("method: {name: 3}", 6, "the name of a method is a text, not 3"),
