@@ -322,6 +322,7 @@ class SpecForm(Open):
 
 class _Score(Open):
     accuracy: float = Field(default=0, ge=0, le=100)
+    loss: float = 0
 
 
 class Evaluation(Open):

@@ -4,11 +4,14 @@ Logits are kept in float16, so what they say is a span. Rounding keeps their ord
 then any of these was the answer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,14 +53,18 @@ def logits_in(file: Path, labels: Tensor) -> Tensor:
 
 
 def spans(logits: Tensor, labels: Tensor, teacher: Tensor | None, own: list[int] | None = None) -> dict[str, Span]:
-    """What logits in float16 say of the numbers of a result, by their names there, in percent.
+    """What logits in float16 say of the numbers of a result, by their names there, in percent but for the loss.
 
     Args:
         logits: [N, classes]. labels: int64 [N]. teacher: logits in float16 for the same images, where they are known.
         own: classes that the student was trained on, where these are not all.
     """
     right = _within(logits, labels, 1)
-    found = {"test.last": _share(*right), "calibration_error": _calibration(logits, *right)}
+    found = {
+        "test.last": _share(*right),
+        "test.loss": _loss(logits, labels),
+        "calibration_error": _calibration(logits, *right),
+    }
     if logits.shape[1] >= FEWEST_CLASSES:
         found["top5"] = _share(*_within(logits, labels, 5))
     if teacher is not None and teacher.shape == logits.shape:
@@ -104,9 +111,7 @@ def _calibration(logits: Tensor, certain: Tensor, possible: Tensor) -> Span:
 
 def _confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Between which values the largest softmax probability of each image was, before its logits were rounded."""
-    exact = logits.double()
-    # Half of the distance between neighbours in float16.
-    error = torch.exp2(torch.frexp(exact).exponent.clamp(min=-13).double() - 12)
+    exact, error = _exact(logits)
     exact = exact - exact.amax(dim=1, keepdim=True)
     lower, upper = (exact - error).exp(), (exact + error).exp()
 
@@ -117,8 +122,29 @@ def _confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     return largest(lower, upper), largest(upper, lower)
 
 
+def _loss(logits: Tensor, labels: Tensor) -> Span:
+    """The mean cross-entropy."""
+    if not logits.isfinite().all():
+        return 0.0, torch.inf
+    exact, error = _exact(logits)
+    # The label's logit was lower and all others higher, or the reverse.
+    error = error.scatter(1, labels[:, None], -error.gather(1, labels[:, None]))
+    low, high = (F.cross_entropy(exact + side * error, labels).item() for side in (-1, 1))
+    return low, high
+
+
+def _exact(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in float64, and by how much each may have been rounded to float16."""
+    exact = logits.double()
+    # Half of the distance between neighbours in float16.
+    return exact, torch.exp2(torch.frexp(exact).exponent.clamp(min=-13).double() - 12)
+
+
 def counted_again(
-    records: Mapping[str, Record], data: Mapping[str, DataSpec], roots: Iterable[Path]
+    records: Mapping[str, Record],
+    numbers: Mapping[str, Mapping[str, float]],
+    data: Mapping[str, DataSpec],
+    roots: Iterable[Path],
 ) -> dict[str, tuple[list[str], list[str]]]:
     """What of records could be compared with their logits: folder name -> the numbers, and what is wrong.
 
@@ -126,6 +152,7 @@ def counted_again(
 
     Args:
         records: by folder name, with logits beside them; teachers' among them.
+        numbers: folder name -> `recorded_numbers`.
         data: folder name -> the data that it was tested on, by the cards of this installation.
 
     Raises:
@@ -149,22 +176,22 @@ def counted_again(
         except UserError as error:
             found[name] = [], [error.what]
             continue
-        numbers = {of: value for of, value in recorded_numbers(record).items() if of in said}
+        counted = {of: value for of, value in numbers[name].items() if of in said}
         # They are recorded with four decimals.
-        wrong = {of: v for of, v in numbers.items() if not said[of][0] - 1e-4 <= v <= said[of][1] + 1e-4}
-        found[name] = (
-            [*numbers],
-            [f"result.{of} is {v}, the test logits say {_text(said[of])}" for of, v in wrong.items()],
-        )
+        wrong = {of: v for of, v in counted.items() if not said[of][0] - 1e-4 <= v <= said[of][1] + 1e-4}
+        found[name] = ([*counted], [f"{of} is {v}, the test logits say {_text(said[of])}" for of, v in wrong.items()])
     return found
 
 
-def recorded_numbers(record: Record) -> dict[str, float]:
-    """Numbers of a record that follow from test logits, a teacher's among them."""
+def recorded_numbers(record: Record, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Numbers of a record and of its last evaluation that follow from test logits, a teacher's among them."""
     result = record.result
     named = {name: getattr(result, name) for name in ("calibration_error", "top5", "fidelity")}
     parts = {f"by_classes.{name}": value for name, value in (result.by_classes or {}).items()}
-    return {"test.last": result.test.last, **{n: v for n, v in named.items() if v is not None}, **parts}
+    loss = history[-1].get("test", {}).get("loss") if history else None
+    # It may have grown out of all bounds.
+    last = {"test.loss": loss} if loss is not None and isfinite(loss) else {}
+    return {"test.last": result.test.last, **last, **{n: v for n, v in named.items() if v is not None}, **parts}
 
 
 def _taught(

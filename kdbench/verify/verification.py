@@ -150,7 +150,8 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
 
     try:
         data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
-        found = counted_again(held, data, roots)
+        numbers = {name: recorded_numbers(record, folder.histories.get(name, [])) for name, record in held.items()}
+        found = counted_again(held, numbers, data, roots)
     except UserError as error:
         what = f"results were not counted again, for want of labels: {error.what}"
         yield Finding("unchecked", what, LOGITS, check)
@@ -160,7 +161,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
         yield Finding("unchecked", what, LOGITS, check)
     yield from (Finding("disagrees", what, name) for name, (_, wrong) in found.items() for what in wrong)
     recounted = Counter(number for counted, _ in found.values() for number in counted)
-    left = Counter(number for name in found for number in recorded_numbers(held[name])) - recounted
+    left = Counter(number for name in found for number in numbers[name]) - recounted
     if recounted:
         what = "follow from them: " + ", ".join(f"{number} of {times} records" for number, times in recounted.items())
         if left:

@@ -109,7 +109,8 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert {f.what for f in found if f.level == "unchecked"} == {
         said.replace("5 of 5", "4 of 5")
     } and not disagreements(made)
-    said = "follow from them: test.last of 1 records, calibration_error of 1 records; not fidelity of 1, "
+    counted = ", ".join(f"{number} of 1 records" for number in ("test.last", "test.loss", "calibration_error"))
+    said = f"follow from them: {counted}; not fidelity of 1, "
     assert any(f.what.startswith(said) for f in found)
 
 
@@ -257,7 +258,18 @@ def test_a_number_that_was_changed_wherever_it_stands_is_told_by_the_logits(fold
     sums.renew(folder, write_files(build(records), folder, records, None, None))
     sums.write(folder)
     (found,) = disagreements(folder)
-    assert found.where == file.parent.name and f"result.{number} is" in found.what
+    assert found.where == file.parent.name and f"{number} is" in found.what
+
+
+def test_a_test_loss_that_was_changed_is_told_by_the_logits(folder: Path) -> None:
+    file = next(folder.glob("kd-seed0-*/metrics.jsonl"))
+    *before, last = file.read_text().splitlines()
+    entry = json.loads(last)
+    entry["test"]["loss"] *= 1.01
+    file.write_text("\n".join([*before, json.dumps(entry), ""]))
+    sums.write(folder)
+    (found,) = disagreements(folder)
+    assert found.where == file.parent.name and "test.loss is" in found.what
 
 
 @pytest.mark.slow
@@ -268,7 +280,7 @@ def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
     assert logits.dtype == torch.float16
     wrong = logits.roll(1, dims=1).contiguous()
     save_file({"logits": wrong}, file)
-    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 4, "another file, other numbers"
+    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 5, "another file, other numbers"
     # Somebody makes the sha256 and the sums fit again.
     plain = json.loads(record.read_text())
     plain["files"][file.name] = sha256_of(file)

@@ -234,6 +234,10 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "metrics have a list": (put(METRICS, "[1]\n"), ("verify", "publish", "plot")),
     "metrics are deep": (put(METRICS, f'{{"step": 1, "x": {DEEP}}}\n'), ("verify", "publish")),
     "metrics have a text": (put(METRICS, '{"step": 1, "test": {"accuracy": "x"}}\n'), ("verify", "publish")),
+    "metrics have a text for a loss": (
+        put(METRICS, '{"step": 1, "test": {"accuracy": 1, "loss": "x"}}\n'),
+        ("verify", "publish"),
+    ),
     "metrics have no accuracy": (put(METRICS, '{"step": 1, "test": {"acc": 5}}\n'), ("verify", "publish")),
     "metrics have no part": (put(METRICS, '{"step": 1, "test": null}\n'), ("verify", "publish")),
     "metrics have NaN": (put(METRICS, '{"step": 1, "test": {"accuracy": NaN}}\n'), ("verify", "publish")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kdbench.engine.answers import measured
 from kdbench.verify.recount import spans
@@ -38,11 +39,13 @@ def test_what_is_measured_of_exact_logits_lies_within_what_rounded_ones_say(clas
         # Some images have two logits that are nearly one number.
         logits[:100, 1] = logits[:100, 0] + size * 1e-3 * torch.randn(100, generator=draws)
         found, said = measured(logits, labels, teacher), spans(logits.half(), labels, teacher.half())
+        found["test.loss"] = F.cross_entropy(logits, labels).item()
         assert {*found} == {*said} - {"test.last"}
         for name, value in found.items():
             assert said[name][0] - 1e-4 <= value <= said[name][1] + 1e-4, name
-        moved += measured(logits.half().float(), labels, teacher) != found
+        moved += measured(logits.half().float(), labels, teacher) != measured(logits, labels, teacher)
         if (classes, size) == (12, 4.0):
+            assert said["test.loss"][1] - said["test.loss"][0] < 0.01
             assert all(high - low < 5 for low, high in said.values()), "the spans say something"
     assert moved > 10 or size == 0, "rounding changed no number: this shows nothing"
 
@@ -53,6 +56,14 @@ def test_a_calibration_error_by_hand() -> None:
     low, high = spans(logits, labels, None)["calibration_error"]
     assert low == pytest.approx(23.106, abs=0.02) and high == pytest.approx(23.106, abs=0.02) and low < high
     assert spans(torch.full((2, 2), torch.inf).half(), labels, None)["calibration_error"] == (0.0, 100.0)
+
+
+def test_a_loss_by_hand() -> None:
+    # log(1 + e) and log(1 + 1/e); numbers from 0.5 to 1 are rounded by up to 2^-12, from 1 to 2 by 2^-11.
+    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).half(), torch.tensor([0, 1])
+    low, high = spans(logits, labels, None)["test.loss"]
+    assert low < 0.5 * (0.3132617 + 1.3132617) < high < low + 4 * 2**-11
+    assert spans(torch.full((2, 2), torch.nan).half(), labels, None)["test.loss"] == (0.0, torch.inf)
 
 
 def test_classes_that_a_student_was_trained_on_count_apart() -> None:
