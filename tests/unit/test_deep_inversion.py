@@ -318,7 +318,7 @@ def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
     # Stopped in the middle of the second batch: what it had of that is lost, the first batch is kept.
     calls = iter(range(100))
-    prepared(spec, teacher, tmp_path / "b", stopping=lambda: next(calls) >= 4)
+    prepared(spec, teacher, tmp_path / "b", stopping=lambda: next(calls) >= 6)
     assert list(files(tmp_path / "b")) == ["batch_00000.safetensors"]
     # Killed between a batch's images and its JSON file: that batch is made again.
     pool = next((tmp_path / "b").glob("shared/synthesized/*"))
@@ -330,6 +330,13 @@ def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert (pool / "grid.png").read_bytes()[:4] == b"\x89PNG"
     about = json.loads((pool / "batch_00002.json").read_text())
     assert {"sha256", "seconds", "terms", "torch", "threads"} <= set(about) and about["terms"]["feature"] > 0
+
+
+def test_a_pool_of_noise_can_be_stopped_too(tmp_path: Path) -> None:
+    spec = cell({"name": "deep_inversion", **QUICK, "iterations": 0, "batches": 4})
+    calls = iter(range(100))
+    prepared(spec, untrained_teacher(spec), tmp_path, stopping=lambda: next(calls) >= 2)
+    assert list(files(tmp_path)) == ["batch_00000.safetensors", "batch_00001.safetensors"]
 
 
 def test_images_that_grew_out_of_all_bounds_are_told_and_not_kept(tmp_path: Path) -> None:

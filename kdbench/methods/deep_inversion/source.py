@@ -128,6 +128,9 @@ class SynthesizedImages(Source):
         pool.begin()
         begun, first = time.monotonic(), pool.done
         for batch in range(first, self.batches):
+            # Asked before every iteration too, of which noise has none.
+            if stopping():
+                return
             left = _left(time.monotonic() - begun, batch - first, self.batches - batch)
             tell(f"synthesizing images: batch {batch + 1} of {self.batches}{left}")
             start = time.monotonic()
