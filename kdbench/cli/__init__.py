@@ -119,7 +119,7 @@ def main() -> None:
         hint = "check that the path exists, is not too long, and can be written"
         _end(2, f"error: {what[:1000]}\n  {hint}")
     except Exception as error:
-        if found := raised_by_own_code(error):
+        if found := disk_full(error) or raised_by_own_code(error):
             _end(2, f"error: {found}")
         raise
 
