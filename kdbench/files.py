@@ -138,7 +138,9 @@ def disk_full(error: BaseException) -> UserError | None:
     # Writers in Rust, as safetensors', say the number in their words.
     if getattr(error, "errno", None) not in codes and not any(f"(os error {code})" in str(error) for code in codes):
         return None
-    what = f"the disk is full: {getattr(error, 'filename', None) or 'nothing more can be written'}"
+    # Of a copy the second is written.
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    what = f"the disk is full: {file or 'nothing more can be written'}"
     return UserError(what, hint="make room and repeat the command: what is finished is kept")
 
 

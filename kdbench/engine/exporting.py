@@ -125,10 +125,7 @@ def to_torchscript(student: Student, file: Path) -> float:
         UserError: as `to_onnx`.
     """
     try:
-        with warnings.catch_warnings():
-            # It warns of every check of a shape; images of another size are not meant for it.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            traced = torch.jit.trace(student.network, student.images(2))  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(student.network, student.images(2))  # type: ignore[no-untyped-call]
         content = traced.save_to_buffer()
     except Exception as error:  # noqa: BLE001 - as above
         raise _refused(student, "TorchScript", error) from None
@@ -219,14 +216,26 @@ def _checked(student: Student, file: Path, run: Any) -> float:
     with torch.no_grad():
         for n in (1, 5):
             images = student.images(n)
-            worst = max(worst, float((run(images) - student.network(images)).abs().max()))
+            try:
+                worst = max(worst, float((run(images) - student.network(images)).abs().max()))
+            except Exception as error:  # noqa: BLE001 - as many runtimes as forms
+                what = f"the exported network fails on {n} images where 2 were shown: {first_line(error)}"
+                raise UserError(what, str(file)) from None
     if not worst <= TOLERANCE:
         hint = f"at most {TOLERANCE} is allowed"
         raise UserError(f"the exported network's logits are {worst:.2g} off", str(file), hint)
     return worst
 
 
-def _refused(student: Student, form: str, error: Exception) -> UserError:
+def _refused(student: Student, form: str, error: BaseException) -> UserError:
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    if any(isinstance(one, KeyboardInterrupt) for one in chain):
+        # The exporter takes an interrupt for a fault of the network.
+        raise KeyboardInterrupt
+    while error.__cause__ is not None:
+        error = error.__cause__
     what = f"'{student.record.cell.student}' cannot be written as {form}: {first_line(error)}"
     return disk_full(error) or UserError(what)
 

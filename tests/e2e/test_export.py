@@ -129,6 +129,44 @@ def test_an_export_that_fails_leaves_what_was_there(
     assert file.read_text() == "the one before" and [*tmp_path.iterdir()] == [file]
 
 
+class OnlyPython(torch.nn.Module):
+    """It decides by values, and a tracer sees constants."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x if x.sum() > 0 else -x
+        return torch.from_numpy(seen.detach().numpy()).flatten(1)[:, :10]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("write", "said"), [(to_onnx, r"cannot be written as ONNX: \S"), (to_torchscript, "fails on 5 images where 2")]
+)
+def test_networks_that_a_form_cannot_hold_are_told(
+    write: Callable[[Student, Path], float], said: str, cell: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        write(replace(exported_student(cell), model=OnlyPython()), tmp_path / "student")
+    assert "step 1/3" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_an_interrupt_is_not_taken_for_a_fault_of_the_network(
+    cell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        """As torch's exporter hands an interrupt on."""
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise AttributeError("module 'torch._dynamo' has no attribute 'exc'")
+        except AttributeError as error:
+            raise RuntimeError("Failed to export the model") from error
+
+    monkeypatch.setattr("torch.onnx.export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        to_onnx(exported_student(cell), tmp_path / "student.onnx")
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of Hugging Face's hub as an upload needs. What was uploaded is kept in the server's `files`."""
 

@@ -220,6 +220,7 @@ def test_odd_words_and_closed_or_full_outputs(words: str, code: int, said: str) 
     ("raised", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "the disk is full: runs/x\n  make room"),
+        (OSError(errno.ENOSPC, "No space left", "runs/x", None, "results/x"), "the disk is full: results/x\n"),
         # As safetensors says it, and timm lets through.
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full: nothing more can be"),
         (OSError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: permission denied\n  check that the path"),
