@@ -243,6 +243,14 @@ def test_what_the_system_refuses_in_words(
         assert isinstance(told, Failed) and told.by_user and not told.trace
 
 
+def test_characters_that_are_not_seen_are_shown() -> None:
+    """As they come with text from a web page or a document; and no text of a file commands a terminal."""
+    with pytest.raises(UserError) as error:
+        SHIPPED.card("models", "wrn_10_1\u200b")
+    assert "unknown model 'wrn_10_1\\u200b'" in str(error.value) and "did you mean 'wrn_10_1'" in str(error.value)
+    assert str(UserError("ä – „漢字“\x1b[31m\nred\xa0", "x\ty", "ok")) == "x\\ty: ä – „漢字“\\x1b[31m\nred\\xa0\n  ok"
+
+
 def test_a_file_that_must_not_be_written_has_the_name_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
