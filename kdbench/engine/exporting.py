@@ -195,13 +195,15 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
 def model_card(student: Student, name: str, timm_too: bool) -> str:
     """README.md of a repository on the hub: the table's row, how to load it, recipe and hashes."""
     mean, std = (", ".join(f"{value:.4g}" for value in student.normalization[key]) for key in ("mean", "std"))
+    centre, side = student.record.spec["data"]["image_size"], student.shape[-1]
     return Template(MODEL_CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(
         name=name,
         timm=timm_too,
         record=student.record,
         shape=" × ".join(map(str, student.shape)),
         short_side=student.short_side,
-        centre=student.record.spec["data"]["image_size"],
+        centre=centre,
+        resized=side != centre,
         mean=mean,
         std=std,
         which="" if student.file.name == STUDENT else ', weights="best"',

@@ -114,7 +114,9 @@ def test_what_was_seen_of_a_picture_goes_with_its_network(cell: Path, tmp_path: 
         student = replace(given, model=model, record=given.record.model_copy(update={"data": data}))
         to_timm(student, tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == crop
-        assert ("resized to 10 pixels" in model_card(student, "me/student", True)) == (short_side is not None)
+        card = model_card(student, "me/student", True)
+        assert ("resized to 10 pixels" in card) == (short_side is not None) and "resized to its size" not in card
+        assert "resized to its size" in model_card(replace(student, shape=(1, 16, 16)), "me/student", True)
 
 
 @pytest.mark.parametrize("write", [to_onnx, to_torchscript])
