@@ -96,6 +96,8 @@ class LossCard(CodeCard):
             if strange := sorted(beside.keys() - self.metrics.keys()):
                 there = ", ".join(self.metrics)
                 raise ValueError(f"'{name}.{strange[0]}' belongs to no metric; known: {there}")
+        if odd := next((name for name in self.metrics if name.endswith("_reference")), None):
+            raise ValueError(f"a metric cannot be called '{odd}': the column of a metric's reference is called so")
         return self
 
 

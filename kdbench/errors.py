@@ -48,8 +48,9 @@ class CellError(Exception):
 
 
 def _readable(text: str) -> str:
-    """A message in which no word goes on for ever, as a name in a damaged file may."""
-    return _ENDLESS.sub(r"\1…", text)
+    """A message in which no word goes on for ever, as a name in a damaged file may, and all characters are seen."""
+    seen = (one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+    return _ENDLESS.sub(r"\1…", "".join(seen))
 
 
 def shortened(value: object) -> str:

@@ -138,8 +138,23 @@ def disk_full(error: BaseException) -> UserError | None:
     # Writers in Rust, as safetensors', say the number in their words.
     if getattr(error, "errno", None) not in codes and not any(f"(os error {code})" in str(error) for code in codes):
         return None
-    what = f"the disk is full: {getattr(error, 'filename', None) or 'nothing more can be written'}"
+    # Of a copy the second is written.
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    what = f"the disk is full: {file or 'nothing more can be written'}"
     return UserError(what, hint="make room and repeat the command: what is finished is kept")
+
+
+# What to do about a path that the system refuses.
+CHECK_PATH = "check that the path exists, is not too long, and can be read or written"
+
+
+def refused(error: BaseException) -> UserError | None:
+    """What is said of an error where the system refuses a path, as on a full disk; None for any other."""
+    if full := disk_full(error):
+        return full
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return None
+    return UserError(error.strerror.lower(), str(error.filename), CHECK_PATH)
 
 
 @contextmanager
@@ -152,8 +167,13 @@ def atomic(file: Path) -> Iterator[Path]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    # Made here, so that it has the permissions of any new file, whoever writes it.
-    temporary.touch(exist_ok=False)
+    try:
+        # Made here, so that it has the permissions of any new file, whoever writes it.
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        # The name that is known.
+        error.filename = str(file)
+        raise
     try:
         yield temporary
         with temporary.open("rb+") as stream:

@@ -182,6 +182,9 @@ class Data(Open):
     test: int = Field(ge=1)
     classes: int = Field(ge=1)
     origin: str = ""
+    short_side: int | None = Field(
+        None, gt=0, description="of pictures: pixels to which the shorter side is brought before the centre is tested"
+    )
 
 
 class ModelSize(Open):

@@ -16,7 +16,7 @@ import typer
 
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError, raised_by_own_code
-from kdbench.files import disk_full, expanded
+from kdbench.files import CHECK_PATH, disk_full, expanded, refused
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,15 +111,12 @@ def main() -> None:
     except CellError as error:
         _end(1, f"failed: {error}")
     except OSError as error:
-        if full := disk_full(error):
-            _end(2, f"error: {full}")
         what = str(error)
         if error.errno == errno.ENOENT and error.filename is None:
             what = "the folder in which this was started is no longer there"
-        hint = "check that the path exists, is not too long, and can be written"
-        _end(2, f"error: {what[:1000]}\n  {hint}")
+        _end(2, f"error: {refused(error) or UserError(what, hint=CHECK_PATH)}")
     except Exception as error:
-        if found := raised_by_own_code(error):
+        if found := disk_full(error) or raised_by_own_code(error):
             _end(2, f"error: {found}")
         raise
 

@@ -1,5 +1,6 @@
 """`kdbench cp`: a shipped recipe as a file of one's own."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -24,5 +25,10 @@ def command(
     target = destination / source.name if destination.is_dir() else destination
     if target.exists() and not force:
         raise UserError(f"'{target}' exists", where="kdbench cp", hint="choose another name, or --force")
-    write_text(target, read_text(source))
+
+    def with_folder(found: re.Match[str]) -> str:
+        return found[1] + str((source.parent / found[2]).resolve())
+
+    # An editor would look for the schema beside the copy.
+    write_text(target, re.sub(r"(?m)^(# yaml-language-server: \$schema=)(.+)$", with_folder, read_text(source)))
     print(f"{target}\n  run it:  kdbench run {target}")

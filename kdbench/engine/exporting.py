@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdbench.engine.trained import load_student
 from kdbench.errors import UserError, first_line
-from kdbench.files import RECORD, STUDENT, sha256_of, write_json, write_text
+from kdbench.files import RECORD, STUDENT, atomic, disk_full, sha256_of, write_json, write_text
 from kdbench.models.several import Part
 from kdbench.record import Record, WhichWeights, read_record, student_file
 
@@ -46,6 +46,16 @@ class Student:
     def network(self) -> nn.Module:
         """Float32 pixel values on the scale of [0, 1], [N, channels, size, size] -> logits [N, classes]."""
         return Part(self.model, self.normalization["mean"], self.normalization["std"]).eval()
+
+    @property
+    def short_side(self) -> int | None:
+        """Pixels to which the shorter side of a test picture was brought before its centre was cropped."""
+        return (self.record.target or self.record.data).short_side
+
+    @property
+    def crop(self) -> float:
+        """How much of that side the centre is; 1 for images that were taken whole."""
+        return self.record.spec["data"]["image_size"] / self.short_side if self.short_side else 1.0
 
     def images(self, n: int) -> Tensor:
         """Random pixel values on the scale of [0, 1], always the same."""
@@ -79,29 +89,30 @@ def to_onnx(student: Student, file: Path) -> float:
         _needs(package, "--onnx")
     import onnxruntime
 
-    try:
-        with warnings.catch_warnings():
-            # The exporter warns of torch's own future.
-            warnings.simplefilter("ignore", FutureWarning)
-            torch.onnx.export(
-                student.network,
-                (student.images(2),),
-                str(file),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}},
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:  # noqa: BLE001 - the exporter fails in as many ways as there are networks
-        raise _refused(student, "ONNX", error) from None
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    with atomic(file) as written:
+        try:
+            with warnings.catch_warnings():
+                # The exporter warns of torch's own future.
+                warnings.simplefilter("ignore", FutureWarning)
+                torch.onnx.export(
+                    student.network,
+                    (student.images(2),),
+                    str(written),
+                    input_names=["images"],
+                    output_names=["logits"],
+                    dynamic_shapes={"images": {0: torch.export.Dim("images", min=1)}},
+                    external_data=False,
+                    dynamo=True,
+                    verbose=False,
+                )
+        except Exception as error:  # noqa: BLE001 - the exporter fails in as many ways as there are networks
+            raise _refused(student, "ONNX", error) from None
+        session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return _checked(student, file, run)
+        return _checked(student, file, run)
 
 
 def to_torchscript(student: Student, file: Path) -> float:
@@ -115,10 +126,13 @@ def to_torchscript(student: Student, file: Path) -> float:
     """
     try:
         traced = torch.jit.trace(student.network, student.images(2))  # type: ignore[no-untyped-call]
-        traced.save(str(file))
+        content = traced.save_to_buffer()
     except Exception as error:  # noqa: BLE001 - as above
         raise _refused(student, "TorchScript", error) from None
-    return _checked(student, file, torch.jit.load(str(file)))  # type: ignore[no-untyped-call]
+    with atomic(file) as written:
+        # torch's own writer ends the program on a full disk.
+        written.write_bytes(content)
+        return _checked(student, file, torch.jit.load(str(written)))  # type: ignore[no-untyped-call]
 
 
 def to_timm(student: Student, folder: Path) -> None:
@@ -134,7 +148,8 @@ def to_timm(student: Student, folder: Path) -> None:
     from timm.models import save_for_hf
 
     mean, std = student.normalization["mean"], student.normalization["std"]
-    about = {"input_size": list(student.shape), "mean": mean, "std": std, "crop_pct": 1.0, "interpolation": "bilinear"}
+    about = {"input_size": list(student.shape), "mean": mean, "std": std}
+    about |= {"crop_pct": student.crop, "interpolation": "bilinear"}
     # What timm says of its own weights is not so of these.
     own = {"pretrained_cfg": {"tag": "kdbench"} | dict.fromkeys(("license", "origin_url", "paper_ids", "description"))}
     save_for_hf(student.model, str(folder), model_config=own, data_config=about, safe_serialization=True)
@@ -180,11 +195,15 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
 def model_card(student: Student, name: str, timm_too: bool) -> str:
     """README.md of a repository on the hub: the table's row, how to load it, recipe and hashes."""
     mean, std = (", ".join(f"{value:.4g}" for value in student.normalization[key]) for key in ("mean", "std"))
+    centre, side = student.record.spec["data"]["image_size"], student.shape[-1]
     return Template(MODEL_CARD.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True).render(
         name=name,
         timm=timm_too,
         record=student.record,
         shape=" × ".join(map(str, student.shape)),
+        short_side=student.short_side,
+        centre=centre,
+        resized=side != centre,
         mean=mean,
         std=std,
         which="" if student.file.name == STUDENT else ', weights="best"',
@@ -199,16 +218,28 @@ def _checked(student: Student, file: Path, run: Any) -> float:
     with torch.no_grad():
         for n in (1, 5):
             images = student.images(n)
-            worst = max(worst, float((run(images) - student.network(images)).abs().max()))
+            try:
+                worst = max(worst, float((run(images) - student.network(images)).abs().max()))
+            except Exception as error:  # noqa: BLE001 - as many runtimes as forms
+                what = f"the exported network fails on {n} images where 2 were shown: {first_line(error)}"
+                raise UserError(what, str(file)) from None
     if not worst <= TOLERANCE:
         hint = f"at most {TOLERANCE} is allowed"
         raise UserError(f"the exported network's logits are {worst:.2g} off", str(file), hint)
     return worst
 
 
-def _refused(student: Student, form: str, error: Exception) -> UserError:
-    said = first_line(error)
-    return UserError(f"'{student.record.cell.student}' cannot be written as {form}: {said}")
+def _refused(student: Student, form: str, error: BaseException) -> UserError:
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    if any(isinstance(one, KeyboardInterrupt) for one in chain):
+        # The exporter takes an interrupt for a fault of the network.
+        raise KeyboardInterrupt
+    while error.__cause__ is not None:
+        error = error.__cause__
+    what = f"'{student.record.cell.student}' cannot be written as {form}: {first_line(error)}"
+    return disk_full(error) or UserError(what)
 
 
 def _needs(package: str, option: str) -> None:

@@ -126,11 +126,13 @@ def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
 
 
 def _data(data: ImageData | Pictures, target: ImageData | Pictures | None) -> dict[str, Any]:
-    """Of the data set and of the target domain what no card knows: which bytes they were."""
-    domains = {"data": data, "target": target}
-    return {
-        name: {"fingerprint": one.fingerprint, "origin": one.origin} for name, one in domains.items() if one is not None
-    }
+    """Of the data set and of the target domain what no card knows: which bytes they were, and what is seen of them."""
+
+    def known(one: ImageData | Pictures) -> dict[str, Any]:
+        seen = {"short_side": one.short_side} if isinstance(one, Pictures) else {}
+        return {"fingerprint": one.fingerprint, "origin": one.origin} | seen
+
+    return {name: known(one) for name, one in {"data": data, "target": target}.items() if one is not None}
 
 
 def streams(spec: CellSpec) -> list[str]:

@@ -263,9 +263,10 @@ class Pool:
         assert worker.stdout is not None
         last: Event | None = None
         try:
-            for line in worker.stdout:
-                last = read_line(Event, line)
-                self.events.put((number, last))
+            with worker.stdout as lines:
+                for line in lines:
+                    last = read_line(Event, line)
+                    self.events.put((number, last))
         except ValueError:
             # Of another version, as when the package was changed under a run: the rest is not understood either.
             worker.kill()

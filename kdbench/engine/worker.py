@@ -18,7 +18,7 @@ from typing import IO
 from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
 from kdbench.engine.pool import ENDS, LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
-from kdbench.files import disk_full
+from kdbench.files import refused
 
 
 class Worker:
@@ -73,8 +73,8 @@ class Worker:
             # No signal does this here: a user's code does.
             return Failed(message=failure(error), by_user=True)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the runner must hear of it
-            if full := disk_full(error):
-                return Failed(message=full.what, by_user=True, hint=full.hint)
+            if found := refused(error):
+                return Failed(message=found.what, by_user=True, where=found.where, hint=found.hint)
             return Failed(message=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
 
     def _listen(self) -> None:

@@ -153,7 +153,9 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     published = kdbench("show", "published", "crd_cifar100").stdout
     assert "RepDistiller" in published and "epochs: 240" in published and "Isola" in published
     kdbench("cp", "quickstart", "mine.yaml")
-    assert (tmp_path / "mine.yaml").read_text() == (ROOT / "recipes" / "quickstart.yaml").read_text()
+    given = (ROOT / "recipes" / "quickstart.yaml").read_text()
+    copied = given.replace("$schema=", f"$schema={ROOT / 'recipes'}/")
+    assert (tmp_path / "mine.yaml").read_text() == copied != given
     assert "exists" in kdbench("cp", "quickstart", "mine.yaml", code=2).stderr
     schema = json.loads(kdbench("schema").stdout)
     import jsonschema

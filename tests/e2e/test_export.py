@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +20,9 @@ from conftest import Kdbench, Once
 from safetensors.torch import load_file
 
 import kdbench
-from kdbench.engine.exporting import exported_student, model_card
+from kdbench.engine import exporting
+from kdbench.engine.exporting import Student, exported_student, model_card, to_onnx, to_timm, to_torchscript
+from kdbench.errors import UserError
 from kdbench.files import BEST
 from kdbench.record import read_record
 from kdbench.record_parts import Best
@@ -99,6 +101,72 @@ def test_what_cannot_be_written_is_told(cell: Path, kdbench: Kdbench, tmp_path: 
     ):
         wrong = kdbench("export", *words, cwd=tmp_path, code=2)
         assert said in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_what_was_seen_of_a_picture_goes_with_its_network(cell: Path, tmp_path: Path) -> None:
+    """timm and a reader of the card prepare a picture as it was tested: of 10 pixels the 8 in the middle."""
+    import timm
+
+    for short_side, crop in ((10, 0.8), (None, 1.0)):
+        given = exported_student(cell)
+        data = given.record.data.model_copy(update={"short_side": short_side})
+        model = timm.create_model("resnet10t", in_chans=1, num_classes=10)
+        student = replace(given, model=model, record=given.record.model_copy(update={"data": data}))
+        to_timm(student, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == crop
+        card = model_card(student, "me/student", True)
+        assert ("resized to 10 pixels" in card) == (short_side is not None) and "resized to its size" not in card
+        assert "resized to its size" in model_card(replace(student, shape=(1, 16, 16)), "me/student", True)
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_torchscript])
+def test_an_export_that_fails_leaves_what_was_there(
+    write: Callable[[Student, Path], float], cell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, file = exported_student(cell), tmp_path / "student"
+    file.write_text("the one before")
+    monkeypatch.setattr(exporting, "TOLERANCE", -1)
+    with pytest.raises(UserError, match="the exported network's logits are"):
+        write(student, file)
+    assert file.read_text() == "the one before" and [*tmp_path.iterdir()] == [file]
+
+
+class OnlyPython(torch.nn.Module):
+    """It decides by values, and a tracer sees constants."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x if x.sum() > 0 else -x
+        return torch.from_numpy(seen.detach().numpy()).flatten(1)[:, :10]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("write", "said"), [(to_onnx, r"cannot be written as ONNX: \S"), (to_torchscript, "fails on 5 images where 2")]
+)
+def test_networks_that_a_form_cannot_hold_are_told(
+    write: Callable[[Student, Path], float], said: str, cell: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        write(replace(exported_student(cell), model=OnlyPython()), tmp_path / "student")
+    assert "step 1/3" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_an_interrupt_is_not_taken_for_a_fault_of_the_network(
+    cell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        """As torch's exporter hands an interrupt on."""
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise AttributeError("module 'torch._dynamo' has no attribute 'exc'")
+        except AttributeError as error:
+            raise RuntimeError("Failed to export the model") from error
+
+    monkeypatch.setattr("torch.onnx.export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        to_onnx(exported_student(cell), tmp_path / "student.onnx")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -46,7 +46,7 @@ def test_scenes_train(here: Path, kdbench: Kdbench) -> None:
     cells = [file.parent for file in (here / "whole" / "ab_scenes").glob("*/record.json")]
     assert len(cells) == 2
     record = filled(cells[0] / "record.json")
-    assert record["data"]["train"] == 134 and record["data"]["classes"] == 67
+    assert record["data"]["train"] == 134 and record["data"]["classes"] == 67 and record["data"]["short_side"] == 36
     assert record["teacher"]["accuracy"] is None and record["result"]["fidelity"] is None
     assert record["result"]["top5"] >= record["result"]["test"]["last"], "of 67 classes"
     assert "resized_crop" in record["seeds"]["streams"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -22,14 +23,16 @@ from rich.table import Table
 
 from kdbench import api, cli
 from kdbench.__main__ import main
-from kdbench.cards import MethodCard
+from kdbench.cards import LossCard, MethodCard
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
 from kdbench.engine import pool
 from kdbench.engine.check import check_cell
+from kdbench.engine.messages import Failed
+from kdbench.engine.worker import Worker
 from kdbench.errors import UserError
-from kdbench.files import no_formula
+from kdbench.files import no_formula, refused, write_text
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
@@ -157,6 +160,13 @@ def test_a_module_is_not_called_as_what_every_method_has() -> None:
         validated(MethodCard, card, "method")
 
 
+def test_a_metric_is_not_called_as_the_reference_of_another() -> None:
+    place, target = ("metrics", "agreement_reference"), "kdbench.losses.ab:activation_agreement"
+    card = SHIPPED.tree("losses", "activation_boundary").put(place, Tree.of(target, "card"))
+    with pytest.raises(UserError, match="a metric cannot be called 'agreement_reference'"):
+        validated(LossCard, card, "loss")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_output_of_every_encoding(encoding: str) -> None:
     done = subprocess.run(
@@ -206,15 +216,51 @@ def test_odd_words_and_closed_or_full_outputs(words: str, code: int, said: str) 
     assert done.stderr or not said
 
 
-def test_a_full_disk_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "the disk is full: runs/x\n  make room"),
+        (OSError(errno.ENOSPC, "No space left", "runs/x", None, "results/x"), "the disk is full: results/x\n"),
+        # As safetensors says it, and timm lets through.
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full: nothing more can be"),
+        (OSError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: permission denied\n  check that the path"),
+        (OSError(errno.ENOENT, "No such file or directory"), "the folder in which this was started is no longer"),
+    ],
+)
+def test_what_the_system_refuses_in_words(
+    raised: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+        raise raised
 
     monkeypatch.setattr(cli, "app", full)
     monkeypatch.setattr(sys, "argv", ["kdbench"])
     with pytest.raises(SystemExit) as error:
         cli.main()
-    assert error.value.code == 2 and "error: the disk is full: runs/x\n  make room" in capsys.readouterr().err
+    assert error.value.code == 2 and f"error: {said}" in capsys.readouterr().err
+    if isinstance(raised, OSError) and raised.filename:
+        told = Worker(io.StringIO(), io.StringIO()).outcome(full)
+        assert isinstance(told, Failed) and told.by_user and not told.trace
+
+
+def test_characters_that_are_not_seen_are_shown() -> None:
+    """As they come with text from a web page or a document; and no text of a file commands a terminal."""
+    with pytest.raises(UserError) as error:
+        SHIPPED.card("models", "wrn_10_1\u200b")
+    assert "unknown model 'wrn_10_1\\u200b'" in str(error.value) and "did you mean 'wrn_10_1'" in str(error.value)
+    assert str(UserError("ä – „漢字“\x1b[31m\nred\xa0", "x\ty", "ok")) == "x\\ty: ä – „漢字“\\x1b[31m\nred\\xa0\n  ok"
+
+
+def test_a_file_that_must_not_be_written_has_the_name_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(path: Path, **_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    with pytest.raises(PermissionError) as error:
+        write_text(tmp_path / "table.md", "")
+    assert str(refused(error.value)).startswith(f"{tmp_path / 'table.md'}: permission denied")
 
 
 @pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "gpu"])

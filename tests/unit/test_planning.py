@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kdbench.cli import cp
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.errors import UserError
+from kdbench.files import SHARE
+from kdbench.recipe.loading import load, recipe_names
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -32,6 +36,16 @@ def test_a_comparison_is_multiplied_out_and_seeds_stay_together() -> None:
         ("ce", 5, 0), ("ce", 5, 1), ("ce", 10, 0), ("ce", 10, 1), ("kd", 5, 0), ("kd", 5, 1), ("kd", 10, 0),
         ("kd", 10, 1),
     ]  # fmt: skip
+
+
+def test_a_copied_recipe_is_the_same_experiment(tmp_path: Path) -> None:
+    """Wherever it lies, what it includes is found, and so is the schema."""
+    copy = tmp_path / "copy.yaml"
+    for name in recipe_names():
+        cp.command(name, copy, force=True)
+        (schema,) = re.findall(r"\$schema=(.+)", copy.read_text())
+        assert Path(schema) == SHARE / "recipes" / "recipe.schema.json" and Path(schema).is_file()
+        assert load(str(copy)).data == load(name).data, name
 
 
 def test_a_method_that_lacks_a_parameter_is_one_cell() -> None:

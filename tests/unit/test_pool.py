@@ -143,6 +143,8 @@ def test_why_a_worker_ended_is_its_last_word(machine: Any, tmp_path: Path) -> No
         workers._start()
         for _ in range(2):
             assert workers._next()[1] == Gone(code=1, why="another rank has ended")
+        # A notebook starts many.
+        assert workers.workers[1].stdout.closed
 
 
 def test_a_failed_task_names_its_cells(machine: Any) -> None:
