@@ -209,6 +209,16 @@ def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) 
     assert not any(torch.equal(first[i], second[i]) for i in first), "the crops of two epochs are the same"
 
 
+def test_cells_that_end_at_other_steps_share_their_batches(registry: Registry, root: Path) -> None:
+    """As stages' shares of a budget, each rounded to steps, may make them."""
+    shorter, longer = (spec_of(registry, steps=steps) for steps in (4, 6))
+    data = read(longer, root)
+    batches, alone = (Batches(longer, data, CPU) for _ in range(2))
+    for step in range(6):
+        line = timeline(shorter if step < 4 else longer, 15)
+        assert torch.equal(batches.at(step, line).images, alone.at(step, timeline(longer, 15)).images)
+
+
 def test_shares_of_several_ranks_are_the_batch_of_one_process(registry: Registry, root: Path) -> None:
     spec = spec_of(registry)
     data = read(spec, root)
