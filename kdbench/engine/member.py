@@ -153,15 +153,13 @@ class Member:
     def student_uses(self) -> dict[frozenset[str], int]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
         uses: dict[frozenset[str], int] = {}
-        evaluated = set()
-        for span in self.timeline.spans:
+        for span in (span for span in self.timeline.spans if span.stop > self.step):
             stage = self.spec.method.stages[span.name]
-            for asked in asked_points(self.terms_of(span.name).values(), stage, "student").values():
-                points = frozenset(asked)
-                uses[points] = uses.get(points, 0) + max(span.stop - max(self.step, span.start), 0)
-                if stage.modes.student == "eval":
-                    evaluated.add(points)
-        return {points: steps for points, steps in uses.items() if steps and points not in evaluated}
+            if stage.modes.student == "train":
+                for asked in asked_points(self.terms_of(span.name).values(), stage, "student").values():
+                    points = frozenset(asked)
+                    uses[points] = uses.get(points, 0) + span.stop - max(self.step, span.start)
+        return uses
 
     def enter(self, index: int) -> None:
         """Begin a stage: a new optimizer over what it trains (or the one before where it goes on with that), modes set,
