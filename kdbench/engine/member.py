@@ -309,13 +309,14 @@ class Member:
         return CellError(f"{NOT_FINITE} at step {step}, stage '{stage}', term {terms}; {advice}")
 
     def keep_best(self) -> None:
-        """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good."""
-        if self.spec.keep is None:
-            return
-        entry = self.log.history[-1]
+        """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good, also
+        of those before a stop after which it asks for something else."""
+        *before, entry = self.log.history
         part = "validation" if "validation" in entry else "test"
         accuracy = entry[part]["accuracy"]
-        if self.log.best is None or accuracy > self.log.best["accuracy"]:
+        if self.spec.keep is None:
+            self.log.best = None
+        elif all(accuracy > other[part]["accuracy"] for other in before):
             found = {"step": entry["step"], "part": part, "accuracy": accuracy}
             self.log.best = found | {"weights": weights_of(self.answers.model)}
 
