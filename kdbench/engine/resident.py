@@ -31,8 +31,8 @@ class ResidentSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        size = size or at_once(self.labels.device, self.images.shape[-1])
+    def slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = at_once(self.labels.device, self.images.shape[-1])
         for start in range(0, len(self.labels), size):
             yield self.images[start : start + size], self.labels[start : start + size]
 

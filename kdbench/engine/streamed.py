@@ -82,8 +82,8 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        size = size or at_once(self.labels.device, self.size)
+    def slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = at_once(self.labels.device, self.size)
         every = torch.arange(len(self.pictures))
         batches = (Drawn(index, index, [None] * len(index)) for index in (every.split(size) if len(every) else ()))
         for drawn, images in decoded(self, Making(), batches):

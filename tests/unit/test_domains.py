@@ -136,9 +136,9 @@ def test_the_target_is_tested_and_the_source_beside_it() -> None:
     assert spec.target is not None
     source, target = images(spec.data, per_class=4), images(spec.target, per_class=3, seed=1)
     batches = Batches(spec, source, CPU, target)
-    assert torch.equal(next(batches.test.slices(1000))[0], target.test_images)
+    assert torch.equal(next(batches.test.slices())[0], target.test_images)
     assert batches.source_test is not None
-    assert torch.equal(next(batches.source_test.slices(1000))[0], source.test_images)
+    assert torch.equal(next(batches.source_test.slices())[0], source.test_images)
     assert not len(sets_at(Batches(cell("ce", target=None), source, CPU), 0, member_of(spec)[0].timeline, []))
     assert Batches(cell("ce", target=None), source, CPU).source_test is None
 

@@ -167,12 +167,13 @@ def test_grey_pictures_become_colours_and_broken_ones_are_named(tmp_path: Path) 
 # --- batches
 
 
-def test_the_data_card_chooses_the_source(registry: Registry, root: Path) -> None:
+def test_the_data_card_chooses_the_source(registry: Registry, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SLICE, "cpu", 4)
     spec = spec_of(registry)
     batches = Batches(spec, read(spec, root), CPU)
     assert isinstance(batches.source, StreamedDomain)
     assert len(batches.train.labels) == 15 and len(batches.test.labels) == 6
-    parts = list(batches.test.slices(4))
+    parts = list(batches.test.slices())
     assert [tuple(images.shape) for images, _ in parts] == [(4, 3, 24, 24), (2, 3, 24, 24)]
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 0, 1, 1, 2, 2]
     assert batches.test.every(2).labels.tolist() == [0, 1, 2]
