@@ -76,7 +76,8 @@ def to_onnx(student: Student, file: Path) -> float:
         UserError: it cannot be exported, or its logits are more than `TOLERANCE` off.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _needs(package, "--onnx")
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed", where="--onnx", hint="pip install 'kdbench[export]'")
     import onnxruntime
 
     try:
@@ -209,8 +210,3 @@ def _checked(student: Student, file: Path, run: Any) -> float:
 def _refused(student: Student, form: str, error: Exception) -> UserError:
     said = first_line(error)
     return UserError(f"'{student.record.cell.student}' cannot be written as {form}: {said}")
-
-
-def _needs(package: str, option: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed", where=option, hint="pip install 'kdbench[export]'")
