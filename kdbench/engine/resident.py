@@ -12,7 +12,7 @@ from torch import Tensor
 from kdbench.data.images import ImageData
 from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, at_once
 from kdbench.engine.domain import Domain, place_of, split
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 
@@ -65,9 +65,7 @@ class ResidentDomain(Domain):
         positions: int64 [N], places of the training split's images in the whole training set.
     """
 
-    def __init__(
-        self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str, ranks: Ranks) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         self.pictures, held_out_part = (TrainingPart(data, index, device) for index in (train, held_out))
         super().__init__(spec, device, prefix, self.pictures, held_out_part, ranks)

@@ -30,7 +30,7 @@ from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transform, Transforms
 from kdbench.engine.batch import Batch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError
@@ -107,7 +107,7 @@ class StreamedDomain(Domain):
     """
 
     def __init__(
-        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
+        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str, ranks: Ranks
     ) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         size, channels = spec.data.image_size, spec.data.channels
