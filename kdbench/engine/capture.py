@@ -151,7 +151,7 @@ class CapturedProgram(Program):
         if recording is None:
             self.take(cells)
         else:
-            self._replay(recording, cells)
+            self._between(cells, recording.shared, recording.alone, recording.images)
 
     def replayed(self, member: Member) -> bool:
         """Whether steps of a member were replayed."""
@@ -269,9 +269,6 @@ class CapturedProgram(Program):
         # Their images are known after their step.
         images |= dict.fromkeys(apart, 0)
         return Recording(replay, alone | apart, images, (parts, own))
-
-    def _replay(self, recording: Recording, cells: Collection[TrainingCell]) -> None:
-        self._between(cells, recording.shared, recording.alone, recording.images)
 
     def _between(
         self,
