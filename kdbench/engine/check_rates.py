@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.engine.build import build_schedule
-from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer
+from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separates
 from kdbench.engine.stage import moment_at, schedule_span_of
 from kdbench.errors import UserError, failure
 from kdbench.recipe.coded import TargetSpec
@@ -20,13 +20,19 @@ from kdbench.recipe.timeline import planned_timeline
 ASKED = 100
 
 
-def check_optimizer(optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
+def check_optimizer(
+    optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter], clip: float | None
+) -> None:
     """Build an optimizer of these parameters, and let two others take a step with copies of a few, of every number of
     dimensions: one goes on, and the other from its state, as a resumed cell does.
 
     Raises:
-        UserError: it cannot be built, fails, or keeps something that does not come back from a checkpoint.
+        UserError: it cannot be built, fails, keeps something that does not come back from a checkpoint, or is to clip
+            gradients that it takes apart.
     """
+    if clip is not None and separates(optimizer):
+        what = f"'clip' does not work with an optimizer that has 'delta', as '{optimizer.name}' here"
+        raise UserError(what, hint="leave out 'clip' or 'delta'")
     build_optimizer(optimizer, trained)
     few = {one.ndim: one for one in sorted(trained, key=torch.Tensor.numel, reverse=True)}.values()
     doing = "has no rate 'lr' in its parameter groups"

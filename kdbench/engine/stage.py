@@ -15,7 +15,6 @@ from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
 from kdbench.engine.terms import Term
-from kdbench.errors import UserError
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 from kdbench.schedules import Moment
@@ -87,9 +86,6 @@ class Stage:
         self.spec, self.span, self.schedule_span, self.timeline = spec, span, schedule_span, timeline
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
-        if spec.clip is not None and any(one.separates for one in optimizers):
-            what = f"stage '{span.name}': 'clip' does not work with an optimizer that has 'delta'"
-            raise UserError(what, hint="leave out 'clip' or 'delta'")
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())
         self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)
