@@ -123,7 +123,8 @@ class Stage:
 
     def rates(self, step: int) -> list[list[float]]:
         """The rates of every optimizer at a step."""
-        return [one.rates(self.moment(step)) for one in self.optimizers]
+        now = self.moment(step)
+        return [one.rates(now) for one in self.optimizers]
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""
@@ -131,11 +132,13 @@ class Stage:
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
-        return {name: term.weight_at(*self.moment(step)) for name, term in self.terms.items()}
+        now = self.moment(step)
+        return {name: term.weight_at(now) for name, term in self.terms.items()}
 
     def numbers(self, step: int) -> list[float]:
         """What all terms are told at a step, one after the other."""
-        return [at(self.moment(step)) for term in self.terms.values() for at in term.numbers.values()]
+        now = self.moment(step)
+        return [at(now) for term in self.terms.values() for at in term.numbers.values()]
 
     def alike(self, step: int, most: int) -> int:
         """How many steps from one on, at most `most`, compute the same terms and forget no momentum in between."""

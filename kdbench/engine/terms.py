@@ -168,9 +168,9 @@ class Term(nn.Module):
         """Names of the input sets that the term reads."""
         return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
-    def weight_at(self, progress: float, epoch: float = 0.0, epochs: float = 0.0) -> float:
-        """The term's factor at a `Moment`."""
-        return self.spec.weight * self.schedules(Moment(progress, epoch, epochs))
+    def weight_at(self, now: Moment) -> float:
+        """The term's factor at a moment."""
+        return self.spec.weight * self.schedules(now)
 
     def forward(self, values: Mapping[str, Values], sets: Sets, numbers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar.
