@@ -265,7 +265,9 @@ class CapturedProgram(Program):
             self.unrecordable |= dict.fromkeys(map(_stage, at_work), why)
             self.apart |= dict.fromkeys(at_work, why)
             return self._record(cells)
-        self.done |= {_stage(cell) for cell in cells if cell not in apart}
+        for cell in (cell for cell in cells if cell not in apart):
+            self.done.add(_stage(cell))
+            cell.member.log.replayed = True
         # Their images are known after their step.
         images |= dict.fromkeys(apart, 0)
         return Recording(replay, alone | apart, images, (parts, own))

@@ -131,6 +131,12 @@ class Member:
         return self.student.answers
 
     @property
+    def compiled(self) -> bool:
+        """Whether networks or losses run as compiled graphs, or did before the cell was stopped."""
+        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
+        return self.log.compiled or any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """The method's modules by name."""
         if MODULES not in self.terms:
@@ -333,7 +339,7 @@ class Member:
             "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher and not self.anchors else None,
             "anchors": self.anchors.record() if self.anchors else [],
             "meter": self.meter.state(),
-            "log": vars(self.log),
+            "log": vars(self.log) | {"compiled": self.compiled},
             **self.answers.state(),
         }
 

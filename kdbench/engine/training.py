@@ -255,13 +255,12 @@ def way_of(member: Member, program: Program) -> dict[str, Any]:
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
     recorded = program if isinstance(program, CapturedProgram) else None
     eager = recorded.eager_stages(member) if recorded else {}
-    graphs = any(network.graphs for network in networks) or any(term.graph for term in terms)
     return {
         "precision": way.precision,
         "layout": way.layout,
         # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
-        "compile": graphs,
-        "cuda_graphs": recorded is not None and recorded.replayed(member),
+        "compile": member.compiled,
+        "cuda_graphs": member.log.replayed,
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": f"float32, {'replayed' if recorded and recorded.evaluations_replayed(member) else 'eager'}",
         **({"not_compiled": not_compiled} if not_compiled else {}),

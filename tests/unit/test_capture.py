@@ -35,6 +35,7 @@ from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers import fingerprint
+from kdbench.engine.training import way_of
 from kdbench.methods.bss import attack
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.specs import CellSpec
@@ -144,6 +145,12 @@ def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(tmp_path:
     whole = cohort_of(specs, tmp_path / "whole")
     trained(CapturedProgram([whole], StandIn()))
     assert outcome(resumed(specs, tmp_path, StandIn, 9)) == outcome(whole)
+
+
+def test_a_record_says_that_steps_were_replayed_also_before_a_stop(tmp_path: Path) -> None:
+    """After which too few are left for a recording."""
+    (one,) = resumed([cell("kd", steps=20)], tmp_path, StandIn, 18).cells
+    assert way_of(one.member, Program([]))["cuda_graphs"] is True
 
 
 def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
