@@ -153,10 +153,6 @@ class CapturedProgram(Program):
         else:
             self._between(cells, recording.shared, recording.alone, recording.images)
 
-    def replayed(self, member: Member) -> bool:
-        """Whether steps of a member were replayed."""
-        return any(of is member for of, _ in self.done)
-
     def eager_stages(self, member: Member) -> dict[str, str]:
         """Stages of a member whose steps could not be replayed, and why."""
         own = {key: why for key, why in self.eager.items() if key[0] is member and key not in self.done}
