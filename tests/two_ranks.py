@@ -110,7 +110,7 @@ def agree(member: Member, teacher: Teacher | None) -> None:
         for parameter in model.parameters():
             parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=noise))
     split = member.batches.train
-    split.labels.copy_(torch.cat([teacher(part, ["logits"])["logits"] for part, _ in split.slices(8)]).argmax(dim=1))
+    split.labels.copy_(torch.cat([teacher(part, ["logits"])["logits"] for part, _ in split.slices()]).argmax(dim=1))
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

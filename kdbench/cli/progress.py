@@ -114,6 +114,9 @@ class _Lines(_Base):
 class _Live(_Base):
     """For terminals: a bar for all cells, and one for each that is running."""
 
+    # There while cells train.
+    bars: Progress | None = None
+
     def __init__(self) -> None:
         self.console = Console(stderr=True)
 
@@ -130,10 +133,14 @@ class _Live(_Base):
         self.bars.start()
 
     def doing(self, text: str) -> None:
-        self.bars.update(self.all, text=f"preparing {text}")
+        if self.bars is None:
+            self.console.print(Text(f"preparing {text}"))
+        else:
+            self.bars.update(self.all, text=f"preparing {text}")
 
     def update(self, cell: CellState) -> None:
         super().update(cell)
+        assert self.bars is not None
         if cell.state == "running":
             if cell.id not in self.running:
                 self.running[cell.id] = self.bars.add_task(cell.label, text="")
@@ -148,4 +155,6 @@ class _Live(_Base):
         self.bars.update(self.all, completed=ended, text=self.summary().rpartition(";")[2].strip())
 
     def end(self) -> None:
-        self.bars.stop()
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars = None

@@ -60,8 +60,8 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, bytes [n, C, H, W] on the device, and their labels: `size` or `at_once` at a time, in order."""
+    def slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, bytes [n, C, H, W] on the device, and their labels: `at_once` at a time, in order."""
         ...
 
     def every(self, stride: int) -> Split:

@@ -151,11 +151,7 @@ class CapturedProgram(Program):
         if recording is None:
             self.take(cells)
         else:
-            self._replay(recording, cells)
-
-    def replayed(self, member: Member) -> bool:
-        """Whether steps of a member were replayed."""
-        return any(of is member for of, _ in self.done)
+            self._between(cells, recording.shared, recording.alone, recording.images)
 
     def eager_stages(self, member: Member) -> dict[str, str]:
         """Stages of a member whose steps could not be replayed, and why."""
@@ -265,13 +261,12 @@ class CapturedProgram(Program):
             self.unrecordable |= dict.fromkeys(map(_stage, at_work), why)
             self.apart |= dict.fromkeys(at_work, why)
             return self._record(cells)
-        self.done |= {_stage(cell) for cell in cells if cell not in apart}
+        for cell in (cell for cell in cells if cell not in apart):
+            self.done.add(_stage(cell))
+            cell.member.log.replayed = True
         # Their images are known after their step.
         images |= dict.fromkeys(apart, 0)
         return Recording(replay, alone | apart, images, (parts, own))
-
-    def _replay(self, recording: Recording, cells: Collection[TrainingCell]) -> None:
-        self._between(cells, recording.shared, recording.alone, recording.images)
 
     def _between(
         self,

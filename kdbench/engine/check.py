@@ -154,7 +154,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         for module, of in spec.method.modules.items():
             own = [*cell.modules[module].parameters()] if module in stage.trains else []
             if own and of.optimizer is not None:
-                check_optimizer(of.optimizer, stage.schedule, own)
+                check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
             trained += own
         for term in terms.values():
             term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
@@ -166,10 +166,10 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if not trained and "teacher" not in stage.trains:
             raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
         if trained:
-            check_optimizer(stage.optimizer, stage.schedule, trained)
+            check_optimizer(stage.optimizer, stage.schedule, trained, stage.clip)
         if "teacher" in stage.trains and cell.teacher is not None:
             optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
-            check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()])
+            check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()], stage.clip)
     check_schedules(spec)
     return cell
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdbench.engine.build import build_schedule
-from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer
+from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separates
 from kdbench.engine.stage import moment_at, schedule_span_of
 from kdbench.errors import UserError, failure
 from kdbench.recipe.coded import TargetSpec
@@ -20,34 +20,61 @@ from kdbench.recipe.timeline import planned_timeline
 ASKED = 100
 
 
-def check_optimizer(optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter]) -> None:
-    """Build an optimizer of these parameters, and let another take a step with copies of a few, of every number of
-    dimensions. What it keeps must come back from a checkpoint.
+def check_optimizer(
+    optimizer: TargetSpec, schedule: TargetSpec, trained: list[nn.Parameter], clip: float | None
+) -> None:
+    """Build an optimizer of these parameters, and let two others take a step with copies of a few, of every number of
+    dimensions: one goes on, and the other from its state, as a resumed cell does.
 
     Raises:
-        UserError: it cannot be built, fails, or keeps something else than tensors and plain data.
+        UserError: it cannot be built, fails, keeps something that does not come back from a checkpoint, or is to clip
+            gradients that it takes apart.
     """
+    if clip is not None and separates(optimizer):
+        what = f"'clip' does not work with an optimizer that has 'delta', as '{optimizer.name}' here"
+        raise UserError(what, hint="leave out 'clip' or 'delta'")
     build_optimizer(optimizer, trained)
-    few = {one.ndim: one for one in sorted(trained, key=torch.Tensor.numel, reverse=True)}
-    copies = [nn.Parameter(one.detach().clone()) for one in few.values()]
-    for copy in copies:
-        copy.grad = torch.ones_like(copy)
+    few = {one.ndim: one for one in sorted(trained, key=torch.Tensor.numel, reverse=True)}.values()
     doing = "has no rate 'lr' in its parameter groups"
     try:
-        tried = ScheduledOptimizer(optimizer, schedule, copies)
+        tried, resumed = (
+            ScheduledOptimizer(optimizer, schedule, [nn.Parameter(one.detach().clone()) for one in few])
+            for _ in range(2)
+        )
         doing = "fails in its first step"
-        tried.step([torch.zeros([]) for _ in tried.base_rates])
+        _step(tried)
         doing = "keeps something that no checkpoint gives back"
         stream = io.BytesIO()
-        torch.save(tried.optimizer.state_dict(), stream)
+        torch.save({"weights": tried.parameters, "state": tried.optimizer.state_dict()}, stream)
         stream.seek(0)
-        tried.load_state(torch.load(stream, weights_only=True))
+        kept = torch.load(stream, weights_only=True)
+        for parameter, value in zip(resumed.parameters, kept["weights"], strict=True):
+            parameter.data.copy_(value)
+        resumed.load_state(kept["state"])
+        for one in (tried, resumed):
+            _step(one)
+        if not all(map(_same, tried.parameters, resumed.parameters)):
+            raise ValueError("where it goes on from its state, its next step is another one")
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class can fail in any way
         what = f"optimizer '{optimizer.name}' {doing}: {failure(error)}"
-        hint = "write it as a subclass of torch.optim.Optimizer: step() moves parameters at the rate group['lr']"
+        hint = "write it as a subclass of torch.optim.Optimizer: step() moves parameters at the rate group['lr'], and "
+        hint += "what it keeps lies in self.state or in the groups"
         raise UserError(what, hint=hint) from None
+
+
+def _step(one: ScheduledOptimizer) -> None:
+    """A step by gradients of 1, with draws that are always the same."""
+    for parameter in one.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one.step([torch.tensor(rate) for rate in one.base_rates])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, equal_nan=True)
 
 
 def check_schedules(spec: CellSpec) -> None:

@@ -136,15 +136,10 @@ def refuse(spec: CellSpec, ranks: int) -> None:
                 f"here are {ranks} ranks",
                 hint="run it without torchrun; without torchrun, cells are spread over several GPUs anyway",
             )
-    size = spec.protocol.batch_size
+    size, keeps = spec.protocol.batch_size, spec.protocol.last_batch == "keep"
     parts = [training_images(part) for part in spec.domains]
-    smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or _keeps(spec))])
+    smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or keeps)])
     if smallest < ranks:
         last = "" if smallest == size else f", as the last one of an epoch is (batches have {size}),"
         hint = "choose another batch size, leave the last one out (protocol.last_batch=drop), or start fewer ranks"
         raise UserError(f"a batch of {smallest} images{last} cannot be shared out among {ranks} ranks", hint=hint)
-
-
-def _keeps(spec: CellSpec) -> bool:
-    """Whether the smaller last batch of an epoch is trained on."""
-    return spec.protocol.last_batch == "keep"

@@ -15,7 +15,7 @@ from kdbench.data.splits import subset, validation
 from kdbench.data.streams import generator, permutation, uniform
 from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
 from kdbench.engine.mixing import NUMBERS, Mixing
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch, training_images
@@ -42,7 +42,7 @@ class Domain(ABC):
     views = ""
 
     def __init__(
-        self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks = ALONE
+        self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks
     ) -> None:
         # Tested on the test set, unless the cell is tested on images held out of its training set.
         self.train, self.validation, self.test = train, held_out, held_out

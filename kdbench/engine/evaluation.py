@@ -31,8 +31,10 @@ class Measurement:
             self.parts["validation"] = (member.answers, batches.validation)
         if batches.source_test is not None:
             self.parts["source"] = (member.answers, batches.source_test)
+        self.teacher = member.teacher.network if member.teacher else None
         if (own := member.trained_teacher) is not None:
             self.parts["teacher"] = (own, batches.test)
+            self.teacher = own
         # Terms of past stages are measured with their connectors as they were left: whether the student keeps what a
         # first stage taught it is the question.
         self.stages = tuple(span.name for span in member.timeline.spans if span.start < max(member.step, 1))
@@ -49,7 +51,7 @@ class Measurement:
         """Run the networks over all parts, in eval mode."""
         self.scores = {name: scores(network, part) for name, (network, part) in self.parts.items()}
         terms = [term for name in self.stages for term in self.member.terms_of(name).values() if term.measured]
-        if self.member.teacher is not None and terms:
+        if self.teacher is not None and terms:
             self.metrics = Metrics(terms)
             # Of the network whose accuracy this is; one that answers through another head has no hook points.
             answers = self.member.answers
@@ -57,7 +59,8 @@ class Measurement:
             test = self.member.batches.test
             for images, labels in test.every(max(1, -(-len(test.labels) // PROBE_IMAGES))).slices():
                 own = student(student.normalizer(images), self.metrics.points("student"))
-                self.metrics.add(own, self.member.teacher(images, self.metrics.points("teacher")), len(labels))
+                taught = self.teacher(self.teacher.normalizer(images), self.metrics.points("teacher"))
+                self.metrics.add(own, taught, len(labels))
 
     def plain(self) -> dict[str, Any]:
         """What was found.

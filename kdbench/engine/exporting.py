@@ -86,7 +86,8 @@ def to_onnx(student: Student, file: Path) -> float:
         UserError: it cannot be exported, or its logits are more than `TOLERANCE` off.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _needs(package, "--onnx")
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed", where="--onnx", hint="pip install 'kdbench[export]'")
     import onnxruntime
 
     with atomic(file) as written:
@@ -240,8 +241,3 @@ def _refused(student: Student, form: str, error: BaseException) -> UserError:
         error = error.__cause__
     what = f"'{student.record.cell.student}' cannot be written as {form}: {first_line(error)}"
     return disk_full(error) or UserError(what)
-
-
-def _needs(package: str, option: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed", where=option, hint="pip install 'kdbench[export]'")

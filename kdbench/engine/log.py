@@ -19,6 +19,7 @@ class Log:
         rate: the learning rate of the step before.
         route: checkpoints that it kept of its way, as its record lists them.
         best: step, part, accuracy and weights of the best evaluation, where the recipe keeps it.
+        compiled: whether networks or losses ran as graphs, replayed: whether steps were replayed, also before a stop.
         ranks: how many processes trained it together, one number after the other; nothing where it was always one.
     """
 
@@ -29,6 +30,8 @@ class Log:
     rate: float = 0.0
     route: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    compiled: bool = False
+    replayed: bool = False
     ranks: list[int] = field(default_factory=list)
 
 

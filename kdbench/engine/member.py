@@ -131,6 +131,12 @@ class Member:
         return self.student.answers
 
     @property
+    def compiled(self) -> bool:
+        """Whether networks or losses run as compiled graphs, or did before the cell was stopped."""
+        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
+        return self.log.compiled or any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
+
+    @property
     def modules(self) -> dict[str, nn.Module]:
         """The method's modules by name."""
         if MODULES not in self.terms:
@@ -153,15 +159,13 @@ class Member:
     def student_uses(self) -> dict[frozenset[str], int]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
         uses: dict[frozenset[str], int] = {}
-        evaluated = set()
-        for span in self.timeline.spans:
+        for span in (span for span in self.timeline.spans if span.stop > self.step):
             stage = self.spec.method.stages[span.name]
-            for asked in asked_points(self.terms_of(span.name).values(), stage, "student").values():
-                points = frozenset(asked)
-                uses[points] = uses.get(points, 0) + max(span.stop - max(self.step, span.start), 0)
-                if stage.modes.student == "eval":
-                    evaluated.add(points)
-        return {points: steps for points, steps in uses.items() if steps and points not in evaluated}
+            if stage.modes.student == "train":
+                for asked in asked_points(self.terms_of(span.name).values(), stage, "student").values():
+                    points = frozenset(asked)
+                    uses[points] = uses.get(points, 0) + span.stop - max(self.step, span.start)
+        return uses
 
     def enter(self, index: int) -> None:
         """Begin a stage: a new optimizer over what it trains (or the one before where it goes on with that), modes set,
@@ -311,13 +315,14 @@ class Member:
         return CellError(f"{NOT_FINITE} at step {step}, stage '{stage}', term {terms}; {advice}")
 
     def keep_best(self) -> None:
-        """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good."""
-        if self.spec.keep is None:
-            return
-        entry = self.log.history[-1]
+        """Keep the present weights where the recipe asks for the best ones, and no evaluation before was as good, also
+        of those before a stop after which it asks for something else."""
+        *before, entry = self.log.history
         part = "validation" if "validation" in entry else "test"
         accuracy = entry[part]["accuracy"]
-        if self.log.best is None or accuracy > self.log.best["accuracy"]:
+        if self.spec.keep is None:
+            self.log.best = None
+        elif all(accuracy > other[part]["accuracy"] for other in before):
             found = {"step": entry["step"], "part": part, "accuracy": accuracy}
             self.log.best = found | {"weights": weights_of(self.answers.model)}
 
@@ -334,7 +339,7 @@ class Member:
             "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher and not self.anchors else None,
             "anchors": self.anchors.record() if self.anchors else [],
             "meter": self.meter.state(),
-            "log": vars(self.log),
+            "log": vars(self.log) | {"compiled": self.compiled},
             **self.answers.state(),
         }
 

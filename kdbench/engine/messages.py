@@ -37,7 +37,7 @@ def read_line(form: type[M], line: str) -> M:
     return kinds[name].model_validate_json(fields)
 
 
-class Given(Message):
+class GivenData(Message):
     """A data set that a run has: its fingerprint, and a file that holds all of it, or lists its pictures."""
 
     fingerprint: str
@@ -60,7 +60,7 @@ class Settings(Message):
     checkpoint_seconds: float = 60.0
     ranks: int = 1
     sync_batch_norm: bool = False
-    given: dict[str, Given] = {}
+    given: dict[str, GivenData] = {}
     tables: Path | None = None
 
 
@@ -198,7 +198,7 @@ class FingerprintRead(Event):
 
 
 class DataSaved(Event):
-    given: Given
+    given: GivenData
 
 
 class ComputingChosen(Event):

@@ -60,6 +60,7 @@ class Network:
         frozen: whether its weights stay as they are, so that a graph may hold them as constants.
 
     Attributes:
+        graphs: by the points that are asked for, for batches of `batch_size` in the mode `training`.
         answers: the network that is tested in its place, where it is a student that answers through another head.
     """
 
@@ -73,7 +74,7 @@ class Network:
         # torch's stubs lack the overload with a memory format alone.
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.graphs: dict[frozenset[str], tuple[list[str], Callable[..., Any]]] = {}
-        self.batch_size = 0
+        self.batch_size, self.training = 0, False
         self.untraceable: str | None = None
         self.answers = self
 
@@ -87,7 +88,9 @@ class Network:
 
     def step(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
         """The same as calling it, for a batch of training."""
-        graph = self._graph(frozenset(points)) if len(images) == self.batch_size else None
+        # A graph holds the mode in which it was traced: dropout would go on in eval mode.
+        fits = len(images) == self.batch_size and self.model.training == self.training
+        graph = self._graph(frozenset(points)) if fits else None
         if graph is None:
             return self(images, points)
         names, call = graph
@@ -128,7 +131,8 @@ class Network:
         Sets of points that end at the same place share the graph of their union: a network that is used by several
         methods is compiled once for all of them, and no set makes it run further than it must.
         """
-        self.graphs, self.batch_size, image_shape = {}, batch[0], (batch[1], *self.normalizer.size)
+        self.graphs, self.batch_size, self.training = {}, batch[0], training
+        image_shape = (batch[1], *self.normalizer.size)
         if not self.computing.compile:
             return
         try:

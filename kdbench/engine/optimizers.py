@@ -171,19 +171,19 @@ class ScheduledOptimizer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from the state dict of such an optimizer.
 
-        Options stay the cell's own: rates lie in the same tensors, and a state of an older version may lack some.
+        Rates lie in the same tensors as before. Options that the state of an older version lacks are the cell's own.
 
         Raises:
             ValueError: a state without an entry that a step reads.
         """
         needed = {parameter: {*kept} for parameter, kept in self.optimizer.state.items()}
-        options = [{name: group[name] for name in group.keys() - {"params"}} for group in self.optimizer.param_groups]
+        before = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         self.renewed += 1
         if any(names - self.optimizer.state[parameter].keys() for parameter, names in needed.items()):
             raise ValueError("its optimizer kept other values")
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)
+        for group, own in zip(self.optimizer.param_groups, before, strict=True):
+            group.update({name: value for name, value in own.items() if name == "lr" or name not in group})
 
     def set_rates(self, now: Moment) -> None:
         """Let an optimizer that takes numbers have the rates of a moment."""

@@ -100,7 +100,7 @@ class Program:
         return next(cohort for cohort in self.cohorts if cell in cohort.cells)
 
     def _present(self, cells: Collection[TrainingCell]) -> Iterator[tuple[Cohort, list[Member]]]:
-        """Groups that have some of these cells, with their members."""
+        """Cohorts that have some of these cells, with their members."""
         for cohort in self.cohorts:
             if members := [cell.member for cell in cohort.among(cells)]:
                 yield cohort, members

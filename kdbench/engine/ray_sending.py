@@ -6,7 +6,7 @@ from typing import Any
 
 from kdbench.engine.finished import teacher_folder
 from kdbench.engine.logit_files import ABOUT, VALUES, tables
-from kdbench.engine.messages import Given, Message, Task, TrainCells
+from kdbench.engine.messages import GivenData, Message, Task, TrainCells
 from kdbench.engine.ray_node import PICTURES, TABLES
 from kdbench.files import SHARE, UNREAD, below, files_of, find_weights, sha256_of
 from kdbench.reading import read_json
@@ -28,7 +28,7 @@ class Sending:
 
     def __init__(self, ray: Any, runs: Path) -> None:
         self.ray, self.runs = ray, runs.resolve()
-        self.given: dict[str, Given] = {}
+        self.given: dict[str, GivenData] = {}
         self._sums: dict[Path, tuple[tuple[int, int], str]] = {}
         self._held: dict[str, Any] = {}
 
@@ -46,9 +46,9 @@ class Sending:
             self.put(actor, {f"{place}/{name}": file for name, file in begin.items()})
         return [self.place(folder) for folder in [*own, *others]]
 
-    def give(self, actor: Any, base: Path, task: Task) -> dict[str, Given]:
+    def give(self, actor: Any, base: Path, task: Task) -> dict[str, GivenData]:
         """Send what a task's cells read beside the run's own files, data and weights."""
-        given: dict[str, Given] = {}
+        given: dict[str, GivenData] = {}
         for spec in specs_of(task):
             for data in spec.domains:
                 known = given[data.images_key()] = self.given[data.images_key()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdbench.data.images import ImageData
 from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, at_once
 from kdbench.engine.domain import Domain, place_of, split
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 
@@ -31,8 +31,8 @@ class ResidentSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        size = size or at_once(self.labels.device, self.images.shape[-1])
+    def slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = at_once(self.labels.device, self.images.shape[-1])
         for start in range(0, len(self.labels), size):
             yield self.images[start : start + size], self.labels[start : start + size]
 
@@ -65,9 +65,7 @@ class ResidentDomain(Domain):
         positions: int64 [N], places of the training split's images in the whole training set.
     """
 
-    def __init__(
-        self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, spec: CellSpec, data: ImageData, device: torch.device, prefix: str, ranks: Ranks) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         self.pictures, held_out_part = (TrainingPart(data, index, device) for index in (train, held_out))
         super().__init__(spec, device, prefix, self.pictures, held_out_part, ranks)

@@ -15,7 +15,6 @@ from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teacher import StageTeacher
 from kdbench.engine.terms import Term
-from kdbench.errors import UserError
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 from kdbench.schedules import Moment
@@ -87,9 +86,6 @@ class Stage:
         self.spec, self.span, self.schedule_span, self.timeline = spec, span, schedule_span, timeline
         self.terms, self.optimizers = terms, optimizers
         self.teacher, self.source = teacher, source
-        if spec.clip is not None and any(one.separates for one in optimizers):
-            what = f"stage '{span.name}': 'clip' does not work with an optimizer that has 'delta'"
-            raise UserError(what, hint="leave out 'clip' or 'delta'")
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())
         self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)
@@ -127,7 +123,8 @@ class Stage:
 
     def rates(self, step: int) -> list[list[float]]:
         """The rates of every optimizer at a step."""
-        return [one.rates(self.moment(step)) for one in self.optimizers]
+        now = self.moment(step)
+        return [one.rates(now) for one in self.optimizers]
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""
@@ -135,11 +132,13 @@ class Stage:
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
-        return {name: term.weight_at(*self.moment(step)) for name, term in self.terms.items()}
+        now = self.moment(step)
+        return {name: term.weight_at(now) for name, term in self.terms.items()}
 
     def numbers(self, step: int) -> list[float]:
         """What all terms are told at a step, one after the other."""
-        return [at(self.moment(step)) for term in self.terms.values() for at in term.numbers.values()]
+        now = self.moment(step)
+        return [at(now) for term in self.terms.values() for at in term.numbers.values()]
 
     def alike(self, step: int, most: int) -> int:
         """How many steps from one on, at most `most`, compute the same terms and forget no momentum in between."""

@@ -30,7 +30,7 @@ from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transform, Transforms
 from kdbench.engine.batch import Batch, Split, at_once
 from kdbench.engine.domain import Domain, place_of, split
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError
@@ -82,8 +82,8 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def slices(self, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        size = size or at_once(self.labels.device, self.size)
+    def slices(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = at_once(self.labels.device, self.size)
         every = torch.arange(len(self.pictures))
         batches = (Drawn(index, index, [None] * len(index)) for index in (every.split(size) if len(every) else ()))
         for drawn, images in decoded(self, Making(), batches):
@@ -107,7 +107,7 @@ class StreamedDomain(Domain):
     """
 
     def __init__(
-        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str = "", ranks: Ranks = ALONE
+        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str, ranks: Ranks
     ) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         size, channels = spec.data.image_size, spec.data.channels
@@ -131,23 +131,24 @@ class StreamedDomain(Domain):
     def anew(self) -> None:
         super().anew()
         self._decoding: Iterator[tuple[Drawn, Tensor]] = iter(())
-        self._next: int | None = None
+        # The step of the next batch that is decoded ahead, and the one before which there are no more.
+        self._ahead = (-1, -1)
         # Pictures, indices and views of the present batch, in tensors that stay for every size of batch.
         self._held: dict[int, tuple[Tensor, ...]] = {}
         self._present: tuple[Tensor, ...] = ()
 
     def _seek(self, step: int, timeline: Timeline) -> int:
-        """Steps in order are decoded ahead; any other begins anew there."""
-        if self._next != step:
+        """Steps in order are decoded ahead, to the end of the cell that asks; any other begins anew there."""
+        if self._ahead != (step, timeline.total):
             self._decoding = decoded(self.pictures, self.making, self._drawn(step, timeline))
-        self._next = step
+        self._ahead = step, timeline.total
         return timeline.total - step
 
     def feed(self) -> None:
         """Take the pictures of the coming step, which were decoded meanwhile."""
         super().feed()
-        assert self._next is not None
-        self._next += 1
+        step, end = self._ahead
+        self._ahead = step + 1, end
         drawn, images = next(self._decoding)
         new = (images, *(on(self.device, one) for one in (drawn.index, drawn.view)))
         self._present = self._held.setdefault(len(images), new)

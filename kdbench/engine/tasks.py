@@ -105,7 +105,7 @@ class TaskRunner:
             save_listing(file := cache / f"{data.fingerprint}{SUFFIX}", data, cache)
         else:
             save_images(file := cache / f"{data.fingerprint}.safetensors", data)
-        self.emit(messages.DataSaved(given=messages.Given(fingerprint=data.fingerprint, file=file)))
+        self.emit(messages.DataSaved(given=messages.GivenData(fingerprint=data.fingerprint, file=file)))
 
     def prepare(self, task: messages.Prepare) -> None:
         """Data in the cache and the teacher measured, so that later tasks find both."""

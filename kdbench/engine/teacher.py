@@ -81,7 +81,7 @@ class Teacher:
         return found
 
     def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
-        """Values of hook points for bytes [N, C, H, W], in float32, without gradients."""
+        """Values of hook points for bytes [N, C, H, W], without gradients, in the precision of whoever asks."""
         with torch.no_grad():
             return self.network(self.network.normalizer(images), points)
 

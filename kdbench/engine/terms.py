@@ -168,9 +168,9 @@ class Term(nn.Module):
         """Names of the input sets that the term reads."""
         return [self.spec.input, *([self.spec.against] if self.spec.against else [])]
 
-    def weight_at(self, progress: float, epoch: float = 0.0, epochs: float = 0.0) -> float:
-        """The term's factor at a `Moment`."""
-        return self.spec.weight * self.schedules(Moment(progress, epoch, epochs))
+    def weight_at(self, now: Moment) -> float:
+        """The term's factor at a moment."""
+        return self.spec.weight * self.schedules(now)
 
     def forward(self, values: Mapping[str, Values], sets: Sets, numbers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum over layers of layer weight × loss(inputs). Scalar.
@@ -247,14 +247,8 @@ class Term(nn.Module):
         try:
             # As plain numbers options are checked; those of a step lie on the device, where nobody looks.
             for now in (Moment(), Moment(END, END)) if self.spec.schedules else ():
-                self(
-                    values,
-                    sets,
-                    {
-                        n: at(now) if n in self.spec.schedules else torch.tensor(at(now))
-                        for n, at in self.numbers.items()
-                    },
-                )
+                plain, known = self.spec.schedules.keys(), {name: at(now) for name, at in self.numbers.items()}
+                self(values, sets, {name: v if name in plain else torch.tensor(v) for name, v in known.items()})
             result = self(values, sets)
             self.train()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's loss can fail in any way

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +100,7 @@ class Training:
         self.table, self.logits = materials.logits(first, self.file, self.teacher, task.logits)
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
         self.cells: dict[TrainingCell, messages.CellTask] = {}
+        self._logits_on: dict[Batches, Tensor] = {}
         seeds = dict.fromkeys(cell.spec.seed for cell in cells)
         cohorts = [self._cohort([cell for cell in cells if cell.spec.seed == seed]) for seed in seeds]
         self.program = Together(cohorts, ranks) if ranks.size > 1 else program_of(cohorts, self.computing)
@@ -186,13 +186,15 @@ class Training:
         """How far every cell is, -1 for those that no longer train."""
         return [cell.member.step if cell.active else -1 for cell in self.cells]
 
-    @cached_property
-    def teacher_logits(self) -> Tensor | None:
-        """The shared teacher's on the test part, the same for all cells; None of a teacher of other classes."""
-        spec = next((cell.spec.teacher for cell in self.cells.values() if cell.spec.teacher is not None), None)
-        if self.teacher is None or self.file is None or spec is None or spec.classes is not None:
+    def _teacher_logits(self, member: Member) -> Tensor | None:
+        """The teacher's on a member's test part, for which another seed may hold out other images; None of a teacher of
+        other classes."""
+        spec, batches = member.spec.teacher, member.batches
+        if member.teacher is None or self.file is None or spec is None or spec.classes is not None:
             return None
-        return scores(self.teacher.network, self.program.cohorts[0].batches.test).logits
+        if batches not in self._logits_on:
+            self._logits_on[batches] = scores(member.teacher.network, batches.test).logits
+        return self._logits_on[batches]
 
     def finish(self, cell: TrainingCell) -> None:
         """Write a cell's files and its record.
@@ -222,7 +224,7 @@ class Training:
             dict(self.cells[cell].names),
             self.domains,
             self.file if member.teacher else None,
-            self.teacher_logits if member.teacher else None,
+            self._teacher_logits(member),
             compute,
         )
         assert cell.log is not None
@@ -253,13 +255,12 @@ def way_of(member: Member, program: Program) -> dict[str, Any]:
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
     recorded = program if isinstance(program, CapturedProgram) else None
     eager = recorded.eager_stages(member) if recorded else {}
-    graphs = any(network.graphs for network in networks) or any(term.graph for term in terms)
     return {
         "precision": way.precision,
         "layout": way.layout,
         # Where a way with graphs was chosen, but no stage here is long enough for one, there are none.
-        "compile": graphs,
-        "cuda_graphs": recorded is not None and recorded.replayed(member),
+        "compile": member.compiled,
+        "cuda_graphs": member.log.replayed,
         "teacher_logits": "table" if asks and teacher is not None and teacher.logits is not None else "computed",
         "evaluation": f"float32, {'replayed' if recorded and recorded.evaluations_replayed(member) else 'eager'}",
         **({"not_compiled": not_compiled} if not_compiled else {}),

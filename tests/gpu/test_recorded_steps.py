@@ -93,7 +93,7 @@ def test_a_cohort_is_what_its_cells_are_alone(tmp_path: Path, deterministic: Sam
     together = cohort_of(specs, tmp_path / "together", GPU)
     program = CapturedProgram([together], CudaRecorder(GPU))
     trained(program)
-    assert all(program.replayed(one.member) for one in together.cells[:3])
+    assert all(one.member.log.replayed for one in together.cells[:3])
     assert all(program.evaluations_replayed(one.member) for one in together.cells)
     for one, spec in zip(together.cells, specs, strict=True):
         alone = cohort_of([spec], tmp_path / f"alone {spec.method.name}", GPU)
@@ -152,7 +152,7 @@ def test_batches_and_evaluations_of_all_kinds_are_replayed(
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=changes)})
     program = both([spec], tmp_path, CudaRecorder(GPU), device=GPU, same=deterministic)
     of = program.cohorts[0].cells[0].member
-    assert program.replayed(of) and (program.evaluations_replayed(of) or changes)
+    assert of.log.replayed and (program.evaluations_replayed(of) or changes)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -268,9 +268,9 @@ def test_a_recording_that_fails_leaves_torch_usable(
     failing, other = program.cohorts[0].cells
     (why,) = program.eager_stages(failing.member).values()
     assert why.startswith("recording failed: CUDA") and said in why
-    assert program.replayed(other.member) and not program.eager_stages(other.member)
+    assert other.member.log.replayed and not program.eager_stages(other.member)
     later = both([cell("at")], tmp_path / "later", recorder, device=GPU, same=deterministic)
-    assert later.replayed(later.cohorts[0].cells[0].member)
+    assert later.cohorts[0].cells[0].member.log.replayed
 
 
 def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, deterministic: Same) -> None:
@@ -287,7 +287,7 @@ def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path, dete
 
     program = both([evaluated(cell("kd"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
     of = program.cohorts[0].cells[0].member
-    assert program.replayed(of) and not program.evaluations_replayed(of)
+    assert of.log.replayed and not program.evaluations_replayed(of)
 
 
 def says_no(_: torch.Tensor) -> None:
@@ -314,7 +314,7 @@ def test_a_metric_that_a_recording_does_not_bear_is_measured_eagerly(
 
     program = both([evaluated(cell("ab"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)
     of = program.cohorts[0].cells[0].member
-    assert program.replayed(of) and not program.evaluations_replayed(of)
+    assert of.log.replayed and not program.evaluations_replayed(of)
     agreements = [entry["metrics"]["agreement"] for entry in of.log.history]
     assert agreements and all(value is not None for points in agreements for value in points.values())
 

@@ -43,7 +43,7 @@ from kdbench.methods.bss.source import STREAM, BoundarySamples
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
-from kdbench.schedules import linear
+from kdbench.schedules import Moment, linear
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
@@ -354,7 +354,7 @@ def test_weights_are_the_formulas_at_every_epoch() -> None:
     for e, at in itertools.product(range(1, 81), (0, 98, 195)):
         # As a step of the stage gives it: 196 steps an epoch.
         progress = (196 * (e - 1) + at) / (196 * 80)
-        weights = {name: term.weight_at(progress) for name, term in member.stage.terms.items()}
+        weights = {name: term.weight_at(Moment(progress)) for name, term in member.stage.terms.items()}
         assert weights["ce"] == 1
         assert weights["kd"] == pytest.approx(max(3 * (1 - e / 80), 0) + 1)
         assert weights["boundary"] == pytest.approx(max(2 * (1 - 4 / 3 * e / 80), 0))

@@ -35,6 +35,7 @@ from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers import fingerprint
+from kdbench.engine.training import way_of
 from kdbench.methods.bss import attack
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.specs import CellSpec
@@ -73,7 +74,7 @@ def test_an_attack_that_asks_nothing_is_replayed(method: str, tmp_path: Path, mo
     monkeypatch.setattr(attack, "ASKED", ())
     program = both([cell(method, batch=8)], tmp_path)
     (of,) = program.cohorts[0].cells
-    assert program.replayed(of.member) and not program.eager_stages(of.member)
+    assert of.member.log.replayed and not program.eager_stages(of.member)
     eager = cohort_of([cell(method, batch=8)], tmp_path / "again")
     trained(Program([eager]))
     counted, expected = (one.member.sources["classification"].record() for one in (of, *eager.cells))
@@ -146,6 +147,12 @@ def test_resumed_cells_are_recorded_anew_and_end_as_uninterrupted_ones(tmp_path:
     assert outcome(resumed(specs, tmp_path, StandIn, 9)) == outcome(whole)
 
 
+def test_a_record_says_that_steps_were_replayed_also_before_a_stop(tmp_path: Path) -> None:
+    """After which too few are left for a recording."""
+    (one,) = resumed([cell("kd", steps=20)], tmp_path, StandIn, 18).cells
+    assert way_of(one.member, Program([]))["cuda_graphs"] is True
+
+
 def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
     class Fails(StandIn):
         def record(self, call: Callable[[], None]) -> Callable[[], None]:
@@ -154,7 +161,7 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
     program = both([cell("kd")], tmp_path, recorder=Fails())
     (why,) = program.eager_stages(program.cohorts[0].cells[0].member).values()
     assert why == "recording failed: CUDA error: operation not permitted when stream is capturing"
-    assert not program.replayed(program.cohorts[0].cells[0].member)
+    assert not program.cohorts[0].cells[0].member.log.replayed
 
 
 def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
@@ -173,7 +180,7 @@ def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path)
     failing.member.prepare = fails  # type: ignore[method-assign]
     program = CapturedProgram([cohort], StandIn())
     TrainingLoop(program, lambda cell: None, lambda cell: None, lambda: False).run()
-    assert program.replayed(failing.member) and "a schedule that ends" in str(failing.failure)
+    assert failing.member.log.replayed and "a schedule that ends" in str(failing.failure)
     assert left == [fingerprint(failing.member.student.model)]
     alone = cohort_of(specs[1:], tmp_path / "alone", per_class=2)
     trained(Program([alone]))
@@ -264,7 +271,7 @@ def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], N
     assert program.prepare(cohort.cells) > 5
     for _ in range(4):
         program.step(cohort.cells)
-    assert program.replayed(one.member) and one.failure is None
+    assert one.member.log.replayed and one.failure is None
     trap(one.member)
     with pytest.raises(Broken, match="stale"):
         program.step(cohort.cells)
@@ -318,9 +325,9 @@ def test_a_cell_that_cannot_be_recorded_steps_beside_the_recorded_ones(tmp_path:
     specs = [spec.model_copy(update={"evaluations": 2}) for spec in specs]
     program = both(specs, tmp_path)
     bss, kd = program.cohorts[0].cells
-    assert program.replayed(kd.member) and program.eager_stages(kd.member) == {}
+    assert kd.member.log.replayed and program.eager_stages(kd.member) == {}
     said = program.eager_stages(bss.member)
-    assert not program.replayed(bss.member) and all("an attack" in why for why in said.values()) and said
+    assert not bss.member.log.replayed and all("an attack" in why for why in said.values()) and said
     alone = cohort_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
     assert outcome(alone)[0] == outcome(program.cohorts[0])[1]
@@ -358,8 +365,8 @@ def test_a_cell_whose_recording_fails_leaves_the_others_theirs(
     failing, *others = program.cohorts[0].cells
     (why,) = program.eager_stages(failing.member).values()
     assert why == "recording failed: operation not permitted when stream is capturing"
-    assert all(program.replayed(one.member) and not program.eager_stages(one.member) for one in others)
-    assert not program.replayed(failing.member)
+    assert all(one.member.log.replayed and not program.eager_stages(one.member) for one in others)
+    assert not failing.member.log.replayed
 
 
 def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Path) -> None:
@@ -377,7 +384,7 @@ def test_a_cell_that_fails_beside_recorded_ones_leaves_them_theirs(tmp_path: Pat
     program = CapturedProgram([cohort], StandIn())
     TrainingLoop(program, lambda cell: None, lambda cell: None, lambda: False).run()
     assert "an attack that ends" in str(failing.failure) and failing.member.step == 10
-    assert other.failure is None and program.replayed(other.member)
+    assert other.failure is None and other.member.log.replayed
     alone = cohort_of(specs[1:], tmp_path / "alone")
     trained(Program([alone]))
     assert outcome(alone)[0] == outcome(cohort)[1]

@@ -352,3 +352,7 @@ def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compile
     member = Member(spec, batches, teacher, CPU, way)
     make_graphs([member])
     assert way_of(member, Program([]))["compile"] is compiled
+    # Also where what is left after a stop is not worth a graph any more.
+    resumed = Member(spec, batches, teacher_of(spec, way), CPU, way)
+    resumed.load_state(member.state())
+    assert way_of(resumed, Program([]))["compile"] is compiled

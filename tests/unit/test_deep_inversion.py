@@ -424,7 +424,7 @@ def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) ->
         lambda: batches.at(0, member.timeline),
         lambda: batches.train.images,
         lambda: batches.train.labels,
-        lambda: next(iter(batches.train.slices(1))),
+        lambda: next(iter(batches.train.slices())),
         # A validation part is taken from the training images by their labels, for whoever asks for one.
         lambda: Batches(with_validation, without(images(spec.data, per_class=4)), CPU),
     ):

@@ -22,6 +22,7 @@ from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
+from kdbench.losses.ab import activation_agreement
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -135,9 +136,9 @@ def test_the_target_is_tested_and_the_source_beside_it() -> None:
     assert spec.target is not None
     source, target = images(spec.data, per_class=4), images(spec.target, per_class=3, seed=1)
     batches = Batches(spec, source, CPU, target)
-    assert torch.equal(next(batches.test.slices(1000))[0], target.test_images)
+    assert torch.equal(next(batches.test.slices())[0], target.test_images)
     assert batches.source_test is not None
-    assert torch.equal(next(batches.source_test.slices(1000))[0], source.test_images)
+    assert torch.equal(next(batches.source_test.slices())[0], source.test_images)
     assert not len(sets_at(Batches(cell("ce", target=None), source, CPU), 0, member_of(spec)[0].timeline, []))
     assert Batches(cell("ce", target=None), source, CPU).source_test is None
 
@@ -225,6 +226,23 @@ def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -
     logits = member.own_teacher.network.logits(images(spec.target, seed=1).test_images)  # type: ignore[arg-type]
     right = (logits.argmax(1) == images(spec.target, seed=1).test_labels).float().mean()  # type: ignore[arg-type]
     assert measured["teacher"]["accuracy"] == pytest.approx(100 * right.item())
+
+
+def test_a_metric_compares_with_the_teacher_that_the_cell_trains() -> None:
+    """From which its loss learned, and of which the record has the accuracy."""
+    boundary = {"loss": "activation_boundary", "hook": "layer3.preact", "connector": "conv1x1_bn", "weight": 1e-3}
+    stage = {"trains": ["student", "teacher", "connectors"], "losses": {"boundary": boundary}}
+    member, batches, teacher = member_of(cell({"name": "uda_kd", "stages": {"adaptation": stage}}, steps=4))
+    train(member, batches, teacher, 4)
+    measured = evaluate(member)["metrics"]["agreement"]["layer3.preact"]
+    member.set_modes(evaluating=True)
+    pictures, _ = next(batches.test.slices())
+    student, own = member.student, member.trained_teacher
+    (layer,) = member.stage.terms["boundary"].layers
+    with torch.no_grad():
+        value = student(student.normalizer(pictures), layer.students)[layer.students[0]]
+        taught = own(own.normalizer(pictures), layer.teachers)[layer.teachers[0]]  # type: ignore[misc, union-attr]
+        assert measured == pytest.approx(activation_agreement(layer.connectors[0](value), taught).item())
 
 
 @pytest.mark.parametrize("method", ["uda_kd", "uda_then_kd", "ab_teacher_train"])

@@ -25,6 +25,7 @@ from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
+from kdbench.schedules import Moment
 
 REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
@@ -244,7 +245,7 @@ def test_weight_schedule_over_a_stage() -> None:
     }
     member, _, _ = member_of(cell(method, steps=4))
     term = member.stage.terms["kd"]
-    assert [term.weight_at(step / 4) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+    assert [term.weight_at(Moment(step / 4)) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
 def test_teacher_and_student_each_get_their_own_normalization() -> None:

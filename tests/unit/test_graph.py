@@ -145,8 +145,8 @@ def test_what_is_used_too_briefly_is_not_compiled() -> None:
     assert set(prepared({kd: 500, ab: 30}, worth=100).graphs) == {kd}
 
 
-def test_other_batches_and_plain_calls_do_not_use_the_graphs() -> None:
-    """The last, smaller batch of an epoch, and evaluation."""
+def test_other_batches_modes_and_plain_calls_do_not_use_the_graphs() -> None:
+    """The last, smaller batch of an epoch, a stage that keeps the student in eval mode, and evaluation."""
     network = prepared({frozenset({LOGITS}): 5})
 
     def never(x: torch.Tensor) -> torch.Tensor:
@@ -155,5 +155,8 @@ def test_other_batches_and_plain_calls_do_not_use_the_graphs() -> None:
     network.graphs = {frozenset({LOGITS}): ([LOGITS], never)}
     network.step(images(3), [LOGITS])
     network(images(4), [LOGITS])
+    network.model.eval()
+    network.step(images(4), [LOGITS])
+    network.model.train()
     with pytest.raises(AssertionError, match="was used"):
         network.step(images(4), [LOGITS])

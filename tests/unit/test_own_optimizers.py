@@ -67,6 +67,25 @@ class Keeping(Stepless):
     def step(self, closure=None): self.state[self.param_groups[0]["params"][0]]["kept"] = Other([])
 
 
+class Forgetting(Stepless):
+    taken = 0  # In no state dict.
+
+    def step(self, closure=None):
+        self.taken += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * self.taken
+
+
+class Counting(torch.optim.Optimizer):
+    def __init__(self, params, *, lr=0.1): super().__init__(params, {"lr": lr, "taken": 0})
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["taken"] += 1
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * group["taken"]
+
+
 class Sound(Stepless):
     def step(self, closure=None):
         with torch.no_grad():
@@ -95,6 +114,7 @@ OPTIMIZERS = {
     "Rateless": "has no rate 'lr' in its parameter groups",
     "Flat": "fails in its first step: RuntimeError",
     "Keeping": "keeps something that no checkpoint gives back",
+    "Forgetting": "keeps something that no checkpoint gives back",
 }
 
 
@@ -105,7 +125,7 @@ def own_cards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     (folder / "own_training.py").write_text(OWN)
     cards: dict[str, Any] = {
         "schedules": {name: {"target": f"own_training:{name}"} for name in [*SCHEDULES, "sound"]},
-        "optimizers": {name: {"target": f"own_training:{name}"} for name in [*OPTIMIZERS, "Sound"]},
+        "optimizers": {name: {"target": f"own_training:{name}"} for name in [*OPTIMIZERS, "Sound", "Counting"]},
     }
     (folder / "cards.yaml").write_text(json.dumps(cards))
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +156,7 @@ def test_schedules_of_losses_are_asked_too(own_cards: Registry) -> None:
 
 def test_sound_ones_pass(own_cards: Registry) -> None:
     checked(own_cards, "protocol.optimizer=Sound", "protocol.schedule=sound")
+    checked(own_cards, "protocol.optimizer=Counting")
     # Weights may be negative, rates not.
     checked(own_cards, "method.stages.classification.losses.ce.weight_schedule=negative")
 

@@ -33,11 +33,23 @@ def test_what_a_cell_does_beside_its_steps_is_shown(
     try:
         console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         live.update(cell)
+        assert live.bars is not None
         console.print(live.bars)
     finally:
         live.end()
     shown = console.export_text()
     assert "batch 2 of 5" in shown and "3/8" in shown
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_is_prepared_while_nothing_trains_is_shown(trains: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by 'kdbench logits fill', before or after a teacher was trained for it."""
+    live = progress._Live()
+    if trains:
+        live.begin([], "teacher")
+        live.end()
+    live.doing("data digits")
+    assert "preparing data digits" in capsys.readouterr().err
 
 
 @pytest.fixture

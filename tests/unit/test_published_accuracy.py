@@ -80,7 +80,7 @@ def written(here: Path) -> tuple[Path, pictures.Pictures]:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
     # Batch norms know the pictures, so that it does not answer one class alone.
-    ((shown, _),) = StreamedSplit(data.test_files, data.test_labels, 18, 16, 3).slices(100)
+    ((shown, _),) = StreamedSplit(data.test_files, data.test_labels, 18, 16, 3).slices()
     with torch.no_grad():
         model.train()(Normalizer(spec.teacher.normalization, (16, 16), CPU)(shown))
     save_file(model.state_dict(), first)

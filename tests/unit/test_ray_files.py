@@ -18,7 +18,7 @@ from kdbench.data import pictures
 from kdbench.data.sent import SUFFIX, load_listing, save_listing
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.logit_files import ABOUT, VALUES, table_at
-from kdbench.engine.messages import CellTask, Failed, Given, TrainCells
+from kdbench.engine.messages import CellTask, Failed, GivenData, TrainCells
 from kdbench.engine.ray_node import TABLES, Node, files_of
 from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool, RayWorker
 from kdbench.engine.ray_sending import Sending
@@ -89,7 +89,7 @@ def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, mon
     spec = order.cells[0].spec
     order = task(tmp_path, student=spec.student.model_copy(update={"weights": weights}))
     sending = Sending(NOW, tmp_path)
-    sending.given[spec.data.images_key()] = Given(fingerprint="f", file=tmp_path / "data")
+    sending.given[spec.data.images_key()] = GivenData(fingerprint="f", file=tmp_path / "data")
     given = sending.give(actor, actor.node.folder, order)[spec.data.images_key()]
     assert given.file is not None and given.file.read_text() == "images" and given.fingerprint == "f"
     assert given.file.is_relative_to(actor.node.folder)
@@ -114,7 +114,7 @@ def test_pictures_are_used_where_they_lie_or_sent(actor: Called, tmp_path: Path)
     order = task(tmp_path)
     source = order.cells[0].spec.data.images_key()
     sending = Sending(NOW, tmp_path)
-    sending.given[source] = Given(fingerprint=data.fingerprint, file=listing)
+    sending.given[source] = GivenData(fingerprint=data.fingerprint, file=listing)
     # The driver's own places, of which the node lacks one and has another picture in a second.
     kept = [file.read_bytes() for file in data.train_files]
     lookup = {place: place.read_bytes() for place in (*data.train_files, *data.test_files)}
@@ -156,7 +156,7 @@ def test_tables_of_teacher_logits_are_those_of_the_run(
     written(actor.node.folder / TABLES, old__x="cleared since")
     sending = Sending(NOW, tmp_path)
     written(tmp_path, data="images")
-    sending.given[spec.data.images_key()] = Given(fingerprint="f", file=tmp_path / "data")
+    sending.given[spec.data.images_key()] = GivenData(fingerprint="f", file=tmp_path / "data")
     sending.give(actor, actor.node.folder, order)
     wanted = table_at(key, spec.teacher.name)
     assert {*files_of(actor.node.folder / TABLES)} == {f"{wanted.folder.name}/{name}" for name in (VALUES, ABOUT)}

@@ -61,3 +61,24 @@ def test_a_state_that_lacks_what_training_reads_is_refused_before_it_trains(lost
         state["sources"] = {}
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError, RuntimeError)):
         member_of(spec)[0].load_state(state)
+
+
+def test_the_best_weights_are_those_of_the_whole_training_or_none() -> None:
+    """Also where a recipe asks for them, or no longer does, after the cell was stopped."""
+
+    def evaluated(member: Member, accuracies: list[float]) -> Member:
+        for step, accuracy in enumerate(accuracies, len(member.log.history) + 1):
+            member.log.history.append({"step": step, "test": {"accuracy": accuracy}})
+            member.keep_best()
+        return member
+
+    plain, spec = cell("ce"), cell("ce", keep="best")
+    begun = evaluated(member_of(plain)[0], [50.0, 70.0]).state()
+    asked = member_of(spec)[0]
+    asked.load_state(begun)
+    assert evaluated(asked, [60.0]).log.best is None
+    best = evaluated(asked, [80.0, 80.0]).log.best
+    assert best is not None and best["step"] == 4
+    asks_no_more = member_of(plain)[0]
+    asks_no_more.load_state(asked.state())
+    assert evaluated(asks_no_more, [90.0]).log.best is None

@@ -341,7 +341,7 @@ def test_the_choice_is_made_on_images_split_off_the_training_set() -> None:
     member = Member(spec, batches, teacher, CPU)
     train(member, batches, teacher, 8)
     assert counted.reads > 0
-    held_out = torch.cat([found for found, _ in counted.part.slices(100)])
+    held_out = torch.cat([found for found, _ in counted.part.slices()])
     rest = batches.train.images
     assert len(held_out) + len(rest) == len(data.train_images)
     assert not any(torch.equal(a, b) for a in held_out for b in rest)
@@ -472,7 +472,7 @@ def test_the_index_says_what_was_kept_and_nothing_of_the_test_part(tmp_path: Pat
         member.student.model.eval()
         part = batches.validation
         with torch.no_grad():
-            logits = member.student.model(member.student.normalizer(next(part.slices(100))[0]))
+            logits = member.student.model(member.student.normalizer(next(part.slices())[0]))
         assert entry["validation"]["accuracy"] == 100 * int((logits.argmax(1) == part.labels).sum()) / len(part.labels)
     (kept.folder / index[0]["file"]).write_bytes(b"half")
     with pytest.raises(UserError, match="at step 3 is damaged"):

@@ -167,12 +167,13 @@ def test_grey_pictures_become_colours_and_broken_ones_are_named(tmp_path: Path) 
 # --- batches
 
 
-def test_the_data_card_chooses_the_source(registry: Registry, root: Path) -> None:
+def test_the_data_card_chooses_the_source(registry: Registry, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SLICE, "cpu", 4)
     spec = spec_of(registry)
     batches = Batches(spec, read(spec, root), CPU)
     assert isinstance(batches.source, StreamedDomain)
     assert len(batches.train.labels) == 15 and len(batches.test.labels) == 6
-    parts = list(batches.test.slices(4))
+    parts = list(batches.test.slices())
     assert [tuple(images.shape) for images, _ in parts] == [(4, 3, 24, 24), (2, 3, 24, 24)]
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 0, 1, 1, 2, 2]
     assert batches.test.every(2).labels.tolist() == [0, 1, 2]
@@ -207,6 +208,16 @@ def test_a_batch_is_a_function_of_seed_and_step(registry: Registry, root: Path) 
     first = {int(i): image for batch in in_order[:4] for i, image in zip(batch.index, batch.images, strict=True)}
     second = {int(i): image for batch in in_order[4:8] for i, image in zip(batch.index, batch.images, strict=True)}
     assert not any(torch.equal(first[i], second[i]) for i in first), "the crops of two epochs are the same"
+
+
+def test_cells_that_end_at_other_steps_share_their_batches(registry: Registry, root: Path) -> None:
+    """As stages' shares of a budget, each rounded to steps, may make them."""
+    shorter, longer = (spec_of(registry, steps=steps) for steps in (4, 6))
+    data = read(longer, root)
+    batches, alone = (Batches(longer, data, CPU) for _ in range(2))
+    for step in range(6):
+        line = timeline(shorter if step < 4 else longer, 15)
+        assert torch.equal(batches.at(step, line).images, alone.at(step, timeline(longer, 15)).images)
 
 
 def test_shares_of_several_ranks_are_the_batch_of_one_process(registry: Registry, root: Path) -> None:

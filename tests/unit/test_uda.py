@@ -182,7 +182,7 @@ def test_weights_of_the_joint_loss(method: str, per_epoch: bool) -> None:
         "kd": 0.3 * beta,
         "ce": 0.7 * beta,
     }
-    found = {name: term.weight_at(run, epoch) for name, term in member.stage.terms.items()}
+    found = {name: term.weight_at(Moment(run, epoch)) for name, term in member.stage.terms.items()}
     assert found == pytest.approx(expected, rel=1e-12)
 
 
