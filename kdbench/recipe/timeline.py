@@ -75,7 +75,8 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     """The steps of a cell that trains on `images` images.
 
     The protocol's budget is the total over all stages; shares are rounded to steps, at least one each; the stage
-    without a share takes the rest. Evaluation comes at even points, at the end of every stage and at the end.
+    without a share takes the rest, or the last one where all have shares. Evaluation comes at even points, at the end
+    of every stage and at the end.
     """
     per_epoch = batches_per_epoch(images, spec.protocol.batch_size, spec.protocol.last_batch)
     if spec.protocol.steps is not None:
@@ -93,9 +94,9 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
         elif stage.share is not None:
             lengths[name] = _steps(stage.share * budget)
     extra = sum(lengths[name] for name, stage in stages.items() if stage.extra)
-    rest = [name for name in stages if name not in lengths]
-    if rest:
-        lengths[rest[0]] = max(budget + extra - sum(lengths.values()), 1)
+    own = [name for name in stages if name not in lengths] or [name for name, stage in stages.items() if stage.share]
+    if own:
+        lengths[own[-1]] = max(budget + extra - sum(lengths[name] for name in lengths if name != own[-1]), 1)
     spans, start = [], 0
     for name in stages:
         spans.append(Span(name, start, start + lengths[name]))

@@ -14,7 +14,7 @@ from kdbench.registry import Registry
 REGISTRY = Registry()
 
 
-def cell(method: str = "kd", **recipe: Any) -> CellSpec:
+def cell(method: Any = "kd", **recipe: Any) -> CellSpec:
     whole = {
         "data": "digits",
         "teacher": "wrn_16_2_digits",
@@ -46,6 +46,13 @@ def test_the_budget_is_the_total_over_all_stages() -> None:
     assert [span.name for span in two.spans] == ["boundaries", "classification"]
     assert two.spans[0].steps == round(0.1 * 200 * 782)
     assert two.spans[1].stop == two.total
+
+
+@pytest.mark.parametrize("steps", [5, 7, 1000])
+def test_the_budget_is_the_total_where_all_stages_have_shares(steps: int) -> None:
+    halves = {"name": "ab", "stages": {name: {"share": "50%"} for name in ("boundaries", "classification")}}
+    line = timeline(cell(halves, steps=steps), 100)
+    assert line.total == steps and abs(line.spans[0].steps - steps / 2) <= 0.5
 
 
 def test_extra_epochs_come_on_top_and_first() -> None:
