@@ -247,6 +247,19 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     assert "mine" in Registry(tmp_path / "cards").keys("losses")
 
 
+def test_a_clone_by_git_for_windows_has_the_same_bytes(tmp_path: Path) -> None:
+    """It turns line ends where nobody forbids it, and all published results would disagree with their sums."""
+    here, file = tmp_path / "here", "table.md"
+    here.mkdir()
+    for one in (ROOT / "results" / "quickstart" / file, ROOT / ".gitattributes"):
+        shutil.copy(one, here)
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
+        subprocess.run(["git", *words], cwd=here, check=True)
+    subprocess.run(["git", "clone", "-q", "-c", "core.autocrlf=true", "here", "there"], cwd=tmp_path, check=True)
+    assert (tmp_path / "there" / file).read_bytes() == (here / file).read_bytes()
+
+
 def test_own_python_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_latin.py").write_bytes(b"def loss(student):\n    return student  # caf\xe9\n")
