@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
+from kdbench.engine.pool import worker_process
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
 from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home
@@ -135,6 +138,28 @@ def test_the_home_folder_is_not_asked_for_in_vain(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("KDBENCH_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert home() == Path("/somewhere/kdbench")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(UserError, match="this user has no home folder\n  set KDBENCH_HOME") as caught:
+        home()
+    assert caught.value.where is None
+
+
+def test_a_user_without_a_name_has_one_for_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a container that is started with '--user 54321': torch asks for it in an optimizer's first step."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    def begins(start: Callable[[], object]) -> None:
+        for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            monkeypatch.setenv(variable, "")
+        start()
+        assert getpass.getuser() == str(os.getuid())
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    begins(lambda: called(monkeypatch, "ls", "methods"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: None)
+    begins(lambda: worker_process((), 1))
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
