@@ -1,6 +1,7 @@
 """Files: written atomically, hashed, and found in the folders where users keep weights."""
 
 import errno
+import getpass
 import hashlib
 import json
 import os
@@ -115,7 +116,21 @@ def home() -> Path:
     """Folder for what kdbench keeps between runs: `$KDBENCH_HOME`, else the user's cache folder."""
     if set_by_user := os.environ.get("KDBENCH_HOME"):
         return expanded(set_by_user, "KDBENCH_HOME")
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "kdbench"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return expanded(cache, "XDG_CACHE_HOME") / "kdbench"
+    try:
+        return Path.home() / ".cache" / "kdbench"
+    except RuntimeError:
+        hint = "set KDBENCH_HOME to a folder for what kdbench keeps between runs"
+        raise UserError("this user has no home folder", hint=hint) from None
+
+
+def name_user() -> None:
+    """Give a user without a name, as containers have them, its number for a name: torch cannot train without one."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def folders_in(variable: str) -> list[Path]:

@@ -16,7 +16,7 @@ import typer
 
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError, raised_by_own_code
-from kdbench.files import CHECK_PATH, disk_full, expanded, refused
+from kdbench.files import CHECK_PATH, disk_full, expanded, name_user, refused
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,6 +77,7 @@ def main() -> None:
     """Entry point. Exit codes: 0 well, 1 a run failed, 2 the user can fix it, 130 interrupted."""
     keep_streams()
     _fit_encodings()
+    name_user()
     if sys.platform not in ("linux", "darwin"):
         print("note: kdbench is made for Linux and macOS; on Windows it is tried in WSL only", file=sys.stderr)
     # A shell without job control starts its background jobs with interrupts ignored. They are answered all the same:

@@ -27,7 +27,7 @@ from kdbench.engine.messages import (
     read_line,
 )
 from kdbench.errors import CellError, UserError
-from kdbench.files import cores
+from kdbench.files import cores, name_user
 
 # How many workers are tried for the first: its node may be lost, which a cluster notices late.
 MOST_STARTS = 5
@@ -298,6 +298,7 @@ class Pool:
 
 def worker_process(paths: Iterable[Path], threads: int, **more: str) -> subprocess.Popen[str]:
     """A worker; `paths`: folders from which it imports users' modules, `more`: of its environment."""
+    name_user()
     return subprocess.Popen(
         [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in paths)],
         stdin=subprocess.PIPE,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
+from kdbench.engine.pool import worker_process
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
 from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home
@@ -135,6 +138,28 @@ def test_the_home_folder_is_not_asked_for_in_vain(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("KDBENCH_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert home() == Path("/somewhere/kdbench")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(UserError, match="this user has no home folder\n  set KDBENCH_HOME") as caught:
+        home()
+    assert caught.value.where is None
+
+
+def test_a_user_without_a_name_has_one_for_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a container that is started with '--user 54321': torch asks for it in an optimizer's first step."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    def begins(start: Callable[[], object]) -> None:
+        for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            monkeypatch.setenv(variable, "")
+        start()
+        assert getpass.getuser() == str(os.getuid())
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    begins(lambda: called(monkeypatch, "ls", "methods"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: None)
+    begins(lambda: worker_process((), 1))
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
@@ -245,6 +270,19 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     (tmp_path / "cards" / "losses").mkdir(parents=True)
     (tmp_path / "cards" / "losses" / "my.yaml").write_bytes(b"\xef\xbb\xbfmine: {target: 'kdbench.losses:kd'}\n")
     assert "mine" in Registry(tmp_path / "cards").keys("losses")
+
+
+def test_a_clone_by_git_for_windows_has_the_same_bytes(tmp_path: Path) -> None:
+    """It turns line ends where nobody forbids it, and all published results would disagree with their sums."""
+    here, file = tmp_path / "here", "table.md"
+    here.mkdir()
+    for one in (ROOT / "results" / "quickstart" / file, ROOT / ".gitattributes"):
+        shutil.copy(one, here)
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "all")):
+        subprocess.run(["git", *words], cwd=here, check=True)
+    subprocess.run(["git", "clone", "-q", "-c", "core.autocrlf=true", "here", "there"], cwd=tmp_path, check=True)
+    assert (tmp_path / "there" / file).read_bytes() == (here / file).read_bytes()
 
 
 def test_own_python_in_another_encoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
