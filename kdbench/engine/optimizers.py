@@ -171,19 +171,24 @@ class ScheduledOptimizer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from the state dict of such an optimizer.
 
-        Rates lie in the same tensors as before. Options that the state of an older version lacks are the cell's own.
+        Rates lie in the same tensors as before. The cell's own are what belongs to its device, and options that the
+        state of an older version lacks.
 
         Raises:
             ValueError: a state without an entry that a step reads.
         """
         needed = {parameter: {*kept} for parameter, kept in self.optimizer.state.items()}
         before = [{**group} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
+        groups = [
+            own | kept | {name: own[name] for name in ("lr", "capturable") if name in own}
+            for own, kept in zip(before, state["param_groups"], strict=True)
+        ]
+        self.optimizer.load_state_dict(state | {"param_groups": groups})
         self.renewed += 1
         if any(names - self.optimizer.state[parameter].keys() for parameter, names in needed.items()):
             raise ValueError("its optimizer kept other values")
         for group, own in zip(self.optimizer.param_groups, before, strict=True):
-            group.update({name: value for name, value in own.items() if name == "lr" or name not in group})
+            group["lr"] = own["lr"]
 
     def set_rates(self, now: Moment) -> None:
         """Let an optimizer that takes numbers have the rates of a moment."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from captured import METHODS, cell
 from tiny import member_of, train
 
@@ -42,6 +43,14 @@ def test_a_state_of_an_older_version_may_lack_options_of_its_optimizer() -> None
     for group in state["optimizers"][0]["param_groups"]:
         del group["delta"]
     assert fingerprint(at(spec, 4, state).student.model) == fingerprint(whole.student.model)
+
+
+def test_a_state_from_a_gpu_is_resumed_on_the_cpu() -> None:
+    spec = cell("kd", steps=4, protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.01}})
+    state = at(spec, 2).state()
+    for group in state["optimizers"][0]["param_groups"]:
+        group |= {"capturable": True, "lr": torch.tensor(0.01)}
+    assert fingerprint(at(spec, 4, state).student.model) == fingerprint(at(spec, 4).student.model)
 
 
 @pytest.mark.parametrize("lost", ["momentum", "meter", "terms", "log", "sources"])
