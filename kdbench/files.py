@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,8 @@ def name_user() -> None:
     try:
         getpass.getuser()
     except (KeyError, OSError):
-        os.environ["USER"] = str(os.getuid())
+        if sys.platform != "win32":
+            os.environ["USER"] = str(os.getuid())
 
 
 def folders_in(variable: str) -> list[Path]:
