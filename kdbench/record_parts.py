@@ -325,7 +325,8 @@ class SpecForm(Open):
 
 class _Score(Open):
     accuracy: float = Field(default=0, ge=0, le=100)
-    loss: float = 0
+    # It may grow out of all bounds on the way.
+    loss: float = Field(default=0, allow_inf_nan=True)
 
 
 class Evaluation(Open):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def test_unfinished_cells_are_found(tmp_path: Path) -> None:
 
 def test_metrics_are_read(tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
-        {"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0}},
+        {"step": 391, "epoch": 1.0, "test": {"accuracy": 10.0, "loss": inf}},
         {"step": 782, "metrics": {"agreement": {"layer1.preact": 0.7}}, "references": {}},
     ]
     assert metrics(write(tmp_path / "cell", plain_record(), lines)) == lines
