@@ -203,7 +203,8 @@ def test_banks_of_a_million_images_are_counted_and_not_filled() -> None:
     (term,) = (term for terms in cell.terms.values() for term in terms.values() if len(term.functions))
     banks = [value for name, value in term.named_buffers() if name.endswith("bank")]
     assert [tuple(bank.shape) for bank in banks] == [(1_000_000, 128)] * 2
-    assert not any(bank[:1000].any() for bank in banks)
+    # But for what the check itself remembered, anywhere.
+    assert all(bank[:1000].any(dim=1).sum() < 10 for bank in banks)
     more = memory_of(large, torch.device("cpu"), cell).member - memory_of(small, torch.device("cpu")).member
     # Two banks of 128 numbers, and the labels.
     assert more == (1_000_000 - small.data.train) * (2 * 128 * 4 + 8)
