@@ -38,7 +38,7 @@ from kdbench.engine.ray_node import TABLES, Node
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
 from kdbench.errors import CellError, UserError, first_line
-from kdbench.files import CHECKPOINT, atomic, expanded, files_of
+from kdbench.files import CHECKPOINT, RECORD, atomic, expanded, files_of, sweep
 from kdbench.recipe.specs import DataSpec
 
 
@@ -269,6 +269,9 @@ class RayPool(Pool):
             return
         with atomic(file) as temporary:
             temporary.write_bytes(content)
+        if file.name == RECORD:
+            # What a run that was killed had half received.
+            sweep(file.parent)
 
     def _send(self, number: int, task: Task) -> bool:
         """False also for a worker whose node is not there yet."""

@@ -209,6 +209,11 @@ def test_a_node_writes_into_the_runs_folder_only(tmp_path: Path) -> None:
     for name in ("runs/a/checkpoint.pt", "runs/a/student"):
         pool._take(name, None)
     assert {*files_of(tmp_path)} == {"runs/a/student"}
+    # A run that was killed had received half of a file.
+    half = tmp_path / "runs" / "a" / ".metrics.jsonl.1.part"
+    half.touch()
+    pool._take("runs/a/record.json", b"{}")
+    assert not half.exists()
     for name in ("runs/../x", "other/x"):
         with pytest.raises(Exception, match=r"outside|subpath"):
             pool._take(name, b"x")
