@@ -180,7 +180,7 @@ class ScheduledOptimizer:
         needed = {parameter: {*kept} for parameter, kept in self.optimizer.state.items()}
         before = [{**group} for group in self.optimizer.param_groups]
         groups = [
-            own | kept | {name: own[name] for name in ("lr", "capturable") if name in own}
+            own | kept | {name: own[name] for name in own.keys() & {"capturable"}}
             for own, kept in zip(before, state["param_groups"], strict=True)
         ]
         self.optimizer.load_state_dict(state | {"param_groups": groups})

@@ -94,9 +94,9 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
         elif stage.share is not None:
             lengths[name] = _steps(stage.share * budget)
     extra = sum(lengths[name] for name, stage in stages.items() if stage.extra)
-    own = [name for name in stages if name not in lengths] or [name for name, stage in stages.items() if stage.share]
-    if own:
-        lengths[own[-1]] = max(budget + extra - sum(lengths[name] for name in lengths if name != own[-1]), 1)
+    rest = [name for name in stages if name not in lengths] or [name for name, stage in stages.items() if stage.share]
+    if rest:
+        lengths[rest[-1]] = max(budget + extra - sum(lengths[name] for name in lengths if name != rest[-1]), 1)
     spans, start = [], 0
     for name in stages:
         spans.append(Span(name, start, start + lengths[name]))
