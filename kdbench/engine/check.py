@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -51,12 +52,16 @@ class BuiltCell:
 
 
 class _Undrawn(TorchFunctionMode):
-    """Inside, large tensors get no random values: memory that nobody wrote to takes no place, and reads as zeros."""
+    """Inside, large tensors get zeros that take no place in memory, and no random values."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and args[0].numel() > LARGE:
+            if args[0].device.type == "cpu":
+                # torch writes its zeros, and its empty tensors may lie where something was. NumPy's come from calloc.
+                zeros = torch.from_numpy(np.zeros(args[0].nbytes, dtype=np.uint8))
+                args[0].data = zeros.view(args[0].dtype).view(args[0].shape)
             return args[0]
         return func(*args, **(kwargs or {}))
 
