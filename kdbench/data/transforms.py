@@ -18,11 +18,13 @@ from kdbench.errors import UserError, failure
 Transform = Callable[[Image.Image], Image.Image]
 Filter = Literal["nearest", "bilinear", "bicubic"]
 
-_DRAW = {
-    *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.multinomial, torch.normal),
-    *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_),
-    *(torch.Tensor.exponential_, torch.Tensor.bernoulli, torch.Tensor.multinomial),
-}
+# All that draws and takes a generator.
+_NAMES = (
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"),
+    *("normal", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "uniform_", "normal_", "random_"),
+    *("bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"),
+)
+_DRAW = {getattr(place, name) for place in (torch, torch.Tensor) for name in _NAMES if hasattr(place, name)}
 # ImageNet's mean pixel, which a normalized image has as 0.
 _MEAN = (0.485, 0.456, 0.406)
 

@@ -39,6 +39,8 @@ from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16
 BATCHES_AHEAD = 3
+# Seeds with which a transform is tried before it trains.
+SEEDS_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,10 @@ def transforms_of(chosen: AugmentationSpec) -> Transforms | None:
 
 
 def check_transforms(chosen: AugmentationSpec, data: DataSpec) -> None:
-    """Have the transforms of an augmentation change one picture of noise.
+    """Have the transforms of an augmentation change one picture of noise, with a few seeds twice each.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot, or one draws elsewhere: a resumed cell, and another method, would see other pictures.
     """
     if (transforms := transforms_of(chosen)) is not None:
         noise = torch.randint(0, 256, data.image_shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -220,6 +222,14 @@ def check_transforms(chosen: AugmentationSpec, data: DataSpec) -> None:
             image = as_image(noise)
         except TypeError:
             raise UserError(f"transforms take pictures of 1 or 3 channels, '{data.name}' has {data.channels}") from None
+        for name, part in transforms.parts:
+            alone = Transforms([(name, part)])
+            for seed in range(SEEDS_TRIED):
+                first, again = (as_bytes(alone(image.copy(), seed)) for _ in range(2))
+                if not torch.equal(first, again):
+                    what = f"the transform '{name}' makes two different pictures of one, with the same draws of torch"
+                    hint = "let it draw with torch's functions (torch.rand, torch.randint, Tensor.uniform_) alone"
+                    raise UserError(what, hint=hint)
         transforms(image, 0)
 
 

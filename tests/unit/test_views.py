@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from picture_files import photo, write_pictures
+from PIL import Image
 from scipy import stats
 from tiny import CPU, images, member_of, sets_at, train
 from torchvision.transforms import v2
@@ -24,7 +25,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.mixing import NUMBERS, Mixing, shares
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.resident import ResidentDomain
-from kdbench.engine.streamed import StreamedDomain
+from kdbench.engine.streamed import StreamedDomain, check_transforms
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.image_cards import Mix
@@ -64,6 +65,44 @@ def test_every_transform_is_a_function_of_its_seed_and_leaves_torchs_draws_alone
     assert torch.equal(torch.get_rng_state(), before)
     if mode == "RGB":
         assert len({one.numpy().tobytes() for one in first}) > 1, "it draws nothing"
+
+
+class Blended(torch.nn.Module):
+    """A user's transform: a picture with a share of itself turned, from a Beta distribution."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        return Image.blend(image, image.rotate(90), torch.distributions.Beta(1.0, 1.0).sample().item())
+
+
+NOISE = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(), v2.ToPILImage()]
+
+
+@pytest.mark.parametrize("part", [v2.AugMix(), v2.Compose(NOISE), Blended()], ids=["augmix", "noise", "beta"])
+def test_all_that_torch_draws_is_drawn_by_address(part: Any) -> None:
+    made, image, before = Transforms([("own", part)]), photo(32, 32, 1), torch.get_rng_state()
+    first, again, other = (as_bytes(made(image, seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "draw", ["random.random()", "numpy.random.rand()", "torch.nn.functional.dropout(torch.ones(1), 0.5).item() / 2"]
+)
+def test_a_transform_that_draws_elsewhere_is_refused(
+    draw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resumed cell would see other pictures, and so would every method of a comparison."""
+    module = f"drawing_{len(draw)}"
+    (tmp_path / f"{module}.py").write_text(
+        "import random, numpy, torch\nfrom PIL import Image\n\n\ndef made():\n"
+        f"    return lambda image: Image.blend(image, image.rotate(90), {draw})\n"
+    )
+    (tmp_path / "card.yaml").write_text(f"transforms:\n  own:\n    target: '{module}:made'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = spec_of(Registry([tmp_path]), {"transforms": ["own"]})
+    with pytest.raises(UserError, match="'own' makes two different pictures of one"):
+        check_transforms(spec.protocol.augmentation, spec.data)
 
 
 def test_transforms_are_torchvisions() -> None:
