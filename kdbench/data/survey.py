@@ -120,7 +120,7 @@ def survey(
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'", hint="give a folder of pictures in folders of their classes")
     found = listing(folder, in_one=True).complete()
-    digest = hashlib.sha256(json.dumps(["1", found.stamps]).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(["2", found.stamps]).encode()).hexdigest()[:32]
     kept = cache / f"survey-{digest}.json"
     if kept.is_file() and not all_of_them:
         try:
@@ -144,8 +144,8 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
         alike = sizes[0] == sizes[-1] and height == width <= LARGEST_SIDE
         streamed = not alike or len(files) * height * width * channels > MOST_IN_MEMORY
         side = height if alike else _side(sizes)
-        chosen = files if all_of_them else _evenly(files)
-        used = set(_evenly([file for file in files if file.is_relative_to(next(iter(found.folders.values())))]))
+        measured = _evenly([file for by_class in next(iter(found.files.values())).values() for file in by_class])
+        chosen, used = files if all_of_them else measured, set(measured)
 
         def counted(file: Path) -> np.ndarray:
             if not streamed:

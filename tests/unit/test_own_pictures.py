@@ -303,6 +303,21 @@ def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path
     assert picture(root / "bee" / "turned.jpg").size == (80, 64)
 
 
+def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 training and 10 test pictures, every fifth training picture stands for all. `kdbench data`, which decodes
+    all of them, and a recipe that names the folder get one card."""
+    monkeypatch.setattr("kdbench.data.survey.SAMPLE", 4)
+    root = write(tmp_path / "x", train=10, test=5)
+    files = [file for c in ("ant", "bee") for file in sorted((root / "train" / c).iterdir())]
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files[::5]]) / 255
+    for all_of_them in (False, True):
+        seen = survey(root, tmp_path / f"cache_{all_of_them}", all_of_them)
+        assert seen.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)), abs=1e-4)
+        assert seen.std == pytest.approx(pixels.std(axis=(0, 1, 2)), abs=1e-4)
+
+
 RECIPE = {"student": "wrn_10_1", "protocol": "ab_official", "method": "ce", "steps": 2}
 
 
