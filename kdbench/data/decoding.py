@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.data.listing import converted, damaged, opened
+from kdbench.data.listing import converted, opened
 
 # Tries for a random crop that fits, and the numbers that one picture's crop is made from.
 TRIES = 10
@@ -64,7 +64,8 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 def decoded_crop(file: Path, numbers: Sequence[float], area: Sequence[float], size: int, channels: int) -> Tensor:
     """A random crop of a file, brought to size × size, by torchvision's decoder and PyTorch's resizing.
 
-    The same place as `resized_crop`, and almost the same pixels: most bytes agree, others differ by 1.
+    The same place as `resized_crop`, and almost the same pixels: most bytes agree, others differ by 1. What torchvision
+    does not decode to bytes of these channels (TIFF, BMP, animations, grey WebP), Pillow does, which tells of damage.
 
     Args:
         numbers, area: of `crop_box`.
@@ -79,8 +80,10 @@ def decoded_crop(file: Path, numbers: Sequence[float], area: Sequence[float], si
 
     try:
         image = decode_image(str(file), ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY)
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any way inside a decoder
-        raise damaged(file, error) from None
+    except Exception:  # noqa: BLE001 - another kind of file, or a damaged one, which can fail in any way
+        image = None
+    if image is None or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != channels:
+        image = as_bytes(picture(file, channels))
     top, left, height, width = crop_box(numbers, image.shape[1], image.shape[2], area)
     part = image[:, top : top + height, left : left + width].unsqueeze(0)
     return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]

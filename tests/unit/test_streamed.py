@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from picture_files import SIZES, photo, write_birds, write_pictures, write_scenes
+from PIL import Image
 from scipy import stats
 from tiny import CPU, train, untrained_teacher
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -131,6 +132,27 @@ def test_torchvisions_decoder_makes_almost_the_same_pixels_and_is_another_identi
     assert error.value.where == str(file)
     with pytest.raises(UserError, match="'decoder' is of pictures that 'resized_crop' crops"):
         spec_of(registry, protocol={"name": "crd", "augmentation": {"decoder": "torchvision"}})
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize(
+    "kind", ["x.bmp", "x.tif", "x.ppm", "x.tga", "x.gif", "x.webp", "animated.gif", "animated.webp"]
+)
+def test_what_torchvision_does_not_decode_pillow_does(tmp_path: Path, kind: str, channels: int) -> None:
+    """It was called damaged, or ended the run with torch's own words."""
+    image, numbers = photo(90, 70, 7), uniform(NUMBERS, 1, "t").tolist()
+    frames = {"save_all": True, "append_images": [image.rotate(90)]} if kind.startswith("animated") else {}
+    image.save(tmp_path / kind, **frames)
+    of_pillow = picture(tmp_path / kind, channels)
+    exact = as_bytes(resized_crop(of_pillow, crop_box(numbers, 70, 90, (0.2, 0.9)), 24)).int()
+    fast = decoded_crop(tmp_path / kind, numbers, (0.2, 0.9), 24, channels)
+    assert fast.shape == exact.shape and int((fast.int() - exact).abs().max()) <= 2
+
+
+def test_pixels_of_16_bits_are_told_by_either_decoder(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="do not fit into bytes"):
+        decoded_crop(tmp_path / "deep.png", [0.5] * NUMBERS, (0.2, 0.9), 24, 3)
 
 
 @pytest.mark.parametrize("width, height", [(60, 40), (400, 30)])
