@@ -121,7 +121,9 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
     if differing:
         hint = "check the model's name and options; two networks of one name can differ"
         raise UserError(f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}", where, hint)
-    model.load_state_dict(state)
+    # Beside the tensors a state dict holds the layers' versions, which some networks must know (torchvision's MNASNet).
+    own.update(state)
+    model.load_state_dict(own)
 
 
 def _no_values(value: Tensor, own: Tensor) -> str:

@@ -289,6 +289,19 @@ def test_a_teacher_of_other_classes_teaches_features_only(tmp_path: Path) -> Non
     assert "classes: 1000" in str(error.value)
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_networks_that_ask_for_a_version_of_their_weights_load(ending: str, tmp_path: Path) -> None:
+    """torchvision's MNASNet: a student could be trained, and then neither be loaded nor teach."""
+    from torchvision.models import mnasnet0_5
+
+    torch.manual_seed(0)
+    theirs, file = mnasnet0_5(weights=None, num_classes=10).eval(), tmp_path / f"w.{ending}"
+    save_file(theirs.state_dict(), file) if ending == "safetensors" else torch.save(theirs.state_dict(), file)
+    ours, pixels = torchvision_model("mnasnet0_5", classes=10).eval(), torch.rand(2, 3, 64, 64)
+    assert load_file(ours, file, "torchvision:mnasnet0_5") == []
+    assert torch.equal(ours(pixels), theirs(pixels))
+
+
 def test_torchvisions_own_weights_load_without_their_auxiliary_classifiers(tmp_path: Path) -> None:
     """And their hidden change of the input is the normalization that the note names."""
     from torchvision.models import googlenet
