@@ -1,5 +1,5 @@
-"""The record next to a weight file: how the images of a student that kdbench trained were normalized, and which classes
-it knows."""
+"""The record next to a weight file: how the images of a student that kdbench trained were normalized, their size, and
+which classes it knows."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ class _RecordedData(_RecordedPart):
     name: str
     classes: int
     only_classes: list[int] | None = None
+    image_size: int | None = None
 
 
 class _RecordedCheckpoint(_RecordedPart):
@@ -31,17 +32,24 @@ class _RecordedCheckpoint(_RecordedPart):
 class Origin(_RecordedPart):
     """How a student was trained, as the record beside its weights says.
 
-    `normalization`: of the student's images. `fingerprint`: of the data. `accuracy`: on the test set of `target`, or of
-    `data` where there is none; None for a checkpoint of a route.
+    `normalization`: of the student's images. `own_size`: their pixels, where not those of the data. `fingerprint`: of
+    the data. `accuracy`: on the test set of `target`, or of `data` where there is none; None for a checkpoint of a
+    route.
     """
 
     data: _RecordedData = Field(validation_alias=AliasPath("spec", "data"))
     target: _RecordedData | None = Field(None, validation_alias=AliasPath("spec", "target"))
     normalization: Normalization = Field(validation_alias=AliasPath("spec", "protocol", "normalization"))
+    own_size: int | None = Field(None, validation_alias=AliasPath("spec", "student", "image_size"))
     fingerprint: str = Field(validation_alias=AliasPath("data", "fingerprint"))
     accuracy: float | None = Field(ge=0, le=100, validation_alias=AliasPath("result", "test", "last"))
     files: dict[str, str] = {}
     route: list[_RecordedCheckpoint] = []
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels of the sides of the images that it took; None where an older record does not say."""
+        return self.own_size or self.data.image_size
 
     def knows(self, data: str, classes: int) -> bool:
         """Whether its classes are those of a data set."""

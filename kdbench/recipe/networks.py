@@ -159,9 +159,12 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
             hint=f"'classes: {training.data.classes}' beside them lets their features teach; where the classes are the "
             f"same, a teacher card with 'data: {data}' says so",
         )
+    size = choice.image_size
+    if size is None and choice.classes is None and training is not None and training.image_size != card.image_size:
+        size = training.image_size
     return TeacherSpec(
         name=file.stem,
-        model=_teacher_model(tree.at("teacher", "model"), registry, choice.image_size),
+        model=_teacher_model(tree.at("teacher", "model"), registry, size),
         normalization=choice.normalization or (training or card).normalization,
         weights=WeightsSpec(file=str(file), sha256=digest, entry=choice.entry),
         accuracy=choice.accuracy,

@@ -54,7 +54,9 @@ def _teacher(teacher: TeacherSpec) -> list[str]:
             return []
         own, origin = training.normalization, "its training, by the record beside its weights"
         if alike(own, teacher.normalization):
-            return [f"the teacher '{teacher.name}' takes images normalized by {said(own)}, as in {origin}"]
+            side = teacher.model.image_size
+            of = f"of {side}×{side} pixels, " if side is not None and side == training.image_size else ""
+            return [f"the teacher '{teacher.name}' takes images {of}normalized by {said(own)}, as in {origin}"]
     if alike(own, teacher.normalization):
         return []
     return [

@@ -154,6 +154,7 @@ def student(folder: Path, **changes: Any) -> Path:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": {"name": "digits", "normalization": own}}
     spec = plan(recipe | {"method": "ce"}, SHIPPED).cells[0].spec.model_dump(mode="json", exclude_none=True)
     spec["data"] |= changes.pop("data", {})
+    spec["student"] |= changes.pop("student", {})
     record = {
         "spec": spec,
         "data": {"fingerprint": "ab" * 32},
@@ -164,12 +165,12 @@ def student(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def taught_by(file: Path, **teacher: Any) -> CellSpec:
+def taught_by(file: Path, method: str = "kd", **teacher: Any) -> CellSpec:
     recipe = {
         "data": "digits",
         "student": "wrn_10_1",
         "protocol": "digits",
-        "method": "kd",
+        "method": method,
         "teacher": {"model": "wrn_10_1", "weights": str(file)} | teacher,
     }
     return plan(recipe, SHIPPED).cells[0].spec
@@ -205,6 +206,22 @@ def test_a_student_brings_its_classes_along(tmp_path: Path) -> None:
     for name, changes in (("count", {"classes": 5}), ("name", {"name": "cifar10"})):
         with pytest.raises(UserError, match="by the record beside them, not the 10 of 'digits'"):
             taught_by(student(tmp_path / name, data=changes))
+
+
+def test_a_student_brings_the_size_of_its_images_along(tmp_path: Path) -> None:
+    """A teacher that was trained on digits of 16 pixels saw those of 8 here, and was right in 10 % where it had 99."""
+    plain, larger = student(tmp_path / "plain"), student(tmp_path / "larger", student={"image_size": 16})
+    of_data = student(tmp_path / "of_data", data={"image_size": 12})
+    for file, given, size in (
+        (plain, {}, None),
+        (larger, {}, 16),
+        (of_data, {}, 12),
+        (larger, {"image_size": 32}, 32),
+        (larger, {"classes": 10}, None),
+    ):
+        teacher = taught_by(file, **given, method="at" if "classes" in given else "kd").teacher
+        assert teacher is not None and teacher.model.image_size == size, (file, given)
+    assert "takes images of 16×16 pixels, normalized by mean 0.5 " in remarks([taught_by(larger)])[0]
 
 
 def test_weights_that_are_not_those_of_the_record_beside_them_are_refused(tmp_path: Path) -> None:
