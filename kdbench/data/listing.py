@@ -52,7 +52,7 @@ class Listing:
     Attributes:
         files: split -> class -> picture files, both sorted by name. One split "all" where it is in one piece.
         folders: split -> its folder.
-        stamps: (path below the folder, bytes, modification time in ns) of every picture.
+        stamps: (path below the folder, bytes, modification time in ns) of every picture, and of lists of their classes.
     """
 
     root: Path
@@ -67,7 +67,8 @@ class Listing:
     @property
     def kinds(self) -> list[str]:
         """File types, without the dot."""
-        return sorted({os.path.splitext(name)[1][1:].lower() for name, _, _ in self.stamps})
+        names = (file.name for by_class in self.files.values() for files in by_class.values() for file in files)
+        return sorted({os.path.splitext(name)[1][1:].lower() for name in names})
 
     def complete(self) -> Listing:
         """This listing, if every split has pictures of every class. UserError says what is missing."""
@@ -122,7 +123,8 @@ def listing(root: Path, in_one: bool = False) -> Listing:
         folders = {"train": root / "train", "test": [*own, *tests, root / "test"][0]}
     files = {split: class_folders(folder) for split, folder in folders.items()}
     found = [file for by_class in files.values() for images in by_class.values() for file in images]
-    stats = [(file, file.stat()) for file in found]
+    lists = [_list(folder) for folder in folders.values() if _annotated(folder) is not None]
+    stats = [(file, file.stat()) for file in (*found, *lists)]
     stamps = [(file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns) for file, status in stats]
     return Listing(root, files, folders, stamps)
 
@@ -236,9 +238,14 @@ def picture_files(folder: Path) -> list[Path]:
     return [file for file in entries(folder) if os.path.isfile(file) and file.name.lower().endswith(SUFFIXES)]
 
 
+def _list(split: Path) -> Path:
+    """The file that may say which class the pictures of a split have."""
+    return split / f"{split.name}_annotations.txt"
+
+
 def _annotated(split: Path) -> dict[str, list[Path]] | None:
     """Images by the classes that `<split>_annotations.txt` gives them, a line "file<tab>class…" each; None without."""
-    file = split / f"{split.name}_annotations.txt"
+    file = _list(split)
     if not file.is_file() or not (split / "images").is_dir():
         # Scripts that sort the pictures into folders leave the list behind.
         return None

@@ -106,6 +106,23 @@ def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
     assert error.value.where == f"{root}/val/val_annotations.txt:1"
 
 
+def test_a_corrected_list_of_classes_counts(tmp_path: Path) -> None:
+    """Decoded images are kept, and their labels with them: they were those of the first list for ever."""
+    root = write(tmp_path / "x", train=3)
+    for i in range(2):
+        (root / "val" / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (100 * i, 0, 0)).save(root / "val" / "images" / f"{i}.png")
+    for classes in (("ant", "bee"), ("bee", "ant")):
+        lines = (f"{i}.png\t{name}\t0\t0\t31\t31\n" for i, name in enumerate(classes))
+        (root / "val" / "val_annotations.txt").write_text("".join(lines))
+        data = resident(root)
+        red = dict(zip(data.test_labels.tolist(), data.test_images[:, 0, 0, 0].tolist(), strict=True))
+        assert {data.classes[label]: value // 100 for label, value in red.items()} == {
+            c: i for i, c in enumerate(classes)
+        }
+        assert data.origin == "image folder (png)"
+
+
 def test_of_a_folder_in_one_piece_a_fifth_of_each_class_is_held_out_whatever_files_are_called(tmp_path: Path) -> None:
     root = write(tmp_path / "x", all=10)
     first = resident(root), streamed(root)
