@@ -34,21 +34,6 @@ def row(*values: float) -> Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
-def check_gradient(function, student: Tensor, *rest) -> None:
-    student = student.clone().requires_grad_()
-    assert gradcheck(lambda s: function(s, *rest), (student,))
-
-
-FEATURE_LOSSES = [
-    losses.activation_boundary,
-    losses.fitnets,
-    losses.attention_transfer,
-    lambda s, t: losses.attention_transfer(s, t, form="paper"),
-    lambda s, t: losses.attention_transfer(s, t, p=3),
-]
-LOGIT_LOSSES = [losses.centred_mse, losses.kd, lambda s, t: losses.kd(s, t, temperature=2.0, scale=False)]
-
-
 class TestCentredMSE:
     def test_the_closed_form(self) -> None:
         """(1, 3) without its mean is (-1, 1), (0, 6) is (-3, 3): both differ by 2."""
@@ -65,7 +50,6 @@ class TestCentredMSE:
         student, teacher = logit_pair()
         variances = (student - teacher).var(dim=1, correction=0)
         assert losses.centred_mse(student, teacher).item() == pytest.approx(variances.mean().item(), rel=1e-12)
-        check_gradient(losses.centred_mse, student, teacher)
 
 
 class TestActivationBoundary:
@@ -86,9 +70,6 @@ class TestActivationBoundary:
     def test_sum_over_elements_mean_over_batch(self):
         student = torch.zeros(4, 3, 2, 2)
         assert losses.activation_boundary(student, torch.ones(4, 3, 2, 2)).item() == 3 * 2 * 2
-
-    def test_margin(self):
-        assert losses.activation_boundary(row(0.5, 0.5), row(1.0, -1.0), margin=2.0).item() == 1.5**2 + 2.5**2
 
     @pytest.mark.parametrize(
         ("margin", "value"), [(0.5, 81.62826027439566), (1.0, 131.22488602917775), (2.0, 280.49515630767456)]
@@ -120,11 +101,6 @@ class TestActivationBoundary:
         student, teacher = pair(3, 5)
         assert losses.activation_boundary(student, teacher) == losses.activation_boundary(student, 100 * teacher)
 
-    def test_symmetric_under_negation_of_both(self):
-        student, teacher = pair(3, 5)
-        negated = losses.activation_boundary(-student, -teacher)
-        assert losses.activation_boundary(student, teacher).item() == pytest.approx(negated.item(), rel=1e-15)
-
     def test_zero_exactly_when_agreement_holds_with_margin(self):
         _, teacher = pair(3, 5)
         assert losses.activation_boundary(1.01 * teacher.sign(), teacher) == 0
@@ -155,13 +131,13 @@ class TestActivationAgreement:
         share = losses.activation_agreement(student, teacher).item()
         assert losses.activation_agreement(-student, teacher).item() == pytest.approx(1 - share, rel=1e-6)
 
-    def test_with_itself(self):
-        student = wave(2, 3, 4, 4, step=0.7, start=0.1)
-        assert losses.activation_agreement(student, student) == 1
-        assert losses.activation_agreement(-student, student) == 0
-
-    def test_independent_of_the_batch_dimension(self):
-        assert losses.activation_agreement(torch.ones(2, 8, 3), torch.ones(2, 8, 3)) == 1
+    @pytest.mark.parametrize(
+        ("student", "teacher"), [((4, 3), (4, 1)), ((4, 3), (1, 3)), ((4, 3), (4, 3, 1)), ((0, 3), (0, 3))]
+    )
+    def test_wrong_shapes_name_both_and_nothing_broadcasts(self, student, teacher):
+        with pytest.raises(ValueError) as error:
+            losses.activation_agreement(torch.ones(student), torch.ones(teacher))
+        assert f"student {list(student)}" in str(error.value) and f"teacher {list(teacher)}" in str(error.value)
 
 
 class TestConstantAgreement:
@@ -194,11 +170,6 @@ class TestKD:
         value = losses.kd(row(0.0, 0.0), row(math.log(3), 0.0), temperature=1.0).item()
         assert value == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-14)
 
-    def test_direction_is_teacher_from_student(self):
-        # KL(student ‖ teacher) of the same pair would be ½ log(2/3) + ½ log 2 = 0.1438, not 0.1308.
-        value = losses.kd(row(0.0, 0.0), row(math.log(3), 0.0), temperature=1.0).item()
-        assert value == pytest.approx(0.130812, abs=1e-6)
-
     @pytest.mark.parametrize(
         ("temperature", "value"), [(1.0, 5.260584477370484), (3.0, 12.461714163357577), (4.0, 14.300659406362191)]
     )
@@ -217,11 +188,6 @@ class TestKD:
         labels = torch.tensor([1, 0, 7, 9])
         value = 0.9 * losses.kd(student, teacher) + 0.1 * losses.cross_entropy(student, labels)
         assert value.item() == pytest.approx(13.20445754089593, rel=1e-13)
-
-    def test_zero_exactly_at_equality(self):
-        student, teacher = logit_pair()
-        assert losses.kd(teacher, teacher) == 0
-        assert losses.kd(student, teacher) > 0
 
     def test_shift_of_logits_changes_nothing(self):
         student, teacher = logit_pair()
@@ -265,9 +231,6 @@ class TestFitnets:
     def test_other_implementation(self):
         # RepDistiller HintLoss, run.
         assert losses.fitnets(*pair(2, 3, 4, 4)).item() == pytest.approx(3.942520224409298, rel=1e-13)
-
-    def test_independent_of_size(self):
-        assert losses.fitnets(torch.zeros(5, 7, 3, 3), torch.full((5, 7, 3, 3), 2.0)).item() == 4.0
 
 
 class TestAttentionTransfer:
@@ -336,13 +299,6 @@ class TestAttentionTransfer:
         value.backward()
         assert torch.isfinite(value) and torch.isfinite(student.grad).all()
 
-    def test_largest_value(self):
-        # Disjoint maps: both unit vectors, squared distance 2.
-        student, teacher = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
-        student[0, 0, 0, 0] = teacher[0, 0, 1, 1] = 3.0
-        assert losses.attention_transfer(student, teacher).item() == pytest.approx(2 / 4)
-        assert losses.attention_transfer(student, teacher, form="paper").item() == pytest.approx(math.sqrt(2))
-
     @pytest.mark.parametrize(("student", "teacher"), [((2, 3, 4), (2, 3, 4)), ((2, 3, 4, 4), (3, 3, 4, 4))])
     def test_wrong_shapes(self, student, teacher):
         with pytest.raises(ValueError) as error:
@@ -394,62 +350,7 @@ class TestCrossEntropy:
         with pytest.raises(ValueError, match="label_smoothing"):
             losses.cross_entropy(torch.zeros(1, 2), torch.tensor([0]), label_smoothing=1.5)
 
-
-class TestEveryLoss:
-    @pytest.mark.parametrize("loss", FEATURE_LOSSES)
-    def test_gradient_of_features(self, loss):
-        check_gradient(loss, *pair(2, 3, 2, 2))
-
-    def test_gradient_through_pooling(self):
-        student, teacher = wave(2, 2, 4, 4, step=0.7), wave(2, 3, 2, 2, step=1.3, start=0.5)
-        check_gradient(losses.attention_transfer, student, teacher)
-        check_gradient(losses.attention_transfer, teacher, student)
-
-    @pytest.mark.parametrize("loss", LOGIT_LOSSES)
-    def test_gradient_of_logits(self, loss):
-        check_gradient(loss, *logit_pair())
-
-    def test_gradient_of_cross_entropy(self):
-        student, teacher = logit_pair()
-        check_gradient(losses.cross_entropy, student, torch.tensor([1, 0, 7, 9]))
-        check_gradient(lambda s: losses.cross_entropy(s, teacher.softmax(1), label_smoothing=0.1), student)
-
-    @pytest.mark.parametrize("loss", [*FEATURE_LOSSES, *LOGIT_LOSSES])
-    def test_no_gradient_reaches_the_teacher(self, loss):
-        student, teacher = pair(2, 3, 2, 2) if loss in FEATURE_LOSSES else logit_pair()
-        student.requires_grad_()
-        teacher.requires_grad_()
-        loss(student, teacher).backward()
-        assert student.grad is not None and teacher.grad is None
-
-    @pytest.mark.parametrize("loss", [*FEATURE_LOSSES, *LOGIT_LOSSES])
-    def test_inputs_are_left_alone(self, loss):
-        student, teacher = pair(2, 3, 2, 2) if loss in FEATURE_LOSSES else logit_pair()
-        before = student.clone(), teacher.clone()
-        loss(student, teacher)
-        assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
-
-    @pytest.mark.parametrize("loss", [*FEATURE_LOSSES, *LOGIT_LOSSES])
-    def test_a_batch_repeated_has_the_same_loss(self, loss):
-        student, teacher = pair(2, 3, 2, 2) if loss in FEATURE_LOSSES else logit_pair()
-        twice = loss(student.repeat_interleave(2, 0), teacher.repeat_interleave(2, 0)).item()
-        assert twice == pytest.approx(loss(student, teacher).item(), rel=1e-12)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("loss", [*FEATURE_LOSSES, *LOGIT_LOSSES])
-    def test_half_precision_is_computed_in_float32(self, loss, dtype):
-        student, teacher = (x.to(dtype) for x in (pair(2, 3, 2, 2) if loss in FEATURE_LOSSES else logit_pair()))
-        value = loss(student, teacher)
-        assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(loss(student.double(), teacher.double()).item(), rel=1e-4)
-
-    @pytest.mark.parametrize(
-        "loss", [losses.activation_boundary, losses.activation_agreement, losses.fitnets, losses.kd]
-    )
-    @pytest.mark.parametrize(
-        ("student", "teacher"), [((4, 3), (4, 1)), ((4, 3), (1, 3)), ((4, 3), (4, 3, 1)), ((0, 3), (0, 3))]
-    )
-    def test_wrong_shapes_name_both_and_nothing_broadcasts(self, loss, student, teacher):
-        with pytest.raises(ValueError) as error:
-            loss(torch.ones(student), torch.ones(teacher))
-        assert f"student {list(student)}" in str(error.value) and f"teacher {list(teacher)}" in str(error.value)
+    def test_gradient(self):
+        student, teacher = (logits.requires_grad_() for logits in logit_pair())
+        assert gradcheck(lambda s: losses.cross_entropy(s, torch.tensor([1, 0, 7, 9])), (student,))
+        assert gradcheck(lambda s: losses.cross_entropy(s, teacher.softmax(1), label_smoothing=0.1), (student,))

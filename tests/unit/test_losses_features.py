@@ -10,23 +10,16 @@ this project.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from tensors import equal_maps as maps
+from tensors import rand
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
-
-
-def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def maps() -> tuple[Tensor, Tensor]:
-    return rand(3, 4, 2, 3, seed=1), rand(3, 4, 2, 3, seed=2)
 
 
 class TestInterChannelCorrelation:
@@ -257,56 +250,3 @@ class TestSingularVectors:
             losses.singular_vectors(student[:1], teacher[:1])
         with pytest.raises(ValueError, match="'channels' or 'columns'"):
             losses.singular_vectors(student, teacher, matrix="rows")  # type: ignore[arg-type]
-
-
-MAP_LOSSES: list[Callable[..., Tensor]] = [losses.inter_channel_correlation, losses.channel_wise]
-MODULES: list[tuple[type[nn.Module], tuple[int, ...]]] = [
-    (losses.MaskedGeneration, (3, 4, 4)),
-    (losses.PrimeAware, (4,)),
-    (losses.SimpleRecipe, (4,)),
-]
-
-
-@pytest.mark.parametrize("loss", MAP_LOSSES)
-class TestMaps:
-    def test_gradients(self, loss: Callable[..., Tensor]) -> None:
-        student, teacher = (f.requires_grad_() for f in maps())
-        assert gradcheck(lambda s: loss(s, teacher), (student,))
-        loss(student, teacher).backward()
-        assert student.grad is not None and student.grad.abs().max() > 0 and teacher.grad is None
-
-    def test_equal_maps_are_the_least(self, loss: Callable[..., Tensor]) -> None:
-        _, teacher = maps()
-        assert loss(teacher, teacher).item() == pytest.approx(0, abs=1e-14)
-        for seed in range(20, 25):
-            assert loss(teacher + 0.1 * rand(*teacher.shape, seed=seed), teacher).item() > 1e-5
-
-    def test_half_precision_is_computed_in_full(self, loss: Callable[..., Tensor]) -> None:
-        student, teacher = (f.bfloat16() for f in maps())
-        value = loss(student, teacher)
-        assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(loss(student.double(), teacher.double()).item(), rel=1e-5)
-        single = loss(student.float(), teacher.float()).item()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert loss(student.float(), teacher.float()).item() == pytest.approx(single, rel=1e-6)
-
-    def test_batches_that_do_not_fit(self, loss: Callable[..., Tensor]) -> None:
-        student, teacher = maps()
-        for other in (teacher[:-1], teacher[0]):
-            with pytest.raises(ValueError, match=r"student \[.*\], teacher \["):
-                loss(student, other)
-
-
-@pytest.mark.parametrize(("module", "shape"), MODULES)
-def test_gradients_of_modules(module: type[nn.Module], shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    loss = module(shape, shape).double().eval()
-    student, teacher = (rand(3, *shape, seed=seed).requires_grad_() for seed in (1, 2))
-
-    def value(s: Tensor) -> Tensor:
-        torch.manual_seed(1)  # of a loss that draws
-        return loss(s, teacher)
-
-    assert gradcheck(value, (student,))
-    value(student).backward()
-    assert teacher.grad is None and all(p.grad is not None for p in loss.parameters())

@@ -1,0 +1,164 @@
+"""What holds for every loss of a feature or of logits: gradients, a teacher left alone, precision, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from tensors import LABELS, equal_maps, logits, maps, rand, vectors
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from kdbench import losses
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def labelled(loss: Callable[..., Tensor], **options: float) -> Loss:
+    return lambda student, teacher: loss(student, teacher, LABELS[: len(student)], **options)
+
+
+LABELLED: dict[str, Loss] = {
+    "standardized_dkd": labelled(losses.standardized_dkd),
+    "dkd": labelled(losses.dkd),
+    "nkd": labelled(losses.nkd, temperature=2.0),
+    "wsld": labelled(losses.weighted_soft_labels),
+}
+OF_LOGITS: dict[str, Loss] = {
+    "kd": losses.kd,
+    "kd without scale": partial(losses.kd, temperature=2.0, scale=False),
+    "centred_mse": losses.centred_mse,
+    "standardized_kd": losses.standardized_kd,
+    **LABELLED,
+    "ttm": losses.transformed_teacher,
+    "wttm": partial(losses.transformed_teacher, weighted=True),
+    "kd_over_elements": losses.kd_over_elements,
+    "dist": losses.dist,
+    "mlkd": losses.multi_level,
+    "mlkd described": partial(losses.multi_level, form="described"),
+}
+OF_VECTORS: dict[str, Loss] = {
+    "sp": losses.similarity_preserving,
+    "rkd_distance": losses.rkd_distance,
+    "rkd_angle": losses.rkd_angle,
+    "pkt": losses.pkt,
+    "cc": losses.kernel_congruence,
+}
+OF_MAPS: dict[str, Loss] = {
+    "nst": losses.neuron_selectivity,
+    "at": losses.attention_transfer,
+    "at of the paper": partial(losses.attention_transfer, form="paper"),
+    "at, p = 3": partial(losses.attention_transfer, p=3),
+}
+OF_EQUAL_MAPS: dict[str, Loss] = {
+    "ab": losses.activation_boundary,
+    "fitnets": losses.fitnets,
+    "ickd": losses.inter_channel_correlation,
+    "cwd": losses.channel_wise,
+    "ft": losses.factor_transfer,
+    "simkd": losses.simkd,
+    "reviewkd": losses.hierarchical_context,
+    "ofd": lambda student, teacher: losses.overhaul(student, teacher, torch.linspace(-0.8, -0.2, 4).double()),
+}
+LOSSES = OF_LOGITS | OF_VECTORS | OF_MAPS | OF_EQUAL_MAPS
+PAIRS = {
+    **dict.fromkeys(OF_LOGITS, logits),
+    **dict.fromkeys(OF_VECTORS, vectors),
+    **dict.fromkeys(OF_MAPS, maps),
+    **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
+}
+# Their least value is not that of a student like its teacher.
+ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
+# They compare images with each other.
+RELATIONAL = {"dist", "mlkd", "mlkd described"}
+MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
+    (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
+    (losses.PrimeAware, (4,), (4,)),
+    (losses.SimpleRecipe, (4,), (4,)),
+    (losses.VariationalInformation, (2, 4, 4), (5, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+class TestAll:
+    def test_gradients_are_of_the_student_alone_and_nothing_is_changed(self, name: str) -> None:
+        loss, (student, teacher) = LOSSES[name], PAIRS[name]()
+        before = student.clone(), teacher.clone()
+        loss(student.requires_grad_(), teacher.requires_grad_()).backward()
+        assert student.grad is not None and student.grad.abs().max() > 0 and teacher.grad is None
+        assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
+        # Its weights move with the student, and count as constants.
+        assert name == "wsld" or gradcheck(lambda s: loss(s, teacher), (student,))
+
+    def test_half_precision_is_computed_in_full(self, name: str) -> None:
+        loss = LOSSES[name]
+        for dtype in (torch.float16, torch.bfloat16):
+            student, teacher = (feature.to(dtype) for feature in PAIRS[name]())
+            value = loss(student, teacher)
+            assert value.dtype == torch.float32
+            assert value.item() == pytest.approx(loss(student.double(), teacher.double()).item(), rel=1e-4, abs=1e-6)
+
+    def test_autocast_leaves_float32_alone(self, name: str) -> None:
+        student, teacher = (feature.float() for feature in PAIRS[name]())
+        expected = LOSSES[name](student, teacher).item()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert LOSSES[name](student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+    def test_a_batch_of_one_is_finite(self, name: str) -> None:
+        student, teacher = (feature[:1] for feature in PAIRS[name]())
+        value = LOSSES[name](student.requires_grad_(), teacher)
+        value.backward()
+        assert value.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+    def test_batches_that_do_not_fit(self, name: str) -> None:
+        """Nothing is broadcast, and both shapes are named."""
+        student, teacher = PAIRS[name]()
+        others = [teacher[:-1], teacher[:1], teacher[:0], teacher[0, 0]]
+        if name not in OF_VECTORS | OF_MAPS:
+            others += [teacher[:, :-1], teacher[:, :1], teacher[..., None]]
+        for own, taught in [*((student, other) for other in others), (student[:0], teacher[:0])]:
+            with pytest.raises(ValueError, match=r"student \[.*\], teacher \[|numbers of factors"):
+                LOSSES[name](own, taught)
+
+
+@pytest.mark.parametrize("name", LOSSES.keys() - ELSEWHERE)
+def test_a_student_like_its_teacher_is_at_the_least_value(name: str) -> None:
+    loss, (_, teacher) = LOSSES[name], PAIRS[name]()
+    student = teacher.clone().requires_grad_()
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-5)  # the small numbers that keep quotients finite
+    assert student.grad is not None and student.grad.abs().max() < 1e-6
+    for seed in range(20, 25):
+        assert loss(teacher + 0.3 * rand(*teacher.shape, seed=seed), teacher).item() > value.item() + 1e-5
+
+
+@pytest.mark.parametrize("name", LOSSES.keys() - OF_VECTORS.keys() - RELATIONAL - LABELLED.keys())
+def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
+    student, teacher = PAIRS[name]()
+    each = [LOSSES[name](student[i : i + 1], teacher[i : i + 1]).item() for i in range(len(student))]
+    assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
+def test_extreme_logits_are_finite(name: str) -> None:
+    student = torch.tensor([[300.0, -300.0, 0.0, 0.0, 0.0]] * 6, requires_grad=True)
+    value = OF_LOGITS[name](student, -student.detach())
+    value.backward()
+    assert value.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("module", "own", "taught"), MODULES)
+def test_gradients_of_modules(module: type[nn.Module], own: tuple[int, ...], taught: tuple[int, ...]) -> None:
+    loss = module(own, taught).double().eval()
+    student, teacher = rand(3, *own, seed=1).requires_grad_(), rand(3, *taught, seed=2).requires_grad_()
+
+    def value(s: Tensor) -> Tensor:
+        torch.manual_seed(1)  # of a loss that draws
+        return loss(s, teacher)
+
+    assert gradcheck(value, (student,))
+    value(student).backward()
+    assert teacher.grad is None and all(p.grad is not None for p in loss.parameters())
