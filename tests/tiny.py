@@ -110,6 +110,13 @@ def untrained_teacher(spec: CellSpec, device: torch.device = CPU) -> Teacher | N
     )
 
 
+def teacher_for(spec: CellSpec) -> Teacher:
+    """The same of a cell that has one."""
+    teacher = untrained_teacher(spec)
+    assert teacher is not None
+    return teacher
+
+
 def member_of(
     spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None
 ) -> tuple[Member, Batches, Teacher | None]:

@@ -527,16 +527,6 @@ def test_the_source_refuses_options_that_make_no_sense() -> None:
         cell({"name": "bss", "step": "newtno"})
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_trains_the_student_and_leaves_the_teacher(method: str) -> None:
-    member, batches, teacher = member_of(cell(method))
-    before, student = fingerprint(teacher.network.model), fingerprint(member.student.model)
-    train(member, batches, teacher, 2)
-    assert fingerprint(teacher.network.model) == before and fingerprint(member.student.model) != student
-    assert all(p.grad is None for p in teacher.network.model.parameters())
-    assert not teacher.network.model.training and member.student.model.training
-
-
 def test_the_loss_of_a_step_is_the_sum_of_the_formulas() -> None:
     """Against the formulas written out with torch alone, on the set that the source made."""
     spec = cell({"name": "bss_keep", "batch_norm": "separate"}, steps=80, batch=16)

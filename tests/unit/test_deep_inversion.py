@@ -12,7 +12,7 @@ import pytest
 import torch
 from guarded import without
 from PIL import Image
-from tiny import CPU, images, shortened, step_together, train, untrained_teacher
+from tiny import CPU, images, shortened, teacher_for, train, untrained_teacher
 from torch import nn
 
 from kdbench.engine import checkpoint
@@ -309,8 +309,7 @@ def files(folder: Path) -> dict[str, str]:
 
 def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK, "batches": 4})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     told = prepared(spec, teacher, tmp_path / "a")
     assert len(told) == 4 and "batch 4 of 4" in told[-1] and "left" in told[-1]
     whole = files(tmp_path / "a")
@@ -350,8 +349,7 @@ def test_images_that_grew_out_of_all_bounds_are_told_and_not_kept(tmp_path: Path
 def test_a_pool_belongs_to_teacher_settings_and_seed(tmp_path: Path) -> None:
     def pool(method: dict[str, Any], seed: int = 0, sha: str = "abc") -> str:
         spec = cell({"name": "deep_inversion", **QUICK} | method, seed=seed)
-        teacher = untrained_teacher(spec)
-        assert teacher is not None
+        teacher = teacher_for(spec)
         place = place_of(spec, teacher, tmp_path)
         place = replace(place, files=replace(place.files, teacher_sha256=sha))
         source = next(iter(spec.method.stages.values())).source
@@ -370,8 +368,7 @@ def test_a_pool_belongs_to_teacher_settings_and_seed(tmp_path: Path) -> None:
 
 def test_what_changed_on_disk_is_noticed(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     member, batches = member_in(spec, teacher, tmp_path)
     with pytest.raises(UserError, match="0 of 2 batches"):
         train(member, batches, teacher, 1)
@@ -411,8 +408,7 @@ def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) ->
     own = {k: v for k, v in QUICK.items() if k in ("batches", "images") or method != "noise_kd"}
     own |= {"every": 2} if "adaptive" in method else {}
     spec = cell({"name": method, **own}, steps=4, **({"student": "wrn_16_2"} if method.startswith("prune") else {}))
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path, guarded=True)
     train(member, batches, teacher, 4)
@@ -440,8 +436,7 @@ def made_at(source: Any, now: Any) -> Batch:
 
 def test_batches_carry_the_pools_images_and_labels(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, _ = member_in(spec, teacher, tmp_path)
     source = member.sources["distillation"]
@@ -466,25 +461,9 @@ def moment(member: Member, step: int) -> Any:
     return SourceStep(step, step / member.timeline.total, member.student)
 
 
-def test_a_cohort_with_the_data_sets_batches_changes_nothing(tmp_path: Path) -> None:
-    """The shared teacher's logits of real images are not those of made ones."""
-    spec, other = cell({"name": "deep_inversion", **QUICK}), cell("kd")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
-    prepared(spec, teacher, tmp_path)
-    alone, batches = member_in(spec, teacher, tmp_path)
-    train(alone, batches, teacher, 3)
-    beside, _ = member_in(spec, teacher, tmp_path)
-    plain, _ = member_in(other, teacher, tmp_path)
-    for _ in range(3):
-        step_together([beside, plain], batches, teacher)
-    assert fingerprint(beside.student.model) == fingerprint(alone.student.model)
-
-
 def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=11)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     whole, batches = member_in(spec, teacher, tmp_path)
     train(whole, batches, teacher, 11)
@@ -518,8 +497,7 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
 ) -> None:
     settings = {"every": 3, "iterations": 20}
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, **settings}, steps=8)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     whole, batches = member_in(spec, teacher, tmp_path)
     train(whole, batches, teacher, 8)
@@ -574,8 +552,7 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
 
 def test_a_grid_shows_what_was_added_a_row_for_each_batch(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=8)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path)
     train(member, batches, teacher, 8)
@@ -600,8 +577,7 @@ def test_a_grid_of_many_batches_shows_the_first_and_the_last(tmp_path: Path) -> 
 
 def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_time(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, _ = member_in(spec, teacher, tmp_path)
     source: Any = member.sources["distillation"]
@@ -618,8 +594,7 @@ def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_tim
 
 def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path)
     train(member, batches, teacher, 2)
@@ -641,8 +616,7 @@ def test_every_setting_of_the_inversion_is_an_option_of_its_source() -> None:
 
 def test_settings_that_make_no_sense_are_told() -> None:
     spec = cell({"name": "deep_inversion", "rate": 0.0})
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     with pytest.raises(UserError, match="'lr' cannot be 0"):
         member_in(spec, teacher, Path("nowhere"))
     with pytest.raises(UserError, match="unknown key"):

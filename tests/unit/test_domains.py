@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from picture_files import write_pictures
-from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, step_together, train, untrained_teacher
+from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, train, untrained_teacher
 
 from kdbench.cards import DatasetCard
 from kdbench.engine.batches import Batches
@@ -188,29 +187,6 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
         assert len(Batches(mixed, pair[0], CPU, pair[1]).test.labels) == 6
 
 
-@pytest.mark.parametrize(
-    ("method", "at"), [("uda", 3), ("uda_kd", 3), ("uda_kd_official", 5), ("uda_then_kd", 5), ("kd_then_uda", 5)]
-)
-def test_a_killed_cell_goes_on_bit_identically(method: str, at: int) -> None:
-    spec = cell(method)
-    whole, batches, teacher = member_of(spec)
-    train(whole, batches, teacher, 8)
-    first, batches, teacher = member_of(spec)
-    train(first, batches, teacher, at)
-    kept = copy.deepcopy(first.state())
-    resumed, batches, teacher = member_of(spec)
-    resumed.load_state(kept)
-    train(resumed, batches, teacher, 8 - at)
-    networks = [("student", whole.student, resumed.student)]
-    if whole.own_teacher is not None and resumed.own_teacher is not None:
-        networks.append(("teacher", whole.own_teacher.network, resumed.own_teacher.network))
-    assert len(networks) == (2 if "uda_kd" in method or method == "uda_then_kd" else 1)
-    for name, a, b in networks:
-        for key, value in a.model.state_dict().items():
-            assert torch.equal(value, b.model.state_dict()[key]), f"{name} {key}"
-    assert whole.meter.result() == resumed.meter.result()
-
-
 def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -> None:
     spec = cell("uda_kd", steps=4)
     member, batches, teacher = member_of(spec)
@@ -243,22 +219,6 @@ def test_a_metric_compares_with_the_teacher_that_the_cell_trains() -> None:
         value = student(student.normalizer(pictures), layer.students)[layer.students[0]]
         taught = own(own.normalizer(pictures), layer.teachers)[layer.teachers[0]]  # type: ignore[misc, union-attr]
         assert measured == pytest.approx(activation_agreement(layer.connectors[0](value), taught).item())
-
-
-@pytest.mark.parametrize("method", ["uda_kd", "uda_then_kd", "ab_teacher_train"])
-def test_others_in_the_cohort_do_not_lend_their_teacher(method: str) -> None:
-    """A stage with a teacher of its own learns from that, also where others ask the shared one for the same values."""
-    specs = [cell(method), cell("kd"), cell("ab")]
-    data = images(specs[0].data, per_class=4)
-    alone, batches, teacher = member_of(specs[0], data)
-    train(alone, batches, teacher, 8)
-    batches = batches_for(specs[0], data)
-    assert teacher is not None
-    members = [Member(spec, batches, teacher, CPU) for spec in specs]
-    for _ in range(8):
-        step_together(members, batches, teacher)
-    for key, value in alone.student.model.state_dict().items():
-        assert torch.equal(value, members[0].student.model.state_dict()[key]), key
 
 
 def test_an_adapted_teacher_stays_the_cells_own_in_the_next_stage() -> None:

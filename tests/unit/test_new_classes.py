@@ -10,7 +10,7 @@ import pytest
 import torch
 from guarded import without
 from test_deep_inversion import QUICK, files, member_in, prepared
-from tiny import CPU, images, shortened, train, untrained_teacher
+from tiny import CPU, images, shortened, teacher_for, train
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
@@ -75,8 +75,7 @@ def test_classes_that_there_are_not_and_counts_that_are_not_said() -> None:
 
 def test_the_student_begins_with_what_the_teacher_knows() -> None:
     spec = cell("finetune_new_classes")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     member = Member(spec, Batches(spec, images(spec.data, per_class=4), CPU), teacher, CPU)
     own, old = member.student.model.state_dict(), teacher.network.model.state_dict()
     for name, value in own.items():
@@ -90,8 +89,7 @@ def test_the_student_begins_with_what_the_teacher_knows() -> None:
 
 def test_losses_are_told_the_classes() -> None:
     spec = cell("lwf_new_classes")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     member = Member(spec, Batches(spec, images(spec.data, per_class=4), CPU), teacher, CPU)
     assert member.stage.terms["keep"].layers[0].told["known_classes"] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="unknown key 'known_classes'"):
@@ -109,8 +107,7 @@ def test_losses_are_told_the_classes() -> None:
 
 def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion_new_classes", **QUICK}, steps=4)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     assert len(files(tmp_path)) == 2
     whole, batches = member_in(spec, teacher, tmp_path)
@@ -136,8 +133,7 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
 @pytest.mark.parametrize("method", ["finetune_new_classes", "lwf_new_classes", "deep_inversion_new_classes"])
 def test_no_image_or_label_of_an_old_class_is_read(method: str, tmp_path: Path) -> None:
     spec = cell({"name": method, **(QUICK if method.startswith("deep") else {})}, steps=4)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     if method.startswith("deep"):
         prepared(spec, teacher, tmp_path)
     old = list(range(5))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_deep_inversion import QUICK, cell, member_in, prepared
-from tiny import train, untrained_teacher
+from tiny import teacher_for, train
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
@@ -170,8 +170,7 @@ PRUNED = {"share": 0.4, "pruning_batches": 2, "rounds": 2}
 def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, tmp_path: Path) -> None:
     own = PRUNED | ({} if method == "prune_real" else QUICK)
     spec = cell({"name": method, **own}, steps=5, student="wrn_16_2")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     guarded = method != "prune_real"
     if guarded:
         prepared(spec, teacher, tmp_path)
@@ -208,8 +207,7 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
 
 def test_without_fine_tuning_nothing_but_the_filters_changes(tmp_path: Path) -> None:
     spec = cell({"name": "prune_none", **PRUNED, **QUICK}, steps=3, student="wrn_16_2")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     prepared(spec, teacher, tmp_path)
     member, batches = member_in(spec, teacher, tmp_path)
     train(member, batches, teacher, 3)
@@ -238,8 +236,7 @@ def test_a_student_begins_with_a_smaller_classifier_widened() -> None:
 
 def test_what_cannot_be_pruned_is_told(tmp_path: Path) -> None:
     spec = cell({"name": "prune_real", "share": 1.5}, student="wrn_16_2")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     with pytest.raises(UserError, match=r"a share of 1\.5"):
         member_in(spec, teacher, tmp_path)
     spec = cell("prune_real", student="wrn_10_1")

@@ -1,4 +1,5 @@
-"""Every method goes on from its state as if it had not been stopped, with draws, statistics and memories of losses."""
+"""Every method goes on from its state as if it had not been stopped, with draws, statistics and memories of losses; and
+it trains beside others as alone."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import copy
 
 import pytest
 import torch
-from captured import METHODS, cell
-from tiny import member_of, train
+from captured import METHODS, REGISTRY, cell
+from tiny import CPU, member_of, step_together, target_for, train
 
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import fingerprint
@@ -23,6 +24,16 @@ def at(spec: CellSpec, steps: int, state: object = None) -> Member:
     return member
 
 
+def same(a: Member, b: Member) -> bool:
+    """Whether two members have the same networks, modules and means of losses."""
+    found = []
+    for member in (a, b):
+        networks = [one.network.model for one in (member.own_teacher,) if one is not None]
+        modules = [member.student.model, member.terms, *networks]
+        found.append(([fingerprint(module) for module in modules], member.meter.result()))
+    return found[0] == found[1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_resumes_exactly(method: str) -> None:
     spec = cell(method, steps=4)
@@ -31,9 +42,22 @@ def test_every_method_resumes_exactly(method: str) -> None:
     whole = at(spec, end)
     # In the middle of the last stage, with that of the middle of the first one behind it.
     stopped = at(spec, end - 2, at(spec, 2).state())
-    resumed = at(spec, end, stopped.state())
-    for one, other in ((whole.student.model, resumed.student.model), (whole.terms, resumed.terms)):
-        assert fingerprint(one) == fingerprint(other)
+    assert same(at(spec, end, stopped.state()), whole)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_beside_others_what_it_is_alone(method: str) -> None:
+    """The values of the cohort's shared teacher, and real images, lie there for the others, and are not taken."""
+    spec = cell(method, steps=2)
+    end = spec.protocol.steps
+    assert end is not None
+    alone, batches, teacher = member_of(spec)
+    train(alone, batches, teacher, end)
+    others = [cell(name, steps=end, **target_for(method, REGISTRY)) for name in ("kd", "at")]
+    members = [Member(one, batches, teacher or member_of(one)[2], CPU) for one in (spec, *others)]
+    for _ in range(end):
+        step_together(members, batches, members[1].teacher)
+    assert same(members[0], alone)
 
 
 def test_a_state_of_an_older_version_may_lack_options_of_its_optimizer() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, step_together, train, untrained_teacher
+from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, teacher_for, train, untrained_teacher
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
@@ -200,8 +200,8 @@ def test_one_stage_with_the_converged_teacher_throughout_is_kd_bit_for_bit() -> 
     ends = []
     for method in ("kd", {"name": "rco_control", "rates": "continue"}, {"name": "rco_control"}, "rco_one_stage"):
         spec = short(method, 12)
-        teacher = untrained_teacher(spec)
-        assert teacher is not None and isinstance(teacher.route, MadeUpRoute)
+        teacher = teacher_for(spec)
+        assert isinstance(teacher.route, MadeUpRoute)
         state = teacher.network.model.state_dict()
         own = teacher.route.weights
         last = len(teacher.route) - 1
@@ -258,20 +258,6 @@ def test_the_loss_is_taken_against_the_anchor() -> None:
     assert member.meter.result()["kd"] == pytest.approx(expected.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["rco", "rco_one_stage", "rco_greedy", "ab_teacher_train"])
-def test_a_cell_with_its_own_teacher_is_the_same_beside_others(method: str) -> None:
-    """The pass of the cohort's shared teacher lies there for the others, and is not taken."""
-    specs = [short(name, 8) for name in (method, "kd", "ab")]
-    if method == "rco_greedy":
-        specs = [s.model_copy(update={"data": specs[0].data}) for s in specs]
-    alone, batches, teacher = member_of(specs[0])
-    train(alone, batches, teacher, 8)
-    members = [Member(spec, batches, teacher, CPU) for spec in specs]
-    for _ in range(8):
-        step_together(members, batches, teacher)
-    assert fingerprint(members[0].student.model) == fingerprint(alone.student.model)
-
-
 class OneAtATime(MadeUpRoute):
     """Notices when weights that it gave before are still held somewhere, and counts the networks of a class."""
 
@@ -287,8 +273,8 @@ class OneAtATime(MadeUpRoute):
 def test_one_anchor_is_in_memory_at_a_time() -> None:
     """Of the method that looks at all checkpoints before it chooses one."""
     spec = short("rco_greedy", 8)
-    teacher = untrained_teacher(spec)
-    assert teacher is not None and spec.teacher is not None
+    teacher = teacher_for(spec)
+    assert spec.teacher is not None
     teacher.route = OneAtATime(spec.teacher, spec.data)
     member, batches, _ = member_of(spec, teacher=teacher)
     kind = type(teacher.network.model)
@@ -550,8 +536,7 @@ def test_mistakes_are_told_before_anything_is_built(changes: dict[str, Any], mes
 
 def test_a_teacher_that_lost_its_route_is_told() -> None:
     spec = short("rco")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None
+    teacher = teacher_for(spec)
     teacher.route = None
     with pytest.raises(UserError, match="left no checkpoints"):
         member_of(spec, teacher=teacher)

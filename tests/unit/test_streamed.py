@@ -13,7 +13,7 @@ import torch
 from picture_files import SIZES, photo, write_birds, write_pictures, write_scenes
 from PIL import Image
 from scipy import stats
-from tiny import CPU, train, untrained_teacher
+from tiny import CPU, teacher_for, train
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -412,8 +412,8 @@ def test_a_teacher_of_other_classes_teaches_its_features_only(
     assert spec.teacher is not None and spec.teacher.classes == 10
     with pytest.raises(UserError, match="the logits of 'other_classes' are of its own 10 classes, not of the 3"):
         spec_of(registry, teacher="other_classes", method="kd")
-    teacher = untrained_teacher(spec)
-    assert teacher is not None and teacher.shapes["logits"] == (10,)
+    teacher = teacher_for(spec)
+    assert teacher.shapes["logits"] == (10,)
     batches = Batches(spec, read(spec, root), CPU)
     member = Member(spec, batches, teacher, CPU)
     train(member, batches, teacher, 2)
