@@ -64,19 +64,16 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def where_raised(error: BaseException) -> str:
-    """(file:line) of the last frame outside torch, where an error is most likely to be mended."""
+def failure(error: BaseException) -> str:
+    """How code of the user's failed, in one line: with what, what it said, and at (file:line) of the last frame outside
+    torch, where it is most likely to be mended."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if f"{os.sep}torch{os.sep}" not in frame.filename and not frame.filename.startswith("<")
     ]
-    return f"({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-
-
-def failure(error: BaseException) -> str:
-    """How code of the user's failed, in one line: with what, what it said, and where."""
-    return f"{_told(error)} {where_raised(error)}".rstrip()
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{_told(error)}{where}".rstrip()
 
 
 def _told(error: BaseException) -> str:

@@ -121,6 +121,7 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
 def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) -> Table:
     from kdbench.cli.console import plain_table
+    from kdbench.recipe.planning import cell_name
     from kdbench.recipe.timeline import planned_timeline
 
     timed = ["time a seed"] if estimate is not None else []
@@ -131,9 +132,8 @@ def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) ->
         orders.setdefault(cell.order, []).append(cell)
     for cells in orders.values():
         spec, line = cells[0].spec, planned_timeline(cells[0].spec)
-        others = [f"{path} {value}" for path, value in cells[0].axes.items() if not path.startswith("method")]
         table.add_row(
-            ", ".join([spec.method.label, *others]),
+            cell_name(spec.method.label, cells[0].axes),
             " + ".join(f"{span.name} {span.steps}" for span in line.spans),
             f"{line.epochs(line.total):.4g}",
             str(len(cells)),

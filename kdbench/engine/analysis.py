@@ -29,6 +29,7 @@ from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import home, no_formula, sha256_of, write_json, write_text
+from kdbench.recipe.planning import cell_name
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, read_records, student_file
@@ -56,20 +57,18 @@ class FinishedCell:
     def name(self) -> str:
         """As it is called in tables: its method, what else was compared, its seed."""
         cell = self.record.cell
-        others = [f"{path} {value}" for path, value in cell.axes.items() if not path.startswith("method")]
-        return ", ".join([cell.label, *others, f"seed {cell.seed}"])
+        return f"{cell_name(cell.label, cell.axes)}, seed {cell.seed}"
 
     @property
     def columns(self) -> dict[str, Any]:
         """The columns by which a row is recognized as this cell's."""
         cell = self.record.cell
-        others = {path: value for path, value in cell.axes.items() if path.partition(".")[0] != "method"}
-        own = {path: value for path, value in cell.axes.items() if path.startswith("method.")}
+        axes = sorted(cell.axes.items(), key=lambda axis: axis[0].startswith("method."))
         return {
             "recipe": self.record.recipe,
             "method": cell.method,
             "label": cell.label,
-            "axes": ", ".join(f"{path} {value}" for path, value in {**others, **own}.items()),
+            "axes": ", ".join(f"{path} {value}" for path, value in axes if path != "method"),
             "seed": cell.seed,
             "student": cell.student,
         }

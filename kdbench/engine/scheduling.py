@@ -12,7 +12,7 @@ from kdbench.engine.compute import Memory, program_bytes
 from kdbench.files import write_json
 from kdbench.forms import Strict
 from kdbench.reading import read_as
-from kdbench.recipe.planning import PlannedCell
+from kdbench.recipe.planning import PlannedCell, cell_name
 from kdbench.recipe.specs import CellSpec
 
 # Says how a cell began, so that it goes on in the same way.
@@ -50,8 +50,7 @@ class CellState:
     @property
     def label(self) -> str:
         """The cell as people call it."""
-        others = [f"{path} {value}" for path, value in self.cell.axes.items() if not path.startswith("method")]
-        return self.name or ", ".join([self.spec.method.label, *others, f"seed {self.spec.seed}"])
+        return self.name or f"{cell_name(self.spec.method.label, self.cell.axes)}, seed {self.spec.seed}"
 
 
 Cells = list[CellState]

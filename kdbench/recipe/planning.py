@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry
 from kdbench.tree import Tree, walk
+
+
+def cell_name(label: str, axes: Mapping[str, Any]) -> str:
+    """A cell as people call it: its method and what else was compared."""
+    return ", ".join([label, *(f"{path} {value}" for path, value in axes.items() if not path.startswith("method"))])
 
 
 @dataclass(frozen=True)

@@ -88,13 +88,13 @@ def _version(record: Record, digits: int | None) -> str:
     return f"kdbench {record.kdbench}{commit}, torch {record.compute.torch}"
 
 
-# Name -> what a record says of it, with hashes cut to some digits (None: whole, and with all details); empty: nothing.
-# These must be the same within a column for its cells to be comparable.
 def instructions(record: Record, digits: int | None) -> str:
     """A processor's vector instructions: two of one name round differently where these differ."""
     return record.compute.cpu_capability if record.compute.device == "cpu" else ""
 
 
+# Name -> what a record says of it, with hashes cut to some digits (None: whole, and with all details); empty: nothing.
+# These must be the same within a column for its cells to be comparable.
 FACTS: dict[str, Callable[[Record, int | None], str]] = {
     "Protocol": _protocol,
     "Teacher": _teacher,

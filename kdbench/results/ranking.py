@@ -57,7 +57,7 @@ def critical_distance(methods: int, columns: int, alpha: float = 0.05) -> float:
 
 
 def probability_of_improvement(
-    columns: Sequence[tuple[Mapping[int, float], Mapping[int, float]]], confidence: float = 0.95
+    columns: Sequence[tuple[Mapping[int, float], Mapping[int, float]]],
 ) -> Improvement | None:
     """Probability that a run of a method beats an independent run of the baseline of the same column, equal values
     counting half, averaged over the columns (Agarwal et al., 2021, "Deep Reinforcement Learning at the Edge of the
@@ -79,7 +79,6 @@ def probability_of_improvement(
 
     Args:
         columns: for each, seed -> value of the method and of the baseline.
-        confidence: of the interval, in (0, 1).
 
     Returns:
         None where no column has runs of different seeds. A column without such a pair does not count.
@@ -99,7 +98,7 @@ def probability_of_improvement(
     drawn = (shares[:, 0] * sizes + 0.5) / (sizes + 1)
     variance += float((drawn * (1 - drawn) / sizes**2).sum()) / len(usable) ** 2
     logit, error = math.log(mean / (1 - mean)), math.sqrt(variance) / (mean * (1 - mean))
-    half = float(stdtrit(sizes.min() - 1, (1 + confidence) / 2)) * error
+    half = float(stdtrit(sizes.min() - 1, 0.975)) * error
     return Improvement(mean, 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit)))
 
 

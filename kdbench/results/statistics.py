@@ -151,7 +151,7 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
     critical = float(stdtrit(freedom, 1 - alpha / 2))
     shift = abs(effect) * math.sqrt(n)
     low, high = max(0.0, 1 - 12 / math.sqrt(2 * freedom)), 1 + 12 / math.sqrt(2 * freedom)
-    nodes, weights = _quadrature(400)
+    nodes, weights = _quadrature()
     s = low + (nodes + 1) / 2 * (high - low)
     log_density = (
         math.log(2)
@@ -165,27 +165,24 @@ def power(effect: float, n: int, alpha: float = 0.05) -> float:
 
 
 @cache
-def _quadrature(points: int) -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = np.polynomial.legendre.leggauss(points)
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(400)
     return nodes, weights
 
 
-def seeds_needed(
-    mean: float, deviation: float, target: float = 0.8, alpha: float = 0.05, cap: int = 1000
-) -> int | None:
+def seeds_needed(mean: float, deviation: float, alpha: float = 0.05, cap: int = 1000) -> int | None:
     """Smallest number of pairs with which the two-sided paired t test would find a difference of this mean and
-    deviation with the target power. None: more than `cap`.
+    deviation with 80 % power. None: more than `cap`.
 
     The power grows with n, so the number is found by bisection.
 
     Args:
         mean, deviation: of the differences.
-        target: power, in (0, 1).
         alpha: level of the test. Of one among m tests that Holm corrects, α / m, his first step: a difference found
             there is found whatever the other tests say.
         cap: largest number that is looked for.
     """
     if deviation <= 0:
         raise ValueError("the deviation must be above 0")
-    found = bisect_left(range(cap + 1), target, lo=2, key=lambda n: power(mean / deviation, n, alpha))
+    found = bisect_left(range(cap + 1), 0.8, lo=2, key=lambda n: power(mean / deviation, n, alpha))
     return None if found > cap else found

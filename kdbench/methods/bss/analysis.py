@@ -201,7 +201,7 @@ def pairs_of(teacher: PixelLogits, images: Tensor, labels: Tensor, targets: int 
     return Pairs(images.repeat_interleave(count, 0), labels.repeat_interleave(count, 0), chosen.flatten())
 
 
-def moves_to_boundary(network: PixelLogits, pairs: Pairs, *, iterations: int = 10, epsilon: float = 1e-4) -> Moves:
+def moves_to_boundary(network: PixelLogits, pairs: Pairs) -> Moves:
     """A network attacked on every pair, by Newton's step in the space of pixel values.
 
     Lengths are measured in that space for every network, whatever each one's normalization is. The network is in eval
@@ -211,7 +211,7 @@ def moves_to_boundary(network: PixelLogits, pairs: Pairs, *, iterations: int = 1
     for images, base, target in pairs.slices():
         with torch.no_grad():
             right = network(images).argmax(dim=1) == base
-        ended = boundary_attack(network, images, base, target, iterations=iterations, epsilon=epsilon, clamp=PIXELS)
+        ended = boundary_attack(network, images, base, target, clamp=PIXELS)
         found.append((ended.images - images, ended.arrived, right))
     return Moves(*(torch.cat(values) for values in zip(*found, strict=True)))
 
