@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData, canonical
+from kdbench.engine import checkpoint
 from kdbench.engine.anchors import Route
 from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
@@ -124,6 +125,13 @@ def member_of(
     batches = batches_for(spec, data)
     teacher = teacher or untrained_teacher(spec)
     return Member(spec, batches, teacher, CPU), batches, teacher
+
+
+def pick_up(member: Member, folder: Path) -> None:
+    """It goes on from the checkpoint that lies there."""
+    state = checkpoint.load(folder, {}, member.state())
+    assert state is not None
+    member.load_state(state)
 
 
 def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int) -> None:

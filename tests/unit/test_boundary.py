@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny import CPU, images, member_of, shortened, step, train
+from tiny import CPU, images, member_of, pick_up, shortened, step, train
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
@@ -604,10 +604,8 @@ def test_a_killed_cell_goes_on_bit_identically(method: str, at: int, tmp_path: P
     first, batches, teacher = ready()
     train(first, batches, teacher, at)
     checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    state = checkpoint.load(tmp_path, {}, first.state())
-    assert state is not None
     second, batches, teacher = ready()
-    second.load_state(state)
+    pick_up(second, tmp_path)
     train(second, batches, teacher, 8 - at)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
     assert second.meter.result() == whole.meter.result() and whole.meter.result()["boundary"] > 0

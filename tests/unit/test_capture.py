@@ -158,10 +158,11 @@ def test_a_recording_that_fails_ends_no_run(tmp_path: Path) -> None:
         def record(self, call: Callable[[], None]) -> Callable[[], None]:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    program = both([cell("kd")], tmp_path, recorder=Fails())
+    program = both([evaluated(cell("kd"))], tmp_path, recorder=Fails())
     (why,) = program.eager_stages(program.cohorts[0].cells[0].member).values()
     assert why == "recording failed: CUDA error: operation not permitted when stream is capturing"
     assert not program.cohorts[0].cells[0].member.log.replayed
+    assert not program.evaluations_replayed(program.cohorts[0].cells[0].member)
 
 
 def test_a_cell_that_fails_between_stretches_is_replayed_no_more(tmp_path: Path) -> None:
@@ -432,15 +433,6 @@ def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
     program = both(specs, tmp_path, replaces)
     (of,) = program.cohorts[0].cells
     assert len(program.evaluations) == 2 and all(program.evaluations.values())
-
-
-def test_an_evaluation_that_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> None:
-    class Fails(StandIn):
-        def record(self, call: Callable[[], None]) -> Callable[[], None]:
-            raise RuntimeError("out of memory")
-
-    program = both([evaluated(cell("kd"))], tmp_path, recorder=Fails())
-    assert not program.evaluations_replayed(program.cohorts[0].cells[0].member)
 
 
 def test_a_metric_that_reads_a_value_would_be_found(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from guarded import without
 from PIL import Image
-from tiny import CPU, images, shortened, teacher_for, train, untrained_teacher
+from tiny import CPU, images, pick_up, shortened, teacher_for, train
 from torch import nn
 
 from kdbench.engine import checkpoint
@@ -334,13 +334,13 @@ def test_a_pool_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 def test_a_pool_of_noise_can_be_stopped_too(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK, "iterations": 0, "batches": 4})
     calls = iter(range(100))
-    prepared(spec, untrained_teacher(spec), tmp_path, stopping=lambda: next(calls) >= 2)
+    prepared(spec, teacher_for(spec), tmp_path, stopping=lambda: next(calls) >= 2)
     assert list(files(tmp_path)) == ["batch_00000.safetensors", "batch_00001.safetensors"]
 
 
 def test_images_that_grew_out_of_all_bounds_are_told_and_not_kept(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK, "rate": 1e9})
-    teacher = untrained_teacher(spec)
+    teacher = teacher_for(spec)
     with pytest.raises(UserError, match="grew out of all bounds in batch 0"):
         prepared(spec, teacher, tmp_path)
     assert not [name for name in files(tmp_path) if name.endswith(".safetensors")]
@@ -399,6 +399,13 @@ def member_in(spec: CellSpec, teacher: Teacher, folder: Path, guarded: bool = Fa
     return Member(spec, batches, teacher, CPU, files=files), batches
 
 
+def pooled(spec: CellSpec, folder: Path, guarded: bool = False) -> tuple[Teacher, Member, Batches]:
+    """A cell whose pool is made."""
+    teacher = teacher_for(spec)
+    prepared(spec, teacher, folder)
+    return teacher, *member_in(spec, teacher, folder, guarded)
+
+
 DATA_FREE = ["deep_inversion", "adaptive_deep_inversion", "adaptive_deep_inversion_code", "noise_kd", "deep_dream_kd"]
 DATA_FREE += ["prune_data_free", "prune_none"]
 
@@ -408,9 +415,7 @@ def test_no_real_training_image_or_label_is_read(method: str, tmp_path: Path) ->
     own = {k: v for k, v in QUICK.items() if k in ("batches", "images") or method != "noise_kd"}
     own |= {"every": 2} if "adaptive" in method else {}
     spec = cell({"name": method, **own}, steps=4, **({"student": "wrn_16_2"} if method.startswith("prune") else {}))
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, batches = member_in(spec, teacher, tmp_path, guarded=True)
+    teacher, member, batches = pooled(spec, tmp_path, guarded=True)
     train(member, batches, teacher, 4)
     assert evaluate(member)["test"]["accuracy"] >= 0
     assert member.finished
@@ -436,9 +441,7 @@ def made_at(source: Any, now: Any) -> Batch:
 
 def test_batches_carry_the_pools_images_and_labels(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, _ = member_in(spec, teacher, tmp_path)
+    teacher, member, _ = pooled(spec, tmp_path)
     source = member.sources["distillation"]
     pool, labels = source.images  # type: ignore[attr-defined]
     seen: list[int] = []
@@ -463,9 +466,7 @@ def moment(member: Member, step: int) -> Any:
 
 def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=11)
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    whole, batches = member_in(spec, teacher, tmp_path)
+    teacher, whole, batches = pooled(spec, tmp_path)
     train(whole, batches, teacher, 11)
     source: Any = whole.sources["distillation"]
     assert [number for number, _, _ in source.added] == [1, 2, 3] and source.memory() == 24 + 3 * 12
@@ -483,10 +484,8 @@ def test_an_adaptive_cell_adds_images_against_its_student_and_resumes_bit_for_bi
         train(first, batches, teacher, kill)
         checkpoint.save(folder, {"key": {}, **first.state()})
         train(first, batches, teacher, 3)
-        state = checkpoint.load(folder, {}, first.state())
-        assert state is not None
         second, _ = member_in(spec, teacher, folder)
-        second.load_state(state)
+        pick_up(second, folder)
         train(second, batches, teacher, 11 - kill)
         assert fingerprint(second.student.model) == fingerprint(whole.student.model), f"killed at step {kill}"
         assert {f.name: sha256_of(f) for f in (folder / "cell").glob("**/*.safetensors")} == added
@@ -497,9 +496,7 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
 ) -> None:
     settings = {"every": 3, "iterations": 20}
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, **settings}, steps=8)
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    whole, batches = member_in(spec, teacher, tmp_path)
+    teacher, whole, batches = pooled(spec, tmp_path)
     train(whole, batches, teacher, 8)
     added = {f.name: sha256_of(f) for f in (tmp_path / "cell").glob("**/*.safetensors")}
     assert len(added) == 2
@@ -552,9 +549,7 @@ def test_a_stop_within_an_added_batch_ends_at_once_and_resumes_bit_for_bit(
 
 def test_a_grid_shows_what_was_added_a_row_for_each_batch(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3}, steps=8)
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, batches = member_in(spec, teacher, tmp_path)
+    teacher, member, batches = pooled(spec, tmp_path)
     train(member, batches, teacher, 8)
     source: Any = member.sources["distillation"]
     rows = torch.cat([source.own.read(number)[0][:8] for number in (1, 2)])
@@ -577,9 +572,7 @@ def test_a_grid_of_many_batches_shows_the_first_and_the_last(tmp_path: Path) -> 
 
 def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_time(tmp_path: Path) -> None:
     spec = cell({"name": "adaptive_deep_inversion", **QUICK, "every": 3})
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, _ = member_in(spec, teacher, tmp_path)
+    teacher, member, _ = pooled(spec, tmp_path)
     source: Any = member.sources["distillation"]
 
     def ready(step: int) -> bool:
@@ -594,9 +587,7 @@ def test_growth_counts_the_steps_of_the_stage_and_nothing_grows_ahead_of_its_tim
 
 def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion", **QUICK})
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, batches = member_in(spec, teacher, tmp_path)
+    teacher, member, batches = pooled(spec, tmp_path)
     train(member, batches, teacher, 2)
     state = member.state()
     about = next(tmp_path.glob("shared/synthesized/*/batch_00000.json"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_hooks import randomize
 from tiny import member_of, shortened, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,14 +76,6 @@ def build(name: str, size: int = SIZE, **options: Any) -> nn.Module:
         return small_image_resnet(18, **options)
     library, _, rest = name.partition(":")
     return {"timm": timm_model, "torchvision": torchvision_model}[library](rest, **options)
-
-
-def randomize(model: nn.Module) -> None:
-    """Last batch norms of blocks begin as zero, which would make the sum with the shortcut never negative."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.5)
 
 
 def derived(name: str, size: int = SIZE) -> Extractor:

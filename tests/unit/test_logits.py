@@ -187,25 +187,19 @@ def test_a_table_that_is_not_what_the_teacher_gives_is_an_error() -> None:
     assert f"kdbench logits clear {table.folder.name}" in str(error.value)
 
 
-def test_a_shortened_file_is_an_error() -> None:
+@pytest.mark.parametrize("what", ["another size", "sha256"])
+def test_a_shortened_file_and_a_changed_value_are_errors(what: str) -> None:
+    """Of a value, one logit among thousands, which no sample would find."""
     spec, data = cell(), images(cell().data)
     teacher = teacher_of(spec)
     table = filled(spec, data, teacher)
     with (table.folder / "logits.bin").open("rb+") as stream:
-        stream.truncate(100)
-    with pytest.raises(UserError, match="another size"):
-        logit_table.open_table(table, teacher, data, spec.protocol, CPU)
-
-
-def test_a_changed_value_is_an_error() -> None:
-    """One logit among thousands, which no sample would find."""
-    spec, data = cell(), images(cell().data)
-    teacher = teacher_of(spec)
-    table = filled(spec, data, teacher)
-    with (table.folder / "logits.bin").open("rb+") as stream:
-        stream.seek(400)
-        stream.write(b"\x01\x02\x03")
-    with pytest.raises(UserError, match="sha256"):
+        if what == "another size":
+            stream.truncate(100)
+        else:
+            stream.seek(400)
+            stream.write(b"\x01\x02\x03")
+    with pytest.raises(UserError, match=what):
         logit_table.open_table(table, teacher, data, spec.protocol, CPU)
 
 

@@ -10,6 +10,7 @@ import torch
 from tensors import LABELS, equal_maps, logits, maps, rand, vectors
 from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.nn import functional as F
 
 from kdbench import losses
 
@@ -140,6 +141,13 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     student, teacher = PAIRS[name]()
     each = [LOSSES[name](student[i : i + 1], teacher[i : i + 1]).item() for i in range(len(student))]
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [*OF_MAPS, "cwd", "ft", "ofd", "simkd"])
+def test_the_larger_map_is_pooled(name: str) -> None:
+    large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
+    value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))
+    assert torch.equal(LOSSES[name](large, small), value) and torch.equal(LOSSES[name](small, large), other)
 
 
 @pytest.mark.parametrize("name", OF_LOGITS)

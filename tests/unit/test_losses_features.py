@@ -69,13 +69,6 @@ class TestChannelWise:
         moved = student + rand(3, 4, 1, 1, seed=3)
         assert losses.channel_wise(moved, teacher).item() == pytest.approx(value, rel=1e-12)
 
-    def test_the_larger_map_is_pooled(self) -> None:
-        student, teacher = rand(2, 3, 4, 4, seed=1), rand(2, 3, 2, 2, seed=2)
-        expected = losses.channel_wise(F.avg_pool2d(student, 2), teacher).item()
-        assert losses.channel_wise(student, teacher).item() == pytest.approx(expected, rel=1e-12)
-        with pytest.raises(ValueError, match="equal shapes"):
-            losses.channel_wise(student, teacher[:, :2])
-
 
 class TestMaskedGeneration:
     def module(self, student: int = 3, masked: float = 0.5) -> losses.MaskedGeneration:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from guarded import without
-from test_deep_inversion import QUICK, files, member_in, prepared
-from tiny import CPU, images, shortened, teacher_for, train
+from test_deep_inversion import QUICK, files, member_in, pooled, prepared
+from tiny import CPU, images, pick_up, shortened, teacher_for, train
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
@@ -107,10 +107,8 @@ def test_losses_are_told_the_classes() -> None:
 
 def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: Path) -> None:
     spec = cell({"name": "deep_inversion_new_classes", **QUICK}, steps=4)
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
+    teacher, whole, batches = pooled(spec, tmp_path)
     assert len(files(tmp_path)) == 2
-    whole, batches = member_in(spec, teacher, tmp_path)
     seen: list[Any] = []
     source: Any = whole.sources["new_classes"]
     made = source.sets
@@ -122,10 +120,8 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     first, _ = member_in(spec, teacher, tmp_path)
     train(first, batches, teacher, 2)
     checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    state = checkpoint.load(tmp_path, {}, first.state())
-    assert state is not None
     second, _ = member_in(spec, teacher, tmp_path)
-    second.load_state(state)
+    pick_up(second, tmp_path)
     train(second, batches, teacher, 2)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
 

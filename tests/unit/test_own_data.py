@@ -556,15 +556,6 @@ def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told:
         check_cell(cell(own, **over))
 
 
-def test_a_loss_that_ends_the_program_fails_its_cell_alone(own: Registry, tmp_path: Path) -> None:
-    sys.modules.pop("own_code", None)
-    cohort = cohort_of([cell(own, method=stage(loss="leaves_later")), cell(own)], tmp_path)
-    finished: list[Any] = []
-    TrainingLoop(Program([cohort]), lambda cell: None, finished.append, lambda: False).run()
-    failed, other = cohort.cells
-    assert re.search(LEAVES, failed.failure or "") and other.failure is None and finished == [other]
-
-
 def with_source(leaves: str) -> dict[str, Any]:
     own = {"source": {"name": "leaving", "leaves": leaves}, "losses": {"made": {"loss": "kd", "input": "made"}}}
     return {"name": "own", "stages": {"training": own}}
@@ -576,12 +567,17 @@ def beginning(leaves: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "method",
-    [*map(with_source, ["built", "made ready", "asked"]), *map(beginning, ["built", "carried out"])],
-    ids=["source built", "source made ready", "source asked", "operation built", "operation carried out"],
+    [
+        stage(loss="leaves_later"),
+        *map(with_source, ["built", "made ready", "asked"]),
+        *map(beginning, ["built", "carried out"]),
+    ],
+    ids=["loss", "source built", "source made ready", "source asked", "operation built", "operation carried out"],
 )
 def test_code_of_the_steps_that_ends_the_program_fails_its_cell_alone(
     method: dict[str, Any], own: Registry, tmp_path: Path
 ) -> None:
+    sys.modules.pop("own_code", None)
     leaving, good = cell(own, method=method), cell(own)
     check_cell(good)
     try:

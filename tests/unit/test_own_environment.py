@@ -428,16 +428,6 @@ def test_variables_that_torchrun_does_not_set_so(
     assert said in caught.value.what and caught.value.where == "environment" and "torchrun" in str(caught.value.hint)
 
 
-def test_an_address_alone_makes_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_PORT", "x")
-    assert started_by_torchrun(False, None) == (0, 1)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    assert started_by_torchrun(False, None) == (1, 2)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

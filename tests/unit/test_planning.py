@@ -154,24 +154,6 @@ def test_identity_changes_with_the_order_of_stages() -> None:
     assert spec.model_copy(update={"method": turned}).identity() != spec.identity()
 
 
-def test_identity_changes_with_the_code_of_a_users_loss(tmp_path: Path) -> None:
-    def identities(factor: int, folder: Path) -> dict[str, str]:
-        folder.mkdir()
-        (folder / f"mine{factor}.py").write_text(
-            f"def far(student, teacher):\n    return {factor} * (student - teacher).abs().mean()\n"
-        )
-        (folder / "mine.yaml").write_text(
-            f"losses: {{far: {{target: 'mine{factor}:far', inputs: [student, teacher]}}}}\n"
-            "methods: {mine: {title: mine, stages: [{name: training, losses: {far: {loss: far}}}]}}\n"
-        )
-        cells = planned(registry=Registry([folder]), compare={"method": ["kd", "mine"]}).cells
-        return {c.spec.method.name: c.spec.identity() for c in cells}
-
-    a, b = identities(1, tmp_path / "a"), identities(2, tmp_path / "b")
-    assert a["kd"] == b["kd"] == one().identity()
-    assert a["mine"] != b["mine"]
-
-
 def test_teachers_of_one_name_do_not_share_a_cohort(tmp_path: Path) -> None:
     """Every student of kdbench lies in a file called student.safetensors."""
     teachers = []

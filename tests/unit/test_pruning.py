@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_deep_inversion import QUICK, cell, member_in, prepared
-from tiny import teacher_for, train
+from test_deep_inversion import QUICK, cell, member_in, pooled, prepared
+from tiny import pick_up, teacher_for, train
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
@@ -196,10 +196,8 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
         first, _ = member_in(spec, teacher, folder, guarded)
         train(first, batches, teacher, kill)
         checkpoint.save(folder, {"key": {}, **first.state()})
-        state = checkpoint.load(folder, {}, first.state())
-        assert state is not None
         second, again = member_in(spec, teacher, folder, guarded)
-        second.load_state(state)
+        pick_up(second, folder)
         train(second, again, teacher, 5 - kill)
         assert fingerprint(second.student.model) == fingerprint(whole.student.model), f"killed at step {kill}"
         assert second.operations["finetuning"].record() == record
@@ -207,9 +205,7 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
 
 def test_without_fine_tuning_nothing_but_the_filters_changes(tmp_path: Path) -> None:
     spec = cell({"name": "prune_none", **PRUNED, **QUICK}, steps=3, student="wrn_16_2")
-    teacher = teacher_for(spec)
-    prepared(spec, teacher, tmp_path)
-    member, batches = member_in(spec, teacher, tmp_path)
+    teacher, member, batches = pooled(spec, tmp_path)
     train(member, batches, teacher, 3)
     own = member.student.model.state_dict()
     changed = {name for name, value in teacher.network.model.state_dict().items() if not torch.equal(value, own[name])}

@@ -270,13 +270,15 @@ def test_shares_of_all_ranks_are_the_batches_of_one_process(padding: int) -> Non
 def test_options_that_do_not_belong_to_a_run_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    # An address alone makes no ranks.
+    monkeypatch.setenv("MASTER_PORT", "x")
     assert started_by_torchrun(False, "auto") == (0, 1)
     with pytest.raises(UserError, match="there are no other ranks"):
         started_by_torchrun(True, None)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-    assert started_by_torchrun(True, None) == (1, 2)
+    assert started_by_torchrun(True, None) == started_by_torchrun(False, None) == (1, 2)
     with pytest.raises(UserError, match="cannot be combined"):
         started_by_torchrun(False, "auto")
 

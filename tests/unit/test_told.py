@@ -183,14 +183,11 @@ def test_a_loss_with_parameters_gets_the_shape_behind_its_connector(tmp_path: Pa
     assert module.shapes == (cell.teacher_shapes["layer2"],) * 2
 
 
-def test_options_change_by_schedules_also_where_steps_are_recorded(tmp_path: Path) -> None:
+def test_options_change_by_schedules() -> None:
     changing = {"schedules": {"temperature": {"name": "linear", "start": 1.0, "end": 0.5}}}
     method = {"name": "kd", "stages": {"classification": {"losses": {"kd": changing}, "clip": 0.5}}}
     spec = cell(method, steps=12)
-    member = member_of(spec)[0]
-    assert [member.stage.numbers(step) for step in (0, 6)] == [[4.0], [3.0]]
-    program = both([spec], tmp_path, StandIn())
-    assert any(program.recordings.values())
+    assert [member_of(spec)[0].stage.numbers(step) for step in (0, 6)] == [[4.0], [3.0]]
 
 
 def losses_with_numbers() -> list[tuple[str, str, str, list[str]]]:
