@@ -63,6 +63,17 @@ def wins(own: list[float], base: list[float]) -> float:
     return float(stats.mannwhitneyu(own, base).statistic) - sum(x > y for x, y in zip(own, base, strict=True))
 
 
+def test_means_that_are_shown_alike_share_a_rank() -> None:
+    """A reader who ranks the table's numbers finds these ranks."""
+    records = [
+        make(m, s, v + s / 10, order=k, student=student, recipe=student)
+        for student in PAIRS[:2]
+        for k, (m, v) in enumerate({"ce": 90.0, "kd": 91.001, "ab": 91.004}.items())
+        for s in range(2)
+    ]
+    assert {one.label: one.rank for one in summed(records).standings} == {"CE": 3.0, "KD": 1.5, "AB": 1.5}
+
+
 def test_columns_of_one_teacher_its_data_and_its_seeds_have_no_distance() -> None:
     found = summed(pairs(teacher="big"))
     assert found.columns == 4 and found.critical_distance is None
@@ -81,6 +92,9 @@ def test_columns_that_share_only_a_part_have_a_distance_and_say_which() -> None:
             own = {"student": student, "teacher": f"big {i}", "data": f"set {i}", "recipe": f"recipe {i}"}
             apart += [make(method, 10 * i + s, v, order=k, **own) for s, v in enumerate(values)]
     assert summed(apart).shared == ()
+    one_more = [make(m, 12, 92.0, order=k, teacher="big 0", data="set 0", student=PAIRS[0], recipe="recipe 0")
+                for k, m in enumerate(VALUES)]  # fmt: skip
+    assert summed(apart + one_more).shared == ("seeds",)
     assert "The critical distance assumes that the columns are independent.\n" in markdown(build(apart))
 
 
@@ -100,6 +114,7 @@ def test_a_column_without_every_method_is_not_ranked() -> None:
     found = summed(some)
     assert found.columns == 3
     assert {s.label: s.rank for s in found.standings}["CE"] == pytest.approx((3 + 3 + 2) / 3)
+    assert found.critical_distance == pytest.approx(2.343 * (3 * 4 / 18) ** 0.5, rel=5e-4)
     lonely = [r for r in pairs() if r.cell.method != "ab" or r.cell.student == "wrn_16_1"]
     found = summed(lonely)
     assert found.columns == 0 and found.standings[0].rank is None and found.critical_distance is None

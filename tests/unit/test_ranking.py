@@ -141,6 +141,22 @@ def test_the_column_with_the_fewest_seeds_gives_the_degrees_of_freedom() -> None
     assert math.log(found.high / (1 - found.high)) == pytest.approx(expected, rel=1e-3)
 
 
+def test_the_side_with_fewer_runs_gives_the_degrees_of_freedom_and_what_was_not_seen() -> None:
+    own, base = {0: 94.0, 1: 93.65, 2: 94.4}, {0: 93.7, 1: 93.6, 2: 93.63, 3: 94.1, 4: 93.5}
+
+    def share(left_out: int | None = None) -> float:
+        pairs = [x > y for i, x in own.items() for j, y in base.items() if i != j and left_out not in (i, j)]
+        return sum(pairs) / len(pairs)
+
+    mean, without = share(), np.array([share(seed) for seed in range(5)])
+    drawn = (mean * 3 + 0.5) / 4
+    error = math.sqrt(4 / 5 * ((without - without.mean()) ** 2).sum() + drawn * (1 - drawn) / 9)
+    found = improvement((own, base))
+    assert found.probability == pytest.approx(mean) and found.high is not None
+    expected = math.log(mean / (1 - mean)) + 4.303 * error / (mean * (1 - mean))
+    assert math.log(found.high / (1 - found.high)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_there_is_no_interval_where_the_runs_do_not_allow_one() -> None:
     clear = column([95.0, 95.1, 95.2], [90.0, 90.1, 90.2])
     assert improvement(clear) == ranking.Improvement(1.0)

@@ -618,6 +618,37 @@ def test_the_csv_file_has_full_precision_and_no_text_in_numbers() -> None:
     assert rows[0]["difference"] == ""
 
 
+def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> None:
+    """Two columns, in which everything differs; 70 seconds and 5000 images per second are a seed's more and less."""
+    values: dict[str, dict[str, list[float]]] = {
+        "wrn_16_2": {"ce": [93.01, 93.02, 93.06], "kd": [94.0, 94.3, 94.5], "ab": [93.5, 93.6, 93.9]},
+        "wrn_16_1": {"ce": [90.0, 90.1, 90.3], "kd": [90.2, 90.6, 90.5], "ab": [90.9, 91.2, 91.4]},
+    }
+    records = [
+        make(
+            method, seed, value, order=k, student=student, recipe=student, teacher__name=f"of {student}",
+            teacher__accuracy=95.5 - i, extra_epochs=30.0 * (method == "kd"), label=method.upper(),
+            compute__training_seconds=60.0 + 10 * seed, compute__images_per_second=5000.0 - seed,
+        )
+        for i, (student, methods) in enumerate(values.items())
+        for k, (method, several) in enumerate(methods.items())
+        for seed, value in enumerate(several)
+    ]  # fmt: skip
+    rows = {(r["label"], r["student"]): r for r in csv.DictReader(io.StringIO(table_csv(build(records))))}
+    found = rows["KD", "wrn_16_1"]
+    # Differences 0.2, 0.5, 0.2: deviation √0.03, standard error 0.1, t = 3 with two degrees of freedom.
+    expected = {
+        "mean": 271.3 / 3, "deviation": (0.13 / 3) ** 0.5, "difference": 0.3, "difference_low": 0.3 - 0.430265,
+        "difference_high": 0.3 + 0.430265, "difference_n": 3, "p": 1 - 3 / 11**0.5, "teacher_accuracy": 94.5,
+        "epochs": 230.0, "extra_epochs": 30.0, "seconds": 70.0, "images_per_second": 4999.0, "average_rank": 1.5,
+    }  # fmt: skip
+    assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
+    tests = sorted((float(r["p"]), float(r["p_holm"])) for r in rows.values() if r["p"])
+    assert [holm for _, holm in tests] == pytest.approx(statistics.holm([one for one, _ in tests]), abs=1e-8)
+    assert len(tests) == 4
+
+
 def test_the_long_csv_file_has_one_row_for_every_record() -> None:
     records = comparison(VALUES, agreement={"layer1.preact": 0.5})
     rows = list(csv.DictReader(io.StringIO(records_csv(records))))
@@ -630,6 +661,14 @@ def test_the_long_csv_file_has_one_row_for_every_record() -> None:
     assert rows[0]["teacher"] == "" and rows[8]["teacher_sha256"] == "ab" * 32
     assert rows[0]["agreement.layer1.preact"] == "0.5"
     assert rows[0]["identity"] == records[0].identity
+    apart = make("kd", data__validation=500, result__validation={"last": 88.1, "best": 88.9, "best_step": 5})
+    (row,) = csv.DictReader(io.StringIO(records_csv([apart])))
+    expected = {
+        "last": 90.0, "best": 90.2, "best_step": 77000, "validation_last": 88.1, "validation_best": 88.9,
+        "train_images": 50000, "validation_images": 500, "test_images": 10000, "teacher_accuracy": 95.5,
+        "parameters": 691674, "flops": 2e8, "seconds": 130.0, "training_seconds": 120.0, "images_per_second": 5100.0,
+    }  # fmt: skip
+    assert {name: float(row[name]) for name in expected} == expected
 
 
 def test_the_data_frame_has_the_rows_and_the_notes() -> None:
