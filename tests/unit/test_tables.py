@@ -257,6 +257,8 @@ def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one
     assert [(t.name, t.accuracies) for t in table.teachers] == [("big", (95.5, None)), ("huge", (None, 95.5))]
     assert "Does not depend on teacher: the same numbers in all these columns" in notes(table)
     assert "Holm's correction for the 3 comparisons" in notes(table)
+    # CE against the KD of each teacher is another test in each column; NONE's differences have no spread.
+    assert "Holm's correction for the 2 comparisons" in notes(build(records, "kd"))
 
 
 def test_different_students_of_two_recipes_are_never_pooled() -> None:
