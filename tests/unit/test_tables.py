@@ -90,6 +90,16 @@ def test_means_deviations_and_differences() -> None:
     assert "Holm's correction for the 2 comparisons" in notes(table)
 
 
+def test_intervals_are_the_bootstraps_where_that_is_asked_for_and_tests_stay_students() -> None:
+    values = {"ce": [90.0 + s % 7 / 10 for s in range(20)], "kd": [90.5 + s % 5 / 5 for s in range(20)]}
+    table = build(comparison(values), interval="bootstrap")
+    found, students = (cell(one, "KD").difference for one in (table, build(comparison(values))))
+    assert found is not None and students is not None
+    assert (found.low, found.high) == statistics.bootstrap(*(dict(enumerate(values[m])) for m in ("kd", "ce")))
+    assert found.low != students.low and (found.p, found.mean) == (students.p, students.mean)
+    assert "bootstrap-t intervals (10,000 draws of the seeds)" in notes(table)
+
+
 def test_best_and_second_are_by_the_shown_mean() -> None:
     table = build(comparison(VALUES | {"at": [94.001, 94.1, 93.9]}))
     assert [cell(table, label).best for label in ("CE", "KD", "AB", "AT")] == [False, False, True, False]
