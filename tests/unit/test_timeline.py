@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kdbench.engine.stage import moment_at
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import batches_per_epoch, timeline
@@ -70,6 +71,13 @@ def test_a_share_is_at_least_one_step() -> None:
 def test_stage_of_a_step() -> None:
     line = timeline(cell("ab", steps=60), 100)
     assert [line.stage(step) for step in (0, 5, 6, 59)] == [0, 0, 1, 1]
+
+
+def test_schedules_count_their_stage_and_the_epochs_of_the_data() -> None:
+    line = timeline(cell("ab", steps=60), 200)
+    assert line.batches_per_epoch == 4 and line.spans[1].start == 6
+    # The second stage's second step is the last one of the data's second epoch.
+    assert moment_at(7, line.spans[1], line) == (1 / 54, 3 / 4, 1 / 4)
 
 
 def test_evaluations_are_even_and_include_the_end_of_every_stage() -> None:
