@@ -233,6 +233,21 @@ def test_learning_rate_and_momentum_resets() -> None:
     assert [i for i, kept in enumerate(momenta) if not kept] == [0, 3, 6]
 
 
+def test_stretches_of_steps_are_the_steps_one_by_one(tmp_path: Path) -> None:
+    """A stretch ends where momentum is forgotten, and where a term begins or ceases to count."""
+    until_half = {"weight_schedule": {"name": "multistep", "at": ["50%"], "gamma": 0.0}}
+    schedule = {"name": "multistep", "at": ["30%", "80%"], "gamma": 0.5, "reset_momentum": True}
+    stages = {name: {"losses": {"kd": until_half}} for name in REGISTRY.card("methods", "kd").stages}
+    spec = cell({"name": "kd", "stages": stages}, steps=10, protocol={"name": "digits", "schedule": schedule})
+    alone, batches, teacher = member_of(spec)
+    assert [alone.stage.alike(step, 10) for step in (0, 2, 3, 5, 8)] == [3, 1, 2, 3, 2]
+    train(alone, batches, teacher, 10)
+    (seat,) = cohort_of([spec], tmp_path)
+    assert same_state(seat.member.student.model, alone.student.model)
+    assert seat.member.log.history[-1]["train"] == alone.meter.result()
+    assert alone.meter.counts == {"ce": 10, "kd": 5, "loss": 10}
+
+
 def test_weight_schedule_over_a_stage() -> None:
     method = {
         "name": "kd",
