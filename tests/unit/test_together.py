@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
 from safetensors.torch import save_file
 
+from kdbench.data.images import ImageData
+from kdbench.engine import logit_table
 from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.finished import names
+from kdbench.engine.logit_files import table_at
+from kdbench.engine.materials import Materials
 from kdbench.engine.messages import CellFailed, CellTask, Event, Settings, TrainCells
 from kdbench.engine.tasks import TaskRunner
 from kdbench.recipe.planning import Plan, PlannedCell, plan
-from kdbench.record import read_record
+from kdbench.record import metrics, read_record
 from kdbench.record_parts import Result
 from kdbench.registry import Registry
 
@@ -22,8 +28,12 @@ HELD_OUT = {"name": "digits", "per_class": 4, "validation": 100, "tested_on": "v
 SMALL = {"data": HELD_OUT, "student": "wrn_10_1", "protocol": "digits", "method": "kd", "steps": 1, "evaluations": 1}
 
 
-def results(planned: Plan, cells: list[PlannedCell], folder: Path) -> list[Result]:
-    """What cells come to that one worker trains at once."""
+def results(planned: Plan, cells: list[PlannedCell], folder: Path, tables: Path = Path("none")) -> list[Result]:
+    """What cells come to that one worker trains at once.
+
+    Args:
+        tables: of teachers' logits.
+    """
     task = TrainCells(
         cells=[
             CellTask(id=i, folder=folder / str(i), spec=cell.spec, names=names(planned, cell))
@@ -33,7 +43,7 @@ def results(planned: Plan, cells: list[PlannedCell], folder: Path) -> list[Resul
         logits=None,
         teacher_folder=folder / "teacher",
         shared=folder,
-        settings=Settings(cache=folder.parent),
+        settings=Settings(cache=folder.parent, tables=tables),
     )
     told: list[Event] = []
     TaskRunner(told.append, lambda: False).run(task)
@@ -41,11 +51,35 @@ def results(planned: Plan, cells: list[PlannedCell], folder: Path) -> list[Resul
     return [read_record(cell.folder / "record.json").result for cell in task.cells]
 
 
-def test_the_share_of_the_teachers_answers_is_that_on_the_images_of_each_seed(tmp_path: Path) -> None:
+def taught(folder: Path) -> Plan:
+    """Two seeds that learn from a teacher with first weights."""
     model = plan({**SMALL, "method": "ce"}, REGISTRY).cells[0].spec
-    save_file(build_model(model.student, model.data, seed=0).state_dict(), tmp_path / "teacher.safetensors")
-    teacher = {"model": "wrn_10_1", "weights": str(tmp_path / "teacher.safetensors")}
-    planned = plan(SMALL | {"teacher": teacher, "seeds": 2}, REGISTRY)
+    save_file(build_model(model.student, model.data, seed=0).state_dict(), folder / "teacher.safetensors")
+    teacher = {"model": "wrn_10_1", "weights": str(folder / "teacher.safetensors")}
+    return plan(SMALL | {"teacher": teacher, "seeds": 2}, REGISTRY)
+
+
+def test_the_share_of_the_teachers_answers_is_that_on_the_images_of_each_seed(tmp_path: Path) -> None:
+    planned = taught(tmp_path)
     alone = [results(planned, [cell], tmp_path / f"alone {cell.spec.seed}")[0] for cell in planned.cells]
     assert results(planned, planned.cells, tmp_path / "together") == alone
     assert alone[0].fidelity
+
+
+def test_each_seed_looks_up_the_logits_of_its_own_training_images(tmp_path: Path) -> None:
+    planned, materials = taught(tmp_path), Materials()
+    materials.settings = Settings(cache=tmp_path, tables=tmp_path / "tables")
+    spec = planned.cells[0].spec
+    file, data = materials.teacher_file(spec, tmp_path / "teacher"), materials.data(spec.data)
+    teacher = materials.teacher(spec, file, REFERENCE)
+    assert file is not None and teacher is not None and spec.teacher is not None and isinstance(data, ImageData)
+    key = logit_table.table_key(spec, file.sha256, data, "float32")
+    table = table_at(key, spec.teacher.name, materials.settings.tables)
+    assert logit_table.fill(table, teacher, data, spec.protocol, torch.device("cpu"), lambda *_: None, lambda: False)
+    results(planned, planned.cells, tmp_path / "computed")
+    results(planned, planned.cells, tmp_path / "looked up", tmp_path / "tables")
+    for seed in ("0", "1"):
+        ways = [tmp_path / way / seed for way in ("computed", "looked up")]
+        assert [read_record(folder / "record.json").compute.teacher_logits for folder in ways] == ["computed", "table"]
+        computed, looked_up = (metrics(folder)[-1]["train"]["kd"] for folder in ways)
+        assert looked_up == pytest.approx(computed, rel=1e-4)
