@@ -71,6 +71,11 @@ def test_no_label_of_the_target_is_touched_in_training(method: str) -> None:
     # Tested on the target, selected on the source: neither asked for the guarded labels.
     assert {"test", "source", "validation"} <= set(measured)
     assert torch.equal(batches.validation.labels.sort().values, torch.arange(10))
+    member.set_modes(evaluating=True)
+    for name, part in (("test", batches.test), ("source", batches.source_test), ("validation", batches.validation)):
+        pictures, labels = next(part.slices())  # type: ignore[union-attr]
+        loss = torch.nn.functional.cross_entropy(member.student.logits(pictures), labels)
+        assert measured[name]["loss"] == pytest.approx(loss.item(), rel=1e-4), name
 
 
 def test_the_guard_would_tell() -> None:
