@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, member_of, pick_up, shortened, train, untrained_teacher
+from tiny import CPU, images, member_of, pick_up, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
@@ -22,6 +22,7 @@ from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import fingerprint
 from kdbench.errors import UserError
+from kdbench.losses.ab import activation_boundary
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -59,6 +60,36 @@ def test_another_seed_is_another_student_and_order() -> None:
     (a, batches_a, _), (b, batches_b, _) = member_of(cell("ce", 0)), member_of(cell("ce", 1))
     assert not same_state(a.student.model, b.student.model)
     assert not torch.equal(batches_a.at(0, a.timeline).index, batches_b.at(0, b.timeline).index)
+
+
+def test_connectors_and_draws_are_those_of_a_seed_and_draws_of_a_step() -> None:
+    (a, *_), (b, *_), (again, *_), (other, *_) = (member_of(cell(*one)) for one in (("ab",), ("ab", 1), ("ab",), ("at",)))
+    assert same_state(a.terms, again.terms) and not same_state(a.terms, b.terms)
+
+    def drawn(member: Member, step: int) -> float:
+        member.step = step
+        member.before_step()
+        return torch.rand(()).item()
+
+    assert drawn(a, 0) == drawn(other, 0), "methods are paired"
+    assert len({drawn(a, 0), drawn(a, 1), drawn(b, 0), drawn(b, 1)}) == 4
+
+
+def test_a_term_is_the_sum_of_its_layers_of_which_the_deepest_weighs_most() -> None:
+    """AB's: 1/4, 1/2 and 1, from the shallowest to the deepest."""
+    member, batches, teacher = member_of(cell("ab"))
+    assert teacher is not None
+    term = member.stage.terms["boundary"]
+    sets = sets_at(batches, 0, member.timeline, ["data"])
+    values = {
+        name: {"data": network(network.normalizer(sets["data"].images), [f"layer{i}.preact" for i in (1, 2, 3)])}
+        for name, network in (("student", member.student), ("teacher", teacher.network))
+    }
+    expected = 0.0
+    for weight, (i, layer) in zip((0.25, 0.5, 1.0), enumerate(term.layers, 1), strict=True):
+        student, taught = (values[name]["data"][f"layer{i}.preact"] for name in ("student", "teacher"))
+        expected += weight * activation_boundary(layer.connectors[0](student), taught).item()
+    assert term(values, sets).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_epoch_sees_every_image_once() -> None:
