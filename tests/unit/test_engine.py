@@ -62,8 +62,18 @@ def test_another_seed_is_another_student_and_order() -> None:
     assert not torch.equal(batches_a.at(0, a.timeline).index, batches_b.at(0, b.timeline).index)
 
 
+def test_another_seed_is_another_subset_but_with_a_seed_for_all() -> None:
+    for split_seed, same in ((None, False), (0, True), (7, True)):
+        parts = []
+        for seed in (0, 1):
+            spec = cell("ce", seed, data={"name": "digits", "split_seed": split_seed})
+            spec = spec.model_copy(update={"data": spec.data.model_copy(update={"per_class": 2})})
+            parts.append(Batches(spec, images(spec.data, per_class=6), CPU).positions)
+        assert torch.equal(*parts) is same, split_seed
+
+
 def test_connectors_and_draws_are_those_of_a_seed_and_draws_of_a_step() -> None:
-    (a, *_), (b, *_), (again, *_), (other, *_) = (member_of(cell(*one)) for one in (("ab",), ("ab", 1), ("ab",), ("at",)))
+    a, b, again, other = (member_of(cell(*one))[0] for one in (("ab", 0), ("ab", 1), ("ab", 0), ("at", 0)))
     assert same_state(a.terms, again.terms) and not same_state(a.terms, b.terms)
 
     def drawn(member: Member, step: int) -> float:
@@ -93,12 +103,16 @@ def test_a_term_is_the_sum_of_its_layers_of_which_the_deepest_weighs_most() -> N
 
 
 def test_an_epoch_sees_every_image_once() -> None:
-    member, batches, _ = member_of(cell("ce"))
+    cropped = {"name": "digits", "augmentation": {"padding": 2, "mode": "zero", "flip": True}}
+    member, batches, _ = member_of(cell("ce", protocol=cropped))
     line = member.timeline
     seen = torch.cat([batches.at(step, line).index for step in range(line.batches_per_epoch)])
     assert sorted(seen.tolist()) == list(range(len(batches.train.labels)))
     later = torch.cat([batches.at(line.batches_per_epoch + step, line).index for step in range(line.batches_per_epoch)])
     assert sorted(later.tolist()) == sorted(seen.tolist()) and later.tolist() != seen.tolist()
+    each = line.batches_per_epoch
+    views = [torch.cat([batches.at(n * each + step, line).view for step in range(each)]) for n in (0, 1)]
+    assert views[0].tolist() != views[1].tolist()
 
 
 def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
@@ -108,6 +122,8 @@ def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
     extra, base = Batches(spec, data, CPU), Batches(plain, data, CPU)
     member, other = Member(spec, extra, untrained_teacher(spec), CPU), Member(plain, base, None, CPU)
     assert member.timeline.extra > 0
+    # Its own first epoch is another one.
+    assert not torch.equal(extra.at(0, member.timeline).index, base.at(0, other.timeline).index)
     a, b = extra.at(member.timeline.extra, member.timeline), base.at(0, other.timeline)
     assert torch.equal(a.index, b.index)
 
@@ -205,7 +221,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 
 def test_evaluation_changes_nothing() -> None:
-    member, batches, teacher = member_of(cell("ab"))
+    member, batches, teacher = member_of(cell({"name": "ab", "share": "50%"}))
     train(member, batches, teacher, 2)
     before, modes = copy.deepcopy(member.state()), [m.training for m in member.student.model.modules()]
     measured = evaluate(member)
@@ -215,8 +231,9 @@ def test_evaluation_changes_nothing() -> None:
     assert all(0 <= share <= 1 for share in shares.values())
     assert all(0.5 <= share <= 1 for share in of_constant.values())
     assert [m.training for m in member.student.model.modules()] == modes
-    for name, value in member.student.model.state_dict().items():
-        assert torch.equal(value, before["student"][name])
+    for part, module in (("student", member.student.model), ("terms", member.terms)):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[part][name]), name
 
 
 def test_a_metric_may_be_called_loss(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_methods_that_read_features_take_the_logits_from_the_table_all_the_same(
     plain = teacher_of(spec).shared(sets, {"data": ["layer2", "logits"]})["data"]
     assert torch.equal(got["layer2"], plain["layer2"])
     assert torch.allclose(got["logits"], plain["logits"] + 1, atol=1e-4)
+    # Other input sets have other views, of which the table knows nothing.
+    second = teacher.shared({"second": sets["data"]}, {"second": ["logits"]})["second"]
+    assert torch.allclose(second["logits"], plain["logits"], atol=1e-4)
 
 
 def test_filling_goes_on_where_it_was_stopped() -> None:

@@ -112,6 +112,13 @@ def test_the_best_weights_are_those_of_the_whole_training_or_none() -> None:
     assert evaluated(asked, [60.0]).log.best is None
     best = evaluated(asked, [80.0, 80.0]).log.best
     assert best is not None and best["step"] == 4
+    # Nobody who chooses sees the test set where there is a validation part.
+    chooses = member_of(spec)[0]
+    for step, (test, validation) in enumerate([(60.0, 71.0), (50.0, 73.0), (90.0, 72.0)], 1):
+        chooses.log.history.append({"step": step, "test": {"accuracy": test}, "validation": {"accuracy": validation}})
+        chooses.keep_best()
+    assert chooses.log.best is not None
+    assert {**chooses.log.best, "weights": None} == {"step": 2, "part": "validation", "accuracy": 73.0, "weights": None}
     asks_no_more = member_of(plain)[0]
     asks_no_more.load_state(asked.state())
     assert evaluated(asks_no_more, [90.0]).log.best is None

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from kdbench.api import load_student
 from kdbench.data.images import ImageData
 from kdbench.engine import logit_table
 from kdbench.engine.build import build_model
@@ -83,3 +84,16 @@ def test_each_seed_looks_up_the_logits_of_its_own_training_images(tmp_path: Path
         assert [read_record(folder / "record.json").compute.teacher_logits for folder in ways] == ["computed", "table"]
         computed, looked_up = (metrics(folder)[-1]["train"]["kd"] for folder in ways)
         assert looked_up == pytest.approx(computed, rel=1e-4)
+
+
+def test_weights_and_logits_beside_a_record_are_of_the_average_that_was_tested(tmp_path: Path) -> None:
+    recipe = SMALL | {"data": {"name": "digits", "per_class": 4}, "method": "ce", "steps": 8}
+    planned = plan(recipe | {"protocol": {"name": "digits", "ema": 0.75}}, REGISTRY)
+    (result,) = results(planned, planned.cells, tmp_path)
+    spec, materials = planned.cells[0].spec, Materials()
+    data = materials.data(spec.data)
+    assert isinstance(data, ImageData)
+    given, kept = spec.protocol.normalization, load_file(tmp_path / "0" / "test_logits.safetensors")["logits"].float()
+    pixels = (data.test_images / 255 - torch.tensor(given.mean)) / torch.tensor(given.std)
+    torch.testing.assert_close(load_student(tmp_path / "0")(pixels).detach(), kept, atol=5e-3, rtol=5e-3)
+    assert 100 * (kept.argmax(1) == data.test_labels).float().mean().item() == pytest.approx(result.test.last, abs=0.3)

@@ -271,6 +271,10 @@ def test_labels_of_mixed_images_are_shares_of_classes_for_losses_that_take_them(
     member, batches, teacher = member_of(spec, images(spec.data, per_class=3))
     batch = batches.at(0, member.timeline)
     assert batch.labels is not None and batch.labels.shape == (8, 10) and batch.images.dtype == torch.float32
+    # Each image is mixed with the one before it, the first with the last.
+    own = batches.train.labels[batch.index]  # type: ignore[index]
+    both = torch.eye(10)[own] + torch.eye(10)[own.roll(1)]
+    assert torch.equal(batch.labels > 0, both > 0) and (both == 1).any()
     train(member, batches, teacher, 6)
     member.check_finite()
     for method, said in (("dkd", "'dkd' needs one class for each image"), ("bss", "batch source")):
