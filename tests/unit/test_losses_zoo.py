@@ -215,6 +215,9 @@ class TestCC:
         pairs = list(itertools.product(range(5), repeat=2))
         total = sum((kernel(student[i], student[j]) - kernel(teacher[i], teacher[j])) ** 2 for i, j in pairs)
         assert losses.kernel_congruence(student, teacher).item() == pytest.approx(total / 25, rel=1e-12)
+        # As a recipe gives it that schedules it.
+        scheduled = losses.kernel_congruence(student, teacher, gamma=torch.tensor(0.4, dtype=torch.float64))  # type: ignore[arg-type]
+        assert scheduled.item() == pytest.approx(total / 25, rel=1e-12)
 
     def test_first_order_leaves_the_square_out(self) -> None:
         student, teacher = vectors()
