@@ -111,7 +111,7 @@ def test_an_epoch_sees_every_image_once() -> None:
     later = torch.cat([batches.at(line.batches_per_epoch + step, line).index for step in range(line.batches_per_epoch)])
     assert sorted(later.tolist()) == sorted(seen.tolist()) and later.tolist() != seen.tolist()
     each = line.batches_per_epoch
-    views = [torch.cat([batches.at(n * each + step, line).view for step in range(each)]) for n in (0, 1)]
+    views = [torch.cat([batches.at(n * each + step, line).view for step in range(each)]) for n in (0, 1)]  # type: ignore[misc]
     assert views[0].tolist() != views[1].tolist()
 
 
@@ -123,7 +123,7 @@ def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
     member, other = Member(spec, extra, untrained_teacher(spec), CPU), Member(plain, base, None, CPU)
     assert member.timeline.extra > 0
     # Its own first epoch is another one.
-    assert not torch.equal(extra.at(0, member.timeline).index, base.at(0, other.timeline).index)
+    assert not torch.equal(extra.at(0, member.timeline).index, base.at(0, other.timeline).index)  # type: ignore[arg-type]
     a, b = extra.at(member.timeline.extra, member.timeline), base.at(0, other.timeline)
     assert torch.equal(a.index, b.index)
 

@@ -95,7 +95,7 @@ def test_intervals_are_the_bootstraps_where_that_is_asked_for_and_tests_stay_stu
     table = build(comparison(values), interval="bootstrap")
     found, students = (cell(one, "KD").difference for one in (table, build(comparison(values))))
     assert found is not None and students is not None
-    assert (found.low, found.high) == statistics.bootstrap(*(dict(enumerate(values[m])) for m in ("kd", "ce")))
+    assert (found.low, found.high) == statistics.bootstrap(dict(enumerate(values["kd"])), dict(enumerate(values["ce"])))
     assert found.low != students.low and (found.p, found.mean) == (students.p, students.mean)
     assert "bootstrap-t intervals (10,000 draws of the seeds)" in notes(table)
 
