@@ -65,15 +65,18 @@ def first_line(error: BaseException) -> str:
 
 
 def failure(error: BaseException) -> str:
-    """How code of the user's failed, in one line: with what, what it said, and at (file:line) of the last frame outside
-    torch, where it is most likely to be mended."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if f"{os.sep}torch{os.sep}" not in frame.filename and not frame.filename.startswith("<")
-    ]
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{_told(error)}{where}".rstrip()
+    """How code of the user's failed, in one line: with what, what it said, and at (file:line) of the user's own code, else
+    of the last frame outside torch."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
+    torch = f"{os.sep}torch{os.sep}"
+    chosen = [one for one in frames if _own(one.filename)] or [one for one in frames if torch not in one.filename]
+    where = f" ({Path(chosen[-1].filename).name}:{chosen[-1].lineno})" if chosen else ""
+    return f"{_told(error)}{where}"
+
+
+def _own(file: str) -> bool:
+    """Whether a file is the user's own code. What was made while running has a name like '<string>'."""
+    return not file.startswith(("<", *_OTHERS)) and not _PACKAGES & {*Path(file).parts}
 
 
 def _told(error: BaseException) -> str:
@@ -84,12 +87,7 @@ def _told(error: BaseException) -> str:
 
 def raised_by_own_code(error: BaseException) -> UserError | None:
     """What an exception says that code of the user's own raised, or led to; None for any other."""
-
-    def own(file: str) -> bool:
-        # What was made while running has a name like '<string>'.
-        return not file.startswith(("<", *_OTHERS)) and not _PACKAGES & {*Path(file).parts}
-
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if own(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename)]
     if not frames:
         return None
     last = frames[-1]

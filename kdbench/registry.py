@@ -29,6 +29,11 @@ from kdbench.validation import validated
 
 C = TypeVar("C", bound=BaseModel)
 
+# Of an argument of a loss that nobody gives.
+_A_TENSOR = (
+    "if it is a tensor, its name must begin with student, teacher or other, or be labels, index or mask; or list all "
+    "tensors as 'inputs' on the loss's card"
+)
 # Keywords that the engine fills in; recipes cannot: of models, of connectors, of optimizers, of data sets.
 _OF_THE_ENGINE = {
     *("classes", "channels", "image_size"),
@@ -211,7 +216,8 @@ class Registry:
             if key not in own:
                 options[key] = value
                 origins[key] = given.origin((key,))
-        return check_options(options, settable, lambda key: origins.get(key, given.origin(())), what, own[1:])
+        where, if_missing = (lambda key: origins.get(key, given.origin(()))), _A_TENSOR if kind == "losses" else ""
+        return check_options(options, settable, where, what, own[1:], if_missing)
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""

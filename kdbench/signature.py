@@ -113,6 +113,7 @@ def check_options(
     where: Callable[[str | None], str],
     what: str,
     also_known: tuple[str, ...] = (),
+    if_missing: str = "",
 ) -> dict[str, Any]:
     """Options for a target, typed: numbers given as text, unknown names and missing ones are errors.
 
@@ -120,6 +121,7 @@ def check_options(
         where: function from an option's name (or None) to "file:line".
         known: the parameters that options may name (without tensors and shapes).
         also_known: further keys allowed at the same place, for suggestions only.
+        if_missing: what a missing one of no plain type may be, if it is no option.
     """
     result: dict[str, Any] = {}
     for name, value in options.items():
@@ -129,9 +131,10 @@ def check_options(
                 hint = "it takes none: options are the arguments of its function, or of its class's own '__init__'"
             raise UserError(f"unknown key '{name}' for {what}", where=where(name), hint=hint)
         result[name] = _typed(value, known[name], where(name), what)
-    missing = [p.name for p in known.values() if p.default is REQUIRED and p.name not in result]
+    missing = [p for p in known.values() if p.default is REQUIRED and p.name not in result]
     if missing:
-        raise UserError(f"{what} needs '{missing[0]}'", where=where(None), hint=f"add '{missing[0]}:'")
+        hint = f"add '{missing[0].name}:'" + (f"; {if_missing}" if if_missing and missing[0].type is None else "")
+        raise UserError(f"{what} needs '{missing[0].name}'", where=where(None), hint=hint)
     return result
 
 

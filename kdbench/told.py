@@ -4,6 +4,7 @@ No card sets them. Beside these names, an argument annotated as a module (`nn.Mo
 among the method's `modules`.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from kdbench.signature import REQUIRED, Parameter, parameters
 
 # Of the batch; its values come first among the arguments, after those of the networks.
 OF_BATCH = ("labels", "index", "mask")
+_OF_NETWORKS = re.compile("(student|teacher|other)s?(?![a-z])")
 
 
 # Name -> what it is. The last two are told anew at every step, the others once the cell is built.
@@ -51,12 +53,12 @@ def inputs_of(target: str) -> list[str]:
     """
     found = []
     for parameter in parameters(target, called=True).values():
-        first = parameter.name.partition("_")[0]
+        network = _OF_NETWORKS.match(parameter.name)
         plain = parameter.type in (int, float, bool, str)
         if parameter.name in TOLD or is_module(parameter) or plain or parameter.default is not REQUIRED:
             break
-        if parameter.name in OF_BATCH or first in ("student", "teacher", "other"):
-            found.append(parameter.name if parameter.name in OF_BATCH else first)
+        if parameter.name in OF_BATCH or network:
+            found.append(network[1] if network else parameter.name)
         else:
             break
     return found

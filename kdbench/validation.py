@@ -21,8 +21,10 @@ def validated(model: type[M], tree: Tree, what: str) -> M:
         order = {"extra_forbidden": 0, "literal_error": 2}
         findings = sorted(error.errors(), key=lambda e: (order.get(e["type"], 1), str(e["loc"])))
         first = findings[0]
-        loc = _keys(first["loc"], tree.data) + (first["loc"][-1:] if first["type"] == "missing" else ())
-        more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        # What is wrong for every alternative of a union is one mistake.
+        places = [_keys(e["loc"], tree.data) + (e["loc"][-1:] if e["type"] == "missing" else ()) for e in findings]
+        loc, others = places[0], {*places} - {places[0]}
+        more = f" (and {len(others)} more)" if others else ""
         text, hint = _explain(model, first, loc)
         raise UserError(f"{what}: {text}{more}", where=_place(tree, loc, first["type"]), hint=hint) from None
 

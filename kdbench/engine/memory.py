@@ -60,8 +60,11 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) * times.get(name, 1) for name, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     layers = [layer for term in every if term.measured for layer in term.layers]
-    seen = [pair for layer in layers for pair in zip(layer.students, layer.teachers, strict=True)]
-    looked_at = FLOAT * sum(math.prod(cell.shapes[s]) + 2 * math.prod(cell.teacher_shapes[t]) for s, t in seen)
+    looked_at = FLOAT * sum(
+        sum(math.prod(cell.shapes[p]) for p in layer.students)
+        + 2 * sum(math.prod(cell.teacher_shapes[p]) for p in layer.teachers)
+        for layer in layers
+    )
     saved = max(
         _saved(
             stage.values(),

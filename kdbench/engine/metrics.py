@@ -1,11 +1,11 @@
 """The losses' own metrics, at evaluations. One that fails costs its value, never the cell that was trained."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdbench.errors import UserError, failure
 
@@ -28,14 +28,14 @@ class Metrics:
         self.sums: dict[MetricPoint, Tensor] = {}
         self.failed: dict[MetricPoint, str] = {}
         # Of two terms that measure one point, the later stage's counts.
-        self.references: dict[MetricPoint, tuple[str, Any]] = {}
+        self.references: dict[MetricPoint, tuple[tuple[bool, list[str]], Any]] = {}
         self.places: dict[MetricPoint, None] = {}
         for term in terms:
-            for point, _, taught in _pairs(term):
+            for point, layer in _places(term):
                 self.places |= dict.fromkeys((metric, point) for metric in term.metrics)
                 for metric, reference in term.references.items():
                     built = self._carried_out(_of_reference(metric, point), reference)
-                    self.references[metric, point] = taught, built
+                    self.references[metric, point] = (term.joint, layer.teachers), built
 
     def points(self, network: str) -> list[str]:
         """Hook points of the "student" or the "teacher" that they read."""
@@ -46,14 +46,14 @@ class Metrics:
         here: dict[MetricPoint, Tensor] = {}
         for term in self.terms:
             for metric, function in term.metrics.items():
-                for point, connector, taught in _pairs(term):
-                    given = (function, connector, student[point], teacher[taught])
+                for point, layer in _places(term):
+                    given = (function, term.joint, layer, student, teacher)
                     if (value := self._carried_out((metric, point), _measured, *given)) is not None:
                         here[metric, point] = value
         for (metric, point), (taught, reference) in self.references.items():
             # A reference that could not be built has failed already.
             place = _of_reference(metric, point)
-            self._carried_out(place, lambda one, value: one.add(value), reference, teacher[taught])
+            self._carried_out(place, lambda one, *of: one.add(_at(*of)), reference, teacher, *taught)
         for place, value in here.items():
             self.sums[place] = self.sums.get(place, 0) + value * images
         self.images += images
@@ -103,7 +103,7 @@ def check_metrics(term: Any, student: Mapping[str, Tensor], teacher: Mapping[str
     if not term.measured:
         return
     what = f"of the loss '{term.name}' ({term.spec.loss.target})"
-    if any(len(layer.students) != len(layer.teachers) for layer in term.layers):
+    if not all(layer.students and layer.teachers for layer in term.layers):
         hint = "a metric takes a value of the student and one of the teacher, which the loss must read"
         raise UserError(f"the metric '{next(iter(term.metrics))}' {what} cannot be measured", hint=hint)
     taken = [*student.values(), *teacher.values()]
@@ -122,18 +122,27 @@ def check_metrics(term: Any, student: Mapping[str, Tensor], teacher: Mapping[str
 _HINT = "a metric takes values of student and teacher and returns a scalar tensor; a reference has 'add' and 'value'"
 
 
-def _pairs(term: Any) -> Iterator[tuple[str, nn.Module, str]]:
-    """Hook points that a term compares: of the student, with the connector behind it, and of the teacher."""
+def _places(term: Any) -> Iterator[tuple[str, Any]]:
+    """What each call of a term takes, by the student's hook points."""
     for layer in term.layers:
-        yield from zip(layer.students, layer.connectors, layer.teachers, strict=True)
+        yield "+".join(layer.students), layer
+
+
+def _at(values: Mapping[str, Tensor], joint: bool, points: Sequence[str]) -> Any:
+    """What a metric gets of one network, as its loss does: a list where that takes several hook points at once."""
+    found = [values[point] for point in points]
+    return found if joint else found[0]
 
 
 def _of_reference(metric: str, point: str) -> MetricPoint:
     return f"{metric}_reference", point
 
 
-def _measured(metric: Callable[..., Any], connector: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
-    value = metric(connector(student), teacher)
+def _measured(
+    metric: Callable[..., Any], joint: bool, layer: Any, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> Tensor:
+    fitted = {p: connector(student[p]) for p, connector in zip(layer.students, layer.connectors, strict=True)}
+    value = metric(_at(fitted, joint, layer.students), _at(teacher, joint, layer.teachers))
     if not isinstance(value, Tensor) or value.dim() or value.is_complex():
         given = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"it gives {given}, no scalar tensor")

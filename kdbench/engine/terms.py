@@ -218,7 +218,7 @@ class Term(nn.Module):
     @property
     def measured(self) -> bool:
         """Whether the term has metrics, of student and teacher on the data's own images."""
-        return bool(self.metrics) and not self.joint and self.spec.input == "data" and self.spec.of == "student"
+        return bool(self.metrics) and self.spec.input == "data" and self.spec.of == "student"
 
     def check(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
         """Compute the term once on random values of the right shapes.

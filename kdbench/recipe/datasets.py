@@ -63,7 +63,9 @@ def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
         raise UserError(what, tree.origin(("data", "validation")))
     if left < card.classes or (choice.per_class or 0) * card.classes > left:
         what = f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice"
-        hint = f"after the validation split {max(left, 0):.0f} images are left"
+        most = f"'per_class' can be {left // card.classes:.0f} at most" if left >= card.classes else ""
+        kept = f"after the validation split {max(left, 0):.0f} images are left" if held_out else ""
+        hint = "; ".join(filter(None, (kept, most)))
         raise UserError(what, tree.origin(("data", "per_class" if choice.per_class else "validation")), hint)
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
         hint = f"its labels are 0 to {card.classes - 1}"

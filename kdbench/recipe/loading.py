@@ -45,7 +45,7 @@ def find(recipe: str, base: Path | None = None) -> Path:
         name = Path(recipe).stem
         raise UserError(
             f"there is no recipe file '{recipe}'",
-            hint=f"shipped recipes: {did_you_mean(name, recipe_names())} ('kdbench ls recipes')",
+            hint=f"{did_you_mean(name, recipe_names())} ('kdbench ls recipes' lists the shipped ones)",
         )
     raise UserError(f"there is no recipe '{recipe}'", hint=did_you_mean(recipe, recipe_names()))
 

@@ -205,7 +205,8 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
     total = sum(stage.share or 0.0 for stage in stages.values())
     if total > 1 + 1e-9 or (rest and total >= 1) or (not rest and abs(total - 1) > 1e-9):
         hint = "they sum to 100 %; one stage may leave its share out and take the rest"
-        raise UserError(f"method '{method}': the shares of its stages sum to {total:.0%}", where, hint)
+        nothing = f", which leaves nothing to '{rest[0]}'" if rest else ""
+        raise UserError(f"method '{method}': the shares of its stages sum to {total:.0%}{nothing}", where, hint)
 
 
 def _is_mapping(data: Any, path: tuple[str, ...]) -> bool:

@@ -11,6 +11,7 @@ from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.names import own_name
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.choices import StudentChoice, TeacherChoice
+from kdbench.recipe.loading import find
 from kdbench.recipe.named import named_spec
 from kdbench.recipe.several import several_teachers
 from kdbench.recipe.specs import CellSpec, ModelSpec, TeacherSpec, WeightsSpec
@@ -130,7 +131,13 @@ def _training(
     places = (folder, folder / "recipes", folder.parent / "recipes")
     named = [folder / card.recipe, *(place / f"{card.recipe}.yaml" for place in places)]
     beside = [file for file in named if file.is_file()]
-    cell = trained(str(beside[0]) if beside else card.recipe, origin, tree.data["data"].get("root"))
+    recipe = str(beside[0]) if beside else card.recipe
+    try:
+        find(recipe)
+    except UserError as error:
+        hint = f"put it beside the card, or into a folder 'recipes' there; {error.hint}"
+        raise UserError(f"teacher '{name}': {error.what}", origin, hint) from None
+    cell = trained(recipe, origin, tree.data["data"].get("root"))
     if cell.method.predicts is not None:
         raise UserError(
             f"teacher '{name}': students of the method '{cell.method.name}' answer through modules of the method, and "

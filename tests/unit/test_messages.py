@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+import yaml
 from conftest import ROOT
 from fuzzing import Found, folders, recipes
 from rich.console import Console
@@ -84,6 +85,13 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\nsteps: 017", 6, "'017' would be read as 15"),
         ("method: kd\nsteps: 1:30", 6, "'1:30' would be read as 90"),
         ("method: kd\nprotocol: {name: digits, optimizer: {lr: 1:30.5}}", 6, "would be read as 90.5"),
+        ("method: kd\nseeds: -1", 7, "'seeds' cannot be -1\n"),
+        ("method: kd\nevaluations: -1", 7, "'evaluations' cannot be -1\n"),
+        (
+            "method: kd\ndata: {name: digits, per_class: 300}",
+            6,
+            "too few for this choice\n  'per_class' can be 119 at most",
+        ),
         ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text contains the character"),
     ],
 )
@@ -93,6 +101,32 @@ def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, s
         plan(written(tmp_path, more), SHIPPED)
     assert time.monotonic() - before < 2
     assert said in str(error.value) and str(error.value.where).endswith(f"r.yaml:{line}"), error.value
+
+
+def test_what_is_left_to_a_stage_and_where_a_teachers_recipe_lies_is_told(tmp_path: Path) -> None:
+    stages = [{"name": name, "losses": {"ce": {"loss": "cross_entropy"}}} for name in ("first", "second")]
+    stages[0] |= {"share": "100%"}
+    cards = {
+        "methods": {"two": {"title": "Two", "stages": stages}},
+        "teachers": {"mine": {"model": "wrn_10_1", "data": "digits", "recipe": "my_tech"}},
+        "losses": {"strange": {"target": "strange:strange"}},
+    }
+    (tmp_path / "cards.yaml").write_text(yaml.safe_dump(cards))
+    (tmp_path / "strange.py").write_text("def strange(features, targets):\n    return features\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", [*sys.path])
+        own = Registry([tmp_path])
+        with pytest.raises(UserError, match="sum to 100%, which leaves nothing to 'second'"):
+            plan(written(tmp_path, "method: two"), own)
+        with pytest.raises(
+            UserError, match=r"cards.yaml:\d+: teacher 'mine': there is no recipe 'my_tech'\n  put it bes"
+        ):
+            plan(written(tmp_path, "method: kd\nteacher: mine"), own)
+        more = "method: {name: kd, stages: {classification: {losses: {kd: {loss: strange}}}}}"
+        with pytest.raises(UserError, match="needs 'features'\n.*begin with student, teacher or other"):
+            plan(written(tmp_path, more), own)
+    with pytest.raises(UserError, match=r"there is no recipe file 'abwrn.yaml'\n  did you mean 'ab_wrn'"):
+        plan("abwrn.yaml", SHIPPED)
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,15 @@ class BrokenConnector(nn.Module):
         return {}["absent"]
 
 
+class OfWrongSizes(nn.Module):
+    def __init__(self, student_shape, teacher_shape):
+        super().__init__()
+        self.last = nn.Linear([3], 4)
+
+    def forward(self, student, teacher):
+        return distance(self.last(student), teacher)
+
+
 class WithWeight(nn.Module):
     def __init__(self, student_shape, teacher_shape):
         super().__init__()
@@ -337,6 +346,14 @@ def later(student, teacher):
     if CALLS["metric"] > 1:
         raise ValueError("enough")
     return student.mean()
+
+
+def of_lists(students, teachers):
+    return sum((own - taught).square().mean() for own, taught in zip(students, teachers))
+
+
+def count(students, teachers):
+    return torch.tensor(100.0 * len(students) + len(teachers)) + 0 * students[0].mean()
 
 
 class Reference:
@@ -369,6 +386,7 @@ NAMES = ["same", "as_tensor", "gives_nothing", "fails", "leaves", "smaller", "ot
 MEASURED = ["each_image", "number", "raising", "leaving", "doubling", "not_a_number", "good", "later"]
 
 OPTIMIZER = "broken_optimizer"
+BOTH = ["student", "connectors"]
 CONNECTORS = ["leaving_connector", "broken_connector", "no_connector", "BrokenConnector"]
 
 
@@ -383,9 +401,14 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     }
     losses["no_reference"] = losses["good"] | {"references": {"good": "own_code:NoReference"}}
     losses["no_teacher"] = losses["good"] | {"target": "own_code:of_labels"}
+    losses["of_lists"] = {
+        "target": "own_code:of_lists",
+        "metrics": {"apart": "own_code:of_lists", "n": "own_code:count"},
+    }
     losses["good"] |= {"references": {"good": "own_code:Reference"}}
     losses |= {
-        name: {"target": f"own_code:{name}"} for name in ("leaves_at_once", "leaves_later", "wrong_key", "WithWeight")
+        name: {"target": f"own_code:{name}"}
+        for name in ("leaves_at_once", "leaves_later", "wrong_key", "WithWeight", "OfWrongSizes")
     }
     method: dict[str, Any] = {"title": "Own", "stages": [{"name": "training", "losses": {"own": {"loss": "good"}}}]}
     cards = {
@@ -485,6 +508,25 @@ def test_a_metric_that_fails_later_costs_its_value_and_not_the_cell(loss: str, w
     assert found["references"]["good"]["logits"] > 0 and "unmeasured" not in found
 
 
+def test_a_metric_of_a_loss_of_several_hook_points_gets_lists_too(own: Registry) -> None:
+    term = {"loss": "of_lists", "hook": ["logits", "pooled"], "connector": "conv1x1_bn"}
+    spec = cell(own, method={"name": "own", "stages": {"training": {"trains": BOTH, "losses": {"own": term}}}})
+    check_cell(spec)
+    member, batches, teacher = member_of(spec)
+    train(member, batches, teacher, 1)
+    found = evaluate(member)
+    assert found["metrics"]["n"] == {"logits+pooled": 202.0} and "unmeasured" not in found
+    (loss,) = member.terms_of("training").values()
+    total, points = 0.0, ["logits", "pooled"]
+    with torch.no_grad():
+        for images, labels in batches.test.every(1).slices():
+            own_values = member.student(member.student.normalizer(images), points)
+            taught = teacher.network(teacher.network.normalizer(images), points)
+            for point, connector in zip(points, loss.eval().layers[0].connectors, strict=True):
+                total += len(labels) * (connector(own_values[point]) - taught[point]).square().mean().item()
+    assert found["metrics"]["apart"] == {"logits+pooled": pytest.approx(total / len(batches.test), rel=1e-5)}
+
+
 @pytest.mark.parametrize(("options", "told"), [({"more": 2}, "gives 12 logits"), ({"more": -1}, "gives 9 logits")])
 def test_a_network_of_other_logits_than_classes_is_told(options: dict[str, Any], told: str, own: Registry) -> None:
     with pytest.raises(UserError, match=f"model 'own' {told}.* 10 classes") as error:
@@ -536,6 +578,7 @@ def stage(**loss: Any) -> dict[str, Any]:
             {"method": stage(loss="good", connector="no_connector")},
             "connector 'no_connector' .* is a NoneType, not a torch",
         ),
+        ({"method": stage(loss="OfWrongSizes")}, r"loss 'OfWrongSizes': TypeError: .*\(own_code.py:\d+\)"),
         ({"method": stage(loss="WithWeight", connector="BrokenConnector")}, r"its connector: KeyError: 'absent' \(own"),
         ({"method": "answers"}, r"cannot answer through 'predicts': KeyError: 'absent' \(own"),
         ({"method": "optimizer"}, r"optimizer 'broken_optimizer': KeyError: 'absent' \(own"),

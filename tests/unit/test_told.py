@@ -114,6 +114,15 @@ def test_inputs_are_read_from_signatures() -> None:
         assert card.inputs[: len(found := inputs_of(card.target))] == found, name
 
 
+def test_tensors_of_a_loss_may_be_called_by_the_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "plural_loss.py").write_text(
+        "def one(students, teachers_of_all, other_view, labels, scale: float): ...\ndef two(student, otherwise): ...\n"
+    )
+    assert inputs_of("plural_loss:one") == ["student", "teacher", "other", "labels"]
+    assert inputs_of("plural_loss:two") == ["student"]
+
+
 def test_a_loss_takes_several_hook_points_and_what_it_is_told(tmp_path: Path) -> None:
     terms = {
         "far": {
