@@ -65,8 +65,8 @@ def first_line(error: BaseException) -> str:
 
 
 def failure(error: BaseException) -> str:
-    """How code of the user's failed, in one line: with what, what it said, and at (file:line) of the user's own code, else
-    of the last frame outside torch."""
+    """How code of the user's failed, in one line: with what, what it said, and the place (file:line) of the user's own
+    code, or else of the last frame outside torch."""
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
     torch = f"{os.sep}torch{os.sep}"
     chosen = [one for one in frames if _own(one.filename)] or [one for one in frames if torch not in one.filename]
