@@ -124,7 +124,7 @@ class TestAll:
                 LOSSES[name](own, taught)
 
 
-@pytest.mark.parametrize("name", LOSSES.keys() - ELSEWHERE)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - ELSEWHERE))
 def test_a_student_like_its_teacher_is_at_the_least_value(name: str) -> None:
     loss, (_, teacher) = LOSSES[name], PAIRS[name]()
     student = teacher.clone().requires_grad_()
@@ -136,7 +136,7 @@ def test_a_student_like_its_teacher_is_at_the_least_value(name: str) -> None:
         assert loss(teacher + 0.3 * rand(*teacher.shape, seed=seed), teacher).item() > value.item() + 1e-5
 
 
-@pytest.mark.parametrize("name", LOSSES.keys() - OF_VECTORS.keys() - RELATIONAL - LABELLED.keys())
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - OF_VECTORS.keys() - RELATIONAL - LABELLED.keys()))
 def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     student, teacher = PAIRS[name]()
     each = [LOSSES[name](student[i : i + 1], teacher[i : i + 1]).item() for i in range(len(student))]
