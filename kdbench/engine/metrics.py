@@ -50,10 +50,11 @@ class Metrics:
                     given = (function, term.joint, layer, student, teacher)
                     if (value := self._carried_out((metric, point), _measured, *given)) is not None:
                         here[metric, point] = value
-        for (metric, point), (taught, reference) in self.references.items():
+        for (metric, point), ((joint, taught), reference) in self.references.items():
             # A reference that could not be built has failed already.
             place = _of_reference(metric, point)
-            self._carried_out(place, lambda one, *of: one.add(_at(*of)), reference, teacher, *taught)
+            values = [teacher[point] for point in taught]
+            self._carried_out(place, lambda one, *of: one.add(_given(*of)), reference, joint, values)
         for place, value in here.items():
             self.sums[place] = self.sums.get(place, 0) + value * images
         self.images += images
@@ -128,10 +129,9 @@ def _places(term: Any) -> Iterator[tuple[str, Any]]:
         yield "+".join(layer.students), layer
 
 
-def _at(values: Mapping[str, Tensor], joint: bool, points: Sequence[str]) -> Any:
+def _given(joint: bool, values: Sequence[Tensor]) -> Any:
     """What a metric gets of one network, as its loss does: a list where that takes several hook points at once."""
-    found = [values[point] for point in points]
-    return found if joint else found[0]
+    return values if joint else values[0]
 
 
 def _of_reference(metric: str, point: str) -> MetricPoint:
@@ -141,8 +141,8 @@ def _of_reference(metric: str, point: str) -> MetricPoint:
 def _measured(
     metric: Callable[..., Any], joint: bool, layer: Any, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
 ) -> Tensor:
-    fitted = {p: connector(student[p]) for p, connector in zip(layer.students, layer.connectors, strict=True)}
-    value = metric(_at(fitted, joint, layer.students), _at(teacher, joint, layer.teachers))
+    fitted = [connector(student[point]) for point, connector in zip(layer.students, layer.connectors, strict=True)]
+    value = metric(_given(joint, fitted), _given(joint, [teacher[point] for point in layer.teachers]))
     if not isinstance(value, Tensor) or value.dim() or value.is_complex():
         given = f"shape {[*value.shape]}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"it gives {given}, no scalar tensor")
