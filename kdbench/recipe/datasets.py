@@ -10,6 +10,7 @@ from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.named import spec_of
 from kdbench.recipe.specs import DataSpec
+from kdbench.recipe.timeline import validation_images
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 
@@ -54,25 +55,38 @@ def _card_of(folder: Path, where: str, registry: Registry) -> str:
 
 def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
     choice = recipe.data
-    where = tree.origin(("data",))
-    card = registry.card("datasets", choice.name, where)
-    held_out = choice.validation * card.train if choice.validation < 1 else choice.validation
-    left = card.train - held_out
-    if not isinstance(choice.validation, int) and choice.validation >= 1:
-        what = f"'data.validation' is a share below 1 or a whole number of images, not {choice.validation}"
-        raise UserError(what, tree.origin(("data", "validation")))
-    if left < card.classes or (choice.per_class or 0) * card.classes > left:
-        what = f"'{choice.name}' has {card.train} training images of {card.classes} classes: too few for this choice"
-        most = f"'per_class' can be {left // card.classes:.0f} at most" if left >= card.classes else ""
-        kept = f"after the validation split {max(left, 0):.0f} images are left" if held_out else ""
-        hint = "; ".join(filter(None, (kept, most)))
-        raise UserError(what, tree.origin(("data", "per_class" if choice.per_class else "validation")), hint)
+    card = registry.card("datasets", choice.name, tree.origin(("data",)))
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
         hint = f"its labels are 0 to {card.classes - 1}"
         raise UserError(f"'{choice.name}' has no class {bad[0]}", tree.origin(("data", "only_classes")), hint)
     # All classes are no choice among them.
     only = sorted(chosen) if 0 < len(chosen := set(choice.only_classes or ())) < card.classes else None
-    return spec_of_card(registry=registry, **choice.model_dump() | {"only_classes": only})
+    data = spec_of_card(registry=registry, **choice.model_dump() | {"only_classes": only})
+    origins = (tree.origin(("data", key)) for key in ("validation", "per_class"))
+    check_parts(data, *origins)
+    return data
+
+
+def check_parts(data: DataSpec, where: str, where_chosen: str) -> None:
+    """Raises UserError for a validation part that cannot be, or that leaves too few images to train on.
+
+    Args:
+        where: where the size of the part stands.
+        where_chosen: where the number of training images stands.
+    """
+    size, held_out = data.validation, validation_images(data)
+    if not isinstance(size, int) and size >= 1:
+        what = f"the size of a validation part is a share below 1 or a whole number of images, not {size}"
+        raise UserError(what, where)
+    left = data.train - held_out
+    if left < data.classes or (data.per_class or 0) * data.classes > left:
+        what = f"'{data.name}' has {data.train} training images of {data.classes} classes: too few for this choice"
+        most = f"'per_class' can be {left // data.classes} at most" if left >= data.classes else ""
+        kept = f"after the validation split {max(left, 0)} images are left" if held_out else ""
+        raise UserError(what, where_chosen if most else where, "; ".join(filter(None, (kept, most))))
+    if size > 0 and held_out < data.classes:
+        what = f"{held_out} images for validation are too few for the {data.classes} classes of '{data.name}'"
+        raise UserError(what, where, "give a share below 1, as 0.2, or a larger number of images")
 
 
 def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) -> DataSpec | None:

@@ -12,7 +12,7 @@ from kdbench.files import OWN_FOLDERS
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
-from kdbench.recipe.datasets import spec_of_card
+from kdbench.recipe.datasets import check_parts, spec_of_card
 from kdbench.recipe.loading import load, typed
 from kdbench.recipe.networks import teacher_spec
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
@@ -186,7 +186,7 @@ def _candidates(
     for setting in tuning.settings(keys) if keys else ():
         spec, _ = resolved(tuning.laid_over(variant, setting, keys))
         own = [replace(cell, spec=spec.model_copy(update={"seed": cell.spec.seed})) for cell in cells]
-        tried = [_tried(own[0], setting, seed, tuning.tune) for seed in tuning.tune.seeds]
+        tried = [_tried(own[0], setting, seed, tuning) for seed in tuning.tune.seeds]
         found.setdefault(spec.identity(), Candidate(setting, tried, own))
         if len(found) == tuning.tune.trials:
             return list(found.values())
@@ -195,13 +195,22 @@ def _candidates(
     return []
 
 
-def _tried(cell: PlannedCell, setting: dict[str, Any], seed: int, tune: Tune) -> PlannedCell:
-    """A cell of the table as it is tried: with another seed, and tested on images of the training set."""
-    spec = cell.spec
-    data = {"validation": spec.data.validation or tune.validation, "tested_on": "validation"}
+def _tried(cell: PlannedCell, setting: dict[str, Any], seed: int, tuning: Tuning) -> PlannedCell:
+    """A cell of the table as it is tried: with another seed, and tested on images of the training set.
+
+    Raises:
+        UserError: the table is tested on such images too, or there are too few of them.
+    """
+    spec, where = cell.spec, tuning.origin("validation")
+    if spec.data.tested_on == "validation":
+        what = "settings would be chosen by the validation part, on which the table is tested too"
+        raise UserError(what, where, "leave out 'tune' or 'tested_on: validation'")
+    part = {"validation": spec.data.validation or tuning.tune.validation, "tested_on": "validation"}
+    data = spec.data.model_copy(update=part)
+    check_parts(data, where, where)
     said = [f"{path.removeprefix('method.')} {_name(value)}" for path, value in setting.items()]
     changes = {
-        "data": spec.data.model_copy(update=data),
+        "data": data,
         "method": spec.method.model_copy(update={"label": ", ".join([spec.method.label, *said])}),
         "seed": seed,
     }

@@ -218,3 +218,19 @@ def test_one_end_of_a_range_can_be_overridden() -> None:
     for given in (tune, None):
         with pytest.raises(UserError, match="'kd.alpha.low' needs a list of values"):
             planned("tune.kd.alpha.low=1", tune=given)
+
+
+@pytest.mark.parametrize("size", [1, 1500, 0.001, 1.5])
+def test_a_part_to_choose_by_that_cannot_be_is_told_before_anything_is_trained(size: float) -> None:
+    for said in ("tune", "data"):
+        with pytest.raises(UserError) as error:
+            planned(f"{said}.validation={size}", tune=LISTS)
+        assert error.value.where == f"command line, '{said}.validation={size}'"
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_settings_are_not_chosen_by_the_images_that_the_table_shows(compared: bool) -> None:
+    data = {"name": "digits", "validation": 0.2} | ({} if compared else {"tested_on": "validation"})
+    compare = RECIPE["compare"] | ({"data.tested_on": ["test", "validation"]} if compared else {})
+    with pytest.raises(UserError, match="on which the table is tested too"):
+        planned(tune=LISTS, data=data, compare=compare)
