@@ -59,6 +59,11 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def counted(number: int, thing: str) -> str:
+    """'1 cell', '2 cells': a number with the thing that it counts, whose plural ends in 's'."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

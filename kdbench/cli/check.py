@@ -10,7 +10,7 @@ import typer
 
 from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
 from kdbench.cli.progress import clock
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,8 @@ def command(
     for keeper in routes.values():
         kept = keeper.route or 0
         size = kept * 4 * estimate.size(keeper.student, keeper.data).parameters / 1e6
-        console.print(f"route: {kept} checkpoints of {keeper.student.name} are kept, {size:.0f} MB for each training")
+        are = "checkpoint of {} is" if kept == 1 else "checkpoints of {} are"
+        console.print(f"route: {kept} {are.format(keeper.student.name)} kept, {size:.0f} MB for each training")
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
@@ -174,7 +175,7 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in first.domains)
     computed = possible(plainest(first.compute), device).name if first.compute.settled else "chosen by a short trial"
-    console.print(f"[bold]{planned.title or planned.name}[/bold]: {len(planned.cells)} cells")
+    console.print(f"[bold]{planned.title or planned.name}[/bold]: {counted(len(planned.cells), 'cell')}")
     console.print(
         f"data: {domains}, protocol: {first.protocol.name}, batch size: {first.protocol.batch_size}, "
         f"compute: {computed}, baseline: {planned.baseline}"
@@ -212,17 +213,18 @@ def _print_needs(
         here = f" ({free / 1e9:.1f} GB are free)" if free is not None else ""
         most = memory(left, taken, at_once, device) / 1e9
         console.print(
-            f"memory: up to {most:.1f} GB for each of {at_once} workers{here}; cohorts that do not fit are split"
+            f"memory: up to {most:.1f} GB for each of {counted(at_once, 'worker')}{here}; "
+            "cohorts that do not fit are split"
         )
     if planned.tried:
         seconds = f": {clock(estimate.cells(planned.tried) / workers(device, len(planned.tried)))}" if time else ""
         console.print(
             f"first, each method tries {planned.tune.trials if planned.tune else 0} settings, tested on images of the "
-            f"training set: {len(planned.tried)} cells{seconds}"
+            f"training set: {counted(len(planned.tried), 'cell')}{seconds}"
         )
     if not time:
         return
-    where = f"{at_once} one-thread workers" if device.type == "cpu" else f"{at_once} GPU(s)"
+    where = counted(at_once, "one-thread worker") if device.type == "cpu" else counted(at_once, "GPU")
     console.print(
         f"estimated time for all unfinished cells: {clock(estimate.cells(left) / at_once)} on {where} "
         "(cells that train side by side share their teacher's passes)"

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from kdbench.engine.options import Listener
 from kdbench.engine.scheduling import CellState
+from kdbench.errors import counted
 from kdbench.files import CHECKPOINT
 
 LINE_SECONDS = 15.0
@@ -93,7 +94,7 @@ class _Lines(_Base):
         super().begin(cells, title)
         self.last = time.monotonic()
         self.shown: set[tuple[int, str]] = set()
-        self.say(f"{title}: {len(cells)} cells, {len(cells) - len(self.open)} finished before")
+        self.say(f"{title}: {counted(len(cells), 'cell')}, {len(cells) - len(self.open)} finished before")
 
     def doing(self, text: str) -> None:
         self.say(f"preparing {text}")

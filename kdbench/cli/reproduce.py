@@ -18,7 +18,7 @@ from kdbench.cli.options import (
     RegistryOption,
     RunsOption,
 )
-from kdbench.errors import CellError, UserError, did_you_mean
+from kdbench.errors import CellError, UserError, counted, did_you_mean
 from kdbench.reading import same_name
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     console = page()
     console.print(table)
     at_once = workers(device, sum(len(planned.cells) for planned in plans))
-    where = f"{at_once} GPU(s)" if on_gpu else f"{at_once} one-thread workers"
+    where = counted(at_once, "GPU" if on_gpu else "one-thread worker")
     console.print(
         f"estimate for what is not finished: {clock(total)} on {where}, from a few timed steps of each network"
     )

@@ -17,7 +17,7 @@ from kdbench.engine.device import gpus
 from kdbench.engine.messages import Settings, Task, TrainCells, read_line
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import UNREAD, files_of
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import training_images
@@ -142,4 +142,6 @@ def refuse(spec: CellSpec, ranks: int) -> None:
     if smallest < ranks:
         last = "" if smallest == size else f", as the last one of an epoch is (batches have {size}),"
         hint = "choose another batch size, leave the last one out (protocol.last_batch=drop), or start fewer ranks"
-        raise UserError(f"a batch of {smallest} images{last} cannot be shared out among {ranks} ranks", hint=hint)
+        raise UserError(
+            f"a batch of {counted(smallest, 'image')}{last} cannot be shared out among {ranks} ranks", hint=hint
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import Cells, CellState
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import PUBLISHED, TEACHERS, atomic, sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import Plan, PlannedCell
@@ -139,8 +139,8 @@ class Finished:
             for teacher in self.published.keys() - {cell.folder.name for cell in self.cells}:
                 _copy(results / teacher, folder / teacher)
             self.say(
-                f"{_cells(len(self.taken))} taken from {results}, records without weights; with --no-adopt they are "
-                "trained here"
+                f"{counted(len(self.taken), 'cell')} taken from {results}, records without weights; with --no-adopt they "
+                "are trained here"
             )
 
     def _sort_out(self, what: str, reasons: Mapping[int, str]) -> None:
@@ -151,11 +151,12 @@ class Finished:
         for number in left:
             del self.taken[number]
         if left:
-            self.say(f"{_cells(len(left))} of published results not taken, {what}: {reasons[left[0]]}")
+            self.say(f"{counted(len(left), 'cell')} of published results not taken, {what}: {reasons[left[0]]}")
         if own := [number for number in found if number in self.own]:
             more = f" and {len(own) - 3} more" if len(own) > 3 else ""
             raise UserError(
-                f"{_cells(len(own))} finished before {'was' if len(own) == 1 else 'were'} {what}: {reasons[own[0]]}",
+                f"{counted(len(own), 'cell')} finished before {'was' if len(own) == 1 else 'were'} {what}: "
+                f"{reasons[own[0]]}",
                 where=", ".join(folders[number] for number in own[:3]) + more,
                 hint="nothing is averaged over both: give this run another folder (--runs DIR), bring back what it "
                 "was made from, or remove the folders of these cells, which are then trained again",
@@ -217,7 +218,3 @@ def _copy(source: Path, target: Path) -> None:
         if (source / name).is_file():
             with atomic(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-
-
-def _cells(number: int) -> str:
-    return f"{number} {'cell' if number == 1 else 'cells'}"

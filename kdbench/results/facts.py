@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from kdbench.errors import counted
 from kdbench.record import LAST_EPOCHS, Metric, Record
 from kdbench.record_parts import Data
 
@@ -60,7 +61,7 @@ def _machine(record: Record, digits: int | None) -> str:
     compute = record.compute
     parts = [compute.device_name]
     if compute.device == "cpu":
-        parts.append(f"{compute.threads} {'thread' if compute.threads == 1 else 'threads'}")
+        parts.append(f"{counted(compute.threads, 'thread')}")
     if compute.ranks:
         norms = "synchronized batch norms" if compute.sync_batch_norm else "batch norms of each one's share"
         parts.append(f"{', then '.join(map(str, compute.ranks))} ranks with {norms}")

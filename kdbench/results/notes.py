@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from kdbench.errors import counted
 from kdbench.published import PublishedCard
 from kdbench.recipe.remarks import replaced_normalization
 from kdbench.record import Metric, Record
@@ -87,7 +88,7 @@ def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, 
     yield _paired(comparison, rows)
     if tests:
         level = "5 %" if tests == 1 else f"5 % / {tests} (Holm's first step)"
-        compared = "1 comparison" if tests == 1 else f"{tests} comparisons"
+        compared = counted(tests, "comparison")
         yield f"Intervals are 95 % {_INTERVALS[interval]} of the paired differences"
         yield f"p values are of two-sided paired t tests, with Holm's correction for the {compared} of this table"
         yield (
@@ -218,7 +219,7 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
     elif measure.share_of is not None:
         yield f"The {measure.title} of a student that ignores its input was not recorded"
     if unmeasured := sum(None in record.result.metrics.get(measure.metric, {}).values() for record in records):
-        cells = "1 cell" if unmeasured == 1 else f"{unmeasured} cells"
+        cells = counted(unmeasured, "cell")
         yield Note(f"{measure.title} could not be measured at each hook point in {cells}", warning=True)
 
 

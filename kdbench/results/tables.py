@@ -10,7 +10,7 @@ from pathlib import Path
 from string import ascii_lowercase
 
 from kdbench.cards import LossCard
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.published import PublishedCard
 from kdbench.record import Metric, Record
 from kdbench.registry import Registry
@@ -186,7 +186,9 @@ def _remarks(comparison: Comparison, line: Row, column: Column, difference: Pair
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, line.label, axis.path)]:
         said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
     if difference is not None and difference.n < len(group):
-        said.append(f"the difference is over the {difference.n} seeds that {comparison.baseline.label} has too")
+        said.append(
+            f"the difference is over the {counted(difference.n, 'seed')} that {comparison.baseline.label} has too"
+        )
     if difference is not None and difference.n > 1 and difference.p is None:
         said.append("equal differences for all seeds: no spread, so no interval and no test")
     return said

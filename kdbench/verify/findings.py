@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import METRICS, RECORD, RUN
 from kdbench.reading import inside
 from kdbench.record import Record, RunFile, metrics, read_record, read_run
@@ -54,7 +54,7 @@ def verdict(findings: Iterable[Finding]) -> str:
     findings = list(findings)
     wrong = sum(finding.level == "disagrees" for finding in findings)
     skipped = list(dict.fromkeys(finding.check for finding in findings if finding.level == "unchecked"))
-    said = f"{wrong} {'disagreement' if wrong == 1 else 'disagreements'}" if wrong else "everything agrees"
+    said = counted(wrong, "disagreement") if wrong else "everything agrees"
     if not skipped:
         return said
     return f"{said if wrong else 'everything checked agrees'}; not checked: {', '.join(skipped)}"

@@ -156,3 +156,11 @@ def test_nothing_is_left_of_a_run_whose_only_cell_took_no_time(clock: list[float
     cell.step, cell.state = 8, "finished"
     lines.update(cell)
     assert "almost done" in lines.summary()
+
+
+def test_one_cell_is_not_called_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 8, "method": "ce"}
+    cells = [CellState(plan(recipe, Registry()).cells[0], number) for number in range(2)]
+    for some, said in ((cells[:1], "title: 1 cell, 0 finished before\n"), (cells, "title: 2 cells, 0 finished")):
+        progress._Lines().begin(some, "title")
+        assert capsys.readouterr().err.startswith(said)
