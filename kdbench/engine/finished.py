@@ -139,8 +139,8 @@ class Finished:
             for teacher in self.published.keys() - {cell.folder.name for cell in self.cells}:
                 _copy(results / teacher, folder / teacher)
             self.say(
-                f"{counted(len(self.taken), 'cell')} taken from {results}, records without weights; with --no-adopt they "
-                "are trained here"
+                f"{counted(len(self.taken), 'cell')} taken from {results}, records without weights; with --no-adopt "
+                "they are trained here"
             )
 
     def _sort_out(self, what: str, reasons: Mapping[int, str]) -> None:
