@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from kdbench.forms import IMAGE_SIZE, RESIZE, Card, Entry, Name, Named, Strict, WithOptions
 from kdbench.image_cards import AugmentationCard, Normalization, PixelSize
@@ -37,7 +37,7 @@ def _module(name: str) -> str:
     return name
 
 
-Share = Annotated[str, AfterValidator(_share)]
+Share = Annotated[str, BeforeValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
 PointName = Annotated[str, AfterValidator(point_name)]
 TermName = Annotated[Name, AfterValidator(_term)]
@@ -324,7 +324,9 @@ class StageFields(BaseModel):
 
 
 class StageCard(StageFields, Strict):
-    share: Share | None = Field(None, description="part of the steps; one stage leaves it out and takes the rest")
+    share: Share | None = Field(
+        None, description="part of the steps; one stage leaves it out and takes the rest; one with 0% is left out"
+    )
     source: Named | None = Field(None, description="a batch source, beside the data set or in its place")
     anchors: Anchors | None = Field(
         None, description="learn from checkpoints of the teacher's route, one after another"

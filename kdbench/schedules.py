@@ -41,9 +41,13 @@ def product(schedules: Sequence[Schedule]) -> Callable[[Moment], float]:
 
 def share(text: str) -> float:
     """ "30%" -> 0.3. Raises ValueError for anything else, or outside 0 % to 100 %."""
+    written = f"a share is written like '30%', not {text!r}"
     if not isinstance(text, str) or not text.strip().endswith("%"):
-        raise ValueError(f"a share is written like '30%', not {text!r}")
-    value = float(text.strip()[:-1]) / 100
+        raise ValueError(written)
+    try:
+        value = float(text.strip()[:-1]) / 100
+    except ValueError:
+        raise ValueError(written) from None
     if not 0 <= value <= 1:
         raise ValueError(f"a share lies between 0% and 100%, not {text!r}")
     return value

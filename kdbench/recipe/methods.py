@@ -37,6 +37,8 @@ def method_spec(variant: Variant, protocol: Tree, registry: Registry) -> tuple[M
     predicts = _module(tree.at("predicts"), card, registry, "'predicts'") if card.predicts else None
     stages, tree = expanded(stages, card.stages, tree)
     _check_shares(stages, tree.origin(("stages",)), name)
+    # No step at all, where every other share gives one at least.
+    stages = {key: stage for key, stage in stages.items() if stage.share != 0}
     spec = MethodSpec(
         name=name, label=label, starts_from=card.starts_from, modules=modules, predicts=predicts, stages=stages
     )

@@ -85,6 +85,14 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\nsteps: 017", 6, "'017' would be read as 15"),
         ("method: kd\nsteps: 1:30", 6, "'1:30' would be read as 90"),
         ("method: kd\nprotocol: {name: digits, optimizer: {lr: 1:30.5}}", 6, "would be read as 90.5"),
+        *(
+            (
+                f"method: {{name: ab, stages: {{boundaries: {{share: {given}}}}}}}",
+                6,
+                "a share is written like '30%', not ",
+            )
+            for given in ("0.1", "true", "ten %")
+        ),
         ("method: kd\nseeds: -1", 7, "'seeds' cannot be -1\n"),
         ("method: kd\nevaluations: -1", 7, "'evaluations' cannot be -1\n"),
         (

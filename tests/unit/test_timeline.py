@@ -68,6 +68,13 @@ def test_a_share_is_at_least_one_step() -> None:
     assert [span.steps for span in line.spans] == [1, 2]
 
 
+@pytest.mark.parametrize("none", ["0%", "0.0 %"])
+def test_a_stage_with_no_share_of_the_steps_is_left_out(none: str) -> None:
+    without = cell({"name": "ab", "stages": {"boundaries": {"share": none}}}, steps=60)
+    assert [(span.name, span.steps) for span in timeline(without, 100).spans] == [("classification", 60)]
+    assert without.method.stages == {"classification": cell("ab").method.stages["classification"]}
+
+
 def test_stage_of_a_step() -> None:
     line = timeline(cell("ab", steps=60), 100)
     assert [line.stage(step) for step in (0, 5, 6, 59)] == [0, 0, 1, 1]
