@@ -7,6 +7,7 @@ class's. `val`, `valid` and `validation` are taken for `test`, and so is a split
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import unicodedata
@@ -52,6 +53,7 @@ class Listing:
     Attributes:
         files: split -> class -> picture files, both sorted by name. One split "all" where it is in one piece.
         folders: split -> its folder.
+        unused: folders beside these with pictures of such classes, or called as a test split is.
         stamps: (path below the folder, bytes, modification time in ns) of every picture, and of lists of their classes.
     """
 
@@ -59,6 +61,7 @@ class Listing:
     files: dict[str, dict[str, list[Path]]]
     folders: dict[str, Path]
     stamps: list[tuple[str, int, int]]
+    unused: list[str]
 
     @property
     def classes(self) -> list[str]:
@@ -108,6 +111,7 @@ def listing(root: Path, in_one: bool = False) -> Listing:
     Raises:
         UserError: a link to nothing, a file that is none, a picture of a kind that is not read; it is named.
     """
+    unused: list[str] = []
     if in_one and not (root / "train").is_dir():
         folders = {"all": root}
         for name in class_names(root):
@@ -121,12 +125,24 @@ def listing(root: Path, in_one: bool = False) -> Listing:
         tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
         own = [test for test in tests if _annotated(test) or train & class_names(test)]
         folders = {"train": root / "train", "test": [*own, *tests, root / "test"][0]}
+        unused = _beside(root, train, {folder.name for folder in folders.values()})
     files = {split: class_folders(folder) for split, folder in folders.items()}
     found = [file for by_class in files.values() for images in by_class.values() for file in images]
     lists = [_list(folder) for folder in folders.values() if _annotated(folder) is not None]
     stats = [(file, file.stat()) for file in (*found, *lists)]
     stamps = [(file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns) for file, status in stats]
-    return Listing(root, files, folders, stamps)
+    return Listing(root, files, folders, stamps, unused)
+
+
+def _beside(root: Path, classes: set[str], taken: set[str]) -> list[str]:
+    """Folders that look like a split and are none that is taken."""
+    found = []
+    for place in sorted(root.iterdir()) if root.is_dir() else []:
+        with contextlib.suppress(OSError):  # What is not used need not be readable.
+            names = {unicodedata.normalize("NFC", name) for name in os.listdir(place)} if place.is_dir() else set()
+            if place.name not in taken and names and (place.name in TEST_FOLDERS or names & classes):
+                found.append(place.name)
+    return found
 
 
 def find_folder(roots: Iterable[Path], folder: str) -> Path:

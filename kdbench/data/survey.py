@@ -33,6 +33,9 @@ class Survey:
     Attributes:
         counts: split -> class -> pictures. sizes: smallest, middle and largest height and width.
         modes: Pillow's word for the kind of pixels -> pictures. kinds: endings of files.
+        unused: as of a listing.
+        copies: test pictures that are training pictures too, byte for byte; of a folder in one piece, pictures that are
+            copies of others. None where there was too much to read.
         turned: pictures whose EXIF data say that they are to be turned, which is not done.
         channels, image_size, streamed, mean, std: as the card says.
     """
@@ -41,6 +44,8 @@ class Survey:
     sizes: list[tuple[int, int]]
     modes: dict[str, int]
     kinds: list[str]
+    unused: list[str]
+    copies: int | None
     turned: int
     channels: int
     image_size: int
@@ -83,6 +88,12 @@ class Survey:
         said = [f"{total['train']} training and {total['test']} test pictures of {classes} classes"]
         if "all" in self.counts:
             said.append("there is no folder 'train': a fifth of each class is held out for testing")
+        if self.unused:
+            said.append(f"not used: {', '.join(self.unused)}")
+        if self.copies and "all" in self.counts:
+            said.append(f"copies among them, so that some may be in both parts: {self.copies}")
+        elif self.copies:
+            said.append(f"test pictures that are training pictures too, which makes accuracies too high: {self.copies}")
         said.append(
             f"all pictures have {small} pixels"
             if small == large
@@ -120,7 +131,7 @@ def survey(
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'", hint="give a folder of pictures in folders of their classes")
     found = listing(folder, in_one=True).complete()
-    digest = hashlib.sha256(json.dumps(["2", found.stamps]).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(["3", found.stamps, found.unused]).encode()).hexdigest()[:32]
     kept = cache / f"survey-{digest}.json"
     if kept.is_file() and not all_of_them:
         try:
@@ -166,6 +177,8 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
         sizes=[sizes[0], sizes[len(sizes) // 2], sizes[-1]],
         modes=dict(modes.most_common()),
         kinds=found.kinds,
+        unused=found.unused,
+        copies=_copies(found) if all_of_them or sum(size for _, size, _ in found.stamps) <= MOST_IN_MEMORY else None,
         turned=sum(turned for *_, turned in heads),
         channels=channels,
         image_size=side,
@@ -174,6 +187,21 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
         # Of pictures of one colour nothing is divided.
         std=[round(float(value), 4) if value > 0.002 else 1.0 for value in std],
     )
+
+
+def _copies(found: Listing) -> int:
+    """Test pictures that are training pictures too; of a folder in one piece, pictures that are copies of others."""
+    parts = [[file for files in by_class.values() for file in files] for by_class in found.files.values()]
+    sizes = Counter(size for _, size, _ in found.stamps)
+
+    def content(file: Path) -> str:
+        # What no other has the size of is no copy.
+        return hashlib.sha256(file.read_bytes()).hexdigest() if sizes[file.stat().st_size] > 1 else str(file)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        first, *second = (list(pool.map(content, part)) for part in parts)
+    known = {*first}
+    return sum(one in known for one in second[0]) if second else len(first) - len(known)
 
 
 def _head(file: Path) -> tuple[int, int, str, bool]:

@@ -73,6 +73,40 @@ def test_the_test_split_may_be_called_otherwise(load: Loader, name: str, tmp_pat
     assert counts(load(write(tmp_path / "x", train=3, **{name: 2}))) == [[3, 3], [2, 2]]
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (("train", "val", "test"), "not used: val;"),
+        (("train", "valid", "validation", "test", "more"), "not used: more, valid, validation;"),
+        (("train", "val"), None),
+    ],
+)
+def test_what_is_not_used_of_a_folder_is_told(parts: tuple[str, ...], said: str | None, tmp_path: Path) -> None:
+    root = write(tmp_path / "x", **dict.fromkeys(parts, 2))
+    (root / "notes").mkdir()
+    (root / "notes" / "old").symlink_to(tmp_path / "nowhere")
+    found = "; ".join(survey(root, tmp_path / "cache").sentences())
+    assert said in found if said else "not used" not in found
+    shutil.rmtree(root / parts[1])
+    if len(parts) > 2:
+        assert said not in "; ".join(survey(root, tmp_path / "cache").sentences())
+
+
+def test_test_pictures_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    root = write(tmp_path / "x", train=6, test=2)
+    assert survey(root, tmp_path / "cache").copies == 0
+    for number, other in ((0, "ant"), (3, "bee")):
+        shutil.copy(root / f"train/ant/{number}.png", root / f"test/{other}/copy{number}.png")
+    shutil.copy(root / "test/ant/0.png", root / "test/ant/again.png")
+    seen = survey(root, tmp_path / "cache")
+    assert seen.copies == 2
+    assert "test pictures that are training pictures too, which makes accuracies too high: 2" in seen.sentences()
+    whole = write(tmp_path / "y", all=6)
+    for name in ("a", "b"):
+        shutil.copy(whole / "ant/0.png", whole / f"ant/{name}.png")
+    assert "copies among them, so that some may be in both parts: 2" in survey(whole, tmp_path / "cache").sentences()
+
+
 @BOTH
 def test_pictures_below_their_class_and_of_all_usual_kinds_are_read(load: Loader, tmp_path: Path) -> None:
     root = write(tmp_path / "x")
