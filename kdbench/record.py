@@ -333,9 +333,9 @@ def _cell_folders(folder: Path) -> list[Path]:
 
 def unfinished(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Folders of cells without a record, at or below the given folders, by path: of those that a run planned, else of
-    those that began (they hold metrics)."""
+    those that began (they hold metrics), and a given folder itself where it has neither."""
     given = paths_of(paths)
-    cells = {cell for path in given if path.is_dir() for cell in _cell_folders(path)}
+    cells = {cell for path in given if path.is_dir() for cell in _cell_folders(path) or [path]}
     return sorted(cell for cell in cells if not (cell / RECORD).is_file())
 
 

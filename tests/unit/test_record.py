@@ -201,6 +201,9 @@ def test_unfinished_cells_are_found(tmp_path: Path) -> None:
     (tmp_path / "begun" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert unfinished([tmp_path]) == [tmp_path / "begun"]
     assert unfinished(tmp_path / "whole") == []
+    (tmp_path / "never").mkdir()
+    assert unfinished([tmp_path / "whole", tmp_path / "never"]) == [tmp_path / "never"]
+    assert unfinished(tmp_path) == [tmp_path / "begun"]
 
 
 def test_metrics_are_read(tmp_path: Path) -> None:
