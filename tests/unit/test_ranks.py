@@ -129,7 +129,7 @@ def test_every_loss_is_tested_with_some_method_and_only_pruning_is_refused() -> 
 @pytest.mark.parametrize(
     ("train", "last_batch", "ranks", "told"),
     [
-        (46, "keep", 2, "a batch of 1 images, as the last one of an epoch is (batches have 9), cannot"),
+        (46, "keep", 2, "a batch of 1 image, as the last one of an epoch is (batches have 9), cannot"),
         (46, "drop", 2, None),
         (47, "keep", 2, None),
         (45, "keep", 9, None),
