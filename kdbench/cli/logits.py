@@ -119,8 +119,9 @@ def ls() -> None:
             table.folder.name,
             " × ".join(str(n) for n in table.shape),
             table.key["precision"],
-            f"{table.bytes / 1e6:,.1f}",
-            "complete" if table.complete else f"{table.done / table.shape[0]:.1%}",
+            f"{table.done * table.image_bytes / 1e6:,.1f}",
+            ("all images" if table.done == table.shape[0] else f"{table.done:,} images")
+            + ("" if table.sha256 else ", cut off"),
             clock(table.seconds),
         )
     page().print(shown)

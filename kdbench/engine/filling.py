@@ -31,15 +31,16 @@ def fill_logits(
     """
     folder = options.runs / plan.name
     cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
-    wanted: dict[str, CellState] = {}
+    wanted: dict[str, list[CellState]] = {}
     for cell in cells:
         spec = cell.spec
         if spec.teacher is not None and any(map(_reads_logits, spec.method.terms)):
-            parts = [spec.teacher.identity(), spec.data.name, spec.protocol.augmentation, compute.key(spec.compute)]
-            wanted.setdefault(str(parts), cell)
+            images, way = spec.data.images_key(), compute.key(spec.compute)
+            parts = [spec.teacher.identity(), images, spec.protocol.augmentation, way]
+            wanted.setdefault(str(parts), []).append(cell)
     if not wanted:
         raise UserError("no method of this recipe uses the teacher's logits", where=plan.name)
-    first = list(wanted.values())
+    first = [same[0] for same in wanted.values()]
     with locked_run(folder), Session(options, listener) as session:
         session.check_cells(first)
         if estimate:
@@ -53,10 +54,11 @@ def fill_logits(
             session.check_cells(known)
             done = [cell.folder for cell in known if finished_record(cell.folder) is not None]
             computings = session.computings(folder, known, done)
-        for spec in (cell.spec for cell in first):
+        for same in wanted.values():
+            spec = same[0].spec
             assert spec.teacher is not None
             task = FillLogits(
-                spec=spec,
+                specs=[cell.spec for cell in same],
                 computing=computings[compute.key(spec.compute)],
                 estimate=estimate,
                 teacher_folder=teacher_folder(spec.teacher, options.runs),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kdbench.errors import UserError
-from kdbench.files import home, locked
+from kdbench.files import home, locked, write_json
 from kdbench.forms import Open, Strict
 from kdbench.reading import read_as
 
@@ -32,15 +32,15 @@ class LogitTable:
 
     Attributes:
         key: everything that its values depend on.
-        done: images that are filled.
+        filled: images that it holds, as the bits of a number.
         seconds: that it took so far.
-        sha256: of the whole file, once it is whole.
+        sha256: of the whole file; None while it is being filled, and where that was cut off.
     """
 
     folder: Path
     name: str
     key: dict[str, Any]
-    done: int
+    filled: int
     seconds: float
     sha256: str | None = None
 
@@ -50,12 +50,23 @@ class LogitTable:
         return self.key["images"], self.key["views"], self.key["classes"]
 
     @property
-    def complete(self) -> bool:
-        return self.done >= self.key["images"]
+    def done(self) -> int:
+        """How many images it holds."""
+        return self.filled.bit_count()
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image."""
+        return math.prod(self.shape[1:]) * BYTES[self.key["precision"]]
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.key["precision"]]
+        """Size of the file. Images that it does not hold are holes in it and take no room."""
+        return self.shape[0] * self.image_bytes
+
+    def serves(self, images: int) -> bool:
+        """Whether it can be used for images, given as the bits of a number."""
+        return self.sha256 is not None and not images & ~self.filled
 
 
 def table_at(key: dict[str, Any], name: str, among: Path | None = None) -> LogitTable:
@@ -71,6 +82,19 @@ def table_at(key: dict[str, Any], name: str, among: Path | None = None) -> Logit
     if found is not None and found.key != key:
         raise UserError("this table of teacher logits does not match its folder's name", str(folder), _AGAIN)
     return found or LogitTable(folder, name, key, 0, 0.0)
+
+
+def note(table: LogitTable) -> None:
+    """Write down what is known of a table beside its values."""
+    about = {"name": table.name, "key": table.key, "done": table.done, "seconds": round(table.seconds, 1)}
+    some = {"filled": f"{table.filled:x}"} if table.filled != _first(table.done) else {}
+    whole = {"sha256": table.sha256} if table.sha256 is not None else {}
+    write_json(table.folder / ABOUT, about | some | whole)
+
+
+def _first(n: int) -> int:
+    """The first n images, as the bits of a number."""
+    return (1 << n) - 1
 
 
 def tables_folder() -> Path:
@@ -108,6 +132,8 @@ class _TableFile(Strict):
     name: str
     key: _TableKey
     done: int = Field(ge=0)
+    # Where these are not the first ones.
+    filled: str | None = Field(default=None, pattern="^[0-9a-f]+$")
     seconds: float = Field(ge=0)
     sha256: str | None = None
 
@@ -120,7 +146,11 @@ def read_table(folder: Path) -> LogitTable | None:
     if not (folder / ABOUT).exists():
         return None
     about = read_as(_TableFile, folder / ABOUT, _AGAIN)
-    return LogitTable(folder, about.name, about.key.model_dump(), about.done, about.seconds, about.sha256)
+    filled = _first(min(about.done, about.key.images)) if about.filled is None else int(about.filled, 16)
+    if filled.bit_count() != about.done or filled >> about.key.images:
+        what = "this table of teacher logits is damaged: it says that it holds other images than there are"
+        raise UserError(what, str(folder), _AGAIN)
+    return LogitTable(folder, about.name, about.key.model_dump(), filled, about.seconds, about.sha256)
 
 
 def filling(folder: Path) -> AbstractContextManager[None]:

@@ -2,13 +2,14 @@
 
 With a random crop and mirror an image has finitely many views (162 for a padding of 4), so all logits of CIFAR-10 fit
 in 0.16 GB. Methods that need nothing else of their teacher then run no teacher. A table is filled on purpose, used only
-when it is whole, and belongs to exactly one teacher, data set, normalization, augmentation and precision.
+by cells whose images it all holds, and belongs to exactly one teacher, data set, normalization, augmentation and
+precision.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
-from kdbench.engine.domain import augmentation_of
-from kdbench.engine.logit_files import ABOUT, VALUES, LogitTable, filling, read_table
+from kdbench.engine.domain import augmentation_of, split
+from kdbench.engine.logit_files import VALUES, LogitTable, filling, note, read_table
 from kdbench.engine.network import autocast
 from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
-from kdbench.files import sha256_of, write_json
+from kdbench.files import sha256_of
 from kdbench.recipe.specs import CellSpec, ProtocolSpec, recorded
 
 # Version of the layout on disk.
@@ -64,10 +65,31 @@ def table_key(spec: CellSpec, sha256: str, data: ImageData, precision: str) -> d
     }
 
 
+def images_of(specs: Iterable[CellSpec], data: ImageData) -> int:
+    """The images that cells on one data set train with, as the bits of a number."""
+    found = torch.zeros(len(data.train_labels), dtype=torch.bool)
+    for one, seed in {(spec.data.model_dump_json(), spec.seed): (spec.data, spec.seed) for spec in specs}.values():
+        found[split(one, data.train_labels, seed)[0]] = True
+    return _bits(found)
+
+
+def _bits(images: Tensor) -> int:
+    """Images, bool [N], as the bits of a number."""
+    return int.from_bytes(np.packbits(images.numpy(), bitorder="little").tobytes(), "little")
+
+
+def _indices(bits: int) -> Tensor:
+    """int64 indices of images that are given as the bits of a number, ascending."""
+    packed = np.frombuffer(bits.to_bytes(-(-bits.bit_length() // 8), "little"), dtype=np.uint8)
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(packed, bitorder="little")))
+
+
 def open_table(
     table: LogitTable, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
 ) -> Tensor:
-    """Logits [images, views, classes] of a whole table, compared with the teacher on a sample of views.
+    """Logits [images, views, classes] of a table, compared with the teacher on a sample of views.
+
+    Of images that the table does not hold they are zero.
 
     Raises:
         UserError: they are not what the teacher gives, or the file is damaged.
@@ -79,9 +101,9 @@ def open_table(
     if sha256_of(file) != table.sha256:
         raise UserError("this table of teacher logits is damaged: its file has another sha256", str(file), damaged)
     logits = _mapped(table, "c")
-    images, views, _ = table.shape
+    views, held = table.shape[1], _indices(table.filled)
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
-    at = torch.randint(images, (SAMPLE,), generator=generator)
+    at = held[torch.randint(len(held), (SAMPLE,), generator=generator)]
     view = torch.randint(views, (SAMPLE,), generator=generator)
     pixels = augmentation_of(protocol).view(data.train_images[at].to(device), view.to(device))
     computed = _logits(teacher, pixels).float().cpu()
@@ -96,6 +118,7 @@ def open_table(
 
 def fill(
     table: LogitTable,
+    images: int,
     teacher: Teacher,
     data: ImageData,
     protocol: ProtocolSpec,
@@ -103,46 +126,53 @@ def fill(
     tell: Callable[[int, float], None],
     stop: Callable[[], bool],
 ) -> bool:
-    """Compute what is missing of a table. What was done before is kept, also when this process is killed.
+    """Compute what a table lacks of some images. What was done before is kept, also when this process is killed.
 
     Args:
-        tell: called with images done and seconds of this call, now and then.
+        images: as the bits of a number.
+        tell: called with how many of them are done and seconds of this call, now and then.
         stop: asked before every pass.
 
     Returns:
-        whether the table is whole.
+        whether the table holds all of them.
 
     Raises:
         UserError: the disk is too small, or another process fills this table.
     """
     table.folder.mkdir(parents=True, exist_ok=True)
     with filling(table.folder):
-        table = read_table(table.folder) or table
-        table = _made_room(table)
-        images, views, _ = table.shape
+        table = _made_room(read_table(table.folder) or table, images)
+        lacking = _indices(images & ~table.filled)
+        views = table.shape[1]
         together = max(1, PASS[device.type] // views)
         all_views = torch.arange(views, device=device)
         shape = (together * views, *data.train_images.shape[1:])
-        teacher.network.prepare({frozenset({"logits"}): -(-images // together)}, shape, training=False)
+        teacher.network.prepare({frozenset({"logits"}): -(-len(lacking) // together)}, shape, training=False)
         augmentation = augmentation_of(protocol)
         begin = noted = time.monotonic()
-        done, before = table.done, table.seconds
+        before, held = table.seconds, torch.zeros(table.shape[0], dtype=torch.bool)
+        held[_indices(table.filled)] = True
         stored = _mapped(table, "r+")
-        while done < images and not stop():
-            part = slice(done, min(done + together, images))
+        done = images.bit_count() - len(lacking)
+        for at in range(0, len(lacking), together):
+            if stop():
+                break
+            part = lacking[at : at + together]
+            n = len(part)
             pixels = data.train_images[part].to(device)
-            n = len(pixels)
             batch = augmentation.view(pixels.repeat_interleave(views, dim=0), all_views.repeat(n))
             stored[part] = _logits(teacher, batch).to(stored.dtype).cpu().view(n, views, -1)
+            held[part] = True
             done += n
             now = time.monotonic()
-            if now - noted >= NOTE_SECONDS or done >= images:
-                _note(table, done, before + now - begin)
-                noted = now
+            if now - noted >= NOTE_SECONDS:
+                table, noted = _kept(replace(table, filled=_bits(held), seconds=before + now - begin)), now
                 tell(done, now - begin)
-        if stop() and done < images:
-            _note(table, done, before + time.monotonic() - begin)
-    return done >= images
+        taken = time.monotonic() - begin
+        table = _kept(replace(table, filled=_bits(held), seconds=before + taken))
+        note(replace(table, sha256=sha256_of(table.folder / VALUES)))
+        tell(done, taken)
+    return table.filled & images == images
 
 
 def seconds_an_image(
@@ -175,29 +205,30 @@ def _mapped(table: LogitTable, mode: str) -> Tensor:
     return torch.from_numpy(array).view(kind)
 
 
-def _note(table: LogitTable, done: int, seconds: float) -> None:
-    """Say how far the table is filled, after its values are on the disk."""
-    file = table.folder / VALUES
-    with file.open("rb+") as stream:
+def _kept(table: LogitTable) -> LogitTable:
+    """Note which images a table holds, after its values are on the disk."""
+    with (table.folder / VALUES).open("rb+") as stream:
         os.fsync(stream.fileno())
-    about = {"name": table.name, "key": table.key, "done": done, "seconds": round(seconds, 1)}
-    whole = {"sha256": sha256_of(file)} if done >= table.shape[0] else {}
-    write_json(table.folder / ABOUT, about | whole)
+    note(table)
+    return table
 
 
-def _made_room(table: LogitTable) -> LogitTable:
-    """The table with its file on the disk in full size, so that a full disk is told now and not in the middle of a
+def _made_room(table: LogitTable, images: int) -> LogitTable:
+    """The table with room on the disk for some images, so that a full disk is told now and not in the middle of a
     store. A file that is gone or of another size begins anew."""
     file = table.folder / VALUES
-    if table.done and (not file.is_file() or file.stat().st_size != table.bytes):
-        table = replace(table, done=0, seconds=0.0)
-    free = shutil.disk_usage(table.folder).free
-    if not file.is_file() and free < table.bytes * 1.05:
-        what = f"the table needs {table.bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left"
+    if table.filled and (not file.is_file() or file.stat().st_size != table.bytes):
+        table = replace(table, filled=0, seconds=0.0)
+    lacking = _indices(images & ~table.filled).tolist()
+    needed, free = len(lacking) * table.image_bytes, shutil.disk_usage(table.folder).free
+    if free < needed * 1.05:
+        what = f"the table needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left"
         raise UserError(what, str(table.folder), "make room, or set KDBENCH_HOME to a larger disk")
     with file.open("ab") as stream:
         os.truncate(file, table.bytes)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, table.bytes)
-    _note(table, table.done, table.seconds)
+            for image in lacking:
+                os.posix_fallocate(stream.fileno(), image * table.image_bytes, table.image_bytes)
+    table = replace(table, sha256=None)
+    note(table)
     return table

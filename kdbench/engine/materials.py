@@ -116,16 +116,18 @@ class Materials:
         return teacher
 
     def logits(
-        self, spec: CellSpec, file: TeacherFile | None, teacher: Teacher | None, kept: str | None
+        self, specs: list[CellSpec], file: TeacherFile | None, teacher: Teacher | None, kept: str | None
     ) -> tuple[str, Tensor | None]:
-        """The table of a teacher's logits, where there is a whole one or the cells began with it.
+        """The table of a teacher's logits, where there is one for all images of some cells or they began with it.
 
         Args:
+            specs: of cells with one teacher, on one data set.
             kept: name of the table that they began with, "" for none, None for cells that begin now.
 
         Returns:
             the name of the table, "" for none, and its logits [images, views, classes].
         """
+        spec = next((one for one in specs if one.teacher is not None), specs[0])
         data = self.data(spec.data)
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
             return "", None
@@ -133,11 +135,12 @@ class Materials:
             return "", None
         key = logit_table.table_key(spec, file.sha256, data, teacher.network.computing.precision)
         table = table_at(key, spec.teacher.name, self.settings.tables)
-        if kept is not None and not (table.complete and table.folder.name == kept):
+        serves = table.serves(logit_table.images_of(specs, data))
+        if kept is not None and not (serves and table.folder.name == kept):
             what = f"these cells began with the table of teacher logits '{kept}', which is not there any more"
             hint = "fill it again ('kdbench logits fill RECIPE'), or remove the unfinished cells' folders"
             raise UserError(what, str(table.folder), hint)
-        if not table.complete:
+        if not serves:
             return "", None
         return table.folder.name, logit_table.open_table(table, teacher, data, spec.protocol, self.device)
 

@@ -127,10 +127,12 @@ class FillLogits(Task):
     """Fill a table of teacher logits, or with `estimate` only tell what that takes.
 
     Answered by `TableFound` and `Filled`.
+
+    `specs`: of cells with one teacher on one data set, for whose images it is.
     """
 
     saves = True
-    spec: CellSpec
+    specs: list[CellSpec]
     computing: Computing
     estimate: bool
     teacher_folder: Path
@@ -206,7 +208,8 @@ class ComputingChosen(Event):
 
 
 class TableFound(Event):
-    """A table of teacher logits. `seconds`: that filling the rest takes."""
+    """A table of teacher logits. `images`: those that it is filled for; `done`: how many of them it holds.
+    `seconds`: that filling the rest takes."""
 
     folder: Path
     images: int

@@ -82,7 +82,7 @@ class Sending:
 
     def _tables(self, actor: Any, specs: list[CellSpec], data: set[str]) -> None:
         """Have the tables of teacher logits on a node that there are here, of what its task is about."""
-        whole = [table for table in tables() if table.complete]
+        whole = [table for table in tables() if table.sha256 is not None]
         self.ray.get(actor.clear.remote(TABLES, [f"{t.folder.name}/{name}" for t in whole for name in (VALUES, ABOUT)]))
         teachers = {spec.teacher.name for spec in specs if spec.teacher is not None}
         for table in whole:

@@ -144,7 +144,7 @@ class TaskRunner:
 
         def teacher(way: Computing) -> Teacher | None:
             loaded = self.materials.teacher(first, file, way)
-            _, table = self.materials.logits(first, file, loaded, None)
+            _, table = self.materials.logits(task.specs, file, loaded, None)
             return loaded if loaded is None or table is None else loaded.with_logits(table, batches.positions)
 
         if not compiler_works(self.device) and self.device.type == "cuda" and first.compute.compile is not False:
@@ -163,7 +163,7 @@ class TaskRunner:
 
     def fill_logits(self, task: messages.FillLogits) -> None:
         """Fill a table of teacher logits, or only tell what that takes."""
-        spec, device = task.spec, self.device
+        spec, device = task.specs[0], self.device
         assert spec.teacher is not None
         data = self.materials.data(spec.data)
         if isinstance(data, Pictures) or not spec.protocol.augmentation.finite:
@@ -180,27 +180,28 @@ class TaskRunner:
             assert file is not None
             teacher, sha256 = load_teacher(spec.teacher, spec.data, file.file, device, way), file.sha256
         table = table_at(logit_table.table_key(spec, sha256, data, way.precision), spec.teacher.name)
-        images, views, classes = table.shape
-        each = 0.0 if table.complete else logit_table.seconds_an_image(table, teacher, data, spec.protocol, device)
+        images = logit_table.images_of(task.specs, data)
+        whole, lacking = table.serves(images), (images & ~table.filled).bit_count()
+        each = 0.0 if whole else logit_table.seconds_an_image(table, teacher, data, spec.protocol, device)
         self.emit(
             messages.TableFound(
                 # It is called after the weights.
                 folder=table.folder.parent if unknown else table.folder,
-                images=images,
-                views=views,
-                classes=classes,
-                bytes=table.bytes,
-                done=table.done,
-                seconds=(images - table.done) * each,
+                images=images.bit_count(),
+                views=table.shape[1],
+                classes=table.shape[2],
+                bytes=images.bit_count() * table.image_bytes,
+                done=images.bit_count() - lacking,
+                seconds=lacking * each,
             )
         )
-        if task.estimate or table.complete:
+        if task.estimate or whole:
             return
 
         def tell(done: int, seconds: float) -> None:
             self.emit(messages.Filled(done=done, seconds=seconds))
 
-        if not logit_table.fill(table, teacher, data, spec.protocol, device, tell, self.stopping):
+        if not logit_table.fill(table, images, teacher, data, spec.protocol, device, tell, self.stopping):
             raise CellError("stopped; repeat the command to continue")
 
     def train_cells(self, task: messages.TrainCells) -> None:

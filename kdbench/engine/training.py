@@ -97,7 +97,7 @@ class Training:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.file = materials.teacher_file(first, task.teacher_folder)
         self.teacher = materials.teacher(first, self.file, self.computing)
-        self.table, self.logits = materials.logits(first, self.file, self.teacher, task.logits)
+        self.table, self.logits = materials.logits([cell.spec for cell in cells], self.file, self.teacher, task.logits)
         self.untouched = fingerprint(self.teacher.network.model) if self.teacher else None
         self.cells: dict[TrainingCell, messages.CellTask] = {}
         self._logits_on: dict[Batches, Tensor] = {}

@@ -21,11 +21,13 @@ def test_told_filled_used_and_cleared(kdbench: Kdbench, tmp_path: Path) -> None:
     # What a table is called is known once its teacher is trained.
     assert f"MB in {tmp_path / 'home' / 'teacher_logits'}: about" in told
     assert "no tables" in kdbench("logits", "ls", **home).stdout
+    kdbench("logits", "fill", *TINY, "data.per_class=2", *REGISTRY, **home)
+    assert "20 images" in kdbench("logits", "ls", **home).stdout
     kdbench("logits", "fill", *TINY, *REGISTRY, **home)
     complete = kdbench("logits", "fill", *TINY, *REGISTRY, **home).stdout
     assert "already complete" in complete
     assert kdbench("logits", "fill", *TINY, *REGISTRY, "--estimate", **home).stdout == complete
-    assert "complete" in kdbench("logits", "ls", **home).stdout
+    assert "100 images" in kdbench("logits", "ls", **home).stdout
     kdbench("run", *TINY, *REGISTRY, **home)
     records = [filled(file) for file in (tmp_path / "runs" / "tiny").glob("*/record.json")]
     used = {record["cell"]["method"]: record["compute"]["teacher_logits"] for record in records}

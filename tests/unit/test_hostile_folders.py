@@ -451,7 +451,8 @@ def test_a_teachers_kept_accuracy_of_another_form_is_measured_again_and_told(
 
 @pytest.mark.parametrize(
     "over",
-    [{"done": "all"}, {"done": -1}, {"key": []},
+    [{"done": "all"}, {"done": -1}, {"done": 10**12}, {"key": []},
+     {"filled": "1"}, {"filled": "5"}, {"filled": "0x3"}, {"filled": 3},
      {"key": {"images": 0, "views": 1, "classes": 1, "precision": "float32"}},
      {"seconds": None}, {"name": 5}, {"more": 1}],
     ids=str,
@@ -465,7 +466,7 @@ def test_a_table_of_logits_is_not_believed_unread(
     table.folder.mkdir(parents=True)
     about = {"name": "a", "key": key, "done": 2, "seconds": 1.0}
     (table.folder / "table.json").write_text(json.dumps(about))
-    assert logit_files.table_at(key, "a").complete and len(logit_files.tables()) == 1
+    assert logit_files.table_at(key, "a").done == 2 and len(logit_files.tables()) == 1
     (table.folder / "table.json").write_text(json.dumps(about | over))
     with pytest.raises(UserError, match="damaged"):
         logit_files.table_at(key, "a")

@@ -46,6 +46,11 @@ def cell(method: str = "kd", **more: Any) -> CellSpec:
     return shortened(plan(RECIPE | more | {"method": method}, REGISTRY).cells[0].spec, steps=8)
 
 
+def one_of_each_class() -> CellSpec:
+    spec = cell()
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"per_class": 1})})
+
+
 def teacher_of(spec: CellSpec, precision: str = "float32") -> Teacher:
     plain = untrained_teacher(spec)
     assert plain is not None
@@ -59,7 +64,8 @@ def table_for(spec: CellSpec, data: ImageData, precision: str = "float32", sha25
 
 def filled(spec: CellSpec, data: ImageData, teacher: Teacher, stop: Any = lambda: False) -> LogitTable:
     table = table_for(spec, data, teacher.network.computing.precision)
-    logit_table.fill(table, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
+    images = logit_table.images_of([spec], data)
+    logit_table.fill(table, images, teacher, data, spec.protocol, CPU, lambda done, seconds: None, stop)
     return table_for(spec, data, teacher.network.computing.precision)
 
 
@@ -69,7 +75,7 @@ def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> 
     spec, data = cell(), images(cell().data)
     teacher = teacher_of(spec, precision)
     table = filled(spec, data, teacher)
-    assert table.complete and table.shape == (20, VIEWS, 10)
+    assert table.done == 20 and table.shape == (20, VIEWS, 10)
     values = logit_table.open_table(table, teacher, data, spec.protocol, CPU)
     assert values.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
     augmentation = Augmentation(1, "zero", True)
@@ -81,8 +87,7 @@ def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> 
 
 def test_training_with_a_table_runs_no_teacher_and_learns_the_same() -> None:
     """Also on a subset of the training images, whose positions are not those of the whole set."""
-    spec = cell(data={"name": "digits"})
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"per_class": 1})})
+    spec = one_of_each_class()
     data = images(spec.data)
     with_table, without = teacher_of(spec), teacher_of(spec)
     table = filled(spec, data, with_table)
@@ -130,15 +135,54 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
         return calls > 3
 
     part = filled(spec, data, teacher, stop)
-    assert 0 < part.done < 20 and not part.complete
+    assert 0 < part.done < 20 and not part.serves(logit_table.images_of([spec], data))
     ran: list[int] = []
     teacher.network.model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     whole = filled(spec, data, teacher)
-    assert whole.complete and sum(ran) == (20 - part.done) * VIEWS
+    assert whole.done == 20 and sum(ran) == (20 - part.done) * VIEWS
     fresh = teacher_of(spec)
     values = logit_table.open_table(whole, fresh, data, spec.protocol, CPU)
     pixels = Augmentation(1, "zero", True).view(data.train_images, 5)
     assert torch.allclose(values[:, 5], fresh(pixels, ["logits"])["logits"], atol=1e-4)
+
+
+def test_only_images_that_cells_train_with_are_filled() -> None:
+    """Those of other cells come on top, and what holds too few of a cell's images does not serve it."""
+    few, all_of_them = one_of_each_class(), cell()
+    data = images(few.data)
+    teacher = teacher_of(few)
+    chosen = Batches(few, data, CPU).positions.tolist()
+    assert len(chosen) == 10 and chosen != [*range(10)]
+    ran: list[int] = []
+    teacher(data.train_images[:1], ["logits"])
+    teacher.network.model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    table = filled(few, data, teacher)
+    assert (table.done, sum(ran)) == (10, 10 * VIEWS)
+    wanted = [logit_table.images_of([spec], data) for spec in (few, all_of_them)]
+    assert [table.serves(one) for one in wanted] == [True, False]
+    values = logit_table.open_table(table, teacher_of(few), data, few.protocol, CPU)
+    assert values.flatten(1).any(1).nonzero().flatten().tolist() == chosen
+    ran.clear()
+    whole = filled(all_of_them, data, teacher)
+    assert (whole.done, sum(ran)) == (20, 10 * VIEWS) and all(map(whole.serves, wanted))
+    after = logit_table.open_table(whole, teacher_of(few), data, few.protocol, CPU)
+    assert torch.equal(after[chosen], values[chosen])
+
+
+def test_a_table_whose_filling_was_cut_off_serves_nobody() -> None:
+    """A kill leaves values that no sum was taken of, also of the images before."""
+    few, data = one_of_each_class(), images(cell().data)
+    teacher, wanted = teacher_of(few), logit_table.images_of([few], data)
+    assert filled(few, data, teacher).serves(wanted)
+
+    def killed() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        filled(cell(), data, teacher, killed)
+    left = table_for(few, data)
+    assert left.done == 10 and not left.serves(wanted)
+    assert filled(few, data, teacher).serves(wanted)
 
 
 @pytest.mark.parametrize("change", ["weights", "precision", "normalization", "augmentation", "data", "model"])
@@ -221,7 +265,7 @@ def test_what_was_filled_and_is_lost_is_filled_again(loss: str) -> None:
             stream.truncate(10)
     whole = filled(spec, data, teacher)
     values = logit_table.open_table(whole, teacher, data, spec.protocol, CPU)
-    assert whole.complete and values.abs().flatten(1).amax(1).min() > 0
+    assert whole.done == 20 and values.abs().flatten(1).amax(1).min() > 0
 
 
 def test_listing_and_clearing(tmp_path: Path) -> None:
@@ -253,13 +297,13 @@ def test_how_far_it_is_filled_is_noted_only_after_the_values(monkeypatch: pytest
     order: list[str] = []
     monkeypatch.setattr(logit_table, "NOTE_SECONDS", 0.0)
     monkeypatch.setattr("os.fsync", lambda handle: order.append("values"))
-    write = logit_table.write_json
+    write = logit_files.write_json
 
     def noting(file: Path, about: Any) -> None:
-        order.append("note")
+        order.extend(["note"] if about["done"] else [])
         write(file, about)
 
-    monkeypatch.setattr(logit_table, "write_json", noting)
+    monkeypatch.setattr(logit_files, "write_json", noting)
     table = filled(spec, data, teacher)
     noted = json.loads((table.folder / "table.json").read_text())
     assert noted["done"] == 20

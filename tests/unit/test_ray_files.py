@@ -152,7 +152,9 @@ def test_tables_of_teacher_logits_are_those_of_the_run(
     for name, data in ((spec.teacher.name, "f"), (spec.teacher.name, "other"), ("another teacher", "f")):
         table = table_at(key | {"data": data}, name)
         written(table.folder, **{VALUES: "12345678"})
-        (table.folder / ABOUT).write_text(json.dumps({"name": name, "key": table.key, "done": 2, "seconds": 1.0}))
+        (table.folder / ABOUT).write_text(
+            json.dumps({"name": name, "key": table.key, "done": 2, "seconds": 1.0, "sha256": "x"})
+        )
     written(actor.node.folder / TABLES, old__x="cleared since")
     sending = Sending(NOW, tmp_path)
     written(tmp_path, data="images")
@@ -160,7 +162,7 @@ def test_tables_of_teacher_logits_are_those_of_the_run(
     sending.give(actor, actor.node.folder, order)
     wanted = table_at(key, spec.teacher.name)
     assert {*files_of(actor.node.folder / TABLES)} == {f"{wanted.folder.name}/{name}" for name in (VALUES, ABOUT)}
-    assert table_at(key, spec.teacher.name, actor.node.folder / TABLES).complete
+    assert table_at(key, spec.teacher.name, actor.node.folder / TABLES).done == 2
 
 
 def test_a_node_that_cannot_keep_what_it_is_sent_is_told(tmp_path: Path) -> None:

@@ -76,9 +76,12 @@ def test_each_seed_looks_up_the_logits_of_its_own_training_images(tmp_path: Path
     assert file is not None and teacher is not None and spec.teacher is not None and isinstance(data, ImageData)
     key = logit_table.table_key(spec, file.sha256, data, "float32")
     table = table_at(key, spec.teacher.name, materials.settings.tables)
-    assert logit_table.fill(table, teacher, data, spec.protocol, torch.device("cpu"), lambda *_: None, lambda: False)
-    results(planned, planned.cells, tmp_path / "computed")
-    results(planned, planned.cells, tmp_path / "looked up", tmp_path / "tables")
+    cpu = torch.device("cpu")
+    # The images of one seed are too few for both.
+    for way, cells in (("computed", planned.cells[:1]), ("looked up", planned.cells)):
+        images = logit_table.images_of([cell.spec for cell in cells], data)
+        assert logit_table.fill(table, images, teacher, data, spec.protocol, cpu, lambda *_: None, lambda: False)
+        results(planned, planned.cells, tmp_path / way, tmp_path / "tables")
     for seed in ("0", "1"):
         ways = [tmp_path / way / seed for way in ("computed", "looked up")]
         assert [read_record(folder / "record.json").compute.teacher_logits for folder in ways] == ["computed", "table"]
