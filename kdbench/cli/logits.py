@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Compute a teacher's logits once, for every crop and flip of each training image, and use them in later runs.",
+    help="Compute a teacher's logits once, for every crop and flip of the training images, and use them in later runs.",
     epilog="Examples:  kdbench logits fill ab_wrn --estimate   ·   kdbench logits fill ab_wrn   ·   kdbench logits ls",
 )
 
@@ -43,7 +43,7 @@ def fill(
     download: DownloadOption = True,
     registry: RegistryOption = None,
 ) -> None:
-    """Compute and save the logits of RECIPE's teacher for every crop and flip of each training image.
+    """Compute and save the logits of RECIPE's teacher for every crop and flip of the images that its cells train with.
 
     KD and other methods that use only the teacher's logits then train without running the teacher. Later runs use the
     saved table if teacher, data, augmentation and precision are the same. Size and time are printed first. The command
