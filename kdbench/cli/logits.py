@@ -76,7 +76,7 @@ class _FillDisplay:
     table: TableFound
     shown = 0.0
 
-    def table_found(self, teacher: str, table: TableFound) -> None:
+    def table_found(self, teacher: str, table: TableFound, shown: int) -> None:
         self.teacher, self.table = teacher, table
         what = (
             f"{teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
@@ -87,6 +87,11 @@ class _FillDisplay:
         else:
             so_far = f", {table.done / table.images:.0%} are there" if table.done else ""
             print(f"{what}{so_far}: about {clock(table.seconds)} here", flush=True)
+            if shown < (lacking := (table.images - table.done) * table.views):
+                few = (
+                    f"one run of these cells shows the teacher {shown:,} views, fewer than the {lacking:,} of the table"
+                )
+                print(f"note: {few}, which pays only for more runs than that", flush=True)
 
     def filled(self, done: int, seconds: float) -> None:
         table, live = self.table, sys.stderr.isatty()

@@ -11,7 +11,8 @@ from kdbench.engine.scheduling import CellState
 from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
-from kdbench.recipe.specs import TermSpec
+from kdbench.recipe.specs import CellSpec, TermSpec
+from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import finished_record
 
 
@@ -19,14 +20,15 @@ def fill_logits(
     plan: Plan,
     options: Options,
     estimate: bool,
-    told: Callable[[str, TableFound], None],
+    told: Callable[[str, TableFound, int], None],
     filled: Callable[[int, float], None],
     listener: Listener,
 ) -> None:
     """Fill the tables of teacher logits that the cells of a plan can use; with `estimate` only tell what that takes.
 
     Args:
-        told: is given every teacher and its table before that is filled.
+        told: is given every teacher, its table before that is filled, and the number of views that the teacher would be
+            shown by a run of these cells without a table.
         filled: is given images done and seconds of this call, now and then.
     """
     folder = options.runs / plan.name
@@ -55,10 +57,11 @@ def fill_logits(
             done = [cell.folder for cell in known if finished_record(cell.folder) is not None]
             computings = session.computings(folder, known, done)
         for same in wanted.values():
-            spec = same[0].spec
+            specs = [cell.spec for cell in same]
+            spec = specs[0]
             assert spec.teacher is not None
             task = FillLogits(
-                specs=[cell.spec for cell in same],
+                specs=specs,
                 computing=computings[compute.key(spec.compute)],
                 estimate=estimate,
                 teacher_folder=teacher_folder(spec.teacher, options.runs),
@@ -66,9 +69,18 @@ def fill_logits(
             )
             for event in session.events([task]):
                 if isinstance(event, TableFound):
-                    told(spec.teacher.name, event)
+                    told(spec.teacher.name, event, _shown(specs))
                 elif isinstance(event, Filled):
                     filled(event.done, event.seconds)
+
+
+def _shown(specs: list[CellSpec]) -> int:
+    """Views that cells of one teacher show it: those of a seed train side by side, behind one pass."""
+    longest: dict[int, int] = {}
+    for spec in specs:
+        views = planned_timeline(spec).total * spec.protocol.batch_size
+        longest[spec.seed] = max(longest.get(spec.seed, 0), views)
+    return sum(longest.values())
 
 
 def _reads_logits(term: TermSpec) -> bool:
