@@ -61,7 +61,7 @@ def _machine(record: Record, digits: int | None) -> str:
     compute = record.compute
     parts = [compute.device_name]
     if compute.device == "cpu":
-        parts.append(f"{counted(compute.threads, 'thread')}")
+        parts.append(counted(compute.threads, "thread"))
     if compute.ranks:
         norms = "synchronized batch norms" if compute.sync_batch_norm else "batch norms of each one's share"
         parts.append(f"{', then '.join(map(str, compute.ranks))} ranks with {norms}")
