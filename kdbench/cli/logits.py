@@ -19,7 +19,7 @@ from kdbench.cli.options import (
     RunsOption,
 )
 from kdbench.cli.progress import clock, listener
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, counted, did_you_mean
 
 if TYPE_CHECKING:
     from kdbench.engine.messages import TableFound
@@ -79,7 +79,7 @@ class _FillDisplay:
     def table_found(self, teacher: str, table: TableFound, shown: int) -> None:
         self.teacher, self.table = teacher, table
         what = (
-            f"{teacher}: {table.images} images × {table.views} views × {table.classes} classes, "
+            f"{teacher}: {table.images} images × {counted(table.views, 'view')} × {table.classes} classes, "
             f"{table.bytes / 1e6:,.1f} MB in {table.folder}"
         )
         if table.done >= table.images:

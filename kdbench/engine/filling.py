@@ -7,11 +7,11 @@ from kdbench.engine.compute import plainest
 from kdbench.engine.finished import DataHere, cell_folder, teacher_folder
 from kdbench.engine.messages import Filled, FillLogits, TableFound
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.scheduling import CellState
+from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
-from kdbench.recipe.specs import CellSpec, TermSpec
+from kdbench.recipe.specs import TermSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import finished_record
 
@@ -57,11 +57,10 @@ def fill_logits(
             done = [cell.folder for cell in known if finished_record(cell.folder) is not None]
             computings = session.computings(folder, known, done)
         for same in wanted.values():
-            specs = [cell.spec for cell in same]
-            spec = specs[0]
+            spec = same[0].spec
             assert spec.teacher is not None
             task = FillLogits(
-                specs=specs,
+                specs=[cell.spec for cell in same],
                 computing=computings[compute.key(spec.compute)],
                 estimate=estimate,
                 teacher_folder=teacher_folder(spec.teacher, options.runs),
@@ -69,18 +68,15 @@ def fill_logits(
             )
             for event in session.events([task]):
                 if isinstance(event, TableFound):
-                    told(spec.teacher.name, event, _shown(specs))
+                    told(spec.teacher.name, event, _shown(same))
                 elif isinstance(event, Filled):
                     filled(event.done, event.seconds)
 
 
-def _shown(specs: list[CellSpec]) -> int:
-    """Views that cells of one teacher show it: those of a seed train side by side, behind one pass."""
-    longest: dict[int, int] = {}
-    for spec in specs:
-        views = planned_timeline(spec).total * spec.protocol.batch_size
-        longest[spec.seed] = max(longest.get(spec.seed, 0), views)
-    return sum(longest.values())
+def _shown(cells: list[CellState]) -> int:
+    """Views that cells of one teacher show it: those of a cohort train side by side, behind one pass."""
+    specs = ([cell.spec for cell in cohort] for cohort in cohorts_of(cells))
+    return sum(max(planned_timeline(spec).total * spec.protocol.batch_size for spec in cohort) for cohort in specs)
 
 
 def _reads_logits(term: TermSpec) -> bool:

@@ -17,10 +17,14 @@ REGISTRY = ("--registry", str(HERE / "registry"))
 def test_told_filled_used_and_cleared(kdbench: Kdbench, tmp_path: Path) -> None:
     home = {"KDBENCH_HOME": str(tmp_path / "home")}
     told = kdbench("logits", "fill", *TINY, *REGISTRY, "--estimate", **home).stdout
-    assert "views × 10 classes" in told and "MB" in told and "about" in told
+    assert "100 images × 1 view × 10 classes" in told and "MB" in told and "about" in told
     assert "pays" not in told, "10 steps of 64 images, for 100 views"
     few = kdbench("logits", "fill", *TINY[:-1], "steps=1", *REGISTRY, "--estimate", **home).stdout
     assert "shows the teacher 64 views, fewer than the 100 of the table" in few
+    # One pass serves the methods of a seed, but not budgets that are compared.
+    apart = ("compare.method=[kd, kd_only]", "compare.steps=[1, 2]")
+    few = kdbench("logits", "fill", *TINY[:2], *apart, "data.per_class=20", *REGISTRY, "--estimate", **home).stdout
+    assert "shows the teacher 192 views, fewer than the 200 of the table" in few
     # What a table is called is known once its teacher is trained.
     assert f"MB in {tmp_path / 'home' / 'teacher_logits'}: about" in told
     assert "no tables" in kdbench("logits", "ls", **home).stdout
