@@ -91,8 +91,7 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
     def factor(progress: float) -> float:
         # A step that begins a part belongs to it, whatever floating point makes of the quotient.
         at = progress if levels is None else (math.floor(progress * levels + 1e-9) + 1) / levels
-        done = at / max(stop, 1e-12)
-        return end if done > 1 - 1e-12 else start + (end - start) * done
+        return end if at > stop - 1e-12 else start + (end - start) * (at / stop)
 
     return Schedule(factor)
 

@@ -1,0 +1,109 @@
+"""Schedules against PyTorch's schedulers of the same name, and by hand where PyTorch has none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as of_torch
+
+from kdbench.schedules import Schedule, constant, cosine, exponential, inverse_power, linear, multistep, share, warmup
+
+STEPS = 200
+
+
+def rates(scheduler: Callable[[torch.optim.SGD], of_torch.LRScheduler]) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, found = scheduler(optimizer), []
+    for _ in range(STEPS):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def ours(schedule: Schedule) -> list[float]:
+    return [schedule.at(step / STEPS) for step in range(STEPS)]
+
+
+def cosine_after_warmup(optimizer: torch.optim.SGD) -> of_torch.LRScheduler:
+    rise = of_torch.LambdaLR(optimizer, lambda step: step / 50)
+    fall = of_torch.CosineAnnealingLR(optimizer, STEPS - 50, eta_min=0.1)
+    return of_torch.SequentialLR(optimizer, [rise, fall], [50])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        (cosine(), lambda o: of_torch.CosineAnnealingLR(o, STEPS)),
+        (cosine(end=0.2), lambda o: of_torch.CosineAnnealingLR(o, STEPS, eta_min=0.2)),
+        (cosine(end=0.1, warmup="25%"), cosine_after_warmup),
+        (multistep(at=["30%", "57%", "80%"]), lambda o: of_torch.MultiStepLR(o, [60, 114, 160])),
+        (multistep(at=["80%", "30.5%"], gamma=0.5), lambda o: of_torch.MultiStepLR(o, [61, 160], gamma=0.5)),
+        (linear(start=0.25, until="40%", end=0.75), lambda o: of_torch.LinearLR(o, 0.25, 0.75, 80)),
+        (linear(), lambda o: of_torch.PolynomialLR(o, STEPS)),
+        (exponential(start=1.0, end=0.01), lambda o: of_torch.ExponentialLR(o, 0.01 ** (1 / STEPS))),
+        (constant(), lambda o: of_torch.ConstantLR(o, factor=1.0)),
+    ],
+)
+def test_a_schedule_is_that_of_pytorch(schedule: Schedule, reference: Any) -> None:
+    assert ours(schedule) == pytest.approx(rates(reference), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10, 49, 390, 64000])
+def test_a_drop_falls_on_the_first_step_that_has_reached_its_share(steps: int) -> None:
+    """Whatever share a recipe writes: compared with whole numbers, which do not round."""
+    for percent in range(101):
+        schedule = multistep(at=[f"{percent}%"], gamma=0.0)
+        first = -(-percent * steps // 100)
+        around = [step for step in (first - 1, first) if 0 <= step < steps]
+        assert [schedule.at(step / steps) for step in around] == [float(step < first) for step in around]
+
+
+def test_levels_are_the_line_at_the_ends_of_the_parts() -> None:
+    """Three epochs of 49 steps: the value of the epoch's number, which a step's quotient must not round away."""
+    schedule = linear(start=1.0, end=0.0, levels=3)
+    found = [schedule.at(step / 147) for step in range(147)]
+    assert found == pytest.approx([2 / 3] * 49 + [1 / 3] * 49 + [0.0] * 49, abs=1e-12)
+
+
+def test_a_warm_up_counts_epochs_from_one_or_from_none() -> None:
+    now = (0.0, 0.5, 1.0, 2.9999999999, 4.0, 9.0)
+    assert [warmup(epochs=4).at(0.0, epochs=e) for e in now] == [0.25, 0.25, 0.5, 1.0, 1.0, 1.0]
+    assert [warmup(epochs=4, first=0).at(0.0, epochs=e) for e in now] == [0.0, 0.0, 0.25, 0.75, 1.0, 1.0]
+
+
+def test_momentum_is_forgotten_where_a_schedule_says() -> None:
+    assert multistep(at=["60%", "30%"], reset_momentum=True).resets == (0.3, 0.6)
+    assert multistep(at=["30%"]).resets == ()
+    assert constant(reset_momentum_at=["50%"]).resets == (0.5,)
+    assert constant().resets == ()
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: share("101%"), "between 0% and 100%"),
+        (lambda: share("-1%"), "between 0% and 100%"),
+        (lambda: share("0.3"), "written like '30%'"),
+        (lambda: share(30), "written like '30%'"),  # type: ignore[arg-type]
+        (lambda: share("half%"), "written like '30%'"),
+        (lambda: linear(levels=0), "levels must be at least 1"),
+        (lambda: warmup(epochs=0), "more than 0 epochs"),
+        (lambda: warmup(epochs=4, first=2), "counted from 0 or 1"),
+        (lambda: exponential(start=0.0, end=1.0), "positive start and end"),
+        (lambda: exponential(start=1.0, end=0.0), "positive start and end"),
+        (lambda: inverse_power(scale=-0.1), "at least 0"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(build: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build()
+
+
+def test_the_ends_of_the_allowed_are_allowed() -> None:
+    assert (share("0%"), share(" 100% ")) == (0.0, 1.0)
+    assert linear(levels=1).at(0.0) == 0.0
+    assert inverse_power(scale=0.0).at(0.7) == 1.0
+    assert linear(until="0%").at(0.0) == 0.0
