@@ -107,11 +107,7 @@ def timeline(spec: CellSpec, images: int) -> Timeline:
     if spec.evaluations == "epoch":
         points = set(range(per_epoch, total + 1, per_epoch))
     else:
-        points = (
-            {round(i * total / spec.evaluations) for i in range(1, max(spec.evaluations, 1) + 1)}
-            if spec.evaluations
-            else set()
-        )
+        points = {round(i * total / spec.evaluations) for i in range(1, spec.evaluations + 1)}
     points |= {span.stop for span in spans}
     points.discard(0)
     return Timeline(per_epoch, tuple(spans), extra, tuple(sorted(points)))
