@@ -144,11 +144,12 @@ class _Heard(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
-                raise
+            # What is still buffered goes there too, at the latest when Python ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                raise
             return len(data)
 
 

@@ -245,6 +245,7 @@ def test_no_text_in_csv_is_a_formula() -> None:
         ("ls methods >&-", 0, ""),
         ("ls methods >&- 2>&-", 0, ""),
         ("ls methods >/dev/full", 2, "the disk is full"),
+        (f"table {ROOT / 'results' / 'quickstart'} >/dev/full", 2, "the disk is full"),
         ("check quickstart steps=x 2>/dev/full", 2, ""),
         ("check quickstart $'title=\\xe9'", 2, r"command line: not in UTF-8: b'title=\xe9'"),
         ("check quickstart steps=", 2, "command line, 'steps=': there is no value\n  write 'steps=null' for no value"),
