@@ -122,6 +122,22 @@ def test_fraction_keeps_proportions_by_largest_remainder(sizes, fraction, expect
     assert counts(labels, chosen) == expected
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_proportions_are_hamiltons_method(seed):
+    """In whole numbers: every class its quota's whole part, and one more for the largest rests, the lower class first."""
+    sizes = np.random.default_rng(seed).integers(20, 200, size=7).tolist()
+    total, n = sum(sizes) // 3 + seed, sum(sizes)
+    rests = sorted(range(7), key=lambda c: (-(sizes[c] * total % n), c))
+    missing = total - sum(size * total // n for size in sizes)
+    expected = [size * total // n + (c in rests[:missing]) for c, size in enumerate(sizes)]
+    held = splits.validation(labels_of(*sizes), size=total, seed=0)[1]
+    assert counts(labels_of(*sizes), held) == expected
+
+
+def test_a_class_of_two_gives_one_and_keeps_one():
+    assert counts(labels_of(2, 40), splits.validation(labels_of(2, 40), size=30, seed=0)[1]) == [1, 29]
+
+
 def test_every_image_is_chosen_equally_often():
     labels = labels_of(20, 30)
     times = torch.zeros(50)
