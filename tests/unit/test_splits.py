@@ -124,7 +124,7 @@ def test_fraction_keeps_proportions_by_largest_remainder(sizes, fraction, expect
 
 @pytest.mark.parametrize("seed", range(20))
 def test_proportions_are_hamiltons_method(seed):
-    """In whole numbers: every class its quota's whole part, and one more for the largest rests, the lower class first."""
+    """In whole numbers: every class its quota's whole part, and one more for the largest rests, lower classes first."""
     sizes = np.random.default_rng(seed).integers(20, 200, size=7).tolist()
     total, n = sum(sizes) // 3 + seed, sum(sizes)
     rests = sorted(range(7), key=lambda c: (-(sizes[c] * total % n), c))
