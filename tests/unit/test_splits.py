@@ -98,6 +98,10 @@ def test_per_class_subset():
     assert torch.equal(chosen, splits.subset(labels, per_class=7, seed=0))
 
 
+def test_the_smallest_class_may_give_all_it_has():
+    assert counts(labels_of(6, 4, 9), splits.subset(labels_of(6, 4, 9), per_class=4, seed=0)) == [4, 4, 4]
+
+
 def test_labels_need_not_be_sorted():
     labels = labels_of(30, 50, 40)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
     assert counts(labels, splits.subset(labels, fraction=0.1, seed=0)) == [3, 5, 4]
