@@ -162,7 +162,7 @@ def _order(record: Record) -> tuple[Any, ...]:
     cell = record.cell
     return (
         record.recipe,
-        cell.order if cell.order is not None else 0,
+        cell.order or 0,
         cell.label,
         cell.method,
         json.dumps(cell.axes, sort_keys=True),
