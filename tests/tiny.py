@@ -164,3 +164,10 @@ def step_together(members: list[Member], batches: Batches, teacher: Teacher | No
     for member in members:
         member.before_step()
         member.after_step(train_member(member, sets, taught))
+
+
+def changed_at(whole: bytes, part: bytes) -> bytes:
+    """A file's bytes with one bit changed, inside a part that they hold."""
+    changed = bytearray(whole)
+    changed[whole.index(part) + len(part) // 2] ^= 1
+    return bytes(changed)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdbench.errors import CellError
-from kdbench.files import CHECKPOINT, atomic, disk_full
+from kdbench.files import CHECKPOINT, atomic, damaged_part, disk_full
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def load(
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         other = [name for name in key if state["key"].get(name) != key[name]]
-        why = f"of other {', '.join(other)}" if other else ""
+        why = f"of other {', '.join(other)}" if other else "damaged" if damaged_part(file) else ""
         if not why and (state["key"] != key or state.keys() != {"key", *entries}):
             why = "of another version of kdbench"
     except Exception:  # noqa: BLE001 - a damaged file can fail in any way inside the unpickler

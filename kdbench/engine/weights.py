@@ -11,7 +11,7 @@ from kdbench.cards import Weights
 from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError
-from kdbench.files import atomic, find_weights, home, sha256_of, weight_folders
+from kdbench.files import atomic, damaged_part, find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.specs import ModelSpec
 
 
@@ -80,6 +80,8 @@ def load_file(
     state, choice = fitting(found, model, entry)
     notes = [f"{file} holds several networks' weights: {choice} ('entry' beside the file's name chooses)"]
     notes = notes if choice else []
+    if part := damaged_part(file):
+        notes.append(f"{file} is probably damaged: '{part}' in it does not have its checksum")
     prefixes, why = getattr(model, "left_out", ((), ""))
     if left_out := {key for key in state if key.startswith(prefixes)}:
         state = {key: value for key, value in state.items() if key not in left_out}
@@ -121,6 +123,10 @@ def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
     if differing:
         hint = "check the model's name and options; two networks of one name can differ"
         raise UserError(f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}", where, hint)
+    bad = (key for key in state if own[key].isfinite().all() and not state[key].float().isfinite().all())
+    if key := next(bad, None):
+        hint = "the file is damaged, or its training diverged: take another one"
+        raise UserError(f"these weights of '{name}' have values that are not finite, in '{key}'", where, hint)
     # Beside the tensors a state dict holds the layers' versions, which some networks must know (torchvision's MNASNet).
     own.update(state)
     model.load_state_dict(own)

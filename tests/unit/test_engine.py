@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, images, member_of, pick_up, sets_at, shortened, train, untrained_teacher
+from tiny import CPU, changed_at, images, member_of, pick_up, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
@@ -189,6 +189,18 @@ def test_a_checkpoint_of_something_else_is_set_aside(tmp_path: Path) -> None:
         "its checkpoint is of other a",
         "its checkpoint is damaged",
     ]
+
+
+def test_a_checkpoint_with_a_wrong_byte_is_set_aside(tmp_path: Path) -> None:
+    """torch reads it without a word."""
+    member, _, _ = member_of(cell("ce"))
+    checkpoint.save(tmp_path, {"key": {}, **member.state()})
+    weights = member.student.model.state_dict()["fc.weight"].numpy().tobytes()
+    (tmp_path / "checkpoint.pt").write_bytes(changed_at((tmp_path / "checkpoint.pt").read_bytes(), weights))
+    assert torch.load(tmp_path / "checkpoint.pt").keys() == {"key", *member.state()}
+    told: list[str] = []
+    assert checkpoint.load(tmp_path, {}, member.state(), told.append) is None
+    assert told[0].startswith("its checkpoint is damaged: set aside as")
 
 
 @pytest.mark.parametrize("change", ["without an entry", "with one more"])

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import changed_at
 from torch import Tensor, nn
 
 from kdbench.engine.build import build_model, weight_notes
@@ -259,6 +261,20 @@ def test_files_of_another_kind_are_told(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="cannot be read: it is (damaged|text|a TorchScript)") as error:
                 load_file(network(), file, "wrn_10_1")
             assert len(str(error.value)) < 400 + len(str(file)), file
+
+
+def test_a_wrong_byte_and_a_value_that_is_not_finite_are_told_by_the_file(tmp_path: Path) -> None:
+    state, file = network().state_dict(), tmp_path / "w.pth"
+    torch.save(state, file)
+    assert load_file(network(), file, "wrn_10_1") == []
+    file.write_bytes(changed_at(file.read_bytes(), state["fc.weight"].numpy().tobytes()))
+    (note,) = load_file(network(), file, "wrn_10_1")
+    assert re.fullmatch(rf"{file} is probably damaged: 'w/data/\d+' in it does not have its checksum", note)
+    state["fc.weight"][2, 3] = torch.inf
+    for write, name in ((torch.save, "w.pth"), (save_file, "w.safetensors")):
+        write(state, tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name}: these weights of 'wrn_10_1' .* not finite, in 'fc.weight'"):
+            load_file(network(), tmp_path / name, "wrn_10_1")
 
 
 def spec(**over: Any) -> Any:
