@@ -319,13 +319,14 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
 
 def _cell_folders(folder: Path) -> list[Path]:
     """The cells' folders at or below a folder. Of a run's folder: of the cells that its last plan had. Of a folder of
-    runs: of all but those that try settings, and without the teachers beside them."""
+    runs: of all but those that try settings, and without the teachers beside them and hidden folders."""
     cells = read_run(folder).cells if (folder / RUN).exists() else None
     if cells is not None:
         return [inside(folder, cell) for cell in cells]
     found = [folder] if any((folder / name).is_file() for name in (RECORD, METRICS)) else []
     for below in folder.iterdir():
-        apart = below.name.endswith(TRIALS) or below.name == TEACHERS
+        # Hidden is what a killed 'publish' was making.
+        apart = below.name.endswith(TRIALS) or below.name == TEACHERS or below.name.startswith(".")
         if below.is_dir() and not below.is_symlink() and not apart:
             found += _cell_folders(below)
     return found

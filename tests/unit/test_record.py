@@ -145,6 +145,12 @@ def test_a_tree_is_read_once_in_the_given_order(tmp_path: Path) -> None:
     assert [record.recipe for record in read_records(str(tmp_path / "a"))] == ["a/deep/er"]
 
 
+def test_what_a_killed_publish_left_is_no_result(tmp_path: Path) -> None:
+    for name in ("whole/a", ".half.x1/half/b"):
+        write(tmp_path / name, plain_record(recipe=name))
+    assert [record.recipe for record in read_records(tmp_path)] == ["whole/a"]
+
+
 def damaged(**over: Any) -> str:
     return json.dumps(plain_record(**over))
 
