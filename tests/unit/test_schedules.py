@@ -1,5 +1,6 @@
 """Schedules against PyTorch's schedulers of the same name, and by hand where PyTorch has none."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,20 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as of_torch
 
-from kdbench.schedules import Schedule, constant, cosine, exponential, inverse_power, linear, multistep, share, warmup
+from kdbench.schedules import (
+    Moment,
+    Schedule,
+    constant,
+    cosine,
+    exponential,
+    inverse_power,
+    linear,
+    multistep,
+    product,
+    share,
+    sigmoid_ramp,
+    warmup,
+)
 
 STEPS = 200
 
@@ -72,6 +86,30 @@ def test_a_warm_up_counts_epochs_from_one_or_from_none() -> None:
     now = (0.0, 0.5, 1.0, 2.9999999999, 4.0, 9.0)
     assert [warmup(epochs=4).at(0.0, epochs=e) for e in now] == [0.25, 0.25, 0.5, 1.0, 1.0, 1.0]
     assert [warmup(epochs=4, first=0).at(0.0, epochs=e) for e in now] == [0.0, 0.0, 0.25, 0.75, 1.0, 1.0]
+
+
+def test_schedules_are_their_formulas() -> None:
+    g = math.log(0.9 / 0.1) / 400
+    beta, rest = exponential(start=0.1, end=0.9), exponential(start=0.1, end=0.9, complement=True)
+    for epoch in (1, 2, 100, 400):
+        progress = (epoch - 1) / 400
+        assert beta.factor(progress) == pytest.approx(0.1 * math.exp(g * (epoch - 1)), rel=1e-12)
+        assert rest.factor(progress) == pytest.approx(1 - beta.factor(progress), rel=1e-12)
+    assert beta.factor(399 / 400) == pytest.approx(0.895, abs=5e-4)
+    rate = inverse_power()
+    assert [rate.factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 6**-0.75, 11**-0.75])
+    run, epoch_ = sigmoid_ramp(), sigmoid_ramp(per="epoch")
+    assert run.at(0.0, 0.5) == 0 and run.at(0.1, 0.5) == pytest.approx(math.tanh(0.5))
+    assert epoch_.at(0.5, 0.0) == 0 and epoch_.at(0.5, 0.1) == pytest.approx(math.tanh(0.5))
+    with pytest.raises(ValueError, match="per"):
+        sigmoid_ramp(per="run")  # type: ignore[arg-type]
+
+
+def test_several_schedules_multiply() -> None:
+    both = product([exponential(start=0.1, end=0.9, complement=True), sigmoid_ramp()])
+    assert both(Moment(0.0, 0.7)) == 0
+    assert both(Moment(0.2, 0.7)) == pytest.approx((1 - 0.1 * 9**0.2) * (2 / (1 + math.exp(-2)) - 1), rel=1e-12)
+    assert product([])(Moment(0.3, 0.1)) == 1
 
 
 def test_momentum_is_forgotten_where_a_schedule_says() -> None:

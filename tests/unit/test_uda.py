@@ -19,7 +19,7 @@ from kdbench.losses import kd, kl_divergence, mmd
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import TermSpec
 from kdbench.registry import Registry
-from kdbench.schedules import Moment, exponential, inverse_power, product, sigmoid_ramp
+from kdbench.schedules import Moment
 
 REGISTRY = Registry()
 
@@ -128,30 +128,6 @@ def test_kl_forward_is_kd_and_lets_gradients_into_the_teacher() -> None:
     assert torch.allclose(teacher.grad, 3 * p * (gap - (p * gap).sum(1, keepdim=True)) / 6)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kl_direction"):
         kl_divergence(student, teacher, kl_direction="backward")  # type: ignore[arg-type]
-
-
-def test_schedules_are_their_formulas() -> None:
-    g = math.log(0.9 / 0.1) / 400
-    beta, rest = exponential(start=0.1, end=0.9), exponential(start=0.1, end=0.9, complement=True)
-    for epoch in (1, 2, 100, 400):
-        progress = (epoch - 1) / 400
-        assert beta.factor(progress) == pytest.approx(0.1 * math.exp(g * (epoch - 1)), rel=1e-12)
-        assert rest.factor(progress) == pytest.approx(1 - beta.factor(progress), rel=1e-12)
-    assert beta.factor(399 / 400) == pytest.approx(0.895, abs=5e-4)
-    rate = inverse_power()
-    assert [rate.factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 6**-0.75, 11**-0.75])
-    run, epoch_ = sigmoid_ramp(), sigmoid_ramp(per="epoch")
-    assert run.at(0.0, 0.5) == 0 and run.at(0.1, 0.5) == pytest.approx(math.tanh(0.5))
-    assert epoch_.at(0.5, 0.0) == 0 and epoch_.at(0.5, 0.1) == pytest.approx(math.tanh(0.5))
-    with pytest.raises(ValueError, match="per"):
-        sigmoid_ramp(per="run")  # type: ignore[arg-type]
-
-
-def test_several_schedules_multiply() -> None:
-    both = product([exponential(start=0.1, end=0.9, complement=True), sigmoid_ramp()])
-    assert both(Moment(0.0, 0.7)) == 0
-    assert both(Moment(0.2, 0.7)) == pytest.approx((1 - 0.1 * 9**0.2) * (2 / (1 + math.exp(-2)) - 1), rel=1e-12)
-    assert product([])(Moment(0.3, 0.1)) == 1
 
 
 def terms(method: str) -> dict[str, TermSpec]:
