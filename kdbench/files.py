@@ -204,8 +204,11 @@ def atomic(file: Path) -> Iterator[Path]:
         # The name that is known.
         error.filename = str(file)
         raise
+    permissions = temporary.stat().st_mode
     try:
         yield temporary
+        # Some writers put a file of their own in its place, as safetensors does, which only its owner may read.
+        temporary.chmod(permissions)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
@@ -241,7 +244,8 @@ def locked(lock: Path, wait: float, otherwise: UserError) -> Iterator[None]:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written. Only for who holds the folder's lock."""
-    for part in folder.glob(".*.part"):
+    # The second is how safetensors calls what it writes.
+    for part in (*folder.glob(".*.part"), *folder.glob(".tmp??????")):
         part.unlink(missing_ok=True)
 
 

@@ -33,7 +33,7 @@ from kdbench.engine.options import Options
 from kdbench.engine.pool import worker_process
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
-from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home
+from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -168,11 +168,23 @@ def test_files_have_the_permissions_of_new_ones(umask: int, tmp_path: Path) -> N
     try:
         with atomic(tmp_path / "ours") as temporary:
             temporary.write_text("text")
+        save_tensors(tmp_path / "weights", {"one": torch.ones(1)})
         (tmp_path / "plain").touch()
     finally:
         os.umask(before)
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert {file.name for file in tmp_path.iterdir()} == {"ours", "plain"}
+    assert {file.name for file in tmp_path.iterdir()} == {"ours", "weights", "plain"}
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    save = "import torch; from safetensors.torch import save_file; save_file({'x': torch.ones(99_000_000)}, '.x.part')"
+    process = subprocess.Popen([sys.executable, "-c", save], cwd=tmp_path)
+    while not [*tmp_path.iterdir()]:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    sweep(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
