@@ -52,6 +52,18 @@ def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -
     return table, files
 
 
+def renew_tables(folder: Path, missing: list[str]) -> None:
+    """Write the table of a folder's records and their plots anew. LaTeX in a form that the user chose stays so."""
+    from kdbench.files import write_text
+    from kdbench.results.texts import latex_forms
+
+    tex = folder / "table.tex"
+    before = tex.read_text(encoding="utf-8", errors="replace") if tex.is_file() else ""
+    table, _ = write_tables_and_plots([folder], folder, missing)
+    if before in latex_forms(table, before):
+        write_text(tex, before)
+
+
 def remove_old_plots(run: Path, written: Iterable[Path]) -> None:
     """Remove plots that earlier tables of this run left and this one does not have: they would be published with it."""
     from kdbench.record import read_record

@@ -21,14 +21,12 @@ def command(
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
-    They are small enough to commit. The logits are the largest part: with ten classes, 20 bytes for each test image and
-    cell. 'kdbench table' rebuilds the table from the records, and 'kdbench verify' checks all of it.
+    Tables and plots are made anew from the records. All is small enough to commit. The logits are the largest part:
+    with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds the table from the records, and
+    'kdbench verify' checks all of it.
     """
-    from kdbench.cli.output import write_tables_and_plots
+    from kdbench.cli.output import renew_tables
     from kdbench.verify.publishing import publish
 
-    def write(folder: Path, missing: list[str]) -> None:
-        write_tables_and_plots([folder], folder, missing)
-
     for run in runs:
-        print(publish(run, out, replace, write if unfinished else None, logits))
+        print(publish(run, out, renew_tables, replace, unfinished, logits))

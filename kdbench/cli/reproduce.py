@@ -54,6 +54,7 @@ def command(
     after an interruption: it continues where it stopped. If a cell fails, the other recipes still run; the failed one
     is not published, and the exit code is 1.
     """
+    from kdbench.cli.output import renew_tables
     from kdbench.cli.run import carry_out, failure
     from kdbench.engine.options import Options
     from kdbench.registry import Registry
@@ -78,7 +79,7 @@ def command(
             if outcome.failed:
                 raise failure(planned, outcome)
             try:
-                print(f"published: {publish(outcome.folder, results)}")
+                print(f"published: {publish(outcome.folder, results, renew_tables)}")
             except UserError as error:
                 raise CellError(f"it is finished, and not published: {error}") from None
         except CellError as error:

@@ -1,6 +1,8 @@
 """The files that show a table, as texts: written after a run, and made again from the records to verify them."""
 
+import re
 from collections.abc import Iterable
+from typing import get_args
 
 from kdbench.record import Record
 from kdbench.results.contents import Table
@@ -26,6 +28,12 @@ def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> s
     grids = list(for_page(layout(table), form))
     label = label or label_of(title)
     return rendered("table.tex", table=table, title=title, label=label, grids=grids, form=form, float_rows=ROWS)
+
+
+def latex_forms(table: Table, text: str) -> list[str]:
+    """A table in every form that LaTeX can have it in, with the label that a text gives it."""
+    label = re.search(r"\\label\{([\w:.-]+)\}", text, re.ASCII)
+    return [latex(table, form, label[1] if label else None) for form in get_args(LatexForm)]
 
 
 def texts(

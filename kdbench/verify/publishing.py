@@ -16,8 +16,9 @@ from kdbench.verify import sums
 def publish(
     run: Path,
     out: Path,
+    renew_tables: Callable[[Path, list[str]], None],
     replace: bool = False,
-    write_tables: Callable[[Path, list[str]], None] | None = None,
+    unfinished: bool = False,
     logits: bool = True,
 ) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
@@ -25,9 +26,10 @@ def publish(
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
 
     Args:
+        renew_tables: writes tables and plots of the cells in a folder, given the names of those that are missing. Those
+            of the run may be of an earlier plan: one that was cut off before its end leaves them.
         replace: whether cells of the earlier copy that the run does not have may go.
-        write_tables: writes tables and plots of the cells in a folder, given the names of those that are missing. With
-            it, a run may be published that is not finished, without a table of its own.
+        unfinished: whether cells may be missing.
         logits: whether test logits are copied too.
 
     Raises:
@@ -39,7 +41,7 @@ def publish(
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
     cells, name = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
-    if open_cells and not (write_tables and cells):
+    if open_cells and not (unfinished and cells):
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
         hint = "run the recipe again: it continues where it stopped"
         hint += ". Or publish without them: --unfinished" if cells else ""
@@ -59,8 +61,7 @@ def publish(
             for file_name in PUBLISHED:
                 if (logits or file_name != LOGITS) and (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
-        if open_cells and write_tables:
-            write_tables(made, open_cells)
+        renew_tables(made, open_cells)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")

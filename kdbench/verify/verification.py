@@ -5,12 +5,11 @@ verdict too, never passed over.
 """
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from kdbench.engine.finished import names
 from kdbench.engine.tuning import chosen, known_of, tried_plan
@@ -20,11 +19,9 @@ from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.registry import Registry
-from kdbench.results.contents import Table
-from kdbench.results.latex import LatexForm
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
-from kdbench.results.texts import latex, texts
+from kdbench.results.texts import latex_forms, texts
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding, Folder, is_cell, read_folder
 from kdbench.verify.soundness import problems
@@ -294,15 +291,9 @@ def _tables(folder: Folder) -> Iterator[Finding]:
             yield Finding("disagrees", "it is not there", name)
             continue
         there = without_charts(file.read_bytes().decode("utf-8", "replace"))
-        if there != text and not (name == "table.tex" and there in _latex_forms(table, there)):
+        if there != text and not (name == "table.tex" and there in latex_forms(table, there)):
             yield Finding("disagrees", "it is not what the records give", name)
     yield Finding("agrees", "made again from the records, the page without its charts", ", ".join(made))
-
-
-def _latex_forms(table: Table, text: str) -> list[str]:
-    """A table in every form that LaTeX can have it in, with the label that a text gives it."""
-    label = re.search(r"\\label\{([\w:.-]+)\}", text, re.ASCII)
-    return [latex(table, form, label[1] if label else None) for form in get_args(LatexForm)]
 
 
 def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -94,6 +95,22 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     assert "4 of 4 cells are not finished" in kdbench("publish", run, code=2).stderr
     none = kdbench("publish", run, "--unfinished", code=2).stderr
     assert "4 of 4 cells are not finished" in none and "without them" not in none
+
+
+def test_a_table_of_an_earlier_plan_is_not_published(tiny_run: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """A run of fewer cells, all finished before, that was killed before it wrote its own."""
+    run = Path(shutil.copytree(tiny_run / "runs" / "tiny", tmp_path / "runs" / "tiny"))
+    kdbench("table", run, "--out", run, "--latex", "wide", "--label", "tab:mine")
+    kdbench("publish", run)
+    made = tmp_path / "results" / "tiny"
+    assert (made / "table.tex").read_bytes() == (run / "table.tex").read_bytes() and not disagreements(made)
+    about = json.loads((run / "recipe.json").read_text())
+    about["cells"] = [cell for cell in about["cells"] if "-seed0-" in cell]
+    about["recipe"]["seeds"] = 1
+    (run / "recipe.json").write_text(json.dumps(about))
+    kdbench("publish", run, "--replace")
+    assert not disagreements(made)
+    assert {row["n"] for row in csv.DictReader((made / "table.csv").read_text().splitlines())} == {"1"}
 
 
 def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: Kdbench, tmp_path: Path) -> None:
