@@ -260,6 +260,16 @@ def write_json(file: Path, data: Any) -> None:
     write_text(file, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_summed(file: Path, data: dict[str, Any]) -> None:
+    """Write JSON with its own sum: nothing else would tell that a number in it has changed (`reading.read_summed`)."""
+    write_json(file, data | {"sum": sum_of(data)})
+
+
+def sum_of(data: dict[str, Any]) -> str:
+    """sha256 of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def no_formula(value: Any) -> Any:
     """A value for CSV that no spreadsheet computes: text that begins like a formula gets an apostrophe, which they
     hide."""

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdbench.errors import UserError
-from kdbench.files import no_file
+from kdbench.errors import UserError, shortened
+from kdbench.files import no_file, sum_of
 
 # Bytes of a file, levels of its nesting, and size of its whole numbers and of others (whose squares must be finite), at
 # most. A record has 15 kB and ten levels.
@@ -88,6 +88,16 @@ def read_as(form: type[T], file: Path, hint: str | None = None, most: int = LARG
         UserError: what `read_json` refuses, or another form; it names the place in the file.
     """
     return of_form(form, read_json(file, hint, most), str(file), hint)
+
+
+def read_summed(form: type[T], file: Path, hint: str | None = None) -> T:
+    """The same of a file by `files.write_summed`. UserError also where its sum is another; earlier versions wrote
+    none."""
+    plain = read_json(file, hint)
+    if isinstance(plain, dict) and (written := plain.pop("sum", None)) not in (None, sum_of(plain)):
+        what = f"this file is damaged: its sum is not the one that was written, {shortened(written)}"
+        raise UserError(what, where=str(file), hint=hint)
+    return of_form(form, plain, str(file), hint)
 
 
 def of_form(form: type[T], data: Any, where: str, hint: str | None = None) -> T:

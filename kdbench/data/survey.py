@@ -15,8 +15,8 @@ from PIL import Image
 
 from kdbench.data.listing import Listing, centred, converted, held_out, listing, opened, pixels
 from kdbench.errors import UserError
-from kdbench.files import cores, write_json
-from kdbench.reading import plain_name, read_as
+from kdbench.files import cores, write_summed
+from kdbench.reading import plain_name, read_summed
 
 # Bytes of decoded images that are kept in memory at most, and pictures that stand for all others in means.
 MOST_IN_MEMORY, SAMPLE = 1 << 30, 4000
@@ -135,12 +135,12 @@ def survey(
     kept = cache / f"survey-{digest}.json"
     if kept.is_file() and not all_of_them:
         try:
-            return read_as(Survey, kept)
+            return read_summed(Survey, kept)
         except UserError:
             pass
     seen = _look(found, all_of_them, tell)
     with contextlib.suppress(OSError):  # It only saves time.
-        write_json(kept, asdict(seen))
+        write_summed(kept, asdict(seen))
     return seen
 
 

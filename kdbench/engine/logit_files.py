@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kdbench.errors import UserError
-from kdbench.files import home, locked, write_json
+from kdbench.files import home, locked, write_summed
 from kdbench.forms import Open, Strict
-from kdbench.reading import read_as
+from kdbench.reading import read_summed
 
 log = logging.getLogger("kdbench")
 
@@ -89,7 +89,7 @@ def note(table: LogitTable) -> None:
     about = {"name": table.name, "key": table.key, "done": table.done, "seconds": round(table.seconds, 1)}
     some = {"filled": f"{table.filled:x}"} if table.filled != _first(table.done) else {}
     whole = {"sha256": table.sha256} if table.sha256 is not None else {}
-    write_json(table.folder / ABOUT, about | some | whole)
+    write_summed(table.folder / ABOUT, about | some | whole)
 
 
 def _first(n: int) -> int:
@@ -145,7 +145,7 @@ def read_table(folder: Path) -> LogitTable | None:
     """The table of a folder; None where there is none. UserError where what it says of itself is damaged."""
     if not (folder / ABOUT).exists():
         return None
-    about = read_as(_TableFile, folder / ABOUT, _AGAIN)
+    about = read_summed(_TableFile, folder / ABOUT, _AGAIN)
     filled = _first(min(about.done, about.key.images)) if about.filled is None else int(about.filled, 16)
     if filled.bit_count() != about.done or filled >> about.key.images:
         what = "this table of teacher logits is damaged: it says that it holds other images than there are"

@@ -6,6 +6,7 @@ by cells whose images it all holds, and belongs to exactly one teacher, data set
 precision.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,8 @@ from kdbench.engine.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.specs import CellSpec, ProtocolSpec, recorded
+
+log = logging.getLogger("kdbench")
 
 # Version of the layout on disk.
 LAYOUT = 1
@@ -141,7 +144,7 @@ def fill(
     """
     table.folder.mkdir(parents=True, exist_ok=True)
     with filling(table.folder):
-        table = _made_room(read_table(table.folder) or table, images)
+        table = _made_room(_undamaged(read_table(table.folder) or table), images)
         lacking = _indices(images & ~table.filled)
         views = table.shape[1]
         together = max(1, PASS[device.type] // views)
@@ -211,6 +214,15 @@ def _kept(table: LogitTable) -> LogitTable:
         os.fsync(stream.fileno())
     note(table)
     return table
+
+
+def _undamaged(table: LogitTable) -> LogitTable:
+    """The table, empty where its values are not those that it was summed up with: else they were summed up anew."""
+    file = table.folder / VALUES
+    if table.sha256 is None or not file.is_file() or sha256_of(file) == table.sha256:
+        return table
+    log.warning("%s is damaged; what it held is computed again", file)
+    return replace(table, filled=0, seconds=0.0)
 
 
 def _made_room(table: LogitTable, images: int) -> LogitTable:

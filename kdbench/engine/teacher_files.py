@@ -25,9 +25,9 @@ from kdbench.engine.teacher import Teacher
 from kdbench.engine.teachers import load_teacher
 from kdbench.engine.weights import load_file, locate
 from kdbench.errors import CellError, UserError
-from kdbench.files import ROUTE, atomic, sha256_of, write_json
+from kdbench.files import ROUTE, atomic, sha256_of, write_json, write_summed
 from kdbench.forms import Percent
-from kdbench.reading import of_form, read_as
+from kdbench.reading import of_form, read_as, read_summed
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
@@ -269,7 +269,7 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
     """
     if file.exists():
         try:
-            found = read_as(dict[str, Any], file)
+            found = read_summed(dict[str, Any], file)
             seen = of_form(Seen, {field.name: found.get(field.name) for field in fields(Seen)}, str(file))
             if all(found.get(name) == value for name, value in key.items()):
                 return seen
@@ -277,7 +277,7 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
             log.warning("%s; the teacher is measured again", str(error))
     seen = measure()
     said = {name: value for name, value in key.items() if value is not None}
-    write_json(file, {**about, **said, **asdict(seen)})
+    write_summed(file, {**about, **said, **asdict(seen)})
     return seen
 
 

@@ -449,6 +449,18 @@ def test_a_teachers_kept_accuracy_of_another_form_is_measured_again_and_told(
     assert "measured again" in caplog.text
 
 
+def test_a_teachers_kept_accuracy_that_was_changed_is_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, key = tmp_path / "teacher.json", {"sha256": "a", "data": "b"}
+    measured = iter([teacher_files.Seen(93.5), teacher_files.Seen(93.5)])
+    for _ in range(2):
+        assert teacher_files.kept(file, key, {"name": "mine"}, lambda: next(measured)).accuracy == 93.5
+    file.write_text(file.read_text().replace("93.5", "83.5"))
+    assert teacher_files.kept(file, key, {"name": "mine"}, lambda: next(measured)).accuracy == 93.5
+    assert "measured again" in caplog.text and not [*measured]
+
+
 @pytest.mark.parametrize(
     "over",
     [{"done": "all"}, {"done": -1}, {"done": 10**12}, {"key": []},

@@ -268,6 +268,33 @@ def test_what_was_filled_and_is_lost_is_filled_again(loss: str) -> None:
     assert whole.done == 20 and values.abs().flatten(1).amax(1).min() > 0
 
 
+def test_a_changed_value_is_not_summed_up_anew_when_more_is_filled(caplog: pytest.LogCaptureFixture) -> None:
+    spec, data = one_of_each_class(), images(cell().data)
+    teacher = teacher_of(spec)
+    table = filled(spec, data, teacher)
+    first = int(logit_table._indices(table.filled)[0])
+    with (table.folder / "logits.bin").open("rb+") as stream:
+        stream.seek(first * table.image_bytes + 3)
+        stream.write(b"\x7f")
+    whole = filled(cell(), data, teacher)
+    assert "is damaged" in caplog.text and whole.done == 20
+    values = logit_table.open_table(whole, teacher, data, spec.protocol, CPU)
+    assert values.abs().max() < 1000, "the byte made it 1e38"
+
+
+@pytest.mark.parametrize("number", ["done", "seconds"])
+def test_a_changed_number_in_what_a_table_says_of_itself_is_told(number: str) -> None:
+    """With images that it does not hold, whose logits are zeros, and which a sample rarely finds."""
+    spec, data = one_of_each_class(), images(cell().data)
+    file = filled(spec, data, teacher_of(spec)).folder / "table.json"
+    about = json.loads(file.read_text())
+    held = int(about["filled"], 16)
+    more = {"done": about["done"] + 1, "filled": f"{held | (held + 1):x}"}
+    file.write_text(json.dumps(about | (more if number == "done" else {"seconds": 7.0})))
+    with pytest.raises(UserError, match="damaged"):
+        table_for(spec, data)
+
+
 def test_listing_and_clearing(tmp_path: Path) -> None:
     spec, data = cell(), images(cell().data)
     table = filled(spec, data, teacher_of(spec))
@@ -297,13 +324,13 @@ def test_how_far_it_is_filled_is_noted_only_after_the_values(monkeypatch: pytest
     order: list[str] = []
     monkeypatch.setattr(logit_table, "NOTE_SECONDS", 0.0)
     monkeypatch.setattr("os.fsync", lambda handle: order.append("values"))
-    write = logit_files.write_json
+    write = logit_files.write_summed
 
     def noting(file: Path, about: Any) -> None:
         order.extend(["note"] if about["done"] else [])
         write(file, about)
 
-    monkeypatch.setattr(logit_files, "write_json", noting)
+    monkeypatch.setattr(logit_files, "write_summed", noting)
     table = filled(spec, data, teacher)
     noted = json.loads((table.folder / "table.json").read_text())
     assert noted["done"] == 20
