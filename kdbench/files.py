@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -223,19 +223,24 @@ def atomic(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(lock: Path, wait: float, otherwise: UserError) -> Iterator[None]:
+def locked(lock: Path, wait: float, otherwise: UserError, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file against other processes for as long as the block lasts.
 
     Args:
         wait: seconds to wait for who has it; -1: for ever.
         otherwise: what to raise when that was in vain.
+        waiting: called where there is something to wait for.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
     try:
-        held.acquire(timeout=wait)
+        held.acquire(timeout=0)
     except Timeout:
-        raise otherwise from None
+        waiting()
+        try:
+            held.acquire(timeout=wait)
+        except Timeout:
+            raise otherwise from None
     try:
         yield
     finally:

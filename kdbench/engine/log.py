@@ -46,9 +46,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, history: list[dict[str, Any]], tensorboard: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in history))
-        self.file = (folder / METRICS).open("a", encoding="utf-8")
-        self.writer = None
+        self.path, self.lines = folder / METRICS, [json.dumps(entry) + "\n" for entry in history]
+        write_text(self.path, "".join(self.lines))
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -56,21 +57,31 @@ class MetricsLog:
             self.writer = SummaryWriter(str(folder / EVENTS), purge_step=purge)
 
     def append(self, entry: dict[str, Any]) -> None:
-        self.file.write(json.dumps(entry) + "\n")
+        self.lines.append(json.dumps(entry) + "\n")
+        self.file.write(self.lines[-1])
         self.file.flush()
-        if self.writer is not None:
+        if (writer := self._events()) is not None:
             for tag, value in scalars(entry):
-                self.writer.add_scalar(tag, value, entry["step"])
+                writer.add_scalar(tag, value, entry["step"])
 
     def flush(self) -> None:
         """Have everything on the disk: what a checkpoint has seen is not written again."""
-        if self.writer is not None:
-            self.writer.flush()
+        if (writer := self._events()) is not None:
+            writer.flush()
 
     def close(self) -> None:
+        """Leave it whole, also where the file was removed meanwhile."""
         self.file.close()
+        write_text(self.path, "".join(self.lines))
+        if (writer := self._events()) is not None:
+            writer.close()
+
+    def _events(self) -> Any:
+        """TensorBoard's writer, None where there is none. It opens its file anew each time, and would fail without a
+        folder, which the user may have removed."""
         if self.writer is not None:
-            self.writer.close()
+            (self.path.parent / EVENTS).mkdir(parents=True, exist_ok=True)
+        return self.writer
 
 
 def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

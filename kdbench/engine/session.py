@@ -4,8 +4,9 @@ torch."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -97,7 +98,8 @@ class Session:
         for teacher in wanted.values():
             folder = teacher_folder(teacher, self.options.runs)
             # Another run may be training this very teacher: what it leaves is what this one needs.
-            with locked_run(folder, wait=-1):
+            said = f"another run trains the teacher '{teacher.name}': waiting for it ({folder})"
+            with locked_run(folder, -1, partial(self.listener.say, said)):
                 if (record := finished_record(folder)) is not None:
                     student_file(record)
                     check_teacher(teacher, record, here)
@@ -271,10 +273,12 @@ class Session:
         return teacher_folder(teacher, self.options.runs) if teacher else None
 
 
-def locked_run(folder: Path, wait: float = 0.5) -> AbstractContextManager[None]:
+def locked_run(
+    folder: Path, wait: float = 0.5, waiting: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:
     """A lock: only one run works in an output folder; another waits that many seconds for it (-1: for ever)."""
     hint = "wait for it, stop it, or give another folder: --runs DIR"
-    return locked(folder / ".run.lock", wait, UserError(f"another run works in {folder}", hint=hint))
+    return locked(folder / ".run.lock", wait, UserError(f"another run works in {folder}", hint=hint), waiting)
 
 
 def _chose(folder: Path, key: str) -> bool:

@@ -218,6 +218,9 @@ class Training:
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
             **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }
+        assert cell.log is not None
+        # A record makes the folder whole: all else stands there before.
+        cell.log.close()
         record = finish(
             member,
             cell.folder,
@@ -227,8 +230,6 @@ class Training:
             self._teacher_logits(member),
             compute,
         )
-        assert cell.log is not None
-        cell.log.close()
         self.emit(_finished(self.cells[cell], record))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,17 @@ def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
     with pytest.raises(UserError) as error:
         check_cell(spec)
     assert "boundaries/boundary" in str(error.value) or "layer" in str(error.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_folder_that_is_removed_while_a_cell_trains_costs_only_earlier_events(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "cell", [{"step": 1}])
+    log.flush()
+    shutil.rmtree(tmp_path / "cell")
+    for step in (2, 3):
+        log.append({"step": step, "loss": 0.5})
+        log.flush()
+    log.close()
+    lines = (tmp_path / "cell" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert [*(tmp_path / "cell" / "events").iterdir()]

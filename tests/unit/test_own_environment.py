@@ -31,6 +31,7 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
 from kdbench.engine.pool import worker_process
+from kdbench.engine.session import locked_run
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
 from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
@@ -575,3 +576,14 @@ def test_every_variable_that_is_read_is_documented(monkeypatch: pytest.MonkeyPat
 def test_a_models_hook_points_are_shown(model: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     assert called(monkeypatch, "show", "models", model) == 0
     assert said in capsys.readouterr().out
+
+
+def test_who_waits_for_a_lock_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    with (
+        locked_run(tmp_path, waiting=lambda: told.append("first")),
+        pytest.raises(UserError, match="another run works in"),
+        locked_run(tmp_path, 0, lambda: told.append("second")),
+    ):
+        pass
+    assert told == ["second"]
