@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError, shortened
-from kdbench.files import no_file, sum_of
+from kdbench.files import CHECK_PATH, no_file, sum_of
 
 # Bytes of a file, levels of its nesting, and size of its whole numbers and of others (whose squares must be finite), at
 # most. A record has 15 kB and ten levels.
@@ -52,7 +52,8 @@ def read_text(file: Path, hint: str | None = None, most: int = LARGEST) -> str:
         what = f"this file is damaged, or not text in UTF-8: {error}"
         raise UserError(what, where=str(file), hint=hint or "save it as text in UTF-8") from None
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=str(file), hint=hint) from None
+        # Not by the hint, which may say to remove the file: nothing is wrong with it.
+        raise UserError(f"cannot be read: {error.strerror or error}", str(file), CHECK_PATH) from None
     except ValueError as error:
         raise UserError(f"this file is damaged: {error}", where=str(file), hint=hint) from None
 

@@ -34,7 +34,7 @@ from kdbench.engine.pool import worker_process
 from kdbench.engine.session import locked_run
 from kdbench.engine.weights import save_tensors
 from kdbench.errors import UserError
-from kdbench.files import CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
+from kdbench.files import CHECK_PATH, CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -587,3 +587,16 @@ def test_who_waits_for_a_lock_is_told(tmp_path: Path) -> None:
     ):
         pass
     assert told == ["second"]
+
+
+def test_nobody_is_told_to_remove_what_only_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Permissions do not hold for root, so the system's refusal is made here."""
+    (tmp_path / "record.json").write_text("{}")
+
+    def refuse(file: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match="Permission denied") as told:
+        read_records([tmp_path])
+    assert told.value.hint == CHECK_PATH
