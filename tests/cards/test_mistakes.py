@@ -279,9 +279,16 @@ def is_defined_here(path: tuple[str | int, ...], kind: str) -> bool:
     )
 
 
+METHODS = Registry().names("methods")
+
+
 def place(path: tuple[str | int, ...], kind: str) -> tuple[str, ...]:
-    """Where a key stands, whatever names its author chose on the way to it and wherever in a list."""
-    chosen = [isinstance(path[i], int) or is_defined_here(path[: i + 1], kind) for i in range(len(path))]
+    """Where a key stands, whatever names its author chose on the way to it and wherever in a list. What is tuned is
+    told in one place of any method and parameter, as `at.beta`."""
+    tuned = [key for key in path if str(key).partition(".")[0] in METHODS and "." in str(key)]
+    chosen = [
+        isinstance(key, int) or key in tuned or is_defined_here(path[: i + 1], kind) for i, key in enumerate(path)
+    ]
     return tuple("*" if own else str(key) for key, own in zip(path, chosen, strict=True))
 
 
