@@ -16,7 +16,9 @@ from filelock import FileLock
 from warm import warm_python
 
 # Runs inherit what is ignored here: below nohup, a closed terminal would not end them, and tests would wait for ever.
+# Of what a script starts with '&', an interrupt is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 END_TO_END = ROOT / "tests" / "e2e"
