@@ -357,6 +357,6 @@ def _gone(event: Gone) -> str:
         return f"a worker ended: {event.why}"
     if (code := event.code) < 0:
         return f"the worker process was ended by signal {-code}" + (
-            " (often: not enough memory; try --jobs 1)" if code == -9 else ""
+            " (often: not enough memory; try fewer --jobs, or smaller batches)" if code == -9 else ""
         )
     return f"the worker process ended with code {code}"

@@ -164,7 +164,8 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     elif begins.isascii() and len(begins) == 40 and begins.decode().isprintable():
         why, hint = f"it is text, and begins with '{begins.decode()}'", f"{hint}; was it really downloaded?"
     else:
-        first = "" if "weights_only" in said else next(iter(said.splitlines()), "")[:160]
+        # torch goes on with what may have happened to the file.
+        first = "" if "weights_only" in said else next(iter(said.splitlines()), "").partition(". ")[0][:160]
         why = f"it is damaged, cut short, or of another kind ({type(error).__name__}{': ' if first else ''}{first})"
     return UserError(f"the weight file cannot be read: {why}", where=str(file), hint=hint)
 
