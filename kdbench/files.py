@@ -30,7 +30,9 @@ FULL = 1 << 16
 RUN = "recipe.json"
 RECORD, METRICS, LOGITS = "record.json", "metrics.jsonl", "test_logits.safetensors"
 STUDENT, BEST = "student.safetensors", "student_best.safetensors"
-CHECKPOINT, ROUTE, EVENTS = "checkpoint.pt", "route", "events"
+CHECKPOINT, ROUTE, EVENTS, ERROR = "checkpoint.pt", "route", "events", "error.txt"
+# Of these, what a finished cell has none of any more: where it stopped, and why it once failed.
+UNFINISHED = (CHECKPOINT, ERROR)
 # What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
 PUBLISHED = (METRICS, LOGITS, RECORD)
 # What a cell that goes on elsewhere does not read.

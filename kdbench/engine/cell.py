@@ -12,7 +12,7 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, Apart, is_lost
 from kdbench.errors import CellError, SharedChange, UserError, failure
-from kdbench.files import disk_full
+from kdbench.files import ERROR, disk_full
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class TrainingCell:
             full = disk_full(error)
             self.failure = str(full) if full else failure(error)
             if self.log is not None and full is None:
-                file = self.folder / "error.txt"
+                file = self.folder / ERROR
                 # On a full disk there is none, and the others go on all the same.
                 with suppress(OSError):
                     file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

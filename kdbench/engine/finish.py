@@ -21,7 +21,7 @@ from kdbench.engine.predicting import Predictor
 from kdbench.engine.targets import import_target
 from kdbench.engine.teacher_files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
-from kdbench.files import BEST, CHECKPOINT, LOGITS, RECORD, STUDENT, write_json
+from kdbench.files import BEST, LOGITS, RECORD, STUDENT, UNFINISHED, write_json
 from kdbench.models.probing import undisturbed
 from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
 from kdbench.record import SCHEMA, Record, summary
@@ -81,7 +81,8 @@ def finish(
         }
     )
     write_json(folder / RECORD, record.plain())
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in UNFINISHED:
+        (folder / name).unlink(missing_ok=True)
     return record
 
 

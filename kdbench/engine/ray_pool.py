@@ -38,7 +38,7 @@ from kdbench.engine.ray_node import TABLES, Node
 from kdbench.engine.ray_sending import Sending, specs_of
 from kdbench.engine.versions import versions
 from kdbench.errors import CellError, UserError, first_line
-from kdbench.files import CHECKPOINT, RECORD, atomic, expanded, files_of, sweep
+from kdbench.files import RECORD, UNFINISHED, atomic, expanded, files_of, sweep
 from kdbench.recipe.specs import DataSpec
 
 
@@ -264,7 +264,7 @@ class RayPool(Pool):
             raise CellError(f"a node sent a file outside of the run's folder: {name}")
         if content is None:
             # A finished cell has none any more. Nothing else is ever taken away.
-            if file.name == CHECKPOINT:
+            if file.name in UNFINISHED:
                 file.unlink(missing_ok=True)
             return
         with atomic(file) as temporary:

@@ -77,8 +77,11 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     assert not disagreements(made)
     assert [f.where for f in verify(made, REGISTRY) if f.level == "remark"] == [gone.name]
     shutil.rmtree(run)
+    gone.mkdir(parents=True)
+    (gone / "error.txt").write_text("why it failed before")
     grown = kdbench("run", *TINY, "seeds=2", "steps=12", "evaluations=3", "--jobs", "1", "--threads", "1")
     assert "3 cells taken from results/tiny" in grown.stderr and (gone / "record.json").is_file()
+    assert not (gone / "error.txt").exists()
     # What was published and is gone is no remark.
     (lost,) = made.glob("ab-seed0-*")
     shutil.rmtree(lost)

@@ -208,7 +208,8 @@ def test_a_node_writes_into_the_runs_folder_only(tmp_path: Path) -> None:
     pool = RayPool(Cluster("auto"), "cpu", 1, (), two_ranks.Settings(), tmp_path / "runs")
     pool._take("runs/a/checkpoint.pt", b"1")
     pool._take("runs/a/student", b"2")
-    for name in ("runs/a/checkpoint.pt", "runs/a/student"):
+    pool._take("runs/a/error.txt", b"3")
+    for name in ("runs/a/checkpoint.pt", "runs/a/student", "runs/a/error.txt"):
         pool._take(name, None)
     assert {*files_of(tmp_path)} == {"runs/a/student"}
     # A run that was killed had received half of a file.
