@@ -78,7 +78,8 @@ def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Me
     if counts == [1]:
         yield "There is one seed, so there is no deviation, no interval and no test"
     else:
-        yield f"± is the sample standard deviation over the seeds, n = {ranged(counts)} seeds ({listed(seeds)})"
+        n = ranged(counts) if counts[-1] == len(seeds) else f"{ranged(counts)} of {len(seeds)}"
+        yield f"± is the sample standard deviation over the seeds, n = {n} seeds ({listed(seeds)})"
     if len(rows) > 1:
         yield "The highest mean is bold, the second underlined; neither says that a difference is real"
 

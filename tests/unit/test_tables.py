@@ -333,6 +333,7 @@ def test_partly_common_seeds_are_told() -> None:
     kd = cell(build(records), "KD")
     assert kd.difference is not None and kd.difference.n == 2
     assert "The difference is over the 2 seeds that CE has too" in notes(build(records))
+    assert "n = 3 of 4 seeds (0, 1, 2, 3)" in notes(build(records))
 
 
 def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
