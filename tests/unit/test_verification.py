@@ -11,11 +11,14 @@ import pytest
 from conftest import ROOT
 from synthetic import comparison, write
 
+from kdbench.cards import TEACHER_TOLERANCE
+from kdbench.record import Record, metrics, read_record
 from kdbench.registry import Registry
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding, verdict
+from kdbench.verify.soundness import problems
 from kdbench.verify.verification import verify
 
 AGREES = Finding("agrees", "made again", "table.md")
@@ -97,3 +100,38 @@ def test_a_teacher_has_one_accuracy_for_images_that_are_given_to_it_alike(
     file.write_text(json.dumps(record))
     told = [finding.what for finding in verify(folder, Registry()) if "the teacher accuracy is not" in finding.what]
     assert bool(told) is not agrees
+
+
+# Far enough from the card's accuracy to be told, and near enough not to be.
+FAR, NEAR = 1.1 * TEACHER_TOLERANCE, 0.9 * TEACHER_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("cell", "path", "change", "told"),
+    [
+        ("ab_wrn_30/kd-seed0", "data/fingerprint", "0" * 64, "data.fingerprint"),
+        ("ab_wrn_30/kd-seed0", "teacher/sha256", "0" * 64, "teacher.sha256"),
+        ("ab_wrn_30/kd-seed0", "teacher/accuracy", FAR, "teacher.accuracy"),
+        ("ab_wrn_30/kd-seed0", "teacher/accuracy", -FAR, "teacher.accuracy"),
+        ("ab_wrn_30/kd-seed0", "teacher/accuracy", NEAR, ""),
+        ("ab_wrn_30/kd-seed0", "teacher/accuracy", -NEAR, ""),
+        ("ab_wrn_30/kd-seed0", "compute/training_seconds", 0.5, "compute.training_seconds"),
+        ("ab_wrn_30/kd-seed0", "compute/training_seconds", -0.5, "compute.training_seconds"),
+        ("ab_wrn_30/kd-seed0", "compute/seconds", -5.0, "compute.seconds"),
+        ("ab_wrn_30/ab-seed0", "result/references/agreement/layer1.preact", 1.0, "result.references"),
+        ("ab_wrn_30/ab-seed0", "result/metrics/agreement/layer1.preact", 1.0, "result.metrics"),
+    ],
+)
+def test_what_a_record_says_beside_its_metrics_is_compared_with_cards_and_metrics(
+    cell: str, path: str, change: float | str, told: str
+) -> None:
+    (folder,) = (ROOT / "results").glob(f"{cell}-*")
+    history, plain = metrics(folder), json.loads((folder / "record.json").read_text())
+    assert [*problems(read_record(folder), history)] == []
+    *parents, last = path.split("/")
+    inner = plain
+    for key in parents:
+        inner = inner[key]
+    inner[last] = change if isinstance(change, str) else inner[last] + change
+    found = [*problems(Record.model_validate(plain), history)]
+    assert len(found) == bool(told) and all(text.startswith(told) for text in found)
