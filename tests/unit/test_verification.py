@@ -135,3 +135,20 @@ def test_what_a_record_says_beside_its_metrics_is_compared_with_cards_and_metric
     inner[last] = change if isinstance(change, str) else inner[last] + change
     found = [*problems(Record.model_validate(plain), history)]
     assert len(found) == bool(told) and all(text.startswith(told) for text in found)
+
+
+def test_kept_weights_are_those_of_the_best_evaluation() -> None:
+    (folder,) = (ROOT / "results").glob("ab_data_small/kd-*seed0-*")
+    plain, history = json.loads((folder / "record.json").read_text()), metrics(folder)
+    accuracies = {entry["step"]: entry["test"]["accuracy"] for entry in history}
+    step = max(accuracies, key=lambda step: (accuracies[step], -step))
+    assert accuracies[step] > accuracies[history[-1]["step"]] > accuracies[history[0]["step"]]
+
+    def told(step: int, accuracy: float) -> list[str]:
+        best = {"best": {"part": "test", "step": step, "accuracy": accuracy}}
+        return [*problems(Record.model_validate(plain | best), history)]
+
+    assert told(step, accuracies[step]) == []
+    (one,) = told(step, accuracies[step] - 0.01)
+    (other,) = told(history[-1]["step"], accuracies[history[-1]["step"]])
+    assert one.startswith("best is") and other.startswith("best is")
