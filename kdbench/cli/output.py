@@ -48,35 +48,36 @@ def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -
     records = read_records(folders)
     table = build(records, unfinished=missing)
     files = [*write_files(table, out, records), *write_plots(records, out)]
-    remove_old_plots(out, files)
+    remove_old_plots(out, files, out)
     return table, files
 
 
-def renew_tables(folder: Path, missing: list[str]) -> None:
-    """Write the table of a folder's records and their plots anew. LaTeX in a form that the user chose stays so."""
+def renew_tables(run: Path, folder: Path, missing: list[str]) -> None:
+    """Write table and plots of the records in the copy of a run anew. LaTeX in a form that the user chose stays so."""
     from kdbench.files import write_text
     from kdbench.results.texts import latex_forms
 
     tex = folder / "table.tex"
     before = tex.read_text(encoding="utf-8", errors="replace") if tex.is_file() else ""
-    table, _ = write_tables_and_plots([folder], folder, missing)
+    table, files = write_tables_and_plots([folder], folder, missing)
+    remove_old_plots(folder, files, run)
     if before in latex_forms(table, before):
         write_text(tex, before)
 
 
-def remove_old_plots(run: Path, written: Iterable[Path]) -> None:
-    """Remove plots that earlier tables of this run left and this one does not have: they would be published with it."""
+def remove_old_plots(folder: Path, written: Iterable[Path], run: Path) -> None:
+    """Remove plots from a run's folder, or from its copy, that earlier tables of the run left and this one lacks."""
     from kdbench.record import read_record
     from kdbench.results.by_axis import file_of
     from kdbench.results.comparison import IMPLIED, Axis
 
-    left = {*run.glob("*.png")} - {*written}
+    left = {*folder.glob("*.png")} - {*written}
     for file in run.glob(f"*/{RECORD}") if left else ():
         with suppress(UserError):
             record = read_record(file)
             names = {file_of(Axis(path, ())) for path in (*record.cell.axes, *IMPLIED)}
             names |= {f"{metric}.png" for metric in record.result.metrics}
-            for old in left & {run / name for name in names}:
+            for old in left & {folder / name for name in names}:
                 old.unlink(missing_ok=True)
 
 

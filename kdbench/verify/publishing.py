@@ -16,7 +16,7 @@ from kdbench.verify import sums
 def publish(
     run: Path,
     out: Path,
-    renew_tables: Callable[[Path, list[str]], None],
+    renew_tables: Callable[[Path, Path, list[str]], None],
     replace: bool = False,
     unfinished: bool = False,
     logits: bool = True,
@@ -26,8 +26,8 @@ def publish(
     An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
 
     Args:
-        renew_tables: writes tables and plots of the cells in a folder, given the names of those that are missing. Those
-            of the run may be of an earlier plan: one that was cut off before its end leaves them.
+        renew_tables: writes tables and plots of the cells in a run's copy, given the run, the copy and the names of
+            cells that are missing. The run's own may be of an earlier plan: one that was cut off leaves them.
         replace: whether cells of the earlier copy that the run does not have may go.
         unfinished: whether cells may be missing.
         logits: whether test logits are copied too.
@@ -61,7 +61,7 @@ def publish(
             for file_name in PUBLISHED:
                 if (logits or file_name != LOGITS) and (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
-        renew_tables(made, open_cells)
+        renew_tables(run, made, open_cells)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")

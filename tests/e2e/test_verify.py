@@ -108,12 +108,16 @@ def test_a_table_of_an_earlier_plan_is_not_published(tiny_run: Path, kdbench: Kd
     made = tmp_path / "results" / "tiny"
     assert (made / "table.tex").read_bytes() == (run / "table.tex").read_bytes() and not disagreements(made)
     about = json.loads((run / "recipe.json").read_text())
-    about["cells"] = [cell for cell in about["cells"] if "-seed0-" in cell]
-    about["recipe"]["seeds"] = 1
+    about["cells"] = [cell for cell in about["cells"] if cell.startswith("kd-seed0-")]
+    about["recipe"] |= {"seeds": 1, "compare": {"method": ["kd"]}}
     (run / "recipe.json").write_text(json.dumps(about))
+    (run / "own.png").touch()
     kdbench("publish", run, "--replace")
     assert not disagreements(made)
     assert {row["n"] for row in csv.DictReader((made / "table.csv").read_text().splitlines())} == {"1"}
+    # A plot of what only the others measured goes too, and one of the user's own stays.
+    assert (run / "agreement.png").is_file()
+    assert {file.name for file in made.glob("*.png")} == {"own.png", "learning_curves.png", "final_accuracies.png"}
 
 
 def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: Kdbench, tmp_path: Path) -> None:
