@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from synthetic import make
+from torch import Tensor
 
 from kdbench.engine.answers import measured
-from kdbench.verify.recount import spans
+from kdbench.errors import UserError
+from kdbench.files import LOGITS, STUDENT
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
+from kdbench.verify import recount
+from kdbench.verify.recount import counted_again, logits_in, recorded_numbers, spans
 
 
 def test_logits_that_rounding_made_equal_leave_the_accuracy_open() -> None:
@@ -70,3 +81,59 @@ def test_classes_that_a_student_was_trained_on_count_apart() -> None:
     logits, labels = torch.eye(4).half(), torch.tensor([0, 1, 3, 3])
     said = spans(logits, labels, None, [0, 1, 2])
     assert said["by_classes.trained_on"] == (100.0, 100.0) and said["by_classes.others"] == (50.0, 50.0)
+
+
+def test_a_file_holds_logits_of_these_images_and_classes_or_is_refused(tmp_path: Path) -> None:
+    file, labels = tmp_path / "logits", torch.tensor([0, 2, 1])
+    save_file({"logits": torch.eye(3)}, file)
+    assert logits_in(file, labels).equal(torch.eye(3))
+    for other in (torch.ones(3), torch.ones(4, 3), torch.ones(2, 3), torch.ones(3, 2)):
+        save_file({"logits": other}, file)
+        with pytest.raises(UserError, match="holds no logits for these 3 test images"):
+            logits_in(file, labels)
+
+
+def test_a_loss_that_is_no_number_is_not_compared() -> None:
+    record = make("kd", result__fidelity=50.0)
+    assert recorded_numbers(record, []) == {"test.last": 90.0, "fidelity": 50.0}
+    for loss in (None, float("inf"), float("nan")):
+        assert "test.loss" not in recorded_numbers(record, [{"test": {"loss": loss}}])
+    assert recorded_numbers(record, [{"test": {"loss": 9.0}}, {"test": {"loss": 0.5}}])["test.loss"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "told"),
+    [
+        ({}, {}, True),
+        ({"files": {STUDENT: "ee" * 32}}, {}, False),
+        ({"last": 95.0}, {}, False),
+        ({"data__fingerprint": "ee" * 32}, {}, False),
+        ({"compute__precision": "bfloat16"}, {"compute__precision": "bfloat16"}, False),
+        ({}, {"compute__precision": "bfloat16"}, False),
+        # The cell trained its teacher itself.
+        ({}, {"result__teacher": {"last": 95.5, "best": 95.5, "best_step": 1}}, False),
+    ],
+)
+def test_fidelity_is_counted_where_the_teacher_answered_in_its_own_training(
+    teacher: dict[str, Any], student: dict[str, Any], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.tensor([0, 1, 2, 0])
+    monkeypatch.setattr(recount, "labels_of", lambda data, roots: (labels, "cd" * 32))
+
+    def logits(name: str, answers: list[int]) -> Path:
+        (tmp_path / name).mkdir()
+        save_file({"logits": F.one_hot(Tensor(answers).long(), 3).half()}, tmp_path / name / LOGITS)
+        return tmp_path / name
+
+    records = {
+        "teacher": make("ce", **{"last": 95.5, "teacher": None, "files": {STUDENT: "ab" * 32}} | teacher),
+        "kd": make("kd", last=100.0, result__fidelity=50.0, **student),
+    }
+    answers = {"teacher": [0, 2, 2, 0], "kd": [0, 1, 2, 0]}
+    records = {name: r.model_copy(update={"folder": logits(name, answers[name])}) for name, r in records.items()}
+    numbers = {name: recorded_numbers(record, []) for name, record in records.items()}
+    data = dict.fromkeys(records, plan("ab_wrn", Registry()).cells[0].spec.data)
+    found = counted_again(records, numbers, data, [])
+    # Three of four answers are the teacher's.
+    wrong = ["fidelity is 50.0, the test logits say 75.0000"] if told else []
+    assert found["kd"] == (["test.last", *["fidelity"] * told], wrong)
