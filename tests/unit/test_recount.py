@@ -81,6 +81,8 @@ def test_classes_that_a_student_was_trained_on_count_apart() -> None:
     logits, labels = torch.eye(4).half(), torch.tensor([0, 1, 3, 3])
     said = spans(logits, labels, None, [0, 1, 2])
     assert said["by_classes.trained_on"] == (100.0, 100.0) and said["by_classes.others"] == (50.0, 50.0)
+    # No test image is of class 2.
+    assert {*said} - {*spans(logits, labels, None, [0, 1, 3])} == {"by_classes.others"}
 
 
 def test_a_file_holds_logits_of_these_images_and_classes_or_is_refused(tmp_path: Path) -> None:
