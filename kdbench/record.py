@@ -256,10 +256,15 @@ def finished_record(folder: Path) -> Record | None:
     """
     if not (folder / RECORD).exists():
         return None
-    record = read_record(folder)
-    if not folder.name.endswith(record.identity[:8]):
+    return _of_its_folder(read_record(folder))
+
+
+def _of_its_folder(record: Record) -> Record:
+    """The record, if its folder's name ends with its identity. UserError where it does not."""
+    assert record.folder is not None
+    if not record.folder.name.endswith(record.identity[:8]):
         hint = "its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again"
-        raise UserError(f"this is the record of another cell, {record.identity[:8]}", str(folder / RECORD), hint)
+        raise UserError(f"this is the record of another cell, {record.identity[:8]}", str(record.folder / RECORD), hint)
     return record
 
 
@@ -298,37 +303,41 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> list[Record]:
     Folders in the given order, and inside a folder by path.
 
     Raises:
-        UserError: a path that does not exist, no record at all, or a record that cannot be read.
+        UserError: a path that does not exist, no record at all, a record that cannot be read, or one that is not that
+            of the planned cell in whose folder it lies.
     """
     given = paths_of(paths)
-    files: dict[Path, Path] = {}
+    files: dict[Path, tuple[Path, bool]] = {}
     for path in given:
         if not path.exists():
             raise UserError("there is no such folder", str(path), meant(path, "a folder with finished cells", RUN))
         if path.is_file() and path.suffix != ".json":
             what = "this is a file, and no record of a cell"
             raise UserError(what, str(path), meant(path, "a folder with finished cells", RUN))
-        below = sorted(cell / RECORD for cell in _cell_folders(path)) if path.is_dir() else [path]
-        for file in filter(Path.is_file, below):
-            files.setdefault(file.resolve(), file)
+        cells = _cell_folders(path) if path.is_dir() else {}
+        below = sorted((cell / RECORD, planned) for cell, planned in cells.items())
+        for file, planned in below or [(path, False)]:
+            if file.is_file():
+                files.setdefault(file.resolve(), (file, planned))
     if not files:
         hint = f"a finished cell's folder holds a {RECORD}; 'kdbench run RECIPE' makes them"
         raise UserError("no finished cell was found", ", ".join(map(str, given)) or None, hint)
-    return [read_record(file) for file in files.values()]
+    return [_of_its_folder(read_record(file)) if planned else read_record(file) for file, planned in files.values()]
 
 
-def _cell_folders(folder: Path) -> list[Path]:
-    """The cells' folders at or below a folder. Of a run's folder: of the cells that its last plan had. Of a folder of
-    runs: of all but those that try settings, and without the teachers beside them and hidden folders."""
+def _cell_folders(folder: Path) -> dict[Path, bool]:
+    """The cells' folders at or below a folder, and whether a run planned them. Of a run's folder: of the cells that its
+    last plan had. Of a folder of runs: of all but those that try settings, and without the teachers beside them and
+    hidden folders."""
     cells = read_run(folder).cells if (folder / RUN).exists() else None
     if cells is not None:
-        return [inside(folder, cell) for cell in cells]
-    found = [folder] if any((folder / name).is_file() for name in (RECORD, METRICS)) else []
+        return {inside(folder, cell): True for cell in cells}
+    found = {folder: False} if any((folder / name).is_file() for name in (RECORD, METRICS)) else {}
     for below in folder.iterdir():
         # Hidden is what a killed 'publish' was making.
         apart = below.name.endswith(TRIALS) or below.name == TEACHERS or below.name.startswith(".")
         if below.is_dir() and not below.is_symlink() and not apart:
-            found += _cell_folders(below)
+            found |= _cell_folders(below)
     return found
 
 

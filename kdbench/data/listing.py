@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 # What is read, and endings of pictures that are not.
 SUFFIXES = (
@@ -27,6 +27,8 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
 NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
+# Endings of lists that may say which class a picture has. Folders say it here.
+LISTS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx")
 # What the test split's folder may be called, and what no class is called.
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 SPLITS = ("train", "training", "testing", *TEST_FOLDERS)
@@ -53,7 +55,8 @@ class Listing:
     Attributes:
         files: split -> class -> picture files, both sorted by name. One split "all" where it is in one piece.
         folders: split -> its folder.
-        unused: folders beside these with pictures of such classes, or called as a test split is.
+        unused: folders beside these with pictures of such classes, or called as a test split is; lists that may hold
+            classes, and pictures in no class's folder.
         stamps: (path below the folder, bytes, modification time in ns) of every picture, and of lists of their classes.
     """
 
@@ -126,6 +129,8 @@ def listing(root: Path, in_one: bool = False) -> Listing:
         own = [test for test in tests if _annotated(test) or train & class_names(test)]
         folders = {"train": root / "train", "test": [*own, *tests, root / "test"][0]}
         unused = _beside(root, train, {folder.name for folder in folders.values()})
+    for folder in dict.fromkeys((root, *folders.values())):
+        unused += _loose(folder, root)
     files = {split: class_folders(folder) for split, folder in folders.items()}
     found = [file for by_class in files.values() for images in by_class.values() for file in images]
     lists = [_list(folder) for folder in folders.values() if _annotated(folder) is not None]
@@ -143,6 +148,17 @@ def _beside(root: Path, classes: set[str], taken: set[str]) -> list[str]:
             if place.name not in taken and names and (place.name in TEST_FOLDERS or names & classes):
                 found.append(place.name)
     return found
+
+
+def _loose(folder: Path, root: Path) -> list[str]:
+    """What lies beside the folders of a folder and may be thought to count: lists of classes, and pictures."""
+    with contextlib.suppress(UserError):  # What is not used need not be readable.
+        files = sorted(place for place in entries(folder) if place.suffix.lower() in LISTS and place.is_file())
+        named = [f"{file.relative_to(root).as_posix()} (classes are those of the folders)" for file in files]
+        pictures = counted(len(loose), "picture") if (loose := picture_files(folder)) else ""
+        where = folder.relative_to(root).as_posix() if folder != root else "the folder itself"
+        return named + ([f"{pictures} in no class's folder, in {where}"] if pictures else [])
+    return []
 
 
 def find_folder(roots: Iterable[Path], folder: str) -> Path:

@@ -12,11 +12,11 @@ from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.pool import Pool
 from kdbench.engine.scheduling import Cells, CellState
 from kdbench.errors import UserError, counted
-from kdbench.files import PUBLISHED, TEACHERS, atomic, sha256_of
+from kdbench.files import METRICS, PUBLISHED, RECORD, TEACHERS, atomic, sha256_of
 from kdbench.reading import inside
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import Record, derived, finished_record, student_file
+from kdbench.record import Record, derived, finished_record, metrics, student_file
 
 
 class DataHere:
@@ -202,8 +202,20 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
 
 
 def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
-    """Raises UserError for a teacher that was trained on other data than those that are here."""
-    assert teacher.trained_by is not None
+    """Raises UserError for a teacher that was trained on other data than those that are here, or whose record says
+    another accuracy than its evaluations do: its students' records would repeat it."""
+    assert teacher.trained_by is not None and record.folder is not None
+    # What was sent to another machine has no evaluations beside it.
+    history = metrics(record.folder) if (record.folder / METRICS).is_file() else []
+    seen = [round(entry["test"]["accuracy"], 4) for entry in history if "test" in entry][-1:]
+    if history and seen != [record.result.test.last]:
+        last = f"{seen[0]:.2f} %" if seen else "none"
+        raise UserError(
+            f"the teacher '{teacher.name}' has {record.result.test.last:.2f} % here, and {last} in its {METRICS}",
+            where=str(record.folder / RECORD),
+            hint="one of the two files was changed: bring it back, or remove this folder: the teacher is then trained "
+            "again",
+        )
     if why := here.unlike(teacher.trained_by, record):
         raise UserError(
             f"the teacher '{teacher.name}' was trained on other data: {why}",

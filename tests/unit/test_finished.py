@@ -19,7 +19,7 @@ from kdbench.errors import UserError
 from kdbench.files import SHARE, sha256_of
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.specs import recorded
-from kdbench.record import Record, finished_record, read_record, student_file
+from kdbench.record import Record, finished_record, read_record, read_records, student_file
 from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.verify import sums
@@ -100,6 +100,31 @@ def test_a_record_that_cannot_be_read_or_is_another_cells_is_not_passed_over(tmp
     (folder / "record.json").write_text(whole.replace("a" * 64, "b" * 64))
     with pytest.raises(UserError, match="record of another cell, bbbbbbbb"):
         finished_record(folder)
+
+
+def test_a_record_that_lies_in_the_folder_of_another_cell_is_in_no_table(tmp_path: Path) -> None:
+    folders = [tmp_path / f"kd-seed{seed}-{letter * 8}" for seed, letter in enumerate("ab")]
+    for folder, seed in zip(folders, (0, 1), strict=True):
+        leave(folder, folder.name[-8] * 64, seed=seed)
+    (tmp_path / "recipe.json").write_text(json.dumps({"cells": [folder.name for folder in folders]}))
+    assert [record.cell.seed for record in read_records(tmp_path)] == [0, 1]
+    (folders[1] / "record.json").write_text((folders[0] / "record.json").read_text())
+    with pytest.raises(UserError, match="record of another cell, aaaaaaaa") as caught:
+        read_records(tmp_path)
+    assert caught.value.where == str(folders[1] / "record.json")
+
+
+def test_a_teacher_has_the_accuracy_of_its_last_evaluation(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, planned(), {"digits": OLD}, data__fingerprint=OLD)
+    folder = scene.leave_teacher(b"weights", last=90.2, data__fingerprint=OLD)
+    lines = [{"step": step, "epoch": 1, "test": {"accuracy": value}} for step, value in ((1, 99.0), (2, 90.2))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scene.finished.compare_data(scene.here)
+    file = folder / "record.json"
+    file.write_text(file.read_text().replace('"last": 90.2', '"last": 99.0'))
+    with pytest.raises(UserError, match=r"'tiny_digits' has 99.00 % here, and 90.20 % in its metrics.jsonl") as caught:
+        scene.finished.compare_data(scene.here)
+    assert caught.value.where == str(file)
 
 
 def test_weights_are_used_only_if_they_are_those_of_the_record(tmp_path: Path) -> None:

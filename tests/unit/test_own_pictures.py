@@ -92,6 +92,19 @@ def test_what_is_not_used_of_a_folder_is_told(parts: tuple[str, ...], said: str 
         assert said not in "; ".join(survey(root, tmp_path / "cache").sentences())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_lists_and_pictures_beside_the_folders_of_classes_are_told(whole: bool, tmp_path: Path) -> None:
+    root = write(tmp_path / "x", **({"all": 6} if whole else {"train": 2, "test": 2}))
+    split = root if whole else root / "train"
+    (root / "README.txt").write_text("nothing")
+    assert "not used" not in "; ".join(survey(root, tmp_path / "cache").sentences())
+    (split / "Labels.CSV").write_text("file,class\n")
+    shutil.copy(next(split.glob("*/*.png")), split / "alone.png")
+    said = "; ".join(survey(root, tmp_path / "cache").sentences())
+    assert f"not used: {'' if whole else 'train/'}Labels.CSV (classes are those of the folders), 1 picture in" in said
+    assert ("in the folder itself" if whole else "in train;") in said
+
+
 def test_test_pictures_that_are_trained_on_are_told(tmp_path: Path) -> None:
     root = write(tmp_path / "x", train=6, test=2)
     assert survey(root, tmp_path / "cache").copies == 0
