@@ -381,7 +381,7 @@ def test_plots_of_an_earlier_table_do_not_stay_beside_a_smaller_one(tmp_path: Pa
             agreement = {"layer1.preact": 0.5} if measured else {}
             axes = {"method": method, "epochs": e}
             record = plain_record(method, 0, 80.0 + e, axes=axes, epochs=float(e), agreement=agreement)
-            names.append(name := f"{method}-{e}")
+            names.append(name := f"{method}-{e}-{record['identity'][:8]}")
             if not (run_folder / name).exists():
                 write(run_folder / name, record, lines)
         (run_folder / "recipe.json").write_text(json.dumps({"name": "r", "cells": names}))
