@@ -9,7 +9,7 @@ from kdbench.engine.finished import teacher_folder
 from kdbench.errors import UserError
 from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant
 from kdbench.reading import inside
-from kdbench.record import metrics, read_record, read_run
+from kdbench.record import finished_record, metrics, read_record, read_run
 from kdbench.verify import sums
 
 
@@ -39,7 +39,8 @@ def publish(
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
-    cells, name = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()], plan.name
+    there = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()]
+    cells, name = [cell for cell in there if finished_record(run / cell)], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
     if open_cells and not (unfinished and cells):
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"

@@ -25,6 +25,7 @@ from kdbench.results.comparison import compare
 from kdbench.verify import sums
 from kdbench.verify.adopting import computed_otherwise, published
 from kdbench.verify.findings import read_folder
+from kdbench.verify.publishing import publish
 from kdbench.verify.verification import _files
 
 E2E = Path(__file__).parent.parent / "e2e"
@@ -106,12 +107,13 @@ def test_a_record_that_lies_in_the_folder_of_another_cell_is_in_no_table(tmp_pat
     folders = [tmp_path / f"kd-seed{seed}-{letter * 8}" for seed, letter in enumerate("ab")]
     for folder, seed in zip(folders, (0, 1), strict=True):
         leave(folder, folder.name[-8] * 64, seed=seed)
-    (tmp_path / "recipe.json").write_text(json.dumps({"cells": [folder.name for folder in folders]}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"name": "r", "cells": [folder.name for folder in folders]}))
     assert [record.cell.seed for record in read_records(tmp_path)] == [0, 1]
     (folders[1] / "record.json").write_text((folders[0] / "record.json").read_text())
-    with pytest.raises(UserError, match="record of another cell, aaaaaaaa") as caught:
-        read_records(tmp_path)
-    assert caught.value.where == str(folders[1] / "record.json")
+    for use in (lambda: read_records(tmp_path), lambda: publish(tmp_path, tmp_path / "out", lambda *_: None)):
+        with pytest.raises(UserError, match="record of another cell, aaaaaaaa") as caught:
+            use()
+        assert caught.value.where == str(folders[1] / "record.json")
 
 
 def test_a_teacher_has_the_accuracy_of_its_last_evaluation(tmp_path: Path) -> None:
