@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdbench.engine.compute import Memory
     from kdbench.engine.estimate import Estimate
     from kdbench.recipe.planning import Plan, PlannedCell
-    from kdbench.recipe.specs import CellSpec, DataSpec, MethodSpec, ModelSpec
+    from kdbench.recipe.specs import CellSpec, MethodSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 
@@ -94,13 +94,11 @@ def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:
 
 
 def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
-    """A cell, the one that trains its teacher, and so on."""
-    while spec is not None:
+    """A cell, those that train its teachers, and so on."""
+    if spec is not None:
         yield spec
-        teachers = spec.teachers
-        for one in teachers[1:]:
-            yield from _lineage(one.trained_by)
-        spec = teachers[0].trained_by if teachers else None
+        for teacher in spec.teachers:
+            yield from _lineage(teacher.trained_by)
 
 
 def _networks(planned: Plan, estimate: Estimate) -> Table:
@@ -108,15 +106,16 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
     sizes = ("parameters", "MFLOPs an image")
     table = plain_table("network", "role", *sizes, right=sizes)
-    rows: dict[tuple[str, str, str], tuple[ModelSpec, DataSpec]] = {}
+    rows: dict[tuple[str, ...], None] = {}
     for spec in (cell.spec for cell in planned.cells):
         roles = [("student", spec.student, spec.data)]
         if spec.teacher is not None:
             roles.append(("teacher", spec.teacher.model, spec.teacher.knows(spec.data)))
-        rows |= {(role, model.name, str(model.options)): (model, data) for role, model, data in roles}
-    for (role, name, _), (model, data) in rows.items():
-        size = estimate.size(model, data)
-        table.add_row(name, role, f"{size.parameters:,}", f"{size.flops / 1e6:.1f}")
+        for role, model, data in roles:
+            size = estimate.size(model, data)
+            rows[model.name, role, f"{size.parameters:,}", f"{size.flops / 1e6:.1f}"] = None
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

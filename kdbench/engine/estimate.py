@@ -51,12 +51,12 @@ class Estimate:
 
     def __init__(self, device: torch.device, timed: bool = True, rate: float | None = None) -> None:
         self.device, self.timed, self.rate = device, timed and rate is None, rate
-        self.sizes: dict[tuple[str, str, int], Size] = {}
+        self.sizes: dict[tuple[str, str, int, tuple[int, ...]], Size] = {}
         self.sources: dict[str, dict[str, Cost]] = {}
 
     def size(self, model: ModelSpec, data: DataSpec) -> Size:
         data = model.takes(data)
-        key = (model.name, str(model.options), data.image_size)
+        key = (model.name, str(model.options), data.classes, data.image_shape)
         if key not in self.sizes:
             found = measure(model, data, self.timed, self.device)
             if self.rate is not None:

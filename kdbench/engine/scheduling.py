@@ -19,6 +19,8 @@ from kdbench.recipe.specs import CellSpec
 BEGUN = "cell.json"
 # Of one worker.
 MOST_THREADS = 1024
+# In place of the folder of a cell that has none.
+NOWHERE = Path()
 
 
 @dataclass
@@ -26,13 +28,14 @@ class CellState:
     """A planned cell in a run, and its progress for whoever watches.
 
     Attributes:
+        folder: none of its own where it is only planned.
         name: what it is called where that is not what the comparison calls it.
         state: waiting, running, finished, failed. doing: something long beside its steps, "" in them.
     """
 
     cell: PlannedCell
     id: int
-    folder: Path = Path()
+    folder: Path = NOWHERE
     name: str = ""
     state: str = "waiting"
     step: int = 0
@@ -167,8 +170,9 @@ class Begun(Strict):
 
 def begun(folder: Path) -> Begun:
     """How a cell began. UserError where its file is damaged."""
-    file = folder / BEGUN
-    return read_as(Begun, file, "remove the cell's folder: it starts again") if file.exists() else Begun()
+    if folder == NOWHERE or not (file := folder / BEGUN).exists():
+        return Begun()
+    return read_as(Begun, file, "remove the cell's folder: it starts again")
 
 
 def begin(folder: Path, how: Begun) -> None:

@@ -16,6 +16,7 @@ from kdbench.recipe.named import named_spec
 from kdbench.recipe.several import several_teachers
 from kdbench.recipe.specs import CellSpec, ModelSpec, TeacherSpec, WeightsSpec
 from kdbench.registry import Registry
+from kdbench.signature import written
 from kdbench.tree import Tree
 
 # (a teacher's own recipe, where it is named, folder of the data) -> the one cell that it plans.
@@ -198,8 +199,12 @@ def _existing(weights: str, where: str) -> Path:
     return file
 
 
-@functools.cache
 def _file_hash(file: Path) -> str:
     """sha256 of the user's weights. UserError where a cell's record beside them names another one."""
+    return _hash_of(file, written(file))
+
+
+@functools.cache
+def _hash_of(file: Path, of: tuple[int, int]) -> str:
     origin_of(file)
     return sha256_of(file)

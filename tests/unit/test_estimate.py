@@ -8,6 +8,7 @@ import pytest
 import torch
 from synthetic import plain_record, write
 
+from kdbench.engine.build import build_model
 from kdbench.engine.domain import split
 from kdbench.engine.estimate import Estimate, Size
 from kdbench.engine.finished import teacher_folder
@@ -46,6 +47,25 @@ def test_cells_of_one_seed_share_their_teachers_passes(estimate: Estimate) -> No
     assert estimate.passes(cells[0].spec) == 0 and estimate.passes(cells[2].spec) == 10 * 64 * 100.0
     assert estimate.cells(cells) == 2 * (3 * alone + 10 * 64 * 100.0)
     assert estimate.cells([]) == 0
+
+
+def test_a_network_is_sized_for_the_classes_and_channels_of_each_data_set() -> None:
+    """Of a data set with other classes it has another last layer, and of grey images another first one."""
+    data = plan(RECIPE, REGISTRY).cells[0].spec.data
+    others = [data, *(data.model_copy(update=other) for other in ({"classes": 100}, {"channels": 3}))]
+    student, real = plan(RECIPE, REGISTRY).cells[0].spec.student, Estimate(torch.device("cpu"), timed=False)
+    found = [real.size(student, one).parameters for one in others]
+    assert found == [sum(p.numel() for p in build_model(student, one).parameters()) for one in others]
+    assert len({*found}) == 3
+
+
+def test_planned_cells_are_in_no_folder(estimate: Estimate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in the folder in which a command was started says nothing of cells that only are planned."""
+    cells = plan(RECIPE, REGISTRY).cells
+    before = estimate.cells(cells)
+    (tmp_path / "cell.json").write_text('{"name": "of the user"}')
+    monkeypatch.chdir(tmp_path)
+    assert estimate.cells(cells) == before
 
 
 def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Estimate, tmp_path: Path) -> None:

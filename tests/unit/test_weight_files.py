@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import hashlib
 import json
 import os
 import pathlib
@@ -294,6 +295,17 @@ def test_a_student_starts_from_weights_of_other_classes_and_says_so(tmp_path: Pa
     first = build_model(cell.student.untrained(), cell.data, seed=4)
     assert torch.equal(found.state_dict()["conv1.weight"], state["conv1.weight"])
     assert torch.equal(found.state_dict()["fc.weight"], first.state_dict()["fc.weight"])
+
+
+def test_weights_that_were_written_again_are_other_weights(tmp_path: Path) -> None:
+    """As in a notebook that trains its teacher anew between two runs."""
+    file, found = tmp_path / "w.pth", []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(network().state_dict(), file)
+        taught = spec(teacher={"model": "wrn_10_1", "weights": str(file)}, method="kd").teacher
+        found.append(taught.weights.sha256 == hashlib.sha256(file.read_bytes()).hexdigest())
+    assert found == [True, True]
 
 
 def test_a_teacher_of_other_classes_teaches_features_only(tmp_path: Path) -> None:
