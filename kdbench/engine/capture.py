@@ -20,9 +20,9 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
 from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
-from kdbench.engine.program import Cohort, Program, sets_of
+from kdbench.engine.program import Cohort, Program
 from kdbench.engine.recorder import Call, CudaRecorder
-from kdbench.engine.step import input_sets, teacher_pass, train
+from kdbench.engine.step import input_sets, sets_of, teacher_pass, train
 from kdbench.engine.teacher import PointValues
 from kdbench.errors import first_line
 

@@ -19,7 +19,7 @@ from kdbench.engine.compute import Chosen, Computing, Steps, candidates
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
-from kdbench.engine.step import shared_part, train
+from kdbench.engine.step import sets_of, shared_part, train
 from kdbench.engine.teacher import Taught, Teacher
 from kdbench.errors import CellError, UserError, failure, first_line
 from kdbench.recipe.choices import ComputeChoice
@@ -195,7 +195,7 @@ def _measure(
             batches.feed(names)
             return shared_part(batches, teacher, members)
 
-        names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
+        names = sets_of(members)
         (sets, taught), first, one.teacher = times(shared, device)
         one.compiling += first - one.teacher
         steps, losses = [], []

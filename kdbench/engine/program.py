@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.network import together
-from kdbench.engine.step import shared_part, train
+from kdbench.engine.stage import union
+from kdbench.engine.step import sets_of, shared_part, train
 from kdbench.engine.teacher import Taught, Teacher
 
 
@@ -140,17 +141,9 @@ def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset
     uses: dict[frozenset[str], int] = {}
     begin = min((member.step for member in members), default=0)
     for end in (end for end in ends if end > begin):
-        asked: dict[str, set[str]] = {}
-        for member in (member for member in members if begin < member.timeline.total):
-            for name, points in member.teacher_uses(begin).items():
-                asked.setdefault(name, set()).update(points)
-        for name, of_set in asked.items():
-            found = frozenset(of_set - ({"logits"} if teacher.logits is not None and name == "data" else set()))
+        asked = union(member.teacher_uses(begin) for member in members if begin < member.timeline.total)
+        for name, points in asked.items():
+            found = frozenset(points) - ({"logits"} if teacher.logits is not None and name == "data" else set())
             uses[found] = uses.get(found, 0) + end - begin
         begin = end
     return uses
-
-
-def sets_of(members: Iterable[Member]) -> list[str]:
-    """Input sets that the data give and some member reads."""
-    return list(dict.fromkeys(name for member in members for name in member.stage.shared_sets))

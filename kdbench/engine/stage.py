@@ -212,13 +212,17 @@ class ScheduleTable:
 
 def asked_points(terms: Iterable[Term], spec: StageSpec, network: str) -> dict[str, list[str]]:
     """What some terms of a stage, and its source, need of a network: input set -> hook points."""
-    asked: dict[str, dict[str, None]] = {}
-    for term in terms:
-        for name, points in term.points(network).items():
-            asked.setdefault(name, {}).update(dict.fromkeys(points))
-    for name in spec.source.reads if spec.source and spec.source.logits else ():
-        asked.setdefault(name, {})["logits"] = None
-    return {name: [*points] for name, points in asked.items()}
+    of_source = dict.fromkeys(spec.source.reads if spec.source and spec.source.logits else (), ["logits"])
+    return union([*(term.points(network) for term in terms), of_source])
+
+
+def union(each: Iterable[Mapping[str, Iterable[str]]]) -> dict[str, list[str]]:
+    """What several need together, every hook point once: input set -> hook points."""
+    found: dict[str, dict[str, None]] = {}
+    for needed in each:
+        for name, points in needed.items():
+            found.setdefault(name, {}).update(dict.fromkeys(points))
+    return {name: [*points] for name, points in found.items()}
 
 
 def shared_sets(terms: Iterable[Term], spec: StageSpec) -> list[str]:

@@ -18,7 +18,7 @@ from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
-from kdbench.engine.stage import Numbers, Turn, batch_norms
+from kdbench.engine.stage import Numbers, Turn, batch_norms, union
 from kdbench.engine.teacher import PointValues, Taught, Teacher
 from kdbench.errors import SharedChange
 
@@ -32,19 +32,20 @@ def shared_part(batches: Batches, teacher: Teacher | None, members: Collection[M
 
 def input_sets(batches: Batches, members: Iterable[Member]) -> Sets:
     """The input sets of the present step that members read; goes on to the next step."""
-    names = dict.fromkeys(name for member in members for name in member.stage.shared_sets)
+    names = sets_of(members)
     sets = batches.sets(names)
     batches.advance(names)
     return sets
 
 
+def sets_of(members: Iterable[Member]) -> list[str]:
+    """Input sets that the data give and some member reads."""
+    return list(dict.fromkeys(name for member in members for name in member.stage.shared_sets))
+
+
 def teacher_pass(teacher: Teacher | None, sets: Sets, members: Iterable[Member]) -> PointValues:
     """One pass of the shared teacher for all that members need of it."""
-    needed: dict[str, dict[str, None]] = {}
-    for member in members:
-        for name, points in member.stage.teacher_points.items():
-            needed.setdefault(name, {}).update(dict.fromkeys(points))
-    return teacher.shared(sets, {name: [*points] for name, points in needed.items()}) if teacher else {}
+    return teacher.shared(sets, union(member.stage.teacher_points for member in members)) if teacher else {}
 
 
 def losses_of(
