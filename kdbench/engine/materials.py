@@ -1,6 +1,7 @@
 """The data and the teachers that a worker's tasks need."""
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Materials:
         Returns:
             the name of the table, "" for none, and its logits [images, views, classes].
         """
-        spec = next((one for one in specs if one.teacher is not None), specs[0])
+        spec = taught_first(specs)
         data = self.data(spec.data)
         if kept == "" or teacher is None or spec.teacher is None or file is None or isinstance(data, Pictures):
             return "", None
@@ -143,6 +144,11 @@ class Materials:
         if not serves:
             return "", None
         return table.folder.name, logit_table.open_table(table, teacher, data, spec.protocol, self.device)
+
+
+def taught_first(specs: Iterable[CellSpec]) -> CellSpec:
+    """Of a cohort's cells the first with a teacher, which says what data and teacher of all are; else its first."""
+    return min(specs, key=lambda spec: spec.teacher is None)
 
 
 def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:

@@ -19,7 +19,7 @@ from kdbench.engine.device import use
 from kdbench.engine.distributed import join, note_on, refuse, send
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.logit_files import table_at
-from kdbench.engine.materials import Materials
+from kdbench.engine.materials import Materials, taught_first
 from kdbench.engine.memory import memory_of
 from kdbench.engine.ranks import ALONE, Apart, Ranks
 from kdbench.engine.scheduling import kind
@@ -137,7 +137,7 @@ class TaskRunner:
 
     def choose_computing(self, task: messages.ChooseComputing) -> None:
         """Choose how to compute, by measuring on cells of one cohort."""
-        first = next((spec for spec in task.specs if spec.teacher is not None), task.specs[0])
+        first = taught_first(task.specs)
         data, target = self.materials.domains(first)
         batches = Batches(first, data, self.device, target)
         file = self.materials.teacher_file(first, task.teacher_folder)

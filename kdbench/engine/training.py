@@ -17,7 +17,7 @@ from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
-from kdbench.engine.materials import AnyData, Materials
+from kdbench.engine.materials import AnyData, Materials, taught_first
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
 from kdbench.engine.network import Network
@@ -91,7 +91,7 @@ class Training:
         self.computing = possible(task.computing, self.device)
         if self.computing.compile != task.computing.compile:
             emit(messages.Announcement(text=f"warning: {NO_COMPILER}"))
-        first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
+        first = taught_first(cell.spec for cell in cells)
         self.domains: tuple[AnyData, AnyData | None] = materials.domains(first)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -107,7 +107,7 @@ class Training:
 
     def _cohort(self, cells: list[messages.CellTask]) -> Cohort:
         """Cells of one seed, built; those that could not be are told."""
-        first = next((cell.spec for cell in cells if cell.spec.teacher is not None), cells[0].spec)
+        first = taught_first(cell.spec for cell in cells)
         batches = Batches(first, self.domains[0], self.device, self.domains[1], self.ranks)
         teacher = self.teacher
         if teacher is not None and self.logits is not None:
