@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kdbench.engine.averaging import Average
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.network import Network
-from kdbench.engine.surroundings import Surroundings, build_module
+from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.targets import code_of
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
@@ -53,7 +53,7 @@ def predictor(cell: Surroundings) -> Predictor:
     spec = cell.spec.method.predicts
     assert spec is not None
     (point,) = cell.points([spec.student], "student")
-    head = build_module(spec, cell.shapes_for(spec), "predicts", cell.spec.seed, cell.tell)
+    head = cell.built(spec, "predicts")
     known = [*cell.modules.values(), cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
     if {*head.parameters()} - {parameter for module in known for parameter in module.parameters()}:
         what = f"'{spec.name}', through which the student is to answer, has parameters of its own, which nothing trains"

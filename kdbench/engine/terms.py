@@ -146,7 +146,9 @@ class Term(nn.Module):
         if len(students) != len(teachers):
             raise UserError(f"{place}: a connector needs the same number of hook points in both networks")
         at = f"{place}: {layer.students[i]} → {layer.teachers[i]}"
-        return _connector(self.spec.connector, students[i], teachers[i], at)
+        what = f"{at}: connector '{self.spec.connector.name}' cannot bridge {students[i]} → {teachers[i]}"
+        hint = "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')"
+        return made(self.spec.connector, what, hint, students[i], teachers[i])
 
     def _one_or_all(self, side: Sequence[Any]) -> Any:
         """What a loss gets of a network's side: one value, or all of them."""
@@ -351,12 +353,6 @@ def _behind(connector: nn.Module, shape: Shape) -> Shape:
         found: Tensor = connector.eval()(torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device))
     connector.train(was_training)
     return tuple(found.shape[1:])
-
-
-def _connector(spec: TargetSpec, student: Shape, teacher: Shape, place: str) -> nn.Module:
-    what = f"{place}: connector '{spec.name}' cannot bridge {student} → {teacher}"
-    hint = "choose other hook points, or a connector that changes the map's size ('kdbench ls connectors')"
-    return made(spec, what, hint, student, teacher)
 
 
 def _layer_weights(spec: TermSpec, n: int, place: str) -> list[float]:
