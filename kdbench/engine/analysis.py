@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdbench.engine.batch import at_most
 from kdbench.engine.device import use
 from kdbench.engine.finish import git_state, machine
 from kdbench.engine.finished import teacher_folder
@@ -155,7 +156,7 @@ class Analysis:
             raise UserError(f"{count} images are too few", where=self.name, hint="ask for at least 1")
         loaded = load_data(data, data.roots(self.options.roots()), self.options.download, home() / "cache")
         part = split_for_testing(data, loaded, self.device)
-        slices = list(part.every(max(1, -(-len(part.labels) // count))).slices())
+        slices = list(at_most(count, part).slices())
         self.note("data", name=data.name, fingerprint=loaded.fingerprint)
         pixels = torch.cat([images.float() / 255 for images, _ in slices])
         return ImagesToTest(pixels, torch.cat([labels for _, labels in slices]), loaded.classes, loaded.fingerprint)

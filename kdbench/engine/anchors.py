@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.batch import Split
+from kdbench.engine.batch import Split, at_most
 from kdbench.engine.weight_files import read_weights
 from kdbench.engine.weights import load_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
@@ -23,7 +23,7 @@ class Route:
     """Checkpoints of a training, in its order, the converged network last. Weights are read when they are asked for.
 
     Attributes:
-        folder: that holds them. entries: as `keep` made them.
+        folder: that holds them. entries: as `keep_checkpoint` made them.
     """
 
     folder: Path
@@ -154,7 +154,7 @@ class AnchorTeacher:
         Args:
             images: at most so many of the validation split, evenly spaced in its seeded random choice.
         """
-        part = self.validation.every(-(-len(self.validation.labels) // images))
+        part = at_most(images, self.validation)
         student = torch.cat([self.student_logits(x) for x, _ in part.slices()])
         found = []
         for position in range(len(self.route)):

@@ -69,6 +69,11 @@ class Split(Protocol):
         ...
 
 
+def at_most(images: int, part: Split) -> Split:
+    """At most so many images of a part, evenly spaced."""
+    return part.every(max(1, -(-len(part.labels) // images)))
+
+
 class Epoch:
     """One pass over a set of images, or several: their order and views on the device, and where the next batch begins.
 

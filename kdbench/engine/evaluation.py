@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.engine.averaging import Average
-from kdbench.engine.batch import Split
+from kdbench.engine.batch import Split, at_most
 from kdbench.engine.member import Member
 from kdbench.engine.metrics import Metrics
 from kdbench.engine.network import Network
@@ -56,8 +56,7 @@ class Measurement:
             # Of the network whose accuracy this is; one that answers through another head has no hook points.
             answers = self.member.answers
             student = answers if isinstance(answers, Average) else self.member.student
-            test = self.member.batches.test
-            for images, labels in test.every(max(1, -(-len(test.labels) // PROBE_IMAGES))).slices():
+            for images, labels in at_most(PROBE_IMAGES, self.member.batches.test).slices():
                 own = student(student.normalizer(images), self.metrics.points("student"))
                 taught = self.teacher(self.teacher.normalizer(images), self.metrics.points("teacher"))
                 self.metrics.add(own, taught, len(labels))

@@ -41,10 +41,12 @@ def finish(
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
-        domains: the cell's data set, and its target domain.
         cell: the planned cell's names and axes, as the record shows them.
+        domains: the cell's data set, and its target domain.
+        teacher: the cell's, where it learned from one.
         teacher_logits: of the shared teacher on the test part.
         compute: device, threads, precision and so on.
+
     Returns:
         the record.
     """

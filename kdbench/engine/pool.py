@@ -39,8 +39,6 @@ SPARED_SECONDS = 10.0
 LOOK_UP_SECONDS = 0.5
 # What ends a run, and reaches the whole process group.
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-
-
 # Of the memory that is free, what workers plan with.
 SHARE = 0.85
 

@@ -112,6 +112,7 @@ def plan(
         recipe: file, shipped name, or plain data.
         overrides: texts `dotted.path=value`.
         weights_must_exist: whether weights of a teacher that cannot be downloaded must be here, as for training.
+
     Raises:
         UserError: for whatever the schema and the cards can tell.
     """

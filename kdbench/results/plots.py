@@ -37,7 +37,6 @@ LEGEND_LINE = 0.19
 # Methods that one chart of curves shows beside the first: as many as have a look of their own.
 GROUP = len(COLOURS) - 1
 
-
 T = TypeVar("T")
 
 
