@@ -90,7 +90,7 @@ class Pictures:
 
 
 # (file, label) of every picture of a split; and with the file's sha256.
-Split = Sequence[tuple[Path, int]]
+Labelled = Sequence[tuple[Path, int]]
 Rows = Sequence[tuple[Path | str, int, str]]
 
 
@@ -143,7 +143,7 @@ def from_folders(root: Path, name: str, cache: Path, short_side: int, in_one: bo
 
 
 def gather(
-    name: str, classes: Iterable[str], train: Split, test: Split, cache: Path, short_side: int, origin: str
+    name: str, classes: Iterable[str], train: Labelled, test: Labelled, cache: Path, short_side: int, origin: str
 ) -> Pictures:
     """A data set of listed files, in canonical order, with its fingerprint.
 
@@ -152,7 +152,7 @@ def gather(
     """
     sums = sums_of([file for split in (train, test) for file, _ in split], cache, name)
 
-    def rows(split: Split) -> Rows:
+    def rows(split: Labelled) -> Rows:
         ordered = sorted((label, sums[file], str(file)) for file, label in split)
         return [(file, label, digest) for label, digest, file in ordered]
 

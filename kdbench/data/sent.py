@@ -15,7 +15,7 @@ from kdbench.reading import read_as
 SUFFIX = ".pictures.json"
 
 
-class Listing(BaseModel):
+class SentPictures(BaseModel):
     """A data set of pictures. train, test: (place, label, sha256) of each, in its order."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,8 +46,8 @@ def save_listing(file: Path, data: Pictures, cache: Path) -> None:
     write_json(file, about | parts)
 
 
-def read_listing(file: Path) -> Listing:
-    return read_as(Listing, file, most=MOST_SUMS)
+def read_listing(file: Path) -> SentPictures:
+    return read_as(SentPictures, file, most=MOST_SUMS)
 
 
 def load_listing(file: Path) -> Pictures:

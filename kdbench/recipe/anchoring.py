@@ -6,7 +6,7 @@ from kdbench.recipe.specs import AnchorSpec, DataSpec, MethodSpec, StageSpec, Te
 from kdbench.tree import Tree
 
 
-def expanded(
+def with_anchors(
     stages: dict[str, StageSpec], cards: dict[str, StageCard], tree: Tree
 ) -> tuple[dict[str, StageSpec], Tree]:
     """The stages of a method with those that have anchors written out, and the method's tree with the same stages.

@@ -5,7 +5,7 @@ from typing import Any
 
 from kdbench.cards import MethodCard
 from kdbench.errors import UserError, did_you_mean, shortened
-from kdbench.recipe.anchoring import expanded
+from kdbench.recipe.anchoring import with_anchors
 from kdbench.recipe.named import named_spec
 from kdbench.recipe.specs import DataSpec, MethodSpec, ModuleSpec, StageSpec, TermSpec
 from kdbench.recipe.stages import check_asked, stage_spec
@@ -35,7 +35,7 @@ def method_spec(variant: Variant, protocol: Tree, registry: Registry) -> tuple[M
     }
     modules = {key: _module(tree.at("modules", key), card, registry, f"module '{key}'") for key in card.modules}
     predicts = _module(tree.at("predicts"), card, registry, "'predicts'") if card.predicts else None
-    stages, tree = expanded(stages, card.stages, tree)
+    stages, tree = with_anchors(stages, card.stages, tree)
     _check_shares(stages, tree.origin(("stages",)), name)
     # No step at all, where every other share gives one at least.
     stages = {key: stage for key, stage in stages.items() if stage.share != 0}
@@ -172,20 +172,21 @@ def check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> Non
 def check_trains_teacher(method: MethodSpec, where: str) -> None:
     """Raises UserError for a method that needs more of its teacher than it has taught it."""
     first = next(iter(method.stages.values()))
-    parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
-    if "teacher" not in first.trains or method.starts_from or any(part.teacher for part in parts):
+    if "teacher" not in first.trains or _needs_trained_teacher(method):
         what = f"the method '{method.name}' needs a trained teacher, and this one is untrained"
         hint = "choose a method that trains its teacher from the first step on, such as dml, or a trained teacher"
         raise UserError(what, where, hint)
 
 
 def needs_teacher(method: MethodSpec) -> bool:
+    reads = any("teacher" in term.loss.inputs or term.of == "teacher" for term in method.terms)
+    return reads or _needs_trained_teacher(method)
+
+
+def _needs_trained_teacher(method: MethodSpec) -> bool:
+    """Whether its student, a batch source or an operation begins with what a teacher has learned."""
     parts = [part for stage in method.stages.values() for part in (stage.source, stage.begins) if part is not None]
-    return (
-        method.starts_from == "teacher"
-        or any(part.teacher for part in parts)
-        or any("teacher" in term.loss.inputs or term.of == "teacher" for term in method.terms)
-    )
+    return method.starts_from == "teacher" or any(part.teacher for part in parts)
 
 
 def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None:
