@@ -86,7 +86,8 @@ class Finished:
     @property
     def open(self) -> Cells:
         """Cells that are to be trained."""
-        return [cell for cell in self.cells if cell.id not in self.own | self.taken]
+        known = self.own.keys() | self.taken.keys()
+        return [cell for cell in self.cells if cell.id not in known]
 
     @property
     def recorded(self) -> list[tuple[CellState, Record]]:

@@ -92,7 +92,7 @@ class Comparison:
 
     def of_column(self, column: Column) -> list[Record]:
         """The records of all rows in a column."""
-        return [record for _, own, record in self.places() if own == column]
+        return [record for row in self.rows for record in self.cell(row, column).values()]
 
 
 def compare(records: Iterable[Record], baseline: str | None = None, asked: str | Iterable[str] = ()) -> Comparison:

@@ -66,8 +66,8 @@ def copied_rows(
         for place in range(max(map(len, found.values()))):
             chosen = {column: pairs[place] for column, pairs in found.items() if len(pairs) > place}
             teachers = {pair.teacher.name for pair in chosen.values() if pair.teacher is not None}
-            suffix = f" (from {teachers.pop()})" if len(teachers) == 1 else ""
-            rows += _rows(comparison, key, card, chosen, suffix, reported, mark)
+            teacher = teachers.pop() if len(teachers) == 1 else None
+            rows += _rows(comparison, key, card, chosen, teacher, reported, mark)
     return tuple(rows)
 
 
@@ -88,10 +88,11 @@ def _rows(
     key: str,
     card: PublishedCard,
     chosen: Mapping[Column, PublishedPair],
-    suffix: str,
+    teacher: str | None,
     reported: str,
     mark: Callable[[str], str],
 ) -> list[CopiedRow]:
+    """The rows of one card. `teacher`: whose students all `chosen` pairs are, where it is one."""
     order = list(card.pairs.values())
     rows = []
     for method in [None, *card.methods]:
@@ -116,8 +117,10 @@ def _rows(
                 said += _own(theirs, card.protocol)
             cells.append(CopiedCell(mean, deviation, runs, tuple(map(mark, said))))
         if any(cells):
-            title = f"teacher{suffix.replace('(from ', '').rstrip(')')}" if method is None else None
-            label = title or f"{card.methods[method or ''].title}{suffix}"
+            if method is None:
+                label = " ".join(filter(None, ("teacher", teacher)))
+            else:
+                label = card.methods[method].title + (f" (from {teacher})" if teacher else "")
             rows.append(CopiedRow(key, method, label, tuple(cells)))
     return rows
 
