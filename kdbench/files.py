@@ -35,7 +35,7 @@ CHECKPOINT, ROUTE, EVENTS, ERROR = "checkpoint.pt", "route", "events", "error.tx
 UNFINISHED = (CHECKPOINT, ERROR)
 # What is published of a finished cell, the record last: it makes a folder whole. Earlier versions kept no logits.
 PUBLISHED = (METRICS, LOGITS, RECORD)
-# What a cell that goes on elsewhere does not read.
+# What only people read.
 UNREAD = (EVENTS, METRICS, LOGITS)
 # Folders beside those of runs: of trained teachers, and of what batch sources make once for several cells.
 TEACHERS, SOURCES = OWN_FOLDERS = ("teachers", "sources")
@@ -47,6 +47,11 @@ def files_of(folder: Path) -> dict[str, Path]:
     """All files of a folder by their names below it, without hidden ones."""
     found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     return {name: file for name, file in found.items() if not file.name.startswith(".")}
+
+
+def files_to_send(folder: Path) -> dict[str, Path]:
+    """Those from which a cell goes on elsewhere, or learns: all but what only people read."""
+    return {name: file for name, file in files_of(folder).items() if not name.startswith(UNREAD)}
 
 
 def cores() -> int:

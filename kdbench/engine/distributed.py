@@ -18,7 +18,7 @@ from kdbench.engine.messages import Settings, Task, TrainCells, read_line
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.versions import versions
 from kdbench.errors import UserError, counted
-from kdbench.files import UNREAD, files_of
+from kdbench.files import files_to_send
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import training_images
 
@@ -71,7 +71,7 @@ def device_here(asked: str) -> str:
 
 
 def own_device(device: str) -> str:
-    """This rank's device, of the kind that rank 0 has."""
+    """This rank's device, of the kind that rank 0 has. UserError where there is no GPU for it."""
     local = _local()
     if not device.startswith("cuda"):
         return device
@@ -91,7 +91,8 @@ def send(ranks: Ranks, task: TrainCells | None) -> None:
     what: list[Any] = [None]
     if task is not None:
         folders = [*(cell.folder for cell in task.cells), *([task.teacher_folder] if task.teacher_folder else [])]
-        what = [(task.line(), {str(folder): _files(folder) for folder in folders})]
+        files = {str(one): {name: file.read_bytes() for name, file in files_to_send(one).items()} for one in folders}
+        what = [(task.line(), files)]
     dist.broadcast_object_list(what, 0, ranks.control)
     if task is None:
         dist.destroy_process_group()
@@ -119,11 +120,6 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCells | None:
     settings = task.settings.model_copy(update={"checkpoint_seconds": PATIENCE.total_seconds()})
     own = {"cells": cells, "teacher_folder": teacher, "shared": scratch / "shared", "settings": settings}
     return task.model_copy(update=own | {"device": own_device(task.device)})
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    """What a cell goes on from, or learns from: all but what only people read."""
-    return {name: file.read_bytes() for name, file in files_of(folder).items() if not name.startswith(UNREAD)}
 
 
 def refuse(spec: CellSpec, ranks: int) -> None:

@@ -39,7 +39,7 @@ class Materials:
         self._data: dict[str, AnyData] = {}
 
     def data(self, spec: DataSpec, download: bool = True) -> AnyData:
-        """A data set."""
+        """A data set. UserError where it cannot be read, or is another one than the run has."""
         roots = spec.roots(self.settings.data_roots)
         key = f"{spec.name} {spec.options} {roots}"
         if key not in self._data:
@@ -66,7 +66,7 @@ class Materials:
         return load_listing(known.file) if known.file.name.endswith(SUFFIX) else load_images(known.file, spec.name)
 
     def domains(self, spec: CellSpec) -> tuple[AnyData, AnyData | None]:
-        """A cell's data set, and its target domain."""
+        """A cell's data set, and its target domain. UserError where their classes are not the same."""
         data = self.data(spec.data)
         if spec.target is None:
             return data, None
@@ -84,6 +84,10 @@ class Materials:
 
         Args:
             folder: of the teacher.
+
+        Raises:
+            UserError: its weights are not to be had, or it has another accuracy than is stated. CellError: it was not
+                trained.
         """
         if spec.teacher is None or spec.teacher.untrained:
             return None
@@ -127,6 +131,9 @@ class Materials:
 
         Returns:
             the name of the table, "" for none, and its logits [images, views, classes].
+
+        Raises:
+            UserError: the table that they began with is gone, or what it holds is not what the teacher gives.
         """
         spec = taught_first(specs)
         data = self.data(spec.data)

@@ -8,7 +8,7 @@ from kdbench.engine.finished import teacher_folder
 from kdbench.engine.logit_files import ABOUT, VALUES, tables
 from kdbench.engine.messages import GivenData, Message, Task, TrainCells
 from kdbench.engine.ray_node import PICTURES, TABLES
-from kdbench.files import SHARE, UNREAD, below, files_of, find_weights, sha256_of
+from kdbench.files import SHARE, below, files_to_send, find_weights, sha256_of
 from kdbench.reading import read_json
 from kdbench.recipe.specs import CellSpec
 
@@ -39,11 +39,10 @@ class Sending:
         several = (spec.teacher for spec in specs_of(task) if spec.teacher is not None and spec.teacher.members)
         others += dict.fromkeys(teacher_folder(one, self.runs) for teacher in several for one in teacher.members)
         for folder in [*own, *others]:
-            place, files = self.place(folder), files_of(folder.resolve())
-            begin = {name: file for name, file in files.items() if not name.startswith(UNREAD)}
+            place, files = self.place(folder), files_to_send(folder.resolve())
             if folder in own:
-                self.ray.get(actor.clear.remote(place, [*begin]))
-            self.put(actor, {f"{place}/{name}": file for name, file in begin.items()})
+                self.ray.get(actor.clear.remote(place, [*files]))
+            self.put(actor, {f"{place}/{name}": file for name, file in files.items()})
         return [self.place(folder) for folder in [*own, *others]]
 
     def give(self, actor: Any, base: Path, task: Task) -> dict[str, GivenData]:

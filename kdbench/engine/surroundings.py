@@ -47,7 +47,7 @@ class Surroundings:
             self.modules[name] = self.built(module, f"modules/{name}")
 
     def network(self, name: str, stage: str) -> Extractor:
-        """The "student", or the "teacher" as a stage has it."""
+        """The "student", or the "teacher" as a stage has it; UserError where there is none."""
         own = self.own_teacher if stage in own_teacher_stages(self.spec.method.stages) else None
         found = self.student if name == "student" else own or self.teacher
         if found is None:

@@ -9,7 +9,7 @@ from kdbench.errors import CellError, UserError, failure
 
 
 def import_target(target: str) -> Any:
-    """The object that a card's target (`module:object`) names."""
+    """The object that a card's target (`module:object`) names. UserError where it cannot be imported."""
     module, _, name = target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

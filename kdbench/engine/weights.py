@@ -16,7 +16,11 @@ from kdbench.recipe.specs import ModelSpec
 
 
 def locate(weights: Weights, download: bool) -> Path:
-    """A weight file with the right hash: from the weight folders, or downloaded into the cache."""
+    """A weight file with the right hash: from the weight folders, or downloaded into the cache.
+
+    Raises:
+        UserError: it is in none, cannot be downloaded, or has another hash.
+    """
     file = find_weights(weights.file)
     if file is None:
         if weights.url is None or not download:
@@ -41,6 +45,7 @@ def locate(weights: Weights, download: bool) -> Path:
 
 
 def weight_file(spec: ModelSpec) -> Path:
+    """The user's weights that a model starts from. UserError where they are gone, or were changed meanwhile."""
     assert spec.weights is not None
     file = find_weights(spec.weights)
     if file is None:
@@ -96,7 +101,14 @@ def load_file(
 
 
 def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
-    """Load a state dict that must fit exactly. Counters of batch norms, which old files lack, may be missing."""
+    """Load a state dict that must fit exactly. Counters of batch norms, which old files lack, may be missing.
+
+    Args:
+        name: of the network. where: its weights are from. Both for messages.
+
+    Raises:
+        UserError: it does not fit, or has values that are not finite.
+    """
     own = model.state_dict()
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     if classes := _other_classes(own, state, other):

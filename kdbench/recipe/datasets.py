@@ -54,6 +54,7 @@ def _card_of(folder: Path, where: str, registry: Registry) -> str:
 
 
 def data_spec(recipe: Recipe, tree: Tree, registry: Registry) -> DataSpec:
+    """The data that a recipe chooses. UserError for classes that there are not, or too few images."""
     choice = recipe.data
     card = registry.card("datasets", choice.name, tree.origin(("data",)))
     if bad := [label for label in choice.only_classes or () if label >= card.classes]:
@@ -90,7 +91,7 @@ def check_parts(data: DataSpec, where: str, where_chosen: str) -> None:
 
 
 def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) -> DataSpec | None:
-    """The target domain, of the classes and the image size of the source."""
+    """The target domain. UserError for one of other classes, channels or image size than the source."""
     choice = recipe.target
     if choice is None:
         return None
@@ -117,6 +118,7 @@ def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
 
 
 def check_channels(normalization: Normalization, data: DataSpec, where: str) -> None:
+    """Raises UserError for a normalization of another number of channels."""
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
         what = f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'"
         raise UserError(what, where)

@@ -31,7 +31,7 @@ def recipe_names() -> list[str]:
 
 
 def find(recipe: str, base: Path | None = None) -> Path:
-    """File of a recipe given as a path (also relative to `base`) or as the name of a shipped one."""
+    """File of a recipe given as a path (also relative to `base`) or as that of a shipped one; UserError for none."""
     path = expanded(recipe)
     candidates = [path, SHARE / "recipes" / f"{recipe}.yaml"]
     if base is not None:

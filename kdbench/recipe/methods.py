@@ -160,7 +160,7 @@ def terms_of(method: MethodSpec) -> list[tuple[str, str, TermSpec]]:
 
 
 def check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> None:
-    """A method that reads the target domain needs a recipe that names one."""
+    """Raises UserError for a method that reads the target domain, where the recipe names none."""
     for stage, name, term in terms_of(method):
         source = method.stages[stage].source
         if target is None and "target" in (term.input, term.against) and not (source and "target" in source.gives):
@@ -179,6 +179,7 @@ def check_trains_teacher(method: MethodSpec, where: str) -> None:
 
 
 def needs_teacher(method: MethodSpec) -> bool:
+    """Whether anything of it does, a loss or what it begins with."""
     reads = any("teacher" in term.loss.inputs or term.of == "teacher" for term in method.terms)
     return reads or _needs_trained_teacher(method)
 

@@ -47,6 +47,9 @@ def critical_distance(methods: int, columns: int, alpha: float = 0.05) -> float:
     Args:
         methods: k, at least 3.
         columns: N, at least 2, independent of each other.
+
+    Raises:
+        ValueError: fewer methods or columns.
     """
     if methods < 3 or columns < 2:
         raise ValueError("the critical distance is for at least three methods and two columns")

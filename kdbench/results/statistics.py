@@ -52,7 +52,7 @@ class Paired:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Number, mean and sample deviation of at least one value."""
+    """Number, mean and sample deviation of at least one value; ValueError for none."""
     n = len(values)
     if n == 0:
         raise ValueError("no values to summarize")
@@ -177,7 +177,7 @@ def seeds_needed(mean: float, deviation: float, alpha: float = 0.05, cap: int = 
     The power grows with n, so the number is found by bisection.
 
     Args:
-        mean, deviation: of the differences.
+        mean, deviation: of the differences; a deviation that is not above 0 is a ValueError.
         alpha: level of the test. Of one among m tests that Holm corrects, α / m, his first step: a difference found
             there is found whatever the other tests say.
         cap: largest number that is looked for.
