@@ -226,7 +226,10 @@ def _curves_panel(
             axis.set_ylim(*part.values)
         if reference is not None:
             axis.axhline(reference, color="0.35", linewidth=1.0, linestyle=":")
-            place: Any = {"xycoords": axis.get_yaxis_transform(), "xytext": (-3, 3), "textcoords": "offset points"}
+            # On the side of its line where the nearest curve does not end.
+            nearest = min((values.mean(axis=0)[-1] - reference for _, values in curves.values()), key=abs, default=0.0)
+            place: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
+            place |= {"xytext": (-3, -3), "va": "top"} if nearest > 0 else {"xytext": (-3, 3)}
             axis.annotate("input ignored", (1.0, reference), ha="right", fontsize=7, color="0.35", **place)
 
     return Panel(title, draw)

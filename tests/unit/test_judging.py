@@ -75,6 +75,14 @@ def test_a_pool_may_be_named_itself(pools: Path) -> None:
     assert list(pools_below([pools / "sources" / "a", pools / "cell"])) == ["a", "b"]
 
 
+def test_pools_of_one_name_in_two_folders_are_both_judged(pools: Path, tmp_path: Path) -> None:
+    other = MadeImages(tmp_path / "other" / "a", KEY)
+    other.begin()
+    other.write(0, written([5]), torch.tensor([0]), {})
+    found = list(judged(pools_below([tmp_path / "sources", tmp_path / "other"]), [network()], CPU, print))
+    assert [(one["pool"], one["right"]) for one in found] == [("a", 5 / 8), (str(tmp_path / "other" / "a"), 0.0)]
+
+
 @pytest.mark.parametrize(
     ("stranger", "reason"),
     [

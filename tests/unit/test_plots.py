@@ -171,14 +171,18 @@ def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: li
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["AB"]
 
 
+@pytest.mark.parametrize(("reference", "below"), [(0.61, True), (0.97, False)])
 def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
-    tmp_path: Path, figures: list[Figure]
+    reference: float, below: bool, tmp_path: Path, figures: list[Figure]
 ) -> None:
-    records = run(tmp_path / "runs", result__references={"agreement": {"layer1.preact": 0.61}})
+    records = run(tmp_path / "runs", result__references={"agreement": {"layer1.preact": reference}})
     plots.metric_curves(records, tmp_path)
     first, second = figures[0].axes
-    assert list(first.get_lines()[-1].get_ydata()) == [0.61, 0.61]
-    assert [text.get_text() for text in first.texts] == ["input ignored"]
+    np.testing.assert_allclose(first.get_lines()[-1].get_ydata(), reference)
+    # The curve ends at 0.9, and the words do not lie on it.
+    (words,) = first.texts
+    box, line = words.get_window_extent(), first.transData.transform((0, reference))[1]
+    assert words.get_text() == "input ignored" and ((box.y1 < line) if below else (box.y0 > line))
     assert len(second.get_lines()) == 1
 
 

@@ -55,22 +55,21 @@ def judge(analysis: Analysis, *, by: str | list[str]) -> Iterator[AnalysisRow]:
 
 
 def pools_below(folders: Iterable[Path]) -> dict[str, MadeImages]:
-    """All pools at or below folders that hold images, by their paths below these.
+    """All pools at or below folders that hold images, by their paths below these; in full where these are alike.
 
     Raises:
         UserError: a folder with none, or a pool that cannot be read.
     """
     found: dict[str, MadeImages] = {}
-    for folder in folders:
-        own = {}
-        for file in sorted(folder.rglob(POOL)) if folder.is_dir() else []:
-            if (pool := MadeImages.at(file.parent)).whole():
-                below = str(file.parent.relative_to(folder))
-                own[folder.name if below == "." else below] = pool
+    for folder in dict.fromkeys(folders):
+        files = sorted(folder.rglob(POOL)) if folder.is_dir() else []
+        own = [pool for file in files if (pool := MadeImages.at(file.parent)).whole()]
         if not own:
             hint = "a recipe with a source of such images keeps them in runs/sources/synthesized"
             raise UserError("there are no synthesized images here", str(folder), hint)
-        found |= own
+        for pool in own:
+            name = str(pool.folder.relative_to(folder)) if pool.folder != folder else folder.name
+            found[str(pool.folder) if name in found else name] = pool
     if not found:
         raise UserError("there are no images to judge", hint="give a folder with synthesized images: runs/sources")
     return found
