@@ -39,8 +39,7 @@ def publish(
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
-    there = [cell for cell in plan.cells if inside(run, cell, RECORD).is_file()]
-    cells, name = [cell for cell in there if finished_record(run / cell)], plan.name
+    cells, name = [cell for cell in plan.cells if finished_record(inside(run, cell, RECORD).parent)], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
     if open_cells and not (unfinished and cells):
         what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
