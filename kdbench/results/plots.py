@@ -226,10 +226,13 @@ def _curves_panel(
             axis.set_ylim(*part.values)
         if reference is not None:
             axis.axhline(reference, color="0.35", linewidth=1.0, linestyle=":")
-            # On the side of its line where the nearest curve does not end.
-            nearest = min((values.mean(axis=0)[-1] - reference for _, values in curves.values()), key=abs, default=0.0)
+            axis.margins(y=0.08)
+            # Above its line, but where a curve ends close above it.
+            means = [values.mean(axis=0) for _, values in curves.values()]
+            seen = [reference, *(value for mean in means for value in mean)]
+            crossed = any(0 < mean[-1] - reference < (max(seen) - min(seen)) / 5 for mean in means)
             place: Any = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
-            place |= {"xytext": (-3, -3), "va": "top"} if nearest > 0 else {"xytext": (-3, 3)}
+            place |= {"xytext": (-3, -3), "va": "top"} if crossed else {"xytext": (-3, 3)}
             axis.annotate("input ignored", (1.0, reference), ha="right", fontsize=7, color="0.35", **place)
 
     return Panel(title, draw)

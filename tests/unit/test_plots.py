@@ -171,7 +171,7 @@ def test_agreement_has_one_panel_for_each_hook_point(tmp_path: Path, figures: li
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["AB"]
 
 
-@pytest.mark.parametrize(("reference", "below"), [(0.61, True), (0.97, False)])
+@pytest.mark.parametrize(("reference", "below"), [(0.88, True), (0.61, False), (0.97, False)])
 def test_agreement_is_shown_beside_what_a_student_has_that_ignores_its_input(
     reference: float, below: bool, tmp_path: Path, figures: list[Figure]
 ) -> None:
