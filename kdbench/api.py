@@ -40,8 +40,8 @@ def run(
     import json
 
     from kdbench.engine.options import Options
-    from kdbench.engine.runner import run as run_plan
-    from kdbench.engine.tuning import tuned
+    from kdbench.engine.workers.runner import run as run_plan
+    from kdbench.engine.workers.tuning import tuned
     from kdbench.errors import CellError
     from kdbench.files import expanded, paths_of
     from kdbench.recipe.planning import plan

@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 
 from kdbench.errors import UserError, shortened
 
-_PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
-SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
+SHARE = PACKAGE / "share" if (PACKAGE / "share").is_dir() else PACKAGE.parent
 
 
 # Bytes that are left on a disk on which nothing more can be written, at most.

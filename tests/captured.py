@@ -21,7 +21,7 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry

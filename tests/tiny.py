@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData, canonical
 from kdbench.engine import checkpoint
-from kdbench.engine.anchors import Route
 from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
@@ -19,7 +18,8 @@ from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers.anchors import Route
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.distributed import join, refuse
 from kdbench.engine.member import Member
-from kdbench.engine.messages import Settings
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.together import Together
+from kdbench.engine.workers.distributed import join, refuse
+from kdbench.engine.workers.messages import Settings
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

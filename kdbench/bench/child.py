@@ -23,8 +23,8 @@ from kdbench.engine.device import use
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.teachers.loading import untrained_teacher
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.recipe.specs import CellSpec
 
 # Steps before the first measured one: compilation, and on a GPU those before a recording and two replays.

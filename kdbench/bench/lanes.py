@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdbench.engine.compute import Computing
-from kdbench.engine.pool import ALLOCATOR
+from kdbench.engine.workers.pool import ALLOCATOR
 from kdbench.errors import CellError
 
 

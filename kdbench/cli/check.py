@@ -202,8 +202,8 @@ def _print_needs(
     """
     import torch
 
+    from kdbench.engine.device import available_memory
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
-    from kdbench.engine.pool import available_memory
 
     device = estimate.device
     at_once = workers(device, len(left))

@@ -22,7 +22,7 @@ from kdbench.cli.progress import clock, listener
 from kdbench.errors import UserError, counted, did_you_mean
 
 if TYPE_CHECKING:
-    from kdbench.engine.messages import TableFound
+    from kdbench.engine.workers.messages import TableFound
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,8 +49,8 @@ def fill(
     saved table if teacher, data, augmentation and precision are the same. Size and time are printed first. The command
     can be interrupted; repeat it to continue.
     """
-    from kdbench.engine.filling import fill_logits
     from kdbench.engine.options import Options
+    from kdbench.engine.workers.filling import fill_logits
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
@@ -112,7 +112,7 @@ class _FillDisplay:
 def ls() -> None:
     """List the saved tables on this machine."""
     from kdbench.cli.console import page, plain_table
-    from kdbench.engine.logit_files import tables, tables_folder
+    from kdbench.engine.teachers.logit_files import tables, tables_folder
 
     found = tables()
     if not found:
@@ -140,7 +140,7 @@ def clear(
     everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
 ) -> None:
     """Delete saved tables. Later runs compute the teacher again; finished cells stay as they are."""
-    from kdbench.engine import logit_files
+    from kdbench.engine.teachers import logit_files
 
     known = {table.folder.name: table for table in logit_files.tables()}
     if not names and not everything:

@@ -150,8 +150,8 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     from kdbench.cli.console import page, plain_table
     from kdbench.cli.progress import clock
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
-    from kdbench.engine.finished import open_cells
-    from kdbench.engine.tuning import tried_plan
+    from kdbench.engine.folders import open_cells
+    from kdbench.engine.workers.tuning import tried_plan
     from kdbench.verify.adopting import left_of
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()

@@ -28,7 +28,7 @@ from kdbench.errors import CellError, UserError
 
 if TYPE_CHECKING:
     from kdbench.engine.options import Options
-    from kdbench.engine.runner import Outcome
+    from kdbench.engine.workers.runner import Outcome
     from kdbench.recipe.planning import Plan
 
 EXAMPLES = (
@@ -65,16 +65,15 @@ def command(
     Cells that 'kdbench publish' has put into results/<recipe> count as finished, so you can add seeds to a published
     table.
     """
-    from kdbench.engine.options import Options
-    from kdbench.engine.ray_pool import Cluster
+    from kdbench.engine.options import Cluster, Options
     from kdbench.recipe.planning import plan
     from kdbench.registry import Registry
 
     folders = tuple(registry or ())
     rank, ranks = started_by_torchrun(sync_batch_norm, ray)
     if rank > 0:
-        from kdbench.engine.follower import follow
-        from kdbench.engine.messages import Settings
+        from kdbench.engine.workers.follower import follow
+        from kdbench.engine.workers.messages import Settings
 
         return follow(folders, Settings(ranks=ranks, sync_batch_norm=sync_batch_norm), device)
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
@@ -148,8 +147,8 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     """
     from kdbench.cli.output import prepare, write_tables
     from kdbench.cli.progress import listener
-    from kdbench.engine.runner import run as run_plan
-    from kdbench.engine.tuning import tuned
+    from kdbench.engine.workers.runner import run as run_plan
+    from kdbench.engine.workers.tuning import tuned
     from kdbench.recipe.remarks import remarks
     from kdbench.verify.adopting import computed_otherwise, published, tried
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.batch import at_most
+from kdbench.engine.datasets import load_data
 from kdbench.engine.device import use
 from kdbench.engine.finish import git_state, machine
-from kdbench.engine.finished import teacher_folder
-from kdbench.engine.materials import load_data
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.network import Network, Normalizer
 from kdbench.engine.options import Options
 from kdbench.engine.streamed import split_for_testing
-from kdbench.engine.teacher_files import ALL_WEIGHTS, trained
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.files import ALL_WEIGHTS, trained
+from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError

@@ -23,7 +23,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.recorder import Call, CudaRecorder
 from kdbench.engine.step import input_sets, sets_of, teacher_pass, train
-from kdbench.engine.teacher import PointValues
+from kdbench.engine.teachers.teacher import PointValues
 from kdbench.errors import first_line
 
 log = logging.getLogger("kdbench")

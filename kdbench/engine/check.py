@@ -18,7 +18,7 @@ from kdbench.engine.predicting import check_answers
 from kdbench.engine.streamed import check_transforms
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
-from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError, first_line
 from kdbench.models.hooks import Extractor

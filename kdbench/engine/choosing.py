@@ -20,7 +20,7 @@ from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.step import sets_of, shared_part, train
-from kdbench.engine.teacher import Taught, Teacher
+from kdbench.engine.teachers.teacher import Taught, Teacher
 from kdbench.errors import CellError, UserError, failure, first_line
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.specs import CellSpec

@@ -1,7 +1,11 @@
-"""Which device computes, and why a GPU that is there does not. Imports torch only when it is asked."""
+"""Which device computes, why a GPU that is there does not, and how much main memory there is.
+
+Imports torch only when it is asked.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,3 +84,38 @@ def use(device: torch.device) -> torch.device:
         # Recordings, compiled code and seeds belong to the present device, not to that of a tensor.
         torch.cuda.set_device(device)
     return device
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that are free for new processes, within what a container allows."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+    groups = Path("/sys/fs/cgroup")
+    for folder, limit, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            free = min(free, max(left, 0))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def peak_resident() -> int:
+    """The most main memory that this process had so far, in bytes; 0 where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        # Elsewhere: on Linux this begins with what the process had that started this one.
+        if sys.platform == "win32":
+            return 0
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

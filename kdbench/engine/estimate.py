@@ -12,7 +12,7 @@ from kdbench.engine.check import costs_of, multiples
 from kdbench.engine.choosing import times
 from kdbench.engine.compute import Memory
 from kdbench.engine.finish import size_of
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.files import cores

@@ -19,9 +19,9 @@ from kdbench.engine.log import Log
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
 from kdbench.engine.targets import import_target
-from kdbench.engine.teacher_files import TeacherFile
+from kdbench.engine.teachers.files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
-from kdbench.files import BEST, LOGITS, RECORD, STUDENT, UNFINISHED, write_json
+from kdbench.files import BEST, LOGITS, PACKAGE, RECORD, STUDENT, UNFINISHED, write_json
 from kdbench.models.probing import undisturbed
 from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
 from kdbench.record import SCHEMA, Record, summary
@@ -210,7 +210,7 @@ def processor() -> str:
 @cache
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout that kdbench runs from, or None when it is installed."""
-    root = Path(__file__).parents[2]
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
 

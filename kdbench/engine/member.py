@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from kdbench.data.streams import address, seed_draws
-from kdbench.engine.anchors import AnchorTeacher
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_student
@@ -23,7 +22,8 @@ from kdbench.engine.predicting import answers
 from kdbench.engine.source_of_ranks import source_on
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.surroundings import Surroundings
-from kdbench.engine.teacher import PointValues, Teacher, own_teacher_of, own_teacher_stages
+from kdbench.engine.teachers.anchors import AnchorTeacher
+from kdbench.engine.teachers.teacher import PointValues, Teacher, own_teacher_of, own_teacher_stages
 from kdbench.engine.terms import Term, build_terms
 from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError

@@ -10,9 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from kdbench.engine.batch import Batch, at_once
 from kdbench.engine.check import BuiltCell, build_cell, costs_of, multiples
 from kdbench.engine.compute import Memory
+from kdbench.engine.device import peak_resident
 from kdbench.engine.domain import augmentation_of
-from kdbench.engine.pool import peak_resident
-from kdbench.engine.teacher import own_teacher_stages
+from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
 from kdbench.models.probing import IMAGES as DRY

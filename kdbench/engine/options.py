@@ -3,13 +3,26 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdbench.engine.ray_pool import Cluster
 from kdbench.engine.scheduling import MOST_THREADS, CellState
 from kdbench.errors import UserError, shortened
 from kdbench.files import folders_in, home
 
 # Between checkpoints: thirty years.
 MOST_SECONDS = 1e9
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster on whose nodes to compute.
+
+    Attributes:
+        address: of the cluster ("auto": the one that this machine belongs to; "local": one of this machine alone).
+        cpus, gpus: of each worker; None: one core, or one GPU with its share of the cores.
+    """
+
+    address: str
+    cpus: int | None = None
+    gpus: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.network import together
 from kdbench.engine.stage import union
 from kdbench.engine.step import sets_of, shared_part, train
-from kdbench.engine.teacher import Taught, Teacher
+from kdbench.engine.teachers.teacher import Taught, Teacher
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.domain import place_of
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
-from kdbench.engine.teacher import StageTeacher
+from kdbench.engine.teachers.teacher import StageTeacher
 from kdbench.engine.terms import Term
 from kdbench.recipe.specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline

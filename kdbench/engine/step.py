@@ -19,7 +19,7 @@ from kdbench.engine.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.network import autocast
 from kdbench.engine.stage import Numbers, Turn, batch_norms, union
-from kdbench.engine.teacher import PointValues, Taught, Teacher
+from kdbench.engine.teachers.teacher import PointValues, Taught, Teacher
 from kdbench.errors import SharedChange
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdbench.data.streams import address
 from kdbench.engine.build import made
-from kdbench.engine.teacher import own_teacher_stages
+from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.models.neighbours import batch_norm_before, classifier

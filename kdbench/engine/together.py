@@ -20,7 +20,7 @@ from kdbench.engine.ranks import Ranks, replicated, statistics
 from kdbench.engine.source_of_ranks import sizes_of
 from kdbench.engine.stage import Numbers, Stage, Turn
 from kdbench.engine.step import backward, inputs_of, train, weighted_sum
-from kdbench.engine.teacher import PointValues, Taught
+from kdbench.engine.teachers.teacher import PointValues, Taught
 from kdbench.engine.terms import Term
 
 

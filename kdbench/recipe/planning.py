@@ -71,7 +71,7 @@ class Plan:
     """All cells of a recipe in the order of the comparison, a combination's seeds together.
 
     `candidates`: of a recipe that tunes, order of a combination -> what it tries. Until one is chosen
-    (`kdbench.engine.tuning`), `cells` are those of the first. `tune`: what the recipe says.
+    (`kdbench.engine.workers.tuning`), `cells` are those of the first. `tune`: what the recipe says.
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from kdbench.engine.finished import open_cells
-from kdbench.engine.tuning import known_of
+from kdbench.engine.folders import open_cells
+from kdbench.engine.workers.tuning import known_of
 from kdbench.errors import UserError
 from kdbench.files import RECORD, RUN
 from kdbench.recipe.planning import Plan, PlannedCell

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.errors import UserError
 from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant
 from kdbench.reading import inside

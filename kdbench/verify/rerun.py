@@ -7,10 +7,10 @@ from typing import Any
 
 from kdbench.engine import compute
 from kdbench.engine.compute import Chosen
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.runner import run
 from kdbench.engine.scheduling import Begun, begin
+from kdbench.engine.workers.runner import run
 from kdbench.errors import CellError, UserError, did_you_mean
 from kdbench.reading import of_form
 from kdbench.recipe.planning import Plan, PlannedCell

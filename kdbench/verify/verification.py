@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.finished import names
-from kdbench.engine.tuning import chosen, known_of, tried_plan
+from kdbench.engine.workers.finished import names
+from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
 from kdbench.recipe.planning import Plan, plan

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdbench.cards import KINDS
 from kdbench.engine.check import Known, check_cell
 from kdbench.engine.memory import memory_of
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

@@ -12,7 +12,7 @@ from picture_files import write_pictures
 import kdbench
 from kdbench.cli.output import renew_tables, write_tables
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.runner import Outcome, run
+from kdbench.engine.workers.runner import Outcome, run
 from kdbench.errors import UserError
 from kdbench.files import LOGITS
 from kdbench.recipe.planning import plan

@@ -17,7 +17,7 @@ from tiny import member_of, shortened, train
 
 from kdbench.engine.check import check_cell
 from kdbench.engine.member import Member
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 

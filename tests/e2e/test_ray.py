@@ -20,9 +20,10 @@ from conftest import ROOT, TINY, Kdbench, Once
 from kills import assert_alike
 from picture_files import write_pictures
 
-from kdbench.engine import ray_pool
-from kdbench.engine.messages import Settings
-from kdbench.engine.ray_pool import Cluster, RayPool
+from kdbench.engine.options import Cluster
+from kdbench.engine.workers import ray_pool
+from kdbench.engine.workers.messages import Settings
+from kdbench.engine.workers.ray_pool import RayPool
 from kdbench.errors import UserError
 from kdbench.record import read_record
 

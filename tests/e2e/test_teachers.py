@@ -10,8 +10,8 @@ import torch
 from kdbench.data.cifar import cifar10
 from kdbench.data.images import ImageData
 from kdbench.engine.streamed import split_for_testing
-from kdbench.engine.teacher_files import given_weights, look, with_accuracy
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.files import given_weights, look, with_accuracy
+from kdbench.engine.teachers.loading import load_teacher
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry

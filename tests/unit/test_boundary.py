@@ -25,7 +25,7 @@ from kdbench.engine.finish import streams
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.image_cards import Normalization
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
@@ -784,7 +784,7 @@ def test_where_the_authors_teachers_attacks_end(cifar10_root: Path, teacher_fold
     from safetensors.torch import load_file
 
     from kdbench.data.augment import normalize
-    from kdbench.engine.materials import load_data
+    from kdbench.engine.datasets import load_data
     from kdbench.models.resnet_cifar import bss_resnet
 
     spec = plan({"data": "cifar10", "student": "bss_resnet8", "protocol": "bss_official", "method": "ce"}, REGISTRY)

@@ -34,8 +34,8 @@ from kdbench.engine.cell import TrainingCell
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.teachers import fingerprint
-from kdbench.engine.training import way_of
+from kdbench.engine.teachers.loading import fingerprint
+from kdbench.engine.workers.training import way_of
 from kdbench.methods.bss import attack
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.specs import CellSpec

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from kdbench.engine.network import compiled as compiled_call
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.training import way_of
+from kdbench.engine.workers.training import way_of
 from kdbench.losses.ce import cross_entropy
 from kdbench.losses.kd import kd
 from kdbench.losses.nst import neuron_selectivity

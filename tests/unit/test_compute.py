@@ -16,7 +16,7 @@ from kdbench.engine.choosing import MeasuredWay, bfloat16_computes, choose, comp
 from kdbench.engine.compute import REFERENCE, Chosen, Computing, Steps, candidates
 from kdbench.engine.member import Member
 from kdbench.engine.program import Program, make_graphs
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import plan
@@ -118,8 +118,8 @@ def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference(methods:
 @pytest.mark.slow
 def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
     """Digits, two seeds: their test accuracies differ from plain ones by no more than seeds do among themselves."""
+    from kdbench.engine.datasets import load_data
     from kdbench.engine.evaluation import scores
-    from kdbench.engine.materials import load_data
 
     differences, plain = [], []
     for seed in range(2):
@@ -345,7 +345,7 @@ def test_networks_run_no_further_than_a_stage_needs(way: Computing) -> None:
 
 @pytest.mark.parametrize(("worth", "compiled"), [(0, True), (10**9, False)])
 def test_a_record_says_compiled_only_where_there_was_a_graph(worth: int, compiled: bool) -> None:
-    from kdbench.engine.training import way_of
+    from kdbench.engine.workers.training import way_of
 
     spec, way = cell("kd"), Computing(compile=True, worth=worth)
     batches, teacher = batches_for(spec), teacher_of(spec, way)

@@ -25,8 +25,8 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import CellError, UserError
 from kdbench.files import sha256_of
 from kdbench.losses import BatchNormInputs, batch_norm_distance, competition, jensen_shannon, l2_norm, total_variation
@@ -624,7 +624,7 @@ def test_settings_that_make_no_sense_are_told() -> None:
 @pytest.mark.slow
 def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-32, trained by itself, on images from ResNet-20: chance is 10 %, and images are few and quickly made."""
-    from kdbench.engine.teachers import load_teacher
+    from kdbench.engine.teachers.loading import load_teacher
     from kdbench.engine.weights import locate
 
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
@@ -651,7 +651,7 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
 @pytest.mark.slow
 def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> None:
     """A real teacher of the digits, trained here for a few steps; no student sees a real image."""
-    from kdbench.engine.materials import load_data
+    from kdbench.engine.datasets import load_data
 
     def real(method: str | dict[str, Any], steps: int, **more: Any) -> CellSpec:
         return plan(RECIPE | more | {"method": method, "steps": steps, "compute": "reference"}, REGISTRY).cells[0].spec

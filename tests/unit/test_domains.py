@@ -13,13 +13,13 @@ from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, 
 
 from kdbench.cards import DatasetCard
 from kdbench.engine.batches import Batches
+from kdbench.engine.datasets import load_data
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import streams
-from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import CellState, cohorts_of
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
 from kdbench.losses.ab import activation_agreement
 from kdbench.recipe.planning import PlannedCell, plan

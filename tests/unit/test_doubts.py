@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.images import ImageData
-from kdbench.engine import teacher_files
 from kdbench.engine.build import build_model
 from kdbench.engine.resident import ResidentSplit
-from kdbench.engine.teacher_files import TeacherFile, doubts, given_weights, look, with_accuracy
+from kdbench.engine.teachers import files as teacher_files
+from kdbench.engine.teachers.files import TeacherFile, doubts, given_weights, look, with_accuracy
 from kdbench.engine.weight_files import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of

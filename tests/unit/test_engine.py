@@ -21,8 +21,8 @@ from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.losses.ab import activation_boundary
 from kdbench.recipe.planning import plan

@@ -11,7 +11,7 @@ from synthetic import plain_record, write
 from kdbench.engine.build import build_model
 from kdbench.engine.domain import split
 from kdbench.engine.estimate import Estimate, Size
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.specs import DataSpec
 from kdbench.recipe.timeline import training_images, validation_images

@@ -11,10 +11,10 @@ import pytest
 from synthetic import make, plain_record, write
 
 from kdbench.engine.analysis import FinishedCell
-from kdbench.engine.finished import DataHere, Finished
-from kdbench.engine.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.scheduling import CellState
-from kdbench.engine.teacher_files import trained
+from kdbench.engine.teachers.files import trained
+from kdbench.engine.workers.finished import DataHere, Finished
+from kdbench.engine.workers.messages import Event, Failed, FingerprintRead, ReadFingerprint
 from kdbench.errors import UserError
 from kdbench.files import SHARE, sha256_of
 from kdbench.recipe.planning import Plan, plan

@@ -20,11 +20,14 @@ from safetensors.torch import save_file
 
 import kdbench
 from kdbench.cli import main
-from kdbench.engine import compute, logit_files, runner, teacher_files
-from kdbench.engine.anchors import Route
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine import compute
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
+from kdbench.engine.teachers import files as teacher_files
+from kdbench.engine.teachers import logit_files
+from kdbench.engine.teachers.anchors import Route
 from kdbench.engine.weight_files import read_weights
+from kdbench.engine.workers import runner
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages

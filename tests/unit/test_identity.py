@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from kdbench import own_code
-from kdbench.engine.finished import names, open_cells
+from kdbench.engine.folders import open_cells
+from kdbench.engine.workers.finished import names
 from kdbench.errors import UserError
 from kdbench.names import frozen
 from kdbench.recipe.loading import recipe_names

@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import Resize
 
 from kdbench.engine.check import check_cell
 from kdbench.engine.estimate import Estimate
-from kdbench.engine.logit_table import table_key
 from kdbench.engine.network import Normalizer
-from kdbench.engine.teachers import untrained_teacher
+from kdbench.engine.teachers.loading import untrained_teacher
+from kdbench.engine.teachers.logit_table import table_key
 from kdbench.errors import UserError
 from kdbench.image_cards import Normalization
 from kdbench.recipe.planning import plan

@@ -22,6 +22,7 @@ FLOORS = (
     ("verify",),
     ("results",),
     ("methods",),
+    ("engine.workers",),
     ("engine",),
     ("record", "record_parts"),
     ("recipe",),
@@ -95,14 +96,15 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 def height(module: str) -> int:
     """Floor of a module, 0 for the ground."""
     _, _, below = module.partition(".")
-    part = below.partition(".")[0]
+    part, *inner = below.split(".")
     if part in ("", "__main__"):
         return len(FLOORS)
     if part in GROUND:
         return 0
-    found = [i for i, floor in enumerate(reversed(FLOORS), start=1) if part in floor]
+    folder = ".".join([part, *inner[:1]])
+    found = [i for i, floor in enumerate(reversed(FLOORS), start=1) if {part, folder} & {*floor}]
     assert found, f"'{part}' is on no floor: name it in FLOORS"
-    return found[0]
+    return found[-1]
 
 
 def named(tree: ast.Module, kinds: tuple[type[ast.AST], ...]) -> Iterator[tuple[str, ast.AST]]:

@@ -11,7 +11,7 @@ from tiny import CPU, member_of, shortened, step, train
 from torch.nn import functional as F
 
 from kdbench.engine.member import Member
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

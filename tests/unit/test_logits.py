@@ -14,12 +14,12 @@ from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
-from kdbench.engine import logit_files, logit_table
 from kdbench.engine.batches import Batches
 from kdbench.engine.compute import Computing
-from kdbench.engine.logit_files import LogitTable, table_at
 from kdbench.engine.member import Member
-from kdbench.engine.teacher import SplitLogits, Teacher
+from kdbench.engine.teachers import logit_files, logit_table
+from kdbench.engine.teachers.logit_files import LogitTable, table_at
+from kdbench.engine.teachers.teacher import SplitLogits, Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

@@ -16,10 +16,10 @@ import torch
 from kdbench.engine import check
 from kdbench.engine.check import check_cell
 from kdbench.engine.compute import Memory, program_bytes
+from kdbench.engine.device import available_memory
 from kdbench.engine.estimate import Estimate
 from kdbench.engine.inputs import Cost
 from kdbench.engine.memory import memory_of
-from kdbench.engine.pool import available_memory
 from kdbench.engine.scheduling import Cells, CellState, cohorts_of, fitting, kind
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.planning import plan
@@ -107,7 +107,7 @@ def test_free_memory_is_known_here() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system counts it right: Linux only")
 def test_memory_of_the_process_that_started_one_is_not_its_own() -> None:
     """A notebook that holds gigabytes starts workers of megabytes."""
-    look = "from kdbench.engine.pool import peak_resident; print(peak_resident())"
+    look = "from kdbench.engine.workers.pool import peak_resident; print(peak_resident())"
     code = f"import subprocess, sys; held = b'x' * 400_000_000; subprocess.run([sys.executable, '-c', {look!r}])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 10**6 < int(done.stdout) < 2 * 10**8
@@ -153,7 +153,7 @@ print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s
 def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Path) -> None:
     """CIFAR-sized images, a wide teacher, a process with the workers' allocator; the data set itself is a small one."""
     from kdbench.engine.memory import memory_of
-    from kdbench.engine.pool import ALLOCATOR
+    from kdbench.engine.workers.pool import ALLOCATOR
 
     recipe = RECIPE | {"student": "resnet20", "compare": {"method": ["kd", "ab"]}, "seeds": 1}
     specs = [

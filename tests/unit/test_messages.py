@@ -28,10 +28,10 @@ from kdbench.cards import LossCard, MethodCard
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
-from kdbench.engine import pool
 from kdbench.engine.check import check_cell
-from kdbench.engine.messages import Failed
-from kdbench.engine.worker import Worker
+from kdbench.engine.workers import pool
+from kdbench.engine.workers.messages import Failed
+from kdbench.engine.workers.worker import Worker
 from kdbench.errors import UserError
 from kdbench.files import no_formula, refused, write_text
 from kdbench.recipe.choices import Recipe
@@ -383,8 +383,8 @@ def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch:
     [
         (["data", "."], "kdbench.data.survey.survey"),
         (["check", "quickstart"], "kdbench.recipe.planning.plan"),
-        (["run", "quickstart"], "kdbench.engine.tuning.tuned"),
-        (["logits", "fill", "quickstart"], "kdbench.engine.filling.fill_logits"),
+        (["run", "quickstart"], "kdbench.engine.workers.tuning.tuned"),
+        (["logits", "fill", "quickstart"], "kdbench.engine.workers.filling.fill_logits"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -405,7 +405,7 @@ def test_every_command_says_that_it_was_interrupted(
 
 def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -> None:
     """Where its run has ended already."""
-    words = [sys.executable, "-m", "kdbench.engine.worker"]
+    words = [sys.executable, "-m", "kdbench.engine.workers.worker"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 

@@ -18,7 +18,7 @@ from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import by_classes
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
 from kdbench.losses import kd, kd_over_classes
 from kdbench.recipe.planning import plan

@@ -16,10 +16,10 @@ from captured import cohort_of, trained
 from conftest import ROOT
 from tiny import member_of, shortened, train
 
-from kdbench.engine import messages
 from kdbench.engine.check import check_cell
 from kdbench.engine.program import Program
-from kdbench.engine.tasks import TaskRunner
+from kdbench.engine.workers import messages
+from kdbench.engine.workers.tasks import TaskRunner
 from kdbench.errors import SharedChange, UserError
 from kdbench.own_code import _packages_with_cards, own_code_sha256
 from kdbench.recipe.planning import plan

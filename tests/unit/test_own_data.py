@@ -20,14 +20,14 @@ from kdbench.data.pictures import Pictures
 from kdbench.engine.check import check_cell
 from kdbench.engine.choosing import _measure
 from kdbench.engine.compute import REFERENCE
+from kdbench.engine.datasets import load_data
 from kdbench.engine.domain import split
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.loop import TrainingLoop
-from kdbench.engine.materials import load_data
-from kdbench.engine.messages import Failed
 from kdbench.engine.program import Program
-from kdbench.engine.worker import Worker
+from kdbench.engine.workers.messages import Failed
+from kdbench.engine.workers.worker import Worker
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec, DataSpec

@@ -26,13 +26,13 @@ from kdbench.cli.output import write_tables
 from kdbench.cli.progress import clock
 from kdbench.cli.run import started_by_torchrun
 from kdbench.engine import checkpoint
-from kdbench.engine.anchors import keep_checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Options
-from kdbench.engine.pool import worker_process
-from kdbench.engine.session import locked_run
+from kdbench.engine.teachers.anchors import keep_checkpoint
 from kdbench.engine.weights import save_tensors
+from kdbench.engine.workers.pool import worker_process
+from kdbench.engine.workers.session import locked_run
 from kdbench.errors import UserError
 from kdbench.files import CHECK_PATH, CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
 from kdbench.recipe.loading import load
@@ -222,7 +222,7 @@ def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
         given.append(how)
         raise UserError("enough")
 
-    monkeypatch.setattr("kdbench.engine.tuning.tuned", stop)
+    monkeypatch.setattr("kdbench.engine.workers.tuning.tuned", stop)
     with pytest.raises(UserError, match="enough"):
         kdbench.run("quickstart", data_roots="pictures", runs="~/runs")
     assert given[0].data_roots == (Path("pictures"),)

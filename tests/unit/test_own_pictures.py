@@ -25,7 +25,7 @@ from kdbench.data.decoding import picture
 from kdbench.data.images import moments
 from kdbench.data.listing import centred
 from kdbench.data.survey import survey
-from kdbench.engine.materials import load_data
+from kdbench.engine.datasets import load_data
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import DataSpec

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from kdbench.engine import device as devices
-from kdbench.engine import pool
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.messages import (
+from kdbench.engine.workers import pool
+from kdbench.engine.workers.messages import (
     CellTask,
     CheckCells,
     Doing,
@@ -274,7 +274,7 @@ def test_a_worker_with_nothing_to_save_leaves_at_once(tmp_path: Path) -> None:
     recipe = {"data": "slow", "student": "wrn_10_1", "method": "ce", "protocol": "digits"}
     spec = plan(recipe, Registry([tmp_path])).cells[0].spec
     worker = subprocess.Popen(
-        [sys.executable, "-m", "kdbench.engine.worker", str(tmp_path)],
+        [sys.executable, "-m", "kdbench.engine.workers.worker", str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

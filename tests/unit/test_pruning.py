@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdbench.engine import checkpoint
 from kdbench.engine.build import build_model
 from kdbench.engine.finish import size_of
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.weights import start_from
 from kdbench.errors import UserError
 from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off

@@ -15,8 +15,8 @@ from kdbench.data import pictures
 from kdbench.engine.build import build_model
 from kdbench.engine.network import Normalizer
 from kdbench.engine.streamed import StreamedSplit
-from kdbench.engine.teacher_files import TeacherFile, look, with_accuracy
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.files import TeacherFile, look, with_accuracy
+from kdbench.engine.teachers.loading import load_teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan

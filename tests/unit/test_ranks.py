@@ -24,16 +24,16 @@ from tiny import CPU, images, sets_at, untrained_teacher
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdbench.cli.run import started_by_torchrun
-from kdbench.engine import distributed
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.distributed import device_here, join, refuse
-from kdbench.engine.finished import names
 from kdbench.engine.member import Member
-from kdbench.engine.messages import CellFinished, CellTask, Event, Settings, TrainCells
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.tasks import TaskRunner
+from kdbench.engine.workers import distributed
+from kdbench.engine.workers.distributed import device_here, join, refuse
+from kdbench.engine.workers.finished import names
+from kdbench.engine.workers.messages import CellFinished, CellTask, Event, Settings, TrainCells
+from kdbench.engine.workers.tasks import TaskRunner
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.recipe.planning import plan
@@ -285,7 +285,7 @@ def test_options_that_do_not_belong_to_a_run_are_told(monkeypatch: pytest.Monkey
 
 def test_a_rank_that_waits_for_others_ends_when_it_is_told_to() -> None:
     """They may never come. There is nothing to save yet."""
-    code = "from kdbench.engine.follower import follow, Settings; follow((), Settings(ranks=2), 'cpu')"
+    code = "from kdbench.engine.workers.follower import follow, Settings; follow((), Settings(ranks=2), 'cpu')"
     with socket.create_server(("127.0.0.1", 0)) as first:
         first.settimeout(120)
         variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

@@ -17,11 +17,12 @@ from kdbench.cli import with_address
 from kdbench.data import pictures
 from kdbench.data.sent import SUFFIX, load_listing, save_listing
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.logit_files import ABOUT, VALUES, table_at
-from kdbench.engine.messages import CellTask, Failed, GivenData, TrainCells
-from kdbench.engine.ray_node import TABLES, Node, files_of
-from kdbench.engine.ray_pool import MOST_LOSSES, Cluster, Losses, RayPool, RayWorker
-from kdbench.engine.ray_sending import Sending
+from kdbench.engine.options import Cluster
+from kdbench.engine.teachers.logit_files import ABOUT, VALUES, table_at
+from kdbench.engine.workers.messages import CellTask, Failed, GivenData, TrainCells
+from kdbench.engine.workers.ray_node import TABLES, Node, files_of
+from kdbench.engine.workers.ray_pool import MOST_LOSSES, Losses, RayPool, RayWorker
+from kdbench.engine.workers.ray_sending import Sending
 from kdbench.errors import UserError
 from kdbench.files import find_weights
 

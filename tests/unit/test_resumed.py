@@ -11,7 +11,7 @@ from captured import METHODS, REGISTRY, cell
 from tiny import CPU, member_of, step_together, target_for, train
 
 from kdbench.engine.member import Member
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.specs import CellSpec
 
 

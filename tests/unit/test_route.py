@@ -16,7 +16,6 @@ from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, teacher_f
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.anchors import AnchorTeacher, Route
 from kdbench.engine.batch import SLICE
 from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
@@ -26,7 +25,8 @@ from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.scheduling import CellState, cohorts_of
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.anchors import AnchorTeacher, Route
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.files import ROUTE, SHARE, sha256_of
 from kdbench.recipe import route

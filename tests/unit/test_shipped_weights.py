@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from synthetic import plain_record, write
 
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import SHARE

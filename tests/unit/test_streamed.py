@@ -25,8 +25,8 @@ from kdbench.data.listing import centred, not_found
 from kdbench.data.streams import uniform
 from kdbench.engine.batch import SLICE, at_once
 from kdbench.engine.batches import Batches
+from kdbench.engine.datasets import load_data
 from kdbench.engine.evaluation import evaluate
-from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.resident import ResidentSplit

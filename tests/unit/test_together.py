@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from kdbench.api import load_student
 from kdbench.data.images import ImageData
-from kdbench.engine import logit_table
 from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.finished import names
-from kdbench.engine.logit_files import table_at
-from kdbench.engine.materials import Materials
-from kdbench.engine.messages import CellFailed, CellTask, Event, Settings, TrainCells
-from kdbench.engine.tasks import TaskRunner
+from kdbench.engine.teachers import logit_table
+from kdbench.engine.teachers.logit_files import table_at
+from kdbench.engine.workers.finished import names
+from kdbench.engine.workers.materials import Materials
+from kdbench.engine.workers.messages import CellFailed, CellTask, Event, Settings, TrainCells
+from kdbench.engine.workers.tasks import TaskRunner
 from kdbench.recipe.planning import Plan, PlannedCell, plan
 from kdbench.record import metrics, read_record
 from kdbench.record_parts import Result

@@ -24,7 +24,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
 from kdbench.engine.surroundings import _BUILT
 from kdbench.engine.targets import import_target
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.terms import _NUMBERS
 from kdbench.errors import UserError
 from kdbench.models.neighbours import batch_norm_before, classifier

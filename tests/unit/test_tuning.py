@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kdbench.engine.scheduling import CellState, cohorts_of
-from kdbench.engine.tuning import chosen, known_of, tried_plan
+from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.timeline import planned_timeline

@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 from kdbench.data.decoding import as_bytes, as_image
 from kdbench.data.transforms import Addressed, Transforms, color_jitter, rand_augment, random_erasing
 from kdbench.engine.batches import Batches
+from kdbench.engine.datasets import load_data
 from kdbench.engine.evaluation import evaluate, scores
 from kdbench.engine.finish import streams
-from kdbench.engine.materials import load_data
 from kdbench.engine.member import Member
 from kdbench.engine.mixing import NUMBERS, Mixing, shares
 from kdbench.engine.ranks import Ranks

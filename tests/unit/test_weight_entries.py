@@ -11,11 +11,11 @@ from tiny import CPU, images
 
 from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE
-from kdbench.engine.finished import teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.inputs import SourceContext, SourceFiles, build_source
-from kdbench.engine.logit_table import table_key
-from kdbench.engine.teacher_files import all_weights, given_weights, with_accuracy
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.files import all_weights, given_weights, with_accuracy
+from kdbench.engine.teachers.loading import load_teacher
+from kdbench.engine.teachers.logit_table import table_key
 from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

@@ -24,7 +24,7 @@ from tiny import changed_at
 from torch import Tensor, nn
 
 from kdbench.engine.build import build_model, weight_notes
-from kdbench.engine.teachers import load_teacher
+from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
 from kdbench.models.external import torchvision_model

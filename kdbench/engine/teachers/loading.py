@@ -9,7 +9,7 @@ from torch import nn
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Normalizer
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.weights import load_file
 from kdbench.recipe.specs import DataSpec, TeacherSpec
 

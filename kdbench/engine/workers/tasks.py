@@ -9,25 +9,26 @@ import torch
 from kdbench.data.images import save_images
 from kdbench.data.pictures import Pictures
 from kdbench.data.sent import SUFFIX, save_listing
-from kdbench.engine import logit_table, messages
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
 from kdbench.engine.check import Known, check_cell
 from kdbench.engine.choosing import NO_COMPILER, choose, compiler_works, possible
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.device import use
-from kdbench.engine.distributed import join, note_on, refuse, send
 from kdbench.engine.inputs import SourceContext, SourceFiles
-from kdbench.engine.logit_files import table_at
-from kdbench.engine.materials import Materials, taught_first
 from kdbench.engine.memory import memory_of
 from kdbench.engine.ranks import ALONE, Apart, Ranks
 from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teachers import load_teacher, untrained_teacher
-from kdbench.engine.training import train_cells
+from kdbench.engine.teachers import logit_table
+from kdbench.engine.teachers.loading import load_teacher, untrained_teacher
+from kdbench.engine.teachers.logit_files import table_at
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.weights import locate
+from kdbench.engine.workers import messages
+from kdbench.engine.workers.distributed import join, note_on, refuse, send
+from kdbench.engine.workers.materials import Materials, taught_first
+from kdbench.engine.workers.training import train_cells
 from kdbench.errors import CellError, UserError, raised_by_own_code
 from kdbench.record import finished_record
 

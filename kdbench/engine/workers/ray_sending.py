@@ -4,10 +4,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.finished import teacher_folder
-from kdbench.engine.logit_files import ABOUT, VALUES, tables
-from kdbench.engine.messages import GivenData, Message, Task, TrainCells
-from kdbench.engine.ray_node import PICTURES, TABLES
+from kdbench.engine.folders import teacher_folder
+from kdbench.engine.teachers.logit_files import ABOUT, VALUES, tables
+from kdbench.engine.workers.messages import GivenData, Message, Task, TrainCells
+from kdbench.engine.workers.ray_node import PICTURES, TABLES
 from kdbench.files import SHARE, below, files_to_send, find_weights, sha256_of
 from kdbench.reading import read_json
 from kdbench.recipe.specs import CellSpec

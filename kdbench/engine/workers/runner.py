@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.engine import compute
-from kdbench.engine.finished import DataHere, Finished, cell_folder, names
+from kdbench.engine.folders import cell_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, begun
-from kdbench.engine.session import Session, locked_run
+from kdbench.engine.workers.finished import DataHere, Finished, names
+from kdbench.engine.workers.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.files import RECORD, RUN, write_json
 from kdbench.reading import same_name

@@ -3,25 +3,22 @@
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdbench.data.images import ImageData, check, load_images, taken_of
-from kdbench.data.pictures import Pictures, sum_of
+from kdbench.data.images import ImageData, load_images
+from kdbench.data.pictures import Pictures
 from kdbench.data.sent import SUFFIX, load_listing
-from kdbench.engine import logit_table
 from kdbench.engine.compute import Computing
-from kdbench.engine.logit_files import table_at
-from kdbench.engine.messages import Settings
-from kdbench.engine.targets import import_target
-from kdbench.engine.teacher import Teacher
-from kdbench.engine.teacher_files import TeacherFile, all_weights, given_weights, on_target, trained, with_accuracy
-from kdbench.engine.teachers import load_teacher, untrained_teacher
-from kdbench.errors import CellError, UserError, failure
-from kdbench.image_cards import SQUARE
-from kdbench.own_code import own_code_sha256
+from kdbench.engine.datasets import load_data
+from kdbench.engine.teachers import logit_table
+from kdbench.engine.teachers.files import TeacherFile, all_weights, given_weights, on_target, trained, with_accuracy
+from kdbench.engine.teachers.loading import load_teacher, untrained_teacher
+from kdbench.engine.teachers.logit_files import table_at
+from kdbench.engine.teachers.teacher import Teacher
+from kdbench.engine.workers.messages import Settings
+from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 
 AnyData = ImageData | Pictures
@@ -156,67 +153,3 @@ class Materials:
 def taught_first(specs: Iterable[CellSpec]) -> CellSpec:
     """Of a cohort's cells the first with a teacher, which says what data and teacher of all are; else its first."""
     return min(specs, key=lambda spec: spec.teacher is None)
-
-
-def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:
-    """The data set of a spec, checked against its card.
-
-    Raises:
-        UserError: the card's function fails or gives something else than it should, or than the card says.
-    """
-    data = _made(spec, {"roots": roots, "download": download, "cache": cache})
-    if isinstance(data, Pictures) != spec.streamed:
-        raise UserError(
-            f"the data set '{spec.name}' is {'not ' if spec.streamed else ''}read from disk while training, its card "
-            f"says {'it is' if spec.streamed else 'nothing of it'}",
-            hint="correct 'streamed' in the card",
-        )
-    found: dict[str, object] = {
-        "classes": len(data.classes),
-        "train": len(data.train_labels),
-        "test": len(data.test_labels),
-    }
-    if empty := [said for said, name in (("training", "train"), ("test", "test")) if not found[name]]:
-        what = f"the data set '{spec.name}' has no {empty[0]} images"
-        raise UserError(what, spec.target, "both parts have images of each class")
-    hint = "correct the card, or the files; 'kdbench data FOLDER' writes a card for a folder of pictures"
-    if isinstance(data, ImageData):
-        channels, height, width = data.train_images.shape[1:]
-        found |= {"channels": channels, "image_size": height if height == width else f"{height}×{width}"}
-        if width == spec.channels != channels:
-            hint = "channels come before height and width: 'images.permute(0, 3, 1, 2)'"
-        elif height != width:
-            hint = SQUARE
-    if wrong := [
-        f"{value} for '{key}', where the card says {getattr(spec, key)}"
-        for key, value in found.items()
-        if value != getattr(spec, key)
-    ]:
-        what = f"the data set '{spec.name}' is not what its card says: the files have {', and '.join(wrong)}"
-        raise UserError(what, hint=hint)
-    return data
-
-
-def _made(spec: DataSpec, places: dict[str, Any]) -> ImageData | Pictures:
-    """What the function of a data card gives; its errors are the user's."""
-    own = own_code_sha256(spec.target) is not None
-    try:
-        data = import_target(spec.target)(**places, **spec.options)
-    except UserError as error:
-        raise UserError(error.what, error.where or (spec.target if own else None), error.hint) from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
-        what = f"the data set '{spec.name}' cannot be made by '{spec.target}': {failure(error)}"
-        hint = "the function is called with roots, download, cache and the 'args' of its card, all by name"
-        raise UserError(what, hint=hint if isinstance(error, TypeError) else None) from None
-    if not isinstance(data, ImageData | Pictures):
-        what = f"the data set '{spec.name}': its function gives {type(data).__name__}, not ImageData or Pictures"
-        raise UserError(what, spec.target, "end it with 'return kdbench.data.images.canonical(…)'")
-    if own and isinstance(data, ImageData):
-        check(data)
-    # What is shipped takes it of what it read.
-    if own and data.fingerprint != (taken_of(data) if isinstance(data, ImageData) else sum_of(data, places["cache"])):
-        what = f"the data set '{spec.name}': its fingerprint {data.fingerprint!s:.12} is not that of its images"
-        hint = "'kdbench.data.images.canonical' or 'kdbench.data.pictures.gather' takes it; by one that stays results "
-        hint += "of other images would count"
-        raise UserError(what, spec.target, hint)
-    return data

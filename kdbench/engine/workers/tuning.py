@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.runner import run
+from kdbench.engine.workers.runner import run
 from kdbench.errors import NOT_FINITE, CellError
 from kdbench.files import TRIALS
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.messages import (
+from kdbench.engine.device import available_memory
+from kdbench.engine.workers.messages import (
     Announcement,
     Done,
     Event,
@@ -54,41 +55,6 @@ ALLOCATOR = {
         )
     )
 }
-
-
-def available_memory() -> int | None:
-    """Bytes of main memory that are free for new processes, within what a container allows."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None
-    groups = Path("/sys/fs/cgroup")
-    for folder, limit, used in (
-        (groups, "memory.max", "memory.current"),
-        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            left = int((folder / limit).read_text()) - int((folder / used).read_text())
-            free = min(free, max(left, 0))
-        except (OSError, ValueError):
-            continue
-    return free
-
-
-def peak_resident() -> int:
-    """The most main memory that this process had so far, in bytes; 0 where the system does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        # Elsewhere: on Linux this begins with what the process had that started this one.
-        if sys.platform == "win32":
-            return 0
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Pool:
@@ -298,7 +264,7 @@ def worker_process(paths: Iterable[Path], threads: int, **more: str) -> subproce
     """A worker; `paths`: folders from which it imports users' modules, `more`: of its environment."""
     name_user()
     return subprocess.Popen(
-        [sys.executable, "-m", "kdbench.engine.worker", *(str(path.resolve()) for path in paths)],
+        [sys.executable, "-m", "kdbench.engine.workers.worker", *(str(path.resolve()) for path in paths)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

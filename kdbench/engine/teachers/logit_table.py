@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData
 from kdbench.engine.domain import augmentation_of, split
-from kdbench.engine.logit_files import VALUES, LogitTable, filling, note, read_table
 from kdbench.engine.network import autocast
-from kdbench.engine.teacher import Teacher
+from kdbench.engine.teachers.logit_files import VALUES, LogitTable, filling, note, read_table
+from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.specs import CellSpec, ProtocolSpec, recorded

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine import checkpoint, messages
+from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
@@ -17,16 +17,17 @@ from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
-from kdbench.engine.materials import AnyData, Materials, taught_first
 from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
 from kdbench.engine.network import Network
-from kdbench.engine.pool import LEAVE_SECONDS
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
-from kdbench.engine.teachers import fingerprint
+from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.together import Together
+from kdbench.engine.workers import messages
+from kdbench.engine.workers.materials import AnyData, Materials, taught_first
+from kdbench.engine.workers.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, locked, sweep
 from kdbench.record import Record, finished_record

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from kdbench.engine import compute
 from kdbench.engine.compute import plainest
-from kdbench.engine.finished import DataHere, cell_folder, teacher_folder
-from kdbench.engine.messages import Filled, FillLogits, TableFound
+from kdbench.engine.folders import cell_folder, teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, cohorts_of
-from kdbench.engine.session import Session, locked_run
+from kdbench.engine.workers.finished import DataHere
+from kdbench.engine.workers.messages import Filled, FillLogits, TableFound
+from kdbench.engine.workers.session import Session, locked_run
 from kdbench.errors import UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.specs import TermSpec

@@ -4,16 +4,16 @@ Cells whose records were made from the data that are here, and by the teacher th
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.messages import Failed, FingerprintRead, ReadFingerprint
-from kdbench.engine.pool import Pool
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.scheduling import Cells, CellState
+from kdbench.engine.workers.messages import Failed, FingerprintRead, ReadFingerprint
+from kdbench.engine.workers.pool import Pool
 from kdbench.errors import UserError, counted
-from kdbench.files import METRICS, PUBLISHED, RECORD, TEACHERS, atomic, sha256_of
-from kdbench.reading import inside
+from kdbench.files import METRICS, PUBLISHED, RECORD, atomic, sha256_of
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, derived, finished_record, metrics, student_file
@@ -162,31 +162,6 @@ class Finished:
                 hint="nothing is averaged over both: give this run another folder (--runs DIR), bring back what it "
                 "was made from, or remove the folders of these cells, which are then trained again",
             )
-
-
-def cell_folder(folder: Path, cell: PlannedCell) -> Path:
-    """A cell's folder in a run's, also where an earlier version finished it under another name."""
-    return _finished_or_first([inside(folder, slug) for slug in cell.slugs])
-
-
-def open_cells(cells: Iterable[PlannedCell], folder: Path) -> list[PlannedCell]:
-    """Those of a run's cells that have not finished in its folder."""
-    return [cell for cell in cells if finished_record(cell_folder(folder, cell)) is None]
-
-
-def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
-    """Folder of a teacher: the records of its training, or its measured accuracy (of several: all their weights)."""
-    if spec.members:
-        return inside(runs / TEACHERS, f"{spec.name}-{spec.identity()[:8]}")
-    if (own := spec.trained_by) is None:
-        which = spec.identity()[:8] if spec.choice else spec.weights.sha256[:8] if spec.weights else "untrained"
-        return inside(runs / TEACHERS, f"{spec.name}-{which}")
-    names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
-    return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
-
-
-def _finished_or_first(folders: list[Path]) -> Path:
-    return next((folder for folder in folders if finished_record(folder) is not None), folders[0])
 
 
 def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import subprocess
 import threading
 from collections.abc import Sequence
 
-from kdbench.engine.pool import worker_process
-from kdbench.engine.versions import versions
+from kdbench.engine.workers.pool import worker_process
+from kdbench.engine.workers.versions import versions
 from kdbench.files import RECORD, atomic, files_of, folders_in, home, sha256_of
 
 # Seconds between looks at a worker's files.

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from kdbench.engine.device import gpus
-from kdbench.engine.messages import Settings, Task, TrainCells, read_line
 from kdbench.engine.ranks import Ranks
-from kdbench.engine.versions import versions
+from kdbench.engine.workers.messages import Settings, Task, TrainCells, read_line
+from kdbench.engine.workers.versions import versions
 from kdbench.errors import UserError, counted
 from kdbench.files import files_to_send
 from kdbench.recipe.specs import CellSpec

@@ -1,7 +1,7 @@
 """A worker process: tasks come in as lines, events go out as lines.
 
-Started by the runner as `python -m kdbench.engine.worker`. When its input ends (the runner is gone, however it went) it
-writes its checkpoints and leaves; so no orphan goes on computing beside a resumed run.
+Started by the runner as `python -m kdbench.engine.workers.worker`. When its input ends (the runner is gone, however it
+went) it writes its checkpoints and leaves; so no orphan goes on computing beside a resumed run.
 """
 
 import os
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import IO
 
-from kdbench.engine.messages import Done, Event, Failed, Gone, Ready, Task, read_line
-from kdbench.engine.pool import ENDS, LEAVE_SECONDS
+from kdbench.engine.workers.messages import Done, Event, Failed, Gone, Ready, Task, read_line
+from kdbench.engine.workers.pool import ENDS, LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import refused
 
@@ -43,7 +43,7 @@ class Worker:
         import torch
 
         from kdbench.engine.device import gpus, unusable_gpu
-        from kdbench.engine.tasks import TaskRunner
+        from kdbench.engine.workers.tasks import TaskRunner
 
         free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus())]
         self.emit(Ready(cuda=free, unusable=unusable_gpu()))

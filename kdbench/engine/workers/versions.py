@@ -4,9 +4,8 @@ import hashlib
 import importlib.metadata
 import platform
 from functools import cache
-from pathlib import Path
 
-from kdbench.files import SHARE
+from kdbench.files import PACKAGE, SHARE
 from kdbench.version import __version__
 
 
@@ -14,8 +13,7 @@ from kdbench.version import __version__
 def versions() -> dict[str, str]:
     """Versions of kdbench, torch and Python, and the sum of kdbench's own files and cards."""
     digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for root, pattern in ((package, "*.py"), (SHARE / "registry", "*.yaml")):
+    for root, pattern in ((PACKAGE, "*.py"), (SHARE / "registry", "*.yaml")):
         for file in sorted(root.rglob(pattern)):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return {

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdbench.engine import compute, messages, scheduling
+from kdbench.engine import compute, scheduling
 from kdbench.engine.compute import Computing, Steps, plainest
 from kdbench.engine.device import not_used
-from kdbench.engine.finished import DataHere, check_teacher, names, teacher_folder
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.pool import Pool
-from kdbench.engine.ray_pool import RayPool
+from kdbench.engine.workers import messages
+from kdbench.engine.workers.finished import DataHere, check_teacher, names
+from kdbench.engine.workers.pool import Pool
+from kdbench.engine.workers.ray_pool import RayPool
 from kdbench.errors import CellError, UserError
 from kdbench.files import SOURCES, home, locked
 from kdbench.recipe.planning import Plan, PlannedCell

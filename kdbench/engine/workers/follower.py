@@ -8,11 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.distributed import device_here, join, receive
-from kdbench.engine.messages import Settings
-from kdbench.engine.pool import ENDS
 from kdbench.engine.ranks import LOST
-from kdbench.engine.tasks import TaskRunner
+from kdbench.engine.workers.distributed import device_here, join, receive
+from kdbench.engine.workers.messages import Settings
+from kdbench.engine.workers.pool import ENDS
+from kdbench.engine.workers.tasks import TaskRunner
 from kdbench.errors import CellError, UserError
 
 

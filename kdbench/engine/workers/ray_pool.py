@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.messages import (
+from kdbench.engine.options import Cluster
+from kdbench.engine.workers.messages import (
     CheckCells,
     DataSaved,
     Event,
@@ -33,28 +34,13 @@ from kdbench.engine.messages import (
     TrainCells,
     read_line,
 )
-from kdbench.engine.pool import SHARE, Pool, own_signals, spared
-from kdbench.engine.ray_node import TABLES, Node
-from kdbench.engine.ray_sending import Sending, specs_of
-from kdbench.engine.versions import versions
+from kdbench.engine.workers.pool import SHARE, Pool, own_signals, spared
+from kdbench.engine.workers.ray_node import TABLES, Node
+from kdbench.engine.workers.ray_sending import Sending, specs_of
+from kdbench.engine.workers.versions import versions
 from kdbench.errors import CellError, UserError, first_line
 from kdbench.files import RECORD, UNFINISHED, atomic, expanded, files_of, sweep
 from kdbench.recipe.specs import DataSpec
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where to compute.
-
-    Attributes:
-        address: of the cluster ("auto": the one that this machine belongs to; "local": one of this machine alone).
-        cpus, gpus: of each worker; None: one core, or one GPU with its share of the cores.
-    """
-
-    address: str
-    cpus: int | None = None
-    gpus: float | None = None
-
 
 log = logging.getLogger("kdbench")
 
