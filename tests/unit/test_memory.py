@@ -107,7 +107,7 @@ def test_free_memory_is_known_here() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system counts it right: Linux only")
 def test_memory_of_the_process_that_started_one_is_not_its_own() -> None:
     """A notebook that holds gigabytes starts workers of megabytes."""
-    look = "from kdbench.engine.workers.pool import peak_resident; print(peak_resident())"
+    look = "from kdbench.engine.device import peak_resident; print(peak_resident())"
     code = f"import subprocess, sys; held = b'x' * 400_000_000; subprocess.run([sys.executable, '-c', {look!r}])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 10**6 < int(done.stdout) < 2 * 10**8

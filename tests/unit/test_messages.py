@@ -29,7 +29,7 @@ from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
 from kdbench.engine.check import check_cell
-from kdbench.engine.workers import pool
+from kdbench.engine.device import available_memory, peak_resident
 from kdbench.engine.workers.messages import Failed
 from kdbench.engine.workers.worker import Worker
 from kdbench.errors import UserError
@@ -322,7 +322,7 @@ def test_no_module_of_unix_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", absent)
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert pool.peak_resident() == 0 and pool.available_memory() is None
+    assert peak_resident() == 0 and available_memory() is None
 
 
 @pytest.mark.parametrize(
