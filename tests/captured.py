@@ -139,8 +139,8 @@ def modules(cell: TrainingCell) -> list[torch.nn.Module]:
     return [
         member.student.model,
         member.answers.model,
-        member.terms,
-        *([member.own_teacher.model] if member.own_teacher else []),
+        member.modules.terms,
+        *([member.modules.own_teacher.model] if member.modules.own_teacher else []),
     ]
 
 

@@ -80,8 +80,8 @@ def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
     alone = TrainingCell(member, Path(), {}, None)
     cohorts = [Cohort(batches, teacher, [alone])]
     program = Together(cohorts, ranks) if ranks.size > 1 else Program(cohorts)
-    modules = {"student": member.student.model, "terms": member.terms}
-    modules |= {"teacher": member.own_teacher.model} if member.own_teacher else {}
+    modules = {"student": member.student.model, "terms": member.modules.terms}
+    modules |= {"teacher": member.modules.own_teacher.model} if member.modules.own_teacher else {}
     found: dict[str, Tensor] = {}
     while not member.finished:
         step = member.step

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import Computing
@@ -339,9 +337,7 @@ def _more_to_come(cell: TrainingCell) -> bool:
 
 def _memory(member: Member) -> tuple[int, ...]:
     """Where all lies that an evaluation reads of a member: a recording of it is of no use elsewhere."""
-    modules: list[nn.Module] = [member.student.model, member.terms]
-    modules += [member.own_teacher.model] if member.own_teacher is not None else []
-    return tuple(t.data_ptr() for module in modules for t in (*module.parameters(), *module.buffers()))
+    return tuple(t.data_ptr() for module in member.modules.all for t in (*module.parameters(), *module.buffers()))
 
 
 def _root_cause(error: BaseException) -> str:

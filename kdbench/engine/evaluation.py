@@ -32,7 +32,7 @@ class Measurement:
         if batches.source_test is not None:
             self.parts["source"] = (member.answers, batches.source_test)
         self.teacher = member.teacher.network if member.teacher else None
-        if (own := member.trained_teacher) is not None:
+        if (own := member.modules.trained_teacher) is not None:
             self.parts["teacher"] = (own, batches.test)
             self.teacher = own
         # Terms of past stages are measured with their connectors as they were left: whether the student keeps what a
@@ -50,7 +50,7 @@ class Measurement:
     def compute(self) -> None:
         """Run the networks over all parts, in eval mode."""
         self.scores = {name: scores(network, part) for name, (network, part) in self.parts.items()}
-        terms = [term for name in self.stages for term in self.member.terms_of(name).values() if term.measured]
+        terms = [term for name in self.stages for term in self.member.modules.terms_of(name).values() if term.measured]
         if self.teacher is not None and terms:
             self.metrics = Metrics(terms)
             # Of the network whose accuracy this is; one that answers through another head has no hook points.

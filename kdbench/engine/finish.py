@@ -104,7 +104,7 @@ def _times(log: Log) -> dict[str, float]:
 
 def _result(member: Member, logits: Tensor, teacher: Tensor | None) -> Result:
     history, test = member.log.history, member.batches.test
-    if (own := member.trained_teacher) is not None:
+    if (own := member.modules.trained_teacher) is not None:
         own.model.eval()
         teacher = scores(own, test).logits
     # On the source, and of the teacher that the cell trained, where there are such.

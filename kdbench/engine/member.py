@@ -4,36 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from kdbench.data.streams import address, seed_draws
 from kdbench.engine.batch import Batch, Sets
 from kdbench.engine.batches import Batches
-from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.freezing import let_train, note_frozen
 from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep
 from kdbench.engine.log import Log
 from kdbench.engine.meter import Meter
-from kdbench.engine.network import Network, Normalizer, memory_format
+from kdbench.engine.modules import CellModules
+from kdbench.engine.network import Network
 from kdbench.engine.operations import OperationContext, build_operation
-from kdbench.engine.optimizers import ScheduledOptimizer
-from kdbench.engine.predicting import answers
 from kdbench.engine.source_of_ranks import source_on
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
-from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.teachers.anchors import AnchorTeacher
-from kdbench.engine.teachers.teacher import PointValues, Teacher, own_teacher_of, own_teacher_stages
-from kdbench.engine.terms import Term, build_terms
+from kdbench.engine.teachers.teacher import PointValues, Teacher, own_teacher_stages
 from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
-from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import timeline
-
-# Among a member's terms: what its method's modules are under.
-MODULES = "method:modules"
 
 
 class Member:
@@ -54,31 +44,7 @@ class Member:
     ) -> None:
         self.spec, self.batches, self.teacher, self.computing = spec, batches, teacher, computing
         self.timeline = timeline(spec, len(batches.train))
-        taken = spec.student.takes(spec.data)
-        normalizer = Normalizer(spec.protocol.normalization, taken.image_shape[1:], device)
-        own = build_student(spec, teacher.network.model if teacher else None).to(device)
-        self.student = Network(build_extractor(own, spec.student, taken), normalizer, computing)
-        batches.ranks.synchronize(self.student.extractor, taken.image_shape)
-        shapes = self.student.extractor.shapes(taken.image_shape)
-        self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks)
-        cell = Surroundings(
-            spec,
-            self.student.extractor,
-            teacher.network.extractor if teacher else None,
-            {"student": shapes, "teacher": teacher.shapes if teacher else {}},
-            self.own_teacher.network.extractor if self.own_teacher else None,
-            lambda: batches.train.labels,
-        )
-        # Prefixed, because a name like "training" is already an attribute of every module.
-        parts = {
-            f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
-            for stage, by_name in build_terms(cell).items()
-        }
-        modules = {MODULES: nn.ModuleDict({f"module:{name}": one for name, one in cell.modules.items()})}
-        self.terms = nn.ModuleDict(parts | (modules if cell.modules else {})).to(device)
-        # torch's stubs lack the overload with a memory format alone.
-        self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
-        self.student.answers = answers(cell, self.student)
+        self.modules = CellModules(spec, batches, teacher, device, computing)
         self.anchors = self._anchors()
         self.sources: dict[str, Source] = {}
         self.operations = {}
@@ -91,12 +57,15 @@ class Member:
         self.meter = Meter([*(n for s in spec.method.stages.values() for n in s.losses), "loss"], device)
         self.log = Log()
         self.step = 0
-        note_frozen(self.student.model, self.terms, *([self.own_teacher.model] if self.own_teacher else []))
         self.enter(0)
 
     @property
     def device(self) -> torch.device:
         return self.batches.device
+
+    @property
+    def student(self) -> Network:
+        return self.modules.student
 
     @property
     def finished(self) -> bool:
@@ -120,12 +89,6 @@ class Member:
         return self.step != measured and self.step in self.timeline.evaluations
 
     @property
-    def trained_teacher(self) -> Network | None:
-        """The cell's own teacher, where the method trains it."""
-        trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
-        return self.own_teacher.network if trains and self.own_teacher else None
-
-    @property
     def answers(self) -> Network:
         """What is tested and kept: the student, its average, or the whole through which its method has it answer."""
         return self.student.answers
@@ -133,28 +96,14 @@ class Member:
     @property
     def compiled(self) -> bool:
         """Whether networks or losses run as compiled graphs, or did before the cell was stopped."""
-        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
-        return self.log.compiled or any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The method's modules by name."""
-        if MODULES not in self.terms:
-            return {}
-        found: Any = self.terms[MODULES]
-        return {name.removeprefix("module:"): module for name, module in found.items()}
-
-    def terms_of(self, stage: str) -> dict[str, Term]:
-        """Loss terms of a stage by name."""
-        terms: Any = self.terms[f"stage:{stage}"]
-        return {name.removeprefix("loss:"): term for name, term in terms.items()}
+        return self.log.compiled or self.modules.compiled
 
     def teacher_uses(self, step: int) -> dict[str, list[str]]:
         """What this member will need of the shared teacher at a step: input set -> hook points."""
         name = self.timeline.spans[self.timeline.stage(step)].name
         if name in own_teacher_stages(self.spec.method.stages):
             return {}
-        return shared_teacher_points(self.terms_of(name).values(), self.spec.method.stages[name])
+        return shared_teacher_points(self.modules.terms_of(name).values(), self.spec.method.stages[name])
 
     def student_uses(self) -> dict[frozenset[str], int]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
@@ -162,7 +111,7 @@ class Member:
         for span in (span for span in self.timeline.spans if span.stop > self.step):
             stage = self.spec.method.stages[span.name]
             if stage.modes.student == "train":
-                for asked in asked_points(self.terms_of(span.name).values(), stage, "student").values():
+                for asked in asked_points(self.modules.terms_of(span.name).values(), stage, "student").values():
                     points = frozenset(asked)
                     uses[points] = uses.get(points, 0) + span.stop - max(self.step, span.start)
         return uses
@@ -170,66 +119,28 @@ class Member:
     def enter(self, index: int) -> None:
         """Begin a stage: a new optimizer over what it trains (or the one before where it goes on with that), modes set,
         every other parameter frozen."""
-        before = getattr(self, "stage", None)
+        before: Stage | None = getattr(self, "stage", None)
         span = self.timeline.spans[index]
         spec = self.spec.method.stages[span.name]
-        own = self.terms[f"stage:{span.name}"]
-        let_train(self.student.model, "student" in spec.trains)
-        self.terms.requires_grad_(False)
-        let_train(own, "connectors" in spec.trains)
-        for name, module in self.modules.items():
-            let_train(module, name in spec.trains)
-        if self.own_teacher is not None:
-            self.own_teacher.trains = "teacher" in spec.trains
-            let_train(self.own_teacher.model, self.own_teacher.trains)
-        with_own = span.name in own_teacher_stages(self.spec.method.stages)
+        self.modules.let_train(span.name)
         follows = before is not None and index > 0 and before.span == self.timeline.spans[index - 1]
+        optimizers = before.optimizers if before and follows and spec.continues else self.modules.optimizers(span.name)
         self.stage = Stage(
             spec,
             span,
             schedule_span_of(self.timeline.spans, self.spec.method.stages, index),
             self.timeline,
-            self.terms_of(span.name),
-            before.optimizers if before is not None and spec.continues and follows else self._optimizers(span.name),
-            self.own_teacher if with_own else self.teacher,
+            self.modules.terms_of(span.name),
+            optimizers,
+            self.modules.teacher_of(span.name),
             self.sources.get(span.name),
             self.device,
         )
         self.set_modes()
 
-    def _optimizers(self, name: str) -> list[ScheduledOptimizer]:
-        """Of the student and its connectors, of modules that have one of their own, then of the teacher."""
-        stage, specs = self.spec.method.stages[name], self.spec.method.modules
-        found: list[ScheduledOptimizer] = []
-
-        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *modules: nn.Module) -> None:
-            trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-            if trained:
-                found.append(ScheduledOptimizer(optimizer or stage.optimizer, schedule or stage.schedule, trained))
-
-        apart = {key for key in self.modules if specs[key].optimizer is not None}
-        with_student = [module for key, module in self.modules.items() if key not in apart]
-        add(None, None, self.student.model, self.terms[f"stage:{name}"], *with_student)
-        for key in (key for key in self.modules if key in apart and key in stage.trains):
-            add(specs[key].optimizer, None, self.modules[key])
-        if self.own_teacher is not None and "teacher" in stage.trains:
-            add(stage.teacher_optimizer, stage.teacher_schedule, self.own_teacher.model)
-        if not found:
-            hint = "add 'student' to the stage's 'trains'"
-            raise UserError(f"method '{self.spec.method.name}', stage '{name}': nothing to train", hint=hint)
-        return found
-
     def set_modes(self, evaluating: bool = False) -> None:
         """Modes of this stage, or of an evaluation between its steps."""
-        modes, trains = self.stage.spec.modes, self.stage.spec.trains
-        self.student.model.train(not evaluating and modes.student == "train")
-        if self.own_teacher is not None:
-            self.own_teacher.model.train(not evaluating and modes.teacher == "train")
-        for name, terms in self.terms.items():
-            own = name == f"stage:{self.stage.span.name}" and "connectors" in trains
-            terms.train(own and not evaluating)
-        for name, module in self.modules.items():
-            module.train(name in trains and not evaluating)
+        self.modules.set_modes(self.stage.span.name, evaluating)
 
     def ready(self, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Do what comes before the next steps: the stage's anchor and operation, and what its source makes ahead.
@@ -329,14 +240,11 @@ class Member:
     def state(self) -> dict[str, Any]:
         """Everything that a resumed member needs, as tensors and plain data."""
         return {
-            "student": self.student.model.state_dict(),
-            "terms": self.terms.state_dict(),
+            **self.modules.state(),
             "optimizers": [one.optimizer.state_dict() for one in self.stage.optimizers],
             "sources": {name: source.state() for name, source in self.sources.items()},
             "operations": {name: one.state() for name, one in self.operations.items() if one.performed},
             "step": self.step,
-            # Anchors are read from disk again.
-            "own_teacher": self.own_teacher.model.state_dict() if self.own_teacher and not self.anchors else None,
             "anchors": self.anchors.record() if self.anchors else [],
             "meter": self.meter.state(),
             "log": vars(self.log) | {"compiled": self.compiled},
@@ -345,10 +253,7 @@ class Member:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.student.model.load_state_dict(state["student"])
-        self.terms.load_state_dict(state["terms"])
-        if self.own_teacher is not None and self.anchors is None:
-            self.own_teacher.model.load_state_dict(state["own_teacher"])
+        self.modules.load_state(state)
         if self.anchors is not None:
             self.anchors.chosen = {entry["stage"]: dict(entry) for entry in state["anchors"]}
         self.step, self.log = state["step"], Log(**state["log"])
@@ -373,7 +278,7 @@ class Member:
         if teacher.route is None:
             what = f"method '{self.spec.method.name}': the teacher's training left no checkpoints to learn from"
             raise UserError(what, hint="its recipe says 'route: 20' for 20 of them")
-        own, student = self.own_teacher, self.student
+        own, student = self.modules.own_teacher, self.student
         assert own is not None
         return AnchorTeacher(
             anchors,

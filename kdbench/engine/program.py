@@ -131,7 +131,7 @@ def make_graphs(members: Sequence[Member]) -> None:
     # Each operation of an eager loss goes through memory: a seventh of the time of five methods together on an H200.
     for member in (one for one in members if one.computing.compile and one.device.type == "cuda"):
         for span in (span for span in member.timeline.spans if span.steps >= member.computing.worth):
-            for term in member.terms_of(span.name).values():
+            for term in member.modules.terms_of(span.name).values():
                 term.compile_loss(shape[0])
 
 

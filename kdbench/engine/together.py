@@ -37,11 +37,9 @@ class Together(Program):
         self.replicas: dict[Member, tuple[Stage, nn.Module]] = {}
 
     def train(self, member: Member, sets: Sets, taught: Taught) -> int:
-        networks = [member.student.model, *([member.own_teacher.model] if member.own_teacher else [])]
         stage, replica = self.replicas.get(member, (None, None))
         if stage is not member.stage or replica is None:
-            own = member.terms[f"stage:{member.stage.span.name}"]
-            replica = replicated([*networks, own, *member.modules.values()])
+            replica = replicated(member.modules.used_in(member.stage.span.name))
             self.replicas[member] = member.stage, replica
 
         def losses(member: Member, turn: Turn, *more: Any) -> Any:
@@ -53,7 +51,9 @@ class Together(Program):
         images = train(member, sets, taught, losses, self.backward)
         # What follows batch norms took its share of each rank's own statistics.
         followers = member.answers.model.buffers() if isinstance(member.answers, Average) else ()
-        self.ranks.average([*statistics(networks), *(one for one in followers if one.is_floating_point())])
+        self.ranks.average(
+            [*statistics(member.modules.networks), *(one for one in followers if one.is_floating_point())]
+        )
         return images
 
     def backward(self, turn: Turn, *more: Any) -> dict[Tensor, Tensor]:

@@ -107,11 +107,11 @@ def train_two_steps(spec: CellSpec) -> None:
     before = fingerprint(teacher.network.model) if teacher else None
     for span in member.timeline.spans:
         assert span.steps == 2
-        terms = member.terms[f"stage:{span.name}"]
+        terms = member.modules.terms[f"stage:{span.name}"]
         connectors = {k: v.clone() for k, v in terms.state_dict().items()}
-        modules = {name: copy.deepcopy(module.state_dict()) for name, module in member.modules.items()}
+        modules = {name: copy.deepcopy(module.state_dict()) for name, module in member.modules.of_method.items()}
         trains = spec.method.stages[span.name].trains
-        networks = {"student": member.student, "teacher": member.own_teacher}
+        networks = {"student": member.student, "teacher": member.modules.own_teacher}
         learns = {name: net.model for name, net in networks.items() if net is not None and name in trains}
         assert learns or connectors or modules
         values = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in learns.items()}
@@ -121,7 +121,7 @@ def train_two_steps(spec: CellSpec) -> None:
             assert changed or not connectors, f"stage {span.name}: the connectors did not learn"
         else:
             assert not changed, f"stage {span.name}: {changed} changed although not trained"
-        for name, module in member.modules.items():
+        for name, module in member.modules.of_method.items():
             moved = any(not torch.equal(v, modules[name][k]) for k, v in module.state_dict().items())
             assert moved == (name in trains), f"stage {span.name}: module {name}"
         for name, model in learns.items():

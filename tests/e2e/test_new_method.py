@@ -123,10 +123,10 @@ def test_the_method_in_contributing_trains_and_resumes(tmp_path: Path) -> None:
 
     begin, approached, whole = at(0), at(2), at(10)
     assert fingerprint(approached.student.model) == fingerprint(begin.student.model)
-    assert fingerprint(approached.modules["bridge"]) != fingerprint(begin.modules["bridge"])
+    assert fingerprint(approached.modules.of_method["bridge"]) != fingerprint(begin.modules.of_method["bridge"])
     resumed = at(10, at(5, at(1).state()).state())
-    for one, other in ((whole.student.model, resumed.student.model), (whole.terms, resumed.terms)):
+    for one, other in ((whole.student.model, resumed.student.model), (whole.modules.terms, resumed.modules.terms)):
         assert fingerprint(one) == fingerprint(other)
-    near = whole.terms_of("training")["near"]
+    near = whole.modules.terms_of("training")["near"]
     assert near.spec.loss.options == {"power": 3.0} and near.points("student")["data"] == ["layer1", "layer2", "layer3"]
     whole.check_finite()

@@ -168,7 +168,7 @@ def compiled(cohort: Cohort) -> Cohort:
     torch._dynamo.reset()
     for one in cohort.cells:
         for stage in one.member.spec.method.stages:
-            for term in one.member.terms_of(stage).values():
+            for term in one.member.modules.terms_of(stage).values():
                 term.compile_loss(one.member.spec.protocol.batch_size)
     return cohort
 
@@ -309,7 +309,7 @@ def test_a_metric_that_a_recording_does_not_bear_is_measured_eagerly(
     def looks(cohort: Cohort) -> None:
         member = cohort.cells[0].member
         for stage in member.spec.method.stages:
-            for term in member.terms_of(stage).values():
+            for term in member.modules.terms_of(stage).values():
                 term.metrics = {name: partial(measured, metric) for name, metric in term.metrics.items()}
 
     program = both([evaluated(cell("ab"))], tmp_path, CudaRecorder(GPU), looks, GPU, same=deterministic)

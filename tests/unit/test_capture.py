@@ -437,7 +437,7 @@ def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
 
 def test_a_metric_that_reads_a_value_would_be_found(tmp_path: Path) -> None:
     cohort = cohort_of([evaluated(cell("ab"))], tmp_path)
-    terms = cohort.cells[0].member.terms_of("boundaries")
+    terms = cohort.cells[0].member.modules.terms_of("boundaries")
     for term in terms.values():
         term.metrics = {"agreement": lambda student, teacher: torch.full((), (student > 0).float().mean().item())}
     with pytest.raises(Broken, match="reads values"):

@@ -24,7 +24,7 @@ from kdbench.losses.sp import similarity_preserving
 def compiled(cohort: Cohort) -> Cohort:
     (one,) = cohort.cells
     for stage in one.member.spec.method.stages:
-        for term in one.member.terms_of(stage).values():
+        for term in one.member.modules.terms_of(stage).values():
             term.compile_loss(one.member.spec.protocol.batch_size)
     return cohort
 

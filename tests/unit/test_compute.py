@@ -66,8 +66,8 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
         for one in member.stage.optimizers:
             one.optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
         step(member, batches, teacher, at=0)
-        own = [member.own_teacher.model] if member.own_teacher else []
-        trained = [p for module in (member.student.model, member.terms, *own) for p in module.parameters()]
+        own = [member.modules.own_teacher.model] if member.modules.own_teacher else []
+        trained = [p for module in (member.student.model, member.modules.terms, *own) for p in module.parameters()]
         result.append((member.meter.result()["loss"], [p.grad.clone() for p in trained if p.grad is not None]))
     return result
 

@@ -195,16 +195,16 @@ def test_pictures_are_a_domain_too(tmp_path: Path) -> None:
 def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -> None:
     spec = cell("uda_kd", steps=4)
     member, batches, teacher = member_of(spec)
-    assert teacher is not None and member.own_teacher is not None
+    assert teacher is not None and member.modules.own_teacher is not None
     before = fingerprint(teacher.network.model)
-    assert fingerprint(member.own_teacher.model) == before
+    assert fingerprint(member.modules.own_teacher.model) == before
     train(member, batches, teacher, 4)
-    assert fingerprint(teacher.network.model) == before != fingerprint(member.own_teacher.model)
+    assert fingerprint(teacher.network.model) == before != fingerprint(member.modules.own_teacher.model)
     measured = evaluate(member)
     # Modes are as they were: the next step trains on the batch's own statistics.
-    assert member.own_teacher.model.training
-    member.own_teacher.model.eval()
-    logits = member.own_teacher.network.logits(images(spec.target, seed=1).test_images)  # type: ignore[arg-type]
+    assert member.modules.own_teacher.model.training
+    member.modules.own_teacher.model.eval()
+    logits = member.modules.own_teacher.network.logits(images(spec.target, seed=1).test_images)  # type: ignore[arg-type]
     labels = images(spec.target, seed=1).test_labels  # type: ignore[arg-type]
     assert measured["teacher"]["accuracy"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     # Whose accuracy may be that of the shared one, by chance.
@@ -221,7 +221,7 @@ def test_a_metric_compares_with_the_teacher_that_the_cell_trains() -> None:
     measured = evaluate(member)["metrics"]["agreement"]["layer3.preact"]
     member.set_modes(evaluating=True)
     pictures, _ = next(batches.test.slices())
-    student, own = member.student, member.trained_teacher
+    student, own = member.student, member.modules.trained_teacher
     (layer,) = member.stage.terms["boundary"].layers
     with torch.no_grad():
         value = student(student.normalizer(pictures), layer.students)[layer.students[0]]
@@ -232,17 +232,17 @@ def test_a_metric_compares_with_the_teacher_that_the_cell_trains() -> None:
 def test_an_adapted_teacher_stays_the_cells_own_in_the_next_stage() -> None:
     spec = cell("uda_then_kd")
     member, batches, teacher = member_of(spec)
-    assert teacher is not None and member.own_teacher is not None
+    assert teacher is not None and member.modules.own_teacher is not None
     student = fingerprint(member.student.model)
     train(member, batches, teacher, 4)
     assert member.stage.span.name == "distillation" and fingerprint(member.student.model) == student
-    adapted = fingerprint(member.own_teacher.model)
+    adapted = fingerprint(member.modules.own_teacher.model)
     assert member.stage.teacher_points == {}
     train(member, batches, teacher, 3)
     # Frozen, in eval mode, and not the shared one.
-    assert fingerprint(member.own_teacher.model) == adapted != fingerprint(teacher.network.model)
+    assert fingerprint(member.modules.own_teacher.model) == adapted != fingerprint(teacher.network.model)
     seen = []
-    run = member.own_teacher.model.register_forward_hook(lambda *_: seen.append(1))
+    run = member.modules.own_teacher.model.register_forward_hook(lambda *_: seen.append(1))
     step(member, batches, teacher)
     run.remove()
     assert len(seen) == 2

@@ -76,7 +76,7 @@ def test_another_seed_is_another_subset_but_with_a_seed_for_all() -> None:
 
 def test_connectors_and_draws_are_those_of_a_seed_and_draws_of_a_step() -> None:
     a, b, again, other = (member_of(cell(*one))[0] for one in (("ab", 0), ("ab", 1), ("ab", 0), ("at", 0)))
-    assert same_state(a.terms, again.terms) and not same_state(a.terms, b.terms)
+    assert same_state(a.modules.terms, again.modules.terms) and not same_state(a.modules.terms, b.modules.terms)
 
     def drawn(member: Member, step: int) -> float:
         member.step = step
@@ -245,7 +245,7 @@ def test_evaluation_changes_nothing() -> None:
     assert all(0 <= share <= 1 for share in shares.values())
     assert all(0.5 <= share <= 1 for share in of_constant.values())
     assert [m.training for m in member.student.model.modules()] == modes
-    for part, module in (("student", member.student.model), ("terms", member.terms)):
+    for part, module in (("student", member.student.model), ("terms", member.modules.terms)):
         for name, value in module.state_dict().items():
             assert torch.equal(value, before[part][name]), name
 

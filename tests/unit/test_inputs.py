@@ -153,19 +153,19 @@ def trained_teacher(registry: Registry, detach: bool, weight: float = 1.0) -> Ce
 
 def test_a_teacher_trains_on_its_own_losses_in_a_copy(registry: Registry) -> None:
     member, batches, teacher = member_of(trained_teacher(registry, detach=True))
-    assert teacher is not None and member.own_teacher is not None
+    assert teacher is not None and member.modules.own_teacher is not None
     shared = fingerprint(teacher.network.model)
-    assert fingerprint(member.own_teacher.model) == shared
+    assert fingerprint(member.modules.own_teacher.model) == shared
     step(member, batches, teacher)
     assert fingerprint(teacher.network.model) == shared
-    assert fingerprint(member.own_teacher.model) != shared
+    assert fingerprint(member.modules.own_teacher.model) != shared
     # Its gradient is that of its own loss alone: the student's terms do not reach it.
     other, batches, teacher = member_of(trained_teacher(registry, detach=True))
-    assert teacher is not None and other.own_teacher is not None
+    assert teacher is not None and other.modules.own_teacher is not None
     batch = batches.at(0, other.timeline)
-    model = other.own_teacher.model
+    model = other.modules.own_teacher.model
     F.cross_entropy(model(teacher.network.normalizer(batch.images)), batch.labels).backward()
-    for a, b in zip(member.own_teacher.model.parameters(), model.parameters(), strict=True):
+    for a, b in zip(member.modules.own_teacher.model.parameters(), model.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
@@ -173,8 +173,8 @@ def test_an_attached_teacher_is_trained_by_the_students_terms_too(registry: Regi
     (a, batches, teacher), (b, _, _) = (member_of(trained_teacher(registry, detach)) for detach in (True, False))
     for member in (a, b):
         step(member, batches, teacher)
-    assert a.own_teacher is not None and b.own_teacher is not None
-    pairs = zip(a.own_teacher.model.parameters(), b.own_teacher.model.parameters(), strict=True)
+    assert a.modules.own_teacher is not None and b.modules.own_teacher is not None
+    pairs = zip(a.modules.own_teacher.model.parameters(), b.modules.own_teacher.model.parameters(), strict=True)
     assert max(float((p.grad - q.grad).abs().max()) for p, q in pairs) > 1e-4
 
 
@@ -196,8 +196,8 @@ def test_a_resumed_member_goes_on_bit_for_bit(registry: Registry, trains: bool) 
     train(second, batches, teacher, 2)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
     if trains:
-        assert second.own_teacher is not None and whole.own_teacher is not None
-        assert fingerprint(second.own_teacher.model) == fingerprint(whole.own_teacher.model)
+        assert second.modules.own_teacher is not None and whole.modules.own_teacher is not None
+        assert fingerprint(second.modules.own_teacher.model) == fingerprint(whole.modules.own_teacher.model)
 
 
 @pytest.mark.parametrize(

@@ -255,10 +255,10 @@ def test_nor_in_a_teacher_that_is_trained_along(folder: Path) -> None:
     cards = registry(folder, network("Frozen"), own_nets=NETS)
     teacher = {"model": "own", "untrained": True}
     member, batches, shared = member_of(spec_of(cards, teacher=teacher, method="dml"))
-    assert member.own_teacher is not None
-    before = weights(member.own_teacher.model)
+    assert member.modules.own_teacher is not None
+    before = weights(member.modules.own_teacher.model)
     train(member, batches, shared, 3)
-    after = weights(member.own_teacher.model)
+    after = weights(member.modules.own_teacher.model)
     assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight", "head.bias"}
 
 

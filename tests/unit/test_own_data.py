@@ -516,7 +516,7 @@ def test_a_metric_of_a_loss_of_several_hook_points_gets_lists_too(own: Registry)
     train(member, batches, teacher, 1)
     found = evaluate(member)
     assert found["metrics"]["n"] == {"logits+pooled": 202.0} and "unmeasured" not in found
-    (loss,) = member.terms_of("training").values()
+    (loss,) = member.modules.terms_of("training").values()
     assert teacher is not None
     total, points = 0.0, ["logits", "pooled"]
     with torch.no_grad():

@@ -153,11 +153,11 @@ def test_batch_norms_are_synchronized_where_they_are_asked_to_be() -> None:
     data = images(spec.data, per_class=4)
     for sync in (False, True):
         member = Member(spec, Batches(spec, data, CPU, None, Ranks(sync_batch_norm=sync)), untrained_teacher(spec), CPU)
-        assert member.own_teacher is not None
+        assert member.modules.own_teacher is not None
         for module, kind in (
             (member.student.model, torch.nn.SyncBatchNorm if sync else torch.nn.BatchNorm2d),
-            (member.own_teacher.model, torch.nn.SyncBatchNorm if sync else torch.nn.BatchNorm2d),
-            (member.terms, torch.nn.BatchNorm2d),
+            (member.modules.own_teacher.model, torch.nn.SyncBatchNorm if sync else torch.nn.BatchNorm2d),
+            (member.modules.terms, torch.nn.BatchNorm2d),
         ):
             assert {type(m) for m in module.modules() if isinstance(m, _BatchNorm)} == {kind}
 

@@ -28,8 +28,8 @@ def same(a: Member, b: Member) -> bool:
     """Whether two members have the same networks, modules and means of losses."""
     found = []
     for member in (a, b):
-        networks = [one.network.model for one in (member.own_teacher,) if one is not None]
-        modules = [member.student.model, member.terms, *networks]
+        networks = [one.network.model for one in (member.modules.own_teacher,) if one is not None]
+        modules = [member.student.model, member.modules.terms, *networks]
         found.append(([fingerprint(module) for module in modules], member.meter.result()))
     return found[0] == found[1]
 

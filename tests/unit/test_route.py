@@ -227,13 +227,13 @@ def test_longer_cells_are_no_cohort_of_the_others_and_routes_share_a_teacher_wit
 def test_each_stage_learns_from_its_anchor_and_the_converged_teacher_stays_as_it_was() -> None:
     spec = short("rco", 8)
     member, batches, teacher = member_of(spec)
-    assert teacher is not None and member.own_teacher is not None and isinstance(teacher.route, MadeUpRoute)
+    assert teacher is not None and member.modules.own_teacher is not None and isinstance(teacher.route, MadeUpRoute)
     before = fingerprint(teacher.network.model)
     for at, span in enumerate(member.timeline.spans):
         train(member, batches, teacher, span.steps)
         position = route.equal(5, 4, at)
         kept = teacher.route.weights(position)
-        own = member.own_teacher.model
+        own = member.modules.own_teacher.model
         assert all(torch.equal(own.state_dict()[name], value) for name, value in kept.items())
         assert not own.training and not any(p.requires_grad for p in own.parameters())
     assert member.finished and fingerprint(teacher.network.model) == before
@@ -382,10 +382,10 @@ def test_a_resumed_cell_goes_on_bit_for_bit_across_anchors(method: str, at: int)
 def test_a_changed_anchor_is_told() -> None:
     member, batches, teacher = member_of(short("rco", 8))
     step(member, batches, teacher)
-    assert member.anchors is not None and member.own_teacher is not None
+    assert member.anchors is not None and member.modules.own_teacher is not None
     member.anchors.check()
     with torch.no_grad():
-        next(member.own_teacher.model.parameters()).add_(1e-3)
+        next(member.modules.own_teacher.model.parameters()).add_(1e-3)
     with pytest.raises(CellError, match="a frozen anchor changed"):
         member.anchors.check()
 

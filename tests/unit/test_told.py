@@ -140,7 +140,7 @@ def test_a_loss_takes_several_hook_points_and_what_it_is_told(tmp_path: Path) ->
     check_cell(spec)
     member, batches, teacher = member_of(spec)
     assert teacher is not None
-    points = member.terms_of("training")["far"].points
+    points = member.modules.terms_of("training")["far"].points
     assert points("student") == {"data": ["stem", "layer1", "layer2", "layer3"]}
     assert points("teacher") == {"data": ["layer1", "layer2", "layer3", "pooled"]}
     train(member, batches, teacher, 5)
@@ -150,7 +150,7 @@ def test_a_loss_takes_several_hook_points_and_what_it_is_told(tmp_path: Path) ->
     member.stage.prepare(5, 1)
     told = member.stage.next_numbers().told
     assert (told["far"]["progress"].item(), told["epochs"]["epoch"].item()) == (5 / 8, 1.0)
-    found = member.terms_of("training")["far"](
+    found = member.modules.terms_of("training")["far"](
         {network: {"data": points} for network, points in far.items()}, {"data": None}, told["far"]
     )
     assert found.item() == pytest.approx(2 * (1 + 5 / 8) * 4)
@@ -308,24 +308,24 @@ def test_gradients_are_clipped_together() -> None:
 def test_the_paraphraser_of_the_first_stage_is_that_of_the_second() -> None:
     spec = cell("ft_official", steps=3)
     member, batches, teacher = member_of(spec)
-    student, paraphraser = member.student.model, member.modules["paraphraser"]
+    student, paraphraser = member.student.model, member.modules.of_method["paraphraser"]
     begin = {"student": fingerprint(student), "paraphraser": fingerprint(paraphraser)}
     train(member, batches, teacher, 2)
     assert fingerprint(student) == begin["student"] and fingerprint(paraphraser) != begin["paraphraser"]
     train(member, batches, teacher, 1)
     assert member.stage.span.name == "classification" and not paraphraser.training
     first, second = member.stage.optimizers
-    own = {id(p) for p in member.modules["translator"].parameters()}
+    own = {id(p) for p in member.modules.of_method["translator"].parameters()}
     assert {id(p) for group in second.optimizer.param_groups for p in group["params"]} == own
     assert not own & {id(p) for group in first.optimizer.param_groups for p in group["params"]}
     ready = fingerprint(paraphraser)
     train(member, batches, teacher, 2)
     assert fingerprint(paraphraser) == ready and fingerprint(student) != begin["student"]
-    term = member.terms_of("classification")["ft"]
+    term = member.modules.terms_of("classification")["ft"]
     assert teacher is not None
     feature, taught = torch.randn(2, 64, 2, 2), torch.randn(2, 128, 2, 2)
     values = {"student": {"data": {"layer3": feature}}, "teacher": {"data": {"layer3": taught}}}
-    translator: Any = member.modules["translator"]
+    translator: Any = member.modules.of_method["translator"]
     expected = losses.factor_transfer(translator(feature), paraphraser.encoder(taught))  # type: ignore[operator]
     assert torch.equal(term(values, {"data": None}), expected)
 
@@ -334,7 +334,7 @@ def test_banks_have_the_size_of_the_part_that_is_trained_on() -> None:
     recipe = {"data": {"name": "digits", "per_class": 3, "validation": 20}}
     spec = shortened(spec_of(Registry(), "crd", **recipe), 3, per_class=3)
     member, batches, teacher = member_of(spec, images(spec.data, per_class=6))
-    module: Any = member.terms_of("classification")["crd"].functions[0]
+    module: Any = member.modules.terms_of("classification")["crd"].functions[0]
     assert len(module.contrast.student_bank) == len(batches.train) == 30 and module.negatives == 27
     assert torch.equal(module.training_labels, batches.train.labels)
     before = module.contrast.student_bank.clone()
@@ -368,14 +368,14 @@ def test_a_student_answers_through_its_projector_and_the_teachers_classifier() -
     member.set_modes(evaluating=True)
     pictures = torch.rand(3, 1, 8, 8)
     feature = member.student(member.student.normalizer(pictures), ["layer3"])["layer3"]
-    projected = member.modules["projector"](feature).mean(dim=(2, 3))
+    projected = member.modules.of_method["projector"](feature).mean(dim=(2, 3))
     expected = F.linear(projected, *teacher.network.model.fc.parameters())  # type: ignore[union-attr]
     assert torch.allclose(member.answers.logits(pictures), expected, atol=1e-6)
     assert all(torch.equal(v, own_head[k]) for k, v in member.student.model.fc.state_dict().items())  # type: ignore[union-attr]
     model = member.answers.model
     assert isinstance(model, Predictor)
     used = sum(p.numel() for p in model.used(pictures))
-    parts = [member.modules["projector"], teacher.network.model.fc]
+    parts = [member.modules.of_method["projector"], teacher.network.model.fc]
     student: Any = member.student.model
     count = sum(p.numel() for part in [student, *parts] for p in part.parameters())
     # Behind layer3 of a WRN there are a batch norm and the classifier.
@@ -423,7 +423,7 @@ def test_a_point_without_a_batch_norm_is_said() -> None:
 def test_overhaul_takes_its_margin_from_the_teachers_batch_norm() -> None:
     member, _, teacher = member_of(cell("ofd_eval"))
     assert teacher is not None
-    term = member.terms_of("classification")["ofd"]
+    term = member.modules.terms_of("classification")["ofd"]
     norm: Any = teacher.network.model.get_submodule("block2.0.bn1")
     assert term.layers[0].told["teacher_batch_norm"] is norm
     nn.init.uniform_(norm.bias, -1, 1)
@@ -432,9 +432,9 @@ def test_overhaul_takes_its_margin_from_the_teachers_batch_norm() -> None:
     assert torch.equal(losses.ofd(student, taught, norm), losses.overhaul(student, taught, margin))
     # A teacher in train mode is a copy, whose batch norms are asked.
     own = member_of(cell("ofd"))[0]
-    assert own.own_teacher is not None
-    copied = own.own_teacher.model.get_submodule("block2.0.bn1")
-    assert own.terms_of("classification")["ofd"].layers[0].told["teacher_batch_norm"] is copied
+    assert own.modules.own_teacher is not None
+    copied = own.modules.own_teacher.model.get_submodule("block2.0.bn1")
+    assert own.modules.terms_of("classification")["ofd"].layers[0].told["teacher_batch_norm"] is copied
 
 
 def test_weights_of_a_pair_are_those_of_its_source_unless_the_recipe_says_others() -> None:
@@ -483,10 +483,10 @@ def test_an_untrained_teacher_begins_by_the_seed_and_trains_along() -> None:
     assert first.teacher is not None and first.teacher.untrained
     check_cell(first)
     members = [member_of(spec)[0] for spec in (first, first, second)]
-    begun = [fingerprint(member.own_teacher.model) for member in members if member.own_teacher]
+    begun = [fingerprint(member.modules.own_teacher.model) for member in members if member.modules.own_teacher]
     assert begun[0] == begun[1] != begun[2]
     member = trained(first, 2)
-    assert member.own_teacher is not None and fingerprint(member.own_teacher.model) != begun[0]
+    assert member.modules.own_teacher is not None and fingerprint(member.modules.own_teacher.model) != begun[0]
     for method, more in (("kd", {}), ("finetune_new_classes", {"student": "wrn_10_2"})):
         with pytest.raises(UserError, match="needs a trained teacher"):
             spec_of(Registry(), method, **recipe, **more)

@@ -176,9 +176,9 @@ def by_hand(method: str, alternating: bool) -> tuple[Any, Any]:
     """The second step (γ > 0) of a cell, its own and the same in plain PyTorch: both networks after it."""
     options = {"name": method, "alternating": alternating}
     member, batches, teacher = member_of(cell(options, steps=8, protocol={"name": "digits"}))
-    assert teacher is not None and member.own_teacher is not None
+    assert teacher is not None and member.modules.own_teacher is not None
     step(member, batches, teacher)
-    nets = {"student": copy.deepcopy(member.student), "teacher": copy.deepcopy(member.own_teacher.network)}
+    nets = {"student": copy.deepcopy(member.student), "teacher": copy.deepcopy(member.modules.own_teacher.network)}
     optimizers = {}
     for (name, net), own in zip(nets.items(), member.stage.optimizers, strict=True):
         same = {key: value for key, value in own.optimizer.defaults.items() if key != "delta"}
@@ -232,7 +232,7 @@ def by_hand(method: str, alternating: bool) -> tuple[Any, Any]:
     else:
         train(adaptation(t, u) + distillation(t, u), "student", "teacher")
     step(member, batches, teacher)
-    mine = {"student": member.student.model.state_dict(), "teacher": member.own_teacher.model.state_dict()}
+    mine = {"student": member.student.model.state_dict(), "teacher": member.modules.own_teacher.model.state_dict()}
     return mine, {name: net.model.state_dict() for name, net in nets.items()}
 
 

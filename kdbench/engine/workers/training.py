@@ -252,7 +252,7 @@ def way_of(member: Member, program: Program) -> dict[str, Any]:
     way, teacher = member.computing, member.teacher
     asks = any("logits" in member.teacher_uses(span.start).get("data", []) for span in member.timeline.spans)
     networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
-    terms = [term for span in member.timeline.spans for term in member.terms_of(span.name).values()]
+    terms = [term for span in member.timeline.spans for term in member.modules.terms_of(span.name).values()]
     failed = [network.untraceable for network in networks] + [term.not_compiled for term in terms]
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
     recorded = program if isinstance(program, CapturedProgram) else None

@@ -1,0 +1,179 @@
+"""The networks and modules of one cell: what of them trains in a stage, by which optimizers, and in which modes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdbench.engine.batches import Batches
+from kdbench.engine.build import build_extractor, build_student
+from kdbench.engine.compute import Computing
+from kdbench.engine.freezing import let_train, note_frozen
+from kdbench.engine.network import Network, Normalizer, memory_format
+from kdbench.engine.optimizers import ScheduledOptimizer
+from kdbench.engine.predicting import answers
+from kdbench.engine.surroundings import Surroundings
+from kdbench.engine.teachers.teacher import OwnTeacher, StageTeacher, Teacher, own_teacher_of, own_teacher_stages
+from kdbench.engine.terms import Term, build_terms
+from kdbench.errors import UserError
+from kdbench.recipe.coded import TargetSpec
+from kdbench.recipe.specs import CellSpec
+
+# Among the loss terms: what the method's modules are under.
+METHOD = "method:modules"
+
+
+class CellModules:
+    """A cell's student, its loss terms, the modules of its method, and the teacher that is its own.
+
+    Attributes:
+        teacher: the one that it shares with other cells. own_teacher: None where that one serves in all stages.
+        terms: those of every stage, with their connectors, and the method's modules.
+    """
+
+    def __init__(
+        self, spec: CellSpec, batches: Batches, teacher: Teacher | None, device: torch.device, computing: Computing
+    ) -> None:
+        self.spec, self.teacher = spec, teacher
+        taken = spec.student.takes(spec.data)
+        normalizer = Normalizer(spec.protocol.normalization, taken.image_shape[1:], device)
+        own = build_student(spec, teacher.network.model if teacher else None).to(device)
+        self.student = Network(build_extractor(own, spec.student, taken), normalizer, computing)
+        batches.ranks.synchronize(self.student.extractor, taken.image_shape)
+        shapes = self.student.extractor.shapes(taken.image_shape)
+        self.own_teacher = own_teacher_of(spec, teacher, computing, device, batches.ranks)
+        cell = Surroundings(
+            spec,
+            self.student.extractor,
+            teacher.network.extractor if teacher else None,
+            {"student": shapes, "teacher": teacher.shapes if teacher else {}},
+            self.own_teacher.network.extractor if self.own_teacher else None,
+            lambda: batches.train.labels,
+        )
+        # Prefixed, because a name like "training" is already an attribute of every module.
+        terms = {
+            f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
+            for stage, by_name in build_terms(cell).items()
+        }
+        modules = {METHOD: nn.ModuleDict({f"module:{name}": one for name, one in cell.modules.items()})}
+        self.terms = nn.ModuleDict(terms | (modules if cell.modules else {})).to(device)
+        # torch's stubs lack the overload with a memory format alone.
+        self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
+        self.student.answers = answers(cell, self.student)
+        note_frozen(*self.all)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The student, and the teacher that is the cell's own."""
+        return [self.student.model, *([self.own_teacher.model] if self.own_teacher else [])]
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """All of them but the shared teacher."""
+        return [*self.networks, self.terms]
+
+    @property
+    def of_method(self) -> dict[str, nn.Module]:
+        """The method's modules by name."""
+        if METHOD not in self.terms:
+            return {}
+        found: Any = self.terms[METHOD]
+        return {name.removeprefix("module:"): module for name, module in found.items()}
+
+    @property
+    def trained_teacher(self) -> Network | None:
+        """The cell's own teacher, where the method trains it."""
+        trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
+        return self.own_teacher.network if trains and self.own_teacher else None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether networks or losses run as compiled graphs."""
+        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
+        return any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
+
+    def terms_of(self, stage: str) -> dict[str, Term]:
+        """Loss terms of a stage by name."""
+        terms: Any = self.terms[f"stage:{stage}"]
+        return {name.removeprefix("loss:"): term for name, term in terms.items()}
+
+    def used_in(self, stage: str) -> list[nn.Module]:
+        """What a stage may train: the networks, its terms, and the method's modules."""
+        return [*self.networks, self.terms[f"stage:{stage}"], *self.of_method.values()]
+
+    def teacher_of(self, stage: str) -> StageTeacher | None:
+        """The teacher that a stage has."""
+        return self.own_teacher if stage in own_teacher_stages(self.spec.method.stages) else self.teacher
+
+    def let_train(self, stage: str) -> None:
+        """Let gradients go to what a stage trains, and to nothing else."""
+        trains = self.spec.method.stages[stage].trains
+        let_train(self.student.model, "student" in trains)
+        self.terms.requires_grad_(False)
+        let_train(self.terms[f"stage:{stage}"], "connectors" in trains)
+        for name, module in self.of_method.items():
+            let_train(module, name in trains)
+        if self.own_teacher is not None:
+            self.own_teacher.trains = "teacher" in trains
+            let_train(self.own_teacher.model, self.own_teacher.trains)
+
+    def set_modes(self, stage: str, evaluating: bool) -> None:
+        """Modes of a stage, or of an evaluation between its steps."""
+        spec = self.spec.method.stages[stage]
+        self.student.model.train(not evaluating and spec.modes.student == "train")
+        if self.own_teacher is not None:
+            self.own_teacher.model.train(not evaluating and spec.modes.teacher == "train")
+        for name, terms in self.terms.items():
+            terms.train(name == f"stage:{stage}" and "connectors" in spec.trains and not evaluating)
+        for name, module in self.of_method.items():
+            module.train(name in spec.trains and not evaluating)
+
+    def optimizers(self, stage: str) -> list[ScheduledOptimizer]:
+        """New ones of what a stage trains: of the student and its connectors, of modules with one of their own, of the
+        teacher.
+
+        Raises:
+            UserError: the stage trains nothing.
+        """
+        spec, cards = self.spec.method.stages[stage], self.spec.method.modules
+        found: list[ScheduledOptimizer] = []
+
+        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *modules: nn.Module) -> None:
+            trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+            if trained:
+                found.append(ScheduledOptimizer(optimizer or spec.optimizer, schedule or spec.schedule, trained))
+
+        modules = self.of_method
+        apart = {name for name in modules if cards[name].optimizer is not None}
+        with_student = [module for name, module in modules.items() if name not in apart]
+        add(None, None, self.student.model, self.terms[f"stage:{stage}"], *with_student)
+        for name in (name for name in modules if name in apart and name in spec.trains):
+            add(cards[name].optimizer, None, modules[name])
+        if self.own_teacher is not None and "teacher" in spec.trains:
+            add(spec.teacher_optimizer, spec.teacher_schedule, self.own_teacher.model)
+        if not found:
+            hint = "add 'student' to the stage's 'trains'"
+            raise UserError(f"method '{self.spec.method.name}', stage '{stage}': nothing to train", hint=hint)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Their weights and buffers, for a checkpoint."""
+        own = self._kept_teacher
+        return {
+            "student": self.student.model.state_dict(),
+            "terms": self.terms.state_dict(),
+            "own_teacher": own.model.state_dict() if own else None,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, among other things."""
+        self.student.model.load_state_dict(state["student"])
+        self.terms.load_state_dict(state["terms"])
+        if (own := self._kept_teacher) is not None:
+            own.model.load_state_dict(state["own_teacher"])
+
+    @property
+    def _kept_teacher(self) -> OwnTeacher | None:
+        """The cell's own teacher, but for one that becomes checkpoints of a route: these are read from disk again."""
+        return None if any(stage.anchor for stage in self.spec.method.stages.values()) else self.own_teacher
