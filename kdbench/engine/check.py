@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.check_rates import check_optimizer, check_schedules
+from kdbench.engine.check_terms import check_term
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.predicting import check_answers
@@ -162,7 +163,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
                 check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
             trained += own
         for term in terms.values():
-            term.check(cell.shapes, cell.teacher_shapes, spec.data.classes)
+            check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
             if [*term.parameters()] and "connectors" not in stage.trains:
                 what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
                 raise UserError(what, hint="write 'trains: [student, connectors]'")

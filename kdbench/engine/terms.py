@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
-from kdbench.engine.batch import Batch, Sets
+from kdbench.engine.batch import Sets
 from kdbench.engine.build import build_schedule, made
-from kdbench.engine.metrics import check_metrics
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import code_of, import_target
-from kdbench.errors import UserError, failure
+from kdbench.errors import UserError
 from kdbench.models.places import Unordered
-from kdbench.models.probing import kind_of
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import TermSpec
 from kdbench.schedules import Moment, product
@@ -33,9 +31,6 @@ Values = Mapping[str, Mapping[str, Tensor]]
 _OF_A_CLASS = (
     "a loss that is a class is built with the shapes of what it reads: __init__(self, student_shape, teacher_shape)"
 )
-
-# Of a loss that is tried on random values: some losses take pairs of rows, or four that show one image.
-ROWS = 8
 
 
 @dataclass
@@ -181,7 +176,7 @@ class Term(nn.Module):
             values: network ("student", "teacher") -> input set -> hook point -> value.
             numbers: the present values of `numbers`, on the device; those of the first step where not given.
         """
-        # What a user's loss returns; `check` tells what is no tensor.
+        # What a user's loss returns; `check_term` tells what is no tensor.
         total: Any = None
         now = {name: torch.tensor(at(Moment())) for name, at in self.numbers.items()} if numbers is None else numbers
         for position, layer in enumerate(self.layers):
@@ -222,76 +217,6 @@ class Term(nn.Module):
         """Whether the term has metrics, of student and teacher on the data's own images."""
         return bool(self.metrics) and self.spec.input == "data" and self.spec.of == "student"
 
-    def check(self, student: Mapping[str, Shape], teacher: Mapping[str, Shape], classes: int) -> None:
-        """Compute the term once on random values of the right shapes.
-
-        Raises:
-            UserError: it cannot be computed, is no finite scalar, or nothing that trains changes it; or so a metric.
-        """
-        self.eval()
-        what, n = f"loss '{self.name}' ({self.spec.loss.target})", min(ROWS, self.most or ROWS)
-        values: dict[str, dict[str, dict[str, Tensor]]] = {"student": {}, "teacher": {}}
-        sets: Sets = {}
-        for name in self.input_sets:
-            for network, shapes in (("student", student), ("teacher", teacher)):
-                points = self.points(network).get(name, [])
-                values[network][name] = {p: torch.randn(n, *shapes[p]) for p in points}
-            rows = torch.arange(n)
-            labels = torch.where(rows < n / 2, 0, classes - 1)
-            sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(n, dtype=torch.bool))
-        own = [value for points in values[self.spec.of].values() for value in points.values()]
-        for value in own:
-            value.requires_grad_()
-        taken = [value for sides in values.values() for points in sides.values() for value in points.values()]
-        of_batches = (part for batch in sets.values() for part in (batch.labels, batch.index, batch.mask))
-        taken += [part for part in of_batches if part is not None]
-        versions = [value._version for value in taken]
-        try:
-            # As plain numbers options are checked; those of a step lie on the device, where nobody looks.
-            for now in (Moment(), Moment(END, END)) if self.spec.schedules else ():
-                plain, known = self.spec.schedules.keys(), {name: at(now) for name, at in self.numbers.items()}
-                self(values, sets, {name: v if name in plain else torch.tensor(v) for name, v in known.items()})
-            result = self(values, sets)
-            self.train()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's loss can fail in any way
-            raise self._uncomputable(what, error, student, teacher) from None
-        if [value._version for value in taken] != versions:
-            hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
-            raise UserError(f"{what} changes what it is given, in place", hint=hint)
-        if not isinstance(result, Tensor) or result.dim() or not result.is_floating_point():
-            given = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else kind_of(result)
-            hint = "a loss returns one float in a tensor, with its gradient: take .mean() or .sum(), and no .item()"
-            raise UserError(f"{what} returned {given}", hint=hint)
-        if not torch.isfinite(result):
-            raise UserError(f"{what} gave {result.item()} on random values", hint="a loss must be finite")
-        reads = {"student", "other"} & {*self.spec.loss.inputs}
-        if result.requires_grad and reads:
-            reached = torch.autograd.grad(result, own, allow_unused=True)
-        if not result.requires_grad or (reads and all(gradient is None for gradient in reached)):
-            raise UserError(
-                f"{what} does not depend on the {self.spec.of}", hint=f"is the value of the {self.spec.of} detached?"
-            )
-        self.eval()
-        check_metrics(self, values["student"].get("data", {}), values["teacher"].get("data", {}), n)
-        self.train()
-
-    def _uncomputable(
-        self, what: str, error: BaseException, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
-    ) -> UserError:
-        """What to say where the loss failed on random values: the option that it names, or the shapes."""
-        said = str(error).replace(" ", "_")
-        for option, given in self.spec.loss.options.items():
-            if option in said:
-                return UserError(f"'{option}' of the loss '{self.name}' cannot be {given!r}: {error}")
-        sides = ((layer.students, student if self.spec.of == "student" else teacher) for layer in self.layers)
-        own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
-        taught = ", ".join(f"{p} {teacher.get(p)}" for layer in self.layers for p in layer.teachers)
-        return UserError(
-            f"{what} cannot be computed: {failure(error)}",
-            hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
-            "channels and sizes ('kdbench ls connectors')",
-        )
-
     def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Any]:
         spec, batch = self.spec, sets[self.spec.input]
         found: list[Any] = []
@@ -314,9 +239,6 @@ class Term(nn.Module):
             found.append(self._one_or_all(sides))
         return found
 
-
-# Just before the end of a stage or an epoch.
-END = 1 - 2.0**-20
 
 # What a loss may be told at every step: its value at a moment.
 _NUMBERS: dict[str, Callable[[Moment], float]] = {
