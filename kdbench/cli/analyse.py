@@ -73,8 +73,9 @@ def command(
     rows: list[AnalysisRow] = list(import_target(target)(analysis, **options))
     if not rows:
         raise UserError(f"the analysis '{name}' found nothing", where=", ".join(map(str, folders)))
-    files = analysis.write(rows)
+    # What took long is shown, also where it cannot be written.
     _print(rows)
+    files = analysis.write(rows)
     print(f"written to {into}: {', '.join(file.name for file in files)}")
 
 

@@ -112,6 +112,9 @@ def test_where_the_attacks_on_a_teacher_end(finished: Path, kdbench: Kdbench, tm
     first = (tmp_path / "attack.csv").read_bytes()
     kdbench("analyse", "attack", *arguments)
     assert (tmp_path / "attack.csv").read_bytes() == first
+    (tmp_path / "in the way").touch()
+    done = kdbench("analyse", "attack", *arguments, "--out", tmp_path / "in the way", code=2)
+    assert "released" in done.stdout and "in the way" in done.stderr, "what took long is shown all the same"
     done = kdbench("analyse", "attack", "teachers=[wrn_16_3_digits]", code=2)
     assert "unknown teacher" in done.stderr and "Traceback" not in done.stderr
 
