@@ -1,23 +1,38 @@
 """Where the cells of a run and its teachers lie, and which have finished there. Imports no torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kdbench.engine.scheduling import CellState
 from kdbench.files import TEACHERS
 from kdbench.reading import inside
-from kdbench.recipe.planning import PlannedCell
+from kdbench.recipe.planning import PlannedCell, identity_of
 from kdbench.recipe.specs import TeacherSpec
 from kdbench.record import finished_record
 
 
-def cell_folder(folder: Path, cell: PlannedCell) -> Path:
-    """A cell's folder in a run's, also where an earlier version finished it under another name."""
-    return _finished_or_first([inside(folder, slug) for slug in cell.slugs])
+def cell_folders(folder: Path, cells: Iterable[PlannedCell]) -> list[Path]:
+    """Cells' folders in a run's, also where they finished under another name: in an earlier version, or when other
+    things were compared."""
+    there: dict[str, list[str]] = {}
+    for name in sorted(other.name for other in folder.iterdir()) if folder.is_dir() else ():
+        there.setdefault(identity_of(name), []).append(name)
+    names = (
+        [*cell.slugs, *(name for slug in cell.slugs for name in there.get(identity_of(slug), ()))] for cell in cells
+    )
+    return [_finished_or_first([inside(folder, name) for name in of_cell]) for of_cell in names]
 
 
-def open_cells(cells: Iterable[PlannedCell], folder: Path) -> list[PlannedCell]:
+def cell_states(folder: Path, cells: Sequence[PlannedCell]) -> list[CellState]:
+    """The cells of a run with their folders."""
+    folders = cell_folders(folder, cells)
+    return [CellState(cell, i, own) for i, (cell, own) in enumerate(zip(cells, folders, strict=True))]
+
+
+def open_cells(cells: Sequence[PlannedCell], folder: Path) -> list[PlannedCell]:
     """Those of a run's cells that have not finished in its folder."""
-    return [cell for cell in cells if finished_record(cell_folder(folder, cell)) is None]
+    folders = cell_folders(folder, cells)
+    return [cell for cell, own in zip(cells, folders, strict=True) if finished_record(own) is None]
 
 
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:

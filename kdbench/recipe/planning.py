@@ -27,6 +27,11 @@ def cell_name(label: str, axes: Mapping[str, Any]) -> str:
     return ", ".join([label, *(f"{path} {value}" for path, value in axes.items() if not path.startswith("method"))])
 
 
+def identity_of(name: str) -> str:
+    """What a cell's folder is called whatever else was compared: the end of its name."""
+    return name[-8:]
+
+
 @dataclass(frozen=True)
 class PlannedCell:
     """A cell with its place in the comparison. `axes`: compared dotted path -> value (without the seed). `tuning`: how

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kdbench.engine.folders import open_cells
+from kdbench.engine.folders import cell_folders, open_cells
 from kdbench.engine.workers.tuning import known_of
 from kdbench.errors import UserError
 from kdbench.files import RECORD, RUN
@@ -50,10 +50,8 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
         return {}
     changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
     found = {}
-    for cell in plan.cells:
-        # An earlier version may have named the cell's folder otherwise.
-        records = (finished_record(folder / slug) for slug in cell.slugs)
-        if (record := next(filter(None, records), None)) is not None:
+    for cell, own in zip(plan.cells, cell_folders(folder, plan.cells), strict=True):
+        if (record := finished_record(own)) is not None:
             found[cell.slug] = record
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}

@@ -9,6 +9,7 @@ from kdbench.engine.folders import teacher_folder
 from kdbench.errors import UserError
 from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant
 from kdbench.reading import inside
+from kdbench.recipe.planning import identity_of
 from kdbench.record import finished_record, metrics, read_record, read_run
 from kdbench.verify import sums
 
@@ -88,7 +89,8 @@ def lost(published: Path, cells: Collection[str]) -> str | None:
     if not (published / RUN).is_file():
         return None
     before = [cell for cell in read_run(published).cells or () if inside(published, cell, RECORD).is_file()]
-    if not (gone := [cell for cell in before if cell not in cells]):
+    kept = {identity_of(cell) for cell in cells}
+    if not (gone := [cell for cell in before if identity_of(cell) not in kept]):
         return None
     return f"{len(gone)} of {len(before)} cells that are published there are not in this run, {gone[0]} for one"
 

@@ -15,7 +15,7 @@ from kdbench.engine.workers.finished import names
 from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
-from kdbench.recipe.planning import Plan, plan
+from kdbench.recipe.planning import Plan, identity_of, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.registry import Registry
@@ -310,7 +310,11 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("unchecked", f"its recipe cannot be planned here: {error.what}", RUN, check)
         return
-    by_slug = {next((s for s in cell.slugs if s in cells), cell.slug): cell for cell in today.cells}
+    there = {identity_of(name): name for name in cells}
+    by_slug = {
+        next((there[end] for slug in cell.slugs if (end := identity_of(slug)) in there), cell.slug): cell
+        for cell in today.cells
+    }
     if list(by_slug) != cells:
         specs = [record.resolved for record in folder.planned.values()]
         ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)

@@ -137,6 +137,20 @@ def test_a_finished_run_needs_no_data_and_says_that_it_did_not_look(lab: Lab) ->
     assert len(said) == 1 and "not compared with the data 'mine': there is no image folder" in said[0]
 
 
+def test_a_run_and_a_published_table_grow_by_what_is_compared(lab: Lab) -> None:
+    """A cell is not trained again because its folder is named after another comparison."""
+    (first,) = lab.go()[0].finished
+    outcome, _ = lab.go("compare.steps=[2, 3]")
+    assert outcome.finished[0] == first and len(list(lab.runs.glob("recipe/kd-*"))) == 2
+    assert [read_record(folder).cell.axes["steps"] for folder in outcome.finished] == [2, 3]
+    made = lab.publish(outcome.finished)
+    assert {finding.level for finding in verify(made, lab.registry, [lab.folder / "data"])} == {"agrees"}
+    shutil.rmtree(lab.runs / "recipe")
+    assert f"1 cell taken from {made}" in lab.go("steps=3")[1][0]
+    assert f"1 cell taken from {made}" in lab.go("compare.steps=[2, 3]")[1][0]
+    assert not list(lab.runs.glob("recipe/kd-*/student.safetensors")), "nothing is trained"
+
+
 def test_a_published_table_grows_by_seeds(lab: Lab) -> None:
     """And on the way: flipped bytes of the teacher, a damaged checkpoint."""
     made = lab.publish([next(lab.runs.glob("recipe/kd-*"))])

@@ -11,6 +11,7 @@ import pytest
 from synthetic import make, plain_record, write
 
 from kdbench.engine.analysis import FinishedCell
+from kdbench.engine.folders import cell_folders, open_cells
 from kdbench.engine.scheduling import CellState
 from kdbench.engine.teachers.files import trained
 from kdbench.engine.workers.finished import DataHere, Finished
@@ -25,7 +26,7 @@ from kdbench.results.comparison import compare
 from kdbench.verify import sums
 from kdbench.verify.adopting import computed_otherwise, published
 from kdbench.verify.findings import read_folder
-from kdbench.verify.publishing import publish
+from kdbench.verify.publishing import lost, publish
 from kdbench.verify.verification import _files
 
 E2E = Path(__file__).parent.parent / "e2e"
@@ -276,3 +277,16 @@ def test_an_analysis_is_of_the_data_and_the_teacher_of_the_record() -> None:
     for here in ((NEW, "wrn_22_4_cifar10", TEACHER), (OLD, "wrn_22_4_cifar10", NEW)):
         with pytest.raises(UserError, match=f"here it is {NEW[:12]}"):
             cell.check_made_from(*here)
+
+
+def test_a_cell_is_finished_whatever_else_is_compared_today(tmp_path: Path) -> None:
+    alone, beside = planned("steps=4", "seeds=1"), planned("compare.steps=[4, 6]", "seeds=1")
+    folder, (cell,) = tmp_path / "tiny", alone.cells
+    leave(folder / cell.slug, cell.spec.identity())
+    (folder / "recipe.json").write_text(json.dumps({"name": "tiny", "cells": [cell.slug]}))
+
+    assert cell.slug not in [other.slug for other in beside.cells]
+    assert cell_folders(folder, beside.cells) == [folder / cell.slug, folder / beside.cells[1].slug]
+    assert open_cells(beside.cells, folder) == beside.cells[1:]
+    assert lost(folder, [other.slug for other in beside.cells]) is None
+    assert lost(folder, [beside.cells[1].slug]) is not None

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from kdbench.engine import compute
 from kdbench.engine.compute import plainest
-from kdbench.engine.folders import cell_folder, teacher_folder
+from kdbench.engine.folders import cell_states, teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.workers.finished import DataHere
@@ -33,7 +33,7 @@ def fill_logits(
         filled: is given images done and seconds of this call, now and then.
     """
     folder = options.runs / plan.name
-    cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
+    cells = cell_states(folder, plan.cells)
     wanted: dict[str, list[CellState]] = {}
     for cell in cells:
         spec = cell.spec

@@ -137,7 +137,7 @@ class Finished:
                 _copy(record.folder, cell.folder)
             cell.state = "finished"
         if self.taken:
-            for teacher in self.published.keys() - {cell.folder.name for cell in self.cells}:
+            for teacher in self.published.keys() - {cell.cell.slug for cell in self.cells}:
                 _copy(results / teacher, folder / teacher)
             self.say(
                 f"{counted(len(self.taken), 'cell')} taken from {results}, records without weights; with --no-adopt "

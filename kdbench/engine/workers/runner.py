@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.engine import compute
-from kdbench.engine.folders import cell_folder
+from kdbench.engine.folders import cell_states
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, begun
 from kdbench.engine.workers.finished import DataHere, Finished, names
@@ -53,7 +53,7 @@ def run(
     folder = options.runs / plan.name
     _check_case(folder)
     with locked_run(folder):
-        cells = [CellState(cell, i, cell_folder(folder, cell)) for i, cell in enumerate(plan.cells)]
+        cells = cell_states(folder, plan.cells)
         finished = Finished(cells, published or {}, options.runs, listener.say)
         # What is damaged of the way in which they began is told before a teacher is trained.
         for cell in finished.open:
