@@ -253,6 +253,11 @@ def test_other_axes_make_columns() -> None:
     ].item() == pytest.approx(84.3)
 
 
+def test_columns_of_two_axes_are_listed_with_something_else_than_their_own_commas() -> None:
+    said = notes(build(grid_of(["wrn_16_2", "wrn_16_1"], [0.5, 0.1], ce=[80, 80.5])))
+    assert "(wrn_16_2, fraction 0.1; wrn_16_1, fraction 0.1)" in said
+
+
 def test_a_cell_to_which_an_axis_means_nothing_stands_in_every_column_and_is_one_test() -> None:
     records = [make("ce", s, 90 + s / 7, teacher=None, axes={"method": "ce"}) for s in range(3)]
     records += [make("none", s, 90.5 + s / 5, teacher=None, axes={"method": "none"}, order=1) for s in range(3)]
@@ -314,7 +319,7 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     marked = next(note for note in table.notes if note.mark == kd.marks[0])
     assert marked.text == "2 of 3 seeds: no finished cell for seed 2."
     assert cell(table, "AB").marks == ()
-    assert "Not finished and not in the table: kd-seed2, KD, seed 2" in notes(table)
+    assert "Not finished and not in the table: kd-seed2; KD, seed 2" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert f"<sup>{kd.marks[0]}</sup>" in row
     several = build(
