@@ -46,6 +46,8 @@ GROUND = [
     "drawing",
     "version",
 ]
+# Mistakes are told before torch is loaded (CONTRIBUTING.md), which takes seconds.
+WITHOUT_TORCH = ("cli", "recipe", "registry", "results", "record")
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, ATTRIBUTES_OF_A_CLASS = 400, 60, 15
 
 
@@ -74,6 +76,23 @@ def imported(tree: ast.Module, known: dict[str, ast.Module]) -> set[str]:
 
 def edges(known: dict[str, ast.Module]) -> dict[str, set[str]]:
     return {name: imported(tree, known) - {name} for name, tree in known.items()}
+
+
+def needed_at_once(tree: ast.Module) -> set[str]:
+    """What a module imports as soon as it is imported itself, by its full name, from wherever it is."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [*tree.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef) and not (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
+            waiting += ast.iter_child_nodes(node)
+    return found
 
 
 def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
@@ -161,6 +180,18 @@ def test_nothing_is_imported_from_a_higher_floor() -> None:
 def test_no_two_files_need_each_other() -> None:
     found = [sorted(circle) for circle in circles(edges(modules()))]
     assert not found, "give what they share a file of its own"
+
+
+def test_what_says_so_imports_no_torch() -> None:
+    known = modules()
+    at_once = {name: needed_at_once(tree) for name, tree in known.items()}
+    heavy = {name for name, needs in at_once.items() if {one.partition(".")[0] for one in needs} & {"torch", "timm"}}
+    while more := {name for name, needs in at_once.items() if needs & heavy} - heavy:
+        heavy |= more
+    promised = {name for name, tree in known.items() if "imports no torch" in (ast.get_docstring(tree) or "").lower()}
+    promised |= {name for name in known if name.split(".")[1:2] and name.split(".")[1] in WITHOUT_TORCH}
+    assert {"kdbench.engine.step", "kdbench.engine.workers.tasks"} <= heavy and len(promised) > 60
+    assert not sorted(promised & heavy), "import torch in the function that needs it"
 
 
 def test_no_file_is_longer_than_one_can_read() -> None:
