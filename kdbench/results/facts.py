@@ -134,4 +134,5 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 def listed(values: Sequence[Any], most: int = 12) -> str:
     """Values with commas, or semicolons where one has a comma itself; the first of many."""
     shown = [str(value) for value in values[:most]]
-    return ("; " if any(", " in one for one in shown) else ", ").join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")
+    separator = "; " if any(", " in one for one in shown) else ", "
+    return separator.join(shown) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -127,6 +127,14 @@ def test_every_file_that_the_documents_name_exists(page: Path) -> None:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page}: {file}::{test}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_says_anything_twice(page: Path) -> None:
+    """As a slip of an editor leaves it: a section once more, or a paragraph of two lines and more."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    said = re.findall(r"^## .*", text, flags=re.MULTILINE) + [part for part in text.split("\n\n") if "\n" in part]
+    assert sorted(said) == sorted({*said})
+
+
 def test_code_that_the_documents_name_exists() -> None:
     for page in PAGES:
         for name in re.findall(r"`(kdbench(?:\.\w+)+)(?::\w+)?[`(]", page.read_text(encoding="utf-8")):
