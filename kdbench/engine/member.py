@@ -122,7 +122,7 @@ class Member:
         before: Stage | None = getattr(self, "stage", None)
         span = self.timeline.spans[index]
         spec = self.spec.method.stages[span.name]
-        self.modules.let_train(span.name)
+        self.modules.freeze_others(span.name)
         follows = before is not None and index > 0 and before.span == self.timeline.spans[index - 1]
         optimizers = before.optimizers if before and follows and spec.continues else self.modules.optimizers(span.name)
         self.stage = Stage(

@@ -106,7 +106,7 @@ class CellModules:
         """The teacher that a stage has."""
         return self.own_teacher if stage in own_teacher_stages(self.spec.method.stages) else self.teacher
 
-    def let_train(self, stage: str) -> None:
+    def freeze_others(self, stage: str) -> None:
         """Let gradients go to what a stage trains, and to nothing else."""
         trains = self.spec.method.stages[stage].trains
         let_train(self.student.model, "student" in trains)
