@@ -138,7 +138,7 @@ def _print(rows: Sequence[AnalysisRow]) -> None:
             table.add_row(*row)
         show(page(), table)
     facts = [f"{name} {shown[name].iloc[0]}" for name in shown if name not in differing and shown[name].iloc[0]]
-    page().print(("in all rows: " if differing else "") + ", ".join(facts), markup=False)
+    page().print(("in all rows: " if differing else "") + ", ".join(facts))
 
 
 def _mean(values: pandas.Series[Any]) -> str:

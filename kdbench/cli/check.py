@@ -51,7 +51,7 @@ def command(
     from kdbench.verify.adopting import left_of
 
     console = page()
-    device = chosen_device("auto", lambda text: console.print(text, style="yellow", markup=False))
+    device = chosen_device("auto", lambda text: console.print(text, style="yellow"))
     torch.set_num_threads(1)
     # Before what takes seconds with large networks.
     _print_heading(console, planned, device)
@@ -67,7 +67,7 @@ def command(
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
-        console.print(f"note: {remark}", style="yellow", markup=False)
+        console.print(f"note: {remark}", style="yellow")
     routes = _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None)
     for keeper in routes.values():
         kept = keeper.route or 0
@@ -174,7 +174,8 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in first.domains)
     computed = possible(plainest(first.compute), device).name if first.compute.settled else "chosen by a short trial"
-    console.print(f"[bold]{planned.title or planned.name}[/bold]: {counted(len(planned.cells), 'cell')}")
+    console.print(planned.title or planned.name, style="bold", end="")
+    console.print(f": {counted(len(planned.cells), 'cell')}")
     console.print(
         f"data: {domains}, protocol: {first.protocol.name}, batch size: {first.protocol.batch_size}, "
         f"compute: {computed}, baseline: {planned.baseline}"

@@ -10,8 +10,11 @@ from rich.table import Table
 
 
 def page() -> Console:
-    """The terminal; in a log or pipe, which has no width to fit into, a wide page."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    """The terminal; in a log or pipe, which has no width to fit into, a wide page.
+
+    Names, labels and titles are the users': a `[b]` in them is text, not markup.
+    """
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def plain_table(*columns: str, right: Iterable[str] = ()) -> Table:
@@ -29,7 +32,7 @@ def show(console: Console, table: Table) -> None:
         left_out.insert(0, str(table.columns.pop().header))
     console.print(table)
     if left_out:
-        console.print(f"  no room here for: {', '.join(left_out)}", style="dim", markup=False)
+        console.print(f"  no room here for: {', '.join(left_out)}", style="dim")
 
 
 def _width(console: Console, table: Table) -> int:

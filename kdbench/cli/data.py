@@ -41,16 +41,15 @@ def command(
     console = page()
     show(console, table)
     for sentence in seen.sentences():
-        console.print(sentence, markup=False)
+        console.print(sentence)
     modes = ", ".join(f"{count} {mode}" for mode, count in seen.modes.items())
     mean, deviation = (" ".join(f"{value:.4f}" for value in part) for part in (seen.mean, seen.std))
-    console.print(f"pixels: {modes}; mean {mean}, deviation {deviation}", markup=False)
+    console.print(f"pixels: {modes}; mean {mean}, deviation {deviation}")
     text = dump({name: seen.card(name)})
     write_text(file, f"# kdbench data {folder}\n{text}")
-    console.print(f"written: {file}", markup=False)
+    console.print(f"written: {file}")
     console.print(
         f"  use it:  data: {name}   and   kdbench run my.yaml --registry {quote(str(out))} "
         f"--data {quote(str(folder.resolve().parent))}",
-        markup=False,
         soft_wrap=True,
     )

@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
@@ -59,9 +58,9 @@ def command(
     for family in FAMILIES if kind == "methods" else [""]:
         own = [row for row in rows if row.get("family", "") == family]
         if own and family:
-            table.add_row(f"[bold]{family}[/bold]")
+            table.add_row(family, style="bold")
         for row in own:
-            table.add_row(*(escape(text) for title, text in row.items() if title != "family"))
+            table.add_row(*(text for title, text in row.items() if title != "family"))
         table.add_section()
     console.print(table)
 

@@ -21,8 +21,6 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""
-    from rich.markup import escape
-
     from kdbench.cards import KINDS
     from kdbench.cli.console import page, plain_table, print_yaml
     from kdbench.cli.ls import ALIASES
@@ -51,24 +49,22 @@ def command(
         raise UserError(f"unknown kind '{kind}'", where="kdbench show", hint=did_you_mean(kind, [*KINDS, "recipes"]))
     card = cards.card(kind, name)
     tree = cards.tree(kind, name)
-    console.print(f"[dim]# {tree.origin(())}[/dim]", highlight=False)
+    console.print(f"# {tree.origin(())}", style="dim")
     print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
         table = plain_table("option", "type", "default")
         for option in cards.settable(card.target, card).values():
             table.add_row(
-                option.name,
-                escape(option.annotation),
-                "required" if option.default is REQUIRED else repr(option.default),
+                option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
             )
         if table.row_count:
             console.print(table)
     if kind == "models" and (points := _hook_points(cards, name)):
-        console.print(f"hook points: {', '.join(points)}", highlight=False, markup=False)
+        console.print(f"hook points: {', '.join(points)}")
     paper = getattr(card, "paper", None)
     if paper:
         entry = cards.card("papers", paper)
-        console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.", highlight=False)
+        console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.")
 
 
 def _hook_points(cards: Registry, name: str) -> list[str]:

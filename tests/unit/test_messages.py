@@ -21,6 +21,7 @@ from conftest import ROOT
 from fuzzing import Found, folders, recipes
 from rich.console import Console
 from rich.table import Table
+from synthetic import comparison
 
 from kdbench import api, cli
 from kdbench.__main__ import main
@@ -231,6 +232,20 @@ def test_narrow_terminals_leave_out_columns_not_digits(width: int) -> None:
     shown = [value for value in ("94.09 ± 1.06", "+4.71", "[+2.33, +7.08]") if value in text]
     assert len(shown) == {20: 1, 40: 2, 60: 3, 100: 3, 200: 3}[width] or width == 20
     assert ("no room here for" in text) == (width < 60)
+
+
+def test_brackets_in_titles_and_labels_are_no_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from kdbench.cli import check, output
+    from kdbench.results.tables import build
+
+    label = "KD [X] [/B]"
+    recipe = written(tmp_path, f"title: 'T [/b]'\ncompare: {{method: [ce, {{name: kd, label: '{label}'}}]}}")
+    check.command(recipe, time=False)
+    output.print_table(build(comparison({"ce": [90.0, 91.0], label: [92.0, 93.5]}), baseline=label))
+    said = capsys.readouterr().out
+    assert said.startswith("T [/b]: 2 cells\n")
+    assert {line.split("  ")[0].strip() for line in said.splitlines() if "[X]" in line} >= {label}
+    assert f"difference to {label}" in said
 
 
 def test_no_text_in_csv_is_a_formula() -> None:
