@@ -144,13 +144,12 @@ class _Reader:
         for field, value in repeated(kind, card).items():
             if field not in more and getattr(spec, field) != value:
                 raise self.not_here(f"'{field}' of {what} is not what its card says")
-        try:
-            settable = self.registry.settable(card.target, card)
-            options = check_options(spec.options, settable, lambda key: self.where, what)
-        except UserError as error:
-            raise self.not_here(error.what) from None
         if not isinstance(spec, DataSpec):
-            more["options"] = options
+            try:
+                settable = self.registry.settable(card.target, card)
+                more["options"] = check_options(spec.options, settable, lambda key: self.where, what)
+            except UserError as error:
+                raise self.not_here(error.what) from None
         elif spec.options != card.args:
             raise self.not_here(f"the options of {what} are not those of its card")
         if isinstance(spec, ModelSpec) and spec.start is not None:

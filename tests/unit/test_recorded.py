@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from picture_files import photo, write_pictures
 
 import kdbench
+from kdbench.cli import data
 from kdbench.engine.analysis import Analysis
 from kdbench.engine.options import Options
 from kdbench.errors import UserError
@@ -110,7 +112,7 @@ WEIGHTS = {"file": "../../stolen.pt", "sha256": "0" * 64, "url": "https://exampl
         (("teacher", "weights"), {"file": "t.pt", "sha256": "0" * 64, "layout": "os:system"}, "no teacher card"),
         (("teacher", "name"), "../../../somewhere", "a teacher cannot be called"),
         (("data", "classes"), 3, "'classes' of the data set 'digits' is not what its card says"),
-        (("data", "options"), {"folder": "/"}, "unknown key 'folder'"),
+        (("data", "options"), {"folder": "/"}, "options of the data set 'digits' are not those"),
         (("route",), 10**9, "'route'"),
         (("protocol",), None, "'protocol'"),
     ],
@@ -157,6 +159,17 @@ def test_weights_of_the_user_s_own_are_data(tmp_path: Path) -> None:
     assert cell_of(plain, REGISTRY, "cell").teacher.weights.file == weights["file"]  # type: ignore[union-attr]
     hooks = {"layer1": "group1", "layer1.preact": "input(group2)"}
     assert cell_of(put(plain, ("student", "hooks"), hooks), REGISTRY, "cell").student.hooks == hooks
+
+
+@pytest.mark.parametrize("sizes", ["equal", "different"])
+def test_a_record_of_own_pictures_is_built_with_the_card_of_their_folder(sizes: str, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "mine")
+    for file in pictures.rglob("*.jpg") if sizes == "equal" else ():
+        photo(16, 16, 0).save(file)
+    recipe = {"data": str(pictures), "student": "resnet8", "method": "ce", "epochs": 1}
+    spec = plan(recipe | {"protocol": {"name": "digits", "normalization": None}}, Registry()).cells[0].spec
+    data.command(pictures, out=tmp_path / "cards")
+    assert cell_of(json.loads(json.dumps(recorded(spec))), Registry((tmp_path / "cards",)), "cell").data == spec.data
 
 
 # Every door through which a folder's record comes to be built.
