@@ -17,6 +17,8 @@ import typer
 from kdbench.cli import analyse, logits
 from kdbench.errors import CellError, UserError, raised_by_own_code
 from kdbench.files import CHECK_PATH, disk_full, expanded, name_user, refused
+from kdbench.recipe.choices import Recipe
+from kdbench.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,8 +46,6 @@ app.add_typer(logits.app, name="logits")
 @app.callback(invoke_without_command=True)
 def version(show_version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if show_version:
-        from kdbench.version import __version__
-
         print(f"kdbench {__version__}")
         raise typer.Exit
 
@@ -63,8 +63,6 @@ def check_overrides(words: list[str]) -> None:
     """Raises UserError for a recipe's key that is written as an option: '--epochs 3' for 'epochs=3'."""
     if words[:1] not in (["run"], ["check"]) or not any(word.startswith("--") for word in words):
         return
-    from kdbench.recipe.choices import Recipe
-
     for word, after in zip(words, [*words[1:], "…"], strict=True):
         name, equals, value = word.removeprefix("--").partition("=")
         # The folder of the data sets is an option too.

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
+from kdbench.cli.console import page, show, tell
 from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, RegistryOption
+from kdbench.engine.options import Options
 from kdbench.errors import UserError
+from kdbench.registry import Registry
+from kdbench.tree import Tree
 
 if TYPE_CHECKING:
     import pandas
 
     from kdbench.engine.analysis import AnalysisRow
-    from kdbench.registry import Registry
 
 EXAMPLES = (
     "Examples:  kdbench analyse boundary runs/bss_small images=1000 picture=true   ·   "
@@ -49,19 +53,13 @@ def command(
     A JSON file beside the CSV holds the command, the versions, and the hashes of all data and networks. To add an
     analysis of your own, put a card and a Python function into a registry folder.
     """
-    from kdbench.registry import Registry
-
     cards = Registry(registry or ())
     given, folders = _options_and_folders(words or ())
     target, options = cards.card("analyses", name, "kdbench analyse").target, _checked(cards, name, given)
 
     from kdbench.engine.analysis import Analysis
     from kdbench.engine.device import chosen_device
-    from kdbench.engine.options import Options
     from kdbench.engine.targets import import_target
-
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     chosen = str(chosen_device(device, tell))
     where = Options(
@@ -99,8 +97,6 @@ def _options_and_folders(words: Iterable[str]) -> tuple[dict[str, str], list[Pat
 
 def _checked(cards: Registry, name: str, given: dict[str, str]) -> dict[str, Any]:
     """Options as the analysis takes them."""
-    from kdbench.tree import Tree
-
     origins = {key: f"command line, '{key}={text}'" for key, text in given.items()}
     plain = {key: Tree.parse(text, origins[key]).data if text.strip() else None for key, text in given.items()}
     paths: dict[tuple[str | int, ...], str] = {(key,): origin for key, origin in origins.items()}
@@ -114,10 +110,6 @@ def _print(rows: Sequence[AnalysisRow]) -> None:
     """
     import pandas
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
-    from rich import box
-    from rich.table import Table
-
-    from kdbench.cli.console import page, show
 
     frame = pandas.DataFrame(rows)
     texts = [name for name in map(str, frame) if is_bool_dtype(frame[name]) or not is_numeric_dtype(frame[name])]

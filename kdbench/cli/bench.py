@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from kdbench.cli.console import tell
 from kdbench.cli.options import DeviceOption, RegistryOption
 from kdbench.errors import UserError
-
-if TYPE_CHECKING:
-    from kdbench.recipe.planning import Plan
-    from kdbench.registry import Registry
+from kdbench.files import cores, write_json
+from kdbench.recipe.planning import Plan, plan
+from kdbench.registry import Registry
 
 # Side by side, for the time of a cohort.
 FIVE_METHODS = "compare.method=[ce, kd, kd_only, fitnets, at]"
@@ -50,8 +51,6 @@ def command(
     """
     from kdbench.bench.compare import Benchmark, LaneTimer, benchmark, speed_table
     from kdbench.bench.gpu import THREADS, Pair, bench_gpu, result_lines
-    from kdbench.files import cores, write_json
-    from kdbench.registry import Registry
 
     if loading:
         return _loading(rounds, json)
@@ -87,18 +86,11 @@ def command(
     print(f"{speed_table(results)}\n{result_lines(results, times)}")
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _loading(rounds: int, json: Path | None) -> None:
-    from dataclasses import asdict
-
     import torch
 
     from kdbench.bench.loading import HEIGHT, QUALITY, WIDTH, measured
     from kdbench.engine.finish import machine
-    from kdbench.files import write_json
 
     about, found = machine(torch.device("cpu"), 1), measured(rounds, tell)
     if json is not None:
@@ -110,16 +102,12 @@ def _loading(rounds: int, json: Path | None) -> None:
 
 def measured_plans(recipes: Sequence[str] | None, cards: Registry, gpu: bool) -> list[Plan]:
     """What is measured: these recipes, or where there are none those that stand for all."""
-    from kdbench.recipe.planning import plan
-
     if recipes:
         return [plan(recipe, cards) for recipe in recipes]
     return [plan("ab_wrn", cards), *([plan("speed", cards, (FIVE_METHODS,))] if gpu else [])]
 
 
 def _check_peers() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("torchdistill") is None:
         hint = "pip install 'kdbench[peers]', or leave the peers out: --no-peers"
         raise UserError("the comparison needs torchdistill, which is not installed", "kdbench bench", hint)

@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from kdbench.cli.console import page, plain_table, show
 from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
 from kdbench.cli.progress import clock
+from kdbench.engine.compute import Memory, plainest
+from kdbench.engine.scheduling import kind
 from kdbench.errors import UserError, counted
+from kdbench.recipe.methods import terms_of
+from kdbench.recipe.planning import Plan, PlannedCell, cell_name, plan
+from kdbench.recipe.remarks import remarks
+from kdbench.recipe.specs import CellSpec, MethodSpec
+from kdbench.recipe.timeline import planned_timeline
+from kdbench.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
-    from kdbench.engine.compute import Memory
     from kdbench.engine.estimate import Estimate
-    from kdbench.recipe.planning import Plan, PlannedCell
-    from kdbench.recipe.specs import CellSpec, MethodSpec
 
 EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
 
@@ -34,11 +40,6 @@ def command(
     time: Annotated[bool, typer.Option(help="Time a few steps of each network to estimate the whole.")] = True,
 ) -> None:
     """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
-    from kdbench.cli.console import page, show
-    from kdbench.recipe.planning import plan
-    from kdbench.recipe.remarks import remarks
-    from kdbench.registry import Registry
-
     planned = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
 
     import torch
@@ -85,8 +86,6 @@ def command(
 
 def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:
     """One spec of each `kind`."""
-    from kdbench.engine.scheduling import kind
-
     found: dict[str, CellSpec] = {}
     for spec in specs:
         found.setdefault(kind(spec), spec)
@@ -102,8 +101,6 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
 
 
 def _networks(planned: Plan, estimate: Estimate) -> Table:
-    from kdbench.cli.console import plain_table
-
     sizes = ("parameters", "MFLOPs an image")
     table = plain_table("network", "role", *sizes, right=sizes)
     rows: dict[tuple[str, ...], None] = {}
@@ -120,10 +117,6 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
 
 
 def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) -> Table:
-    from kdbench.cli.console import plain_table
-    from kdbench.recipe.planning import cell_name
-    from kdbench.recipe.timeline import planned_timeline
-
     timed = ["time a seed"] if estimate is not None else []
     table = plain_table("cell", "stages (steps)", "epochs", "seeds", *timed, "finished", right=(*timed, "finished"))
     unfinished = {id(cell) for cell in left}
@@ -144,9 +137,6 @@ def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) ->
 
 
 def _terms(methods: Iterable[MethodSpec]) -> Table:
-    from kdbench.cli.console import plain_table
-    from kdbench.recipe.methods import terms_of
-
     table = plain_table("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
         for stage, name, term in terms_of(method):
@@ -169,7 +159,6 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
 
 def _print_heading(console: Console, planned: Plan, device: torch.device) -> None:
     from kdbench.engine.choosing import possible
-    from kdbench.engine.compute import plainest
 
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in first.domains)

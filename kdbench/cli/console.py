@@ -1,12 +1,16 @@
-"""Where commands print their tables."""
+"""What commands print: tables, YAML, and lines of progress."""
 
 import sys
 from collections.abc import Iterable
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.syntax import Syntax
 from rich.table import Table
+
+
+def tell(text: str) -> None:
+    """Print a line of progress, beside the output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def page() -> Console:
@@ -42,6 +46,8 @@ def _width(console: Console, table: Table) -> int:
 def print_yaml(text: str) -> None:
     """YAML in colours on a terminal, as it is elsewhere."""
     if sys.stdout.isatty():
+        from rich.syntax import Syntax
+
         Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
     else:
         print(text, end="")

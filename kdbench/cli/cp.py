@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from kdbench.errors import UserError
+from kdbench.files import write_text
+from kdbench.reading import read_text
+from kdbench.recipe.loading import find
 
 EXAMPLES = "Examples:  kdbench cp quickstart my.yaml   ·   kdbench cp ab_wrn ."
 
@@ -17,10 +20,6 @@ def command(
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a shipped recipe so that you can edit it."""
-    from kdbench.files import write_text
-    from kdbench.reading import read_text
-    from kdbench.recipe.loading import find
-
     source = find(recipe)
     target = destination / source.name if destination.is_dir() else destination
     if target.exists() and not force:

@@ -1,13 +1,15 @@
 """`kdbench data`: look at a folder of pictures, and write the data card for it."""
 
-import sys
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
 
 import typer
 
+from kdbench.cli.console import page, plain_table, show, tell
 from kdbench.errors import UserError
+from kdbench.files import home, write_text
+from kdbench.recipe.loading import dump
 
 EXAMPLES = "Examples:  kdbench data ~/pictures/birds   ·   kdbench data tiny-imagenet-200 --out my_cards"
 
@@ -22,16 +24,13 @@ def command(
     FOLDER holds train/<class>/* and test/<class>/*, or only <class>/*; then a fifth is held out for testing.
     A recipe may also name the folder itself, without a card: 'data: path/to/folder'.
     """
-    from kdbench.cli.console import page, plain_table, show
     from kdbench.data.survey import folder_name, survey
-    from kdbench.files import home, write_text
-    from kdbench.recipe.loading import dump
 
     name = folder_name(folder)
     file = out / "datasets" / f"{name}.yaml"
     if file.exists() and not force:
         raise UserError(f"'{file}' exists", where="kdbench data", hint="choose another folder (--out), or --force")
-    seen = survey(folder, home() / "cache", all_of_them=True, tell=lambda text: print(text, file=sys.stderr))
+    seen = survey(folder, home() / "cache", all_of_them=True, tell=tell)
     table = plain_table("class", *seen.counts, right=tuple(seen.counts))
     classes = [*next(iter(seen.counts.values()))]
     for label in classes[:20]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdbench.cli.console import page, plain_table
 from kdbench.cli.options import (
     DataOption,
     DeviceOption,
@@ -19,7 +20,10 @@ from kdbench.cli.options import (
     RunsOption,
 )
 from kdbench.cli.progress import clock, listener
+from kdbench.engine.options import Options
 from kdbench.errors import UserError, counted, did_you_mean
+from kdbench.recipe.planning import plan
+from kdbench.registry import Registry
 
 if TYPE_CHECKING:
     from kdbench.engine.workers.messages import TableFound
@@ -49,10 +53,7 @@ def fill(
     saved table if teacher, data, augmentation and precision are the same. Size and time are printed first. The command
     can be interrupted; repeat it to continue.
     """
-    from kdbench.engine.options import Options
     from kdbench.engine.workers.filling import fill_logits
-    from kdbench.recipe.planning import plan
-    from kdbench.registry import Registry
 
     folders = tuple(registry or ())
     planned = plan(recipe, Registry(folders), tuple(overrides or ()))
@@ -111,7 +112,6 @@ class _FillDisplay:
 @app.command("ls")
 def ls() -> None:
     """List the saved tables on this machine."""
-    from kdbench.cli.console import page, plain_table
     from kdbench.engine.teachers.logit_files import tables, tables_folder
 
     found = tables()

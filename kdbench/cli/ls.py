@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from kdbench.cards import KINDS, MethodCard
+from kdbench.cli.console import page, plain_table
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from kdbench.cards import MethodCard
-    from kdbench.registry import Registry
+from kdbench.recipe.loading import find, recipe_names
+from kdbench.registry import Registry
 
 EXAMPLES = "Examples:  kdbench ls   ·   kdbench ls methods --json   ·   kdbench ls teachers --registry my_cards"
 ALIASES = {"data": "datasets"}
@@ -26,11 +26,6 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list for programs.")] = False,
 ) -> None:
     """List the cards of a KIND, or all kinds. Methods are grouped by what they take from the teacher."""
-    from kdbench.cards import KINDS
-    from kdbench.cli.console import page, plain_table
-    from kdbench.recipe.loading import recipe_names
-    from kdbench.registry import Registry
-
     cards = Registry(registry or ())
     console = page()
     if kind is None:
@@ -108,8 +103,6 @@ def _row(cards: Registry, kind: str, key: str) -> dict[str, str]:
 
 def headline(name: str) -> str:
     """First comment line of a recipe."""
-    from kdbench.recipe.loading import find
-
     first = find(name).read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip()
 

@@ -8,13 +8,17 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kdbench.cli.console import page, show
 from kdbench.errors import UserError
-from kdbench.files import RECORD
+from kdbench.files import RECORD, write_text
+from kdbench.record import Record, read_record, read_records
+from kdbench.verify import sums
 
 if TYPE_CHECKING:
-    from rich.text import Text as RichText
-
-    from kdbench.record import Record
     from kdbench.results.contents import Table
     from kdbench.results.latex import LatexForm
     from kdbench.results.layout import Text as Entry
@@ -32,8 +36,6 @@ def prepare() -> None:
 
 def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
     """Write the table of finished cells in every form, draw the plots, print it, and say where everything is."""
-    from kdbench.verify import sums
-
     table, files = write_tables_and_plots(folders, out, failed)
     files.append(sums.write(out))
     print_table(table)
@@ -42,7 +44,6 @@ def write_tables(folders: list[Path], out: Path, failed: list[str]) -> None:
 
 def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -> tuple[Table, list[Path]]:
     """The table of finished cells, which names the missing ones, and all files of it that were written."""
-    from kdbench.record import read_records
     from kdbench.results.tables import build
 
     records = read_records(folders)
@@ -54,7 +55,6 @@ def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -
 
 def renew_tables(run: Path, folder: Path, missing: list[str]) -> None:
     """Write table and plots of the records in the copy of a run anew. LaTeX in a form that the user chose stays so."""
-    from kdbench.files import write_text
     from kdbench.results.texts import latex_forms
 
     tex = folder / "table.tex"
@@ -67,7 +67,6 @@ def renew_tables(run: Path, folder: Path, missing: list[str]) -> None:
 
 def remove_old_plots(folder: Path, written: Iterable[Path], run: Path) -> None:
     """Remove plots from a run's folder, or from its copy, that earlier tables of the run left and this one lacks."""
-    from kdbench.record import read_record
     from kdbench.results.by_axis import file_of
     from kdbench.results.comparison import IMPLIED, Axis
 
@@ -85,7 +84,6 @@ def write_files(
     table: Table, out: Path, records: Iterable[Record], form: LatexForm = "page", label: str | None = None
 ) -> list[Path]:
     """table.md, table.csv, table.tex, table.html and records.csv in a folder."""
-    from kdbench.files import write_text
     from kdbench.results.texts import texts
 
     written = texts(table, records, form=form, label=label)
@@ -109,11 +107,6 @@ def write_plots(records: Sequence[Record], out: Path) -> list[Path]:
 
 def print_table(table: Table) -> None:
     """The table on the terminal: what the Markdown file holds, in columns."""
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    from kdbench.cli.console import page, show
     from kdbench.results.layout import layout
 
     console = page()
@@ -132,9 +125,7 @@ def print_table(table: Table) -> None:
         console.print(Text(f"  {mark}{note.text}", style="yellow" if note.warning else "dim"))
 
 
-def _entry(entry: Entry) -> RichText:
-    from rich.text import Text as RichText
-
+def _entry(entry: Entry) -> Text:
     style = "bold" if entry.bold else "underline" if entry.underline else ""
     marks = f" {','.join(entry.marks)}" if entry.marks else ""
-    return RichText.assemble((entry.text, style), entry.tail + marks)
+    return Text.assemble((entry.text, style), entry.tail + marks)

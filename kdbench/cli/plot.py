@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from kdbench.cli.output import write_plots
+from kdbench.record import read_records
+from kdbench.verify import sums
+
 EXAMPLES = "Examples:  kdbench plot runs/quickstart   ·   kdbench plot runs/ab_wrn --out figures"
 
 
@@ -16,10 +20,6 @@ def command(
 
     'kdbench table --out' also puts these curves into its HTML page.
     """
-    from kdbench.cli.output import write_plots
-    from kdbench.record import read_records
-    from kdbench.verify import sums
-
     drawn = write_plots(read_records(folders), out or folders[0])
     sums.renew(out or folders[0], drawn)
     for file in drawn:

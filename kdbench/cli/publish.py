@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from kdbench.cli.output import renew_tables
+from kdbench.verify.publishing import publish
+
 EXAMPLES = "Examples:  kdbench publish runs/quickstart   ·   kdbench publish runs/ab_wrn --out paper/results"
 
 
@@ -25,8 +28,5 @@ def command(
     with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds the table from the records, and
     'kdbench verify' checks all of it.
     """
-    from kdbench.cli.output import renew_tables
-    from kdbench.verify.publishing import publish
-
     for run in runs:
         print(publish(run, out, renew_tables, replace, unfinished, logits))

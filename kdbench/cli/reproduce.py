@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kdbench.cli.console import page, plain_table
 from kdbench.cli.options import (
     AdoptOption,
     DataOption,
@@ -18,15 +20,21 @@ from kdbench.cli.options import (
     RegistryOption,
     RunsOption,
 )
+from kdbench.cli.output import print_table, renew_tables, write_files
+from kdbench.cli.progress import clock
+from kdbench.cli.run import carry_out, failure
+from kdbench.engine.folders import open_cells
+from kdbench.engine.options import Options
 from kdbench.errors import CellError, UserError, counted, did_you_mean
+from kdbench.files import RUN
+from kdbench.published import PublishedCard
 from kdbench.reading import same_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from kdbench.published import PublishedCard
-    from kdbench.recipe.planning import Plan
-    from kdbench.registry import Registry
+from kdbench.recipe.loading import find
+from kdbench.recipe.planning import Plan, plan
+from kdbench.record import read_records, unfinished
+from kdbench.registry import Registry
+from kdbench.verify import sums
+from kdbench.verify.publishing import lost, publish
 
 EXAMPLES = (
     "Examples:  kdbench reproduce cifar --cost   ·   kdbench reproduce cifar --profile small   ·   "
@@ -54,12 +62,6 @@ def command(
     after an interruption: it continues where it stopped. If a cell fails, the other recipes still run; the failed one
     is not published, and the exit code is 1.
     """
-    from kdbench.cli.output import renew_tables
-    from kdbench.cli.run import carry_out, failure
-    from kdbench.engine.options import Options
-    from kdbench.registry import Registry
-    from kdbench.verify.publishing import lost, publish
-
     folders = tuple(registry or ())
     adopted = results if adopt else None
     plans = plans_of(study, profile, Registry(folders), adopted)
@@ -99,8 +101,6 @@ def plans_of(study: str, profile: str, registry: Registry, results: Path | None 
     Args:
         results: folder of published results. A recipe's cells are computed as those that are published there.
     """
-    from kdbench.recipe.loading import find
-    from kdbench.recipe.planning import plan
     from kdbench.verify.adopting import computed_otherwise
 
     card = registry.card("studies", study)
@@ -128,11 +128,7 @@ def plans_of(study: str, profile: str, registry: Registry, results: Path | None 
 
 def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], out: Path) -> None:
     """Print the table of all published recipes of a study, with other people's numbers, and write it."""
-    from kdbench.cli.output import print_table, write_files
-    from kdbench.files import RUN
-    from kdbench.record import read_records, unfinished
     from kdbench.results.tables import build
-    from kdbench.verify import sums
 
     there = [folder for folder in folders if (folder / RUN).is_file()]
     if there:
@@ -147,10 +143,7 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 
-    from kdbench.cli.console import page, plain_table
-    from kdbench.cli.progress import clock
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
-    from kdbench.engine.folders import open_cells
     from kdbench.engine.workers.tuning import tried_plan
     from kdbench.verify.adopting import left_of
 

@@ -24,12 +24,16 @@ from kdbench.cli.options import (
     RunsOption,
     SyncBatchNormOption,
 )
+from kdbench.cli.output import prepare, write_tables
+from kdbench.cli.progress import listener
+from kdbench.engine.options import Cluster, Options
 from kdbench.errors import CellError, UserError
+from kdbench.recipe.planning import Plan, plan
+from kdbench.recipe.remarks import remarks
+from kdbench.registry import Registry
 
 if TYPE_CHECKING:
-    from kdbench.engine.options import Options
     from kdbench.engine.workers.runner import Outcome
-    from kdbench.recipe.planning import Plan
 
 EXAMPLES = (
     "Examples:  kdbench run quickstart   ·   kdbench run recipes/ab_wrn.yaml   ·   "
@@ -65,10 +69,6 @@ def command(
     Cells that 'kdbench publish' has put into results/<recipe> count as finished, so you can add seeds to a published
     table.
     """
-    from kdbench.engine.options import Cluster, Options
-    from kdbench.recipe.planning import plan
-    from kdbench.registry import Registry
-
     folders = tuple(registry or ())
     rank, ranks = started_by_torchrun(sync_batch_norm, ray)
     if rank > 0:
@@ -145,11 +145,8 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     Raises:
         KeyboardInterrupt: after all cells were checkpointed.
     """
-    from kdbench.cli.output import prepare, write_tables
-    from kdbench.cli.progress import listener
     from kdbench.engine.workers.runner import run as run_plan
     from kdbench.engine.workers.tuning import tuned
-    from kdbench.recipe.remarks import remarks
     from kdbench.verify.adopting import computed_otherwise, published, tried
 
     shown = listener()

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from kdbench.cli.options import RegistryOption
+from kdbench.files import write_text
+from kdbench.recipe.choices import Recipe
+from kdbench.registry import Registry
 
 EXAMPLES = "Examples:  kdbench schema   ·   kdbench schema recipe.schema.json"
 
@@ -16,8 +19,6 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Write the JSON schema of recipes, with the names of all cards, so that an editor completes and checks them."""
-    from kdbench.files import write_text
-
     text = json.dumps(recipe_schema(registry or []), indent=1) + "\n"
     if file is None:
         print(text, end="")
@@ -28,9 +29,6 @@ def command(
 
 def recipe_schema(registry: list[Path]) -> dict[str, Any]:
     """The schema: the typed recipe's own, with short forms and card names."""
-    from kdbench.recipe.choices import Recipe
-    from kdbench.registry import Registry
-
     cards = Registry(registry)
     schema = Recipe.model_json_schema()
     properties = schema["properties"]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.markup import escape
 
+from kdbench.cards import KINDS
+from kdbench.cli.console import page, plain_table, print_yaml
+from kdbench.cli.ls import ALIASES
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from kdbench.registry import Registry
+from kdbench.models.points import LOGITS
+from kdbench.reading import read_text
+from kdbench.recipe.datasets import spec_of_card
+from kdbench.recipe.loading import dump, find
+from kdbench.recipe.networks import model_spec
+from kdbench.registry import Registry
+from kdbench.signature import REQUIRED
+from kdbench.tree import Tree
 
 EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show recipes ab_wrn"
 
@@ -21,14 +30,6 @@ def command(
     registry: RegistryOption = None,
 ) -> None:
     """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""
-    from kdbench.cards import KINDS
-    from kdbench.cli.console import page, plain_table, print_yaml
-    from kdbench.cli.ls import ALIASES
-    from kdbench.reading import read_text
-    from kdbench.recipe.loading import dump, find
-    from kdbench.registry import Registry
-    from kdbench.signature import REQUIRED
-
     cards = Registry(registry or ())
     console = page()
     kind = ALIASES.get(kind, kind)
@@ -69,17 +70,12 @@ def command(
 
 def _hook_points(cards: Registry, name: str) -> list[str]:
     """The hook points of a model, in order; none where it cannot be built as it stands, without options."""
-    from kdbench.models.points import LOGITS
-
     hooks = cards.card("models", name).hooks
     if "{" in name:
         return []
     if hooks != "derived":
         return [*cards.card("hooks", hooks).points, LOGITS]
     from kdbench.engine.build import build_extractor, build_model
-    from kdbench.recipe.datasets import spec_of_card
-    from kdbench.recipe.networks import model_spec
-    from kdbench.tree import Tree
 
     # They are found by running the network, on images that any of them takes.
     largest = max(cards.names("datasets"), key=lambda data: cards.card("datasets", data).image_size)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from kdbench.cli.options import RegistryOption
+from kdbench.cli.output import print_table, write_files
 from kdbench.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from kdbench.published import PublishedCard
-    from kdbench.registry import Registry
+from kdbench.published import PublishedCard
+from kdbench.record import Metric, read_records, unfinished
+from kdbench.registry import Registry
+from kdbench.verify import sums
 
 EXAMPLES = (
     "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
@@ -25,8 +26,7 @@ def command(
     folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
     baseline: Annotated[str | None, typer.Option(help="Method to compare with (default: the recipe's).")] = None,
     metric: Annotated[
-        Literal["last", "best", "mean_last"],
-        typer.Option(help="Accuracy: last, best (marked as optimistic) or mean_last (of the last 10 epochs)."),
+        Metric, typer.Option(help="Accuracy: last, best (marked as optimistic) or mean_last (of the last 10 epochs).")
     ] = "last",
     interval: Annotated[
         Literal["student", "bootstrap"], typer.Option(help="Of differences: student, or bootstrap (from 20 seeds on).")
@@ -57,11 +57,7 @@ def command(
     ] = None,
 ) -> None:
     """Print the table of the last run in each of FOLDERS, and write it with --out."""
-    from kdbench.cli.output import print_table, write_files
-    from kdbench.record import read_records, unfinished
-    from kdbench.registry import Registry
     from kdbench.results.tables import build
-    from kdbench.verify import sums
 
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
         raise UserError(f"'{label}' is not a LaTeX label", where="--label", hint="letters, digits, and : . -")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
+from kdbench.cli.console import page
 from kdbench.cli.options import DataOption, DeviceOption, DownloadOption, RegistryOption
+from kdbench.cli.progress import listener
+from kdbench.engine.options import Options
 from kdbench.errors import UserError
-
-if TYPE_CHECKING:
-    from kdbench.engine.options import Options
-    from kdbench.registry import Registry
+from kdbench.files import RECORD
+from kdbench.record import read_record
+from kdbench.registry import Registry
+from kdbench.verify.findings import Finding, read_folder, verdict
 
 EXAMPLES = (
     "Examples:  kdbench verify results/quickstart   ·   kdbench verify results/quickstart --rerun   ·   "
@@ -47,12 +52,6 @@ def command(
     With --rerun, one cell is also trained again and its accuracy compared. Exit codes: 0 everything agrees, 1 something
     disagrees, 2 FOLDER cannot be checked.
     """
-    from rich.text import Text
-
-    from kdbench.cli.console import page
-    from kdbench.engine.options import Options
-    from kdbench.registry import Registry
-    from kdbench.verify.findings import Finding, verdict
     from kdbench.verify.verification import verify
 
     if cell is not None and not rerun:
@@ -76,12 +75,6 @@ def command(
 
 def _rerun(folder: Path, cell: str | None, tolerance: float | None, options: Options, cards: Registry) -> bool:
     """Train a cell again in a temporary folder, say what came out, and whether it agrees."""
-    from dataclasses import replace
-
-    from kdbench.cli.progress import listener
-    from kdbench.files import RECORD
-    from kdbench.record import read_record
-    from kdbench.verify.findings import read_folder
     from kdbench.verify.rerun import cell_to_rerun, rerun
 
     # A damaged record is told already; the others can be run.
