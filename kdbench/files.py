@@ -150,11 +150,8 @@ def folders_in(variable: str) -> list[Path]:
 
 def sha256_of(file: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def damaged_part(file: Path) -> str | None:
@@ -274,11 +271,11 @@ def write_json(file: Path, data: Any) -> None:
 
 def write_summed(file: Path, data: dict[str, Any]) -> None:
     """Write JSON with its own sum: nothing else would tell that a number in it has changed (`reading.read_summed`)."""
-    write_json(file, data | {"sum": sum_of(data)})
+    write_json(file, data | {"sum": sha256_of_data(data)})
 
 
-def sum_of(data: dict[str, Any]) -> str:
-    """sha256 of plain data."""
+def sha256_of_data(data: Any) -> str:
+    """sha256 of plain data as JSON, in hex. The order of keys does not count."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kdbench.errors import UserError, shortened
-from kdbench.files import CHECK_PATH, no_file, sum_of
+from kdbench.files import CHECK_PATH, no_file, sha256_of_data
 
 # Bytes of a file, levels of its nesting, and size of its whole numbers and of others (whose squares must be finite), at
 # most. A record has 15 kB and ten levels.
@@ -95,7 +95,7 @@ def read_summed(form: type[T], file: Path, hint: str | None = None) -> T:
     """The same of a file by `files.write_summed`. UserError also where its sum is another; earlier versions wrote
     none."""
     plain = read_json(file, hint)
-    if isinstance(plain, dict) and (written := plain.pop("sum", None)) not in (None, sum_of(plain)):
+    if isinstance(plain, dict) and (written := plain.pop("sum", None)) not in (None, sha256_of_data(plain)):
         what = f"this file is damaged: its sum is not the one that was written, {shortened(written)}"
         raise UserError(what, where=str(file), hint=hint)
     return of_form(form, plain, str(file), hint)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kdbench.data.checks import check_alike, check_classes, check_images, check_labels, check_taught
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
-from kdbench.files import atomic
+from kdbench.files import atomic, sha256_of_data
 from kdbench.reading import of_form, parsed
 
 log = logging.getLogger("kdbench")
@@ -121,7 +121,7 @@ def check(data: ImageData) -> None:
     check_alike(data.name, data.train_images, data.test_images)
 
 
-def taken_of(data: ImageData) -> str:
+def fingerprint_of_images(data: ImageData) -> str:
     """The fingerprint that a data set must have; its own where that cannot be told."""
     parts = (data.train_images, data.train_labels, data.test_images, data.test_labels)
     return fingerprint(*parts) if all(type(one) is Tensor for one in parts) else data.fingerprint
@@ -172,8 +172,8 @@ def cached(
     A file that cannot be read, or whose content does not have its fingerprint, is built anew. A cache that cannot be
     written is a warning: it only saves time.
     """
-    digest = hashlib.sha256(json.dumps([_LAYOUT, variant, sorted(listing)]).encode()).hexdigest()[:32]
-    path = cache / f"{name}-{digest}.safetensors"
+    digest = sha256_of_data([_LAYOUT, variant, sorted(listing)])
+    path = cache / f"{name}-{digest[:32]}.safetensors"
     data = load_images(path, name)
     if data is None:
         data = build()

@@ -18,7 +18,6 @@ A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +31,11 @@ from torch import Tensor
 
 from kdbench.data import imagenet
 from kdbench.data.checks import check_classes, check_labels, check_taught
+from kdbench.data.images import ImageData
 from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.splits import validation
 from kdbench.errors import UserError
-from kdbench.files import cores, sha256_of, write_json
+from kdbench.files import cores, sha256_of, sha256_of_data, write_json
 from kdbench.reading import read_as
 
 log = logging.getLogger("kdbench")
@@ -89,6 +89,8 @@ class Pictures:
         return cls(name, tuple(classes), short_side, *parts[0], *parts[1], total.hexdigest(), origin)
 
 
+# A data set in memory, or of pictures that stay on disk.
+AnyData = ImageData | Pictures
 # (file, label) of every picture of a split; and with the file's sha256.
 Labelled = Sequence[tuple[Path, int]]
 Rows = Sequence[tuple[Path | str, int, str]]
@@ -159,7 +161,7 @@ def gather(
     return Pictures.of(name, classes, short_side, rows(train), rows(test), origin)
 
 
-def sum_of(data: Pictures, cache: Path) -> str:
+def fingerprint_of_files(data: Pictures, cache: Path) -> str:
     """The fingerprint that a data set must have."""
     sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
     parts = ((data.train_files, data.train_labels), (data.test_files, data.test_labels))
@@ -219,8 +221,7 @@ def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
         raise UserError(
             f"a listed picture cannot be read: {error.strerror}", where=str(error.filename), hint="unpack it again"
         ) from None
-    digest = hashlib.sha256(json.dumps(sorted(stamps)).encode()).hexdigest()[:32]
-    kept = cache / f"{name}-{digest}.json"
+    kept = cache / f"{name}-{sha256_of_data(sorted(stamps))[:32]}.json"
     try:
         known = read_as(dict[str, Sum], kept, most=MOST_SUMS) if kept.exists() else {}
         return {file: known[str(file)] for file in files}

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from PIL import Image
 
 from kdbench.data.listing import Listing, centred, converted, held_out, listing, opened, pixels
 from kdbench.errors import UserError
-from kdbench.files import cores, write_summed
+from kdbench.files import cores, sha256_of_data, write_summed
 from kdbench.reading import plain_name, read_summed
 
 # Bytes of decoded images that are kept in memory at most, and pictures that stand for all others in means.
@@ -131,8 +130,8 @@ def survey(
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'", hint="give a folder of pictures in folders of their classes")
     found = listing(folder, in_one=True).complete()
-    digest = hashlib.sha256(json.dumps(["3", found.stamps, found.unused]).encode()).hexdigest()[:32]
-    kept = cache / f"survey-{digest}.json"
+    digest = sha256_of_data(["3", found.stamps, found.unused])
+    kept = cache / f"survey-{digest[:32]}.json"
     if kept.is_file() and not all_of_them:
         try:
             return read_summed(Survey, kept)

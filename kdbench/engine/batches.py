@@ -7,8 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kdbench.data.images import ImageData
-from kdbench.data.pictures import Pictures
+from kdbench.data.pictures import AnyData, Pictures
 from kdbench.engine.batch import MOST_STEPS, SECOND, TARGET, Batch, Sets, Split
 from kdbench.engine.domain import Domain
 from kdbench.engine.ranks import ALONE, Ranks
@@ -34,12 +33,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        spec: CellSpec,
-        data: ImageData | Pictures,
-        device: torch.device,
-        target: ImageData | Pictures | None = None,
-        ranks: Ranks = ALONE,
+        self, spec: CellSpec, data: AnyData, device: torch.device, target: AnyData | None = None, ranks: Ranks = ALONE
     ) -> None:
         self.device, self.batch_size, self.ranks = device, spec.protocol.batch_size, ranks
         self.image_shape = spec.data.image_shape
@@ -114,14 +108,14 @@ class Batches:
         return self.target
 
 
-def _domain(spec: CellSpec, data: ImageData | Pictures, device: torch.device, ranks: Ranks, prefix: str = "") -> Domain:
+def _domain(spec: CellSpec, data: AnyData, device: torch.device, ranks: Ranks, prefix: str = "") -> Domain:
     chosen = spec.protocol.augmentation
     if isinstance(data, Pictures) or chosen.resized_crop or chosen.transforms:
         return StreamedDomain(spec, data, device, prefix, ranks)
     return ResidentDomain(spec, data, device, prefix, ranks)
 
 
-def _unlabelled(data: ImageData | Pictures) -> ImageData | Pictures:
+def _unlabelled(data: AnyData) -> AnyData:
     """The training split of a data set without its labels (zeros stand in their place), and no test split."""
     if isinstance(data, Pictures):
         none = torch.zeros(len(data.train_files), dtype=torch.int64)

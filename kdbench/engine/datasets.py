@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from kdbench.data.images import ImageData, check, taken_of
-from kdbench.data.pictures import Pictures, sum_of
+from kdbench.data.images import ImageData, check, fingerprint_of_images
+from kdbench.data.pictures import AnyData, Pictures, fingerprint_of_files
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError, failure
 from kdbench.image_cards import SQUARE
@@ -12,7 +12,7 @@ from kdbench.own_code import own_code_sha256
 from kdbench.recipe.specs import DataSpec
 
 
-def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> ImageData | Pictures:
+def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> AnyData:
     """The data set of a spec, checked against its card.
 
     Raises:
@@ -51,7 +51,7 @@ def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) ->
     return data
 
 
-def _made(spec: DataSpec, places: dict[str, Any]) -> ImageData | Pictures:
+def _made(spec: DataSpec, places: dict[str, Any]) -> AnyData:
     """What the function of a data card gives; its errors are the user's."""
     own = own_code_sha256(spec.target) is not None
     try:
@@ -62,13 +62,18 @@ def _made(spec: DataSpec, places: dict[str, Any]) -> ImageData | Pictures:
         what = f"the data set '{spec.name}' cannot be made by '{spec.target}': {failure(error)}"
         hint = "the function is called with roots, download, cache and the 'args' of its card, all by name"
         raise UserError(what, hint=hint if isinstance(error, TypeError) else None) from None
-    if not isinstance(data, ImageData | Pictures):
+    if not isinstance(data, AnyData):
         what = f"the data set '{spec.name}': its function gives {type(data).__name__}, not ImageData or Pictures"
         raise UserError(what, spec.target, "end it with 'return kdbench.data.images.canonical(…)'")
-    if own and isinstance(data, ImageData):
+    if not own:
+        # What is shipped takes its fingerprint of what it read.
+        return data
+    if isinstance(data, ImageData):
         check(data)
-    # What is shipped takes it of what it read.
-    if own and data.fingerprint != (taken_of(data) if isinstance(data, ImageData) else sum_of(data, places["cache"])):
+        taken = fingerprint_of_images(data)
+    else:
+        taken = fingerprint_of_files(data, places["cache"])
+    if data.fingerprint != taken:
         what = f"the data set '{spec.name}': its fingerprint {data.fingerprint!s:.12} is not that of its images"
         hint = "'kdbench.data.images.canonical' or 'kdbench.data.pictures.gather' takes it; by one that stays results "
         hint += "of other images would count"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdbench.data.images import ImageData
-from kdbench.data.pictures import Pictures
+from kdbench.data.pictures import AnyData, Pictures
 from kdbench.engine.answers import measured
 from kdbench.engine.batch import SECOND, TARGET
 from kdbench.engine.evaluation import PARTS, scores
@@ -33,7 +32,7 @@ def finish(
     member: Member,
     folder: Path,
     cell: dict[str, Any],
-    domains: tuple[ImageData | Pictures, ImageData | Pictures | None],
+    domains: tuple[AnyData, AnyData | None],
     teacher: TeacherFile | None,
     teacher_logits: Tensor | None,
     compute: dict[str, Any],
@@ -128,10 +127,10 @@ def _teacher(spec: CellSpec, file: TeacherFile | None) -> dict[str, Any] | None:
     return {"sha256": file.sha256, "accuracy": file.accuracy, **on_source, **several}
 
 
-def _data(data: ImageData | Pictures, target: ImageData | Pictures | None) -> dict[str, Any]:
+def _data(data: AnyData, target: AnyData | None) -> dict[str, Any]:
     """Of the data set and of the target domain what no card knows: which bytes they were, and what is seen of them."""
 
-    def known(one: ImageData | Pictures) -> dict[str, Any]:
+    def known(one: AnyData) -> dict[str, Any]:
         seen = {"short_side": one.short_side} if isinstance(one, Pictures) else {}
         return {"fingerprint": one.fingerprint, "origin": one.origin} | seen
 

@@ -25,7 +25,7 @@ from kdbench.data.augment import Augmentation
 from kdbench.data.decoding import NUMBERS, as_bytes, as_image, crop_box, decoded_crop, mirrored, picture, resized_crop
 from kdbench.data.images import ImageData
 from kdbench.data.listing import centred
-from kdbench.data.pictures import Pictures
+from kdbench.data.pictures import AnyData, Pictures
 from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transform, Transforms
 from kdbench.engine.batch import Batch, Split, at_once
@@ -108,9 +108,7 @@ class StreamedDomain(Domain):
     picture is cropped and resized; without, its centre is taken.
     """
 
-    def __init__(
-        self, spec: CellSpec, data: ImageData | Pictures, device: torch.device, prefix: str, ranks: Ranks
-    ) -> None:
+    def __init__(self, spec: CellSpec, data: AnyData, device: torch.device, prefix: str, ranks: Ranks) -> None:
         train, held_out = split(spec.data, data.train_labels, spec.seed)
         size, channels = spec.data.image_size, spec.data.channels
 
@@ -290,7 +288,7 @@ def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> I
             pool.shutdown(cancel_futures=True)
 
 
-def split_for_testing(spec: DataSpec, data: ImageData | Pictures, device: torch.device) -> Split:
+def split_for_testing(spec: DataSpec, data: AnyData, device: torch.device) -> Split:
     """The test split alone, without a split of the training set."""
     labels = data.test_labels.to(device)
     if isinstance(data, Pictures):

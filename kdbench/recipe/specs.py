@@ -3,8 +3,6 @@ kept in the record."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
-from kdbench.files import expanded
+from kdbench.files import expanded, sha256_of_data
 from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
 from kdbench.models.points import LAST, POINT_GROUPS, expand, numbered
@@ -367,7 +365,7 @@ def recorded(spec: Spec) -> dict[str, Any]:
 
 
 def _digest(spec: Spec, earlier: bool = False) -> str:
-    return hashlib.sha256(json.dumps(_numbers(spec, earlier), sort_keys=True).encode()).hexdigest()
+    return sha256_of_data(_numbers(spec, earlier))
 
 
 def _numbers(value: Any, earlier: bool) -> Any:

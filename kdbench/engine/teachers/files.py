@@ -14,8 +14,7 @@ from pydantic import Field
 from safetensors.torch import save
 
 from kdbench.cards import TEACHER_TOLERANCE
-from kdbench.data.images import ImageData
-from kdbench.data.pictures import Pictures
+from kdbench.data.pictures import AnyData, Pictures
 from kdbench.engine.batch import Split
 from kdbench.engine.build import build_model
 from kdbench.engine.folders import teacher_folder
@@ -114,12 +113,7 @@ def all_weights(
 
 
 def with_accuracy(
-    spec: TeacherSpec,
-    file: TeacherFile,
-    folder: Path,
-    data_spec: DataSpec,
-    data: ImageData | Pictures,
-    device: torch.device,
+    spec: TeacherSpec, file: TeacherFile, folder: Path, data_spec: DataSpec, data: AnyData, device: torch.device
 ) -> TeacherFile:
     """A teacher's file with its accuracy by the input that it gets here: its record's where it was trained here by the
     same, else measured once and kept in its folder.
@@ -168,9 +162,7 @@ def _check_accuracy(spec: TeacherSpec, file: TeacherFile, seen: Seen) -> None:
         )
 
 
-def _own_view(
-    spec: TeacherSpec, data_spec: DataSpec, data: ImageData | Pictures
-) -> tuple[DataSpec, ImageData | Pictures] | None:
+def _own_view(spec: TeacherSpec, data_spec: DataSpec, data: AnyData) -> tuple[DataSpec, AnyData] | None:
     """The data as they were tested on for a teacher's stated accuracy, where it is not as they are tested on here."""
     if not isinstance(data, Pictures):
         return None
@@ -185,7 +177,7 @@ def on_target(
     folder: Path,
     source: DataSpec,
     target_spec: DataSpec,
-    target: ImageData | Pictures,
+    target: AnyData,
     device: torch.device,
 ) -> TeacherFile:
     """The same with its accuracy on the target domain's test split, measured once and kept beside it."""
@@ -235,7 +227,7 @@ def _seen(
     kept_in: Path,
     known: DataSpec,
     tested: DataSpec,
-    data: ImageData | Pictures,
+    data: AnyData,
     device: torch.device,
 ) -> Seen:
     """A teacher of the data `known` on the test split of others, or of these."""

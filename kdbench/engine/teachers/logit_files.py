@@ -1,7 +1,5 @@
 """Tables of teacher logits as files: where they lie, how far they are filled. Imports no torch."""
 
-import hashlib
-import json
 import logging
 import math
 import re
@@ -14,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kdbench.errors import UserError
-from kdbench.files import home, locked, write_summed
+from kdbench.files import home, locked, sha256_of_data, write_summed
 from kdbench.forms import Open, Strict
 from kdbench.reading import read_summed
 
@@ -75,9 +73,8 @@ def table_at(key: dict[str, Any], name: str, among: Path | None = None) -> Logit
     Args:
         among: where it lies; None: where this machine keeps its own.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     plain = re.sub(r"[^\w.-]", "_", name)
-    folder = (among or tables_folder()) / f"{plain}-{key['precision']}-{digest[:10]}"
+    folder = (among or tables_folder()) / f"{plain}-{key['precision']}-{sha256_of_data(key)[:10]}"
     found = read_table(folder)
     if found is not None and found.key != key:
         raise UserError("this table of teacher logits does not match its folder's name", str(folder), _AGAIN)

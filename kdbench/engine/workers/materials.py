@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdbench.data.images import ImageData, load_images
-from kdbench.data.pictures import Pictures
+from kdbench.data.images import load_images
+from kdbench.data.pictures import AnyData, Pictures
 from kdbench.data.sent import SUFFIX, load_listing
 from kdbench.engine.compute import Computing
 from kdbench.engine.datasets import load_data
@@ -20,8 +20,6 @@ from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.workers.messages import Settings
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-
-AnyData = ImageData | Pictures
 
 
 class Materials:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdbench.data.pictures import AnyData
 from kdbench.engine import checkpoint
 from kdbench.engine.batches import Batches
 from kdbench.engine.capture import CapturedProgram, program_of
@@ -26,7 +27,7 @@ from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.together import Together
 from kdbench.engine.workers import messages
-from kdbench.engine.workers.materials import AnyData, Materials, taught_first
+from kdbench.engine.workers.materials import Materials, taught_first
 from kdbench.engine.workers.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, locked, sweep

@@ -8,7 +8,6 @@ batch counts once its JSON file is there. `grid.png` shows some of the images.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kdbench.errors import UserError
-from kdbench.files import atomic, sha256_of, sweep, write_json
+from kdbench.files import atomic, sha256_of, sha256_of_data, sweep, write_json
 from kdbench.forms import Open
 from kdbench.reading import read_as, read_json
 
@@ -74,8 +73,7 @@ class MadeImages:
     @classmethod
     def among(cls, folder: Path, key: dict[str, Any], notes: dict[str, Any] | None = None) -> MadeImages:
         """The folder for this key beside those of other keys."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return cls(folder / digest[:16], key, notes)
+        return cls(folder / sha256_of_data(key)[:16], key, notes)
 
     @classmethod
     def at(cls, folder: Path) -> MadeImages:
