@@ -22,7 +22,7 @@ from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.data.listing import Listing, listing, not_found
 from kdbench.errors import UserError
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 _CLASSES_10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CLASSES_100 = """
@@ -302,7 +302,7 @@ def _download(cifar: Cifar, roots: Iterable[Path], cache: Path, mirrors: tuple[s
                 return _unpack(cifar, Path(temporary) / file_name, cache)
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
             failures.append(f"{url}: {error}")
-            log.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)
+            logger.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)
     tried = "\n  ".join(failures)
     raise UserError(
         f"{cifar.name} was not found and could not be downloaded",

@@ -20,7 +20,7 @@ from kdbench.errors import UserError
 from kdbench.files import atomic, sha256_of_data
 from kdbench.reading import of_form, parsed
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 _LAYOUT = "1"
 _TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -180,7 +180,7 @@ def cached(
         try:
             save_images(path, data)
         except (OSError, SafetensorError) as error:
-            log.warning("%s: the decoded images could not be kept for the next run (%s)", path, error)
+            logger.warning("%s: the decoded images could not be kept for the next run (%s)", path, error)
     return data
 
 
@@ -190,7 +190,7 @@ def checked(data: ImageData, expected: str | None) -> ImageData:
         return data
     if (data.name, data.fingerprint) not in _warned:
         _warned.add((data.name, data.fingerprint))
-        log.warning(
+        logger.warning(
             "%s from %s is not the published data set: its fingerprint is %s…, expected %s… (a lossy copy, or "
             "changed images). Results are recorded as such.",
             data.name,
@@ -237,7 +237,7 @@ def load_images(path: Path, name: str) -> ImageData | None:
         return None
     except (OSError, SafetensorError, KeyError, UserError):
         pass
-    log.warning("%s is damaged; the images are decoded again", path)
+    logger.warning("%s is damaged; the images are decoded again", path)
     return None
 
 

@@ -38,7 +38,7 @@ from kdbench.errors import UserError
 from kdbench.files import cores, sha256_of, sha256_of_data, write_json
 from kdbench.reading import read_as
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # Bytes of a file of sums at most: millions of pictures.
 MOST_SUMS = 1 << 30
@@ -232,5 +232,5 @@ def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
     try:
         write_json(kept, {str(file): digest for file, digest in sums.items()})
     except OSError as error:
-        log.warning("%s: the files' sums could not be kept for the next run (%s)", kept, error)
+        logger.warning("%s: the files' sums could not be kept for the next run (%s)", kept, error)
     return sums

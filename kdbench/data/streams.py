@@ -22,16 +22,13 @@ def address(seed: int, stream: str, index: int = 0) -> int:
     return int.from_bytes(digest(seed, stream, index)[:8], "little")
 
 
-def generator(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
     """A fresh torch generator for an address.
 
-    A CUDA generator uses all 64 bits of the seed; torch's CPU generator keeps the lower 32. Two addresses among
-    k then share their numbers with probability k² / 2³³, so an index per epoch (draw for the whole epoch at once) is
-    better than one per step.
+    Torch's CPU generator keeps the lower 32 bits of the seed. Two addresses among k then share their numbers with
+    probability k² / 2³³, so an index per epoch (draw for the whole epoch at once) is better than one per step.
     """
-    result = torch.Generator(device=device)
-    result.manual_seed(address(seed, stream, index))
-    return result
+    return torch.Generator().manual_seed(address(seed, stream, index))
 
 
 def words(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:

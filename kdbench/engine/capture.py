@@ -24,7 +24,7 @@ from kdbench.engine.step import input_sets, sets_of, teacher_pass, train
 from kdbench.engine.teachers.teacher import PointValues
 from kdbench.errors import first_line
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # Steps that run eagerly before one is recorded. In the first of them kernels are compiled and chosen, and what lasts
 # from step to step is made.
@@ -253,7 +253,7 @@ class CapturedProgram(Program):
             why = f"recording failed: {_root_cause(error)}"
             failed = at_work or cells
             self.eager |= dict.fromkeys(map(_stage, failed), why)
-            log.warning("a step could not be recorded, so it runs eagerly: %s", why)
+            logger.warning("a step could not be recorded, so it runs eagerly: %s", why)
             if not at_work or len(apart) + len(at_work) == len(cells):
                 return None
             self.unrecordable |= dict.fromkeys(map(_stage, at_work), why)
@@ -317,7 +317,7 @@ class CapturedProgram(Program):
                 raise RuntimeError(next(iter(measurement.metrics.failed.values())))
             return recorded
         except Exception as error:  # noqa: BLE001 - whatever a recording does not bear, the evaluation itself does
-            log.warning("an evaluation could not be recorded, so it runs eagerly: %s", _root_cause(error))
+            logger.warning("an evaluation could not be recorded, so it runs eagerly: %s", _root_cause(error))
             return None
 
 

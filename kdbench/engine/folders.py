@@ -42,7 +42,7 @@ def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     if (own := spec.trained_by) is None:
         which = spec.identity()[:8] if spec.choice else spec.weights.sha256[:8] if spec.weights else "untrained"
         return inside(runs / TEACHERS, f"{spec.name}-{which}")
-    names = [f"{spec.name}-{own.identity(earlier)[:8]}" for earlier in (False, True)]
+    names = [f"{spec.name}-{identity[:8]}" for identity in own.identities()]
     return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
 
 

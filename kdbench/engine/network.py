@@ -1,5 +1,6 @@
 """A network as the training step runs it: with hooks, or as compiled graphs made for what will be asked of it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -181,8 +182,7 @@ def of_compiler(error: Exception) -> str:
 
 def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:
     """The sum of what several users will ask."""
-    total: dict[frozenset[str], int] = {}
+    total: Counter[frozenset[str]] = Counter()
     for one in uses:
-        for points, steps in one.items():
-            total[points] = total.get(points, 0) + steps
+        total.update(one)
     return total

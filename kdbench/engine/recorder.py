@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 Call = Callable[[], None]
 # Bytes that torch keeps for eager steps, from which on they are given back before a recording.
@@ -90,7 +90,7 @@ class CudaRecorder:
         try:
             self.holds_pool = self._recorded(call)
         except RuntimeError as error:
-            log.warning("the GPU may be unusable after a recording that failed: %s", error)
+            logger.warning("the GPU may be unusable after a recording that failed: %s", error)
 
     def _give_back(self, graph: torch.cuda.CUDAGraph) -> None:
         """Give back the memory of a recording that failed.

@@ -23,7 +23,7 @@ from kdbench.schedules import Moment, product
 from kdbench.signature import parameters
 from kdbench.told import asked
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # Input set -> hook point -> value, of one network.
 Values = Mapping[str, Mapping[str, Tensor]]
@@ -209,7 +209,7 @@ class Term(nn.Module):
             return self.graph(*values, **options)
         except Exception as error:  # noqa: BLE001 - all but the compiler's own are raised
             self.graph, self.not_compiled = None, f"loss '{self.name}': {of_compiler(error)}"
-            log.warning("torch.compile failed on the %s; it runs eagerly", self.not_compiled)
+            logger.warning("torch.compile failed on the %s; it runs eagerly", self.not_compiled)
             return self.call(*values, **options)
 
     @property

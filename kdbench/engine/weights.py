@@ -23,8 +23,8 @@ def locate(weights: Weights, download: bool) -> Path:
     """
     file = find_weights(weights.file)
     if file is None:
+        tried = ", ".join(str(folder) for folder in weight_folders())
         if weights.url is None or not download:
-            tried = ", ".join(str(folder) for folder in weight_folders())
             raise UserError(
                 f"there is no weight file '{weights.file}'",
                 hint=f"looked in {tried}; put it there, set KDBENCH_WEIGHTS, or allow the download"
@@ -35,7 +35,6 @@ def locate(weights: Weights, download: bool) -> Path:
         try:
             torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=weights.sha256, progress=False)
         except (OSError, RuntimeError) as error:
-            tried = ", ".join(str(folder) for folder in weight_folders())
             hint = f"get '{weights.file}' by hand and put it into one of: {tried}"
             raise UserError(f"the weights could not be downloaded from {weights.url}: {error}", hint=hint) from None
     if sha256_of(file) != weights.sha256:

@@ -50,7 +50,7 @@ class PlannedCell:
     @property
     def slugs(self) -> list[str]:
         """The folder's name, and the one that an earlier version gave it."""
-        return [self.slug, self._slug(self.spec.identity(earlier=True))]
+        return [self._slug(identity) for identity in self.spec.identities()]
 
     def _slug(self, identity: str) -> str:
         parts = [self.spec.method.name]

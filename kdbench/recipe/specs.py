@@ -350,6 +350,10 @@ class CellSpec(Spec):
         """
         return _digest(self.counted(), earlier)
 
+    def identities(self) -> tuple[str, str]:
+        """The identity, and what it was earlier: a finished cell's record has one of them."""
+        return self.identity(), self.identity(earlier=True)
+
 
 # Names for readers, folders, addresses (also among a data card's options), and what stands beside a metric: they change
 # no number. Files count by their sha256, code by what it counts as.

@@ -25,7 +25,7 @@ SPAN_OF_VALUES, SPAN_OF_ERRORS = 10, 4
 def errors_by_axis(records: Iterable[Record], folder: Path) -> list[Path]:
     """Test error over the numbers that the columns compare (budgets, shares of the data): a PNG file named after them.
 
-    None where the columns differ in something else, or have fewer than three values.
+    No file where the columns differ in something else, or are fewer than three.
     """
     comparison = compare(records)
     if not (panels := axis_panels(comparison)):

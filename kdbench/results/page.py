@@ -14,7 +14,7 @@ from kdbench.results.comparison import compare
 from kdbench.results.contents import Table
 from kdbench.results.costs import cost_panels
 from kdbench.results.curves import logs
-from kdbench.results.facts import FACTS
+from kdbench.results.facts import FACTS, grouped
 from kdbench.results.layout import layout
 from kdbench.results.plots import Panel, accuracy_panels, chart, metric_panels, metrics_of
 from kdbench.results.rendering import rendered
@@ -94,14 +94,14 @@ def _budget(record: Record) -> str:
 
 def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:
     """What the cells were made with; several values where they differ."""
-    found: dict[str, dict[str, None]] = {}
-    for record in records:
-        compute = record.compute
-        for name, value in (
+    told = (
+        pair
+        for record in records
+        for pair in (
             ("Recipe", record.recipe),
             *((name, say(record, None)) for name, say in FACTS.items()),
-            ("Platform", f"Python {compute.python}, {compute.platform}"),
-        ):
-            if value:
-                found.setdefault(name, {})[value] = None
+            ("Platform", f"Python {record.compute.python}, {record.compute.platform}"),
+        )
+    )
+    found = grouped((name, value) for name, value in told if value)
     return [(name, "; ".join(values)) for name, values in found.items()]

@@ -174,16 +174,16 @@ def _bootstrapped(pair: Paired, values: Mapping[int, float], baseline: Mapping[i
     return replace(pair, low=low, high=high)
 
 
-def _remarks(comparison: Comparison, line: Row, column: Column, difference: Paired | None) -> list[str]:
+def _remarks(comparison: Comparison, row: Row, column: Column, difference: Paired | None) -> list[str]:
     """What must be said of one cell."""
-    group = comparison.cell(line, column)
+    group = comparison.cell(row, column)
     said = []
     expected = sorted({record.cell.seed for record in comparison.of_column(column)})
     if absent := [seed for seed in expected if seed not in group]:
         said.append(f"{len(group)} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
     if extra := next(iter(group.values())).budget.extra_epochs:
         said.append(f"trained {extra:g} epochs beyond the protocol's budget")
-    if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, line.label, axis.path)]:
+    if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, row.label, axis.path)]:
         said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
     if difference is not None and difference.n < len(group):
         said.append(

@@ -112,7 +112,7 @@ def rerun(
     for one in spec.teachers:
         if (trained := one.trained_by) is not None:
             for teacher in teachers:
-                if teacher.identity in (trained.identity(), trained.identity(earlier=True)):
+                if teacher.identity in trained.identities():
                     _as_it_was(teacher_folder(one, options.runs), teacher)
     outcome = run(plan, replace(options, jobs=1), listener)
     if outcome.failed:

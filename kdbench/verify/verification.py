@@ -177,7 +177,7 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     for name, record in folder.records.items():
         spec = record.resolved
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[writer][name] = spec is not None and record.identity in (spec.identity(), spec.identity(True))
+        by_version[writer][name] = spec is not None and record.identity in spec.identities()
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
@@ -245,7 +245,7 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         of = spec.teacher.trained_by
         # In the form of today: versions differ in what they leave out.
         add(name, "teacher's description", teacher, recorded(spec.teacher))
-        trained = next((r for r in others if of and r.identity in (of.identity(), of.identity(True))), None)
+        trained = next((r for r in others if of and r.identity in of.identities()), None)
         if trained is None or name not in folder.planned:
             continue
         if (weights := trained.files.get(STUDENT)) is not None:
@@ -336,16 +336,16 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         cell = by_slug[slug]
         expected = names(today, cell)
         expected.pop("recipe")
-        recorded = record.cell.model_dump(mode="json")
+        in_record = record.cell.model_dump(mode="json")
         if recorded_places[slug] == planned_places[slug]:
             expected.pop("order")
         for key, value in json.loads(json.dumps(expected)).items():
-            if recorded.get(key) == value:
+            if in_record.get(key) == value:
                 continue
             if key == "label":
-                renamed[f"'{recorded.get(key)}' is called '{value}' today"] = None
+                renamed[f"'{in_record.get(key)}' is called '{value}' today"] = None
             else:
-                yield Finding("disagrees", f"cell.{key} is {recorded.get(key)}, its recipe plans {value}", slug)
+                yield Finding("disagrees", f"cell.{key} is {in_record.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)
     if folder.run.title != today.title:
         yield Finding("disagrees", "its title is not that of its recipe", RUN)
@@ -374,5 +374,5 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
 
 
 def _recomputed(spec: CellSpec, folder: Folder) -> bool:
-    ours = (spec.identity(), spec.identity(earlier=True))
+    ours = spec.identities()
     return any(record.identity in ours for record in folder.planned.values())

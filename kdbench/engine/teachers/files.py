@@ -31,7 +31,7 @@ from kdbench.recipe.beside import origin_of
 from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # File with the weights of several teachers that are one.
 ALL_WEIGHTS = "weights.safetensors"
@@ -266,7 +266,7 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
             if all(found.get(name) == value for name, value in key.items()):
                 return seen
         except UserError as error:
-            log.warning("%s; the teacher is measured again", str(error))
+            logger.warning("%s; the teacher is measured again", str(error))
     seen = measure()
     said = {name: value for name, value in key.items() if value is not None}
     write_summed(file, {**about, **said, **asdict(seen)})

@@ -16,7 +16,7 @@ from kdbench.files import home, locked, sha256_of_data, write_summed
 from kdbench.forms import Open, Strict
 from kdbench.reading import read_summed
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 ABOUT = "table.json"
 VALUES = "logits.bin"
@@ -105,7 +105,7 @@ def tables() -> list[LogitTable]:
         try:
             found.append(read_table(folder))
         except UserError as error:
-            log.warning("%s", error)
+            logger.warning("%s", error)
     return [table for table in found if table is not None]
 
 

@@ -27,7 +27,7 @@ from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.specs import CellSpec, ProtocolSpec, recorded
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # Version of the layout on disk.
 LAYOUT = 1
@@ -221,7 +221,7 @@ def _undamaged(table: LogitTable) -> LogitTable:
     file = table.folder / VALUES
     if table.sha256 is None or not file.is_file() or sha256_of(file) == table.sha256:
         return table
-    log.warning("%s is damaged; what it held is computed again", file)
+    logger.warning("%s is damaged; what it held is computed again", file)
     return replace(table, filled=0, seconds=0.0)
 
 

@@ -42,7 +42,7 @@ from kdbench.errors import CellError, UserError, first_line
 from kdbench.files import RECORD, UNFINISHED, atomic, expanded, files_of, sweep
 from kdbench.recipe.specs import DataSpec
 
-log = logging.getLogger("kdbench")
+logger = logging.getLogger("kdbench")
 
 # Seconds after which it is told that a worker still waits for its place.
 PATIENCE = 30.0
@@ -132,7 +132,7 @@ class RayPool(Pool):
         while not self.events.empty():
             event = self.events.get()[1]
             if isinstance(event, Gone) and event.lost:
-                log.warning("%s while the run was stopping: it goes on from the last checkpoint", event.why)
+                logger.warning("%s while the run was stopping: it goes on from the last checkpoint", event.why)
 
     def _dismiss(self, worker: RayWorker) -> None:
         # What it writes comes back as well.
@@ -210,7 +210,7 @@ class RayPool(Pool):
         try:
             asked = actor.about.remote()
             if not self.ray.wait([asked], timeout=PATIENCE)[0]:
-                log.warning(
+                logger.warning(
                     "a worker waits for %d cores and %g GPUs to be free on the cluster", self.threads, self.gpus
                 )
             about = self.ray.get(asked)

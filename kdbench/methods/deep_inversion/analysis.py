@@ -149,7 +149,7 @@ def _made_with(pool: MadeImages) -> dict[str, Any]:
 def _unfit(one: Judge, pool: MadeImages) -> str:
     """Why a network cannot judge a pool; nothing if it can."""
     key, data = _made_with(pool), one.data
-    shape = [data.channels, data.image_size, data.image_size]
+    shape = [*data.image_shape]
     if key["image_shape"] != shape:
         return f"images of {_sizes(key['image_shape'])}, where it knows {_sizes(shape)}"
     if pool.key.get("data_classes", data.classes) != data.classes:

@@ -77,7 +77,7 @@ class SynthesizedImages(Source):
         self.pool_seed = spec.seed if pool_seed is None else pool_seed
         known = spec.teacher.knows(spec.data)
         self.classes = spec.teacher.known_classes or list(range(known.classes))
-        self.image_shape = (known.channels, known.image_size, known.image_size)
+        self.image_shape = known.image_shape
         # A pool is made before there is a student: two sources that differ in what they add share it.
         self.pool_settings = replace(self.settings, competition=0.0, form="paper", temperature=3.0)
         crop = spec.protocol.augmentation
