@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from standin import StandIn
 from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
 from torch.nn import functional as F
 
@@ -172,18 +173,19 @@ def assert_near(a: Cohort, b: Cohort, tolerance: float) -> None:
 def both(
     specs: list[CellSpec],
     folder: Path,
-    recorder: Any,
+    recorder: Any = None,
     change: Callable[[Cohort], None] = lambda cohort: None,
     device: torch.device = CPU,
     per_class: int = 24,
     same: Callable[[Cohort, Cohort], None] | None = None,
 ) -> CapturedProgram:
-    """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded."""
+    """Train cells eagerly and by recorded steps, and compare. Returns the program that recorded, with the stand-in
+    if no recorder is given."""
     eager, recorded = (cohort_of(specs, folder / name, device, per_class) for name in ("eager", "recorded"))
     for cohort in (eager, recorded):
         change(cohort)
     trained(Program([eager]))
-    program = CapturedProgram([recorded], recorder)
+    program = CapturedProgram([recorded], recorder or StandIn())
     trained(program)
     (same or assert_same)(recorded, eager)
     return program

@@ -14,8 +14,10 @@ from captured import (
     METHODS,
     MIXED,
     STEPS,
+    both,
     by_step,
     cell,
+    cohort_of,
     evaluated,
     outcome,
     resumed,
@@ -24,10 +26,7 @@ from captured import (
     with_drop_rate,
     with_dropout,
 )
-from captured import both as both_on
-from captured import cohort_of as cohort_on
 from standin import Broken, StandIn
-from tiny import CPU
 
 from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
@@ -38,23 +37,8 @@ from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.workers.training import way_of
 from kdbench.methods.bss import attack
 from kdbench.methods.sskd.source import TurnedImages
-from kdbench.recipe.specs import CellSpec
 
 __all__ = ["short"]
-
-
-def cohort_of(specs: list[CellSpec], folder: Path, per_class: int = 24) -> Cohort:
-    return cohort_on(specs, folder, CPU, per_class)
-
-
-def both(
-    specs: list[CellSpec],
-    folder: Path,
-    change: Callable[[Cohort], None] = lambda cohort: None,
-    recorder: StandIn | None = None,
-    per_class: int = 24,
-) -> CapturedProgram:
-    return both_on(specs, folder, recorder or StandIn(), change, CPU, per_class)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,19 +108,19 @@ def test_steps_that_change_in_turns_are_recorded_too(tmp_path: Path) -> None:
 
 
 def test_a_network_that_draws_is_replayed_by_itself_with_draws_of_its_own_address(tmp_path: Path) -> None:
-    program = both([cell("kd"), cell("ce")], tmp_path, with_dropout)
+    program = both([cell("kd"), cell("ce")], tmp_path, change=with_dropout)
     (recording,) = [r for r in program.recordings.values() if r]
     assert [c.member.spec.method.name for c in recording.alone] == ["kd"]
-    alone = both([cell("kd")], tmp_path / "alone", with_dropout)
+    alone = both([cell("kd")], tmp_path / "alone", change=with_dropout)
     assert outcome(alone.cohorts[0])[0] == outcome(program.cohorts[0])[0]
 
 
 def test_timm_with_a_drop_rate_is_the_same_alone_and_in_a_cohort(tmp_path: Path) -> None:
     specs = [cell(method, student="timm:resnet10t") for method in ("kd", "ce")]
-    program = both(specs, tmp_path, with_drop_rate)
+    program = both(specs, tmp_path, change=with_drop_rate)
     (recording,) = [r for r in program.recordings.values() if r]
     assert len(recording.alone) == 2
-    alone = both(specs[1:], tmp_path / "alone", with_drop_rate)
+    alone = both(specs[1:], tmp_path / "alone", change=with_drop_rate)
     assert outcome(alone.cohorts[0])[0] == outcome(program.cohorts[0])[1]
 
 
@@ -362,7 +346,7 @@ def test_a_cell_whose_recording_fails_leaves_the_others_theirs(
 
         term.forward = looks  # type: ignore[method-assign]
 
-    program = both([cell(method) for method in ("kd", "ce", "at")], tmp_path, asks, recorder=recorder)
+    program = both([cell(method) for method in ("kd", "ce", "at")], tmp_path, change=asks, recorder=recorder)
     failing, *others = program.cohorts[0].cells
     (why,) = program.eager_stages(failing.member).values()
     assert why == "recording failed: operation not permitted when stream is capturing"
@@ -430,7 +414,7 @@ def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
         of.member.before_step = moved  # type: ignore[method-assign]
 
     specs = [evaluated(cell("kd", protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}}), 7)]
-    program = both(specs, tmp_path, replaces)
+    program = both(specs, tmp_path, change=replaces)
     (of,) = program.cohorts[0].cells
     assert len(program.evaluations) == 2 and all(program.evaluations.values())
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from captured import both, by_step, cell, short
 from PIL import Image
-from standin import StandIn
 from tiny import images, member_of, shortened, train
 from torch import nn
 from torch.nn import functional as F
@@ -220,7 +219,7 @@ def test_every_number_of_every_loss_can_change_where_steps_are_recorded(
     """Nothing reads it on the host. At first it is what the card says."""
     schedules = {option: {"name": "linear", "start": 1.0, "end": 0.9} for option in options}
     spec = cell({"name": method, "stages": {stage: {"losses": {term: {"schedules": schedules}}}}}, steps=8)
-    program = both([spec], tmp_path, StandIn())
+    program = both([spec], tmp_path)
     of = program.cohorts[0].cells[0].member
     assert stage not in program.eager_stages(of) or stage in by_step(of)
 
@@ -467,7 +466,7 @@ def test_two_views_of_the_same_images(tmp_path: Path) -> None:
     assert batches.second.train is batches.source.train
     train(member, batches, teacher, 12)
     assert streams(spec) == ["init", "connectors", "order", "augmentation", "second/augmentation", "dropout"]
-    program = both([cell_of_two_views(spec)], tmp_path / "runs", StandIn())
+    program = both([cell_of_two_views(spec)], tmp_path / "runs")
     assert any(program.recordings.values())
 
 
