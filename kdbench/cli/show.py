@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from kdbench.cards import KINDS
 from kdbench.cli.console import page, plain_table, print_yaml
