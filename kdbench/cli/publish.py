@@ -1,11 +1,15 @@
 """`kdbench publish`: keep a finished run's tables, records and test logits, without its weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kdbench.cli.output import renew_tables
+from kdbench.errors import UserError
+from kdbench.files import RUN
+from kdbench.record import read_run
 from kdbench.verify.publishing import publish
 
 EXAMPLES = "Examples:  kdbench publish runs/quickstart   ·   kdbench publish runs/ab_wrn --out paper/results"
@@ -28,5 +32,15 @@ def command(
     with ten classes, 20 bytes for each test image and cell. 'kdbench table' rebuilds the table from the records, and
     'kdbench verify' checks all of it.
     """
+    _check_apart(runs)
     for run in runs:
         print(publish(run, out, renew_tables, replace, unfinished, logits))
+
+
+def _check_apart(runs: Iterable[Path]) -> None:
+    """Raises UserError where two runs have one name, and so one place among the results."""
+    named: dict[str | None, Path] = {}
+    for run in runs:
+        if (run / RUN).is_file() and not (other := named.setdefault(read_run(run).name, run)).samefile(run):
+            what = f"'{other}' and '{run}' would be published in one folder, one in place of the other"
+            raise UserError(what, "kdbench publish", "publish them one by one, with another --out for each")

@@ -26,6 +26,7 @@ from synthetic import comparison
 from kdbench import api, cli
 from kdbench.__main__ import main
 from kdbench.cards import LossCard, MethodCard
+from kdbench.cli import check, output, publish
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
@@ -38,6 +39,7 @@ from kdbench.files import no_formula, refused, write_text
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
+from kdbench.results.tables import build
 from kdbench.tree import Tree, plain
 from kdbench.validation import validated
 
@@ -235,9 +237,6 @@ def test_narrow_terminals_leave_out_columns_not_digits(width: int) -> None:
 
 
 def test_brackets_in_titles_and_labels_are_no_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from kdbench.cli import check, output
-    from kdbench.results.tables import build
-
     label = "KD [X] [/B]"
     recipe = written(tmp_path, f"title: 'T [/b]'\ncompare: {{method: [ce, {{name: kd, label: '{label}'}}]}}")
     check.command(recipe, time=False)
@@ -246,6 +245,16 @@ def test_brackets_in_titles_and_labels_are_no_markup(capsys: pytest.CaptureFixtu
     assert said.startswith("T [/b]: 2 cells\n")
     assert {line.split("  ")[0].strip() for line in said.splitlines() if "[X]" in line} >= {label}
     assert f"difference to {label}" in said
+
+
+def test_runs_of_one_name_are_not_published_over_each_other(tmp_path: Path) -> None:
+    runs = [tmp_path / place / "run" for place in ("a", "b")]
+    for run in runs:
+        write_text(run / "recipe.json", '{"name": "run", "cells": ["kd-seed0-12345678"]}')
+    with pytest.raises(UserError, match="one in place of the other"):
+        publish.command(runs, tmp_path / "out", replace=True)
+    with pytest.raises(UserError, match="1 of 1 cells are not finished"):
+        publish.command([runs[0], tmp_path / "b" / ".." / "a" / "run"], tmp_path / "out", replace=True)
 
 
 def test_no_text_in_csv_is_a_formula() -> None:
