@@ -106,6 +106,12 @@ def test_images_that_a_network_does_not_know_are_left_out(pools: Path, stranger:
     assert len([line for line in told if "left out" in line and reason in line]) == 2
 
 
+def test_networks_of_one_name_are_asked_for_themselves(pools: Path) -> None:
+    for judges in ([network(channels=3), network()], [network(), network(channels=3)]):
+        with pytest.raises(UserError, match="where it knows 3×8×8"):
+            list(judged(pools_below([pools]), judges, CPU, print))
+
+
 def test_data_of_another_number_of_classes_are_left_out(pools: Path) -> None:
     many = MadeImages(pools / "many", KEY, {"data": "hundred", "data_classes": 100})
     many.begin()

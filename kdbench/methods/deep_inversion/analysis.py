@@ -1,8 +1,9 @@
 """What networks see in synthesized images: whether one that had no part in making them sees the classes that they were
 made for (Yin et al., CVPR 2020, table 2)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ class Judge:
     Attributes:
         data: whose images it knows.
         classes: labels of those that it was trained on.
+        place: a cell's run and folder: cells of two runs may have one name.
     """
 
     name: str
     data: DataSpec
     classes: frozenset[int]
     logits: PixelLogits
+    place: str = ""
 
 
 def judge(analysis: Analysis, *, by: str | list[str]) -> Iterator[AnalysisRow]:
@@ -48,6 +51,8 @@ def judge(analysis: Analysis, *, by: str | list[str]) -> Iterator[AnalysisRow]:
     judges: list[Judge] = []
     for name in dict.fromkeys([by] if isinstance(by, str) else by):
         judges += _students(Path(name), analysis) if Path(name).is_dir() else [_teacher(name, analysis)]
+    named = Counter(one.name for one in judges)
+    judges = [replace(one, name=f"{one.name} ({one.place})") if named[one.name] > 1 else one for one in judges]
     for name, pool in pools.items():
         batches = pool.whole()
         analysis.note("pools", name=name, batches=len(batches), sha256=pool.digest(batches))
@@ -89,7 +94,9 @@ def _students(folder: Path, analysis: Analysis) -> list[Judge]:
         # A student that began with a teacher's weights may know that teacher's classes too.
         begun = spec.teacher.known_classes if spec.teacher and spec.method.starts_from == "teacher" else None
         classes = frozenset([*(spec.data.only_classes or range(spec.data.classes)), *(begun or [])])
-        found.append(Judge(cell.name, spec.data, classes, analysis.student(cell)))
+        assert cell.record.folder is not None
+        place = f"{cell.record.recipe}/{cell.record.folder.name}"
+        found.append(Judge(cell.name, spec.data, classes, analysis.student(cell), place))
     return found
 
 
@@ -109,14 +116,14 @@ def judged(
     Raises:
         UserError: a network that takes none of the pools.
     """
-    unfit = {(one.name, name): _unfit(one, pool) for one in judges for name, pool in pools.items()}
-    for one in judges:
-        reasons = dict.fromkeys(unfit[one.name, name] for name in pools)
-        if "" not in reasons:
-            raise UserError(f"'{one.name}' can judge none of these images: {'; '.join(reasons)}", where="by")
-    for one in judges:
+    unfit = [{name: _unfit(one, pool) for name, pool in pools.items()} for one in judges]
+    for one, reasons in zip(judges, unfit, strict=True):
+        if "" not in reasons.values():
+            told = "; ".join(dict.fromkeys(reasons.values()))
+            raise UserError(f"'{one.name}' can judge none of these images: {told}", where="by")
+    for one, reasons in zip(judges, unfit, strict=True):
         for name, pool in pools.items():
-            if reason := unfit[one.name, name]:
+            if reason := reasons[name]:
                 tell(f"{one.name}: left out {name}, {reason}")
                 continue
             tell(f"{one.name}: {name}")
