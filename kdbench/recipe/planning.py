@@ -135,7 +135,7 @@ def plan(
     trained = functools.partial(_teacher_cell, registry)
     tuning = Tuning(base.tune, tree) if base.tune is not None else None
     candidates: dict[int, list[Candidate]] = {}
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
 
     def resolved(variant: Variant) -> tuple[CellSpec, set[str]]:
         return cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
@@ -145,9 +145,8 @@ def plan(
         unused = {key: where for key, where in unused.items() if key in foreign}
         axes = {path: value for path, value in variant.axes.items() if not means_nothing(path, foreign)}
         idle = {path: where for path, where in idle.items() if path not in axes}
-        if (identity := first.identity()) in seen:
+        if _is_repeated(first, seen, tree):
             continue
-        seen.add(identity)
         found = [PlannedCell(first.model_copy(update={"seed": seed}), axes, order) for seed in seeds]
         if tuning is not None and (tried := _candidates(tuning, variant, found, resolved)):
             candidates[order], found = tried, tried[0].cells
@@ -298,6 +297,24 @@ def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
             what = f"two different cells are both called '{cell.spec.method.label}'"
             raise UserError(what, tree.origin(("compare", "method")), "give each its own 'label'")
         seen.add(key)
+
+
+def _is_repeated(spec: CellSpec, seen: dict[str, str], tree: Tree) -> bool:
+    """Whether the comparison has this cell already, as a method without a compared parameter.
+
+    Args:
+        seen: identity -> label of the cells before, to which this one is added.
+
+    Raises:
+        UserError: it is called otherwise there, so a row that was asked for would be left out.
+    """
+    identity, label = spec.identity(), spec.method.label
+    if (before := seen.get(identity, label)) != label:
+        what = f"'{before}' and '{label}' are the same method under two names"
+        raise UserError(what, tree.origin(("compare", "method")), "leave one of them out")
+    repeated = identity in seen
+    seen[identity] = label
+    return repeated
 
 
 def _parameters(cells: Iterable[PlannedCell], registry: Registry) -> set[str]:

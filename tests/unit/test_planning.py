@@ -72,6 +72,8 @@ def test_two_settings_of_a_method_are_told_apart() -> None:
     assert [c.spec.method.label for c in cells] == ["KD, temperature 2.0", "KD, temperature 8.0"]
     with pytest.raises(UserError, match="both called 'X'"):
         planned(compare={"method": [{"name": "kd", "temperature": t, "label": "X"} for t in (2.0, 8.0)]})
+    with pytest.raises(UserError, match="'X' and 'Y' are the same method under two names"):
+        planned(compare={"method": [{"name": "kd", "label": label} for label in "XY"]})
 
 
 def test_an_override_replaces_what_was_compared() -> None:
