@@ -10,6 +10,7 @@ from kdbench.cli.console import page, plain_table, show, tell
 from kdbench.errors import UserError
 from kdbench.files import home, write_text
 from kdbench.recipe.loading import dump
+from kdbench.registry import Registry
 
 EXAMPLES = "Examples:  kdbench data ~/pictures/birds   ·   kdbench data tiny-imagenet-200 --out my_cards"
 
@@ -26,7 +27,9 @@ def command(
     """
     from kdbench.data.survey import folder_name, survey
 
-    name = folder_name(folder)
+    called = folder_name(folder)
+    # As a recipe that names the folder calls it.
+    name = f"my_{called}" if called in Registry().keys("datasets") else called
     file = out / "datasets" / f"{name}.yaml"
     if file.exists() and not force:
         raise UserError(f"'{file}' exists", where="kdbench data", hint="choose another folder (--out), or --force")
@@ -44,7 +47,7 @@ def command(
     modes = ", ".join(f"{count} {mode}" for mode, count in seen.modes.items())
     mean, deviation = (" ".join(f"{value:.4f}" for value in part) for part in (seen.mean, seen.std))
     console.print(f"pixels: {modes}; mean {mean}, deviation {deviation}")
-    text = dump({name: seen.card(name)})
+    text = dump({name: seen.card(called)})
     write_text(file, f"# kdbench data {folder}\n{text}")
     console.print(f"written: {file}")
     console.print(

@@ -161,9 +161,9 @@ def test_weights_of_the_user_s_own_are_data(tmp_path: Path) -> None:
     assert cell_of(put(plain, ("student", "hooks"), hooks), REGISTRY, "cell").student.hooks == hooks
 
 
-@pytest.mark.parametrize("sizes", ["equal", "different"])
-def test_a_record_of_own_pictures_is_built_with_the_card_of_their_folder(sizes: str, tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "mine")
+@pytest.mark.parametrize(("sizes", "name"), [("equal", "mine"), ("different", "mine"), ("equal", "digits")])
+def test_a_record_of_own_pictures_is_built_with_the_card_of_their_folder(sizes: str, name: str, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / name)
     for file in pictures.rglob("*.jpg") if sizes == "equal" else ():
         photo(16, 16, 0).save(file)
     recipe = {"data": str(pictures), "student": "resnet8", "method": "ce", "epochs": 1}
