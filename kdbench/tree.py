@@ -114,6 +114,18 @@ def plain(data: Any) -> Any:
     return int(data) if isinstance(data, Integral) and not isinstance(data, bool) else data
 
 
+def text(value: Any) -> str:
+    """A value of a recipe as people read it: a mapping by its name and its other entries, a float without noise."""
+    if isinstance(value, Mapping):
+        rest = [f"{key} {text(part)}" for key, part in value.items() if key != "name"]
+        return ", ".join([*([str(value["name"])] if "name" in value else []), *rest])
+    if isinstance(value, list | tuple):
+        return ", ".join(text(part) for part in value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def shown(file: FilePath) -> str:
     """A path as the user would write it: relative where that is shorter."""
     try:

@@ -129,7 +129,12 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
 
     Returns:
         float32 [N, C, H, W]: (images / 255 - mean) / std, of pixel values (images - mean) / std.
+
+    Raises:
+        ValueError: images of another number of channels, which would be broadcast.
     """
+    if len(mean) != images.shape[1]:
+        raise ValueError(f"images of {images.shape[1]} channels, and {len(mean)} means to normalize them with")
     centre, spread = (torch.as_tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
     if images.is_floating_point():
         return (images - centre) / spread

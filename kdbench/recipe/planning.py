@@ -19,12 +19,13 @@ from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry
-from kdbench.tree import Tree, walk
+from kdbench.tree import Tree, text, walk
 
 
 def cell_name(label: str, axes: Mapping[str, Any]) -> str:
     """A cell as people call it: its method and what else was compared."""
-    return ", ".join([label, *(f"{path} {value}" for path, value in axes.items() if not path.startswith("method"))])
+    compared = (f"{path} {text(value)}" for path, value in axes.items() if not path.startswith("method"))
+    return ", ".join([label, *compared])
 
 
 def identity_of(name: str) -> str:

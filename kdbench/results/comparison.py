@@ -10,8 +10,9 @@ from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.record import Metric, Record
-from kdbench.results.sameness import check_made_alike, check_same, differences, text
+from kdbench.results.sameness import check_made_alike, check_same, differences
 from kdbench.results.settings import main_stage
+from kdbench.tree import text
 
 # What tells cells of several recipes apart, though none of them compares it.
 IMPLIED = ("student", "teacher", "data", "target", "protocol", "training images", "epochs")

@@ -12,8 +12,8 @@ from kdbench.record import Record
 from kdbench.results.comparison import recipe_order
 from kdbench.results.contents import Entry, Table
 from kdbench.results.layout import seeds_text
-from kdbench.results.sameness import text
 from kdbench.results.statistics import Summary
+from kdbench.tree import text
 
 if TYPE_CHECKING:
     import pandas

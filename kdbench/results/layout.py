@@ -9,7 +9,7 @@ from kdbench.results.statistics import Summary
 from kdbench.results.tuned import setting_text
 
 ABSENT = "–"
-# Accuracies beside the one on the test part, as a record names them.
+# Numbers beside the accuracy on the test part, as a record names them.
 ALSO = {
     "source": "on the source",
     "teacher": "teacher that trained with it",
@@ -158,14 +158,14 @@ def _differences(table: Table) -> Grid:
 
 
 def _also(table: Table) -> Grid:
-    """Accuracies on other images or of other networks; no rows where there are none."""
+    """Accuracies on other images or of other networks, and what was asked for; no rows where there are none."""
 
     def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
         shown = [cell.also.get(name) for name in table.also]
         return [Text(ABSENT if found is None else _spread(found)) for found in shown] if cell.also else []
 
     header = tuple(ALSO.get(name, name) for name in table.also)
-    return _blocks(table, "Other accuracies, last step: mean ± deviation", header, entries)
+    return _blocks(table, "Also measured, last step: mean ± deviation", header, entries)
 
 
 def _details(table: Table) -> Grid:

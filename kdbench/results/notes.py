@@ -15,9 +15,10 @@ from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
 from kdbench.results.facts import FACTS, SHORT, grouped, in_words, instructions, listed, metric_label, ranged, sentence
-from kdbench.results.sameness import differences, text
+from kdbench.results.sameness import differences
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
+from kdbench.tree import text
 
 Interval = Literal["student", "bootstrap"]
 # Notes, those that are nothing but a sentence as texts.

@@ -1,28 +1,17 @@
 """Whether two records are of one experiment: cells of different ones are never averaged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from kdbench.errors import UserError
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record
+from kdbench.tree import text
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
 _NAMES_ONLY = {"label", "root", "file", "url", "accuracy", "shares", "keep"}
 # Parts whose keys were chosen by whoever wrote a card: one of them may be called as a part above.
 _OF_CARDS = {"options", "losses", "stages", "modules", "modes", "schedules", "batch_norm"}
-
-
-def text(value: Any) -> str:
-    """A compared value as text: a mapping by its name and its other entries, a float without noise."""
-    if isinstance(value, Mapping):
-        rest = [f"{key} {text(part)}" for key, part in value.items() if key != "name"]
-        return ", ".join([*([str(value["name"])] if "name" in value else []), *rest])
-    if isinstance(value, list | tuple):
-        return ", ".join(text(part) for part in value)
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

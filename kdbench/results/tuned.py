@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from kdbench.record_parts import RecordedTuning, Tried
 from kdbench.results.comparison import Comparison
 from kdbench.results.facts import in_words, listed
+from kdbench.tree import text
 
 
 def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None]]:
@@ -56,9 +57,5 @@ def trials(comparison: Comparison) -> list[tuple[str, ...]]:
 
 def setting_text(tried: Tried) -> str:
     """A setting in words, as 'beta 100, p 2'."""
-    values = (f"{path.removeprefix('method.')} {_value(value)}" for path, value in tried.setting.items())
+    values = (f"{path.removeprefix('method.')} {text(value)}" for path, value in tried.setting.items())
     return ", ".join(values) or "unchanged"
-
-
-def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -147,6 +147,12 @@ def test_impossible_augmentations(arguments, message):
         Augmentation(*arguments)
 
 
+def test_images_of_other_channels_are_not_broadcast():
+    for images, means in ((1, 3), (3, 1)):
+        with pytest.raises(ValueError, match=f"images of {images} channels, and {means} means"):
+            normalize(torch.zeros(2, images, 8, 8), [0.5] * means, [0.5] * means)
+
+
 def test_reflection_wider_than_the_image():
     augmentation = Augmentation(8, "reflect", False)
     with pytest.raises(UserError, match="reflect padding 8 does not fit images of 8x8"):

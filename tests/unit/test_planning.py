@@ -13,7 +13,7 @@ from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.errors import UserError
 from kdbench.files import SHARE
 from kdbench.recipe.loading import load, recipe_names
-from kdbench.recipe.planning import Plan, plan
+from kdbench.recipe.planning import Plan, cell_name, plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
@@ -74,6 +74,11 @@ def test_two_settings_of_a_method_are_told_apart() -> None:
         planned(compare={"method": [{"name": "kd", "temperature": t, "label": "X"} for t in (2.0, 8.0)]})
     with pytest.raises(UserError, match="'X' and 'Y' are the same method under two names"):
         planned(compare={"method": [{"name": "kd", "label": label} for label in "XY"]})
+
+
+def test_a_cell_is_called_by_its_values_in_words() -> None:
+    axes = {"protocol.schedule": {"name": "constant"}, "data.per_class": None, "method.beta": 3, "data.fraction": 0.1}
+    assert cell_name("KD", axes) == "KD, protocol.schedule constant, data.per_class none, data.fraction 0.1"
 
 
 def test_an_override_replaces_what_was_compared() -> None:

@@ -888,7 +888,7 @@ def test_other_accuracies_stand_beside_the_one_on_the_test_part() -> None:
     assert (of_kd["also.trained_on"], of_kd["also.others"], of_kd["also.source"]) == ("91.0", "7.0", "")
     of_uda = next(row for row in csv.DictReader(io.StringIO(records_csv(records))) if row["method"] == "uda")
     assert (of_uda["also.source"], of_uda["also.teacher"]) == ("96.5", "61.25")
-    assert "Other accuracies" not in markdown(build(comparison(VALUES)))
+    assert "Also measured" not in markdown(build(comparison(VALUES)))
 
 
 def test_grids_are_rectangular() -> None:
