@@ -134,11 +134,12 @@ def _print(rows: Sequence[AnalysisRow]) -> None:
 
 
 def _mean(values: pandas.Series[Any]) -> str:
-    """Mean ± deviation in a few digits; of whole numbers the mean alone."""
+    """Mean ± deviation in a few digits; a whole number as it is."""
     from pandas.api.types import is_integer_dtype
 
-    if is_integer_dtype(values):
-        return f"{values.mean():.0f}"
     if (found := values.dropna()).empty:
         return "–"
-    return f"{found.mean():.4g}" + (f" ± {found.std():.2g}" if len(found) > 1 else "")
+    whole = is_integer_dtype(found)
+    if whole and found.nunique() == 1:
+        return str(found.iloc[0])
+    return f"{found.mean():{'.1f' if whole else '.4g'}}" + (f" ± {found.std():.2g}" if len(found) > 1 else "")

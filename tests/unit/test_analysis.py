@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kdbench
+from kdbench.cli import analyse
 from kdbench.engine.analysis import Analysis, as_csv, command_line
 from kdbench.engine.options import Options
 
@@ -33,6 +34,21 @@ def test_a_command_names_no_place_of_the_machine(arguments: list[str], shown: st
 def test_rows_may_have_different_columns() -> None:
     rows = [{"name": "a, b", "share": 1 / 3, "range": [-2.5, 2.5]}, {"name": "c", "count": 3}]
     assert as_csv(rows) == 'name,share,range,count\n"a, b",0.333333,"[-2.5, 2.5]",\nc,,,3\n'
+
+
+def test_whole_numbers_that_differ_have_a_deviation_too(capsys: pytest.CaptureFixture[str]) -> None:
+    images, share = {"kd": (19, 16), "ab": (18, 18)}, {"kd": (0.25, 0.75), "ab": (1.0, 1.0)}
+    analyse._print(
+        [
+            {"method": method, "seed": seed, "images": images[method][seed], "share": share[method][seed]}
+            for method in images
+            for seed in (0, 1)
+        ]
+    )
+    said = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0].strip(): [word.strip() for word in words[1:] if word.strip()] for words in said}
+    # Deviations of two numbers: their distance over the root of 2.
+    assert rows["kd"] == ["17.5 ± 2.1", "0.5 ± 0.35"] and rows["ab"] == ["18", "1 ± 0"]
 
 
 def test_all_that_was_analysed_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
