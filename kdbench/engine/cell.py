@@ -21,14 +21,14 @@ class TrainingCell:
 
     Attributes:
         key: what its checkpoint must agree in.
-        log: None for cells that only try something out: they leave no file.
+        metrics_log: None for cells that only try something out: they leave no file.
         failure: why it cannot go on. recorded: whether its record is written.
     """
 
     member: Member
     folder: Path
     key: dict[str, Any]
-    log: MetricsLog | None
+    metrics_log: MetricsLog | None
     failure: str | None = None
     recorded: bool = False
 
@@ -52,7 +52,7 @@ class TrainingCell:
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
             full = disk_full(error)
             self.failure = str(full) if full else failure(error)
-            if self.log is not None and full is None:
+            if self.metrics_log is not None and full is None:
                 file = self.folder / ERROR
                 # On a full disk there is none, and the others go on all the same.
                 with suppress(OSError):

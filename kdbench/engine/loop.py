@@ -154,8 +154,8 @@ class TrainingLoop:
         }
         log.history.append(entry)
         member.keep_best()
-        assert cell.log is not None
-        cell.log.append(entry)
+        assert cell.metrics_log is not None
+        cell.metrics_log.append(entry)
         log.evaluation_seconds += time.perf_counter() - begin
         self.report(cell)
 
@@ -193,7 +193,7 @@ class TrainingLoop:
         for cell in self.program.cells:
             if cell.active:
                 with cell.failures():
-                    assert cell.log is not None
-                    cell.log.flush()
+                    assert cell.metrics_log is not None
+                    cell.metrics_log.flush()
                     checkpoint.save(cell.folder, {"key": cell.key, **cell.member.state()})
         self._saved = time.monotonic()

@@ -220,9 +220,9 @@ class Training:
             **({"ranks": member.log.ranks} if member.log.ranks else {}),
             **({"sync_batch_norm": True} if self.ranks.sync_batch_norm else {}),
         }
-        assert cell.log is not None
+        assert cell.metrics_log is not None
         # A record makes the folder whole: all else stands there before.
-        cell.log.close()
+        cell.metrics_log.close()
         record = finish(
             member,
             cell.folder,
