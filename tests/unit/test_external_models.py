@@ -210,8 +210,8 @@ def test_networks_with_two_heads_or_a_tag_in_their_name_train(name: str, size: i
     recipe = {"data": "digits", "student": name, "protocol": "digits", "method": "ce", "steps": 2}
     spec = shortened(plan(recipe, Registry()).cells[0].spec, steps=2, batch=4, per_class=1)
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"image_size": size, "channels": 3})})
-    normalization = spec.data.normalization.model_copy(update={"mean": [0.5] * 3, "std": [0.25] * 3})
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"normalization": normalization})})
+    normalization = spec.protocol.normalization.model_copy(update={"mean": [0.5] * 3, "std": [0.25] * 3})
+    spec = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"normalization": normalization})})
     member, batches, teacher = member_of(spec)
     before = copy.deepcopy(member.student.model.state_dict())
     train(member, batches, teacher, 2)
