@@ -365,7 +365,7 @@ def test_a_file_that_is_larger_than_what_is_free_fills_the_disk(
 
 def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> None:
     member: Any = SimpleNamespace(computing=REFERENCE, batches=SimpleNamespace(ranks=SimpleNamespace(size=1)))
-    cell = TrainingCell(member, tmp_path, {}, log=object())  # type: ignore[arg-type]
+    cell = TrainingCell(member, tmp_path, {}, metrics_log=object())  # type: ignore[arg-type]
     with cell.failures():
         save_tensors(tmp_path / "student.safetensors", {})
     assert cell.failure and cell.failure.startswith("the disk is full: ") and "make room" in cell.failure
