@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from kdbench.data.pictures import Pictures, from_folders, gather, list_lines, official_or_folders
+from kdbench.data.listing import list_lines
+from kdbench.data.pictures import Pictures, from_folders, gather, official_or_folders
 from kdbench.errors import UserError
 
 TABLES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")

@@ -282,18 +282,25 @@ def _annotated(split: Path) -> dict[str, list[Path]] | None:
         # Scripts that sort the pictures into folders leave the list behind.
         return None
     found: dict[str, list[Path]] = {}
+    for line, where in list_lines(file, "unpack it again"):
+        name, tab, rest = line.partition("\t")
+        if not tab or "/" in name or "\\" in name or name.startswith("."):
+            raise UserError("not a line 'file<tab>class'", where=where, hint="unpack it again")
+        found.setdefault(rest.partition("\t")[0].strip(), []).append(_regular(split / "images" / name))
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
+def list_lines(file: Path, hint: str) -> list[tuple[str, str]]:
+    """Lines of a text file that lists pictures, each with its place (file:number); empty ones are left out.
+
+    Args:
+        hint: for a file that cannot be read.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list cannot be read: {error}", where=str(file), hint="unpack it again") from None
-    for number, line in enumerate(lines, 1):
-        name, tab, rest = line.partition("\t")
-        if not line.strip():
-            continue
-        if not tab or "/" in name or "\\" in name or name.startswith("."):
-            raise UserError("not a line 'file<tab>class'", where=f"{file}:{number}", hint="unpack it again")
-        found.setdefault(rest.partition("\t")[0].strip(), []).append(_regular(split / "images" / name))
-    return {name: sorted(found[name]) for name in sorted(found)}
+        raise UserError(f"the list cannot be read: {error}", where=str(file), hint=hint) from None
+    return [(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _plain(name: str) -> str:

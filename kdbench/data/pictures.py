@@ -200,19 +200,6 @@ def official_or_folders(
     raise UserError(absent, hint=not_found(roots, wanted))
 
 
-def list_lines(file: Path, hint: str) -> list[tuple[str, str]]:
-    """Lines of a text file that lists pictures, each with its place (file:number); empty ones are left out.
-
-    Args:
-        hint: for a file that cannot be read.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list cannot be read: {error}", where=str(file), hint=hint) from None
-    return [(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
 def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
     """sha256 of every file, kept in the cache for files whose place, size and time have not changed."""
     try:
