@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import importlib
+import inspect
 import io
 import os
 import re
@@ -15,10 +16,17 @@ from typing import Any, TextIO
 import typer
 
 from kdbench.cli import analyse, logits
+from kdbench.cli.options import one_a_line
 from kdbench.errors import CellError, UserError, raised_by_own_code
 from kdbench.files import CHECK_PATH, disk_full, expanded, name_user, refused
 from kdbench.recipe.choices import Recipe
 from kdbench.version import __version__
+
+START = """
+kdbench run quickstart --no-adopt
+kdbench ls
+kdbench show methods ab
+"""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,21 +34,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Run, compare and publish knowledge-distillation experiments.",
-    epilog="Start with:  kdbench run quickstart --no-adopt   ·   kdbench ls   ·   kdbench show methods ab\n\n"
-    "Environment:  KDBENCH_HOME (cache)   ·   KDBENCH_DATA, KDBENCH_WEIGHTS (folders)   ·   KDBENCH_CIFAR_MIRROR",
+    epilog=one_a_line(START, "Start with:")
+    + "\n\nEnvironment:  KDBENCH_HOME (cache), KDBENCH_DATA and KDBENCH_WEIGHTS (folders), KDBENCH_CIFAR_MIRROR",
 )
 
 # In the order of the help.
 COMMANDS = "run check data table plot analyse publish verify export reproduce ls show cp schema bench"
 for name in COMMANDS.split():
     module = importlib.import_module(f"kdbench.cli.{name}")
-    app.command(name, epilog=module.EXAMPLES)(module.command)
+    app.command(name, epilog=one_a_line(module.EXAMPLES))(module.command)
 for name in ("boundary", "judge"):
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}
     app.command(name, hidden=True, context_settings=anything)(analyse.moved)
 
 
 app.add_typer(logits.app, name="logits")
+for command in (*app.registered_commands, *logits.app.registered_commands):
+    # Typer keeps the lines of a docstring, whatever the terminal's width.
+    paragraphs = inspect.cleandoc(getattr(command.callback, "__doc__", None) or "").split("\n\n")
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 @app.callback(invoke_without_command=True)

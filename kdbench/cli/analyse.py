@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
     from kdbench.engine.analysis import AnalysisRow
 
-EXAMPLES = (
-    "Examples:  kdbench analyse boundary runs/bss_small images=1000 picture=true   ·   "
-    "kdbench analyse attack teachers=bss_resnet26_cifar10 images=500 targets=1   ·   "
-    "kdbench analyse judge runs/sources 'by=\\[resnet32_cifar10, runs/inversion_cifar_small]'"
-)
+EXAMPLES = """
+kdbench analyse boundary runs/bss_small images=1000 picture=true
+kdbench analyse attack teachers=bss_resnet26_cifar10 images=500 targets=1
+kdbench analyse judge runs/sources 'by=[resnet32_cifar10, runs/inversion_cifar_small]'
+"""
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="An analysis ('kdbench ls analyses').")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An analysis ('kdbench ls analyses').")],
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FOLDER]... [KEY=VALUE]...",
+            metavar="FOLDER|KEY=VALUE",
             help="Folders with finished cells and their weights, and options ('kdbench show analyses NAME').",
         ),
     ] = None,

@@ -20,14 +20,15 @@ from kdbench.registry import Registry
 # Side by side, for the time of a cohort.
 FIVE_METHODS = "compare.method=[ce, kd, kd_only, fitnets, at]"
 
-EXAMPLES = (
-    "Examples:  kdbench bench   ·   kdbench bench ab_resnet --rounds 3   ·   "
-    "kdbench bench my.yaml --no-peers --json speed.json"
-)
+EXAMPLES = """
+kdbench bench
+kdbench bench ab_resnet --rounds 3
+kdbench bench my.yaml --no-peers --json speed.json
+"""
 
 
 def command(
-    recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="What is timed.")] = None,
+    recipes: Annotated[list[str] | None, typer.Argument(metavar="RECIPE", help="What is timed.")] = None,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Turns of every lane.")] = 3,
     seconds: Annotated[float | None, typer.Option(min=0.1, max=3600, help="Of a turn (default: 2, GPU 1).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads (default: all cores).")] = None,
@@ -40,13 +41,13 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write everything that was measured to this file.")] = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Time the training loop on the networks of RECIPES (default: ab_wrn), with random images of their size.
+    """Time the training loop on the networks of each RECIPE (default: ab_wrn), with random images of their size.
 
     A method that uses only its teacher's logits is trained in several ways. The fastest is then timed with a table of
     teacher logits, and with all methods as one cohort. All ways take turns, so that a busy machine slows all of them
     alike. This takes five to six minutes for each recipe on two CPU cores.
 
-    On a GPU, all ways of all RECIPES start at once (default: ab_wrn, and speed with five methods). Five seeds of the
+    On a GPU, all ways of every RECIPE start at once (default: ab_wrn, and speed with five methods). Five seeds of the
     method also train at once, whole runs are extrapolated, and what does not fit into --minutes is left out.
     """
     from kdbench.bench.compare import Benchmark, LaneTimer, benchmark, speed_table

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
     from kdbench.engine.estimate import Estimate
 
-EXAMPLES = "Examples:  kdbench check ab_wrn   ·   kdbench check my.yaml epochs=10   ·   kdbench check ab_wrn --no-time"
+EXAMPLES = """
+kdbench check ab_wrn
+kdbench check my.yaml epochs=10
+kdbench check ab_wrn --no-time
+"""
 
 
 def command(

@@ -11,12 +11,15 @@ from kdbench.files import write_text
 from kdbench.reading import read_text
 from kdbench.recipe.loading import find
 
-EXAMPLES = "Examples:  kdbench cp quickstart my.yaml   ·   kdbench cp ab_wrn ."
+EXAMPLES = """
+kdbench cp quickstart my.yaml
+kdbench cp ab_wrn .
+"""
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe ('kdbench ls recipes').")],
-    destination: Annotated[Path, typer.Argument(help="File or folder.")] = Path("."),
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe ('kdbench ls recipes').")],
+    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="File or folder.")] = Path("."),
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a shipped recipe so that you can edit it."""

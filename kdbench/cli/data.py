@@ -12,11 +12,14 @@ from kdbench.files import home, write_text
 from kdbench.recipe.loading import dump
 from kdbench.registry import Registry
 
-EXAMPLES = "Examples:  kdbench data ~/pictures/birds   ·   kdbench data tiny-imagenet-200 --out my_cards"
+EXAMPLES = """
+kdbench data ~/pictures/birds
+kdbench data tiny-imagenet-200 --out my_cards
+"""
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="A folder of pictures in folders of their classes.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures in folders of their classes.")],
     out: Annotated[Path, typer.Option(help="Registry folder for the card.")] = Path("cards"),
     force: Annotated[bool, typer.Option(help="Overwrite an existing card.")] = False,
 ) -> None:

@@ -9,10 +9,10 @@ from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError
 from kdbench.record import WhichWeights
 
-EXAMPLES = (
-    "Examples:  kdbench export runs/quickstart/ab-seed0-5f3a2b66 --onnx   ·   "
-    "kdbench export runs/my/kd-seed0-1a2b3c4d --hub my-name/my-student"
-)
+EXAMPLES = """
+kdbench export runs/quickstart/ab-seed0-5f3a2b66 --onnx
+kdbench export runs/my/kd-seed0-1a2b3c4d --hub my-name/my-student
+"""
 
 
 def command(

@@ -18,6 +18,7 @@ from kdbench.cli.options import (
     RecipeArgument,
     RegistryOption,
     RunsOption,
+    one_a_line,
 )
 from kdbench.cli.progress import clock, listener
 from kdbench.engine.options import Options
@@ -28,14 +29,21 @@ from kdbench.registry import Registry
 if TYPE_CHECKING:
     from kdbench.engine.workers.messages import TableFound
 
+EXAMPLES = """
+kdbench logits fill ab_wrn --estimate
+kdbench logits fill ab_wrn
+kdbench logits ls
+kdbench logits clear --all
+"""
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Compute a teacher's logits once, for every crop and flip of the training images, and use them in later runs.",
-    epilog="Examples:  kdbench logits fill ab_wrn --estimate   ·   kdbench logits fill ab_wrn   ·   kdbench logits ls",
+    epilog=one_a_line(EXAMPLES),
 )
 
 
-@app.command("fill")
+@app.command("fill", epilog=one_a_line(EXAMPLES))
 def fill(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -109,7 +117,7 @@ class _FillDisplay:
             print(f"  {self.teacher}: {text}   ", end=end, file=sys.stderr, flush=True)
 
 
-@app.command("ls")
+@app.command("ls", epilog=one_a_line(EXAMPLES))
 def ls() -> None:
     """List the saved tables on this machine."""
     from kdbench.engine.teachers.logit_files import tables, tables_folder
@@ -132,10 +140,10 @@ def ls() -> None:
     page().print(shown)
 
 
-@app.command("clear")
+@app.command("clear", epilog=one_a_line(EXAMPLES))
 def clear(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[TABLE]...", help="As 'kdbench logits ls' names them.")
+        list[str] | None, typer.Argument(metavar="TABLE", help="As 'kdbench logits ls' names them.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete all of them.")] = False,
 ) -> None:

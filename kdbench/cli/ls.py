@@ -14,13 +14,18 @@ from kdbench.errors import UserError, did_you_mean
 from kdbench.recipe.loading import find, recipe_names
 from kdbench.registry import Registry
 
-EXAMPLES = "Examples:  kdbench ls   ·   kdbench ls methods --json   ·   kdbench ls teachers --registry my_cards"
+EXAMPLES = """
+kdbench ls
+kdbench ls methods --json
+kdbench ls teachers --registry my_cards
+"""
 ALIASES = {"data": "datasets"}
 
 
 def command(
     kind: Annotated[
-        str | None, typer.Argument(help="methods, models, losses, data, teachers, recipes, protocols, …")
+        str | None,
+        typer.Argument(metavar="KIND", help="methods, models, losses, data, teachers, recipes, protocols, …"),
     ] = None,
     registry: RegistryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list for programs.")] = False,

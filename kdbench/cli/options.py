@@ -27,10 +27,16 @@ def note_absent(folders: list[Path] | None) -> list[Path] | None:
     return folders
 
 
+def one_a_line(commands: str, title: str = "Examples:") -> str:
+    """Lines of commands as the last words of a help text: there, too, each has a line of its own, to be copied."""
+    # Square brackets are markup in a help text.
+    return title + commands.replace("[", "\\[").rstrip()
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Overrides of the recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of the recipe.")]
 RegistryOption = Annotated[
     list[Path] | None,
     typer.Option(help="Folder with your own cards and their Python files. Its code is executed (repeatable)."),

@@ -9,11 +9,14 @@ from kdbench.cli.output import write_plots
 from kdbench.record import read_records
 from kdbench.verify import sums
 
-EXAMPLES = "Examples:  kdbench plot runs/quickstart   ·   kdbench plot runs/ab_wrn --out figures"
+EXAMPLES = """
+kdbench plot runs/quickstart
+kdbench plot runs/ab_wrn --out figures
+"""
 
 
 def command(
-    folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders with finished cells.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures (default: the first folder).")] = None,
 ) -> None:
     """Draw learning curves, the metrics that losses log (a file for each) and the final accuracies.

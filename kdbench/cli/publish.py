@@ -12,11 +12,14 @@ from kdbench.files import RUN
 from kdbench.record import read_run
 from kdbench.verify.publishing import publish
 
-EXAMPLES = "Examples:  kdbench publish runs/quickstart   ·   kdbench publish runs/ab_wrn --out paper/results"
+EXAMPLES = """
+kdbench publish runs/quickstart
+kdbench publish runs/ab_wrn --out paper/results
+"""
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders runs/<recipe> of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders runs/<recipe> of finished runs.")],
     out: Annotated[Path, typer.Option(help="Folder for <recipe>/.")] = Path("results"),
     replace: Annotated[bool, typer.Option("--replace", help="Let published cells go that RUN does not have.")] = False,
     unfinished: Annotated[

@@ -36,14 +36,15 @@ from kdbench.registry import Registry
 from kdbench.verify import sums
 from kdbench.verify.publishing import lost, publish
 
-EXAMPLES = (
-    "Examples:  kdbench reproduce cifar --cost   ·   kdbench reproduce cifar --profile small   ·   "
-    "kdbench reproduce transfer --data ~/pictures"
-)
+EXAMPLES = """
+kdbench reproduce cifar --cost
+kdbench reproduce cifar --profile small
+kdbench reproduce transfer --data ~/pictures
+"""
 
 
 def command(
-    study: Annotated[str, typer.Argument(help="Key of a study card ('kdbench ls studies').")],
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Key of a study card ('kdbench ls studies').")],
     profile: Annotated[str, typer.Option(help="One of the study's profiles.")] = "full",
     cost: Annotated[bool, typer.Option(help="Print the estimated cost and exit.")] = False,
     runs: RunsOption = Path("runs"),

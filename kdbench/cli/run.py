@@ -35,10 +35,12 @@ from kdbench.registry import Registry
 if TYPE_CHECKING:
     from kdbench.engine.workers.runner import Outcome
 
-EXAMPLES = (
-    "Examples:  kdbench run quickstart   ·   kdbench run recipes/ab_wrn.yaml   ·   "
-    "kdbench run ab_wrn seeds=1 epochs=20 --jobs 1   ·   kdbench run my.yaml method.temperature=2 --registry my_methods"
-)
+EXAMPLES = """
+kdbench run quickstart
+kdbench run recipes/ab_wrn.yaml
+kdbench run ab_wrn seeds=1 epochs=20 --jobs 1
+kdbench run my.yaml method.temperature=2 --registry my_methods
+"""
 
 
 def command(

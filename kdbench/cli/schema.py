@@ -11,11 +11,14 @@ from kdbench.files import write_text
 from kdbench.recipe.choices import Recipe
 from kdbench.registry import Registry
 
-EXAMPLES = "Examples:  kdbench schema   ·   kdbench schema recipe.schema.json"
+EXAMPLES = """
+kdbench schema
+kdbench schema recipe.schema.json
+"""
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(help="File to write (default: print it).")] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="File to write (default: print it).")] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Write the JSON schema of recipes, with the names of all cards, so that an editor completes and checks them."""

@@ -20,12 +20,18 @@ from kdbench.registry import Registry
 from kdbench.signature import REQUIRED
 from kdbench.tree import Tree
 
-EXAMPLES = "Examples:  kdbench show methods ab   ·   kdbench show losses kd   ·   kdbench show recipes ab_wrn"
+EXAMPLES = """
+kdbench show methods ab
+kdbench show losses kd
+kdbench show recipes ab_wrn
+"""
 
 
 def command(
-    kind: Annotated[str, typer.Argument(help="Kind of card, or 'recipes'. Optional if the name is unique.")],
-    name: Annotated[str | None, typer.Argument(help="Key of the card.")] = None,
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="Kind of card, or 'recipes'. Optional if the name is unique.")
+    ],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Key of the card.")] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Show a card with its includes resolved, its file and line, the options it accepts, and its paper."""

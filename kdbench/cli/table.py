@@ -16,14 +16,15 @@ from kdbench.record import Metric, read_records, unfinished
 from kdbench.registry import Registry
 from kdbench.verify import sums
 
-EXAMPLES = (
-    "Examples:  kdbench table runs/quickstart   ·   kdbench table runs/a runs/b --baseline kd --out tables   ·   "
-    "kdbench table results/ab_wrn_30 --published datafree_cifar10:ce,cmi"
-)
+EXAMPLES = """
+kdbench table runs/quickstart
+kdbench table runs/a runs/b --baseline kd --out tables
+kdbench table results/ab_wrn_30 --published datafree_cifar10:ce,cmi
+"""
 
 
 def command(
-    folders: Annotated[list[Path], typer.Argument(help="Folders with finished cells.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders with finished cells.")],
     baseline: Annotated[str | None, typer.Option(help="Method to compare with (default: the recipe's).")] = None,
     metric: Annotated[
         Metric, typer.Option(help="Accuracy: last, best (marked as optimistic) or mean_last (of the last 10 epochs).")
@@ -56,7 +57,7 @@ def command(
         Path | None, typer.Option(help="Folder for table.md, .csv, .tex and .html, and records.csv.")
     ] = None,
 ) -> None:
-    """Print the table of the last run in each of FOLDERS, and write it with --out."""
+    """Print the table of the last run in each FOLDER, and write it with --out."""
     from kdbench.results.tables import build
 
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):

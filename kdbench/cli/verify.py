@@ -20,15 +20,18 @@ from kdbench.record import read_record
 from kdbench.registry import Registry
 from kdbench.verify.findings import Finding, read_folder, verdict
 
-EXAMPLES = (
-    "Examples:  kdbench verify results/quickstart   ·   kdbench verify results/quickstart --rerun   ·   "
-    "kdbench verify results/quickstart --rerun --cell kd-seed0-9d9a250a"
-)
+EXAMPLES = """
+kdbench verify results/quickstart
+kdbench verify results/quickstart --rerun
+kdbench verify results/quickstart --rerun --cell kd-seed0-9d9a250a
+"""
 COLOURS = {"agrees": "green", "remark": "yellow", "unchecked": "yellow", "disagrees": "red"}
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="A folder of results/ or runs/ that holds one comparison.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A folder of results/ or runs/ that holds one comparison.")
+    ],
     rerun: Annotated[bool, typer.Option(help="Also train one cell again and compare its accuracy.")] = False,
     cell: Annotated[
         str | None, typer.Option(help="The cell to train again (default: the one that took the least time).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, TINY, Kdbench, filled
+from typer.testing import CliRunner
 
+from kdbench.cli import COMMANDS, app
 from kdbench.cli.ls import FAMILIES
 from kdbench.registry import Registry
 
@@ -166,12 +169,14 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
         jsonschema.validate({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "stps": 3}, schema)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["run", "table", "ls", "show", "cp", "check", "plot", "boundary", "schema", "verify", "publish", "reproduce"],
-)
-def test_help_has_examples(command: str, kdbench: Kdbench) -> None:
-    assert f"kdbench {command}" in kdbench(command, "--help").stdout
+@pytest.mark.parametrize("command", [*COMMANDS.split(), "logits fill", "logits ls", "logits clear"])
+def test_help_fills_its_lines_and_has_examples(command: str) -> None:
+    """Only the last line of a paragraph leaves room for the word that follows."""
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "72"}).stdout
+    assert f"kdbench {command}" in shown.partition("╰")[2]
+    text = shown.partition("╭")[0].partition("Usage:")[2].splitlines()[1:]
+    for line, after in itertools.pairwise(line.strip() for line in text):
+        assert not line or not after or len(f"{line} {after.split()[0]}") > 70, line
 
 
 @pytest.mark.slow
