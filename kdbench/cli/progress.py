@@ -66,7 +66,9 @@ class _Base(Listener):
         made = sum(c.step - self.begun.get(c.id, c.step) for c in self.open)
         left = sum((c.total or typical) - c.step for c in waiting)
         elapsed = time.monotonic() - self.since
-        return elapsed * left / made if made > 0 and elapsed >= SHORTEST else None
+        # Cells of one program tell one after the other.
+        told = made >= max(sum(cell.state == "running" for cell in waiting), 1)
+        return elapsed * left / made if told and elapsed >= SHORTEST else None
 
     def summary(self) -> str:
         count = {

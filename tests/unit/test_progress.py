@@ -100,6 +100,22 @@ def test_what_compiling_takes_is_not_taken_for_the_speed_of_the_rest(clock: list
         assert said in lines.summary()
 
 
+def test_one_step_of_one_of_many_cells_is_no_speed(clock: list[float]) -> None:
+    """Cells of one program tell of their steps one after the other: the first would make months of hours."""
+    cells = running(24, total=4000)
+    lines = progress._Lines()
+    lines.begin(cells, "title")
+    for second, step, tell, said in (
+        (100, 50, cells, "not known yet"),
+        (103, 52, cells[:1], "not known yet"),
+        (103, 52, cells, "about 1 h 38 min left"),
+    ):
+        for cell in tell:
+            clock[0], cell.step = 1000.0 + second, step
+            lines.update(cell)
+        assert said in lines.summary()
+
+
 def test_steps_of_checkpoints_and_cells_finished_before_do_not_count(clock: list[float], tmp_path: Path) -> None:
     """A cell goes on at step 700, and a later one at 300; of two others one was finished before."""
     old, continued, later, new = running(4)
