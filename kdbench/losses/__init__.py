@@ -4,8 +4,9 @@ Every function takes the student's tensor first, then the teacher's (or the labe
 reaches the teacher, except in `kl_divergence`, `mutual` and `neighbour_congruence`. `mmd` takes features of one network
 on two sets of images. A loss with parameters of its own is a module, built with the shapes of one sample of each
 network.
-float16 and bfloat16 inputs are computed in float32; float32 and float64 keep their type. Shapes that do not match
-raise a ValueError that names both.
+float16 and bfloat16 inputs are computed in float32; float32 and float64 keep their type. So a loss's own module stays
+float32, whatever its networks compute in; the networks' modules that some functions are given get features as they are.
+Shapes that do not match raise a ValueError that names both.
 """
 
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse

@@ -55,7 +55,7 @@ class BeYourOwnTeacher(nn.Module):
         soft = F.softmax(full(logits.detach()) / self.temperature, dim=1)
         total = torch.zeros((), device=logits.device)
         for i, (feature, leave, classify) in enumerate(zip(maps, self.exits, self.classifiers, strict=True)):
-            own = leave(feature)
+            own = leave(full(feature))
             answers = full(classify(own))
             total = total + (1 - self.alpha) * F.cross_entropy(answers, labels)
             total = total + self.alpha * F.cross_entropy(answers / self.temperature, soft)

@@ -65,7 +65,8 @@ class NeighbourCongruence(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
-        return neighbour_congruence(self.student(student.flatten(1)), self.teacher(teacher.detach().flatten(1)))
+        own, taught = (full(feature).flatten(1) for feature in (student, teacher.detach()))
+        return neighbour_congruence(self.student(own), self.teacher(taught))
 
 
 def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdbench.losses.checks import full
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -143,13 +144,18 @@ def reconstruction(teacher: Tensor, paraphraser: nn.Module, power: Literal[1, 2]
     Args:
         teacher: Feature map, [N, C, H, W].
         paraphraser: Gives maps of the same shape.
-        power: Mean absolute difference (1), as the authors' code has it, or mean squared difference (2).
+        power: p. Mean absolute difference (1), as the authors' code has it, or mean squared difference (2).
 
     Returns:
         Scalar, at least 0.
+
+    Raises:
+        ValueError: The power is neither 1 nor 2.
     """
+    if power not in (1, 2):
+        raise ValueError(f"power is 1 or 2, not {power}")
     distance = F.l1_loss if power == 1 else F.mse_loss
-    return distance(paraphraser(teacher.detach()), teacher.detach())
+    return distance(full(paraphraser(teacher.detach())), full(teacher.detach()))
 
 
 def _factors(channels: int, rate: float) -> int:

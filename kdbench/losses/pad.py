@@ -60,4 +60,4 @@ class PrimeAware(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features [N, D]; no gradient reaches the teacher's."""
-        return adaptive_mse(student, teacher, self.head(student), self.eps)
+        return adaptive_mse(student, teacher, self.head(full(student)), self.eps)

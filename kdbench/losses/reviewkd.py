@@ -134,7 +134,7 @@ def _as_map(one: Shape) -> Shape:
 
 
 def _map(feature: Tensor) -> Tensor:
-    return feature if feature.ndim == 4 else feature[:, :, None, None]
+    return full(feature if feature.ndim == 4 else feature[:, :, None, None])
 
 
 def _resized(feature: Tensor, size: tuple[int, int]) -> Tensor:

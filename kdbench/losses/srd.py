@@ -64,5 +64,5 @@ class SimpleRecipe(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features [N, D] and [N, D']; no gradient reaches the latter."""
-        own = self.student_norm(full(self.projector(student)))
+        own = self.student_norm(full(self.projector(full(student))))
         return log_power_sum(own, self.teacher_norm(full(teacher.detach())), self.exponent)

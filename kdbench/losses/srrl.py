@@ -8,6 +8,8 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdbench.losses.checks import full
+
 
 class SoftmaxRegression(nn.Module):
     r"""The student's feature, brought to the teacher's width, as feature and through the teacher's classifier.
@@ -45,8 +47,7 @@ class SoftmaxRegression(nn.Module):
         Args:
             teacher_classifier: From [N, C'] to logits.
         """
-        maps = student if student.ndim == 4 else student[:, :, None, None]
-        teacher = teacher.detach()
-        adapted = self.connector(maps).mean(dim=(2, 3))
-        logits = F.mse_loss(teacher_classifier(adapted), teacher_classifier(teacher).detach())
-        return F.mse_loss(adapted, teacher) + self.beta * logits
+        student, teacher = full(student), full(teacher.detach())
+        adapted = self.connector(student if student.ndim == 4 else student[:, :, None, None]).mean(dim=(2, 3))
+        logits = F.mse_loss(full(teacher_classifier(adapted)), full(teacher_classifier(teacher)).detach())
+        return F.mse_loss(full(adapted), teacher) + self.beta * logits

@@ -170,3 +170,59 @@ def test_gradients_of_modules(module: type[nn.Module], own: tuple[int, ...], tau
     assert gradcheck(value, (student,))
     value(student).backward()
     assert teacher.grad is None and all(p.grad is not None for p in loss.parameters())
+
+
+# Every module of kdbench.losses that is a loss, with the shapes of what it reads, and the call of a batch of six.
+WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable[..., Tensor]]] = [
+    *((partial(module, own, taught), (own, taught), nn.Module.__call__) for module, own, taught in MODULES),
+    (partial(losses.CurriculumTemperature, (5,), (5,)), ((5,), (5,)), lambda m, s, t: m(s, t, torch.ones(()))),
+    (partial(losses.NeighbourCongruence, (3, 2, 2), (5,)), ((3, 2, 2), (5,)), nn.Module.__call__),
+    (
+        partial(losses.ContrastiveDistillation, (3,), (5,), training_labels=LABELS),
+        ((3,), (5,)),
+        lambda m, s, t: m(s, t, torch.arange(6), LABELS),
+    ),
+    (partial(losses.KnowledgeReview, [(3, 4, 4)], [(2, 2, 2)]), ((3, 4, 4), (2, 2, 2)), lambda m, s, t: m([s], [t])),
+    (
+        partial(losses.SemanticCalibration, [(3, 4, 4)], [(2, 2, 2)], batch_size=6),
+        ((3, 4, 4), (2, 2, 2)),
+        lambda m, s, t: m([s], [t]),
+    ),
+    *(
+        (partial(losses.SoftmaxRegression, own, (5,)), (own, (5,)), lambda m, s, t: m(s, t, HEAD))
+        for own in ((3,), (3, 4, 4))
+    ),
+    (
+        partial(losses.BeYourOwnTeacher, [(3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)]),
+        ((3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)),
+        lambda m, *student: m(student, LABELS),
+    ),
+]
+HEAD = nn.Linear(5, 5)
+
+
+@pytest.mark.parametrize(("build", "shapes", "call"), WHOLE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_takes_half_precision(
+    build: Callable[[], nn.Module], shapes: tuple[tuple[int, ...], ...], call: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    """Networks may run in autocast, the loss outside of it: the numbers are those of the same features in float32."""
+    module = build()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    features = [rand(6, *shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
+    found = []
+    for given in (features, [feature.float() for feature in features]):
+        module.load_state_dict(state)
+        torch.manual_seed(1)  # of a loss that draws
+        found.append(call(module, *given))
+    assert found[0].dtype == torch.float32 and found[0].isfinite() and torch.equal(*found)
+
+
+def test_the_modules_above_are_all_that_are_losses() -> None:
+    given = {type(build()) for build, _, _ in WHOLE}
+    # Connectors, modules of a method, a part of a loss, and the loss whose noise is drawn elsewhere.
+    parts = {losses.Paraphraser, losses.Translator, losses.Projector, losses.AttentionFusion}
+    known = {
+        one for name in losses.__all__ if isinstance(one := getattr(losses, name), type) and issubclass(one, nn.Module)
+    }
+    assert known - parts - {losses.ContrastiveRepresentation} == given

@@ -107,6 +107,8 @@ class TestFactorTransfer:
             losses.factor_transfer(rand(2, 2, 4, 4, seed=1), rand(2, 2, 4, 4, seed=2), form="flat")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="leaves no factor"):
             losses.Paraphraser((3, 4, 4), rate=0.2)
+        with pytest.raises(ValueError, match="power is 1 or 2"):
+            losses.reconstruction(rand(2, 2, 4, 4, seed=1), nn.Identity(), power=3)  # type: ignore[arg-type]
         paraphraser, feature = losses.Paraphraser((4, 4, 4), rate=0.5), torch.randn(2, 4, 4, 4)
         with pytest.raises(ValueError, match="makes 3 factors and the paraphraser 2"):
             losses.paraphrased(torch.randn(2, 3, 4, 4), feature, paraphraser, form="attention")
