@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdbench.losses.checks import at_least_one
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -42,8 +43,7 @@ def attention_transfer(
         ValueError: A tensor is not [N, C, H, W], the batch sizes differ, p is below 1, or there is no such form.
     """
     student, teacher = maps_of_one_size(student, teacher.detach(), "attention_transfer")
-    if not isinstance(p, Tensor) and not p >= 1:
-        raise ValueError(f"p must be at least 1, not {p}")
+    at_least_one(p, "p")
     if form not in ("code", "paper"):
         raise ValueError(f"form must be 'code' or 'paper', not {form!r}")
     difference = _attention(student, p) - _attention(teacher, p)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, positive
+from kdbench.losses.checks import full, positive, share
 
 Shape = tuple[int, ...]
 
@@ -33,6 +33,9 @@ class BeYourOwnTeacher(nn.Module):
         alpha: α, from 0 to 1.
         beta: β.
         temperature: Of p and p_i, above 0. No factor T².
+
+    Raises:
+        ValueError: The shapes are others, T is not positive, or α outside of [0, 1].
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class BeYourOwnTeacher(nn.Module):
         if len(maps) < 2 or {len(one) for one in maps} != {3} or len(pooled) != 1 or len(logits) != 1:
             raise ValueError(f"it takes two maps or more, the pooled feature and logits, not {student_shapes}")
         positive(temperature)
+        share(alpha, "alpha")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         before, (_, height, width) = maps[:-1], maps[-1]
         self.exits = nn.ModuleList(_exit(one, (height, width), pooled[0]) for one in before)

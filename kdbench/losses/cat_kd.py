@@ -6,7 +6,7 @@ Guo, Yan, Li, Lin: Class Attention Transfer Based Knowledge Distillation. CVPR 2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, same_shape, shape
+from kdbench.losses.checks import at_least_one, full, same_shape, shape
 
 
 def class_attention(student: Tensor, teacher: Tensor, resolution: int = 2, normalize: bool = False) -> Tensor:
@@ -19,15 +19,16 @@ def class_attention(student: Tensor, teacher: Tensor, resolution: int = 2, norma
     Args:
         student: Evidence for each class at each position, [N, K, H, W].
         teacher: [N, K, H', W'].
-        resolution: r, positions along a side.
+        resolution: r, positions along a side, at least 1.
         normalize: Whether each pooled class map is divided by its L2 norm first.
 
     Returns:
         Scalar, at least 0.
 
     Raises:
-        ValueError: The shapes do not match.
+        ValueError: The shapes do not match, or the resolution is below 1.
     """
+    at_least_one(resolution, "resolution")
     if student.ndim != 4 or teacher.ndim != 4:
         raise ValueError(f"class_attention needs maps [N, K, H, W]: student {shape(student)}, teacher {shape(teacher)}")
     own, taught = (F.adaptive_avg_pool2d(full(one), resolution) for one in (student, teacher.detach()))
@@ -60,7 +61,7 @@ def cat_kd(
         teacher: [N, C', H', W'].
         student_classifier: Linear, of weight [K, C]; it gets a gradient.
         teacher_classifier: Linear, of weight [K, C'].
-        resolution: r, positions along a side.
+        resolution: r, positions along a side, at least 1.
         normalize: Whether each pooled class map is divided by its L2 norm first.
         relu: Whether the maps come before their ReLU, which is then applied.
 
@@ -68,7 +69,7 @@ def cat_kd(
         Scalar, at least 0.
 
     Raises:
-        ValueError: A classifier is not linear, or the shapes do not match.
+        ValueError: A classifier is not linear; or as of `class_attention`.
     """
     own, taught = (one.relu() if relu else one for one in (student, teacher))
     maps = _class_maps(own, student_classifier), _class_maps(taught.detach(), teacher_classifier)

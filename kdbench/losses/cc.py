@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, positive, same_shape
+from kdbench.losses.checks import at_least_one, full, positive, same_shape
 from kdbench.losses.features import inner_products, same_batch
 
 
@@ -58,8 +58,7 @@ class NeighbourCongruence(nn.Module):
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, dim: int = 128) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, not {dim}")
+        at_least_one(dim, "dim")
         self.student = nn.Linear(math.prod(student_shape), dim)
         self.teacher = nn.Linear(math.prod(teacher_shape), dim)
 
@@ -94,8 +93,7 @@ def kernel_congruence(student: Tensor, teacher: Tensor, gamma: float = 0.4, orde
     """
     same_batch(student, teacher, "kernel_congruence")
     positive(gamma, "gamma")
-    if order < 1:
-        raise ValueError(f"order must be at least 1, not {order}")
+    at_least_one(order, "order")
     return F.mse_loss(_correlations(student, gamma, order), _correlations(teacher.detach(), gamma, order))
 
 

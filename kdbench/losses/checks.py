@@ -50,6 +50,16 @@ def positive(value: float | Tensor, name: str = "temperature") -> None:
         raise ValueError(f"{name} must be positive, not {value}")
 
 
+def at_least_one(value: float | Tensor, name: str) -> None:
+    """The same of an option that counts something, or of an exponent whose power has a finite slope at 0.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if not isinstance(value, Tensor) and not value >= 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+
+
 def share(value: float | Tensor, name: str) -> None:
     """The same of an option between 0 and 1.
 

@@ -273,20 +273,19 @@ def kd_over_classes(
 
     Raises:
         ValueError: The shapes are not the same [N, K], or the temperature is not positive.
+        IndexError: A label in C_o is K or more.
     """
     logits_shape(student_logits, teacher_logits, "kd_over_classes")
     positive(temperature)
-    log_p, own = full(teacher_logits.detach()) / temperature, full(student_logits) / temperature
+    own, taught = full(student_logits) / temperature, full(teacher_logits.detach()) / temperature
     if known_classes is None:
-        return F.kl_div(F.log_softmax(own, 1), F.log_softmax(log_p, 1), reduction="batchmean", log_target=True)
-    # By views: an index tensor would be sent to the device at every step.
-    known = [slice(label, label + 1) for label in known_classes]
-    log_p = F.log_softmax(torch.cat([log_p[:, at] for at in known], dim=1), dim=1)
+        return F.kl_div(F.log_softmax(own, 1), F.log_softmax(taught, 1), reduction="batchmean", log_target=True)
     if not conditional:
         own = F.log_softmax(own, dim=1)
-    own = torch.cat([own[:, at] for at in known], dim=1)
+    # By views: an index tensor would be sent to the device at every step.
+    own, taught = (torch.stack([z[:, label] for label in known_classes], dim=1) for z in (own, taught))
     log_q = F.log_softmax(own, dim=1) if conditional else own
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return F.kl_div(log_q, F.log_softmax(taught, dim=1), reduction="batchmean", log_target=True)
 
 
 def _norm(values: Tensor, per_image: bool) -> Tensor:

@@ -5,7 +5,7 @@ Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation. CVPR 2
 
 from torch import Tensor
 
-from kdbench.losses.checks import full, labelled_logits, logits_shape
+from kdbench.losses.checks import full, labelled_logits, logits_shape, shape
 from kdbench.losses.dkd import dkd
 from kdbench.losses.kd import kd
 
@@ -24,7 +24,12 @@ def standardized(logits: Tensor, eps: float = 1e-7) -> Tensor:
 
     Returns:
         [N, K]; zeros where all logits of an image are equal.
+
+    Raises:
+        ValueError: They are not [N, K] with K ≥ 2: one class has no deviation.
     """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"standardized logits need at least two classes, [N, K]: {shape(logits)}")
     logits = full(logits)
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + eps)
 
@@ -55,8 +60,6 @@ def standardized_kd(
         ValueError: The shapes are not the same [N, K] with K ≥ 2, or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "standardized_kd")
-    if student_logits.shape[1] < 2:
-        raise ValueError("standardized_kd needs logits of at least two classes")
     return kd(standardized(student_logits), standardized(teacher_logits), temperature, scale)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape
+from kdbench.losses.checks import full, logits_shape, positive
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import divergences
@@ -33,12 +33,16 @@ def kd_at_temperatures(
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        temperatures: Above 0.
+        temperatures: Above 0, at least one.
         standardize: Whether logits are standardized first (LSKD).
 
     Returns:
         Scalar, at least 0.
+
+    Raises:
+        ValueError: The shapes are not the same [N, K], or there is no temperature or one that is not positive.
     """
+    _check(temperatures)
     if standardize:
         student_logits, teacher_logits = standardized(student_logits), standardized(teacher_logits)
     values = [kd(student_logits, teacher_logits, temperature) for temperature in temperatures]
@@ -68,7 +72,7 @@ def multi_level(
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        temperatures: Above 0.
+        temperatures: Above 0, at least one.
         form: Which of the two forms.
         standardize: Whether the logits of the first part are standardized first (LSKD).
 
@@ -76,9 +80,11 @@ def multi_level(
         Scalar, at least 0.
 
     Raises:
-        ValueError: The shapes are not the same [N, K], or there is no such form.
+        ValueError: The shapes are not the same [N, K], there is no such form, no temperature, or one that is not
+            positive.
     """
     logits_shape(student_logits, teacher_logits, "multi_level")
+    _check(temperatures)
     if form not in ("code", "described"):
         raise ValueError(f"form is 'code' or 'described', not {form!r}")
     student, teacher = full(student_logits), full(teacher_logits.detach())
@@ -94,6 +100,13 @@ def multi_level(
         total = total + temperature**2 * (divergence * images).mean()
         total = total + (of_images * images).sum() / len(ours) + (of_classes * classes).sum() / len(ours.T)
     return total
+
+
+def _check(temperatures: tuple[float, ...]) -> None:
+    if not temperatures:
+        raise ValueError("it takes at least one temperature")
+    for temperature in temperatures:
+        positive(temperature)
 
 
 def _at_most_the_median(confidence: Tensor, form: Form) -> Tensor:

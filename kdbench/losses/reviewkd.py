@@ -21,8 +21,8 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     L = \frac{\sum_l 2^{-l} \operatorname{mean} (P_l S - P_l T)^2}{\sum_l 2^{-l}}
     $$
 
-    P_0 is the map itself. Levels that are not smaller than the map are left out, and those that remain keep the weights
-    1, 1/2, 1/4, … in their order.
+    P_0 is the map itself. Levels that are not smaller than the map's shorter side are left out, and those that remain
+    keep the weights 1, 1/2, 1/4, … in their order.
 
     Args:
         student: Feature map, [N, C, H, W].
@@ -38,7 +38,7 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     if student.ndim != 4:
         raise ValueError(f"hierarchical_context needs maps [N, C, H, W], not {shape(student)}")
     difference = full(student) - full(teacher.detach())
-    levels = [level for level in LEVELS if level < student.shape[2]]
+    levels = [level for level in LEVELS if level < min(student.shape[2:])]
     # Pooling is linear, so that the pool of the difference is the difference of the pools.
     errors = [difference, *(F.adaptive_avg_pool2d(difference, level) for level in levels)]
     weights = [0.5**i for i in range(len(errors))]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, positive, shape
+from kdbench.losses.checks import full, labelled_logits, positive, shape
 from kdbench.losses.dkd import decoupled
 from kdbench.losses.kl import divergences
 from kdbench.losses.nkd import nkd_of_images
@@ -48,20 +48,20 @@ def scale_decoupled(
         Scalar.
 
     Raises:
-        ValueError: The shapes do not match, T is not positive, or there is no such host.
+        ValueError: The shapes do not match, there is one class only, the labels are no indices, T is not positive, or
+            there is no such host.
     """
-    n = len(labels)
-    if student_logits.ndim != 3 or student_logits.shape != teacher_logits.shape or len(student_logits) != n or n == 0:
+    if student_logits.ndim != 3 or student_logits.shape != teacher_logits.shape or labels.ndim != 1:
         raise ValueError(
             f"scale_decoupled needs logits of regions, [N, R, K], and labels [N]: student {shape(student_logits)}, "
             f"teacher {shape(teacher_logits)}, labels {shape(labels)}"
         )
     positive(temperature)
-    regions = student_logits.shape[1]
+    own, taught = (full(logits).flatten(0, 1) for logits in (student_logits, teacher_logits.detach()))
+    of_regions = labels.repeat_interleave(student_logits.shape[1])
+    labelled_logits(own, taught, of_regions, "scale_decoupled")
     right = teacher_logits.argmax(dim=2) == labels.unsqueeze(1)
     weights = 1 + (right != right[:, :1]).to(torch.float32).flatten()
-    own, taught = (full(logits).flatten(0, 1) for logits in (student_logits, teacher_logits.detach()))
-    of_regions = labels.repeat_interleave(regions)
     if host == "nkd":
         values = nkd_of_images(own, taught, of_regions, beta, temperature)
     elif host == "dkd":

@@ -5,7 +5,7 @@ Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distill
 
 from torch import Tensor, nn
 
-from kdbench.losses.checks import full, positive, same_shape
+from kdbench.losses.checks import at_least_one, full, same_shape
 
 
 def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Tensor:
@@ -18,16 +18,16 @@ def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Te
     Args:
         student: u, [N, D].
         teacher: v, [N, D].
-        exponent: α, above 0.
+        exponent: α, at least 1: below, the gradient of equal elements would be no number.
 
     Returns:
         Scalar, larger by log(N D) than the logarithm of the mean; -∞, without a gradient, where all elements are equal.
 
     Raises:
-        ValueError: The shapes differ, or α is not positive.
+        ValueError: The shapes differ, or α is below 1.
     """
     same_shape(student, teacher, "log_power_sum")
-    positive(exponent, "exponent")
+    at_least_one(exponent, "exponent")
     return (full(student) - full(teacher.detach())).abs().pow(exponent).sum().log()
 
 
@@ -41,8 +41,11 @@ class SimpleRecipe(nn.Module):
     Args:
         student_shape: (D,): the pooled feature.
         teacher_shape: (D',).
-        exponent: α, above 0.
+        exponent: α, at least 1.
         eps: Of the batch norms.
+
+    Raises:
+        ValueError: A feature is no vector, or α is below 1.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class SimpleRecipe(nn.Module):
         super().__init__()
         if len(student_shape) != 1 or len(teacher_shape) != 1:
             raise ValueError(f"it takes vectors (D,), not {student_shape} and {teacher_shape}")
+        at_least_one(exponent, "exponent")
         self.projector = nn.Linear(student_shape[0], teacher_shape[0])
         self.student_norm, self.teacher_norm = (
             nn.BatchNorm1d(teacher_shape[0], eps=eps, affine=False) for _ in range(2)

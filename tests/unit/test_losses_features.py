@@ -10,6 +10,7 @@ this project.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -172,8 +173,15 @@ class TestSimpleRecipe:
     def test_what_does_not_fit(self) -> None:
         with pytest.raises(ValueError, match="takes vectors"):
             losses.SimpleRecipe((3, 4, 4), (4, 4, 4))
-        with pytest.raises(ValueError, match="exponent must be positive"):
-            losses.log_power_sum(torch.ones(2, 2), torch.zeros(2, 2), 0.0)
+        for call in (partial(losses.log_power_sum, *maps()), partial(losses.SimpleRecipe, (3,), (4,))):
+            with pytest.raises(ValueError, match="exponent must be at least 1"):
+                call(exponent=0.5)
+
+    def test_equal_elements_have_a_finite_gradient(self) -> None:
+        """Of the lowest exponent too: the slope is the sign of a difference over the sum, 0 where they are equal."""
+        student = torch.tensor([[0.0, 1.0, 3.0]], requires_grad=True)
+        losses.log_power_sum(student, torch.tensor([[0.0, 2.0, 2.0]]), 1.0).backward()
+        assert student.grad is not None and student.grad.tolist() == [[0.0, -0.5, 0.5]]
 
 
 def leading(feature: Tensor, k: int) -> tuple[Tensor, Tensor]:

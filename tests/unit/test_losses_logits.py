@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from tensors import LABELS, logits, rand
+from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
@@ -55,6 +58,20 @@ class TestLogitStandardization:
     def test_one_class_has_no_deviation(self) -> None:
         with pytest.raises(ValueError, match="two classes"):
             losses.standardized_kd(torch.ones(2, 1), torch.ones(2, 1))
+        with pytest.raises(ValueError, match="two classes"):
+            losses.standardized(torch.ones(5))
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            partial(losses.kd_at_temperatures, standardize=True),
+            partial(losses.multi_level, standardize=True),
+            lambda s, t: losses.CurriculumTemperature((1,), (1,), standardize=True)(s, t, torch.ones(())),
+        ],
+    )
+    def test_one_class_has_none_in_the_losses_that_standardize_either(self, loss: Callable[..., Tensor]) -> None:
+        with pytest.raises(ValueError, match="two classes"):
+            loss(torch.ones(2, 1), torch.ones(2, 1))
 
 
 class TestNKD:

@@ -375,6 +375,14 @@ class TestHierarchicalContext:
         value = losses.hierarchical_context(student, teacher).item()
         assert value == pytest.approx(total / sum(weights), rel=1e-12)
 
+    def test_a_narrow_map_is_not_pooled_to_more_columns_than_it_has(self) -> None:
+        """Below 8 × 2 pixels there is 1 × 1 alone, the mean."""
+        student, teacher = rand(3, 2, 8, 2, seed=1), rand(3, 2, 8, 2, seed=2)
+        gap = student - teacher
+        expected = (gap.square().mean() + gap.mean((2, 3)).square().mean() / 2) / 1.5
+        for own, taught in ((student, teacher), (student.mT, teacher.mT)):
+            assert losses.hierarchical_context(own, taught).item() == pytest.approx(expected.item(), rel=1e-12)
+
     def test_shapes_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="equal shapes"):
             losses.hierarchical_context(rand(2, 3, 4, 4, seed=1), rand(2, 6, 4, 4, seed=2))

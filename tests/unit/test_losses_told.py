@@ -181,6 +181,13 @@ class TestSDD:
         student, teacher = self.regions()
         with pytest.raises(ValueError, match="logits of regions"):
             losses.scale_decoupled(student, teacher[:, :2], LABELS)
+        soft = F.one_hot(LABELS, 5).double()
+        for labels in (LABELS[:5], LABELS.double(), soft, soft[:, 0]):
+            with pytest.raises(ValueError, match="scale_decoupled needs logits"):
+                losses.scale_decoupled(student, teacher, labels)
+        for host in ("kd", "dkd", "nkd"):
+            with pytest.raises(ValueError, match="at least two classes"):
+                losses.scale_decoupled(student[:, :, :1], teacher[:, :, :1], 0 * LABELS, host)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="'kd', 'dkd' or 'nkd'"):
             losses.scale_decoupled(student, teacher, LABELS, "at")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="first of the scales"):
@@ -221,6 +228,8 @@ class TestCATKD:
             losses.cat_kd(rand(2, 3, 4, 4, seed=1), rand(2, 3, 4, 4, seed=2), nn.Identity(), nn.Identity())
         with pytest.raises(ValueError, match="equal shapes"):
             losses.class_attention(rand(2, 3, 4, 4, seed=1), rand(2, 4, 4, 4, seed=2))
+        with pytest.raises(ValueError, match="resolution must be at least 1"):
+            losses.class_attention(rand(2, 3, 4, 4, seed=1), rand(2, 3, 4, 4, seed=2), resolution=0)
 
 
 class TestMLKD:
@@ -267,6 +276,12 @@ class TestMLKD:
     def test_a_form_that_there_is_not(self) -> None:
         with pytest.raises(ValueError, match="'code' or 'described'"):
             losses.multi_level(*logits(), form="paper")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("loss", [losses.multi_level, losses.kd_at_temperatures])
+    def test_temperatures_out_of_range(self, loss: Any) -> None:
+        for temperatures, message in (((), "at least one"), ((2.0, 0.0), "positive"), ((-2.0,), "positive")):
+            with pytest.raises(ValueError, match=message):
+                loss(*logits(), temperatures)
 
 
 class TestSemCKD:
@@ -438,3 +453,5 @@ class TestBYOT:
     def test_what_does_not_fit(self) -> None:
         with pytest.raises(ValueError, match="two maps or more"):
             losses.BeYourOwnTeacher(((3, 4, 4), (5,), (4,)))
+        with pytest.raises(ValueError, match="alpha must lie in"):
+            losses.BeYourOwnTeacher(self.SHAPES, alpha=1.5)

@@ -51,6 +51,8 @@ def test_kd_over_classes_in_closed_form() -> None:
         whole = kd_over_classes(a, b, None, 2.0, conditional)
         assert whole.item() == pytest.approx(kd(a, b, 2.0, scale=False).item(), rel=1e-9)
         assert kd_over_classes(a, b, [0, 1, 2, 3], 2.0, conditional).item() == pytest.approx(whole.item(), rel=1e-9)
+        with pytest.raises(IndexError):
+            kd_over_classes(a, b, [1, 4], 2.0, conditional)
         a.requires_grad_()
         assert torch.autograd.gradcheck(lambda v, c=conditional: kd_over_classes(v, b, [1, 3], 2.0, c), [a])
 
