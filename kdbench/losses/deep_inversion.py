@@ -14,7 +14,7 @@ minimizes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from functools import reduce
 from types import TracebackType
 from typing import Any, Literal
 
@@ -55,8 +55,7 @@ def batch_norm_distance(inputs: Tensor, mean: Tensor, variance: Tensor) -> Tenso
         )
     inputs = full(inputs)
     own_variance, own_mean = torch.var_mean(inputs, dim=[0, *range(2, inputs.ndim)], correction=0)
-    off = torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_variance - variance)
-    return off
+    return torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_variance - variance)
 
 
 class BatchNormInputs:
@@ -105,10 +104,7 @@ class BatchNormInputs:
         found, self._found = self._found, []
         if not found:
             raise ValueError("the network did not run since distances were last asked for")
-        total = found[0] * first
-        for value in found[1:]:
-            total = total + value
-        return total
+        return reduce(torch.add, found[1:], found[0] * first)
 
     def _look(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
@@ -145,7 +141,7 @@ def total_variation(images: Tensor, per_image: bool = False) -> Tensor:
         x[..., 1:, 1:] - x[..., :-1, :-1],
         x[..., 1:, :-1] - x[..., :-1, 1:],
     )
-    return _sum_of(_norm(difference, per_image) for difference in maps)
+    return reduce(torch.add, (_norm(difference, per_image) for difference in maps))
 
 
 def l2_norm(images: Tensor, per_image: bool = False) -> Tensor:
@@ -292,10 +288,3 @@ def _norm(values: Tensor, per_image: bool) -> Tensor:
     if per_image:
         return torch.linalg.vector_norm(values.flatten(1), dim=1).mean()
     return torch.linalg.vector_norm(values)
-
-
-def _sum_of(values: Iterable[Tensor]) -> Tensor:
-    first, *rest = values
-    for value in rest:
-        first = first + value
-    return first

@@ -4,9 +4,9 @@ Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network. arXiv 1503.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, positive
+from kdbench.losses.checks import logits_shape
+from kdbench.losses.kl import kl_divergence
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, scale: bool = True) -> Tensor:
@@ -35,8 +35,4 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0,
         ValueError: The shapes are not the same [N, K], or T is not positive.
     """
     logits_shape(student_logits, teacher_logits, "kd")
-    positive(temperature)
-    log_student = F.log_softmax(full(student_logits) / temperature, dim=1)
-    log_teacher = F.log_softmax(full(teacher_logits.detach()) / temperature, dim=1)
-    value = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    return value * temperature**2 if scale else value
+    return kl_divergence(student_logits, teacher_logits.detach(), temperature, scale)

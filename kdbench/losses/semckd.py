@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kdbench.losses.checks import full
 from kdbench.losses.features import inner_products, maps_of_one_size
+from kdbench.losses.simkd import with_norm
 
 Shape = tuple[int, ...]
 
@@ -97,11 +98,7 @@ class SemanticCalibration(nn.Module):
 def _projection(student: int, teacher: int) -> nn.Sequential:
     middle = 2 * teacher
     return nn.Sequential(
-        nn.Conv2d(student, middle, 1, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.ReLU(),
-        nn.Conv2d(middle, middle, 3, padding=1, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.ReLU(),
+        *with_norm(nn.Conv2d(student, middle, 1, bias=False)),
+        *with_norm(nn.Conv2d(middle, middle, 3, padding=1, bias=False)),
         nn.Conv2d(middle, teacher, 1, bias=False),
     )

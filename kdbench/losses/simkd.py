@@ -34,9 +34,9 @@ class Projector(nn.Module):
         middle = outputs // factor
         self.size = (min(student_shape[1], teacher_shape[1]), min(student_shape[2], teacher_shape[2]))
         self.layers = nn.Sequential(
-            *_layer(nn.Conv2d(inputs, middle, 1, bias=False)),
-            *_layer(nn.Conv2d(middle, middle, 3, padding=1, bias=False)),
-            *_layer(nn.Conv2d(middle, outputs, 1, bias=False)),
+            *with_norm(nn.Conv2d(inputs, middle, 1, bias=False)),
+            *with_norm(nn.Conv2d(middle, middle, 3, padding=1, bias=False)),
+            *with_norm(nn.Conv2d(middle, outputs, 1, bias=False)),
         )
 
     def forward(self, student: Tensor) -> Tensor:
@@ -82,5 +82,6 @@ def reused_head(projector: nn.Module, teacher_classifier: nn.Module) -> nn.Seque
     return nn.Sequential(projector, nn.AdaptiveAvgPool2d(1), nn.Flatten(), teacher_classifier)
 
 
-def _layer(convolution: nn.Conv2d) -> list[nn.Module]:
+def with_norm(convolution: nn.Conv2d) -> list[nn.Module]:
+    """A convolution, batch norm and ReLU."""
     return [convolution, nn.BatchNorm2d(convolution.out_channels), nn.ReLU()]

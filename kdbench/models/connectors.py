@@ -74,24 +74,21 @@ def conv(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
         teacher_shape: (C', H', W') with H' ≤ H and W' ≤ W, or (C',).
     """
     _check_kinds(student_shape, teacher_shape)
-    if len(student_shape) == 1:
-        return nn.Linear(student_shape[0], teacher_shape[0], bias=True)
     return _valid(student_shape, teacher_shape)
 
 
 def _resizing(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
-    inputs, outputs = student_shape[0], teacher_shape[0]
-    if len(student_shape) == 1:
-        return nn.Linear(inputs, outputs, bias=True)
-    (height, width), target = student_shape[1:], teacher_shape[1:]
-    if (height, width) == (2 * target[0], 2 * target[1]):
+    (inputs, *size), (outputs, *target) = student_shape, teacher_shape
+    if size and size == [2 * side for side in target]:
         return nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1)
-    if (2 * height, 2 * width) == target:
+    if size and target == [2 * side for side in size]:
         return nn.ConvTranspose2d(inputs, outputs, kernel_size=4, stride=2, padding=1)
     return _valid(student_shape, teacher_shape)
 
 
 def _valid(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
+    if len(student_shape) == 1:
+        return nn.Linear(student_shape[0], teacher_shape[0])
     kernel = (1 + student_shape[1] - teacher_shape[1], 1 + student_shape[2] - teacher_shape[2])
     if min(kernel) < 1:
         hint = "choose a shallower hook point of the student or a deeper one of the teacher"

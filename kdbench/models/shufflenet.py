@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kdbench.errors import UserError
 from kdbench.models.arguments import check_sizes
+from kdbench.models.mobilenetv1 import conv_bn_relu
 
 _BLOCKS = (4, 8, 4)
 _STEM = 24
@@ -125,9 +126,7 @@ class ShuffleNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(_STEM)
         self.relu = nn.ReLU()
         self.layer1, self.layer2, self.layer3 = layers
-        self.conv2 = nn.Sequential()
-        if features is not None:
-            self.conv2 = nn.Sequential(nn.Conv2d(outputs, features, 1, bias=False), nn.BatchNorm2d(features), nn.ReLU())
+        self.conv2 = conv_bn_relu(outputs, features, 1) if features else nn.Sequential()
         self.linear = nn.Linear(features or outputs, classes)
 
     def forward(self, images: Tensor) -> Tensor:
