@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
+from kdbench.registry import Registry
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -216,6 +217,12 @@ def test_a_module_takes_half_precision(
         torch.manual_seed(1)  # of a loss that draws
         found.append(call(module, *given))
     assert found[0].dtype == torch.float32 and found[0].isfinite() and torch.equal(*found)
+
+
+def test_every_card_of_a_loss_names_what_the_package_exports() -> None:
+    registry = Registry()
+    targets = {registry.card("losses", name).target for name in registry.trees["losses"]}
+    assert {target.partition(":")[2] for target in targets} <= {*losses.__all__}
 
 
 def test_the_modules_above_are_all_that_are_losses() -> None:
