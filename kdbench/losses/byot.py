@@ -54,7 +54,7 @@ class BeYourOwnTeacher(nn.Module):
         self.adapters = nn.ModuleList(nn.Linear(pooled[0], pooled[0]) for _ in before[:-1])
 
     def forward(self, student: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """The loss of features [N, ...] of the shapes that it was built with; labels are class indices [N]."""
+        """The loss of features [N, ...] of the shapes that it was built with; labels are class indices [N]. Scalar."""
         *maps, _, pooled, logits = student
         soft = F.softmax(full(logits.detach()) / self.temperature, dim=1)
         total = torch.zeros((), device=logits.device)

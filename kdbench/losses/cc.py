@@ -54,6 +54,9 @@ class NeighbourCongruence(nn.Module):
         student_shape: Of one sample, without the batch; flattened.
         teacher_shape: Of one sample.
         dim: Width of the embeddings.
+
+    Raises:
+        ValueError: It is below 1.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, dim: int = 128) -> None:
@@ -63,7 +66,7 @@ class NeighbourCongruence(nn.Module):
         self.teacher = nn.Linear(math.prod(teacher_shape), dim)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of features [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
+        """The loss of features [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter. Scalar."""
         own, taught = (full(feature).flatten(1) for feature in (student, teacher.detach()))
         return neighbour_congruence(self.student(own), self.teacher(taught))
 

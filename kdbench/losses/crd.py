@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, shape
+from kdbench.losses.checks import at_least_one, full, positive, shape, share
 from kdbench.losses.features import inner_products
 
 # Numbers that are drawn at once.
@@ -62,11 +62,14 @@ class ContrastiveRepresentation(nn.Module):
     Args:
         student_shape: Of one sample, flattened.
         teacher_shape: Of one sample, flattened.
-        samples: Size of the training set, and of each bank.
-        dim: Width of the embeddings.
+        samples: Size of the training set, and of each bank, at least 2.
+        dim: Width of the embeddings, at least 1.
         temperature: τ, above 0.
         momentum: Share of the old entry that a bank keeps, from 0 to 1.
         eps: ε of `noise_contrastive`.
+
+    Raises:
+        ValueError: An option is out of range, or there is one sample only.
     """
 
     student_bank: Tensor
@@ -85,11 +88,10 @@ class ContrastiveRepresentation(nn.Module):
         eps: float = 1e-7,
     ) -> None:
         super().__init__()
-        if not temperature > 0 or not 0 <= momentum <= 1 or samples < 2 or dim < 1:
-            raise ValueError(
-                "CRD needs a positive temperature, a momentum from 0 to 1, and at least two samples: "
-                f"{temperature}, {momentum}, {samples}"
-            )
+        positive(temperature)
+        share(momentum, "momentum")
+        at_least_one(dim, "dim")
+        at_least_one(samples - 1, "samples besides an image's own")
         self.student = nn.Linear(math.prod(student_shape), dim)
         self.teacher = nn.Linear(math.prod(teacher_shape), dim)
         self.temperature, self.momentum, self.eps = temperature, momentum, eps

@@ -38,6 +38,9 @@ class CurriculumTemperature(nn.Module):
         least: T₀, above 0.
         span: T₁, at least 0.
         standardize: Whether logits are standardized first (LSKD).
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     def __init__(
@@ -62,7 +65,15 @@ class CurriculumTemperature(nn.Module):
         """The loss of logits [N, K].
 
         Args:
+            student_logits: [N, K].
+            teacher_logits: [N, K]; they get no gradient.
             epoch: Whole epochs done, from 0, [].
+
+        Returns:
+            Scalar, at least 0.
+
+        Raises:
+            ValueError: The shapes are not the same [N, K], with K ≥ 2 if they are standardized.
         """
         if self.standardize:
             student_logits, teacher_logits = standardized(student_logits), standardized(teacher_logits)

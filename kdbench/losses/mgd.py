@@ -6,6 +6,7 @@ Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation. ECCV 2022, arXi
 import torch
 from torch import Tensor, nn
 
+from kdbench.losses.checks import share
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -25,14 +26,16 @@ class MaskedGeneration(nn.Module):
         student_shape: (C, H, W).
         teacher_shape: (C', H', W').
         masked: λ, from 0 to 1.
+
+    Raises:
+        ValueError: A feature is no map, or λ is out of range.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, masked: float = 0.15) -> None:
         super().__init__()
         if len(student_shape) != 3 or len(teacher_shape) != 3:
             raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
-        if not 0 <= masked <= 1:
-            raise ValueError(f"masked is a share, not {masked}")
+        share(masked, "masked")
         own, channels = student_shape[0], teacher_shape[0]
         self.masked = masked
         self.align = nn.Identity() if own == channels else nn.Conv2d(own, channels, 1)
@@ -41,7 +44,7 @@ class MaskedGeneration(nn.Module):
         )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
+        """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter. Scalar, ≥ 0."""
         student, teacher = maps_of_one_size(student, teacher.detach(), "masked_generation")
         aligned = self.align(student)
         kept = torch.rand(*aligned.shape[:2], 1, 1, device=aligned.device) >= self.masked

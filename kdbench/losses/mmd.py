@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdbench.losses.checks import full, positive, shape
+from kdbench.losses.checks import at_least_one, full, positive, shape
 
 
 def mmd(
@@ -48,8 +48,9 @@ def mmd(
     if student.shape[1:] != other.shape[1:] or student.ndim < 2 or not len(student) or not len(other):
         raise ValueError(f"mmd needs two batches [N, …] of one shape: {shape(student)} and {shape(other)}")
     positive(factor, "factor")
-    if kernels < 1 or reduction not in ("sum", "mean"):
-        raise ValueError(f"mmd cannot have kernels {kernels}, reduction {reduction!r}")
+    at_least_one(kernels, "kernels")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction is 'sum' or 'mean', not {reduction!r}")
     n = len(student)
     both = torch.cat([full(student).flatten(1), full(other).flatten(1)])
     # Differences, not ‖a‖² + ‖b‖² - 2ab: that loses the small distances, which the narrow kernels are about.

@@ -48,6 +48,9 @@ class PrimeAware(nn.Module):
         student_shape: (D,): the pooled feature, behind a connector where the widths differ.
         teacher_shape: (D,).
         eps: ε.
+
+    Raises:
+        ValueError: They are not vectors of one width.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, eps: float = 1e-6) -> None:
@@ -59,5 +62,5 @@ class PrimeAware(nn.Module):
         self.eps = eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of features [N, D]; no gradient reaches the teacher's."""
+        """The loss of features [N, D]; no gradient reaches the teacher's. Scalar."""
         return adaptive_mse(student, teacher, self.head(full(student)), self.eps)

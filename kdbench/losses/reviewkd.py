@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, same_shape, shape
+from kdbench.losses.checks import at_least_one, full, same_shape, shape
 
 Shape = tuple[int, ...]
 # Levels of the pyramid below the map itself.
@@ -100,6 +100,9 @@ class KnowledgeReview(nn.Module):
         student_shapes: (C, H, W) or (C,) of each layer, from shallow to deep.
         teacher_shapes: (C', H', W') or (C',) of as many.
         widest: Most channels of the residual; it has those of the student's deepest layer, if these are fewer.
+
+    Raises:
+        ValueError: There are not as many layers of both, one is neither map nor vector, or `widest` is below 1.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class KnowledgeReview(nn.Module):
             raise ValueError(
                 f"a review needs as many layers of both networks: {len(student_shapes)} and {len(teacher_shapes)}"
             )
+        at_least_one(widest, "widest")
         own, taught = ([_as_map(one) for one in shapes] for shapes in (student_shapes, teacher_shapes))
         middle = min(widest, own[-1][0])
         self.layers = nn.ModuleList(

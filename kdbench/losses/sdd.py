@@ -113,6 +113,9 @@ def sdd(
 
     Returns:
         Scalar.
+
+    Raises:
+        ValueError: The scales are others; or as of `scale_decoupled`.
     """
     if not scales or scales[0] != 1 or not {*scales} <= {1, 2, 4}:
         raise ValueError(f"the first of the scales is 1, the others 2 or 4, not {scales}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full
+from kdbench.losses.checks import at_least_one, full, positive
 from kdbench.losses.features import inner_products, maps_of_one_size
 from kdbench.losses.simkd import with_norm
 
@@ -35,7 +35,10 @@ class SemanticCalibration(nn.Module):
         batch_size: Size of the largest batch, which is the width of q's and k's inputs. A smaller batch is padded with
             zeros.
         soft: τ, above 0.
-        factor: By how much q and k are narrower than the batch.
+        factor: By how much q and k are narrower than the batch, at least 1.
+
+    Raises:
+        ValueError: The layers are not maps, or an option is out of range.
     """
 
     def __init__(
@@ -50,8 +53,9 @@ class SemanticCalibration(nn.Module):
         super().__init__()
         if not student_shapes or not teacher_shapes or {len(s) for s in (*student_shapes, *teacher_shapes)} != {3}:
             raise ValueError(f"it takes lists of maps (C, H, W), not {student_shapes} and {teacher_shapes}")
-        if not soft > 0 or factor < 1 or batch_size < 1:
-            raise ValueError(f"soft is above 0, factor and batch size are at least 1: {soft}, {factor}, {batch_size}")
+        positive(soft, "soft")
+        at_least_one(factor, "factor")
+        at_least_one(batch_size, "batch_size")
         self.batch_size, self.soft = batch_size, soft
         width = max(1, batch_size // factor)
         self.queries, self.keys = (

@@ -22,6 +22,9 @@ class Projector(nn.Module):
         student_shape: (C, H, W).
         teacher_shape: (C', H', W').
         factor: By how much the bottleneck is narrower than the teacher's map.
+
+    Raises:
+        ValueError: A feature is no map, or the factor is not between 1 and C'.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, factor: int = 2) -> None:

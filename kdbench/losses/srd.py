@@ -67,6 +67,6 @@ class SimpleRecipe(nn.Module):
         self.exponent = exponent
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of features [N, D] and [N, D']; no gradient reaches the latter."""
+        """The loss of features [N, D] and [N, D']; no gradient reaches the latter. Scalar."""
         own = self.student_norm(full(self.projector(full(student))))
         return log_power_sum(own, self.teacher_norm(full(teacher.detach())), self.exponent)

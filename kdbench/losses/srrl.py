@@ -26,6 +26,9 @@ class SoftmaxRegression(nn.Module):
         student_shape: (C, H, W), or (D,).
         teacher_shape: (C',), the pooled feature that its classifier reads.
         beta: β, weight of the classifier's part.
+
+    Raises:
+        ValueError: The student's feature is neither a map nor a vector, or the teacher's is no vector.
     """
 
     def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, beta: float = 1.0) -> None:
@@ -42,10 +45,15 @@ class SoftmaxRegression(nn.Module):
         self.beta = beta
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_classifier: nn.Module) -> Tensor:
-        """The loss of features [N, *student_shape] and [N, C'].
+        """The loss of features [N, *student_shape] and [N, C']; no gradient reaches the latter.
 
         Args:
-            teacher_classifier: From [N, C'] to logits.
+            student: V F_S is made of it.
+            teacher: f_T.
+            teacher_classifier: From [N, C'] to logits, in float32.
+
+        Returns:
+            Scalar, at least 0.
         """
         student, teacher = full(student), full(teacher.detach())
         adapted = self.connector(student if student.ndim == 4 else student[:, :, None, None]).mean(dim=(2, 3))

@@ -163,7 +163,11 @@ def teacher_head(teacher_shape: tuple[int, ...]) -> nn.Module:
 
 
 def turned_similarities(feature: Tensor) -> Tensor:
-    """Cosine of every turned image's feature with every upright one's, [3 N, N], of features [4 N, D]."""
+    """Cosine of every turned image's feature with every upright one's, [3 N, N], of features [4 N, D].
+
+    Raises:
+        ValueError: They are not.
+    """
     if feature.ndim != 2:
         raise ValueError(f"it takes vectors [4 N, D], not {shape(feature)}")
     _in_fours(feature)

@@ -63,6 +63,9 @@ class VariationalInformation(nn.Module):
         eps: ε, the least variance.
         learned: Whether the variances are parameters. False keeps them as they are; the loss is then a mean squared
             error divided by 2 σ², but for a constant.
+
+    Raises:
+        ValueError: A feature is no map, or the first variance is not above ε.
     """
 
     def __init__(
@@ -101,6 +104,6 @@ class VariationalInformation(nn.Module):
         return F.softplus(full(self.before_softplus)) + self.eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter."""
+        """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter. Scalar."""
         student, teacher = maps_of_one_size(student, teacher, "variational_information")
         return gaussian_nll(self.regressor(student), teacher, self.variance)

@@ -110,7 +110,7 @@ class TestMaskedGeneration:
     def test_shapes_and_options_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match="takes maps"):
             losses.MaskedGeneration((3,), (5,))
-        with pytest.raises(ValueError, match="share"):
+        with pytest.raises(ValueError, match=r"masked must lie in \[0, 1\]"):
             losses.MaskedGeneration((3, 4, 4), (5, 4, 4), masked=1.5)
 
 

@@ -227,9 +227,14 @@ class TestCRD:
         for index, negatives in ((self.INDEX[:2], self.NEGATIVES), (self.INDEX, self.NEGATIVES[:2])):
             with pytest.raises(ValueError, match="index \\[N\\] and negatives"):
                 self.module()(student, teacher, index, negatives)
-        for options in ({"temperature": 0.0}, {"momentum": 1.5}):
-            with pytest.raises(ValueError, match="positive temperature"):
-                self.module(**options)
+        for options, message in (
+            ({"temperature": 0.0}, "temperature must be positive"),
+            ({"momentum": 1.5}, "momentum must lie in"),
+            ({"dim": 0}, "dim must be at least 1"),
+            ({"samples": 1}, "own must be at least 1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                losses.ContrastiveRepresentation((3,), (6,), **{"samples": 9, **options})
 
 
 class TestDrawNegatives:
@@ -453,3 +458,5 @@ class TestKnowledgeReview:
             losses.KnowledgeReview(self.OWN, self.TAUGHT[:2])
         with pytest.raises(ValueError, match="maps .* and vectors"):
             losses.KnowledgeReview([(3, 8)], [(3, 8)])
+        with pytest.raises(ValueError, match="widest must be at least 1"):
+            self.module(widest=0)

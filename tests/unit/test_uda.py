@@ -98,8 +98,14 @@ def test_mmd_takes_maps_half_precision_and_refuses_what_does_not_fit() -> None:
     x, y = features(4, 8, 7).float(), features(4, 8, 8).float()
     assert mmd(x.view(4, 2, 2, 2), y.view(4, 2, 2, 2)).item() == pytest.approx(mmd(x, y).item())
     assert mmd(x.bfloat16(), y.bfloat16()).dtype == torch.float32
-    for a, b, options in ((x, y[:, :4], {}), (x[:0], y, {}), (x, y, {"kernels": 0}), (x, y, {"reduction": "total"})):
-        with pytest.raises(ValueError, match="mmd"):
+    for a, b, options in (
+        (x, y[:, :4], {}),
+        (x[:0], y, {}),
+        (x, y, {"kernels": 0}),
+        (x, y, {"reduction": "total"}),
+        (x, y, {"factor": 0.0}),
+    ):
+        with pytest.raises(ValueError, match="mmd|kernels|reduction|factor"):
             mmd(a, b, **options)  # type: ignore[arg-type]
 
 
