@@ -47,6 +47,9 @@ def timm_model(
     Args:
         name: as in `timm.list_models()`.
         options: of timm's model, numbers and switches, such as drop_path_rate.
+
+    Raises:
+        UserError: timm is not installed, has no such model or option, or cannot build it for such images.
     """
     timm = _library("timm")
     if not timm.is_model(name):
@@ -78,6 +81,9 @@ def torchvision_model(name: str, *, classes: int, channels: int = 3, image_size:
 
     Args:
         name: as in `torchvision.models.list_models(module=torchvision.models)`.
+
+    Raises:
+        UserError: torchvision is not installed, has no such model, or cannot build it for such images.
     """
     models = _library("torchvision.models")
     known = models.list_models(module=models)
@@ -110,6 +116,9 @@ def small_image_resnet(depth: int, *, classes: int, channels: int = 3, image_siz
 
     Args:
         depth: 18, 34, 50, 101 or 152.
+
+    Raises:
+        UserError: torchvision is not installed, or has no such depth.
     """
     models = _library("torchvision.models")
     builder = f"resnet{depth}"

@@ -76,6 +76,9 @@ def mobilenet_v2(
         expansion: factor on the channels inside a block (not in the first).
         width: factor on the channels of all stages. The last convolution keeps at least 1280.
         image_size: at least 8; up to 16 the last maps are a single pixel.
+
+    Raises:
+        UserError: an option is out of range, or the images are too small.
     """
     check_sizes("MobileNetV2", classes=classes, channels=channels, image_size=image_size, smallest=8)
     if expansion < 1 or int(16 * width) < 1:

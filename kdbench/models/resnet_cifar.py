@@ -52,15 +52,18 @@ class CifarResNet(nn.Module):
     """Images [N, channels, H, W] -> logits [N, classes].
 
     Args:
-        blocks: blocks in each stage.
+        depth: 6n + 2 layers, n blocks in each stage.
         widths: channels of the stem and of the three stages.
         init: how convolutions begin: a factor 2 over the fan-in, or over the fan-out.
         init_linear: whether the classifier begins like the convolutions, else as torch's default.
+
+    Raises:
+        UserError: there is no such depth.
     """
 
     def __init__(
         self,
-        blocks: int,
+        depth: int,
         widths: tuple[int, int, int, int],
         classes: int,
         channels: int,
@@ -69,6 +72,7 @@ class CifarResNet(nn.Module):
         init_linear: bool = False,
     ) -> None:
         super().__init__()
+        blocks = blocks_per_stage("a ResNet", depth, outside=2)
         self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
@@ -97,8 +101,7 @@ def resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32)
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
     """
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
-    blocks = blocks_per_stage("a ResNet", depth, outside=2)
-    return CifarResNet(blocks, (16, 16, 32, 64), classes, channels, _padded_on_both_sides, "fan_in", init_linear=True)
+    return CifarResNet(depth, (16, 16, 32, 64), classes, channels, _padded_on_both_sides, "fan_in", init_linear=True)
 
 
 def bss_resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -111,8 +114,7 @@ def bss_resnet(depth: int, *, classes: int, channels: int = 3, image_size: int =
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
     """
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
-    blocks = blocks_per_stage("a ResNet", depth, outside=2)
-    return CifarResNet(blocks, (16, 16, 32, 64), classes, channels, _padded_at_the_end)
+    return CifarResNet(depth, (16, 16, 32, 64), classes, channels, _padded_at_the_end)
 
 
 def crd_resnet(depth: int, width: int = 1, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -129,9 +131,8 @@ def crd_resnet(depth: int, width: int = 1, *, classes: int, channels: int = 3, i
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
     if width < 1:
         raise UserError(f"a ResNet has a width of at least 1, not {width}")
-    blocks = blocks_per_stage("a ResNet", depth, outside=2)
     widths = (16 if width == 1 else 32, 16 * width, 32 * width, 64 * width)
-    return CifarResNet(blocks, widths, classes, channels, _projected)
+    return CifarResNet(depth, widths, classes, channels, _projected)
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int, shortcut: Shortcut) -> nn.Sequential:

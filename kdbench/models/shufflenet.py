@@ -157,6 +157,9 @@ def shufflenet_v2(width: float = 1.0, *, classes: int, channels: int = 3, image_
     Args:
         width: 0.5, 1, 1.5 or 2.
         image_size: any; the maps have 1/2, 1/4 and 1/8 of it (rounded up).
+
+    Raises:
+        UserError: there is no such width.
     """
     if width not in _WIDTHS_V2:
         raise UserError(f"there is no ShuffleNetV2 of width {width}", hint=f"widths: {', '.join(map(str, _WIDTHS_V2))}")

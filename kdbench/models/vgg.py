@@ -54,6 +54,9 @@ def vgg(depth: int, *, classes: int, channels: int = 3, image_size: int = 32) ->
     Args:
         depth: 8, 11, 13, 16 or 19.
         image_size: at least 8; from 64 on there is a pooling after the fourth block too.
+
+    Raises:
+        UserError: there is no such depth, or the images are too small.
     """
     if depth not in _BLOCKS:
         raise UserError(f"there is no VGG-{depth}", hint=f"depths: {', '.join(map(str, _BLOCKS))}")

@@ -56,12 +56,16 @@ class WideResNet(nn.Module):
 def wide_resnet(depth: int, width: int, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
     """WRN-depth-width as in the papers on distillation: 3×3 blocks in pairs, no dropout.
 
-    Convolutions begin as N(0, √(2 / (k² · out channels))), as in the code of AB (Heo et al., AAAI 2019).
+    Convolutions begin as N(0, √(2 / (k² · out channels))), as in the code of AB (Heo et al., AAAI 2019). The classifier
+    begins as torch's default, with bias 0.
 
     Args:
         depth: 6n + 4 layers, n blocks in each of three stages: 10, 16, 22, 28, 40, …
         width: factor on the 16, 32 and 64 channels of the stages.
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
+
+    Raises:
+        UserError: there is no such depth or width.
     """
     check_sizes("a WRN", classes=classes, channels=channels, image_size=image_size)
     if width < 1:
