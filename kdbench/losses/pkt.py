@@ -40,5 +40,6 @@ def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
 def _neighbours(feature: Tensor, eps: float) -> Tensor:
     rows = full(feature).flatten(1)
     unit = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + eps)
-    kernel = (inner_products(unit, unit) + 1) / 2
+    # Rounding takes the cosine of opposite features below -1, and the logarithm of a small batch's shares is then NaN.
+    kernel = ((inner_products(unit, unit) + 1) / 2).clamp_min(0)
     return kernel / kernel.sum(dim=1, keepdim=True)

@@ -134,6 +134,18 @@ class TestPKT:
         value.backward()
         assert value.isfinite() and student.grad is not None and student.grad.isfinite().all()
 
+    def test_rounding_takes_no_cosine_below_its_least(self) -> None:
+        """Shares are 0 and 1 for opposite features, 1/2 for equal ones. A share of 0 that rounds up lowers the loss."""
+        most = (math.log(0.5) + math.log(0.5 / 1e-7)) / 4
+        for seed in range(20):
+            one = rand(4096, seed=seed).float()
+            opposite = torch.stack([one, -2.3 * one]).requires_grad_()
+            value = losses.pkt(opposite, torch.ones(2, 1))
+            value.backward()
+            assert most / 2 < value.item() < most * (1 + 1e-6)
+            assert opposite.grad is not None and opposite.grad.isfinite().all()
+            assert losses.pkt(torch.ones(2, 1), opposite).item() == pytest.approx(math.log(2) / 2, rel=1e-4)
+
     def test_a_feature_of_zeros_has_a_gradient(self) -> None:
         student, teacher = vectors()
         student[2] = 0
