@@ -32,7 +32,7 @@ def noise_contrastive(log_scores: Tensor, samples: int, eps: float = 1e-7) -> Te
         eps: ε.
 
     Returns:
-        Scalar.
+        Scalar, at least 0; not finite in float32 where a log x is above 88.
 
     Raises:
         ValueError: The scores are not [N, 1 + K] with K at least 1.
