@@ -191,6 +191,11 @@ def refused(error: BaseException) -> UserError | None:
     return UserError(error.strerror.lower(), str(error.filename), CHECK_PATH)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The last weights that a finished cell left in its folder, and its route; none where they are not kept."""
+    return [file for file in (folder / STUDENT, *sorted((folder / ROUTE).glob("*"))) if file.is_file()]
+
+
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` that takes its place when the block ends well. A reader, or a kill at any moment,

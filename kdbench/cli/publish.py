@@ -1,4 +1,4 @@
-"""`kdbench publish`: keep a finished run's tables, records and test logits, without its weights."""
+"""`kdbench publish`: keep a finished run's tables, records and test logits, without its students' weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +28,14 @@ def command(
     logits: Annotated[
         bool, typer.Option(help="Whether test logits are copied too: 'verify' counts the accuracies again from them.")
     ] = True,
+    teachers: Annotated[
+        bool,
+        typer.Option(
+            "--teachers",
+            help="Also copy the weights of teachers that were trained for RUN: with these 'kdbench run' adds seeds to "
+            "the table on any machine. Weights that are published already stay.",
+        ),
+    ] = False,
 ) -> None:
     """Copy tables, plots, records, metrics and test logits of finished RUNs to results/, with SHA256SUMS of all files.
 
@@ -37,7 +45,7 @@ def command(
     """
     _check_apart(runs)
     for run in runs:
-        print(publish(run, out, renew_tables, replace, unfinished, logits))
+        print(publish(run, out, renew_tables, replace, unfinished, logits, teachers))
 
 
 def _check_apart(runs: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits, no weights."""
+"""From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits."""
 
 import shutil
 import tempfile
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kdbench.engine.folders import teacher_folder
 from kdbench.errors import UserError
-from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant
+from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files
 from kdbench.reading import inside
 from kdbench.recipe.planning import identity_of
-from kdbench.record import finished_record, metrics, read_record, read_run
+from kdbench.record import finished_record, metrics, read_record, read_run, student_file
 from kdbench.verify import sums
 
 
@@ -21,6 +21,7 @@ def publish(
     replace: bool = False,
     unfinished: bool = False,
     logits: bool = True,
+    teachers: bool = False,
 ) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
@@ -32,10 +33,12 @@ def publish(
         replace: whether cells of the earlier copy that the run does not have may go.
         unfinished: whether cells may be missing.
         logits: whether test logits are copied too.
+        teachers: whether the weights of teachers that were trained for the run are copied too. Weights that are
+            published already stay.
 
     Raises:
-        UserError: no run, cells that are not finished and none that are, links that leave the run, or something else
-            than results in the way.
+        UserError: no run, no weights of a teacher, cells that are not finished and none that are, links that leave the
+            run, or something else than results in the way.
     """
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
@@ -55,13 +58,21 @@ def publish(
         for file in sums.published_files(run):
             if file.parent == run and (file.name == RUN or not open_cells):
                 shutil.copy(file, made)
-        for folder, copy in [*((run / cell, cell) for cell in cells), *_teachers(run, cells)]:
+        taught = _teachers(run, cells)
+        for folder, copy in [*((run / cell, cell) for cell in cells), *taught]:
             inside(made, copy).mkdir()
             # What cannot be read again is not worth keeping.
             read_record(inside(folder, RECORD)), metrics(folder)
             for file_name in PUBLISHED:
                 if (logits or file_name != LOGITS) and (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
+        for folder, copy in taught:
+            if teachers:
+                student_file(read_record(folder))
+            for file in weight_files(folder) if teachers or weight_files(target / copy) else ():
+                into = made / copy / inside(folder, *file.relative_to(folder).parts).relative_to(folder)
+                into.parent.mkdir(exist_ok=True)
+                shutil.copy(file, into)
         renew_tables(run, made, open_cells)
         sums.write(made)
         if target.exists():

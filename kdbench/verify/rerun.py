@@ -95,8 +95,8 @@ def rerun(
 
     Args:
         siblings: records of all seeds of its method, whose deviation gives the tolerance.
-        teachers: records of teachers that were trained for the comparison, where they are at hand: this cell's teacher
-            is trained again as it was.
+        teachers: records of teachers that were trained for the comparison, where they are at hand. This cell's teacher
+            is taken with its weights where they are beside it, else trained again as it was.
         options: `runs` is an empty folder.
         tolerance: in percent points, in place of that where equal bits cannot be expected.
 
@@ -114,7 +114,7 @@ def rerun(
             for teacher in teachers:
                 if teacher.identity in trained.identities():
                     _as_it_was(teacher_folder(one, options.runs), teacher)
-    outcome = run(plan, replace(options, jobs=1), listener)
+    outcome = run(plan, replace(options, jobs=1), listener, published={one.identity: one for one in teachers})
     if outcome.failed:
         raise CellError(outcome.failed[0].message)
     return reproduction(record, read_record(outcome.finished[0]), siblings, tolerance)

@@ -8,23 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kdbench.errors import UserError
-from kdbench.files import PUBLISHED, RUN, sha256_of, write_text
+from kdbench.files import PUBLISHED, RUN, sha256_of, weight_files, write_text
 from kdbench.reading import inside, read_text
 
 NAME = "SHA256SUMS"
 
-# What is kept of a run when it is published: everything but weights, events and checkpoints.
+# What is kept of a run when it is published: everything but students' weights, events and checkpoints.
 _KEPT = (RUN, "table.*", "records.csv", "*.png", "*.html")
 
 
 def published_files(folder: Path) -> list[Path]:
     """Files of a run's or results folder that are published, by path.
 
-    Its tables and plots, and every record with its metrics and test logits one folder below. UserError for a link that
-    leaves the folder.
+    Its tables and plots, and every record with its metrics and test logits one folder below, with a teacher's weights
+    too. UserError for a link that leaves the folder.
     """
     files = {file for pattern in _KEPT for file in folder.glob(pattern)}
     files |= {file for name in PUBLISHED for file in folder.glob(f"*/{name}")}
+    files |= {file for teacher in (folder / "teacher", *folder.glob("teacher-*")) for file in weight_files(teacher)}
     return sorted(inside(folder, *file.relative_to(folder).parts) for file in files if file.is_file())
 
 

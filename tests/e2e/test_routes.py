@@ -97,6 +97,36 @@ def test_anchors_reproduce_from_the_record(whole: Path, cards: Path, kdbench: Kd
 
 
 @pytest.mark.slow
+def test_a_published_teacher_teaches_what_is_added(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
+    """Trained again on another machine it would be another one, and published cells could not stand beside new ones."""
+    kdbench("publish", whole / "routes", "--teachers")
+    made = tmp_path / "results" / "routes"
+    weights = {file.name: file.read_bytes() for file in (made / "teacher").rglob("*.safetensors")}
+    assert len(weights) == 1 + 1 + 5, "its logits, its last weights, its route"
+    more = [*words(cards, tmp_path / "runs"), "seeds=2", "compare.method=[kd, rco]"]
+    said = kdbench(*more).stderr
+    assert "teacher routed: taken with its weights from results/routes/teacher" in said
+    assert "teacher routed: 1 cell" not in said and "2 cells taken from results/routes" in said
+    cells = [filled(file) for file in (tmp_path / "runs" / "routes").glob("*-seed*/record.json")]
+    assert len(cells) == 4 and len({record["teacher"]["sha256"] for record in cells}) == 1
+    kdbench("publish", tmp_path / "runs" / "routes", "--replace")
+    # Weights that are published stay, also in place of a run that trained nothing.
+    said = kdbench("run", *more[1:4], "--runs", "third", "seeds=2", "compare.method=[kd, rco]").stderr
+    assert "4 cells taken" in said and not (tmp_path / "third" / "teachers").exists()
+    kdbench("publish", tmp_path / "third" / "routes")
+    assert {file.name: file.read_bytes() for file in (made / "teacher").rglob("*.safetensors")} == weights
+    assert "everything agrees" in kdbench("verify", made, "--registry", cards / "cards").stdout
+    file = made / "teacher" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    wrong = "teacher/student.safetensors has changed"
+    assert wrong in kdbench("verify", made, "--registry", cards / "cards", code=1).stdout
+    assert wrong in kdbench(*words(cards, tmp_path / "fourth"), "seeds=3", "compare.method=[kd]", code=2).stderr
+    for file in tmp_path.rglob("student.safetensors"):
+        file.unlink()
+    assert "no weights" in kdbench("publish", tmp_path / "runs" / "routes", "--teachers", code=2).stderr
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_killed_anywhere_it_ends_alike(whole: Path, cards: Path, kdbench: Kdbench, tmp_path: Path) -> None:
     """In the teacher's training, between two points of its route, and in the students', between two anchors."""

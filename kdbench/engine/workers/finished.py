@@ -13,7 +13,7 @@ from kdbench.engine.scheduling import Cells, CellState
 from kdbench.engine.workers.messages import Failed, FingerprintRead, ReadFingerprint
 from kdbench.engine.workers.pool import Pool
 from kdbench.errors import UserError, counted
-from kdbench.files import METRICS, PUBLISHED, RECORD, atomic, sha256_of
+from kdbench.files import METRICS, PUBLISHED, RECORD, atomic, sha256_of, weight_files
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
 from kdbench.record import Record, derived, finished_record, metrics, student_file
@@ -96,6 +96,12 @@ class Finished:
         found = [(cell, records[cell.id]) for cell in self.cells if cell.id in records]
         return sorted(found, key=lambda of: of[0].id not in self.own)
 
+    @property
+    def teachers(self) -> list[Record]:
+        """Published teachers whose weights are there too."""
+        others = self.published.keys() - {cell.cell.slug for cell in self.cells}
+        return [self.published[name] for name in sorted(others) if weight_files(_folder(self.published[name]))]
+
     def compare_data(self, here: DataHere) -> None:
         """Raises UserError for cells of the folder, or teachers that were trained for it, that were made from other
         data."""
@@ -133,12 +139,11 @@ class Finished:
         """Copy the published cells into the run's folder, with the records of teachers that were trained for them."""
         for cell, record in self.recorded:
             if cell.id in self.taken:
-                assert record.folder is not None
-                _copy(record.folder, cell.folder)
+                take(record, cell.folder)
             cell.state = "finished"
         if self.taken:
             for teacher in self.published.keys() - {cell.cell.slug for cell in self.cells}:
-                _copy(results / teacher, folder / teacher)
+                take(self.published[teacher], folder / teacher)
             self.say(
                 f"{counted(len(self.taken), 'cell')} taken from {results}, records without weights; with --no-adopt "
                 "they are trained here"
@@ -201,8 +206,15 @@ def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
         )
 
 
-def _copy(source: Path, target: Path) -> None:
-    for name in PUBLISHED:
-        if (source / name).is_file():
-            with atomic(target / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+def take(record: Record, target: Path) -> None:
+    """Copy what is published of a cell or teacher, its record last: it makes a folder whole."""
+    source = _folder(record)
+    for file in (*weight_files(source), *(source / name for name in PUBLISHED)):
+        if file.is_file():
+            with atomic(target / file.relative_to(source)) as temporary:
+                shutil.copyfile(file, temporary)
+
+
+def _folder(record: Record) -> Path:
+    assert record.folder is not None
+    return record.folder

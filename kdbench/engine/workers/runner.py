@@ -68,7 +68,7 @@ def run(
                 raise plan.placed(error) from None
             here = DataHere(session.pool, listener.say)
             finished.compare_data(here)
-            session.train_teachers(finished.open, here)
+            session.train_teachers(finished.open, here, finished.teachers)
             finished.compare_teachers()
             finished.adopt(results, folder)
             for cell in cells:

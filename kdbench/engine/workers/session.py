@@ -17,7 +17,7 @@ from kdbench.engine.device import not_used
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers import messages
-from kdbench.engine.workers.finished import DataHere, check_teacher, names
+from kdbench.engine.workers.finished import DataHere, check_teacher, names, take
 from kdbench.engine.workers.pool import Pool
 from kdbench.engine.workers.ray_pool import RayPool
 from kdbench.errors import CellError, UserError
@@ -25,7 +25,7 @@ from kdbench.files import SOURCES, home, locked
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
-from kdbench.record import finished_record, read_record, student_file
+from kdbench.record import Record, finished_record, read_record, student_file
 
 
 class Session:
@@ -87,8 +87,11 @@ class Session:
             if isinstance(event, messages.MemoryNeeded):
                 self.memory[event.kind] = event.memory
 
-    def train_teachers(self, cells: scheduling.Cells, here: DataHere) -> None:
+    def train_teachers(self, cells: scheduling.Cells, here: DataHere, published: Sequence[Record] = ()) -> None:
         """Train the teachers that have a recipe and no weights yet, each in a run of its own.
+
+        Args:
+            published: teachers with weights beside their records; one that was trained on the data here is taken.
 
         Raises:
             UserError: for one that was trained before: its weights are gone or damaged, or it saw other data.
@@ -102,19 +105,28 @@ class Session:
             # Another run may be training this very teacher: what it leaves is what this one needs.
             said = f"another run trains the teacher '{teacher.name}': waiting for it ({folder})"
             with locked_run(folder, -1, partial(self.listener.say, said)):
+                if finished_record(folder) is None:
+                    self._take_teacher(teacher, folder, here, published)
                 if (record := finished_record(folder)) is not None:
                     student_file(record)
                     check_teacher(teacher, record, here)
                 else:
-                    self._train_teacher(teacher, folder, here)
+                    self._train_teacher(teacher, folder, here, published)
 
-    def _train_teacher(self, teacher: TeacherSpec, folder: Path, here: DataHere) -> None:
+    def _take_teacher(self, teacher: TeacherSpec, folder: Path, here: DataHere, published: Sequence[Record]) -> None:
+        assert teacher.trained_by is not None
+        for record in published:
+            if record.identity == teacher.trained_by.identity() and not here.unlike(teacher.trained_by, record):
+                take(record, folder)
+                self.listener.say(f"teacher {teacher.name}: taken with its weights from {record.folder}")
+
+    def _train_teacher(self, teacher: TeacherSpec, folder: Path, here: DataHere, published: Sequence[Record]) -> None:
         assert teacher.trained_by is not None
         title = f"teacher {teacher.name}"
         planned = PlannedCell(teacher.trained_by, {"method": teacher.trained_by.method.name}, 0)
         cell = scheduling.CellState(planned, 0, folder, title)
         plan = Plan(title, "", [planned], planned.spec.method.name)
-        self.train_teachers([cell], here)
+        self.train_teachers([cell], here, published)
         self.listener.begin([cell], title)
         try:
             self.check_cells([cell])
