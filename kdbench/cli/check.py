@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from kdbench.engine.estimate import Estimate
+    from kdbench.verify.adopting import Left
 
 EXAMPLES = """
 kdbench check ab_wrn
@@ -67,8 +68,8 @@ def command(
     except UserError as error:
         raise planned.placed(error) from None
     estimate = Estimate(device, time)
-    left, taken_over = left_of(planned, runs, results)
-    networks, cells = _networks(planned, estimate), _cells(planned, left, estimate if time else None)
+    left = left_of(planned, runs, results)
+    networks, cells = _networks(planned, estimate), _cells(planned, left.cells, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
@@ -82,8 +83,8 @@ def command(
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
-    if done := len(planned.cells) - len(left):
-        also = f", {taken_over} of them published in {results / planned.name}" if taken_over else ""
+    if done := len(planned.cells) - len(left.cells):
+        also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
         console.print(f"{done} of {len(planned.cells)} cells are finished{also}")
     _print_needs(console, planned, left, runs, estimate, taken, time)
 
@@ -180,18 +181,12 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
 
 
 def _print_needs(
-    console: Console,
-    planned: Plan,
-    left: list[PlannedCell],
-    runs: Path,
-    estimate: Estimate,
-    taken: dict[str, Memory],
-    time: bool,
+    console: Console, planned: Plan, what: Left, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
 ) -> None:
     """What the cells that are not finished need of memory and time.
 
     Args:
-        left: cells that are not finished.
+        what: is not finished.
         taken: what each kind of cell takes of memory.
     """
     import torch
@@ -199,7 +194,7 @@ def _print_needs(
     from kdbench.engine.device import available_memory
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
 
-    device = estimate.device
+    device, left = estimate.device, what.cells
     at_once = workers(device, len(left))
     if left:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
@@ -224,11 +219,11 @@ def _print_needs(
     )
     if device.type == "cpu" and left:
         elsewhere = Estimate(device, rate=GPU_RATE)
-        total = elsewhere.cells([*left, *planned.tried]) + elsewhere.teachers(left, runs, set())
+        total = elsewhere.cells([*left, *planned.tried]) + elsewhere.teachers(left, runs, {*what.teachers})
         console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
     if any(estimate.costs(cell.spec) for cell in left):
         console.print("this counts batch sources at their slowest: an attack that succeeds early takes less time")
-    if first_teachers := estimate.teachers(left, runs, set()):
+    if first_teachers := estimate.teachers(left, runs, {*what.teachers}):
         console.print(f"before that, teachers are trained: {clock(first_teachers)} on one worker")
     if prepared := estimate.prepared(left):
         console.print(

@@ -159,7 +159,10 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     known: set[str] = set()
     for planned in plans:
         tried = open_cells(planned.tried, runs / tried_plan(planned).name) if planned.tried else []
-        left = [*left_of(planned, runs, results)[0], *tried]
+        what = left_of(planned, runs, results)
+        left = [*what.cells, *tried]
+        known |= what.teachers
+        known_there |= what.teachers
         at_once = workers(device, len(left))
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds

@@ -1,11 +1,12 @@
 """From published results back into a run: which cells of a plan need no training, because their records are there."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from kdbench.engine.folders import cell_folders, open_cells
 from kdbench.engine.workers.tuning import known_of
 from kdbench.errors import UserError
-from kdbench.files import RECORD, RUN
+from kdbench.files import RECORD, RUN, weight_files
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.record import Record, finished_record, metrics, read_record, read_records
 from kdbench.verify import sums
@@ -31,12 +32,29 @@ def computed_otherwise(plan: Plan, folder: Path) -> str | None:
     return " ".join(f"compute.{key}={str(value).lower()}" for key, value in ways[0].items())
 
 
-def left_of(plan: Plan, runs: Path, results: Path | None) -> tuple[list[PlannedCell], int]:
-    """The cells that a run of a plan would train, and how many it would take from published results instead."""
+class Left(NamedTuple):
+    """What a run of a plan would do.
+
+    Attributes:
+        cells: that it would train.
+        taken: how many it would take from published results instead.
+        teachers: identities of the teachers that it would take from there.
+    """
+
+    cells: list[PlannedCell]
+    taken: int
+    teachers: frozenset[str]
+
+
+def left_of(plan: Plan, runs: Path, results: Path | None) -> Left:
+    """What is left of a plan."""
     open_here = open_cells(plan.cells, runs / plan.name)
     found = published(plan, results / plan.name) if results is not None else {}
     left = [cell for cell in open_here if cell.slug not in found]
-    return left, len(open_here) - len(left)
+    there = {record.identity for record in found.values() if record.folder and weight_files(record.folder)}
+    teachers = (one for cell in left for one in cell.spec.teachers if one.trained_by is not None)
+    taken = frozenset(one.identity() for one in teachers if one.trained_by and one.trained_by.identity() in there)
+    return Left(left, len(open_here) - len(left), taken)
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

@@ -104,6 +104,8 @@ def test_a_published_teacher_teaches_what_is_added(whole: Path, cards: Path, kdb
     weights = {file.name: file.read_bytes() for file in (made / "teacher").rglob("*.safetensors")}
     assert len(weights) == 1 + 1 + 5, "its logits, its last weights, its route"
     more = [*words(cards, tmp_path / "runs"), "seeds=2", "compare.method=[kd, rco]"]
+    assert "teachers are trained" in kdbench("check", *more[1:4], "seeds=2", "--results", "none").stdout
+    assert "teachers are trained" not in kdbench("check", *more[1:4], "seeds=2").stdout
     said = kdbench(*more).stderr
     assert "teacher routed: taken with its weights from results/routes/teacher" in said
     assert "teacher routed: 1 cell" not in said and "2 cells taken from results/routes" in said
