@@ -67,18 +67,24 @@ def publish(
                 if (logits or file_name != LOGITS) and (file := inside(folder, file_name)).is_file():
                     shutil.copy(file, made / copy)
         for folder, copy in taught:
-            if teachers:
-                student_file(read_record(folder))
-            for file in weight_files(folder) if teachers or weight_files(target / copy) else ():
-                into = made / copy / inside(folder, *file.relative_to(folder).parts).relative_to(folder)
-                into.parent.mkdir(exist_ok=True)
-                shutil.copy(file, into)
+            if teachers or weight_files(target / copy):
+                _copy_weights(folder, made / copy, teachers)
         renew_tables(run, made, open_cells)
         sums.write(made)
         if target.exists():
             target.rename(Path(temporary) / "before")
         made.rename(target)
     return target
+
+
+def _copy_weights(folder: Path, copy: Path, needed: bool) -> None:
+    """Copy a teacher's weights. UserError where they are needed and are not there."""
+    if needed:
+        student_file(read_record(folder))
+    for file in weight_files(folder):
+        place = file.relative_to(folder)
+        (copy / place).parent.mkdir(exist_ok=True)
+        shutil.copy(inside(folder, *place.parts), copy / place)
 
 
 def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
