@@ -33,8 +33,7 @@ def publish(
         replace: whether cells of the earlier copy that the run does not have may go.
         unfinished: whether cells may be missing.
         logits: whether test logits are copied too.
-        teachers: whether the weights of teachers that were trained for the run are copied too. Weights that are
-            published already stay.
+        teachers: whether weights of teachers trained for the run are copied too; those published already stay.
 
     Raises:
         UserError: no run, no weights of a teacher, cells that are not finished and none that are, links that leave the
