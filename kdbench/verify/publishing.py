@@ -67,7 +67,7 @@ def publish(
                     shutil.copy(file, made / copy)
         for folder, copy in taught:
             if teachers or weight_files(target / copy):
-                _copy_weights(folder, made / copy, teachers)
+                _copy_weights(folder, target / copy, made / copy)
         renew_tables(run, made, open_cells)
         sums.write(made)
         if target.exists():
@@ -76,14 +76,14 @@ def publish(
     return target
 
 
-def _copy_weights(folder: Path, copy: Path, needed: bool) -> None:
-    """Copy a teacher's weights. UserError where they are needed and are not there."""
-    if needed:
-        student_file(read_record(folder))
-    for file in weight_files(folder):
-        place = file.relative_to(folder)
+def _copy_weights(folder: Path, before: Path, copy: Path) -> None:
+    """Copy a teacher's weights, from the earlier copy where its own folder has none. UserError where none are its."""
+    source = folder if weight_files(folder) else before
+    student_file(read_record(folder).model_copy(update={"folder": source}))
+    for file in weight_files(source):
+        place = file.relative_to(source)
         (copy / place).parent.mkdir(exist_ok=True)
-        shutil.copy(inside(folder, *place.parts), copy / place)
+        shutil.copy(inside(source, *place.parts), copy / place)
 
 
 def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:

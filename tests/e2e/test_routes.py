@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def test_a_published_teacher_teaches_what_is_added(whole: Path, cards: Path, kdb
     # Weights that are published stay, also in place of a run that trained nothing.
     said = kdbench("run", *more[1:4], "--runs", "third", "seeds=2", "compare.method=[kd, rco]").stderr
     assert "4 cells taken" in said and not (tmp_path / "third" / "teachers").exists()
+    kdbench("publish", tmp_path / "third" / "routes")
+    # And where the run has a record of the teacher alone, as one of an earlier version does.
+    (tmp_path / "third" / "routes" / "teacher" / "student.safetensors").unlink()
+    shutil.rmtree(tmp_path / "third" / "routes" / "teacher" / "route")
     kdbench("publish", tmp_path / "third" / "routes")
     assert {file.name: file.read_bytes() for file in (made / "teacher").rglob("*.safetensors")} == weights
     assert "everything agrees" in kdbench("verify", made, "--registry", cards / "cards").stdout
