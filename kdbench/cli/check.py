@@ -175,18 +175,18 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
         f"compute: {computed}, baseline: {planned.baseline}"
     )
     for teacher in {one.identity(): one for cell in planned.cells for one in cell.spec.teachers}.values():
-        weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe first"
+        weights = f"weights {teacher.weights.file}" if teacher.weights else "trained by its own recipe"
         weights = "untrained, it trains along with the student" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
 
 
 def _print_needs(
-    console: Console, planned: Plan, what: Left, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
+    console: Console, planned: Plan, left: Left, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
 ) -> None:
     """What the cells that are not finished need of memory and time.
 
     Args:
-        what: is not finished.
+        left: what is not finished.
         taken: what each kind of cell takes of memory.
     """
     import torch
@@ -194,12 +194,12 @@ def _print_needs(
     from kdbench.engine.device import available_memory
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
 
-    device, left = estimate.device, what.cells
-    at_once = workers(device, len(left))
-    if left:
+    device, cells = estimate.device, left.cells
+    at_once = workers(device, len(cells))
+    if cells:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
         here = f" ({free / 1e9:.1f} GB are free)" if free is not None else ""
-        most = memory(left, taken, at_once, device) / 1e9
+        most = memory(cells, taken, at_once, device) / 1e9
         console.print(
             f"memory: up to {most:.1f} GB for each of {counted(at_once, 'worker')}{here}; "
             "cohorts that do not fit are split"
@@ -214,18 +214,18 @@ def _print_needs(
         return
     where = counted(at_once, "one-thread worker") if device.type == "cpu" else counted(at_once, "GPU")
     console.print(
-        f"estimated time for all unfinished cells: {clock(estimate.cells(left) / at_once)} on {where} "
+        f"estimated time for all unfinished cells: {clock(estimate.cells(cells) / at_once)} on {where} "
         "(cells that train side by side share their teacher's passes)"
     )
-    if device.type == "cpu" and left:
+    if device.type == "cpu" and cells:
         elsewhere = Estimate(device, rate=GPU_RATE)
-        total = elsewhere.cells([*left, *planned.tried]) + elsewhere.teachers(left, runs, {*what.teachers})
+        total = elsewhere.cells([*cells, *planned.tried]) + elsewhere.teachers(cells, runs, {*left.teachers})
         console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
-    if any(estimate.costs(cell.spec) for cell in left):
+    if any(estimate.costs(cell.spec) for cell in cells):
         console.print("this counts batch sources at their slowest: an attack that succeeds early takes less time")
-    if first_teachers := estimate.teachers(left, runs, {*what.teachers}):
+    if first_teachers := estimate.teachers(cells, runs, {*left.teachers}):
         console.print(f"before that, teachers are trained: {clock(first_teachers)} on one worker")
-    if prepared := estimate.prepared(left):
+    if prepared := estimate.prepared(cells):
         console.print(
             f"and batch sources are prepared: {clock(prepared)} on one worker, less if a part is there already"
         )

@@ -52,9 +52,9 @@ def left_of(plan: Plan, runs: Path, results: Path | None) -> Left:
     found = published(plan, results / plan.name) if results is not None else {}
     left = [cell for cell in open_here if cell.slug not in found]
     there = {record.identity for record in found.values() if record.folder and weight_files(record.folder)}
-    teachers = (one for cell in left for one in cell.spec.teachers if one.trained_by is not None)
-    taken = frozenset(one.identity() for one in teachers if one.trained_by and one.trained_by.identity() in there)
-    return Left(left, len(open_here) - len(left), taken)
+    teachers = [one for cell in left for one in cell.spec.teachers]
+    known = frozenset(one.identity() for one in teachers if (own := one.trained_by) and own.identity() in there)
+    return Left(left, len(open_here) - len(left), known)
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:
