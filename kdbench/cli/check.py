@@ -175,7 +175,7 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
         f"compute: {computed}, baseline: {planned.baseline}"
     )
     for teacher in {one.identity(): one for cell in planned.cells for one in cell.spec.teachers}.values():
-        weights = f"weights {teacher.weights.file}" if teacher.weights else "trained by its own recipe"
+        weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe"
         weights = "untrained, it trains along with the student" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
 
