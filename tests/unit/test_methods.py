@@ -1,5 +1,9 @@
 """What the method cards promise about each other, and that every name and path in them leads somewhere."""
 
+import pytest
+
+from kdbench.engine.build import build_schedule
+from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
 REGISTRY = Registry()
@@ -41,3 +45,18 @@ def test_ab_follows_the_official_script():
     assert (term.weight, term.layer_weights, term.options) == (3 / 1000, "halving", {})
     assert set(classification.losses) == {"kd"}
     assert classification.losses["kd"].options == {"temperature": 3.0, "scale": False}
+
+
+def test_the_protocol_of_at_is_the_scripts():
+    """Its loop counts epochs from 1: in those that it lists, it begins a new optimizer at a fifth of the rate."""
+    recipe = {"data": "cifar10", "student": "wrn_16_1", "protocol": "at_official", "method": "ce"}
+    (stage,) = plan(recipe, REGISTRY, ("seeds=1",)).cells[0].spec.method.stages.values()
+    schedule = build_schedule(stage.schedule)
+    rate, rates, begun = 0.1, [], []
+    for epoch in range(1, 201):
+        if epoch in (60, 120, 160):
+            rate, begun = rate * 0.2, [*begun, (epoch - 1) / 200]
+        rates.append(rate)
+    assert stage.optimizer.options == {"lr": 0.1, "momentum": 0.9, "weight_decay": 5.0e-4}
+    assert [0.1 * schedule.factor((epoch - 1) / 200) for epoch in range(1, 201)] == pytest.approx(rates)
+    assert schedule.resets == pytest.approx(begun)
