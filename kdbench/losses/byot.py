@@ -33,13 +33,20 @@ class BeYourOwnTeacher(nn.Module):
         alpha: α, from 0 to 1.
         beta: β.
         temperature: Of p and p_i, above 0. No factor T².
+        label_smoothing: ε, in [0, 1], of CE.
 
     Raises:
-        ValueError: The shapes are others, T is not positive, or α outside of [0, 1].
+        ValueError: The shapes are others, T is not positive, or α or ε outside of [0, 1].
     """
 
     def __init__(
-        self, student_shapes: Sequence[Shape], *, alpha: float = 0.3, beta: float = 0.03, temperature: float = 3.0
+        self,
+        student_shapes: Sequence[Shape],
+        *,
+        alpha: float = 0.3,
+        beta: float = 0.03,
+        temperature: float = 3.0,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         *maps, pooled, logits = student_shapes
@@ -47,7 +54,8 @@ class BeYourOwnTeacher(nn.Module):
             raise ValueError(f"it takes two maps or more, the pooled feature and logits, not {student_shapes}")
         positive(temperature)
         share(alpha, "alpha")
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        share(label_smoothing, "label_smoothing")
+        self.alpha, self.beta, self.temperature, self.label_smoothing = alpha, beta, temperature, label_smoothing
         before, (_, height, width) = maps[:-1], maps[-1]
         self.exits = nn.ModuleList(_exit(one, (height, width), pooled[0]) for one in before)
         self.classifiers = nn.ModuleList(nn.Linear(pooled[0], logits[0]) for _ in before)
@@ -61,7 +69,7 @@ class BeYourOwnTeacher(nn.Module):
         for i, (feature, leave, classify) in enumerate(zip(maps, self.exits, self.classifiers, strict=True)):
             own = leave(full(feature))
             answers = full(classify(own))
-            total = total + (1 - self.alpha) * F.cross_entropy(answers, labels)
+            total = total + (1 - self.alpha) * F.cross_entropy(answers, labels, label_smoothing=self.label_smoothing)
             total = total + self.alpha * F.cross_entropy(answers / self.temperature, soft)
             if i < len(self.adapters):
                 apart = full(self.adapters[i](own)) - full(pooled.detach())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdbench.losses.ce import cross_entropy
 from kdbench.losses.checks import full, labelled_logits, logits_shape, positive, shape, share
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
@@ -19,26 +20,27 @@ from kdbench.losses.kl import divergences
 TURNS = 4
 
 
-def upright_cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Cross-entropy of the upright images alone.
+def upright_cross_entropy(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    r"""`cross_entropy` of the upright images alone.
 
     $$
-    L = -\frac{1}{N} \sum_n \log p_{n y_n}
+    L = -\frac{1}{N} \sum_{n,k} q_{nk} \log p_{nk}, \qquad q = (1 - \varepsilon)\, y + \frac{\varepsilon}{K}
     $$
 
     Args:
         student_logits: [4 N, K].
         labels: Class indices, int64 [4 N].
+        label_smoothing: ε, in [0, 1].
 
     Returns:
         Scalar, at least 0.
 
     Raises:
-        ValueError: The shapes do not match, or images are not in fours.
+        ValueError: The shapes do not match, images are not in fours, or ε is outside [0, 1].
     """
     labelled_logits(student_logits, student_logits, labels, "upright_cross_entropy")
     _in_fours(student_logits)
-    return F.cross_entropy(full(student_logits[::TURNS]), labels[::TURNS])
+    return cross_entropy(student_logits[::TURNS], labels[::TURNS], label_smoothing)
 
 
 def upright_kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:

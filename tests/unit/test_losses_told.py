@@ -357,6 +357,9 @@ class TestSSKD:
         student, teacher = self.outputs()
         expected = F.cross_entropy(student[[0, 4, 8]], torch.tensor([0, 2, 1])).item()
         assert losses.upright_cross_entropy(student, self.LABELS).item() == pytest.approx(expected, rel=1e-12)
+        every = -F.log_softmax(student[[0, 4, 8]], dim=1).mean().item()
+        smooth = losses.upright_cross_entropy(student, self.LABELS, label_smoothing=0.2).item()
+        assert smooth == pytest.approx(0.8 * expected + 0.2 * every, rel=1e-12)
         expected = losses.kd(student[[0, 4, 8]], teacher[[0, 4, 8]], 3.0).item()
         assert losses.upright_kd(student, teacher, 3.0).item() == pytest.approx(expected, rel=1e-12)
 
@@ -436,6 +439,19 @@ class TestBYOT:
                 total += 0.1 * math.sqrt((module.adapters[0](own) - pooled).square().sum().item())
         assert len(module.adapters) == 1
         assert module(features, labels).item() == pytest.approx(total, rel=1e-9)
+
+    def test_labels_of_the_exits_are_smoothed(self) -> None:
+        """As the labels of the network's own end are: with ε, some of each exit's loss is the mean over all classes."""
+        module, features, labels = self.module(), self.features(), torch.tensor([0, 1, 2, 3, 0, 1])
+        plain = module(features, labels).item()
+        module.label_smoothing = 0.2
+        apart = 0.0
+        for leave, classify, feature in zip(module.exits, module.classifiers, features[:2], strict=True):
+            answers = F.log_softmax(classify(leave(feature)), dim=1)
+            apart += (answers[range(6), labels] - answers.mean(dim=1)).mean().item()
+        assert module(features, labels).item() - plain == pytest.approx(0.7 * 0.2 * apart, rel=1e-9)
+        with pytest.raises(ValueError, match="label_smoothing must lie in"):
+            losses.BeYourOwnTeacher(self.SHAPES, label_smoothing=1.5)
 
     def test_exits_reduce_a_map_to_the_last_ones_size(self) -> None:
         module = self.module()

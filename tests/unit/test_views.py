@@ -386,3 +386,14 @@ def test_label_smoothing_of_a_protocol_reaches_every_cross_entropy_that_says_not
     assert options() == {"ce": 0.1, "kd": None}
     own = {"name": "kd", "stages": {"classification": {"losses": {"ce": {"label_smoothing": 0.0}}}}}
     assert options(method=own)["ce"] == 0.0
+    assert options(method="byot", teacher=None) == {"ce": 0.1, "exits": 0.1}
+    *_, sskd = (
+        plan(
+            recipe | {"protocol": {"name": "crd", "label_smoothing": 0.1}, "method": "sskd"},
+            REGISTRY,
+            weights_must_exist=False,
+        )
+        .cells[0]
+        .spec.method.stages.values()
+    )
+    assert sskd.losses["ce"].loss.options["label_smoothing"] == 0.1
