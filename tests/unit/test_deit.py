@@ -69,3 +69,21 @@ def test_options_of_timms_networks() -> None:
     with pytest.raises(UserError, match="cannot be built.*drop_pth"):
         timm_model("vit_tiny_patch16_224", {"drop_pth": 0.2}, classes=3, image_size=32)
     assert images(cell().data).train_images.shape[-1] == 8
+
+
+def test_the_protocol_turns_and_shears_as_far_as_deits_code() -> None:
+    """timm counts magnitudes to 10, torchvision to 30; DeiT's is timm's 9."""
+    from timm.data import auto_augment as of_timm
+    from torchvision.transforms import v2
+
+    rand, *_ = Registry().tree("protocols", "deit").data["augmentation"]["transforms"]
+    ours = v2.RandAugment(rand["num_ops"], rand["magnitude"])
+    for name, theirs in (
+        ("ShearX", of_timm._shear_level_to_arg(9, {})),
+        ("Rotate", of_timm._rotate_level_to_arg(9, {})),
+        ("Brightness", [of_timm._enhance_increasing_level_to_arg(9, {})[0] - 1]),
+    ):
+        magnitudes, _ = ours._AUGMENTATION_SPACE[name]
+        strength = magnitudes(ours.num_magnitude_bins, 224, 224)
+        assert strength is not None
+        assert float(strength[ours.magnitude]) == pytest.approx(abs(theirs[0]), rel=1e-6)
