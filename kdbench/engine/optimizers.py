@@ -207,7 +207,7 @@ class ScheduledOptimizer:
         """A step at these rates, on the device.
 
         Args:
-            clip: the norm to which all gradients together are clipped.
+            clip: the norm to which the gradients of all its parameters together are clipped.
             distillation: gradients of the terms that read a teacher, for one that takes them apart.
         """
         if clip is not None:
