@@ -112,7 +112,7 @@ def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
             "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
         )
     if target.exists() and not replace and (what := lost(target, cells)):
-        hint = "run the recipe with all of them, give another --out, or let them go: --replace"
+        hint = "run the recipe with all of them, or say 'kdbench publish' with another --out, or --replace"
         raise UserError(what, str(target), hint)
     return target
 
