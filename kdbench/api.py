@@ -64,12 +64,19 @@ def run(
     return read_records(outcome.finished)
 
 
-def table(records: str | Path | Record | Iterable[Record | str | Path], **options: Any) -> pandas.DataFrame:
+def table(
+    records: str | Path | Record | Iterable[Record | str | Path],
+    published: str | Iterable[str] = (),
+    registries: str | Path | Iterable[str | Path] = (),
+    **options: Any,
+) -> pandas.DataFrame:
     """A comparison table of records: mean, deviation, n and paired difference for each method.
 
     Args:
         records: Records, or folders that hold them; one alone too.
-        options: Arguments of `kdbench.results.tables.build` (baseline, metric, interval, published, …).
+        published: Keys of published tables to show too, or one alone; "key:ce,kd" takes some of its methods.
+        registries: Folders with your own cards, if a published table is one of them.
+        options: Arguments of `kdbench.results.tables.build` (baseline, metric, interval, columns, …).
 
     Returns:
         One row for each method and column of the table.
@@ -78,13 +85,15 @@ def table(records: str | Path | Record | Iterable[Record | str | Path], **option
         UserError: There are no records, or they cannot stand in one table.
     """
     from kdbench.record import Record, read_records
+    from kdbench.results.copied import published_tables
     from kdbench.results.frames import to_frame
     from kdbench.results.tables import build
 
     given = [records] if isinstance(records, str | Path | Record) else list(records)
     found = [one for one in given if isinstance(one, Record)]
     paths = [one for one in given if not isinstance(one, Record)]
-    return to_frame(build([*found, *(read_records(paths) if paths else [])], **options))
+    beside = published_tables([published] if isinstance(published, str) else published, registries)
+    return to_frame(build([*found, *(read_records(paths) if paths else [])], published=beside, **options))
 
 
 def load_student(

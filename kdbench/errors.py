@@ -5,7 +5,7 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 # Folders of code that is nobody's own: kdbench's, Python's, and installed packages.
@@ -98,6 +98,12 @@ def raised_by_own_code(error: BaseException) -> UserError | None:
     last = frames[-1]
     what = f"your own code failed: {_told(error)}"
     return UserError(what, f"{last.filename}:{last.lineno}", f"in {last.name}: {last.line}")
+
+
+def check_word(word: str, known: Collection[str], where: str) -> None:
+    """Raises UserError for an argument of the Python API that is none of these words."""
+    if word not in known:
+        raise UserError(f"there is no '{word}'", where, did_you_mean(str(word), known))
 
 
 def did_you_mean(word: str, known: Iterable[str], own: str = "") -> str:

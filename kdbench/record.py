@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from kdbench import record_parts as parts
-from kdbench.errors import UserError
+from kdbench.errors import UserError, check_word
 from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, meant, paths_of, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
@@ -275,9 +275,10 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
         weights: "last", or "best" of a cell that kept those of its best evaluation.
 
     Raises:
-        UserError: they are not beside the record, or not those that it names.
+        UserError: they are not beside the record, or not those that it names; or there are no weights of that word.
     """
     assert record.folder is not None
+    check_word(weights, get_args(WhichWeights), "weights")
     if weights == "best" and record.best is None:
         hint = "remove its folder and run the recipe again with keep=best, or take the last weights"
         raise UserError("this cell kept no weights of its best evaluation", str(record.folder), hint)

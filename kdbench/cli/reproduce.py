@@ -72,6 +72,7 @@ def command(
     _print_cost(plans, runs, adopted, device)
     if cost:
         return
+    results.mkdir(parents=True, exist_ok=True)  # What is no folder is told before hours of training.
     options = Options(
         runs=runs, jobs=jobs, device=device, data_roots=tuple(data or ()), download=download, registries=folders
     )

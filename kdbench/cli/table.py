@@ -10,10 +10,8 @@ import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.cli.output import print_table, write_files
-from kdbench.errors import UserError, did_you_mean
-from kdbench.published import PublishedCard
+from kdbench.errors import UserError
 from kdbench.record import Metric, read_records, unfinished
-from kdbench.registry import Registry
 from kdbench.verify import sums
 
 EXAMPLES = """
@@ -58,11 +56,11 @@ def command(
     ] = None,
 ) -> None:
     """Print the table of the last run in each FOLDER, and write it with --out."""
+    from kdbench.results.copied import published_tables
     from kdbench.results.tables import build
 
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
         raise UserError(f"'{label}' is not a LaTeX label", where="--label", hint="letters, digits, and : . -")
-    cards = Registry(registry or ()) if published else None
     records = read_records(folders)
     table = build(
         records,
@@ -71,20 +69,8 @@ def command(
         unfinished=unfinished(folders),
         interval=interval,
         columns=[name for text in columns or () for name in text.split(",") if name],
-        published=dict(_published(cards, text) for text in published or ()) if cards else None,
+        published=published_tables(published or (), registry or ()),
     )
     if out is not None:
         sums.renew(out, write_files(table, out, records, latex, label))
     print_table(table)
-
-
-def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:
-    """A published table by its key, with all methods or with those named after a colon."""
-    key, _, names = text.partition(":")
-    card: PublishedCard = cards.card("published", key, "--published")
-    wanted = [name for name in names.split(",") if name]
-    for name in wanted:
-        if name not in card.methods:
-            raise UserError(f"'{key}' has no method '{name}'", "--published", did_you_mean(name, card.methods))
-    rows = {name: row for name, row in card.methods.items() if name in wanted} if wanted else card.methods
-    return key, card.model_copy(update={"methods": rows})

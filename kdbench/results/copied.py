@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, did_you_mean
 from kdbench.published import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.record import Record
+from kdbench.registry import Registry
 from kdbench.results import settings
 from kdbench.results.comparison import Column, Comparison
 
@@ -35,6 +37,27 @@ class CopiedRow:
     method: str | None
     label: str
     cells: tuple[CopiedCell | None, ...]
+
+
+def published_tables(
+    texts: Iterable[str], registries: str | Path | Iterable[str | Path] = ()
+) -> dict[str, PublishedCard]:
+    """Published tables by their keys, each with all methods or with those named after a colon: 'key:ce,kd'."""
+    if not (wanted := list(texts)):
+        return {}
+    cards = Registry(registries)
+    return dict(_published(cards, text) for text in wanted)
+
+
+def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:
+    key, _, names = text.partition(":")
+    card: PublishedCard = cards.card("published", key, "--published")
+    wanted = [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in card.methods:
+            raise UserError(f"'{key}' has no method '{name}'", "--published", did_you_mean(name, card.methods))
+    rows = {name: row for name, row in card.methods.items() if name in wanted} if wanted else card.methods
+    return key, card.model_copy(update={"methods": rows})
 
 
 def copied_rows(

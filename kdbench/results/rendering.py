@@ -23,7 +23,8 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def markdown_escaped(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text.replace("\n", " "))
+    """Text as it is, on GitHub too, which takes $ for formulas and ~ for what is struck out."""
+    return re.sub(r"([\\`*_|<>\[\]$~]|&(?=#?\w+;))", r"\\\1", text.replace("\n", " "))
 
 
 def sort_value(text: str) -> float | None:

@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
+from typing import get_args
 
 from kdbench.cards import LossCard
-from kdbench.errors import UserError, counted
+from kdbench.errors import UserError, check_word, counted
 from kdbench.published import PublishedCard
 from kdbench.record import Metric, Record
 from kdbench.registry import Registry
@@ -131,6 +132,8 @@ def _differences(
 ) -> tuple[dict[tuple[str, Column], Paired], int]:
     """Every method's difference to the baseline of its column, p values after Holm over all tests of the table, and the
     number of these tests. A cell that stands in several columns beside the same baseline is one test."""
+    check_word(metric, get_args(Metric), "metric")
+    check_word(interval, get_args(Interval), "interval")
     found: dict[tuple[str, Column], Paired] = {}
     tests: dict[tuple[frozenset[str], frozenset[str]], float] = {}
     keys: dict[tuple[str, Column], tuple[frozenset[str], frozenset[str]]] = {}

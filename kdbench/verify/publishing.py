@@ -25,7 +25,7 @@ def publish(
 ) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
-    An earlier copy is replaced as a whole. A teacher's record goes into `teacher/`, of several into `teacher-<name>/`.
+    An earlier copy is replaced, but for files of one's own. Teachers' records go into `teacher/` or `teacher-<name>/`.
 
     Args:
         renew_tables: writes tables and plots of the cells in a run's copy, given the run, the copy and the names of
@@ -70,10 +70,27 @@ def publish(
                 _copy_weights(folder, target / copy, made / copy)
         renew_tables(run, made, open_cells)
         sums.write(made)
-        if target.exists():
-            target.rename(Path(temporary) / "before")
-        made.rename(target)
+        _take_the_place(made, target, Path(temporary) / "before")
     return target
+
+
+def _take_the_place(made: Path, target: Path, before: Path) -> None:
+    """Put a copy in the place of an earlier one, which goes to `before`, with what somebody put there: notes, pictures,
+    whatever no publishing summed up."""
+    if target.exists():
+        _copy_own(target, made)
+        target.rename(before)
+    made.rename(target)
+
+
+def _copy_own(target: Path, made: Path) -> None:
+    summed = (target / sums.NAME).is_file()
+    published = {target / name for name in sums.read_sums(target)} if summed else {*sums.published_files(target)}
+    for file in {*target.rglob("*")} - published - {target / sums.NAME}:
+        copy = made / file.relative_to(target)
+        if (file.is_file() or file.is_symlink()) and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy, follow_symlinks=False)
 
 
 def _copy_weights(folder: Path, before: Path, copy: Path) -> None:
@@ -95,7 +112,7 @@ def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
             "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
         )
     if target.exists() and not replace and (what := lost(target, cells)):
-        hint = "run the recipe with all of them, give another --out, or let them go: --replace"
+        hint = "run the recipe with all of them, or say 'kdbench publish' with another --out, or --replace"
         raise UserError(what, str(target), hint)
     return target
 

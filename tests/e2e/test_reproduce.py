@@ -115,6 +115,9 @@ def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path
     assert "did you mean 'cifar'" in kdbench("reproduce", "cifra", code=2).stderr
     assert "did you mean 'small'" in kdbench("reproduce", "cifar", "--profile", "smal", code=2).stderr
     assert "not the folder of a run" in kdbench("publish", tmp_path, code=2).stderr
+    (tmp_path / "results").write_text("a file")
+    told = kdbench(*TINY, code=2)
+    assert "results: file exists" in told.stderr and not (tmp_path / "runs").exists()
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     (run / "recipe.json").write_text('{"name": "x", "cells": ["kd-seed0-00000000"]}')

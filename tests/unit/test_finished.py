@@ -117,6 +117,29 @@ def test_a_record_that_lies_in_the_folder_of_another_cell_is_in_no_table(tmp_pat
         assert caught.value.where == str(folders[1] / "record.json")
 
 
+def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> None:
+    run, cells = tmp_path / "r", [f"kd-seed0-{letter * 8}" for letter in "ab"]
+    for cell in cells:
+        leave(run / cell, cell[-1] * 64)
+    (run / "table.md").write_text("a table")
+
+    def publish_with(*kept: str) -> Path:
+        (run / "recipe.json").write_text(json.dumps({"name": "r", "cells": kept}))
+        return publish(run, tmp_path / "out", lambda *_: None, replace=True)
+
+    made = publish_with(*cells)
+    own = [made / "notes.md", made / "pictures" / "mine.png", made / "mine.png"]
+    for file in own:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("my own")
+    (run / "table.md").unlink()
+    for _ in range(2):
+        publish_with(cells[0])
+        assert all(file.read_text() == "my own" for file in own)
+        # What was published goes with what it is of.
+        assert not (made / "table.md").exists() and not (made / cells[1]).exists()
+
+
 def test_a_teacher_has_the_accuracy_of_its_last_evaluation(tmp_path: Path) -> None:
     scene = Scene(tmp_path, planned(), {"digits": OLD}, data__fingerprint=OLD)
     folder = scene.leave_teacher(b"weights", last=90.2, data__fingerprint=OLD)

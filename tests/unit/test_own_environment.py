@@ -188,12 +188,28 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_misspelt_word_of_the_python_api_is_told(runs: Path) -> None:
+    """The command line knows its words; here one was an AttributeError, one Student's interval, one absent weights."""
+    cell = next((runs / "quickstart").glob("*-seed*"))
+    for use in (
+        lambda: kdbench.table(runs / "quickstart", metric="bests"),
+        lambda: kdbench.table(runs / "quickstart", interval="Bootstrap"),
+        lambda: kdbench.load_student(cell, weights="bets"),
+    ):
+        with pytest.raises(UserError, match="there is no '(bests|Bootstrap|bets)'") as caught:
+            use()
+        assert "did you mean 'b" in str(caught.value)
+
+
 def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     run = runs / "quickstart"
     assert len(kdbench.table(str(run))) == len(kdbench.table([run])) == 2
     with pytest.raises(UserError, match="no record has the number 'agreement'"):
         kdbench.table(run, columns="agreement")
+    zoo = ROOT / "results" / "ab_wrn_30"
+    copied = [kdbench.table(zoo, published=given) for given in ("datafree_cifar10:ce", ["datafree_cifar10:ce"])]
+    assert [len(frame) - len(kdbench.table(zoo)) for frame in copied] == [2, 2]
     record = read_records(run)[0]
     assert len(kdbench.table(record)) == 1
     planned: list[object] = []

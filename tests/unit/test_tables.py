@@ -26,6 +26,7 @@ from kdbench.results.latex import escape
 from kdbench.results.layout import layout
 from kdbench.results.page import html
 from kdbench.results.plots import metric_curves
+from kdbench.results.rendering import markdown_escaped
 from kdbench.results.tables import build
 from kdbench.results.texts import latex, markdown
 from kdbench.verify.soundness import problems
@@ -717,6 +718,10 @@ def test_latex_has_bold_best_and_underlined_second() -> None:
     assert next(line for line in lines if line.startswith("KD &")).split(" & ")[1] == r"\underline{94.00 $\pm$ 0.10}"
     for need in ("\\toprule", "\\midrule", "\\bottomrule", "\\caption{", "\\label{tab:"):
         assert need in text
+
+
+def test_markdown_takes_no_label_for_a_formula_an_entity_or_what_is_struck_out() -> None:
+    assert markdown_escaped("$x_1$ of ~y~ &lt; z & w") == r"\$x\_1\$ of \~y\~ \&lt; z & w"
 
 
 def test_escaping() -> None:
