@@ -178,6 +178,7 @@ def _identities(folder: Folder) -> Iterator[Finding]:
         spec = record.resolved
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
         by_version[writer][name] = spec is not None and record.identity in spec.identities()
+    equal = 0
     for (version, commit), same in by_version.items():
         if not any(same.values()):
             yield Finding(
@@ -188,9 +189,11 @@ def _identities(folder: Folder) -> Iterator[Finding]:
                 "identities",
             )
             continue
-        for name in (name for name, equal in same.items() if not equal):
+        for name in (name for name, found in same.items() if not found):
             yield Finding("disagrees", "its identity is not that of its resolved recipe", name)
-        yield Finding("agrees", f"{len(same)} recomputed from the resolved recipes", "identities")
+        equal += sum(same.values())
+    if equal:
+        yield Finding("agrees", f"{equal} recomputed from the resolved recipes", "identities")
 
 
 def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
