@@ -8,11 +8,11 @@ from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.recipe.anchoring import with_anchors
 from kdbench.recipe.named import named_spec
 from kdbench.recipe.specs import DataSpec, MethodSpec, ModuleSpec, StageSpec, TermSpec
-from kdbench.recipe.stages import check_asked, stage_spec
+from kdbench.recipe.stages import NAMED_KINDS, check_asked, stage_spec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry, written_out
 from kdbench.tree import Tree
-from kdbench.validation import validated
+from kdbench.validation import fields_at, validated
 
 # Keys of a method mapping in a recipe that are no parameters of the method.
 _METHOD_KEYS = ("name", "label", "stages")
@@ -61,7 +61,9 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
     given = variant.tree.at("method")
     name = given.data["name"]
     tree = registry.tree("methods", name, given.origin(("name",)))
-    short = tree.data.get("parameters", {})
+    short = registry.card("methods", name).parameters
+    for key in short:
+        _check_parameter(tree, key, short[key], registry)
     # Settings of one method in a comparison are told apart by what they set.
     own = [f"{k} {v}" for k, v in given.data.items() if k in variant.own and k not in _METHOD_KEYS]
     if not isinstance(given.data.get("label", ""), str | None):
@@ -73,11 +75,7 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
         tree = tree.put(path, value)
     for key, value in given.data.items():
         if key in short:
-            path = tuple(short[key].split("."))
-            if not _is_mapping(tree.data, path[:-1]):
-                what = f"method '{name}': the parameter '{key}' points to nothing: {short[key]}"
-                raise UserError(what, tree.origin(("parameters", key)))
-            tree = tree.put(path, Tree.of(value, given.origin((key,))))
+            tree = tree.put(tuple(short[key].split(".")), Tree.of(value, given.origin((key,))))
             if f"method.{key}" in variant.axes:
                 label = f"{label}, {key} {value}"
         elif key == "stages" and isinstance(value, dict):
@@ -92,6 +90,23 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
             what = f"unknown key '{key}' for method '{name}'"
             raise UserError(what, given.origin((key,)), did_you_mean(key, [*short, "stages", "label"]))
     return written_out(tree), foreign, label
+
+
+def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:
+    """A short name must point at a key that exists: of a stage, of a loss term, or an option of what is named there."""
+    *parents, last = path.split(".")
+    known: list[str] = []
+    inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
+    if isinstance(inside, dict) and parents:
+        known = fields_at(MethodCard, tuple(parents)) or list(inside)
+        kinds = NAMED_KINDS | {"predicts": "connectors"}
+        kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
+        if kind is not None:
+            card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
+            known += registry.settable(card.target, card)
+    if last not in known:
+        what = f"the parameter '{name}' points to nothing: {path}"
+        raise UserError(what, tree.origin(("parameters", name)), did_you_mean(last, known))
 
 
 def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[tuple[str, ...], Tree]:
@@ -211,7 +226,3 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
         hint = "they sum to 100 %; one stage may leave its share out and take the rest"
         nothing = f", which leaves nothing to '{rest[0]}'" if rest else ""
         raise UserError(f"method '{method}': the shares of its stages sum to {total:.0%}{nothing}", where, hint)
-
-
-def _is_mapping(data: Any, path: tuple[str, ...]) -> bool:
-    return isinstance(reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, path, data), dict)

@@ -65,6 +65,13 @@ def test_a_recipe_that_names_no_cells_or_no_recipe_is_told(tmp_path: Path) -> No
     assert today in found
 
 
+def test_identities_are_counted_in_one_line_whoever_wrote_the_records() -> None:
+    """Cells of `crd_small` come from two commits."""
+    folder = ROOT / "results" / "crd_small"
+    found = [finding.what for finding in verify(folder, Registry()) if finding.where == "identities"]
+    assert found == [f"{len([*folder.glob('*/record.json')])} recomputed from the resolved recipes"]
+
+
 def test_records_of_another_form_and_a_folder_without_sums_or_cells_are_told(tmp_path: Path) -> None:
     folder = results(tmp_path / "a", {"name": "synthetic", "recipe": {}})
     found = unchecked(folder)
