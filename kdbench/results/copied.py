@@ -51,11 +51,11 @@ def published_tables(
 
 def _published(cards: Registry, text: str) -> tuple[str, PublishedCard]:
     key, _, names = text.partition(":")
-    card: PublishedCard = cards.card("published", key, "--published")
+    card: PublishedCard = cards.card("published", key, "published")
     wanted = [name for name in names.split(",") if name]
     for name in wanted:
         if name not in card.methods:
-            raise UserError(f"'{key}' has no method '{name}'", "--published", did_you_mean(name, card.methods))
+            raise UserError(f"'{key}' has no method '{name}'", "published", did_you_mean(name, card.methods))
     rows = {name: row for name, row in card.methods.items() if name in wanted} if wanted else card.methods
     return key, card.model_copy(update={"methods": rows})
 
