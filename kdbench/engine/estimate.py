@@ -88,7 +88,7 @@ class Estimate:
 
     def costs(self, spec: CellSpec) -> dict[str, Cost]:
         """Stage -> what its batch source takes at most; a pass to the images is counted as a training step's."""
-        key = spec.identity()
+        key = spec.identity() if spec.method.sources else ""
         if key not in self.sources:
             self.sources[key] = costs_of(spec)
         return self.sources[key]

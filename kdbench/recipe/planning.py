@@ -46,20 +46,17 @@ class PlannedCell:
     @property
     def slug(self) -> str:
         """Folder name: readable, and different for cells that differ in anything that affects numbers."""
-        return self._slug(self.spec.identity())
+        return self.slugs[0]
 
-    @property
+    @functools.cached_property
     def slugs(self) -> list[str]:
         """The folder's name, and the one that an earlier version gave it."""
-        return [self._slug(identity) for identity in self.spec.identities()]
-
-    def _slug(self, identity: str) -> str:
         parts = [self.spec.method.name]
         parts += [f"{path.rpartition('.')[2]}_{_name(value)}" for path, value in self.axes.items() if path != "method"]
         plain = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))
-        end = f"-seed{self.spec.seed}-{identity[:8]}"
+        ends = [f"-seed{self.spec.seed}-{identity[:8]}" for identity in self.spec.identities()]
         # What is too long for a folder's name is cut: the identity tells cells apart.
-        return plain.encode()[: LONGEST - len(end)].decode(errors="ignore") + end
+        return [plain.encode()[: LONGEST - len(end)].decode(errors="ignore") + end for end in ends]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Plan:
     tune: Tune | None = None
     origins: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def tried(self) -> list[PlannedCell]:
         """The cells of all candidates, each once."""
         every = (cell for several in self.candidates.values() for one in several for cell in one.tried)
