@@ -246,27 +246,6 @@ def similarity(student: Moves, teacher: Moves, targets: int) -> dict[str, float]
     }
 
 
-def boundary_similarity(
-    student: PixelLogits, teacher: PixelLogits, images: Tensor, labels: Tensor, targets: int | None = None
-) -> dict[str, float]:
-    """MagSim and AngSim of two networks in eval mode.
-
-    Both are attacked from the same images towards the same classes, each by its own gradients; an image counts if both
-    classify it correctly, a pair if both attacks arrive.
-
-    Args:
-        student, teacher: pixel values [N, C, H, W] on the scale of [0, 1] -> logits [N, K]; each normalizes for itself.
-        images: such pixel values. labels: int64 [N].
-        targets: classes an image is moved to, those that the teacher takes for most probable; None: all others.
-
-    Returns:
-        as of `similarity`.
-    """
-    pairs = pairs_of(teacher, images, labels, targets)
-    each = len(pairs.images) // max(len(images), 1)
-    return similarity(moves_to_boundary(student, pairs), moves_to_boundary(teacher, pairs), each)
-
-
 def ends_of_attacks(
     network: PixelLogits,
     images: Tensor,
