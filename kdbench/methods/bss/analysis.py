@@ -121,9 +121,8 @@ class AttackedTeacher:
 def _attacked(
     analysis: Analysis, cell: FinishedCell, teacher: TeacherSpec, images: int, targets: int | None
 ) -> AttackedTeacher:
-    assert cell.record.folder is not None
     test = analysis.test_images(cell.spec.data, images)
-    network, sha256 = analysis.teacher(teacher, cell.spec.data, cell.record.folder.parent.parent)
+    network, sha256 = analysis.teacher(teacher, cell.spec.data, cell.record.read_from.parent.parent)
     pairs = pairs_of(network.logits, test.pixels, test.labels, targets)
     moves = moves_to_boundary(network.logits, pairs)
     each = len(pairs.images) // len(test.pixels)
