@@ -86,6 +86,12 @@ class Record(Open):
         """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""
         return _typed(self.spec)
 
+    @property
+    def read_from(self) -> Path:
+        """Its folder, of a record that was read from one."""
+        assert self.folder is not None
+        return self.folder
+
     def accuracy(self, metric: Metric) -> float:
         """Test accuracy in percent.
 
@@ -261,10 +267,10 @@ def finished_record(folder: Path) -> Record | None:
 
 def _of_its_folder(record: Record) -> Record:
     """The record, if its folder's name ends with its identity. UserError where it does not."""
-    assert record.folder is not None
-    if not record.folder.name.endswith(record.identity[:8]):
+    if not record.read_from.name.endswith(record.identity[:8]):
+        what, where = f"this is the record of another cell, {record.identity[:8]}", str(record.read_from / RECORD)
         hint = "its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again"
-        raise UserError(f"this is the record of another cell, {record.identity[:8]}", str(record.folder / RECORD), hint)
+        raise UserError(what, where, hint)
     return record
 
 
@@ -277,12 +283,11 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
     Raises:
         UserError: they are not beside the record, or not those that it names; or there are no weights of that word.
     """
-    assert record.folder is not None
     check_word(weights, get_args(WhichWeights), "weights")
     if weights == "best" and record.best is None:
         hint = "remove its folder and run the recipe again with keep=best, or take the last weights"
         raise UserError("this cell kept no weights of its best evaluation", str(record.folder), hint)
-    file = record.folder / (STUDENT if weights == "last" else BEST)
+    file = record.read_from / (STUDENT if weights == "last" else BEST)
     if not file.is_file():
         what = "there are no weights of this cell's student: published results hold none"
         hint = "give a folder of runs; in one, remove this folder and run the recipe again"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 from PIL import Image
+from torch import Tensor
 
 from kdbench.data import birds
 
@@ -28,6 +29,14 @@ def photo(width: int, height: int, seed: int) -> Image.Image:
     """Smooth noise: neither resizing nor JPEG makes it equal to another."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def moments(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of bytes [N, C, H, W], on the scale of [0, 1]."""
+    counts = np.stack([channel.bincount(minlength=256).numpy() for channel in images.transpose(0, 1).flatten(1)])
+    share, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = share @ values
+    return mean.tolist(), np.sqrt(share @ values**2 - mean**2).tolist()
 
 
 def write_pictures(root: Path, classes: int = 3, train: int = 5, test: int = 2, seed: int = 0) -> Path:

@@ -30,11 +30,9 @@ def machine_of(device: torch.device, threads: int, compiled: bool) -> Machine:
 
 def flops_of(spec: CellSpec) -> dict[str, float]:
     """FLOPs of one image's forward pass, of a cell's student and teacher."""
-    assert spec.teacher is not None
-    models = {"student": spec.student, "teacher": spec.teacher.model}
     return {
-        name: size_of(build_model(m.untrained(), m.takes(spec.data)), m.takes(spec.data))["flops"]
-        for name, m in models.items()
+        name: size_of(build_model(model.untrained(), data), data)["flops"]
+        for name, (model, data) in spec.networks.items()
     }
 
 

@@ -77,7 +77,7 @@ def command(
     routes = _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None)
     for keeper in routes.values():
         kept = keeper.route or 0
-        size = kept * 4 * estimate.size(keeper.student, keeper.data).parameters / 1e6
+        size = kept * 4 * estimate.size(*keeper.networks["student"]).parameters / 1e6
         are = "checkpoint of {} is" if kept == 1 else "checkpoints of {} are"
         console.print(f"route: {kept} {are.format(keeper.student.name)} kept, {size:.0f} MB for each training")
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
@@ -110,10 +110,7 @@ def _networks(planned: Plan, estimate: Estimate) -> Table:
     table = plain_table("network", "role", *sizes, right=sizes)
     rows: dict[tuple[str, ...], None] = {}
     for spec in (cell.spec for cell in planned.cells):
-        roles = [("student", spec.student, spec.data)]
-        if spec.teacher is not None:
-            roles.append(("teacher", spec.teacher.model, spec.teacher.knows(spec.data)))
-        for role, model, data in roles:
+        for role, (model, data) in spec.networks.items():
             size = estimate.size(model, data)
             rows[model.name, role, f"{size.parameters:,}", f"{size.flops / 1e6:.1f}"] = None
     for row in rows:

@@ -7,7 +7,7 @@ one: id = (dy · (2p + 1) + dx) · 2 + flip.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,39 +16,20 @@ from torch.nn import functional as F
 from kdbench.errors import UserError
 
 
-class Draws(NamedTuple):
-    """What was drawn for each image: offsets of the crop in the padded image, 0 … 2 · padding, and mirrored (1) or not.
-
-    All int64 [N], on the CPU when they come from `Augmentation.draw`.
-    """
-
-    dy: Tensor
-    dx: Tensor
-    flip: Tensor
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Random crop after padding, and random mirror.
 
     Args:
         padding: pixels on every side; 0 for no crop.
-        mode: what the padding shows: "zero" (bytes 0, before normalization), "reflect" (the mirrored image without
-            repeating its edge), or "none", which goes with padding 0 only.
+        mode: what the padding shows: "zero" (bytes 0, before normalization), or "reflect" (the mirrored image without
+            repeating its edge).
         flip: whether images are mirrored left to right, with probability one half.
     """
 
     padding: int = 0
-    mode: Literal["zero", "reflect", "none"] = "zero"
+    mode: Literal["zero", "reflect"] = "zero"
     flip: bool = False
-
-    def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise UserError(f"padding cannot be {self.padding}", hint="it is a number of pixels, 0 for none")
-        if self.mode not in ("zero", "reflect", "none"):
-            raise UserError(f"unknown padding mode '{self.mode}'", hint="known: zero, reflect, none")
-        if self.mode == "none" and self.padding:
-            raise UserError(f"padding mode 'none' with padding {self.padding}", hint="use 'zero' or 'reflect'")
 
     @property
     def places(self) -> int:
@@ -60,34 +41,24 @@ class Augmentation:
         """Number of different views of an image, all equally likely."""
         return self.places**2 * (2 if self.flip else 1)
 
-    def draw(self, generator: torch.Generator, n: int) -> Draws:
-        """n independent uniform draws. The generator is a CPU one, so that every device sees the same views."""
-        return self.draws(torch.randint(self.views, (n,), generator=generator))
+    def draw(self, generator: torch.Generator, n: int) -> Tensor:
+        """n independent uniform view ids, int64 [n]. The generator is a CPU one: every device sees the same views."""
+        return torch.randint(self.views, (n,), generator=generator)
 
-    def view_id(self, draws: Draws) -> Tensor:
-        """The views that draws stand for, int64 [N] in 0 … views - 1."""
-        place = draws.dy * self.places + draws.dx
-        return place * 2 + draws.flip if self.flip else place
+    def parts(self, view_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What views are: offsets dy and dx of the crop in the padded image, 0 … 2 · padding, and mirrored (1) or not.
 
-    def draws(self, view_id: Tensor) -> Draws:
-        """The draws of views (inverse of `view_id`), on the device of `view_id`."""
+        All int64 [N], on the device of `view_id`.
+        """
         place, flip = (view_id // 2, view_id % 2) if self.flip else (view_id, torch.zeros_like(view_id))
-        return Draws(place // self.places, place % self.places, flip)
+        return place // self.places, place % self.places, flip
 
-    def view(self, images: Tensor, view_id: Tensor | int) -> Tensor:
-        """Given views of images; one id for all images, or int64 [N]. Shapes as in `apply`."""
-        if isinstance(view_id, int):
-            if not 0 <= view_id < self.views:
-                raise UserError(f"there is no view {view_id}", hint=f"views are 0 … {self.views - 1}")
-            view_id = torch.full((len(images),), view_id)
-        return self.apply(images, self.draws(view_id))
-
-    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+    def view(self, images: Tensor, view_id: Tensor) -> Tensor:
         """Crop and mirror a batch.
 
         Args:
             images: [N, C, H, W], bytes or floating point, on any device. They are not changed.
-            draws: one per image, on any device.
+            view_id: one per image, int64 [N] in 0 … views - 1, on any device.
 
         Returns:
             [N, C, H, W] of the images' type and device, contiguous.
@@ -99,7 +70,7 @@ class Augmentation:
             return images.contiguous()
         n, c, h, w = images.shape
         p, device = self.padding, images.device
-        dy, dx, flip = torch.stack(tuple(draws)).to(device, non_blocking=True).unsqueeze(2)
+        dy, dx, flip = (part.unsqueeze(1) for part in self.parts(view_id.to(device, non_blocking=True)))
         rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
         rows = rows + dy
         columns = torch.where(flip.bool(), w - 1 - columns, columns) + dx

@@ -142,24 +142,6 @@ def resized(images: Tensor, size: int) -> Tensor:
     return result
 
 
-def moments(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (of the whole population) per channel of uint8 [N, C, H, W], on the scale [0, 1].
-
-    Exact: from the counts of the 256 byte values.
-    """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean, std = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for part in images[:, channel].split(4096):
-            counts += torch.bincount(part.flatten(), minlength=256)
-        share = counts / counts.sum()
-        centre = (share * values).sum()
-        mean.append(centre.item())
-        std.append((share * (values - centre) ** 2).sum().sqrt().item())
-    return mean, std
-
-
 def cached(
     build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]], variant: str = ""
 ) -> ImageData:

@@ -18,31 +18,23 @@ A data set of one's own needs a card only, which `kdbench data FOLDER` writes:
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from kdbench.data import imagenet
 from kdbench.data.checks import check_classes, check_labels, check_taught
 from kdbench.data.images import ImageData
 from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
+from kdbench.data.sent import read_listing
 from kdbench.data.splits import validation
+from kdbench.data.sums import sums_of
 from kdbench.errors import UserError
-from kdbench.files import cores, sha256_of, sha256_of_data, write_json
-from kdbench.reading import read_as
-
-logger = logging.getLogger("kdbench")
-
-# Bytes of a file of sums at most: millions of pictures.
-MOST_SUMS = 1 << 30
-Sum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+from kdbench.files import write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +164,26 @@ def fingerprint_of_files(data: Pictures, cache: Path) -> str:
     return Pictures.of(data.name, data.classes, data.short_side, train, test, data.origin).fingerprint
 
 
+def save_listing(file: Path, data: Pictures, cache: Path) -> None:
+    """Write the listing of a data set (`kdbench.data.sent`)."""
+    sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
+    parts: dict[str, Any] = {}
+    for split, files, labels in (
+        ("train", data.train_files, data.train_labels),
+        ("test", data.test_files, data.test_labels),
+    ):
+        rows = zip(files, labels.tolist(), strict=True)
+        parts[split] = [(str(one.resolve()), label, sums[one]) for one, label in rows]
+    about = {"name": data.name, "classes": list(data.classes), "short_side": data.short_side, "origin": data.origin}
+    write_json(file, about | parts)
+
+
+def load_listing(file: Path) -> Pictures:
+    """The data set of a listing whose pictures are all there."""
+    found = read_listing(file)
+    return Pictures.of(found.name, found.classes, found.short_side, found.train, found.test, found.origin)
+
+
 def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bool]) -> Path | None:
     """The first folder that holds what is wanted: one of these names below a root, or the root itself.
 
@@ -198,26 +210,3 @@ def official_or_folders(
         if (place := find(roots, names, holds)) is not None:
             return place, holds is official
     raise UserError(absent, hint=not_found(roots, wanted))
-
-
-def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
-    """sha256 of every file, kept in the cache for files whose place, size and time have not changed."""
-    try:
-        stamps = [[str(file), (status := file.stat()).st_size, status.st_mtime_ns] for file in files]
-    except OSError as error:
-        raise UserError(
-            f"a listed picture cannot be read: {error.strerror}", where=str(error.filename), hint="unpack it again"
-        ) from None
-    kept = cache / f"{name}-{sha256_of_data(sorted(stamps))[:32]}.json"
-    try:
-        known = read_as(dict[str, Sum], kept, most=MOST_SUMS) if kept.exists() else {}
-        return {file: known[str(file)] for file in files}
-    except (UserError, KeyError):
-        pass
-    with ThreadPoolExecutor(cores()) as pool:
-        sums = dict(zip(files, pool.map(sha256_of, files), strict=True))
-    try:
-        write_json(kept, {str(file): digest for file, digest in sums.items()})
-    except OSError as error:
-        logger.warning("%s: the files' sums could not be kept for the next run (%s)", kept, error)
-    return sums

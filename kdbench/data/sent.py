@@ -1,14 +1,14 @@
 """Pictures on a node of a cluster: those that lie there already, and those that it is sent, told by their content.
+Imports no torch.
 
 A listing is a JSON file that says of every picture where it lies, its label and its sha256.
 """
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kdbench.data.pictures import MOST_SUMS, Pictures, Sum, sums_of
+from kdbench.data.sums import MOST_SUMS, Sum, sums_of
 from kdbench.files import write_json
 from kdbench.reading import read_as
 
@@ -32,28 +32,8 @@ class SentPictures(BaseModel):
         return {digest: Path(place) for place, _, digest in (*self.train, *self.test)}
 
 
-def save_listing(file: Path, data: Pictures, cache: Path) -> None:
-    """Write the listing of a data set."""
-    sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
-    parts: dict[str, Any] = {}
-    for split, files, labels in (
-        ("train", data.train_files, data.train_labels),
-        ("test", data.test_files, data.test_labels),
-    ):
-        rows = zip(files, labels.tolist(), strict=True)
-        parts[split] = [(str(one.resolve()), label, sums[one]) for one, label in rows]
-    about = {"name": data.name, "classes": list(data.classes), "short_side": data.short_side, "origin": data.origin}
-    write_json(file, about | parts)
-
-
 def read_listing(file: Path) -> SentPictures:
     return read_as(SentPictures, file, most=MOST_SUMS)
-
-
-def load_listing(file: Path) -> Pictures:
-    """The data set of a listing whose pictures are all there."""
-    found = read_listing(file)
-    return Pictures.of(found.name, found.classes, found.short_side, found.train, found.test, found.origin)
 
 
 def settle(listing: Path, store: Path, cache: Path) -> list[str]:

@@ -7,7 +7,7 @@ that chooses it.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from kdbench.files import RECORD, write_json
 from kdbench.forms import Strict
 from kdbench.reading import of_form, read_as
 from kdbench.recipe.choices import ComputeChoice
-from kdbench.record import read_record
+from kdbench.record import Record
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -122,14 +122,13 @@ def keep(folder: Path, chosen: Chosen) -> None:
     write_json(folder / NAME, {name: entry.model_dump(mode="json") for name, entry in entries.items()})
 
 
-def of_records(folders: Sequence[Path]) -> Computing | None:
-    """How finished cells were computed, from the first of them."""
-    for folder in folders:
-        compute = read_record(folder).compute
-        plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
-        plain["cuda_graphs"] = compute.device == "cuda"
-        return of_form(Computing, plain, str(folder / RECORD), "remove the cell's folder: it is trained again")
-    return None
+def of_record(record: Record) -> Computing:
+    """How a finished cell was computed."""
+    compute = record.compute
+    plain = {"precision": compute.precision, "layout": compute.layout, "compile": compute.compile}
+    plain["cuda_graphs"] = compute.device == "cuda"
+    where = str(record.folder / RECORD) if record.folder is not None else record.identity[:8]
+    return of_form(Computing, plain, where, "remove the cell's folder: it is trained again")
 
 
 def key(choice: ComputeChoice) -> str:

@@ -115,7 +115,7 @@ class Domain(ABC):
         """
         stream, n = f"{self.prefix}{stream}", len(self.train)
         views = self.augmentation.draw(generator(self.seed, f"{stream}{self.views}augmentation", epoch), n)
-        return permutation(n, self.seed, f"{stream}order", epoch), self.augmentation.view_id(views)
+        return permutation(n, self.seed, f"{stream}order", epoch), views
 
 
 def augmentation_of(protocol: ProtocolSpec) -> Augmentation:

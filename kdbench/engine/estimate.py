@@ -55,7 +55,6 @@ class Estimate:
         self.sources: dict[str, dict[str, Cost]] = {}
 
     def size(self, model: ModelSpec, data: DataSpec) -> Size:
-        data = model.takes(data)
         key = (model.name, str(model.options), data.classes, data.image_shape)
         if key not in self.sizes:
             found = measure(model, data, self.timed, self.device)
@@ -67,7 +66,7 @@ class Estimate:
 
     def cell(self, spec: CellSpec) -> float:
         """Seconds of one cell: training and evaluation, without its teacher."""
-        size, line = self.size(spec.student, spec.data), planned_timeline(spec)
+        size, line = self.size(*spec.networks["student"]), planned_timeline(spec)
         tests = [part.test for part in spec.domains]
         total = len(line.evaluations) * sum(tests) * size.forward
         times = multiples(spec, self.costs(spec))
@@ -76,14 +75,14 @@ class Estimate:
             seen = {name: sum(times.get(one, 1) for one in _sets(stage, name)) for name in ("student", "teacher")}
             total += images * seen["student"] * size.training
             if spec.teacher is not None and "teacher" in stage.trains:
-                own = self.size(spec.teacher.model, spec.teacher.knows(spec.data))
+                own = self.size(*spec.networks["teacher"])
                 # In turns, it runs for its own step and again for the student's.
                 total += images * seen["teacher"] * (own.training + own.forward * stage.alternating)
                 total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
         for cost in self.costs(spec).values():
             total += cost.student * size.training
-            if cost.teacher and spec.teacher is not None:
-                total += cost.teacher * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).training
+            if cost.teacher:
+                total += cost.teacher * self.size(*spec.networks["teacher"]).training
         return total
 
     def costs(self, spec: CellSpec) -> dict[str, Cost]:
@@ -100,7 +99,7 @@ class Estimate:
             teacher = cell.spec.teacher
             for cost in self.costs(cell.spec).values():
                 if cost.prepared and teacher is not None:
-                    each = self.size(teacher.model, teacher.knows(cell.spec.data)).training
+                    each = self.size(*cell.spec.networks["teacher"]).training
                     key = f"{teacher.identity()} {cost.key}"
                     taken[key] = max(taken.get(key, 0.0), cost.prepared * each)
         return sum(taken.values())
@@ -113,7 +112,7 @@ class Estimate:
         most = max(
             (times.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
         )
-        return _images(spec) * most * self.size(spec.teacher.model, spec.teacher.knows(spec.data)).forward
+        return _images(spec) * most * self.size(*spec.networks["teacher"]).forward
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
         """Seconds of several cells: a cohort pays for its teacher's passes once."""

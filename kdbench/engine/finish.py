@@ -88,9 +88,9 @@ def finish(
 
 
 def _sizes(member: Member) -> dict[str, dict[str, float] | None]:
-    spec, teacher = member.spec, member.teacher
-    taught = size_of(teacher.network.model, spec.teacher.knows(spec.data)) if teacher and spec.teacher else None
-    return {"student": size_of(member.answers.model, spec.student.takes(spec.data)), "teacher": taught}
+    data = {network: taken for network, (_, taken) in member.spec.networks.items()}
+    taught = size_of(member.teacher.network.model, data["teacher"]) if member.teacher else None
+    return {"student": size_of(member.answers.model, data["student"]), "teacher": taught}
 
 
 def _times(log: Log) -> dict[str, float]:

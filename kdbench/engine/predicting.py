@@ -90,12 +90,9 @@ def check_answers(cell: Surroundings) -> None:
 
 def untrained(spec: CellSpec) -> nn.Module:
     """The network with which a cell of such a method answers, with weights that are to be loaded yet."""
-    parts = {"student": (spec.student, spec.student.takes(spec.data))}
-    if spec.teacher is not None:
-        parts["teacher"] = (spec.teacher.model, spec.teacher.knows(spec.data))
     networks = {
         name: build_extractor(build_model(model.untrained(), data), model, data)
-        for name, (model, data) in parts.items()
+        for name, (model, data) in spec.networks.items()
     }
-    shapes = {name: network.shapes(parts[name][1].image_shape) for name, network in networks.items()}
+    shapes = {name: network.shapes(spec.networks[name][1].image_shape) for name, network in networks.items()}
     return predictor(Surroundings(spec, networks["student"], networks.get("teacher"), {"teacher": {}, **shapes}))

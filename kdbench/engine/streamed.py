@@ -262,7 +262,7 @@ def decoded(split: StreamedSplit, making: Making, batches: Iterable[Drawn]) -> I
             made = making.augmentation.view(made.unsqueeze(0), drawn.view[at : at + 1])[0]
             flipped = False
         else:
-            flipped = bool(making.augmentation.draws(drawn.view[at]).flip)
+            flipped = bool(making.augmentation.parts(drawn.view[at])[2])
         image = as_image(made) if isinstance(made, Tensor) else made
         return as_bytes(making.transforms(mirrored(image) if flipped else image, drawn.seeds[at]))
 

@@ -114,11 +114,8 @@ def _labels(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tensor
 
 def _batch_norm(network: str) -> Callable[[Surroundings, str, Mapping[str, str]], nn.Module]:
     def found(cell: Surroundings, stage: str, points: Mapping[str, str]) -> nn.Module:
-        spec = cell.spec
-        taken = (
-            spec.teacher.knows(spec.data) if network == "teacher" and spec.teacher else spec.student.takes(spec.data)
-        )
-        return batch_norm_before(cell.network(network, stage), points[network], taken.image_shape)
+        of = cell.network(network, stage)
+        return batch_norm_before(of, points[network], cell.spec.networks[network][1].image_shape)
 
     return found
 

@@ -269,7 +269,6 @@ class TeacherSpec(Spec):
     known_classes: list[int] | None = Field(
         default=None, description="those that it was trained on, where these are not all"
     )
-
     members: list[TeacherSpec] = Field(default=[], description="where it is several ones")
 
     @property
@@ -294,7 +293,8 @@ class TeacherSpec(Spec):
 
     def identity(self) -> str:
         """sha256 over what affects its outputs, whatever it is called. Hook points do not: they are the cell's."""
-        return _digest(self.model_copy(update={"model": self.model.model_copy(update={"hooks": {}})}))
+        plain = self.model_copy(update={"model": self.model.model_copy(update={"hooks": {}})})
+        return sha256_of_data(_numbers(plain))
 
 
 class CellSpec(Spec):
@@ -323,6 +323,12 @@ class CellSpec(Spec):
         return self.teacher.each if self.teacher is not None else []
 
     @property
+    def networks(self) -> dict[str, tuple[ModelSpec, DataSpec]]:
+        """The "student", and the "teacher" where it has one, each with the data as it takes them."""
+        found = {"student": (self.student, self.student.takes(self.data))}
+        return found | ({"teacher": (one.model, one.knows(self.data))} if (one := self.teacher) else {})
+
+    @property
     def tested(self) -> DataSpec:
         """The data whose test set counts."""
         return self.target or self.data
@@ -348,7 +354,7 @@ class CellSpec(Spec):
             earlier: as it was hashed before a user's own code counted by its content alone. Shipped cards' cells have
                 one identity.
         """
-        return _digest(self.counted(), earlier)
+        return sha256_of_data(_numbers(self.counted(), earlier))
 
     def identities(self) -> tuple[str, str]:
         """The identity, and what it was earlier: a finished cell's record has one of them."""
@@ -368,11 +374,7 @@ def recorded(spec: Spec) -> dict[str, Any]:
     return spec.model_dump(mode="json", exclude_none=True, context=RECORDED)
 
 
-def _digest(spec: Spec, earlier: bool = False) -> str:
-    return sha256_of_data(_numbers(spec, earlier))
-
-
-def _numbers(value: Any, earlier: bool) -> Any:
+def _numbers(value: Any, earlier: bool = False) -> Any:
     if isinstance(value, BaseModel):
         dropped = _NOT_NUMBERS | ({"weights"} if isinstance(value, ModelSpec) else set())
         # What a thing is called does not count where its target does.

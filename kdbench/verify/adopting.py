@@ -74,8 +74,7 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
     for record in found.values():
-        place = record.folder
-        assert place is not None
+        place = record.read_from
         wrong = [what for what in changed if what.startswith(f"{place.name}/")]
         wrong += problems(record, metrics(place))
         if wrong:

@@ -169,9 +169,8 @@ def counted_again(
         labels, fingerprint = known[key]
         if fingerprint != (record.target or record.data).fingerprint:
             continue
-        assert record.folder is not None
         try:
-            logits = logits_in(record.folder / LOGITS, labels)
+            logits = logits_in(record.read_from / LOGITS, labels)
             said = spans(logits, labels, _taught(record, records, data, labels), data[name].only_classes)
         except UserError as error:
             found[name] = [], [error.what]

@@ -106,9 +106,9 @@ def rerun(
     cell = PlannedCell(spec, dict(record.cell.axes), record.cell.order or 0)
     plan = Plan("again", f"{record.cell.label}, seed {record.cell.seed}, again", [cell], spec.method.name)
     _as_it_was(options.runs / plan.name / cell.slug, record)
-    if (way := compute.of_records([record.folder] if record.folder else [])) is not None:
-        chosen = Chosen(asked=spec.compute.fixed(), computing=way, why="as the record says")
-        compute.keep(options.runs / plan.name, chosen)
+    way = compute.of_record(record)
+    chosen = Chosen(asked=spec.compute.fixed(), computing=way, why="as the record says")
+    compute.keep(options.runs / plan.name, chosen)
     for one in spec.teachers:
         if (trained := one.trained_by) is not None:
             for teacher in teachers:

@@ -30,11 +30,12 @@ from kdbench.errors import CellError, UserError
 from kdbench.image_cards import Normalization
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.methods.bss.analysis import (
-    boundary_similarity,
     crossing,
     ends_of_attacks,
     makes_boundary_samples,
+    moves_to_boundary,
     pairs_of,
+    similarity,
     varied,
 )
 from kdbench.methods.bss.attack import StepRule, again, base_samples, boundary_attack, target_classes
@@ -663,7 +664,7 @@ def test_the_protocol_is_the_scripts() -> None:
 # --- two networks' boundaries
 
 
-def test_boundary_similarity_of_linear_networks() -> None:
+def test_similarity_of_the_boundaries_of_linear_networks() -> None:
     """Two classes, planes in closed form: lengths |L| / ‖w‖, directions ± w. Values leave no pixel range here."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(50, 1, 3, 3, generator=generator) * 0.2 + 0.4
@@ -673,7 +674,9 @@ def test_boundary_similarity_of_linear_networks() -> None:
         return lambda images: (images - 0.5).flatten(1) @ torch.stack([weights[name], -weights[name]]).T
 
     labels = classifier("teacher")(x).argmax(dim=1)
-    found = boundary_similarity(classifier("student"), classifier("teacher"), x, labels)
+    pairs = pairs_of(classifier("teacher"), x, labels)
+    moves = {name: moves_to_boundary(classifier(name), pairs) for name in weights}
+    found = similarity(moves["student"], moves["teacher"], 1)
     lengths = {name: ((x - 0.5).flatten(1) @ w).abs() / w.norm() for name, w in weights.items()}
     right = classifier("student")(x).argmax(dim=1) == labels
     ratio = torch.minimum(*lengths.values()) / torch.maximum(*lengths.values())
@@ -684,7 +687,7 @@ def test_boundary_similarity_of_linear_networks() -> None:
     # Both move to the other side: the same way along one's own weights.
     assert found["angle"] == pytest.approx(cosine, abs=0.01)
     assert found["teacher_length"] == pytest.approx(lengths["teacher"][right].mean().item(), rel=0.02)
-    same = boundary_similarity(classifier("teacher"), classifier("teacher"), x, labels)
+    same = similarity(moves["teacher"], moves["teacher"], 1)
     assert (same["images"], same["magnitude"], same["angle"]) == (50, pytest.approx(1), pytest.approx(1))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_files import photo
+from picture_files import moments, photo
 from PIL import Image
 from tiny import images
 
 from kdbench.cards import Weights
 from kdbench.data import domains, jpeg, mnist
-from kdbench.data.images import moments, resized
+from kdbench.data.images import resized
 from kdbench.engine.build import build_model
 from kdbench.errors import UserError
 from kdbench.files import sha256_of

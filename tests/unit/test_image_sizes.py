@@ -73,7 +73,7 @@ def test_what_is_planned_measured_and_kept_agrees() -> None:
     assert plain.identity() != larger.identity() and plain.teacher.identity() != larger.teacher.identity()
     assert cell(teacher={"image_size": 8}).identity() == plain.identity(), "the data's own size is no other"
     assert check_cell(larger).teacher_shapes["layer1"][1:] == (16, 16)
-    flops = [Estimate(CPU, timed=False).size(one.teacher.model, one.data).flops for one in (plain, larger)]
+    flops = [Estimate(CPU, timed=False).size(*one.networks["teacher"]).flops for one in (plain, larger)]
     assert flops[1] > 3 * flops[0]
     data = images(plain.data)
     assert table_key(plain, "", data, "float32") != table_key(larger, "", data, "float32")

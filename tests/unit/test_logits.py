@@ -81,7 +81,8 @@ def test_a_table_holds_every_view_of_every_image(precision: str, off: float) -> 
     augmentation = Augmentation(1, "zero", True)
     for image in (0, 7, 19):
         for view in range(VIEWS):
-            expected = teacher(augmentation.view(data.train_images[image : image + 1], view), ["logits"])["logits"][0]
+            pixels = augmentation.view(data.train_images[image : image + 1], torch.tensor([view]))
+            expected = teacher(pixels, ["logits"])["logits"][0]
             assert (values[image, view].float() - expected).abs().max() <= off * expected.abs().max(), (image, view)
 
 
@@ -142,7 +143,7 @@ def test_filling_goes_on_where_it_was_stopped() -> None:
     assert whole.done == 20 and sum(ran) == (20 - part.done) * VIEWS
     fresh = teacher_of(spec)
     values = logit_table.open_table(whole, fresh, data, spec.protocol, CPU)
-    pixels = Augmentation(1, "zero", True).view(data.train_images, 5)
+    pixels = Augmentation(1, "zero", True).view(data.train_images, torch.full((20,), 5))
     assert torch.allclose(values[:, 5], fresh(pixels, ["logits"])["logits"], atol=1e-4)
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Kdbench
+from picture_files import moments
 from PIL import Image
 from pydantic import ValidationError
 
 from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
 from kdbench.data.decoding import picture
-from kdbench.data.images import moments
 from kdbench.data.listing import centred
 from kdbench.data.survey import survey
 from kdbench.engine.datasets import load_data

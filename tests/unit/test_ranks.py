@@ -253,7 +253,7 @@ def test_versions_that_differ_are_told_by_every_rank(monkeypatch: pytest.MonkeyP
 def test_shares_of_all_ranks_are_the_batches_of_one_process(padding: int) -> None:
     """Also of a smaller last batch, and at a step in the middle."""
     spec = two_ranks.cell("kd")
-    views = spec.protocol.augmentation.model_copy(update={"padding": padding, "mode": "reflect" if padding else "none"})
+    views = spec.protocol.augmentation.model_copy(update={"padding": padding, "mode": "reflect" if padding else "zero"})
     spec = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"augmentation": views})})
     data = images(spec.data, per_class=4)
     whole, *parts = (Batches(spec, data, CPU, None, ranks) for ranks in (ALONE, *(Ranks(i, 4) for i in range(4))))

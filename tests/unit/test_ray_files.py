@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ import two_ranks
 from picture_files import write_pictures
 
 from kdbench.cli import with_address
-from kdbench.data import pictures
-from kdbench.data.sent import SUFFIX, load_listing, save_listing
+from kdbench.data.pictures import from_folders, load_listing, save_listing
+from kdbench.data.sent import SUFFIX
 from kdbench.engine.compute import REFERENCE
 from kdbench.engine.options import Cluster
 from kdbench.engine.teachers.logit_files import ABOUT, VALUES, table_at
@@ -25,6 +26,7 @@ from kdbench.engine.workers.ray_pool import MOST_LOSSES, Losses, RayPool, RayWor
 from kdbench.engine.workers.ray_sending import Sending
 from kdbench.errors import UserError
 from kdbench.files import find_weights
+from kdbench.reading import LARGEST
 
 NOW: Any = SimpleNamespace(get=lambda value: value, put=lambda value: value)
 
@@ -110,7 +112,8 @@ def test_data_and_given_weights_are_sent_once(actor: Called, tmp_path: Path, mon
 def test_pictures_are_used_where_they_lie_or_sent(actor: Called, tmp_path: Path) -> None:
     """By their content: a node has the same picture in the same place, another one there, or none."""
     root = write_pictures(tmp_path / "mine" / "some", classes=2, train=2, test=1)
-    data = pictures.from_folders(root, "some", tmp_path, 28)
+    # As long as the listing of a million pictures, longer than other files may be.
+    data = replace(from_folders(root, "some", tmp_path, 28), origin="x" * LARGEST)
     save_listing(listing := tmp_path / f"{data.fingerprint}{SUFFIX}", data, tmp_path)
     order = task(tmp_path)
     source = order.cells[0].spec.data.images_key()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from picture_files import moments
 from PIL import Image
 
 from kdbench.data import cifar, digits, folder, images
@@ -125,14 +126,6 @@ def test_fingerprint_is_the_documented_hash():
     assert data.fingerprint == hashlib.sha256(by_hand).hexdigest()
 
 
-def test_moments_are_those_of_the_float_images():
-    pixels = torch.randint(0, 256, (5000, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = images.moments(pixels)
-    exact = pixels.double() / 255
-    assert mean == pytest.approx(exact.mean((0, 2, 3)).tolist(), rel=1e-12)
-    assert std == pytest.approx(exact.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
-
-
 # --- digits
 
 
@@ -174,7 +167,7 @@ def test_digits_do_not_depend_on_the_order_of_scikit_learn(digit_data, monkeypat
 
 def test_digits_card_says_what_the_data_are(digit_data):
     card = CARDS["digits"]
-    mean, std = images.moments(digit_data.train_images)
+    mean, std = moments(digit_data.train_images)
     assert card["normalization"]["mean"] == pytest.approx(mean, abs=5e-6)
     assert card["normalization"]["std"] == pytest.approx(std, abs=5e-6)
     assert (card["train"], card["test"]) == (len(digit_data.train_labels), len(digit_data.test_labels))
@@ -292,7 +285,7 @@ def test_real_cifar10_is_what_its_card_says(tmp_path, cifar10_root):
     source, card = cifar10_root / "cifar10", CARDS["cifar10"]
     data = cifar.cifar10([source], False, tmp_path / "cache", **card["args"])
     assert data.fingerprint == card["args"]["fingerprint"] and data.origin == "image folder (webp)"
-    mean, std = images.moments(data.train_images)
+    mean, std = moments(data.train_images)
     assert card["normalization"] == {"mean": [round(m, 4) for m in mean], "std": [round(s, 4) for s in std]}
     assert (len(data.train_labels), len(data.test_labels)) == (card["train"], card["test"])
     pixels = {

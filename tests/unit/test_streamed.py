@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from kdbench.bench import loading
-from kdbench.data import birds, pictures, scenes
+from kdbench.data import birds, pictures, scenes, sums
 from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, picture, resized_crop
 from kdbench.data.images import ImageData
 from kdbench.data.listing import centred, not_found
@@ -319,7 +319,7 @@ def test_names_and_places_of_files_do_not_matter(tmp_path: Path) -> None:
 def test_files_are_read_once_for_their_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path / "x")
     first = pictures.load([tmp_path], False, tmp_path / "cache", folder="x")
-    monkeypatch.setattr(pictures, "sha256_of", None)
+    monkeypatch.setattr(sums, "sha256_of", None)
     assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint == first.fingerprint
 
 

@@ -100,7 +100,7 @@ class Finished:
     def teachers(self) -> list[Record]:
         """Published teachers whose weights are there too."""
         others = self.published.keys() - {cell.cell.slug for cell in self.cells}
-        return [self.published[name] for name in sorted(others) if weight_files(_folder(self.published[name]))]
+        return [self.published[name] for name in sorted(others) if weight_files(self.published[name].read_from)]
 
     def compare_data(self, here: DataHere) -> None:
         """Raises UserError for cells of the folder, or teachers that were trained for it, that were made from other
@@ -185,22 +185,22 @@ def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
 def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
     """Raises UserError for a teacher that was trained on other data than those that are here, or whose record says
     another accuracy than its evaluations do: its students' records would repeat it."""
-    assert teacher.trained_by is not None and record.folder is not None
+    assert teacher.trained_by is not None
     # What was sent to another machine has no evaluations beside it.
-    history = metrics(record.folder) if (record.folder / METRICS).is_file() else []
+    history = metrics(record.read_from) if (record.read_from / METRICS).is_file() else []
     seen = [round(entry["test"]["accuracy"], 4) for entry in history if "test" in entry][-1:]
     if history and seen != [record.result.test.last]:
         last = f"{seen[0]:.2f} %" if seen else "none"
         raise UserError(
             f"the teacher '{teacher.name}' has {record.result.test.last:.2f} % here, and {last} in its {METRICS}",
-            where=str(record.folder / RECORD),
+            where=str(record.read_from / RECORD),
             hint="one of the two files was changed: bring it back, or remove this folder: the teacher is then trained "
             "again",
         )
     if why := here.unlike(teacher.trained_by, record):
         raise UserError(
             f"the teacher '{teacher.name}' was trained on other data: {why}",
-            where=str(record.folder),
+            where=str(record.read_from),
             hint="give this run another folder (--runs DIR), bring back the data, or remove this folder: the teacher "
             "is then trained again",
         )
@@ -208,13 +208,8 @@ def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:
 
 def take(record: Record, target: Path) -> None:
     """Copy what is published of a cell or teacher, its record last: it makes a folder whole."""
-    source = _folder(record)
+    source = record.read_from
     for file in (*weight_files(source), *(source / name for name in PUBLISHED)):
         if file.is_file():
             with atomic(target / file.relative_to(source)) as temporary:
                 shutil.copyfile(file, temporary)
-
-
-def _folder(record: Record) -> Path:
-    assert record.folder is not None
-    return record.folder

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import load_images
-from kdbench.data.pictures import AnyData, Pictures
-from kdbench.data.sent import SUFFIX, load_listing
+from kdbench.data.pictures import AnyData, Pictures, load_listing
+from kdbench.data.sent import SUFFIX
 from kdbench.engine.compute import Computing
 from kdbench.engine.datasets import load_data
 from kdbench.engine.teachers import logit_table

@@ -11,14 +11,15 @@ import subprocess
 import threading
 from collections.abc import Sequence
 
+from kdbench.data.sent import settle
 from kdbench.engine.workers.pool import worker_process
 from kdbench.engine.workers.versions import versions
 from kdbench.files import RECORD, atomic, files_of, folders_in, home, sha256_of
 
 # Seconds between looks at a worker's files.
 LOOK = 0.5
-# How a list of pictures is called, and where tables of teacher logits lie.
-PICTURES, TABLES = ".pictures.json", "teacher_logits"
+# Where tables of teacher logits lie.
+TABLES = "teacher_logits"
 # A file's name below a folder, and its bytes; None where it is gone.
 Content = tuple[str, bytes | None]
 
@@ -57,8 +58,6 @@ class Node:
 
     def pictures(self, listing: str) -> list[str]:
         """The sha256 of the pictures of a listing that are not on this node; the worker's listing where all are."""
-        from kdbench.data.sent import settle
-
         return settle(self.folder / listing, self.folder / "pictures", self.folder / "cache")
 
     def begin(self, paths: Sequence[str], threads: int) -> None:

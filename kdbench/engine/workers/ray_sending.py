@@ -4,12 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from kdbench.data.sent import SUFFIX, here, read_listing
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.teachers.logit_files import ABOUT, VALUES, tables
 from kdbench.engine.workers.messages import GivenData, Message, Task, TrainCells
-from kdbench.engine.workers.ray_node import PICTURES, TABLES
+from kdbench.engine.workers.ray_node import TABLES
 from kdbench.files import SHARE, below, files_to_send, find_weights, sha256_of
-from kdbench.reading import read_json
 from kdbench.recipe.specs import CellSpec
 
 # Bytes of pictures that are on their way at once.
@@ -53,7 +53,7 @@ class Sending:
                 known = given[data.images_key()] = self.given[data.images_key()]
                 place = f"data/{known.file.name}"
                 self.put(actor, {place: known.file})
-                if known.file.name.endswith(PICTURES):
+                if known.file.name.endswith(SUFFIX):
                     place = self._pictures(actor, place, known.file)
                 given[data.images_key()] = known.model_copy(update={"file": base / place})
             files = {name: file for name in _weights(spec) if (file := find_weights(name)) is not None}
@@ -66,7 +66,7 @@ class Sending:
         """Send the pictures of a listing that a node lacks; the name of its own listing."""
         lacking = self.ray.get(actor.pictures.remote(place))
         if lacking:
-            files = {digest: Path(where) for rows in ("train", "test") for where, _, digest in read_json(listing)[rows]}
+            files = read_listing(listing).places()
             sent, size = [], 0
             for digest in lacking:
                 content = files[digest].read_bytes()
@@ -77,7 +77,7 @@ class Sending:
                     sent, size = [], 0
             self.ray.get(sent)
             self.ray.get(actor.pictures.remote(place))
-        return f"data/here-{listing.name}"
+        return f"data/{here(listing).name}"
 
     def _tables(self, actor: Any, specs: list[CellSpec], data: set[str]) -> None:
         """Have the tables of teacher logits on a node that there are here, of what its task is about."""

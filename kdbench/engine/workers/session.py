@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from kdbench.engine import compute, scheduling
 from kdbench.engine.compute import Computing, Steps, plainest
 from kdbench.engine.device import not_used
@@ -180,8 +178,12 @@ class Session:
             if choice.settled or self.options.ranks > 1:
                 result[key] = plainest(choice)
                 continue
-            found = compute.kept(folder, choice) or compute.of_records([f for f in finished if _chose(f, key)])
-            result[key] = found or self._measured(folder, alike)
+            before = (
+                compute.of_record(record)
+                for record in map(read_record, finished)
+                if record.resolved is not None and compute.key(record.resolved.compute) == key
+            )
+            result[key] = compute.kept(folder, choice) or next(before, None) or self._measured(folder, alike)
         return result
 
     def _measured(self, folder: Path, cells: scheduling.Cells) -> Computing:
@@ -293,11 +295,3 @@ def locked_run(
     """A lock: only one run works in an output folder; another waits that many seconds for it (-1: for ever)."""
     hint = "wait for it, stop it, or give another folder: --runs DIR"
     return locked(folder / ".run.lock", wait, UserError(f"another run works in {folder}", hint=hint), waiting)
-
-
-def _chose(folder: Path, key: str) -> bool:
-    """Whether a finished cell left the same things open."""
-    try:
-        return compute.key(CellSpec.model_validate(read_record(folder).spec).compute) == key
-    except ValidationError:
-        return False

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from kdbench.data.images import save_images
-from kdbench.data.pictures import Pictures
-from kdbench.data.sent import SUFFIX, save_listing
+from kdbench.data.pictures import Pictures, save_listing
+from kdbench.data.sent import SUFFIX
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import weight_notes
 from kdbench.engine.check import Known, check_cell

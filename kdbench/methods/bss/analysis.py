@@ -121,9 +121,8 @@ class AttackedTeacher:
 def _attacked(
     analysis: Analysis, cell: FinishedCell, teacher: TeacherSpec, images: int, targets: int | None
 ) -> AttackedTeacher:
-    assert cell.record.folder is not None
     test = analysis.test_images(cell.spec.data, images)
-    network, sha256 = analysis.teacher(teacher, cell.spec.data, cell.record.folder.parent.parent)
+    network, sha256 = analysis.teacher(teacher, cell.spec.data, cell.record.read_from.parent.parent)
     pairs = pairs_of(network.logits, test.pixels, test.labels, targets)
     moves = moves_to_boundary(network.logits, pairs)
     each = len(pairs.images) // len(test.pixels)
@@ -244,27 +243,6 @@ def similarity(student: Moves, teacher: Moves, targets: int) -> dict[str, float]
             for name, moves in networks.items()
         },
     }
-
-
-def boundary_similarity(
-    student: PixelLogits, teacher: PixelLogits, images: Tensor, labels: Tensor, targets: int | None = None
-) -> dict[str, float]:
-    """MagSim and AngSim of two networks in eval mode.
-
-    Both are attacked from the same images towards the same classes, each by its own gradients; an image counts if both
-    classify it correctly, a pair if both attacks arrive.
-
-    Args:
-        student, teacher: pixel values [N, C, H, W] on the scale of [0, 1] -> logits [N, K]; each normalizes for itself.
-        images: such pixel values. labels: int64 [N].
-        targets: classes an image is moved to, those that the teacher takes for most probable; None: all others.
-
-    Returns:
-        as of `similarity`.
-    """
-    pairs = pairs_of(teacher, images, labels, targets)
-    each = len(pairs.images) // max(len(images), 1)
-    return similarity(moves_to_boundary(student, pairs), moves_to_boundary(teacher, pairs), each)
 
 
 def ends_of_attacks(

@@ -94,8 +94,7 @@ def _students(folder: Path, analysis: Analysis) -> list[Judge]:
         # A student that began with a teacher's weights may know that teacher's classes too.
         begun = spec.teacher.known_classes if spec.teacher and spec.method.starts_from == "teacher" else None
         classes = frozenset([*(spec.data.only_classes or range(spec.data.classes)), *(begun or [])])
-        assert cell.record.folder is not None
-        place = f"{cell.record.recipe}/{cell.record.folder.name}"
+        place = f"{cell.record.recipe}/{cell.record.read_from.name}"
         found.append(Judge(cell.name, spec.data, classes, analysis.student(cell), place))
     return found
 

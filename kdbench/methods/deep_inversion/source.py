@@ -230,7 +230,7 @@ class SynthesizedImages(Source):
         if self._pass != (growth, number):
             of_growth = f"/{growth}" if growth else ""
             source = generator(self.seed, f"synthesized/augmentation{of_growth}", number)
-            views = self.augmentation.view_id(self.augmentation.draw(source, n))
+            views = self.augmentation.draw(source, n)
             self.epoch.begin(permutation(n, self.seed, f"synthesized/order{of_growth}", number), views)
             self._pass = (growth, number)
         first = position * self.batch_size
