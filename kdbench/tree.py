@@ -25,7 +25,7 @@ Path = tuple[str | int, ...]
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What YAML 1.1 reads as an octal number, and as hours, minutes and seconds.
 _OTHER_BASE = re.compile(r"^[+-]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
-_SCIENTIFIC = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
+SCIENTIFIC = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 
 
 class Tree:
@@ -186,7 +186,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
         where = f"{source}:{node.start_mark.line + 1}"
         raise UserError(f"a text contains the character {bad[0]!r}", where=where, hint="remove it")
     # YAML 1.1 takes 1e-3 for text because it lacks the dot; nobody who writes it means text.
-    if isinstance(scalar, str) and not getattr(node, "style", None) and _SCIENTIFIC.match(scalar):
+    if isinstance(scalar, str) and not getattr(node, "style", None) and SCIENTIFIC.match(scalar):
         return float(scalar)
     return scalar
 

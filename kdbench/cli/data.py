@@ -1,5 +1,6 @@
 """`kdbench data`: look at a folder of pictures, and write the data card for it."""
 
+import json
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -11,6 +12,7 @@ from kdbench.errors import UserError
 from kdbench.files import home, write_text
 from kdbench.recipe.loading import dump
 from kdbench.registry import Registry
+from kdbench.tree import Tree
 
 EXAMPLES = """
 kdbench data ~/pictures/birds
@@ -54,7 +56,16 @@ def command(
     write_text(file, f"# kdbench data {folder}\n{text}")
     console.print(f"written: {file}")
     console.print(
-        f"  use it:  data: {name}   and   kdbench run my.yaml --registry {quote(str(out))} "
+        f"  use it:  data: {_in_yaml(name)}   and   kdbench run my.yaml --registry {quote(str(out))} "
         f"--data {quote(str(folder.resolve().parent))}",
         soft_wrap=True,
     )
+
+
+def _in_yaml(name: str) -> str:
+    """A name as a recipe holds it: in quotes where YAML would read something else, as of a folder called 2024."""
+    try:
+        plain = Tree.parse(name, "").data == name
+    except UserError:
+        plain = False
+    return name if plain else json.dumps(name, ensure_ascii=False)

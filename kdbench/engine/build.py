@@ -41,8 +41,10 @@ def weight_notes(spec: CellSpec) -> list[str]:
         found += _built(student, student.takes(spec.data))[1]
     for one in teacher.each if teacher is not None else ():
         if one.weights is not None and (file := find_weights(one.weights.file)) is not None:
-            model = build_model(one.model.untrained(), one.knows(spec.data))
-            found += load_file(model, file, one.model.name, one.weights.layout, one.weights.entry)
+            knows = one.knows(spec.data)
+            model = build_model(one.model.untrained(), knows)
+            layout, entry = one.weights.layout, one.weights.entry
+            found += load_file(model, file, one.model.name, layout, entry, classes=knows.classes)
     return found
 
 
@@ -64,10 +66,11 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
         )
     notes = []
     if spec.weights is not None:
-        notes = load_file(model, weight_file(spec), spec.name, entry=spec.entry, new_classes=True)
+        notes = load_file(model, weight_file(spec), spec.name, entry=spec.entry, new_classes=True, classes=data.classes)
     if spec.start is not None:
         file = locate(spec.start, download=False)
-        notes = load_file(model, file, spec.name, spec.start.layout, spec.start.entry, new_classes=True)
+        layout, entry = spec.start.layout, spec.start.entry
+        notes = load_file(model, file, spec.name, layout, entry, new_classes=True, classes=data.classes)
     return model, notes
 
 

@@ -61,6 +61,7 @@ def load_file(
     layout: str | None = None,
     entry: str | None = None,
     new_classes: bool = False,
+    classes: int | None = None,
 ) -> list[str]:
     """Load the weights of a file that fit a network, wherever they are in it.
 
@@ -69,6 +70,7 @@ def load_file(
         layout: module:object that turns the file's state dict into the network's.
         entry: which of several networks in the file.
         new_classes: whether its last layer may have other classes there, and then keeps its first values.
+        classes: of the network: its last layer has as many rows. None: not known.
 
     Returns:
         sentences on what its user should know: which of several networks was taken, what was left out.
@@ -92,29 +94,29 @@ def load_file(
         notes.append(f"{file}: {why}")
     own = model.state_dict()
     other = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if new_classes and (classes := _other_classes(own, state, other)):
+    if new_classes and (counts := _other_classes(own, state, other, classes)):
         state = state | {key: own[key] for key in other}
-        notes.append(f"{file} has {classes[0]} classes: the last layer of '{name}', of {classes[1]}, is new")
-    load_weights(model, state, name, str(file))
+        notes.append(f"{file} has {counts[0]} classes: the last layer of '{name}', of {counts[1]}, is new")
+    load_weights(model, state, name, str(file), classes)
     return notes
 
 
-def load_weights(model: nn.Module, state: State, name: str, where: str) -> None:
+def load_weights(model: nn.Module, state: State, name: str, where: str, classes: int | None = None) -> None:
     """Load a state dict that must fit exactly. Counters of batch norms, which old files lack, may be missing.
 
     Args:
-        name: of the network. where: its weights are from. Both for messages.
+        name: of the network. where: its weights are from. Both for messages. classes: as of `load_file`.
 
     Raises:
         UserError: it does not fit, or has values that are not finite.
     """
     own = model.state_dict()
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if classes := _other_classes(own, state, other):
+    if counts := _other_classes(own, state, other, classes):
         raise UserError(
-            f"these weights of '{name}' are for {classes[0]} classes, where the data have {classes[1]}",
+            f"these weights of '{name}' are for {counts[0]} classes, where the data have {counts[1]}",
             where=where,
-            hint=f"a teacher of other classes can teach its features: write 'classes: {classes[0]}' beside its "
+            hint=f"a teacher of other classes can teach its features: write 'classes: {counts[0]}' beside its "
             "'weights'; a student may start from them, with a new last layer",
         )
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -155,13 +157,19 @@ def _no_values(value: Tensor, own: Tensor) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def _other_classes(own: Mapping[str, Tensor], state: State, other: list[str]) -> tuple[int, int] | None:
+def _other_classes(
+    own: Mapping[str, Tensor], state: State, other: list[str], classes: int | None
+) -> tuple[int, int] | None:
     """The classes of a state dict and of a network, where these are all that differs."""
     layers = {key.rpartition(".")[0] for key in other}
     rows = {(len(state[key]), len(own[key])) for key in other if state[key].ndim and own[key].ndim}
     same = all(state[key].shape[1:] == own[key].shape[1:] for key in other)
     fits = state.keys() <= own.keys() and all(key in state or key.endswith("num_batches_tracked") for key in own)
-    return next(iter(rows)) if len(layers) == len(rows) == 1 and same and fits else None
+    if not (len(layers) == len(rows) == 1 and same and fits):
+        return None
+    counts = next(iter(rows))
+    # Another layer may differ in its rows alone too: a transformer's table of positions does for other images.
+    return counts if classes in (None, counts[1]) else None
 
 
 def start_from(

@@ -13,7 +13,7 @@ from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE, expanded, no_file
 from kdbench.recipe.choices import Range, Recipe
 from kdbench.registry import written_out
-from kdbench.tree import Tree
+from kdbench.tree import SCIENTIFIC, Tree
 from kdbench.validation import fields_at, validated
 
 # What a title does not speak of: how much is run and how it is computed, what is compared, names, and folders.
@@ -185,6 +185,13 @@ def _meant(key: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(places)}?" if places else did_you_mean(key, known)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes the texts that would be read as numbers here, and not by YAML 1.1: 1e3."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, [*"+-0123456789"])
+
+
 def dump(data: object) -> str:
     """Plain data as YAML, in its own order."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -218,8 +219,8 @@ def hub() -> Iterator[Any]:
     server.shutdown()
 
 
-def upload(cell: Path, hub: Any, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
-    own = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": token, "HF_HOME": str(folder)}
+def upload(cell: Path, port: int, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_TOKEN": token, "HF_HOME": str(folder)}
     words = [sys.executable, "-m", "kdbench", "export", str(cell), "--hub", "me/student", "--out", str(folder / "out")]
     environment = os.environ | own | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -231,7 +232,7 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
 ) -> None:
     for one in (cell, timm_cell):
         hub.files.clear()
-        done = upload(one, hub, tmp_path, "hf_right")
+        done = upload(one, hub.server_port, tmp_path, "hf_right")
         assert done.returncode == 0 and "/me/student" in done.stdout, done.stderr
         folder = tmp_path / f"downloaded {one.name}"
         for name, content in hub.files.items():
@@ -264,6 +265,15 @@ def test_the_card_of_the_best_weights_has_their_accuracy(cell: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_a_hub_that_refuses_is_told(cell: Path, hub: Any, tmp_path: Path) -> None:
-    done = upload(cell, hub, tmp_path, "hf_wrong")
+    done = upload(cell, hub.server_port, tmp_path, "hf_wrong")
     assert done.returncode == 2 and "hf auth login" in done.stderr and "Traceback" not in done.stderr
     assert not hub.files
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_not_there_is_told(cell: Path, tmp_path: Path) -> None:
+    """As on a node of a cluster, which has no network. The client raises errors of its HTTP library."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # Nobody listens there.
+        done = upload(cell, closed.getsockname()[1], tmp_path, "hf_right")
+    assert done.returncode == 2 and "check the connection" in done.stderr and "Traceback" not in done.stderr

@@ -30,6 +30,7 @@ from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
+from kdbench.tree import Tree
 
 
 def photo(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
@@ -428,6 +429,15 @@ def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
     (tmp_path / "shapes" / "train" / "bee" / "0.png").write_bytes(b"x")
     done = kdbench("data", "shapes", "--force", code=2)
     assert "ant/0.png" in done.stderr and "bee/0.png" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["2024", "1e3", "[new] ones"])
+def test_what_is_said_to_use_can_be_written_as_it_stands(kdbench: Kdbench, tmp_path: Path, name: str) -> None:
+    """A folder called after a year: 'data: 2024' is a number, which no data set is."""
+    write(tmp_path / name, sizes=[(40, 33), (64, 50)])
+    line = kdbench("data", name).stdout.partition("use it:")[2].partition("and   kdbench")[0].strip()
+    recipe = Tree.parse(line, "recipe").data | RECIPE
+    assert plan(recipe, Registry([tmp_path / "cards"])).cells[0].spec.data.name == name
 
 
 def test_rectangular_images_are_refused_with_the_reason_and_the_way(tmp_path: Path) -> None:

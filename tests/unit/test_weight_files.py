@@ -320,6 +320,23 @@ def test_a_teacher_of_other_classes_teaches_features_only(tmp_path: Path) -> Non
     assert "classes: 1000" in str(error.value)
 
 
+class Tokens(nn.Module):
+    """As a small transformer with a table of positions, which has no axis for the batch."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(positions, 4))
+        self.fc = nn.Linear(4, 10)
+
+
+@pytest.mark.parametrize("new_classes", [True, False])
+def test_a_layer_that_is_not_the_last_is_not_taken_for_one_of_other_classes(new_classes: bool, tmp_path: Path) -> None:
+    """A student of other images began with new positions, and was told of a new last layer."""
+    torch.save(Tokens(16).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1 of another shape \(positions \[16, 4\] against \[4, 4\]\)"):
+        load_file(Tokens(4), tmp_path / "w.pth", "tokens", classes=10, new_classes=new_classes)
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
 def test_networks_that_ask_for_a_version_of_their_weights_load(ending: str, tmp_path: Path) -> None:
     """torchvision's MNASNet: a student could be trained, and then neither be loaded nor teach."""

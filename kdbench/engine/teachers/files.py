@@ -103,7 +103,7 @@ def all_weights(
     whole = build_model(spec.model, data)
     for one, part, weights in zip(spec.members, whole.parts, each, strict=True):  # type: ignore[arg-type]
         layout, entry = (one.weights.layout, one.weights.entry) if one.weights is not None else (None, None)
-        load_file(part.network, weights.file, one.model.name, layout, entry)
+        load_file(part.network, weights.file, one.model.name, layout, entry, classes=one.knows(data).classes)
     found = save(whole.state_dict())
     if not file.is_file() or file.read_bytes() != found:
         with atomic(file) as temporary:

@@ -18,9 +18,10 @@ def load_teacher(
     spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
 ) -> Teacher:
     """The frozen network with its weights, on its device, in eval mode."""
-    model = build_model(spec.model, spec.knows(data))
+    knows = spec.knows(data)
+    model = build_model(spec.model, knows)
     layout, entry = (spec.weights.layout, spec.weights.entry) if spec.weights is not None else (None, None)
-    load_file(model, file, spec.model.name, layout, entry)
+    load_file(model, file, spec.model.name, layout, entry, classes=knows.classes)
     return _as_teacher(model, spec, data, device, computing)
 
 
