@@ -78,23 +78,27 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     """
     before: Known = {} if known is None else known
 
-    def built(model: ModelSpec, data: DataSpec) -> tuple[Extractor, dict[str, Shape]]:
-        key = f"{model.model_dump_json()} {data.model_dump_json()}"
+    def trains(network: str) -> bool:
+        return any(network in stage.trains for stage in spec.method.stages.values())
+
+    def built(model: ModelSpec, data: DataSpec, trains: bool) -> tuple[Extractor, dict[str, Shape]]:
+        key = f"{model.model_dump_json()} {data.model_dump_json()} {trains}"
         if key not in before:
             _check_size(model, data)
             extractor = build_extractor(build_model(model, data), model, data)
             found = extractor, extractor.shapes(data.image_shape)
+            _check_graph(extractor, data, trains)
             _check_weights_say_all(model, data)
             for oldest in [*before][: len(before) + 1 - KEPT]:
                 del before[oldest]
             before[key] = found
         return before[key]
 
-    student, shapes = built(spec.student.not_started(), spec.student.takes(spec.data))
+    student, shapes = built(spec.student.not_started(), spec.student.takes(spec.data), trains("student"))
     teacher: Extractor | None = None
     teacher_shapes: dict[str, Shape] = {}
     if spec.teacher is not None:
-        teacher, teacher_shapes = built(spec.teacher.model.untrained(), spec.teacher.knows(spec.data))
+        teacher, teacher_shapes = built(spec.teacher.model.untrained(), spec.networks["teacher"][1], trains("teacher"))
     with _Undrawn():
         cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
         if spec.method.predicts is not None:
@@ -114,6 +118,25 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
         return
     if n > MOST_PARAMETERS:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
+
+
+def _check_graph(network: Extractor, data: DataSpec, trains: bool) -> None:
+    """Raises UserError for a pre-activation that has been through a ReLU, which left no negative sign, and for a
+    network that is to be trained though no gradient leaves its logits."""
+    made_by = network.made_by(data.image_shape)
+    for point, node in made_by.items():
+        # ReLU6 is a Hardtanh to autograd, and a clamp from zero is a ReLU too.
+        least = getattr(node, "_saved_min_val", getattr(node, "_saved_min", None))
+        from_zero = not isinstance(least, Tensor) and least == 0
+        if point.endswith(".preact") and (from_zero or type(node).__name__.startswith("Relu")):
+            raise UserError(
+                f"hook point '{point}' ({network.places[point]}) of model '{network.model_name}' is what a ReLU gives: "
+                "none of its values is negative",
+                hint="name what enters the layer's last ReLU: 'input(PATH)', where PATH is that ReLU's module",
+            )
+    if trains and made_by.get(LOGITS, LOGITS) is None:
+        what = f"model '{network.model_name}' cannot be trained: no gradient gets from its logits into it"
+        raise UserError(what, hint="its forward may run under torch.no_grad(), or detach what it computes")
 
 
 def _check_weights_say_all(spec: ModelSpec, data: DataSpec) -> None:

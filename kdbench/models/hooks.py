@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
@@ -144,6 +145,30 @@ class Extractor:
         if LOGITS in points:
             values[LOGITS] = logits_of(self.model_name, logits)
         return {point: values[point] for point in points}
+
+    def made_by(self, image_shape: tuple[int, int, int]) -> dict[str, Node | None]:
+        """The autograd node of each point and of `logits`; None where no gradient gets there.
+
+        Empty for a network that cannot run so on noise.
+        """
+        found: dict[str, Node | None] = {}
+
+        def note(point: str, value: object) -> None:
+            # At once: an operation in place would make the tensor its own.
+            found[point] = value.grad_fn if isinstance(value, Tensor) else None
+
+        at = {point: (self.model.get_submodule(place.path), place.side) for point, place in self.places.items()}
+        try:
+            with (
+                undisturbed(self.model, training=False),
+                torch.enable_grad(),
+                watched([(*where, partial(note, point)) for point, where in at.items()]),
+            ):
+                # A copy, since a network may change its images in place.
+                note(LOGITS, dry_call(self.model, dry_images(self.model, image_shape).requires_grad_().clone()))
+        except UNSUITABLE:
+            return {}
+        return found
 
     def overwritten(self, image_shape: tuple[int, int, int]) -> set[str]:
         """Points whose tensor the network overwrites after it was produced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,41 @@ class Complex(Frozen):
 class NoModule:
     def __init__(self, classes: int, channels: int, image_size: int) -> None:
         pass
+
+
+class Ungraded(Frozen):
+    @torch.no_grad()
+    def forward(self, images):
+        return super().forward(images)
+
+
+class Block(nn.Conv2d):
+    """Ends in a ReLU that is no module."""
+
+    def forward(self, images):
+        return super().forward(images).relu()
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images).clamp(0, 6)
+
+
+class Activated(nn.Module):
+    """Layers that end in all kinds of ReLU."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.block, self.clamped = Block(channels, 4, 3, padding=1), Clamped(4, 4, 3, padding=1)
+        self.conv, self.relu6 = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU6(inplace=True)
+        self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.signed, self.head = nn.Hardtanh(), nn.Linear(4, classes)
+
+    def forward(self, images):
+        maps = self.relu6(self.conv(self.clamped(self.block(images))))
+        # As in residual networks whose last norm begins with zeros: no negative value yet.
+        maps = self.relu(maps + 0 * self.norm(maps))
+        return self.head(self.signed(maps).mean((2, 3)))
 
 
 class OtherNames(nn.Module):
@@ -298,6 +334,7 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
         ("Nothing", "returns nothing, not logits"),
         ("Complex", "returns a tensor of torch.complex64, not logits"),
         ("NoModule", "is a NoModule, not a torch.nn.Module"),
+        ("Ungraded", r"cannot be trained: no gradient.*\n.*torch.no_grad\(\)"),
         ("OtherNames", "unexpected keyword argument 'classes' .*\n.*takes 'classes', 'channels' and 'image_size'"),
     ],
 )
@@ -306,6 +343,30 @@ def test_a_network_that_cannot_be_used_is_told(folder: Path, name: str, said: st
     with pytest.raises(UserError) as told:
         check_cell(spec_of(cards, student="own"))
     assert re.search(said, str(told.value))
+
+
+def test_a_teacher_needs_no_gradient(folder: Path) -> None:
+    cards = registry(folder, network("Ungraded"), own_nets=NETS)
+    file = folder / "weights.pt"
+    torch.save(importlib.import_module("own_nets").Ungraded(10, 1, 8).state_dict(), file)
+    check_cell(spec_of(cards, teacher={"model": "own", "weights": str(file)}))
+    with pytest.raises(UserError, match="cannot be trained"):
+        check_cell(spec_of(cards, teacher={"model": "own", "untrained": True}, method="dml"))
+
+
+@pytest.mark.parametrize("place", ["block", "clamped", "relu6", "relu", "input(norm)", "input(signed)"])
+def test_what_a_relu_gave_is_no_pre_activation(folder: Path, place: str) -> None:
+    """Else AB would learn boundaries that are not there, without a word."""
+    card = {"models": {"own": {"target": "own_nets:Activated", "hooks": "own"}}}
+    points = {"layer1": "relu"}
+    cards = registry(folder, card | {"hooks": {"own": {"points": points | {"layer1.preact": place}}}}, own_nets=NETS)
+    with pytest.raises(UserError) as told:
+        check_cell(spec_of(cards, student="own"))
+    said = rf"'layer1.preact' \({re.escape(place)}\) of model 'own' is what a ReLU gives.*\n.*'input\(PATH\)'"
+    assert re.search(said, str(told.value))
+    for right in ("conv", "input(relu6)", "input(relu)", "signed"):
+        cards = registry(folder, card | {"hooks": {"own": {"points": points | {"layer1.preact": right}}}})
+        check_cell(spec_of(cards, student="own"))
 
 
 def test_one_module_may_stand_in_two_places(folder: Path) -> None:
