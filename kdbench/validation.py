@@ -46,6 +46,10 @@ def _keys(loc: tuple[Any, ...], data: Any) -> Path:
     return found
 
 
+# no, on, 12 and 2024-01-01 are no texts in YAML.
+_IN_QUOTES = "a text that looks like a number, a date or yes and no must be in quotes"
+
+
 def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:
     kind, value = finding["type"], finding.get("input")
     inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
@@ -56,19 +60,22 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
     message = finding["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     place = f"'{dotted(loc)}' " if loc else ""
+    shown = str(value) if isinstance(value, date) else shortened(value)
     if isinstance(value, str) and ("number" in message or "integer" in message):
         return f"{place}cannot be the text {shortened(value)}", f"{message}; write a number without quotes"
     if isinstance(value, list) and kind in ("model_type", "string_type"):
         return f"{place}is one thing, not a list", f"to compare several: 'compare: {{{dotted(loc)}: […]}}'"
     if kind == "model_type":
         keys = fields_at(model, loc)
-        return f"{place}cannot be {shortened(value)}", f"it has the keys {', '.join(keys)}" if keys else message
+        hint = f"it has the keys {', '.join(keys)}" if keys else message
+        # The name of a thing may stand for it: of one called 2024 too.
+        unquoted = "name" in keys and isinstance(value, bool | int | float | date)
+        return f"{place}cannot be {shown}", f"{hint}; {_IN_QUOTES}" if unquoted else hint
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
     if kind in ("string_type", "model_type", "dict_type"):
-        # no, on, 12 and 2024-01-01 are no texts in YAML.
-        message = "a text that looks like a number, a date or yes and no must be in quotes"
-    return f"{place}cannot be {value if isinstance(value, date) else shortened(value)}", message
+        message = _IN_QUOTES
+    return f"{place}cannot be {shown}", message
 
 
 def fields_at(model: type[BaseModel], loc: Path) -> list[str]:

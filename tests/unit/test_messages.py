@@ -82,6 +82,7 @@ def written(folder: Path, more: str) -> str:
         ("method: kd\nseed: 4", 7, "'seeds=[42]' is the one seed 42"),
         ("method: kd\nlr: 4", 7, "'protocol.optimizer.lr'"),
         ("method: {name: ce, stages: {classification: {losses: {loss: {loss: kd}}}}}", 6, "be called 'loss'"),
+        ("method: {name: kd}\nstudent: 2024", 6, "must be in quotes"),
         ("method: no", 6, "must be in quotes"),
         ("method: kd\ntitle: on", 7, "must be in quotes"),
         ("method: kd\ntitle: 2024-01-01", 7, "cannot be 2024-01-01"),
