@@ -121,8 +121,8 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
 
 
 def _check_graph(network: Extractor, data: DataSpec, trains: bool) -> None:
-    """Raises UserError for a pre-activation that has been through a ReLU, which left no negative sign, and for a
-    network that is to be trained though no gradient leaves its logits."""
+    """Raises UserError for a pre-activation that has been through a ReLU, which left no negative sign, for logits that
+    have been through a softmax, and for a network that is to be trained though no gradient leaves its logits."""
     made_by = network.made_by(data.image_shape)
     for point, node in made_by.items():
         # ReLU6 is a Hardtanh to autograd, and a clamp from zero is a ReLU too.
@@ -134,6 +134,9 @@ def _check_graph(network: Extractor, data: DataSpec, trains: bool) -> None:
                 "none of its values is negative",
                 hint="name what enters the layer's last ReLU: 'input(PATH)', where PATH is that ReLU's module",
             )
+    if (kind := type(made_by.get(LOGITS)).__name__).startswith(("Softmax", "Sigmoid")):
+        what = f"model '{network.model_name}' returns probabilities, not logits: a {kind.removesuffix('Backward0')}'s"
+        raise UserError(what, hint="return what enters it: the losses have a softmax of their own")
     if trains and made_by.get(LOGITS, LOGITS) is None:
         what = f"model '{network.model_name}' cannot be trained: no gradient gets from its logits into it"
         raise UserError(what, hint="its forward may run under torch.no_grad(), or detach what it computes")

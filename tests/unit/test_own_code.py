@@ -118,6 +118,11 @@ class Ungraded(Frozen):
         return super().forward(images)
 
 
+class Softmaxed(Frozen):
+    def forward(self, images):
+        return super().forward(images).softmax(1)
+
+
 class Block(nn.Conv2d):
     """Ends in a ReLU that is no module."""
 
@@ -334,6 +339,7 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
         ("Nothing", "returns nothing, not logits"),
         ("Complex", "returns a tensor of torch.complex64, not logits"),
         ("NoModule", "is a NoModule, not a torch.nn.Module"),
+        ("Softmaxed", "returns probabilities, not logits: a Softmax's\n"),
         ("Ungraded", r"cannot be trained: no gradient.*\n.*torch.no_grad\(\)"),
         ("OtherNames", "unexpected keyword argument 'classes' .*\n.*takes 'classes', 'channels' and 'image_size'"),
     ],
