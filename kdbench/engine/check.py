@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
@@ -24,7 +25,7 @@ from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS
-from kdbench.models.probing import dry_run
+from kdbench.models.probing import dry_images, dry_run
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 
@@ -81,24 +82,26 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     def trains(network: str) -> bool:
         return any(network in stage.trains for stage in spec.method.stages.values())
 
-    def built(model: ModelSpec, data: DataSpec, trains: bool) -> tuple[Extractor, dict[str, Shape]]:
-        key = f"{model.model_dump_json()} {data.model_dump_json()} {trains}"
+    def built(model: ModelSpec, data: DataSpec, trains: bool, asked: bool) -> tuple[Extractor, dict[str, Shape]]:
+        key = f"{model.model_dump_json()} {data.model_dump_json()} {trains} {asked}"
         if key not in before:
             _check_size(model, data)
             extractor = build_extractor(build_model(model, data), model, data)
             found = extractor, extractor.shapes(data.image_shape)
-            _check_graph(extractor, data, trains)
+            _check_graph(extractor, data, trains, asked)
             _check_weights_say_all(model, data)
             for oldest in [*before][: len(before) + 1 - KEPT]:
                 del before[oldest]
             before[key] = found
         return before[key]
 
-    student, shapes = built(spec.student.not_started(), spec.student.takes(spec.data), trains("student"))
+    own, asked = spec.student.not_started(), _asks_logits(spec)
+    student, shapes = built(own, spec.student.takes(spec.data), trains("student"), asked)
     teacher: Extractor | None = None
     teacher_shapes: dict[str, Shape] = {}
     if spec.teacher is not None:
-        teacher, teacher_shapes = built(spec.teacher.model.untrained(), spec.networks["teacher"][1], trains("teacher"))
+        taught = spec.networks["teacher"][1]
+        teacher, teacher_shapes = built(spec.teacher.model.untrained(), taught, trains("teacher"), True)
     with _Undrawn():
         cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
         if spec.method.predicts is not None:
@@ -120,26 +123,37 @@ def _check_size(spec: ModelSpec, data: DataSpec) -> None:
         raise UserError(f"model '{spec.name}' has {n:.3g} parameters", hint=f"the limit is {MOST_PARAMETERS:.0e}")
 
 
-def _check_graph(network: Extractor, data: DataSpec, trains: bool) -> None:
+def _check_graph(network: Extractor, data: DataSpec, trains: bool, asked: bool) -> None:
     """Raises UserError for a pre-activation that has been through a ReLU, which left no negative sign, for logits that
-    have been through a softmax, and for a network that is to be trained though no gradient leaves its logits."""
+    have been through a softmax, and for a network that is to be trained though no gradient leaves its logits.
+
+    Args:
+        asked: whether anybody reads its logits.
+    """
     made_by = network.made_by(data.image_shape)
     for point, node in made_by.items():
-        # ReLU6 is a Hardtanh to autograd, and a clamp from zero is a ReLU too.
-        least = getattr(node, "_saved_min_val", getattr(node, "_saved_min", None))
-        from_zero = not isinstance(least, Tensor) and least == 0
-        if point.endswith(".preact") and (from_zero or type(node).__name__.startswith("Relu")):
+        if point.endswith(".preact") and _is_relu(node):
             raise UserError(
                 f"hook point '{point}' ({network.places[point]}) of model '{network.model_name}' is what a ReLU gives: "
                 "none of its values is negative",
                 hint="name what enters the layer's last ReLU: 'input(PATH)', where PATH is that ReLU's module",
             )
-    if (kind := type(made_by.get(LOGITS)).__name__).startswith(("Softmax", "Sigmoid")):
+    if asked and (kind := type(made_by.get(LOGITS)).__name__).startswith(("Softmax", "Sigmoid")):
         what = f"model '{network.model_name}' returns probabilities, not logits: a {kind.removesuffix('Backward0')}'s"
         raise UserError(what, hint="return what enters it: the losses have a softmax of their own")
     if trains and made_by.get(LOGITS, LOGITS) is None:
         what = f"model '{network.model_name}' cannot be trained: no gradient gets from its logits into it"
         raise UserError(what, hint="its forward may run under torch.no_grad(), or detach what it computes")
+
+
+def _is_relu(node: Node | None) -> bool:
+    """ReLU6 is a Hardtanh to autograd, and a clamp from zero is a ReLU too."""
+    try:
+        least = getattr(node, "_saved_min_val", getattr(node, "_saved_min", None))
+    except RuntimeError:
+        # A bound that is a tensor, and was overwritten or freed since.
+        return False
+    return type(node).__name__.startswith("Relu") or (not isinstance(least, Tensor) and least == 0)
 
 
 def _check_weights_say_all(spec: ModelSpec, data: DataSpec) -> None:
@@ -234,11 +248,13 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
     one = spec.student.takes(spec.data).image_shape
     layers = [layer for name in trained for term in cell.terms[name].values() for layer in term.layers]
     pairs = [pair for layer in layers for pair in zip(layer.connectors, layer.students, strict=True)]
-    parts = [(cell.student.model, one), *((connector, cell.shapes[point]) for connector, point in pairs)]
+    # Built anew: one that ran may hold values with gradients, as of its last maps, and those cannot be copied.
+    student = build_model(spec.student.not_started(), spec.student.takes(spec.data))
+    parts = [(student, one), *((copy.deepcopy(connector), cell.shapes[point]) for connector, point in pairs)]
     for module, shape in parts:
         try:
             with torch.no_grad():
-                copy.deepcopy(module).train()(torch.zeros(1, *shape))
+                module.train()(dry_images(module, shape, 1))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 continue

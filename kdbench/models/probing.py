@@ -116,9 +116,9 @@ def other_tensors(model: nn.Module, make: Callable[[Tensor], Tensor], parameters
             one.update(before)
 
 
-def dry_images(model: nn.Module, image_shape: tuple[int, int, int], n: int = IMAGES) -> Tensor:
-    """Noise [n, *image_shape] in the network's type and on its device, always the same values."""
-    values = torch.randn(n, *image_shape, generator=torch.Generator().manual_seed(0))
+def dry_images(model: nn.Module, shape: tuple[int, ...], n: int = IMAGES) -> Tensor:
+    """Noise [n, *shape] in the network's type and on its device, always the same values."""
+    values = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return values if parameter is None else values.to(parameter.device, parameter.dtype)
 

@@ -17,7 +17,7 @@ from captured import cohort_of, trained
 from conftest import ROOT
 from tiny import member_of, shortened, train
 
-from kdbench.engine.check import check_cell
+from kdbench.engine.check import Known, check_cell
 from kdbench.engine.program import Program
 from kdbench.engine.workers import messages
 from kdbench.engine.workers.tasks import TaskRunner
@@ -121,6 +121,45 @@ class Ungraded(Frozen):
 class Softmaxed(Frozen):
     def forward(self, images):
         return super().forward(images).softmax(1)
+
+
+class KeepsMaps(nn.Module):
+    """Remembers what it computed, as for class activation maps."""
+
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.conv, self.relu, self.head = nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Linear(4, classes)
+
+    def forward(self, images):
+        self.maps = self.relu(self.conv(images))
+        return self.head(self.maps.mean((2, 3)))
+
+
+class KeepsProbabilities(KeepsMaps):
+    def forward(self, images):
+        return super().forward(images).softmax(1)
+
+
+class Halved(KeepsMaps):
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.bfloat16()
+
+
+class Bounded(nn.Linear):
+    """Its bound is a tensor that moves, which no gradient goes back through."""
+
+    def forward(self, values):
+        low = torch.full((), -9.0)
+        values = super().forward(values).clamp(min=low)
+        low += 1
+        return values
+
+
+class KeepsBounded(KeepsMaps):
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.head = Bounded(4, classes)
 
 
 class Block(nn.Conv2d):
@@ -373,6 +412,36 @@ def test_what_a_relu_gave_is_no_pre_activation(folder: Path, place: str) -> None
     for right in ("conv", "input(relu6)", "input(relu)", "signed"):
         cards = registry(folder, card | {"hooks": {"own": {"points": points | {"layer1.preact": right}}}})
         check_cell(spec_of(cards, student="own"))
+
+
+def test_a_frozen_teacher_may_do_what_no_gradient_goes_back_through(folder: Path) -> None:
+    """The look at its graph ended with torch's own error."""
+    hooks = {"own": {"points": {"layer1": "relu", "layer1.preact": "head"}}}
+    card = {"models": {"own": {"target": "own_nets:KeepsBounded", "hooks": "own"}}, "hooks": hooks}
+    cards = registry(folder, card, own_nets=NETS)
+    file = folder / "weights.pt"
+    torch.save(importlib.import_module("own_nets").KeepsBounded(10, 1, 8).state_dict(), file)
+    check_cell(spec_of(cards, teacher={"model": "own", "weights": str(file)}))
+
+
+def test_probabilities_that_nobody_reads(folder: Path) -> None:
+    """SimKD's student answers through its teacher's head."""
+    hooks = {"own": {"points": {"layer1": "relu"}}}
+    card = {"models": {"own": {"target": "own_nets:KeepsProbabilities", "hooks": "own"}}, "hooks": hooks}
+    cards = registry(folder, card, own_nets=NETS)
+    known: Known = {}
+    check_cell(spec_of(cards, student="own", method="simkd"), known)
+    with pytest.raises(UserError, match="returns probabilities"):
+        check_cell(spec_of(cards, student="own"), known)
+
+
+@pytest.mark.parametrize("name", ["KeepsMaps", "Halved"])
+def test_batches_of_one_image(folder: Path, name: str) -> None:
+    """Maps with gradients, which a network keeps of its last forward, cannot be copied; and not each takes float32."""
+    hooks = {"own": {"points": {"layer1": "relu"}}}
+    card = {"models": {"own": {"target": f"own_nets:{name}", "hooks": "own"}}, "hooks": hooks}
+    spec = spec_of(registry(folder, card, own_nets=NETS), student="own")
+    check_cell(spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"batch_size": 1})}))
 
 
 def test_one_module_may_stand_in_two_places(folder: Path) -> None:
