@@ -141,7 +141,9 @@ def _check_graph(network: Extractor, data: DataSpec, trains: bool, asked: bool) 
     if asked and (kind := type(made_by.get(LOGITS)).__name__).startswith(("Softmax", "Sigmoid")):
         what = f"model '{network.model_name}' returns probabilities, not logits: a {kind.removesuffix('Backward0')}'s"
         raise UserError(what, hint="return what enters it: the losses have a softmax of their own")
-    if trains and made_by.get(LOGITS, LOGITS) is None:
+    # Some spare the graph in eval mode.
+    untaught = trains and made_by.get(LOGITS, LOGITS) is None
+    if untaught and network.made_by(data.image_shape, training=True).get(LOGITS, LOGITS) is None:
         what = f"model '{network.model_name}' cannot be trained: no gradient gets from its logits into it"
         raise UserError(what, hint="its forward may run under torch.no_grad(), or detach what it computes")
 

@@ -146,8 +146,8 @@ class Extractor:
             values[LOGITS] = logits_of(self.model_name, logits)
         return {point: values[point] for point in points}
 
-    def made_by(self, image_shape: tuple[int, int, int]) -> dict[str, Node | None]:
-        """The autograd node of each point and of `logits`; None where no gradient gets there.
+    def made_by(self, image_shape: tuple[int, int, int], training: bool = False) -> dict[str, Node | None]:
+        """The autograd node of each point and of `logits`, in train or in eval mode; None where no gradient gets there.
 
         Empty for a network that cannot run so on noise.
         """
@@ -160,7 +160,7 @@ class Extractor:
         at = {point: (self.model.get_submodule(place.path), place.side) for point, place in self.places.items()}
         try:
             with (
-                undisturbed(self.model, training=False),
+                undisturbed(self.model, training),
                 torch.enable_grad(),
                 watched([(*where, partial(note, point)) for point, where in at.items()]),
             ):

@@ -118,6 +118,14 @@ class Ungraded(Frozen):
         return super().forward(images)
 
 
+class GradedInTraining(Frozen):
+    """Spares the graph where it is not trained."""
+
+    def forward(self, images):
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return super().forward(images)
+
+
 class Softmaxed(Frozen):
     def forward(self, images):
         return super().forward(images).softmax(1)
@@ -320,8 +328,9 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.named_parameters()}
 
 
-def test_what_a_network_s_author_froze_is_not_trained(folder: Path) -> None:
-    cards = registry(folder, network("Frozen"), own_nets=NETS)
+@pytest.mark.parametrize("name", ["Frozen", "GradedInTraining"])
+def test_what_a_network_s_author_froze_is_not_trained(folder: Path, name: str) -> None:
+    cards = registry(folder, network(name), own_nets=NETS)
     spec = spec_of(cards, student="own")
     check_cell(spec)
     member, batches, teacher = member_of(spec)
