@@ -81,7 +81,7 @@ class Estimate:
                 total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
         for cost in self.costs(spec).values():
             total += cost.student * size.training
-            if cost.teacher:
+            if cost.teacher and spec.teacher is not None:
                 total += cost.teacher * self.size(*spec.networks["teacher"]).training
         return total
 

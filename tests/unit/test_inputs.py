@@ -10,6 +10,7 @@ import torch
 from tiny import CPU, member_of, shortened, step, train
 from torch.nn import functional as F
 
+from kdbench.engine.estimate import Estimate
 from kdbench.engine.member import Member
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
@@ -22,7 +23,7 @@ RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "stude
 SOURCE = '''
 import torch
 from kdbench.engine.batch import Batch
-from kdbench.engine.inputs import Source
+from kdbench.engine.inputs import Cost, Source
 
 class Mirrored(Source):
     """The data set's images, mirrored, as pixel values."""
@@ -45,6 +46,12 @@ class Mirrored(Source):
     def load_state(self, state):
         self.drawn = state["drawn"]
 
+class Attacked(Mirrored):
+    """Asks the teacher, where there is one."""
+
+    def cost(self, steps):
+        return Cost(teacher=100.0 * steps)
+
 def distance(student, teacher):
     return (student - teacher).square().mean()
 '''
@@ -52,6 +59,7 @@ def distance(student, teacher):
 CARDS = """
 sources:
   mirrored: {target: "mirrored_source:Mirrored", reads: [data], gives: [mirror]}
+  attacked: {target: "mirrored_source:Attacked", reads: [data], gives: [mirror], teacher: false}
 losses:
   distance: {target: "mirrored_source:distance", inputs: [student, teacher]}
 methods:
@@ -63,6 +71,13 @@ methods:
         losses:
           ce: {loss: cross_entropy}
           mirror: {loss: kd, input: mirror, weight: 0.5}
+  untaught:
+    title: untaught
+    stages:
+      - name: training
+        source: attacked
+        losses:
+          ce: {loss: cross_entropy, input: mirror}
 """
 
 
@@ -214,3 +229,10 @@ def test_a_resumed_member_goes_on_bit_for_bit(registry: Registry, trains: bool) 
 def test_mistakes_are_told_before_anything_is_built(registry: Registry, stage: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cell(registry, stage)
+
+
+def test_a_source_that_would_ask_a_teacher_costs_nothing_without_one(registry: Registry) -> None:
+    recipe = {key: value for key, value in RECIPE.items() if key != "teacher"}
+    spec = plan(recipe | {"method": "untaught"}, registry).cells[0].spec
+    assert spec.teacher is None
+    assert Estimate(CPU, timed=False).cell(spec) == 0
