@@ -45,7 +45,7 @@ def command(
     time: Annotated[bool, typer.Option(help="Time a few steps of each network to estimate the whole.")] = True,
 ) -> None:
     """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
-    planned = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
+    asked = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
 
     import torch
 
@@ -59,6 +59,8 @@ def command(
     console = page()
     device = chosen_device("auto", lambda text: console.print(text, style="yellow"))
     torch.set_num_threads(1)
+    left = left_of(asked, runs, results)
+    planned = left.plan
     # Before what takes seconds with large networks.
     _print_heading(console, planned, device)
     known: Known = {}
@@ -68,7 +70,6 @@ def command(
     except UserError as error:
         raise planned.placed(error) from None
     estimate = Estimate(device, time)
-    left = left_of(planned, runs, results)
     networks, cells = _networks(planned, estimate), _cells(planned, left.cells, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
@@ -201,11 +202,13 @@ def _print_needs(
             f"memory: up to {most:.1f} GB for each of {counted(at_once, 'worker')}{here}; "
             "cohorts that do not fit are split"
         )
-    if planned.tried:
-        seconds = f": {clock(estimate.cells(planned.tried) / workers(device, len(planned.tried)))}" if time else ""
+    if left.tried:
+        seconds = f": {clock(estimate.cells(left.tried) / workers(device, len(left.tried)))}" if time else ""
+        more = len(planned.tried) - len(left.tried)
+        known = f", {more} more are known" if more else ""
         console.print(
             f"first, each method tries {planned.tune.trials if planned.tune else 0} settings, tested on images of the "
-            f"training set: {counted(len(planned.tried), 'cell')}{seconds}"
+            f"training set: {counted(len(left.tried), 'cell')}{known}{seconds}"
         )
     if not time:
         return
@@ -216,7 +219,7 @@ def _print_needs(
     )
     if device.type == "cpu" and cells:
         elsewhere = Estimate(device, rate=GPU_RATE)
-        total = elsewhere.cells([*cells, *planned.tried]) + elsewhere.teachers(cells, runs, {*left.teachers})
+        total = elsewhere.cells([*cells, *left.tried]) + elsewhere.teachers(cells, runs, {*left.teachers})
         console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
     if any(estimate.costs(cell.spec) for cell in cells):
         console.print("this counts batch sources at their slowest: an attack that succeeds early takes less time")

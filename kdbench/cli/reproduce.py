@@ -23,7 +23,6 @@ from kdbench.cli.options import (
 from kdbench.cli.output import print_table, renew_tables, write_files
 from kdbench.cli.progress import clock
 from kdbench.cli.run import carry_out, failure
-from kdbench.engine.folders import open_cells
 from kdbench.engine.options import Options
 from kdbench.errors import CellError, UserError, counted, did_you_mean
 from kdbench.files import RUN
@@ -146,7 +145,6 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     import torch
 
     from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
-    from kdbench.engine.workers.tuning import tried_plan
     from kdbench.verify.adopting import left_of
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
@@ -159,16 +157,15 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     total = 0.0
     known: set[str] = set()
     for planned in plans:
-        tried = open_cells(planned.tried, runs / tried_plan(planned).name) if planned.tried else []
         what = left_of(planned, runs, results)
-        left = [*what.cells, *tried]
+        left = [*what.tried, *what.cells]
         known |= what.teachers
         known_there |= what.teachers
         at_once = workers(device, len(left))
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds
         on_other += elsewhere.cells(left) + elsewhere.teachers(left, runs, known_there)
-        every = len(planned.cells) + len(planned.tried)
+        every = len(what.plan.cells) + len(planned.tried)
         table.add_row(
             planned.name, str(every), str(every - len(left)), clock(teachers) if teachers else "–", clock(seconds)
         )

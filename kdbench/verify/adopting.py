@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdbench.engine.folders import cell_folders, open_cells
-from kdbench.engine.workers.tuning import known_of
+from kdbench.engine.workers.tuning import Known, chosen, known_of, tried_plan
 from kdbench.errors import UserError
 from kdbench.files import RECORD, RUN, weight_files
 from kdbench.recipe.planning import Plan, PlannedCell
@@ -36,11 +36,15 @@ class Left(NamedTuple):
     """What a run of a plan would do.
 
     Attributes:
-        cells: that it would train.
+        plan: it, with the settings that are chosen where all of their trials are known.
+        tried: cells that it would train first, to choose settings.
+        cells: that it would train then.
         taken: how many it would take from published results instead.
         teachers: identities of the teachers that it would take from there.
     """
 
+    plan: Plan
+    tried: list[PlannedCell]
     cells: list[PlannedCell]
     taken: int
     teachers: frozenset[str]
@@ -48,13 +52,27 @@ class Left(NamedTuple):
 
 def left_of(plan: Plan, runs: Path, results: Path | None) -> Left:
     """What is left of a plan."""
+    known = _known(plan, runs, results)
+    trials = [cell for cell in plan.tried if cell.spec.identity() not in known]
+    if plan.candidates and not trials:
+        plan = chosen(plan, known)
     open_here = open_cells(plan.cells, runs / plan.name)
     found = published(plan, results / plan.name) if results is not None else {}
     left = [cell for cell in open_here if cell.slug not in found]
     there = {record.identity for record in found.values() if record.folder and weight_files(record.folder)}
     teachers = [one for cell in left for one in cell.spec.teachers]
-    known = frozenset(one.identity() for one in teachers if (own := one.trained_by) and own.identity() in there)
-    return Left(left, len(open_here) - len(left), known)
+    theirs = frozenset(one.identity() for one in teachers if (own := one.trained_by) and own.identity() in there)
+    return Left(plan, trials, left, len(open_here) - len(left), theirs)
+
+
+def _known(plan: Plan, runs: Path, results: Path | None) -> Known:
+    """The accuracies of tried cells that published results hold, or finished trials here."""
+    if not plan.candidates:
+        return {}
+    folders = cell_folders(runs / tried_plan(plan).name, plan.tried)
+    here = [record for folder in folders if (record := finished_record(folder)) is not None]
+    known = {record.identity: record.result.test.last for record in here}
+    return known if results is None else tried(plan, results / plan.name) | known
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

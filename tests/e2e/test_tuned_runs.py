@@ -103,6 +103,18 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
     assert "4 cells taken from" in done.stderr
     assert not (tmp_path / "runs" / "tiny.trials").exists()
     assert len(read_records([tmp_path / "runs" / "tiny"])) == 6
+    tiny = more[1:4]
+    said = kdbench("check", *tiny, *TUNE, *FEW[1:], "seeds=3", "--results", tmp_path / "results", "--no-time").stdout
+    assert "6 of 6 cells are finished" in said and "first, each method tries" not in said
+    # Of a method that is new to the table its own settings are tried.
+    grown = ("compare.method=[kd, ab, at]", "tune.at.beta=[1.0, 10.0, 100.0]", "--results", tmp_path / "results")
+    said = kdbench("check", *tiny, *TUNE, *FEW, *grown, "--no-time").stdout
+    assert "3 cells, 6 more are known" in " ".join(said.split())
+    done = kdbench(*words(tmp_path / "grown"), *grown)
+    assert "accuracies of 6 of 9 trials taken from published results" in done.stderr
+    assert {record.cell.method for record in read_records([tmp_path / "grown" / "tiny.trials"])} == {"at"}
+    of_at = [record for record in read_records([tmp_path / "grown" / "tiny"]) if record.cell.method == "at"]
+    assert len(of_at) == 2 and of_at[0].cell.tuning is not None and len(of_at[0].cell.tuning.trials) == 3
     # Another setting would have been chosen: then the cells are not those of the recipe.
     record = next((tmp_path / "results" / "tiny").glob("kd-*/record.json"))
     plain = json.loads(record.read_text())

@@ -25,7 +25,7 @@ def tuned(plan: Plan, options: Options, listener: Listener | None = None, known:
     """A plan whose cells have the best of the settings that its recipe tries; the plan itself where it tries none.
 
     Args:
-        known: what published results hold. Where that is all of it, nothing is trained.
+        known: what published results hold. It is not trained again.
 
     Raises:
         CellError: a candidate failed otherwise than by a loss that is not finite, or none of a method did not.
@@ -33,8 +33,12 @@ def tuned(plan: Plan, options: Options, listener: Listener | None = None, known:
     """
     if not plan.candidates:
         return plan
-    if not known or any(cell.spec.identity() not in known for cell in plan.tried):
-        known = _trained(plan, options, listener)
+    known = dict(known or {})
+    if left := [cell for cell in plan.tried if cell.spec.identity() not in known]:
+        if listener is not None and len(left) < len(plan.tried):
+            among = f"{len(plan.tried) - len(left)} of {len(plan.tried)} trials"
+            listener.say(f"accuracies of {among} taken from published results")
+        known |= _trained(replace(tried_plan(plan), cells=left), options, listener)
     return chosen(plan, known)
 
 
@@ -44,8 +48,7 @@ def tried_plan(plan: Plan) -> Plan:
     return Plan(f"{plan.name}{TRIALS}", title, plan.tried, plan.baseline, plan.recipe)
 
 
-def _trained(plan: Plan, options: Options, listener: Listener | None) -> Known:
-    trials = tried_plan(plan)
+def _trained(trials: Plan, options: Options, listener: Listener | None) -> dict[str, float | None]:
     outcome = run(trials, options, listener)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
         raise CellError(
