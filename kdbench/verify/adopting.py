@@ -1,5 +1,6 @@
 """From published results back into a run: which cells of a plan need no training, because their records are there."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,18 @@ from kdbench.verify import sums
 from kdbench.verify.soundness import problems
 
 
-def tried(plan: Plan, folder: Path) -> dict[str, float | None]:
-    """Of a plan that tunes: the accuracies of tried cells (identity ->) that published results hold."""
+def tried(plan: Plan, folder: Path) -> Known:
+    """Of a plan that tunes: the accuracies of tried cells that published results hold.
+
+    Raises:
+        UserError: a record that holds some is damaged, or was changed since.
+    """
     if not plan.candidates or not (folder / RUN).is_file():
         return {}
-    return known_of(read_records([folder]))
+    asked = {cell.spec.identity() for cell in plan.tried}
+    records = [record for record in read_records([folder]) if asked & known_of([record]).keys()]
+    _check(records, folder)
+    return known_of(records)
 
 
 def computed_otherwise(plan: Plan, folder: Path) -> str | None:
@@ -70,9 +78,9 @@ def _known(plan: Plan, runs: Path, results: Path | None) -> Known:
     if not plan.candidates:
         return {}
     folders = cell_folders(runs / tried_plan(plan).name, plan.tried)
-    here = [record for folder in folders if (record := finished_record(folder)) is not None]
-    known = {record.identity: record.result.test.last for record in here}
-    return known if results is None else tried(plan, results / plan.name) | known
+    known = dict(tried(plan, results / plan.name)) if results is not None else {}
+    known |= {one.identity: one.result.test.last for own in folders if (one := finished_record(own)) is not None}
+    return known
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:
@@ -84,18 +92,23 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
     """
     if not (folder / RUN).is_file():
         return {}
-    changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
     found = {}
     for cell, own in zip(plan.cells, cell_folders(folder, plan.cells), strict=True):
         if (record := finished_record(own)) is not None:
             found[cell.slug] = record
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
-    for record in found.values():
+    _check(found.values(), folder)
+    return found
+
+
+def _check(records: Iterable[Record], folder: Path) -> None:
+    """Raises UserError for a published record that is damaged, or was changed since."""
+    changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
+    for record in records:
         place = record.read_from
         wrong = [what for what in changed if what.startswith(f"{place.name}/")]
         wrong += problems(record, metrics(place))
         if wrong:
             hint = "'kdbench verify' tells more; with --no-adopt every cell is trained here"
             raise UserError(f"this published record cannot be used: {wrong[0]}", str(place), hint)
-    return found

@@ -122,6 +122,9 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
         tried["accuracies"] = [0.0 if tried["accuracies"] == [read_record(record).cell.tuning.chosen.mean] else 99.0]  # type: ignore[union-attr]
     record.write_text(json.dumps(plain))
     assert "disagrees" in kdbench("verify", tmp_path / "results" / "tiny", code=1).stdout
+    for command in (words(tmp_path / "again"), ["check", *tiny, *TUNE, *FEW, "--no-time"]):
+        done = kdbench(*command, "--results", tmp_path / "results", code=2)
+        assert "this published record cannot be used" in done.stderr and "kd-seed" in done.stderr
 
 
 SEALED = '''
