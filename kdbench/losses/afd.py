@@ -70,12 +70,7 @@ class AttendedChannels(nn.Module):
     """
 
     def __init__(
-        self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
-        *,
-        factor: float = 1.0,
-        eps: float = 1e-6,
+        self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, factor: float = 1.0, eps: float = 1e-6
     ) -> None:
         super().__init__()
         if len(student_shape) != 3 or len(teacher_shape) != 3:

@@ -45,7 +45,8 @@ def matched_attention(student: Sequence[Tensor], teacher: Sequence[Tensor], shar
     total = torch.zeros((), device=shares.device)
     for j, feature in enumerate(teacher):
         taught = full(feature.detach()).square().mean(dim=1, keepdim=True)
-        own = torch.cat([F.adaptive_avg_pool2d(energy, taught.shape[2:]) for energy in energies], dim=1)
+        size = (taught.shape[2], taught.shape[3])
+        own = torch.cat([F.adaptive_avg_pool2d(energy, size) for energy in energies], dim=1)
         errors = F.normalize(own.flatten(2), dim=2) - F.normalize(taught.flatten(2), dim=2)
         total = total + (full(shares[:, j]) * errors.square().mean(dim=2)).sum() / len(feature)
     return total
@@ -77,7 +78,7 @@ class _Rows(nn.Module):
 
 
 class AttentionMatching(nn.Module):
-    r"""`matched_attention` with shares that are learned: each layer of the teacher asks which of the student's is like it.
+    r"""`matched_attention` with learned shares: each layer of the teacher asks which of the student's are like it.
 
     $$
     \alpha_{nj\cdot} = \operatorname{softmax}_i \frac{\langle q_{nj}, k_{nij} \rangle + \langle p^T_j, p^S_i \rangle}
@@ -85,8 +86,8 @@ class AttentionMatching(nn.Module):
     $$
 
     The query q is a linear layer and a batch norm of the teacher's channel means. The student's go through a linear
-    layer, batch norm and ReLU, then for all its layers through one more linear layer and batch norm, which gives a key k
-    of width d for each layer of the teacher. The vectors p of layers are drawn as Xavier's normal.
+    layer, batch norm and ReLU of each layer, then through one more linear layer and batch norm for all layers, which
+    gives a key k of width d for each layer of the teacher. The vectors p are drawn as Xavier's normal.
 
     Args:
         student_shapes: Maps (C, H, W) of S layers.
