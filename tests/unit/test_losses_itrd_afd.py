@@ -267,10 +267,11 @@ class TestMatchedAttention:
     def test_a_smaller_map_is_repeated(self) -> None:
         """To the teacher's height and width, which may not be alike."""
         student, teacher = rand(3, 2, 2, 2, seed=1), rand(3, 5, 4, 6, seed=2)
-        shares = torch.ones(3, 1, 1, dtype=torch.float64)
         repeated = student.repeat_interleave(2, dim=2).repeat_interleave(3, dim=3)
-        found, expected = (losses.matched_attention([one], [teacher], shares) for one in (student, repeated))
-        assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+        own, taught = ((one**2).mean(1).flatten(1) for one in (repeated, teacher))
+        expected = (own / own.norm(dim=1, keepdim=True) - taught / taught.norm(dim=1, keepdim=True)).square().mean()
+        found = losses.matched_attention([student], [teacher], torch.ones(3, 1, 1)).item()
+        assert found == pytest.approx(expected.item(), rel=1e-12)
 
     def test_scale_sign_and_order_of_channels_change_nothing(self) -> None:
         (student, teacher), shares = layers(), rand(4, 3, 2, seed=9).exp()
@@ -296,13 +297,10 @@ class TestMatchedAttention:
     def test_what_does_not_fit(self) -> None:
         student, teacher = layers()
         shares = torch.ones(4, 3, 2)
-        for own, taught in (
-            ([], teacher),
-            (student, []),
-            (student[:1] + [student[1][:3]], teacher),
-            (student, [shares]),
-        ):
-            with pytest.raises(ValueError, match="maps .* of one batch: student"):
+        none = [one[:0] for one in student], [one[:0] for one in teacher]
+        uneven = [student[0], student[1][:3]]
+        for own, taught in (([], teacher), (student, []), (uneven, teacher), (student, [shares]), none):
+            with pytest.raises(ValueError, match=r"lists of maps .* of one batch: student"):
                 losses.matched_attention(own, taught, shares)
         with pytest.raises(ValueError, match=r"shares \[4, 3, 2\] .*, not \[4, 2, 3\]"):
             losses.matched_attention(student, teacher, shares.mT)
