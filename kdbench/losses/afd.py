@@ -1,6 +1,6 @@
 """Attentive feature distillation (AFD), with an attention of two layers.
 
-Wang, Gao, Hao and others: Pay Attention to Features, Transfer Learn Faster CNNs. ICLR 2020.
+Wang, Gao, Zhao, Li, Dou, Xu: Pay Attention to Features, Transfer Learn Faster CNNs. ICLR 2020.
 """
 
 import torch

@@ -25,7 +25,7 @@ def itrd_correlation(student: Tensor, teacher: Tensor, order: float = 1.5, eps: 
     Args:
         student: s, after the connector, [N, ...], flattened.
         teacher: t, the same shape.
-        order: α, above 0; Rényi's order in the paper.
+        order: α, above 0; Rényi's order, as the authors call it.
         eps: A channel whose centred values have no larger norm is constant: its v is 0, without gradient.
 
     Returns:
@@ -61,9 +61,9 @@ def itrd_mutual(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor:
     - \left\| \frac{G_S \circ G_T}{\operatorname{tr} (G_S \circ G_T)} \right\|_F^2
     $$
 
-    G holds the cosines of all pairs of images. In the paper, the two terms stand for Rényi's entropies of order 2 of
-    the student alone and of both networks. The least value is not that of a student like its teacher: it is 0 wherever
-    each pair of images is orthogonal for the student, or parallel for the teacher.
+    G holds the cosines of all pairs of images. Minus the logarithm of the squared norm of a matrix of trace one is its
+    entropy of Rényi's order 2; here the norms themselves are taken. The least value is not that of a student like its
+    teacher: it is 0 wherever each pair of images is orthogonal for the student, or parallel for the teacher.
 
     Args:
         student: [N, ...], flattened.
