@@ -10,6 +10,7 @@ Shapes that do not match raise a ValueError that names both.
 """
 
 from kdbench.losses.ab import ConstantAgreement, activation_agreement, activation_boundary, centred_mse
+from kdbench.losses.afd import AttendedChannels, attended_channels
 from kdbench.losses.at import attention_transfer
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.losses.byot import BeYourOwnTeacher
@@ -36,6 +37,7 @@ from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_trans
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.fsp import fsp, fsp_matrix
 from kdbench.losses.ickd import inter_channel_correlation
+from kdbench.losses.itrd import InformationTheoretic, itrd_correlation, itrd_mutual
 from kdbench.losses.kd import kd
 from kdbench.losses.kdsvd import singular_vectors
 from kdbench.losses.kl import kl_divergence
@@ -52,6 +54,7 @@ from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchic
 from kdbench.losses.rkd import rkd_angle, rkd_distance
 from kdbench.losses.sdd import scale_decoupled, sdd
 from kdbench.losses.semckd import SemanticCalibration
+from kdbench.losses.show_attend_distill import AttentionMatching, matched_attention
 from kdbench.losses.simkd import Projector, reused_head, simkd
 from kdbench.losses.sp import similarity_preserving
 from kdbench.losses.srd import SimpleRecipe, log_power_sum
@@ -63,18 +66,20 @@ from kdbench.losses.vid import VariationalInformation, gaussian_nll
 from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
-    "AttentionFusion", "BatchNormInputs", "BeYourOwnTeacher", "ConstantAgreement", "ContrastiveDistillation",
-    "ContrastiveRepresentation", "CurriculumTemperature", "KnowledgeReview", "MaskedGeneration", "NeighbourCongruence",
-    "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "Translator",
-    "VariationalInformation", "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity",
+    "AttendedChannels", "AttentionFusion", "AttentionMatching", "BatchNormInputs", "BeYourOwnTeacher",
+    "ConstantAgreement", "ContrastiveDistillation", "ContrastiveRepresentation", "CurriculumTemperature",
+    "InformationTheoretic", "KnowledgeReview", "MaskedGeneration", "NeighbourCongruence", "Paraphraser", "PrimeAware",
+    "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "Translator", "VariationalInformation",
+    "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity", "attended_channels",
     "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_wise",
     "class_attention", "competition", "cross_entropy", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets",
     "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context", "inter_channel_correlation",
-    "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence",
-    "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "mmd", "multi_level", "mutual",
-    "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt",
-    "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "scale_decoupled", "sdd",
-    "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "soft_cross_entropy", "standardized",
-    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
-    "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",
+    "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes",
+    "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity",
+    "matched_attention", "mmd", "multi_level", "mutual", "neighbour_congruence", "neuron_selectivity", "nkd",
+    "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head",
+    "rkd_angle", "rkd_distance", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
+    "singular_vectors", "soft_cross_entropy", "standardized", "standardized_dkd", "standardized_kd", "total_variation",
+    "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
+    "weighted_soft_labels",
 ]  # fmt: skip

@@ -47,6 +47,7 @@ OF_VECTORS: dict[str, Loss] = {
     "rkd_angle": losses.rkd_angle,
     "pkt": losses.pkt,
     "cc": losses.kernel_congruence,
+    "itrd_mutual": losses.itrd_mutual,
 }
 OF_MAPS: dict[str, Loss] = {
     "nst": losses.neuron_selectivity,
@@ -62,6 +63,8 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
     "reviewkd": losses.hierarchical_context,
+    "itrd_correlation": losses.itrd_correlation,
+    "afd": lambda student, teacher: losses.attended_channels(student, teacher, torch.full(student.shape[:2], 0.25)),
     "ofd": lambda student, teacher: losses.overhaul(student, teacher, torch.linspace(-0.8, -0.2, 4).double()),
 }
 LOSSES = OF_LOGITS | OF_VECTORS | OF_MAPS | OF_EQUAL_MAPS
@@ -72,10 +75,12 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
+ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual"}
 # They compare images with each other.
-RELATIONAL = {"dist", "mlkd", "mlkd described"}
+RELATIONAL = {"dist", "mlkd", "mlkd described", "itrd_correlation"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
+    (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),
+    (losses.InformationTheoretic, (4,), (4,)),
     (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
     (losses.PrimeAware, (4,), (4,)),
     (losses.SimpleRecipe, (4,), (4,)),
@@ -144,7 +149,7 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [*OF_MAPS, "cwd", "ft", "ofd", "simkd"])
+@pytest.mark.parametrize("name", [*OF_MAPS, "afd", "cwd", "ft", "ofd", "simkd"])
 def test_the_larger_map_is_pooled(name: str) -> None:
     large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
     value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))
@@ -189,6 +194,7 @@ WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable
         ((3, 4, 4), (2, 2, 2)),
         lambda m, s, t: m([s], [t]),
     ),
+    (partial(losses.AttentionMatching, [(3, 4, 4)], [(2, 2, 2)]), ((3, 4, 4), (2, 2, 2)), lambda m, s, t: m([s], [t])),
     *(
         (partial(losses.SoftmaxRegression, own, (5,)), (own, (5,)), lambda m, s, t: m(s, t, HEAD))
         for own in ((3,), (3, 4, 4))
