@@ -50,6 +50,7 @@ from kdbench.losses.pad import PrimeAware, adaptive_mse
 from kdbench.losses.pkt import pkt
 from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
+from kdbench.losses.rld import rld
 from kdbench.losses.sdd import scale_decoupled, sdd
 from kdbench.losses.semckd import SemanticCalibration
 from kdbench.losses.simkd import Projector, reused_head, simkd
@@ -73,7 +74,7 @@ __all__ = [
     "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence",
     "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "mmd", "multi_level", "mutual",
     "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt",
-    "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "scale_decoupled", "sdd",
+    "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd",
     "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "soft_cross_entropy", "standardized",
     "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
     "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",

@@ -27,6 +27,7 @@ LABELLED: dict[str, Loss] = {
     "dkd": labelled(losses.dkd),
     "nkd": labelled(losses.nkd, temperature=2.0),
     "wsld": labelled(losses.weighted_soft_labels),
+    "rld": labelled(losses.rld, confidence_temperature=2.0),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -72,7 +73,7 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
+ELSEWHERE = {"nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
 # They compare images with each other.
 RELATIONAL = {"dist", "mlkd", "mlkd described"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
