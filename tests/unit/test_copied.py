@@ -266,7 +266,7 @@ def test_every_published_card_says_where_it_is_from_and_how_in_words_that_can_be
 
 # Methods of published tables that kdbench has not, or not in that form (Tf-KD: which of its two is not said).
 OTHERS = {
-    "afd", "cckd", "cmi", "cskd", "dafl", "dfq", "dist_plus", "distpro", "irg", "jacobian", "kd_eid", "l2", "logits",
+    "afd", "cckd", "cmi", "cskd", "dafl", "dfq", "dist_plus", "distpro", "jacobian", "kd_eid", "l2", "logits",
     "lwm", "mhgd", "norm", "norm_crd", "norm_kd", "simkd_4", "simkd_8", "tfkd", "wkd_f", "wkd_l", "wkd_l_f", "zskt",
 }  # fmt: skip
 

@@ -48,12 +48,14 @@ OF_VECTORS: dict[str, Loss] = {
     "rkd_angle": losses.rkd_angle,
     "pkt": losses.pkt,
     "cc": losses.kernel_congruence,
+    "irg": lambda student, teacher: losses.instance_edges([student], [teacher]),
 }
 OF_MAPS: dict[str, Loss] = {
     "nst": losses.neuron_selectivity,
     "at": losses.attention_transfer,
     "at of the paper": partial(losses.attention_transfer, form="paper"),
     "at, p = 3": partial(losses.attention_transfer, p=3),
+    "irg's steps": lambda student, teacher: losses.instance_transformation([student, -student], [teacher, -teacher]),
 }
 OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
@@ -75,7 +77,7 @@ PAIRS = {
 # Their least value is not that of a student like its teacher.
 ELSEWHERE = {"nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
 # They compare images with each other.
-RELATIONAL = {"dist", "mlkd", "mlkd described"}
+RELATIONAL = {"dist", "mlkd", "mlkd described", "irg's steps"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
     (losses.PrimeAware, (4,), (4,)),
@@ -145,7 +147,7 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [*OF_MAPS, "cwd", "ft", "ofd", "simkd"])
+@pytest.mark.parametrize("name", [*(OF_MAPS.keys() - RELATIONAL), "cwd", "ft", "ofd", "simkd"])
 def test_the_larger_map_is_pooled(name: str) -> None:
     large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
     value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))
