@@ -77,6 +77,9 @@ def instance_transformation(student: Sequence[Tensor], teacher: Sequence[Tensor]
 
 
 def _fit(student: Sequence[Tensor], teacher: Sequence[Tensor], least: int, loss: str) -> None:
+    # A tensor could be read as a list, of its images.
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+        raise ValueError(f"{loss} needs lists of features: in a recipe, a list of hook points")
     if len(student) != len(teacher) or len(student) < least:
         found = " and ".join(f"{len(side)} of the {who}" for side, who in ((student, "student"), (teacher, "teacher")))
         raise ValueError(f"{loss} needs as many features of both networks, at least {least}, not {found}")

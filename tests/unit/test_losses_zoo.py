@@ -240,6 +240,9 @@ class TestIRG:
 
     def test_layers_that_do_not_fit(self) -> None:
         student, teacher = self.layers()
+        for loss in (losses.instance_edges, losses.instance_transformation):
+            with pytest.raises(ValueError, match="lists of features"):
+                loss(student[0], teacher[0])  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="3 of the student and 2 of the teacher"):
             losses.instance_edges(student, teacher[:2])
         with pytest.raises(ValueError, match="at least 1"):
