@@ -70,8 +70,8 @@ def instance_transformation(student: Sequence[Tensor], teacher: Sequence[Tensor]
     if no_maps := [one for one in (*student, *teacher) if one.ndim != 4]:
         raise ValueError(f"instance_transformation needs maps [N, C, H, W], not {shape(no_maps[0])}")
     each = [
-        F.mse_loss(_moves(*own, eps), _moves(*(one.detach() for one in taught), eps))
-        for own, taught in zip(pairwise(student), pairwise(teacher), strict=True)
+        F.mse_loss(_moves(own, next_own, eps), _moves(taught.detach(), next_taught.detach(), eps))
+        for (own, next_own), (taught, next_taught) in zip(pairwise(student), pairwise(teacher), strict=True)
     ]
     return torch.stack(each).mean()
 
