@@ -79,7 +79,7 @@ class PublishedCard(Card):
     data: Named
     protocol: PublishedProtocol = PublishedProtocol()
     pairs: dict[Name, PublishedPair]
-    methods: dict[Name, PublishedRow]
+    methods: dict[Name, PublishedRow] = Field(description="under the key of a method card where there is one")
 
     @model_validator(mode="after")
     def one_entry_for_each_pair(self) -> PublishedCard:

@@ -37,6 +37,7 @@ from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_trans
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.fsp import fsp, fsp_matrix
 from kdbench.losses.ickd import inter_channel_correlation
+from kdbench.losses.irg import instance_edges, instance_transformation
 from kdbench.losses.itrd import InformationTheoretic, itrd_correlation, itrd_mutual
 from kdbench.losses.kd import kd
 from kdbench.losses.kdsvd import singular_vectors
@@ -52,6 +53,7 @@ from kdbench.losses.pad import PrimeAware, adaptive_mse
 from kdbench.losses.pkt import pkt
 from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
+from kdbench.losses.rld import rld
 from kdbench.losses.sdd import scale_decoupled, sdd
 from kdbench.losses.semckd import SemanticCalibration
 from kdbench.losses.show_attend_distill import AttentionMatching, matched_attention
@@ -73,13 +75,13 @@ __all__ = [
     "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity", "attended_channels",
     "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_wise",
     "class_attention", "competition", "cross_entropy", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets",
-    "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context", "inter_channel_correlation",
-    "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes",
-    "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity",
-    "matched_attention", "mmd", "multi_level", "mutual", "neighbour_congruence", "neuron_selectivity", "nkd",
-    "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head",
-    "rkd_angle", "rkd_distance", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
-    "singular_vectors", "soft_cross_entropy", "standardized", "standardized_dkd", "standardized_kd", "total_variation",
-    "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
-    "weighted_soft_labels",
+    "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context", "instance_edges",
+    "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd",
+    "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm",
+    "log_power_sum", "magnitude_similarity", "matched_attention", "mmd", "multi_level", "mutual",
+    "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt",
+    "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd",
+    "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "soft_cross_entropy", "standardized",
+    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
+    "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",
 ]  # fmt: skip

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from kdbench.losses.checks import full, labelled_logits, positive, shape
 from kdbench.losses.dkd import decoupled
 from kdbench.losses.kl import divergences
+from kdbench.losses.lskd import standardized
 from kdbench.losses.nkd import nkd_of_images
+from kdbench.losses.rld import rld_of_images
 
-Host = Literal["kd", "dkd", "nkd"]
+Host = Literal["kd", "dkd", "nkd", "rld"]
 
 
 def scale_decoupled(
@@ -25,6 +27,7 @@ def scale_decoupled(
     temperature: float = 4.0,
     alpha: float = 1.0,
     beta: float = 8.0,
+    standardize: bool = False,
 ) -> Tensor:
     r"""Another loss of logits, averaged over the regions of an image; twice where the teacher contradicts itself.
 
@@ -33,7 +36,7 @@ def scale_decoupled(
     $$
 
     w is 2 where the teacher is right in the region and wrong on the whole image, or the other way round, else 1. ℓ is
-    KD (× T²), DKD (α, β, T; × T²), or NKD (γ = β, T).
+    KD (× T²), DKD or RLD (α, β, T; × T²), or NKD (γ = β, T).
 
     Args:
         student_logits: Of R regions, the first one the whole image, [N, R, K].
@@ -41,8 +44,9 @@ def scale_decoupled(
         labels: Class indices, int64 [N].
         host: ℓ.
         temperature: T, above 0.
-        alpha: DKD's α.
-        beta: DKD's β, or NKD's γ.
+        alpha: α of DKD or RLD.
+        beta: β of DKD or RLD, or NKD's γ.
+        standardize: Whether each region's logits are standardized first (LSKD).
 
     Returns:
         Scalar.
@@ -60,21 +64,29 @@ def scale_decoupled(
     own, taught = (full(logits).flatten(0, 1) for logits in (student_logits, teacher_logits.detach()))
     of_regions = labels.repeat_interleave(student_logits.shape[1])
     labelled_logits(own, taught, of_regions, "scale_decoupled")
+    if standardize:
+        own, taught = standardized(own), standardized(taught)
     right = teacher_logits.argmax(dim=2) == labels.unsqueeze(1)
     weights = 1 + (right != right[:, :1]).to(torch.float32).flatten()
+    return (weights * _of_each(own, taught, of_regions, host, temperature, alpha, beta)).mean()
+
+
+def _of_each(
+    own: Tensor, taught: Tensor, labels: Tensor, host: str, temperature: float, alpha: float, beta: float
+) -> Tensor:
+    """The host's loss of each row of logits [M, K], in full precision: [M]."""
     if host == "nkd":
-        values = nkd_of_images(own, taught, of_regions, beta, temperature)
-    elif host == "dkd":
-        own_target, own_others = decoupled(own / temperature, of_regions)
-        target, others = decoupled(taught / temperature, of_regions)
-        values = alpha * divergences(own_target, target) + beta * divergences(own_others, others)
-        values = temperature**2 * values
-    elif host == "kd":
+        return nkd_of_images(own, taught, labels, beta, temperature)
+    if host == "rld":
+        return rld_of_images(own, taught, labels, alpha, beta, temperature, temperature)
+    if host == "dkd":
+        own_target, own_others = decoupled(own / temperature, labels)
+        target, others = decoupled(taught / temperature, labels)
+        return temperature**2 * (alpha * divergences(own_target, target) + beta * divergences(own_others, others))
+    if host == "kd":
         logs = [F.log_softmax(z / temperature, dim=1) for z in (own, taught)]
-        values = temperature**2 * divergences(logs[0], logs[1])
-    else:
-        raise ValueError(f"host is 'kd', 'dkd' or 'nkd', not {host!r}")
-    return (weights * values).mean()
+        return temperature**2 * divergences(logs[0], logs[1])
+    raise ValueError(f"host is 'kd', 'dkd', 'nkd' or 'rld', not {host!r}")
 
 
 def sdd(
@@ -89,6 +101,7 @@ def sdd(
     alpha: float = 1.0,
     beta: float = 8.0,
     relu: bool = False,
+    standardize: bool = False,
 ) -> Tensor:
     r"""`scale_decoupled` of the logits that both classifiers give for regions of the last maps.
 
@@ -107,9 +120,10 @@ def sdd(
         scales: Regions along a side, each 1, 2 or 4, with 1 as the first one: the whole image.
         host: Loss of a region's logits.
         temperature: Of the host, above 0.
-        alpha: DKD's α.
-        beta: DKD's β, or NKD's γ.
+        alpha: α of DKD or RLD.
+        beta: β of DKD or RLD, or NKD's γ.
         relu: Whether the maps come before their ReLU, which is then applied.
+        standardize: Whether each region's logits are standardized first (LSKD).
 
     Returns:
         Scalar.
@@ -120,7 +134,8 @@ def sdd(
     if not scales or scales[0] != 1 or not {*scales} <= {1, 2, 4}:
         raise ValueError(f"the first of the scales is 1, the others 2 or 4, not {scales}")
     own, taught = (_regions(one.relu() if relu else one, scales) for one in (student, teacher.detach()))
-    return scale_decoupled(student_classifier(own), teacher_classifier(taught), labels, host, temperature, alpha, beta)
+    regions = student_classifier(own), teacher_classifier(taught)
+    return scale_decoupled(*regions, labels, host, temperature, alpha, beta, standardize)
 
 
 def _regions(feature: Tensor, scales: tuple[int, ...]) -> Tensor:

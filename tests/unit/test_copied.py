@@ -17,6 +17,7 @@ from kdbench.published import PublishedCard
 from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.contents import Table
+from kdbench.results.copied import published_tables
 from kdbench.results.frames import table_csv
 from kdbench.results.tables import build
 from kdbench.results.texts import latex, markdown
@@ -263,6 +264,27 @@ def test_every_published_card_says_where_it_is_from_and_how_in_words_that_can_be
                 assert text is None or re.fullmatch(form, text), (name, text)
 
 
+# Methods of published tables that kdbench has not, or not in that form (Tf-KD: which of its two is not said).
+OTHERS = {
+    "afd", "cckd", "cmi", "cskd", "dafl", "dfq", "dist_plus", "distpro", "jacobian", "kd_eid", "l2", "logits",
+    "lwm", "mhgd", "norm", "norm_crd", "norm_kd", "simkd_4", "simkd_8", "tfkd", "wkd_f", "wkd_l", "wkd_l_f", "zskt",
+}  # fmt: skip
+
+
+def test_a_published_row_has_the_key_of_our_method() -> None:
+    """By it, table.csv and `kdbench.table` put a copied number beside the measured one, and --published finds it."""
+    registry = Registry()
+    keys = {key for name in registry.names("published") for key in registry.card("published", name).methods}
+    assert keys - {*registry.names("methods")} <= OTHERS
+    assert {*published_tables(["ls_cifar100:lskd,lskd_dkd"])["ls_cifar100"].methods} == {"lskd", "lskd_dkd"}
+
+
+def test_a_copied_number_stands_under_its_method_in_a_frame() -> None:
+    found = list(csv.DictReader(io.StringIO(table_csv(build(records(), published={"other": card()})))))
+    of_ce = [(row["copied_from"], float(row["mean"])) for row in found if row["method"] == "ce"]
+    assert of_ce == [("", pytest.approx(93.6)), ("other", 93.97)]
+
+
 @pytest.mark.parametrize(
     ("name", "method", "numbers"),
     [
@@ -276,7 +298,7 @@ def test_every_published_card_says_where_it_is_from_and_how_in_words_that_can_be
         ("torchdistill_originals_imagenet", "at", [70.70]),
         # 91.43 of DeepInversion's own pair is in no second source, nor are its plain noise and VGG-11's teacher.
         ("deep_inversion_cifar10", "deep_inversion", [84.16, None, None]),
-        ("deep_inversion_cifar10", "adi", [90.78, 90.36, 93.26]),
+        ("deep_inversion_cifar10", "adaptive_deep_inversion", [90.78, 90.36, 93.26]),
     ],
 )
 def test_numbers_as_their_sources_print_them(name: str, method: str, numbers: list[float | None]) -> None:

@@ -27,6 +27,7 @@ LABELLED: dict[str, Loss] = {
     "dkd": labelled(losses.dkd),
     "nkd": labelled(losses.nkd, temperature=2.0),
     "wsld": labelled(losses.weighted_soft_labels),
+    "rld": labelled(losses.rld, confidence_temperature=2.0),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -48,12 +49,14 @@ OF_VECTORS: dict[str, Loss] = {
     "pkt": losses.pkt,
     "cc": losses.kernel_congruence,
     "itrd_mutual": losses.itrd_mutual,
+    "irg": lambda student, teacher: losses.instance_edges([student], [teacher]),
 }
 OF_MAPS: dict[str, Loss] = {
     "nst": losses.neuron_selectivity,
     "at": losses.attention_transfer,
     "at of the paper": partial(losses.attention_transfer, form="paper"),
     "at, p = 3": partial(losses.attention_transfer, p=3),
+    "irg's steps": lambda student, teacher: losses.instance_transformation([student, -student], [teacher, -teacher]),
 }
 OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
@@ -75,9 +78,9 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual"}
+ELSEWHERE = {"nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual"}
 # They compare images with each other.
-RELATIONAL = {"dist", "mlkd", "mlkd described", "itrd_correlation"}
+RELATIONAL = {"dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),
     (losses.InformationTheoretic, (4,), (4,)),
@@ -149,7 +152,7 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [*OF_MAPS, "afd", "cwd", "ft", "ofd", "simkd"])
+@pytest.mark.parametrize("name", [*(name for name in OF_MAPS if name not in RELATIONAL), "afd", "cwd", "ft", "ofd", "simkd"])
 def test_the_larger_map_is_pooled(name: str) -> None:
     large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
     value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))

@@ -1,8 +1,8 @@
-"""Losses of logits of 2020 to 2024 against loops, closed forms and other losses in float64, and what must not change
+"""Losses of logits of 2020 to 2025 against loops, closed forms and other losses in float64, and what must not change
 them.
 
 Values and gradients were compared with sunshangquan/logit-standardization-KD f6e5aa5, yzd-v/cls_KD 1e5d48f, zkxufo/TTM
-fe457b3 and yuanli2333/Teacher-free-Knowledge-Distillation d000ab3 too, outside this project.
+fe457b3, zju-SWJ/RLD d54578f and yuanli2333/Teacher-free-Knowledge-Distillation d000ab3 too, outside this project.
 """
 
 from __future__ import annotations
@@ -72,6 +72,82 @@ class TestLogitStandardization:
     def test_one_class_has_none_in_the_losses_that_standardize_either(self, loss: Callable[..., Tensor]) -> None:
         with pytest.raises(ValueError, match="two classes"):
             loss(torch.ones(2, 1), torch.ones(2, 1))
+
+
+class TestRLD:
+    def by_loops(self, alpha: float, beta: float, temperature: float, confidence: float) -> float:
+        total = 0.0
+        for student, teacher, label in zip(*(z.tolist() for z in (*logits(), LABELS)), strict=True):
+            sure, own = max(softmax(teacher, confidence)), softmax(student, confidence)[label]
+            scd = sure * math.log(sure / own) + (1 - sure) * math.log((1 - sure) / (1 - own))
+            below = [k for k, z in enumerate(teacher) if z < teacher[label]]
+            p, q = (softmax([z[k] for k in below], temperature) for z in (teacher, student))
+            mcd = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            total += alpha * confidence**2 * scd + beta * temperature**2 * mcd
+        return total / len(LABELS)
+
+    def test_by_loops(self) -> None:
+        below = (logits()[1] < logits()[1].gather(1, LABELS[:, None])).sum(1)
+        assert len(set(below.tolist())) > 2  # of several kinds: none, some and all of the others are left
+        value = losses.rld(*logits(), LABELS, 0.7, 3.0, 2.0, 1.5).item()
+        assert value == pytest.approx(self.by_loops(0.7, 3.0, 2.0, 1.5), rel=1e-12)
+        assert losses.rld(*logits(), LABELS).item() == pytest.approx(self.by_loops(1.0, 8.0, 4.0, 4.0), rel=1e-12)
+
+    def test_of_a_teacher_that_is_right_it_is_dkd(self) -> None:
+        student, teacher = logits()
+        right = teacher.scatter(1, LABELS[:, None], teacher.max(dim=1, keepdim=True).values + 0.1)
+        found, expected = (
+            torch.autograd.grad(loss(z, right, LABELS, 0.7, 3.0, 2.0), z)[0]
+            for loss in (losses.rld, losses.dkd)
+            for z in [student.clone().requires_grad_()]
+        )
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
+        assert losses.rld(student, right, LABELS).item() == pytest.approx(
+            losses.dkd(student, right, LABELS).item(), rel=1e-12
+        )
+        assert losses.rld(student, teacher, LABELS).item() != pytest.approx(
+            losses.dkd(student, teacher, LABELS).item(), rel=1e-2
+        )
+
+    def test_which_wrong_class_the_teacher_prefers_does_not_matter(self) -> None:
+        """Two likelier classes than the label: exchanged, or nearer to each other, they say the same of the others."""
+        student = logits()[0]
+        teacher = torch.tensor([[3.0, 1.0, 2.0, 0.0, -1.0]]).double().expand(6, 5)
+        labels = torch.ones(6, dtype=torch.int64)
+        value = losses.rld(student, teacher, labels).item()
+        assert losses.rld(student, teacher[:, [2, 1, 0, 3, 4]], labels).item() == pytest.approx(value, rel=1e-12)
+        moved = teacher + torch.tensor([0.0, 0.0, 0.5, 0.0, 0.0])
+        assert losses.rld(student, moved, labels, alpha=0.0).item() == pytest.approx(
+            losses.rld(student, teacher, labels, alpha=0.0).item(), rel=1e-12
+        )
+
+    def test_the_second_part_pulls_at_no_class_that_is_as_likely_as_the_label(self) -> None:
+        student, teacher = logits()
+        teacher = torch.cat([teacher, teacher.gather(1, LABELS[:, None])], dim=1)  # a tie is left out too
+        student = torch.cat([student, student[:, :1]], dim=1).requires_grad_()
+        losses.rld(student, teacher, LABELS, alpha=0.0).backward()
+        left_out = teacher >= teacher.gather(1, LABELS[:, None])
+        assert student.grad is not None and left_out[:, -1].all() and not student.grad[left_out].any()
+        several = ~left_out & ((~left_out).sum(dim=1, keepdim=True) > 1)
+        assert several.any() and student.grad[several].all()
+
+    def test_an_image_whose_label_is_the_least_likely_has_no_second_part(self) -> None:
+        student = logits()[0].requires_grad_()
+        teacher = logits()[1].scatter(1, LABELS[:, None], -20.0)
+        value = losses.rld(student, teacher, LABELS, alpha=0.0)
+        value.backward()
+        assert value.item() == 0 and student.grad is not None and not student.grad.any()
+
+    def test_a_batch_has_the_mean_loss_of_its_images(self) -> None:
+        student, teacher = logits()
+        each = [losses.rld(student[[i]], teacher[[i]], LABELS[[i]]).item() for i in range(6)]
+        assert losses.rld(student, teacher, LABELS).item() == pytest.approx(statistics.mean(each), rel=1e-12)
+
+    def test_temperatures_are_positive(self) -> None:
+        with pytest.raises(ValueError, match="^temperature must be positive"):
+            losses.rld(*logits(), LABELS, temperature=0.0, confidence_temperature=1.0)
+        with pytest.raises(ValueError, match="confidence_temperature must be positive"):
+            losses.rld(*logits(), LABELS, confidence_temperature=-1.0)
 
 
 class TestNKD:

@@ -2,9 +2,9 @@
 float64.
 
 Values and gradients were compared with DefangChen/SimKD 2b389c3 (SRRL, SemCKD), jingyang2017/KD_SRRL d2e802f,
-zhengli97/CTKD 7d52522, shicaiwei123/SDD-CVPR2024 e412036, GzyAftermath/CAT-KD 4467073,
-sunshangquan/logit-standardization-KD f6e5aa5 (MLKD) and yoshitomo-matsubara/torchdistill 3e4373c (SSKD) too, outside
-this project.
+zhengli97/CTKD 7d52522, shicaiwei123/SDD-CVPR2024 e412036, iversonshao/DSKD d60df7d (SDD of standardized logits),
+GzyAftermath/CAT-KD 4467073, sunshangquan/logit-standardization-KD f6e5aa5 (MLKD) and
+yoshitomo-matsubara/torchdistill 3e4373c (SSKD) too, outside this project.
 """
 
 from __future__ import annotations
@@ -143,16 +143,29 @@ class TestSDD:
         assert 0 < doubled < 12
         assert losses.scale_decoupled(student, teacher, LABELS).item() == pytest.approx(total / 18, rel=1e-12)
 
-    @pytest.mark.parametrize("host", ["kd", "dkd", "nkd"])
+    @pytest.mark.parametrize("host", ["kd", "dkd", "nkd", "rld"])
     def test_one_region_is_the_loss_itself(self, host: Any) -> None:
         student, teacher = logits()
         expected = {
             "kd": lambda: losses.kd(student, teacher, 3.0),
             "dkd": lambda: losses.dkd(student, teacher, LABELS, 0.5, 2.0, 3.0),
             "nkd": lambda: losses.nkd(student, teacher, LABELS, 2.0, 3.0),
+            "rld": lambda: losses.rld(student, teacher, LABELS, 0.5, 2.0, 3.0),
         }[host]().item()
         value = losses.scale_decoupled(student[:, None], teacher[:, None], LABELS, host, 3.0, 0.5, 2.0).item()
         assert value == pytest.approx(expected, rel=1e-12)
+
+    @pytest.mark.parametrize("host", ["kd", "dkd", "nkd", "rld"])
+    def test_each_region_is_standardized_for_itself(self, host: Any) -> None:
+        student, teacher = self.regions()
+        standard = [torch.stack([losses.standardized(z[:, r]) for r in range(3)], dim=1) for z in (student, teacher)]
+        options: dict[str, Any] = {"host": host, "temperature": 2.0, "alpha": 0.5, "beta": 2.0}
+        value = losses.scale_decoupled(student, teacher, LABELS, **options, standardize=True).item()
+        assert value == pytest.approx(losses.scale_decoupled(*standard, LABELS, **options).item(), rel=1e-12)
+        assert value != pytest.approx(losses.scale_decoupled(student, teacher, LABELS, **options).item(), rel=1e-3)
+        maps, heads = (rand(6, 3, 4, 4, seed=1), rand(6, 4, 4, 4, seed=2)), (classifier(3), classifier(4))
+        of_maps = [losses.sdd(*maps, LABELS, *heads, standardize=standardize).item() for standardize in (False, True)]
+        assert of_maps[0] != pytest.approx(of_maps[1], rel=1e-3)
 
     def test_regions_are_means_of_the_map(self) -> None:
         student, teacher = rand(6, 3, 8, 8, seed=1), rand(6, 4, 8, 8, seed=2)
@@ -185,10 +198,10 @@ class TestSDD:
         for labels in (LABELS[:5], LABELS.double(), soft, soft[:, 0]):
             with pytest.raises(ValueError, match="scale_decoupled needs logits"):
                 losses.scale_decoupled(student, teacher, labels)
-        for host in ("kd", "dkd", "nkd"):
+        for host in ("kd", "dkd", "nkd", "rld"):
             with pytest.raises(ValueError, match="at least two classes"):
                 losses.scale_decoupled(student[:, :, :1], teacher[:, :, :1], 0 * LABELS, host)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="'kd', 'dkd' or 'nkd'"):
+        with pytest.raises(ValueError, match="'kd', 'dkd', 'nkd' or 'rld'"):
             losses.scale_decoupled(student, teacher, LABELS, "at")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="first of the scales"):
             losses.sdd(rand(6, 3, 4, 4, seed=1), teacher, LABELS, classifier(3), classifier(4), scales=(2, 4))

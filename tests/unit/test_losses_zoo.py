@@ -12,12 +12,14 @@ import pytest
 import torch
 from tensors import LABELS, logits, maps, rand, vectors
 from torch import Tensor
+from torch.autograd import gradcheck
 from torch.distributions import Normal
 from torch.nn import functional as F
 
 from kdbench import losses
 
 Loss = Callable[..., Tensor]
+CORNERS = tuple(itertools.product(range(2), repeat=2))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -152,6 +154,105 @@ class TestPKT:
         student.requires_grad_()
         losses.pkt(student, teacher).backward()
         assert student.grad is not None and student.grad.isfinite().all()
+
+
+class TestIRG:
+    """Several layers of five images: a student's maps and vectors, and a wider teacher's."""
+
+    def layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        student = [rand(5, 2, 4, 4, seed=1), rand(5, 4, 2, 2, seed=2), rand(5, 4, seed=3)]
+        return student, [rand(5, 3, 4, 4, seed=4), rand(5, 6, 2, 2, seed=5), rand(5, 6, seed=6)]
+
+    def test_edges_by_loops(self) -> None:
+        def edges(feature: Tensor) -> dict[tuple[int, int], float]:
+            rows = feature.flatten(1).tolist()
+            found = {(i, j): math.dist(rows[i], rows[j]) ** 2 for i, j in itertools.product(range(5), repeat=2)}
+            return {pair: distance / max(found.values()) for pair, distance in found.items()}
+
+        student, teacher = self.layers()
+        total = 0.0
+        for own, taught in zip(student, teacher, strict=True):
+            ours, theirs = edges(own), edges(taught)
+            total += sum((ours[pair] - theirs[pair]) ** 2 for pair in ours) / 25
+        assert losses.instance_edges(student, teacher).item() == pytest.approx(total / 3, rel=1e-12)
+        alone = [losses.instance_edges([s], [t]).item() for s, t in zip(student, teacher, strict=True)]
+        assert sum(alone) == pytest.approx(total, rel=1e-12)
+
+    def test_edges_are_of_what_lies_between_images(self) -> None:
+        """Rotation, a shift and a scale of a layer change nothing, also far from 0 in float32."""
+        student, teacher = self.layers()
+        value = losses.instance_edges(student, teacher).item()
+        rotation = torch.linalg.qr(rand(4, 4, seed=7)).Q
+        moved = [student[0] + 5, -2 * student[1], 3 * student[2] @ rotation - 7]
+        assert losses.instance_edges(moved, teacher).item() == pytest.approx(value, rel=1e-10)
+        assert losses.instance_edges([s.exp() for s in student], teacher).item() != pytest.approx(value, rel=1e-2)
+        far = [(s + 300).float() for s in student]
+        assert losses.instance_edges(far, [t.float() for t in teacher]).item() == pytest.approx(value, rel=1e-3)
+
+    def moves(self, first: Tensor, second: Tensor, pooled: Callable[[Tensor], Tensor]) -> list[float]:
+        """Of a map of 4 × 4 to one of 2 × 2, whose channels `pooled` brings to the number of the first one's."""
+        found = []
+        for n in range(5):
+            small = torch.stack([first[n][:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((1, 2)) for i, j in CORNERS])
+            next_map = torch.stack([pooled(second[n][:, i, j]) for i, j in CORNERS])
+            found.append(sum(x * x for x in (next_map - small).flatten().tolist()))
+        return [distance / max(found) for distance in found]
+
+    def test_transformation_by_loops(self) -> None:
+        student, teacher = (layers[:2] for layers in self.layers())
+        ours, theirs = (
+            self.moves(*layers, lambda c: torch.stack([(c[k] + c[k + 1]) / 2 for k in range(0, len(c), 2)]))
+            for layers in (student, teacher)
+        )
+        expected = sum((s - t) ** 2 for s, t in zip(ours, theirs, strict=True)) / 5
+        value = losses.instance_transformation(student, teacher).item()
+        assert value == pytest.approx(expected, rel=1e-12)
+        narrow = [teacher[0], rand(5, 5, 2, 2, seed=8)]  # three windows of two channels: 0 and 1, 1 to 3, 3 and 4
+        other = self.moves(*narrow, lambda c: torch.stack([c[:2].mean(), c[1:4].mean(), c[3:].mean()]))
+        expected = sum((s - t) ** 2 for s, t in zip(ours, other, strict=True)) / 5
+        assert losses.instance_transformation(student, narrow).item() == pytest.approx(expected, rel=1e-12)
+
+    def test_more_layers_are_more_steps(self) -> None:
+        student, teacher = ([*layers[:2], 2 * layers[1].square()] for layers in self.layers())
+        steps = [losses.instance_transformation(student[i : i + 2], teacher[i : i + 2]).item() for i in (0, 1)]
+        assert steps[0] != pytest.approx(steps[1], rel=1e-2)
+        assert losses.instance_transformation(student, teacher).item() == pytest.approx(sum(steps) / 2, rel=1e-12)
+
+    def test_gradients_go_through_the_largest_distance(self) -> None:
+        student, teacher = self.layers()
+        for features in (student, teacher):
+            for feature in features:
+                feature.requires_grad_()
+        assert gradcheck(lambda *s: losses.instance_edges(s, teacher), tuple(student))
+        assert gradcheck(lambda *s: losses.instance_transformation(s, teacher[:2]), tuple(student[:2]))
+        (losses.instance_edges(student, teacher) + losses.instance_transformation(student[:2], teacher[:2])).backward()
+        assert all(t.grad is None for t in teacher)
+
+    def test_equal_images_have_no_distance(self) -> None:
+        teacher = self.layers()[1]
+        student = [torch.ones(5, 2, n, n, dtype=torch.float64, requires_grad=True) for n in (4, 2)]
+        values = losses.instance_edges(student, teacher[:2]), losses.instance_transformation(student, teacher[:2])
+        sum(values).backward()
+        for own in student:
+            assert own.grad is not None and own.grad.isfinite().all()
+        edges = [losses.instance_edges([own], [0 * own]).item() for own in student]
+        assert edges == [0, 0] and values[0].item() > 0
+
+    def test_layers_that_do_not_fit(self) -> None:
+        student, teacher = self.layers()
+        for loss in (losses.instance_edges, losses.instance_transformation):
+            with pytest.raises(ValueError, match="lists of features"):
+                loss(student[0], teacher[0])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="3 of the student and 2 of the teacher"):
+            losses.instance_edges(student, teacher[:2])
+        with pytest.raises(ValueError, match="at least 1"):
+            losses.instance_edges([], [])
+        with pytest.raises(ValueError, match="at least 2"):
+            losses.instance_transformation(student[:1], teacher[:1])
+        with pytest.raises(ValueError, match=r"needs maps \[N, C, H, W\], not \[5, 6\]"):
+            losses.instance_transformation(student[:2], [teacher[0], teacher[2]])
+        with pytest.raises(ValueError, match=r"student \[5, 2, 4, 4\], teacher \[4, 3, 4, 4\]"):
+            losses.instance_transformation(student[:2], [t[:4] for t in teacher[:2]])
 
 
 class TestNST:
