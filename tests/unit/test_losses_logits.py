@@ -20,6 +20,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
+from kdbench.registry import Registry
 
 
 def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
@@ -183,3 +184,29 @@ class TestTeacherFree:
     def test_options_out_of_range(self, options: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="positive|must lie in"):
             losses.virtual_teacher(logits()[0], LABELS, **options)
+
+
+class TestSquaredErrorOfLogits:
+    """What the method card `logits` trains: the loss of FitNets, of logits."""
+
+    def test_by_loops(self) -> None:
+        student, teacher = logits()
+        total = sum((student[n, k].item() - teacher[n, k].item()) ** 2 for n in range(6) for k in range(5))
+        assert losses.fitnets(student, teacher).item() == pytest.approx(total / 30, rel=1e-12)
+
+    def test_is_twice_kd_of_a_high_temperature(self) -> None:
+        """Of logits whose mean is 0 in every image, as Hinton et al. derive in section 2.1; so are the gradients."""
+        student, teacher = (z - z.mean(dim=1, keepdim=True) for z in logits())
+        found = []
+        for loss, factor in ((losses.fitnets, 1.0), (partial(losses.kd, temperature=1e4), 2.0)):
+            own = student.clone().requires_grad_()
+            value = factor * loss(own, teacher)
+            value.backward()
+            found.append((value.item(), own.grad))
+        (value, gradient), (other, expected) = found
+        assert other == pytest.approx(value, rel=1e-3) and torch.allclose(gradient, expected, rtol=1e-2, atol=1e-5)
+
+    def test_the_card_is_cross_entropy_and_a_tenth_of_it(self) -> None:
+        (stage,) = Registry().card("methods", "logits").stages.values()
+        terms = {name: (term.loss, term.hook, term.weight) for name, term in stage.losses.items()}
+        assert terms == {"ce": ("cross_entropy", None, 1.0), "mse": ("fitnets", None, 0.1)}
