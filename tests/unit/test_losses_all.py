@@ -27,6 +27,10 @@ LABELLED: dict[str, Loss] = {
     "dkd": labelled(losses.dkd),
     "nkd": labelled(losses.nkd, temperature=2.0),
     "wsld": labelled(losses.weighted_soft_labels),
+    "customized_others": labelled(losses.customized_others),
+    "customized_others, probabilities": lambda student, teacher: losses.customized_others(
+        student, teacher, LABELS[: len(student)], "probabilities"
+    ),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -40,6 +44,9 @@ OF_LOGITS: dict[str, Loss] = {
     "dist": losses.dist,
     "mlkd": losses.multi_level,
     "mlkd described": partial(losses.multi_level, form="described"),
+    "gram_direction": losses.gram_direction,
+    "skd": losses.skd,
+    "skd described": partial(losses.skd, form="described"),
 }
 OF_VECTORS: dict[str, Loss] = {
     "sp": losses.similarity_preserving,
@@ -53,12 +60,14 @@ OF_MAPS: dict[str, Loss] = {
     "at": losses.attention_transfer,
     "at of the paper": partial(losses.attention_transfer, form="paper"),
     "at, p = 3": partial(losses.attention_transfer, p=3),
+    "spatial_relation": losses.spatial_relation,
 }
 OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
     "fitnets": losses.fitnets,
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
+    "channel_relation": losses.channel_relation,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
     "reviewkd": losses.hierarchical_context,
@@ -72,9 +81,12 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
+ELSEWHERE = {
+    "nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper", "customized_others",
+    "customized_others, probabilities",
+}  # fmt: skip
 # They compare images with each other.
-RELATIONAL = {"dist", "mlkd", "mlkd described"}
+RELATIONAL = {"dist", "mlkd", "mlkd described", "gram_direction", "skd", "skd described", "spatial_relation"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
     (losses.PrimeAware, (4,), (4,)),
@@ -144,7 +156,7 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [*OF_MAPS, "cwd", "ft", "ofd", "simkd"])
+@pytest.mark.parametrize("name", [*OF_MAPS, "channel_relation", "cwd", "ft", "ofd", "simkd"])
 def test_the_larger_map_is_pooled(name: str) -> None:
     large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
     value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))
@@ -196,6 +208,11 @@ WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable
     (
         partial(losses.BeYourOwnTeacher, [(3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)]),
         ((3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)),
+        lambda m, *student: m(student, LABELS),
+    ),
+    (
+        partial(losses.CustomizedSoftLabels, [(3, 4, 4), (4, 2, 2), (5,)]),
+        ((3, 4, 4), (4, 2, 2), (5,)),
         lambda m, *student: m(student, LABELS),
     ),
 ]
