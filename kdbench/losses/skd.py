@@ -14,8 +14,6 @@ from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.mlkd import at_most_the_median
 
-Form = Literal["code", "described"]
-
 
 def gram_direction(
     student_logits: Tensor, teacher_logits: Tensor, tikhonov: float = 0.1, over_classes: bool = False
@@ -60,7 +58,11 @@ def gram_direction(
 
 
 def skd(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, tikhonov: float = 0.1, form: Form = "code"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    tikhonov: float = 0.1,
+    form: Literal["code", "described"] = "code",
 ) -> Tensor:
     r"""KD of each image and `gram_direction` of all pairs of images.
 

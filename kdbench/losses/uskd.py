@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from kdbench.losses.checks import full, labelled_logits, share
 from kdbench.losses.dkd import other_logits
 
-Ranking = Literal["logarithms", "probabilities"]
 # Keeps the probability of all other classes away from 0, as in the authors' code.
 EPS = 1e-6
 
@@ -44,7 +43,10 @@ def customized_target(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def customized_others(
-    student_logits: Tensor, weak_logits: Tensor, labels: Tensor, ranking: Ranking = "logarithms"
+    student_logits: Tensor,
+    weak_logits: Tensor,
+    labels: Tensor,
+    ranking: Literal["logarithms", "probabilities"] = "logarithms",
 ) -> Tensor:
     r"""Cross-entropy among the other classes with soft labels that fall with a class's rank, by Zipf's law.
 
@@ -117,7 +119,7 @@ class CustomizedSoftLabels(nn.Module):
         beta: float = 0.1,
         mu: float = 0.005,
         smoothing: float = 0.1,
-        ranking: Ranking = "logarithms",
+        ranking: Literal["logarithms", "probabilities"] = "logarithms",
     ) -> None:
         super().__init__()
         *maps, logits = student_shapes
