@@ -31,6 +31,7 @@ from kdbench.losses.deep_inversion import (
 )
 from kdbench.losses.deit import hard_distillation
 from kdbench.losses.dist import dist
+from kdbench.losses.dist_plus import channel_relation, spatial_relation
 from kdbench.losses.dkd import dkd
 from kdbench.losses.dml import mutual
 from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_transfer, paraphrased, reconstruction
@@ -58,30 +59,33 @@ from kdbench.losses.sdd import scale_decoupled, sdd
 from kdbench.losses.semckd import SemanticCalibration
 from kdbench.losses.show_attend_distill import AttentionMatching, matched_attention
 from kdbench.losses.simkd import Projector, reused_head, simkd
+from kdbench.losses.skd import gram_direction, skd
 from kdbench.losses.sp import similarity_preserving
 from kdbench.losses.srd import SimpleRecipe, log_power_sum
 from kdbench.losses.srrl import SoftmaxRegression
 from kdbench.losses.sskd import recognize_turned, similarity_kd, turned_kd, upright_cross_entropy, upright_kd
 from kdbench.losses.tfkd import kd_over_elements, virtual_teacher
 from kdbench.losses.ttm import transformed_teacher
+from kdbench.losses.uskd import CustomizedSoftLabels, customized_others, customized_target
 from kdbench.losses.vid import VariationalInformation, gaussian_nll
 from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
     "AttendedChannels", "AttentionFusion", "AttentionMatching", "BatchNormInputs", "BeYourOwnTeacher",
     "ConstantAgreement", "ContrastiveDistillation", "ContrastiveRepresentation", "CurriculumTemperature",
-    "InformationTheoretic", "KnowledgeReview", "MaskedGeneration", "NeighbourCongruence", "Paraphraser", "PrimeAware",
-    "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "Translator", "VariationalInformation",
-    "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity", "attended_channels",
-    "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_wise",
-    "class_attention", "competition", "cross_entropy", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets",
-    "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context", "instance_edges",
+    "CustomizedSoftLabels", "InformationTheoretic", "KnowledgeReview", "MaskedGeneration", "NeighbourCongruence",
+    "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "Translator",
+    "VariationalInformation", "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity",
+    "attended_channels", "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse",
+    "channel_relation", "channel_wise", "class_attention", "competition", "cross_entropy", "customized_others",
+    "customized_target", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp", "fsp_matrix",
+    "gaussian_nll", "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges",
     "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd",
     "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm",
     "log_power_sum", "magnitude_similarity", "matched_attention", "mmd", "multi_level", "mutual",
     "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt",
     "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd",
-    "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "soft_cross_entropy", "standardized",
-    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
-    "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",
+    "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "skd", "soft_cross_entropy",
+    "spatial_relation", "standardized", "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher",
+    "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",
 ]  # fmt: skip

@@ -89,7 +89,7 @@ def multi_level(
         raise ValueError(f"form is 'code' or 'described', not {form!r}")
     student, teacher = full(student_logits), full(teacher_logits.detach())
     sure = F.softmax(teacher, dim=1)
-    images, classes = (_at_most_the_median(one, form) for one in (sure.amax(dim=1), sure.sum(dim=0)))
+    images, classes = (at_most_the_median(one, form) for one in (sure.amax(dim=1), sure.sum(dim=0)))
     own, taught = (standardized(z) if standardize else z for z in (student, teacher))
     total = torch.zeros((), dtype=student.dtype, device=student.device)
     for temperature in temperatures:
@@ -109,7 +109,7 @@ def _check(temperatures: tuple[float, ...]) -> None:
         positive(temperature)
 
 
-def _at_most_the_median(confidence: Tensor, form: Form) -> Tensor:
+def at_most_the_median(confidence: Tensor, form: Form) -> Tensor:
     """1 where it is, else 0; in the form of the code, the share of these everywhere."""
     ordered = confidence.sort().values
     n = len(ordered)

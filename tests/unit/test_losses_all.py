@@ -28,6 +28,10 @@ LABELLED: dict[str, Loss] = {
     "nkd": labelled(losses.nkd, temperature=2.0),
     "wsld": labelled(losses.weighted_soft_labels),
     "rld": labelled(losses.rld, confidence_temperature=2.0),
+    "customized_others": labelled(losses.customized_others),
+    "customized_others, probabilities": lambda student, teacher: losses.customized_others(
+        student, teacher, LABELS[: len(student)], "probabilities"
+    ),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -41,6 +45,9 @@ OF_LOGITS: dict[str, Loss] = {
     "dist": losses.dist,
     "mlkd": losses.multi_level,
     "mlkd described": partial(losses.multi_level, form="described"),
+    "gram_direction": losses.gram_direction,
+    "skd": losses.skd,
+    "skd described": partial(losses.skd, form="described"),
 }
 OF_VECTORS: dict[str, Loss] = {
     "sp": losses.similarity_preserving,
@@ -57,12 +64,14 @@ OF_MAPS: dict[str, Loss] = {
     "at of the paper": partial(losses.attention_transfer, form="paper"),
     "at, p = 3": partial(losses.attention_transfer, p=3),
     "irg's steps": lambda student, teacher: losses.instance_transformation([student, -student], [teacher, -teacher]),
+    "spatial_relation": losses.spatial_relation,
 }
 OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
     "fitnets": losses.fitnets,
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
+    "channel_relation": losses.channel_relation,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
     "reviewkd": losses.hierarchical_context,
@@ -78,9 +87,20 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual"}
+ELSEWHERE = {
+    "nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual",
+    "customized_others", "customized_others, probabilities",
+}  # fmt: skip
 # They compare images with each other.
-RELATIONAL = {"dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps"}
+RELATIONAL = {
+    "dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps", "gram_direction", "skd", "skd described",
+    "spatial_relation",
+}  # fmt: skip
+# Of two maps, the larger one is pooled to the smaller.
+POOLED = [
+    "nst", "at", "at of the paper", "at, p = 3", "spatial_relation", "channel_relation", "afd", "cwd", "ft", "ofd",
+    "simkd",
+]  # fmt: skip
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),
     (losses.InformationTheoretic, (4,), (4,)),
@@ -152,7 +172,7 @@ def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     assert LOSSES[name](student, teacher).item() == pytest.approx(sum(each) / len(each), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [*(name for name in OF_MAPS if name not in RELATIONAL), "afd", "cwd", "ft", "ofd", "simkd"])
+@pytest.mark.parametrize("name", POOLED)
 def test_the_larger_map_is_pooled(name: str) -> None:
     large, small = rand(3, 4, 4, 4, seed=1), rand(3, 4, 2, 2, seed=2)
     value, other = LOSSES[name](F.avg_pool2d(large, 2), small), LOSSES[name](small, F.avg_pool2d(large, 2))
@@ -205,6 +225,11 @@ WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable
     (
         partial(losses.BeYourOwnTeacher, [(3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)]),
         ((3, 4, 4), (4, 2, 2), (4, 2, 2), (4,), (5,)),
+        lambda m, *student: m(student, LABELS),
+    ),
+    (
+        partial(losses.CustomizedSoftLabels, [(3, 4, 4), (4, 2, 2), (5,)]),
+        ((3, 4, 4), (4, 2, 2), (5,)),
         lambda m, *student: m(student, LABELS),
     ),
 ]

@@ -2,7 +2,8 @@
 them.
 
 Values and gradients were compared with sunshangquan/logit-standardization-KD f6e5aa5, yzd-v/cls_KD 1e5d48f, zkxufo/TTM
-fe457b3, zju-SWJ/RLD d54578f and yuanli2333/Teacher-free-Knowledge-Distillation d000ab3 too, outside this project.
+fe457b3, zju-SWJ/RLD d54578f, yuanli2333/Teacher-free-Knowledge-Distillation d000ab3, HyunJunSik/StreamLined 7458628 and
+yoshitomo-matsubara/torchdistill 3e4373c (SKD) too, outside this project.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from kdbench import losses
+from kdbench.registry import Registry
 
 
 def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
@@ -259,3 +262,201 @@ class TestTeacherFree:
     def test_options_out_of_range(self, options: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="positive|must lie in"):
             losses.virtual_teacher(logits()[0], LABELS, **options)
+
+
+class TestSquaredErrorOfLogits:
+    """What the method card `logits` trains: the loss of FitNets, of logits."""
+
+    def test_by_loops(self) -> None:
+        student, teacher = logits()
+        total = sum((student[n, k].item() - teacher[n, k].item()) ** 2 for n in range(6) for k in range(5))
+        assert losses.fitnets(student, teacher).item() == pytest.approx(total / 30, rel=1e-12)
+
+    def test_is_twice_kd_of_a_high_temperature(self) -> None:
+        """Of logits whose mean is 0 in every image, as Hinton et al. derive in section 2.1; so are the gradients."""
+        student, teacher = (z - z.mean(dim=1, keepdim=True) for z in logits())
+        found = []
+        for loss, factor in ((losses.fitnets, 1.0), (partial(losses.kd, temperature=1e4), 2.0)):
+            own = student.clone().requires_grad_()
+            value = factor * loss(own, teacher)
+            value.backward()
+            found.append((value.item(), own.grad))
+        (value, gradient), (other, expected) = found
+        assert other == pytest.approx(value, rel=1e-3) and torch.allclose(gradient, expected, rtol=1e-2, atol=1e-5)
+
+    def test_the_card_is_cross_entropy_and_a_tenth_of_it(self) -> None:
+        (stage,) = Registry().card("methods", "logits").stages.values()
+        terms = {name: (term.loss, term.hook, term.weight) for name, term in stage.losses.items()}
+        assert terms == {"ce": ("cross_entropy", None, 1.0), "mse": ("fitnets", None, 0.1)}
+
+
+class TestSKD:
+    def test_direction_by_an_inverse_matrix(self) -> None:
+        """The covariance by statistics.covariance, and no factorization."""
+
+        def cosine(z: Tensor, i: int, j: int) -> float:
+            a, b = z[i].tolist(), z[j].tolist()
+            return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+        student, teacher = logits()
+        apart = [[cosine(student, i, j) - cosine(teacher, i, j) for j in range(6)] for i in range(6)]
+        columns = list(zip(*apart, strict=True))
+        covariance = torch.tensor(
+            [[statistics.covariance(a, b) for b in columns] for a in columns], dtype=torch.float64
+        )
+        inverse = torch.linalg.inv(covariance + 0.3 * torch.eye(6, dtype=torch.float64))
+        rows = torch.tensor(apart, dtype=torch.float64)
+        expected = statistics.mean(math.sqrt(float(d @ inverse @ d)) for d in rows)
+        assert losses.gram_direction(*logits(), tikhonov=0.3).item() == pytest.approx(expected, rel=1e-9)
+
+    def test_two_images_in_closed_form(self) -> None:
+        """Rows (0, δ) and (δ, 0): Σ is δ² along their difference, and 0 along their sum."""
+        angles = 0.3, 1.1
+        student, teacher = (torch.tensor([[1, 0], [math.cos(a), math.sin(a)]], dtype=torch.float64) for a in angles)
+        delta, ridge = math.cos(angles[0]) - math.cos(angles[1]), 0.2
+        expected = math.sqrt(delta**2 / 2 * (1 / ridge + 1 / (delta**2 + ridge)))
+        value = losses.gram_direction(student, teacher, tikhonov=ridge).item()
+        assert value == pytest.approx(expected, rel=1e-9)
+
+    def test_sizes_of_logits_and_a_rotation_change_no_direction(self) -> None:
+        student, teacher = logits()
+        value = losses.gram_direction(student, teacher).item()
+        rotation, sizes = torch.linalg.qr(rand(5, 5, seed=9)).Q, rand(6, 1, seed=8).exp()
+        assert losses.gram_direction(sizes * student @ rotation, 3 * teacher).item() == pytest.approx(value, rel=1e-9)
+        assert losses.gram_direction(student + 1, teacher).item() != pytest.approx(value, rel=1e-3)
+
+    def test_division_by_the_classes_is_a_larger_ridge(self) -> None:
+        """(D / K) and Σ / K² + λ: the same as D, Σ and λ K²."""
+        value = losses.gram_direction(*logits(), tikhonov=0.1, over_classes=True).item()
+        assert value == pytest.approx(losses.gram_direction(*logits(), tikhonov=0.1 * 25).item(), rel=1e-9)
+
+    def test_forms_by_their_parts(self) -> None:
+        student, teacher = logits()
+        sure = [softmax(row) for row in teacher.tolist()]
+        shares = []
+        for confidence in ([max(row) for row in sure], [math.fsum(column) for column in zip(*sure, strict=True)]):
+            median = statistics.median(confidence)
+            shares.append(statistics.mean(float(one <= median) for one in confidence))
+        assert shares == [3 / 6, 3 / 5]
+        instance = losses.kd(student, teacher, 2.0).item()
+        direction = losses.gram_direction(student, teacher, 0.2 * 25).item()
+        value = losses.skd(student, teacher, 2.0, 0.2).item()
+        assert value == pytest.approx(shares[0] * instance + shares[1] * direction, rel=1e-9)
+        described = instance / 4 + losses.gram_direction(student, teacher, 0.2).item()
+        assert losses.skd(student, teacher, 2.0, 0.2, "described").item() == pytest.approx(described, rel=1e-9)
+
+    def test_a_teacher_as_sure_of_every_image_counts_all(self) -> None:
+        student, teacher = logits()[0], 3 * torch.eye(6, 6).double()[:, :5]
+        teacher[5, 0] = 3.0
+        instance = losses.kd(student, teacher).item()
+        assert (
+            instance < losses.skd(student, teacher).item() < instance + losses.gram_direction(student, teacher).item()
+        )
+
+    def test_the_least_of_it_has_a_gradient(self) -> None:
+        """Where torch's square root has an infinite slope, and so the codes' no number."""
+        student = logits()[1].requires_grad_()
+        losses.gram_direction(student, logits()[1]).backward()
+        assert student.grad is not None and not student.grad.any()
+
+    def test_options_out_of_range(self) -> None:
+        with pytest.raises(ValueError, match="tikhonov must be positive"):
+            losses.gram_direction(*logits(), tikhonov=0.0)
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            losses.skd(*logits(), temperature=0.0)
+        with pytest.raises(ValueError, match="'code' or 'described'"):
+            losses.skd(*logits(), form="paper")  # type: ignore[arg-type]
+
+
+class TestUSKD:
+    SHAPES = ((3, 8, 8), (4, 4, 4), (6, 2, 2), (5,))
+
+    def features(self) -> list[Tensor]:
+        return [2 * rand(6, *shape, seed=seed) for seed, shape in enumerate(self.SHAPES)]
+
+    def module(self, **options: float) -> losses.CustomizedSoftLabels:
+        torch.manual_seed(0)
+        return losses.CustomizedSoftLabels(self.SHAPES, **options).double()  # type: ignore[arg-type]
+
+    def test_target_by_loops(self) -> None:
+        p = [softmax(row)[y] for row, y in zip(logits()[0].tolist(), LABELS.tolist(), strict=True)]
+        mean = statistics.mean(one**2 for one in p)
+        expected = -statistics.mean((one**2 + 1 - mean) * math.log(one) for one in p)
+        assert losses.customized_target(logits()[0], LABELS).item() == pytest.approx(expected, rel=1e-12)
+
+    def test_the_targets_are_constants_of_mean_one(self) -> None:
+        student = logits()[0].requires_grad_()
+        losses.customized_target(student, LABELS).backward()
+        assert student.grad is not None
+        p = F.softmax(student.detach(), dim=1)
+        at_label = p[range(6), LABELS]
+        targets = -6 * student.grad[range(6), LABELS] / (1 - at_label)
+        assert targets.mean().item() == pytest.approx(1, rel=1e-9)
+        assert torch.equal(targets.argsort(), at_label.argsort())
+
+    def test_a_batch_of_one_has_its_cross_entropy(self) -> None:
+        one, label = logits()[0][:1], LABELS[:1]
+        value = losses.customized_target(one, label).item()
+        assert value == pytest.approx(F.cross_entropy(one, label).item(), rel=1e-12)
+
+    @pytest.mark.parametrize("ranking", ["logarithms", "probabilities"])
+    def test_others_by_loops(self, ranking: Literal["logarithms", "probabilities"]) -> None:
+        total, (student, weak) = 0.0, logits()
+        for own, other, y in zip(student.tolist(), weak.tolist(), LABELS.tolist(), strict=True):
+            p, w = softmax(own), softmax(other)
+            said = [math.log(one) for one in p] if ranking == "logarithms" else p
+            worth = [w[k] / (1 - w[y] + 1e-6) + said[k] / (1 - said[y] + 1e-6) for k in range(5)]
+            zipf = [1 / (1 + sum(one > worth[k] for one in worth)) for k in range(5)]
+            rest = [k for k in range(5) if k != y]
+            logs = {k: own[k] - math.log(sum(math.exp(own[j]) for j in rest)) for k in rest}
+            total -= sum(zipf[k] * logs[k] for k in rest) / sum(zipf[k] for k in rest)
+        value = losses.customized_others(student, weak, LABELS, ranking).item()
+        assert value == pytest.approx(total / 6, rel=1e-12)
+
+    def test_rankings_differ_where_the_networks_disagree(self) -> None:
+        """By logarithms an unlikely class is far below another one, by probabilities the weak classifier decides."""
+        student, weak = torch.tensor([[0.0, -5.0, -3.0]]), torch.tensor([[-9.0, 3.0, 0.0]])
+        first, second = F.log_softmax(student[0, 1:], dim=0).tolist()
+        for ranking, expected in (
+            ("logarithms", 0.4 * first + 0.6 * second),
+            ("probabilities", 0.6 * first + 0.4 * second),
+        ):
+            value = losses.customized_others(student, weak, torch.tensor([0]), ranking).item()
+            assert value == pytest.approx(-expected, rel=1e-5)
+
+    @pytest.mark.parametrize(("at_label", "share"), [(9.0, 3 / 5), (-9.0, 2 / 3)])
+    def test_the_label_keeps_its_place(self, at_label: float, share: float) -> None:
+        """First of three it leaves 1/2 and 1/3 to the others, last it leaves 1 and 1/2."""
+        both = torch.tensor([[at_label, 1.0, 0.0]]).double()
+        logs = F.log_softmax(both[0, 1:], dim=0).tolist()
+        value = losses.customized_others(both, both, torch.tensor([0])).item()
+        assert value == pytest.approx(-(share * logs[0] + (1 - share) * logs[1]), rel=1e-9)
+
+    def test_whole_by_its_formula(self) -> None:
+        module, features = self.module(alpha=0.3, beta=0.7, mu=0.2), self.features()
+        weak = features[1].flatten(2).mean(dim=2) @ module.classifier.weight.T + module.classifier.bias
+        smooth = torch.full((6, 5), 0.1 / 5).double()
+        smooth[range(6), LABELS] += 0.9
+        expected = 0.3 * losses.customized_target(features[-1], LABELS).item()
+        expected += 0.7 * losses.customized_others(features[-1], weak, LABELS).item()
+        expected -= 0.2 * (smooth * F.log_softmax(weak, dim=1)).sum(dim=1).mean().item()
+        assert module(features, LABELS).item() == pytest.approx(expected, rel=1e-9)
+
+    @pytest.mark.parametrize("mu", [0.0, 0.5])
+    def test_the_labels_alone_train_the_weak_classifier(self, mu: float) -> None:
+        module, features = self.module(mu=mu), [f.requires_grad_() for f in self.features()]
+        module(features, LABELS).backward()
+        assert [f.grad is not None for f in features] == [False, True, False, True]
+        for one in (features[1].grad, module.classifier.weight.grad):
+            assert one is not None and one.any().item() == (mu > 0)
+
+    def test_what_does_not_fit(self) -> None:
+        for shapes in (((3, 4, 4), (5,)), ((3, 4, 4), (5,), (5,)), ((3, 4, 4), (3, 4, 4), (3, 4, 4))):
+            with pytest.raises(ValueError, match="two maps or more"):
+                losses.CustomizedSoftLabels(shapes)
+        with pytest.raises(ValueError, match="smoothing must lie in"):
+            self.module(smoothing=1.5)
+        with pytest.raises(ValueError, match="'logarithms' or 'probabilities'"):
+            losses.customized_others(*logits(), LABELS, "ranks")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="class indices"):
+            losses.customized_target(logits()[0], LABELS.float())

@@ -1,6 +1,7 @@
 """The losses of the usual tables against loops, closed forms and other formulas in float64, and what must not change
 them. Values and gradients were compared with HobbitLong/RepDistiller b84f547, megvii-research/mdistiller a08d46f,
-hunto/image_classification_sota 6f7a70a and AberHu/Knowledge-Distillation-Zoo 65470c8 too, outside this project."""
+hunto/image_classification_sota 6f7a70a, AberHu/Knowledge-Distillation-Zoo 65470c8 and (DIST+, but for the sign of its
+channels) yoshitomo-matsubara/torchdistill 3e4373c too, outside this project."""
 
 from __future__ import annotations
 
@@ -480,3 +481,60 @@ class TestDIST:
     def test_options_out_of_range(self) -> None:
         with pytest.raises(ValueError, match="temperature must be positive"):
             losses.dist(*logits(), temperature=-1.0)
+
+
+class TestDISTPlus:
+    def test_channels_are_correlated_at_each_position(self) -> None:
+        """torch.corrcoef in place of sums."""
+        own, taught = rand(3, 4, 2, 3, seed=1), rand(3, 4, 2, 3, seed=2)
+        found = [
+            torch.corrcoef(torch.stack([own[n, :, h, w], taught[n, :, h, w]]))[0, 1].item()
+            for n, h, w in itertools.product(range(3), range(2), range(3))
+        ]
+        value = losses.channel_relation(own, taught, eps=0.0).item()
+        assert value == pytest.approx(1 - sum(found) / 18, rel=1e-10)
+
+    def test_sums_of_channels_are_correlated_over_the_batch(self) -> None:
+        own, taught = rand(5, 2, 2, 3, seed=1), rand(5, 4, 2, 3, seed=2)
+        found = [
+            torch.corrcoef(torch.stack([f[:, :, h, w].sum(dim=1) for f in (own, taught)]))[0, 1].item()
+            for h, w in itertools.product(range(2), range(3))
+        ]
+        value = losses.spatial_relation(own, taught, eps=0.0).item()
+        assert value == pytest.approx(1 - sum(found) / 6, rel=1e-10)
+
+    @pytest.mark.parametrize("loss", [losses.channel_relation, losses.spatial_relation])
+    def test_equal_maps_cost_least_and_opposite_ones_most(self, loss: Loss) -> None:
+        one = rand(5, 4, 2, 3, seed=1)
+        assert loss(3 * one + 1, one).item() == pytest.approx(0, abs=1e-7)
+        assert loss(-one, one).item() == pytest.approx(2, abs=1e-7)
+
+    def test_a_scale_and_a_shift_of_each_position_change_no_relation_of_channels(self) -> None:
+        own, taught = rand(3, 4, 2, 3, seed=1), rand(3, 4, 2, 3, seed=2)
+        scale, shift = rand(3, 1, 2, 3, seed=3).exp(), rand(3, 1, 2, 3, seed=4)
+        value = losses.channel_relation(own, taught, eps=0.0).item()
+        assert losses.channel_relation(scale * own + shift, taught, eps=0.0).item() == pytest.approx(value, rel=1e-10)
+        assert losses.channel_relation(own * rand(1, 4, 1, 1, seed=5), taught, eps=0.0).item() != pytest.approx(value)
+
+    def test_only_the_sum_of_channels_counts_for_positions(self) -> None:
+        own, taught = rand(5, 2, 2, 3, seed=1), rand(5, 4, 2, 3, seed=2)
+        moved = rand(5, 1, 2, 3, seed=3) * torch.tensor([1.0, -1.0]).view(2, 1, 1)
+        value = losses.spatial_relation(own, taught).item()
+        assert losses.spatial_relation(own + moved, taught).item() == pytest.approx(value, rel=1e-10)
+        assert losses.spatial_relation(own + moved.abs(), taught).item() != pytest.approx(value, rel=1e-3)
+
+    @pytest.mark.parametrize("loss", [losses.channel_relation, losses.spatial_relation])
+    def test_equal_channels_and_images_have_a_finite_gradient(self, loss: Loss) -> None:
+        student = torch.ones(3, 4, 2, 2, requires_grad=True)
+        loss(student, rand(3, 4, 2, 2, seed=1).float()).backward()
+        assert student.grad is not None and student.grad.isfinite().all()
+
+    def test_one_image_says_nothing_of_the_batch(self) -> None:
+        student = rand(1, 4, 2, 2, seed=1).requires_grad_()
+        value = losses.spatial_relation(student, rand(1, 4, 2, 2, seed=2))
+        value.backward()
+        assert value.item() == 1 and student.grad is not None and not student.grad.any()
+
+    def test_channels_must_agree_where_they_are_compared(self) -> None:
+        with pytest.raises(ValueError, match=r"equal channels: student \[3, 2, 2, 2\], teacher \[3, 1, 2, 2\]"):
+            losses.channel_relation(rand(3, 2, 2, 2, seed=1), rand(3, 1, 2, 2, seed=2))

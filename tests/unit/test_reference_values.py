@@ -36,6 +36,7 @@ GIVEN: dict[str, Any] = {
     "at": ["30%", "60%"], "start": 0.2, "end": 0.7, "lr": 0.1, "known_classes": [0, 2, 3], "momentum": 0.9,
     "weight_decay": 0.01, "warmup": "20%", "levels": 4, "until": "50%", "label_smoothing": 0.1, "masked": 0.5,
     "correct": 0.7, "alpha": 0.7, "epochs": 2.5, "first": 0, "delta": 0.075, "confidence_temperature": 2.0,
+    "smoothing": 0.3,
 }  # fmt: skip
 # Small ones of each function that is not another package's.
 MODELS = (
@@ -111,6 +112,7 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         ("maps", (6, 4, 4, 4)),
         ("several maps", (6, 4, 4, 4)),
         ("a student's all", (6, 4, 4, 4)),
+        ("a student's maps and logits", (6, 4, 4, 4)),
         ("fours", (8, 5)),
     ):
         if what == "fours" and found:
@@ -123,11 +125,11 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         if what == "several maps":
             values |= {name: [values[name], values[name].flip(1)] for name in ("student", "teacher")}
             sizes = [[size, size] for size in sizes]
-        if what == "a student's all":
+        if what.startswith("a student's"):
             if "teacher" in card.inputs:
                 continue
-            pooled = student.mean(dim=(2, 3))
-            values |= {"student": [student, student.flip(1), pooled, pooled], "labels": torch.arange(6) % 4}
+            pooled = [student.mean(dim=(2, 3))] * (2 if what == "a student's all" else 1)
+            values |= {"student": [student, student.flip(1), *pooled], "labels": torch.arange(6) % 4}
             sizes = [[one.shape[1:] for one in values["student"]]]
         inputs: list[Any] = [values[name] for name in card.inputs]
         loss = import_target(card.target)
