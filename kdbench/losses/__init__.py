@@ -60,6 +60,7 @@ from kdbench.losses.sskd import recognize_turned, similarity_kd, turned_kd, upri
 from kdbench.losses.tfkd import kd_over_elements, virtual_teacher
 from kdbench.losses.ttm import transformed_teacher
 from kdbench.losses.vid import VariationalInformation, gaussian_nll
+from kdbench.losses.wkd import class_distances, sinkhorn_cost, wasserstein_gaussian, wasserstein_logits
 from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
@@ -68,13 +69,14 @@ __all__ = [
     "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "Translator",
     "VariationalInformation", "activation_agreement", "activation_boundary", "adaptive_mse", "angle_similarity",
     "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_wise",
-    "class_attention", "competition", "cross_entropy", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets",
-    "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context", "inter_channel_correlation",
-    "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence",
-    "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "mmd", "multi_level", "mutual",
-    "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul", "paraphrased", "pkt",
-    "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "scale_decoupled", "sdd",
-    "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "soft_cross_entropy", "standardized",
-    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
-    "upright_cross_entropy", "upright_kd", "virtual_teacher", "weighted_soft_labels",
+    "class_attention", "class_distances", "competition", "cross_entropy", "dist", "dkd", "draw_negatives",
+    "factor_transfer", "fitnets", "fsp", "fsp_matrix", "gaussian_nll", "hard_distillation", "hierarchical_context",
+    "inter_channel_correlation", "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements",
+    "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "mmd", "multi_level",
+    "mutual", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "ofd", "overhaul",
+    "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance",
+    "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "sinkhorn_cost",
+    "soft_cross_entropy", "standardized", "standardized_dkd", "standardized_kd", "total_variation",
+    "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
+    "wasserstein_gaussian", "wasserstein_logits", "weighted_soft_labels",
 ]  # fmt: skip

@@ -22,11 +22,15 @@ def labelled(loss: Callable[..., Tensor], **options: float) -> Loss:
     return lambda student, teacher: loss(student, teacher, LABELS[: len(student)], **options)
 
 
+CLASSIFIER = nn.Linear(7, 5).double()
+CLASSIFIER.weight.data = rand(5, 7, seed=9)
+
 LABELLED: dict[str, Loss] = {
     "standardized_dkd": labelled(losses.standardized_dkd),
     "dkd": labelled(losses.dkd),
     "nkd": labelled(losses.nkd, temperature=2.0),
     "wsld": labelled(losses.weighted_soft_labels),
+    "wkd_l": labelled(partial(losses.wasserstein_logits, teacher_classifier=CLASSIFIER)),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -61,6 +65,8 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "cwd": losses.channel_wise,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
+    "wkd_f": losses.wasserstein_gaussian,
+    "wkd_f of regions": partial(losses.wasserstein_gaussian, grid=2),
     "reviewkd": losses.hierarchical_context,
     "ofd": lambda student, teacher: losses.overhaul(student, teacher, torch.linspace(-0.8, -0.2, 4).double()),
 }
@@ -72,7 +78,7 @@ PAIRS = {
     **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
-ELSEWHERE = {"nkd", "wsld", "ttm", "wttm", "ab", "ofd", "at of the paper"}
+ELSEWHERE = {"nkd", "wsld", "wkd_l", "ttm", "wttm", "ab", "ofd", "at of the paper"}
 # They compare images with each other.
 RELATIONAL = {"dist", "mlkd", "mlkd described"}
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [

@@ -36,6 +36,7 @@ GIVEN: dict[str, Any] = {
     "at": ["30%", "60%"], "start": 0.2, "end": 0.7, "lr": 0.1, "known_classes": [0, 2, 3], "momentum": 0.9,
     "weight_decay": 0.01, "warmup": "20%", "levels": 4, "until": "50%", "label_smoothing": 0.1, "masked": 0.5,
     "correct": 0.7, "alpha": 0.7, "epochs": 2.5, "first": 0, "delta": 0.075,
+    "after": "40%", "factors": [0.5, 1.0, 0.2],
 }  # fmt: skip
 # Small ones of each function that is not another package's.
 MODELS = (
