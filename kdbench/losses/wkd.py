@@ -59,7 +59,7 @@ def sinkhorn_cost(
     Args:
         student: Rows q_S that sum to 1, [N, K]. Gradients go through all iterations.
         teacher: Rows q_T, [N, K].
-        cost: c, of moving a unit from the student's class i to the teacher's class j, [K, K].
+        cost: c, of moving a unit from the student's class i to the teacher's class j, [K, K]. It may get a gradient.
         regularization: η > 0.
         iterations: At least 1.
         classes: Which classes of each row take part, bool [N, K]; all by default. The others have probability 0.
@@ -76,7 +76,7 @@ def sinkhorn_cost(
         raise ValueError(f"sinkhorn_cost needs rows [N, K] and costs [K, K]: {shape(student)}, {shape(cost)}")
     positive(regularization, "regularization")
     at_least_one(iterations, "iterations")
-    student, teacher, cost = full(student), full(teacher.detach()), full(cost.detach())
+    student, teacher, cost = full(student), full(teacher.detach()), full(cost)
     kernel = torch.exp(-cost / regularization)
     # A class without probability has u = v = 0, so one kernel serves all rows, whichever classes they leave out.
     own = torch.ones_like(teacher) if classes is None else classes.to(teacher.dtype)
