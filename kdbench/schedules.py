@@ -96,6 +96,32 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
     return Schedule(factor)
 
 
+def late_cosine(*, after: str, end: float = 0.0, levels: int | None = None) -> Schedule:
+    """1 until the share `after` of the stage, then half a cosine down to `end`.
+
+    With `levels`, as `linear`: each of so many equal parts keeps the value at its end.
+    """
+    start = share(after)
+    if levels is not None and levels < 1:
+        raise ValueError(f"levels must be at least 1, not {levels}")
+
+    def factor(progress: float) -> float:
+        at = progress if levels is None else (math.floor(progress * levels + 1e-9) + 1) / levels
+        done = max(at - start, 0.0) / max(1 - start, 1e-12)
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return Schedule(factor)
+
+
+def piecewise(*, at: list[str], factors: list[float]) -> Schedule:
+    """Constant between the shares `at` of the stage: one factor more than shares, the first from the beginning."""
+    changes = [share(s) for s in at]
+    if len(factors) != len(changes) + 1 or changes != sorted(changes):
+        raise ValueError(f"piecewise takes rising shares and one factor more, not {at} and {factors}")
+    # As of `multistep`: a change belongs to the first step that has reached its share.
+    return Schedule(lambda progress: factors[sum(progress + 1e-9 >= change for change in changes)])
+
+
 def warmup(*, epochs: float, first: int = 1) -> Schedule:
     """Rises to 1 by the number of the epoch, in the stage's first epochs: min((epoch + first) / epochs, 1).
 

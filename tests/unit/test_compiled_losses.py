@@ -30,7 +30,7 @@ def compiled(cohort: Cohort) -> Cohort:
 
 
 # Signs, maps of several sizes, sorted values, scheduled options, an option that is drawn, and a teacher that trains.
-@pytest.mark.parametrize("method", ["ab_kd_ce", "at", "mlkd", "ctkd_lskd", "mgd", "dml"])
+@pytest.mark.parametrize("method", ["ab_kd_ce", "at", "mlkd", "ctkd_lskd", "mgd", "dml", "wkd_l_f", "norm_kd"])
 def test_compiled_losses_train_as_eager_ones(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

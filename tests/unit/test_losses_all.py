@@ -22,6 +22,9 @@ def labelled(loss: Callable[..., Tensor], **options: float) -> Loss:
     return lambda student, teacher: loss(student, teacher, LABELS[: len(student)], **options)
 
 
+CLASSIFIER = nn.Linear(7, 5).double()
+CLASSIFIER.weight.data = rand(5, 7, seed=9)
+
 LABELLED: dict[str, Loss] = {
     "standardized_dkd": labelled(losses.standardized_dkd),
     "dkd": labelled(losses.dkd),
@@ -32,6 +35,7 @@ LABELLED: dict[str, Loss] = {
     "customized_others, probabilities": lambda student, teacher: losses.customized_others(
         student, teacher, LABELS[: len(student)], "probabilities"
     ),
+    "wkd_l": labelled(partial(losses.wasserstein_logits, teacher_classifier=CLASSIFIER)),
 }
 OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
@@ -74,21 +78,25 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "channel_relation": losses.channel_relation,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
+    "wkd_f": losses.wasserstein_gaussian,
+    "wkd_f of regions": partial(losses.wasserstein_gaussian, grid=2),
     "reviewkd": losses.hierarchical_context,
     "itrd_correlation": losses.itrd_correlation,
     "afd": lambda student, teacher: losses.attended_channels(student, teacher, torch.full(student.shape[:2], 0.25)),
     "ofd": lambda student, teacher: losses.overhaul(student, teacher, torch.linspace(-0.8, -0.2, 4).double()),
 }
-LOSSES = OF_LOGITS | OF_VECTORS | OF_MAPS | OF_EQUAL_MAPS
+# The student may have several times the teacher's channels.
+OF_PARTS: dict[str, Loss] = {"norm": losses.n_to_one}
+LOSSES = OF_LOGITS | OF_VECTORS | OF_MAPS | OF_EQUAL_MAPS | OF_PARTS
 PAIRS = {
     **dict.fromkeys(OF_LOGITS, logits),
     **dict.fromkeys(OF_VECTORS, vectors),
     **dict.fromkeys(OF_MAPS, maps),
-    **dict.fromkeys(OF_EQUAL_MAPS, equal_maps),
+    **dict.fromkeys(OF_EQUAL_MAPS | OF_PARTS, equal_maps),
 }
 # Their least value is not that of a student like its teacher.
 ELSEWHERE = {
-    "nkd", "wsld", "rld", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual",
+    "nkd", "wsld", "rld", "wkd_l", "ttm", "wttm", "ab", "ofd", "at of the paper", "itrd_correlation", "itrd_mutual",
     "customized_others", "customized_others, probabilities",
 }  # fmt: skip
 # They compare images with each other.
@@ -146,7 +154,7 @@ class TestAll:
         """Nothing is broadcast, and both shapes are named."""
         student, teacher = PAIRS[name]()
         others = [teacher[:-1], teacher[:1], teacher[:0], teacher[0, 0]]
-        if name not in OF_VECTORS | OF_MAPS:
+        if name not in OF_VECTORS | OF_MAPS | OF_PARTS:
             others += [teacher[:, :-1], teacher[:, :1], teacher[..., None]]
         for own, taught in [*((student, other) for other in others), (student[:0], teacher[:0])]:
             with pytest.raises(ValueError, match=r"student \[.*\], teacher \[|numbers of factors"):
@@ -262,7 +270,8 @@ def test_every_card_of_a_loss_names_what_the_package_exports() -> None:
 def test_the_modules_above_are_all_that_are_losses() -> None:
     given = {type(build()) for build, _, _ in WHOLE}
     # Connectors, modules of a method, a part of a loss, and the loss whose noise is drawn elsewhere.
-    parts = {losses.Paraphraser, losses.Translator, losses.Projector, losses.AttentionFusion}
+    parts: set[type[nn.Module]] = {losses.Paraphraser, losses.Translator, losses.Projector, losses.AttentionFusion}
+    parts |= {losses.FeatureTransform, losses.TransformedHead}
     known = {
         one for name in losses.__all__ if isinstance(one := getattr(losses, name), type) and issubclass(one, nn.Module)
     }

@@ -36,7 +36,7 @@ GIVEN: dict[str, Any] = {
     "at": ["30%", "60%"], "start": 0.2, "end": 0.7, "lr": 0.1, "known_classes": [0, 2, 3], "momentum": 0.9,
     "weight_decay": 0.01, "warmup": "20%", "levels": 4, "until": "50%", "label_smoothing": 0.1, "masked": 0.5,
     "correct": 0.7, "alpha": 0.7, "epochs": 2.5, "first": 0, "delta": 0.075, "confidence_temperature": 2.0,
-    "smoothing": 0.3,
+    "smoothing": 0.3, "after": "40%", "factors": [0.5, 1.0, 0.2],
 }  # fmt: skip
 # Small ones of each function that is not another package's.
 MODELS = (
@@ -64,18 +64,19 @@ def digest(tensor: Tensor) -> float:
     return float((flat * (1.5 + rand(len(flat), seed=99))).sum())
 
 
-def told(target: str, called: bool, width: int = 6) -> dict[str, Any]:
+def told(target: str, called: bool, width: int = 6, own: int | None = None) -> dict[str, Any]:
     """What code is told when it asks for it; `known_classes` counts as an option."""
     values: dict[str, Callable[[], Any]] = {
         "training_labels": lambda: torch.arange(6) % 5,
         "teacher_batch_norm": lambda: filled(nn.BatchNorm2d(4)),
-        "student_classifier": lambda: filled(nn.Linear(width, 5)),
+        "student_classifier": lambda: filled(nn.Linear(own or width, 5)),
         "teacher_classifier": lambda: filled(nn.Linear(width, 5)),
         "batch_size": lambda: 8,
         "student_head": lambda: filled(nn.Linear(width, 3)),
         "teacher_head": lambda: filled(nn.Linear(width, 3)),
         "epoch": lambda: torch.tensor(3.0),
         "paraphraser": lambda: filled(losses.Paraphraser((4, 4, 4), rate=1.0)),
+        "transform": lambda: filled(losses.FeatureTransform((4, 4, 4), (4, 4, 4), number=2)),
         "projector": lambda: filled(nn.Conv2d(4, 6, 1)),
     }
     return {name: values[name]() for name in asked(target, called) if name != "known_classes"}
@@ -113,9 +114,10 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         ("several maps", (6, 4, 4, 4)),
         ("a student's all", (6, 4, 4, 4)),
         ("a student's maps and logits", (6, 4, 4, 4)),
+        ("a map and logits", (6, 4, 4, 4)),
         ("fours", (8, 5)),
     ):
-        if what == "fours" and found:
+        if what in ("a map and logits", "fours") and found:
             continue
         student, teacher, other = (3 * rand(*shape, seed=seed) for seed in (1, 2, 3))
         values = {"student": student.requires_grad_(), "teacher": teacher, "other": other}
@@ -125,6 +127,8 @@ def of_loss(card: Any, options: dict[str, Any]) -> dict[str, float]:
         if what == "several maps":
             values |= {name: [values[name], values[name].flip(1)] for name in ("student", "teacher")}
             sizes = [[size, size] for size in sizes]
+        if what == "a map and logits":
+            values |= {"student": [student], "teacher": [teacher, 3 * rand(6, 5, seed=4)]}
         if what.startswith("a student's"):
             if "teacher" in card.inputs:
                 continue
@@ -158,11 +162,13 @@ def of_connector(card: Any, options: dict[str, Any]) -> dict[str, float]:
         try:
             sizes = dict(zip(("student_shape", "teacher_shape"), shapes, strict=True))
             taken = {name: size for name, size in sizes.items() if name in parameters(card.target)}
-            module = import_target(card.target)(**taken, **told(card.target, called=False), **options)
+            module = import_target(card.target)(**taken, **told(card.target, called=False, own=4), **options)
         except (ValueError, UserError):
             continue
         of = shapes[1] if [*taken] == ["teacher_shape"] else shapes[0]
-        found[f"{shapes[0]} to {shapes[1]}"] = digest(filled(module)(rand(3, *of)))
+        given = filled(module)(rand(3, *of))
+        parts = given if isinstance(given, tuple) else (given,)
+        found[f"{shapes[0]} to {shapes[1]}"] = digest(torch.cat([part.flatten() for part in parts]))
     return found
 
 

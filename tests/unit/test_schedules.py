@@ -16,8 +16,10 @@ from kdbench.schedules import (
     cosine,
     exponential,
     inverse_power,
+    late_cosine,
     linear,
     multistep,
+    piecewise,
     product,
     share,
     sigmoid_ramp,
@@ -82,6 +84,23 @@ def test_levels_are_the_line_at_the_ends_of_the_parts() -> None:
     assert found == pytest.approx([2 / 3] * 49 + [1 / 3] * 49 + [0.0] * 49, abs=1e-12)
 
 
+def test_a_late_cosine_begins_after_its_share() -> None:
+    """Epochs 1 to 8, of which the first five keep the value: cos((epoch - 5) / 3 π) from there, once an epoch."""
+    expected = [1.0] * 5 + [0.5 * (1 + math.cos((epoch - 5) / 3 * math.pi)) for epoch in (6, 7, 8)]
+    levels, smooth = late_cosine(after="62.5%", levels=8), late_cosine(after="62.5%")
+    assert [levels.at(step / 56) for step in range(56)] == pytest.approx([v for v in expected for _ in range(7)])
+    assert [smooth.at(epoch / 8) for epoch in range(1, 9)] == pytest.approx(expected, abs=1e-12)
+    assert late_cosine(after="50%", end=0.2).at(1.0) == pytest.approx(0.2)
+    assert [late_cosine(after="0%").at(p) for p in (0.0, 0.3, 1.0)] == [cosine().at(p) for p in (0.0, 0.3, 1.0)]
+    assert late_cosine(after="100%").at(1.0) == 1.0
+
+
+def test_factors_of_parts_change_at_their_shares() -> None:
+    schedule = piecewise(at=["30%", "60%"], factors=[0.1, 1.0, 0.5])
+    assert [schedule.at(step / 10) for step in range(10)] == [0.1] * 3 + [1.0] * 3 + [0.5] * 4
+    assert piecewise(at=[], factors=[0.3]).at(0.7) == 0.3
+
+
 def test_a_warm_up_counts_epochs_from_one_or_from_none() -> None:
     now = (0.0, 0.5, 1.0, 2.9999999999, 4.0, 9.0)
     assert [warmup(epochs=4).at(0.0, epochs=e) for e in now] == [0.25, 0.25, 0.5, 1.0, 1.0, 1.0]
@@ -128,6 +147,9 @@ def test_momentum_is_forgotten_where_a_schedule_says() -> None:
         (lambda: share(30), "written like '30%'"),  # type: ignore[arg-type]
         (lambda: share("half%"), "written like '30%'"),
         (lambda: linear(levels=0), "levels must be at least 1"),
+        (lambda: late_cosine(after="50%", levels=0), "levels must be at least 1"),
+        (lambda: piecewise(at=["30%"], factors=[1.0]), "one factor more"),
+        (lambda: piecewise(at=["60%", "30%"], factors=[1.0, 2.0, 3.0]), "rising shares"),
         (lambda: warmup(epochs=0), "more than 0 epochs"),
         (lambda: warmup(epochs=4, first=2), "counted from 0 or 1"),
         (lambda: exponential(start=0.0, end=1.0), "positive start and end"),

@@ -382,6 +382,33 @@ def test_a_student_answers_through_its_projector_and_the_teachers_classifier() -
     assert not any(p.requires_grad for p in teacher.network.model.parameters())
 
 
+@pytest.mark.parametrize("method", ["norm", "norm_kd"])
+def test_a_student_answers_through_its_transform_and_its_own_classifier(method: str) -> None:
+    member, batches, teacher = member_of(cell(method, steps=3))
+    assert teacher is not None
+    student: Any = member.student.model
+    transform: Any = member.modules.of_method["transform"]
+    begins = [p.detach().clone() for p in (student.fc.weight, transform.expansion[0].weight)]
+    train(member, batches, teacher, 3)
+    # Of each step's batch norms once, whatever the loss is made of.
+    assert transform.expansion[1].num_batches_tracked == transform.contraction[1].num_batches_tracked == 3
+    ends = student.fc.weight, transform.expansion[0].weight
+    assert not any(torch.equal(*pair) for pair in zip(begins, ends, strict=True))
+    member.set_modes(evaluating=True)
+    pictures = torch.rand(3, 1, 8, 8)
+    feature = member.student(member.student.normalizer(pictures), ["layer3.preact"])["layer3.preact"].relu()
+    wide = transform.expansion[1](F.conv2d(feature, transform.expansion[0].weight))
+    feature = feature + transform.contraction[1](F.conv2d(wide, transform.contraction[0].weight))
+    logits = F.linear(feature.mean(dim=(2, 3)), student.fc.weight, student.fc.bias)
+    logits = logits - logits.mean(dim=1, keepdim=True)
+    expected = 2.5 * logits / (logits.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
+    assert torch.allclose(member.answers.logits(pictures), expected, atol=1e-5)
+    model = member.answers.model
+    assert isinstance(model, Predictor)
+    count = sum(p.numel() for part in (student, transform) for p in part.parameters())
+    assert sum(p.numel() for p in model.used(pictures)) == count
+
+
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
     spec = spec_of(Registry(), "simkd")
     card = Registry().card("connectors", "conv")
