@@ -204,11 +204,9 @@ def _print_needs(
         )
     if left.tried:
         seconds = f": {clock(estimate.cells(left.tried) / workers(device, len(left.tried)))}" if time else ""
-        more = len(planned.tried) - len(left.tried)
-        known = f", {more} more are known" if more else ""
         console.print(
             f"first, each method tries {planned.tune.trials if planned.tune else 0} settings, tested on images of the "
-            f"training set: {counted(len(left.tried), 'cell')}{known}{seconds}"
+            f"training set: {counted(len(left.tried), 'cell')}{seconds}"
         )
     if not time:
         return

@@ -1,6 +1,7 @@
 """From published results back into a run: which cells of a plan need no training, because their records are there."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class Left(NamedTuple):
     """What a run of a plan would do.
 
     Attributes:
-        plan: it, with the settings that are chosen where all of their trials are known.
+        plan: it, with the settings that are chosen, of methods whose trials are all known.
         tried: cells that it would train first, to choose settings.
         cells: that it would train then.
         taken: how many it would take from published results instead.
@@ -62,15 +63,22 @@ def left_of(plan: Plan, runs: Path, results: Path | None) -> Left:
     """What is left of a plan."""
     known = _known(plan, runs, results)
     trials = [cell for cell in plan.tried if cell.spec.identity() not in known]
-    if plan.candidates and not trials:
-        plan = chosen(plan, known)
+    if plan.candidates:
+        unknown = {cell.spec.identity() for cell in trials}
+        ready = {
+            order: several
+            for order, several in plan.candidates.items()
+            if not unknown & {cell.spec.identity() for one in several for cell in one.tried}
+        }
+        rest = {order: several for order, several in plan.candidates.items() if order not in ready}
+        plan = replace(chosen(replace(plan, candidates=ready), known), candidates=rest)
     open_here = open_cells(plan.cells, runs / plan.name)
     found = published(plan, results / plan.name) if results is not None else {}
-    left = [cell for cell in open_here if cell.slug not in found]
+    cells = [cell for cell in open_here if cell.slug not in found]
     there = {record.identity for record in found.values() if record.folder and weight_files(record.folder)}
-    teachers = [one for cell in left for one in cell.spec.teachers]
+    teachers = [one for cell in cells for one in cell.spec.teachers]
     theirs = frozenset(one.identity() for one in teachers if (own := one.trained_by) and own.identity() in there)
-    return Left(plan, trials, left, len(open_here) - len(left), theirs)
+    return Left(plan, trials, cells, len(open_here) - len(cells), theirs)
 
 
 def _known(plan: Plan, runs: Path, results: Path | None) -> Known:
