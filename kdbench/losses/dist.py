@@ -47,12 +47,12 @@ def dist(
     positive(temperature)
     own = F.softmax(full(student_logits) / temperature, dim=1)
     taught = F.softmax(full(teacher_logits.detach()) / temperature, dim=1)
-    rows, columns = (1 - correlation(own, taught, dim, eps).mean() for dim in (1, 0))
+    rows, columns = (1 - _correlation(own, taught, dim, eps).mean() for dim in (1, 0))
     value = beta * rows + gamma * columns
     return value * temperature**2 if scale else value
 
 
-def correlation(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
+def _correlation(a: Tensor, b: Tensor, dim: int, eps: float) -> Tensor:
     """Pearson's correlation along one dimension."""
     a, b = (x - x.mean(dim=dim, keepdim=True) for x in (a, b))
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)

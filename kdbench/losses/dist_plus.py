@@ -6,11 +6,10 @@ Huang, You, Wang, Qian, Xu: DIST+: Knowledge Distillation From a Stronger Adapti
 from torch import Tensor
 
 from kdbench.losses.checks import shape
-from kdbench.losses.dist import correlation
-from kdbench.losses.features import maps_of_one_size
+from kdbench.losses.features import centred_units, maps_of_one_size
 
 
-def channel_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Tensor:
+def channel_relation(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     r"""One minus the correlation of the two networks' channels at a position, averaged over images and positions.
 
     $$
@@ -23,7 +22,7 @@ def channel_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Ten
     Args:
         student: [N, C, H, W].
         teacher: [N, C, H', W'].
-        eps: Added to the products of the norms.
+        eps: Where the norm of the centred values is no larger, ρ is 0, without gradient.
 
     Returns:
         Scalar in [0, 2].
@@ -36,10 +35,10 @@ def channel_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Ten
         raise ValueError(
             f"channel_relation needs maps of equal channels: student {shape(student)}, teacher {shape(teacher)}"
         )
-    return 1 - correlation(own, taught, 1, eps).mean()
+    return 1 - _correlation(own, taught, 1, eps).mean()
 
 
-def spatial_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Tensor:
+def spatial_relation(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     r"""One minus the correlation over the batch of the two networks' sums of channels, averaged over positions.
 
     $$
@@ -52,7 +51,7 @@ def spatial_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Ten
     Args:
         student: [N, C, H, W].
         teacher: [N, C', H', W'].
-        eps: Added to the products of the norms.
+        eps: Where the norm of the centred values is no larger, ρ is 0, without gradient.
 
     Returns:
         Scalar in [0, 2].
@@ -61,4 +60,9 @@ def spatial_relation(student: Tensor, teacher: Tensor, eps: float = 1e-8) -> Ten
         ValueError: Either is no map, or the batches differ.
     """
     own, taught = maps_of_one_size(student, teacher.detach(), "spatial_relation")
-    return 1 - correlation(own.sum(dim=1), taught.sum(dim=1), 0, eps).mean()
+    return 1 - _correlation(own.sum(dim=1), taught.sum(dim=1), 0, eps).mean()
+
+
+def _correlation(own: Tensor, taught: Tensor, dim: int, eps: float) -> Tensor:
+    """Pearson's correlation along one dimension."""
+    return (centred_units(own, dim, eps) * centred_units(taught, dim, eps)).sum(dim=dim)

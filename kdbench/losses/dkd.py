@@ -38,7 +38,7 @@ def dkd(
         temperature: T > 0.
 
     Returns:
-        Scalar, at least 0 for α, β ≥ 0; finite for any finite logits.
+        Scalar, at least 0 for α, β ≥ 0; finite for logits up to 1e30.
 
     Raises:
         ValueError: The logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or T is not

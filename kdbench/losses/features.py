@@ -53,3 +53,13 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.transpose(-2, -1)
+
+
+def centred_units(feature: Tensor, dim: int, eps: float) -> Tensor:
+    """Centred along a dimension and of unit length there, so that products sum to Pearson's correlation.
+
+    What is constant there, to a norm of `eps`, becomes zero, without gradient.
+    """
+    centred = feature - feature.mean(dim=dim, keepdim=True)
+    lengths = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    return torch.where(lengths > eps, centred / lengths.clamp_min(eps), 0.0)

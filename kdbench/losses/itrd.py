@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.losses.checks import full, positive, same_shape
-from kdbench.losses.features import inner_products, same_batch
+from kdbench.losses.features import centred_units, inner_products, same_batch
 
 
 def itrd_correlation(student: Tensor, teacher: Tensor, order: float = 1.5, eps: float = 1e-6) -> Tensor:
@@ -40,17 +40,9 @@ def itrd_correlation(student: Tensor, teacher: Tensor, order: float = 1.5, eps: 
     positive(order, "order")
     n = len(student)
     # Unit vectors for deviations: (N - 1) / N is all that is left of the two divisors.
-    products = _channels(student, eps) * _channels(teacher.detach(), eps)
-    correlations = (n - 1) / n * products.sum(dim=0)
+    own, taught = (centred_units(full(one).flatten(1), 0, eps) for one in (student, teacher.detach()))
+    correlations = (n - 1) / n * (own * taught).sum(dim=0)
     return (1 - correlations).pow(2 * order).sum().log2()
-
-
-def _channels(feature: Tensor, eps: float) -> Tensor:
-    """Centred over the batch and of unit length, [N, D]; zero where they are constant."""
-    rows = full(feature).flatten(1)
-    centred = rows - rows.mean(dim=0)
-    lengths = torch.linalg.vector_norm(centred, dim=0)
-    return torch.where(lengths > eps, centred / lengths.clamp_min(eps), 0.0)
 
 
 def itrd_mutual(student: Tensor, teacher: Tensor, eps: float = 1e-12) -> Tensor:

@@ -44,7 +44,7 @@ def rld(
         confidence_temperature: τ > 0, of SCD. None: T.
 
     Returns:
-        Scalar, at least 0 for α, β ≥ 0; finite for any finite logits.
+        Scalar, at least 0 for α, β ≥ 0; finite for logits up to 1e30.
 
     Raises:
         ValueError: The logits are not one [N, K] with K ≥ 2, the labels are not [N] indices, or a temperature is not

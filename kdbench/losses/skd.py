@@ -46,15 +46,17 @@ def gram_direction(
     difference = inner_products(own, own) - inner_products(taught, taught)
     if over_classes:
         difference = difference / student_logits.shape[1]
-    n = len(difference)
+    # With λ in its diagonal the matrix always has a factor, so torch need not look whether it found one. In float32
+    # rounding could hide a small λ.
+    wide = difference.double()
+    n = len(wide)
     # The columns of a symmetric matrix are its rows.
-    centred = difference - difference.mean(dim=1, keepdim=True)
+    centred = wide - wide.mean(dim=1, keepdim=True)
     covariance = inner_products(centred, centred) / max(n - 1, 1)
-    ridge = tikhonov * torch.eye(n, dtype=covariance.dtype, device=covariance.device)
-    # With λ in its diagonal the matrix always has a factor, so torch need not look whether it found one.
+    ridge = tikhonov * torch.eye(n, dtype=wide.dtype, device=wide.device)
     factor = torch.linalg.cholesky_ex(covariance + ridge).L
-    whitened = torch.linalg.solve_triangular(factor, difference, upper=False)
-    return torch.linalg.vector_norm(whitened, dim=0).mean()
+    whitened = torch.linalg.solve_triangular(factor, wide, upper=False)
+    return torch.linalg.vector_norm(whitened, dim=0).mean().to(difference.dtype)
 
 
 def skd(
