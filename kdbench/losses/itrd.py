@@ -3,7 +3,6 @@
 Miles, Lopez Rodriguez, Mikolajczyk: Information Theoretic Representation Distillation. BMVC 2022, arXiv 2112.00459.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
