@@ -99,7 +99,7 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
 def late_cosine(*, after: str, end: float = 0.0, levels: int | None = None) -> Schedule:
     """1 until the share `after` of the stage, then half a cosine down to `end`.
 
-    With `levels`, as `linear`: each of so many equal parts keeps the value at its end.
+    With `levels`, as `linear`: each of so many equal parts keeps the value at its end, also the one that holds `after`.
     """
     start = share(after)
     if levels is not None and levels < 1:

@@ -58,8 +58,10 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 def centred_units(feature: Tensor, dim: int, eps: float) -> Tensor:
     """Centred along a dimension and of unit length there, so that products sum to Pearson's correlation.
 
-    What is constant there, to a norm of `eps`, becomes zero, without gradient.
+    What is constant there becomes zero, without gradient: where the norm is not above `eps` times one plus the norm of
+    as many elements of the largest size, since the mean is rounded by so much.
     """
     centred = feature - feature.mean(dim=dim, keepdim=True)
     lengths = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
-    return torch.where(lengths > eps, centred / lengths.clamp_min(eps), 0.0)
+    least = eps * (1 + feature.shape[dim] ** 0.5 * feature.detach().abs().amax(dim=dim, keepdim=True))
+    return torch.where(lengths > least, centred / lengths.maximum(least), 0.0)

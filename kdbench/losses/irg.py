@@ -61,7 +61,7 @@ def instance_transformation(student: Sequence[Tensor], teacher: Sequence[Tensor]
         eps: Least value of the largest squared distance.
 
     Returns:
-        Scalar in [0, 1]; 0 for a batch of one.
+        Scalar in [0, 1]; 0 for a batch of one in which both maps move.
 
     Raises:
         ValueError: There are not as many maps, or fewer than two; the batches differ, or one is no map.

@@ -102,7 +102,7 @@ def normalized_logits(logits: Tensor, scale: float = 2.5, eps: float = 1e-7) -> 
         eps: ε.
 
     Returns:
-        [N, K]; zeros where all logits of an image are equal.
+        [N, K]; zeros where all logits of an image are equal. Of two classes only the order is left.
 
     Raises:
         ValueError: They are not [N, K].

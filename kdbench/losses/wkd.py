@@ -24,7 +24,7 @@ def class_distances(prototypes: Tensor, sharpness: float = 1.0) -> Tensor:
         sharpness: κ, at least 0: how much closer than others near classes are.
 
     Returns:
-        [K, K], 0 but for rounding on the diagonal.
+        [K, K]; on the diagonal 0 but for rounding, unless a row is all zeros.
 
     Raises:
         ValueError: The prototypes are not [K, D].

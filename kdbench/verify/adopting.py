@@ -86,9 +86,8 @@ def _known(plan: Plan, runs: Path, results: Path | None) -> Known:
     if not plan.candidates:
         return {}
     folders = cell_folders(runs / tried_plan(plan).name, plan.tried)
-    known = dict(tried(plan, results / plan.name)) if results is not None else {}
-    known |= {one.identity: one.result.test.last for own in folders if (one := finished_record(own)) is not None}
-    return known
+    here = {one.identity: one.result.test.last for own in folders if (one := finished_record(own)) is not None}
+    return here | tried(plan, results / plan.name) if results is not None else here
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:

@@ -66,13 +66,15 @@ class TestITRDCorrelation:
             gradient = pair[0].grad
             assert gradient is not None and gradient[:, 0].abs().min() > 0 and gradient[:, 1].abs().max() == 0
 
-    def test_equal_images_in_float32_are_constant(self) -> None:
+    @pytest.mark.parametrize("value", [0.1, 1.3, 3.7, 11.1])
+    def test_equal_images_in_float32_are_constant(self, value: float) -> None:
         """The mean of equal numbers is off by a rounding, whose reciprocal would be the gradient."""
-        student = torch.full((7, 3), 0.1).requires_grad_()
-        value = losses.itrd_correlation(student, torch.rand(7, 3, generator=torch.Generator().manual_seed(1)))
-        value.backward()
-        assert value.item() == pytest.approx(math.log2(3)) and student.grad is not None
-        assert student.grad.abs().max() == 0
+        for n in (3, 7, 50, 64, 128):
+            student = torch.full((n, 3), value).requires_grad_()
+            loss = losses.itrd_correlation(student, torch.rand(n, 3, generator=torch.Generator().manual_seed(1)))
+            loss.backward()
+            assert loss.item() == pytest.approx(math.log2(3)) and student.grad is not None
+            assert student.grad.abs().max() == 0
 
     def test_a_batch_of_one_is_not_correlated(self) -> None:
         assert losses.itrd_correlation(rand(1, 8, seed=1), rand(1, 8, seed=2)).item() == 3
