@@ -1,6 +1,5 @@
 """From published results back into a run: which cells of a plan need no training, because their records are there."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +14,8 @@ from kdbench.verify import sums
 from kdbench.verify.soundness import problems
 
 
-def tried(plan: Plan, folder: Path) -> Known:
-    """Of a plan that tunes: the accuracies of tried cells that published results hold.
+def tried(plan: Plan, folder: Path) -> dict[str, Record]:
+    """Of a plan that tunes: the published records that hold accuracies of its tried cells, and those of teachers.
 
     Raises:
         UserError: a record that holds some is damaged, or was changed since.
@@ -25,8 +24,7 @@ def tried(plan: Plan, folder: Path) -> Known:
         return {}
     asked = {cell.spec.identity() for cell in plan.tried}
     records = [record for record in read_records([folder]) if asked & known_of([record]).keys()]
-    _check(records, folder)
-    return known_of(records)
+    return _checked({record.read_from.name: record for record in records}, folder)
 
 
 def computed_otherwise(plan: Plan, folder: Path) -> str | None:
@@ -86,8 +84,8 @@ def _known(plan: Plan, runs: Path, results: Path | None) -> Known:
     if not plan.candidates:
         return {}
     folders = cell_folders(runs / tried_plan(plan).name, plan.tried)
-    here = {one.identity: one.result.test.last for own in folders if (one := finished_record(own)) is not None}
-    return here | tried(plan, results / plan.name) if results is not None else here
+    known = {one.identity: one.result.test.last for own in folders if (one := finished_record(own)) is not None}
+    return known | known_of(tried(plan, results / plan.name).values()) if results is not None else known
 
 
 def published(plan: Plan, folder: Path) -> dict[str, Record]:
@@ -103,19 +101,23 @@ def published(plan: Plan, folder: Path) -> dict[str, Record]:
     for cell, own in zip(plan.cells, cell_folders(folder, plan.cells), strict=True):
         if (record := finished_record(own)) is not None:
             found[cell.slug] = record
+    return _checked(found, folder)
+
+
+def _checked(found: dict[str, Record], folder: Path) -> dict[str, Record]:
+    """These published records, and those of teachers beside them; none where there are none.
+
+    Raises:
+        UserError: one of them is damaged, or was changed since.
+    """
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
-    _check(found.values(), folder)
-    return found
-
-
-def _check(records: Iterable[Record], folder: Path) -> None:
-    """Raises UserError for a published record that is damaged, or was changed since."""
-    changed = sums.changed(folder) if (folder / sums.NAME).is_file() else []
-    for record in records:
+    changed = sums.changed(folder) if found and (folder / sums.NAME).is_file() else []
+    for record in found.values():
         place = record.read_from
         wrong = [what for what in changed if what.startswith(f"{place.name}/")]
         wrong += problems(record, metrics(place))
         if wrong:
             hint = "'kdbench verify' tells more; with --no-adopt every cell is trained here"
             raise UserError(f"this published record cannot be used: {wrong[0]}", str(place), hint)
+    return found

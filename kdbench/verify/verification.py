@@ -363,7 +363,10 @@ def _as_run(today: Plan, folder: Folder) -> Plan:
     """
     name = str(folder.run.name)
     if today.candidates and name.endswith(TRIALS):
-        return replace(tried_plan(today), name=name)
+        # What published records said already was not tried there.
+        tried, there = tried_plan(today), {identity_of(cell) for cell in folder.run.cells or ()}
+        cells = [cell for cell in tried.cells if there & {identity_of(slug) for slug in cell.slugs}]
+        return replace(tried, name=name, cells=cells)
     try:
         return replace(chosen(today, known_of(folder.planned.values())), name=name)
     except (KeyError, CellError) as error:

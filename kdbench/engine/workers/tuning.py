@@ -7,7 +7,7 @@ The candidates are tested on a validation part in place of the test set, which n
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers.runner import run
@@ -21,11 +21,14 @@ from kdbench.record_parts import RecordedTuning
 Known = Mapping[str, float | None]
 
 
-def tuned(plan: Plan, options: Options, listener: Listener | None = None, known: Known | None = None) -> Plan:
+def tuned(
+    plan: Plan, options: Options, listener: Listener | None = None, published: Mapping[str, Record] | None = None
+) -> Plan:
     """A plan whose cells have the best of the settings that its recipe tries; the plan itself where it tries none.
 
     Args:
-        known: what published results hold. It is not trained again.
+        published: name of a folder of published results -> the record there, of cells that hold accuracies of tried
+            ones, and of teachers. What they hold is not trained again, if data and teachers here are theirs.
 
     Raises:
         CellError: a candidate failed otherwise than by a loss that is not finite, or none of a method did not.
@@ -33,13 +36,19 @@ def tuned(plan: Plan, options: Options, listener: Listener | None = None, known:
     """
     if not plan.candidates:
         return plan
-    known = dict(known or {})
-    if left := [cell for cell in plan.tried if cell.spec.identity() not in known]:
-        if listener is not None and len(left) < len(plan.tried):
-            among = f"{len(plan.tried) - len(left)} of {len(plan.tried)} trials"
-            listener.say(f"accuracies of {among} taken from published results")
-        known |= _trained(replace(tried_plan(plan), cells=left), options, listener)
-    return chosen(plan, known)
+    before, trials = published or {}, tried_plan(plan)
+    known, teachers = known_of(before.values()), {name: one for name, one in before.items() if one.cell.tuning is None}
+    left = [cell for cell in trials.cells if cell.spec.identity() not in known]
+    if not left:
+        return chosen(plan, known)
+    found = _trained(replace(trials, cells=left), options, listener, teachers)
+    if known and (why := _unlike(before.values(), found.records)):
+        (listener or Listener()).say(f"accuracies of published trials are not taken: {why}")
+        found, known = _trained(trials, options, listener, teachers), {}
+    elif known:
+        among = f"{len(trials.cells) - len(left)} of {len(trials.cells)} trials"
+        (listener or Listener()).say(f"accuracies of {among} taken from published results")
+    return chosen(plan, known | found.known)
 
 
 def tried_plan(plan: Plan) -> Plan:
@@ -48,8 +57,13 @@ def tried_plan(plan: Plan) -> Plan:
     return Plan(f"{plan.name}{TRIALS}", title, plan.tried, plan.baseline, plan.recipe)
 
 
-def _trained(trials: Plan, options: Options, listener: Listener | None) -> dict[str, float | None]:
-    outcome = run(trials, options, listener)
+class _Found(NamedTuple):
+    known: dict[str, float | None]
+    records: list[Record]
+
+
+def _trained(trials: Plan, options: Options, listener: Listener | None, published: Mapping[str, Record]) -> _Found:
+    outcome = run(trials, options, listener, published=published)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
         raise CellError(
             f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
@@ -57,7 +71,20 @@ def _trained(trials: Plan, options: Options, listener: Listener | None) -> dict[
         )
     records = [read_record(folder) for folder in outcome.finished]
     none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
-    return none | {record.identity: record.result.test.last for record in records}
+    return _Found(none | {record.identity: record.result.test.last for record in records}, records)
+
+
+def _unlike(before: Iterable[Record], here: Iterable[Record]) -> str:
+    """How data or teachers of records differ from those of others; "" where what both name is the same."""
+    then, now = (
+        {
+            **{record.data.name: record.data.fingerprint for record in records},
+            **{record.cell.teacher: record.teacher.sha256 for record in records if record.teacher is not None},
+        }
+        for records in map(list, (before, here))
+    )
+    differ = [name for name in then if name in now and now[name] != then[name]]
+    return f"'{differ[0]}' had the sha256 {then[differ[0]][:12]}, here it has {now[differ[0]][:12]}" if differ else ""
 
 
 def chosen(plan: Plan, known: Known) -> Plan:
