@@ -205,8 +205,8 @@ def _print_needs(
     if left.tried:
         seconds = f": {clock(estimate.cells(left.tried) / workers(device, len(left.tried)))}" if time else ""
         console.print(
-            f"first, settings of {counted(len(planned.candidates), 'method')} are tried, tested on images of the training "
-            f"set: {counted(len(left.tried), 'cell')}{seconds}"
+            f"first, settings of {counted(len(planned.candidates), 'method')} are tried, tested on images of the "
+            f"training set: {counted(len(left.tried), 'cell')}{seconds}"
         )
     if not time:
         return

@@ -110,7 +110,9 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
     # Of a method that is new to the table its own settings are tried.
     grown = ("compare.method=[kd, ab, at]", "tune.at.beta=[1.0, 10.0, 100.0]", "--results", tmp_path / "results")
     said = kdbench("check", *tiny, *TUNE, *FEW, *grown, "--no-time").stdout
-    assert "first, settings of 1 method are tried, tested on images of the training set: 3 cells" in " ".join(said.split())
+    assert "first, settings of 1 method are tried, tested on images of the training set: 3 cells" in " ".join(
+        said.split()
+    )
     assert "4 of 6 cells are finished" in said
     done = kdbench(*words(tmp_path / "grown"), *grown)
     assert "accuracies of 6 of 9 trials taken from published results" in done.stderr

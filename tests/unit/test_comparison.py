@@ -185,6 +185,21 @@ def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None
         compare([*old, *averaged])
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("method.stages.classification.losses.kd.loss.by_step", "its decomposition reads"), ("data.mirrors", ["a"])],
+)
+def test_what_a_card_has_come_to_say_since_changes_no_number(path: str, value: Any) -> None:
+    (old,), (new,) = (as_planned(seed, method="kd", teacher="wrn_16_2_digits") for seed in (0, 1))
+    place = new.spec
+    for key in path.split(".")[:-1]:
+        place = place[key]
+    place[path.split(".")[-1]] = value
+    new = Record.model_validate(new.model_dump(mode="json", by_alias=True))
+    assert [found for found, _, _ in differences(old.spec, new.spec)] == [path]
+    assert len(compare([old, new]).cells) == 1
+
+
 def test_the_last_layer_under_its_number_and_by_its_place_is_one_row() -> None:
     """As of a run that was begun when the method said the number, and goes on."""
     taught = {"teacher": "wrn_16_2_digits"}
