@@ -185,11 +185,8 @@ def test_what_an_older_record_leaves_out_is_its_default_and_no_unknown() -> None
         compare([*old, *averaged])
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [("method.stages.classification.losses.kd.loss.by_step", "its decomposition reads"), ("data.train", 1197)],
-)
-def test_what_a_card_has_come_to_say_since_changes_no_number(path: str, value: Any) -> None:
+def test_what_a_card_has_come_to_say_since_changes_no_number() -> None:
+    path, value = "method.stages.classification.losses.kd.loss.by_step", "its decomposition reads"
     (old,), (new,) = (as_planned(seed, method="kd", teacher="wrn_16_2_digits") for seed in (0, 1))
     place = new.spec
     for key in path.split(".")[:-1]:

@@ -103,8 +103,13 @@ def test_channels_last_gives_the_losses_and_gradients_of_the_reference() -> None
 
 
 def test_bfloat16_gives_the_losses_and_gradients_of_the_reference_within_its_digits() -> None:
-    """Eight bits of mantissa: 0.4 % a rounding; a gradient passes through every layer twice."""
-    hold(Computing("bfloat16", "channels_last"), 0.005, 0.35)
+    """Eight bits of mantissa: 0.4 % a rounding; a gradient passes through every layer twice.
+
+    The classifier gives rounded logits of regions, and standardizing divides what was rounded by their deviation.
+    """
+    way, of_regions = Computing("bfloat16", "channels_last"), ["kd_sdd_ls", "dkd_sdd_ls", "rld_sdd_ls"]
+    hold(way, 0.005, 0.35, [method for method in METHODS if method not in of_regions])
+    hold(way, 0.01, 0.35, of_regions)
 
 
 @pytest.mark.slow
