@@ -21,6 +21,8 @@ from kdbench.recipe.specs import CellSpec, DataSpec
 from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
 
 SCHEMA = 1
+# What tells data and teachers of one name apart.
+DIGEST = {"data": "fingerprint", "teacher": "sha256"}
 Metric = Literal["last", "best", "mean_last"]
 WhichWeights = Literal["last", "best"]
 # The mean of the last evaluations is that of AB's authors, over ten epochs. It needs so many evaluations there, and is
@@ -272,6 +274,12 @@ def _of_its_folder(record: Record) -> Record:
         hint = "its folder was renamed or filled by hand: give it back its name, or remove it and run the cell again"
         raise UserError(what, where, hint)
     return record
+
+
+def made_from(record: Record) -> dict[tuple[str, str], str]:
+    """What it was made from: ("data", name) -> fingerprint, ("teacher", name) -> sha256."""
+    found = {("data", part.name): part.fingerprint for part in (record.data, record.target) if part}
+    return found | ({("teacher", record.teacher.name): record.teacher.sha256} if record.teacher else {})
 
 
 def student_file(record: Record, weights: WhichWeights = "last") -> Path:

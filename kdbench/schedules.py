@@ -73,9 +73,24 @@ def cosine(*, end: float = 0.0, warmup: str = "0%") -> Schedule:
     def factor(progress: float) -> float:
         if progress < rise:
             return progress / rise
-        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (progress - rise) / max(1 - rise, 1e-12)))
+        return _half_cosine(math.pi * (progress - rise) / max(1 - rise, 1e-12), end)
 
     return Schedule(factor)
+
+
+def _half_cosine(angle: float, end: float) -> float:
+    """From 1 at 0 to `end` at π."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(angle))
+
+
+def _in_parts(levels: int | None) -> Callable[[float], float]:
+    """Progress -> where its part of the stage ends, of `levels` equal ones; progress itself where there are none."""
+    if levels is None:
+        return lambda progress: progress
+    if levels < 1:
+        raise ValueError(f"levels must be at least 1, not {levels}")
+    # A step that begins a part belongs to it, whatever floating point makes of the quotient.
+    return lambda progress: (math.floor(progress * levels + 1e-9) + 1) / levels
 
 
 def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels: int | None = None) -> Schedule:
@@ -84,13 +99,10 @@ def linear(*, start: float = 1.0, end: float = 0.0, until: str = "100%", levels:
     With `levels` the stage has so many equal parts, and each keeps the value that the line has at the part's end, as
     codes do that set a value once an epoch, by the epoch's number from 1.
     """
-    stop = share(until)
-    if levels is not None and levels < 1:
-        raise ValueError(f"levels must be at least 1, not {levels}")
+    stop, place = share(until), _in_parts(levels)
 
     def factor(progress: float) -> float:
-        # A step that begins a part belongs to it, whatever floating point makes of the quotient.
-        at = progress if levels is None else (math.floor(progress * levels + 1e-9) + 1) / levels
+        at = place(progress)
         return end if at > stop - 1e-12 else start + (end - start) * (at / stop)
 
     return Schedule(factor)
@@ -101,16 +113,10 @@ def late_cosine(*, after: str, end: float = 0.0, levels: int | None = None) -> S
 
     With `levels`, as `linear`: each of so many equal parts keeps the value at its end, also the one that holds `after`.
     """
-    start = share(after)
-    if levels is not None and levels < 1:
-        raise ValueError(f"levels must be at least 1, not {levels}")
-
-    def factor(progress: float) -> float:
-        at = progress if levels is None else (math.floor(progress * levels + 1e-9) + 1) / levels
-        done = max(at - start, 0.0) / max(1 - start, 1e-12)
-        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return Schedule(factor)
+    start, place = share(after), _in_parts(levels)
+    return Schedule(
+        lambda progress: _half_cosine(math.pi * (max(place(progress) - start, 0.0) / max(1 - start, 1e-12)), end)
+    )
 
 
 def piecewise(*, at: list[str], factors: list[float]) -> Schedule:

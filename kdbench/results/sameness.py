@@ -5,7 +5,7 @@ from typing import Any
 
 from kdbench.errors import UserError
 from kdbench.recipe.specs import recorded
-from kdbench.record import Record
+from kdbench.record import DIGEST, Record, made_from
 from kdbench.tree import text
 
 # Parts of a resolved recipe that change no number, or that differ between the cells of a row on purpose.
@@ -60,18 +60,13 @@ def check_same(label: str, a: Record, b: Record) -> None:
 def check_made_alike(a: Record, b: Record) -> None:
     """Refuse to average over, or to take for one cell, what was made from different data or by different teachers of
     one name."""
-    for what, kept, digest in (
-        ("data", "fingerprint", lambda record: {p.name: p.fingerprint for p in (record.data, record.target) if p}),
-        ("teacher", "sha256", lambda record: {p.name: p.sha256 for p in (record.teacher,) if p}),
-    ):
-        found: list[dict[str, str]] = [digest(record) for record in (a, b)]
-        for name in found[0].keys() & found[1].keys():
-            if found[0][name] != found[1][name]:
-                raise UserError(
-                    f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different "
-                    f"{what} '{name}', so no mean is taken over them: {kept} {found[0][name][:12]} and "
-                    f"{found[1][name][:12]}",
-                    where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
-                    hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, "
-                    "and 'kdbench run' trains it again",
-                )
+    own, other = made_from(a), made_from(b)
+    for what, name in (key for key in own if other.get(key, own[key]) != own[key]):
+        one, two = own[what, name], other[what, name]
+        raise UserError(
+            f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different {what} "
+            f"'{name}', so no mean is taken over them: {DIGEST[what]} {one[:12]} and {two[:12]}",
+            where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+            hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, and "
+            "'kdbench run' trains it again",
+        )

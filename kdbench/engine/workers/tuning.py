@@ -14,7 +14,7 @@ from kdbench.engine.workers.runner import run
 from kdbench.errors import NOT_FINITE, CellError
 from kdbench.files import TRIALS
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
-from kdbench.record import Record, read_record
+from kdbench.record import DIGEST, Record, made_from, read_record
 from kdbench.record_parts import RecordedTuning
 
 # Identity of a tried cell -> its accuracy, None where its loss was not finite.
@@ -42,7 +42,11 @@ def tuned(
     if not left:
         return chosen(plan, known)
     found = _trained(replace(trials, cells=left), options, listener, teachers)
-    if known and (why := _unlike(before.values(), found.records)):
+    sides = before.values(), found.records
+    then, now = ({key: sha for record in side for key, sha in made_from(record).items()} for side in sides)
+    if known and (differ := [key for key in then if now.get(key, then[key]) != then[key]]):
+        what, name = differ[0]
+        why = f"'{name}' had the {DIGEST[what]} {then[differ[0]][:12]}, here it has {now[differ[0]][:12]}"
         (listener or Listener()).say(f"accuracies of published trials are not taken: {why}")
         found, known = _trained(trials, options, listener, teachers), {}
     elif known:
@@ -72,19 +76,6 @@ def _trained(trials: Plan, options: Options, listener: Listener | None, publishe
     records = [read_record(folder) for folder in outcome.finished]
     none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
     return _Found(none | {record.identity: record.result.test.last for record in records}, records)
-
-
-def _unlike(before: Iterable[Record], here: Iterable[Record]) -> str:
-    """How data or teachers of records differ from those of others; "" where what both name is the same."""
-    then, now = (
-        {
-            **{record.data.name: record.data.fingerprint for record in records},
-            **{record.cell.teacher: record.teacher.sha256 for record in records if record.teacher is not None},
-        }
-        for records in map(list, (before, here))
-    )
-    differ = [name for name in then if name in now and now[name] != then[name]]
-    return f"'{differ[0]}' had the sha256 {then[differ[0]][:12]}, here it has {now[differ[0]][:12]}" if differ else ""
 
 
 def chosen(plan: Plan, known: Known) -> Plan:
