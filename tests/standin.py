@@ -14,16 +14,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 # Operations that give the host a value of the device, and those that bring numbers of the host to it.
 READS = {
     *("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select"),
-    # They ask on the host whether they succeeded.
+    # How many there are decides about a shape.
+    *("aten::unique_dim", "aten::unique_consecutive", "aten::_unique2", "aten::bincount", "aten::histc"),
+    # They ask on the host whether they succeeded, or whether they may begin.
+    *("aten::multinomial", "aten::linalg_lstsq"),
     *("aten::_linalg_eigh", "aten::_linalg_svd", "aten::linalg_eig", "aten::_linalg_check_errors"),
 }
 MAKES = {"aten::lift_fresh", "aten::lift_fresh_copy"}
+BY_MASK = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+# Functions of Python that need a tensor on the processor.
+TAKES = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+
+
+def counts(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation has the host count on a GPU, where it asks nothing on a processor."""
+    if name in BY_MASK:
+        return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
+    return name == "aten::repeat_interleave" and isinstance(args[-1], Tensor) and kwargs.get("output_size") is None
+
+
+class Placed(TorchFunctionMode):
+    """Notes the functions that make a tensor on the processor, because they do not say where, or take one there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_processor: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        nowhere = func in _device_constructors() and kwargs.get("device") is None
+        if func in TAKES or (nowhere and not any(isinstance(value, Tensor) for value in args[:1])):
+            self.on_processor.append(func.__name__)
+        return func(*args, **kwargs)
 
 
 class Broken(BaseException):
@@ -41,6 +71,7 @@ class Watched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[str, tuple[Any, ...]]] = []
+        self.counted: list[str] = []
         self.inside: dict[int, Any] = {}
         self.outside: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -55,6 +86,8 @@ class Watched(TorchDispatchMode):
                     self.outside[storage._cdata] = (whole, whole.clone())
         told = tuple((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else str(a) for a in flat)
         self.operations.append((func._schema.name, told))
+        if counts(func._schema.name, args, kwargs):
+            self.counted.append(func._schema.name)
         found = func(*args, **kwargs)
         for value in tree_flatten(found)[0]:
             if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.outside:
@@ -84,9 +117,9 @@ class StandIn:
 
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
         state = torch.get_rng_state()
-        watched = Watched()
+        watched, placed = Watched(), Placed()
         try:
-            with watched:
+            with watched, placed:
                 call()
         finally:
             # A recording computes nothing, whether it fails or not.
@@ -95,6 +128,8 @@ class StandIn:
         names = {name for name, _ in watched.operations}
         demand(not names & READS, f"a recorded call reads values: {names & READS}")
         demand(not names & MAKES, f"a recorded call makes tensors of the host's numbers: {names & MAKES}")
+        demand(not watched.counted, f"a recorded call has the host count: {watched.counted}")
+        demand(not placed.on_processor, f"a recorded call has tensors on the host's side: {placed.on_processor}")
         self.recorded += 1
         number = self.recorded
 

@@ -265,7 +265,15 @@ def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], N
 
 @pytest.mark.parametrize(
     ("loss", "message"),
-    [(lambda value: value * value.item(), "reads values"), (lambda value: value * torch.tensor(2.0), "host's numbers")],
+    [
+        (lambda value: value * value.item(), "reads values"),
+        (lambda value: value * value.tolist(), "host's side.*tolist"),
+        (lambda value: value * torch.tensor(2.0), "host's numbers"),
+        (lambda value: value * torch.ones(()), "host's side.*ones"),
+        (lambda value: value.expand(2)[value.expand(2) > 0].sum(), "has the host count"),
+        (lambda value: value.repeat_interleave((value > 0).long()).sum(), "has the host count"),
+        (lambda value: value + value.detach().unique().sum(), "reads values"),
+    ],
 )
 def test_what_a_graph_cannot_hold_is_found_when_it_is_recorded(
     loss: Callable[[Any], Any], message: str, tmp_path: Path
