@@ -20,6 +20,7 @@ from kdbench.losses.ce import cross_entropy
 from kdbench.losses.crd import ContrastiveDistillation, ContrastiveRepresentation, draw_negatives, noise_contrastive
 from kdbench.losses.ctkd import CurriculumTemperature
 from kdbench.losses.cwd import channel_wise
+from kdbench.losses.dafl import activation_strength, class_balance, one_hot
 from kdbench.losses.deep_inversion import (
     BatchNormInputs,
     batch_norm_distance,
@@ -30,6 +31,7 @@ from kdbench.losses.deep_inversion import (
     total_variation,
 )
 from kdbench.losses.deit import hard_distillation
+from kdbench.losses.dfad import mean_absolute
 from kdbench.losses.dist import dist
 from kdbench.losses.dist_plus import channel_relation, spatial_relation
 from kdbench.losses.dkd import dkd
@@ -78,18 +80,19 @@ __all__ = [
     "CustomizedSoftLabels", "FeatureTransform", "InformationTheoretic", "KnowledgeReview", "MaskedGeneration",
     "NeighbourCongruence", "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe",
     "SoftmaxRegression", "TransformedHead", "Translator", "VariationalInformation", "activation_agreement",
-    "activation_boundary", "adaptive_mse", "angle_similarity", "attended_channels", "attention_transfer",
-    "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_relation", "channel_wise",
-    "class_attention", "class_distances", "competition", "cross_entropy", "customized_others", "customized_target",
-    "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp", "fsp_matrix", "gaussian_nll",
-    "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges", "instance_transformation",
-    "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd", "kd_at_temperatures",
-    "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum",
-    "magnitude_similarity", "matched_attention", "mmd", "multi_level", "mutual", "n_to_one", "neighbour_congruence",
-    "neuron_selectivity", "nkd", "noise_contrastive", "norm", "normalized_logits", "ofd", "overhaul", "paraphrased",
-    "pkt", "recognize_turned", "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "rld", "scale_decoupled",
-    "sdd", "similarity_kd", "similarity_preserving", "simkd", "singular_vectors", "sinkhorn_cost", "skd",
-    "soft_cross_entropy", "spatial_relation", "standardized", "standardized_dkd", "standardized_kd", "total_variation",
-    "transformed_teacher", "turned_kd", "upright_cross_entropy", "upright_kd", "virtual_teacher",
-    "wasserstein_gaussian", "wasserstein_logits", "weighted_soft_labels",
+    "activation_boundary", "activation_strength", "adaptive_mse", "angle_similarity", "attended_channels",
+    "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_relation",
+    "channel_wise", "class_attention", "class_balance", "class_distances", "competition", "cross_entropy",
+    "customized_others", "customized_target", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp",
+    "fsp_matrix", "gaussian_nll", "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges",
+    "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd",
+    "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm",
+    "log_power_sum", "magnitude_similarity", "matched_attention", "mean_absolute", "mmd", "multi_level", "mutual",
+    "n_to_one", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "norm", "normalized_logits",
+    "ofd", "one_hot", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head",
+    "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
+    "singular_vectors", "sinkhorn_cost", "skd", "soft_cross_entropy", "spatial_relation", "standardized",
+    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
+    "upright_cross_entropy", "upright_kd", "virtual_teacher", "wasserstein_gaussian", "wasserstein_logits",
+    "weighted_soft_labels",
 ]  # fmt: skip
