@@ -35,7 +35,16 @@ evaluations: 2
 compute: reference
 method: {batches: 1, images: 32}
 compare:
-  method: [noise_kd, deep_dream_kd, deep_inversion, {name: adaptive_deep_inversion, every: 3}, prune_data_free]
+  method:
+    - noise_kd
+    - deep_dream_kd
+    - deep_inversion
+    - {name: adaptive_deep_inversion, every: 3}
+    - prune_data_free
+    - dafl
+    - zskt
+    - dfad
+    - dfq
 """
 
 
@@ -70,8 +79,13 @@ def test_nothing_real_is_read_by_a_whole_run(registry: Path, recipe: Path, tmp_p
         "deep_inversion",
         "adaptive_deep_inversion",
         "prune_data_free",
+        "dafl",
+        "zskt",
+        "dfad",
+        "dfq",
     ]
     assert list(runs.glob("data_free/adaptive*/synthesized/distillation/grid.png"))
+    assert len(list(runs.glob("data_free/*/generated/grid.png"))) == 4
     # The guard guards: whoever trains on the data set meets it.
     with pytest.raises(CellError, match="1 of 2 cells failed: KD, seed 0: .*a guarded value was read"):
         kdbench.run(recipe, ["compare.method=[noise_kd, kd]"], runs=runs, **options)  # type: ignore[arg-type]

@@ -140,7 +140,7 @@ def test_all_terms_against_their_formulas() -> None:
     known = [0, 1, 2, 3, 5, 6, 7, 9]
     weights = {"adversarial": 1.5, "one_hot": 0.5, "activation": 0.3, "balance": 2.0, "feature": 0.1}
     for divergence in ("kl", "kl_elements", "l1"):
-        settings = Generation(**weights, divergence=divergence, base=10.0)  # type: ignore[arg-type]
+        settings = Generation(**weights, divergence=divergence, base=7.0)  # type: ignore[arg-type]
         found = generator_terms(pixels, network, student.logits, settings, known)
         values = network(network.normalizer(pixels), ["logits", "pooled"])
         taught, own = values["logits"][:, known], student.logits(pixels)[:, known]
@@ -151,7 +151,7 @@ def test_all_terms_against_their_formulas() -> None:
         assert found["one_hot"].item() == pytest.approx(-p.max(1).values.log().mean().item(), rel=1e-4)
         assert found["activation"].item() == pytest.approx(-values["pooled"].abs().mean().item(), rel=1e-5)
         mean = p.mean(0)
-        assert found["balance"].item() == pytest.approx((mean * mean.log10()).sum().item(), rel=1e-4)
+        assert found["balance"].item() == pytest.approx((mean * mean.log()).sum().item() / math.log(7), rel=1e-4)
         total = sum(weights[name] * found[name].item() for name in weights)
         assert found["loss"].item() == pytest.approx(total, rel=1e-5)
     assert found.keys() == {*weights, "loss"}
@@ -239,6 +239,17 @@ def test_a_stop_comes_before_a_turn() -> None:
     assert source.turns == 0 and fingerprint(source.generator) == before
 
 
+def test_its_optimizer_has_the_betas_and_the_largest_norm_of_its_settings() -> None:
+    spec = cell("zskt")
+    teacher = teacher_for(spec)
+    context = SourceContext(spec, "distillation", CPU, teacher.network)
+    source = GeneratedImages(context, one_hot=1.0, clip=1e-3, betas=(0.3, 0.7))
+    source.ready(SourceStep(0, 0.0, teacher.network), lambda text: None, lambda: False)
+    norm = torch.cat([p.grad.flatten() for p in source.parameters if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert source.optimizer.param_groups[0]["betas"] == (0.3, 0.7)
+
+
 def test_rates_of_a_cosine() -> None:
     falling = Generation(one_hot=1.0, lr=0.5, decay="cosine")
     assert [falling.rate(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.25, 0.0])
@@ -267,6 +278,16 @@ def test_noise_is_new_in_every_step_or_that_of_the_turn() -> None:
     assert all(torch.allclose(image, kept[0], atol=1e-5) for image in kept[:10])
     assert all(torch.allclose(image, kept[10], atol=1e-5) for image in kept[10:])
     assert not torch.allclose(kept[0], kept[10], atol=1e-2)
+
+
+def test_the_steps_of_a_turn_need_no_host() -> None:
+    """One look at what is due, and all its steps: as many as a stretch has, each with noise of its own."""
+    member, _, _ = member_of(cell("dfad"))
+    source, now = source_of(member), SourceStep(7, 0.1, member.student, 0, 100)
+    source.ready(now, lambda text: None, lambda: False)
+    assert source.stretch(now) == 3
+    made = [source.sets(now)["data"].images for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(made, seen(member_of(cell("dfad"))[0], 10)[7:], strict=True))
 
 
 def test_pixels_are_where_the_output_says() -> None:

@@ -41,6 +41,7 @@ OF_LOGITS: dict[str, Loss] = {
     "kd": losses.kd,
     "kd without scale": partial(losses.kd, temperature=2.0, scale=False),
     "centred_mse": losses.centred_mse,
+    "mean_absolute": losses.mean_absolute,
     "standardized_kd": losses.standardized_kd,
     **LABELLED,
     "ttm": losses.transformed_teacher,

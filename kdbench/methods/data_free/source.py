@@ -167,7 +167,6 @@ class GeneratedImages(Source):
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.turns, self.terms = state["turns"], dict(state["terms"])
-        self.drawn = -1
 
     def record(self) -> dict[str, Any]:
         """Turns of the generator, and the terms of its last step, unweighted; "loss" is their weighted sum."""
