@@ -284,6 +284,8 @@ def test_different_students_of_two_recipes_are_never_pooled() -> None:
     assert cell(table, "KD", 0).n == cell(table, "KD", 1).n == 3
     budgets = build(comparison(VALUES) + comparison(VALUES, epochs=20.0, recipe="other"))
     assert [column.label for column in budgets.columns] == ["epochs 20", "epochs 200"]
+    close = build(comparison(VALUES, epochs=20.25, recipe="one") + comparison(VALUES, epochs=20.0, recipe="other"))
+    assert [column.label for column in close.columns] == ["epochs 20", "epochs 20.25"]
     protocols = build(comparison(VALUES) + comparison(VALUES, protocol="crd", recipe="other"))
     assert protocols.axes == ("protocol",)
     assert "Protocol: crd, 200 epochs (crd); ab_official, 200 epochs (ab_official)." in notes(protocols)
@@ -376,6 +378,8 @@ def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
     assert "| CE | 5.50 ± 0.71 | – | – |" in shown and "| KD | 3.00 ± 0.00 | 97.50 ± 0.00 | 0.75 ± 0.00 |" in shown
     with pytest.raises(UserError, match="(?s)no record has the number 'fidelty'.*did you mean 'fidelity'"):
         build(records, columns=["fidelty"])
+    with pytest.raises(UserError, match="'agree'"):
+        build(records, columns=["agree"])
     with pytest.raises(UserError, match="records of earlier versions"):
         build(comparison(VALUES), columns=["top5"])
 
