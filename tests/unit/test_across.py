@@ -41,6 +41,7 @@ def summed(records: list[Record], **options: Any) -> Across:
 
 def test_ranks_distance_and_probabilities() -> None:
     found = summed(pairs())
+    assert build(pairs()).axes == ("student",), "each has one teacher, and a plain student has none"
     # CE 3 3 3 2, KD 2 2 2 3, AB always 1.
     assert {s.label: s.rank for s in found.standings} == {"CE": 2.75, "KD": 2.25, "AB": 1.0}
     assert found.columns == 4

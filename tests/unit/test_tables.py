@@ -206,6 +206,7 @@ def test_the_baseline_is_the_asked_one_else_the_recipes_else_the_first() -> None
     assert build(records).baseline == "KD"
     assert build(records, baseline="ab").baseline == "AB"
     assert build(records, baseline="AB").baseline == "AB"
+    assert build([make("kd", 0), make("ab", 0, label="kd", order=1)], baseline="kd").baseline == "kd"
     assert build(comparison({"kd": [1.0], "ab": [2.0]}, baseline=None)).baseline == "KD"
     with pytest.raises(UserError, match="'abb' is not among the methods") as error:
         build(records, baseline="abb")
