@@ -134,6 +134,7 @@ def test_one_method_under_two_names_is_one_row() -> None:
         ("method", "stages", "a", "source", "options", "file"),
         ("method", "stages", "a", "losses", "keep"),
         ("method", "stages", "label"),
+        ("method", "stages", "a", "source", "options", "seed"),
     ],
     ids=".".join,
 )
@@ -147,6 +148,10 @@ def test_what_a_card_calls_as_a_name_is_none(path: tuple[str, ...]) -> None:
     assert [found for found, _, _ in differences(*(record.spec for record in records))] == [".".join(path)]
     with pytest.raises(UserError, match="are different experiments"):
         compare(records)
+
+
+def test_lists_of_other_lengths_are_a_difference() -> None:
+    assert [*differences({"hook": ["a", "b"]}, {"hook": ["a"]})] == [("hook", ["a", "b"], ["a"])]
 
 
 @pytest.mark.parametrize("path", ["data.options.root", "target.options.url", "teacher.file", "keep", "method.label"])

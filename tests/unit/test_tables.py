@@ -300,6 +300,8 @@ def test_two_values_for_one_seed_are_refused() -> None:
         build([a, b])
     with pytest.raises(UserError, match=r"'KD', seeds 0 and 1.*protocol.batch_size"):
         build([a, make("kd", 1, 91.0, spec={"protocol": {"batch_size": 64}}, identity="c")])
+    with pytest.raises(UserError, match="'KD', seed 0, would share one place"):
+        build([a, make("kd", 0, 91.0, spec=spec, identity="b")])
     assert build([a, make("kd", 1, 91.0, spec=spec, identity="d")]).rows[0].cells[0] is not None
 
 
