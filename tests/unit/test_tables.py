@@ -108,6 +108,8 @@ def test_best_and_second_are_by_the_shown_mean() -> None:
     assert not cell(build(comparison({"kd": [90.0, 91.0]})), "KD").best
     tied = build(comparison({"kd": [90.001, 91.0], "ab": [90.0, 91.0], "ce": [90.0, 90.8]}))
     assert [cell(tied, label).best for label in ("KD", "AB", "CE")] == [True, True, False]
+    near = build(comparison({"kd": [90.02, 91.0], "ab": [90.0, 91.0]}))
+    assert [cell(near, label).best for label in ("KD", "AB")] == [True, False]
 
 
 def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
@@ -152,6 +154,7 @@ def test_entries_show_signs_and_small_p_values() -> None:
     assert lines["| KD"] == "| KD | **92.50 ± 0.50** | 3 | +2.00 | \\[+2.00, +2.00\\] | \\<0.001 | 2 |"
     assert lines["| AB"].split(" | ")[3] == "−0.14"
     assert lines["| AT"].split(" | ")[3] == "0.00"
+    assert lines["| AT"].endswith(" | 1.000 | \\>1000 |")
 
 
 def test_one_seed_has_no_interval_and_no_test() -> None:
@@ -325,6 +328,8 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     marked = next(note for note in table.notes if note.mark == kd.marks[0])
     assert marked.text == "2 of 3 seeds: no finished cell for seed 2."
     assert cell(table, "AB").marks == ()
+    # Seeds that the baseline lacks are lacking too.
+    assert "2 of 3 seeds: no finished cell for seed 2." in notes(build(records, baseline="kd"))
     assert "Not finished and not in the table: kd-seed2; KD, seed 2" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert f"<sup>{kd.marks[0]}</sup>" in row
@@ -604,6 +609,9 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     table = build(records)
     ab = cell(table, "AB_CRD")
     assert (ab.budget.extra_epochs, ab.budget.epochs) == (30.0, 230.0)
+    # Training took 120 and 121 seconds; earlier versions noted those with evaluations alone, 130.
+    assert ab.seconds == 120.5
+    assert cell(build(comparison({"ce": [93.0]}, compute__training_seconds=None)), "CE").seconds == 130.0
     assert {name: found.mean for name, found in ab.numbers.items()} == {
         "agreement.layer1.preact": pytest.approx(0.805),
         "agreement.layer2.preact": pytest.approx(0.70),
