@@ -344,6 +344,11 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     assert "–: no finished cell: KD (b)" in notes(several)
 
 
+def test_notes_beyond_z_have_two_letters() -> None:
+    table = build([make(f"m{k}", 0, 90.0, order=k, extra_epochs=1.0 + k) for k in range(28)])
+    assert [cell(table, f"M{k}").marks for k in (0, 25, 26, 27)] == [("a",), ("z",), ("aa",), ("ab",)]
+
+
 def test_partly_common_seeds_are_told() -> None:
     records = comparison({"ce": [93.0, 93.2, 93.1]}) + [make("kd", seed, 94 + seed / 10, order=1) for seed in (1, 2, 3)]
     kd = cell(build(records), "KD")
@@ -678,6 +683,8 @@ def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> Non
     }  # fmt: skip
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
+    other = rows["KD", "wrn_16_2"]
+    assert (other["teacher"], other["teacher_accuracy"]) == ("of wrn_16_2", "95.5")
     tests = sorted((float(r["p"]), float(r["p_holm"])) for r in rows.values() if r["p"])
     assert [holm for _, holm in tests] == pytest.approx(statistics.holm([one for one, _ in tests]), abs=1e-8)
     assert len(tests) == 4
