@@ -700,7 +700,7 @@ def test_the_long_csv_file_has_one_row_for_every_record() -> None:
         ("kd", "2", 93.9),
     ]
     assert rows[0]["teacher"] == "" and rows[8]["teacher_sha256"] == "ab" * 32
-    assert rows[0]["agreement.layer1.preact"] == "0.5"
+    assert rows[0]["agreement.layer1.preact"] == "0.5" and rows[3]["axis.method"] == "kd"
     assert rows[0]["identity"] == records[0].identity
     apart = make("kd", data__validation=500, result__validation={"last": 88.1, "best": 88.9, "best_step": 5})
     (row,) = csv.DictReader(io.StringIO(records_csv([apart])))
