@@ -14,8 +14,9 @@ from conftest import ROOT
 from synthetic import make, plain_record, write
 
 from kdbench.errors import UserError
+from kdbench.files import TEACHERS, TRIALS
 from kdbench.recipe.planning import plan
-from kdbench.record import Record, derived, metrics, read_record, read_records, unfinished
+from kdbench.record import Record, derived, metrics, read_record, read_records, summary, unfinished
 from kdbench.registry import Registry
 from kdbench.verify.soundness import problems
 
@@ -162,13 +163,16 @@ def test_a_tree_is_read_once_in_the_given_order(tmp_path: Path) -> None:
         write(tmp_path / name, plain_record(recipe=name))
     found = read_records([tmp_path / "b", tmp_path / "a", tmp_path, tmp_path / "b" / "a" / "record.json"])
     assert [record.recipe for record in found] == ["b/a", "b/x", "a/deep/er"]
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    assert len(read_records(tmp_path)) == 3
     (tmp_path / "link").symlink_to(tmp_path / "b")
     assert len(read_records([tmp_path / "link", tmp_path / "b"])) == 2
     assert [record.recipe for record in read_records(str(tmp_path / "a"))] == ["a/deep/er"]
+    assert [record.recipe for record in read_records(tmp_path / "b" / "x" / "record.json")] == ["b/x"]
 
 
-def test_what_a_killed_publish_left_is_no_result(tmp_path: Path) -> None:
-    for name in ("whole/a", ".half.x1/half/b"):
+def test_teachers_trials_and_what_a_killed_publish_left_are_no_results(tmp_path: Path) -> None:
+    for name in ("whole/a", ".half.x1/half/b", f"whole{TRIALS}/c", f"{TEACHERS}/d"):
         write(tmp_path / name, plain_record(recipe=name))
     assert [record.recipe for record in read_records(tmp_path)] == ["whole/a"]
 
@@ -254,6 +258,14 @@ def test_records_and_metrics_of_earlier_versions_have_their_agreement_among_the_
     assert metrics(folder) == [{"step": 1, **named}, {"step": 2}]
     plain["result"] |= {"agreement": {}, "agreement_reference": None}
     assert read_record(write(tmp_path / "none", plain)).result.metrics == {}
+
+
+def test_the_best_evaluation_is_the_first_of_equals_and_the_first_of_all_counts() -> None:
+    accuracies = {0: 200 / 3, 5: 50.0, 9: 200 / 3, 12: 60.0}
+    history: list[dict[str, Any]] = [{"step": step, "test": {"accuracy": a}} for step, a in accuracies.items()]
+    history.append({"step": 13, "validation": {"accuracy": 99.0}})
+    assert summary(history, "test") == {"last": 60.0, "best": 66.6667, "best_step": 0}
+    assert summary(history, "validation") == {"last": 99.0, "best": 99.0, "best_step": 13}
 
 
 def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_finished(tmp_path: Path) -> None:
