@@ -279,7 +279,13 @@ def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_fin
 
 
 @pytest.mark.parametrize(
-    "content", ['{"step": 1}\nnot json\n{"step": 3}\n', '{"step": 1}\n[3]\n', '{"step": 1}\n{"a": 1}\n']
+    "content",
+    [
+        '{"step": 1}\nnot json\n{"step": 3}\n',
+        '{"step": 1}\n[3]\n',
+        '{"step": 1}\n{"a": 1}\n',
+        '{"step": 1}\n{"step": 2, "validation": {"loss": 1}}\n',
+    ],
 )
 def test_damaged_metrics_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(content)
