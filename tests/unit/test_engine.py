@@ -234,6 +234,26 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+@pytest.mark.parametrize(("tested_on", "parts"), [("test", {"test", "validation"}), ("validation", {"test"})])
+def test_a_validation_part_is_measured_beside_the_test_part_or_in_its_place(
+    tested_on: str, parts: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdbench.engine.batch.SLICE", {"cpu": 17})
+    data = {"name": "digits", "validation": 20, "tested_on": tested_on}
+    spec = plan(RECIPE | {"method": "ce", "data": data}, REGISTRY).cells[0].spec
+    member, batches, _ = member_of(spec, images(spec.data, per_class=4))
+    found = evaluate(member)
+    assert {*found} == parts
+    pictures, labels = (torch.cat(several) for several in zip(*batches.test.slices(), strict=True))
+    assert len(labels) == (40 if tested_on == "test" else 20), "they come 17 at a time"
+    logits = member.student.model.eval()(member.student.normalizer(pictures)).detach()
+    expected = {
+        "accuracy": 100 * (logits.argmax(1) == labels).float().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
+    }
+    assert found["test"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_evaluation_changes_nothing() -> None:
     member, batches, teacher = member_of(cell({"name": "ab", "share": "50%"}))
     train(member, batches, teacher, 2)
