@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
+from kdbench.engine.meter import Meter
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.teachers.teacher import Teacher
@@ -232,6 +234,25 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         checkpoint.save(tmp_path, {"key": {}, **member.state()})
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_meter_gives_means_since_it_was_cleared_and_the_first_step_that_was_not_finite() -> None:
+    meter = Meter(["ce", "kd"], CPU)
+
+    def add(**values: float) -> None:
+        meter.add({name: torch.tensor(value) for name, value in values.items()})
+        meter.count(values, 8)
+
+    add(ce=1.0)
+    add(ce=3.0, kd=5.0)
+    assert meter.result() == {"ce": 2.0, "kd": 5.0} and meter.images == 16
+    meter.clear()
+    assert meter.result() == {} and meter.images == 0
+    add(ce=7.0)
+    assert meter.result() == {"ce": 7.0} and meter.not_finite() == {}
+    add(ce=4.0, kd=math.inf)
+    add(ce=math.nan, kd=math.nan)
+    assert meter.not_finite() == {"ce": 4, "kd": 3}
 
 
 @pytest.mark.parametrize(("tested_on", "parts"), [("test", {"test", "validation"}), ("validation", {"test"})])
