@@ -370,7 +370,7 @@ def _baseline(rows: tuple[Row, ...], records: list[Record], asked: str | None) -
         named = list(dict.fromkeys(record.cell.baseline for record in records if record.cell.baseline is not None))
         if not named:
             return rows[0], None
-        matching = [row for row in rows if row.method in named or row.label in named]
+        matching = [row for row in rows if row.method in named]
         if not matching:
             lacking = f"the recipe's baseline {', '.join(named)} has no finished cell"
             return rows[0], f"{lacking}: differences are to {rows[0].label}"

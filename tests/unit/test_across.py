@@ -41,6 +41,7 @@ def summed(records: list[Record], **options: Any) -> Across:
 
 def test_ranks_distance_and_probabilities() -> None:
     found = summed(pairs())
+    assert build(pairs()).axes == ("student",), "each has one teacher, and a plain student has none"
     # CE 3 3 3 2, KD 2 2 2 3, AB always 1.
     assert {s.label: s.rank for s in found.standings} == {"CE": 2.75, "KD": 2.25, "AB": 1.0}
     assert found.columns == 4
@@ -107,6 +108,8 @@ def test_one_run_each_has_no_probability_of_improvement() -> None:
 def test_one_column_or_one_method_has_no_sum() -> None:
     assert build(comparison(VALUES)).across is None
     assert build([r for r in pairs() if r.cell.method == "kd"]).across is None
+    apart = [make("ce", 0, student="a", recipe="a"), make("kd", 0, student="b", recipe="b", order=1)]
+    assert len(build(apart).columns) == 2 and build(apart).across is None
 
 
 def test_a_column_without_every_method_is_not_ranked() -> None:
@@ -119,6 +122,8 @@ def test_a_column_without_every_method_is_not_ranked() -> None:
     found = summed(lonely)
     assert found.columns == 0 and found.standings[0].rank is None and found.critical_distance is None
     assert found.standings[1].improvement is not None
+    # AB, in one column alone, is there above each run of CE.
+    assert found.standings[2].improvement is not None and found.standings[2].improvement.probability == 1.0
     assert "average rank" not in markdown(build(lonely))
 
 
@@ -128,6 +133,28 @@ def test_budgets_of_one_pair_have_ranks_and_no_distance() -> None:
     assert found.columns == 2 and found.critical_distance is None
     assert "not all different pairs" in (found.why_no_distance or "")
     assert "There is no critical distance of ranks: the columns are not all different pairs" in markdown(build(budgets))
+
+
+@pytest.mark.parametrize("part", ["teacher", "data"])
+def test_columns_of_another_teacher_or_other_data_are_other_pairs(part: str) -> None:
+    records = [
+        make(m, s, v, order=k, baseline="kd", recipe=f"recipe {i}", **{part: f"{part} {i}"})
+        for i in range(3)
+        for k, (m, values) in enumerate({"kd": VALUES["kd"], "ab": VALUES["ab"], "at": VALUES["ce"]}.items())
+        for s, v in enumerate(values)
+    ]
+    found = summed(records)
+    assert found.critical_distance is not None and part not in found.shared
+
+
+def test_columns_without_a_teacher_have_that_in_common() -> None:
+    records = [
+        make(m, s, v, order=k, student=student, recipe=student, teacher=None)
+        for student in PAIRS
+        for k, (m, values) in enumerate(VALUES.items())
+        for s, v in enumerate(values)
+    ]
+    assert "all columns have teacher, data and seeds in common" in (summed(records).why_no_distance or "")
 
 
 def test_two_methods_have_no_distance() -> None:

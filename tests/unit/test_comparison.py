@@ -68,6 +68,13 @@ def test_a_plain_student_stands_in_every_column_of_teachers() -> None:
         make("kd", s, axes={"method": "kd", "teacher": t}, teacher=t, order=1) for s in (0, 1) for t in ("a", "b")
     ]
     assert shown(records) == {"CE": [2, 2], "KD": [2, 2]}
+    # But in none that nobody made: each student has its own teacher.
+    own = [make("ce", 0, axes={"method": "ce", "student": s}, student=s, teacher=None) for s in ("one", "two")]
+    for student, teacher in (("one", "a"), ("two", "b")):
+        axes = {"method": "kd", "student": student, "teacher": teacher}
+        own.append(make("kd", 0, axes=axes, student=student, teacher=teacher, order=1))
+    assert [column.label for column in compare(own).columns] == ["one, a", "two, b"]
+    assert shown(own) == {"CE": [1, 1], "KD": [1, 1]}
     # And of what is compared of one.
     plain = make("ce", 0, teacher=None)
     routes = [make("kd", 0, axes={"method": "kd", "teacher.route": n}, order=1, spec__route=n) for n in (1, 2)]
@@ -127,6 +134,7 @@ def test_one_method_under_two_names_is_one_row() -> None:
         ("method", "stages", "a", "source", "options", "file"),
         ("method", "stages", "a", "losses", "keep"),
         ("method", "stages", "label"),
+        ("method", "stages", "a", "source", "options", "seed"),
     ],
     ids=".".join,
 )
@@ -140,6 +148,10 @@ def test_what_a_card_calls_as_a_name_is_none(path: tuple[str, ...]) -> None:
     assert [found for found, _, _ in differences(*(record.spec for record in records))] == [".".join(path)]
     with pytest.raises(UserError, match="are different experiments"):
         compare(records)
+
+
+def test_lists_of_other_lengths_are_a_difference() -> None:
+    assert [*differences({"hook": ["a", "b"]}, {"hook": ["a"]})] == [("hook", ["a", "b"], ["a"])]
 
 
 @pytest.mark.parametrize("path", ["data.options.root", "target.options.url", "teacher.file", "keep", "method.label"])
@@ -218,6 +230,12 @@ def test_the_last_layer_under_its_number_and_by_its_place_is_one_row() -> None:
         ("protocol.optimizer.delta", [0.05, 0.075], {}, "delta default"),
         ("protocol.ema", [0.5, None], {"protocol": {"name": "digits", "ema": 0.9}}, "ema 0.9"),
         ("protocol.ema", [0.5, 0.9], {}, "ema none"),
+        (
+            "protocol.optimizer",
+            [{"name": "adam", "lr": 0.1}, {"name": "adam", "lr": 0.2}],
+            {},
+            "optimizer sgd, lr 0.1, momentum 0.9, nesterov true, weight_decay 0.0005",
+        ),
     ],
 )
 def test_a_recipe_that_compares_less_stands_under_what_it_has(

@@ -155,7 +155,11 @@ def way(student: float, teacher: float = 0.0, compiling: float = 0.0, losses: tu
 
 
 def chosen(
-    monkeypatch: pytest.MonkeyPatch, measured: dict[str, Any], steps: float, choice: ComputeChoice | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    measured: dict[str, Any],
+    steps: float,
+    choice: ComputeChoice | None = None,
+    passes: float = 0,
 ) -> choosing.Choice:
     """What is chosen where every way takes as long as said here."""
 
@@ -171,7 +175,7 @@ def chosen(
         [cell("ce")],
         None,
         lambda w: None,
-        Steps(steps, 0),
+        Steps(steps, passes),
         CPU,
         lambda text: None,  # type: ignore[arg-type]
     )
@@ -194,6 +198,13 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one["way"] for one in choice.tried] == list(ALL)
     # 60 s of compiling against 0.2 s saved a step.
     assert choice.computing.worth == 300
+
+
+def test_a_teachers_pass_counts_as_often_as_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = dict.fromkeys((PLAIN, HALF, HALF_LAST), way(1.0, teacher=1.0)) | {LAST: way(1.2, teacher=0.2)}
+    ways |= {f"{name}, compiled": one for name, one in ways.items()}
+    for passes, name in ((0, PLAIN), (100, PLAIN), (1000, LAST)):
+        assert chosen(monkeypatch, ways, 1000, ComputeChoice(compile=False), passes).computing.name == name
 
 
 def test_a_short_run_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,15 +212,19 @@ def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -
     assert measured["teacher"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_metric_compares_with_the_teacher_that_the_cell_trains() -> None:
-    """From which its loss learned, and of which the record has the accuracy."""
+def test_a_metric_compares_with_the_teacher_that_the_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From which its loss learned, and of which the record has the accuracy. Every image counts alike, though they come
+    in parts of 17 and 3."""
+    monkeypatch.setattr("kdbench.engine.batch.SLICE", {"cpu": 17})
     boundary = {"loss": "activation_boundary", "hook": "layer3.preact", "connector": "conv1x1_bn", "weight": 1e-3}
     stage = {"trains": ["student", "teacher", "connectors"], "losses": {"boundary": boundary}}
     member, batches, teacher = member_of(cell({"name": "uda_kd", "stages": {"adaptation": stage}}, steps=4))
     train(member, batches, teacher, 4)
     measured = evaluate(member)["metrics"]["agreement"]["layer3.preact"]
     member.set_modes(evaluating=True)
-    pictures, _ = next(batches.test.slices())
+    parts = [pictures for pictures, _ in batches.test.slices()]
+    assert [len(pictures) for pictures in parts] == [17, 3]
+    pictures = torch.cat(parts)
     student, own = member.student, member.modules.trained_teacher
     (layer,) = member.stage.terms["boundary"].layers
     with torch.no_grad():

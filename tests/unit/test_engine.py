@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
+from kdbench.engine.meter import Meter
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.teachers.teacher import Teacher
@@ -232,6 +234,45 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         checkpoint.save(tmp_path, {"key": {}, **member.state()})
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_meter_gives_means_since_it_was_cleared_and_the_first_step_that_was_not_finite() -> None:
+    meter = Meter(["ce", "kd"], CPU)
+
+    def add(**values: float) -> None:
+        meter.add({name: torch.tensor(value) for name, value in values.items()})
+        meter.count(values, 8)
+
+    add(ce=1.0)
+    add(ce=3.0, kd=5.0)
+    assert meter.result() == {"ce": 2.0, "kd": 5.0} and meter.images == 16
+    meter.clear()
+    assert meter.result() == {} and meter.images == 0
+    add(ce=7.0)
+    assert meter.result() == {"ce": 7.0} and meter.not_finite() == {}
+    add(ce=4.0, kd=math.inf)
+    add(ce=math.nan, kd=math.nan)
+    assert meter.not_finite() == {"ce": 4, "kd": 3}
+
+
+@pytest.mark.parametrize(("tested_on", "parts"), [("test", {"test", "validation"}), ("validation", {"test"})])
+def test_a_validation_part_is_measured_beside_the_test_part_or_in_its_place(
+    tested_on: str, parts: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdbench.engine.batch.SLICE", {"cpu": 17})
+    data = {"name": "digits", "validation": 20, "tested_on": tested_on}
+    spec = plan(RECIPE | {"method": "ce", "data": data}, REGISTRY).cells[0].spec
+    member, batches, _ = member_of(spec, images(spec.data, per_class=4))
+    found = evaluate(member)
+    assert {*found} == parts
+    pictures, labels = (torch.cat(several) for several in zip(*batches.test.slices(), strict=True))
+    assert len(labels) == (40 if tested_on == "test" else 20), "they come 17 at a time"
+    logits = member.student.model.eval()(member.student.normalizer(pictures)).detach()
+    expected = {
+        "accuracy": 100 * (logits.argmax(1) == labels).float().mean().item(),
+        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
+    }
+    assert found["test"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluation_changes_nothing() -> None:

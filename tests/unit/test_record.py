@@ -14,7 +14,10 @@ from conftest import ROOT
 from synthetic import make, plain_record, write
 
 from kdbench.errors import UserError
-from kdbench.record import Record, metrics, read_record, read_records, unfinished
+from kdbench.files import TEACHERS, TRIALS
+from kdbench.recipe.planning import plan
+from kdbench.record import Record, derived, metrics, read_record, read_records, summary, unfinished
+from kdbench.registry import Registry
 from kdbench.verify.soundness import problems
 
 
@@ -48,6 +51,23 @@ def test_what_follows_from_the_resolved_recipe_is_not_written_and_comes_back(tmp
     assert again.budget.steps == record.budget.steps > 0 and again.cell.label == record.cell.label
 
 
+def test_what_follows_from_a_resolved_recipe_by_hand() -> None:
+    """Digits have 1198 images for training and 599 for tests, mnist_8 has 4000 and 1000."""
+    recipe = {"student": "wrn_10_1", "protocol": "digits", "seeds": [3], "steps": 60}
+    held_out = {"name": "digits", "validation": 100, "tested_on": "validation", "split_seed": 7}
+    taught = {"data": held_out, "teacher": {"model": "wrn_10_2", "untrained": True}, "method": "dml"}
+    found = derived(plan(recipe | taught, Registry()).cells[0].spec)
+    # 1098 images are 17 batches of 64 and a smaller one.
+    assert (found["budget"]["batches_per_epoch"], found["budget"]["epochs"]) == (18, 3.3333)
+    assert found["data"] == {"name": "digits", "classes": 10, "train": 1098, "validation": 100, "test": 100}
+    assert (found["teacher"], found["target"], found["seeds"]) == (None, None, {"seed": 3, "split": 7})
+    adapted = {"data": "mnist_8", "target": "digits", "method": "source_only"}
+    found = derived(plan(recipe | adapted, Registry()).cells[0].spec)
+    assert found["data"] == {"name": "mnist_8", "classes": 10, "train": 4000, "validation": 0, "test": 1000}
+    assert found["target"] == {"name": "digits", "classes": 10, "train": 1198, "validation": 0, "test": 599}
+    assert found["seeds"] == {"seed": 3, "split": 3}
+
+
 def test_a_copy_in_an_earlier_record_that_contradicts_its_recipe_is_told(tmp_path: Path) -> None:
     file = next((ROOT / "results" / "quickstart").glob("ab-seed0-*/record.json"))
     plain = json.loads(file.read_text(encoding="utf-8"))
@@ -64,6 +84,7 @@ def test_a_copy_in_an_earlier_record_that_contradicts_its_recipe_is_told(tmp_pat
     ):
         spoilt = write(tmp_path / f"{part}-{name}", plain | {part: plain[part] | {name: value}})
         assert f"{part}.{name} is {value}, it follows" in "; ".join(problems(read_record(spoilt), history))
+        assert read_record(spoilt).plain()[part][name] == value, "it is not mended in passing"
 
 
 def evaluated(folder: Path, steps: list[int], stages: list[tuple[str, int]], per_epoch: int = 10) -> Record:
@@ -79,6 +100,8 @@ def test_the_mean_of_the_last_epochs_is_of_the_same_window_whatever_stages_a_met
     each = evaluated(tmp_path / "each", list(range(10, 801, 10)), [("all", 800)])
     assert each.tail.evaluations == 10
     assert each.accuracy("mean_last") == pytest.approx(sum(range(71, 81)) / 10)
+    # Ten of fifty are a fifth.
+    assert evaluated(tmp_path / "fifth", list(range(10, 501, 10)), [("all", 500)]).tail.evaluations == 10
     even = evaluated(tmp_path / "even", [0, 600, 640, 700, 720, 760, 800], [("all", 800)])
     # The end of the first stage is an evaluation of that stage, at the begin of the window and before it.
     for first in (700, 640, 100):
@@ -140,13 +163,16 @@ def test_a_tree_is_read_once_in_the_given_order(tmp_path: Path) -> None:
         write(tmp_path / name, plain_record(recipe=name))
     found = read_records([tmp_path / "b", tmp_path / "a", tmp_path, tmp_path / "b" / "a" / "record.json"])
     assert [record.recipe for record in found] == ["b/a", "b/x", "a/deep/er"]
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    assert len(read_records(tmp_path)) == 3
     (tmp_path / "link").symlink_to(tmp_path / "b")
     assert len(read_records([tmp_path / "link", tmp_path / "b"])) == 2
     assert [record.recipe for record in read_records(str(tmp_path / "a"))] == ["a/deep/er"]
+    assert [record.recipe for record in read_records(tmp_path / "b" / "x" / "record.json")] == ["b/x"]
 
 
-def test_what_a_killed_publish_left_is_no_result(tmp_path: Path) -> None:
-    for name in ("whole/a", ".half.x1/half/b"):
+def test_teachers_trials_and_what_a_killed_publish_left_are_no_results(tmp_path: Path) -> None:
+    for name in ("whole/a", ".half.x1/half/b", f"whole{TRIALS}/c", f"{TEACHERS}/d"):
         write(tmp_path / name, plain_record(recipe=name))
     assert [record.recipe for record in read_records(tmp_path)] == ["whole/a"]
 
@@ -234,6 +260,14 @@ def test_records_and_metrics_of_earlier_versions_have_their_agreement_among_the_
     assert read_record(write(tmp_path / "none", plain)).result.metrics == {}
 
 
+def test_the_best_evaluation_is_the_first_of_equals_and_the_first_of_all_counts() -> None:
+    accuracies = {0: 200 / 3, 5: 50.0, 9: 200 / 3, 12: 60.0}
+    history: list[dict[str, Any]] = [{"step": step, "test": {"accuracy": a}} for step, a in accuracies.items()]
+    history.append({"step": 13, "validation": {"accuracy": 99.0}})
+    assert summary(history, "test") == {"last": 60.0, "best": 66.6667, "best_step": 0}
+    assert summary(history, "validation") == {"last": 99.0, "best": 99.0, "best_step": 13}
+
+
 def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_finished(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2, "te')
@@ -245,7 +279,13 @@ def test_a_line_that_is_being_written_is_left_out_only_where_the_cell_is_not_fin
 
 
 @pytest.mark.parametrize(
-    "content", ['{"step": 1}\nnot json\n{"step": 3}\n', '{"step": 1}\n[3]\n', '{"step": 1}\n{"a": 1}\n']
+    "content",
+    [
+        '{"step": 1}\nnot json\n{"step": 3}\n',
+        '{"step": 1}\n[3]\n',
+        '{"step": 1}\n{"a": 1}\n',
+        '{"step": 1}\n{"step": 2, "validation": {"loss": 1}}\n',
+    ],
 )
 def test_damaged_metrics_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(content)

@@ -75,11 +75,13 @@ def test_seeds_are_paired_by_number_not_by_place() -> None:
     assert (found.n, found.mean) == (2, 1.5)
 
 
-def test_differences_without_spread_have_no_test() -> None:
-    found = statistics.paired(seeds(90.1, 91.1, 92.1), seeds(90.0, 91.0, 92.0))
+# Of the second, floating point makes three differences, and of the third the four decimals of records.
+@pytest.mark.parametrize("values", [(90.1, 91.1, 92.1), (2.3, 20.2, 92.1), (90.1001, 91.1, 92.1)])
+def test_differences_without_spread_have_no_test(values: tuple[float, float, float]) -> None:
+    found = statistics.paired(seeds(*values), seeds(*[round(value - 0.1, 1) for value in values]))
     assert found is not None
     assert (found.n, found.low, found.p) == (3, None, None)
-    assert found.mean == pytest.approx(0.1)
+    assert found.mean == pytest.approx(0.1, abs=1e-4)
 
 
 def test_interval_covers_as_often_as_it_says_and_pairing_matters() -> None:
@@ -193,7 +195,8 @@ def test_the_bootstrap_is_refused_below_twenty_seeds() -> None:
     with pytest.raises(ValueError, match="needs 20 seeds, not 19"):
         statistics.bootstrap(values, base)
     assert statistics.bootstrap(values, base | {19: 90.0}) is not None
-    assert statistics.bootstrap(values, {seed: value - 1 for seed, value in values.items()}) is None
+    spread = {seed: 10 + 3.3 * seed for seed in range(20)}
+    assert statistics.bootstrap({seed: value + 0.1 for seed, value in spread.items()}, spread) is None
 
 
 def test_the_bootstrap_by_hand_and_the_same_every_time() -> None:
@@ -210,6 +213,8 @@ def test_the_bootstrap_by_hand_and_the_same_every_time() -> None:
         t.append((standard.fmean(drawn) - mean) / (standard.stdev(drawn) / math.sqrt(24)))
     t.sort()
     assert found == pytest.approx((mean - t[9749] * error, mean - t[250] * error), rel=0, abs=2e-3 * error)
+    narrower = (mean - t[9499] * error, mean - t[500] * error)
+    assert statistics.bootstrap(values, base, 0.9) == pytest.approx(narrower, rel=0, abs=2e-3 * error)
     assert found[1] - mean > mean - found[0], "to the right-skewed differences belongs an interval longer on the right"
 
 

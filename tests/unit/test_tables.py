@@ -108,6 +108,8 @@ def test_best_and_second_are_by_the_shown_mean() -> None:
     assert not cell(build(comparison({"kd": [90.0, 91.0]})), "KD").best
     tied = build(comparison({"kd": [90.001, 91.0], "ab": [90.0, 91.0], "ce": [90.0, 90.8]}))
     assert [cell(tied, label).best for label in ("KD", "AB", "CE")] == [True, True, False]
+    near = build(comparison({"kd": [90.02, 91.0], "ab": [90.0, 91.0]}))
+    assert [cell(near, label).best for label in ("KD", "AB")] == [True, False]
 
 
 def test_the_metric_is_chosen_and_best_is_marked_as_optimistic() -> None:
@@ -152,6 +154,7 @@ def test_entries_show_signs_and_small_p_values() -> None:
     assert lines["| KD"] == "| KD | **92.50 ± 0.50** | 3 | +2.00 | \\[+2.00, +2.00\\] | \\<0.001 | 2 |"
     assert lines["| AB"].split(" | ")[3] == "−0.14"
     assert lines["| AT"].split(" | ")[3] == "0.00"
+    assert lines["| AT"].endswith(" | 1.000 | \\>1000 |")
 
 
 def test_one_seed_has_no_interval_and_no_test() -> None:
@@ -206,6 +209,7 @@ def test_the_baseline_is_the_asked_one_else_the_recipes_else_the_first() -> None
     assert build(records).baseline == "KD"
     assert build(records, baseline="ab").baseline == "AB"
     assert build(records, baseline="AB").baseline == "AB"
+    assert build([make("kd", 0), make("ab", 0, label="kd", order=1)], baseline="kd").baseline == "kd"
     assert build(comparison({"kd": [1.0], "ab": [2.0]}, baseline=None)).baseline == "KD"
     with pytest.raises(UserError, match="'abb' is not among the methods") as error:
         build(records, baseline="abb")
@@ -284,6 +288,8 @@ def test_different_students_of_two_recipes_are_never_pooled() -> None:
     assert cell(table, "KD", 0).n == cell(table, "KD", 1).n == 3
     budgets = build(comparison(VALUES) + comparison(VALUES, epochs=20.0, recipe="other"))
     assert [column.label for column in budgets.columns] == ["epochs 20", "epochs 200"]
+    close = build(comparison(VALUES, epochs=20.25, recipe="one") + comparison(VALUES, epochs=20.0, recipe="other"))
+    assert [column.label for column in close.columns] == ["epochs 20", "epochs 20.25"]
     protocols = build(comparison(VALUES) + comparison(VALUES, protocol="crd", recipe="other"))
     assert protocols.axes == ("protocol",)
     assert "Protocol: crd, 200 epochs (crd); ab_official, 200 epochs (ab_official)." in notes(protocols)
@@ -297,6 +303,8 @@ def test_two_values_for_one_seed_are_refused() -> None:
         build([a, b])
     with pytest.raises(UserError, match=r"'KD', seeds 0 and 1.*protocol.batch_size"):
         build([a, make("kd", 1, 91.0, spec={"protocol": {"batch_size": 64}}, identity="c")])
+    with pytest.raises(UserError, match="'KD', seed 0, would share one place"):
+        build([a, make("kd", 0, 91.0, spec=spec, identity="b")])
     assert build([a, make("kd", 1, 91.0, spec=spec, identity="d")]).rows[0].cells[0] is not None
 
 
@@ -320,6 +328,8 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     marked = next(note for note in table.notes if note.mark == kd.marks[0])
     assert marked.text == "2 of 3 seeds: no finished cell for seed 2."
     assert cell(table, "AB").marks == ()
+    # Seeds that the baseline lacks are lacking too.
+    assert "2 of 3 seeds: no finished cell for seed 2." in notes(build(records, baseline="kd"))
     assert "Not finished and not in the table: kd-seed2; KD, seed 2" in notes(table)
     row = next(line for line in markdown(table).splitlines() if line.startswith("| KD"))
     assert f"<sup>{kd.marks[0]}</sup>" in row
@@ -332,6 +342,11 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     )
     assert several.rows[1].cells[1] is None
     assert "–: no finished cell: KD (b)" in notes(several)
+
+
+def test_notes_beyond_z_have_two_letters() -> None:
+    table = build([make(f"m{k}", 0, 90.0, order=k, extra_epochs=1.0 + k) for k in range(28)])
+    assert [cell(table, f"M{k}").marks for k in (0, 25, 26, 27)] == [("a",), ("z",), ("aa",), ("ab",)]
 
 
 def test_partly_common_seeds_are_told() -> None:
@@ -376,6 +391,8 @@ def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
     assert "| CE | 5.50 ± 0.71 | – | – |" in shown and "| KD | 3.00 ± 0.00 | 97.50 ± 0.00 | 0.75 ± 0.00 |" in shown
     with pytest.raises(UserError, match="(?s)no record has the number 'fidelty'.*did you mean 'fidelity'"):
         build(records, columns=["fidelty"])
+    with pytest.raises(UserError, match="'agree'"):
+        build(records, columns=["agree"])
     with pytest.raises(UserError, match="records of earlier versions"):
         build(comparison(VALUES), columns=["top5"])
 
@@ -391,6 +408,8 @@ def test_agreement_is_said_beside_what_a_student_has_that_ignores_its_input() ->
     said = notes(build(records))
     assert "Agreement is the share of equal activation signs of student (through its connector) and teacher" in said
     assert "A student that ignores its input can reach 95.1 % to 95.8 % at layer1.preact." in said
+    rows = csv.DictReader(io.StringIO(records_csv(records)))
+    assert [row["agreement_reference.layer1.preact"] for row in rows] == ["0.951", "0.958"]
 
 
 def test_a_metric_without_a_value_is_absent_and_told(tmp_path: Path) -> None:
@@ -597,6 +616,9 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     table = build(records)
     ab = cell(table, "AB_CRD")
     assert (ab.budget.extra_epochs, ab.budget.epochs) == (30.0, 230.0)
+    # Training took 120 and 121 seconds; earlier versions noted those with evaluations alone, 130.
+    assert ab.seconds == 120.5
+    assert cell(build(comparison({"ce": [93.0]}, compute__training_seconds=None)), "CE").seconds == 130.0
     assert {name: found.mean for name, found in ab.numbers.items()} == {
         "agreement.layer1.preact": pytest.approx(0.805),
         "agreement.layer2.preact": pytest.approx(0.70),
@@ -663,6 +685,8 @@ def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> Non
     }  # fmt: skip
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
+    other = rows["KD", "wrn_16_2"]
+    assert (other["teacher"], other["teacher_accuracy"]) == ("of wrn_16_2", "95.5")
     tests = sorted((float(r["p"]), float(r["p_holm"])) for r in rows.values() if r["p"])
     assert [holm for _, holm in tests] == pytest.approx(statistics.holm([one for one, _ in tests]), abs=1e-8)
     assert len(tests) == 4
@@ -678,7 +702,7 @@ def test_the_long_csv_file_has_one_row_for_every_record() -> None:
         ("kd", "2", 93.9),
     ]
     assert rows[0]["teacher"] == "" and rows[8]["teacher_sha256"] == "ab" * 32
-    assert rows[0]["agreement.layer1.preact"] == "0.5"
+    assert rows[0]["agreement.layer1.preact"] == "0.5" and rows[3]["axis.method"] == "kd"
     assert rows[0]["identity"] == records[0].identity
     apart = make("kd", data__validation=500, result__validation={"last": 88.1, "best": 88.9, "best_step": 5})
     (row,) = csv.DictReader(io.StringIO(records_csv([apart])))
@@ -870,7 +894,7 @@ def test_latex_in_articles_of_two_columns(form: str, rows: int, tmp_path: Path) 
 
 def test_other_accuracies_stand_beside_the_one_on_the_test_part() -> None:
     def accuracies(last: float) -> dict[str, Any]:
-        return {"last": last, "best": last, "best_step": 1}
+        return {"last": last, "best": last + 1, "best_step": 1}
 
     records = [
         *(make("ce", seed, 50.0 + seed) for seed in (0, 1)),

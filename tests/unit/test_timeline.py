@@ -9,7 +9,7 @@ import pytest
 from kdbench.engine.stage import moment_at
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.recipe.timeline import batches_per_epoch, timeline
+from kdbench.recipe.timeline import batches_per_epoch, timeline, training_images
 from kdbench.registry import Registry
 
 REGISTRY = Registry()
@@ -61,6 +61,11 @@ def test_extra_epochs_come_on_top_and_first() -> None:
     assert line.extra == 30 * 782
     assert line.total == 270 * 782
     assert line.spans[0].steps == 30 * 782
+
+
+def test_images_of_some_classes() -> None:
+    chosen = cell("ce", data={"name": "digits", "per_class": 5, "only_classes": [0, 3, 4]})
+    assert training_images(chosen.data) == 15
 
 
 def test_a_share_is_at_least_one_step() -> None:

@@ -18,7 +18,7 @@ from kdbench import losses
 from kdbench.data.transforms import Transforms
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.check import check_cell
-from kdbench.engine.finish import streams
+from kdbench.engine.finish import size_of, streams
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
 from kdbench.engine.surroundings import _BUILT
@@ -379,6 +379,7 @@ def test_a_student_answers_through_its_projector_and_the_teachers_classifier() -
     count = sum(p.numel() for part in [student, *parts] for p in part.parameters())
     # Behind layer3 of a WRN there are a batch norm and the classifier.
     assert used == count - sum(p.numel() for part in (student.bn1, student.fc) for p in part.parameters())
+    assert size_of(model, member.spec.data)["parameters"] == used, "a record says so"
     assert not any(p.requires_grad for p in teacher.network.model.parameters())
 
 

@@ -11,6 +11,7 @@ from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.timeline import planned_timeline
+from kdbench.recipe.tuning import value_at
 from kdbench.record_parts import RecordedTuning
 from kdbench.registry import Registry
 
@@ -40,6 +41,10 @@ def test_a_list_is_tried_as_it_stands() -> None:
     assert settings(found, "kd") == [{"method.temperature": 2.0}, {"method.temperature": 8.0}]
     assert settings(found, "at") == [{"method.beta": 10.0}, {"method.beta": 100.0}]
     assert len(found.candidates) == 2 and len(found.tried) == 4
+
+
+def test_every_value_of_a_list_has_its_place_whatever_floating_point_makes_of_it() -> None:
+    assert all(value_at([*range(n)], k / n) == k for n in range(2, 100) for k in range(n))
 
 
 def test_lists_are_multiplied_out() -> None:
