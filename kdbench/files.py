@@ -2,15 +2,17 @@
 
 import errno
 import getpass
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,32 @@ def locked(lock: Path, wait: float, otherwise: UserError, waiting: Callable[[], 
         yield
     finally:
         held.release()
+
+
+# In a workplace: held for as long as somebody works there; and what was in the place that is to be taken.
+_AT_WORK, BEFORE = ".lock", "before"
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, in which to make what takes its place. It is removed at the end.
+
+    What killed processes left of theirs goes first. One that was killed when it had moved what was there to `BEFORE`
+    gives that back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        # Nobody makes anything there without holding the lock.
+        if {file.name for file in left.glob("*")} > {_AT_WORK}:
+            with suppress(UserError, OSError), locked(left / _AT_WORK, 0, UserError("somebody works there")):
+                if (left / BEFORE).exists() and not target.exists():
+                    (left / BEFORE).rename(target)
+                shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary,
+        locked(Path(temporary) / _AT_WORK, -1, UserError("somebody works there", temporary)),
+    ):
+        yield Path(temporary)
 
 
 def sweep(folder: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.data.listing import Listing, listing, not_found
 from kdbench.errors import UserError
+from kdbench.files import workplace
 
 logger = logging.getLogger("kdbench")
 
@@ -275,11 +275,10 @@ def _unpack(cifar: Cifar, archive: Path, cache: Path) -> Path:
     if _is_batches(cifar, target):
         return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{cifar.name}-") as temporary:
+        with workplace(target) as temporary:
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")
-            os.replace(Path(temporary) / cifar.batches, target)
+            os.replace(temporary / cifar.batches, target)
     except (OSError, tarfile.TarError) as error:
         # Another process may have been first.
         if not _is_batches(cifar, target):
@@ -295,11 +294,10 @@ def _download(cifar: Cifar, roots: Iterable[Path], cache: Path, mirrors: tuple[s
     failures = []
     for url in [*_own_mirror(file_name), official, *mirrors]:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{cifar.name}-") as temporary:
+            with workplace(cache / file_name) as temporary:
                 with _patience():
-                    download_url(url, temporary, file_name, md5)
-                return _unpack(cifar, Path(temporary) / file_name, cache)
+                    download_url(url, str(temporary), file_name, md5)
+                return _unpack(cifar, temporary / file_name, cache)
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
             failures.append(f"{url}: {error}")
             logger.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)

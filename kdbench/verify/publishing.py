@@ -1,13 +1,12 @@
 """From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kdbench.engine.folders import teacher_folder
 from kdbench.errors import UserError
-from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files
+from kdbench.files import BEFORE, LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files, workplace
 from kdbench.reading import inside
 from kdbench.recipe.planning import identity_of
 from kdbench.record import finished_record, metrics, read_record, read_run, student_file
@@ -49,10 +48,9 @@ def publish(
         hint = "run the recipe again: it continues where it stopped"
         hint += ". Or publish without them: --unfinished" if cells else ""
         raise UserError(what, str(run), hint)
-    target = _target(inside(out, name), run, cells, replace)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
-        made = Path(temporary) / name
+    with workplace(inside(out, name)) as temporary:
+        target = _target(inside(out, name), run, cells, replace)
+        made = temporary / name
         made.mkdir()
         for file in sums.published_files(run):
             if file.parent == run and (file.name == RUN or not open_cells):
@@ -70,7 +68,7 @@ def publish(
                 _copy_weights(folder, target / copy, made / copy)
         renew_tables(run, made, open_cells)
         sums.write(made)
-        _take_the_place(made, target, Path(temporary) / "before")
+        _take_the_place(made, target, temporary / BEFORE)
     return target
 
 
@@ -80,7 +78,12 @@ def _take_the_place(made: Path, target: Path, before: Path) -> None:
     if target.exists():
         _copy_own(target, made)
         target.rename(before)
-    made.rename(target)
+    try:
+        made.rename(target)
+    except BaseException:
+        if before.exists():
+            before.rename(target)
+        raise
 
 
 def _copy_own(target: Path, made: Path) -> None:

@@ -34,7 +34,19 @@ from kdbench.engine.weights import save_tensors
 from kdbench.engine.workers.pool import worker_process
 from kdbench.engine.workers.session import locked_run
 from kdbench.errors import UserError
-from kdbench.files import CHECK_PATH, CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
+from kdbench.files import (
+    BEFORE,
+    CHECK_PATH,
+    CHECKPOINT,
+    TEACHERS,
+    TRIALS,
+    atomic,
+    disk_full,
+    expanded,
+    home,
+    sweep,
+    workplace,
+)
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -186,6 +198,24 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     process.wait()
     sweep(tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_process_was_making_goes_and_what_another_is_making_stays(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with workplace(target) as killed, workplace(target) as other:
+        (killed / "half").mkdir(), (other / "half").mkdir()
+        shutil.copytree(killed, tmp_path / f"{killed.name[:-4]}gone")
+        shutil.copytree(killed, tmp_path / f".made.own{killed.name[-8:]}")
+        with workplace(target) as third:
+            left = {killed.name, other.name, third.name, f".made.own{killed.name[-8:]}"}
+            assert {folder.name for folder in tmp_path.iterdir()} == left
+        assert (killed / "half").is_dir() and (other / "half").is_dir()
+        # One that was killed in the middle of its last step.
+        shutil.copytree(killed, tmp_path / f"{killed.name[:-4]}gone")
+        (tmp_path / f"{killed.name[:-4]}gone" / "half").rename(tmp_path / f"{killed.name[:-4]}gone" / BEFORE)
+    with workplace(target):
+        assert target.is_dir()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"made", f".made.own{killed.name[-8:]}"}
 
 
 def test_a_misspelt_word_of_the_python_api_is_told(runs: Path) -> None:
