@@ -44,7 +44,7 @@ NOT_FINITE = "the loss was not finite"
 
 
 class CellError(Exception):
-    """A cell that cannot go on (a loss that is not finite, a full disk). The other cells continue; exit code 1."""
+    """A cell that cannot go on (a loss that is not finite). The other cells continue; exit code 1."""
 
 
 def _readable(text: str) -> str:

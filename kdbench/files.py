@@ -11,14 +11,14 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdbench.errors import UserError, shortened
+from kdbench.errors import CellError, UserError, shortened
 
 PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
@@ -168,6 +168,9 @@ def damaged_part(file: Path) -> str | None:
         return file.name
 
 
+_DISK_FULL = "the disk is full"
+
+
 def disk_full(error: BaseException) -> UserError | None:
     """What is said of an error where it is a full disk; None for any other."""
     codes = (errno.ENOSPC, errno.EDQUOT)
@@ -176,8 +179,17 @@ def disk_full(error: BaseException) -> UserError | None:
         return None
     # Of a copy the second is written.
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    what = f"the disk is full: {file or 'nothing more can be written'}"
+    what = f"{_DISK_FULL}: {file or 'nothing more can be written'}"
     return UserError(what, hint="make room and repeat the command: what is finished is kept")
+
+
+def failed(what: str, why: Collection[str]) -> UserError | CellError:
+    """What to raise where cells failed: what the user can mend, where a full disk is why all of them did.
+
+    Args:
+        what: is said. why: what was said of each cell.
+    """
+    return UserError(what) if all(one.startswith(_DISK_FULL) for one in why) else CellError(what)
 
 
 # What to do about a path that the system refuses.

@@ -28,6 +28,7 @@ from kdbench.cli.output import prepare, write_tables
 from kdbench.cli.progress import listener
 from kdbench.engine.options import Cluster, Options
 from kdbench.errors import CellError, UserError
+from kdbench.files import failed
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.remarks import remarks
 from kdbench.registry import Registry
@@ -166,9 +167,8 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     return outcome
 
 
-def failure(planned: Plan, outcome: Outcome) -> CellError:
+def failure(planned: Plan, outcome: Outcome) -> UserError | CellError:
     """What is said of a run in which cells failed."""
     lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
-    return CellError(
-        f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
-    )
+    what = f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
+    return failed(what, [state.message for state in outcome.failed])

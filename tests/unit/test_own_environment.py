@@ -24,7 +24,7 @@ import kdbench
 from kdbench.cli import main
 from kdbench.cli.output import write_tables
 from kdbench.cli.progress import clock
-from kdbench.cli.run import started_by_torchrun
+from kdbench.cli.run import failure, started_by_torchrun
 from kdbench.engine import checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
@@ -32,8 +32,9 @@ from kdbench.engine.options import Options
 from kdbench.engine.teachers.anchors import keep_checkpoint
 from kdbench.engine.weights import save_tensors
 from kdbench.engine.workers.pool import worker_process
+from kdbench.engine.workers.runner import Outcome
 from kdbench.engine.workers.session import locked_run
-from kdbench.errors import UserError
+from kdbench.errors import CellError, UserError
 from kdbench.files import (
     BEFORE,
     CHECK_PATH,
@@ -421,6 +422,20 @@ def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> 
     with other.failures(), atomic(tmp_path / "record.json"):
         raise ValueError("Out of range float values")
     assert other.failure and other.failure.startswith("ValueError: Out of range")
+
+
+@pytest.mark.parametrize(("others", "error"), [("the disk is full: y", UserError), ("ValueError: y", CellError)])
+def test_a_run_whose_cells_all_failed_on_a_full_disk_is_for_the_user_to_mend(
+    others: str, error: type[Exception]
+) -> None:
+    states: Any = [
+        SimpleNamespace(label="KD", message="the disk is full: x"),
+        SimpleNamespace(label="AB", message=others),
+    ]
+    planned: Any = SimpleNamespace(cells=range(3))
+    found = failure(planned, Outcome(Path(), [Path()], states))
+    assert type(found) is error
+    assert str(found) == f"2 of 3 cells failed, 1 are finished\n  KD: the disk is full: x\n  AB: {others}"
 
 
 CHILD = "import os, sys; os.fstat(2); os.fstat(1); assert sys.stderr and sys.stdout"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers.runner import run
 from kdbench.errors import NOT_FINITE, CellError
-from kdbench.files import TRIALS
+from kdbench.files import TRIALS, failed
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
 from kdbench.record import DIGEST, Record, made_from, read_record
 from kdbench.record_parts import RecordedTuning
@@ -69,10 +69,8 @@ class _Found(NamedTuple):
 def _trained(trials: Plan, options: Options, listener: Listener | None, published: Mapping[str, Record]) -> _Found:
     outcome = run(trials, options, listener, published=published)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
-        raise CellError(
-            f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
-            f"{broken[0].label}: {broken[0].message}"
-        )
+        what = f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
+        raise failed(f"{what}{broken[0].label}: {broken[0].message}", [state.message for state in broken])
     records = [read_record(folder) for folder in outcome.finished]
     none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
     return _Found(none | {record.identity: record.result.test.last for record in records}, records)
