@@ -42,6 +42,7 @@ def run(
     from kdbench.engine.options import Options
     from kdbench.engine.workers.runner import run as run_plan
     from kdbench.engine.workers.tuning import tuned
+    from kdbench.errors import counted
     from kdbench.files import expanded, failed, paths_of
     from kdbench.recipe.planning import plan
     from kdbench.record import read_records
@@ -59,7 +60,7 @@ def run(
     outcome = run_plan(planned, how)
     if outcome.failed:
         said = "; ".join(f"{state.label}: {state.message}" for state in outcome.failed)
-        what = f"{len(outcome.failed)} of {len(planned.cells)} cells failed: {said}"
+        what = f"{len(outcome.failed)} of {counted(len(planned.cells), 'cell')} failed: {said}"
         raise failed(what, [state.message for state in outcome.failed])
     return read_records(outcome.finished)
 

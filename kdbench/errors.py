@@ -59,9 +59,10 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def counted(number: int, thing: str) -> str:
-    """'1 cell', '2 cells': a number with the thing that it counts, whose plural ends in 's'."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: float, thing: str, form: str = "") -> str:
+    """'1 cell', '2 cells', '3 classes': a number, in this form, with the thing that it counts."""
+    ending = "es" if thing.endswith(("s", "x", "tch")) else "s"
+    return f"{number:{form}} {thing}{'' if number == 1 else ending}"
 
 
 def first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from kdbench.cli.options import (
 from kdbench.cli.output import prepare, write_tables
 from kdbench.cli.progress import listener
 from kdbench.engine.options import Cluster, Options
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, counted
 from kdbench.files import failed
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.remarks import remarks
@@ -170,5 +170,5 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
 def failure(planned: Plan, outcome: Outcome) -> UserError | CellError:
     """What is said of a run in which cells failed."""
     lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
-    what = f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
-    return failed(what, [state.message for state in outcome.failed])
+    what = f"{len(outcome.failed)} of {counted(len(planned.cells), 'cell')} failed, finished: {len(outcome.finished)}"
+    return failed(f"{what}\n{lines}", [state.message for state in outcome.failed])

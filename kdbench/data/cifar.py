@@ -19,7 +19,7 @@ from torch import Tensor
 from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.data.listing import Listing, listing, not_found
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import workplace
 
 logger = logging.getLogger("kdbench")
@@ -180,7 +180,7 @@ def _check_listing(cifar: Cifar, found: Listing) -> None:
         each = total // len(cifar.classes)
         for name, files in classes.items():
             if len(files) != each:
-                raise UserError(f"{len(files)} images instead of {each}", where=f"{here}/{name}", hint=again)
+                raise UserError(f"{counted(len(files), 'image')} instead of {each}", where=f"{here}/{name}", hint=again)
 
 
 def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
@@ -197,7 +197,9 @@ def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
         each = total // len(cifar.classes)
         if (counts != each).any():
             c = int((counts != each).nonzero()[0])
-            raise _broken(f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}", folder)
+            raise _broken(
+                f"{split}: {counted(int(counts[c]), 'image')} of class '{cifar.classes[c]}' instead of {each}", folder
+            )
     return canonical(cifar.name, cifar.classes, parts["train"], parts["test"], f"pickled batches ({cifar.batches})")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kdbench.engine.folders import teacher_folder
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import BEFORE, LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files, workplace
 from kdbench.reading import inside
 from kdbench.recipe.planning import identity_of
@@ -44,7 +44,7 @@ def publish(
     cells, name = [cell for cell in plan.cells if finished_record(inside(run, cell, RECORD).parent)], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
     if open_cells and not (unfinished and cells):
-        what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
+        what = f"not finished: {len(open_cells)} of {counted(len(plan.cells), 'cell')}, {open_cells[0]} for one"
         hint = "run the recipe again: it continues where it stopped"
         hint += ". Or publish without them: --unfinished" if cells else ""
         raise UserError(what, str(run), hint)
@@ -128,7 +128,7 @@ def lost(published: Path, cells: Collection[str]) -> str | None:
     kept = {identity_of(cell) for cell in cells}
     if not (gone := [cell for cell in before if identity_of(cell) not in kept]):
         return None
-    return f"{len(gone)} of {len(before)} cells that are published there are not in this run, {gone[0]} for one"
+    return f"not in this run: {len(gone)} of {counted(len(before), 'cell')} published there, {gone[0]} for one"
 
 
 def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:

@@ -106,7 +106,7 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
     assert len(read_records([tmp_path / "runs" / "tiny"])) == 6
     tiny = more[1:4]
     said = kdbench("check", *tiny, *TUNE, *FEW[1:], "seeds=3", "--results", tmp_path / "results", "--no-time").stdout
-    assert "6 of 6 cells are finished" in said and "are tried" not in said
+    assert "finished: 6 of 6 cells" in said and "are tried" not in said
     # Of a method that is new to the table its own settings are tried.
     grown = ("compare.method=[kd, ab, at]", "tune.at.beta=[1.0, 10.0, 100.0]", "--results", tmp_path / "results")
     said = kdbench("check", *tiny, *TUNE, *FEW, *grown, "--no-time").stdout

@@ -435,7 +435,7 @@ def test_a_run_whose_cells_all_failed_on_a_full_disk_is_for_the_user_to_mend(
     planned: Any = SimpleNamespace(cells=range(3))
     found = failure(planned, Outcome(Path(), [Path()], states))
     assert type(found) is error
-    assert str(found) == f"2 of 3 cells failed, 1 are finished\n  KD: the disk is full: x\n  AB: {others}"
+    assert str(found) == f"2 of 3 cells failed, finished: 1\n  KD: the disk is full: x\n  AB: {others}"
 
 
 CHILD = "import os, sys; os.fstat(2); os.fstat(1); assert sys.stderr and sys.stdout"
@@ -597,9 +597,9 @@ def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatc
     few = ("seeds=1", "compare.method=[ce,kd,at]", "--no-time")
     assert called(monkeypatch, "check", "quickstart", *few) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 cells are finished, 1 of them published in results/quickstart" in said
+    assert "finished: 2 of 3 cells, 1 of them published in results/quickstart" in said
     assert called(monkeypatch, "check", "quickstart", *few, "--results", "nowhere") == 0
-    assert "1 of 3 cells are finished\n" in capsys.readouterr().out
+    assert "finished: 1 of 3 cells\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers.runner import run
-from kdbench.errors import NOT_FINITE, CellError
+from kdbench.errors import NOT_FINITE, CellError, counted
 from kdbench.files import TRIALS, failed
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
 from kdbench.record import DIGEST, Record, made_from, read_record
@@ -50,7 +50,7 @@ def tuned(
         (listener or Listener()).say(f"accuracies of published trials are not taken: {why}")
         found, known = _trained(trials, options, listener, teachers), {}
     elif known:
-        among = f"{len(trials.cells) - len(left)} of {len(trials.cells)} trials"
+        among = f"{len(trials.cells) - len(left)} of {counted(len(trials.cells), 'trial')}"
         (listener or Listener()).say(f"accuracies of {among} taken from published results")
     return chosen(plan, known | found.known)
 
@@ -69,7 +69,7 @@ class _Found(NamedTuple):
 def _trained(trials: Plan, options: Options, listener: Listener | None, published: Mapping[str, Record]) -> _Found:
     outcome = run(trials, options, listener, published=published)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
-        what = f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
+        what = f"{len(broken)} of {counted(len(trials.cells), 'cell')} of tuning failed, so nothing was chosen: "
         raise failed(f"{what}{broken[0].label}: {broken[0].message}", [state.message for state in broken])
     records = [read_record(folder) for folder in outcome.finished]
     none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
