@@ -146,6 +146,7 @@ def check_options(
     what: str,
     also_known: tuple[str, ...] = (),
     if_missing: str = "",
+    giving: str = "add '{}:'",
 ) -> dict[str, Any]:
     """Options for a target, typed: numbers given as text, unknown names and missing ones are errors.
 
@@ -154,6 +155,7 @@ def check_options(
         known: the parameters that options may name (without tensors and shapes).
         also_known: further keys allowed at the same place, for suggestions only.
         if_missing: what a missing one of no plain type may be, if it is no option.
+        giving: how one is given, with a place for its name; for hints.
     """
     result: dict[str, Any] = {}
     for name, value in options.items():
@@ -165,7 +167,7 @@ def check_options(
         result[name] = _typed(value, known[name], where(name), what)
     missing = [p for p in known.values() if p.default is REQUIRED and p.name not in result]
     if missing:
-        hint = f"add '{missing[0].name}:'" + (f"; {if_missing}" if if_missing and missing[0].type is None else "")
+        hint = giving.format(missing[0].name) + (f"; {if_missing}" if if_missing and missing[0].type is None else "")
         raise UserError(f"{what} needs '{missing[0].name}'", where=where(None), hint=hint)
     return result
 

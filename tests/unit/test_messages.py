@@ -26,7 +26,7 @@ from synthetic import comparison
 from kdbench import api, cli
 from kdbench.__main__ import main
 from kdbench.cards import LossCard, MethodCard
-from kdbench.cli import check, output, publish
+from kdbench.cli import analyse, check, output, publish
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
@@ -256,6 +256,14 @@ def test_runs_of_one_name_are_not_published_over_each_other(tmp_path: Path) -> N
         publish.command(runs, tmp_path / "out", replace=True)
     with pytest.raises(UserError, match="not finished: 1 of 1 cell,"):
         publish.command([runs[0], tmp_path / "b" / ".." / "a" / "run"], tmp_path / "out", replace=True)
+
+
+@pytest.mark.parametrize(("name", "option"), [("judge", "by"), ("attack", "teachers")])
+def test_an_option_that_an_analysis_needs_is_told_as_it_is_written(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"analysis '{name}' needs '{option}'") as error:
+        analyse.command(name, ["runs"])
+    assert error.value.hint == f"write '{option}=VALUE': 'kdbench show analyses {name}' tells which"
+    assert f"`{option}`" in SHIPPED.card("analyses", name).note
 
 
 def test_one_of_a_thing_is_not_several() -> None:
