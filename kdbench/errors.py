@@ -91,6 +91,17 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+ON_DEVICE = (
+    "no .cuda() and no .to(device): kdbench moves networks itself; a new tensor takes 'device=x.device' of another"
+)
+
+
+def device_advice(error: BaseException) -> str | None:
+    """What to do about code of the user's that chose a device by itself; None of other errors."""
+    signs = ("same device", "NVIDIA driver", "with CUDA enabled", "No CUDA GPUs")
+    return ON_DEVICE if any(sign in str(error) for sign in signs) else None
+
+
 def raised_by_own_code(error: BaseException) -> UserError | None:
     """What an exception says that code of the user's own raised, or led to; None for any other."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename)]

@@ -135,6 +135,12 @@ def load_weights(model: nn.Module, state: State, name: str, where: str, classes:
     ]
     if differing:
         hint = "check the model's name and options; two networks of one name can differ"
+        if _other_classes(own, state, other, None):
+            layer = other[0].rpartition(".")[0] or other[0]
+            hint = (
+                f"they differ in the rows of '{layer}' alone. A last layer begins anew if it has one row for each of "
+            )
+            hint += f"the {classes} classes; for other rows, save the file anew with as many as the network has"
         raise UserError(f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}", where, hint)
     bad = (key for key in state if own[key].isfinite().all() and not state[key].float().isfinite().all())
     if key := next(bad, None):

@@ -260,6 +260,8 @@ def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPa
         kdbench.run("quickstart", registries=[3])  # type: ignore[list-item]
     with pytest.raises(UserError, match="an override is a text, not 3"):
         kdbench.run("quickstart", [3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="names a network, and cannot hold one: Linear"):
+        kdbench.run({"data": "digits", "student": {"name": torch.nn.Linear(2, 2)}, "method": "ce"})
 
 
 def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
