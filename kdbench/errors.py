@@ -91,6 +91,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+# What to do about code that chooses a device by itself.
 ON_DEVICE = (
     "no .cuda() and no .to(device): kdbench moves networks itself; a new tensor takes 'device=x.device' of another"
 )

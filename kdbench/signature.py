@@ -89,11 +89,11 @@ def _write_out(tree: ast.Module) -> None:
         value = getattr(node, "value", None)
         if isinstance(place, ast.Name) and isinstance(value, ast.Name | ast.Subscript | ast.BinOp):
             names[place.id] = value
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
-            found = _WrittenOut(names).visit(copy.deepcopy(node.annotation))
-            if _plain_type(text := ast.unparse(found)) is not None and text != ast.unparse(node.annotation):
-                node.annotation = found
+    for typed in ast.walk(tree):
+        if isinstance(typed, ast.arg | ast.AnnAssign) and typed.annotation is not None:
+            found = _WrittenOut(names).visit(copy.deepcopy(typed.annotation))
+            if _plain_type(text := ast.unparse(found)) is not None and text != ast.unparse(typed.annotation):
+                typed.annotation = found
 
 
 class _WrittenOut(ast.NodeTransformer):

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kdbench.engine.options import Listener, Options
+from kdbench.engine.workers.finished import OtherTrials, differing
 from kdbench.engine.workers.runner import run
 from kdbench.errors import NOT_FINITE, CellError, counted
 from kdbench.files import TRIALS, failed
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
-from kdbench.record import DIGEST, Record, made_from, read_record
+from kdbench.record import Record, made_from, read_record
 from kdbench.record_parts import RecordedTuning
 
 # Identity of a tried cell -> its accuracy, None where its loss was not finite.
@@ -31,6 +32,7 @@ def tuned(
             ones, and of teachers. What they hold is not trained again, if data and teachers here are theirs.
 
     Raises:
+        OtherTrials: they are not, as far as it was seen here: `run` sees it of a plan whose trials are all known.
         CellError: a candidate failed otherwise than by a loss that is not finite, or none of a method did not.
         UserError, KeyboardInterrupt: as of `run`.
     """
@@ -42,14 +44,10 @@ def tuned(
     if not left:
         return chosen(plan, known)
     found = _trained(replace(trials, cells=left), options, listener, teachers)
-    sides = before.values(), found.records
-    then, now = ({key: sha for record in side for key, sha in made_from(record).items()} for side in sides)
-    if known and (differ := [key for key in then if now.get(key, then[key]) != then[key]]):
-        what, name = differ[0]
-        why = f"'{name}' had the {DIGEST[what]} {then[differ[0]][:12]}, here it has {now[differ[0]][:12]}"
-        (listener or Listener()).say(f"accuracies of published trials are not taken: {why}")
-        found, known = _trained(trials, options, listener, teachers), {}
-    elif known:
+    now = {key: sha for record in found.records for key, sha in made_from(record).items()}
+    if known and (why := differing(before.values(), now)):
+        raise OtherTrials(why)
+    if known:
         among = f"{len(trials.cells) - len(left)} of {counted(len(trials.cells), 'trial')}"
         (listener or Listener()).say(f"accuracies of {among} taken from published results")
     return chosen(plan, known | found.known)
