@@ -47,9 +47,9 @@ def run(
         trials: published records by whose accuracies of tried cells the plan's settings were chosen.
 
     Raises:
-        OtherTrials: data or teacher of these are other ones than those here.
-        UserError: another run works in the same folder; data or weights are not to be had; a damaged record, or one
-            that was made from other data or by another teacher than those here.
+        OtherTrials: data or teacher of these trials are other ones than those here.
+        UserError: another run works there; data or weights are not to be had; a damaged record, or one that was made
+            from other data or by another teacher than those here.
         KeyboardInterrupt: after all cells were checkpointed.
     """
     listener = listener or Listener()
@@ -75,9 +75,8 @@ def run(
             finished.compare_teachers()
             finished.check_trials(trials, here)
             finished.adopt(results, folder)
-            for cell in cells:
-                if cell.state == "finished":
-                    _rename(cell.folder / RECORD, names(plan, cell.cell))
+            for cell in (cell for cell in cells if cell.state == "finished"):
+                _rename(cell.folder / RECORD, names(plan, cell.cell))
             # Published cells that were not taken are open now.
             session.check_cells(finished.open)
             # A plan that was refused leaves the last one's table as it is.
@@ -90,11 +89,8 @@ def run(
                     session.train(plan, folder, finished.open, done)
             finally:
                 listener.end()
-    return Outcome(
-        folder,
-        [cell.folder for cell in cells if cell.state == "finished"],
-        [cell for cell in cells if cell.state == "failed"],
-    )
+    done = [cell.folder for cell in cells if cell.state == "finished"]
+    return Outcome(folder, done, [cell for cell in cells if cell.state == "failed"])
 
 
 def _check_case(folder: Path) -> None:
