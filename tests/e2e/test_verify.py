@@ -133,7 +133,7 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert {f.what for f in found if f.level == "unchecked"} == {
         said.replace("5 of 5", "4 of 5")
     } and not disagreements(made)
-    counted = ", ".join(f"{number} of 1 records" for number in ("test.last", "test.loss", "calibration_error"))
+    counted = ", ".join(f"{number} of 1 record" for number in ("test.last", "test.loss", "calibration_error"))
     said = f"follow from them: {counted}; not fidelity of 1, "
     assert any(f.what.startswith(said) for f in found)
 
