@@ -315,7 +315,7 @@ def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
         file.write_bytes(damaged)
         assert any("cannot be read" in f.what for f in disagreements(folder))
     save_file({"logits": logits[:7].contiguous()}, file)
-    assert any("no logits for these" in f.what for f in disagreements(folder))
+    assert any("no logits for the" in f.what for f in disagreements(folder))
 
 
 @pytest.mark.slow
