@@ -34,7 +34,7 @@ def run(
         The records of the finished cells, in the order of the comparison.
 
     Raises:
-        UserError: A mistake in the recipe, or missing data or weights.
+        UserError: A mistake in the recipe, missing data or weights, or a full disk.
         CellError: A cell failed. The others are finished and recorded.
     """
     import json
@@ -42,8 +42,8 @@ def run(
     from kdbench.engine.options import Options
     from kdbench.engine.workers.runner import run as run_plan
     from kdbench.engine.workers.tuning import tuned
-    from kdbench.errors import CellError
-    from kdbench.files import expanded, paths_of
+    from kdbench.errors import counted
+    from kdbench.files import expanded, failed, paths_of
     from kdbench.recipe.planning import plan
     from kdbench.record import read_records
     from kdbench.registry import Registry
@@ -59,8 +59,9 @@ def run(
     planned = tuned(planned, how)
     outcome = run_plan(planned, how)
     if outcome.failed:
-        failed = "; ".join(f"{state.label}: {state.message}" for state in outcome.failed)
-        raise CellError(f"{len(outcome.failed)} of {len(planned.cells)} cells failed: {failed}")
+        said = "; ".join(f"{state.label}: {state.message}" for state in outcome.failed)
+        what = f"{len(outcome.failed)} of {counted(len(planned.cells), 'cell')} failed: {said}"
+        raise failed(what, [state.message for state in outcome.failed])
     return read_records(outcome.finished)
 
 

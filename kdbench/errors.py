@@ -44,7 +44,7 @@ NOT_FINITE = "the loss was not finite"
 
 
 class CellError(Exception):
-    """A cell that cannot go on (a loss that is not finite, a full disk). The other cells continue; exit code 1."""
+    """A cell that cannot go on (a loss that is not finite). The other cells continue; exit code 1."""
 
 
 def _readable(text: str) -> str:
@@ -59,9 +59,10 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def counted(number: int, thing: str) -> str:
-    """'1 cell', '2 cells': a number with the thing that it counts, whose plural ends in 's'."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: float, thing: str, form: str = "") -> str:
+    """'1 cell', '2 cells', '3 classes': a number, in this form, with the thing that it counts."""
+    ending = "es" if thing.endswith(("s", "x", "tch")) else "s"
+    return f"{number:{form}} {thing}{'' if number == 1 else ending}"
 
 
 def first_line(error: BaseException) -> str:
@@ -88,6 +89,18 @@ def _told(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it ends the program by 'sys.exit({'' if error.code is None else error.code})'"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+# What to do about code that chooses a device by itself.
+ON_DEVICE = (
+    "no .cuda() and no .to(device): kdbench moves networks itself; a new tensor takes 'device=x.device' of another"
+)
+
+
+def device_advice(error: BaseException) -> str | None:
+    """What to do about code of the user's that chose a device by itself; None of other errors."""
+    signs = ("same device", "NVIDIA driver", "with CUDA enabled", "No CUDA GPUs")
+    return ON_DEVICE if any(sign in str(error) for sign in signs) else None
 
 
 def raised_by_own_code(error: BaseException) -> UserError | None:

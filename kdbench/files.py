@@ -2,21 +2,23 @@
 
 import errno
 import getpass
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdbench.errors import UserError, shortened
+from kdbench.errors import CellError, UserError, shortened
 
 PACKAGE = Path(__file__).parent
 # In a wheel, cards, recipes and small weights lie inside the package; in a checkout, beside it.
@@ -166,6 +168,9 @@ def damaged_part(file: Path) -> str | None:
         return file.name
 
 
+_DISK_FULL = "the disk is full"
+
+
 def disk_full(error: BaseException) -> UserError | None:
     """What is said of an error where it is a full disk; None for any other."""
     codes = (errno.ENOSPC, errno.EDQUOT)
@@ -174,8 +179,17 @@ def disk_full(error: BaseException) -> UserError | None:
         return None
     # Of a copy the second is written.
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    what = f"the disk is full: {file or 'nothing more can be written'}"
+    what = f"{_DISK_FULL}: {file or 'nothing more can be written'}"
     return UserError(what, hint="make room and repeat the command: what is finished is kept")
+
+
+def failed(what: str, why: Collection[str]) -> UserError | CellError:
+    """What to raise where cells failed: what the user can mend, where a full disk is why all of them did.
+
+    Args:
+        what: is said. why: what was said of each cell.
+    """
+    return UserError(what) if all(one.startswith(_DISK_FULL) for one in why) else CellError(what)
 
 
 # What to do about a path that the system refuses.
@@ -254,6 +268,32 @@ def locked(lock: Path, wait: float, otherwise: UserError, waiting: Callable[[], 
         yield
     finally:
         held.release()
+
+
+# In a workplace: held for as long as somebody works there; and what was in the place that is to be taken.
+_AT_WORK, BEFORE = ".lock", "before"
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, in which to make what takes its place. It is removed at the end.
+
+    What killed processes left of theirs goes first. One that was killed when it had moved what was there to `BEFORE`
+    gives that back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        # Nobody makes anything there without holding the lock.
+        if {file.name for file in left.glob("*")} > {_AT_WORK}:
+            with suppress(UserError, OSError), locked(left / _AT_WORK, 0, UserError("somebody works there")):
+                if (left / BEFORE).exists() and not target.exists():
+                    (left / BEFORE).rename(target)
+                shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary,
+        locked(Path(temporary) / _AT_WORK, -1, UserError("somebody works there", temporary)),
+    ):
+        yield Path(temporary)
 
 
 def sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from kdbench.errors import counted
 from kdbench.forms import Card, Name, Named, Percent, Strict
 
 MeanDeviation = Annotated[list[Percent], Field(min_length=2, max_length=2)]
@@ -85,7 +86,9 @@ class PublishedCard(Card):
     def one_entry_for_each_pair(self) -> PublishedCard:
         for name, row in self.methods.items():
             if len(row.accuracies) != len(self.pairs):
-                raise ValueError(f"'{name}' has {len(row.accuracies)} accuracies for {len(self.pairs)} pairs")
+                raise ValueError(
+                    f"'{name}': {len(row.accuracies)} in 'accuracies' for {counted(len(self.pairs), 'pair')}"
+                )
         return self
 
     def protocol_of(self, method: str, pair: PublishedPair) -> PublishedProtocol:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from kdbench import record_parts as parts
-from kdbench.errors import UserError, check_word
+from kdbench.errors import UserError, check_word, counted
 from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, meant, paths_of, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
@@ -129,7 +129,7 @@ class Record(Open):
         elif budget.stages and budget.stages[-1].steps < window:
             why = f"its last stage, '{budget.stages[-1].name}', is shorter"
         elif len(points) < FEWEST_EVALUATIONS:
-            why = f"{len(points)} evaluations in its last {LAST_EPOCHS} epochs, {FEWEST_EVALUATIONS} are needed"
+            why = f"{counted(len(points), 'evaluation')} in these, {FEWEST_EVALUATIONS} are needed"
         else:
             return parts.Tail(math.fsum(points) / len(points), len(points))
         hint = "take the accuracy after the last step, or run the recipe longer or with evaluations=epoch"

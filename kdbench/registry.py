@@ -217,7 +217,9 @@ class Registry:
                 options[key] = value
                 origins[key] = given.origin((key,))
         where, if_missing = (lambda key: origins.get(key, given.origin(()))), _A_TENSOR if kind == "losses" else ""
-        return check_options(options, settable, where, what, own[1:], if_missing)
+        # An analysis takes its options from the command line.
+        words = f"write '{{}}=VALUE': 'kdbench show analyses {name}' tells which" if kind == "analyses" else "add '{}:'"
+        return check_options(options, settable, where, what, own[1:], if_missing, words)
 
     def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
         """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""

@@ -5,10 +5,12 @@ signature; reading it with `ast` lets a misspelt option be reported before torch
 """
 
 import ast
+import copy
 import functools
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ def _parameters(file: Path, of: tuple[int, int], object_name: str, called: bool)
         raise UserError(f"not text in UTF-8: {error}", str(file), "save it as text in UTF-8") from None
     except SyntaxError as error:
         raise UserError(f"not valid Python: {error.msg}", where=f"{file}:{error.lineno}") from None
+    _write_out(tree)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == object_name:
             return _from_arguments(node.args, skip=0)
@@ -74,6 +77,35 @@ def _parameters(file: Path, of: tuple[int, int], object_name: str, called: bool)
             return {} if called else _from_fields(node)
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
+
+
+def _write_out(tree: ast.Module) -> None:
+    """Write out, in a file's annotations, the names that it gives to plain types: `Form = Literal["a", "b"]`."""
+    names: dict[str, ast.expr] = {}
+    for node in tree.body:
+        place = (
+            node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", getattr(node, "name", None))
+        )
+        value = getattr(node, "value", None)
+        if isinstance(place, ast.Name) and isinstance(value, ast.Name | ast.Subscript | ast.BinOp):
+            names[place.id] = value
+    for typed in ast.walk(tree):
+        if isinstance(typed, ast.arg | ast.AnnAssign) and typed.annotation is not None:
+            found = _WrittenOut(names).visit(copy.deepcopy(typed.annotation))
+            if _plain_type(text := ast.unparse(found)) is not None and text != ast.unparse(typed.annotation):
+                typed.annotation = found
+
+
+class _WrittenOut(ast.NodeTransformer):
+    def __init__(self, names: Mapping[str, ast.expr]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id not in self.names:
+            return node
+        # A name of itself leads nowhere.
+        others = {name: value for name, value in self.names.items() if name != node.id}
+        return _WrittenOut(others).visit(copy.deepcopy(self.names[node.id]))
 
 
 def _with_bases(node: ast.ClassDef, known: Mapping[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
@@ -114,6 +146,7 @@ def check_options(
     what: str,
     also_known: tuple[str, ...] = (),
     if_missing: str = "",
+    giving: str = "add '{}:'",
 ) -> dict[str, Any]:
     """Options for a target, typed: numbers given as text, unknown names and missing ones are errors.
 
@@ -122,6 +155,7 @@ def check_options(
         known: the parameters that options may name (without tensors and shapes).
         also_known: further keys allowed at the same place, for suggestions only.
         if_missing: what a missing one of no plain type may be, if it is no option.
+        giving: how one is given, with a place for its name; for hints.
     """
     result: dict[str, Any] = {}
     for name, value in options.items():
@@ -133,7 +167,7 @@ def check_options(
         result[name] = _typed(value, known[name], where(name), what)
     missing = [p for p in known.values() if p.default is REQUIRED and p.name not in result]
     if missing:
-        hint = f"add '{missing[0].name}:'" + (f"; {if_missing}" if if_missing and missing[0].type is None else "")
+        hint = giving.format(missing[0].name) + (f"; {if_missing}" if if_missing and missing[0].type is None else "")
         raise UserError(f"{what} needs '{missing[0].name}'", where=where(None), hint=hint)
     return result
 
@@ -198,8 +232,8 @@ def _parameter(argument: ast.arg, default: ast.expr | None, positional: bool) ->
 
 def _plain_type(annotation: str) -> Any:
     """The type an annotation stands for, or None. `float | Tensor` counts as float: a recipe can only write numbers."""
-    parts = [part for part in annotation.split(" | ") if part.rpartition(".")[2] != "Tensor"]
+    plain = re.sub(r" \| (\w+\.)*Tensor\b|\b(\w+\.)*Tensor \| ", "", annotation)
     try:
-        return eval(" | ".join(parts), {"__builtins__": {}}, _TYPES)
+        return eval(plain, {"__builtins__": {}}, _TYPES)
     except (NameError, SyntaxError, TypeError):
         return None

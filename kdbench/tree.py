@@ -107,6 +107,9 @@ def plain(data: Any) -> Any:
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, os.PathLike):
         return os.fspath(data)
+    if hasattr(data, "state_dict"):
+        hint = "write a card of the kind 'models' with its class as 'target', and save its weights into a file"
+        raise UserError(f"a recipe names a network, and cannot hold one: {type(data).__name__}", "recipe", hint)
     if hasattr(data, "tolist"):
         return data.tolist()
     if isinstance(data, list | tuple | set | range):

@@ -86,7 +86,7 @@ def command(
         show(console, table)
     if done := len(planned.cells) - len(left.cells):
         also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
-        console.print(f"{done} of {len(planned.cells)} cells are finished{also}")
+        console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")
     _print_needs(console, planned, left, runs, estimate, taken, time)
 
 

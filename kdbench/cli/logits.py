@@ -88,8 +88,8 @@ class _FillDisplay:
     def table_found(self, teacher: str, table: TableFound, shown: int) -> None:
         self.teacher, self.table = teacher, table
         what = (
-            f"{teacher}: {table.images} images × {counted(table.views, 'view')} × {table.classes} classes, "
-            f"{table.bytes / 1e6:,.1f} MB in {table.folder}"
+            f"{teacher}: {counted(table.images, 'image')} × {counted(table.views, 'view')} × "
+            f"{counted(table.classes, 'class')}, {table.bytes / 1e6:,.1f} MB in {table.folder}"
         )
         if table.done >= table.images:
             print(f"{what}: already complete")
@@ -97,9 +97,8 @@ class _FillDisplay:
             so_far = f", {table.done / table.images:.0%} are there" if table.done else ""
             print(f"{what}{so_far}: about {clock(table.seconds)} here", flush=True)
             if shown < (lacking := (table.images - table.done) * table.views):
-                few = (
-                    f"one run of these cells shows the teacher {shown:,} views, fewer than the {lacking:,} of the table"
-                )
+                views = counted(shown, "view", ",")
+                few = f"one run of these cells shows the teacher {views}, fewer than the {lacking:,} of the table"
                 print(f"note: {few}, which pays only for more runs than that", flush=True)
 
     def filled(self, done: int, seconds: float) -> None:
@@ -133,7 +132,7 @@ def ls() -> None:
             " × ".join(str(n) for n in table.shape),
             table.key["precision"],
             f"{table.done * table.image_bytes / 1e6:,.1f}",
-            ("all images" if table.done == table.shape[0] else f"{table.done:,} images")
+            ("all images" if table.done == table.shape[0] else f"{counted(table.done, 'image', ',')}")
             + ("" if table.sha256 else ", cut off"),
             clock(table.seconds),
         )

@@ -81,7 +81,7 @@ class _Base(Listener):
             # Tests and checkpoints take time beside the steps that are counted.
             time_left = f"about {clock(left)} left" if left >= 1 else "almost done"
         return (
-            f"{count['finished']}/{len(self.cells)} cells finished, {count['running']} running, "
+            f"{count['finished']}/{counted(len(self.cells), 'cell')} finished, {count['running']} running, "
             f"{count['waiting']} waiting{failed}; {time_left}"
         )
 

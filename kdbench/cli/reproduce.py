@@ -93,7 +93,9 @@ def command(
         beside = {key: cards.card("published", key) for key in keys}
         _write_together([results / planned.name for planned in plans], beside, results / study)
     if failed:
-        raise CellError(f"{len(failed)} of {len(plans)} recipes: {', '.join(failed)}; the others are published")
+        raise CellError(
+            f"{len(failed)} of {counted(len(plans), 'recipe')}: {', '.join(failed)}; the others are published"
+        )
 
 
 def plans_of(study: str, profile: str, registry: Registry, results: Path | None = None) -> list[Plan]:

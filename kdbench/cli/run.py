@@ -26,14 +26,18 @@ from kdbench.cli.options import (
 )
 from kdbench.cli.output import prepare, write_tables
 from kdbench.cli.progress import listener
-from kdbench.engine.options import Cluster, Options
-from kdbench.errors import CellError, UserError
+from kdbench.engine.options import Cluster, Listener, Options
+from kdbench.errors import CellError, UserError, counted
+from kdbench.files import failed
 from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.remarks import remarks
 from kdbench.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kdbench.engine.workers.runner import Outcome
+    from kdbench.record import Record
 
 EXAMPLES = """
 kdbench run quickstart
@@ -147,28 +151,45 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     Raises:
         KeyboardInterrupt: after all cells were checkpointed.
     """
-    from kdbench.engine.workers.runner import run as run_plan
-    from kdbench.engine.workers.tuning import tuned
-    from kdbench.verify.adopting import computed_otherwise, published, tried
+    from kdbench.engine.workers.finished import OtherTrials
+    from kdbench.verify.adopting import tried
 
     shown = listener()
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
         shown.say(f"note: {remark}")
-    before = (results or Path()) / planned.name
-    planned = tuned(planned, options, shown, tried(planned, before) if results is not None else None)
-    found = published(planned, before) if results is not None else {}
-    if results is not None and not found and (way := computed_otherwise(planned, before)):
-        shown.say(f"note: the cells of {before} count as finished only if they are computed as they were there: {way}")
-    prepare()
-    outcome = run_plan(planned, options, shown, before, found)
+    trials = tried(planned, results / planned.name) if results is not None else {}
+    try:
+        outcome = _outcome(planned, options, shown, results, trials)
+    except OtherTrials as error:
+        shown.say(f"accuracies of published trials are not taken: {error}")
+        # Teachers among them are taken all the same, if they fit.
+        trials = {name: record for name, record in trials.items() if record.cell.tuning is None}
+        outcome = _outcome(planned, options, shown, results, trials)
     if outcome.finished:
         write_tables(outcome.finished, outcome.folder, [state.cell.slug for state in outcome.failed])
     return outcome
 
 
-def failure(planned: Plan, outcome: Outcome) -> CellError:
+def _outcome(
+    planned: Plan, options: Options, shown: Listener, results: Path | None, trials: Mapping[str, Record]
+) -> Outcome:
+    """Choose the settings of a plan that tunes, then run it."""
+    from kdbench.engine.workers.runner import run as run_plan
+    from kdbench.engine.workers.tuning import tuned
+    from kdbench.verify.adopting import computed_otherwise, published
+
+    before = (results or Path()) / planned.name
+    planned = tuned(planned, options, shown, trials)
+    found = published(planned, before) if results is not None else {}
+    if results is not None and not found and (way := computed_otherwise(planned, before)):
+        shown.say(f"note: the cells of {before} count as finished only if they are computed as they were there: {way}")
+    prepare()
+    tunings = [record for record in trials.values() if record.cell.tuning is not None]
+    return run_plan(planned, options, shown, before, found, tunings)
+
+
+def failure(planned: Plan, outcome: Outcome) -> UserError | CellError:
     """What is said of a run in which cells failed."""
     lines = "\n".join(f"  {state.label}: {state.message}" for state in outcome.failed)
-    return CellError(
-        f"{len(outcome.failed)} of {len(planned.cells)} cells failed, {len(outcome.finished)} are finished\n{lines}"
-    )
+    what = f"{len(outcome.failed)} of {counted(len(planned.cells), 'cell')} failed, finished: {len(outcome.finished)}"
+    return failed(f"{what}\n{lines}", [state.message for state in outcome.failed])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 # Whole numbers in which labels may come.
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -41,10 +41,12 @@ def check_labels(name: str, split: str, labels: Any, images: int, classes: int) 
         hint = "a label is the number of its class: 'labels.to(torch.int64)', of shares of classes 'labels.argmax(1)'"
         raise UserError(f"{what} {_kind(labels)}, not whole numbers", hint=hint)
     if labels.shape != (images,):
-        raise UserError(f"{what} of shape {[*labels.shape]} for {images} images", hint="each image has one label")
+        raise UserError(
+            f"{what} of shape {[*labels.shape]} for {counted(images, 'image')}", hint="each image has one label"
+        )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         hint = "the first class is 0; the function gives the names of all classes, in the order of the labels"
-        raise UserError(f"{what} {int(labels.min())} to {int(labels.max())}, of {classes} classes", hint=hint)
+        raise UserError(f"{what} {int(labels.min())} to {int(labels.max())}, of {counted(classes, 'class')}", hint=hint)
 
 
 def check_taught(name: str, classes: Sequence[str], train: Tensor, test: Tensor) -> None:

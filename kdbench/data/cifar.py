@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor
 from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.data.listing import Listing, listing, not_found
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
+from kdbench.files import workplace
 
 logger = logging.getLogger("kdbench")
 
@@ -180,7 +180,7 @@ def _check_listing(cifar: Cifar, found: Listing) -> None:
         each = total // len(cifar.classes)
         for name, files in classes.items():
             if len(files) != each:
-                raise UserError(f"{len(files)} images instead of {each}", where=f"{here}/{name}", hint=again)
+                raise UserError(f"{counted(len(files), 'image')} instead of {each}", where=f"{here}/{name}", hint=again)
 
 
 def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
@@ -197,7 +197,9 @@ def _from_batches(cifar: Cifar, folder: Path) -> ImageData:
         each = total // len(cifar.classes)
         if (counts != each).any():
             c = int((counts != each).nonzero()[0])
-            raise _broken(f"{split}: {int(counts[c])} images of class '{cifar.classes[c]}' instead of {each}", folder)
+            raise _broken(
+                f"{split}: {counted(int(counts[c]), 'image')} of class '{cifar.classes[c]}' instead of {each}", folder
+            )
     return canonical(cifar.name, cifar.classes, parts["train"], parts["test"], f"pickled batches ({cifar.batches})")
 
 
@@ -275,11 +277,10 @@ def _unpack(cifar: Cifar, archive: Path, cache: Path) -> Path:
     if _is_batches(cifar, target):
         return target
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{cifar.name}-") as temporary:
+        with workplace(target) as temporary:
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")
-            os.replace(Path(temporary) / cifar.batches, target)
+            os.replace(temporary / cifar.batches, target)
     except (OSError, tarfile.TarError) as error:
         # Another process may have been first.
         if not _is_batches(cifar, target):
@@ -295,11 +296,10 @@ def _download(cifar: Cifar, roots: Iterable[Path], cache: Path, mirrors: tuple[s
     failures = []
     for url in [*_own_mirror(file_name), official, *mirrors]:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f".{cifar.name}-") as temporary:
+            with workplace(cache / file_name) as temporary:
                 with _patience():
-                    download_url(url, temporary, file_name, md5)
-                return _unpack(cifar, Path(temporary) / file_name, cache)
+                    download_url(url, str(temporary), file_name, md5)
+                return _unpack(cifar, temporary / file_name, cache)
         except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
             failures.append(f"{url}: {error}")
             logger.warning("%s could not be downloaded from %s (%s)", cifar.name, url, error)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from kdbench.data.listing import SUFFIXES, class_folders, list_lines, not_found
 from kdbench.data.pictures import Pictures, find, gather
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 _OFFICE = ("office31", "domain_adaptation_images", "Original_images", "office")
 _CLEF = ("image_CLEF", "imageclef", "image-clef")
@@ -84,7 +84,8 @@ def _of_folders(root: Path, data: str, domain: str, cache: Path, short_side: int
     found = class_folders(root)
     empty = [name for name, files in found.items() if not files]
     if len(found) != _CLASSES[data] or empty:
-        what = f"{len(found)} class folders{f', {empty[0]} without pictures' if empty else ''}, not {_CLASSES[data]}"
+        without = f", {empty[0]} without pictures" if empty else ""
+        what = f"{counted(len(found), 'class folder')}{without}, not {_CLASSES[data]}"
         raise UserError(what, str(root), f"pictures end in {', '.join(SUFFIXES)}")
     pictures = [(file, label) for label, files in enumerate(found.values()) for file in files]
     return gather(f"{data}_{domain}", found, pictures, pictures, cache, short_side, "picture folder")

@@ -11,7 +11,7 @@ import torch
 from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached
 from kdbench.data.listing import class_folders, class_names, find_folder, listing, picture_files
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 DEVKIT, TRUTH, META = "ILSVRC2012_devkit_t12", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _DATA = f"{DEVKIT}/data"
@@ -35,7 +35,7 @@ def splits(root: Path, subset: bool = False) -> tuple[list[str], list[tuple[Path
     val = root / "val"
     tested = class_folders(val) if class_names(val) else flat(val, root)
     if missing := sorted(train.keys() ^ tested.keys()):
-        what = f"{len(missing)} classes are in one of 'train' and 'val' only: {_some(missing)}"
+        what = f"{counted(len(missing), 'class')} in only one of 'train' and 'val': {_some(missing)}"
         raise UserError(what, str(root), "unpack both archives again, or remove these folders")
     classes = sorted(train)
     for folder, by_class in ((root / "train", train), (val, tested)):
@@ -54,7 +54,7 @@ def checked(found: Iterable[str], subset: bool, where: Path) -> None:
     known = set(ImageNetInfo("imagenet-1k").label_names())
     names = set(found)
     if strange := sorted(names - known):
-        what = f"{len(strange)} class folders are not classes of ImageNet-1k: {_some(strange)}"
+        what = f"{counted(len(strange), 'class folder')} of no class of ImageNet-1k: {_some(strange)}"
         hint = "folders must be named by synsets, for example 'n01440764'; for other pictures write 'data: FOLDER'"
         raise UserError(what, str(where), hint)
     if not subset and (missing := sorted(known - names)):
@@ -71,13 +71,15 @@ def flat(val: Path, root: Path) -> dict[str, list[Path]]:
     files = sorted(picture_files(val))
     of = truth(root)
     if of is None:
-        what = f"{len(files)} validation pictures are in no class folders, and no file names their classes"
+        what = f"{counted(len(files), 'validation picture')} in no class folder, and no file that names the classes"
         raise UserError(what, str(val), f"put beside 'val' one of: {_WANTED}; or sort them into folders")
     names = [file.stem for file in files]
     if isinstance(of, list):
         if len(of) != len(files):
             raise UserError(
-                f"{len(files)} validation pictures, and classes of {len(of)}", where=str(val), hint="unpack it again"
+                f"{counted(len(files), 'validation picture')}, and classes of {len(of)}",
+                where=str(val),
+                hint="unpack it again",
             )
         of = dict(zip(names, of, strict=True))
     if unknown := [name for name in names if name not in of]:
@@ -134,7 +136,7 @@ def tiny(roots: list[Path], download: bool, cache: Path, *, folder: str = "tiny-
     found = listing(find_folder(roots, folder)).complete()
     names = found.root / "wnids.txt"
     if names.is_file() and (other := sorted({*names.read_text().split()} ^ {*found.classes})):
-        what = f"{len(other)} classes are in one of wnids.txt and 'train' only: {_some(other)}"
+        what = f"{counted(len(other), 'class')} in only one of wnids.txt and 'train': {_some(other)}"
         raise UserError(what, str(names), "unpack the archive again")
     return cached(lambda: read(found, folder, 3), cache, folder, found.stamps, "3 channels")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kdbench.data.listing import list_lines
 from kdbench.data.pictures import Pictures, from_folders, gather, official_or_folders
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 LISTS = ("TrainImages.txt", "TestImages.txt")
 _NAMES = ("mit67", "indoorCVPR_09", "mit_indoor_scenes")
@@ -34,7 +34,9 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     classes = sorted({name.partition("/")[0] for names in named for name in names})
     if len(classes) != _CLASSES:
         raise UserError(
-            f"the lists name {len(classes)} classes instead of {_CLASSES}", where=str(place), hint="get the lists again"
+            f"the lists name {counted(len(classes), 'class')} instead of {_CLASSES}",
+            where=str(place),
+            hint="get the lists again",
         )
     train, test = (
         [(place / "Images" / name, classes.index(name.partition("/")[0])) for name in names] for names in named

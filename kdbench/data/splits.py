@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.streams import words
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 
 
 def subset(labels: Tensor, *, fraction: float | None = None, per_class: int | None = None, seed: int) -> Tensor:
@@ -41,7 +41,8 @@ def subset(labels: Tensor, *, fraction: float | None = None, per_class: int | No
         if per_class > sizes.min():
             small = int(sizes.argmin())
             raise UserError(
-                f"'per_class' is {per_class}, but class {int(present[small])} has {int(sizes[small])} training images",
+                f"'per_class' is {per_class}, but class {int(present[small])} has "
+                f"{counted(int(sizes[small]), 'training image')}",
                 hint=f"at most {int(sizes.min())} are possible here",
             )
         counts = np.full(len(sizes), per_class)
@@ -77,7 +78,7 @@ def validation(labels: Tensor, *, size: int | float, seed: int) -> tuple[Tensor,
     if sizes.min() < 2:
         raise UserError(f"class {int(present[sizes.argmin()])} has one image, too few for a validation split")
     if not lowest <= total <= highest:
-        what = f"a validation split of {total} of {len(labels)} images leaves a class without images"
+        what = f"a validation split of {total} of {counted(len(labels), 'image')} leaves a class without images"
         raise UserError(what, hint=f"between {lowest} and {highest} images are possible here")
     chosen = _take(labels, present, _apportion(sizes, total, keep=1), seed, "validation")
     rest = torch.ones(len(labels), dtype=torch.bool)

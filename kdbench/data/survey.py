@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from kdbench.data.listing import Listing, centred, converted, held_out, listing, opened, pixels
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import cores, sha256_of_data, write_summed
 from kdbench.reading import plain_name, read_summed
 
@@ -84,7 +84,9 @@ class Survey:
         """What was taken, and how."""
         total, classes = self.total, len(next(iter(self.counts.values())))
         small, middle, large = (f"{width}×{height}" for height, width in self.sizes)
-        said = [f"{total['train']} training and {total['test']} test pictures of {classes} classes"]
+        said = [
+            f"{total['train']} training and {counted(total['test'], 'test picture')} of {counted(classes, 'class')}"
+        ]
         if "all" in self.counts:
             said.append("there is no folder 'train': a fifth of each class is held out for testing")
         if self.unused:
@@ -235,7 +237,7 @@ def _sound(files: list[Path], results: list[Any], tell: Callable[[str], None]) -
     for error in errors[1:]:
         tell(str(error).splitlines()[0])
     if errors:
-        more = f" (and {len(errors) - 1} other files are damaged)" if errors[1:] else ""
+        more = f" (and {counted(len(errors) - 1, 'other damaged file')})" if errors[1:] else ""
         raise UserError(f"{errors[0].what}{more}", errors[0].where, errors[0].hint)
     return results
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target, in_words
 from kdbench.engine.weights import load_file, locate, start_from, weight_file
-from kdbench.errors import UserError
+from kdbench.errors import ON_DEVICE, UserError, counted
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
@@ -57,7 +57,7 @@ def _built(spec: ModelSpec, data: DataSpec, seed: int = 0, stream: str = "init")
         model = made(
             spec,
             f"model '{spec.name}' cannot be built for {data.name} ({data.channels}×{data.image_size}×"
-            f"{data.image_size}, {data.classes} classes)",
+            f"{data.image_size}, {counted(data.classes, 'class')})",
             f"its class or function takes 'classes', 'channels' and 'image_size', and the options that 'kdbench show "
             f"models {spec.name}' lists",
             classes=data.classes,
@@ -93,6 +93,9 @@ def made(spec: TargetSpec, what: str, hint: str | None = None, *given: Any, **mo
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
         hint = "name the sizes: nn.Linear(64, 10) for nn.LazyLinear(10)"
         raise UserError(f"{what}: the sizes of lazy layers are known after a first batch only", hint=hint)
+    kinds = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
+    if elsewhere := kinds - {"cpu", torch.get_default_device().type}:
+        raise UserError(f"{what}: it lies on the device '{min(elsewhere)}'", hint=ON_DEVICE)
     return module
 
 

@@ -22,7 +22,7 @@ from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
-from kdbench.errors import UserError, first_line
+from kdbench.errors import UserError, counted, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS
 from kdbench.models.probing import dry_images, dry_run
@@ -229,8 +229,10 @@ def _check_logits(spec: CellSpec, cell: BuiltCell) -> None:
         networks.append((spec.teacher.model, spec.teacher.knows(spec.data), cell.teacher_shapes))
     for model, data, shapes in networks:
         if (found := tuple(shapes[LOGITS])) != (data.classes,):
-            many = f"{found[0]} logits" if len(found) == 1 else f"logits of shape {[*found]}"
-            what = f"model '{model.name}' gives {many} for an image, where there are {data.classes} classes"
+            many = counted(found[0], "logit") if len(found) == 1 else f"logits of shape {[*found]}"
+            what = (
+                f"model '{model.name}' gives {many} for an image, where the data have {counted(data.classes, 'class')}"
+            )
             raise UserError(what, model.target, "it is built with 'classes': its last layer has as many outputs")
 
 
@@ -260,7 +262,9 @@ def _check_single_images(spec: CellSpec, cell: BuiltCell) -> None:
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 continue
-            which = "every batch is" if size == 1 else f"the last batch of {single[0]} images, {size} each, is"
+            which = (
+                "every batch is" if size == 1 else f"the last batch of {counted(single[0], 'image')}, {size} each, is"
+            )
             what = f"{which} one image, of which a batch norm of '{spec.student.name}' cannot take a deviation"
             hint = "leave that batch out with 'protocol.last_batch: drop', or choose another 'protocol.batch_size'"
             raise UserError(what, f"protocol '{spec.protocol.name}'", hint) from None

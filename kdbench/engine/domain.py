@@ -16,7 +16,7 @@ from kdbench.data.streams import generator, permutation, uniform
 from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
 from kdbench.engine.mixing import NUMBERS, Mixing
 from kdbench.engine.ranks import Ranks
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch, training_images
 
@@ -148,7 +148,7 @@ def split(spec: DataSpec, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         # Budget and record count by what was asked for.
         if (asked := training_images(spec.model_copy(update={"train": len(labels)}))) != len(train):
             empty = sorted({*(spec.only_classes or range(spec.classes))} - {*labels.unique().tolist()})
-            what = f"{asked} training images of '{spec.name}' were asked for, and {len(train)} can be chosen"
+            what = f"of '{spec.name}', {counted(asked, 'training image')} asked for, and {len(train)} can be chosen"
             without = "classes without training images: " + ", ".join(map(str, empty[:3]))
             raise UserError(f"{what}; {without}", hint="leave these out of the data set, or choose more of its images")
     return train, held_out

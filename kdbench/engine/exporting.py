@@ -15,7 +15,7 @@ from jinja2 import Template
 from torch import Tensor, nn
 
 from kdbench.engine.trained import load_student
-from kdbench.errors import UserError, first_line
+from kdbench.errors import UserError, counted, first_line
 from kdbench.files import RECORD, STUDENT, atomic, disk_full, sha256_of, write_json, write_text
 from kdbench.models.several import Part
 from kdbench.record import Record, WhichWeights, read_record, student_file
@@ -219,7 +219,7 @@ def _checked(student: Student, file: Path, run: Any) -> float:
             try:
                 worst = max(worst, float((run(images) - student.network(images)).abs().max()))
             except Exception as error:  # noqa: BLE001 - as many runtimes as forms
-                what = f"the exported network fails on {n} images where 2 were shown: {first_line(error)}"
+                what = f"the exported network fails on {counted(n, 'image')} where 2 were shown: {first_line(error)}"
                 raise UserError(what, str(file)) from None
     if not worst <= TOLERANCE:
         hint = f"at most {TOLERANCE} is allowed"

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdbench.engine.batch import Batch
 from kdbench.engine.batches import Batches
 from kdbench.engine.inputs import Source, SourceContext, SourceStep, build_source
-from kdbench.errors import CellError
+from kdbench.errors import CellError, counted
 
 # Of the parts of a batch by their names: shape and kind.
 Form = dict[str, tuple[torch.Size, torch.dtype]]
@@ -97,7 +97,9 @@ class SourceOfRanks(Source):
         """This rank's part of what rank 0 made."""
         images = form["images"][0][0]
         if images < self.ranks.size:
-            raise CellError(f"a batch of {images} made images cannot be shared out among {self.ranks.size} ranks")
+            raise CellError(
+                f"a batch of {counted(images, 'made image')} cannot be shared out among {self.ranks.size} ranks"
+            )
         share = self.ranks.share(images)
         found: dict[str, Tensor] = {}
         for key, (shape, kind) in form.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kdbench.errors import CellError, UserError, failure
+from kdbench.errors import CellError, UserError, device_advice, failure
 
 
 def import_target(target: str) -> Any:
@@ -30,11 +30,12 @@ def code_of(what: str) -> Iterator[None]:
     except (UserError, CellError):
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code can fail in any way
-        raise UserError(f"{what}: {in_words(error)[0]}") from None
+        reason, advice = in_words(error)
+        raise UserError(f"{what}: {reason}", hint=advice) from None
 
 
 def in_words(error: BaseException) -> tuple[str, str | None]:
     """What a card's code says by an error, and what to do: a `ValueError` is meant to be read, others say where."""
     if isinstance(error, UserError):
         return error.what, error.hint
-    return str(error) if isinstance(error, ValueError) else failure(error), None
+    return str(error) if isinstance(error, ValueError) else failure(error), device_advice(error)

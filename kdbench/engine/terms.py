@@ -15,7 +15,7 @@ from kdbench.engine.build import build_schedule, made
 from kdbench.engine.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import code_of, import_target
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.models.places import Unordered
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import TermSpec
@@ -122,7 +122,7 @@ class Term(nn.Module):
             return [Layer(students, teachers, [], 1.0)]
         if students and teachers and len(students) != len(teachers):
             raise UserError(
-                f"{place}: {len(students)} student layers against {len(teachers)} teacher layers",
+                f"{place}: {counted(len(students), 'student layer')} against {counted(len(teachers), 'teacher layer')}",
                 hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}. Choose as many of each with "
                 "'hooks' beside the model's name: 'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE}}'",
             )
@@ -284,5 +284,5 @@ def _layer_weights(spec: TermSpec, n: int, place: str) -> list[float]:
     if spec.layer_weights == "halving":
         return [0.5 ** (n - 1 - i) for i in range(n)]
     if len(spec.layer_weights) != n:
-        raise UserError(f"{place}: {len(spec.layer_weights)} layer weights for {n} layers")
+        raise UserError(f"{place}: {counted(len(spec.layer_weights), 'layer weight')} for {counted(n, 'layer')}")
     return list(spec.layer_weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdbench.cards import Weights
 from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.weight_files import State, at, fitting, networks
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import atomic, damaged_part, find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.specs import ModelSpec
 
@@ -96,7 +96,7 @@ def load_file(
     other = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     if new_classes and (counts := _other_classes(own, state, other, classes)):
         state = state | {key: own[key] for key in other}
-        notes.append(f"{file} has {counts[0]} classes: the last layer of '{name}', of {counts[1]}, is new")
+        notes.append(f"{file} has {counted(counts[0], 'class')}: the last layer of '{name}', of {counts[1]}, is new")
     load_weights(model, state, name, str(file), classes)
     return notes
 
@@ -114,7 +114,7 @@ def load_weights(model: nn.Module, state: State, name: str, where: str, classes:
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     if counts := _other_classes(own, state, other, classes):
         raise UserError(
-            f"these weights of '{name}' are for {counts[0]} classes, where the data have {counts[1]}",
+            f"these weights of '{name}' are for {counted(counts[0], 'class')}, where the data have {counts[1]}",
             where=where,
             hint=f"a teacher of other classes can teach its features: write 'classes: {counts[0]}' beside its "
             "'weights'; a student may start from them, with a new last layer",
@@ -135,6 +135,12 @@ def load_weights(model: nn.Module, state: State, name: str, where: str, classes:
     ]
     if differing:
         hint = "check the model's name and options; two networks of one name can differ"
+        if _other_classes(own, state, other, None):
+            layer = other[0].rpartition(".")[0] or other[0]
+            hint = (
+                f"they differ in the rows of '{layer}' alone. A last layer begins anew if it has one row for each of "
+            )
+            hint += f"the {classes} classes; for other rows, save the file anew with as many as the network has"
         raise UserError(f"these weights do not fit '{name}': of {len(own)} entries {', '.join(differing)}", where, hint)
     bad = (key for key in state if own[key].isfinite().all() and not state[key].float().isfinite().all())
     if key := next(bad, None):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.errors import UserError, failure, first_line
+from kdbench.errors import UserError, device_advice, failure, first_line
 
 # What a network can raise when its input does not suit it.
 UNSUITABLE = (
@@ -129,7 +129,7 @@ def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: BaseE
     reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else failure(error)
     return UserError(
         f"model '{model_name}' cannot take images of {size}: {reason}",
-        hint="choose another model, or a data set with larger images",
+        hint=device_advice(error) or "choose another model, or a data set with larger images",
     )
 
 

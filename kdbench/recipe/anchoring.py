@@ -1,7 +1,7 @@
 """Writes a stage with anchors out as one stage for each, and refuses what such a stage cannot have."""
 
 from kdbench.cards import Anchors, StageCard
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.recipe.specs import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
 from kdbench.tree import Tree
 
@@ -101,8 +101,8 @@ def check_route(method: MethodSpec, teacher: TeacherSpec | None, data: DataSpec,
         raise UserError(f"{needs}, and the recipe of '{teacher.name}' saves none", where, hint)
     if most := max((a.n for a in anchors if a.n > (teacher.trained_by.route or 0)), default=0):
         raise UserError(
-            f"the method '{method.name}' has {most} anchors, the route of '{teacher.name}' {teacher.trained_by.route} "
-            "checkpoints",
+            f"the method '{method.name}' has {counted(most, 'anchor')}, the route of '{teacher.name}' "
+            f"{counted(teacher.trained_by.route, 'checkpoint')}",
             where=where,
             hint="use fewer anchors, or a longer route",
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kdbench.cards import ProtocolCard
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.image_cards import AugmentationCard, AugmentationFields
 from kdbench.models.points import POINT_GROUPS, numbered
 from kdbench.recipe.anchoring import check_route
@@ -169,8 +169,8 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
             _check_point(point, teacher.model, what, where)
         if teacher.classes is not None and term.teacher == "logits" and term.connector is None and not term.through:
             raise UserError(
-                f"{what}: the logits of '{teacher.name}' are of its own {teacher.classes} classes, not of the "
-                f"{spec.data.classes} of '{spec.data.name}'",
+                f"{what}: the logits of '{teacher.name}' are of its own {counted(teacher.classes, 'class')}, not of "
+                f"the {spec.data.classes} of '{spec.data.name}'",
                 where=where,
                 hint="it can teach its features, or logits through a connector: methods like at, hint, ab_transfer",
             )

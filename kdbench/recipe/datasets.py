@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import expanded, home
 from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
@@ -81,12 +81,14 @@ def check_parts(data: DataSpec, where: str, where_chosen: str) -> None:
         raise UserError(what, where)
     left = data.train - held_out
     if left < data.classes or (data.per_class or 0) * data.classes > left:
-        what = f"'{data.name}' has {data.train} training images of {data.classes} classes: too few for this choice"
+        here = f"{counted(data.train, 'training image')} of {counted(data.classes, 'class')}"
+        what = f"'{data.name}' has {here}: too few for this choice"
         most = f"'per_class' can be {left // data.classes} at most" if left >= data.classes else ""
-        kept = f"after the validation split {max(left, 0)} images are left" if held_out else ""
+        kept = f"after the validation split {max(left, 0)} of them are left" if held_out else ""
         raise UserError(what, where_chosen if most else where, "; ".join(filter(None, (kept, most))))
     if size > 0 and held_out < data.classes:
-        what = f"{held_out} images for validation are too few for the {data.classes} classes of '{data.name}'"
+        known = f"the {counted(data.classes, 'class')} of '{data.name}'"
+        what = f"{counted(held_out, 'image')} for validation: too few for {known}"
         raise UserError(what, where, "give a share below 1, as 0.2, or a larger number of images")
 
 
@@ -109,7 +111,7 @@ def target_spec(recipe: Recipe, data: DataSpec, tree: Tree, registry: Registry) 
 
 
 def _sizes(classes: int, channels: int, size: int) -> str:
-    return f"{classes} classes of {channels}×{size}×{size}"
+    return f"{counted(classes, 'class')} of {channels}×{size}×{size}"
 
 
 def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
@@ -120,5 +122,7 @@ def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
 def check_channels(normalization: Normalization, data: DataSpec, where: str) -> None:
     """Raises UserError for a normalization of another number of channels."""
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
-        what = f"normalization of {len(normalization.mean)} channels for the {data.channels} channels of '{data.name}'"
+        what = (
+            f"normalization of {counted(len(normalization.mean), 'channel')} for the {data.channels} of '{data.name}'"
+        )
         raise UserError(what, where)

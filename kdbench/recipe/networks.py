@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.cards import DatasetCard, TeacherCard, Weights
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import find_weights, sha256_of, weight_folders
 from kdbench.names import own_name
 from kdbench.recipe.beside import origin_of
@@ -161,8 +161,8 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     training = origin_of(file)
     if training is not None and choice.classes is None and not training.knows(data, card.classes):
         raise UserError(
-            f"these weights know the {training.data.classes} classes of '{training.data.name}', by the record beside "
-            f"them, not the {card.classes} of '{data}'",
+            f"these weights know the {counted(training.data.classes, 'class')} of '{training.data.name}', by the "
+            f"record beside them, not the {card.classes} of '{data}'",
             where=where,
             hint=f"'classes: {training.data.classes}' beside them lets their features teach; where the classes are the "
             f"same, a teacher card with 'data: {data}' says so",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.recipe.choices import Range, Tune
 from kdbench.recipe.loading import put
 from kdbench.recipe.variants import Variant
@@ -81,7 +81,7 @@ class Tuning:
     def other_number(self, number: int, keys: dict[str, str]) -> UserError:
         paths = ", ".join(keys.values())
         return UserError(
-            f"there are {number} settings of {paths}, and every method tries {self.tune.trials}",
+            f"{paths}: {counted(number, 'setting')}, and every method tries {self.tune.trials}",
             where=self.origin(next(iter(keys.values()))),
             hint="give lists with as many combinations, or a range, or another number of 'trials'",
         )

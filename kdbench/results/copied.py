@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, counted, did_you_mean
 from kdbench.published import PublishedCard, PublishedPair, PublishedProtocol
 from kdbench.record import Record
 from kdbench.registry import Registry
@@ -186,7 +186,7 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
 
 def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:
     """What a row says of itself, beyond the protocol of its table."""
-    extra = "" if theirs.extra_epochs is None else f"{theirs.extra_epochs:g} epochs on top of the others'"
+    extra = "" if theirs.extra_epochs is None else f"{counted(theirs.extra_epochs, 'epoch', 'g')} on top of the others'"
     note = "" if theirs.note in (None, table.note) else str(theirs.note)
     said = "; ".join(part for part in (extra, note) if part)
     return [f"There: {said}"] if said else []

@@ -26,7 +26,7 @@ def metric_label(records: Sequence[Record], metric: Metric) -> str:
 
 def _protocol(record: Record, digits: int | None) -> str:
     epochs = record.budget.epochs - record.budget.extra_epochs
-    return f"{record.cell.protocol}, {epochs:g} epoch{'' if epochs == 1 else 's'}"
+    return f"{record.cell.protocol}, {counted(epochs, 'epoch', 'g')}"
 
 
 def _teacher(record: Record, digits: int | None) -> str:
@@ -43,12 +43,13 @@ def _data(record: Record, digits: int | None) -> str:
     parts = [f"{data.name}", f"{data.train:,} training"]
     held_out = record.resolved is not None and record.resolved.data.tested_on == "validation"
     parts += [f"{data.validation:,} validation"] if data.validation and not held_out else []
-    parts += [f"{data.test:,} {'validation' if held_out else 'test'} images"] if target is None else []
+    tested = "validation image" if held_out else "test image"
+    parts += [counted(data.test, tested, ",")] if target is None else []
     said = ", ".join([*parts, *_source(data, digits)])
     if target is None:
         return said
-    parts = [target.name, f"{target.train:,} without labels", f"{target.test:,} test images", *_source(target, digits)]
-    return f"{said} → {', '.join(parts)}"
+    images = [f"{target.train:,} without labels", counted(target.test, "test image", ",")]
+    return f"{said} → {', '.join([target.name, *images, *_source(target, digits)])}"
 
 
 def _source(data: Data, digits: int | None) -> list[str]:

@@ -7,6 +7,7 @@ same from the same records, in any order.
 import re
 from collections.abc import Iterable, Sequence
 
+from kdbench.errors import counted
 from kdbench.recipe.loading import dump
 from kdbench.record import Record
 from kdbench.results.by_axis import axis_panels
@@ -45,7 +46,7 @@ def html(table: Table, records: Iterable[Record], charts: bool = True) -> str:
     ours = comparison.records
     log = logs(comparison, required=False)
     lacking = len(ours) - len(log)
-    missing = f" {lacking} of {len(ours)} cells have no metrics.jsonl beside their record." if lacking else ""
+    missing = f" No metrics.jsonl beside the record of {lacking} of {counted(len(ours), 'cell')}." if lacking else ""
 
     def drawn(key: str, panels: Sequence[Panel]) -> list[tuple[str, str]]:
         return [(p.title, chart(comparison, p, f"{key}-{n}") if charts else "") for n, p in enumerate(panels)]
@@ -89,7 +90,9 @@ def without_charts(page: str) -> str:
 def _budget(record: Record) -> str:
     budget = record.budget
     stages = ", ".join(f"{stage.name} {stage.steps:,}" for stage in budget.stages)
-    return f"{budget.steps:,} steps, {budget.epochs:g} epochs" + (f" ({stages})" if stages else "")
+    return f"{counted(budget.steps, 'step', ',')}, {counted(budget.epochs, 'epoch', 'g')}" + (
+        f" ({stages})" if stages else ""
+    )
 
 
 def _provenance(records: Sequence[Record]) -> list[tuple[str, str]]:

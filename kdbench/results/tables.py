@@ -183,9 +183,9 @@ def _remarks(comparison: Comparison, row: Row, column: Column, difference: Paire
     said = []
     expected = sorted({record.cell.seed for record in comparison.of_column(column)})
     if absent := [seed for seed in expected if seed not in group]:
-        said.append(f"{len(group)} of {len(expected)} seeds: no finished cell for seed {listed(absent)}")
+        said.append(f"{len(group)} of {counted(len(expected), 'seed')}: no finished cell for seed {listed(absent)}")
     if extra := next(iter(group.values())).budget.extra_epochs:
-        said.append(f"trained {extra:g} epochs beyond the protocol's budget")
+        said.append(f"trained {counted(extra, 'epoch', 'g')} beyond the protocol's budget")
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, row.label, axis.path)]:
         said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
     if difference is not None and difference.n < len(group):

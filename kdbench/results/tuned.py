@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from kdbench.errors import counted
 from kdbench.record_parts import RecordedTuning, Tried
 from kdbench.results.comparison import Comparison
 from kdbench.results.facts import in_words, listed
@@ -28,7 +29,9 @@ def tuning_notes(comparison: Comparison) -> Iterator[str]:
         if tuning is not None:
             seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
             part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
-            way = f"{len(tuning.trials)} trials each on {seeds}, by accuracy on {part} of the training images"
+            way = (
+                f"{counted(len(tuning.trials), 'trial')} each on {seeds}, by accuracy on {part} of the training images"
+            )
             by_way.setdefault(way, []).append(label)
     for way, tuned in by_way.items():
         yield f"Tuned: {way}, never on the test set" + (f" ({listed(tuned)})" if len(by_way) > 1 else "")

@@ -1,13 +1,12 @@
 """From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kdbench.engine.folders import teacher_folder
-from kdbench.errors import UserError
-from kdbench.files import LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files
+from kdbench.errors import UserError, counted
+from kdbench.files import BEFORE, LOGITS, PUBLISHED, RECORD, RUN, meant, weight_files, workplace
 from kdbench.reading import inside
 from kdbench.recipe.planning import identity_of
 from kdbench.record import finished_record, metrics, read_record, read_run, student_file
@@ -45,14 +44,13 @@ def publish(
     cells, name = [cell for cell in plan.cells if finished_record(inside(run, cell, RECORD).parent)], plan.name
     open_cells = [cell for cell in plan.cells if cell not in cells]
     if open_cells and not (unfinished and cells):
-        what = f"{len(open_cells)} of {len(plan.cells)} cells are not finished, {open_cells[0]} for one"
+        what = f"not finished: {len(open_cells)} of {counted(len(plan.cells), 'cell')}, {open_cells[0]} for one"
         hint = "run the recipe again: it continues where it stopped"
         hint += ". Or publish without them: --unfinished" if cells else ""
         raise UserError(what, str(run), hint)
-    target = _target(inside(out, name), run, cells, replace)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=out) as temporary:
-        made = Path(temporary) / name
+    with workplace(inside(out, name)) as temporary:
+        target = _target(inside(out, name), run, cells, replace)
+        made = temporary / name
         made.mkdir()
         for file in sums.published_files(run):
             if file.parent == run and (file.name == RUN or not open_cells):
@@ -70,7 +68,7 @@ def publish(
                 _copy_weights(folder, target / copy, made / copy)
         renew_tables(run, made, open_cells)
         sums.write(made)
-        _take_the_place(made, target, Path(temporary) / "before")
+        _take_the_place(made, target, temporary / BEFORE)
     return target
 
 
@@ -80,7 +78,12 @@ def _take_the_place(made: Path, target: Path, before: Path) -> None:
     if target.exists():
         _copy_own(target, made)
         target.rename(before)
-    made.rename(target)
+    try:
+        made.rename(target)
+    except BaseException:
+        if before.exists():
+            before.rename(target)
+        raise
 
 
 def _copy_own(target: Path, made: Path) -> None:
@@ -125,7 +128,7 @@ def lost(published: Path, cells: Collection[str]) -> str | None:
     kept = {identity_of(cell) for cell in cells}
     if not (gone := [cell for cell in before if identity_of(cell) not in kept]):
         return None
-    return f"{len(gone)} of {len(before)} cells that are published there are not in this run, {gone[0]} for one"
+    return f"not in this run: {len(gone)} of {counted(len(before), 'cell')} published there, {gone[0]} for one"
 
 
 def _teachers(run: Path, cells: list[str]) -> list[tuple[Path, str]]:

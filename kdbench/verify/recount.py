@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdbench.engine.answers import BINS, FEWEST_CLASSES
 from kdbench.engine.datasets import load_data
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import LOGITS, STUDENT, home
 from kdbench.recipe.specs import DataSpec
 from kdbench.record import Record
@@ -48,7 +48,7 @@ def logits_in(file: Path, labels: Tensor) -> Tensor:
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{file.name} cannot be read: {error}") from None
     if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] <= int(labels.max()):
-        raise UserError(f"{file.name} holds no logits for these {len(labels)} test images")
+        raise UserError(f"{file.name} holds no logits for the {counted(len(labels), 'test image')}")
     return logits
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kdbench.engine.workers.finished import names
 from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, counted
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
 from kdbench.recipe.planning import Plan, identity_of, plan
 from kdbench.recipe.recorded import NotHere, cell_of
@@ -61,7 +61,7 @@ def _sums(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", what, sums.NAME, "sums of the files")
         return
     yield from (Finding("disagrees", what, sums.NAME) for what in sums.changed(folder.path))
-    yield Finding("agrees", f"{len(sums.read_sums(folder.path))} files are as they were summed up", sums.NAME)
+    yield Finding("agrees", f"{counted(len(sums.read_sums(folder.path)), 'file')} as summed up", sums.NAME)
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
@@ -84,8 +84,8 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
     yield from (
         Finding("remark", f"has a record, is not among the cells of {RUN}: not in the table", name) for name in extra
     )
-    finished = f"{len(cells) - len(absent)} finished cells" if absent else f"{len(cells)} cells"
-    yield Finding("agrees", f"its {finished} have their records", RUN)
+    finished = counted(len(cells) - len(absent), "finished cell" if absent else "cell")
+    yield Finding("agrees", f"its {finished} with records", RUN)
 
 
 def _sound(folder: Folder) -> Iterator[Finding]:
@@ -112,8 +112,8 @@ def _sound(folder: Folder) -> Iterator[Finding]:
     if foreign:
         what = f"resolved recipes of {len(foreign)} have another version's form, {foreign[0]}'s for one"
         yield Finding("unchecked", what, "records", "records against their resolved recipes")
-    known = "" if foreign else " and their recipes"
-    yield Finding("agrees", f"{len(folder.records)} records agree with their metrics{known}", "records")
+    known = "" if foreign else " and recipes"
+    yield Finding("agrees", f"{counted(len(folder.records), 'record')}, as the metrics{known} say", "records")
 
 
 def _files(folder: Folder) -> Iterator[Finding]:
@@ -140,7 +140,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
     held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
     check = "results against the test logits"
     if lacking := len(folder.records) - len(held):
-        yield Finding("unchecked", f"{lacking} of {len(folder.records)} records have none beside them", LOGITS, check)
+        yield Finding("unchecked", f"none beside {lacking} of {counted(len(folder.records), 'record')}", LOGITS, check)
     if not held:
         return
     from kdbench.verify.recount import counted_again, recorded_numbers
@@ -157,10 +157,12 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
         what = f"{foreign} of {len(held)} are not of the test images that are here: not counted again"
         yield Finding("unchecked", what, LOGITS, check)
     yield from (Finding("disagrees", what, name) for name, (_, wrong) in found.items() for what in wrong)
-    recounted = Counter(number for counted, _ in found.values() for number in counted)
+    recounted = Counter(number for same, _ in found.values() for number in same)
     left = Counter(number for name in found for number in numbers[name]) - recounted
     if recounted:
-        what = "follow from them: " + ", ".join(f"{number} of {times} records" for number, times in recounted.items())
+        what = "follow from them: " + ", ".join(
+            f"{number} of {counted(times, 'record')}" for number, times in recounted.items()
+        )
         if left:
             what += f"; not {', '.join(f'{number} of {times}' for number, times in left.items())}"
             what += ", for want of the teacher's in float32"
@@ -183,8 +185,8 @@ def _identities(folder: Folder) -> Iterator[Finding]:
         if not any(same.values()):
             yield Finding(
                 "unchecked",
-                f"those of {len(same)} records cannot be recomputed: kdbench {version}, commit {commit}, wrote them, "
-                "and this version identifies cells in another way",
+                f"those of {counted(len(same), 'record')} cannot be recomputed: kdbench {version}, commit {commit}, "
+                "wrote them, and this version identifies cells in another way",
                 "identities",
                 "identities",
             )
@@ -207,7 +209,7 @@ def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
         except UserError as error:
             yield Finding("disagrees", error.what, name)
     for what, cells in absent.items():
-        yield Finding("unchecked", f"{len(cells)} records, {cells[0]} for one: {what}", "cards", "cards")
+        yield Finding("unchecked", f"{counted(len(cells), 'record')}, {cells[0]} for one: {what}", "cards", "cards")
     if folder.records and not absent:
         yield Finding("agrees", "what the records name are cards of this installation, as they are today", "cards")
 
@@ -324,7 +326,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         other = len(set(by_slug) - set(cells))
         yield Finding(
             "disagrees" if ours else "unchecked",
-            f"its recipe, planned with the cards of today, gives {len(by_slug)} cells, {other} of them other ones"
+            f"its recipe, planned with the cards of today, gives {counted(len(by_slug), 'cell')}, {other} of them other"
             + ("" if ours else " (an older version wrote it)"),
             RUN,
             "" if ours else check,

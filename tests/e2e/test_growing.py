@@ -170,7 +170,7 @@ def test_a_published_table_grows_by_seeds(lab: Lab) -> None:
     lab.publish(outcome.finished)
     # Fewer seeds do not take the place of more, unless it is said.
     assert len(lab.go()[0].finished) == 1
-    with pytest.raises(UserError, match="1 of 2 cells that are published there are not in this run, kd-seed1"):
+    with pytest.raises(UserError, match="not in this run: 1 of 2 cells published there, kd-seed1"):
         lab.publish([outcome.finished[0]])
     assert len(lab.go("seeds=2")[0].finished) == 2
     lab.publish(outcome.finished)

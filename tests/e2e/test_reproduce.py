@@ -97,7 +97,7 @@ def test_published_cells_that_were_computed_in_another_way_count(kdbench: Kdbenc
     assert "everything agrees" in kdbench("verify", "results/one").stdout
     # Unless all are to be trained here, as the recipe says. Published ones that these would not replace are kept.
     anew = ("--no-adopt", "--runs", "new")
-    assert "2 of 2 cells that are published there are not in this run" in kdbench(*words, *anew, code=2).stderr
+    assert "not in this run: 2 of 2 cells published there" in kdbench(*words, *anew, code=2).stderr
     assert not (tmp_path / "new").exists()
     shutil.copytree(tmp_path / "results" / "two", tmp_path / "mine" / "two")
     assert counted(*anew, "--results", "mine") == counted("--runs", "x", "--results", "y")
@@ -107,7 +107,7 @@ def test_published_cells_that_were_computed_in_another_way_count(kdbench: Kdbenc
     # What cannot be published does not stop the study.
     (tmp_path / "one.yaml").write_text(f"{text}seeds: [5]\n")
     done = kdbench(*words, code=1)
-    assert "failed: one: it is finished, and not published: results/one: 2 of 2 cells" in done.stderr
+    assert "failed: one: it is finished, and not published: results/one: not in this run: 2 of 2 cells" in done.stderr
     assert done.stdout.count("published: ") == 1
 
 
@@ -121,7 +121,7 @@ def test_mistakes_are_told_before_anything_runs(kdbench: Kdbench, tmp_path: Path
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     (run / "recipe.json").write_text('{"name": "x", "cells": ["kd-seed0-00000000"]}')
-    assert "1 of 1 cells are not finished" in kdbench("publish", run, code=2).stderr
+    assert "not finished: 1 of 1 cell," in kdbench("publish", run, code=2).stderr
     (tmp_path / "cards").mkdir()
     (tmp_path / "cards" / "s.yaml").write_text(
         "studies:\n  s:\n    title: S\n    profiles: {full: [quickstart, absent.yaml], none: []}\n"

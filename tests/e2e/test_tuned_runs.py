@@ -106,14 +106,14 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
     assert len(read_records([tmp_path / "runs" / "tiny"])) == 6
     tiny = more[1:4]
     said = kdbench("check", *tiny, *TUNE, *FEW[1:], "seeds=3", "--results", tmp_path / "results", "--no-time").stdout
-    assert "6 of 6 cells are finished" in said and "are tried" not in said
+    assert "finished: 6 of 6 cells" in said and "are tried" not in said
     # Of a method that is new to the table its own settings are tried.
     grown = ("compare.method=[kd, ab, at]", "tune.at.beta=[1.0, 10.0, 100.0]", "--results", tmp_path / "results")
     said = kdbench("check", *tiny, *TUNE, *FEW, *grown, "--no-time").stdout
     assert "first, settings of 1 method are tried, tested on images of the training set: 3 cells" in " ".join(
         said.split()
     )
-    assert "4 of 6 cells are finished" in said
+    assert "finished: 4 of 6 cells" in said
     done = kdbench(*words(tmp_path / "grown"), *grown)
     assert "accuracies of 6 of 9 trials taken from published results" in done.stderr
     assert {record.cell.method for record in read_records([tmp_path / "grown" / "tiny.trials"])} == {"at"}
@@ -126,11 +126,14 @@ def test_published_results_say_the_choice_so_that_nothing_is_tried_again(
     for record in (tmp_path / "results" / "tiny").glob("*/record.json"):
         record.write_text(record.read_text().replace(of_at[0].teacher.sha256, 64 * "a"))  # type: ignore[union-attr]
     sums.write(tmp_path / "results" / "tiny")
-    done = kdbench(*words(tmp_path / "anew"), *grown)
-    assert "accuracies of published trials are not taken: 'tiny_digits' had the sha256 aaaaaaaaaaaa" in done.stderr
-    assert "cells of published results not taken, taught by another teacher" in done.stderr
-    tried = read_records([tmp_path / "anew" / "tiny.trials"])
-    assert {record.cell.method for record in tried} == {"kd", "ab", "at"}
+    seeds = ("seeds=3", *grown[2:])
+    for name, added, methods in (("anew", grown, {"kd", "ab", "at"}), ("all_known", seeds, {"kd", "ab"})):
+        done = kdbench(*[word for word in words(tmp_path / name) if word != "seeds=2" or added == grown], *added)
+        assert "accuracies of published trials are not taken: 'tiny_digits' had the sha256 aaaaaaaaaaaa" in done.stderr
+        assert "cells of published results not taken, taught by another teacher" in done.stderr
+        assert {record.cell.method for record in read_records([tmp_path / name / "tiny.trials"])} == methods
+    # Nor when all is finished.
+    assert "trials are not taken" in kdbench(*words(tmp_path / "all_known"), *grown[2:]).stderr
     # Another setting would have been chosen: then the cells are not those of the recipe.
     for record in (tmp_path / "results" / "tiny").glob("kd-*/record.json"):
         best = read_record(record).cell.tuning.chosen.mean  # type: ignore[union-attr]

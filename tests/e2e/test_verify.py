@@ -68,7 +68,7 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     (gone,) = run.glob("ab-seed1-*")
     shutil.rmtree(gone)
     said = kdbench("publish", run, code=2).stderr
-    assert f"1 of 4 cells are not finished, {gone.name} for one" in said and "--unfinished" in said
+    assert f"not finished: 1 of 4 cells, {gone.name} for one" in said and "--unfinished" in said
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     kdbench("publish", run, "--unfinished")
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
@@ -95,9 +95,9 @@ def test_a_run_that_is_not_finished_is_published_where_that_is_said_and_grows(
     shutil.rmtree(made)
     for cell in run.glob("*-seed*"):
         (cell / "record.json").unlink()
-    assert "4 of 4 cells are not finished" in kdbench("publish", run, code=2).stderr
+    assert "not finished: 4 of 4 cells" in kdbench("publish", run, code=2).stderr
     none = kdbench("publish", run, "--unfinished", code=2).stderr
-    assert "4 of 4 cells are not finished" in none and "without them" not in none
+    assert "not finished: 4 of 4 cells" in none and "without them" not in none
 
 
 def test_a_table_of_an_earlier_plan_is_not_published(tiny_run: Path, kdbench: Kdbench, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     run, made = tiny_run / "runs" / "tiny", tmp_path / "results" / "tiny"
     kdbench("publish", run, "--no-logits")
     assert not list(made.glob("*/test_logits*")) and len(list(made.glob("*/record.json"))) == 5
-    said = "5 of 5 records have none beside them"
+    said = "none beside 5 of 5 records"
     assert {f.what for f in verify(made, REGISTRY) if f.level not in ("agrees", "remark")} == {said}
     (some,) = run.glob("ab-seed0-*/test_logits.safetensors")
     shutil.copy(some, made / some.parent.name)
@@ -133,7 +133,7 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert {f.what for f in found if f.level == "unchecked"} == {
         said.replace("5 of 5", "4 of 5")
     } and not disagreements(made)
-    counted = ", ".join(f"{number} of 1 records" for number in ("test.last", "test.loss", "calibration_error"))
+    counted = ", ".join(f"{number} of 1 record" for number in ("test.last", "test.loss", "calibration_error"))
     said = f"follow from them: {counted}; not fidelity of 1, "
     assert any(f.what.startswith(said) for f in found)
 
@@ -315,7 +315,7 @@ def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
         file.write_bytes(damaged)
         assert any("cannot be read" in f.what for f in disagreements(folder))
     save_file({"logits": logits[:7].contiguous()}, file)
-    assert any("no logits for these" in f.what for f in disagreements(folder))
+    assert any("no logits for the" in f.what for f in disagreements(folder))
 
 
 @pytest.mark.slow

@@ -138,6 +138,13 @@ def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> 
         assert all(file.read_text() == "my own" for file in own)
         # What was published goes with what it is of.
         assert not (made / "table.md").exists() and not (made / cells[1]).exists()
+        # As a publishing leaves it that is killed in its last step.
+        killed = made.with_name(".r.killed__")
+        (killed / "r").mkdir(parents=True)
+        (killed / ".lock").touch()
+        made.rename(killed / "before")
+    publish_with(cells[0])
+    assert all(file.read_text() == "my own" for file in own) and [*made.parent.iterdir()] == [made]
 
 
 def test_a_teacher_has_the_accuracy_of_its_last_evaluation(tmp_path: Path) -> None:

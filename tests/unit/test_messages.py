@@ -26,7 +26,7 @@ from synthetic import comparison
 from kdbench import api, cli
 from kdbench.__main__ import main
 from kdbench.cards import LossCard, MethodCard
-from kdbench.cli import check, output, publish
+from kdbench.cli import analyse, check, output, publish
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
 from kdbench.cli.options import check_device
@@ -34,7 +34,7 @@ from kdbench.engine.check import check_cell
 from kdbench.engine.device import available_memory, peak_resident
 from kdbench.engine.workers.messages import Failed
 from kdbench.engine.workers.worker import Worker
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.files import no_formula, refused, write_text
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.planning import plan
@@ -254,8 +254,24 @@ def test_runs_of_one_name_are_not_published_over_each_other(tmp_path: Path) -> N
         write_text(run / "recipe.json", '{"name": "run", "cells": ["kd-seed0-12345678"]}')
     with pytest.raises(UserError, match="one in place of the other"):
         publish.command(runs, tmp_path / "out", replace=True)
-    with pytest.raises(UserError, match="1 of 1 cells are not finished"):
+    with pytest.raises(UserError, match="not finished: 1 of 1 cell,"):
         publish.command([runs[0], tmp_path / "b" / ".." / "a" / "run"], tmp_path / "out", replace=True)
+
+
+@pytest.mark.parametrize(("name", "option"), [("judge", "by"), ("attack", "teachers")])
+def test_an_option_that_an_analysis_needs_is_told_as_it_is_written(name: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"analysis '{name}' needs '{option}'") as error:
+        analyse.command(name, ["runs"])
+    assert error.value.hint == f"write '{option}=VALUE': 'kdbench show analyses {name}' tells which"
+    assert f"`{option}`" in SHIPPED.card("analyses", name).note
+
+
+def test_one_of_a_thing_is_not_several() -> None:
+    told = [counted(1, "cell"), counted(0, "cell"), counted(1, "class"), counted(2, "class"), counted(2, "batch")]
+    assert told == ["1 cell", "0 cells", "1 class", "2 classes", "2 batches"]
+    assert (counted(0.5, "epoch", "g"), counted(1.0, "epoch", "g"), counted(1000, "step", ",")) == (
+        *("0.5 epochs", "1 epoch", "1,000 steps"),
+    )
 
 
 def test_no_text_in_csv_is_a_formula() -> None:

@@ -87,6 +87,19 @@ class Lazy(Frozen):
         self.head = nn.LazyLinear(classes)
 
 
+class Moved(Frozen):
+    def __init__(self, classes: int, channels: int, image_size: int) -> None:
+        super().__init__(classes, channels, image_size)
+        self.to("meta")
+
+
+class Mixes(Frozen):
+    """As where a GPU is."""
+
+    def forward(self, images):
+        raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!")
+
+
 class Raises(nn.Module):
     def __init__(self, classes: int, channels: int, image_size: int) -> None:
         raise KeyError("mine")
@@ -383,6 +396,8 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
     [
         ("Lazy", r"lazy layers.*\n.*nn.Linear"),
         ("Raises", r"cannot be built for digits.*KeyError: 'mine' \(own_nets.py:\d+\)"),
+        ("Moved", r"it lies on the device 'meta'\n.*no \.cuda\(\)"),
+        ("Mixes", r"same device.*\n.*'device=x.device'"),
         ("RaisesLater", r"KeyError: 'mine' \(own_nets.py:\d+\)"),
         ("Nothing", "returns nothing, not logits"),
         ("Complex", "returns a tensor of torch.complex64, not logits"),

@@ -24,7 +24,7 @@ import kdbench
 from kdbench.cli import main
 from kdbench.cli.output import write_tables
 from kdbench.cli.progress import clock
-from kdbench.cli.run import started_by_torchrun
+from kdbench.cli.run import failure, started_by_torchrun
 from kdbench.engine import checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.compute import REFERENCE
@@ -32,9 +32,22 @@ from kdbench.engine.options import Options
 from kdbench.engine.teachers.anchors import keep_checkpoint
 from kdbench.engine.weights import save_tensors
 from kdbench.engine.workers.pool import worker_process
+from kdbench.engine.workers.runner import Outcome
 from kdbench.engine.workers.session import locked_run
-from kdbench.errors import UserError
-from kdbench.files import CHECK_PATH, CHECKPOINT, TEACHERS, TRIALS, atomic, disk_full, expanded, home, sweep
+from kdbench.errors import CellError, UserError
+from kdbench.files import (
+    BEFORE,
+    CHECK_PATH,
+    CHECKPOINT,
+    TEACHERS,
+    TRIALS,
+    atomic,
+    disk_full,
+    expanded,
+    home,
+    sweep,
+    workplace,
+)
 from kdbench.recipe.loading import load
 from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
@@ -188,6 +201,24 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
+def test_what_a_killed_process_was_making_goes_and_what_another_is_making_stays(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with workplace(target) as killed, workplace(target) as other:
+        (killed / "half").mkdir(), (other / "half").mkdir()
+        shutil.copytree(killed, tmp_path / f"{killed.name[:-4]}gone")
+        shutil.copytree(killed, tmp_path / f".made.own{killed.name[-8:]}")
+        with workplace(target) as third:
+            left = {killed.name, other.name, third.name, f".made.own{killed.name[-8:]}"}
+            assert {folder.name for folder in tmp_path.iterdir()} == left
+        assert (killed / "half").is_dir() and (other / "half").is_dir()
+        # One that was killed in the middle of its last step.
+        shutil.copytree(killed, tmp_path / f"{killed.name[:-4]}gone")
+        (tmp_path / f"{killed.name[:-4]}gone" / "half").rename(tmp_path / f"{killed.name[:-4]}gone" / BEFORE)
+    with workplace(target):
+        assert target.is_dir()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"made", f".made.own{killed.name[-8:]}"}
+
+
 def test_a_misspelt_word_of_the_python_api_is_told(runs: Path) -> None:
     """The command line knows its words; here one was an AttributeError, one Student's interval, one absent weights."""
     cell = next((runs / "quickstart").glob("*-seed*"))
@@ -229,6 +260,8 @@ def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPa
         kdbench.run("quickstart", registries=[3])  # type: ignore[list-item]
     with pytest.raises(UserError, match="an override is a text, not 3"):
         kdbench.run("quickstart", [3])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="names a network, and cannot hold one: Linear"):
+        kdbench.run({"data": "digits", "student": {"name": torch.nn.Linear(2, 2)}, "method": "ce"})
 
 
 def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,6 +426,20 @@ def test_a_full_disk_ends_a_cell_without_a_trace(full: None, tmp_path: Path) -> 
     assert other.failure and other.failure.startswith("ValueError: Out of range")
 
 
+@pytest.mark.parametrize(("others", "error"), [("the disk is full: y", UserError), ("ValueError: y", CellError)])
+def test_a_run_whose_cells_all_failed_on_a_full_disk_is_for_the_user_to_mend(
+    others: str, error: type[Exception]
+) -> None:
+    states: Any = [
+        SimpleNamespace(label="KD", message="the disk is full: x"),
+        SimpleNamespace(label="AB", message=others),
+    ]
+    planned: Any = SimpleNamespace(cells=range(3))
+    found = failure(planned, Outcome(Path(), [Path()], states))
+    assert type(found) is error
+    assert str(found) == f"2 of 3 cells failed, finished: 1\n  KD: the disk is full: x\n  AB: {others}"
+
+
 CHILD = "import os, sys; os.fstat(2); os.fstat(1); assert sys.stderr and sys.stdout"
 SAYING = """
 import subprocess, sys, time
@@ -552,9 +599,9 @@ def test_check_counts_published_cells(runs: Path, monkeypatch: pytest.MonkeyPatc
     few = ("seeds=1", "compare.method=[ce,kd,at]", "--no-time")
     assert called(monkeypatch, "check", "quickstart", *few) == 0
     said = capsys.readouterr().out
-    assert "2 of 3 cells are finished, 1 of them published in results/quickstart" in said
+    assert "finished: 2 of 3 cells, 1 of them published in results/quickstart" in said
     assert called(monkeypatch, "check", "quickstart", *few, "--results", "nowhere") == 0
-    assert "1 of 3 cells are finished\n" in capsys.readouterr().out
+    assert "finished: 1 of 3 cells\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,10 @@ def test_records_without_metrics_have_no_curve_and_the_page_says_so(tmp_path: Pa
     records = finished(tmp_path, VALUES)
     (tmp_path / "kd-1" / "metrics.jsonl").unlink()
     text = html(build(records), records)
-    assert "1 of 9 cells have no metrics.jsonl beside their record." in text
+    assert "No metrics.jsonl beside the record of 1 of 9 cells." in text
     assert charts_of(text) == ["whole run", "last quarter", "layer1.preact", *COSTS]
     bare = html(build(comparison(VALUES)), comparison(VALUES))
-    assert "9 of 9 cells have no metrics.jsonl" in bare and charts_of(bare) == COSTS
+    assert "beside the record of 9 of 9 cells" in bare and charts_of(bare) == COSTS
     Page(bare)
     (tmp_path / "ab-0" / "metrics.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="damaged"):

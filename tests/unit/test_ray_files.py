@@ -258,7 +258,7 @@ def test_what_no_cluster_has_is_told(tmp_path: Path) -> None:
         ("cuda", Cluster("auto"), "no node of the cluster has a GPU"),
         ("cuda:1", Cluster("auto", gpus=1), "a cluster has no device cuda:1"),
         ("cpu", Cluster("auto", cpus=3), "no worker of 3 cores"),
-        ("auto", Cluster("auto", gpus=1), "no worker of 1 cores and 1 GPUs"),
+        ("auto", Cluster("auto", gpus=1), "no worker of 1 core and 1 GPU fits"),
     ):
         pool = RayPool(cluster, device, None, (), two_ranks.Settings(), tmp_path)
         with pytest.raises(UserError, match=match):

@@ -121,7 +121,7 @@ def test_the_mean_of_the_last_epochs_is_of_the_same_window_whatever_stages_a_met
             [("hints", 720), ("classification", 80)],
             "its last stage, 'classification', is shorter",
         ),
-        ([400, 750, 800], [("classification", 800)], "2 evaluations in its last 10 epochs, 3 are needed"),
+        ([400, 750, 800], [("classification", 800)], "2 evaluations in these, 3 are needed"),
     ],
 )
 def test_where_the_last_epochs_say_nothing_their_mean_is_refused(

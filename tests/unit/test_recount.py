@@ -91,7 +91,7 @@ def test_a_file_holds_logits_of_these_images_and_classes_or_is_refused(tmp_path:
     assert logits_in(file, labels).equal(torch.eye(3))
     for other in (torch.ones(3), torch.ones(4, 3), torch.ones(2, 3), torch.ones(3, 2)):
         save_file({"logits": other}, file)
-        with pytest.raises(UserError, match="holds no logits for these 3 test images"):
+        with pytest.raises(UserError, match="holds no logits for the 3 test images"):
             logits_in(file, labels)
 
 

@@ -31,7 +31,7 @@ from kdbench.models.points import expand
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec, ModuleSpec
 from kdbench.registry import Registry
-from kdbench.signature import parameters
+from kdbench.signature import check_options, parameters
 from kdbench.told import TOLD, inputs_of
 
 __all__ = ["short"]
@@ -120,6 +120,22 @@ def test_tensors_of_a_loss_may_be_called_by_the_plural(tmp_path: Path, monkeypat
     )
     assert inputs_of("plural_loss:one") == ["student", "teacher", "other", "labels"]
     assert inputs_of("plural_loss:two") == ["student"]
+
+
+def test_a_type_with_a_name_of_its_own_is_checked_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "named_types.py").write_text(
+        "Form = Literal['code', 'described']\nFormOrNone: TypeAlias = Form | None\nLoop = Loop\nSIZES = [1]\n"
+        "def loss(student, form: Form = 'code', other: FormOrNone = None, sizes: Map = SIZES, loop: Loop = 1,\n"
+        "         betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.99)): ...\n"
+    )
+    known = parameters("named_types:loss")
+    written = {"form": "Literal['code', 'described']", "other": "Literal['code', 'described'] | None", "loop": "Loop"}
+    assert {name: known[name].annotation for name in written} == written
+    for name, wrong in (("form", "x"), ("other", "x"), ("betas", "x"), ("betas", [0.9])):
+        with pytest.raises(UserError, match=f"'{name}' of it cannot be .*") as error:
+            check_options({name: wrong}, known, lambda _: "here", "it", if_missing="")
+        assert error.value.hint is not None and error.value.hint.startswith("it must be ")
 
 
 def test_a_loss_takes_several_hook_points_and_what_it_is_told(tmp_path: Path) -> None:

@@ -333,8 +333,17 @@ class Tokens(nn.Module):
 def test_a_layer_that_is_not_the_last_is_not_taken_for_one_of_other_classes(new_classes: bool, tmp_path: Path) -> None:
     """A student of other images began with new positions, and was told of a new last layer."""
     torch.save(Tokens(16).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"1 of another shape \(positions \[16, 4\] against \[4, 4\]\)"):
+    with pytest.raises(UserError, match=r"1 of another shape \(positions \[16, 4\] against \[4, 4\]\)") as error:
         load_file(Tokens(4), tmp_path / "w.pth", "tokens", classes=10, new_classes=new_classes)
+    assert error.value.hint and "in the rows of 'positions' alone" in error.value.hint
+
+
+def test_a_last_layer_with_a_row_beside_those_of_the_classes_is_told_what_to_do(tmp_path: Path) -> None:
+    torch.save(network(classes=21).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="2 of another shape") as error:
+        load_file(network(classes=11), tmp_path / "w.pth", "net", classes=10, new_classes=True)
+    hint = error.value.hint or ""
+    assert "in the rows of 'fc' alone" in hint and "each of the 10 classes" in hint and "save the file anew" in hint
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])

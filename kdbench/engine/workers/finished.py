@@ -4,7 +4,7 @@ Cells whose records were made from the data that are here, and by the teacher th
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,19 @@ from kdbench.errors import UserError, counted
 from kdbench.files import METRICS, PUBLISHED, RECORD, atomic, sha256_of, weight_files
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import Record, derived, finished_record, metrics, student_file
+from kdbench.record import DIGEST, Record, derived, finished_record, made_from, metrics, student_file
+
+
+class OtherTrials(Exception):
+    """Settings were chosen by published trials of other data, or of another teacher's students, than those here."""
+
+
+def differing(then: Iterable[Record], now: Mapping[tuple[str, str], str]) -> str:
+    """How data or teacher of records differ from those here (as of `made_from`); "" where they do not."""
+    for (what, name), before in (one for record in then for one in made_from(record).items()):
+        if (found := now.get((what, name), before)) != before:
+            return f"'{name}' had the {DIGEST[what]} {before[:12]}, here it has {found[:12]}"
+    return ""
 
 
 class DataHere:
@@ -134,6 +146,18 @@ class Finished:
                 if sha256 != before:
                     reasons[cell.id] = f"'{one.name}' had the sha256 {before[:12]}, here it has {sha256[:12]}"
         self._sort_out("taught by another teacher", reasons)
+
+    def check_trials(self, trials: Iterable[Record], here: DataHere) -> None:
+        """Raises OtherTrials where cells of the folder are of other data, or of another teacher, than the records of
+        published trials, by whose accuracies their settings were chosen: others may be the best."""
+        now = {key: sha for record in self.own.values() for key, sha in made_from(record).items()}
+        for spec in (cell.spec for cell in self.open):
+            now |= {("data", part.name): here.fingerprint(part, needed=True) or "" for part in spec.domains}
+            for teacher in spec.teachers:
+                if teacher.trained_by is not None and (record := finished_record(teacher_folder(teacher, self.runs))):
+                    now["teacher", teacher.name] = sha256_of(student_file(record))
+        if why := differing(trials, now):
+            raise OtherTrials(why)
 
     def adopt(self, results: Path, folder: Path) -> None:
         """Copy the published cells into the run's folder, with the records of teachers that were trained for them."""

@@ -38,7 +38,7 @@ from kdbench.engine.workers.pool import SHARE, Pool, own_signals, spared
 from kdbench.engine.workers.ray_node import TABLES, Node
 from kdbench.engine.workers.ray_sending import Sending, specs_of
 from kdbench.engine.workers.versions import versions
-from kdbench.errors import CellError, UserError, first_line
+from kdbench.errors import CellError, UserError, counted, first_line
 from kdbench.files import RECORD, UNFINISHED, atomic, expanded, files_of, sweep
 from kdbench.recipe.specs import DataSpec
 
@@ -176,7 +176,8 @@ class RayPool(Pool):
         most = min(cpus // self.threads, cpus if most is None else most)
         if most < 1:
             raise UserError(
-                f"no worker of {self.threads} cores and {self.gpus:g} GPUs fits a cluster of {cpus} and {gpus:g}",
+                f"no worker of {counted(self.threads, 'core')} and {counted(self.gpus, 'GPU', 'g')} fits a cluster of "
+                f"{cpus} and {gpus:g}",
                 where="--ray",
                 hint="ask for less with --cpus-per-worker or --gpus-per-worker",
             )

@@ -4,7 +4,7 @@ What is finished is never run again: a cell's folder name holds its identity, an
 for the data and the teacher that the record names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,19 @@ def run(
     listener: Listener | None = None,
     results: Path = Path(),
     published: Mapping[str, Record] | None = None,
+    trials: Iterable[Record] = (),
 ) -> Outcome:
     """Run every cell of a plan that is not finished yet.
 
     Args:
         results, published: a folder of published results, and records in it by the names of their cells' folders: such
             a cell is taken over in place of training it, where it fits to the data and the teacher here.
+        trials: published records by whose accuracies of tried cells the plan's settings were chosen.
 
     Raises:
-        UserError: another run works in the same folder; data or weights are not to be had; a damaged record, or one
-            that was made from other data or by another teacher than those here.
+        OtherTrials: data or teacher of these trials are other ones than those here.
+        UserError: another run works there; data or weights are not to be had; a damaged record, or one that was made
+            from other data or by another teacher than those here.
         KeyboardInterrupt: after all cells were checkpointed.
     """
     listener = listener or Listener()
@@ -70,10 +73,10 @@ def run(
             finished.compare_data(here)
             session.train_teachers(finished.open, here, finished.teachers)
             finished.compare_teachers()
+            finished.check_trials(trials, here)
             finished.adopt(results, folder)
-            for cell in cells:
-                if cell.state == "finished":
-                    _rename(cell.folder / RECORD, names(plan, cell.cell))
+            for cell in (cell for cell in cells if cell.state == "finished"):
+                _rename(cell.folder / RECORD, names(plan, cell.cell))
             # Published cells that were not taken are open now.
             session.check_cells(finished.open)
             # A plan that was refused leaves the last one's table as it is.
@@ -86,11 +89,8 @@ def run(
                     session.train(plan, folder, finished.open, done)
             finally:
                 listener.end()
-    return Outcome(
-        folder,
-        [cell.folder for cell in cells if cell.state == "finished"],
-        [cell for cell in cells if cell.state == "failed"],
-    )
+    done = [cell.folder for cell in cells if cell.state == "finished"]
+    return Outcome(folder, done, [cell for cell in cells if cell.state == "failed"])
 
 
 def _check_case(folder: Path) -> None:

@@ -18,8 +18,8 @@ from kdbench.engine.workers import messages
 from kdbench.engine.workers.finished import DataHere, check_teacher, names, take
 from kdbench.engine.workers.pool import Pool
 from kdbench.engine.workers.ray_pool import RayPool
-from kdbench.errors import CellError, UserError
-from kdbench.files import SOURCES, home, locked
+from kdbench.errors import UserError
+from kdbench.files import SOURCES, failed, home, locked
 from kdbench.recipe.planning import Plan, PlannedCell
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import planned_timeline
@@ -132,7 +132,7 @@ class Session:
         finally:
             self.listener.end()
         if cell.state != "finished":
-            raise CellError(f"the teacher '{teacher.name}' could not be trained: {cell.message}")
+            raise failed(f"the teacher '{teacher.name}' could not be trained: {cell.message}", [cell.message])
 
     def prepare(self, cells: scheduling.Cells) -> None:
         """Data, teachers and what batch sources share, each once, so that several workers do not all fetch them."""

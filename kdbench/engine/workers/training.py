@@ -30,7 +30,7 @@ from kdbench.engine.workers import messages
 from kdbench.engine.workers.materials import Materials, taught_first
 from kdbench.engine.workers.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
-from kdbench.files import CHECKPOINT, locked, sweep
+from kdbench.files import CHECKPOINT, disk_full, locked, sweep
 from kdbench.record import Record, finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
@@ -123,7 +123,7 @@ class Training:
             except (CellError, UserError) as error:
                 self.emit(messages.CellFailed(cell=cell.id, message=str(error)))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - one cell's user code must not end the others
-                self.emit(messages.CellFailed(cell=cell.id, message=failure(error)))
+                self.emit(messages.CellFailed(cell=cell.id, message=str(disk_full(error) or failure(error))))
             else:
                 cohort.cells.append(built)
                 self.cells[built] = cell

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kdbench.engine.options import Listener, Options
+from kdbench.engine.workers.finished import OtherTrials, differing
 from kdbench.engine.workers.runner import run
-from kdbench.errors import NOT_FINITE, CellError
-from kdbench.files import TRIALS
+from kdbench.errors import NOT_FINITE, CellError, counted
+from kdbench.files import TRIALS, failed
 from kdbench.recipe.planning import Candidate, Plan, PlannedCell
-from kdbench.record import DIGEST, Record, made_from, read_record
+from kdbench.record import Record, made_from, read_record
 from kdbench.record_parts import RecordedTuning
 
 # Identity of a tried cell -> its accuracy, None where its loss was not finite.
@@ -31,6 +32,7 @@ def tuned(
             ones, and of teachers. What they hold is not trained again, if data and teachers here are theirs.
 
     Raises:
+        OtherTrials: they are not, as far as it was seen here: `run` sees it of a plan whose trials are all known.
         CellError: a candidate failed otherwise than by a loss that is not finite, or none of a method did not.
         UserError, KeyboardInterrupt: as of `run`.
     """
@@ -42,15 +44,11 @@ def tuned(
     if not left:
         return chosen(plan, known)
     found = _trained(replace(trials, cells=left), options, listener, teachers)
-    sides = before.values(), found.records
-    then, now = ({key: sha for record in side for key, sha in made_from(record).items()} for side in sides)
-    if known and (differ := [key for key in then if now.get(key, then[key]) != then[key]]):
-        what, name = differ[0]
-        why = f"'{name}' had the {DIGEST[what]} {then[differ[0]][:12]}, here it has {now[differ[0]][:12]}"
-        (listener or Listener()).say(f"accuracies of published trials are not taken: {why}")
-        found, known = _trained(trials, options, listener, teachers), {}
-    elif known:
-        among = f"{len(trials.cells) - len(left)} of {len(trials.cells)} trials"
+    now = {key: sha for record in found.records for key, sha in made_from(record).items()}
+    if known and (why := differing(before.values(), now)):
+        raise OtherTrials(why)
+    if known:
+        among = f"{len(trials.cells) - len(left)} of {counted(len(trials.cells), 'trial')}"
         (listener or Listener()).say(f"accuracies of {among} taken from published results")
     return chosen(plan, known | found.known)
 
@@ -69,10 +67,8 @@ class _Found(NamedTuple):
 def _trained(trials: Plan, options: Options, listener: Listener | None, published: Mapping[str, Record]) -> _Found:
     outcome = run(trials, options, listener, published=published)
     if broken := [state for state in outcome.failed if not state.message.startswith(NOT_FINITE)]:
-        raise CellError(
-            f"{len(broken)} of {len(trials.cells)} cells of tuning failed, so nothing was chosen: "
-            f"{broken[0].label}: {broken[0].message}"
-        )
+        what = f"{len(broken)} of {counted(len(trials.cells), 'cell')} of tuning failed, so nothing was chosen: "
+        raise failed(f"{what}{broken[0].label}: {broken[0].message}", [state.message for state in broken])
     records = [read_record(folder) for folder in outcome.finished]
     none: dict[str, float | None] = {state.spec.identity(): None for state in outcome.failed}
     return _Found(none | {record.identity: record.result.test.last for record in records}, records)

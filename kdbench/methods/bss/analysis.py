@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, FinishedCell, PixelLogits
 from kdbench.engine.batch import at_once
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, boundary_attack
 from kdbench.methods.bss.picture import Crossing, boundary_picture
@@ -86,7 +86,9 @@ def boundary(
             continue
         key = f"{cell.spec.data.name} {teacher.identity()}"
         if key not in known:
-            analysis.tell(f"{teacher.name}: its boundary around {images} test images of {cell.spec.data.name}")
+            analysis.tell(
+                f"{teacher.name}: its boundary around {counted(images, 'test image')} of {cell.spec.data.name}"
+            )
             known[key] = _attacked(analysis, cell, teacher, images, targets)
         attacked = known[key]
         cell.check_made_from(attacked.fingerprint, teacher.name, attacked.sha256)
@@ -170,7 +172,7 @@ def attack(
     low, high = analysis.registry.card("sources", "boundary_samples").args["clamp"]
     for name in dict.fromkeys([teachers] if isinstance(teachers, str) else teachers):
         spec, data = teacher_of_card(name, analysis.registry, "teachers")
-        analysis.tell(f"{name}: attacks from {images} test images")
+        analysis.tell(f"{name}: attacks from {counted(images, 'test image')}")
         test = analysis.test_images(data, images)
         network, _ = analysis.teacher(spec, data)
         try:

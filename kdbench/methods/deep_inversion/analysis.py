@@ -11,7 +11,7 @@ import torch
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, PixelLogits
 from kdbench.engine.batch import at_once
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.planning import teacher_of_card
 from kdbench.recipe.specs import DataSpec
@@ -159,7 +159,7 @@ def _unfit(one: Judge, pool: MadeImages) -> str:
     if key["image_shape"] != shape:
         return f"images of {_sizes(key['image_shape'])}, where it knows {_sizes(shape)}"
     if pool.key.get("data_classes", data.classes) != data.classes:
-        return f"data of {pool.key['data_classes']} classes, where it knows {data.classes}"
+        return f"data of {counted(pool.key['data_classes'], 'class')}, where it knows {data.classes}"
     if unknown := sorted(set(key["classes"]) - one.classes):
         return f"classes that it was not trained on: {', '.join(map(str, unknown))}"
     return ""

@@ -20,7 +20,7 @@ from kdbench.data.augment import Augmentation
 from kdbench.data.streams import generator, permutation
 from kdbench.engine.batch import Batch, Epoch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
-from kdbench.errors import CellError, UserError
+from kdbench.errors import CellError, UserError, counted
 from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, Synthesized, labels_in_turn, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages, halves
 from kdbench.version import __version__
@@ -65,8 +65,8 @@ class SynthesizedImages(Source):
         if context.teacher is None or spec.teacher is None:
             raise UserError("images are synthesized from a teacher, and this cell has none")
         if batches < 1 or images < 1 or every < 0:
-            what = f"a pool of {batches} batches of {images} images, growing every {every} steps, cannot be made"
-            raise UserError(what, hint="'batches' and 'images' are at least 1, 'every' at least 0")
+            what = f"a pool of {counted(batches, 'batch')} of {counted(images, 'image')}, growing every {every} steps,"
+            raise UserError(f"{what} cannot be made", hint="'batches' and 'images' are at least 1, 'every' at least 0")
         try:
             self.settings = Inversion(**settings)
         except ValueError as error:
@@ -182,7 +182,7 @@ class SynthesizedImages(Source):
                 noise = BatchDraws(self.seed, "pool", 0).noise((len(self.classes), *self.image_shape))
                 self._images = self._on_device(noise, torch.tensor(self.classes))
             elif self.pool.done < self.batches:
-                what = f"{self.pool.done} of {self.batches} batches of synthesized images are there"
+                what = f"{self.pool.done} of {counted(self.batches, 'batch')} of synthesized images there"
                 hint = "run the recipe again: they are made before its cells train"
                 raise UserError(what, str(self.pool.folder), hint)
             else:

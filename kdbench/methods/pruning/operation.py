@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdbench.engine.operations import Operation, OperationContext
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.losses.kd import kd
 from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off
 
@@ -29,8 +29,8 @@ class TaylorPruning(Operation):
     def __init__(self, *, share: float, batches: int = 8, rounds: int = 4, temperature: float = 1.0) -> None:
         if not 0 < share < 1 or batches < 1 or rounds < 1 or not temperature > 0:
             raise UserError(
-                f"taylor_pruning cannot take a share of {share} in {rounds} rounds of {batches} batches at temperature "
-                f"{temperature}",
+                f"taylor_pruning cannot take a share of {share} in {counted(rounds, 'round')} of "
+                f"{counted(batches, 'batch')} at temperature {temperature}",
                 hint="a share lies between 0 and 1; rounds and batches are at least 1, the temperature is positive",
             )
         self.share, self.batches, self.rounds, self.temperature = share, batches, rounds, temperature
