@@ -51,7 +51,10 @@ class Placed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         nowhere = func in _device_constructors() and kwargs.get("device") is None
-        if func in TAKES or (nowhere and not any(isinstance(value, Tensor) for value in args[:1])):
+        away = func is Tensor.to and "cpu" in [
+            value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)
+        ]
+        if func in TAKES or away or (nowhere and not any(isinstance(value, Tensor) for value in args[:1])):
             self.on_processor.append(func.__name__)
         return func(*args, **kwargs)
 

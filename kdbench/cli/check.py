@@ -142,6 +142,7 @@ def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) ->
 def _terms(methods: Iterable[MethodSpec]) -> Table:
     table = plain_table("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
+        sources = {stage: f" ({spec.source.name})" for stage, spec in method.stages.items() if spec.source is not None}
         for stage, name, term in terms_of(method):
             reads = {*term.loss.inputs}
             # Where a term does not read the data set's own batch, its hook points say what.
@@ -150,7 +151,7 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
             own = f"{student}{at}" + (f", of {term.against}" if term.against else "")
             table.add_row(
                 method.label,
-                stage,
+                stage + sources.get(stage, ""),
                 f"{name} ({term.loss.name})",
                 own if term.of == "student" and {"student", "other"} & reads else "–",
                 own if term.of == "teacher" else f"{teacher}{at}" if "teacher" in reads else "–",

@@ -80,7 +80,7 @@ class Estimate:
                 total += images * seen["teacher"] * (own.training + own.forward * stage.alternating)
                 total += len(line.evaluations) * spec.tested.test * own.forward / len(line.spans)
         for cost in self.costs(spec).values():
-            total += cost.student * size.training
+            total += (cost.student + cost.operations / (PASSES * size.flops)) * size.training
             if cost.teacher and spec.teacher is not None:
                 total += cost.teacher * self.size(*spec.networks["teacher"]).training
         return total

@@ -78,6 +78,7 @@ class Cost:
 
     Attributes:
         teacher, student: images that pass a network while the stage trains, forward and back to the images.
+        operations: floating-point operations of networks of its own while the stage trains.
         prepared: such images of the teacher before any cell trains. key: of what is prepared: the largest of one key
             serves all cells that have it.
         at_once: images in the largest of these passes.
@@ -87,6 +88,7 @@ class Cost:
 
     teacher: float = 0.0
     student: float = 0.0
+    operations: float = 0.0
     prepared: float = 0.0
     key: str = ""
     at_once: int = 0

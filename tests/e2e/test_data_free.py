@@ -85,7 +85,7 @@ def test_nothing_real_is_read_by_a_whole_run(registry: Path, recipe: Path, tmp_p
         "dfq",
     ]
     assert list(runs.glob("data_free/adaptive*/synthesized/distillation/grid.png"))
-    assert len(list(runs.glob("data_free/*/generated/grid.png"))) == 4
+    assert len(list(runs.glob("data_free/*/generated/distillation/grid.png"))) == 4
     # The guard guards: whoever trains on the data set meets it.
     with pytest.raises(CellError, match="1 of 2 cells failed: KD, seed 0: .*a guarded value was read"):
         kdbench.run(recipe, ["compare.method=[noise_kd, kd]"], runs=runs, **options)  # type: ignore[arg-type]

@@ -268,6 +268,7 @@ def test_what_would_break_a_graph_in_silence_is_found(trap: Callable[[Member], N
     [
         (lambda value: value * value.item(), "reads values"),
         (lambda value: value * value.tolist(), "host's side.*tolist"),
+        (lambda value: value * value.to("cpu"), "host's side.*to"),
         (lambda value: value * torch.tensor(2.0), "host's numbers"),
         (lambda value: value * torch.ones(()), "host's side.*ones"),
         (lambda value: value.expand(2)[value.expand(2) > 0].sum(), "has the host count"),

@@ -162,10 +162,10 @@ def test_all_terms_against_their_formulas() -> None:
 
 
 def by_hand(method: str, source: GeneratedImages, teacher: Teacher, student: Network) -> nn.Module:
-    """The generator after its first turn, by a plain step."""
+    """The generator after its first round, by a plain step."""
     chosen, model, normalizer = source.settings, source.generator.train(), teacher.network.normalizer
     optimizer = torch.optim.Adam(model.parameters(), chosen.lr, chosen.betas)
-    made = model(source._latents("generator/images" if method == "zskt" else "generator/steps", 0, 1)[0])
+    made = model(source._noise("images" if method == "zskt" else "own", 0, 1)[0])
     values = teacher.network(made, ["logits", "pooled"])
     taught = values["logits"]
     student.model.train(method != "dafl")
@@ -176,7 +176,7 @@ def by_hand(method: str, source: GeneratedImages, teacher: Teacher, student: Net
         sure, strong = F.cross_entropy(taught, taught.argmax(1)), values["pooled"].abs().mean()
         loss = 0.05 * sure - 0.01 * strong + 5 * (mean * mean.log10()).sum()
     elif method == "zskt":
-        loss = -F.kl_div(own.log_softmax(1), p, reduction="mean")
+        loss = -F.kl_div(own.log_softmax(1), p, reduction="none").mean()
     else:
         loss = -(own - taught).abs().mean()
     loss.backward()
@@ -187,7 +187,7 @@ def by_hand(method: str, source: GeneratedImages, teacher: Teacher, student: Net
 
 
 @pytest.mark.parametrize("method", ["dafl", "zskt", "dfad"])
-def test_a_turn_is_a_plain_step_of_the_generator(method: str) -> None:
+def test_a_round_is_a_plain_step_of_the_generator(method: str) -> None:
     member, _, teacher = member_of(cell(method))
     assert teacher is not None
     source = source_of(member)
@@ -195,13 +195,13 @@ def test_a_turn_is_a_plain_step_of_the_generator(method: str) -> None:
     expected = by_hand(method, copy.deepcopy(source), teacher, copy.deepcopy(member.student))
     late = every if source.settings.student_first else 0
     for at in range(late + 1):
-        assert source.turns == 0
+        assert source.rounds == 0
         # A cosine has not begun to fall where nothing is done.
         now = SourceStep(at, 0.0, member.student, 0, 100)
         assert source.ready(now, lambda text: None, lambda: False)
         if at < late:
             source.sets(now)
-    assert source.turns == 1
+    assert source.rounds == 1
 
     def flat(model: nn.Module, of: Callable[[nn.Parameter], Any]) -> Tensor:
         return torch.cat([of(parameter).flatten() for parameter in model.parameters()]).detach()
@@ -230,13 +230,13 @@ def test_the_networks_stay_as_they_are_while_the_generator_learns(method: str) -
     assert fingerprint(member.student.model) == fingerprint(fresh)
 
 
-def test_a_stop_comes_before_a_turn() -> None:
+def test_a_stop_comes_before_a_round() -> None:
     member, _, _ = member_of(cell("dfq"))
     source = source_of(member)
     before = fingerprint(source.generator)
     now = SourceStep(0, 0.0, member.student, 0, 20)
     assert not source.ready(now, lambda text: None, lambda: True)
-    assert source.turns == 0 and fingerprint(source.generator) == before
+    assert source.rounds == 0 and fingerprint(source.generator) == before
 
 
 def test_its_optimizer_has_the_betas_and_the_largest_norm_of_its_settings() -> None:
@@ -271,7 +271,7 @@ def seen(member: Member, steps: int) -> list[Tensor]:
     return found
 
 
-def test_noise_is_new_in_every_step_or_that_of_the_turn() -> None:
+def test_noise_is_new_in_every_step_or_that_of_the_round() -> None:
     new = seen(member_of(cell("dfad"))[0], 10)
     assert all(not torch.equal(a, b) for i, a in enumerate(new) for b in new[:i])
     kept = seen(member_of(cell("zskt"))[0], 20)
@@ -280,7 +280,7 @@ def test_noise_is_new_in_every_step_or_that_of_the_turn() -> None:
     assert not torch.allclose(kept[0], kept[10], atol=1e-2)
 
 
-def test_the_steps_of_a_turn_need_no_host() -> None:
+def test_the_steps_of_a_round_need_no_host() -> None:
     """One look at what is due, and all its steps: as many as a stretch has, each with noise of its own."""
     member, _, _ = member_of(cell("dfad"))
     source, now = source_of(member), SourceStep(7, 0.1, member.student, 0, 100)
@@ -302,7 +302,7 @@ def test_pixels_are_where_the_output_says() -> None:
 
 @pytest.mark.parametrize("method", ["dafl", "zskt", "dfad", "dfq"])
 def test_a_resumed_cell_ends_bit_for_bit(method: str, tmp_path: Path) -> None:
-    """Stopped in the middle of a turn."""
+    """Stopped in the middle of a round."""
     spec = cell(method, steps=14)
     first, batches, teacher = member_of(spec)
     train(first, batches, teacher, 14)
@@ -316,7 +316,7 @@ def test_a_resumed_cell_ends_bit_for_bit(method: str, tmp_path: Path) -> None:
     ends = [source_of(member) for member in (third, first)]
     assert fingerprint(ends[0].generator) == fingerprint(ends[1].generator)
     assert ends[0].record() == ends[1].record()
-    assert ends[0].record()["turns"] == (14 if method == "dafl" else 2)
+    assert ends[0].record()["rounds"] == (14 if method == "dafl" else 2)
 
 
 # --- what is refused
@@ -324,17 +324,18 @@ def test_a_resumed_cell_ends_bit_for_bit(method: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_generated_is_told() -> None:
     for settings, why in [
-        ({}, "all its weights are 0"),
+        ({}, "learn nothing: give one of adversarial, one_hot"),
         ({"one_hot": 1.0, "every": 0}, "'every' cannot be 0"),
         ({"one_hot": -1.0}, "'one_hot' cannot be -1.0"),
         ({"one_hot": 1.0, "lr": 0.0}, "'lr' cannot be 0.0"),
         ({"one_hot": 1.0, "base": 1.0}, "'base' cannot be 1.0"),
         ({"one_hot": 1.0, "widths": (8, 8)}, "three numbers of channels"),
         ({"one_hot": 1.0, "betas": (0.5,)}, "two betas"),
+        ({"one_hot": 1.0, "betas": (0.5, 1.5)}, "both lie in"),
     ]:
         with pytest.raises(ValueError, match=why):
             Generation(**settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="10×8 cannot be generated: both sides are multiples of 4"):
+    with pytest.raises(ValueError, match="10×8 cannot be generated: both sides are multiples of 4, .* image_size: 8"):
         Generator(Generation(one_hot=1.0), (1, 10, 8))
 
 
@@ -348,5 +349,39 @@ def test_a_cell_without_a_teacher_or_its_batch_norms_is_refused() -> None:
     for name, module in list(teacher.network.model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             teacher.network.model.set_submodule(name, nn.Identity())
-    with pytest.raises(UserError, match="no batch norms"):
+    with pytest.raises(UserError, match="'feature': the network has no batch norm"):
         GeneratedImages.prepare(context, lambda text: None, lambda: False, feature=1.0)
+    del teacher.network.extractor.places["pooled"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="pooled"):
+        GeneratedImages.prepare(context, lambda text: None, lambda: False, activation=1.0)
+
+
+def test_two_stages_draw_for_themselves_and_two_rounds_never_the_same() -> None:
+    spec = cell("dfq")
+    teacher = teacher_for(spec)
+    one, other = (
+        GeneratedImages(SourceContext(spec, stage, CPU, teacher.network), one_hot=1.0) for stage in ("one", "two")
+    )
+    assert fingerprint(one.generator) != fingerprint(other.generator)
+    drawn = [
+        source._noise(stream, number, 1) for source in (one, other) for stream in ("images", "own") for number in (0, 1)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    many = one._noise("images", 5, 40).flatten()
+    assert many.mean().item() == pytest.approx(0, abs=0.01) and many.std().item() == pytest.approx(1, abs=0.01)
+    assert (many.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=0.01)
+
+
+def test_what_a_generator_takes() -> None:
+    """By hand: products of its layers for an image of 8×8, and rounds of a stage of 23 steps."""
+    spec = cell("zskt")
+    source = source_of(member_of(spec)[0])
+    flops = 2 * (100 * 128 * 4 + 9 * (128 * 128 * 16 + 128 * 64 * 64 + 64 * 1 * 64))
+    cost = source.cost(23)
+    assert cost.teacher == cost.student == 3 * 8
+    assert cost.operations == flops * (3 * 3 * 8 + 23 * 8)
+    assert source_of(member_of(cell("dafl"))[0]).cost(23).student == 0
+    # Weights in four copies, the noise of ten steps, and what a backward pass needs: inputs of layers, and a little.
+    weights, noise = 16 * sum(p.numel() for p in source.parameters), 4 * 10 * 8 * 100
+    inputs = 4 * 8 * (2 * 128 * 4 + 128 * 16 * 3 + 128 * 64 + 64 * 64 * 3)
+    assert weights + noise + inputs < cost.held < weights + noise + 2 * inputs

@@ -17,6 +17,8 @@ from kdbench.losses.kl import kl_divergence
 
 # Values of images below and above this factor of the size are made by doubling it twice.
 GROWTH = 4
+# Options that are weights of terms.
+WEIGHTS = ("adversarial", "one_hot", "activation", "balance", "feature")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Generation:
         bias: of its convolutions but the last. eps: of the batch norms behind them.
         lr, betas: of Adam. decay: of its rate, "none", or "cosine" to 0 over the stage. clip: the largest norm of its
             gradient; 0 for any.
-        every: steps of the student to each of its turns. iterations: its own steps in a turn.
+        every: steps of the student in a round. iterations: the generator's own steps, before them.
         student_first: the student takes the first steps, with the generator as it was made.
-        latents: "new" noise for every step, or that of the turn "kept" for all its steps.
+        noise: "new" for every step, or "kept" for all steps of a round, the generator's and the student's.
         sampling: mode of the generator while the student learns: with "train" each batch is normalized by itself.
         student_mode: of the student while the generator learns; in "train" its running statistics follow.
         adversarial: weight of the distance of the two networks, which the generator raises. divergence: which one,
-            "kl" (batch mean), "kl_elements" (mean over all elements) or "l1" (of logits, mean over all elements).
+            "kl" (batch mean, at T = 1), "kl_elements" (mean over elements) or "l1" (of logits, over elements).
         one_hot, activation, balance: weights of DAFL's three terms. base: of the last one's logarithm.
         feature: weight of the batch norms' statistics, as DeepInversion has them.
     """
@@ -54,7 +56,7 @@ class Generation:
     every: int = 5
     iterations: int = 1
     student_first: bool = False
-    latents: Literal["new", "kept"] = "new"
+    noise: Literal["new", "kept"] = "new"
     sampling: Literal["eval", "train"] = "eval"
     student_mode: Literal["eval", "train"] = "eval"
     adversarial: float = 0.0
@@ -62,14 +64,14 @@ class Generation:
     one_hot: float = 0.0
     activation: float = 0.0
     balance: float = 0.0
-    base: float = math.e
+    base: float = 2.718281828459045
     feature: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("latent", "every", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 1")
-        for name in ("clip", "adversarial", "one_hot", "activation", "balance", "feature"):
+        for name in ("clip", *WEIGHTS):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 0")
         for name, least in (("lr", 0), ("eps", 0), ("base", 1)):
@@ -79,8 +81,10 @@ class Generation:
             raise ValueError(f"'widths' are three numbers of channels, not {list(self.widths)}")
         if len(self.betas) != 2:
             raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.5, 0.999]")
-        if not (self.adversarial or self.one_hot or self.activation or self.balance or self.feature):
-            raise ValueError("all its weights are 0, so the generator would learn nothing")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas cannot be {list(self.betas)}: both lie in [0, 1)")
+        if not any(getattr(self, name) for name in WEIGHTS):
+            raise ValueError(f"the generator would learn nothing: give one of {', '.join(WEIGHTS)} a weight")
 
     def rate(self, progress: float) -> float:
         """The learning rate where this share of the stage is done."""
@@ -99,7 +103,11 @@ class Generator(nn.Module):
         super().__init__()
         channels, *size = image_shape
         if any(side % GROWTH for side in size):
-            raise ValueError(f"images of {size[0]}×{size[1]} cannot be generated: both sides are multiples of {GROWTH}")
+            near = max(GROWTH, size[0] // GROWTH * GROWTH)
+            raise ValueError(
+                f"images of {size[0]}×{size[1]} cannot be generated: both sides are multiples of {GROWTH}, "
+                f"as with a data card's image_size: {near}"
+            )
         first, second, third = settings.widths
         self.start = (first, size[0] // GROWTH, size[1] // GROWTH)
         self.linear = nn.Linear(settings.latent, math.prod(self.start))

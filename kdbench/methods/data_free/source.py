@@ -1,30 +1,35 @@
 """Batches that a generator makes, which learns from the teacher, or from teacher and student, while the student learns
 from its images: DAFL, ZSKT, DFAD, DFQ.
 
-The generator takes its steps between the student's, so that theirs run in stretches. All noise is addressed by the
-turn that it belongs to.
+The generator takes its steps in rounds between the student's, so that the student's run in stretches. All noise is
+addressed by the round that it belongs to.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdbench.data.streams import address, generator, seed_draws
+from kdbench.data.streams import address, seed_draws, uniform
 from kdbench.engine.batch import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import UserError
 from kdbench.files import atomic
+from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.methods.data_free.generator import Generation, Generator, generator_terms
 from kdbench.methods.deep_inversion.made import SIDE, grid
 
-WEIGHTS, STUDENT, OWN = "generator/weights", "generator/images", "generator/steps"
 FOLDER = "generated"
+# Streams of a stage: first weights, noise of the student's batches and of the generator's, a student's dropout.
+WEIGHTS, IMAGES, OWN, DROPOUT = "weights", "images", "own", "dropout"
 
 
 class GeneratedImages(Source):
@@ -33,7 +38,6 @@ class GeneratedImages(Source):
     Every option is one of `Generation`.
     """
 
-    streams = (WEIGHTS, STUDENT, OWN)
     by_step = None
 
     def __init__(self, context: SourceContext, **settings: Any) -> None:
@@ -41,25 +45,25 @@ class GeneratedImages(Source):
         if context.teacher is None or spec.teacher is None:
             raise UserError("a generator learns from a teacher, and this cell has none")
         known = spec.teacher.knows(spec.data)
-        seeded = torch.random.fork_rng(devices=[])
+        self.context, self.teacher, self.classes = context, context.teacher, spec.teacher.known_classes
+        self.seed, self.size = spec.seed, spec.protocol.batch_size
+        self.streams = tuple(f"generator/{context.stage}/{name}" for name in (WEIGHTS, IMAGES, OWN, DROPOUT))  # type: ignore[misc]
         try:
             self.settings = Generation(**settings)
-            with seeded:
-                torch.manual_seed(address(spec.seed, WEIGHTS))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(address(self.seed, self._stream(WEIGHTS)))
                 self.generator = Generator(self.settings, known.image_shape).to(device)
         except ValueError as error:
             raise UserError(f"stage '{context.stage}', source: {error}") from None
-        self.context, self.teacher, self.classes = context, context.teacher, spec.teacher.known_classes
-        self.seed, self.size = spec.seed, spec.protocol.batch_size
         self.parameters = list(self.generator.parameters())
         # Beside the default, Adam's `foreach` and `fused` forms round differently.
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=self.settings.lr, betas=self.settings.betas, foreach=False
         )
-        # Turns that were taken, and the last one's terms.
-        self.turns, self.terms = 0, dict[str, Tensor]()
-        # Noise of the student's steps of a turn, a row each, and the row of the coming step.
-        self.noise = torch.zeros((self.settings.every, self.size, self.settings.latent), device=device)
+        # Rounds that were taken, and the last one's terms.
+        self.rounds, self.terms = 0, dict[str, Tensor]()
+        # Noise of the student's steps of a round, a row each, and the row of the coming step.
+        self.rows = torch.zeros((self.settings.every, self.size, self.settings.latent), device=device)
         self.drawn, self.row = -1, torch.zeros(1, dtype=torch.int64, device=device)
 
     @classmethod
@@ -68,19 +72,29 @@ class GeneratedImages(Source):
     ) -> None:
         """Nothing but to refuse what cannot be, before anything trains."""
         source = cls(context, **options)
-        if source.settings.feature and not any(isinstance(m, nn.BatchNorm2d) for m in source.teacher.model.modules()):
-            raise UserError("the teacher has no batch norms whose statistics a generator could match ('feature')")
+        if source.settings.student_mode == "train" and dist.is_initialized() and dist.get_world_size() > 1:
+            what = "while the generator learns, one process alone would have the student in train mode"
+            raise UserError(what, hint="run it on one GPU, or set the source's 'student_mode' to eval")
+        if source.settings.feature:
+            try:
+                BatchNormInputs(source.teacher.model)
+            except ValueError as error:
+                raise UserError(f"stage '{context.stage}', source, 'feature': {error}") from None
+        if source.settings.activation and context.spec.teacher is not None:
+            shape = context.spec.teacher.knows(context.spec.data).image_shape
+            with torch.no_grad():
+                source.teacher(torch.zeros(1, *shape, device=context.device), ["pooled"])
 
     def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
-        turn, since = divmod(now.step - now.begin, self.settings.every)
-        due = turn + (not self.settings.student_first)
-        if self.turns < due:
+        number, since = divmod(now.step - now.begin, self.settings.every)
+        due = number + (not self.settings.student_first)
+        if self.rounds < due:
             if stopping():
                 return False
             self._learn(due, now)
-        if self.drawn != turn:
-            self.noise.copy_(self._latents(STUDENT, turn, self.settings.every))
-            self.drawn = turn
+        if self.drawn != number:
+            self.rows.copy_(self._noise(IMAGES, number, self.settings.every))
+            self.drawn = number
         self.row.fill_(since)
         if now.end - now.step <= self.settings.every - since:
             self._picture()
@@ -91,26 +105,26 @@ class GeneratedImages(Source):
 
     def sets(self, now: SourceStep) -> dict[str, Batch]:
         if now.ahead:
-            # Asked before the turn is ready: by whoever wants batches before the first step.
-            turn, since = divmod(now.step - now.begin, self.settings.every)
-            noise = self._latents(STUDENT, turn, self.settings.every)[since]
+            # Asked before its round is ready: by whoever wants batches before the first step.
+            number, since = divmod(now.step - now.begin, self.settings.every)
+            noise = self._noise(IMAGES, number, self.settings.every)[since]
         else:
-            noise = self.noise.index_select(0, self.row).squeeze(0)
+            noise = self.rows.index_select(0, self.row).squeeze(0)
             self.row.add_(1)
         self.generator.train(self.settings.sampling == "train" and not now.ahead)
         with torch.no_grad():
-            return {"data": Batch(self._pixels(noise), None)}
+            return {"data": Batch(self._pixels(self.generator, noise), None)}
 
-    def _learn(self, turn: int, now: SourceStep) -> None:
-        """The generator's steps of a turn."""
-        chosen, kept = self.settings, self.settings.latents == "kept"
-        noise = self._latents(STUDENT, turn - 1, 1) if kept else self._latents(OWN, turn - 1, chosen.iterations)
+    def _learn(self, number: int, now: SourceStep) -> None:
+        """The generator's steps of a round; the first one has the number 1."""
+        chosen, kept = self.settings, self.settings.noise == "kept"
+        noise = self._noise(IMAGES, number - 1, 1) if kept else self._noise(OWN, number - 1, chosen.iterations)
         self.generator.train()
         now.student.model.train(chosen.student_mode == "train")
-        seed_draws(address(self.seed, "generator/dropout", turn), self.context.device)
+        seed_draws(address(self.seed, self._stream(DROPOUT), number), self.context.device)
         self.optimizer.param_groups[0]["lr"] = chosen.rate(now.progress)
         for iteration in range(chosen.iterations):
-            images = self._pixels(noise[iteration % len(noise)])
+            images = self._pixels(self.generator, noise[iteration % len(noise)])
             terms = generator_terms(images, self.teacher, now.student.logits, chosen, self.classes)
             # Of the generator alone: a student's own gradients are its training's.
             gradients = torch.autograd.grad(terms["loss"], self.parameters)
@@ -120,58 +134,81 @@ class GeneratedImages(Source):
                 nn.utils.clip_grad_norm_(self.parameters, chosen.clip)
             self.optimizer.step()
             self.terms = {name: value.detach() for name, value in terms.items()}
-        self.turns = turn
+        self.rounds = number
 
-    def _latents(self, stream: str, turn: int, steps: int) -> Tensor:
-        """Noise of a turn's steps, [steps, N, latent]."""
-        rows = 1 if self.settings.latents == "kept" else steps
-        shape = (rows, self.size, self.settings.latent)
-        drawn = torch.randn(shape, generator=generator(self.seed, stream, turn))
+    def _stream(self, name: str) -> str:
+        return f"generator/{self.context.stage}/{name}"
+
+    def _noise(self, stream: str, number: int, steps: int) -> Tensor:
+        """Noise of a round's steps, float32 [steps, N, latent]."""
+        shape = (1 if self.settings.noise == "kept" else steps, self.size, self.settings.latent)
+        # Half a step up from multiples of 2⁻⁵³: 0 has no quantile.
+        share = uniform(torch.Size(shape).numel(), self.seed, self._stream(stream), number) + 2.0**-54
+        drawn = torch.special.ndtri(torch.from_numpy(share)).float().view(shape)
         return drawn.to(self.context.device).expand(steps, -1, -1)
 
-    def _pixels(self, noise: Tensor) -> Tensor:
+    def _pixels(self, model: nn.Module, noise: Tensor) -> Tensor:
         """Images of noise [N, latent], as pixel values on the scale of [0, 1]."""
-        made: Tensor = self.generator(noise)
+        made: Tensor = model(noise)
         if self.settings.output == "sigmoid":
             return made
         normalizer = self.teacher.normalizer
         return made * normalizer.std.view(-1, 1, 1) + normalizer.mean.view(-1, 1, 1)
 
     def _picture(self) -> None:
-        """Draw some of the last images into the cell's folder."""
-        folder: Path | None = self.context.files.folder
-        if folder is None:
+        """Draw some of the last images into the cell's folder, made as the student's are."""
+        if self.context.files.folder is None:
             return
-        self.generator.eval()
+        model = copy.deepcopy(self.generator).train(self.settings.sampling == "train")
         with torch.no_grad():
-            images = self._pixels(self.noise[0][: SIDE**2]).cpu()
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        with atomic(folder / FOLDER / "grid.png") as temporary:
+            images = self._pixels(model, self.rows[0])[: SIDE**2].cpu()
+        folder = self.context.files.folder / FOLDER / self.context.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / "grid.png") as temporary:
             grid(images).save(temporary, format="PNG")
 
     def cost(self, steps: int) -> Cost:
+        """The generator's own steps, a forward pass and two as long backwards, and a pass for each of the student's."""
         images = -(-steps // self.settings.every) * self.settings.iterations * self.size
+        kept = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += 0 if any(tensor.data_ptr() == one.data_ptr() for one in self.parameters) else tensor.nbytes
+            return tensor
+
+        model, noise = copy.deepcopy(self.generator).eval(), self.rows[0, :1]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(noise)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.generator(noise)
         # Weights with their gradients and Adam's two moments.
-        held = 16 * sum(parameter.numel() for parameter in self.parameters) + 4 * self.noise.numel()
-        return Cost(teacher=images, student=images if self.settings.adversarial else 0, at_once=self.size, held=held)
+        weights = 4 * sum(parameter.nbytes for parameter in self.parameters)
+        return Cost(
+            teacher=images,
+            student=images if self.settings.adversarial else 0,
+            operations=counter.get_total_flops() * (3 * images + steps * self.size),
+            at_once=self.size,
+            held=weights + self.rows.nbytes + kept * self.size,
+        )
 
     def state(self) -> dict[str, Any]:
         return {
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "turns": self.turns,
+            "rounds": self.rounds,
             "terms": self.terms,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.turns, self.terms = state["turns"], dict(state["terms"])
+        self.rounds, self.terms = state["rounds"], dict(state["terms"])
 
     def record(self) -> dict[str, Any]:
-        """Turns of the generator, and the terms of its last step, unweighted; "loss" is their weighted sum."""
+        """Rounds of the generator, and the terms of its last step, unweighted; "loss" is their weighted sum."""
         return {
             "settings": dataclasses.asdict(self.settings),
-            "turns": self.turns,
+            "rounds": self.rounds,
             "terms": {name: float(value) for name, value in self.terms.items()},
         }
