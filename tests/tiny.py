@@ -14,6 +14,7 @@ from kdbench.engine import checkpoint
 from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
@@ -56,7 +57,7 @@ def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
 
 
 # Options of batch sources that would take long, where a recipe says nothing else.
-SMALL: dict[str, dict[str, Any]] = {"inverted": {"images": 8, "iterations": 2, "every": 5, "head": 8}}
+SMALL: dict[str, dict[str, Any]] = {"inverted": {"images": 8, "iterations": 2, "every": 3, "head": 8}}
 
 
 def small(stage: StageSpec) -> StageSpec:
@@ -132,12 +133,12 @@ def teacher_for(spec: CellSpec) -> Teacher:
 
 
 def member_of(
-    spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None
+    spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None, folder: Path | None = None
 ) -> tuple[Member, Batches, Teacher | None]:
-    """A cell ready to train."""
+    """A cell ready to train; its source's files lie in a folder, if it has one."""
     batches = batches_for(spec, data)
     teacher = teacher or untrained_teacher(spec)
-    return Member(spec, batches, teacher, CPU), batches, teacher
+    return Member(spec, batches, teacher, CPU, files=SourceFiles(folder=folder)), batches, teacher
 
 
 def pick_up(member: Member, folder: Path) -> None:
