@@ -133,6 +133,8 @@ def test_views_are_drawn_by_address_and_cover_what_they_may() -> None:
     # 8 × 8 / 4 pixels at least, up to the rounding of sides.
     assert 12 <= (height * width).min() < 20 and (height * width).max() > 50
     assert 0.4 < mirrored.mean() < 0.6 and views.places.unique().tolist() == list(range(18))
+    upright = InversionDraws(0, "test", 1).views(replace(many, flip=False), 20, SHAPE)
+    assert not upright.boxes[..., 4].any() and upright.places.unique().tolist() == list(range(9))
 
 
 # --- a batch

@@ -48,7 +48,8 @@ class ContrastiveInversion:
             choose the same class. contrast: of recognizing an image's global view by a local one.
         contrast_temperature: of that. head: numbers of the head's output, which it compares.
         bank: features of the latest so many images are remembered. negatives: of these are drawn for each iteration.
-        padding: pixels around an image of which a global view is cropped. area: least share of a local view.
+        padding: pixels around an image of which a global view is cropped. area: least share of a local view. flip: both
+            views are mirrored by chance.
     """
 
     iterations: int = 200
@@ -66,6 +67,7 @@ class ContrastiveInversion:
     negatives: int = 4096
     padding: int = 4
     area: float = 0.25
+    flip: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("iterations", 1), ("head", 1), ("bank", 0), ("negatives", 0), ("padding", 0)):
@@ -164,11 +166,11 @@ class InversionDraws:
     def views(self, settings: ContrastiveInversion, n: int, image_shape: tuple[int, int, int]) -> Views:
         """Of all iterations, on the CPU: crops after padding with zeros, and boxes as torchvision's RandomResizedCrop
         has them, both mirrored by chance, independently of each other."""
-        crop, times = Augmentation(settings.padding, "zero", flip=True), settings.iterations
+        crop, times = Augmentation(settings.padding, "zero", settings.flip), settings.iterations
         places = crop.draw(generator(self.seed, f"{self.stream}/views", self.batch), times * n).view(times, n)
         numbers = uniform(times * n * (NUMBERS + 1), self.seed, f"{self.stream}/boxes", self.batch)
         boxes = [
-            (*crop_box(drawn[:-1], *image_shape[1:], (settings.area, 1.0)), drawn[-1] < 0.5)
+            (*crop_box(drawn[:-1], *image_shape[1:], (settings.area, 1.0)), settings.flip and drawn[-1] < 0.5)
             for drawn in numbers.reshape(-1, NUMBERS + 1).tolist()
         ]
         return Views(crop, places, torch.tensor(boxes, dtype=torch.float32).view(times, n, 5))

@@ -41,7 +41,7 @@ class PooledImages(Source):
         added: number, sha256 and seconds of each batch that was added.
     """
 
-    streams = ("synthesized/order", "synthesized/augmentation")
+    streams: ClassVar[tuple[str, ...]] = ("synthesized/order", "synthesized/augmentation")
     by_step = None
     at_begin: ClassVar[int] = 0
     own: MadeImages | None = None
