@@ -387,7 +387,7 @@ def test_what_it_takes_is_counted() -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"images": 1}, "batches of 1 images every 3 steps"),
+        ({"images": 1}, "batches of 1 image every 3 steps"),
         ({"every": -1}, "'every' at least 0"),
         ({"iterations": 0}, "'iterations' cannot be 0"),
         ({"lr": 0.0}, "'lr' cannot be 0.0"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdbench.engine.batch import Batch
 from kdbench.engine.inputs import Cost, SourceContext, SourceStep
-from kdbench.errors import UserError
+from kdbench.errors import UserError, counted
 from kdbench.losses.cmi import BatchNormMeans
 from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.methods.cmi.inversion import Contrast, ContrastiveInversion, InversionDraws, invert
@@ -43,7 +43,7 @@ class InvertedImages(PooledImages):
     ) -> None:
         super().__init__(context, images, every, augment)
         if images < 2 or every < 0:
-            what = f"batches of {images} images every {every} steps cannot be made"
+            what = f"batches of {counted(images, 'image')} every {every} steps cannot be made"
             raise UserError(what, hint="'images' is at least 2, 'every' at least 0")
         self.stream = f"cmi/{context.stage}"
         try:
