@@ -74,7 +74,7 @@ def _parameters(file: Path, of: tuple[int, int], object_name: str, called: bool)
             for item in (item for of in classes for item in of.body):
                 if isinstance(item, ast.FunctionDef) and item.name == ("forward" if called else "__init__"):
                     return _from_arguments(item.args, skip=1)
-            return {} if called else _from_fields(node)
+            return {} if called else _from_fields(classes)
     names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     raise UserError(f"{file.name} defines no function or class '{object_name}'", hint=did_you_mean(object_name, names))
 
@@ -207,11 +207,11 @@ def _from_arguments(arguments: ast.arguments, skip: int) -> dict[str, Parameter]
     return result
 
 
-def _from_fields(node: ast.ClassDef) -> dict[str, Parameter]:
-    """The fields of a dataclass; of another class nothing."""
-    if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return {}
-    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+def _from_fields(classes: list[ast.ClassDef]) -> dict[str, Parameter]:
+    """The fields of a dataclass, those of its bases first; of another class nothing."""
+    own = [c for c in reversed(classes) if any("dataclass" in ast.unparse(one) for one in c.decorator_list)]
+    items = [item for of in own for item in of.body]
+    fields = [item for item in items if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
     found = [
         _parameter(ast.arg(ast.unparse(field.target), field.annotation), field.value, positional=False)
         for field in fields

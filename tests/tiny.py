@@ -14,13 +14,14 @@ from kdbench.engine import checkpoint
 from kdbench.engine.batch import Sets
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teachers.anchors import Route
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, DataSpec, StageSpec, TeacherSpec
 from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
 
@@ -55,6 +56,18 @@ def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
     return canonical(spec.name, [str(i) for i in range(spec.classes)], *parts, origin="made up")
 
 
+# Options of batch sources that would take long, where a recipe says nothing else.
+SMALL: dict[str, dict[str, Any]] = {"inverted": {"images": 8, "iterations": 2, "every": 3, "head": 8}}
+
+
+def small(stage: StageSpec) -> StageSpec:
+    """A stage whose source takes moments."""
+    if stage.source is None or stage.source.name not in SMALL:
+        return stage
+    options = SMALL[stage.source.name] | stage.source.options
+    return stage.model_copy(update={"source": stage.source.model_copy(update={"options": options})})
+
+
 def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None = None) -> CellSpec:
     """A cell with a budget of a few small steps on made-up data."""
     protocol = spec.protocol.model_copy(update={"steps": steps, "epochs": None, "batch_size": batch})
@@ -64,7 +77,8 @@ def shortened(spec: CellSpec, steps: int, batch: int = 8, per_class: int | None 
     data = spec.data.model_copy(update={"fraction": None, **split})
     inside = {"extra_epochs": None, "extra_share": None, "share": 1 / len(spec.method.stages)}
     stages = {
-        name: stage.model_copy(update=inside) if stage.extra else stage for name, stage in spec.method.stages.items()
+        name: small(stage.model_copy(update=inside) if stage.extra else stage)
+        for name, stage in spec.method.stages.items()
     }
     method = spec.method.model_copy(update={"stages": stages})
     changes = {"protocol": protocol, "data": data, "method": method, "student": spec.student.not_started()}
@@ -119,12 +133,12 @@ def teacher_for(spec: CellSpec) -> Teacher:
 
 
 def member_of(
-    spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None
+    spec: CellSpec, data: ImageData | None = None, teacher: Teacher | None = None, folder: Path | None = None
 ) -> tuple[Member, Batches, Teacher | None]:
-    """A cell ready to train."""
+    """A cell ready to train; its source's files lie in a folder, if it has one."""
     batches = batches_for(spec, data)
     teacher = teacher or untrained_teacher(spec)
-    return Member(spec, batches, teacher, CPU), batches, teacher
+    return Member(spec, batches, teacher, CPU, files=SourceFiles(folder=folder)), batches, teacher
 
 
 def pick_up(member: Member, folder: Path) -> None:

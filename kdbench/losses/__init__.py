@@ -17,6 +17,7 @@ from kdbench.losses.byot import BeYourOwnTeacher
 from kdbench.losses.cat_kd import cat_kd, class_attention
 from kdbench.losses.cc import NeighbourCongruence, kernel_congruence, neighbour_congruence
 from kdbench.losses.ce import cross_entropy
+from kdbench.losses.cmi import BatchNormMeans, agreed_divergence, view_contrast
 from kdbench.losses.crd import ContrastiveDistillation, ContrastiveRepresentation, draw_negatives, noise_contrastive
 from kdbench.losses.ctkd import CurriculumTemperature
 from kdbench.losses.cwd import channel_wise
@@ -75,24 +76,24 @@ from kdbench.losses.wkd import class_distances, sinkhorn_cost, wasserstein_gauss
 from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
-    "AttendedChannels", "AttentionFusion", "AttentionMatching", "BatchNormInputs", "BeYourOwnTeacher",
+    "AttendedChannels", "AttentionFusion", "AttentionMatching", "BatchNormInputs", "BatchNormMeans", "BeYourOwnTeacher",
     "ConstantAgreement", "ContrastiveDistillation", "ContrastiveRepresentation", "CurriculumTemperature",
     "CustomizedSoftLabels", "FeatureTransform", "InformationTheoretic", "KnowledgeReview", "MaskedGeneration",
     "NeighbourCongruence", "Paraphraser", "PrimeAware", "Projector", "SemanticCalibration", "SimpleRecipe",
     "SoftmaxRegression", "TransformedHead", "Translator", "VariationalInformation", "activation_agreement",
-    "activation_boundary", "activation_strength", "adaptive_mse", "angle_similarity", "attended_channels",
-    "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_relation",
-    "channel_wise", "class_attention", "class_balance", "class_distances", "competition", "cross_entropy",
-    "customized_others", "customized_target", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp",
-    "fsp_matrix", "gaussian_nll", "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges",
-    "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd",
-    "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm",
-    "log_power_sum", "magnitude_similarity", "matched_attention", "mean_absolute", "mmd", "multi_level", "mutual",
-    "n_to_one", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "norm", "normalized_logits",
-    "ofd", "one_hot", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head",
-    "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
-    "singular_vectors", "sinkhorn_cost", "skd", "soft_cross_entropy", "spatial_relation", "standardized",
-    "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
-    "upright_cross_entropy", "upright_kd", "virtual_teacher", "wasserstein_gaussian", "wasserstein_logits",
-    "weighted_soft_labels",
+    "activation_boundary", "activation_strength", "adaptive_mse", "agreed_divergence", "angle_similarity",
+    "attended_channels", "attention_transfer", "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse",
+    "channel_relation", "channel_wise", "class_attention", "class_balance", "class_distances", "competition",
+    "cross_entropy", "customized_others", "customized_target", "dist", "dkd", "draw_negatives", "factor_transfer",
+    "fitnets", "fsp", "fsp_matrix", "gaussian_nll", "gram_direction", "hard_distillation", "hierarchical_context",
+    "instance_edges", "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual",
+    "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence",
+    "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "matched_attention", "mean_absolute", "mmd",
+    "multi_level", "mutual", "n_to_one", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive",
+    "norm", "normalized_logits", "ofd", "one_hot", "overhaul", "paraphrased", "pkt", "recognize_turned",
+    "reconstruction", "reused_head", "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd", "similarity_kd",
+    "similarity_preserving", "simkd", "singular_vectors", "sinkhorn_cost", "skd", "soft_cross_entropy",
+    "spatial_relation", "standardized", "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher",
+    "turned_kd", "upright_cross_entropy", "upright_kd", "view_contrast", "virtual_teacher", "wasserstein_gaussian",
+    "wasserstein_logits", "weighted_soft_labels",
 ]  # fmt: skip

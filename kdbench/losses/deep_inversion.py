@@ -14,9 +14,10 @@ minimizes them.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import reduce
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def batch_norm_distance(inputs: Tensor, mean: Tensor, variance: Tensor) -> Tenso
     return torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_variance - variance)
 
 
-class BatchNormInputs:
-    """R_feature: the distances of all batch norms of a network, as a context manager.
+class WatchedBatchNorms(ABC):
+    """What enters the batch norms of a network, looked at as the network runs, as a context manager.
 
     Hooks are at the batch norms' inputs inside the `with` block only; they are removed however it ends. The network
     should be in eval mode. In train mode each layer would see statistics that the layers before it just normalized.
@@ -78,7 +79,7 @@ class BatchNormInputs:
         self._handles: list[RemovableHandle] = []
         self._found: list[Tensor] = []
 
-    def __enter__(self) -> BatchNormInputs:
+    def __enter__(self) -> Self:
         self._handles = [norm.register_forward_pre_hook(self._look) for norm in self.norms]
         return self
 
@@ -88,6 +89,39 @@ class BatchNormInputs:
         for handle in self._handles:
             handle.remove()
         self._handles, self._found = [], []
+
+    def taken(self) -> list[Tensor]:
+        """What was found at the batch norms that ran since the last call, in the order in which they ran.
+
+        Raises:
+            ValueError: The network did not run since the last call.
+        """
+        found, self._found = self._found, []
+        if not found:
+            raise ValueError("the network did not run since it was last asked")
+        return found
+
+    @abstractmethod
+    def find(self, norm: _BatchNorm, inputs: Tensor) -> Tensor:
+        """What is wanted of the inputs [N, C, ...] of a batch norm."""
+
+    def _look(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        self._found.append(self.find(norm, args[0]))
+
+
+class BatchNormInputs(WatchedBatchNorms):
+    """R_feature: the distances of all batch norms of a network, as a context manager.
+
+    Hooks are at the batch norms' inputs inside the `with` block only; they are removed however it ends. The network
+    should be in eval mode. In train mode each layer would see statistics that the layers before it just normalized.
+
+    Args:
+        network: A network with batch norms.
+
+    Raises:
+        ValueError: The network has no batch norm that keeps running statistics.
+    """
 
     def distance(self, first: float = 1.0) -> Tensor:
         """Sum over the batch norms that ran since the last call, in the order in which they ran.
@@ -101,14 +135,13 @@ class BatchNormInputs:
         Raises:
             ValueError: The network did not run since the last call.
         """
-        found, self._found = self._found, []
-        if not found:
-            raise ValueError("the network did not run since distances were last asked for")
+        found = self.taken()
         return reduce(torch.add, found[1:], found[0] * first)
 
-    def _look(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
-        self._found.append(batch_norm_distance(args[0], norm.running_mean, norm.running_var))
+    def find(self, norm: _BatchNorm, inputs: Tensor) -> Tensor:
+        """The distance of one batch norm, as `batch_norm_distance` gives it."""
+        assert norm.running_mean is not None and norm.running_var is not None
+        return batch_norm_distance(inputs, norm.running_mean, norm.running_var)
 
 
 def total_variation(images: Tensor, per_image: bool = False) -> Tensor:

@@ -45,6 +45,7 @@ compare:
     - zskt
     - dfad
     - dfq
+    - {name: cmi, every: 3}
 """
 
 
@@ -83,8 +84,10 @@ def test_nothing_real_is_read_by_a_whole_run(registry: Path, recipe: Path, tmp_p
         "zskt",
         "dfad",
         "dfq",
+        "cmi",
     ]
-    assert list(runs.glob("data_free/adaptive*/synthesized/distillation/grid.png"))
+    for grown in ("adaptive", "cmi"):
+        assert list(runs.glob(f"data_free/{grown}*/synthesized/distillation/grid.png"))
     assert len(list(runs.glob("data_free/*/generated/distillation/grid.png"))) == 4
     # The guard guards: whoever trains on the data set meets it.
     with pytest.raises(CellError, match="1 of 2 cells failed: KD, seed 0: .*a guarded value was read"):

@@ -4,6 +4,7 @@ it trains beside others as alone."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.specs import CellSpec
 
 
-def at(spec: CellSpec, steps: int, state: object = None) -> Member:
-    """The cell's member at a step, from the beginning or from a state."""
-    member, batches, teacher = member_of(spec)
+def at(spec: CellSpec, steps: int, state: object = None, folder: Path | None = None) -> Member:
+    """The cell's member at a step, from the beginning or from a state, and what its source left in a folder."""
+    member, batches, teacher = member_of(spec, folder=folder)
     if state is not None:
         member.load_state(copy.deepcopy(state))
     train(member, batches, teacher, steps - member.step)
@@ -35,14 +36,14 @@ def same(a: Member, b: Member) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_exactly(method: str) -> None:
+def test_every_method_resumes_exactly(method: str, tmp_path: Path) -> None:
     spec = cell(method, steps=4)
     end = spec.protocol.steps
     assert end is not None
     whole = at(spec, end)
     # In the middle of the last stage, with that of the middle of the first one behind it.
-    stopped = at(spec, end - 2, at(spec, 2).state())
-    assert same(at(spec, end, stopped.state()), whole)
+    stopped = at(spec, end - 2, at(spec, 2, folder=tmp_path).state(), tmp_path)
+    assert same(at(spec, end, stopped.state(), tmp_path), whole)
 
 
 @pytest.mark.parametrize("method", METHODS)

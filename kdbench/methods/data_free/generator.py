@@ -22,8 +22,8 @@ WEIGHTS = ("adversarial", "one_hot", "activation", "balance", "feature")
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A generator, how it is trained, and when. Defaults are those that DataFree's code has for all its methods.
+class GeneratorForm:
+    """What a generator is made of.
 
     Attributes:
         latent: numbers of noise, N(0, 1), that an image is made of.
@@ -31,6 +31,29 @@ class Generation:
         output: what it ends with. "sigmoid": pixel values in [0, 1]. "tanh", "linear": a batch norm, without or with
             weights of its own, makes of its values images as the teacher's normalization gives them.
         bias: of its convolutions but the last. eps: of the batch norms behind them.
+    """
+
+    latent: int = 256
+    widths: tuple[int, int, int] = (256, 128, 64)
+    output: Literal["sigmoid", "tanh", "linear"] = "sigmoid"
+    bias: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.latent < 1:
+            raise ValueError(f"'latent' cannot be {self.latent}: it is at least 1")
+        if not self.eps > 0:
+            raise ValueError(f"'eps' cannot be {self.eps}: it lies above 0")
+        if len(self.widths) != 3 or min(self.widths) < 1:
+            raise ValueError(f"'widths' are three numbers of channels, not {list(self.widths)}")
+
+
+@dataclass(frozen=True)
+class Generation(GeneratorForm):
+    """A generator, how it is trained, and when. Defaults are those that DataFree's code has for all its methods.
+
+    Attributes:
+        latent, widths, output, bias, eps: of the generator itself.
         lr, betas: of Adam. decay: of its rate, "none", or "cosine" to 0 over the stage. clip: the largest norm of its
             gradient; 0 for any.
         every: steps of the student in a round. iterations: the generator's own steps, before them.
@@ -44,11 +67,6 @@ class Generation:
         feature: weight of the batch norms' statistics, as DeepInversion has them.
     """
 
-    latent: int = 256
-    widths: tuple[int, int, int] = (256, 128, 64)
-    output: Literal["sigmoid", "tanh", "linear"] = "sigmoid"
-    bias: bool = False
-    eps: float = 1e-5
     lr: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
     decay: Literal["none", "cosine"] = "none"
@@ -68,17 +86,16 @@ class Generation:
     feature: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("latent", "every", "iterations"):
+        super().__post_init__()
+        for name in ("every", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 1")
         for name in ("clip", *WEIGHTS):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 0")
-        for name, least in (("lr", 0), ("eps", 0), ("base", 1)):
+        for name, least in (("lr", 0), ("base", 1)):
             if not getattr(self, name) > least:
                 raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it lies above {least}")
-        if len(self.widths) != 3 or min(self.widths) < 1:
-            raise ValueError(f"'widths' are three numbers of channels, not {list(self.widths)}")
         if len(self.betas) != 2:
             raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.5, 0.999]")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -99,7 +116,7 @@ class Generator(nn.Module):
         ValueError: height or width is no multiple of 4.
     """
 
-    def __init__(self, settings: Generation, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, settings: GeneratorForm, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         channels, *size = image_shape
         if any(side % GROWTH for side in size):
@@ -131,7 +148,7 @@ class Generator(nn.Module):
         return values
 
 
-def _layer(inputs: int, outputs: int, settings: Generation) -> tuple[nn.Module, ...]:
+def _layer(inputs: int, outputs: int, settings: GeneratorForm) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=settings.bias)
     return convolution, nn.BatchNorm2d(outputs, eps=settings.eps), nn.LeakyReLU(0.2)
 
@@ -153,6 +170,8 @@ def generator_terms(
     Raises:
         ValueError: there are no batch norms whose statistics could be matched.
     """
+    # Of an extractor's first call, which makes dry runs too, these would be watched.
+    teacher.extractor.overwritten((images.shape[1], *teacher.normalizer.size))
     with BatchNormInputs(teacher.model) if settings.feature else nullcontext() as norms:
         found = teacher(teacher.normalizer(images), ["logits", *(["pooled"] if settings.activation else [])])
         terms = {"feature": norms.distance()} if norms is not None else {}

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -104,11 +104,12 @@ class BatchDraws:
 @dataclass(frozen=True)
 class Synthesized:
     """A batch. images: [N, C, H, W], pixel values on the scale of [0, 1] (which they may leave). terms: of the iterate
-    that was kept, unweighted, "loss" their weighted sum."""
+    that was kept, unweighted, "loss" their weighted sum. more: what else is kept of it."""
 
     images: Tensor
     labels: Tensor
     terms: dict[str, float]
+    more: dict[str, Tensor] = field(default_factory=dict)
 
 
 def labels_in_turn(n: int, classes: int, first: int = 0) -> Tensor:
@@ -164,7 +165,7 @@ def synthesize(
             terms = terms_of(moved.flip(3) if settings.flip and mirrored else moved)
             watch(iteration, terms)
             if settings.keep == "best":
-                kept = _better(kept, {"images": x, **terms})
+                kept = better(kept, {"images": x, **terms})
             # Of the images alone: a student's own gradients are its training's.
             (x.grad,) = torch.autograd.grad(terms["loss"], [x])
             optimizer.param_groups[0]["lr"] = settings.rate(iteration)
@@ -178,7 +179,7 @@ def synthesize(
     return Synthesized(images * std + mean, labels, {name: value.item() for name, value in kept.items()})
 
 
-def _better(kept: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
+def better(kept: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of two iterates the one with the lower loss, the earlier of equals, without waiting for the device."""
     now = {name: value.detach().clone() for name, value in now.items()}
     if not kept:

@@ -1,8 +1,8 @@
 """Made images on disk: a folder that grows batch by batch, each whole or absent, each with how it was made.
 
 `pool.json` says what the batches have in common, `batch_00000.safetensors` holds images (float16 pixel values on the
-scale of [0, 1], which they may leave) and labels, `batch_00000.json` its sha256, final terms, seconds and machine. A
-batch counts once its JSON file is there. `grid.png` shows some of the images.
+scale of [0, 1], which they may leave), labels, and what else belongs to them, `batch_00000.json` its sha256, final
+terms, seconds and machine. A batch counts once its JSON file is there. `grid.png` shows some of the images.
 """
 
 from __future__ import annotations
@@ -106,14 +106,20 @@ class MadeImages:
         if not (self.folder / POOL).is_file():
             write_json(self.folder / POOL, self.key | self.notes)
 
-    def write(self, batch: int, images: Tensor, labels: Tensor, about: dict[str, Any]) -> str:
+    def write(
+        self, batch: int, images: Tensor, labels: Tensor, about: dict[str, Any], more: dict[str, Tensor] | None = None
+    ) -> str:
         """Add a batch, or replace it.
+
+        Args:
+            more: other tensors that belong to it.
 
         Returns:
             sha256 of its file.
         """
+        tensors = {"images": halves(images), "labels": labels} | (more or {})
         with atomic(self.file(batch)) as temporary:
-            save_file({"images": halves(images).cpu().contiguous(), "labels": labels.cpu().contiguous()}, temporary)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         digest = sha256_of(self.file(batch))
         write_json(self.file(batch).with_suffix(".json"), {"sha256": digest, "images": len(labels), **about})
         return digest
@@ -127,7 +133,12 @@ class MadeImages:
         return hashlib.sha256("".join(f"{self.about(batch).sha256}\n" for batch in batches).encode()).hexdigest()
 
     def read(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor]:
-        """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch.
+        """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch, as `read_all` gives them."""
+        images, labels, _ = self.read_all(batch, sha256)
+        return images, labels
+
+    def read_all(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Images, float16 [N, C, H, W], labels, int64 [N], and what else belongs to a batch.
 
         Args:
             sha256: that the file must have, in place of the one that its JSON file says.
@@ -142,13 +153,13 @@ class MadeImages:
             )
         try:
             found = load_file(file)
-            images, labels = found["images"], found["labels"]
+            images, labels = found.pop("images"), found.pop("labels")
         except (SafetensorError, KeyError) as error:
             raise UserError(f"a batch of images is damaged: {error}", where=str(file), hint=_AGAIN) from None
         form = (images.dtype, images.ndim, labels.dtype, labels.shape)
         if form != (torch.float16, 4, torch.int64, images.shape[:1]):
             raise UserError("a batch of synthesized images holds something else", where=str(file), hint=_AGAIN)
-        return images, labels
+        return images, labels, found
 
     def picture(self, batches: Sequence[int], each: int) -> None:
         """Draw the first `each` images of some batches, 64 images in all, eight in a row, into `grid.png`.
