@@ -381,6 +381,7 @@ def test_what_it_takes_is_counted() -> None:
     # Three batches, the two views of each image to the teacher, one to the student.
     assert (both.teacher, both.student, both.at_once) == (3 * 10 * 7 * 2, 3 * 10 * 7, 20)
     assert (alone.teacher, alone.student, alone.at_once) == (3 * 10 * 7, 0, 10)
+    assert alone.operations == both.operations > 3 * 3 * 10 * 7 * 2 * 9 * 128 * 128 * 16
     assert cost(bank=10).held < both.held - 2 * 2 * 20 * 100 and alone.held < cost(bank=0).held
 
 

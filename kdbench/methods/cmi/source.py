@@ -20,6 +20,7 @@ from kdbench.errors import UserError, counted
 from kdbench.losses.cmi import BatchNormMeans
 from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.methods.cmi.inversion import Contrast, ContrastiveInversion, InversionDraws, invert
+from kdbench.methods.data_free.generator import operations
 from kdbench.methods.deep_inversion.inversion import Synthesized
 from kdbench.methods.deep_inversion.pool import HALF, PooledImages, mean_terms
 
@@ -52,6 +53,7 @@ class InvertedImages(PooledImages):
         except ValueError as error:
             raise UserError(f"stage '{context.stage}', source: {error}") from None
         self.weights = sum(parameter.numel() for parameter in generator.parameters())
+        self.operations = operations(generator)
         # The head and what is remembered, where there is a contrast.
         self.contrast: Contrast | None = None
         try:
@@ -125,6 +127,7 @@ class InvertedImages(PooledImages):
         return Cost(
             teacher=images * views * chosen.iterations,
             student=images * chosen.iterations if chosen.adversarial else 0,
+            operations=3 * self.operations * images * chosen.iterations,
             at_once=views * self.size,
             held=held,
         )

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.engine.network import Network
 from kdbench.losses.dafl import activation_strength, class_balance, one_hot
@@ -146,6 +147,15 @@ class Generator(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         values: Tensor = self.end(self.body(self.linear(noise).unflatten(1, self.start)))
         return values
+
+
+def operations(model: Generator) -> int:
+    """Floating-point operations of an image (a multiply-add is two)."""
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(model.linear.weight.detach()[:1])
+    model.train(was_training)
+    return counter.get_total_flops()
 
 
 def _layer(inputs: int, outputs: int, settings: GeneratorForm) -> tuple[nn.Module, ...]:

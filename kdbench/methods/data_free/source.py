@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.data.streams import address, seed_draws, uniform
 from kdbench.engine.batch import Batch
@@ -24,7 +23,7 @@ from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import UserError
 from kdbench.files import atomic
 from kdbench.losses.deep_inversion import BatchNormInputs
-from kdbench.methods.data_free.generator import Generation, Generator, generator_terms
+from kdbench.methods.data_free.generator import Generation, Generator, generator_terms, operations
 from kdbench.methods.deep_inversion.made import SIDE, grid
 
 FOLDER = "generated"
@@ -177,17 +176,14 @@ class GeneratedImages(Source):
             kept += 0 if any(tensor.data_ptr() == one.data_ptr() for one in self.parameters) else tensor.nbytes
             return tensor
 
-        model, noise = copy.deepcopy(self.generator).eval(), self.rows[0, :1]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(noise)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.generator(noise)
+            self.generator.eval()(self.rows[0, :1])
         # Weights with their gradients and Adam's two moments.
         weights = 4 * sum(parameter.nbytes for parameter in self.parameters)
         return Cost(
             teacher=images,
             student=images if self.settings.adversarial else 0,
-            operations=counter.get_total_flops() * (3 * images + steps * self.size),
+            operations=operations(self.generator) * (3 * images + steps * self.size),
             at_once=self.size,
             held=weights + self.rows.nbytes + kept * self.size,
         )
