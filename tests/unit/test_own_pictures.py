@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
 from kdbench.data.decoding import picture
-from kdbench.data.listing import centred
+from kdbench.data.listing import centred, listing
 from kdbench.data.survey import survey
 from kdbench.engine.datasets import load_data
 from kdbench.errors import UserError
@@ -144,8 +144,9 @@ def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
         (root / split / "images").mkdir(parents=True)
         for i in range(4):
             photo(100 + i).save(root / split / "images" / f"{split}_{i}.JPEG")
-    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in range(4)]
+    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in (2, 1, 3, 0)]
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    assert [file.name for file in listing(root).files["test"]["n01"]] == ["val_0.JPEG", "val_2.JPEG"]
     data = load(root)
     assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n01\n")
@@ -285,13 +286,16 @@ def test_a_layout_that_would_be_misread_is_told(folders: tuple[str, ...], said: 
 
 
 @BOTH
-def test_of_few_pictures_in_one_piece_one_of_each_class_is_held_out(load: Loader, tmp_path: Path) -> None:
-    root = write(tmp_path / "x", all=2)
+@pytest.mark.parametrize("each, train, test", [(2, [1, 1], [1, 1]), (7, [5, 6], [2, 1])])
+def test_of_few_pictures_in_one_piece_the_nearest_to_a_fifth_and_one_of_each_class_are_held_out(
+    each: int, train: list[int], test: list[int], load: Loader, tmp_path: Path
+) -> None:
+    root = write(tmp_path / "x", all=each)
     (root / "__MACOSX").mkdir()
     (root / "ant" / "@eaDir").mkdir()
     photo(1).save(root / "ant" / "@eaDir" / "thumbnail.png")
-    assert counts(load(root)) == [[1, 1], [1, 1]]
-    assert survey(root, tmp_path / "cache").total == {"train": 2, "test": 2}
+    assert counts(load(root)) == [train, test]
+    assert survey(root, tmp_path / "cache").total == {"train": sum(train), "test": sum(test)}
 
 
 def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:
