@@ -149,10 +149,11 @@ def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
     assert [file.name for file in listing(root).files["test"]["n01"]] == ["val_0.JPEG", "val_2.JPEG"]
     data = load(root)
     assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n01\n")
-    with pytest.raises(UserError, match="not a line") as error:
-        load(root)
-    assert error.value.where == f"{root}/val/val_annotations.txt:1"
+    for line in ("val_0.JPEG n01", "x/../../../train/n01/images/n01_0.JPEG\tn01"):
+        (root / "val" / "val_annotations.txt").write_text(f"{line}\n")
+        with pytest.raises(UserError, match="not a line") as error:
+            load(root)
+        assert error.value.where == f"{root}/val/val_annotations.txt:1"
 
 
 def test_a_corrected_list_of_classes_counts(tmp_path: Path) -> None:
@@ -359,17 +360,30 @@ def test_the_survey_of_images_of_one_size_measures_what_the_loader_gives(tmp_pat
 
 
 def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path: Path) -> None:
-    root = write(tmp_path / "x", sizes=[(70, 100), (130, 66), (300, 200)], all=10)
+    root = write(tmp_path / "x", sizes=[(96, 110), (130, 66), (300, 200)], all=10)
     turned = photo(5, (80, 64))
     turned.getexif()[0x0112] = 6
     turned.save(root / "bee" / "turned.jpg", exif=turned.getexif())
+    photo(6, (70, 90), "L").save(root / "bee" / "grey.png")
     seen = survey(root, tmp_path / "cache")
     card = seen.card("x")
-    assert card["streamed"] and card["image_size"] == 64 and card["args"] == {"folder": "x", "short_side": 73}
-    assert (card["train"], card["test"]) == (17, 4) and counts(streamed(root)) == [[8, 9], [2, 2]]
+    assert card["streamed"] and card["image_size"] == 96 and card["args"] == {"folder": "x", "short_side": 110}
+    assert card["channels"] == 3
+    assert (card["train"], card["test"]) == (18, 4) and counts(streamed(root)) == [[8, 10], [2, 2]]
     said = "; ".join(seen.sentences())
-    assert "a fifth" in said and "1 are to be turned" in said and "64×64" in said
+    assert "a fifth" in said and "1 are to be turned" in said and "96×96" in said
     assert picture(root / "bee" / "turned.jpg").size == (80, 64)
+
+
+def test_large_pictures_of_one_size_are_read_while_training_and_one_colour_is_divided_by_nothing(
+    tmp_path: Path,
+) -> None:
+    root = write(tmp_path / "x", train=1, test=1)
+    for file in root.rglob("*.png"):
+        Image.new("RGB", (257, 257), (255, 0, 51)).save(file)
+    seen = survey(root, tmp_path / "cache")
+    assert seen.streamed and seen.image_size == 224
+    assert (seen.mean, seen.std) == ([1.0, 0.0, 0.2], [1.0, 1.0, 1.0])
 
 
 def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
@@ -385,6 +399,13 @@ def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
         seen = survey(root, tmp_path / f"cache_{all_of_them}", all_of_them)
         assert seen.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)), abs=1e-4)
         assert seen.std == pytest.approx(pixels.std(axis=(0, 1, 2)), abs=1e-4)
+    # A picture that stands for none is decoded where all are asked for, whatever was seen before.
+    damaged = root / "train" / "ant" / "99.jpg"
+    photo(99).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    survey(root, tmp_path / "cache")
+    with pytest.raises(UserError, match="damaged"):
+        survey(root, tmp_path / "cache", all_of_them=True)
 
 
 RECIPE = {"student": "wrn_10_1", "protocol": "ab_official", "method": "ce", "steps": 2}
