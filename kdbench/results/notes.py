@@ -110,7 +110,7 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
     said = [
         f"the same {in_words(common)}" + (f" (not {listed([repr(label) for label in labels], 6)})" if labels else "")
         for labels, common in sorted(by_exceptions.items(), key=lambda one: len(one[0]))
-        if set(labels) != compared
+        if not compared <= {*labels}
     ]
     if not said:
         return "Runs of one seed have only its number in common, so pairing them gains nothing"

@@ -146,3 +146,5 @@ def test_normalization_has_torchvisions_bits(channels, device):
         assert torch.equal(ours[0], theirs)
     torch.testing.assert_close(ours[0].cpu(), theirs, rtol=1e-6, atol=1e-6)
     assert torch.equal(normalize(images.to(device), torch.tensor(mean).to(device), torch.tensor(std)), ours)
+    # Pixel values, as generated images are, are not divided by 255.
+    torch.testing.assert_close(normalize(images.to(device) / 255, mean, std), ours)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdbench.engine.compute import Memory
-from kdbench.engine.scheduling import Cells, CellState, Memories, balanced, cohorts_of, joined, kind
+from kdbench.engine.scheduling import Begun, Cells, CellState, Memories, balanced, begin, cohorts_of, joined, kind
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 
@@ -57,7 +58,7 @@ def test_what_differs_in_more_than_its_seed_goes_in_another_program() -> None:
     programs = joined(cohorts_of(cells), 1, memory_of(cells, 1), None, at_once=True)
     assert [{cohort[0].spec.data.per_class for cohort in program} for program in programs] == [{5}, {10}]
     # Parts of one cohort were parted for their memory: they do not come together again.
-    parts = [[one] for one in work(compare={"method": ["ce", "kd"]}, seeds=1)]
+    parts = [[one] for one in work(compare={"method": ["kd", "ab"]}, seeds=1)]
     assert len(joined(parts, 1, memory_of([w for p in parts for w in p], 1), None, at_once=True)) == 2
 
 
@@ -80,6 +81,15 @@ def test_cells_of_one_seed_form_a_cohort_with_the_plain_student() -> None:
 def test_cells_with_other_batches_do_not(compare: dict[str, list[Any]]) -> None:
     cohorts = cohorts_of(work(compare={"method": ["kd"]} | compare))
     assert [len(cohort) for cohort in cohorts] == [1, 1]
+
+
+def test_cells_of_other_targets_and_cells_that_began_otherwise_train_apart(tmp_path: Path) -> None:
+    adapting = [*work(method="kd", target="mnist_8"), *work(method="kd")]
+    assert [len(cohort) for cohort in cohorts_of(adapting)] == [1, 1]
+    cells = work(compare={"method": ["kd", "ab"]})
+    cells[0].folder = tmp_path
+    begin(tmp_path, Begun(threads=3))
+    assert [len(cohort) for cohort in cohorts_of(cells)] == [1, 1]
 
 
 def test_another_student_goes_along() -> None:

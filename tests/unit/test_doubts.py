@@ -232,6 +232,13 @@ def test_a_teacher_below_its_plain_student_is_told_below_the_table() -> None:
         records(teacher__accuracy=39.9)
     )
     assert "is below the plain student" not in warnings(comparison({"kd": [30.0], "ab": [93.0]}))
+    # Of several plain students the best one counts.
+    found = records(teacher__accuracy=92.0)
+    worse = found[0].spec | {"method": found[0].spec["method"] | {"name": "worse"}}
+    found += [make("worse", seed, 85.0, order=2, spec=worse, teacher=None) for seed in (0, 1, 2)]
+    assert "92.00 %, is below the plain student 'CE'" not in warnings(found)
+    found = records(teacher__accuracy=91.9) + found[-3:]
+    assert "91.90 %, is below the plain student 'CE'" in warnings(found)
 
 
 def test_doubts_and_another_normalization_are_told_below_the_table() -> None:

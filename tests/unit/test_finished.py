@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def test_published_cells_are_taken_where_they_fit_and_left_where_they_do_not(tmp
     assert len(scene.finished.open) == 2 and "not taken, taught by another teacher" in scene.said[0]
 
 
-def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwise() -> None:
+def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwise(tmp_path: Path) -> None:
     folder = SHARE / "results" / "ab_wrn_30"
     if not folder.is_dir():
         pytest.skip("results/ is not beside the package")
@@ -266,6 +267,17 @@ def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwis
     assert published(by_measuring, folder) == {} and computed_otherwise(by_measuring, folder) == way
     assert len(published(alike, folder)) == 35 and computed_otherwise(alike, folder) is None
     assert computed_otherwise(by_measuring, folder / "absent") is None
+    # Nor is it where they were computed by measuring, or in several ways.
+    (tmp_path / "recipe.json").write_text("{}")
+    file = shutil.copytree(next(folder.glob("kd-seed0-*")), tmp_path / "measured") / "record.json"
+    plain = json.loads(file.read_text())
+    del plain["spec"]["compute"]
+    file.write_text(json.dumps(plain))
+    assert computed_otherwise(alike, tmp_path) is None
+    shutil.rmtree(file.parent)
+    for one in ("ab_wrn_30", "quickstart"):
+        shutil.copytree(next((SHARE / "results" / one).glob("kd-seed0-*")), tmp_path / one)
+    assert computed_otherwise(by_measuring, tmp_path) is None
 
 
 def test_a_published_record_that_was_changed_is_not_taken(tmp_path: Path) -> None:
@@ -278,6 +290,10 @@ def test_a_published_record_that_was_changed_is_not_taken(tmp_path: Path) -> Non
     file = folder / one.cells[0].slug / "record.json"
     file.write_text(file.read_text().replace("90.2", "99.2"))
     with pytest.raises(UserError, match=r"cannot be used: kd-\S+/record.json has changed"):
+        published(one, folder)
+    # With sums that fit: it still says what its metrics do not.
+    sums.write(folder)
+    with pytest.raises(UserError, match="cannot be used: its metrics.jsonl is empty"):
         published(one, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from kdbench.engine.step import losses_of, shared_part
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
-from kdbench.schedules import Moment
+from kdbench.schedules import Moment, constant
 
 # Vector units take 4 to 16 values at once and leave a tail; large tensors are shared out among threads.
 SIZES = [*range(1, 36), 127, 1000, 4097, 70_001]
@@ -74,37 +75,86 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     assert torch.equal(parameter, torch.ones(3))
 
 
-@pytest.mark.parametrize("options", [{"lr": -1.0}, {"momentum": -0.1}, {"weight_decay": -1.0}, {"nesterov": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"momentum": -0.1},
+        {"weight_decay": -1.0},
+        {"nesterov": True},
+        {"momentum": 0.9, "delta": 0.1},
+        {"momentum": 0.1, "delta": 0.2},
+    ],
+)
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 0|momentum"):
         SGD([nn.Parameter(torch.ones(1))], **options)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
-def test_forgotten_momentum_is_that_of_a_new_optimizer(name: str) -> None:
+def scheduled(name: str, parameter: nn.Parameter) -> ScheduledOptimizer:
+    """The optimizer of that name over a parameter."""
     recipe = {"data": "digits", "student": "wrn_10_1", "method": "ce"}
     optimizer: dict[str, Any] = {"name": name, "lr": 0.1}
     spec = plan(recipe | {"protocol": {"name": "digits", "optimizer": optimizer}}, Registry()).cells[0].spec
     stage = next(iter(spec.method.stages.values()))
+    return ScheduledOptimizer(stage.optimizer, stage.schedule, [parameter])
 
-    def trained(parameter: nn.Parameter, one: ScheduledOptimizer) -> torch.Tensor:
-        for seed in range(2):
-            parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
-            one.set_rates(Moment())
-            one.step([torch.tensor(0.1)])
-        return parameter.detach()
 
+def trained(parameter: nn.Parameter, one: ScheduledOptimizer) -> torch.Tensor:
+    for seed in range(2):
+        parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+        one.set_rates(Moment())
+        one.step([torch.tensor(0.1)])
+    return parameter.detach().clone()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop"])
+def test_forgotten_momentum_is_that_of_a_new_optimizer(name: str) -> None:
     parameter = nn.Parameter(torch.ones(5))
-    used = ScheduledOptimizer(stage.optimizer, stage.schedule, [parameter])
+    used = scheduled(name, parameter)
     trained(parameter, used)
     kept = {k: v for k, v in used.optimizer.state[parameter].items() if isinstance(v, torch.Tensor)}
     used.reset_state()
     if name == "sgd":
         assert all(used.optimizer.state[parameter][name] is tensor for name, tensor in kept.items()) and kept
+    # A recorded step holds the tensors of before: it must know where they are others.
+    assert used.renewed == (name != "sgd")
     parameter.data.fill_(1.0)
     fresh = nn.Parameter(torch.ones(5))
-    expected = trained(fresh, ScheduledOptimizer(stage.optimizer, stage.schedule, [fresh]))
+    expected = trained(fresh, scheduled(name, fresh))
     assert torch.equal(trained(parameter, used), expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_loaded_state_goes_on_as_before_and_leaves_the_rate_in_its_place(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(5))
+    used = scheduled(name, parameter)
+    trained(parameter, used)
+    state, again = copy.deepcopy(used.optimizer.state_dict()), nn.Parameter(parameter.detach().clone())
+    state["param_groups"][0].pop("delta", None)  # As an older version left it.
+    loaded = scheduled(name, again)
+    rate = loaded.optimizer.param_groups[0]["lr"]
+    loaded.load_state(state)
+    assert loaded.optimizer.param_groups[0]["lr"] is rate and loaded.renewed == 1
+    assert torch.equal(trained(again, loaded), trained(parameter, used))
+
+
+def test_a_state_without_what_a_step_reads_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(5))
+    used = scheduled("sgd", parameter)
+    state = copy.deepcopy(used.optimizer.state_dict())
+    del state["state"][0]["momentum_buffer"]
+    with pytest.raises(ValueError, match="kept other values"):
+        used.load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("progress", "before", "expected"), [(0.3, 0.2, True), (0.7 - 0.4, 0.2, True), (0.4, 0.3, False), (0.2, 0.1, False)]
+)
+def test_momentum_is_forgotten_once_where_its_share_is_reached(progress: float, before: float, expected: bool) -> None:
+    one = scheduled("sgd", nn.Parameter(torch.ones(5)))
+    one.schedule = constant(reset_momentum_at=["30%"])
+    assert one.resets(progress, before) is expected
 
 
 def test_gradients_of_terms_that_read_a_teacher_have_a_momentum_of_their_own() -> None:

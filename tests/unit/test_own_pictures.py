@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
 from kdbench.data.decoding import picture
-from kdbench.data.listing import centred
+from kdbench.data.listing import centred, listing
 from kdbench.data.survey import survey
 from kdbench.engine.datasets import load_data
 from kdbench.errors import UserError
@@ -144,14 +144,16 @@ def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
         (root / split / "images").mkdir(parents=True)
         for i in range(4):
             photo(100 + i).save(root / split / "images" / f"{split}_{i}.JPEG")
-    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in range(4)]
+    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in (2, 1, 3, 0)]
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    assert [file.name for file in listing(root).files["test"]["n01"]] == ["val_0.JPEG", "val_2.JPEG"]
     data = load(root)
     assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
-    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG n01\n")
-    with pytest.raises(UserError, match="not a line") as error:
-        load(root)
-    assert error.value.where == f"{root}/val/val_annotations.txt:1"
+    for line in ("val_0.JPEG n01", "x/../../../train/n01/images/n01_0.JPEG\tn01"):
+        (root / "val" / "val_annotations.txt").write_text(f"{line}\n")
+        with pytest.raises(UserError, match="not a line") as error:
+            load(root)
+        assert error.value.where == f"{root}/val/val_annotations.txt:1"
 
 
 def test_a_corrected_list_of_classes_counts(tmp_path: Path) -> None:
@@ -285,13 +287,16 @@ def test_a_layout_that_would_be_misread_is_told(folders: tuple[str, ...], said: 
 
 
 @BOTH
-def test_of_few_pictures_in_one_piece_one_of_each_class_is_held_out(load: Loader, tmp_path: Path) -> None:
-    root = write(tmp_path / "x", all=2)
+@pytest.mark.parametrize("each, train, test", [(2, [1, 1], [1, 1]), (7, [5, 6], [2, 1])])
+def test_of_few_pictures_in_one_piece_the_nearest_to_a_fifth_and_one_of_each_class_are_held_out(
+    each: int, train: list[int], test: list[int], load: Loader, tmp_path: Path
+) -> None:
+    root = write(tmp_path / "x", all=each)
     (root / "__MACOSX").mkdir()
     (root / "ant" / "@eaDir").mkdir()
     photo(1).save(root / "ant" / "@eaDir" / "thumbnail.png")
-    assert counts(load(root)) == [[1, 1], [1, 1]]
-    assert survey(root, tmp_path / "cache").total == {"train": 2, "test": 2}
+    assert counts(load(root)) == [train, test]
+    assert survey(root, tmp_path / "cache").total == {"train": sum(train), "test": sum(test)}
 
 
 def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:
@@ -355,17 +360,30 @@ def test_the_survey_of_images_of_one_size_measures_what_the_loader_gives(tmp_pat
 
 
 def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path: Path) -> None:
-    root = write(tmp_path / "x", sizes=[(70, 100), (130, 66), (300, 200)], all=10)
+    root = write(tmp_path / "x", sizes=[(96, 110), (130, 66), (300, 200)], all=10)
     turned = photo(5, (80, 64))
     turned.getexif()[0x0112] = 6
     turned.save(root / "bee" / "turned.jpg", exif=turned.getexif())
+    photo(6, (70, 90), "L").save(root / "bee" / "grey.png")
     seen = survey(root, tmp_path / "cache")
     card = seen.card("x")
-    assert card["streamed"] and card["image_size"] == 64 and card["args"] == {"folder": "x", "short_side": 73}
-    assert (card["train"], card["test"]) == (17, 4) and counts(streamed(root)) == [[8, 9], [2, 2]]
+    assert card["streamed"] and card["image_size"] == 96 and card["args"] == {"folder": "x", "short_side": 110}
+    assert card["channels"] == 3
+    assert (card["train"], card["test"]) == (18, 4) and counts(streamed(root)) == [[8, 10], [2, 2]]
     said = "; ".join(seen.sentences())
-    assert "a fifth" in said and "1 are to be turned" in said and "64×64" in said
+    assert "a fifth" in said and "1 are to be turned" in said and "96×96" in said
     assert picture(root / "bee" / "turned.jpg").size == (80, 64)
+
+
+def test_large_pictures_of_one_size_are_read_while_training_and_one_colour_is_divided_by_nothing(
+    tmp_path: Path,
+) -> None:
+    root = write(tmp_path / "x", train=1, test=1)
+    for file in root.rglob("*.png"):
+        Image.new("RGB", (257, 257), (255, 0, 51)).save(file)
+    seen = survey(root, tmp_path / "cache")
+    assert seen.streamed and seen.image_size == 224
+    assert (seen.mean, seen.std) == ([1.0, 0.0, 0.2], [1.0, 1.0, 1.0])
 
 
 def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
@@ -381,6 +399,13 @@ def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
         seen = survey(root, tmp_path / f"cache_{all_of_them}", all_of_them)
         assert seen.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)), abs=1e-4)
         assert seen.std == pytest.approx(pixels.std(axis=(0, 1, 2)), abs=1e-4)
+    # A picture that stands for none is decoded where all are asked for, whatever was seen before.
+    damaged = root / "train" / "ant" / "99.jpg"
+    photo(99).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    survey(root, tmp_path / "cache")
+    with pytest.raises(UserError, match="damaged"):
+        survey(root, tmp_path / "cache", all_of_them=True)
 
 
 RECIPE = {"student": "wrn_10_1", "protocol": "ab_official", "method": "ce", "steps": 2}

@@ -21,7 +21,8 @@ from kdbench.cli.output import write_tables_and_plots
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.results import costs, plots
-from kdbench.results.comparison import compare
+from kdbench.results.comparison import Row, compare
+from kdbench.results.curves import last_quarter
 from kdbench.results.tables import build
 
 LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
@@ -398,3 +399,17 @@ def test_plots_of_an_earlier_table_do_not_stay_beside_a_smaller_one(tmp_path: Pa
     assert table_of((1, 2, 3), ("ce", "ab")) == always | {"by_epochs.png", "agreement.png"}
     Image.new("RGB", (2, 2)).save(run_folder / "mine.png")
     assert table_of((1, 2), ("ce",)) == always | {"mine.png"}
+
+
+def test_the_last_quarter_holds_bands_of_one_deviation_and_methods_that_end_a_little_earlier() -> None:
+    """Seeds at 90 and 92: mean 91, sample deviation √2, and 6 % of the band's height as room on either side."""
+    epochs, seeds = np.arange(0, 101, 10.0), np.array([[90.0], [92.0]])
+    long, short = Row("long", "long"), Row("short", "short")
+    curves = {long: (epochs, seeds.repeat(11, axis=1))}
+    found = last_quarter(curves)
+    assert found is not None and found.epochs == pytest.approx((73, 101))
+    half = 1.12 * 2**0.5
+    assert found.values == pytest.approx((91 - half, 91 + half))
+    # Two of its evaluations are in the quarter.
+    found = last_quarter(curves | {short: (epochs[:10], seeds.repeat(10, axis=1))})
+    assert found is not None and found.before == ()

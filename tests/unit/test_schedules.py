@@ -82,6 +82,8 @@ def test_levels_are_the_line_at_the_ends_of_the_parts() -> None:
     schedule = linear(start=1.0, end=0.0, levels=3)
     found = [schedule.at(step / 147) for step in range(147)]
     assert found == pytest.approx([2 / 3] * 49 + [1 / 3] * 49 + [0.0] * 49, abs=1e-12)
+    # 1 / 49 * 49 is less than 1 in floating point.
+    assert linear(start=1.0, end=0.0, levels=49).at(1 / 49) == pytest.approx(47 / 49)
 
 
 def test_a_late_cosine_begins_after_its_share() -> None:

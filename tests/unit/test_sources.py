@@ -10,6 +10,8 @@ import io
 import logging
 import os
 import pickle
+import shutil
+import socket
 import sys
 import tarfile
 import threading
@@ -232,6 +234,10 @@ def test_image_folder_gives_the_same_as_batches(small, tmp_path, reference, suff
 
 
 def test_the_root_itself_may_be_either_form(small, tmp_path, reference):
+    # What is in the cache comes last.
+    write_batches(
+        tmp_path / "cache", SMALL, {split: (255 - pixels, labels) for split, (pixels, labels) in small.items()}
+    )
     batches = write_batches(tmp_path / "a", SMALL, small)
     pictures = write_images(tmp_path / "b" / "some name", SMALL, small)
     assert same(load(SMALL, batches, cache=tmp_path / "cache"), reference)
@@ -318,6 +324,8 @@ def break_folder(place: Path, what: str) -> None:
     first = sorted((place / "train" / "cat").iterdir())[0]
     if what == "one image less":
         first.unlink()
+    elif what == "one image more":
+        shutil.copy(first, first.with_name("copy.png"))
     elif what == "a class less":
         (place / "test" / "truck").rename(place / "truck")
     elif what == "a class more":
@@ -336,6 +344,7 @@ def break_folder(place: Path, what: str) -> None:
     "what, message",
     [
         ("one image less", "train/cat: 9 images instead of 10"),
+        ("one image more", "train/cat: 11 images instead of 10"),
         ("a class less", "test: .*missing: truck"),
         ("a class more", "train: .*not of this set: zebra"),
         ("cut short", "train/cat/.*png: .*cut short"),
@@ -369,6 +378,7 @@ class Harmful:
         ("other shape", "data_batch_2: not a batch"),
         ("label out of range", "data_batch_2: labels outside 0 … 9"),
         ("fewer images", "train: .* images of class"),
+        ("fewer images than labels", "data_batch_2: not a batch"),
         ("other names", "batches.meta: the class names are not those of cifar10"),
         ("harmful", "data_batch_2: .*mkdir"),
     ],
@@ -382,7 +392,7 @@ def test_broken_batches(small, tmp_path, what, message):
     elif what == "cut short":
         (place / "test_batch").write_bytes((place / "test_batch").read_bytes()[:5000])
     elif what == "other names":
-        (place / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "dog"]}))
+        (place / "batches.meta").write_bytes(pickle.dumps({"label_names": [*SMALL.classes[:9], "zebra"]}))
     else:
         if what == "no labels":
             del batch["labels"]
@@ -392,6 +402,8 @@ def test_broken_batches(small, tmp_path, what, message):
             batch["labels"][0] = 10
         elif what == "fewer images":
             batch = {"data": batch["data"][1:], "labels": batch["labels"][1:]}
+        elif what == "fewer images than labels":
+            batch["data"] = batch["data"][1:]
         elif what == "harmful":
             batch["more"] = Harmful(tmp_path / "harm")
         second.write_bytes(pickle.dumps(batch, protocol=2))
@@ -473,10 +485,11 @@ def test_mirrors_are_tried_in_order_and_must_have_the_checksum(archive, server, 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / archive.name).write_bytes(b"something else")
     monkeypatch.setenv("KDBENCH_CIFAR_MIRROR", f"{address}/bad")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{address}/official/{archive.name}")
     mirrors = (f"{address}/absent/{archive.name}", f"{address}/served/{archive.name}", f"{address}/never")
     cache = tmp_path / "cache"
     assert same(load(SMALL, cache=cache, download=True, mirrors=mirrors), reference)
-    assert list(dict.fromkeys(asked)) == [f"/{p}/{archive.name}" for p in ("bad", "absent", "served")]
+    assert list(dict.fromkeys(asked)) == [f"/{p}/{archive.name}" for p in ("bad", "official", "absent", "served")]
     assert sorted(p.suffix for p in cache.iterdir()) == ["", ".safetensors"]
     asked.clear()
     assert same(load(SMALL, cache=cache, download=True), reference)
@@ -504,6 +517,19 @@ def test_no_address_answers(archive, tmp_path):
     for word in ("could not be downloaded", "http://127.0.0.1:9/cifar", mirror, "one", "KDBENCH_DATA", "CIFAR_MIRROR"):
         assert word in str(error.value)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(archive, tmp_path, monkeypatch):
+    limits = []
+
+    def silent(*_):
+        limits.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", silent)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load(SMALL, cache=tmp_path / "cache", download=True)
+    assert limits == [30.0] and socket.getdefaulttimeout() is None
 
 
 # --- the cache of decoded images

@@ -98,6 +98,13 @@ def test_per_class_subset():
     assert torch.equal(chosen, splits.subset(labels, per_class=7, seed=0))
 
 
+def test_a_class_gives_the_images_with_its_smallest_words():
+    labels = labels_of(30, 50, 40)[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    ranked = sorted(range(120), key=streams.words(120, 5, "subset").tolist().__getitem__)
+    expected = [i for label in range(3) for i in [i for i in ranked if labels[i] == label][:7]]
+    assert splits.subset(labels, per_class=7, seed=5).tolist() == sorted(expected)
+
+
 def test_the_smallest_class_may_give_all_it_has():
     assert counts(labels_of(6, 4, 9), splits.subset(labels_of(6, 4, 9), per_class=4, seed=0)) == [4, 4, 4]
 

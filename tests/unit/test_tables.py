@@ -155,6 +155,11 @@ def test_entries_show_signs_and_small_p_values() -> None:
     assert lines["| AB"].split(" | ")[3] == "−0.14"
     assert lines["| AT"].split(" | ")[3] == "0.00"
     assert lines["| AT"].endswith(" | 1.000 | \\>1000 |")
+    # Differences 1.9, 2 and 2.1: t is 2 / (0.1 / √3), and p of it with two degrees of freedom 0.00083.
+    small = markdown(build(comparison({"ce": [90.0, 90.5, 91.0], "kd": [92.0, 92.4, 93.1]})))
+    assert "| \\<0.001 | 2 |" in small
+    # 0.9, 1 and 1.1: 0.0033.
+    assert "| 0.003 |" in markdown(build(comparison({"ce": [90.0, 90.5, 91.0], "kd": [91.0, 91.4, 92.1]})))
 
 
 def test_one_seed_has_no_interval_and_no_test() -> None:
@@ -469,6 +474,11 @@ def test_a_table_says_how_its_rows_were_trained() -> None:
         "batches of 64, SGD with momentum 0.9, learning rate 0.1, rate {}, augmentation: crop after reflect padding 4"
     )
     alike = [make(method, seed, **trained(0.1, drops)) for method in ("ce", "kd") for seed in (0, 1)]
+    # What is said is of the stage that has the protocol's epochs, not of those before and on top.
+    other = {"optimizer": {"name": "adam"}}
+    for record in alike:
+        whole = record.spec["method"]["stages"]["whole"]
+        record.spec["method"]["stages"] = {"a": other, "whole": whole, "b": other | {"extra_share": 0.5}}
     assert f"Training: {common.format('× 0.2 at 30/60 %')} and flip." in [note.text for note in build(alike).notes]
     constant = [make("x", seed, **trained(0.1, {"name": "constant"})) for seed in (0, 1)]
     (said,) = (note for note in build([*alike, *constant]).notes if note.text.startswith("Training of X: "))
@@ -520,6 +530,10 @@ COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"cl
             "the same data order and augmentation and the same initial student (not 'X').",
         ),
         ({"seeds": {}}, "the same data order, augmentation and initial student (not 'X')."),
+        *(
+            (over, "the same initial student and the same data order and augmentation (not 'X').")
+            for over in ({"spec__protocol": {"last_batch": "drop"}}, {"seeds__split": 9})
+        ),
     ],
 )
 def test_the_note_on_pairing_says_what_the_cells_of_a_seed_share(over: dict[str, Any], says: str) -> None:
@@ -536,6 +550,28 @@ def test_cells_that_replace_data_alike_are_paired_and_those_that_share_nothing_a
     assert "the same data order, augmentation and initial student (not 'CE')." in said
     said = notes(build(records, baseline="ce"))
     assert "have only its number in common" in said
+    # Records that do not say have nothing in common, also where both are silent.
+    silent = [make(m, s, 90 + k + s / 7, order=k, seeds={}) for k, m in enumerate(("a", "b")) for s in (0, 1)]
+    assert "have only its number in common" in notes(build(silent, baseline="a"))
+
+
+def test_batches_that_are_replaced_from_another_step_on_are_others() -> None:
+    stages = {"first": {}, **made("data")["spec__method"]["stages"]}
+    records = [
+        make(
+            method,
+            seed,
+            90 + first + seed / 7,
+            order=first,
+            seeds__streams=made("data")["seeds__streams"],
+            spec__method={"name": method, "stages": stages},
+            budget__stages=[{"name": "first", "steps": first}, {"name": "classification", "steps": 9}],
+        )
+        for method, first in (("a", 1), ("b", 2))
+        for seed in (0, 1)
+    ]
+    said = notes(build(records, baseline="a"))
+    assert "have the same initial student." in said
 
 
 def test_equal_differences_have_no_test() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kdbench.engine.stage import moment_at
+from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import batches_per_epoch, timeline, training_images
@@ -96,3 +97,10 @@ def test_evaluations_are_even_and_include_the_end_of_every_stage() -> None:
     line = timeline(cell("ab", steps=50, evaluations=4), 100)
     assert line.evaluations == (5, 12, 25, 38, 50)
     assert timeline(cell("kd", epochs=3, evaluations="epoch"), 100).evaluations == (2, 4, 6)
+    # More of them than steps.
+    assert timeline(cell("kd", steps=2, evaluations=10), 100).evaluations == (1, 2)
+
+
+def test_a_budget_that_nobody_can_train_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a budget of 2e\+09 steps is too large"):
+        timeline(cell("kd", epochs=1e9), 100)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from synthetic import comparison, write
+from synthetic import comparison, make, write
 
 from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.record import Record, metrics, read_record
@@ -18,6 +18,7 @@ from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding, verdict
+from kdbench.verify.rerun import cell_to_rerun, reproduction
 from kdbench.verify.soundness import problems
 from kdbench.verify.verification import verify
 
@@ -159,3 +160,74 @@ def test_kept_weights_are_those_of_the_best_evaluation() -> None:
     (one,) = told(step, accuracies[step] - 0.01)
     (other,) = told(history[-1]["step"], accuracies[history[-1]["step"]])
     assert one.startswith("best is") and other.startswith("best is")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "again", "differing", "unequal"),
+    [
+        ({}, {}, "", ""),
+        # What says how long it took and where is no condition of equal bits.
+        ({"compute__seconds": 7.0, "compute__python": "3.13", "compute__platform": "Another"}, {}, "", ""),
+        ({"compute__threads": 2}, {}, "threads: 2 → 1", ""),
+        ({"data__fingerprint": "0" * 64}, {}, "data: 000000000000 → cdcdcdcdcdcd", ""),
+        # A version that records one condition less or more.
+        ({"compute__own": "x"}, {}, "own: x → None", ""),
+        ({}, {"compute__own": "x"}, "own: None → x", ""),
+        *(
+            ({f"compute__{key}": value}, {f"compute__{key}": value}, said, "")
+            for key, value, said in (
+                ("precision", "bfloat16", "bfloat16 on cpu is not exact"),
+                ("compile", True, "float32, compiled, on cpu is not exact"),
+                ("device", "cuda", "float32 on cuda is not exact"),
+                ("teacher_logits", "table", "a table of teacher logits may have been computed in other batches"),
+            )
+        ),
+        ({"best": 91.0}, {}, "", "the result (last, best, validation or metrics)"),
+        ({"teacher__sha256": "0" * 64}, {}, "", "the teacher"),
+        (
+            {"route": [{"step": 9, "epoch": 1.0, "file": "9.safetensors", "sha256": "0" * 64}]},
+            {},
+            "",
+            "the anchors, or the route that was kept",
+        ),
+    ],
+)
+def test_a_cell_run_again_is_exact_where_nothing_else_can_change_bits(
+    recorded: dict[str, Any], again: dict[str, Any], differing: str, unequal: str
+) -> None:
+    found = reproduction(make(**recorded), make(**again), [])
+    assert (", ".join(found.differing), ", ".join(found.unequal)) == (differing, unequal)
+    # Where bits may differ, one seed has no deviation: a point is allowed.
+    assert found.tolerance == bool(differing) and found.agrees is not bool(unequal)
+
+
+def test_another_accuracy_agrees_up_to_three_deviations_of_the_seeds_or_a_point() -> None:
+    """Deviations by hand: of 90, 91, 92 it is 1; of 90.1, 90, 89.9 it is 0.1."""
+    here = {"compute__threads": 2}
+    for values, allowed in (([90.0, 91.0, 92.0], 3.0), ([90.1, 90.0, 89.9], 1.0)):
+        siblings = [make(seed=seed, last=value) for seed, value in enumerate(values)]
+        for sign in (-1, 1):
+            for change, agrees in ((allowed - 0.1, True), (allowed + 0.1, False)):
+                found = reproduction(siblings[0], make(last=values[0] + sign * change, **here), siblings)
+                assert found.tolerance == pytest.approx(allowed) and found.agrees is agrees
+    assert not reproduction(siblings[0], make(last=90.4, **here), siblings, tolerance=0.2).agrees
+
+
+def test_the_cell_to_run_again_is_one_whose_teacher_is_here_and_of_these_the_fastest() -> None:
+    folder, records = ROOT / "results" / "ab_wrn_30_epochs_h200", {}
+    for name, seconds in (("kd", 1.0), ("ab", 2.0), ("ce", 3.0)):
+        record = read_record(next(folder.glob(f"{name}-seed0-*")))
+        records[name] = record.model_copy(update={"compute": record.compute.model_copy(update={"seconds": seconds})})
+    assert cell_to_rerun(records, None, Registry())[0] == "ce"
+    del records["ce"]
+    assert cell_to_rerun(records, None, Registry())[0] == "kd"
+
+
+def test_evaluations_of_a_cell_run_again_are_compared_without_their_times(tmp_path: Path) -> None:
+    lines = [{"step": step, "test": {"accuracy": 50.0 + step}, "seconds": 1.0} for step in (1, 2, 3)]
+    later = [line | {"seconds": 2.0, "new": 1} for line in lines]
+    other = [*lines[:1], *({**line, "test": {"accuracy": 9.0}} for line in lines[1:])]
+    folders = [write(tmp_path / str(n), make().plain(), found) for n, found in enumerate((lines, later, other))]
+    first, same, changed = map(read_record, folders)
+    assert reproduction(first, same, []).unequal == ()
+    assert reproduction(first, changed, []).unequal == ("the evaluation at step 2",)

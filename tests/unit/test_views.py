@@ -16,7 +16,15 @@ from tiny import CPU, images, member_of, sets_at, train
 from torchvision.transforms import v2
 
 from kdbench.data.decoding import as_bytes, as_image
-from kdbench.data.transforms import Addressed, Transforms, color_jitter, rand_augment, random_erasing
+from kdbench.data.transforms import (
+    Addressed,
+    Transforms,
+    auto_augment,
+    color_jitter,
+    rand_augment,
+    random_erasing,
+    trivial_augment,
+)
 from kdbench.engine.batches import Batches
 from kdbench.engine.datasets import load_data
 from kdbench.engine.evaluation import evaluate, scores
@@ -86,6 +94,39 @@ def test_all_that_torch_draws_is_drawn_by_address(part: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+DRAWS = {
+    "rand": lambda x: torch.rand(9),
+    "randn": lambda x: torch.randn(9),
+    "randint": lambda x: torch.randint(100, (9,)),
+    "randperm": lambda x: torch.randperm(9),
+    "like": lambda x: torch.rand_like(x) + torch.randn_like(x) + torch.randint_like(x, 9),
+    "bernoulli": torch.bernoulli,
+    "multinomial": lambda x: torch.multinomial(x, 5),
+    "normal": lambda x: torch.normal(x, 1.0),
+    "poisson": lambda x: torch.poisson(100 * x),
+    "binomial": lambda x: torch.binomial(100 * torch.ones(9), x),
+    "gamma": lambda x: torch.distributions.Gamma(x, 1.0).sample(),
+    "dirichlet": lambda x: torch.distributions.Dirichlet(x).sample(),
+    **{
+        f"{name}_": lambda x, name=name: getattr(x.clone(), f"{name}_")()
+        for name in ("uniform", "normal", "random", "exponential", "cauchy", "log_normal", "bernoulli")
+    },
+    "geometric_": lambda x: x.clone().geometric_(0.1),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_every_function_of_torch_that_draws_does_so_by_address(draw: Any) -> None:
+    before = torch.get_rng_state()
+    found = []
+    for seed in (3, 3, 4):
+        with Addressed(seed):
+            found.append(draw(torch.full((9,), 0.5)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     "draw", ["random.random()", "numpy.random.rand()", "torch.nn.functional.dropout(torch.ones(1), 0.5).item() / 2"]
 )
@@ -106,10 +147,18 @@ def test_a_transform_that_draws_elsewhere_is_refused(
 
 
 def test_transforms_are_torchvisions() -> None:
-    image = photo(40, 40, 3)
+    image, bilinear = photo(40, 40, 3), v2.InterpolationMode.BILINEAR
+    erasing = v2.RandomErasing(1.0, (0.1, 0.2), (2.0, 3.0), [124, 116, 104])
     for ours, theirs in (
-        (rand_augment(magnitude=12), v2.RandAugment(2, 12, interpolation=v2.InterpolationMode.BILINEAR)),
+        (rand_augment(magnitude=12), v2.RandAugment(2, 12, interpolation=bilinear)),
+        (trivial_augment(), v2.TrivialAugmentWide(interpolation=bilinear)),
+        (auto_augment(policy="cifar10"), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, bilinear)),
         (color_jitter(brightness=0.4, hue=0.1), v2.ColorJitter(brightness=0.4, hue=0.1)),
+        (color_jitter(contrast=0.4, saturation=0.1), v2.ColorJitter(contrast=0.4, saturation=0.1)),
+        (
+            random_erasing(p=1.0, scale=(0.1, 0.2), ratio=(2.0, 3.0)),
+            v2.Compose([v2.PILToTensor(), erasing, v2.ToPILImage()]),
+        ),
     ):
         for seed in range(5):
             torch.manual_seed(seed & 0xFFFFFFFF)
@@ -121,11 +170,15 @@ def test_erasing_leaves_the_mean_pixel() -> None:
     erased = as_bytes(Transforms([("x", random_erasing(p=1.0, scale=(0.2, 0.2)))])(photo(64, 64, 1), 3))
     grey = (erased == torch.tensor([124, 116, 104], dtype=torch.uint8).view(3, 1, 1)).all(dim=0)
     assert 0.15 < grey.float().mean() < 0.25
+    # Of one channel, the mean of the three.
+    alone = as_bytes(Transforms([("x", random_erasing(p=1.0, scale=(0.2, 0.2)))])(photo(64, 64, 1).convert("L"), 3))
+    assert 0.15 < (alone == 114).float().mean() < 0.3
 
 
-def test_a_transform_that_changes_the_size_is_named() -> None:
-    with pytest.raises(UserError, match="the transform 'crop' makes"):
-        Transforms([("crop", v2.CenterCrop(8))])(photo(32, 32, 1), 0)
+@pytest.mark.parametrize("transform", [v2.CenterCrop(8), v2.Grayscale()])
+def test_a_transform_that_changes_size_or_mode_is_named(transform: Any) -> None:
+    with pytest.raises(UserError, match="the transform 'own' makes"):
+        Transforms([("own", transform)])(photo(32, 32, 1), 0)
 
 
 def test_draws_of_threads_do_not_meet() -> None:
