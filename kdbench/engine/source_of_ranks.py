@@ -51,9 +51,17 @@ class SourceOfRanks(Source):
         return self.source
 
     def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
-        done, self._stretch = self.ranks.of_first(
-            lambda: (self.first.ready(now, tell, stopping), self.first.stretch(now))
-        )
+        buffers = [*now.student.model.buffers()]
+
+        def begin() -> tuple[bool, int, bool]:
+            before = [buffer._version for buffer in buffers]
+            done = self.first.ready(now, tell, stopping)
+            return done, self.first.stretch(now), before != [buffer._version for buffer in buffers]
+
+        done, self._stretch, changed = self.ranks.of_first(begin)
+        # Running statistics follow what a source shows a student in train mode.
+        for buffer in buffers if changed else ():
+            dist.broadcast(buffer, 0)
         return done
 
     def stretch(self, now: SourceStep) -> int:

@@ -250,6 +250,14 @@ def test_its_optimizer_has_the_betas_and_the_largest_norm_of_its_settings() -> N
     assert source.optimizer.param_groups[0]["betas"] == (0.3, 0.7)
 
 
+def test_a_student_whose_batch_norms_wait_for_other_processes_is_refused() -> None:
+    member, _, _ = member_of(cell("zskt"))
+    member.student.model.bn = nn.SyncBatchNorm(2)  # type: ignore[assignment]
+    now = SourceStep(0, 0.0, member.student, 0, 20)
+    with pytest.raises(UserError, match="on one process alone"):
+        source_of(member).ready(now, lambda text: None, lambda: False)
+
+
 def test_rates_of_a_cosine() -> None:
     falling = Generation(one_hot=1.0, lr=0.5, decay="cosine")
     assert [falling.rate(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.5, 0.25, 0.0])

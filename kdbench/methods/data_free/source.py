@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -71,9 +70,6 @@ class GeneratedImages(Source):
     ) -> None:
         """Nothing but to refuse what cannot be, before anything trains."""
         source = cls(context, **options)
-        if source.settings.student_mode == "train" and dist.is_initialized() and dist.get_world_size() > 1:
-            what = "while the generator learns, one process alone would have the student in train mode"
-            raise UserError(what, hint="run it on one GPU, or set the source's 'student_mode' to eval")
         if source.settings.feature:
             try:
                 BatchNormInputs(source.teacher.model)
@@ -119,6 +115,11 @@ class GeneratedImages(Source):
         chosen, kept = self.settings, self.settings.noise == "kept"
         noise = self._noise(IMAGES, number - 1, 1) if kept else self._noise(OWN, number - 1, chosen.iterations)
         self.generator.train()
+        if chosen.student_mode == "train" and any(isinstance(m, nn.SyncBatchNorm) for m in now.student.model.modules()):
+            what = (
+                "the generator learns on one process alone, where the student's batch norms would wait for the others'"
+            )
+            raise UserError(what, hint="leave out --sync-batch-norm, or set the source's 'student_mode' to eval")
         now.student.model.train(chosen.student_mode == "train")
         seed_draws(address(self.seed, self._stream(DROPOUT), number), self.context.device)
         self.optimizer.param_groups[0]["lr"] = chosen.rate(now.progress)
