@@ -85,8 +85,8 @@ def plain_gradients(method: str) -> list[tuple[float, list[torch.Tensor]]]:
     return gradients(specs, REFERENCE, stages)
 
 
-# Images of a generator after its first step: Adam's has the rate's size, and where a gradient is near 0 rounding decides
-# its sign.
+# Images of a generator after its first step: Adam's has the rate's size, and where a gradient is near 0, rounding
+# decides its sign.
 MADE = {"dafl": 0.02}
 
 
