@@ -95,7 +95,7 @@ def test_a_record_of_before_is_read_after_a_move(moved: Registry) -> None:
     if not folders:
         pytest.skip("results/ is not beside the package")
     for folder in folders:
-        # A cell of a newer card, whose key counts within this package alone, cannot be: one of KD is there nearly always.
+        # Of a newer card the key counts within this package alone; a cell of KD is there nearly always.
         files = sorted(folder.glob("*/record.json"), key=lambda file: (not file.parent.name.startswith("kd-"), file))
         record = json.loads(files[0].read_text(encoding="utf-8"))
         for registry in (REGISTRY, moved):
