@@ -118,7 +118,7 @@ def _saved(
         points = _points(terms, "teacher", name)
         return learning(torch.randn(images[name], *shapes[1]), points) if points else {}
 
-    kept = _Saved(cell.student.model, *([learning.model] if learning else []))
+    kept = Saved(cell.student.model, *([learning.model] if learning else []))
     with kept:
         values: dict[str, dict[str, dict[str, Tensor]]] = {
             "student": {n: cell.student(sets[n].images, _points(terms, "student", n)) for n in names},
@@ -136,7 +136,7 @@ def peak_memory(device: torch.device) -> int:
     return peak_resident()
 
 
-class _Saved(saved_tensors_hooks):
+class Saved(saved_tensors_hooks):
     """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
 
     def __init__(self, *models: nn.Module) -> None:
@@ -157,7 +157,7 @@ def _passing(model: nn.Module, shape: tuple[int, int, int]) -> int:
     frozen = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
-    kept = _Saved(model)
+    kept = Saved(model)
     with kept:
         model(torch.randn(IMAGES, *shape, requires_grad=True))
     for parameter in frozen:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from kdbench.data.streams import address, seed_draws, uniform
 from kdbench.engine.batch import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
+from kdbench.engine.memory import Saved
 from kdbench.errors import UserError
 from kdbench.files import atomic
 from kdbench.losses.deep_inversion import BatchNormInputs
@@ -45,7 +45,7 @@ class GeneratedImages(Source):
         known = spec.teacher.knows(spec.data)
         self.context, self.teacher, self.classes = context, context.teacher, spec.teacher.known_classes
         self.seed, self.size = spec.seed, spec.protocol.batch_size
-        self.streams = tuple(f"generator/{context.stage}/{name}" for name in (WEIGHTS, IMAGES, OWN, DROPOUT))  # type: ignore[misc]
+        self.streams = tuple(map(self._stream, (WEIGHTS, IMAGES, OWN, DROPOUT)))  # type: ignore[misc]
         try:
             self.settings = Generation(**settings)
             with torch.random.fork_rng(devices=[]):
@@ -170,14 +170,8 @@ class GeneratedImages(Source):
     def cost(self, steps: int) -> Cost:
         """The generator's own steps, a forward pass and two as long backwards, and a pass for each of the student's."""
         images = -(-steps // self.settings.every) * self.settings.iterations * self.size
-        kept = 0
-
-        def keep(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += 0 if any(tensor.data_ptr() == one.data_ptr() for one in self.parameters) else tensor.nbytes
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = Saved(self.generator)
+        with kept:
             self.generator.eval()(self.rows[0, :1])
         # Weights with their gradients and Adam's two moments.
         weights = 4 * sum(parameter.nbytes for parameter in self.parameters)
@@ -186,7 +180,7 @@ class GeneratedImages(Source):
             student=images if self.settings.adversarial else 0,
             operations=operations(self.generator) * (3 * images + steps * self.size),
             at_once=self.size,
-            held=weights + self.rows.nbytes + kept * self.size,
+            held=weights + self.rows.nbytes + kept.bytes * self.size,
         )
 
     def state(self) -> dict[str, Any]:
