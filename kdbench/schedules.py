@@ -62,7 +62,7 @@ def multistep(*, at: list[str], gamma: float = 0.1, reset_momentum: bool = False
     """Times `gamma` at each share of the stage; `reset_momentum` forgets momentum there, as codes do that build a new
     optimizer for every drop."""
     drops = tuple(sorted(share(s) for s in at))
-    # A drop at 30 % of 10 steps belongs to step 3; 3 / 10 < 0.3 in floating point must not delay it.
+    # A drop at 57.1 % of 1000 steps belongs to step 571, although 571 / 1000 < 57.1 / 100 in floating point.
     return Schedule(lambda progress: gamma ** sum(progress + 1e-9 >= d for d in drops), drops if reset_momentum else ())
 
 

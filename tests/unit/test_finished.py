@@ -148,6 +148,27 @@ def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> 
     assert all(file.read_text() == "my own" for file in own) and [*made.parent.iterdir()] == [made]
 
 
+def test_a_publishing_that_fails_at_its_end_leaves_the_earlier_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "r"
+    leave(run / "kd-seed0-aaaaaaaa", "a" * 64)
+    (run / "recipe.json").write_text(json.dumps({"name": "r", "cells": ["kd-seed0-aaaaaaaa"]}))
+    made = publish(run, tmp_path / "out", lambda *_: None)
+    before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == made.name and target == made:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space left"):
+        publish(run, tmp_path / "out", lambda *_: None)
+    assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
+
+
 def test_a_teacher_has_the_accuracy_of_its_last_evaluation(tmp_path: Path) -> None:
     scene = Scene(tmp_path, planned(), {"digits": OLD}, data__fingerprint=OLD)
     folder = scene.leave_teacher(b"weights", last=90.2, data__fingerprint=OLD)

@@ -69,6 +69,15 @@ def test_a_calibration_error_by_hand() -> None:
     assert spans(torch.full((2, 2), torch.inf).half(), labels, None)["calibration_error"] == (0.0, 100.0)
 
 
+def test_an_image_between_two_bins_may_have_been_in_either() -> None:
+    """softmax(log 2, 0) is 2/3, where a bin of 15 ends: an answer that is right is 1/3 off, one that is wrong 2/3, and
+    both are 1/6 off in one bin, 1/2 in two."""
+    logits = torch.tensor([[2.0, 1.0], [2.0, 1.0]]).log().half()
+    for labels, errors in (([0], [100 / 3]), ([1], [200 / 3]), ([0, 1], [100 / 6, 50.0])):
+        low, high = spans(logits[: len(labels)], torch.tensor(labels), None)["calibration_error"]
+        assert 0 <= low <= min(errors) and max(errors) <= high
+
+
 def test_a_loss_by_hand() -> None:
     # log(1 + e) and log(1 + 1/e); numbers from 0.5 to 1 are rounded by up to 2^-12, from 1 to 2 by 2^-11.
     logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).half(), torch.tensor([0, 1])
@@ -77,12 +86,24 @@ def test_a_loss_by_hand() -> None:
     assert spans(torch.full((2, 2), torch.nan).half(), labels, None)["test.loss"] == (0.0, torch.inf)
 
 
+@pytest.mark.parametrize(("number", "half"), [(1.0, 2.0**-11), (2.0**-23, 2.0**-25)])
+def test_a_loss_of_logits_that_were_rounded_as_far_as_may_be(number: float, half: float) -> None:
+    """Half of the distance between neighbours in float16: above 1, and where it is as small as it gets."""
+    for sign in (1, -1):
+        exact = torch.tensor([[number + sign * half, -number - sign * half]], dtype=torch.float64)
+        rounded, label = torch.tensor([[number, -number]]).half(), torch.tensor([0])
+        low, high = spans(rounded, label, None)["test.loss"]
+        assert low <= F.cross_entropy(exact, label).item() <= high
+
+
 def test_classes_that_a_student_was_trained_on_count_apart() -> None:
     logits, labels = torch.eye(4).half(), torch.tensor([0, 1, 3, 3])
     said = spans(logits, labels, None, [0, 1, 2])
     assert said["by_classes.trained_on"] == (100.0, 100.0) and said["by_classes.others"] == (50.0, 50.0)
     # No test image is of class 2.
     assert {*said} - {*spans(logits, labels, None, [0, 1, 3])} == {"by_classes.others"}
+    # Nor can the answers of a teacher of five classes be compared.
+    assert "fidelity" not in spans(logits, labels, torch.eye(4, 5).half())
 
 
 def test_a_file_holds_logits_of_these_images_and_classes_or_is_refused(tmp_path: Path) -> None:
@@ -103,6 +124,43 @@ def test_a_loss_that_is_no_number_is_not_compared() -> None:
     assert recorded_numbers(record, [{"test": {"loss": 9.0}}, {"test": {"loss": 0.5}}])["test.loss"] == 0.5
 
 
+def test_every_record_is_counted_with_the_labels_of_its_own_test_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers 0, 1, 2 of three images, of which data sets have other labels."""
+    here = {"digits": (torch.tensor([0, 1, 0]), "dd" * 32), "mnist_8": (torch.tensor([2, 1, 2]), "ee" * 32)}
+    monkeypatch.setattr(recount, "labels_of", lambda data, roots: here[data.name])
+    digits = plan({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}, Registry())
+    data = digits.cells[0].spec.data
+    own, target = {"data__fingerprint": "dd" * 32}, {"name": "mnist_8", "fingerprint": "ee" * 32}
+    target |= {"train": 1, "test": 3, "classes": 3}
+    some = {"result__by_classes": {"trained_on": 50.0, "others": 50.0}}
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any], list[str] | None]] = {
+        "two of three": ({"last": 66.6667, **own}, {}, []),
+        "nearly": ({"last": 66.67, **own}, {}, ["test.last is 66.67, the test logits say 66.6667"]),
+        "adapted": ({"last": 66.6667, **own, "target": target}, {"name": "mnist_8"}, []),
+        "other images": ({"last": 66.6667}, {}, None),
+        "held out": ({"last": 66.6667, **own}, {"tested_on": "validation"}, None),
+        # Of the images of class 0 one is right, and the only other one.
+        "some classes": (
+            {"last": 66.6667, **own, **some},
+            {"only_classes": [0]},
+            ["by_classes.others is 50.0, the test logits say 100.0000"],
+        ),
+    }
+    records = {}
+    for name, (over, _, _) in cases.items():
+        (tmp_path / name).mkdir()
+        save_file({"logits": torch.eye(3).half()}, tmp_path / name / LOGITS)
+        records[name] = make("ce", teacher=None, **over).model_copy(update={"folder": tmp_path / name})
+    numbers = {name: recorded_numbers(record, []) for name, record in records.items()}
+    tested = {name: data.model_copy(update=changes) for name, (_, changes, _) in cases.items()}
+    found = counted_again(records, numbers, tested, [])
+    assert {name: wrong for name, (_, wrong) in found.items()} == {
+        name: wrong for name, (_, _, wrong) in cases.items() if wrong is not None
+    }
+
+
 @pytest.mark.parametrize(
     ("teacher", "student", "told"),
     [
@@ -112,6 +170,7 @@ def test_a_loss_that_is_no_number_is_not_compared() -> None:
         ({"data__fingerprint": "ee" * 32}, {}, False),
         ({"compute__precision": "bfloat16"}, {"compute__precision": "bfloat16"}, False),
         ({}, {"compute__precision": "bfloat16"}, False),
+        ({"spec__data__tested_on": "validation"}, {}, False),
         # The cell trained its teacher itself.
         ({}, {"result__teacher": {"last": 95.5, "best": 95.5, "best_step": 1}}, False),
     ],
@@ -134,8 +193,9 @@ def test_fidelity_is_counted_where_the_teacher_answered_in_its_own_training(
     answers = {"teacher": [0, 2, 2, 0], "kd": [0, 1, 2, 0]}
     records = {name: r.model_copy(update={"folder": logits(name, answers[name])}) for name, r in records.items()}
     numbers = {name: recorded_numbers(record, []) for name, record in records.items()}
-    data = dict.fromkeys(records, plan("ab_wrn", Registry()).cells[0].spec.data)
-    found = counted_again(records, numbers, data, [])
+    data = plan("ab_wrn", Registry()).cells[0].spec.data
+    tested = {n: data.model_copy(update=r.spec["data"]) for n, r in records.items()}
+    found = counted_again(records, numbers, tested, [])
     # Three of four answers are the teacher's.
     wrong = ["fidelity is 50.0, the test logits say 75.0000"] if told else []
     assert found["kd"] == (["test.last", *["fidelity"] * told], wrong)

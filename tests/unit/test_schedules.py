@@ -77,6 +77,13 @@ def test_a_drop_falls_on_the_first_step_that_has_reached_its_share(steps: int) -
         assert [schedule.at(step / steps) for step in around] == [float(step < first) for step in around]
 
 
+def test_a_share_that_floating_point_rounds_up_delays_nothing() -> None:
+    """57.1 / 100 is more than 571 / 1000."""
+    assert share("57.1%") > 571 / 1000
+    for schedule in (multistep(at=["57.1%"], gamma=0.5), piecewise(at=["57.1%"], factors=[1.0, 0.5])):
+        assert [schedule.at(step / 1000) for step in (570, 571)] == [1.0, 0.5]
+
+
 def test_levels_are_the_line_at_the_ends_of_the_parts() -> None:
     """Three epochs of 49 steps: the value of the epoch's number, which a step's quotient must not round away."""
     schedule = linear(start=1.0, end=0.0, levels=3)

@@ -145,6 +145,43 @@ def test_what_a_record_says_beside_its_metrics_is_compared_with_cards_and_metric
     assert len(found) == bool(told) and all(text.startswith(told) for text in found)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"fingerprint": "0" * 64, "origin": "folder; not the published images (expected fingerprint …)"}},
+        {"teacher": {"accuracy": 50.0}, "spec/teacher": {"resize": 40}},
+        {"teacher": {"accuracy": 50.0}, "spec/teacher/model": {"image_size": 40}},
+    ],
+)
+def test_what_was_read_or_shown_in_another_way_is_not_compared_with_the_card(
+    changes: dict[str, dict[str, Any]],
+) -> None:
+    (folder,) = (ROOT / "results").glob("ab_wrn_30/kd-seed0-*")
+    plain = json.loads((folder / "record.json").read_text())
+    for path, fields in changes.items():
+        inner = plain
+        for key in path.split("/"):
+            inner = inner[key]
+        inner |= fields
+    assert [*problems(Record.model_validate(plain), metrics(folder))] == []
+
+
+def test_every_one_of_several_teachers_is_that_of_its_card() -> None:
+    (folder,) = (ROOT / "results").glob("ab_wrn_30/kd-seed0-*")
+    plain = json.loads((folder / "record.json").read_text())
+    one = plain["spec"]["teacher"]
+    sha256 = one["weights"]["sha256"]
+    plain["spec"]["teacher"] = {**one, "weights": None, "members": [one, one]}
+
+    def told(*members: str) -> list[str]:
+        plain["teacher"]["members"] = members
+        return [*problems(Record.model_validate(plain), metrics(folder))]
+
+    assert told(sha256, sha256) == []
+    assert [what.split(" is ")[0] for what in told(sha256, "0" * 64)] == ["teacher.members.1"]
+    assert [what.split(" is ")[0] for what in told(sha256)] == ["teacher.members"]
+
+
 def test_kept_weights_are_those_of_the_best_evaluation() -> None:
     (folder,) = (ROOT / "results").glob("ab_data_small/kd-*seed0-*")
     plain, history = json.loads((folder / "record.json").read_text()), metrics(folder)
@@ -190,6 +227,12 @@ def test_kept_weights_are_those_of_the_best_evaluation() -> None:
             "",
             "the anchors, or the route that was kept",
         ),
+        (
+            {"anchors": [{"stage": "a", "checkpoint": 3, "step": 9, "epoch": 1.0, "sha256": "0" * 64}]},
+            {},
+            "",
+            "the anchors, or the route that was kept",
+        ),
     ],
 )
 def test_a_cell_run_again_is_exact_where_nothing_else_can_change_bits(
@@ -220,6 +263,9 @@ def test_the_cell_to_run_again_is_one_whose_teacher_is_here_and_of_these_the_fas
         records[name] = record.model_copy(update={"compute": record.compute.model_copy(update={"seconds": seconds})})
     assert cell_to_rerun(records, None, Registry())[0] == "ce"
     del records["ce"]
+    assert cell_to_rerun(records, None, Registry())[0] == "kd"
+    # One of another version, of which nothing can be built.
+    records["old"] = make("ce", compute__seconds=0.5)
     assert cell_to_rerun(records, None, Registry())[0] == "kd"
 
 
