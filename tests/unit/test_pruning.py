@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.weights import start_from
 from kdbench.errors import UserError
 from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off
+from kdbench.methods.pruning.operation import TaylorPruning
 
 SHAPE = (1, 8, 8)
 
@@ -36,9 +39,9 @@ def chain(a: int = 5, b: int = 4) -> nn.Sequential:
     )
 
 
-def trained_chain() -> nn.Sequential:
-    torch.manual_seed(0)
-    model = chain()
+def trained_chain(a: int = 5, b: int = 4, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = chain(a, b)
     for norm in (model[1], model[4]):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -139,6 +142,39 @@ def test_the_least_important_go_and_every_layer_keeps_one() -> None:
     assert half["a"].tolist() == [False, False, True] and half["b"].tolist() == [True, False, True]
     most = least_important(scores, half, 0.9)
     assert [int(mask.sum()) for mask in most.values()] == [1, 1] and most["b"].tolist() == [True, False, False]
+
+
+def test_the_share_is_reached_in_rounds_by_importance_over_all_batches() -> None:
+    """Against gates of ones behind the batch norms, whose derivative is a channel's first-order change."""
+    student, teacher = trained_chain(40, 24).train(), trained_chain(9, 8, seed=1)
+    with torch.no_grad():
+        for network in (student, teacher):
+            network[8].weight.mul_(10)
+    batches = [torch.randn(6, *SHAPE) * scale for scale in (0.5, 1.0, 3.0)]
+    gates = {norm: torch.ones(len(student.get_submodule(norm).weight)) for norm in ("1", "4")}  # type: ignore[arg-type]
+    copy = deepcopy(student)
+    for removed in (16, 32):
+        scores = {norm: torch.zeros_like(gate) for norm, gate in gates.items()}
+        for images in batches:
+            asked = {norm: gate.clone().requires_grad_() for norm, gate in gates.items()}
+            value = images
+            for name, layer in copy.named_children():
+                value = layer(value) * (asked[name].view(1, -1, 1, 1) if name in asked else 1)
+            p, q = ((one / 3).softmax(1) for one in (teacher(images).detach(), value))
+            (p * (p / q).log()).sum(1).mean().backward()
+            for norm, gate in asked.items():
+                scores[norm] += gate.grad.square()  # type: ignore[union-attr]
+        ranked = sorted((scores[n][c].item() if g[c] else 0.0, n, c) for n, g in gates.items() for c in range(len(g)))
+        for _, norm, channel in ranked[:removed]:
+            gates[norm][channel] = 0.0
+    operation = TaylorPruning(share=0.5, batches=3, rounds=2, temperature=3.0)
+    networks = [SimpleNamespace(model=model, logits=model) for model in (student, teacher)]
+    context: Any = SimpleNamespace(
+        student=networks[0], teacher=networks[1], image_shape=SHAPE, stage="a",
+        batch=lambda number: SimpleNamespace(images=batches[number]),
+    )  # fmt: skip
+    operation.perform(context)
+    assert all(torch.equal(operation.kept[norm], gate.bool()) and gate.any() for norm, gate in gates.items())
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])

@@ -22,8 +22,8 @@ from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.contents import Entry, Note, Table
 from kdbench.results.frames import records_csv, table_csv, to_frame
-from kdbench.results.latex import escape
-from kdbench.results.layout import layout
+from kdbench.results.latex import escape, for_page
+from kdbench.results.layout import Grid, Text, layout
 from kdbench.results.page import html
 from kdbench.results.plots import metric_curves
 from kdbench.results.rendering import markdown_escaped
@@ -347,6 +347,27 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     )
     assert several.rows[1].cells[1] is None
     assert "–: no finished cell: KD (b)" in notes(several)
+
+
+def test_parts_of_a_wide_grid_repeat_the_first_column_and_leave_out_rows_that_say_nothing() -> None:
+    def row(name: str, columns: int) -> tuple[Text, ...]:
+        return tuple(map(Text, [name, *map(str, range(1, columns + 1)), *[""] * (8 - columns)]))
+
+    rows = (row("KD", 8), row("AB", 6), row("copied", 0), row("AT", 8))
+    grid = Grid("Accuracy", ("method", *"abcdefgh"), rows, rules=frozenset({2}), headings=frozenset({2}))
+    first, second = for_page([grid], "page")
+    assert first == Grid("Accuracy", ("method", *"abcdef"), tuple(r[:7] for r in rows), frozenset({2}), frozenset({2}))
+    assert second.caption == "Accuracy (continued)" and second.header == ("method", *"gh")
+    assert [[text.text for text in r] for r in second.rows] == [["KD", "7", "8"], ["copied", "", ""], ["AT", "7", "8"]]
+    assert second.rules == second.headings == {1}
+    # In one of two columns there is room for half as many numbers, and of 41 rows the last stands alone.
+    assert [len(part.header) - 1 for part in for_page([grid], "column")] == [3, 3, 2]
+    long = replace(grid, header=("method", "a"), rows=(row("KD", 1)[:2],) * 41, rules=frozenset({39, 40}))
+    parts = [*for_page([replace(long, headings=frozenset({39}))], "wide")]
+    assert [(len(part.rows), {*part.rules}, {*part.headings}) for part in parts] == [
+        (40, {39}, {39}),
+        (1, set(), set()),
+    ]
 
 
 def test_notes_beyond_z_have_two_letters() -> None:
