@@ -80,7 +80,7 @@ def _single(table: Table) -> Grid:
         "p",
         "seeds needed",
     )
-    if all(row.cells[0] is None or row.is_baseline or row.cells[0].difference is None for row in table.rows):
+    if all(row.cells[0] is None or row.cells[0].difference is None for row in table.rows):
         header, rows = header[:3], [row[:3] for row in rows]
     rules = frozenset({len(teachers)} - {0})
     return _with_copied(table, Grid(f"Accuracy, {table.metric_label}", header, tuple(rows), rules))
@@ -148,7 +148,7 @@ def _across(table: Table) -> Grid:
 
 def _differences(table: Table) -> Grid:
     def entries(row: MethodRow, cell: Entry, place: tuple[int, int]) -> list[Text]:
-        if row.is_baseline or cell.difference is None:
+        if cell.difference is None:
             return []
         first, *others = _difference(cell)
         return [Text(str(cell.difference.n)), replace(first, place=place), *others]

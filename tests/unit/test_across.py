@@ -57,6 +57,8 @@ def test_ranks_distance_and_probabilities() -> None:
     assert kd.improvement.low is not None and kd.improvement.low < kd.improvement.probability
     assert ab.improvement is not None
     assert (ab.improvement.probability, ab.improvement.low) == (1.0, None)
+    low, high = (f"{end:.2f}" for end in (kd.improvement.low, kd.improvement.high or 0.0))
+    assert f"| KD | 2.25 | {kd.improvement.probability:.2f} | \\[{low}, {high}\\] |" in markdown(build(pairs()))
 
 
 def wins(own: list[float], base: list[float]) -> float:

@@ -19,6 +19,7 @@ from kdbench.registry import Registry
 from kdbench.results.contents import Table
 from kdbench.results.copied import published_tables
 from kdbench.results.frames import table_csv
+from kdbench.results.layout import layout
 from kdbench.results.tables import build
 from kdbench.results.texts import latex, markdown
 
@@ -47,6 +48,9 @@ def card(**over: object) -> PublishedCard:
         },
     }
     return PublishedCard.model_validate(plain | over)
+
+
+ONLY_STUDENT = {"ce": {"title": "student", "accuracies": [93.9]}}
 
 
 def records(**over: object) -> list[Record]:
@@ -216,6 +220,17 @@ def test_each_column_takes_its_own_pair() -> None:
     assert means["student (from wrn_22_4)"] == [93.97, 91.0, None]
     assert means["AB (from wrn_22_4)"] == [94.82, None, None]
     assert "| student (from wrn\\_22\\_4) | 93.97†" in markdown(table)
+    # With the number of runs, where that is stated.
+    assert re.search(r"\| AB \(from wrn\\_22\\_4\) \| 94\.82 ± 0\.12† \(5\)<sup>.*</sup> \| – \| – \|", markdown(table))
+
+
+def test_every_published_table_has_a_block_of_its_own_rows() -> None:
+    two = build(records(), published={"one": card(), "two": card(pairs={"a": card().pairs["a"]}, methods=ONLY_STUDENT)})
+    firsts = [row[0].text for row in layout(two)[0].rows]
+    assert firsts[firsts.index("copied†: one") :] == [
+        *("copied†: one", "teacher wrn_22_4", "student (from wrn_22_4)", "AB (from wrn_22_4)"),
+        *("copied†: two", "teacher wrn_22_4", "student (from wrn_22_4)"),
+    ]
 
 
 def test_a_table_that_has_nothing_to_do_with_ours_is_an_error() -> None:

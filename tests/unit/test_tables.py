@@ -23,7 +23,7 @@ from kdbench.results import statistics
 from kdbench.results.contents import Entry, Note, Table
 from kdbench.results.frames import records_csv, table_csv, to_frame
 from kdbench.results.latex import escape, for_page
-from kdbench.results.layout import Grid, Text, layout
+from kdbench.results.layout import Grid, Text, layout, seeds_text
 from kdbench.results.page import html
 from kdbench.results.plots import metric_curves
 from kdbench.results.rendering import markdown_escaped
@@ -160,6 +160,7 @@ def test_entries_show_signs_and_small_p_values() -> None:
     assert "| \\<0.001 | 2 |" in small
     # 0.9, 1 and 1.1: 0.0033.
     assert "| 0.003 |" in markdown(build(comparison({"ce": [90.0, 90.5, 91.0], "kd": [91.0, 91.4, 92.1]})))
+    assert (seeds_text(1000), seeds_text(1001)) == ("1000", ">1000")
 
 
 def test_one_seed_has_no_interval_and_no_test() -> None:
@@ -381,6 +382,11 @@ def test_partly_common_seeds_are_told() -> None:
     assert kd.difference is not None and kd.difference.n == 2
     assert "The difference is over the 2 seeds that CE has too" in notes(build(records))
     assert "n = 3 of 4 seeds (0, 1, 2, 3)" in notes(build(records))
+    several = grid_of(["a", "b"], [1.0], ce=[93.0, 93.2], kd=[94.0, 94.3, 94.1])
+    (differences,) = (grid for grid in layout(build(several)) if grid.caption == "Differences to CE")
+    assert [tuple(text.text for text in row[:2]) for row in differences.rows] == [
+        ("a", ""), ("KD", "2"), ("b", ""), ("KD", "2")
+    ]  # fmt: skip
 
 
 def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
