@@ -490,7 +490,8 @@ def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: 
 
 
 def trained(rate: float, schedule: dict[str, Any]) -> dict[str, Any]:
-    stage = {"optimizer": {"name": "sgd", "options": {"lr": rate, "momentum": 0.9}}, "schedule": schedule}
+    stage = {"optimizer": {"name": "sgd", "options": {"lr": rate, "momentum": 0.9, "nesterov": False}}}
+    stage["schedule"] = schedule
     protocol = {"batch_size": 64, "augmentation": {"padding": 4, "mode": "reflect", "flip": True}}
     return {"spec__protocol": protocol, "spec__method": {"name": "x", "stages": {"whole": stage}}}
 
@@ -501,15 +502,22 @@ def test_a_table_says_how_its_rows_were_trained() -> None:
         "batches of 64, SGD with momentum 0.9, learning rate 0.1, rate {}, augmentation: crop after reflect padding 4"
     )
     alike = [make(method, seed, **trained(0.1, drops)) for method in ("ce", "kd") for seed in (0, 1)]
-    # What is said is of the stage that has the protocol's epochs, not of those before and on top.
+    # What is said is of the stage that has the protocol's epochs, not of those before, of a part, and on top.
     other = {"optimizer": {"name": "adam"}}
     for record in alike:
         whole = record.spec["method"]["stages"]["whole"]
-        record.spec["method"]["stages"] = {"a": other, "whole": whole, "b": other | {"extra_share": 0.5}}
+        parts = {key: other | {key: 0.5} for key in ("share", "extra_epochs", "extra_share")}
+        record.spec["method"]["stages"] = {"a": other, "whole": whole, **parts}
     assert f"Training: {common.format('× 0.2 at 30/60 %')} and flip." in [note.text for note in build(alike).notes]
     constant = [make("x", seed, **trained(0.1, {"name": "constant"})) for seed in (0, 1)]
     (said,) = (note for note in build([*alike, *constant]).notes if note.text.startswith("Training of X: "))
     assert f"{common.format('constant')} and flip." in said.text and not said.warning
+    crd = trained(0.05, {"name": "multistep", "options": {"at": ["62.5%"]}})
+    crd["spec__method"]["stages"]["whole"]["optimizer"]["options"]["nesterov"] = True
+    crd["spec__protocol"]["augmentation"]["mode"] = "zero"
+    (said,) = (note for note in build([make("x", 0, **crd)]).notes if note.text.startswith("Training: "))
+    assert "SGD with Nesterov momentum 0.9, learning rate 0.05, rate × 0.1 at 62.5 %," in said.text
+    assert "augmentation: crop after padding 4 and flip." in said.text
 
 
 def test_a_table_says_what_few_rows_were_trained_with() -> None:
@@ -559,7 +567,11 @@ COPIED = {"spec__method": {"name": "x", "starts_from": "teacher", "stages": {"cl
         ({"seeds": {}}, "the same data order, augmentation and initial student (not 'X')."),
         *(
             (over, "the same initial student and the same data order and augmentation (not 'X').")
-            for over in ({"spec__protocol": {"last_batch": "drop"}}, {"seeds__split": 9})
+            for over in (
+                {"spec__protocol": {"last_batch": "drop"}},
+                {"seeds__split": 9},
+                {"target": {"name": "svhn", "fingerprint": "ee" * 32, "train": 1, "test": 1, "classes": 10}},
+            )
         ),
     ],
 )
@@ -572,6 +584,10 @@ def test_cells_that_replace_data_alike_are_paired_and_those_that_share_nothing_a
     both = {**made("data"), "spec__method": {**made("data")["spec__method"], "starts_from": "teacher"}}
     records = [make(m, s, 90 + k + s / 7, order=k, **both) for k, m in enumerate(("a", "b")) for s in (0, 1)]
     assert "have the same data order, augmentation and initial student." in notes(build(records, baseline="a"))
+    other = [make("c", s, 88 + s / 5, order=3, **both, teacher__sha256="ee" * 32) for s in (0, 1)]
+    assert "the same data order and augmentation and the same initial student (not 'C')." in notes(
+        build([*records, *other], baseline="a")
+    )
     records += [make("ce", s, 89 + s / 5, teacher=None, order=2) for s in (0, 1)]
     said = notes(build(records, baseline="a"))
     assert "the same data order, augmentation and initial student (not 'CE')." in said
