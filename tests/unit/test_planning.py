@@ -225,6 +225,38 @@ def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, t
         check_cell(cell.spec)
 
 
+TAUGHT, OWN = {"name": "wrn_16_2_digits"}, {"model": "wrn_10_1", "weights": "a.pt"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 1, "steps": 2}, "either 'epochs' or 'steps'"),
+        ({"data": {"name": "digits", "tested_on": "validation"}}, "needs a validation part"),
+        ({"teacher": {"several": [TAUGHT, TAUGHT], "classes": 3}}, "write settings beside each"),
+        ({"teacher": {"several": [TAUGHT, {"several": [TAUGHT, TAUGHT]}]}}, "cannot hold other lists"),
+        ({"teacher": {"model": "wrn_10_1", "untrained": True, "accuracy": 90.0}}, "an untrained teacher has"),
+        ({"teacher": {**OWN, "untrained": True}}, "an untrained teacher has"),
+        ({"teacher": {"model": "wrn_10_1"}}, "or 'model' and 'weights'"),
+        ({"teacher": {"weights": "a.pt"}}, "or 'model' and 'weights'"),
+        ({"teacher": TAUGHT | {"model": "wrn_10_1"}}, "brings its own"),
+        ({"teacher": TAUGHT | {"weights": "a.pt"}}, "brings its own"),
+        ({"teacher": OWN | {"trained": True}}, "with 'weights' is not trained"),
+        ({"teacher": TAUGHT | {"accuracy": 90.0}}, "'accuracy' and 'classes' go with 'weights'"),
+        ({"teacher": TAUGHT | {"classes": 3}}, "'accuracy' and 'classes' go with 'weights'"),
+        ({"teacher": OWN | {"accuracy": 90.0, "classes": 3}}, "other classes cannot be checked"),
+        ({"teacher": TAUGHT | {"crop": 3}}, "both networks see one view"),
+        ({"tune": {"trials": 2}}, "nothing is tuned"),
+        ({"tune": {"kd.temperature": [1.0]}}, "needs two values or more"),
+        ({"tune": {"kd.temperature": [1.0, 2.0], "seeds": [7, 7]}}, "a seed is given twice"),
+    ],
+)
+def test_what_a_recipe_cannot_say_at_once_is_refused(changes: dict[str, Any], said: str) -> None:
+    recipe = {"data": "digits", "teacher": TAUGHT, "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
+    with pytest.raises(UserError, match=said):
+        plan(recipe | changes, REGISTRY)
+
+
 def test_a_wrong_mapping_is_told_where_it_was_written_last(tmp_path: Path) -> None:
     """Whether all its keys were laid over an included one, or one of them."""
     (tmp_path / "base.yaml").write_text("data: {name: digits, per_class: 10}\nstudent: wrn_10_1\nprotocol: digits\n")
