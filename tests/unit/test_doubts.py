@@ -27,6 +27,7 @@ from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
+from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.tables import build
 
@@ -239,6 +240,24 @@ def test_a_teacher_below_its_plain_student_is_told_below_the_table() -> None:
     assert "92.00 %, is below the plain student 'CE'" not in warnings(found)
     found = records(teacher__accuracy=91.9) + found[-3:]
     assert "91.90 %, is below the plain student 'CE'" in warnings(found)
+    # One that learned from other images is no plain student.
+    found = records(teacher__accuracy=39.9)
+    for record in found:
+        for stage in record.spec["method"]["stages"].values() if record.teacher is None else ():
+            stage["losses"]["ce"]["input"] = "boundary"
+    assert "is below the plain student" not in warnings(found)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [((), "test accuracies"), (("kd",), "test accuracies"), (("ce", "kd"), "accuracies on the val")],
+)
+def test_accuracies_are_called_those_of_the_validation_part_where_all_are(held_out: tuple[str, ...], said: str) -> None:
+    found = [record.plain() for record in records()]
+    for plain in found:
+        if plain["spec"]["method"]["name"] in held_out:
+            plain["spec"]["data"] = plain["spec"]["data"] | {"tested_on": "validation", "validation": 0.2}
+    assert build([*map(Record.model_validate, found)]).notes[0].text.startswith(f"Numbers are {said}")
 
 
 def test_doubts_and_another_normalization_are_told_below_the_table() -> None:

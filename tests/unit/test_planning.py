@@ -231,7 +231,6 @@ TAUGHT, OWN = {"name": "wrn_16_2_digits"}, {"model": "wrn_10_1", "weights": "a.p
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"epochs": 1, "steps": 2}, "either 'epochs' or 'steps'"),
         ({"data": {"name": "digits", "tested_on": "validation"}}, "needs a validation part"),
         ({"teacher": {"several": [TAUGHT, TAUGHT], "classes": 3}}, "write settings beside each"),
         ({"teacher": {"several": [TAUGHT, {"several": [TAUGHT, TAUGHT]}]}}, "cannot hold other lists"),
