@@ -30,6 +30,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.image_cards import Normalization
 from kdbench.losses.bss import angle_similarity, magnitude_similarity, soft_cross_entropy
 from kdbench.methods.bss.analysis import (
+    compared_with,
     crossing,
     ends_of_attacks,
     makes_boundary_samples,
@@ -689,6 +690,19 @@ def test_similarity_of_the_boundaries_of_linear_networks() -> None:
     assert found["teacher_length"] == pytest.approx(lengths["teacher"][right].mean().item(), rel=0.02)
     same = similarity(moves["teacher"], moves["teacher"], 1)
     assert (same["images"], same["magnitude"], same["angle"]) == (50, pytest.approx(1), pytest.approx(1))
+
+
+def test_a_cell_without_a_teacher_is_compared_with_the_only_one_of_its_data() -> None:
+    plain, taught = cell("ce").model_copy(update={"teacher": None}), cell("kd")
+    assert taught.teacher is not None
+    # Another one, and one of other classes, which has no boundary between these.
+    other, foreign = (
+        taught.model_copy(update={"teacher": taught.teacher.model_copy(update=change)})
+        for change in ({"normalization": UNCHANGED}, {"classes": 3})
+    )
+    assert compared_with([plain, taught]) == [taught.teacher, taught.teacher]
+    assert compared_with([plain, taught, other]) == [None, taught.teacher, other.teacher]
+    assert compared_with([foreign, plain, taught]) == [None, taught.teacher, taught.teacher]
 
 
 def test_pairs_are_the_likeliest_other_classes() -> None:

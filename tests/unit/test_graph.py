@@ -78,6 +78,8 @@ def test_a_graph_ends_at_the_last_point() -> None:
         name.split(".")[0] for name, value in net.model.state_dict().items() if not torch.equal(value, before[name])
     }
     assert graph.last == "layer2" and changed == {"block1", "block2"}
+    # Which that is says the network, not the order of names: here a layer's last ReLU is its end.
+    assert traced(extractor("resnet20"), ["layer2", "layer2.preact"], False, SHAPE).last == "layer2"
 
 
 @pytest.mark.parametrize("name", ["timm:vgg11_bn", "timm:tf_efficientnetv2_b0"])

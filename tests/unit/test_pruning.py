@@ -113,6 +113,17 @@ def test_what_is_left_of_a_residual_network_by_hand() -> None:
         assert before["flops"] - after["flops"] == 2 * 64 * (16 * 9 + also)
 
 
+def test_grouped_convolutions_count_whole() -> None:
+    """Of a filter before one, its own nine weights and its batch norm's two numbers are left out."""
+    model = chain(4, 4)
+    model[3] = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4)
+    whole, without = (
+        size_without(model, SHAPE, {"1": torch.tensor([first, True, True, True])}) for first in (True, False)
+    )
+    assert whole["parameters"] - without["parameters"] == 9 + 2
+    assert whole["flops"] - without["flops"] == 2 * 64 * 9
+
+
 def test_importance_is_the_squared_first_order_change() -> None:
     model = trained_chain().double()
     x = torch.randn(6, *SHAPE, dtype=torch.float64)
