@@ -112,7 +112,7 @@ def _checked(found: dict[str, Record], folder: Path) -> dict[str, Record]:
     """
     if found:
         found |= {file.parent.name: read_record(file) for file in sorted(folder.glob(f"teacher*/{RECORD}"))}
-    changed = sums.changed(folder) if found and (folder / sums.NAME).is_file() else []
+    changed = sums.changed(folder) if found else []
     for record in found.values():
         place = record.read_from
         wrong = [what for what in changed if what.startswith(f"{place.name}/")]

@@ -87,8 +87,8 @@ def _take_the_place(made: Path, target: Path, before: Path) -> None:
 
 
 def _copy_own(target: Path, made: Path) -> None:
-    summed = (target / sums.NAME).is_file()
-    published = {target / name for name in sums.read_sums(target)} if summed else {*sums.published_files(target)}
+    summed = sums.read_sums(target)
+    published = {*sums.published_files(target)} if summed is None else {target / name for name in summed}
     for file in {*target.rglob("*")} - published - {target / sums.NAME}:
         copy = made / file.relative_to(target)
         if (file.is_file() or file.is_symlink()) and not copy.exists():

@@ -36,21 +36,19 @@ def write(folder: Path) -> Path:
 
 def renew(folder: Path, files: Iterable[Path]) -> None:
     """Take the sums of these files anew, and of no others: a table may be written again, a record may not."""
-    if not (folder / NAME).is_file():
-        return
-    known = read_sums(folder)
-    for file in files:
-        known[file.relative_to(folder).as_posix()] = sha256_of(file)
-    _write(folder, known)
+    if (known := read_sums(folder)) is not None:
+        _write(folder, known | {file.relative_to(folder).as_posix(): sha256_of(file) for file in files})
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """Path below the folder -> sha256.
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """Path below the folder -> sha256; None where nothing was summed up.
 
     Raises:
         UserError: a line that is none of these, or a path that leaves the folder.
     """
     file = folder / NAME
+    if not file.is_file():
+        return None
     found = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         digest, two_spaces, name = line.partition("  ")
@@ -63,7 +61,8 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def changed(folder: Path) -> list[str]:
     """What is not as it was summed up, in words: files that changed, are gone, or came later."""
-    known = read_sums(folder)
+    if (known := read_sums(folder)) is None:
+        return []
     here = {file.relative_to(folder).as_posix() for file in published_files(folder)}
     problems = []
     for name, digest in sorted(known.items()):

@@ -56,12 +56,12 @@ def _told(check: Iterable[Finding]) -> list[Finding]:
 
 
 def _sums(folder: Folder) -> Iterator[Finding]:
-    if not (folder.path / sums.NAME).is_file():
+    if (summed := sums.read_sums(folder.path)) is None:
         what = "there is none, so a digit that stands in one place only can change unseen"
         yield Finding("unchecked", what, sums.NAME, "sums of the files")
         return
     yield from (Finding("disagrees", what, sums.NAME) for what in sums.changed(folder.path))
-    yield Finding("agrees", f"{counted(len(sums.read_sums(folder.path)), 'file')} as summed up", sums.NAME)
+    yield Finding("agrees", f"{counted(len(summed), 'file')} as summed up", sums.NAME)
 
 
 def _plan_is_there(folder: Folder) -> Iterator[Finding]:
@@ -74,7 +74,7 @@ def _plan_is_there(folder: Folder) -> Iterator[Finding]:
         return
     extra = [name for name in folder.records if name not in cells and is_cell(name)]
     absent = [cell for cell in cells if cell not in folder.records]
-    summed = sums.read_sums(folder.path) if (folder.path / sums.NAME).is_file() else None
+    summed = sums.read_sums(folder.path)
     for cell in absent:
         if summed is None or f"{cell}/{RECORD}" in summed:
             yield Finding("disagrees", "planned, and has no sound record", cell)
