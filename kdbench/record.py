@@ -89,9 +89,16 @@ class Record(Open):
         return _typed(self.spec)
 
     @property
+    def place(self) -> str:
+        """Its folder, for messages, or where it was read from none the beginning of its identity."""
+        return str(self.folder or self.identity[:8])
+
+    @property
     def read_from(self) -> Path:
-        """Its folder, of a record that was read from one."""
-        assert self.folder is not None
+        """Its folder. UserError for a record that was read from none: it has nothing beside it."""
+        if self.folder is None:
+            what = "a record that was not read from a folder has no evaluations and no weights"
+            raise UserError(what, self.place, "read records with kdbench.record.read_records")
         return self.folder
 
     def accuracy(self, metric: Metric) -> float:
@@ -112,16 +119,12 @@ class Record(Open):
             UserError: these epochs are too much of the training or not all of its last stage's, they have too few
                 evaluations, or the metrics are absent or damaged.
         """
-        where = str(self.folder or self.identity[:8])
-        if self.folder is None:
-            hint = "read records with kdbench.record.read_records"
-            raise UserError("a record that was not read from a folder has no evaluations", where, hint)
         budget = self.budget
         # A whole number; `epochs` is rounded.
         window = LAST_EPOCHS * round(budget.steps / budget.epochs) if budget.epochs else 0
         points = [
             entry["test"]["accuracy"]
-            for entry in metrics(self.folder)
+            for entry in metrics(self.read_from)
             if "test" in entry and entry["step"] > budget.steps - window
         ]
         if LARGEST_SHARE * budget.epochs < LAST_EPOCHS:
@@ -133,7 +136,7 @@ class Record(Open):
         else:
             return parts.Tail(math.fsum(points) / len(points), len(points))
         hint = "take the accuracy after the last step, or run the recipe longer or with evaluations=epoch"
-        raise UserError(f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}", where, hint)
+        raise UserError(f"'{self.cell.label}' has no mean over the last {LAST_EPOCHS} epochs: {why}", self.place, hint)
 
     def plain(self) -> dict[str, Any]:
         """The record as the plain data of its file."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from kdbench.errors import UserError
 from kdbench.files import METRICS
 from kdbench.record import metrics
 from kdbench.results.comparison import Column, Comparison, Row
@@ -49,10 +48,7 @@ def logs(comparison: Comparison, required: bool = True) -> dict[str, list[dict[s
     for record in comparison.records:
         if not required and (record.folder is None or not (record.folder / METRICS).is_file()):
             continue
-        if record.folder is None:
-            hint = "read records with kdbench.record.read_records"
-            raise UserError("a record that was not read from a folder has no curve", record.identity[:8], hint)
-        log[record.identity] = metrics(record.folder)
+        log[record.identity] = metrics(record.read_from)
     return log
 
 

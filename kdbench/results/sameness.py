@@ -52,7 +52,7 @@ def check_same(label: str, a: Record, b: Record) -> None:
     raise UserError(
         f"two cells of '{label}', {seeds}, would share one place in the table, but are different experiments"
         + (f": {shown}" if shown else ""),
-        where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+        where=f"{a.place} and {b.place}",
         hint="give the folders of one comparison, or take one of the two out",
     )
 
@@ -66,7 +66,7 @@ def check_made_alike(a: Record, b: Record) -> None:
         raise UserError(
             f"two cells of '{a.cell.label}', seeds {a.cell.seed} and {b.cell.seed}, were made from different {what} "
             f"'{name}', so no mean is taken over them: {DIGEST[what]} {one[:12]} and {two[:12]}",
-            where=" and ".join(str(record.folder or record.identity[:8]) for record in (a, b)),
+            where=f"{a.place} and {b.place}",
             hint="give the folders of one comparison, or take one of the two out: of a run, remove its folder, and "
             "'kdbench run' trains it again",
         )

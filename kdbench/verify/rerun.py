@@ -159,8 +159,8 @@ def reproduction(record: Record, again: Record, siblings: Iterable[Record], tole
 def _as_it_was(folder: Path, record: Record) -> None:
     """A cell that began goes on in the way in which it began: with as many threads."""
     if record.compute.device == "cpu":
-        where = str(record.folder or record.identity[:8])
-        begin(folder, of_form(Begun, {"threads": record.compute.threads}, where, "leave this cell out: --cell NAME"))
+        hint = "leave this cell out: --cell NAME"
+        begin(folder, of_form(Begun, {"threads": record.compute.threads}, record.place, hint))
 
 
 def _conditions(record: Record) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def test_a_record_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as error:
         plots.learning_curves(read_records([tmp_path]), tmp_path / "curves.png")
     assert error.value.where == str(tmp_path / "cell" / "metrics.jsonl")
-    with pytest.raises(UserError, match="no curve"):
+    with pytest.raises(UserError, match="has no evaluations"):
         plots.learning_curves([make()], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
