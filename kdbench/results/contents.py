@@ -10,9 +10,6 @@ from kdbench.results.comparison import Column
 from kdbench.results.copied import CopiedRow
 from kdbench.results.statistics import Paired, Summary
 
-# Numbers of seeds above it are not told apart.
-CAP = 1000
-
 
 @dataclass(frozen=True)
 class Note:

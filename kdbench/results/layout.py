@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kdbench.results.contents import CAP, Entry, MethodRow, Table
+from kdbench.results.contents import Entry, MethodRow, Table
 from kdbench.results.copied import DAGGER, CopiedCell, CopiedRow
-from kdbench.results.statistics import Summary
+from kdbench.results.statistics import MOST_SEEDS, Summary
 from kdbench.results.tuned import setting_text
 
 ABSENT = "–"
@@ -60,8 +60,8 @@ def layout(table: Table) -> list[Grid]:
 
 
 def seeds_text(needed: int | None) -> str | None:
-    """Number of seeds as text, ">1000" above the cap."""
-    return None if needed is None else f">{CAP}" if needed > CAP else str(needed)
+    """Number of seeds as text, ">1000" above the largest."""
+    return None if needed is None else f">{MOST_SEEDS}" if needed > MOST_SEEDS else str(needed)
 
 
 def _single(table: Table) -> Grid:

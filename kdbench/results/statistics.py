@@ -18,6 +18,8 @@ from scipy.special import ndtr, stdtr, stdtrit
 # Records hold accuracies in percent with four decimals: a smaller spread is rounding.
 NO_SPREAD = 1e-4
 
+# Numbers of seeds above it are not told apart.
+MOST_SEEDS = 1000
 BOOTSTRAP_SEEDS = 20
 RESAMPLES = 10_000
 
@@ -37,8 +39,8 @@ class Paired:
 
     `deviation`, `low`, `high`, `p` are None with one pair; `low`, `high`, `p` also where all differences are equal,
     since the t statistic has no meaning then. In a table, `p_holm` is p after Holm over all its tests, and
-    `seeds_needed` the pairs with which the seen difference would be found with 80 % power at Holm's first step, one
-    more than was looked for where that is too few; both None without p.
+    `seeds_needed` the pairs with which the seen difference would be found with 80 % power at Holm's first step; both
+    None without p.
     """
 
     n: int
@@ -170,9 +172,9 @@ def _quadrature() -> tuple[np.ndarray, np.ndarray]:
     return nodes, weights
 
 
-def seeds_needed(mean: float, deviation: float, alpha: float = 0.05, cap: int = 1000) -> int | None:
+def seeds_needed(mean: float, deviation: float, alpha: float = 0.05) -> int:
     """Smallest number of pairs with which the two-sided paired t test would find a difference of this mean and
-    deviation with 80 % power. None: more than `cap`.
+    deviation with 80 % power; one more than `MOST_SEEDS` where so many are too few.
 
     The power grows with n, so the number is found by bisection.
 
@@ -180,9 +182,7 @@ def seeds_needed(mean: float, deviation: float, alpha: float = 0.05, cap: int = 
         mean, deviation: of the differences; a deviation that is not above 0 is a ValueError.
         alpha: level of the test. Of one among m tests that Holm corrects, α / m, his first step: a difference found
             there is found whatever the other tests say.
-        cap: largest number that is looked for.
     """
     if deviation <= 0:
         raise ValueError("the deviation must be above 0")
-    found = bisect_left(range(cap + 1), 0.8, lo=2, key=lambda n: power(mean / deviation, n, alpha))
-    return None if found > cap else found
+    return bisect_left(range(MOST_SEEDS + 1), 0.8, lo=2, key=lambda n: power(mean / deviation, n, alpha))

@@ -18,7 +18,7 @@ from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.across import across
 from kdbench.results.comparison import Column, Comparison, Row, compare
-from kdbench.results.contents import CAP, Entry, Measure, MethodRow, Note, Table, TeacherRow
+from kdbench.results.contents import Entry, Measure, MethodRow, Note, Table, TeacherRow
 from kdbench.results.copied import copied_rows
 from kdbench.results.facts import listed, metric_label
 from kdbench.results.notes import Interval, across_notes, as_notes, copied_notes, missing, notes_of
@@ -161,7 +161,7 @@ def _differences(
     for place, key in keys.items():
         pair = found[place]
         assert pair.deviation is not None
-        needed = statistics.seeds_needed(pair.mean, pair.deviation, alpha=ALPHA / len(tests), cap=CAP) or CAP + 1
+        needed = statistics.seeds_needed(pair.mean, pair.deviation, ALPHA / len(tests))
         found[place] = replace(pair, p_holm=adjusted[key], seeds_needed=needed)
     return found, len(tests)
 

@@ -162,8 +162,8 @@ def test_seeds_needed_has_the_known_sample_sizes(effect: float, pairs: int) -> N
 
 
 def test_seeds_needed_is_capped() -> None:
-    assert statistics.seeds_needed(0.0, 0.3) is None
-    assert statistics.seeds_needed(0.08, 1.0) is None
+    assert statistics.seeds_needed(0.0, 0.3) == 1001
+    assert statistics.seeds_needed(0.08, 1.0) == 1001
     assert statistics.seeds_needed(0.0887, 1.0) == 1000
     assert statistics.seeds_needed(100.0, 0.1) == 2
     with pytest.raises(ValueError, match="above 0"):
