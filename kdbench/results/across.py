@@ -48,7 +48,7 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
     ranked = [[_shown_mean(comparison, row, column, metric) for row in rows] for column in full]
     ranks: list[float] | list[None] = average_ranks(ranked) if len(full) > 1 else [None] * len(rows)
     drawn = [_drawn_with(comparison, column) for column in full]
-    why = _why_no_distance(comparison, full, drawn)
+    why = _why_no_distance(len(rows), drawn)
     standings = tuple(
         Standing(row.label, rank, _improvement(comparison, row, metric)) for row, rank in zip(rows, ranks, strict=True)
     )
@@ -78,48 +78,39 @@ def _improvement(comparison: Comparison, row: Row, metric: Metric) -> Improvemen
     )
 
 
+# What columns that are taken for independent draws may have in common all the same.
 _PARTS = ("teacher", "data", "seeds")
 
+# What of a column -> which.
+Drawn = Mapping[str, frozenset[str | int | None]]
 
-def _drawn_with(comparison: Comparison, column: Column) -> dict[str, frozenset[str | int | None]]:
-    """Teachers (None where there are none), data sets and seeds of a column."""
+
+def _drawn_with(comparison: Comparison, column: Column) -> Drawn:
+    """Students, teachers (None where there are none), data sets, seeds and cells of a column."""
     records = comparison.of_column(column)
     return {
+        "student": frozenset(record.cell.student for record in records),
         "teacher": frozenset(r.cell.teacher for r in records if r.cell.teacher is not None) or frozenset([None]),
         "data": frozenset(record.data.name for record in records),
         "seeds": frozenset(record.cell.seed for record in records),
+        "cells": frozenset(record.identity for record in records),
     }
 
 
-def _why_no_distance(
-    comparison: Comparison, columns: list[Column], drawn: Sequence[Mapping[str, frozenset[str | int | None]]]
-) -> str | None:
+def _why_no_distance(methods: int, drawn: Sequence[Drawn]) -> str | None:
     """What keeps Nemenyi's distance from holding: it takes the columns for independent draws of pairs.
 
     Args:
         drawn: what `_drawn_with` tells of each column.
     """
-    if len(columns) < 2:
+    if len(drawn) < 2:
         return "fewer than two columns have every method"
-    if len(comparison.rows) < 3:
+    if methods < 3:
         return "two methods have a paired test, and the distance is not kept with so few"
-    seen: set[str] = set()
-    pairs = set()
-    for column in columns:
-        records = comparison.of_column(column)
-        cells = {record.identity for record in records}
-        if seen & cells:
-            return "some numbers stand in several columns"
-        seen |= cells
-        pairs.add(
-            (
-                frozenset(record.cell.student for record in records),
-                frozenset(record.cell.teacher for record in records if record.cell.teacher is not None),
-                frozenset(record.data.name for record in records),
-            )
-        )
-    if len(pairs) < len(columns):
+    if any(a["cells"] & b["cells"] for a, b in itertools.combinations(drawn, 2)):
+        return "some numbers stand in several columns"
+    if len({(one["student"], one["teacher"], one["data"]) for one in drawn}) < len(drawn):
         return "the columns are not all different pairs of student, teacher and data"
-    if all(frozenset.intersection(*(column[part] for column in drawn)) for part in _PARTS):
+    if all(frozenset.intersection(*(one[part] for one in drawn)) for part in _PARTS):
         return "all columns have teacher, data and seeds in common, so they are not independent of each other"
     return None
