@@ -104,9 +104,7 @@ def _paired(comparison: Comparison, rows: Sequence[MethodRow]) -> str:
     compared = {
         row.label for row in rows if any(cell is not None and cell.difference is not None for cell in row.cells)
     }
-    by_exceptions: dict[tuple[str, ...], list[str]] = {}
-    for what, labels in unlike_baseline(comparison).items():
-        by_exceptions.setdefault(tuple(labels), []).append(what)
+    by_exceptions = grouped((tuple(labels), what) for what, labels in unlike_baseline(comparison).items())
     said = [
         f"the same {in_words(common)}" + (f" (not {listed([repr(label) for label in labels], 6)})" if labels else "")
         for labels, common in sorted(by_exceptions.items(), key=lambda one: len(one[0]))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from kdbench.errors import counted
 from kdbench.record_parts import RecordedTuning, Tried
 from kdbench.results.comparison import Comparison
-from kdbench.results.facts import in_words, listed
+from kdbench.results.facts import grouped, in_words, listed
 from kdbench.tree import text
 
 
@@ -24,19 +24,18 @@ def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None
 def tuning_notes(comparison: Comparison) -> Iterator[str]:
     """How settings were chosen, and where there was nothing to choose. Which were chosen is a column of the table."""
     found = list(tunings(comparison))
-    by_way: dict[str, list[str]] = {}
-    for label, tuning in found:
-        if tuning is not None:
-            seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
-            part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
-            way = (
-                f"{counted(len(tuning.trials), 'trial')} each on {seeds}, by accuracy on {part} of the training images"
-            )
-            by_way.setdefault(way, []).append(label)
+    by_way = grouped((_way(tuning), label) for label, tuning in found if tuning is not None)
     for way, tuned in by_way.items():
         yield f"Tuned: {way}, never on the test set" + (f" ({listed(tuned)})" if len(by_way) > 1 else "")
     if by_way and (untuned := [label for label, tuning in found if tuning is None]):
         yield f"Not tuned: {listed(untuned)}"
+
+
+def _way(tuning: RecordedTuning) -> str:
+    """How a setting was chosen, in words."""
+    seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
+    part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
+    return f"{counted(len(tuning.trials), 'trial')} each on {seeds}, by accuracy on {part} of the training images"
 
 
 def trials(comparison: Comparison) -> list[tuple[str, ...]]:
