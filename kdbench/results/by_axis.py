@@ -54,12 +54,10 @@ def axis_panels(comparison: Comparison, metric: Metric = "last") -> list[Panel]:
         return []
     curves = {row: _errors(comparison, row, values, metric) for row in comparison.rows}
     teachers = {found for column in comparison.columns if (found := teacher_of(comparison, column)) is not None}
-    groups = groups_of(comparison, {row: curve for row, curve in curves.items() if curve})
-    panels = []
-    for n, group in enumerate(groups, 1):
-        title = f"Test error by {axis.name}" + (f" ({n} of {len(groups)})" if len(groups) > 1 else "")
-        panels.append(Panel(title, partial(_draw_errors, comparison, axis.name, group, teachers)))
-    return panels
+    return [
+        Panel(f"Test error by {axis.name}{which}", partial(_draw_errors, comparison, axis.name, group, teachers))
+        for which, group in groups_of(comparison, {row: curve for row, curve in curves.items() if curve})
+    ]
 
 
 def _errors(

@@ -121,21 +121,21 @@ def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
     parts = {column: last_quarter(curves) for column, curves in by_column.items()}
     for column, curves in by_column.items():
         name = f"{column.label}: " if comparison.axes else ""
-        groups = groups_of(comparison, curves)
-        for i, group in enumerate(groups, start=1):
-            which = f" ({i} of {len(groups)})" if len(groups) > 1 else ""
+        for which, group in groups_of(comparison, curves):
             for part in (None, parts[column]) if all(parts.values()) else (None,):
                 title = name + ("whole run" if part is None else part.title) + which
                 panels.append(_curves_panel(comparison, title, group, "test accuracy (%)", part=part))
     return panels
 
 
-def groups_of(comparison: Comparison, curves: Mapping[Row, T]) -> list[dict[Row, T]]:
-    """Curves as charts show them together: those of the first method in each group."""
+def groups_of(comparison: Comparison, curves: Mapping[Row, T]) -> list[tuple[str, dict[Row, T]]]:
+    """Curves as charts show them together, those of the first method in each group; before each, what its title adds:
+    ' (1 of 2)', or nothing for a single one."""
     first, *others = comparison.rows
     chunks = [others[i : i + GROUP] for i in range(0, len(others), GROUP)] or [[]]
     groups = [{row: curves[row] for row in [first, *chunk] if row in curves} for chunk in chunks]
-    return [group for group in groups if group]
+    groups = [group for group in groups if group]
+    return [(f" ({i} of {len(groups)})" if len(groups) > 1 else "", group) for i, group in enumerate(groups, 1)]
 
 
 def metric_panels(comparison: Comparison, log: Logs, metric: str) -> list[Panel]:
