@@ -3,6 +3,7 @@
 `build` makes the table from records; `kdbench.results.layout` lays it out as grids of text that every renderer shares.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -24,7 +25,6 @@ from kdbench.results.facts import listed, metric_label
 from kdbench.results.notes import Interval, across_notes, as_notes, copied_notes, missing, notes_of
 from kdbench.results.statistics import Paired, Summary
 
-CONFIDENCE = 0.95
 ALPHA = 0.05
 
 
@@ -137,26 +137,18 @@ def _differences(
     found: dict[tuple[str, Column], Paired] = {}
     tests: dict[tuple[frozenset[str], frozenset[str]], float] = {}
     keys: dict[tuple[str, Column], tuple[frozenset[str], frozenset[str]]] = {}
-    for column in comparison.columns:
-        base = comparison.cell(comparison.baseline, column)
-        for row in comparison.rows:
-            own = comparison.cell(row, column)
-            if row == comparison.baseline:
-                continue
-            values, base_values = (comparison.accuracies(r, column, metric) for r in (row, comparison.baseline))
-            pair = statistics.paired(values, base_values, CONFIDENCE)
-            if pair is None:
-                continue
-            if interval == "bootstrap":
-                pair = _bootstrapped(pair, values, base_values, row.label)
-            place = (row.label, column)
-            found[place] = pair
-            if pair.p is not None:
-                keys[place] = (
-                    frozenset(r.identity for r in own.values()),
-                    frozenset(r.identity for r in base.values()),
-                )
-                tests[keys[place]] = pair.p
+    for column, row in itertools.product(comparison.columns, comparison.rows):
+        values, base = (comparison.accuracies(one, column, metric) for one in (row, comparison.baseline))
+        if row == comparison.baseline or (pair := statistics.paired(values, base)) is None:
+            continue
+        if interval == "bootstrap":
+            pair = _bootstrapped(pair, values, base, row.label)
+        place = (row.label, column)
+        found[place] = pair
+        if pair.p is not None:
+            own, other = (comparison.cell(one, column).values() for one in (row, comparison.baseline))
+            keys[place] = frozenset(r.identity for r in own), frozenset(r.identity for r in other)
+            tests[keys[place]] = pair.p
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     for place, key in keys.items():
         pair = found[place]
@@ -173,7 +165,7 @@ def _bootstrapped(pair: Paired, values: Mapping[int, float], baseline: Mapping[i
             where="interval",
             hint="with fewer seeds it covers far less than it says: keep Student's interval, or run more seeds",
         )
-    low, high = statistics.bootstrap(values, baseline, CONFIDENCE) or (None, None)
+    low, high = statistics.bootstrap(values, baseline) or (None, None)
     return replace(pair, low=low, high=high)
 
 
