@@ -88,45 +88,44 @@ def copied_rows(
         # One row a method, and one more for every further teacher of the same student.
         for place in range(max(map(len, found.values()))):
             chosen = {column: pairs[place] for column, pairs in found.items() if len(pairs) > place}
-            teachers = {pair.teacher.name for pair in chosen.values() if pair.teacher is not None}
+            teachers = {one.name for pair in chosen.values() if (one := card.pairs[pair].teacher) is not None}
             teacher = teachers.pop() if len(teachers) == 1 else None
             rows += _rows(comparison, key, card, chosen, teacher, reported, mark)
     return tuple(rows)
 
 
-def _pairs(comparison: Comparison, column: Column, card: PublishedCard) -> list[PublishedPair]:
+def _pairs(comparison: Comparison, column: Column, card: PublishedCard) -> list[str]:
+    """Keys of the pairs that belong to a column."""
     records = comparison.of_column(column)
-    same = [
-        pair
-        for pair in card.pairs.values()
-        if any(pair.student.name == r.cell.student and card.data.name == r.data.name for r in records)
-    ]
+    students = {record.cell.student for record in records if record.data.name == card.data.name}
     ours = {_teacher_model(record) for record in records} - {None}
-    exact = [pair for pair in same if pair.teacher is not None and pair.teacher.name in ours]
-    return exact or same
+    same = {key: pair.teacher for key, pair in card.pairs.items() if pair.student.name in students}
+    exact = [key for key, teacher in same.items() if teacher is not None and teacher.name in ours]
+    return exact or [*same]
 
 
 def _rows(
     comparison: Comparison,
     key: str,
     card: PublishedCard,
-    chosen: Mapping[Column, PublishedPair],
+    chosen: Mapping[Column, str],
     teacher: str | None,
     reported: str,
     mark: Callable[[str], str],
 ) -> list[CopiedRow]:
-    """The rows of one card. `teacher`: whose students all `chosen` pairs are, where it is one."""
-    order = list(card.pairs.values())
+    """The rows of one card. `chosen`: column -> key of its pair. `teacher`: whose students all of these are, where it is
+    one."""
+    order = list(card.pairs)
     rows = []
     for method in [None, *card.methods]:
         cells: list[CopiedCell | None] = []
         for column in comparison.columns:
-            pair = chosen.get(column)
+            pair = card.pairs[chosen[column]] if column in chosen else None
             value: float | list[float] | None = None
             if pair is not None and method is None and pair.teacher is not None:
                 value = pair.teacher.accuracy
             elif pair is not None and method is not None:
-                value = card.methods[method].accuracies[order.index(pair)]
+                value = card.methods[method].accuracies[order.index(chosen[column])]
             if pair is None or value is None:
                 cells.append(None)
                 continue

@@ -209,6 +209,13 @@ def test_the_same_teacher_wins_else_all_teachers_are_shown_apart() -> None:
     assert "teacher wrn_40_2 (here wrn_22_4_cifar10 95.50 %)" in note_of(both, ab.marks[0])
 
 
+def test_pairs_that_say_the_same_keep_their_own_numbers() -> None:
+    pair = {"teacher": {"name": "wrn_22_4"}, "student": {"name": "wrn_16_2"}}
+    methods = {"ce": {"title": "student", "accuracies": [93.1, 93.9]}}
+    table = build(records(), published={"other": card(pairs={"first": pair, "second": pair}, methods=methods)})
+    assert [cell.mean for row in table.copied for cell in row.cells if cell is not None] == [93.1, 93.9]
+
+
 def test_each_column_takes_its_own_pair() -> None:
     several = [
         make("ce", seed, 90 + seed, student=student, axes={"method": "ce", "student": student}, order=i)
