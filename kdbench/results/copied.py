@@ -113,8 +113,7 @@ def _rows(
     reported: str,
     mark: Callable[[str], str],
 ) -> list[CopiedRow]:
-    """The rows of one card. `chosen`: column -> key of its pair. `teacher`: whose students all of these are, where it is
-    one."""
+    """The rows of one card. `chosen`: column -> key of its pair. `teacher`: of all these pairs, where it is one."""
     order = list(card.pairs)
     rows = []
     for method in [None, *card.methods]:

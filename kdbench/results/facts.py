@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from kdbench.errors import counted
 from kdbench.record import LAST_EPOCHS, Metric, Record
 from kdbench.record_parts import Data
+from kdbench.results import settings
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -41,7 +42,7 @@ def _teacher(record: Record, digits: int | None) -> str:
 def _data(record: Record, digits: int | None) -> str:
     data, target = record.data, record.target
     parts = [f"{data.name}", f"{data.train:,} training"]
-    held_out = record.resolved is not None and record.resolved.data.tested_on == "validation"
+    held_out = settings.on_validation(record)
     parts += [f"{data.validation:,} validation"] if data.validation and not held_out else []
     tested = "validation image" if held_out else "test image"
     parts += [counted(data.test, tested, ",")] if target is None else []

@@ -73,9 +73,10 @@ def _accuracies(records: Sequence[Record], rows: Sequence[MethodRow], metric: Me
     cells = [cell for row in rows for cell in row.cells if cell is not None]
     counts = sorted({cell.n for cell in cells})
     seeds = sorted({seed for cell in cells for seed in cell.seeds})
-    held_out = all(record.resolved is not None and record.resolved.data.tested_on == "validation" for record in records)
-    what = "accuracies on the validation part" if held_out else "test accuracies"
-    yield Note(f"Numbers are {what} in %, {metric_label(records, metric)}", warning=metric == "best")
+    held_out = sorted({settings.on_validation(record) for record in records})
+    what = " and ".join("accuracies on the validation part" if one else "test accuracies" for one in held_out)
+    warning = metric == "best" or len(held_out) > 1
+    yield Note(f"Numbers are {what} in %, {metric_label(records, metric)}", warning=warning)
     if counts == [1]:
         yield "There is one seed, so there is no deviation, no interval and no test"
     else:

@@ -12,6 +12,11 @@ def batch_size(record: Record) -> float | None:
     return float(size) if isinstance(size, int | float) else None
 
 
+def on_validation(record: Record) -> bool:
+    """Whether its accuracy is on the validation part, whatever version's form its recipe has."""
+    return (record.spec.get("data") or {}).get("tested_on") == "validation"
+
+
 def in_a_line(record: Record) -> str:
     """Batches, augmentation, optimizer, schedule and further settings of the main stage in a line; empty where nothing
     is said."""

@@ -180,6 +180,9 @@ def _remarks(comparison: Comparison, row: Row, column: Column, difference: Paire
         said.append(f"trained {counted(extra, 'epoch', 'g')} beyond the protocol's budget")
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, row.label, axis.path)]:
         said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
+    shown = [_beside_accuracy(comparison, record) for record in group.values()]
+    if partly := sorted(set.union(*shown) - set.intersection(*shown)):
+        said.append(f"over the seeds whose records have them, not over all: {listed(partly, 6)}")
     if difference is not None and difference.n < len(group):
         said.append(
             f"the difference is over the {counted(difference.n, 'seed')} that {comparison.baseline.label} has too"
@@ -187,6 +190,12 @@ def _remarks(comparison: Comparison, row: Row, column: Column, difference: Paire
     if difference is not None and difference.n > 1 and difference.p is None:
         said.append("equal differences for all seeds: no spread, so no interval and no test")
     return said
+
+
+def _beside_accuracy(comparison: Comparison, record: Record) -> set[str]:
+    """Names of the numbers that are shown beside a record's accuracy."""
+    metrics = record.result.metrics
+    return {*comparison.also(record), *(name for name in record.result.numbers() if name.partition(".")[0] in metrics)}
 
 
 def _measures(records: Iterable[Record]) -> tuple[Measure, ...]:

@@ -139,6 +139,31 @@ def test_the_mean_of_the_last_epochs_is_made_of_the_metrics_and_says_of_how_many
     assert "mean_last" not in records_csv(read_records([tmp_path]))
 
 
+def test_accuracies_on_the_validation_part_are_called_so_beside_others_too() -> None:
+    def told(**over: Any) -> Note:
+        return build([make("ce", 0, **over), make("kd", 0, spec__data__tested_on="validation")]).notes[0]
+
+    assert (
+        told(spec__data__tested_on="validation").text
+        == "Numbers are accuracies on the validation part in %, last epoch."
+    )
+    both = told()
+    assert both.text == "Numbers are test accuracies and accuracies on the validation part in %, last epoch."
+    assert both.warning
+
+
+def test_a_mean_over_fewer_seeds_than_the_accuracys_is_marked() -> None:
+    records = [
+        *(make("ce", seed, result__calibration_error=4.0, agreement={"layer1": 0.5}) for seed in range(2)),
+        make("kd", 0, 91.0, order=1, result__calibration_error=3.0, agreement={"layer1": 0.6}),
+        make("kd", 1, order=1),
+    ]
+    table = build(records, columns=["calibration_error"])
+    assert cell(table, "CE").marks == () and len(cell(table, "KD").marks) == 1
+    assert "Over the seeds whose records have them, not over all: agreement.layer1, calibration_error" in notes(table)
+    assert cell(build([records[0], records[2]]), "KD").marks == ()
+
+
 def test_entries_show_signs_and_small_p_values() -> None:
     table = build(
         comparison(
