@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from kdbench.cards import KINDS, AnalysisCard, LossCard, SourceCard
+from kdbench.cards import KINDS, AnalysisCard, CodeCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE, paths_of
 from kdbench.names import Shipped, targets_in
@@ -204,7 +204,7 @@ class Registry:
         origins = {key: self.tree(kind, name).origin(("args", key)) for key in getattr(card, "args", {})}
         options = getattr(card, "args", {}) | self.fields(kind, name)
         what = what or f"{singular(kind)} '{name}'"
-        settable = self.settable(card.target, card)
+        settable = self.settable(card)
         if hidden := [key for key in own if key in settable and key not in options]:
             hint = f"rename that parameter in {card.target.partition(':')[0]}, or set it under the card's 'args'"
             raise UserError(
@@ -221,16 +221,17 @@ class Registry:
         words = f"write '{{}}=VALUE': 'kdbench show analyses {name}' tells which" if kind == "analyses" else "add '{}:'"
         return check_options(options, settable, where, what, own[1:], if_missing, words)
 
-    def settable(self, target: str, card: BaseModel | None = None) -> dict[str, Parameter]:
-        """Parameters of a target that a card or recipe may set: not its tensors, not what the engine fills in."""
-        taken = _OF_THE_ENGINE | TOLD.keys() | set(getattr(card, "inputs", None) or ())
+    def settable(self, card: CodeCard) -> dict[str, Parameter]:
+        """Parameters of a card's code that it or a recipe may set: not its tensors, not what the engine fills in."""
+        tensors = (card.inputs if isinstance(card, LossCard) else None) or ()
+        taken = _OF_THE_ENGINE | TOLD.keys() | {*tensors}
         # A source is built with its context first, whatever its author calls that, and so is an analysis.
-        inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(getattr(card, "inputs", None) or ())
-        if isinstance(card, LossCard) and parameters(target) != parameters(target, called=True):
+        inputs = 1 if isinstance(card, SourceCard | AnalysisCard) else len(tensors)
+        if isinstance(card, LossCard) and parameters(card.target) != parameters(card.target, called=True):
             # A class is built with shapes, and its instances take the tensors.
-            inputs = len({"student", "teacher"} & {*(card.inputs or ())})
+            inputs = len({"student", "teacher"} & {*tensors})
         settings = card.settings if isinstance(card, SourceCard) else None
-        known = [*parameters(target).values(), *(parameters(settings).values() if settings else ())]
+        known = [*parameters(card.target).values(), *(parameters(settings).values() if settings else ())]
         options = [p for i, p in enumerate(known) if not (p.positional and i < inputs)]
         return {p.name: p for p in options if p.name not in taken and not is_module(p)}
 

@@ -45,7 +45,7 @@ def check_card(registry: Registry, kind: str, name: str) -> None:
                 except UserError as error:
                     raise UserError(error.what, where=error.where or origin, hint=error.hint) from None
     elif kind in ("datasets", "losses", "connectors", "sources", "operations"):
-        known = registry.settable(card.target, card)
+        known = registry.settable(card)
         for option in getattr(card, "args", {}):
             if option not in known:
                 what = f"unknown key '{option}' in 'args'"

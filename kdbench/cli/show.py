@@ -59,7 +59,7 @@ def command(
     print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
         table = plain_table("option", "type", "default")
-        for option in cards.settable(card.target, card).values():
+        for option in cards.settable(card).values():
             table.add_row(
                 option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
             )

@@ -103,7 +103,7 @@ def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> No
         kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
         if kind is not None:
             card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
-            known += registry.settable(card.target, card)
+            known += registry.settable(card)
     if last not in known:
         what = f"the parameter '{name}' points to nothing: {path}"
         raise UserError(what, tree.origin(("parameters", name)), did_you_mean(last, known))

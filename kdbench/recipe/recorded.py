@@ -146,7 +146,7 @@ class _Reader:
                 raise self.not_here(f"'{field}' of {what} is not what its card says")
         if not isinstance(spec, DataSpec):
             try:
-                settable = self.registry.settable(card.target, card)
+                settable = self.registry.settable(card)
                 more["options"] = check_options(spec.options, settable, lambda key: self.where, what)
             except UserError as error:
                 raise self.not_here(error.what) from None

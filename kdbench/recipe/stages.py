@@ -70,7 +70,7 @@ def _smoothed(term: Tree, protocol: Tree, registry: Registry) -> Tree:
     if protocol.data.get(option) is None or option in term.data or not isinstance(term.data.get("loss"), str):
         return term
     card = registry.card("losses", term.data["loss"], term.origin(("loss",)))
-    return term.put((option,), protocol.at(option)) if option in registry.settable(card.target, card) else term
+    return term.put((option,), protocol.at(option)) if option in registry.settable(card) else term
 
 
 def check_asked(target: str, modules: Collection[str], what: str, where: str) -> None:
@@ -98,7 +98,7 @@ def _term(term: TermCard, tree: Tree, registry: Registry, what: str, modules: Co
             f"{what}: '{through}' is a module of the method: write its options there", tree.origin(("connector",))
         )
     # Those of a module are taken once, when it is built.
-    settable = registry.settable(loss.target, registry.card("losses", loss.name))
+    settable = registry.settable(registry.card("losses", loss.name))
     known = [option for option in settable if option in parameters(loss.target, called=True)]
     if strange := [option for option in term.schedules if option not in known]:
         raise UserError(

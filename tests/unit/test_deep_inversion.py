@@ -599,7 +599,7 @@ def test_another_pool_than_a_cell_began_with_is_refused(tmp_path: Path) -> None:
 
 def test_every_setting_of_the_inversion_is_an_option_of_its_source() -> None:
     card = REGISTRY.card("sources", "synthesized")
-    options = REGISTRY.settable(card.target, card)
+    options = REGISTRY.settable(card)
     plain = {name: options[name].default for name in Inversion().plain()}
     assert plain == Inversion().plain() | {"betas": (0.9, 0.999)}
     assert {"batches", "images", "every"} <= options.keys() and "context" not in options

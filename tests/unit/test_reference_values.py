@@ -86,7 +86,7 @@ def cases(kind: str, card: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Options to try: what must be given, and each other option once at another value."""
     # What the engine tells a loss is no option of a card, and this counts as one here.
     as_option = {name: p for name, p in parameters(card.target).items() if name == "known_classes"}
-    known: dict[str, Parameter] = {**REGISTRY.settable(card.target, card), **as_option}
+    known: dict[str, Parameter] = {**REGISTRY.settable(card), **as_option}
     needed = {p.name: GIVEN[p.name] for p in known.values() if p.default is REQUIRED and p.name in GIVEN}
     base = {**getattr(card, "args", {}), **needed}
     yield "", base

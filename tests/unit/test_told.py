@@ -222,7 +222,7 @@ def losses_with_numbers() -> list[tuple[str, str, str, list[str]]]:
             for term, entry in card.losses.items():
                 loss = registry.card("losses", entry.loss)
                 in_call = parameters(loss.target, called=True)
-                settable = [one for one in registry.settable(loss.target, loss) if one in in_call]
+                settable = [one for one in registry.settable(loss) if one in in_call]
                 if numbers := [one for one in settable if isinstance(in_call[one].default, float)]:
                     found.setdefault(entry.loss, (method, stage, term, numbers))
     return list(found.values())
