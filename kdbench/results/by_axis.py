@@ -31,7 +31,7 @@ def errors_by_axis(records: Iterable[Record], folder: Path) -> list[Path]:
     if not (panels := axis_panels(comparison)):
         return []
     file = inside(folder, file_of(comparison.axes[0]))
-    return [save(comparison, panels, file, 2, (6.0, 4.2), legends=len(panels) > 1)]
+    return [save(comparison, panels, file, 2, (6.0, 4.2), legend="beside" if len(panels) > 1 else "below")]
 
 
 def file_of(axis: Axis) -> str:

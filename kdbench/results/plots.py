@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ LEGEND_LINE = 0.19
 # Methods that one chart of curves shows beside the first: as many as have a look of their own.
 GROUP = len(COLOURS) - 1
 
+Legend = Literal["below", "beside"]
 T = TypeVar("T")
 
 
@@ -79,7 +80,8 @@ def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
     """
     comparison = compare(records)
     panels = accuracy_panels(comparison, logs(comparison))
-    return save(comparison, panels, file, 2, (4.7, 3.2), legends=len(comparison.rows) > GROUP + 1)
+    legend: Legend = "beside" if len(comparison.rows) > GROUP + 1 else "below"
+    return save(comparison, panels, file, 2, (4.7, 3.2), legend=legend)
 
 
 def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
@@ -106,7 +108,7 @@ def final_accuracies(records: Iterable[Record], file: str | Path) -> Path:
     comparison = compare(records)
     panels = [_seeds_panel(comparison, column) for column in comparison.columns]
     width, height = 4.4 if len(panels) > 1 else 6.0, 0.9 + 0.36 * len(comparison.rows)
-    return save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=False)
+    return save(comparison, panels, file, ACROSS, (width, height), sharey=True, legend=None)
 
 
 def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
@@ -185,14 +187,13 @@ def save(
     across: int,
     size: tuple[float, float],
     sharey: bool = False,
-    legend: bool = True,
-    legends: bool = False,
+    legend: Legend | None = "below",
 ) -> Path:
     """Draw panels into a PNG file.
 
     Args:
-        legend: whether there is any.
-        legends: a legend beside the last of panels that show the same methods, where one for all would be too long.
+        legend: one below all panels, or, where that would be too long, one beside the last of panels that show the same
+            methods.
     """
     with drawing.style():
         figure, axes = drawing.panels(len(panels), across, size, sharey)
@@ -201,9 +202,9 @@ def save(
             axis.set_title(panel.title)
             if (place := axis.get_subplotspec()) is not None and not place.is_first_col():
                 axis.set_ylabel("")
-        if legends:
+        if legend == "beside":
             _legends(axes)
-        elif legend:
+        elif legend == "below":
             _legend(figure, comparison, axes)
         return drawing.save(figure, file)
 
