@@ -73,7 +73,7 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
         return f"{place}cannot be {shown}", f"{hint}; {_IN_QUOTES}" if unquoted else hint
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
-    if kind in ("string_type", "model_type", "dict_type"):
+    if kind in ("string_type", "dict_type"):
         message = _IN_QUOTES
     return f"{place}cannot be {shown}", message
 

@@ -142,7 +142,7 @@ def _cells(planned: Plan, left: list[PlannedCell], estimate: Estimate | None) ->
 def _terms(methods: Iterable[MethodSpec]) -> Table:
     table = plain_table("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
-        sources = {stage: f" ({spec.source.name})" for stage, spec in method.stages.items() if spec.source is not None}
+        sources = {stage: f" ({source.name})" for stage, source in method.sources.items()}
         for stage, name, term in terms_of(method):
             reads = {*term.loss.inputs}
             # Where a term does not read the data set's own batch, its hook points say what.

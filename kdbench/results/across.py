@@ -44,9 +44,11 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
     if len(columns) < 2 or len(rows) < 2:
         return None
     full = [column for column in columns if all(comparison.cell(row, column) for row in rows)]
+    # Ranks in one column would say what its means say.
+    full = full if len(full) > 1 else []
     # By the means as they are shown, so that a reader can rank them again.
     ranked = [[_shown_mean(comparison, row, column, metric) for row in rows] for column in full]
-    ranks: list[float] | list[None] = average_ranks(ranked) if len(full) > 1 else [None] * len(rows)
+    ranks: list[float] | list[None] = average_ranks(ranked) if full else [None] * len(rows)
     drawn = [_drawn_with(comparison, column) for column in full]
     why = _why_no_distance(len(rows), drawn)
     standings = tuple(
@@ -56,7 +58,7 @@ def across(comparison: Comparison, metric: Metric) -> Across | None:
         return None
     return Across(
         standings,
-        len(full) if len(full) > 1 else 0,
+        len(full),
         critical_distance(len(rows), len(full)) if why is None else None,
         why,
         tuple(part for part in _PARTS if any(a[part] & b[part] for a, b in itertools.combinations(drawn, 2))),

@@ -247,13 +247,13 @@ def _axes(records: list[Record]) -> tuple[tuple[Axis, ...], list[list[Key]]]:
 
     budgets = _budgets(records)
     values = [{path: value_of(record, path) for path in declared} for record in records]
-    for path in IMPLIED:
+    for path in [path for path in IMPLIED if path not in declared]:
         implied = [_implied(record, path, budgets) for record in records]
         apart: dict[tuple[str | None, ...], set[str]] = {}
         for own, value in zip(values, implied, strict=True):
             if value is not None:
                 apart.setdefault(tuple(own.values()), set()).add(value)
-        if path not in declared and any(len(found) > 1 for found in apart.values()):
+        if any(len(found) > 1 for found in apart.values()):
             declared.append(path)
             for own, value in zip(values, implied, strict=True):
                 own[path] = value
