@@ -12,9 +12,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel
+from typing import Any
 
 from kdbench.cards import KINDS, AnalysisCard, CodeCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
@@ -26,8 +24,6 @@ from kdbench.told import TOLD, inputs_of, is_module, losses_in
 from kdbench.tree import Tree, dotted, shown
 from kdbench.tree import walk as paths
 from kdbench.validation import validated
-
-C = TypeVar("C", bound=BaseModel)
 
 # Of an argument of a loss that nobody gives.
 _A_TENSOR = (

@@ -64,7 +64,8 @@ def command(
     """
     folders = tuple(registry or ())
     adopted = results if adopt else None
-    plans = plans_of(study, profile, Registry(folders), adopted)
+    cards = Registry(folders)
+    plans = plans_of(study, profile, cards, adopted)
     for planned in plans if not adopt else ():
         if what := lost(results / planned.name, {slug for cell in planned.cells for slug in cell.slugs}):
             raise UserError(what, str(results / planned.name), "they would be lost: give another --results")
@@ -88,7 +89,6 @@ def command(
         except CellError as error:
             print(f"failed: {planned.name}: {error}", file=sys.stderr)
             failed.append(planned.name)
-    cards = Registry(folders)
     if keys := cards.card("studies", study).published:
         beside = {key: cards.card("published", key) for key in keys}
         _write_together([results / planned.name for planned in plans], beside, results / study)
