@@ -305,12 +305,11 @@ def student_file(record: Record, weights: WhichWeights = "last") -> Path:
         raise UserError(what, str(record.folder), hint)
     expected = record.files.get(file.name)
     if expected is not None and (found := sha256_of(file)) != expected:
-        raise UserError(
-            f"these weights are not those of their record: sha256 {found[:12]}…, the record says {expected[:12]}…",
-            where=str(file),
-            hint="the file is damaged or another one: restore the right one, or remove its folder and run the recipe "
-            "again",
+        what = f"these weights are not those of their record: sha256 {found[:12]}…, the record says {expected[:12]}…"
+        hint = (
+            "the file is damaged or another one: restore the right one, or remove its folder and run the recipe again"
         )
+        raise UserError(what, str(file), hint)
     return file
 
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.output import write_plots
 from kdbench.record import read_records
 from kdbench.verify import sums
 
@@ -23,6 +22,8 @@ def command(
 
     'kdbench table --out' also puts these curves into its HTML page.
     """
+    from kdbench.results.writing import write_plots
+
     drawn = write_plots(read_records(folders), out or folders[0])
     sums.renew(out or folders[0], drawn)
     for file in drawn:

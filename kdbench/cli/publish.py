@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from kdbench.cli.output import renew_tables
 from kdbench.errors import UserError
 from kdbench.files import RUN
 from kdbench.record import read_run
@@ -45,7 +44,7 @@ def command(
     """
     _check_apart(runs)
     for run in runs:
-        print(publish(run, out, renew_tables, replace, unfinished, logits, teachers))
+        print(publish(run, out, replace, unfinished, logits, teachers))
 
 
 def _check_apart(runs: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from kdbench.cli.options import (
     RegistryOption,
     RunsOption,
 )
-from kdbench.cli.output import print_table, renew_tables, write_files
+from kdbench.cli.output import print_table
 from kdbench.cli.progress import clock
 from kdbench.cli.run import carry_out, failure
 from kdbench.engine.options import Options
@@ -83,7 +83,7 @@ def command(
             if outcome.failed:
                 raise failure(planned, outcome)
             try:
-                print(f"published: {publish(outcome.folder, results, renew_tables)}")
+                print(f"published: {publish(outcome.folder, results)}")
             except UserError as error:
                 raise CellError(f"it is finished, and not published: {error}") from None
         except CellError as error:
@@ -132,6 +132,7 @@ def plans_of(study: str, profile: str, registry: Registry, results: Path | None 
 def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], out: Path) -> None:
     """Print the table of all published recipes of a study, with other people's numbers, and write it."""
     from kdbench.results.tables import build
+    from kdbench.results.writing import write_files
 
     there = [folder for folder in folders if (folder / RUN).is_file()]
     if there:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from kdbench.cli.options import RegistryOption
-from kdbench.cli.output import print_table, write_files
+from kdbench.cli.output import print_table
 from kdbench.errors import UserError
 from kdbench.record import Metric, read_records, unfinished
 from kdbench.verify import sums
@@ -58,6 +58,7 @@ def command(
     """Print the table of the last run in each FOLDER, and write it with --out."""
     from kdbench.results.copied import published_tables
     from kdbench.results.tables import build
+    from kdbench.results.writing import write_files
 
     if label is not None and not re.fullmatch(r"[\w:.-]+", label, re.ASCII):
         raise UserError(f"'{label}' is not a LaTeX label", where="--label", hint="letters, digits, and : . -")

@@ -1,7 +1,7 @@
 """From a run's folder to what is worth keeping of it: tables, plots, records, metrics and test logits."""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from kdbench.engine.folders import teacher_folder
@@ -14,21 +14,13 @@ from kdbench.verify import sums
 
 
 def publish(
-    run: Path,
-    out: Path,
-    renew_tables: Callable[[Path, Path, list[str]], None],
-    replace: bool = False,
-    unfinished: bool = False,
-    logits: bool = True,
-    teachers: bool = False,
+    run: Path, out: Path, replace: bool = False, unfinished: bool = False, logits: bool = True, teachers: bool = False
 ) -> Path:
     """Copy a finished run to `out/<name>`, with the records of teachers that were trained for it, and sum it up.
 
     An earlier copy is replaced, but for files of one's own. Teachers' records go into `teacher/` or `teacher-<name>/`.
 
     Args:
-        renew_tables: writes tables and plots of the cells in a run's copy, given the run, the copy and the names of
-            cells that are missing. The run's own may be of an earlier plan: one that was cut off leaves them.
         replace: whether cells of the earlier copy that the run does not have may go.
         unfinished: whether cells may be missing.
         logits: whether test logits are copied too.
@@ -38,6 +30,8 @@ def publish(
         UserError: no run, no weights of a teacher, cells that are not finished and none that are, links that leave the
             run, or something else than results in the way.
     """
+    from kdbench.results.writing import renew_tables
+
     plan = read_run(run) if (run / RUN).is_file() else None
     if plan is None or plan.name is None or not plan.cells:
         raise UserError("this is not the folder of a run", str(run), meant(run, "the folder of a run", RUN))
@@ -66,6 +60,7 @@ def publish(
         for folder, copy in taught:
             if teachers or weight_files(target / copy):
                 _copy_weights(folder, target / copy, made / copy)
+        # The run's own may be of an earlier plan: one that was cut off leaves them.
         renew_tables(run, made, open_cells)
         sums.write(made)
         _take_the_place(made, target, temporary / BEFORE)

@@ -10,7 +10,7 @@ import pytest
 from picture_files import write_pictures
 
 import kdbench
-from kdbench.cli.output import renew_tables, write_tables
+from kdbench.cli.output import write_tables
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers.runner import Outcome, run
 from kdbench.errors import UserError
@@ -73,7 +73,7 @@ class Lab:
     def publish(self, cells: list[Path]) -> Path:
         """Publish the run with the table of its cells."""
         write_tables(cells, self.runs / "recipe", [])
-        return publish(self.runs / "recipe", self.results, renew_tables)
+        return publish(self.runs / "recipe", self.results)
 
     def files(self) -> dict[str, Any]:
         return {str(f): f.stat().st_mtime_ns for f in self.runs.rglob("*.safetensors")}

@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT, TINY, Kdbench
 from safetensors.torch import load_file, save_file
 
-from kdbench.cli.output import write_files
 from kdbench.files import sha256_of
 from kdbench.record import read_records
 from kdbench.registry import Registry
 from kdbench.results.tables import build
+from kdbench.results.writing import write_files
 from kdbench.verify import sums
 from kdbench.verify.findings import Finding
 from kdbench.verify.verification import verify

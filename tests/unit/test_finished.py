@@ -112,13 +112,14 @@ def test_a_record_that_lies_in_the_folder_of_another_cell_is_in_no_table(tmp_pat
     (tmp_path / "recipe.json").write_text(json.dumps({"name": "r", "cells": [folder.name for folder in folders]}))
     assert [record.cell.seed for record in read_records(tmp_path)] == [0, 1]
     (folders[1] / "record.json").write_text((folders[0] / "record.json").read_text())
-    for use in (lambda: read_records(tmp_path), lambda: publish(tmp_path, tmp_path / "out", lambda *_: None)):
+    for use in (lambda: read_records(tmp_path), lambda: publish(tmp_path, tmp_path / "out")):
         with pytest.raises(UserError, match="record of another cell, aaaaaaaa") as caught:
             use()
         assert caught.value.where == str(folders[1] / "record.json")
 
 
-def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> None:
+def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdbench.results.writing.renew_tables", lambda *_: None)
     run, cells = tmp_path / "r", [f"kd-seed0-{letter * 8}" for letter in "ab"]
     for cell in cells:
         leave(run / cell, cell[-1] * 64)
@@ -126,7 +127,7 @@ def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> 
 
     def publish_with(*kept: str) -> Path:
         (run / "recipe.json").write_text(json.dumps({"name": "r", "cells": kept}))
-        return publish(run, tmp_path / "out", lambda *_: None, replace=True)
+        return publish(run, tmp_path / "out", replace=True)
 
     made = publish_with(*cells)
     own = [made / "notes.md", made / "pictures" / "mine.png", made / "mine.png"]

@@ -17,13 +17,13 @@ from PIL import Image
 from synthetic import make, plain_record, write
 
 from kdbench import drawing
-from kdbench.cli.output import write_tables_and_plots
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.results import costs, plots
 from kdbench.results.comparison import Row, compare
 from kdbench.results.curves import last_quarter
 from kdbench.results.tables import build
+from kdbench.results.writing import write_tables_and_plots
 
 LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
 
