@@ -181,7 +181,7 @@ def _remarks(comparison: Comparison, row: Row, column: Column, difference: Paire
     if free := [axis.path for axis in comparison.axes if _is_free(comparison, group, row.label, axis.path)]:
         said.append(f"does not depend on {listed(free)}: the same numbers in all these columns")
     shown = [_beside_accuracy(comparison, record) for record in group.values()]
-    if partly := sorted(set.union(*shown) - set.intersection(*shown)):
+    if partly := sorted(shown[0].union(*shown) - shown[0].intersection(*shown)):
         said.append(f"over the seeds whose records have them, not over all: {listed(partly, 6)}")
     if difference is not None and difference.n < len(group):
         said.append(
