@@ -118,8 +118,14 @@ def test_a_record_that_lies_in_the_folder_of_another_cell_is_in_no_table(tmp_pat
         assert caught.value.where == str(folders[1] / "record.json")
 
 
-def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing makes no tables and plots, which takes seconds."""
     monkeypatch.setattr("kdbench.results.writing.renew_tables", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_tables")
+def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> None:
     run, cells = tmp_path / "r", [f"kd-seed0-{letter * 8}" for letter in "ab"]
     for cell in cells:
         leave(run / cell, cell[-1] * 64)
@@ -149,13 +155,14 @@ def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path, mon
     assert all(file.read_text() == "my own" for file in own) and [*made.parent.iterdir()] == [made]
 
 
+@pytest.mark.usefixtures("no_tables")
 def test_a_publishing_that_fails_at_its_end_leaves_the_earlier_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "r"
     leave(run / "kd-seed0-aaaaaaaa", "a" * 64)
     (run / "recipe.json").write_text(json.dumps({"name": "r", "cells": ["kd-seed0-aaaaaaaa"]}))
-    made = publish(run, tmp_path / "out", lambda *_: None)
+    made = publish(run, tmp_path / "out")
     before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
     rename = Path.rename
 
@@ -166,7 +173,7 @@ def test_a_publishing_that_fails_at_its_end_leaves_the_earlier_copy(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no space left"):
-        publish(run, tmp_path / "out", lambda *_: None)
+        publish(run, tmp_path / "out")
     assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
 
 
