@@ -114,6 +114,7 @@ MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),
     (losses.InformationTheoretic, (4,), (4,)),
     (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
+    (losses.PatchGeneration, (3, 4, 4), (5, 4, 4)),
     (losses.PrimeAware, (4,), (4,)),
     (losses.SimpleRecipe, (4,), (4,)),
     (losses.VariationalInformation, (2, 4, 4), (5, 2, 2)),
@@ -226,6 +227,7 @@ WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable
         ((3, 4, 4), (2, 2, 2)),
         lambda m, s, t: m([s], [t]),
     ),
+    (partial(losses.PatchMimicking, [(3, 4, 4)], [(5, 4, 4)]), ((3, 4, 4), (5, 4, 4)), lambda m, s, t: m([s], [t])),
     (partial(losses.AttentionMatching, [(3, 4, 4)], [(2, 2, 2)]), ((3, 4, 4), (2, 2, 2)), lambda m, s, t: m([s], [t])),
     *(
         (partial(losses.SoftmaxRegression, own, (5,)), (own, (5,)), lambda m, s, t: m(s, t, HEAD))
