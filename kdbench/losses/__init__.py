@@ -55,6 +55,7 @@ from kdbench.losses.norm import FeatureTransform, TransformedHead, n_to_one, nor
 from kdbench.losses.nst import neuron_selectivity
 from kdbench.losses.ofd import batch_norm_margin, ofd, overhaul
 from kdbench.losses.pad import PrimeAware, adaptive_mse
+from kdbench.losses.pkd import map_correlation
 from kdbench.losses.pkt import pkt
 from kdbench.losses.reviewkd import AttentionFusion, KnowledgeReview, hierarchical_context
 from kdbench.losses.rkd import rkd_angle, rkd_distance
@@ -90,10 +91,10 @@ __all__ = [
     "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges", "instance_transformation",
     "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jensen_shannon", "kd", "kd_at_temperatures",
     "kd_over_classes", "kd_over_elements", "kernel_congruence", "kl_divergence", "l2_norm", "log_power_sum",
-    "magnitude_similarity", "matched_attention", "mean_absolute", "mmd", "multi_level", "mutual", "n_to_one",
-    "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "norm", "normalized_logits", "ofd",
-    "one_hot", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head", "rkd_angle",
-    "rkd_distance", "rld", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
+    "magnitude_similarity", "map_correlation", "matched_attention", "mean_absolute", "mmd", "multi_level", "mutual",
+    "n_to_one", "neighbour_congruence", "neuron_selectivity", "nkd", "noise_contrastive", "norm", "normalized_logits",
+    "ofd", "one_hot", "overhaul", "paraphrased", "pkt", "recognize_turned", "reconstruction", "reused_head",
+    "rkd_angle", "rkd_distance", "rld", "scale_decoupled", "sdd", "similarity_kd", "similarity_preserving", "simkd",
     "singular_vectors", "sinkhorn_cost", "skd", "soft_cross_entropy", "spatial_relation", "standardized",
     "standardized_dkd", "standardized_kd", "total_variation", "transformed_teacher", "turned_kd",
     "upright_cross_entropy", "upright_kd", "view_contrast", "virtual_teacher", "wasserstein_gaussian",

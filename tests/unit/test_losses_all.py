@@ -77,6 +77,7 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
     "channel_relation": losses.channel_relation,
+    "pkd": losses.map_correlation,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
     "wkd_f": losses.wasserstein_gaussian,
@@ -103,12 +104,12 @@ ELSEWHERE = {
 # They compare images with each other.
 RELATIONAL = {
     "dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps", "gram_direction", "skd", "skd described",
-    "spatial_relation",
+    "spatial_relation", "pkd",
 }  # fmt: skip
 # Of two maps, the larger one is pooled to the smaller.
 POOLED = [
     "nst", "at", "at of the paper", "at, p = 3", "spatial_relation", "channel_relation", "afd", "cwd", "ft", "ofd",
-    "simkd",
+    "simkd", "pkd",
 ]  # fmt: skip
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),

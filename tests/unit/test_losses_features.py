@@ -72,6 +72,29 @@ class TestChannelWise:
         assert losses.channel_wise(moved, teacher).item() == pytest.approx(value, rel=1e-12)
 
 
+class TestMapCorrelation:
+    def test_is_one_minus_the_mean_correlation_of_channels_over_the_batch(self) -> None:
+        student, teacher = maps()
+        rows = [torch.stack([student[:, c].flatten(), teacher[:, c].flatten()]) for c in range(4)]
+        correlations = [torch.corrcoef(both)[0, 1].item() for both in rows]
+        assert losses.map_correlation(student, teacher).item() == pytest.approx(1 - sum(correlations) / 4, rel=1e-12)
+
+    def test_scale_and_shift_of_a_channel_change_nothing(self) -> None:
+        student, teacher = maps()
+        scale, shift = 0.5 + rand(1, 4, 1, 1, seed=3).abs(), rand(1, 4, 1, 1, seed=4)
+        value = losses.map_correlation(student, teacher).item()
+        assert losses.map_correlation(scale * student + shift, teacher).item() == pytest.approx(value, rel=1e-12)
+        assert losses.map_correlation(-student, teacher).item() == pytest.approx(2 - value, rel=1e-12)
+
+    def test_constant_channels_add_a_half_or_nothing_and_have_no_gradient(self) -> None:
+        """As where values are divided by their deviation plus a little."""
+        still = torch.full((3, 4, 4, 4), 0.1).double().requires_grad_()
+        assert losses.map_correlation(still, maps()[1]).item() == pytest.approx(0.5, rel=1e-12)
+        value = losses.map_correlation(still, torch.ones(3, 4, 4, 4).double())
+        value.backward()
+        assert value.item() == 0.0 and still.grad is not None and not still.grad.any()
+
+
 class TestMaskedGeneration:
     def module(self, student: int = 3, masked: float = 0.5) -> losses.MaskedGeneration:
         torch.manual_seed(0)
