@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from standin import StandIn
-from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
+from tiny import CPU, images, networks_for, shortened, target_for, untrained_teacher
 from torch.nn import functional as F
 
 from kdbench.engine import capture
@@ -44,8 +44,7 @@ def cell(method: str | dict[str, Any], steps: int = STEPS, batch: int = 2, **mor
     recipe = {
         # With all that a method may need: validation images, and a route of the teacher.
         "data": {"name": "digits", "validation": 100},
-        "teacher": "wrn_16_2_digits_route",
-        "student": student_of(name),
+        **networks_for(name),
         # At the protocol's rate some losses' published weights are too much for a made-up teacher.
         "protocol": {
             "name": "digits",

@@ -32,10 +32,23 @@ TWO_HEADS = {
     "name": "timm:deit_tiny_distilled_patch16_224",
     "options": {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2},
 }
+# Two small transformers of other widths and as many patches.
+TRANSFORMER, WIDER = (
+    {"name": f"timm:{name}", "options": {"patch_size": 4, "embed_dim": width, "depth": 3, "num_heads": 2}}
+    for name, width in (("deit_tiny_patch16_224", 12), ("deit3_small_patch16_224", 16))
+)
 
 
-def student_of(method: str) -> Any:
-    """A student that the method can train under the digits' teacher: the same model if it begins with its weights."""
+def networks_for(method: str) -> dict[str, Any]:
+    """A teacher of the digits and a student that the method can train under it."""
+    if method.startswith("vitkd"):
+        # Made-up teachers read no weights, so any file is good for them.
+        return {"teacher": {"model": WIDER, "weights": __file__}, "student": TRANSFORMER}
+    return {"teacher": "wrn_16_2_digits_route", "student": _student_of(method)}
+
+
+def _student_of(method: str) -> Any:
+    """The same model as the teacher if the method begins with its weights."""
     if method == "deit":
         return TWO_HEADS
     if _registry().card("methods", method).starts_from == "teacher":

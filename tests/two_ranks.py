@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import CPU, images, shortened, student_of, target_for, untrained_teacher
+from tiny import CPU, images, networks_for, shortened, target_for, untrained_teacher
 from torch import Tensor
 
 from kdbench.engine.batches import Batches
@@ -44,8 +44,8 @@ def cell(method: str, still: bool = True) -> CellSpec:
     """
     recipe = {
         "data": {"name": "digits", "validation": 100},
-        "teacher": "wrn_16_2_digits_route",
-        "student": "wrn_16_2" if method.startswith("bss") else student_of(method),
+        **networks_for(method),
+        **({"student": "wrn_16_2"} if method.startswith("bss") else {}),
         "protocol": "digits",
         "method": method,
     }

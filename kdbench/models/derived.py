@@ -4,7 +4,8 @@ Stages are those that a network declares itself (timm's `feature_info`). Where i
 found from a trace: among the children of the one module in which most of the changes of resolution happen, the last one
 at each resolution ends a stage. A network that keeps its resolution (a plain transformer) has one stage a block.
 Only modules can be hooked: where a network applies a ReLU as a function (torchvision's densenet121, after its last
-stage), the layer is what came before it, and there is no pre-activation.
+stage), the layer is what came before it, and there is no pre-activation. Of a
+transformer whose layers all keep a token for each patch of the image, these tokens are maps too.
 """
 
 import re
@@ -17,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdbench.errors import UserError
-from kdbench.models.places import FIRST, LAST, Place, with_orders
-from kdbench.models.probing import UNSUITABLE, cannot_take, dry_run, logits_of, watched
+from kdbench.models.places import FIRST, LAST, Place, shapes_at, with_orders
+from kdbench.models.probing import IMAGES, UNSUITABLE, cannot_take, dry_run, logits_of, watched
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -41,7 +42,8 @@ def derived_places(
     larger: Callable[[int], nn.Module] | None = None,
 ) -> dict[str, Place]:
     """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled;
-    logits.class and logits.distillation of timm's networks with two heads.
+    logits.class and logits.distillation of timm's networks with two heads; layerK.patches and last.patches of
+    transformers.
 
     Args:
         larger: builds the network anew for another side of images, for such as take one size only.
@@ -79,7 +81,7 @@ def derived_places(
     return {
         point: place._replace(order=declared) if place.order is None and point.startswith("layer") else place
         for point, place in ordered.items()
-    }
+    } | _patches(model, calls, layers, image_shape)
 
 
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_ModuleCall], object]:
@@ -157,6 +159,37 @@ def _split_stem(stages: list[str]) -> tuple[str | None, list[str]]:
     runs = [list(run) for _, run in groupby(stages, key=lambda path: re.split(r"\d", path, maxsplit=1)[0])]
     first = stages.index(max(runs, key=len)[0])
     return (stages[first - 1] if first else None), stages[first:]
+
+
+def _patches(
+    model: nn.Module, calls: list[_ModuleCall], layers: list[str], image_shape: tuple[int, int, int]
+) -> dict[str, Place]:
+    """Tokens of the image's patches as maps, behind each layer and behind the norm that follows the last one.
+
+    The grid is that of the last convolution before the layers. Networks that have fewer tokens in a later layer have
+    none: those may lie in another order.
+    """
+    ends = {call.path: i for i, call in enumerate(calls)}
+    begins = next(i for i, call in enumerate(calls) if f"{call.path}.".startswith(f"{layers[0]}."))
+    convolutions = [
+        call.path for call in calls[:begins] if isinstance(call.module, nn.Conv2d) and len(call.output) == IMAGES
+    ]
+    outputs = [calls[ends[path]].output for path in layers]
+    if not convolutions or not all(isinstance(output, Tensor) and output.ndim == 3 for output in outputs):
+        return {}
+    # A norm inside another module is that one's own: of attention from the class token alone, say.
+    beside = layers[-1].rpartition(".")[0].rpartition(".")[0]
+    behind = [call for call in calls[ends[layers[-1]] :] if call.path.rpartition(".")[0] == beside]
+    norms = [call.path for call in behind if "Norm" in type(call.module).__name__]
+    at = {path: Place(path, "output") for path in (convolutions[-1], *layers, *norms)}
+    shapes = shapes_at(model, at, image_shape)
+    height, width = shapes.get(convolutions[-1], (0, 0))[-2:]
+    whole = [path for path in (*layers, *norms) if len(shapes.get(path, ())) == 3 and shapes[path][1] >= height * width]
+    if not height or whole[: len(layers)] != layers:
+        return {}
+    found = {f"layer{number}.patches": path for number, path in enumerate(layers, start=1)}
+    found["last.patches"] = (*whole[len(layers) :], layers[-1])[0]
+    return {point: Place(path, "output", grid=(height, width)) for point, path in found.items()}
 
 
 def _final_relu(stage: str, last: dict[str, _ModuleCall]) -> str | None:

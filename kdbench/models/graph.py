@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from kdbench.errors import first_line
 from kdbench.models.hooks import Extractor
-from kdbench.models.places import FIRST, Place
+from kdbench.models.places import Place
 from kdbench.models.points import LOGITS
 from kdbench.models.probing import dry_call, dry_images, undisturbed
 
@@ -92,8 +92,7 @@ class _Tracer(fx.Tracer):
         if isinstance(value, fx.Proxy):
             # Where the network overwrites the tensor afterwards, the graph keeps a copy of this moment.
             value = value.clone() if point in self.copied else value
-            order = self.places[point].order
-            self.found[point] = (value if order in (FIRST, None) else value.permute(0, *order)).node
+            self.found[point] = self.places[point].rearranged(value).node
 
 
 def _compare(extractor: Extractor, traced: Traced, training: bool, image_shape: tuple[int, int, int]) -> None:

@@ -47,7 +47,8 @@ def places(
 ) -> dict[str, Place]:
     """Every hook point that a model has, without `logits`, in the order stem, layer1, layer1.preact, …, pooled.
 
-    Maps come as [N, C, H, W], whatever the network keeps them as; tokens [N, T, C] come as they are.
+    Maps come as [N, C, H, W], whatever the network keeps them as; tokens [N, T, C] come as they are, and at `.patches`
+    those of the image's patches as a map.
 
     Args:
         hooks: hook point -> module path or `input(path)`, where a part of a path may be a negative index; or 'derived',

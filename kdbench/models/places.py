@@ -3,13 +3,15 @@
 A network may keep its maps as [N, C, H, W] or as [N, H, W, C] (Swin and its relatives). Shapes do not tell: of
 [N, 8, 8, 8] nothing can be read. So the network is run on images of another size: the axis that stays is the channels',
 those that grow are height and width. Where it takes one size only, it is built once more for a larger one.
+
+Tokens [N, T, C] come as they are, or those of the image's patches as a map.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +36,30 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 class Place(NamedTuple):
-    """A module's output, or its (first) input. `order`: of its axes where it is a map; None: nobody can tell."""
+    """A module's output, or its (first) input. `order`: of its axes where it is a map; None: nobody can tell.
+
+    `grid`: height and width of the map that its last tokens are, row by row; others (of a class, of a teacher,
+    registers) come before them.
+    """
 
     path: str
     side: Literal["input", "output"]
     order: Order | None = FIRST
+    grid: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return f"input({self.path})" if self.side == "input" else self.path
 
     def ordered(self, value: Tensor) -> Tensor:
-        """A map as [N, C, H, W]; anything else as it is."""
-        return value if self.order in (FIRST, None) or value.ndim != 4 else value.permute(0, *self.order)  # type: ignore[misc]
+        """A map, also one of tokens, as [N, C, H, W]; anything else as it is."""
+        return self.rearranged(value) if self.grid or value.ndim == 4 else value
+
+    def rearranged(self, value: Any) -> Any:
+        """The same of a value of that kind, which may be one of a graph."""
+        if self.grid:
+            height, width = self.grid
+            return value[:, -height * width :].transpose(1, 2).unflatten(2, self.grid)
+        return value if self.order in (FIRST, None) else value.permute(0, *self.order)  # type: ignore[misc]
 
 
 class Unordered(tuple[int, ...]):
@@ -84,7 +98,7 @@ def with_orders(
     Raises:
         UserError: a stated order that is not the network's, or stated of what is no map.
     """
-    here = _shapes(model, found, image_shape)
+    here = shapes_at(model, found, image_shape)
     maps = {point: place for point, place in found.items() if len(here.get(point, ())) == 4}
     for point in stated & (here.keys() - maps.keys()):
         what = f"hook point '{point}' ({found[point]}) of model '{model_name}' gives {list(here[point])}, no map"
@@ -93,7 +107,7 @@ def with_orders(
     channels, height, width = image_shape
     for taller, wider in _GROWN:
         if open_points := {point: place for point, place in maps.items() if point not in orders}:
-            there = _shapes(model, open_points, (channels, taller * height, wider * width))
+            there = shapes_at(model, open_points, (channels, taller * height, wider * width))
             orders |= _orders(here, there)
     for point, place in maps.items():
         if point not in orders and _CHANNELS_FIRST.match(type(model.get_submodule(place.path)).__name__):
@@ -152,14 +166,14 @@ def _shapes_of_larger(
         try:
             with torch.device("meta"):
                 model = larger(image_shape[1])
-            return _shapes(model, found, image_shape)
+            return shapes_at(model, found, image_shape)
         except (UserError, *UNSUITABLE):
-            return _shapes(larger(image_shape[1]), found, image_shape)
+            return shapes_at(larger(image_shape[1]), found, image_shape)
     except (UserError, *UNSUITABLE):
         return {}
 
 
-def _shapes(model: nn.Module, found: Mapping[str, Place], image_shape: tuple[int, int, int]) -> _Shapes:
+def shapes_at(model: nn.Module, found: Mapping[str, Place], image_shape: tuple[int, int, int]) -> _Shapes:
     """Shapes of what is found at places for two images, as far as the network comes with images of this size. Where it
     would take long, nothing is computed."""
     shapes: _Shapes = {}

@@ -2,8 +2,10 @@
 
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits`; `layers` and `layers.preact`
 stand for all of them in the order of the layers, `layers.last` and `layers.last.preact` for the last of them.
-`last.preact` is the map of one more convolution behind the layers, before its ReLU, where a network pools that. Of
-several teachers at once, `teacher2.layer1` is that of the second one.
+`last.preact` is the map of one more convolution behind the layers, before its ReLU, where a network pools that.
+`layer1.patches` … `layerN.patches` are the tokens of the image's patches as a map, where a transformer keeps one for
+each, and `last.patches` those behind the last layer, after the norm that many have there. Of several teachers at once,
+`teacher2.layer1` is that of the second one.
 Networks with a head for the labels and one for a teacher have `logits.class` and `logits.distillation`, and answer
 `logits`, the mean of both.
 """
@@ -17,17 +19,29 @@ from kdbench.errors import UserError
 P = TypeVar("P")
 
 LOGITS, LAST = "logits", "layers.last"
+# What hook points of layers may be called after the layer, and why some networks have none.
+_TAILS = {
+    "preact": "{layer} does not end in a ReLU",
+    "patches": "its layers do not keep a token for each patch of the image",
+}
 # Names that stand for all hook points of one form.
-_LAYERS, _PREACTS = re.compile(r"layer(\d+)"), re.compile(r"layer(\d+)\.preact")
-POINT_GROUPS = {"layers": _LAYERS, "layers.preact": _PREACTS, LAST: _LAYERS, "layers.last.preact": _PREACTS}
+POINT_GROUPS = {
+    group + tail: re.compile(rf"layer(\d+){re.escape(tail)}")
+    for group in ("layers", LAST)
+    for tail in ("", *(f".{tail}" for tail in _TAILS))
+}
+# What to do where patches are missing.
+TRANSFORMERS = "transformers such as 'timm:deit_tiny_patch16_224' have patches"
 
 
 def point_name(name: str) -> str:
     """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""
-    if not re.fullmatch(r"stem|layer[1-9]\d*(\.preact)?|last\.preact|pooled|logits\.(class|distillation)", name):
+    tails = "|".join(_TAILS)
+    layer = rf"layer[1-9]\d*(\.({tails}))?|last\.({tails})"
+    if not re.fullmatch(rf"stem|{layer}|pooled|logits\.(class|distillation)", name):
         raise ValueError(
-            "a hook point is called stem, layer1, layer1.preact, …, last.preact, pooled, logits.class or "
-            "logits.distillation"
+            "a hook point is called stem, layer1, layer1.preact, layer1.patches, …, last.preact, last.patches, pooled, "
+            "logits.class or logits.distillation"
         )
     return name
 
@@ -47,7 +61,8 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
         model_name: for messages.
 
     Raises:
-        UserError: a point that the model lacks; a `.preact`, or the group of them, where a layer ends without a ReLU.
+        UserError: a point that the model lacks; a `.preact`, or the group of them, where a layer ends without a ReLU;
+            `.patches` where layers keep none.
     """
     known = list(available)
     whose = f"model '{model_name}'" if model_name else "the model"
@@ -63,9 +78,10 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
             result.append(existing(name, known, whose))
             continue
         members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
-        if name.endswith(".preact"):
-            for layer in expand([name.removesuffix(".preact")], known, model_name):
-                existing(f"{layer}.preact", known, whose)
+        tail = name.removeprefix(LAST).removeprefix("layers")
+        if tail:
+            for layer in expand([name.removesuffix(tail)], known, model_name):
+                existing(f"{layer}{tail}", known, whose)
         if not members:
             raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
         result += members[-1:] if ".last" in name else members
@@ -74,7 +90,7 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
 
 def in_order(found: Mapping[str, P]) -> dict[str, P]:
     def key(point: str) -> tuple[int, int, bool, str]:
-        match = re.fullmatch(r"layer(\d+)(\.preact)?", point)
+        match = re.fullmatch(r"layer(\d+)(\.\w+)?", point)
         group = 1 if match else {"stem": 0, "pooled": 2}.get(point, 3)
         return group, int(match[1]) if match else 0, bool(match and match[2]), point
 
@@ -85,9 +101,10 @@ def existing(point: str, known: Sequence[str], whose: str) -> str:
     if point in known:
         return point
     layer, _, rest = point.partition(".")
-    if rest == "preact" and layer in known:
+    if rest in _TAILS and (layer in known or rest == "patches"):
         hint = f"{_has(known)}; a recipe can name another place under the model's 'hooks'"
-        raise UserError(f"{whose} has no '{point}': {layer} does not end in a ReLU", hint=hint)
+        hint += f"; {TRANSFORMERS}" if rest == "patches" else ""
+        raise UserError(f"{whose} has no '{point}': {_TAILS[rest].format(layer=layer)}", hint=hint)
     raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, counted
 from kdbench.image_cards import AugmentationCard, AugmentationFields
-from kdbench.models.points import POINT_GROUPS, numbered
+from kdbench.models.points import POINT_GROUPS, TRANSFORMERS, numbered
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
@@ -195,5 +195,7 @@ def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
         return
     if point not in (known := [*model.hooks, *POINT_GROUPS, "logits"]):
         raise UserError(
-            f"{what}: '{model.name}' has no hook point '{point}'", where=where, hint="it has: " + ", ".join(known)
+            f"{what}: '{model.name}' has no hook point '{point}'",
+            where=where,
+            hint="it has: " + ", ".join(known) + (f"; {TRANSFORMERS}" if point.endswith("patches") else ""),
         )

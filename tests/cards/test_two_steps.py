@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from card_checks import check_card
-from tiny import images, member_of, shortened, student_of, target_for, train
+from tiny import images, member_of, networks_for, shortened, target_for, train
 from torch import Tensor, nn
 
 from kdbench.cards import KINDS
@@ -136,8 +136,7 @@ def train_two_steps(spec: CellSpec) -> None:
 def test_every_method_trains(method: str) -> None:
     recipe = {
         "data": {"name": "digits", "validation": 100},
-        "teacher": "wrn_16_2_digits_route",
-        "student": student_of(method),
+        **networks_for(method),
         "protocol": "digits",
         "method": method,
     } | target_for(method, REGISTRY)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, batches_for, images, shortened, step, student_of, target_for, train, untrained_teacher
+from tiny import CPU, batches_for, images, networks_for, shortened, step, target_for, train, untrained_teacher
 
 from kdbench.engine import choosing, compute
 from kdbench.engine.batches import Batches
@@ -36,7 +36,7 @@ BATCH = 16
 
 
 def cell(method: str, **more: Any) -> CellSpec:
-    recipe = RECIPE | {"student": student_of(method)} | target_for(method, REGISTRY) | more | {"method": method}
+    recipe = RECIPE | networks_for(method) | target_for(method, REGISTRY) | more | {"method": method}
     spec = plan(recipe, REGISTRY).cells[0].spec
     return shortened(spec, steps=6, batch=BATCH)
 
@@ -52,17 +52,19 @@ def gradients(specs: list[CellSpec], way: Computing, stages: list[int]) -> list[
     made = {str((spec.data, spec.target)): spec for spec in specs}
     of_data = {key: batches_for(spec, images(spec.data, per_class=4)) for key, spec in made.items()}
     own_batches = [of_data[str((spec.data, spec.target))] for spec in specs]
-    teacher = next((t for t in (teacher_of(spec, way) for spec in specs) if t), None)
+    taught = {spec.teacher.name: spec for spec in specs if spec.teacher}
+    made_up = {name: teacher_of(spec, way) for name, spec in taught.items()}
+    teachers = [made_up[spec.teacher.name] if spec.teacher else None for spec in specs]
     members = [
-        Member(spec, batches, teacher if spec.teacher else None, CPU, way)
-        for spec, batches in zip(specs, own_batches, strict=True)
+        Member(spec, batches, teacher, CPU, way)
+        for spec, batches, teacher in zip(specs, own_batches, teachers, strict=True)
     ]
     for member, stage in zip(members, stages, strict=True):
         member.step = member.timeline.spans[stage].start
         member.enter(stage)
     make_graphs(members)
     result = []
-    for member, batches in zip(members, own_batches, strict=True):
+    for member, batches, teacher in zip(members, own_batches, teachers, strict=True):
         for one in member.stage.optimizers:
             one.optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
         step(member, batches, teacher, at=0)

@@ -317,6 +317,9 @@ def test_a_copied_number_stands_under_its_method_in_a_frame() -> None:
         ("cskd_cub200", "ab", [53.38, 52.10]),
         ("mmrazor_imagenet", "ab", [None, 69.94]),
         ("torchdistill_originals_imagenet", "at", [70.70]),
+        ("cls_kd_deit_imagenet", "vitkd_nkd", [77.78, 83.59, 85.41]),
+        ("cls_kd_deit_imagenet", "nkd", [76.68, None, 84.96]),
+        ("cls_kd_imagenet", "uskd", [70.79, 70.38, 72.41, 70.30, 77.07, 78.54, 77.30, 81.49]),
         # 91.43 of DeepInversion's own pair is in no second source, nor are its plain noise and VGG-11's teacher.
         ("deep_inversion_cifar10", "deep_inversion", [84.16, None, None]),
         ("deep_inversion_cifar10", "adaptive_deep_inversion", [90.78, 90.36, 93.26]),

@@ -116,6 +116,78 @@ def test_derived_points(name: str) -> None:
             torch.testing.assert_close(preact.clamp(0, top), layer, rtol=0, atol=0)
 
 
+# With how many tokens before the patches in the layers, and whether a norm of all patches follows these.
+SMALL_ONE = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+TRANSFORMERS: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "vit_tiny_patch16_224": (SMALL_ONE, 1, True),
+    "vit_tiny_r_s16_p8_224": (SMALL_ONE, 1, True),
+    "vit_small_patch14_reg4_dinov2": (SMALL_ONE | {"patch_size": 16}, 5, True),
+    "vit_relpos_small_patch16_224": (SMALL_ONE, 0, False),
+    "deit_tiny_patch16_224": (SMALL_ONE, 1, True),
+    "deit_tiny_distilled_patch16_224": (SMALL_ONE, 2, True),
+    "deit3_small_patch16_224": (SMALL_ONE, 1, True),
+    "beit_base_patch16_224": (SMALL_ONE, 1, False),
+    "eva02_tiny_patch14_224": (SMALL_ONE | {"patch_size": 16}, 1, False),
+    # The class token comes after the layers, which is where the norm sees it.
+    "cait_xxs24_224": (SMALL_ONE, 0, True),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_patches_of_a_transformer_are_the_maps_that_timm_makes_of_its_tokens(name: str) -> None:
+    options, before, normalized = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    model: Any = timm_model(name, options, classes=5, image_size=SIZE).eval()
+    for norm in [module for module in model.modules() if isinstance(module, nn.LayerNorm)]:
+        nn.init.normal_(norm.weight)
+    extractor = Extractor(model, places(model, "derived", name, (3, SIZE, SIZE)), name)
+    shapes = extractor.shapes((3, SIZE, SIZE))
+    points = [*expand(["layers.patches"], shapes), "last.patches"]
+    assert points == ["layer1.patches", "layer2.patches", "last.patches"]
+    side = shapes["layer1.patches"][1]
+    assert {shapes[point] for point in points} == {(24, side, side)} and shapes["layer1"] == (before + side**2, 24)
+    values = extractor(images(), points)
+    plain, normed = (
+        model.forward_intermediates(images(), norm=norm, output_fmt="NCHW", intermediates_only=True)
+        for norm in (False, True)
+    )
+    for point, expected in zip(points, [*plain, normed[-1]], strict=True):
+        assert torch.equal(values[point], expected), point
+    assert torch.equal(values["last.patches"], values["layer2.patches"]) != normalized
+
+
+def test_patches_of_an_image_that_is_no_square() -> None:
+    model: Any = timm_model("xcit_nano_12_p16_224", SMALL_ONE | {"num_heads": 4}, classes=5, image_size=SIZE).eval()
+    shape = (3, 64, 32)
+    extractor = Extractor(model, places(model, "derived", "xcit", shape), "xcit")
+    assert extractor.shapes(shape)["layer2.patches"] == (24, 4, 2)
+    shown = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    (first, _) = model.forward_intermediates(shown, output_fmt="NCHW", intermediates_only=True)
+    assert torch.equal(extractor(shown, ["layer1.patches"])["layer1.patches"], first)
+
+
+@pytest.mark.slow
+def test_patches_of_torchvisions_transformer() -> None:
+    extractor = derived("torchvision:vit_b_16")
+    extractor.model.eval()
+    values = extractor(images(), ["layer12", "layer12.patches", "last.patches"])
+    maps = values["layer12"][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    assert torch.equal(values["layer12.patches"], maps)
+    after = extractor.model.encoder.ln(values["layer12"])[:, 1:]  # type: ignore[operator, union-attr]
+    assert torch.equal(values["last.patches"].flatten(2).transpose(1, 2), after)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:levit_128s", "timm:hiera_tiny_224"])
+def test_networks_that_keep_no_token_for_each_patch_have_none(name: str) -> None:
+    """LeViT and Hiera have fewer in later layers, and Hiera orders them by its attention's windows."""
+    found = derived(name, 32 if name == "timm:resnet18" else 224).places
+    assert not [point for point in found if "patches" in point]
+    for asked in ("layer1.patches", "last.patches", "layers.patches"):
+        with pytest.raises(UserError, match="patches': its layers do not keep a token for each patch") as error:
+            expand([asked], [*found], name)
+        assert "timm:deit_tiny_patch16_224" in (error.value.hint or "")
+
+
 @pytest.mark.parametrize(
     "name",
     [

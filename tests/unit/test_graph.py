@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TRANSFORMER
 
 from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import Computing
@@ -27,7 +28,7 @@ OWN = ["wrn_10_2", "resnet20", "bss_resnet14", "crd_resnet20", "resnet8x4", "vgg
 OVERWRITING = ["timm:resnet18", "torchvision:resnet18"]
 
 
-def extractor(name: str) -> Extractor:
+def extractor(name: Any) -> Extractor:
     recipe: dict[str, Any] = {"data": "cifar10", "student": name, "protocol": "crd", "method": "ce"}
     spec = plan(recipe, REGISTRY).cells[0].spec
     return build_extractor(build_model(spec.student, spec.data), spec.student, spec.data)
@@ -38,8 +39,8 @@ def images(n: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", [*OWN, *OVERWRITING])
-def test_a_graph_gives_what_the_hooks_give(name: str, training: bool) -> None:
+@pytest.mark.parametrize("name", [*OWN, *OVERWRITING, TRANSFORMER], ids=str)
+def test_a_graph_gives_what_the_hooks_give(name: Any, training: bool) -> None:
     net = extractor(name)
     points = [*net.places, LOGITS]
     graph = traced(net, points, training, SHAPE)

@@ -77,6 +77,7 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
     "channel_relation": losses.channel_relation,
+    "pkd": losses.map_correlation,
     "ft": losses.factor_transfer,
     "simkd": losses.simkd,
     "wkd_f": losses.wasserstein_gaussian,
@@ -103,17 +104,18 @@ ELSEWHERE = {
 # They compare images with each other.
 RELATIONAL = {
     "dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps", "gram_direction", "skd", "skd described",
-    "spatial_relation",
+    "spatial_relation", "pkd",
 }  # fmt: skip
 # Of two maps, the larger one is pooled to the smaller.
 POOLED = [
     "nst", "at", "at of the paper", "at, p = 3", "spatial_relation", "channel_relation", "afd", "cwd", "ft", "ofd",
-    "simkd",
+    "simkd", "pkd",
 ]  # fmt: skip
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),
     (losses.InformationTheoretic, (4,), (4,)),
     (losses.MaskedGeneration, (3, 4, 4), (3, 4, 4)),
+    (losses.PatchGeneration, (3, 4, 4), (5, 4, 4)),
     (losses.PrimeAware, (4,), (4,)),
     (losses.SimpleRecipe, (4,), (4,)),
     (losses.VariationalInformation, (2, 4, 4), (5, 2, 2)),
@@ -226,6 +228,7 @@ WHOLE: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...], Callable
         ((3, 4, 4), (2, 2, 2)),
         lambda m, s, t: m([s], [t]),
     ),
+    (partial(losses.PatchMimicking, [(3, 4, 4)], [(5, 4, 4)]), ((3, 4, 4), (5, 4, 4)), lambda m, s, t: m([s], [t])),
     (partial(losses.AttentionMatching, [(3, 4, 4)], [(2, 2, 2)]), ((3, 4, 4), (2, 2, 2)), lambda m, s, t: m([s], [t])),
     *(
         (partial(losses.SoftmaxRegression, own, (5,)), (own, (5,)), lambda m, s, t: m(s, t, HEAD))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -71,6 +72,29 @@ class TestChannelWise:
         assert losses.channel_wise(moved, teacher).item() == pytest.approx(value, rel=1e-12)
 
 
+class TestMapCorrelation:
+    def test_is_one_minus_the_mean_correlation_of_channels_over_the_batch(self) -> None:
+        student, teacher = maps()
+        rows = [torch.stack([student[:, c].flatten(), teacher[:, c].flatten()]) for c in range(4)]
+        correlations = [torch.corrcoef(both)[0, 1].item() for both in rows]
+        assert losses.map_correlation(student, teacher).item() == pytest.approx(1 - sum(correlations) / 4, rel=1e-12)
+
+    def test_scale_and_shift_of_a_channel_change_nothing(self) -> None:
+        student, teacher = maps()
+        scale, shift = 0.5 + rand(1, 4, 1, 1, seed=3).abs(), rand(1, 4, 1, 1, seed=4)
+        value = losses.map_correlation(student, teacher).item()
+        assert losses.map_correlation(scale * student + shift, teacher).item() == pytest.approx(value, rel=1e-12)
+        assert losses.map_correlation(-student, teacher).item() == pytest.approx(2 - value, rel=1e-12)
+
+    def test_constant_channels_add_a_half_or_nothing_and_have_no_gradient(self) -> None:
+        """As where values are divided by their deviation plus a little."""
+        still = torch.full((3, 4, 4, 4), 0.1).double().requires_grad_()
+        assert losses.map_correlation(still, maps()[1]).item() == pytest.approx(0.5, rel=1e-12)
+        value = losses.map_correlation(still, torch.ones(3, 4, 4, 4).double())
+        value.backward()
+        assert value.item() == 0.0 and still.grad is not None and not still.grad.any()
+
+
 class TestMaskedGeneration:
     def module(self, student: int = 3, masked: float = 0.5) -> losses.MaskedGeneration:
         torch.manual_seed(0)
@@ -112,6 +136,78 @@ class TestMaskedGeneration:
             losses.MaskedGeneration((3,), (5,))
         with pytest.raises(ValueError, match=r"masked must lie in \[0, 1\]"):
             losses.MaskedGeneration((3, 4, 4), (5, 4, 4), masked=1.5)
+
+
+class TestPatchMimicking:
+    def test_is_the_squared_error_of_every_patch_through_a_linear_map_of_its_layer(self) -> None:
+        module = losses.PatchMimicking([(3, 2, 4), (3, 2, 4)], [(5, 2, 4), (3, 2, 4)]).double()
+        student = [rand(2, 3, 2, 4, seed=seed) for seed in (1, 2)]
+        teacher = [rand(2, 5, 2, 4, seed=3), rand(2, 3, 2, 4, seed=4)]
+        first, second = module.align
+        total = 0.0
+        for n, y, x in product(range(2), range(2), range(4)):
+            mapped = first.weight[:, :, 0, 0] @ student[0][n, :, y, x] + first.bias
+            total += (mapped - teacher[0][n, :, y, x]).square().sum().item()
+            total += (student[1][n, :, y, x] - teacher[1][n, :, y, x]).square().sum().item()
+        assert module(student, teacher).item() == pytest.approx(total / 2, rel=1e-12)
+        assert isinstance(second, nn.Identity), "equal channels need none"
+
+    def test_shapes_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match="takes maps"):
+            losses.PatchMimicking([(4, 17)], [(4, 17)])
+        with pytest.raises(ValueError, match="the student's is 4×4, the teacher's 7×7.*image_size"):
+            losses.PatchMimicking([(3, 4, 4)], [(5, 7, 7)])
+        with pytest.raises(ValueError, match="as many layers"):
+            losses.PatchMimicking([(3, 4, 4)], [(5, 4, 4)] * 2)
+        with pytest.raises(ValueError, match="patch_mimicking needs equal shapes"):
+            losses.PatchMimicking([(3, 4, 4)], [(3, 4, 4)])([torch.ones(2, 3, 4, 4)], [torch.ones(1, 3, 4, 4)])
+
+
+class TestPatchGeneration:
+    def module(self, masked: float = 0.5) -> losses.PatchGeneration:
+        torch.manual_seed(0)
+        module = losses.PatchGeneration((3, 4, 4), (5, 4, 4), masked=masked).double()
+        assert not module.token.any()
+        module.token.data = rand(1, 5, 1, 1, seed=9)
+        return module
+
+    @pytest.mark.parametrize("masked", [0.3, 1.0])
+    def test_is_the_squared_error_of_what_it_generates_where_patches_were_left_out(self, masked: float) -> None:
+        """As lists of tokens. The draws are the same at the same place of the generator."""
+        module, student, teacher = self.module(masked), rand(2, 3, 4, 4, seed=1), rand(2, 5, 4, 4, seed=2)
+        torch.manual_seed(7)
+        value = module(student, teacher).item()
+        torch.manual_seed(7)
+        left_out = torch.rand(2, 16).argsort(dim=1)[:, math.floor(16 * (1 - masked)) :].tolist()
+        first, _, second = module.generation
+        total = 0.0
+        for own, taught, places in zip(student, teacher, left_out, strict=True):
+            tokens = F.linear(own.flatten(1).T, module.align.weight[:, :, 0, 0], module.align.bias).tolist()
+            for place in places:
+                tokens[place] = module.token.flatten().tolist()
+            made = torch.tensor(tokens, dtype=torch.float64).T.view(5, 4, 4)
+            hidden = F.conv2d(made, first.weight, first.bias, padding=1).relu()
+            generated = F.conv2d(hidden, second.weight, second.bias, padding=1).flatten(1)
+            total += sum((generated[:, i] - taught.flatten(1)[:, i]).square().sum().item() for i in places)
+        assert value == pytest.approx(total / (2 * masked), rel=1e-12)
+
+    def test_every_patch_is_left_out_as_often_and_as_many_of_each_image(self) -> None:
+        module = losses.PatchGeneration((1, 4, 4), (1, 4, 4), masked=0.3)
+        seen: list[Tensor] = []
+        module.generation.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        module(torch.ones(4000, 1, 4, 4), torch.zeros(4000, 1, 4, 4))
+        # 11.2 of 16 are kept, that is 11.
+        assert set(seen[0].sum(dim=(1, 2, 3)).tolist()) == {11.0}
+        assert seen[0].mean(dim=0).flatten().tolist() == pytest.approx([11 / 16] * 16, abs=0.04)
+
+    def test_shapes_and_options_that_do_not_fit(self) -> None:
+        with pytest.raises(ValueError, match="one grid.*the student's is 4×4, the teacher's 2×8"):
+            losses.PatchGeneration((3, 4, 4), (5, 2, 8))
+        with pytest.raises(ValueError, match="patch_generation needs equal shapes"):
+            losses.PatchGeneration((3, 4, 4), (3, 4, 4))(torch.ones(2, 3, 4, 4), torch.ones(1, 3, 4, 4))
+        for masked in (0.0, 1.5):
+            with pytest.raises(ValueError, match="masked must"):
+                losses.PatchGeneration((3, 4, 4), (5, 4, 4), masked=masked)
 
 
 class TestPrimeAware:

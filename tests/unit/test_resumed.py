@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from captured import METHODS, REGISTRY, cell
-from tiny import CPU, member_of, step_together, target_for, train
+from tiny import CPU, member_of, networks_for, step_together, target_for, train
 
 from kdbench.engine.member import Member
 from kdbench.engine.teachers.loading import fingerprint
@@ -54,7 +55,13 @@ def test_every_method_is_beside_others_what_it_is_alone(method: str) -> None:
     assert end is not None
     alone, batches, teacher = member_of(spec)
     train(alone, batches, teacher, end)
-    others = [cell(name, steps=end, **target_for(method, REGISTRY)) for name in ("kd", "at")]
+    beside: tuple[Any, ...] = ("kd", "at")
+    more = target_for(method, REGISTRY)
+    if method.startswith("vitkd"):
+        # Under a transformer, what AT compares are the maps of its patches.
+        of_patches = {"losses": {"at": {"hook": "layers.patches"}}}
+        beside, more = ("kd", {"name": "at", "stages": {"classification": of_patches}}), more | networks_for(method)
+    others = [cell(one, steps=end, **more) for one in beside]
     members = [Member(one, batches, teacher or member_of(one)[2], CPU) for one in (spec, *others)]
     for _ in range(end):
         step_together(members, batches, members[1].teacher)
