@@ -43,6 +43,8 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     shape, known = spec.student.takes(data).image_shape, spec.teacher.knows(data).image_shape if spec.teacher else None
     batch = min(spec.protocol.batch_size, data.train)
     teacher_bytes = copy = passing = 0
+    every = [term for stage in terms.values() for term in stage.values()]
+    read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
     by_stage = costs_of(spec)
     costs, times = by_stage.values(), multiples(spec, by_stage)
     learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
@@ -56,10 +58,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(
             batch * max([1, *times.values()]), at_once(device, data.image_size)
         )
-    every = [term for stage in terms.values() for term in stage.values()]
-    read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
-    if cell.teacher is not None and known is not None and any_gradient(point for _, point in read):
-        teacher_bytes += _passing(cell.teacher.model, known) * batch
+        teacher_bytes += _passing(model, known) * batch if any_gradient(point for _, point in read) else 0
     features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) * times.get(name, 1) for name, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     layers = [layer for term in every if term.measured for layer in term.layers]

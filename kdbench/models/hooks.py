@@ -174,7 +174,7 @@ class Extractor:
             # Of shares of the classes, the sum of their logits, each by its share.
             own = logits * labels if labels.is_floating_point() else logits.gather(1, labels.unsqueeze(1))
             score = own.sum()
-        at = [images if place == IMAGES else run.edge(place) for place in places]
+        at = [get_gradient_edge(images) if place == IMAGES else run.edge(place) for place in places]
         gradients = torch.autograd.grad(score, at, create_graph=again, allow_unused=True)
         found = {}
         for place, gradient in zip(places, gradients, strict=True):
