@@ -177,11 +177,14 @@ def test_a_record_says_why_nothing_was_compiled(tmp_path: Path) -> None:
     specs = [cell(method, steps=4) for method in ("jacobian", "kd")]
     cohort = cohort_of(specs, tmp_path, computing=Computing(compile=True))
     members = [one.member for one in cohort.cells]
+    assert cohort.teacher is not None
+    cohort.teacher.network.computing = members[0].computing
     make_graphs(members)
     ways = [way_of(member, Program([cohort])) for member in members]
     assert "a loss reads gradients" in ways[0]["not_compiled"] and "not_compiled" not in ways[1]
     # What is alike is compiled together, for what may be asked of a graph.
-    assert [[*member.student.graphs] for member in members] == [[frozenset({"logits"})]] * 2
+    networks = [*(member.student for member in members), cohort.teacher.network]
+    assert [[*network.graphs] for network in networks] == [[frozenset({"logits"})]] * 3
 
 
 def planned(student: Any = "wrn_10_1", **method: Any) -> Any:
