@@ -27,7 +27,7 @@ from kdbench.record import finished_record
 GPU, GPU_RATE = "NVIDIA H200", 1e14
 # A training step is a forward pass and two as long backwards.
 PASSES = 3
-# With gradients by the images it took 2.4 to 2.7 times as long on a CPU (WRN-16-2, ResNet-8x4, VGG-8), with those by a
+# With gradients of the images it took 2.4 to 2.7 times as long on a CPU (WRN-16-2, ResNet-8x4, VGG-8), with those of a
 # later layer less; a teacher's pass took twice as long.
 WITH_GRADIENTS, TAUGHT_GRADIENTS = 2.5, 2
 # Images in a timed batch: enough to fill the machine, on a CPU as few as a forward pass takes in SECONDS.

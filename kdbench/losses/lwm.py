@@ -21,9 +21,9 @@ def attention_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor])
     L = \frac{1}{N H W} \sum_n \left\| \frac{Q_n^S}{\|Q_n^S\|_2} - \frac{Q_n^T}{\|Q_n^T\|_2} \right\|_1
     $$
 
-    G is the gradient of the logit of each image's label by the layer's feature F, and its mean over positions weights
-    the channels of M: of G itself where G is given alone, as in the code of the Knowledge Distillation Zoo, and of F
-    where F is given too, which is Grad-CAM. The larger maps are average-pooled to the smaller size first.
+    G is the gradient of the logit of each image's label with respect to the layer's feature F. Its mean over positions
+    weights the channels of M: of G itself where G is given alone, as in the code of the Knowledge Distillation Zoo, and
+    of F where F is given too, which is Grad-CAM. The larger maps are average-pooled to the smaller size first.
 
     Args:
         student: G [N, C, H, W] with a graph, as `torch.autograd.grad(..., create_graph=True)` gives it; alone or

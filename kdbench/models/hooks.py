@@ -3,7 +3,8 @@
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits` mean the same for every model;
 `layers` and `layers.preact` stand for all of them in order. `layerK` is the output of stage K. `layerK.preact` is the
 tensor that enters the layer's last ReLU, signs and all: losses on activation boundaries need it before the ReLU has
-taken the negative half away. `layerK.gradient` is the gradient of the label's logit by the output of stage K.
+taken the negative half away. `layerK.gradient` is the gradient of the label's logit with respect to the
+output of stage K.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ class Extractor:
 
         Args:
             images: [N, C, H, W].
-            points: hook points of this model (no groups), or `logits`; and gradients by these or by the images, which
-                can be differentiated again unless gradients are off around the call.
+            points: hook points of this model (no groups), or `logits`; and gradients with respect to these or to the
+                images, which can be differentiated again unless gradients are off around the call.
             labels: of the images, int64 [N] or shares of the classes [N, K], where gradients are among the points.
 
         Raises:
@@ -162,7 +163,7 @@ class Extractor:
     def _gradients(
         self, run: _Pass, places: list[str], images: Tensor, logits: Tensor, labels: Tensor | None, again: bool
     ) -> dict[str, Tensor]:
-        """Gradients of the logits of the images' labels.
+        """Gradients of the logits of the images' labels, by the names of their points.
 
         Args:
             again: whether they can be differentiated.
@@ -326,7 +327,7 @@ class _Pass:
         return place.ordered(found.value)
 
     def edge(self, point: str) -> GradientEdge:
-        """Where gradients by the value at a point come together. UserError where none gets there."""
+        """What the value at a point is to autograd. UserError where no gradient gets there."""
         edge = self._found[point].edge
         if edge is None:
             hint = "choose a place behind the images, or behind what is trained"

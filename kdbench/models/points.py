@@ -6,8 +6,8 @@ stand for all of them in the order of the layers, `layers.last` and `layers.last
 several teachers at once, `teacher2.layer1` is that of the second one.
 Networks with a head for the labels and one for a teacher have `logits.class` and `logits.distillation`, and answer
 `logits`, the mean of both.
-`layer1.gradient` and so on are gradients of the logit of each image's label by what is found at the place, and
-`images.gradient` by the images as the network gets them.
+`layer1.gradient` and so on are gradients of the logit of each image's label with respect to what is found at the place,
+and `images.gradient` with respect to the images as the network gets them.
 """
 
 import re
@@ -42,12 +42,12 @@ def numbered(name: str) -> tuple[str, str]:
 
 
 def place_of_gradient(point: str) -> str | None:
-    """By what a gradient is taken: a hook point or group, or "images"; None for a point that is no gradient."""
+    """With respect to what a gradient is: a hook point or group, or "images"; None for a point that is no gradient."""
     return point.removesuffix(_GRADIENT) if point.endswith(_GRADIENT) else None
 
 
 def gradient_at(place: str) -> str:
-    """The name of the gradient by a place."""
+    """The name of the gradient with respect to a place."""
     return place + _GRADIENT
 
 
