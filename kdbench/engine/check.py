@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.check_gradients import check_gradients
 from kdbench.engine.check_rates import check_optimizer, check_schedules
 from kdbench.engine.check_terms import check_term
 from kdbench.engine.compute import REFERENCE
@@ -206,6 +207,9 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
             trained += own
         for term in terms.values():
             check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
+            for side, network in (("student", cell.student), ("teacher", cell.teacher)):
+                if network is not None:
+                    check_gradients(term, network, side, spec.networks[side][1].image_shape)
             if [*term.parameters()] and "connectors" not in stage.trains:
                 what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
                 raise UserError(what, hint="write 'trains: [student, connectors]'")

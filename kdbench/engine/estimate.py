@@ -16,6 +16,7 @@ from kdbench.engine.folders import teacher_folder
 from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.files import cores
+from kdbench.models.points import any_gradient
 from kdbench.recipe.planning import PlannedCell
 from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
@@ -26,6 +27,9 @@ from kdbench.record import finished_record
 GPU, GPU_RATE = "NVIDIA H200", 1e14
 # A training step is a forward pass and two as long backwards.
 PASSES = 3
+# With gradients of the images it took 2.4 to 2.7 times as long on a CPU (WRN-16-2, ResNet-8x4, VGG-8), with those of a
+# later layer less; a teacher's pass took twice as long.
+WITH_GRADIENTS, TAUGHT_GRADIENTS = 2.5, 2
 # Images in a timed batch: enough to fill the machine, on a CPU as few as a forward pass takes in SECONDS.
 TIMED, FEWEST = 32, 2
 SECONDS = 0.15
@@ -72,7 +76,12 @@ class Estimate:
         times = multiples(spec, self.costs(spec))
         for span in line.spans:
             stage, images = spec.method.stages[span.name], span.steps * _batch(spec)
-            seen = {name: sum(times.get(one, 1) for one in _sets(stage, name)) for name in ("student", "teacher")}
+            seen = {
+                name: sum(
+                    times.get(one, 1) * (WITH_GRADIENTS if read else 1) for one, read in _sets(stage, name).items()
+                )
+                for name in ("student", "teacher")
+            }
             total += images * seen["student"] * size.training
             if spec.teacher is not None and "teacher" in stage.trains:
                 own = self.size(*spec.networks["teacher"])
@@ -109,9 +118,8 @@ class Estimate:
         if spec.teacher is None:
             return 0.0
         times = multiples(spec, self.costs(spec))
-        most = max(
-            (times.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
-        )
+        sets = [one for stage in spec.method.stages.values() for one in _sets(stage, "teacher").items()]
+        most = max((times.get(name, 1) * (TAUGHT_GRADIENTS if read else 1) for name, read in sets), default=1)
         return _images(spec) * most * self.size(*spec.networks["teacher"]).forward
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
@@ -166,14 +174,18 @@ def _batch(spec: CellSpec) -> int:
     return min(spec.protocol.batch_size, training_images(spec.data))
 
 
-def _sets(stage: StageSpec, network: str) -> set[str]:
-    """Input sets on which a stage runs a network; the student's are at least one where it trains."""
-    found: set[str] = set()
+def _sets(stage: StageSpec, network: str) -> dict[str, bool]:
+    """Input sets on which a stage runs a network, and whether gradients are read there; the student's are at least one
+    where it trains."""
+    found: dict[str, bool] = {}
     for term in stage.losses.values():
+        reads = []
         if term.of == network:
-            found |= {term.input, *([term.against] if term.against else [])}
-        elif network == "teacher" and "teacher" in term.loss.inputs:
-            found.add(term.input)
+            reads = [(one, term.points("student")) for one in (term.input, term.against) if one]
+        if network == "teacher" and "teacher" in term.loss.inputs:
+            reads.append((term.input, term.points("teacher")))
+        for name, points in reads:
+            found[name] = found.get(name, False) or any_gradient(points)
     return found
 
 

@@ -57,8 +57,8 @@ class Measurement:
             answers = self.member.answers
             student = answers if isinstance(answers, Average) else self.member.student
             for images, labels in at_most(PROBE_IMAGES, self.member.batches.test).slices():
-                own = student(student.normalizer(images), self.metrics.points("student"))
-                taught = self.teacher(self.teacher.normalizer(images), self.metrics.points("teacher"))
+                own = student(student.normalizer(images), self.metrics.points("student"), labels)
+                taught = self.teacher(self.teacher.normalizer(images), self.metrics.points("teacher"), labels)
                 self.metrics.add(own, taught, len(labels))
 
     def plain(self) -> dict[str, Any]:

@@ -98,6 +98,12 @@ class Member:
         """Whether networks or losses run as compiled graphs, or did before the cell was stopped."""
         return self.log.compiled or self.modules.compiled
 
+    @property
+    def points_read(self) -> list[list[str]]:
+        """What its terms read of each network on each input set, over all stages."""
+        terms = [term for span in self.timeline.spans for term in self.modules.terms_of(span.name).values()]
+        return [points for term in terms for of in ("student", "teacher") for points in term.points(of).values()]
+
     def teacher_uses(self, step: int) -> dict[str, list[str]]:
         """What this member will need of the shared teacher at a step: input set -> hook points."""
         name = self.timeline.spans[self.timeline.stage(step)].name

@@ -15,6 +15,7 @@ from kdbench.engine.domain import augmentation_of
 from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
+from kdbench.models.points import any_gradient
 from kdbench.models.probing import IMAGES as DRY
 from kdbench.models.probing import UNSUITABLE, dry_run, watched
 from kdbench.recipe.specs import CellSpec
@@ -42,6 +43,8 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     shape, known = spec.student.takes(data).image_shape, spec.teacher.knows(data).image_shape if spec.teacher else None
     batch = min(spec.protocol.batch_size, data.train)
     teacher_bytes = copy = passing = 0
+    every = [term for stage in terms.values() for term in stage.values()]
+    read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
     by_stage = costs_of(spec)
     costs, times = by_stage.values(), multiples(spec, by_stage)
     learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
@@ -55,8 +58,7 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
         teacher_bytes = 2 * _bytes(model) + MAPS * _largest_map(model, known) * max(
             batch * max([1, *times.values()]), at_once(device, data.image_size)
         )
-    every = [term for stage in terms.values() for term in stage.values()]
-    read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
+        teacher_bytes += _passing(model, known) * batch if any_gradient(point for _, point in read) else 0
     features = FLOAT * sum(math.prod(cell.teacher_shapes[p]) * times.get(name, 1) for name, p in read)
     # Tests look at the terms that have metrics: features of both sides, and the connectors' outputs.
     layers = [layer for term in every if term.measured for layer in term.layers]
@@ -113,15 +115,15 @@ def _saved(
 
     def taught(name: str) -> dict[str, Tensor]:
         """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
-        if learning is None:
-            return {point: torch.randn(images[name], *size) for point, size in cell.teacher_shapes.items()}
         points = _points(terms, "teacher", name)
-        return learning(torch.randn(images[name], *shapes[1]), points) if points else {}
+        if learning is None:
+            return {point: torch.randn(images[name], *cell.teacher_shapes[point]) for point in points}
+        return learning(torch.randn(images[name], *shapes[1]), points, labels[name]) if points else {}
 
     kept = Saved(cell.student.model, *([learning.model] if learning else []))
     with kept:
         values: dict[str, dict[str, dict[str, Tensor]]] = {
-            "student": {n: cell.student(sets[n].images, _points(terms, "student", n)) for n in names},
+            "student": {n: cell.student(sets[n].images, _points(terms, "student", n), labels[n]) for n in names},
             "teacher": {n: taught(n) for n in names},
         }
         total = sum(term(values, sets) for term in terms)

@@ -14,6 +14,7 @@ from kdbench.errors import CellError, first_line
 from kdbench.image_cards import Normalization
 from kdbench.models.graph import Traced, Untraceable, traced
 from kdbench.models.hooks import Extractor
+from kdbench.models.points import any_gradient
 
 # What will be asked of a network: sets of hook points, and for how many steps each.
 Uses = Mapping[frozenset[str], int]
@@ -79,21 +80,21 @@ class Network:
         self.untraceable: str | None = None
         self.answers = self
 
-    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: Sequence[str], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Values of hook points for normalized images [N, C, H, W], as `Extractor` gives them."""
-        return self.extractor(images.contiguous(memory_format=self.memory_format), points)
+        return self.extractor(images.contiguous(memory_format=self.memory_format), points, labels)
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits of bytes or pixel values on the scale of [0, 1], in float32, in the mode that the network is in."""
         return self(self.normalizer(images), ["logits"])["logits"]
 
-    def step(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
-        """The same as calling it, for a batch of training."""
+    def step(self, images: Tensor, points: Sequence[str], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The same as calling it, for a batch of training. Where gradients are asked for, no graph gives the rest."""
         # A graph holds the mode in which it was traced: dropout would go on in eval mode.
-        fits = len(images) == self.batch_size and self.model.training == self.training
+        fits = len(images) == self.batch_size and self.model.training == self.training and not any_gradient(points)
         graph = self._graph(frozenset(points)) if fits else None
         if graph is None:
-            return self(images, points)
+            return self(images, points, labels)
         names, call = graph
         try:
             values = call(images.contiguous(memory_format=self.memory_format))
@@ -139,7 +140,7 @@ class Network:
         try:
             ends: dict[str, dict[frozenset[str], int]] = {}
             for points, steps in uses.items():
-                if points:
+                if points and not any_gradient(points):
                     last = traced(self.extractor, points, training, image_shape).last
                     ends.setdefault(last, {})[points] = steps
             for sets in ends.values():

@@ -15,6 +15,7 @@ from kdbench.engine.network import together
 from kdbench.engine.stage import union
 from kdbench.engine.step import sets_of, shared_part, train
 from kdbench.engine.teachers.teacher import Taught, Teacher
+from kdbench.models.points import place_of_gradient
 
 
 @dataclass(eq=False)
@@ -136,14 +137,15 @@ def make_graphs(members: Sequence[Member]) -> None:
 
 
 def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset[str], int]:
-    """Sets of hook points that will be asked of the teacher's network, and for how many steps yet."""
+    """Sets of hook points that may be asked of a graph of the teacher's network, and for how many steps yet."""
     ends = sorted({span.stop for member in members for span in member.timeline.spans})
     uses: dict[frozenset[str], int] = {}
     begin = min((member.step for member in members), default=0)
     for end in (end for end in ends if end > begin):
         asked = union(member.teacher_uses(begin) for member in members if begin < member.timeline.total)
         for name, points in asked.items():
-            found = frozenset(points) - ({"logits"} if teacher.logits is not None and name == "data" else set())
+            plain = frozenset(point for point in points if place_of_gradient(point) is None)
+            found = plain - ({"logits"} if teacher.logits is not None and name == "data" else set())
             uses[found] = uses.get(found, 0) + end - begin
         begin = end
     return uses

@@ -198,7 +198,8 @@ def run_student(member: Member, turn: Turn, sets: Sets, values: dict[str, PointV
             # Compiled graphs are traced with batch norms in their usual mode.
             run = student.step if policy == "shared" else student
             with batch_norms(student.model, policy):
-                values["student"][name] = run(student.normalizer(sets[name].images), points)
+                batch = sets[name]
+                values["student"][name] = run(student.normalizer(batch.images), points, batch.labels)
 
 
 def run_teacher(member: Member, turn: Turn, sets: Sets, values: dict[str, PointValues]) -> None:
@@ -206,4 +207,4 @@ def run_teacher(member: Member, turn: Turn, sets: Sets, values: dict[str, PointV
     for name, points in turn.points["teacher"].items():
         if name in sets and name not in values["teacher"]:
             assert member.stage.teacher is not None
-            values["teacher"][name] = member.stage.teacher(sets[name].images, points)
+            values["teacher"][name] = member.stage.teacher(sets[name].images, points, sets[name].labels)

@@ -3,7 +3,8 @@
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits` mean the same for every model;
 `layers` and `layers.preact` stand for all of them in order. `layerK` is the output of stage K. `layerK.preact` is the
 tensor that enters the layer's last ReLU, signs and all: losses on activation boundaries need it before the ReLU has
-taken the negative half away.
+taken the negative half away. `layerK.gradient` is the gradient of the label's logit with respect to the
+output of stage K.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
 from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
-from kdbench.models.points import LOGITS, existing, in_order
+from kdbench.models.points import IMAGES, LOGITS, existing, gradient_at, in_order, needed_for, place_of_gradient
+from kdbench.models.probing import IMAGES as DRY
 from kdbench.models.probing import (
-    IMAGES,
     UNSUITABLE,
     cannot_take,
     dry_call,
@@ -85,7 +86,7 @@ class Extractor:
         self.model, self.places, self.model_name = model, dict(places), model_name
         self._behaviours: dict[str, _Behaviour] | None = None
 
-    def shapes(self, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    def shapes(self, image_shape: tuple[int, int, int]) -> PointShapes:
         """Shapes of all points and of `logits`, of one sample, by a dry forward of two images in eval mode.
 
         Raises:
@@ -104,13 +105,13 @@ class Extractor:
             raise UserError(
                 f"model '{self.model_name}' gives logits that are not finite", hint="check its weights for NaN"
             )
-        return {name: self._shape_of(name, value) for name, value in values.items()}
+        return PointShapes(image_shape, {name: self._shape_of(name, value) for name, value in values.items()})
 
     def _shape_of(self, point: str, value: Tensor) -> tuple[int, ...]:
-        if value.shape[:1] != (IMAGES,):
+        if value.shape[:1] != (DRY,):
             raise UserError(
                 f"hook point '{point}' ({self.places.get(point, 'output')}) of model '{self.model_name}' gives "
-                f"{list(value.shape)} for {IMAGES} images: its first axis is not the images'",
+                f"{list(value.shape)} for {DRY} images: its first axis is not the images'",
                 hint="choose a module that gives one value for each image",
             )
         place, shape = self.places.get(point), tuple(value.shape[1:])
@@ -120,32 +121,70 @@ class Extractor:
         nobody_knows.error = unordered(point, place, self.model_name, shape)
         return nobody_knows
 
-    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: Sequence[str], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Run the network and return what was found at the points.
 
-        Unless `logits` are asked for, it runs no further than the last point: in train mode, batch norms behind that do
+        Unless `logits` are needed, it runs no further than the last point: in train mode, batch norms behind that do
         not see the batch.
 
         Args:
             images: [N, C, H, W].
-            points: hook points of this model (no groups), or `logits`.
+            points: hook points of this model (no groups), or `logits`; and gradients with respect to these or to the
+                images, which can be differentiated again unless gradients are off around the call.
+            labels: of the images, int64 [N] or shares of the classes [N, K], where gradients are among the points.
+
+        Raises:
+            UserError: A point that the model has not, or at which there is no gradient; gradients without labels.
         """
-        for point in points:
+        needed = needed_for(points)
+        for point in needed:
             if point != LOGITS and point not in self.places:
                 existing(point, [*self.places, LOGITS], f"model '{self.model_name}'")
         if not points:
             return {}
         if self._behaviours is None:
             self._behaviours = self._study(images)
-        asked = list(dict.fromkeys(point for point in points if point != LOGITS))
-        run = _Pass(self, asked, behaviours=self._behaviours, stops=LOGITS not in points)
+        asked = [point for point in needed if point != LOGITS]
+        gradients = [place for point in points if (place := place_of_gradient(point)) is not None]
+        again = torch.is_grad_enabled()
+        given = images if images.requires_grad or not gradients else images.detach().requires_grad_()
+        run = _Pass(self, asked, behaviours=self._behaviours, stops=LOGITS not in needed, edges=bool(gradients))
         logits: object = None
-        with run.watching(), suppress(_Stop):
-            logits = self.model(images)
+        with run.watching(), suppress(_Stop), torch.set_grad_enabled(again or bool(gradients)):
+            # A copy, since a network may change its images in place.
+            logits = self.model(given.clone() if gradients else given)
         values = {point: run.value(point) for point in asked}
-        if LOGITS in points:
+        if LOGITS in needed:
             values[LOGITS] = logits_of(self.model_name, logits)
+        if gradients:
+            values |= self._gradients(run, gradients, given, values[LOGITS], labels, again)
+            values = values if again else {point: value.detach() for point, value in values.items()}
         return {point: values[point] for point in points}
+
+    def _gradients(
+        self, run: _Pass, places: list[str], images: Tensor, logits: Tensor, labels: Tensor | None, again: bool
+    ) -> dict[str, Tensor]:
+        """Gradients of the logits of the images' labels, by the names of their points.
+
+        Args:
+            again: whether they can be differentiated.
+        """
+        if labels is None:
+            what = f"the gradients of model '{self.model_name}' are of the logit of each image's label"
+            raise UserError(what, hint="read an input set whose images have labels")
+        with torch.enable_grad():
+            # Of shares of the classes, the sum of their logits, each by its share.
+            own = logits * labels if labels.is_floating_point() else logits.gather(1, labels.unsqueeze(1))
+            score = own.sum()
+        at = [get_gradient_edge(images) if place == IMAGES else run.edge(place) for place in places]
+        gradients = torch.autograd.grad(score, at, create_graph=again, allow_unused=True)
+        found = {}
+        for place, gradient in zip(places, gradients, strict=True):
+            if gradient is None:
+                what = f"the logits of model '{self.model_name}' do not depend on its hook point '{place}'"
+                raise UserError(what, hint="choose a place on the way from the images to the logits")
+            found[gradient_at(place)] = gradient if place == IMAGES else self.places[place].ordered(gradient)
+        return found
 
     def made_by(self, image_shape: tuple[int, int, int], training: bool = False) -> dict[str, Node | None]:
         """The autograd node of each point and of `logits`, in train or in eval mode; None where no gradient gets there.
@@ -205,12 +244,32 @@ class _Behaviour:
     overwritten: bool
 
 
+class PointShapes(dict[str, tuple[int, ...]]):
+    """Hook point -> shape of one image's value. A gradient has that of its place.
+
+    Args:
+        image_shape: (channels, height, width).
+    """
+
+    def __init__(self, image_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(shapes)
+        self.image_shape = image_shape
+
+    def __missing__(self, point: str) -> tuple[int, ...]:
+        place = place_of_gradient(point)
+        if place is None:
+            raise KeyError(point)
+        return self.image_shape if place == IMAGES else self[place]
+
+
 @dataclass
 class _Found:
     value: Tensor
     # The tensor as the network holds it, and its version when it was found.
     original: Tensor
     version: int | None
+    # What made it: an operation in place would make the tensor its own.
+    edge: GradientEdge | None
 
 
 class _Stop(BaseException):
@@ -236,6 +295,7 @@ class _Pass:
     behaviours: Mapping[str, _Behaviour] | None = None
     stops: bool = False
     checking: bool = False
+    edges: bool = False
     calls: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -267,6 +327,14 @@ class _Pass:
             raise unordered(point, place, self.extractor.model_name, tuple(found.value.shape[1:]))
         return place.ordered(found.value)
 
+    def edge(self, point: str) -> GradientEdge:
+        """What the value at a point is to autograd. UserError where no gradient gets there."""
+        edge = self._found[point].edge
+        if edge is None:
+            hint = "choose a place behind the images, or behind what is trained"
+            raise UserError(f"no gradient gets to {self._where(point)}", hint=hint)
+        return edge
+
     def overwritten(self, point: str) -> bool:
         found = self._found.get(point)
         return found is not None and found.version is not None and found.original._version != found.version
@@ -287,7 +355,8 @@ class _Pass:
         last = behaviour.calls == self.calls[point]
         copy = behaviour.overwritten and (last or behaviour.calls is None)
         version = None if value.is_inference() else value._version
-        self._found[point] = _Found(value.clone() if copy else value, value, version)
+        edge = get_gradient_edge(value) if self.edges and value.requires_grad else None
+        self._found[point] = _Found(value.clone() if copy else value, value, version, edge)
         if last:
             self._waiting.discard(point)
             if self.stops and not self._waiting:

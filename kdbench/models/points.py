@@ -8,6 +8,8 @@ each, and `last.patches` those behind the last layer, after the norm that many h
 `teacher2.layer1` is that of the second one.
 Networks with a head for the labels and one for a teacher have `logits.class` and `logits.distillation`, and answer
 `logits`, the mean of both.
+`layer1.gradient` and so on are gradients of the logit of each image's label with respect to what is found at the place,
+and `images.gradient` with respect to the images as the network gets them.
 """
 
 import re
@@ -19,6 +21,7 @@ from kdbench.errors import UserError
 P = TypeVar("P")
 
 LOGITS, LAST = "logits", "layers.last"
+IMAGES, _GRADIENT = "images", ".gradient"
 # What hook points of layers may be called after the layer, and why some networks have none.
 _TAILS = {
     "preact": "{layer} does not end in a ReLU",
@@ -52,6 +55,30 @@ def numbered(name: str) -> tuple[str, str]:
     return (f"{number}.", own) if dot and re.fullmatch(r"teacher[1-9]\d*", number) else ("", name)
 
 
+def place_of_gradient(point: str) -> str | None:
+    """With respect to what a gradient is: a hook point or group, or "images"; None for a point that is no gradient."""
+    return point.removesuffix(_GRADIENT) if point.endswith(_GRADIENT) else None
+
+
+def gradient_at(place: str) -> str:
+    """The name of the gradient with respect to a place."""
+    return place + _GRADIENT
+
+
+def any_gradient(points: Iterable[str]) -> bool:
+    """Whether gradients are among some points."""
+    return any(place_of_gradient(point) is not None for point in points)
+
+
+def needed_for(points: Iterable[str]) -> list[str]:
+    """The places, each once, that a network must give its values at, for gradients among the points too."""
+    found: dict[str, None] = {}
+    for point in points:
+        place = place_of_gradient(point)
+        found |= dict.fromkeys([point] if place is None else [place, LOGITS])
+    return [point for point in found if point != IMAGES]
+
+
 def expand(names: Iterable[str], available: Iterable[str], model_name: str | None = None) -> list[str]:
     """Hook points in the order asked for, groups replaced by their points in the order of layers.
 
@@ -68,6 +95,12 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
     whose = f"model '{model_name}'" if model_name else "the model"
     result: list[str] = []
     for name in names:
+        if (place := place_of_gradient(name)) is not None:
+            if place == LOGITS:
+                raise UserError(f"{whose} has no '{name}': it would be the same for all networks", hint=_has(known))
+            places = [place] if place == IMAGES else expand([place], known, model_name)
+            result += map(gradient_at, places)
+            continue
         number, own = numbered(name)
         pattern = POINT_GROUPS.get(name)
         if number and own in POINT_GROUPS:

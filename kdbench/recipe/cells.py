@@ -5,7 +5,7 @@ from typing import Any
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, counted
 from kdbench.image_cards import AugmentationCard, AugmentationFields
-from kdbench.models.points import POINT_GROUPS, TRANSFORMERS, numbered
+from kdbench.models.points import IMAGES, POINT_GROUPS, TRANSFORMERS, any_gradient, numbered, place_of_gradient
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
@@ -167,7 +167,8 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
             continue
         for point in term.points("teacher"):
             _check_point(point, teacher.model, what, where)
-        if teacher.classes is not None and term.teacher == "logits" and term.connector is None and not term.through:
+        plain = term.teacher == "logits" and term.connector is None and not term.through
+        if teacher.classes is not None and (plain or any_gradient(term.points("teacher"))):
             raise UserError(
                 f"{what}: the logits of '{teacher.name}' are of its own {counted(teacher.classes, 'class')}, not of "
                 f"the {spec.data.classes} of '{spec.data.name}'",
@@ -191,6 +192,10 @@ def _check_sizes(spec: CellSpec, where: str) -> None:
 
 
 def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
+    place = place_of_gradient(point)
+    if place == IMAGES:
+        return
+    point = point if place is None else place
     if model.hooks == "derived" or (numbered(point)[0] and numbered(point)[1] in POINT_GROUPS):
         return
     if point not in (known := [*model.hooks, *POINT_GROUPS, "logits"]):

@@ -13,7 +13,7 @@ from kdbench.cards import DataFields, Points, StageFields, TermFields, Weights
 from kdbench.files import expanded, sha256_of_data
 from kdbench.forms import IMAGE_SIZE, RESIZE
 from kdbench.image_cards import AugmentationFields, Normalization
-from kdbench.models.points import LAST, POINT_GROUPS, expand, numbered
+from kdbench.models.points import LAST, POINT_GROUPS, expand, needed_for, numbered
 from kdbench.names import frozen, is_content
 from kdbench.recipe.choices import ROUTE_MOST, ComputeChoice, DataPart
 from kdbench.recipe.coded import CODE, RECORDED, Coded, Spec, TargetSpec, renamed
@@ -222,14 +222,14 @@ class MethodSpec(Spec):
         return {name: stage.source for name, stage in self.stages.items() if stage.source is not None}
 
     def points(self, network: Literal["student", "teacher"]) -> set[str]:
-        """Hook points and groups that it reads of a network."""
+        """Hook points and groups that it reads of a network, also for gradients."""
         terms = self.terms
         read = [point for term in terms if term.of == network for point in term.points("student")]
         modules = [*self.modules.values(), *([self.predicts] if self.predicts else [])]
         read += [getattr(module, network) for module in modules]
         if network == "teacher":
             read += [point for term in terms for point in term.points("teacher")]
-        return {*read}
+        return {*needed_for(read)}
 
 
 class AugmentationSpec(AugmentationFields, Spec):

@@ -288,7 +288,7 @@ def test_every_published_card_says_where_it_is_from_and_how_in_words_that_can_be
 
 # Methods of published tables that kdbench has not, or not in that form (Tf-KD: which of its two is not said).
 OTHERS = {
-    "cckd", "cskd", "distpro", "jacobian", "kd_eid", "lwm", "mhgd", "norm_crd", "simkd_4", "simkd_8", "tfkd", "wcord",
+    "cckd", "cskd", "distpro", "kd_eid", "mhgd", "norm_crd", "tfkd", "wcord",
 }  # fmt: skip
 
 

@@ -70,10 +70,13 @@ OF_MAPS: dict[str, Loss] = {
     "at, p = 3": partial(losses.attention_transfer, p=3),
     "irg's steps": lambda student, teacher: losses.instance_transformation([student, -student], [teacher, -teacher]),
     "spatial_relation": losses.spatial_relation,
+    "lwm": lambda student, teacher: losses.attention_distillation([student], [teacher]),
+    "grad-cam": lambda student, teacher: losses.attention_distillation([student, student], [teacher, teacher]),
 }
 OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
     "fitnets": losses.fitnets,
+    "jacobian": losses.jacobian_matching,
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
     "channel_relation": losses.channel_relation,
@@ -109,7 +112,7 @@ RELATIONAL = {
 # Of two maps, the larger one is pooled to the smaller.
 POOLED = [
     "nst", "at", "at of the paper", "at, p = 3", "spatial_relation", "channel_relation", "afd", "cwd", "ft", "ofd",
-    "simkd", "pkd",
+    "simkd", "lwm", "pkd",
 ]  # fmt: skip
 MODULES: list[tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = [
     (losses.AttendedChannels, (2, 4, 4), (5, 2, 2)),

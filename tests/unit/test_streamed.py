@@ -410,8 +410,10 @@ def test_a_teacher_of_other_classes_teaches_its_features_only(
     monkeypatch.chdir(tmp_path)
     spec = spec_of(registry, teacher="other_classes", method="at")
     assert spec.teacher is not None and spec.teacher.classes == 10
-    with pytest.raises(UserError, match="the logits of 'other_classes' are of its own 10 classes, not of the 3"):
-        spec_of(registry, teacher="other_classes", method="kd")
+    # Gradients are of the label's logit.
+    for method in ("kd", "jacobian", "lwm"):
+        with pytest.raises(UserError, match="the logits of 'other_classes' are of its own 10 classes, not of the 3"):
+            spec_of(registry, teacher="other_classes", method=method)
     teacher = teacher_for(spec)
     assert teacher.shapes["logits"] == (10,)
     batches = Batches(spec, read(spec, root), CPU)

@@ -20,6 +20,7 @@ from kdbench.engine.network import Network, Normalizer, autocast
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.teachers.anchors import Route
 from kdbench.models.hooks import Extractor
+from kdbench.models.points import place_of_gradient
 from kdbench.recipe.specs import CellSpec, StageSpec
 
 # Input set -> hook point -> value.
@@ -80,16 +81,16 @@ class Teacher:
         found.logits = SplitLogits(table, positions)
         return found
 
-    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: Sequence[str], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Values of hook points for bytes [N, C, H, W], without gradients, in the precision of whoever asks."""
         with torch.no_grad():
-            return self.network(self.network.normalizer(images), points)
+            return self.network(self.network.normalizer(images), points, labels)
 
     def shared(self, sets: Sets, asked: Mapping[str, Sequence[str]]) -> PointValues:
         """Values of hook points on a step's input sets, for all members at once, in the run's precision.
 
         Logits of the data set come from their table where there is one, everything else from one pass that runs no
-        further than it must.
+        further than it must; and gradients from another.
 
         Args:
             asked: input set -> hook points.
@@ -102,9 +103,12 @@ class Teacher:
             assert batch.index is not None and batch.view is not None
             found["logits"] = self.logits.at(batch.index, batch.view)
         rest = [point for point in points if point not in found]
-        if rest:
-            with torch.no_grad(), autocast(self.network.computing.precision, batch.images.device):
-                found |= self.network.step(self.network.normalizer(batch.images), rest)
+        # Gradients need a pass of their own kind. So nothing else depends on whether another member asks for some.
+        gradients = [point for point in rest if place_of_gradient(point) is not None]
+        for alike in ([point for point in rest if point not in gradients], gradients):
+            if alike:
+                with torch.no_grad(), autocast(self.network.computing.precision, batch.images.device):
+                    found |= self.network.step(self.network.normalizer(batch.images), alike, batch.labels)
         return found
 
     def logits_elsewhere(self, device: torch.device) -> bool:
@@ -133,9 +137,9 @@ class OwnTeacher:
     def model(self) -> torch.nn.Module:
         return self.network.model
 
-    def __call__(self, images: Tensor, points: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, points: Sequence[str], labels: Tensor | None = None) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.trains):
-            return self.network(self.network.normalizer(images), points)
+            return self.network(self.network.normalizer(images), points, labels)
 
 
 StageTeacher = Teacher | OwnTeacher

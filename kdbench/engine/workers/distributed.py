@@ -19,6 +19,7 @@ from kdbench.engine.workers.messages import Settings, Task, TrainCells, read_lin
 from kdbench.engine.workers.versions import versions
 from kdbench.errors import UserError, counted
 from kdbench.files import files_to_send
+from kdbench.models.points import any_gradient
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import training_images
 
@@ -122,8 +123,12 @@ def receive(ranks: Ranks, scratch: Path) -> TrainCells | None:
     return task.model_copy(update=own | {"device": own_device(task.device)})
 
 
-def refuse(spec: CellSpec, ranks: int) -> None:
-    """Raises UserError for a cell that several ranks cannot train together."""
+def refuse(spec: CellSpec, ranks: int, sync_batch_norm: bool = False) -> None:
+    """Raises UserError for a cell that several ranks cannot train together.
+
+    Args:
+        sync_batch_norm: whether their batch norms take the whole batch together.
+    """
     method = spec.method
     for name, stage in method.stages.items():
         if stage.begins:
@@ -132,6 +137,15 @@ def refuse(spec: CellSpec, ranks: int) -> None:
                 f"here are {ranks} ranks",
                 hint="run it without torchrun; without torchrun, cells are spread over several GPUs anyway",
             )
+        for loss, term in stage.losses.items() if sync_batch_norm else ():
+            # torch has no second derivative of theirs (pytorch/pytorch#61222).
+            if getattr(stage.modes, term.of) == "train" and any_gradient(term.points("student")):
+                raise UserError(
+                    f"method '{method.name}', stage '{name}': the loss '{loss}' reads gradients, which torch cannot "
+                    "differentiate through synchronized batch norms",
+                    where="--sync-batch-norm",
+                    hint="leave it out: batch norms then take each rank's share of a batch",
+                )
     size, keeps = spec.protocol.batch_size, spec.protocol.last_batch == "keep"
     parts = [training_images(part) for part in spec.domains]
     smallest = min([size, *(n if n < size else n % size or size for n in parts if n < size or keeps)])

@@ -92,7 +92,7 @@ class TaskRunner:
         known: Known = {}
         for spec in task.specs:
             if self.ranks.size > 1:
-                refuse(spec, self.ranks.size)
+                refuse(spec, self.ranks.size, self.ranks.sync_batch_norm)
             memory = memory_of(spec, self.device, check_cell(spec, known))
             self.emit(messages.MemoryNeeded(kind=kind(spec), memory=memory))
 

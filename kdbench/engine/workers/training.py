@@ -31,10 +31,14 @@ from kdbench.engine.workers.materials import Materials, taught_first
 from kdbench.engine.workers.pool import LEAVE_SECONDS
 from kdbench.errors import CellError, UserError, failure
 from kdbench.files import CHECKPOINT, disk_full, locked, sweep
+from kdbench.models.points import any_gradient
 from kdbench.record import Record, finished_record
 
 # How long to wait for a cell's folder: an orphan of a killed run holds it only until it has left.
 LOCK_SECONDS = 2 * LEAVE_SECONDS
+
+# Why a network does not run as a graph whose gradients a loss reads.
+_TWICE = "a loss reads gradients of a network, and a compiled graph cannot be differentiated twice"
 
 Emit = Callable[[messages.Event], None]
 
@@ -255,6 +259,7 @@ def way_of(member: Member, program: Program) -> dict[str, Any]:
     networks: list[Network] = [member.student, *([teacher.network] if teacher else [])]
     terms = [term for span in member.timeline.spans for term in member.modules.terms_of(span.name).values()]
     failed = [network.untraceable for network in networks] + [term.not_compiled for term in terms]
+    failed += [_TWICE] if way.compile and any(map(any_gradient, member.points_read)) else []
     not_compiled = "; ".join(dict.fromkeys(filter(None, failed)))
     recorded = program if isinstance(program, CapturedProgram) else None
     eager = recorded.eager_stages(member) if recorded else {}
