@@ -74,6 +74,27 @@ def at_most(images: int, part: Split) -> Split:
     return part.every(max(1, -(-len(part.labels) // images)))
 
 
+class StepTable:
+    """Numbers of the coming steps on the device, a row for each step."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.rows = torch.zeros(MOST_STEPS, columns, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def fill(self, rows: Tensor) -> None:
+        """Take the rows of the coming steps, float32 [steps, columns]."""
+        self.rows[: len(rows)].copy_(rows)
+        self.at.zero_()
+
+    def row(self) -> tuple[Tensor, ...]:
+        """The numbers of the present step, scalars."""
+        return self.rows.index_select(0, self.at).squeeze(0).unbind()
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self.at.add_(1)
+
+
 class Epoch:
     """One pass over a set of images, or several: their order and views on the device, and where the next batch begins.
 
