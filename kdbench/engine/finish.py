@@ -31,7 +31,7 @@ from kdbench.version import __version__
 def finish(
     member: Member,
     folder: Path,
-    cell: dict[str, Any],
+    names: dict[str, Any],
     domains: tuple[AnyData, AnyData | None],
     teacher: TeacherFile | None,
     teacher_logits: Tensor | None,
@@ -40,7 +40,7 @@ def finish(
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
-        cell: the planned cell's names and axes, as the record shows them.
+        names: what the record says of the cell's place in the comparison.
         domains: the cell's data set, and its target domain.
         teacher: the cell's, where it learned from one.
         teacher_logits: of the shared teacher on the test part.
@@ -63,8 +63,7 @@ def finish(
             "kdbench": __version__,
             "status": "finished",
             "identity": spec.identity(),
-            "recipe": cell.pop("recipe"),
-            "cell": cell,
+            **names,
             "spec": recorded(spec),
             "result": _result(member, logits, teacher_logits),
             "teacher": _teacher(spec, teacher),

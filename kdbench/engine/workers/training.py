@@ -226,7 +226,7 @@ class Training:
         record = finish(
             member,
             cell.folder,
-            dict(self.cells[cell].names),
+            self.cells[cell].names,
             self.domains,
             self.file if member.teacher else None,
             self._teacher_logits(member),
