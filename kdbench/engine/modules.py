@@ -20,16 +20,14 @@ from kdbench.errors import UserError
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import CellSpec
 
-# Among the loss terms: what the method's modules are under.
-METHOD = "method:modules"
-
 
 class CellModules:
     """A cell's student, its loss terms, the modules of its method, and the teacher that is its own.
 
     Attributes:
         teacher: the one that it shares with other cells. own_teacher: None where that one serves in all stages.
-        terms: those of every stage, with their connectors, and the method's modules.
+        of_method: the method's modules by name.
+        terms: those of every stage, with their connectors, and the method's modules: what a checkpoint has of them.
     """
 
     def __init__(
@@ -51,13 +49,16 @@ class CellModules:
             self.own_teacher.network.extractor if self.own_teacher else None,
             lambda: batches.train.labels,
         )
+        self._by_stage, self.of_method = build_terms(cell), cell.modules
         # Prefixed, because a name like "training" is already an attribute of every module.
         terms = {
             f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
-            for stage, by_name in build_terms(cell).items()
+            for stage, by_name in self._by_stage.items()
         }
-        modules = {METHOD: nn.ModuleDict({f"module:{name}": one for name, one in cell.modules.items()})}
-        self.terms = nn.ModuleDict(terms | (modules if cell.modules else {})).to(device)
+        if self.of_method:
+            modules = {f"module:{name}": one for name, one in self.of_method.items()}
+            terms["method:modules"] = nn.ModuleDict(modules)
+        self.terms = nn.ModuleDict(terms).to(device)
         # torch's stubs lack the overload with a memory format alone.
         self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
         self.student.answers = answers(cell, self.student)
@@ -74,14 +75,6 @@ class CellModules:
         return [*self.networks, self.terms]
 
     @property
-    def of_method(self) -> dict[str, nn.Module]:
-        """The method's modules by name."""
-        if METHOD not in self.terms:
-            return {}
-        found: Any = self.terms[METHOD]
-        return {name.removeprefix("module:"): module for name, module in found.items()}
-
-    @property
     def trained_teacher(self) -> Network | None:
         """The cell's own teacher, where the method trains it."""
         trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
@@ -90,13 +83,12 @@ class CellModules:
     @property
     def compiled(self) -> bool:
         """Whether networks or losses run as compiled graphs."""
-        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
+        terms = (term.graph for by_name in self._by_stage.values() for term in by_name.values())
         return any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
 
     def terms_of(self, stage: str) -> dict[str, Term]:
         """Loss terms of a stage by name."""
-        terms: Any = self.terms[f"stage:{stage}"]
-        return {name.removeprefix("loss:"): term for name, term in terms.items()}
+        return self._by_stage[stage]
 
     def used_in(self, stage: str) -> list[nn.Module]:
         """What a stage may train: the networks, its terms, and the method's modules."""
