@@ -69,10 +69,10 @@ class Estimate:
         size, line = self.size(*spec.networks["student"]), planned_timeline(spec)
         tests = [part.test for part in spec.domains]
         total = len(line.evaluations) * sum(tests) * size.forward
-        times = multiples(spec, self.costs(spec))
+        many = multiples(spec, self.costs(spec))
         for span in line.spans:
             stage, images = spec.method.stages[span.name], span.steps * _batch(spec)
-            seen = {name: sum(times.get(one, 1) for one in _sets(stage, name)) for name in ("student", "teacher")}
+            seen = {name: sum(many.get(one, 1) for one in _sets(stage, name)) for name in ("student", "teacher")}
             total += images * seen["student"] * size.training
             if spec.teacher is not None and "teacher" in stage.trains:
                 own = self.size(*spec.networks["teacher"])
@@ -108,9 +108,9 @@ class Estimate:
         """Seconds of the teacher's passes for one cell that has them for itself."""
         if spec.teacher is None:
             return 0.0
-        times = multiples(spec, self.costs(spec))
+        many = multiples(spec, self.costs(spec))
         most = max(
-            (times.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
+            (many.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
         )
         return _images(spec) * most * self.size(*spec.networks["teacher"]).forward
 
