@@ -121,10 +121,10 @@ class Stage:
         """The rate of the first optimizer at a step."""
         return self.optimizers[0].rates(self.moment(step))[0]
 
-    def rates(self, step: int) -> list[list[float]]:
-        """The rates of every optimizer at a step."""
+    def rates(self, step: int) -> list[float]:
+        """The rates of all optimizers at a step, one after the other."""
         now = self.moment(step)
-        return [one.rates(now) for one in self.optimizers]
+        return [rate for one in self.optimizers for rate in one.rates(now)]
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""
@@ -148,10 +148,8 @@ class Stage:
 
     def prepare(self, step: int, steps: int) -> None:
         """Put rates and weights of the coming steps on the device, and forget momentum where it is time."""
-        rows = [
-            [*self.weights(at).values(), *self.numbers(at), *(rate for rates in self.rates(at) for rate in rates)]
-            for at in range(step, step + steps)
-        ]
+        coming = range(step, step + steps)
+        rows = [[*self.weights(at).values(), *self.numbers(at), *self.rates(at)] for at in coming]
         self.table.fill(torch.tensor(rows, dtype=torch.float32))
         for optimizer, resets in zip(self.optimizers, self._resets(step), strict=True):
             if resets:
