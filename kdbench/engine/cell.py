@@ -1,7 +1,8 @@
 """A member's place in the run: its folder, its log, and why it left the cohort, if it did."""
 
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,3 +60,12 @@ class TrainingCell:
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
                 raise Apart(LOST if is_lost(error) else self.failure) from None
+
+
+@contextmanager
+def time_of(cells: Collection[TrainingCell]) -> Iterator[None]:
+    """The time of the block is training of these cells, an equal share of each."""
+    begin = time.perf_counter()
+    yield
+    for cell in cells:
+        cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)

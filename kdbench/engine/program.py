@@ -9,7 +9,7 @@ from typing import Any
 
 from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.batches import Batches
-from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cell import TrainingCell, time_of
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.stage import union
@@ -66,11 +66,9 @@ class Program:
 
     def feed(self, cells: Collection[TrainingCell]) -> None:
         """The host's part of the coming step's batches."""
-        begin = time.perf_counter()
-        for cohort, members in self._present(cells):
-            cohort.batches.feed(sets_of(members))
-        for cell in cells:
-            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+        with time_of(cells):
+            for cohort, members in self._present(cells):
+                cohort.batches.feed(sets_of(members))
 
     def take(self, cells: Collection[TrainingCell]) -> None:
         """A step on batches that were fed."""
