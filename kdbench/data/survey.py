@@ -135,10 +135,8 @@ def survey(
     digest = sha256_of_data(["3", found.stamps, found.unused])
     kept = cache / f"survey-{digest[:32]}.json"
     if kept.is_file() and not all_of_them:
-        try:
+        with contextlib.suppress(UserError):
             return read_summed(Survey, kept)
-        except UserError:
-            pass
     seen = _look(found, all_of_them, tell)
     with contextlib.suppress(OSError):  # It only saves time.
         write_summed(kept, asdict(seen))

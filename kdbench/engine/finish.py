@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,12 +197,10 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 @cache
 def processor() -> str:
     """The processor's name."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
