@@ -112,7 +112,7 @@ class Estimate:
         most = max(
             (many.get(one, 1) for stage in spec.method.stages.values() for one in _sets(stage, "teacher")), default=1
         )
-        return _images(spec) * most * self.size(*spec.networks["teacher"]).forward
+        return planned_timeline(spec).total * _batch(spec) * most * self.size(*spec.networks["teacher"]).forward
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
         """Seconds of several cells: a cohort pays for its teacher's passes once."""
@@ -155,11 +155,6 @@ def memory(cells: Iterable[PlannedCell], taken: dict[str, Memory], jobs: int, de
 def workers(device: torch.device, cells: int) -> int:
     """How many workers a run of so many cells starts: one for each GPU, or each core."""
     return max(torch.cuda.device_count(), 1) if device.type == "cuda" else max(min(cores(), cells), 1)
-
-
-def _images(spec: CellSpec) -> int:
-    """Images that a cell trains on."""
-    return planned_timeline(spec).total * _batch(spec)
 
 
 def _batch(spec: CellSpec) -> int:
