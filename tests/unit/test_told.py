@@ -77,6 +77,10 @@ class Behind(nn.Module):
 
 def shifted(student: Tensor, teacher: Tensor, shift: nn.Module) -> Tensor:
     return (shift(student) - teacher.detach()).square().mean()
+
+
+def dropping_head(shift: nn.Module, teacher_classifier: nn.Module) -> nn.Module:
+    return nn.Sequential(shift, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), teacher_classifier)
 '''
 
 
@@ -424,6 +428,17 @@ def test_a_student_answers_through_its_transform_and_its_own_classifier(method: 
     assert isinstance(model, Predictor)
     count = sum(p.numel() for part in (student, transform) for p in part.parameters())
     assert sum(p.numel() for p in model.used(pictures)) == count
+
+
+def test_a_head_answers_in_eval_mode_whatever_it_is_made_of(tmp_path: Path) -> None:
+    stage = {"trains": ["student", "shift"], "losses": {"own": {"loss": "own_losses:shifted", "hook": "layer3"}}}
+    shift = {"name": "conv1x1_bn", "student": "layer3", "teacher": "layer3"}
+    head = {"name": "dropping_head", "student": "layer3"}
+    (tmp_path / "head.yaml").write_text("connectors: {dropping_head: {target: 'own_losses:dropping_head'}}")
+    member = trained(spec_of(own(tmp_path, stage, modules={"shift": shift}, predicts=head)), 2)
+    member.set_modes(evaluating=True)
+    pictures = torch.rand(8, 1, 8, 8)
+    assert torch.equal(*(member.answers.logits(pictures) for _ in range(2)))
 
 
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
