@@ -63,6 +63,22 @@ class CellModules:
         self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
         self.student.answers = answers(cell, self.student)
         note_frozen(*self.all)
+        self._own, self._of_teacher = self._owned()
+
+    def _owned(self) -> tuple[dict[str, list[nn.Parameter]], list[nn.Module]]:
+        """Parameters by whom they belong to, as a stage's `trains` calls it, or the stage whose terms they are of: of
+        a module that a loss or another module was told and holds, not to these. And modules of the shared teacher that
+        are held so."""
+        shared = [*self.teacher.network.model.modules()] if self.teacher else []
+        known = {parameter for module in shared for parameter in module.parameters(recurse=False)}
+        own: dict[str, list[nn.Parameter]] = {}
+        networks = {"student": self.student.model} | ({"teacher": self.own_teacher.model} if self.own_teacher else {})
+        stages = {name: terms for name, terms in self.terms.items() if name.startswith("stage:")}
+        for owner, module in (networks | self.of_method | stages).items():
+            own[owner] = [parameter for parameter in module.parameters() if parameter not in known]
+            known.update(own[owner])
+        held = {*self.terms.modules()}
+        return own, [module for module in shared if module in held]
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -101,25 +117,24 @@ class CellModules:
     def freeze_others(self, stage: str) -> None:
         """Let gradients go to what a stage trains, and to nothing else."""
         trains = self.spec.method.stages[stage].trains
-        let_train(self.student.model, "student" in trains)
-        self.terms.requires_grad_(False)
-        let_train(self.terms[f"stage:{stage}"], "connectors" in trains)
-        for name, module in self.of_method.items():
-            let_train(module, name in trains)
+        for owner, parameters in self._own.items():
+            let_train(parameters, owner in trains or (owner == f"stage:{stage}" and "connectors" in trains))
         if self.own_teacher is not None:
             self.own_teacher.trains = "teacher" in trains
-            let_train(self.own_teacher.model, self.own_teacher.trains)
 
     def set_modes(self, stage: str, evaluating: bool) -> None:
         """Modes of a stage, or of an evaluation between its steps."""
         spec = self.spec.method.stages[stage]
+        # What may hold others first.
+        for name, terms in self.terms.items():
+            terms.train(name == f"stage:{stage}" and "connectors" in spec.trains and not evaluating)
+        for name, module in reversed(self.of_method.items()):
+            module.train(name in spec.trains and not evaluating)
+        for module in self._of_teacher:
+            module.eval()
         self.student.model.train(not evaluating and spec.modes.student == "train")
         if self.own_teacher is not None:
             self.own_teacher.model.train(not evaluating and spec.modes.teacher == "train")
-        for name, terms in self.terms.items():
-            terms.train(name == f"stage:{stage}" and "connectors" in spec.trains and not evaluating)
-        for name, module in self.of_method.items():
-            module.train(name in spec.trains and not evaluating)
 
     def optimizers(self, stage: str) -> list[ScheduledOptimizer]:
         """New ones of what a stage trains: of the student and its connectors, of modules with one of their own, of the
@@ -131,19 +146,17 @@ class CellModules:
         spec, cards = self.spec.method.stages[stage], self.spec.method.modules
         found: list[ScheduledOptimizer] = []
 
-        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *modules: nn.Module) -> None:
-            trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *owners: str) -> None:
+            trained = [p for owner in owners for p in self._own[owner] if p.requires_grad]
             if trained:
                 found.append(ScheduledOptimizer(optimizer or spec.optimizer, schedule or spec.schedule, trained))
 
-        modules = self.of_method
-        apart = {name for name in modules if cards[name].optimizer is not None}
-        with_student = [module for name, module in modules.items() if name not in apart]
-        add(None, None, self.student.model, self.terms[f"stage:{stage}"], *with_student)
-        for name in (name for name in modules if name in apart and name in spec.trains):
-            add(cards[name].optimizer, None, modules[name])
+        apart = [name for name in self.of_method if cards[name].optimizer is not None]
+        add(None, None, "student", f"stage:{stage}", *(name for name in self.of_method if name not in apart))
+        for name in (name for name in apart if name in spec.trains):
+            add(cards[name].optimizer, None, name)
         if self.own_teacher is not None and "teacher" in spec.trains:
-            add(spec.teacher_optimizer, spec.teacher_schedule, self.own_teacher.model)
+            add(spec.teacher_optimizer, spec.teacher_schedule, "teacher")
         if not found:
             hint = "add 'student' to the stage's 'trains'"
             raise UserError(f"method '{self.spec.method.name}', stage '{stage}': nothing to train", hint=hint)

@@ -124,7 +124,7 @@ class OwnTeacher:
     def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
         extractor = teacher.network.extractor
         model = copy.deepcopy(extractor.model).train().to(device)
-        let_train(model, True, like=extractor.model)
+        let_train([*model.parameters()], True, like=[*extractor.model.parameters()])
         copied = Extractor(model, extractor.places, extractor.model_name)
         self.network = Network(copied, teacher.network.normalizer, computing)
         self.trains = False
