@@ -512,6 +512,17 @@ def test_what_a_loss_or_module_was_told_trains_once_also_where_its_class_holds_i
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_module_before_the_one_that_it_needs_is_said(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("connectors: {whole: {target: 'own_losses:Whole'}}")
+    at = {"student": "layer3", "teacher": "layer3"}
+    modules = {"before": {"name": "whole"} | at, "shift": {"name": "conv1x1_bn"} | at}
+    stage = {"trains": ["student"], "losses": {"own": {"loss": "own_losses:shifted", "hook": "layer3"}}}
+    spec = spec_of(own(tmp_path, stage, modules=modules))
+    with pytest.raises(UserError, match=r"modules/before: 'whole' .* needs 'shift', which stands after it") as error:
+        check_cell(spec)
+    assert error.value.hint == "name 'shift' first under the method's 'modules'"
+
+
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
     spec = spec_of(Registry(), "simkd")
     card = Registry().card("connectors", "conv")
