@@ -65,21 +65,6 @@ class CellModules:
         note_frozen(*self.all)
         self._own, self._of_teacher = self._owned()
 
-    def _owned(self) -> tuple[dict[str, list[nn.Parameter]], list[nn.Module]]:
-        """Parameters by whom they belong to, as a stage's `trains` calls it, or the stage whose terms they are of: of
-        a module that a loss or another module was told and holds, not to these. And modules of the shared teacher that
-        are held so."""
-        shared = [*self.teacher.network.model.modules()] if self.teacher else []
-        known = {parameter for module in shared for parameter in module.parameters(recurse=False)}
-        own: dict[str, list[nn.Parameter]] = {}
-        networks = {"student": self.student.model} | ({"teacher": self.own_teacher.model} if self.own_teacher else {})
-        stages = {name: terms for name, terms in self.terms.items() if name.startswith("stage:")}
-        for owner, module in (networks | self.of_method | stages).items():
-            own[owner] = [parameter for parameter in module.parameters() if parameter not in known]
-            known.update(own[owner])
-        held = {*self.terms.modules()}
-        return own, [module for module in shared if module in held]
-
     @property
     def networks(self) -> list[nn.Module]:
         """The student, and the teacher that is the cell's own."""
@@ -117,6 +102,8 @@ class CellModules:
     def freeze_others(self, stage: str) -> None:
         """Let gradients go to what a stage trains, and to nothing else."""
         trains = self.spec.method.stages[stage].trains
+        # Anew: an operation may have given the student other layers.
+        self._own, self._of_teacher = self._owned()
         for owner, parameters in self._own.items():
             let_train(parameters, owner in trains or (owner == f"stage:{stage}" and "connectors" in trains))
         if self.own_teacher is not None:
@@ -182,3 +169,17 @@ class CellModules:
     def _kept_teacher(self) -> OwnTeacher | None:
         """The cell's own teacher, but for one that becomes checkpoints of a route: these are read from disk again."""
         return None if any(stage.anchor for stage in self.spec.method.stages.values()) else self.own_teacher
+
+    def _owned(self) -> tuple[dict[str, list[nn.Parameter]], list[nn.Module]]:
+        """Parameters by their owner: what a stage's `trains` names, or the stage whose terms they are of. Whoever was
+        told of a module and holds it does not own it. And modules of the shared teacher that are held so."""
+        shared = [*self.teacher.network.model.modules()] if self.teacher else []
+        known = {parameter for module in shared for parameter in module.parameters(recurse=False)}
+        own: dict[str, list[nn.Parameter]] = {}
+        networks = {"student": self.student.model} | ({"teacher": self.own_teacher.model} if self.own_teacher else {})
+        stages = {name: terms for name, terms in self.terms.items() if name.startswith("stage:")}
+        for owner, module in (networks | self.of_method | stages).items():
+            own[owner] = [parameter for parameter in module.parameters() if parameter not in known]
+            known.update(own[owner])
+        held = {*self.terms.modules()}
+        return own, [module for module in shared if module in held]
