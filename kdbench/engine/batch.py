@@ -35,7 +35,7 @@ TARGET = "target"
 SECOND = "second"
 # Images of up to 32 pixels a side that are looked at at once outside of training.
 SLICE = {"cpu": 250, "cuda": 2000}
-# Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.
+# Steps that are prepared at once, at most: the rows of a `StepTable`.
 MOST_STEPS = 1024
 
 
