@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
     attacks = spec.method.name.startswith("bss")
     if attacks:
         agree(member, teacher)
-    alone = TrainingCell(member, Path(), {}, None)
+    alone = TrainingCell(member)
     cohorts = [Cohort(batches, teacher, [alone])]
     program = Together(cohorts, ranks) if ranks.size > 1 else Program(cohorts)
     modules = {"student": member.student.model, "terms": member.modules.terms}

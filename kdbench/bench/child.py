@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,8 +72,7 @@ class Loop:
         if table is not None:
             teacher = teacher.with_logits(table, batches.positions)
         members = [Member(s, batches, teacher if s.teacher else None, self.device, self.computing) for s in specs]
-        folder = Path(tempfile.mkdtemp())
-        return Cohort(batches, teacher, [TrainingCell(enter_longest_stage(one), folder, {}, None) for one in members])
+        return Cohort(batches, teacher, [TrainingCell(enter_longest_stage(one)) for one in members])
 
 
 PEERS: dict[str, Callable[[dict[str, Any], torch.device], Callable[[], int]]] = {

@@ -47,7 +47,6 @@ class Cifar:
         names: (file, key) of the class names, in the order of the labels.
         labels: key of the labels in the pickled files.
         classes: names in official order, which is alphabetical.
-        torchvision: class of torchvision.datasets with the archive's address and checksum.
         counts: split -> number of images, the same for every class.
     """
 
@@ -57,7 +56,6 @@ class Cifar:
     names: tuple[str, str]
     labels: str
     classes: tuple[str, ...]
-    torchvision: str
     counts: dict[str, int] = field(default_factory=lambda: {"train": 50_000, "test": 10_000})
 
 
@@ -68,7 +66,6 @@ CIFAR10 = Cifar(
     names=("batches.meta", "label_names"),
     labels="labels",
     classes=tuple(_CLASSES_10.split()),
-    torchvision="CIFAR10",
 )
 
 CIFAR100 = Cifar(
@@ -78,7 +75,6 @@ CIFAR100 = Cifar(
     names=("meta", "fine_label_names"),
     labels="fine_labels",
     classes=tuple(_CLASSES_100.split()),
-    torchvision="CIFAR100",
 )
 
 
@@ -253,7 +249,7 @@ def _archive(cifar: Cifar) -> tuple[str, str, str]:
     """Address, file name and MD5 checksum of the official archive, as torchvision has them."""
     from torchvision import datasets
 
-    official = getattr(datasets, cifar.torchvision)
+    official = getattr(datasets, cifar.name.upper())
     return official.url, official.filename, official.tgz_md5
 
 

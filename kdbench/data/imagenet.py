@@ -18,7 +18,7 @@ _DATA = f"{DEVKIT}/data"
 _WANTED = f"{_DATA}/ (or {DEVKIT}.tar.gz), torchvision's meta.bin, or Kaggle's LOC_val_solution.csv"
 
 
-def splits(root: Path, subset: bool = False) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
+def splits(root: Path, subset: bool) -> tuple[list[str], list[tuple[Path, int]], list[tuple[Path, int]]]:
     """Classes, and (file, label) of training and validation pictures; labels follow the synsets' numbers, as
     torchvision's do.
 

@@ -143,7 +143,7 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def cached(
-    build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]], variant: str = ""
+    build: Callable[[], ImageData], cache: Path, name: str, listing: Iterable[tuple[str, int, int]], variant: str
 ) -> ImageData:
     """What `build` returns, kept in `<cache>/<name>-<digest>.safetensors` and mapped into memory the next time.
 

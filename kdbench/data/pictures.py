@@ -21,7 +21,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -155,27 +155,25 @@ def gather(
 
 def fingerprint_of_files(data: Pictures, cache: Path) -> str:
     """The fingerprint that a data set must have."""
+    train, test = _rows(data, cache)
+    return Pictures.of(data.name, data.classes, data.short_side, train, test, data.origin).fingerprint
+
+
+def _rows(data: Pictures, cache: Path) -> tuple[list[tuple[Path, int, str]], ...]:
+    """The rows of both splits of a data set, in their order."""
     sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
     parts = ((data.train_files, data.train_labels), (data.test_files, data.test_labels))
-    train, test = (
+    return tuple(
         [(file, label, sums[file]) for file, label in zip(files, labels.tolist(), strict=True)]
         for files, labels in parts
     )
-    return Pictures.of(data.name, data.classes, data.short_side, train, test, data.origin).fingerprint
 
 
 def save_listing(file: Path, data: Pictures, cache: Path) -> None:
     """Write the listing of a data set (`kdbench.data.sent`)."""
-    sums = sums_of([*data.train_files, *data.test_files], cache, data.name)
-    parts: dict[str, Any] = {}
-    for split, files, labels in (
-        ("train", data.train_files, data.train_labels),
-        ("test", data.test_files, data.test_labels),
-    ):
-        rows = zip(files, labels.tolist(), strict=True)
-        parts[split] = [(str(one.resolve()), label, sums[one]) for one, label in rows]
     about = {"name": data.name, "classes": list(data.classes), "short_side": data.short_side, "origin": data.origin}
-    write_json(file, about | parts)
+    train, test = ([(str(one.resolve()), *more) for one, *more in rows] for rows in _rows(data, cache))
+    write_json(file, about | {"train": train, "test": test})
 
 
 def load_listing(file: Path) -> Pictures:

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +28,9 @@ def sums_of(files: list[Path], cache: Path, name: str) -> dict[Path, str]:
             f"a listed picture cannot be read: {error.strerror}", where=str(error.filename), hint="unpack it again"
         ) from None
     kept = cache / f"{name}-{sha256_of_data(sorted(stamps))[:32]}.json"
-    try:
+    with suppress(UserError, KeyError):
         known = read_as(dict[str, Sum], kept, most=MOST_SUMS) if kept.exists() else {}
         return {file: known[str(file)] for file in files}
-    except (UserError, KeyError):
-        pass
     with ThreadPoolExecutor(cores()) as pool:
         sums = dict(zip(files, pool.map(sha256_of, files), strict=True))
     try:

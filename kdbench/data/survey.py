@@ -135,10 +135,8 @@ def survey(
     digest = sha256_of_data(["3", found.stamps, found.unused])
     kept = cache / f"survey-{digest[:32]}.json"
     if kept.is_file() and not all_of_them:
-        try:
+        with contextlib.suppress(UserError):
             return read_summed(Survey, kept)
-        except UserError:
-            pass
     seen = _look(found, all_of_them, tell)
     with contextlib.suppress(OSError):  # It only saves time.
         write_summed(kept, asdict(seen))
@@ -159,7 +157,7 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
         measured = _evenly([file for by_class in next(iter(found.files.values())).values() for file in by_class])
         chosen, used = files if all_of_them else measured, set(measured)
 
-        def counted(file: Path) -> np.ndarray:
+        def histograms(file: Path) -> np.ndarray:
             if not streamed:
                 values = pixels(file, channels, (height, width))
             else:
@@ -167,7 +165,7 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
                     values = np.asarray(centred(converted(image, channels, file), round(SHORT_SIDE * side), side))
             return np.stack([np.bincount(v.ravel(), minlength=256) for v in values.reshape(-1, channels).T])
 
-        counts = _sound(chosen, list(pool.map(_tried(counted), chosen)), tell)
+        counts = _sound(chosen, list(pool.map(_tried(histograms), chosen)), tell)
     total = sum(count for file, count in zip(chosen, counts, strict=True) if file in used)
     values = np.arange(256) / 255
     share = np.asarray(total) / np.asarray(total).sum(axis=1, keepdims=True)

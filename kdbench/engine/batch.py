@@ -35,7 +35,7 @@ TARGET = "target"
 SECOND = "second"
 # Images of up to 32 pixels a side that are looked at at once outside of training.
 SLICE = {"cpu": 250, "cuda": 2000}
-# Steps that are prepared at once, at most: as many rows of rates and weights lie on the device.
+# Steps that are prepared at once, at most: the rows of a `StepTable`.
 MOST_STEPS = 1024
 
 
@@ -72,6 +72,27 @@ class Split(Protocol):
 def at_most(images: int, part: Split) -> Split:
     """At most so many images of a part, evenly spaced."""
     return part.every(max(1, -(-len(part.labels) // images)))
+
+
+class StepTable:
+    """Numbers of the coming steps on the device, a row for each step."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.rows = torch.zeros(MOST_STEPS, columns, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def fill(self, rows: Tensor) -> None:
+        """Take the rows of the coming steps, float32 [steps, columns]."""
+        self.rows[: len(rows)].copy_(rows)
+        self.at.zero_()
+
+    def row(self) -> tuple[Tensor, ...]:
+        """The numbers of the present step, scalars."""
+        return self.rows.index_select(0, self.at).squeeze(0).unbind()
+
+    def advance(self) -> None:
+        """Go on to the next step."""
+        self.at.add_(1)
 
 
 class Epoch:

@@ -42,7 +42,10 @@ class Batches:
         if (other := spec.protocol.second) is not None:
             seen = spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"augmentation": other})})
             self._for_second = lambda: _domain(seen, data, device, ranks)
-        self.train, self.validation, self.test = self.source.train, self.source.validation, self.source.test
+        self.train, self.validation = self.source.train, self.source.validation
+        # Tested on the test set, unless the cell is tested on images held out of its training set.
+        counts = spec.data.tested_on == "test"
+        self.test = split_for_testing(spec.data, data, device) if counts else self.validation
         self.target: Domain | None = None
         self.source_test: Split | None = None
         if spec.target is not None:

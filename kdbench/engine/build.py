@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from kdbench.data.streams import address
 from kdbench.engine.targets import import_target, in_words
-from kdbench.engine.weights import load_file, locate, start_from, weight_file
+from kdbench.engine.weights import load_file, load_teacher_file, locate, start_from, weight_file
 from kdbench.errors import ON_DEVICE, UserError, counted
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places
@@ -41,10 +41,8 @@ def weight_notes(spec: CellSpec) -> list[str]:
         found += _built(student, student.takes(spec.data))[1]
     for one in teacher.each if teacher is not None else ():
         if one.weights is not None and (file := find_weights(one.weights.file)) is not None:
-            knows = one.knows(spec.data)
-            model = build_model(one.model.untrained(), knows)
-            layout, entry = one.weights.layout, one.weights.entry
-            found += load_file(model, file, one.model.name, layout, entry, classes=knows.classes)
+            model = build_model(one.model.untrained(), one.knows(spec.data))
+            found += load_teacher_file(model, file, one, spec.data)
     return found
 
 

@@ -1,9 +1,10 @@
 """A member's place in the run: its folder, its log, and why it left the cohort, if it did."""
 
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ class TrainingCell:
     """A member with what lies on the disk.
 
     Attributes:
-        key: what its checkpoint must agree in.
-        metrics_log: None for cells that only try something out: they leave no file.
+        folder, key, metrics_log: where its files are, what its checkpoint must agree in, and its log. Cells that only
+            try something out have none, and leave no file.
         failure: why it cannot go on. recorded: whether its record is written.
     """
 
     member: Member
-    folder: Path
-    key: dict[str, Any]
-    metrics_log: MetricsLog | None
+    folder: Path = Path()
+    key: dict[str, Any] = field(default_factory=dict)
+    metrics_log: MetricsLog | None = None
     failure: str | None = None
     recorded: bool = False
 
@@ -41,12 +42,10 @@ class TrainingCell:
         """Turns an exception of this cell into its failure; the others go on."""
         try:
             yield
-        except SharedChange:
+        except (SharedChange, Apart):
             raise
         except (CellError, UserError) as error:
             self.failure = str(error)
-        except Apart:
-            raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - one cell's user code must not end the others
             way = self.member.computing
             hint = "" if way == REFERENCE else f"; it was computed in {way.name}: does it run with compute=reference?"
@@ -61,3 +60,12 @@ class TrainingCell:
             if self.member.batches.ranks.size > 1:
                 # The other ranks may wait for this one in the middle of a step.
                 raise Apart(LOST if is_lost(error) else self.failure) from None
+
+
+@contextmanager
+def time_of(cells: Collection[TrainingCell]) -> Iterator[None]:
+    """The time of the block is training of these cells, an equal share of each."""
+    begin = time.perf_counter()
+    yield
+    for cell in cells:
+        cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)

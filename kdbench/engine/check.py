@@ -197,6 +197,8 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if chosen is not None:
             check_transforms(chosen, spec.data)
     _check_single_images(spec, cell)
+    told = [cell.student.model, *([cell.teacher.model] if cell.teacher else []), *cell.modules.values()]
+    others = {parameter for module in told for parameter in module.parameters()}
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
         trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
@@ -210,11 +212,12 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
             for side, network in (("student", cell.student), ("teacher", cell.teacher)):
                 if network is not None:
                     check_gradients(term, network, side, spec.networks[side][1].image_shape)
-            if [*term.parameters()] and "connectors" not in stage.trains:
+            own = [parameter for parameter in term.parameters() if parameter not in others]
+            if own and "connectors" not in stage.trains:
                 what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
                 raise UserError(what, hint="write 'trains: [student, connectors]'")
-            trained += term.parameters() if "connectors" in stage.trains else []
-        trained = [parameter for parameter in trained if parameter.requires_grad]
+            trained += own
+        trained = [parameter for parameter in dict.fromkeys(trained) if parameter.requires_grad]
         if not trained and "teacher" not in stage.trains:
             raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
         if trained:

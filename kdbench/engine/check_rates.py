@@ -3,10 +3,11 @@
 import io
 import math
 from collections.abc import Iterator
+from functools import partial
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdbench.engine.build import build_schedule
 from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separates
@@ -53,7 +54,7 @@ def check_optimizer(
         resumed.load_state(kept["state"])
         for one in (tried, resumed):
             _step(one)
-        if not all(map(_same, tried.parameters, resumed.parameters)):
+        if not all(map(partial(torch.allclose, equal_nan=True), tried.parameters, resumed.parameters)):
             raise ValueError("where it goes on from its state, its next step is another one")
     except UserError:
         raise
@@ -71,10 +72,6 @@ def _step(one: ScheduledOptimizer) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         one.step([torch.tensor(rate) for rate in one.base_rates])
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, equal_nan=True)
 
 
 def check_schedules(spec: CellSpec) -> None:

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -230,8 +229,7 @@ def _replayed(
 ) -> tuple[float, float, list[float]]:
     """Seconds until the members' steps are recorded, seconds of one student in a replayed step (its part of the
     teacher's pass included), and their first losses."""
-    cells = [TrainingCell(member, Path(), {}, None) for member in members]
-    step = endless(program_of([Cohort(batches, teacher, cells)], way))
+    step = endless(program_of([Cohort(batches, teacher, [TrainingCell(member) for member in members])], way))
 
     def taken(steps: int) -> float:
         begin = time.perf_counter()

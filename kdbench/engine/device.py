@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,11 +99,9 @@ def available_memory() -> int | None:
         (groups, "memory.max", "memory.current"),
         (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        try:
+        with suppress(OSError, ValueError):
             left = int((folder / limit).read_text()) - int((folder / used).read_text())
             free = min(free, max(left, 0))
-        except (OSError, ValueError):
-            continue
     return free
 
 

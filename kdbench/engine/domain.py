@@ -1,4 +1,4 @@
-"""One data set's splits, and the training batch of every step as a function of (seed, step)."""
+"""One data set's training and validation split, and the training batch of every step as a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -38,14 +38,12 @@ class Domain(ABC):
 
     train: Split
     validation: Split
-    test: Split
     views = ""
 
     def __init__(
         self, spec: CellSpec, device: torch.device, prefix: str, train: Split, held_out: Split, ranks: Ranks
     ) -> None:
-        # Tested on the test set, unless the cell is tested on images held out of its training set.
-        self.train, self.validation, self.test = train, held_out, held_out
+        self.train, self.validation = train, held_out
         self.seed, self.device, self.prefix, self.ranks = spec.seed, device, prefix, ranks
         self.spec, self.batch_size = spec, spec.protocol.batch_size
         self.augmentation = augmentation_of(spec.protocol)

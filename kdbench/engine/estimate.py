@@ -73,12 +73,12 @@ class Estimate:
         size, line = self.size(*spec.networks["student"]), planned_timeline(spec)
         tests = [part.test for part in spec.domains]
         total = len(line.evaluations) * sum(tests) * size.forward
-        times = multiples(spec, self.costs(spec))
+        many = multiples(spec, self.costs(spec))
         for span in line.spans:
             stage, images = spec.method.stages[span.name], span.steps * _batch(spec)
             seen = {
                 name: sum(
-                    times.get(one, 1) * (WITH_GRADIENTS if read else 1) for one, read in _sets(stage, name).items()
+                    many.get(one, 1) * (WITH_GRADIENTS if read else 1) for one, read in _sets(stage, name).items()
                 )
                 for name in ("student", "teacher")
             }
@@ -117,10 +117,10 @@ class Estimate:
         """Seconds of the teacher's passes for one cell that has them for itself."""
         if spec.teacher is None:
             return 0.0
-        times = multiples(spec, self.costs(spec))
+        many = multiples(spec, self.costs(spec))
         sets = [one for stage in spec.method.stages.values() for one in _sets(stage, "teacher").items()]
-        most = max((times.get(name, 1) * (TAUGHT_GRADIENTS if read else 1) for name, read in sets), default=1)
-        return _images(spec) * most * self.size(*spec.networks["teacher"]).forward
+        most = max((many.get(name, 1) * (TAUGHT_GRADIENTS if read else 1) for name, read in sets), default=1)
+        return planned_timeline(spec).total * _batch(spec) * most * self.size(*spec.networks["teacher"]).forward
 
     def cells(self, cells: Iterable[PlannedCell]) -> float:
         """Seconds of several cells: a cohort pays for its teacher's passes once."""
@@ -163,11 +163,6 @@ def memory(cells: Iterable[PlannedCell], taken: dict[str, Memory], jobs: int, de
 def workers(device: torch.device, cells: int) -> int:
     """How many workers a run of so many cells starts: one for each GPU, or each core."""
     return max(torch.cuda.device_count(), 1) if device.type == "cuda" else max(min(cores(), cells), 1)
-
-
-def _images(spec: CellSpec) -> int:
-    """Images that a cell trains on."""
-    return planned_timeline(spec).total * _batch(spec)
 
 
 def _batch(spec: CellSpec) -> int:

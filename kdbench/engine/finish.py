@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from kdbench.version import __version__
 def finish(
     member: Member,
     folder: Path,
-    cell: dict[str, Any],
+    names: dict[str, Any],
     domains: tuple[AnyData, AnyData | None],
     teacher: TeacherFile | None,
     teacher_logits: Tensor | None,
@@ -40,7 +41,7 @@ def finish(
     """Write a finished member's files, its record last: a folder with a record is whole.
 
     Args:
-        cell: the planned cell's names and axes, as the record shows them.
+        names: what the record says of the cell's place in the comparison.
         domains: the cell's data set, and its target domain.
         teacher: the cell's, where it learned from one.
         teacher_logits: of the shared teacher on the test part.
@@ -63,8 +64,7 @@ def finish(
             "kdbench": __version__,
             "status": "finished",
             "identity": spec.identity(),
-            "recipe": cell.pop("recipe"),
-            "cell": cell,
+            **names,
             "spec": recorded(spec),
             "result": _result(member, logits, teacher_logits),
             "teacher": _teacher(spec, teacher),
@@ -197,12 +197,10 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
 @cache
 def processor() -> str:
     """The processor's name."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

@@ -1,5 +1,7 @@
 """Which parameters a stage trains: never those that the author of their module froze."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 # Of a parameter: whether it came frozen.
@@ -13,11 +15,11 @@ def note_frozen(*modules: nn.Module) -> None:
             setattr(parameter, _CAME_FROZEN, not parameter.requires_grad)
 
 
-def let_train(module: nn.Module, trains: bool, like: nn.Module | None = None) -> None:
-    """Have all parameters of a module trained that may be, or none.
+def let_train(parameters: Sequence[nn.Parameter], trains: bool, like: Sequence[nn.Parameter] | None = None) -> None:
+    """Have those of some parameters trained that may be, or none.
 
     Args:
-        like: the module of which it is a copy; copies do not know what was frozen.
+        like: those of which they are copies; copies do not know what was frozen.
     """
-    for parameter, noted in zip(module.parameters(), (like or module).parameters(), strict=True):
+    for parameter, noted in zip(parameters, like or parameters, strict=True):
         parameter.requires_grad_(trains and not getattr(noted, _CAME_FROZEN, False))

@@ -10,7 +10,7 @@ import torch
 
 from kdbench.engine import checkpoint
 from kdbench.engine.batch import MOST_STEPS
-from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cell import TrainingCell, time_of
 from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teachers.anchors import keep_checkpoint
@@ -96,10 +96,8 @@ class TrainingLoop:
         if not cells:
             return 0
         self._settle()
-        begin = time.perf_counter()
-        steps = self.program.prepare(cells, most)
-        for cell in cells:
-            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+        with time_of(cells):
+            steps = self.program.prepare(cells, most)
         self._progress([cell for cell in cells if cell.failure is not None])
         return steps if any(cell.active for cell in cells) else 0
 
@@ -179,13 +177,9 @@ class TrainingLoop:
     def _settle(self) -> None:
         """Wait for the steps that a GPU still has before it: they are training, not the evaluation that follows."""
         device = self.program.cohorts[0].batches.device
-        if device.type != "cuda":
-            return
-        begin = time.perf_counter()
-        torch.cuda.synchronize(device)
-        active = [cell for cell in self.program.cells if cell.active]
-        for cell in active:
-            cell.member.log.seconds += (time.perf_counter() - begin) / len(active)
+        if device.type == "cuda":
+            with time_of([cell for cell in self.program.cells if cell.active]):
+                torch.cuda.synchronize(device)
 
     def save(self) -> None:
         """Write the checkpoints of all members that are still training."""

@@ -1,5 +1,6 @@
 """One cell in training: its student, its loss terms, its present stage, and what it did so far."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -111,15 +112,14 @@ class Member:
             return {}
         return shared_teacher_points(self.modules.terms_of(name).values(), self.spec.method.stages[name])
 
-    def student_uses(self) -> dict[frozenset[str], int]:
+    def student_uses(self) -> Counter[frozenset[str]]:
         """Sets of hook points that are asked of the student in train mode, and for how many steps yet."""
-        uses: dict[frozenset[str], int] = {}
+        uses: Counter[frozenset[str]] = Counter()
         for span in (span for span in self.timeline.spans if span.stop > self.step):
             stage = self.spec.method.stages[span.name]
             if stage.modes.student == "train":
                 for asked in asked_points(self.modules.terms_of(span.name).values(), stage, "student").values():
-                    points = frozenset(asked)
-                    uses[points] = uses.get(points, 0) + span.stop - max(self.step, span.start)
+                    uses[frozenset(asked)] += span.stop - max(self.step, span.start)
         return uses
 
     def enter(self, index: int) -> None:

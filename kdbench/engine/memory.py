@@ -1,7 +1,7 @@
 """How much memory cells take: predicted from one small forward pass, to split cohorts that would not fit."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from kdbench.engine.check import BuiltCell, build_cell, costs_of, multiples
 from kdbench.engine.compute import Memory
 from kdbench.engine.device import peak_resident
 from kdbench.engine.domain import augmentation_of
+from kdbench.engine.stage import union
 from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
@@ -108,6 +109,7 @@ def _saved(
         times: of `multiples`.
     """
     names = list(dict.fromkeys(name for term in terms for name in term.input_sets))
+    asked = {network: union(term.points(network) for term in terms) for network in ("student", "teacher")}
     few = min([IMAGES, *(term.most for term in terms if term.most)])
     images = {n: few * times.get(n, 1) for n in names}
     labels = {n: torch.zeros(images[n], dtype=torch.int64) for n in names}
@@ -115,7 +117,7 @@ def _saved(
 
     def taught(name: str) -> dict[str, Tensor]:
         """The teacher's values on an input set: its own, where it is trained, else any of their shapes."""
-        points = _points(terms, "teacher", name)
+        points = asked["teacher"].get(name, [])
         if learning is None:
             return {point: torch.randn(images[name], *cell.teacher_shapes[point]) for point in points}
         return learning(torch.randn(images[name], *shapes[1]), points, labels[name]) if points else {}
@@ -123,7 +125,7 @@ def _saved(
     kept = Saved(cell.student.model, *([learning.model] if learning else []))
     with kept:
         values: dict[str, dict[str, dict[str, Tensor]]] = {
-            "student": {n: cell.student(sets[n].images, _points(terms, "student", n), labels[n]) for n in names},
+            "student": {n: cell.student(sets[n].images, asked["student"].get(n, []), labels[n]) for n in names},
             "teacher": {n: taught(n) for n in names},
         }
         total = sum(term(values, sets) for term in terms)
@@ -182,11 +184,6 @@ def _largest_map(model: nn.Module, shape: tuple[int, int, int]) -> int:
         except UNSUITABLE:
             dry_run(model, shape)
     return max(sizes) // DRY
-
-
-def _points(terms: Iterable[Term], network: str, name: str) -> list[str]:
-    """Hook points that terms read of a network on an input set."""
-    return list(dict.fromkeys(point for term in terms for point in term.points(network).get(name, [])))
 
 
 def _bytes(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kdbench.engine.batch import MOST_STEPS
+from kdbench.engine.batch import StepTable
 from kdbench.image_cards import Mix
 
 # Uniform numbers that a batch's mixing is made from: whether, which of both, how much, and where.
@@ -26,17 +26,15 @@ class Mixing:
     def __init__(self, mix: Mix, size: int, classes: int, device: torch.device) -> None:
         self.mix, self.size, self.classes = mix, size, classes
         # Of each step: shares of an image's own pixels outside the rectangle, and of its own label; and the rectangle.
-        self.rows = torch.zeros(MOST_STEPS, 6, device=device)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.table = StepTable(6, device)
 
     def seek(self, numbers: np.ndarray) -> None:
         """Take the uniform numbers [steps, NUMBERS] of the coming steps."""
-        self.rows[: len(numbers)].copy_(torch.from_numpy(shares(self.mix, numbers, self.size)))
-        self.at.zero_()
+        self.table.fill(torch.from_numpy(shares(self.mix, numbers, self.size)))
 
     def advance(self) -> None:
         """Go on to the next step."""
-        self.at.add_(1)
+        self.table.advance()
 
     def mixed(self, images: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch mixed with the images before its own.
@@ -47,7 +45,7 @@ class Mixing:
         Returns:
             pixel values float32 [N, C, H, W] on the scale of [0, 1], and shares of the classes float32 [N, K].
         """
-        pixels, label, left, top, right, bottom = self.rows.index_select(0, self.at).squeeze(0).unbind()
+        pixels, label, left, top, right, bottom = self.table.row()
         places = torch.arange(self.size, device=images.device)
         rows, columns = (places >= top) & (places < bottom), (places >= left) & (places < right)
         own = torch.where(rows.unsqueeze(1) & columns, torch.zeros_like(pixels), pixels)
@@ -61,7 +59,7 @@ class Mixing:
 
 
 def shares(mix: Mix, numbers: np.ndarray, size: int) -> np.ndarray:
-    """What uniform numbers [steps, NUMBERS] make of each step: float32 [steps, 6], as `Mixing.rows`."""
+    """What uniform numbers [steps, NUMBERS] make of each step: float32 [steps, 6], as `Mixing.table` has them."""
     whether, which, how_much, x, y = numbers.T
     both = mix.mixup is not None and mix.cutmix is not None
     cut = which < 0.5 if both else np.full(len(numbers), mix.cutmix is not None)

@@ -20,16 +20,14 @@ from kdbench.errors import UserError
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.specs import CellSpec
 
-# Among the loss terms: what the method's modules are under.
-METHOD = "method:modules"
-
 
 class CellModules:
     """A cell's student, its loss terms, the modules of its method, and the teacher that is its own.
 
     Attributes:
         teacher: the one that it shares with other cells. own_teacher: None where that one serves in all stages.
-        terms: those of every stage, with their connectors, and the method's modules.
+        of_method: the method's modules by name.
+        terms: those of every stage, with their connectors, and the method's modules: what a checkpoint has of them.
     """
 
     def __init__(
@@ -51,17 +49,21 @@ class CellModules:
             self.own_teacher.network.extractor if self.own_teacher else None,
             lambda: batches.train.labels,
         )
+        self._by_stage, self.of_method = build_terms(cell), cell.modules
         # Prefixed, because a name like "training" is already an attribute of every module.
         terms = {
             f"stage:{stage}": nn.ModuleDict({f"loss:{name}": term for name, term in by_name.items()})
-            for stage, by_name in build_terms(cell).items()
+            for stage, by_name in self._by_stage.items()
         }
-        modules = {METHOD: nn.ModuleDict({f"module:{name}": one for name, one in cell.modules.items()})}
-        self.terms = nn.ModuleDict(terms | (modules if cell.modules else {})).to(device)
+        if self.of_method:
+            modules = {f"module:{name}": one for name, one in self.of_method.items()}
+            terms["method:modules"] = nn.ModuleDict(modules)
+        self.terms = nn.ModuleDict(terms).to(device)
         # torch's stubs lack the overload with a memory format alone.
         self.terms.to(memory_format=memory_format(computing))  # type: ignore[call-overload]
         self.student.answers = answers(cell, self.student)
         note_frozen(*self.all)
+        self._own, self._of_teacher = self._owned()
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -74,14 +76,6 @@ class CellModules:
         return [*self.networks, self.terms]
 
     @property
-    def of_method(self) -> dict[str, nn.Module]:
-        """The method's modules by name."""
-        if METHOD not in self.terms:
-            return {}
-        found: Any = self.terms[METHOD]
-        return {name.removeprefix("module:"): module for name, module in found.items()}
-
-    @property
     def trained_teacher(self) -> Network | None:
         """The cell's own teacher, where the method trains it."""
         trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
@@ -90,13 +84,12 @@ class CellModules:
     @property
     def compiled(self) -> bool:
         """Whether networks or losses run as compiled graphs."""
-        terms = (term.graph for stage in self.spec.method.stages for term in self.terms_of(stage).values())
+        terms = (term.graph for by_name in self._by_stage.values() for term in by_name.values())
         return any((self.student.graphs, self.teacher and self.teacher.network.graphs, *terms))
 
     def terms_of(self, stage: str) -> dict[str, Term]:
         """Loss terms of a stage by name."""
-        terms: Any = self.terms[f"stage:{stage}"]
-        return {name.removeprefix("loss:"): term for name, term in terms.items()}
+        return self._by_stage[stage]
 
     def used_in(self, stage: str) -> list[nn.Module]:
         """What a stage may train: the networks, its terms, and the method's modules."""
@@ -109,25 +102,26 @@ class CellModules:
     def freeze_others(self, stage: str) -> None:
         """Let gradients go to what a stage trains, and to nothing else."""
         trains = self.spec.method.stages[stage].trains
-        let_train(self.student.model, "student" in trains)
-        self.terms.requires_grad_(False)
-        let_train(self.terms[f"stage:{stage}"], "connectors" in trains)
-        for name, module in self.of_method.items():
-            let_train(module, name in trains)
+        # Anew: an operation may have given the student other layers.
+        self._own, self._of_teacher = self._owned()
+        for owner, parameters in self._own.items():
+            let_train(parameters, owner in trains or (owner == f"stage:{stage}" and "connectors" in trains))
         if self.own_teacher is not None:
             self.own_teacher.trains = "teacher" in trains
-            let_train(self.own_teacher.model, self.own_teacher.trains)
 
     def set_modes(self, stage: str, evaluating: bool) -> None:
         """Modes of a stage, or of an evaluation between its steps."""
         spec = self.spec.method.stages[stage]
+        # What may hold others first.
+        for name, terms in self.terms.items():
+            terms.train(name == f"stage:{stage}" and "connectors" in spec.trains and not evaluating)
+        for name, module in reversed(self.of_method.items()):
+            module.train(name in spec.trains and not evaluating)
+        for module in self._of_teacher:
+            module.eval()
         self.student.model.train(not evaluating and spec.modes.student == "train")
         if self.own_teacher is not None:
             self.own_teacher.model.train(not evaluating and spec.modes.teacher == "train")
-        for name, terms in self.terms.items():
-            terms.train(name == f"stage:{stage}" and "connectors" in spec.trains and not evaluating)
-        for name, module in self.of_method.items():
-            module.train(name in spec.trains and not evaluating)
 
     def optimizers(self, stage: str) -> list[ScheduledOptimizer]:
         """New ones of what a stage trains: of the student and its connectors, of modules with one of their own, of the
@@ -139,19 +133,17 @@ class CellModules:
         spec, cards = self.spec.method.stages[stage], self.spec.method.modules
         found: list[ScheduledOptimizer] = []
 
-        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *modules: nn.Module) -> None:
-            trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+        def add(optimizer: TargetSpec | None, schedule: TargetSpec | None, *owners: str) -> None:
+            trained = [p for owner in owners for p in self._own[owner] if p.requires_grad]
             if trained:
                 found.append(ScheduledOptimizer(optimizer or spec.optimizer, schedule or spec.schedule, trained))
 
-        modules = self.of_method
-        apart = {name for name in modules if cards[name].optimizer is not None}
-        with_student = [module for name, module in modules.items() if name not in apart]
-        add(None, None, self.student.model, self.terms[f"stage:{stage}"], *with_student)
-        for name in (name for name in modules if name in apart and name in spec.trains):
-            add(cards[name].optimizer, None, modules[name])
+        apart = [name for name in self.of_method if cards[name].optimizer is not None]
+        add(None, None, "student", f"stage:{stage}", *(name for name in self.of_method if name not in apart))
+        for name in (name for name in apart if name in spec.trains):
+            add(cards[name].optimizer, None, name)
         if self.own_teacher is not None and "teacher" in spec.trains:
-            add(spec.teacher_optimizer, spec.teacher_schedule, self.own_teacher.model)
+            add(spec.teacher_optimizer, spec.teacher_schedule, "teacher")
         if not found:
             hint = "add 'student' to the stage's 'trains'"
             raise UserError(f"method '{self.spec.method.name}', stage '{stage}': nothing to train", hint=hint)
@@ -177,3 +169,17 @@ class CellModules:
     def _kept_teacher(self) -> OwnTeacher | None:
         """The cell's own teacher, but for one that becomes checkpoints of a route: these are read from disk again."""
         return None if any(stage.anchor for stage in self.spec.method.stages.values()) else self.own_teacher
+
+    def _owned(self) -> tuple[dict[str, list[nn.Parameter]], list[nn.Module]]:
+        """Parameters by their owner: what a stage's `trains` names, or the stage whose terms they are of. Whoever was
+        told of a module and holds it does not own it. And modules of the shared teacher that are held so."""
+        shared = [*self.teacher.network.model.modules()] if self.teacher else []
+        known = {parameter for module in shared for parameter in module.parameters(recurse=False)}
+        own: dict[str, list[nn.Parameter]] = {}
+        networks = {"student": self.student.model} | ({"teacher": self.own_teacher.model} if self.own_teacher else {})
+        stages = {name: terms for name, terms in self.terms.items() if name.startswith("stage:")}
+        for owner, module in (networks | self.of_method | stages).items():
+            own[owner] = [parameter for parameter in module.parameters() if parameter not in known]
+            known.update(own[owner])
+        held = {*self.terms.modules()}
+        return own, [module for module in shared if module in held]

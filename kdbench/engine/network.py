@@ -1,7 +1,6 @@
 """A network as the training step runs it: with hooks, or as compiled graphs made for what will be asked of it."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,11 +178,3 @@ def of_compiler(error: Exception) -> str:
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise error
     return first_line(getattr(error, "inner_exception", error))
-
-
-def together(uses: Iterable[Uses]) -> dict[frozenset[str], int]:
-    """The sum of what several users will ask."""
-    total: Counter[frozenset[str]] = Counter()
-    for one in uses:
-        total.update(one)
-    return total

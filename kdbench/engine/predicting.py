@@ -69,7 +69,8 @@ def answers(cell: Surroundings, student: Network) -> Network:
         return Average(student, Extractor(copy.deepcopy(student.model), own.places, own.model_name), decay)
     if cell.spec.method.predicts is None:
         return student
-    whole = Extractor(predictor(cell), {}, student.extractor.model_name)
+    # No stage sets the modes of what the head is made of beside the method's modules: it has no other use than this.
+    whole = Extractor(predictor(cell).eval(), {}, student.extractor.model_name)
     return Network(whole, student.normalizer, student.computing)
 
 

@@ -2,16 +2,16 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.batches import Batches
-from kdbench.engine.cell import TrainingCell
+from kdbench.engine.cell import TrainingCell, time_of
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
-from kdbench.engine.network import together
 from kdbench.engine.stage import union
 from kdbench.engine.step import sets_of, shared_part, train
 from kdbench.engine.teachers.teacher import Taught, Teacher
@@ -67,11 +67,9 @@ class Program:
 
     def feed(self, cells: Collection[TrainingCell]) -> None:
         """The host's part of the coming step's batches."""
-        begin = time.perf_counter()
-        for cohort, members in self._present(cells):
-            cohort.batches.feed(sets_of(members))
-        for cell in cells:
-            cell.member.log.seconds += (time.perf_counter() - begin) / len(cells)
+        with time_of(cells):
+            for cohort, members in self._present(cells):
+                cohort.batches.feed(sets_of(members))
 
     def take(self, cells: Collection[TrainingCell]) -> None:
         """A step on batches that were fed."""
@@ -124,7 +122,7 @@ def make_graphs(members: Sequence[Member]) -> None:
             json.dumps([student.target, student.options, student.image_size], sort_keys=True), []
         ).append(member)
     for alike in by_student.values():
-        uses = together(member.student_uses() for member in alike)
+        uses = sum((member.student_uses() for member in alike), Counter[frozenset[str]]())
         for member in alike:
             member.student.prepare(uses, shape, training=True)
     if (teacher := next((member.teacher for member in members if member.teacher), None)) is not None:
@@ -136,16 +134,15 @@ def make_graphs(members: Sequence[Member]) -> None:
                 term.compile_loss(shape[0])
 
 
-def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> dict[frozenset[str], int]:
+def _teacher_uses(members: Sequence[Member], teacher: Teacher) -> Counter[frozenset[str]]:
     """Sets of hook points that may be asked of a graph of the teacher's network, and for how many steps yet."""
     ends = sorted({span.stop for member in members for span in member.timeline.spans})
-    uses: dict[frozenset[str], int] = {}
+    uses: Counter[frozenset[str]] = Counter()
     begin = min((member.step for member in members), default=0)
     for end in (end for end in ends if end > begin):
         asked = union(member.teacher_uses(begin) for member in members if begin < member.timeline.total)
         for name, points in asked.items():
             plain = frozenset(point for point in points if place_of_gradient(point) is None)
-            found = plain - ({"logits"} if teacher.logits is not None and name == "data" else set())
-            uses[found] = uses.get(found, 0) + end - begin
+            uses[plain - ({"logits"} if teacher.logits is not None and name == "data" else set())] += end - begin
         begin = end
     return uses

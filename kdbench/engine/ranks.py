@@ -6,6 +6,7 @@ are gathered, so a loss that relates the samples of a batch, or keeps a bank of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise, starmap
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +62,7 @@ class Ranks:
     def _shares(self, images: int) -> list[slice]:
         each, more = divmod(images, self.size)
         ends = [rank * each + min(rank, more) for rank in range(self.size + 1)]
-        return [slice(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+        return list(starmap(slice, pairwise(ends)))
 
     def gathered(self, part: Tensor, images: int) -> Tensor:
         """The shares of all ranks as one batch, in its order. Without gradients."""

@@ -70,8 +70,6 @@ class ResidentDomain(Domain):
         self.pictures, held_out_part = (TrainingPart(data, index, device) for index in (train, held_out))
         super().__init__(spec, device, prefix, self.pictures, held_out_part, ranks)
         self.positions = train.to(device)
-        if spec.data.tested_on == "test":
-            self.test = ResidentSplit(data.test_images.to(device), data.test_labels.to(device))
         # Of each epoch, without what is dropped at its end.
         self.used = min(len(train), self.each * self.batch_size)
         self.epochs = max(1, min(MOST_IMAGES // self.used, MOST_STEPS // self.each))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.batch import MOST_STEPS
+from kdbench.engine.batch import StepTable
 from kdbench.engine.domain import place_of
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
@@ -88,7 +88,7 @@ class Stage:
         self.teacher, self.source = teacher, source
         self.turns = self._turns()
         told = sum(len(term.numbers) for term in terms.values())
-        self.table = ScheduleTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)
+        self.table = StepTable(len(terms) + told + sum(len(one.base_rates) for one in optimizers), device)
 
     @property
     def made(self) -> list[str]:
@@ -121,10 +121,10 @@ class Stage:
         """The rate of the first optimizer at a step."""
         return self.optimizers[0].rates(self.moment(step))[0]
 
-    def rates(self, step: int) -> list[list[float]]:
-        """The rates of every optimizer at a step."""
+    def rates(self, step: int) -> list[float]:
+        """The rates of all optimizers at a step, one after the other."""
         now = self.moment(step)
-        return [one.rates(now) for one in self.optimizers]
+        return [rate for one in self.optimizers for rate in one.rates(now)]
 
     def moment(self, step: int) -> Moment:
         """Where schedules are before a step."""
@@ -148,11 +148,9 @@ class Stage:
 
     def prepare(self, step: int, steps: int) -> None:
         """Put rates and weights of the coming steps on the device, and forget momentum where it is time."""
-        rows = [
-            [*self.weights(at).values(), *self.numbers(at), *(rate for rates in self.rates(at) for rate in rates)]
-            for at in range(step, step + steps)
-        ]
-        self.table.fill(rows)
+        coming = range(step, step + steps)
+        rows = [[*self.weights(at).values(), *self.numbers(at), *self.rates(at)] for at in coming]
+        self.table.fill(torch.tensor(rows, dtype=torch.float32))
         for optimizer, resets in zip(self.optimizers, self._resets(step), strict=True):
             if resets:
                 optimizer.reset_state()
@@ -162,7 +160,8 @@ class Stage:
 
     def next_numbers(self) -> Numbers:
         """What changes from step to step, on the device; goes on to the next."""
-        row = iter(self.table.next_row())
+        row = iter(self.table.row())
+        self.table.advance()
         return Numbers(
             {name: next(row) for name in self.terms},
             {name: {told: next(row) for told in term.numbers} for name, term in self.terms.items()},
@@ -189,25 +188,6 @@ class Stage:
     def _turn(self, terms: dict[str, Term], optimizers: list[ScheduledOptimizer]) -> Turn:
         points = {network: asked_points(terms.values(), self.spec, network) for network in ("student", "teacher")}
         return Turn(terms, optimizers, points)
-
-
-class ScheduleTable:
-    """Weights and rates of the coming steps on the device, a row for each step."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.rows = torch.zeros(MOST_STEPS, columns, device=device)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def fill(self, rows: list[list[float]]) -> None:
-        """Take the rows of the coming steps."""
-        self.rows[: len(rows)].copy_(torch.tensor(rows, dtype=torch.float32))
-        self.at.zero_()
-
-    def next_row(self) -> tuple[Tensor, ...]:
-        """The numbers of the present step, scalars; goes on to the next."""
-        row = self.rows.index_select(0, self.at).squeeze(0)
-        self.at.add_(1)
-        return row.unbind()
 
 
 def asked_points(terms: Iterable[Term], spec: StageSpec, network: str) -> dict[str, list[str]]:

@@ -120,8 +120,6 @@ class StreamedDomain(Domain):
 
         self.pictures = of(train)
         super().__init__(spec, device, prefix, self.pictures, of(held_out), ranks)
-        if spec.data.tested_on == "test":
-            self.test = split_for_testing(spec.data, data, device)
         chosen = spec.protocol.augmentation
         self.making = Making(tuple(chosen.resized_crop or ()), chosen.decoder, transforms_of(chosen), self.augmentation)
         # Before a share of the batch comes the picture with which its first one is mixed.

@@ -60,9 +60,12 @@ class Surroundings:
         Args:
             points: network -> the hook point of whoever asks.
         """
-        if name not in TOLD:
-            return self.modules[name]
-        return _BUILT[name](self, stage, points or {})
+        if name in TOLD:
+            return _BUILT[name](self, stage, points or {})
+        if name not in self.modules:
+            hint = f"name '{name}' first under the method's 'modules'"
+            raise UserError(f"it needs '{name}', which stands after it", hint=hint)
+        return self.modules[name]
 
     def built(self, spec: ModuleSpec, place: str) -> nn.Module:
         """A module of the method with its first values, on the CPU."""

@@ -182,7 +182,8 @@ class Term(nn.Module):
         for position, layer in enumerate(self.layers):
             function = self._call(sets) or self.functions[position]
             options = {**self.spec.loss.options, **layer.told, **now} if self.call else {**layer.told, **now}
-            value = function(*self._inputs(layer, values, sets), **options)
+            inputs = (self._input(name, layer, values, sets) for name in self.spec.loss.inputs)
+            value = function(*inputs, **options)
             value = value if layer.weight == 1.0 else layer.weight * value
             total = value if position == 0 else total + value
         return cast(Tensor, total)
@@ -217,27 +218,20 @@ class Term(nn.Module):
         """Whether the term has metrics, of student and teacher on the data's own images."""
         return bool(self.metrics) and self.spec.input == "data" and self.spec.of == "student"
 
-    def _inputs(self, layer: Layer, values: Mapping[str, Values], sets: Sets) -> list[Any]:
-        spec, batch = self.spec, sets[self.spec.input]
-        found: list[Any] = []
-        for name in spec.loss.inputs:
-            if name == "teacher":
-                taught = values["teacher"][spec.input]
-                sides = [taught[point].detach() if spec.detach else taught[point] for point in layer.teachers]
-            elif name in ("student", "other"):
-                own = values[spec.of][spec.input if name == "student" else spec.against or ""]
-                pairs = zip(layer.connectors, layer.students, strict=True)
-                sides = [connector(own[point]) for connector, point in pairs]
-            else:
-                value = getattr(batch, name)
-                if value is None:
-                    raise UserError(
-                        f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' does not have"
-                    )
-                found.append(value)
-                continue
-            found.append(self._one_or_all(sides))
-        return found
+    def _input(self, name: str, layer: Layer, values: Mapping[str, Values], sets: Sets) -> Any:
+        """What the loss gets for one of its inputs."""
+        spec = self.spec
+        if name == "teacher":
+            taught = values["teacher"][spec.input]
+            return self._one_or_all([taught[p].detach() if spec.detach else taught[p] for p in layer.teachers])
+        if name in ("student", "other"):
+            own = values[spec.of][spec.input if name == "student" else spec.against or ""]
+            pairs = zip(layer.connectors, layer.students, strict=True)
+            return self._one_or_all([connector(own[point]) for connector, point in pairs])
+        if (value := getattr(sets[spec.input], name)) is None:
+            what = f"the loss '{self.name}' needs '{name}', which the input set '{spec.input}' does not have"
+            raise UserError(what)
+        return value
 
 
 # What a loss may be told at every step: its value at a moment.

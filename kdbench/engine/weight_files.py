@@ -68,7 +68,7 @@ def read_weights(file: Path) -> State:
     return next(iter(networks(file).values()))
 
 
-def fitting(found: Mapping[str, State], model: nn.Module, entry: str | None = None) -> tuple[State, str]:
+def fitting(found: Mapping[str, State], model: nn.Module, entry: str | None) -> tuple[State, str]:
     """Of the state dicts in a file the one that fits a network best, by the names that its entries have there.
 
     Args:

@@ -12,7 +12,7 @@ from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError, counted
 from kdbench.files import atomic, damaged_part, find_weights, home, sha256_of, weight_folders
-from kdbench.recipe.specs import ModelSpec
+from kdbench.recipe.specs import DataSpec, ModelSpec, TeacherSpec
 
 
 def locate(weights: Weights, download: bool) -> Path:
@@ -84,8 +84,9 @@ def load_file(
         with code_of(f"layout '{layout}' of {file}"):
             found = {place: import_target(layout)({key.removeprefix("module."): value for key, value in state.items()})}
     state, choice = fitting(found, model, entry)
-    notes = [f"{file} holds several networks' weights: {choice} ('entry' beside the file's name chooses)"]
-    notes = notes if choice else []
+    notes = []
+    if choice:
+        notes.append(f"{file} holds several networks' weights: {choice} ('entry' beside the file's name chooses)")
     if part := damaged_part(file):
         notes.append(f"{file} is probably damaged: '{part}' in it does not have its checksum")
     prefixes, why = getattr(model, "left_out", ((), ""))
@@ -99,6 +100,12 @@ def load_file(
         notes.append(f"{file} has {counted(counts[0], 'class')}: the last layer of '{name}', of {counts[1]}, is new")
     load_weights(model, state, name, str(file), classes)
     return notes
+
+
+def load_teacher_file(model: nn.Module, file: Path, spec: TeacherSpec, data: DataSpec) -> list[str]:
+    """Load a file into one teacher's network, by what its card says of the file. Returns and raises as `load_file`."""
+    layout, entry = (spec.weights.layout, spec.weights.entry) if spec.weights is not None else (None, None)
+    return load_file(model, file, spec.model.name, layout, entry, classes=spec.knows(data).classes)
 
 
 def load_weights(model: nn.Module, state: State, name: str, where: str, classes: int | None = None) -> None:

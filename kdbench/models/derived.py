@@ -36,10 +36,7 @@ class _ModuleCall:
 
 
 def derived_places(
-    model: nn.Module,
-    model_name: str,
-    image_shape: tuple[int, int, int],
-    larger: Callable[[int], nn.Module] | None = None,
+    model: nn.Module, model_name: str, image_shape: tuple[int, int, int], larger: Callable[[int], nn.Module] | None
 ) -> dict[str, Place]:
     """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled;
     logits.class and logits.distillation of timm's networks with two heads; layerK.patches and last.patches of

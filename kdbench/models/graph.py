@@ -7,7 +7,7 @@ Networks whose code depends on values cannot be traced; they keep running with h
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -61,11 +61,12 @@ def traced(extractor: Extractor, points: Collection[str], training: bool, image_
     return result
 
 
-class Traced:
+class Traced(NamedTuple):
     """Images [N, C, H, W] -> a value for each of `points`. `last`: the point that it runs to."""
 
-    def __init__(self, module: fx.GraphModule, points: list[str], last: str) -> None:
-        self.module, self.points, self.last = module, points, last
+    module: fx.GraphModule
+    points: list[str]
+    last: str
 
 
 class _Tracer(fx.Tracer):

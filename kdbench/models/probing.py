@@ -12,21 +12,9 @@ from kdbench.errors import UserError, device_advice, failure, first_line
 
 # What a network can raise when its input does not suit it.
 UNSUITABLE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AssertionError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    NotImplementedError,
-    ArithmeticError,
-    ImportError,
-    OSError,
-    SystemExit,
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(ImportError, OSError, SystemExit),
 )
-
-
 # Images of a dry run: more than one, since batch norms in train mode refuse single pixels.
 IMAGES = 2
 

@@ -339,8 +339,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
     recorded_places = _places({slug: record.cell.order for slug, record in present.items()})
     for slug, record in present.items():
         cell = by_slug[slug]
-        expected = names(today, cell)
-        expected.pop("recipe")
+        expected = names(today, cell)["cell"]
         in_record = record.cell.model_dump(mode="json")
         if recorded_places[slug] == planned_places[slug]:
             expected.pop("order")

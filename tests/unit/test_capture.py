@@ -304,7 +304,7 @@ def test_steps_on_memory_that_a_source_has_left_are_forgotten(tmp_path: Path, mo
 
 def test_a_cell_that_only_tries_something_out_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tried = TrainingCell(cohort_of([cell("kd")], tmp_path).cells[0].member, Path(), {}, None)
+    tried = TrainingCell(cohort_of([cell("kd")], tmp_path).cells[0].member)
     with tried.failures():
         raise ZeroDivisionError("out of memory")
     assert "out of memory" in (tried.failure or "") and not (tmp_path / "error.txt").exists()

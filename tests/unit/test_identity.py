@@ -237,8 +237,8 @@ def test_verify_knows_cells_of_own_code_that_once_counted_by_its_module(tmp_path
     if template is None:
         pytest.skip("results/ is not beside the package")
     record = json.loads(template.read_text(encoding="utf-8"))
-    cell = record["cell"] | names(planned, planned.cells[0])
-    record |= {"spec": spec, "identity": identity, "recipe": cell.pop("recipe"), "cell": cell}
+    cell = record["cell"] | names(planned, planned.cells[0])["cell"]
+    record |= {"spec": spec, "identity": identity, "recipe": planned.name, "cell": cell}
     folder = tmp_path / f"my_method-seed0-{identity[:8]}"
     folder.mkdir()
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")

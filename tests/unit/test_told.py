@@ -77,6 +77,49 @@ class Behind(nn.Module):
 
 def shifted(student: Tensor, teacher: Tensor, shift: nn.Module) -> Tensor:
     return (shift(student) - teacher.detach()).square().mean()
+
+
+class HoldsShift(nn.Module):
+    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], shift: nn.Module) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return shifted(student, teacher, self.shift)
+
+
+class Whole(HoldsShift):
+    def forward(self, student: Tensor) -> Tensor:
+        return self.shift(student)
+
+
+def shifted_whole(student: Tensor, teacher: Tensor, whole: nn.Module) -> Tensor:
+    return shifted(student, teacher, whole)
+
+
+def classified(
+    student: Tensor, teacher: Tensor, student_classifier: nn.Module, teacher_classifier: nn.Module
+) -> Tensor:
+    return (student_classifier(student) - teacher_classifier(teacher)).square().mean()
+
+
+class HoldsClassifiers(nn.Module):
+    def __init__(
+        self,
+        student_shape: tuple[int, ...],
+        teacher_shape: tuple[int, ...],
+        student_classifier: nn.Module,
+        teacher_classifier: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = student_classifier, teacher_classifier
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return classified(student, teacher, self.student, self.teacher)
+
+
+def dropping_head(shift: nn.Module, teacher_classifier: nn.Module) -> nn.Module:
+    return nn.Sequential(shift, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), teacher_classifier)
 '''
 
 
@@ -424,6 +467,60 @@ def test_a_student_answers_through_its_transform_and_its_own_classifier(method: 
     assert isinstance(model, Predictor)
     count = sum(p.numel() for part in (student, transform) for p in part.parameters())
     assert sum(p.numel() for p in model.used(pictures)) == count
+
+
+def test_a_head_answers_in_eval_mode_whatever_it_is_made_of(tmp_path: Path) -> None:
+    stage = {"trains": ["student", "shift"], "losses": {"own": {"loss": "own_losses:shifted", "hook": "layer3"}}}
+    shift = {"name": "conv1x1_bn", "student": "layer3", "teacher": "layer3"}
+    head = {"name": "dropping_head", "student": "layer3"}
+    (tmp_path / "head.yaml").write_text("connectors: {dropping_head: {target: 'own_losses:dropping_head'}}")
+    member = trained(spec_of(own(tmp_path, stage, modules={"shift": shift}, predicts=head)), 2)
+    member.set_modes(evaluating=True)
+    pictures = torch.rand(8, 1, 8, 8)
+    assert torch.equal(*(member.answers.logits(pictures) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("told", "holder", "trains", "of_shift"),
+    [
+        ("shifted", "HoldsShift", ["shift"], {}),
+        ("shifted", "HoldsShift", ["shift", "connectors"], {}),
+        ("shifted", "HoldsShift", ["shift", "connectors"], {"optimizer": {"name": "sgd", "lr": 0.02}}),
+        ("shifted", "shifted_whole", ["shift", "whole"], {}),
+        ("classified", "HoldsClassifiers", ["connectors"], {}),
+    ],
+)
+def test_what_a_loss_or_module_was_told_trains_once_also_where_its_class_holds_it(
+    told: str, holder: str, trains: list[str], of_shift: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "whole.yaml").write_text("connectors: {whole: {target: 'own_losses:Whole'}}")
+    at = {"student": "layer3", "teacher": "layer3"}
+    modules = {"shift": {"name": "conv1x1_bn"} | at | of_shift, "whole": {"name": "whole"} | at}
+    members = []
+    for loss in (told, holder):
+        asked = {name: one for name, one in modules.items() if name in (*trains[:1], loss.partition("_")[2])}
+        losses = {"own": {"loss": f"own_losses:{loss}", "hook": "layer3" if asked else "pooled"}}
+        stage = {"trains": ["student", *(one for one in trains if one != "whole" or one in asked)], "losses": losses}
+        spec = spec_of(own(tmp_path, stage, modules=asked))
+        check_cell(spec)
+        members.append(trained(spec, 3))
+    assert len({fingerprint(member.student.model) for member in members}) == 1
+    assert len({fingerprint(member.modules.of_method["shift"]) for member in members if asked}) <= 1
+    assert members[1].teacher is not None
+    network = members[1].teacher.network.model
+    assert not any(module.training for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_module_before_the_one_that_it_needs_is_said(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("connectors: {whole: {target: 'own_losses:Whole'}}")
+    at = {"student": "layer3", "teacher": "layer3"}
+    modules = {"before": {"name": "whole"} | at, "shift": {"name": "conv1x1_bn"} | at}
+    stage = {"trains": ["student"], "losses": {"own": {"loss": "own_losses:shifted", "hook": "layer3"}}}
+    spec = spec_of(own(tmp_path, stage, modules=modules))
+    with pytest.raises(UserError, match=r"modules/before: 'whole' .* needs 'shift', which stands after it") as error:
+        check_cell(spec)
+    assert error.value.hint == "name 'shift' first under the method's 'modules'"
 
 
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:

@@ -22,7 +22,7 @@ from kdbench.engine.streamed import split_for_testing
 from kdbench.engine.teachers.anchors import Route
 from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.engine.weights import load_file, locate
+from kdbench.engine.weights import load_teacher_file, locate
 from kdbench.errors import CellError, UserError
 from kdbench.files import ROUTE, atomic, sha256_of, write_json, write_summed
 from kdbench.forms import Percent
@@ -102,8 +102,7 @@ def all_weights(
         return TeacherFile(file, sha256_of(file), None, members=read_as(_Members, file.with_suffix(".json")).members)
     whole = build_model(spec.model, data)
     for one, part, weights in zip(spec.members, whole.parts, each, strict=True):  # type: ignore[arg-type]
-        layout, entry = (one.weights.layout, one.weights.entry) if one.weights is not None else (None, None)
-        load_file(part.network, weights.file, one.model.name, layout, entry, classes=one.knows(data).classes)
+        load_teacher_file(part.network, weights.file, one, data)
     found = save(whole.state_dict())
     if not file.is_file() or file.read_bytes() != found:
         with atomic(file) as temporary:

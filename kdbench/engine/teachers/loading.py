@@ -10,7 +10,7 @@ from kdbench.engine.build import build_extractor, build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Normalizer
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.engine.weights import load_file
+from kdbench.engine.weights import load_teacher_file
 from kdbench.recipe.specs import DataSpec, TeacherSpec
 
 
@@ -18,10 +18,8 @@ def load_teacher(
     spec: TeacherSpec, data: DataSpec, file: Path, device: torch.device, computing: Computing = REFERENCE
 ) -> Teacher:
     """The frozen network with its weights, on its device, in eval mode."""
-    knows = spec.knows(data)
-    model = build_model(spec.model, knows)
-    layout, entry = (spec.weights.layout, spec.weights.entry) if spec.weights is not None else (None, None)
-    load_file(model, file, spec.model.name, layout, entry, classes=knows.classes)
+    model = build_model(spec.model, spec.knows(data))
+    load_teacher_file(model, file, spec, data)
     return _as_teacher(model, spec, data, device, computing)
 
 

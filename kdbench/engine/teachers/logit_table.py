@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
 from kdbench.engine.domain import augmentation_of, split
 from kdbench.engine.network import autocast
@@ -148,7 +149,6 @@ def fill(
         lacking = _indices(images & ~table.filled)
         views = table.shape[1]
         together = max(1, PASS[device.type] // views)
-        all_views = torch.arange(views, device=device)
         shape = (together * views, *data.train_images.shape[1:])
         teacher.network.prepare({frozenset({"logits"}): -(-len(lacking) // together)}, shape, training=False)
         augmentation = augmentation_of(protocol)
@@ -161,12 +161,10 @@ def fill(
             if stop():
                 break
             part = lacking[at : at + together]
-            n = len(part)
-            pixels = data.train_images[part].to(device)
-            batch = augmentation.view(pixels.repeat_interleave(views, dim=0), all_views.repeat(n))
-            stored[part] = _logits(teacher, batch).to(stored.dtype).cpu().view(n, views, -1)
+            logits = _of_all_views(teacher, data.train_images[part].to(device), augmentation)
+            stored[part] = logits.to(stored.dtype).cpu()
             held[part] = True
-            done += n
+            done += len(part)
             now = time.monotonic()
             if now - noted >= NOTE_SECONDS:
                 table, noted = _kept(replace(table, filled=_bits(held), seconds=before + now - begin)), now
@@ -182,16 +180,20 @@ def seconds_an_image(
     table: LogitTable, teacher: Teacher, data: ImageData, protocol: ProtocolSpec, device: torch.device
 ) -> float:
     """Time that all views of one training image take, the second of two passes."""
-    together = max(1, PASS[device.type] // table.shape[1])
-    views = torch.arange(table.shape[1], device=device)
-    pixels = data.train_images[:together].to(device)
-    batch = augmentation_of(protocol).view(pixels.repeat_interleave(len(views), dim=0), views.repeat(len(pixels)))
+    pixels = data.train_images[: max(1, PASS[device.type] // table.shape[1])].to(device)
     taken = 0.0
     for _ in range(2):
         begin = time.perf_counter()
-        _logits(teacher, batch).cpu()
+        _of_all_views(teacher, pixels, augmentation_of(protocol)).cpu()
         taken = time.perf_counter() - begin
     return taken / len(pixels)
+
+
+def _of_all_views(teacher: Teacher, images: Tensor, augmentation: Augmentation) -> Tensor:
+    """Logits [images, views, classes] of every view of some images."""
+    views = torch.arange(augmentation.views, device=images.device)
+    batch = augmentation.view(images.repeat_interleave(len(views), dim=0), views.repeat(len(images)))
+    return _logits(teacher, batch).view(len(images), len(views), -1)
 
 
 def _logits(teacher: Teacher, pixels: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kdbench.engine.build import build_model
 from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.freezing import let_train, note_frozen
 from kdbench.engine.network import Network, Normalizer, autocast
-from kdbench.engine.ranks import ALONE, Ranks
+from kdbench.engine.ranks import Ranks
 from kdbench.engine.teachers.anchors import Route
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import place_of_gradient
@@ -128,7 +128,7 @@ class OwnTeacher:
     def __init__(self, teacher: Teacher, computing: Computing, device: torch.device) -> None:
         extractor = teacher.network.extractor
         model = copy.deepcopy(extractor.model).train().to(device)
-        let_train(model, True, like=extractor.model)
+        let_train([*model.parameters()], True, like=[*extractor.model.parameters()])
         copied = Extractor(model, extractor.places, extractor.model_name)
         self.network = Network(copied, teacher.network.normalizer, computing)
         self.trains = False
@@ -146,7 +146,7 @@ StageTeacher = Teacher | OwnTeacher
 
 
 def own_teacher_of(
-    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, ranks: Ranks = ALONE
+    spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, ranks: Ranks
 ) -> OwnTeacher | None:
     """The copy that a cell's stages need, with first values of its own where the teacher begins untrained."""
     if teacher is None or spec.teacher is None or not own_teacher_stages(spec.method.stages):

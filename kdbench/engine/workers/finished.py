@@ -194,16 +194,10 @@ class Finished:
 
 
 def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
-    """What a record says of its cell's place in the comparison."""
-    return {
-        "recipe": plan.name,
-        **derived(cell.spec)["cell"],
-        "axes": cell.axes,
-        "order": cell.order,
-        "baseline": plan.baseline,
-        "title": plan.title,
-        **({"tuning": cell.tuning} if cell.tuning is not None else {}),
-    }
+    """What a record says of its cell's place in the comparison, in the form of the record."""
+    place = {"axes": cell.axes, "order": cell.order, "baseline": plan.baseline, "title": plan.title}
+    tuning = {"tuning": cell.tuning} if cell.tuning is not None else {}
+    return {"recipe": plan.name, "cell": derived(cell.spec)["cell"] | place | tuning}
 
 
 def check_teacher(teacher: TeacherSpec, record: Record, here: DataHere) -> None:

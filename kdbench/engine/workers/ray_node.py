@@ -10,6 +10,7 @@ import queue
 import subprocess
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from kdbench.data.sent import settle
 from kdbench.engine.workers.pool import worker_process
@@ -88,11 +89,10 @@ class Node:
             self.watched = [*watched]
             self._changed()
         assert self.worker is not None and self.worker.stdin is not None
-        try:
+        # Its end is told by `poll`.
+        with suppress(OSError):
             self.worker.stdin.write(line)
             self.worker.stdin.flush()
-        except OSError:
-            pass  # Its end is told by `poll`.
 
     def clear(self, folder: str, keep: Sequence[str]) -> None:
         """Remove what a worker before left in a folder, all but some files. Nothing is watched until the next task."""
@@ -105,12 +105,10 @@ class Node:
     def poll(self) -> tuple[list[str], list[Content], int | None]:
         """Events since the last call, what changed in the files before that, and the worker's exit code if it ended."""
         lines: list[str | None] = []
-        try:
+        with suppress(queue.Empty):
             lines.append(self.lines.get(timeout=LOOK))
             while True:
                 lines.append(self.lines.get_nowait())
-        except queue.Empty:
-            pass
         code = None
         if None in lines:
             assert self.worker is not None

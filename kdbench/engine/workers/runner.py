@@ -107,8 +107,7 @@ def _rename(file: Path, place: dict[str, Any]) -> None:
         before = read_record(file).plain()
     except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    method = (before["spec"].get("method") or {}) | {"label": place["label"]}
-    names = {"recipe": place["recipe"], "cell": {key: value for key, value in place.items() if key != "recipe"}}
-    record = Record.model_validate(before | names | {"spec": before["spec"] | {"method": method}}).plain()
+    method = (before["spec"].get("method") or {}) | {"label": place["cell"]["label"]}
+    record = Record.model_validate(before | place | {"spec": before["spec"] | {"method": method}}).plain()
     if record != before:
         write_json(file, record)

@@ -165,7 +165,7 @@ class Session:
             for spec in kinds.values()
         ]
 
-    def computings(self, folder: Path, cells: scheduling.Cells, finished: Sequence[Path] = ()) -> dict[str, Computing]:
+    def computings(self, folder: Path, cells: scheduling.Cells, finished: Sequence[Path]) -> dict[str, Computing]:
         """How cells compute, by what their recipe leaves open (`compute.key`): as this run began, else as its finished
         cells were computed, else as a short trial finds fastest."""
         result: dict[str, Computing] = {}

@@ -22,7 +22,7 @@ from kdbench.engine.member import Member
 from kdbench.engine.memory import peak_memory
 from kdbench.engine.network import Network
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.ranks import ALONE, LOST, Ranks
+from kdbench.engine.ranks import LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.together import Together
@@ -44,7 +44,7 @@ Emit = Callable[[messages.Event], None]
 
 
 def train_cells(
-    task: messages.TrainCells, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks = ALONE
+    task: messages.TrainCells, materials: Materials, emit: Emit, stopping: Callable[[], bool], ranks: Ranks
 ) -> None:
     """Train a program's cells. Cells' failures are told as events; the others go on.
 
@@ -230,7 +230,7 @@ class Training:
         record = finish(
             member,
             cell.folder,
-            dict(self.cells[cell].names),
+            self.cells[cell].names,
             self.domains,
             self.file if member.teacher else None,
             self._teacher_logits(member),
