@@ -266,7 +266,7 @@ def loss(cards: Registry, key: str) -> str:
     summary = re.split(r"\n(?:Args|Returns|Raises):", inspect.getdoc(function) or "")[0]
     lines = [f"## Loss `{key}` {{ #loss-{key} }}\n", summary.strip(), ""]
     # What is no plain value, such as a mask, is the engine's to give.
-    options = [option for option in cards.settable(card.target, card).values() if option.type is not None]
+    options = [option for option in cards.settable(card).values() if option.type is not None]
     if options:
         rows = [[code(o.name), code(o.annotation), code(repr(o.default))] for o in options]
         lines += [table(["option", "type", "default"], rows)]
