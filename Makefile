@@ -70,6 +70,7 @@ lint: setup ## ruff
 
 types: setup ## mypy, also for what Windows lacks
 	$(BIN)/mypy
+	$(BIN)/mypy docs/hooks.py
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 
 check: lint types docs test ## everything that CI checks

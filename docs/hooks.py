@@ -364,7 +364,8 @@ def fields() -> str:
         "`kdbench schema` writes the same for editors.\n"
     ]
     shown: set[type[BaseModel]] = set()
-    for title, model in [("Recipe", Recipe), *((f"Card: {kind}", model) for kind, model in KINDS.items())]:
+    first: dict[str, type[BaseModel]] = {"Recipe": Recipe, **{f"Card: {kind}": model for kind, model in KINDS.items()}}
+    for title, model in first.items():
         parts.append(field_section(title, model, shown))
     waiting = sorted((model for model in nested(shown) if model not in shown), key=lambda model: model.__name__)
     while waiting:
