@@ -200,7 +200,8 @@ def method(cards: Registry, key: str) -> str:
         lines += [f"- {sentence(text)}." for text in card.departs] + [""]
     lines += [table(["stage", "budget", "trains", "loss", "hook points", "weight"], stage_rows(card)), ""]
     if card.parameters:
-        rows = [[code(name), code(path), code(default(cards, card, path))] for name, path in card.parameters.items()]
+        sets = {name: [said] if isinstance(said, str) else said for name, said in card.parameters.items()}
+        rows = [[code(name), ", ".join(map(code, at)), code(default(cards, card, at[0]))] for name, at in sets.items()]
         lines += [f"Options, set by `method.NAME=VALUE`:\n\n{table(['name', 'sets', 'default'], rows)}"]
     return "\n".join(lines)
 

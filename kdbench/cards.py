@@ -350,7 +350,7 @@ class MethodCard(Card):
     title: str
     follows: str | None = Field(None, description="the source that this card follows")
     departs: list[str] = Field([], description="where paper, code and this card differ")
-    parameters: dict[str, str] = Field({}, description="short name -> dotted path inside this card")
+    parameters: dict[str, str | list[str]] = Field({}, description="short name -> dotted path in this card, or several")
     pairs: list[PairCard] = Field([], description="parameters that the source sets by pair of networks")
     starts_from: Literal["teacher"] | None = Field(
         None,

@@ -60,6 +60,7 @@ class Record(Open):
     compute: parts.Compute
     sources: dict[str, Any] = Field({}, description="stage -> what its batch source says of itself")
     operations: dict[str, Any] = Field({}, description="stage -> what its operation says of itself")
+    modules: dict[str, Any] = Field({}, description="module of the method -> what it says of itself")
     seeds: parts.Seeds = parts.Seeds()
     files: dict[str, str] = Field({}, description="name of a file that was left beside the record -> sha256, in hex")
     git: parts.Git | None = None

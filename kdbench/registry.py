@@ -250,6 +250,11 @@ def singular(kind: str) -> str:
     return special.get(kind, kind[:-1])
 
 
+def _listed(said: Any) -> list[str]:
+    """A card's value that is a list, or one alone."""
+    return [str(one) for one in (said if isinstance(said, list) else [said])]
+
+
 def _unpaired(base: Tree, own: Tree) -> Tree:
     """A card that another includes, without what its `pairs` say of parameters that the other sets itself."""
     short, pairs = base.data.get("parameters"), base.data.get("pairs")
@@ -257,7 +262,7 @@ def _unpaired(base: Tree, own: Tree) -> Tree:
         return base
     said = {dotted(path) for path in paths(own.data)}
     kept = [
-        {key: value for key, value in pair.items() if str(short.get(key)) not in said}
+        {key: value for key, value in pair.items() if said.isdisjoint(_listed(short.get(key)))}
         if isinstance(pair, dict)
         else pair
         for pair in pairs

@@ -24,6 +24,7 @@ TOLD = {
     "teacher_classifier": "the same of the teacher",
     "student_batch_norm": "the batch norm before the student's hook point",
     "teacher_batch_norm": "the same of the teacher",
+    "student_tail": "what the student does behind the hook point named for the teacher, a `kdbench.models.tails.Tail`",
     "progress": "steps done of the stage, as a share in [0, 1); float32 [] on the device",
     "epoch": "whole epochs done of the stage, from 0; float32 [] on the device",
 }

@@ -115,6 +115,9 @@ def by_step(member: Member) -> dict[str, str]:
         for name, stage in member.spec.method.stages.items()
     }
     said = {name: [one.by_step for one in ones if one is not None and one.by_step] for name, ones in acting.items()}
+    if member.device.type == "cpu":
+        for name, stage in member.spec.method.stages.items():
+            said[name] += ["its optimizer takes its rates from the host"] * (stage.optimizer.name != "sgd")
     return {name: why[0] for name, why in said.items() if why}
 
 

@@ -22,6 +22,7 @@ from kdbench.recipe.remarks import remarks
 from kdbench.recipe.specs import CellSpec, MethodSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry
+from kdbench.tree import text
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,11 @@ def command(
     known: Known = {}
     try:
         distinct = _distinct(cell.spec for cell in planned.cells)
-        taken = {name: memory_of(spec, device, check_cell(spec, known)) for name, spec in distinct.items()}
+        taken, said = {}, dict[str, None]()
+        for name, spec in distinct.items():
+            built = check_cell(spec, known)
+            taken[name] = memory_of(spec, device, built)
+            said |= {f"{spec.method.label}: module '{one}': {text(facts)}": None for one, facts in built.said.items()}
     except UserError as error:
         raise planned.placed(error) from None
     estimate = Estimate(device, time)
@@ -84,6 +89,8 @@ def command(
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
+    for line in said:
+        console.print(line)
     if done := len(planned.cells) - len(left.cells):
         also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
         console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")

@@ -19,10 +19,11 @@ from kdbench.engine.compute import REFERENCE
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.predicting import check_answers
 from kdbench.engine.streamed import check_transforms
-from kdbench.engine.surroundings import Shape, Surroundings
+from kdbench.engine.surroundings import Shape, Surroundings, said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
+from kdbench.engine.weights import check_start
 from kdbench.errors import UserError, counted, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS
@@ -44,7 +45,10 @@ Known = dict[str, tuple[Extractor, dict[str, Shape]]]
 
 @dataclass(frozen=True)
 class BuiltCell:
-    """A cell's networks (the teacher without its weights), loss terms and modules, and shapes of all hook points."""
+    """A cell's networks (the teacher without its weights), loss terms and modules, and shapes of all hook points.
+
+    `said`: what modules say of themselves.
+    """
 
     student: Extractor
     shapes: Mapping[str, Shape]
@@ -52,6 +56,7 @@ class BuiltCell:
     teacher_shapes: Mapping[str, Shape]
     terms: Mapping[str, Mapping[str, Term]]
     modules: Mapping[str, nn.Module]
+    said: Mapping[str, Any]
 
 
 class _Undrawn(TorchFunctionMode):
@@ -103,11 +108,14 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     if spec.teacher is not None:
         taught = spec.networks["teacher"][1]
         teacher, teacher_shapes = built(spec.teacher.model.untrained(), taught, trains("teacher"), True)
+        if spec.method.starts_from == "teacher":
+            check_start(student.model, teacher.model.state_dict(), spec.student.name, spec.teacher.model.name)
     with _Undrawn():
         cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
         if spec.method.predicts is not None:
             check_answers(cell)
-        return BuiltCell(student, shapes, teacher, teacher_shapes, build_terms(cell), cell.modules)
+        terms, said = build_terms(cell), said_of(cell.modules)
+        return BuiltCell(student, shapes, teacher, teacher_shapes, terms, cell.modules, said)
 
 
 def _check_size(spec: ModelSpec, data: DataSpec) -> None:

@@ -18,6 +18,7 @@ from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
+from kdbench.engine.surroundings import said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
@@ -76,6 +77,7 @@ def finish(
             "compute": compute | _times(log),
             "sources": {name: source.record() for name, source in member.sources.items()},
             "operations": {name: operation.record() for name, operation in member.operations.items()},
+            "modules": said_of(member.modules.of_method),
             "seeds": {"streams": streams(spec)},
             "files": files,
             "git": git_state(),

@@ -12,6 +12,7 @@ from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.targets import code_of
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
+from kdbench.models.points import LOGITS
 from kdbench.recipe.specs import CellSpec
 
 
@@ -29,7 +30,9 @@ class Predictor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W]."""
-        logits: Tensor = self.head(self._extractor(images, [self._point])[self._point])
+        # An exporter cannot follow a network that stops midway. What nobody needs is not exported.
+        points = [self._point, LOGITS] if torch.compiler.is_exporting() else [self._point]
+        logits: Tensor = self.head(self._extractor(images, points)[self._point])
         return logits
 
     def used(self, images: Tensor) -> list[nn.Parameter]:

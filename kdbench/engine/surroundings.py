@@ -1,5 +1,6 @@
 """What a cell's losses and modules are told when they ask for it by the name of an argument (`kdbench.told`)."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 
 from kdbench.data.streams import address
 from kdbench.engine.build import made
+from kdbench.engine.targets import code_of
 from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.models.neighbours import batch_norm_before, classifier
 from kdbench.models.points import expand
+from kdbench.models.tails import Tail
 from kdbench.recipe.specs import CellSpec, ModuleSpec
 from kdbench.recipe.timeline import training_images
 from kdbench.signature import parameters
@@ -69,7 +72,10 @@ class Surroundings:
 
     def built(self, spec: ModuleSpec, place: str) -> nn.Module:
         """A module of the method with its first values, on the CPU."""
-        return build_module(spec, self.shapes_for(spec), place, self.spec.seed, self.tell)
+        points = {"student": spec.student, "teacher": spec.teacher}
+        return build_module(
+            spec, self.shapes_for(spec), place, self.spec.seed, lambda name: self.tell(name, points=points)
+        )
 
     def points(self, wanted: list[str], network: str) -> list[str]:
         """The hook points of a network that names stand for."""
@@ -108,6 +114,20 @@ def build_module(
         return made(spec, what, None, **given, **told)
 
 
+def said_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What modules of a method say of themselves: name -> what a method `record` gives, for those that have one.
+
+    Raises:
+        UserError: it fails, or gives no plain data.
+    """
+    found = {}
+    for name, module in modules.items():
+        if callable(record := getattr(module, "record", None)):
+            with code_of(f"module '{name}': its 'record'"):
+                found[name] = json.loads(json.dumps(record(), allow_nan=False))
+    return found
+
+
 def _labels(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tensor:
     """Before the data are read, as many labels as there will be, all classes alike."""
     if cell.labels is not None:
@@ -123,6 +143,11 @@ def _batch_norm(network: str) -> Callable[[Surroundings, str, Mapping[str, str]]
     return found
 
 
+def _tail(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tail:
+    (point,) = cell.points([points["teacher"]], "student")
+    return Tail(cell.network("student", stage), point, cell.spec.networks["student"][1].image_shape)
+
+
 _BUILT: dict[str, Callable[[Surroundings, str, Mapping[str, str]], Any]] = {
     "known_classes": lambda cell, stage, points: cell.spec.teacher.known_classes if cell.spec.teacher else None,
     "training_labels": _labels,
@@ -131,4 +156,5 @@ _BUILT: dict[str, Callable[[Surroundings, str, Mapping[str, str]], Any]] = {
     "teacher_classifier": lambda cell, stage, points: classifier(cell.network("teacher", stage)),
     "student_batch_norm": _batch_norm("student"),
     "teacher_batch_norm": _batch_norm("teacher"),
+    "student_tail": _tail,
 }

@@ -199,6 +199,23 @@ def start_from(
     Raises:
         UserError: networks that differ in anything else.
     """
+    check_start(model, state, name, teacher)
+    rows = None if known_classes is None else torch.tensor(known_classes)
+    classifier = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if rows is not None and not classifier:
+        raise UserError(f"the student '{name}' has no linear classifier whose rows could be told apart by class")
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if rows is not None and key.rpartition(".")[0] in classifier:
+                value[rows] = state[key][rows]
+            elif value.ndim:
+                value[: len(state[key])] = state[key]
+            else:
+                value.copy_(state[key])
+
+
+def check_start(model: nn.Module, state: Mapping[str, Tensor], name: str, teacher: str) -> None:
+    """Raises UserError for networks of which one cannot get the other's weights by `start_from`."""
     own = model.state_dict()
     bad = list(own.keys() ^ state.keys())
     wider = [
@@ -211,18 +228,6 @@ def start_from(
         at = min([*bad, *wider])
         what = f"the student '{name}' cannot begin with the weights of its teacher '{teacher}': they differ at '{at}'"
         raise UserError(what, hint="choose the same model for both (the student may have more classes)")
-    rows = None if known_classes is None else torch.tensor(known_classes)
-    classifier = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
-    if rows is not None and not classifier:
-        raise UserError(f"the student '{name}' has no linear classifier whose rows could be told apart by class")
-    with torch.no_grad():
-        for key, value in own.items():
-            if rows is not None and key.rpartition(".")[0] in classifier:
-                value[rows] = state[key][rows]
-            elif value.ndim:
-                value[: len(state[key])] = state[key]
-            else:
-                value.copy_(state[key])
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from kdbench.losses.dml import mutual
 from kdbench.losses.factor_transfer import Paraphraser, Translator, factor_transfer, paraphrased, reconstruction
 from kdbench.losses.fitnets import fitnets
 from kdbench.losses.fsp import fsp, fsp_matrix
+from kdbench.losses.hnd import Bottleneck, BottleneckHead, ghnd, hnd
 from kdbench.losses.ickd import inter_channel_correlation
 from kdbench.losses.irg import instance_edges, instance_transformation
 from kdbench.losses.itrd import InformationTheoretic, itrd_correlation, itrd_mutual
@@ -81,16 +82,16 @@ from kdbench.losses.wsld import weighted_soft_labels
 
 __all__ = [
     "AttendedChannels", "AttentionFusion", "AttentionMatching", "BatchNormInputs", "BatchNormMeans", "BeYourOwnTeacher",
-    "ConstantAgreement", "ContrastiveDistillation", "ContrastiveRepresentation", "CurriculumTemperature",
-    "CustomizedSoftLabels", "FeatureTransform", "InformationTheoretic", "KnowledgeReview", "MaskedGeneration",
-    "NeighbourCongruence", "Paraphraser", "PatchGeneration", "PatchMimicking", "PrimeAware", "Projector",
-    "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "TransformedHead", "Translator",
+    "Bottleneck", "BottleneckHead", "ConstantAgreement", "ContrastiveDistillation", "ContrastiveRepresentation",
+    "CurriculumTemperature", "CustomizedSoftLabels", "FeatureTransform", "InformationTheoretic", "KnowledgeReview",
+    "MaskedGeneration", "NeighbourCongruence", "Paraphraser", "PatchGeneration", "PatchMimicking", "PrimeAware",
+    "Projector", "SemanticCalibration", "SimpleRecipe", "SoftmaxRegression", "TransformedHead", "Translator",
     "VariationalInformation", "activation_agreement", "activation_boundary", "activation_strength", "adaptive_mse",
     "agreed_divergence", "angle_similarity", "attended_channels", "attention_distillation", "attention_transfer",
     "batch_norm_distance", "batch_norm_margin", "cat_kd", "centred_mse", "channel_relation", "channel_wise",
     "class_attention", "class_balance", "class_distances", "competition", "cross_entropy", "customized_others",
     "customized_target", "dist", "dkd", "draw_negatives", "factor_transfer", "fitnets", "fsp", "fsp_matrix",
-    "gaussian_nll", "gram_direction", "hard_distillation", "hierarchical_context", "instance_edges",
+    "gaussian_nll", "ghnd", "gram_direction", "hard_distillation", "hierarchical_context", "hnd", "instance_edges",
     "instance_transformation", "inter_channel_correlation", "itrd_correlation", "itrd_mutual", "jacobian_matching",
     "jensen_shannon", "kd", "kd_at_temperatures", "kd_over_classes", "kd_over_elements", "kernel_congruence",
     "kl_divergence", "l2_norm", "log_power_sum", "magnitude_similarity", "map_correlation", "matched_attention",

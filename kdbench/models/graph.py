@@ -36,7 +36,7 @@ def traced(extractor: Extractor, points: Collection[str], training: bool, image_
     """
     asked = sorted(set(points), key=[*extractor.places, LOGITS].index)
     copied = extractor.overwritten(image_shape)
-    tracer = _Tracer({point: extractor.places[point] for point in asked if point != LOGITS}, copied)
+    tracer = PointTracer({point: extractor.places[point] for point in asked if point != LOGITS}, copied)
     try:
         with undisturbed(extractor.model, training):
             graph = tracer.trace(extractor.model)
@@ -69,13 +69,18 @@ class Traced(NamedTuple):
     last: str
 
 
-class _Tracer(fx.Tracer):
-    """Notes, for every hook point, the value that its module takes or gives. Of several calls the last counts."""
+class PointTracer(fx.Tracer):
+    """Notes, for every hook point, the value that its module takes or gives. Of several calls the last counts.
+
+    Attributes:
+        found: hook point -> its value as hooks give it. raw: the same as the network goes on with it.
+    """
 
     def __init__(self, places: Mapping[str, Place], copied: Collection[str]) -> None:
         super().__init__()
         self.places, self.copied = places, copied
         self.found: dict[str, fx.Node] = {}
+        self.raw: dict[str, fx.Node] = {}
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
@@ -91,6 +96,7 @@ class _Tracer(fx.Tracer):
 
     def _note(self, point: str, value: object) -> None:
         if isinstance(value, fx.Proxy):
+            self.raw[point] = value.node
             # Where the network overwrites the tensor afterwards, the graph keeps a copy of this moment.
             value = value.clone() if point in self.copied else value
             self.found[point] = self.places[point].rearranged(value).node

@@ -62,8 +62,9 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
     name = given.data["name"]
     tree = registry.tree("methods", name, given.origin(("name",)))
     short = registry.card("methods", name).parameters
-    for key in short:
-        _check_parameter(tree, key, short[key], registry)
+    for key, said in short.items():
+        for path in _paths(said):
+            _check_parameter(tree, key, ".".join(path), registry)
     # Settings of one method in a comparison are told apart by what they set.
     own = [f"{k} {v}" for k, v in given.data.items() if k in variant.own and k not in _METHOD_KEYS]
     if not isinstance(given.data.get("label", ""), str | None):
@@ -75,7 +76,8 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
         tree = tree.put(path, value)
     for key, value in given.data.items():
         if key in short:
-            tree = tree.put(tuple(short[key].split(".")), Tree.of(value, given.origin((key,))))
+            for path in _paths(short[key]):
+                tree = tree.put(path, Tree.of(value, given.origin((key,))))
             if f"method.{key}" in variant.axes:
                 label = f"{label}, {key} {value}"
         elif key == "stages" and isinstance(value, dict):
@@ -90,6 +92,11 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
             what = f"unknown key '{key}' for method '{name}'"
             raise UserError(what, given.origin((key,)), did_you_mean(key, [*short, "stages", "label"]))
     return written_out(tree), foreign, label
+
+
+def _paths(said: str | list[str]) -> list[tuple[str, ...]]:
+    """What a parameter's short name stands for on a card: one place, or several that get the same value."""
+    return [tuple(path.split(".")) for path in ([said] if isinstance(said, str) else said)]
 
 
 def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:
@@ -128,7 +135,7 @@ def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[t
                 )
             said = [pair[side] if isinstance(pair[side], list) else [pair[side]] for side in models]
             if key in short and all(model in names for model, names in zip(models.values(), said, strict=True)):
-                found[tuple(short[key].split("."))] = Tree.of(value, where)
+                found |= dict.fromkeys(_paths(short[key]), Tree.of(value, where))
     return found
 
 

@@ -59,6 +59,7 @@ def notes_of(
         yield "Accuracies on groups of classes are on their test images, classified among all classes"
     for measure in measures:
         yield from _measure(records, measure)
+    yield from _modules(comparison)
     yield "Seconds are the mean training time of one seed; methods that train together share their teacher's passes"
     yield from (Note(text, warning=True) for text in comparison.notes)
 
@@ -152,6 +153,14 @@ def _training(comparison: Comparison) -> Said:
     rows = grouped((said, row.label) for row, _, record in places if (said := settings.in_a_line(record)))
     for said, labels in rows.items():
         yield f"Training: {said}" if len(rows) == 1 else f"Training of {listed(labels, 6)}: {said}"
+
+
+def _modules(comparison: Comparison) -> Said:
+    """What modules of methods say of themselves."""
+    places = [(row.label, record.modules) for row, _, record in comparison.places()]
+    said = grouped(((name, text(facts)), label) for label, modules in places for name, facts in modules.items())
+    for (name, facts), labels in said.items():
+        yield f"Module '{name}' of {listed(labels, 6)}: {facts}"
 
 
 def _unlike_columns(comparison: Comparison) -> Said:

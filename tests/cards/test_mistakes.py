@@ -359,7 +359,7 @@ def test_every_key_of_cards_misspelt_is_an_error(
         registry.trees[kind][name] = original
 
 
-PARAMETERS = {
+PARAMETERS: dict[str | tuple[str, ...], str | None] = {
     "stages.only.losses.kd.temperature": None,
     "stages.only.losses.kd.weight": None,
     "stages.only.losses.kd.temprature": "temperature",
@@ -372,15 +372,20 @@ PARAMETERS = {
     "stages.first.modes.teacher": "points to nothing",
     "stages.only.anchors.n": "points to nothing",
     "stages.only": "points to nothing",
+    # One name for several places.
+    ("stages.only.losses.kd.temperature", "stages.only.losses.kd.weight"): None,
+    ("stages.only.losses.kd.temperature", "stages.only.losses.kd.wieght"): "weight",
     "title": "points to nothing",
 }
 
 
 @pytest.mark.parametrize(("path", "hint"), PARAMETERS.items())
-def test_a_parameter_of_a_method_card_points_to_something(path: str, hint: str | None, tmp_path: Path) -> None:
+def test_a_parameter_of_a_method_card_points_to_something(
+    path: str | tuple[str, ...], hint: str | None, tmp_path: Path
+) -> None:
     stage = {"name": "only", "optimizer": {"name": "sgd", "lr": 0.1}, "losses": {"kd": {"loss": "kd"}}}
     stage |= {"modes": {"teacher": "train"}, "batch_norm": {"data": "frozen"}}
-    card = {"title": "Mine", "parameters": {"short": path}, "stages": [stage]}
+    card = {"title": "Mine", "parameters": {"short": path if isinstance(path, str) else [*path]}, "stages": [stage]}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"methods": {"mine": card}}, sort_keys=False))
     registry = Registry([tmp_path])
     if hint is None:

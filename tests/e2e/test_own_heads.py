@@ -61,3 +61,22 @@ def test_such_a_student_cannot_teach(tmp_path: Path) -> None:
     recipe = {"data": "digits", "teacher": "own", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
     with pytest.raises(UserError, match="cannot teach"):
         plan(recipe, Registry([cards]))
+
+
+@pytest.mark.slow
+def test_a_student_with_a_bottleneck_is_its_teacher_but_for_that(kdbench: Kdbench, tmp_path: Path) -> None:
+    few = ["data=digits", "compare.method=[ghnd]", "steps=120", "evaluations=1"]
+    fast = "method.stages.distillation.optimizer.lr=0.01"
+    done = kdbench("run", *TINY, *few, fast, "--jobs", "1", "--threads", "1")
+    assert "Module 'bottleneck' of GHND: values of an image 300, map 12 × 5 × 5" in " ".join(done.stdout.split())
+    (folder,) = (tmp_path / "runs" / "tiny").glob("ghnd*")
+    record = json.loads((folder / "record.json").read_text())
+    assert record["result"]["test"]["last"] > 60, "chance is 10 %"
+    student = load_student(folder)
+    teacher, own = load_file(next(tmp_path.rglob(f"teachers/*/{STUDENT}"))), load_file(folder / STUDENT)
+    assert all(torch.equal(value, own[f"student.{key}"]) for key, value in teacher.items())
+    assert {*own} - {f"student.{key}" for key in teacher} == {
+        key for key in student.state_dict() if key.startswith("head.bottleneck.")
+    }
+    # The network stops at its stem, which no exporter can follow.
+    assert "student.onnx" in kdbench("export", folder, "--onnx", "--out", "out").stdout

@@ -77,6 +77,7 @@ OF_EQUAL_MAPS: dict[str, Loss] = {
     "ab": losses.activation_boundary,
     "fitnets": losses.fitnets,
     "jacobian": losses.jacobian_matching,
+    "hnd": losses.hnd,
     "ickd": losses.inter_channel_correlation,
     "cwd": losses.channel_wise,
     "channel_relation": losses.channel_relation,
@@ -109,6 +110,8 @@ RELATIONAL = {
     "dist", "mlkd", "mlkd described", "itrd_correlation", "irg's steps", "gram_direction", "skd", "skd described",
     "spatial_relation", "pkd",
 }  # fmt: skip
+# They add up images, where the others take the mean.
+SUMMED = {"hnd"}
 # Of two maps, the larger one is pooled to the smaller.
 POOLED = [
     "nst", "at", "at of the paper", "at, p = 3", "spatial_relation", "channel_relation", "afd", "cwd", "ft", "ofd",
@@ -179,7 +182,7 @@ def test_a_student_like_its_teacher_is_at_the_least_value(name: str) -> None:
         assert loss(teacher + 0.3 * rand(*teacher.shape, seed=seed), teacher).item() > value.item() + 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - OF_VECTORS.keys() - RELATIONAL - LABELLED.keys()))
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - OF_VECTORS.keys() - RELATIONAL - SUMMED - LABELLED.keys()))
 def test_a_batch_has_the_mean_loss_of_its_images(name: str) -> None:
     student, teacher = PAIRS[name]()
     each = [LOSSES[name](student[i : i + 1], teacher[i : i + 1]).item() for i in range(len(student))]
@@ -278,7 +281,7 @@ def test_the_modules_above_are_all_that_are_losses() -> None:
     given = {type(build()) for build, _, _ in WHOLE}
     # Connectors, modules of a method, a part of a loss, and the loss whose noise is drawn elsewhere.
     parts: set[type[nn.Module]] = {losses.Paraphraser, losses.Translator, losses.Projector, losses.AttentionFusion}
-    parts |= {losses.FeatureTransform, losses.TransformedHead}
+    parts |= {losses.FeatureTransform, losses.TransformedHead, losses.Bottleneck, losses.BottleneckHead}
     known = {
         one for name in losses.__all__ if isinstance(one := getattr(losses, name), type) and issubclass(one, nn.Module)
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
 from kdbench.engine.build import build_model
+from kdbench.engine.check import check_cell
 from kdbench.engine.finish import size_of
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.weights import start_from
@@ -285,3 +286,5 @@ def test_what_cannot_be_pruned_is_told(tmp_path: Path) -> None:
     spec = cell("prune_real", student="wrn_10_1")
     with pytest.raises(UserError, match="cannot begin with the weights"):
         member_in(spec, teacher, tmp_path)
+    with pytest.raises(UserError, match="cannot begin with the weights"):
+        check_cell(spec)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -43,6 +44,15 @@ MODELS = (
     "wrn_10_1", "resnet8", "bss_resnet8", "resnet8x4", "vgg8", "mobilenetv2_half", "shufflenet_v1", "shufflenet_v2",
     "mobilenetv1",
 )  # fmt: skip
+
+
+# Behind a bottleneck: one layer, and logits.
+TAIL = SimpleNamespace(
+    at_layer=True,
+    points=["layer3"],
+    layers=lambda value: [value.mean((2, 3))[:, [0, 1, 2, 3, 0]]],
+    logits=lambda value: value.mean((2, 3)),
+)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -78,6 +88,8 @@ def told(target: str, called: bool, width: int = 6, own: int | None = None) -> d
         "paraphraser": lambda: filled(losses.Paraphraser((4, 4, 4), rate=1.0)),
         "transform": lambda: filled(losses.FeatureTransform((4, 4, 4), (4, 4, 4), number=2)),
         "projector": lambda: filled(nn.Conv2d(4, 6, 1)),
+        "bottleneck": lambda: filled(losses.Bottleneck((4, 6, 6), (6, 3, 3), TAIL)),
+        "student_tail": lambda: TAIL,
     }
     return {name: values[name]() for name in asked(target, called) if name != "known_classes"}
 

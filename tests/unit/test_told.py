@@ -21,7 +21,7 @@ from kdbench.engine.check import check_cell
 from kdbench.engine.finish import size_of, streams
 from kdbench.engine.member import Member
 from kdbench.engine.predicting import Predictor
-from kdbench.engine.surroundings import _BUILT
+from kdbench.engine.surroundings import _BUILT, said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.terms import _NUMBERS
@@ -521,6 +521,54 @@ def test_a_module_before_the_one_that_it_needs_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"modules/before: 'whole' .* needs 'shift', which stands after it") as error:
         check_cell(spec)
     assert error.value.hint == "name 'shift' first under the method's 'modules'"
+
+
+@pytest.mark.parametrize("method", ["hnd", "ghnd"])
+def test_a_bottleneck_alone_trains_between_layers_of_the_teacher(method: str) -> None:
+    member, batches, teacher = member_of(cell(method, steps=3))
+    assert teacher is not None
+    student: Any = member.student.model
+    bottleneck: Any = member.modules.of_method["bottleneck"]
+    begin = [p.detach().clone() for p in bottleneck.parameters()]
+    train(member, batches, teacher, 3)
+    assert not any(map(torch.equal, begin, bottleneck.parameters()))
+    # Weights and statistics, bit for bit.
+    assert fingerprint(student) == fingerprint(teacher.network.model)
+    assert bottleneck.training and not any(module.training for module in student.modules())
+    member.set_modes(evaluating=True)
+    pictures = torch.rand(3, 1, 8, 8)
+    value = bottleneck(student.conv1(member.student.normalizer(pictures)))
+    assert value.shape == (3, 64, 4, 4)
+    features = student.bn1(student.block3(value)).relu().mean(dim=(2, 3))
+    assert torch.allclose(member.answers.logits(pictures), student.fc(features), atol=1e-5)
+    model = member.answers.model
+    assert isinstance(model, Predictor)
+    parts = (student.conv1, bottleneck, student.block3, student.bn1, student.fc)
+    assert size_of(model, member.spec.data)["parameters"] == sum(p.numel() for part in parts for p in part.parameters())
+
+
+def test_a_bottleneck_takes_the_place_that_the_recipe_names() -> None:
+    spec = cell({"name": "hnd", "split": "layer3", "input": "layer1", "width": 3})
+    term = spec.method.stages["distillation"].losses["layers"]
+    assert (term.student, term.teacher) == ("layer1", "layer3")
+    assert spec.method.predicts is not None and spec.method.predicts.student == "layer1"
+    member = member_of(spec)[0]
+    assert said_of(member.modules.of_method)["bottleneck"]["map"] == "3 × 3 × 3"
+    told = check_cell(spec).said["bottleneck"]
+    assert told == said_of(member.modules.of_method)["bottleneck"] and told["values of an image"] == 27
+    wrong = cell({"name": "ghnd", "split": "layer2.preact"})
+    with pytest.raises(UserError, match="takes the place of a whole layer"):
+        check_cell(wrong)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"), [(lambda: 1 / 0, "division by zero"), (lambda: {"far": float("inf")}, "JSON|not")]
+)
+def test_what_a_module_says_of_itself_must_be_plain(said: Any, why: str) -> None:
+    module: Any = nn.Identity()
+    module.record = said
+    with pytest.raises(UserError, match=f"module 'own': its 'record'.*({why})"):
+        said_of({"silent": nn.Identity(), "own": module})
 
 
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
