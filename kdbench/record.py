@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kdbench import record_parts as parts
 from kdbench.errors import UserError, check_word, counted
 from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS, meant, paths_of, sha256_of
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
-from kdbench.recipe.specs import CellSpec, DataSpec
-from kdbench.recipe.timeline import planned_timeline, training_images, validation_images
+from kdbench.recipe.specs import CellSpec
+from kdbench.record_derived import derived, filled, typed, without
 
 SCHEMA = 1
 # What tells data and teachers of one name apart.
@@ -69,9 +69,9 @@ class Record(Open):
     @model_validator(mode="before")
     @classmethod
     def _with_what_follows(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (spec := _typed(data.get("spec"))) is not None:
+        if isinstance(data, dict) and (spec := typed(data.get("spec"))) is not None:
             try:
-                return _filled(data, derived(spec))
+                return filled(data, derived(spec))
             except (UserError, ArithmeticError, LookupError) as error:
                 what = error.what if isinstance(error, UserError) else str(error)
                 raise ValueError(f"its resolved recipe asks for {what}") from None
@@ -87,7 +87,7 @@ class Record(Open):
     @cached_property
     def resolved(self) -> CellSpec | None:
         """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""
-        return _typed(self.spec)
+        return typed(self.spec)
 
     @property
     def place(self) -> str:
@@ -142,67 +142,7 @@ class Record(Open):
     def plain(self) -> dict[str, Any]:
         """The record as the plain data of its file."""
         whole = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return whole if self.resolved is None else _without(whole, derived(self.resolved))
-
-
-def derived(spec: CellSpec) -> dict[str, Any]:
-    """What of a record follows from its resolved recipe, in the form of the record: names, counts, budget, seeds."""
-    line = planned_timeline(spec)
-    split = spec.data.split_seed
-
-    def images(data: DataSpec) -> dict[str, Any]:
-        tested = data.test if data.tested_on == "test" else validation_images(data)
-        return {"name": data.name, "test": tested, "classes": data.classes}
-
-    return {
-        "cell": {
-            "method": spec.method.name,
-            "label": spec.method.label,
-            "student": spec.student.name,
-            "teacher": spec.teacher and spec.teacher.name,
-            "data": spec.data.name,
-            "target": spec.target and spec.target.name,
-            "protocol": spec.protocol.name,
-            "seed": spec.seed,
-        },
-        "budget": {
-            "steps": line.total,
-            "epochs": round(line.epochs(line.total), 4),
-            "extra_epochs": round(line.epochs(line.extra), 4),
-            "batches_per_epoch": line.batches_per_epoch,
-            "stages": [{"name": span.name, "steps": span.steps} for span in line.spans],
-        },
-        "teacher": {"name": spec.teacher.name} if spec.teacher and not spec.teacher.untrained else None,
-        "data": images(spec.data) | {"train": training_images(spec.data), "validation": validation_images(spec.data)},
-        "target": spec.target and images(spec.target) | {"train": spec.target.train, "validation": 0},
-        "seeds": {"seed": spec.seed, "split": spec.seed if split is None else split},
-    }
-
-
-def _typed(spec: Any) -> CellSpec | None:
-    try:
-        return CellSpec.model_validate(spec)
-    except ValidationError:
-        return None
-
-
-def _filled(data: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Plain data with what it lacks of others."""
-    found = more | data
-    both = [key for key in more if isinstance(more[key], dict) and isinstance(data.get(key), dict)]
-    return found | {key: _filled(data[key], more[key]) for key in both}
-
-
-def _without(data: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Plain data without what others hold too."""
-    found = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and isinstance(more.get(key), dict):
-            if rest := _without(value, more[key]):
-                found[key] = rest
-        elif key not in more or value != more[key]:
-            found[key] = value
-    return found
+        return whole if self.resolved is None else without(whole, derived(self.resolved))
 
 
 def read_record(path: str | Path) -> Record:

@@ -21,7 +21,9 @@ from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teachers.anchors import Route
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.recipe.specs import CellSpec, DataSpec, StageSpec, TeacherSpec
+from kdbench.recipe.method_specs import StageSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
 

@@ -3,7 +3,7 @@
 import torch
 
 from kdbench.data.images import ImageData
-from kdbench.recipe.specs import DataSpec
+from kdbench.recipe.model_specs import DataSpec
 
 # Images of the training set.
 IMAGES = 10_240

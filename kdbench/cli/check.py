@@ -16,10 +16,10 @@ from kdbench.cli.progress import clock
 from kdbench.engine.compute import Memory, plainest
 from kdbench.engine.scheduling import kind
 from kdbench.errors import UserError, counted
-from kdbench.recipe.methods import terms_of
+from kdbench.recipe.method_specs import MethodSpec
 from kdbench.recipe.planning import Plan, PlannedCell, cell_name, plan
 from kdbench.recipe.remarks import remarks
-from kdbench.recipe.specs import CellSpec, MethodSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry
 from kdbench.tree import text
@@ -150,7 +150,7 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
     table = plain_table("method", "stage", "loss", "student", "teacher", "connector", "weight")
     for method in methods:
         sources = {stage: f" ({source.name})" for stage, source in method.sources.items()}
-        for stage, name, term in terms_of(method):
+        for stage, name, term in method.named_terms:
             reads = {*term.loss.inputs}
             # Where a term does not read the data set's own batch, its hook points say what.
             at = "" if term.input == "data" else f" of {term.input}"

@@ -30,9 +30,10 @@ from kdbench.engine.trained import load_student
 from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import home, no_formula, sha256_of, write_json, write_text
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import cell_name
 from kdbench.recipe.recorded import cell_of
-from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.record import Record, read_records, student_file
 from kdbench.registry import Registry
 from kdbench.version import __version__

@@ -15,7 +15,8 @@ from kdbench.models.hooks import Extractor, places
 from kdbench.models.places import Place
 from kdbench.models.several import Part, Several
 from kdbench.recipe.coded import TargetSpec
-from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.schedules import Schedule
 
 # Places of the hook points of networks that were built before: they are found by running the network.

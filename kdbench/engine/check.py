@@ -28,7 +28,8 @@ from kdbench.errors import UserError, counted, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS
 from kdbench.models.probing import dry_images, dry_run
-from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 
 CPU = torch.device("cpu")
@@ -85,9 +86,6 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     """
     before: Known = {} if known is None else known
 
-    def trains(network: str) -> bool:
-        return any(network in stage.trains for stage in spec.method.stages.values())
-
     def built(model: ModelSpec, data: DataSpec, trains: bool, asked: bool) -> tuple[Extractor, dict[str, Shape]]:
         key = f"{model.model_dump_json()} {data.model_dump_json()} {trains} {asked}"
         if key not in before:
@@ -102,12 +100,12 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         return before[key]
 
     own, asked = spec.student.not_started(), _asks_logits(spec)
-    student, shapes = built(own, spec.student.takes(spec.data), trains("student"), asked)
+    student, shapes = built(own, spec.student.takes(spec.data), spec.method.trains("student"), asked)
     teacher: Extractor | None = None
     teacher_shapes: dict[str, Shape] = {}
     if spec.teacher is not None:
         taught = spec.networks["teacher"][1]
-        teacher, teacher_shapes = built(spec.teacher.model.untrained(), taught, trains("teacher"), True)
+        teacher, teacher_shapes = built(spec.teacher.model.untrained(), taught, spec.method.trains("teacher"), True)
         if spec.method.starts_from == "teacher":
             check_start(student.model, teacher.model.state_dict(), spec.student.name, spec.teacher.model.name)
     with _Undrawn():

@@ -14,7 +14,8 @@ from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separ
 from kdbench.engine.stage import moment_at, schedule_span_of
 from kdbench.errors import UserError, failure
 from kdbench.recipe.coded import TargetSpec
-from kdbench.recipe.specs import CellSpec, StageSpec
+from kdbench.recipe.method_specs import StageSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline
 
 # Steps of a stage at which its schedules are asked, about evenly from the first to the last.

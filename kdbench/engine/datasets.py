@@ -9,7 +9,7 @@ from kdbench.engine.targets import import_target
 from kdbench.errors import UserError, failure
 from kdbench.image_cards import SQUARE
 from kdbench.own_code import own_code_sha256
-from kdbench.recipe.specs import DataSpec
+from kdbench.recipe.model_specs import DataSpec
 
 
 def load_data(spec: DataSpec, roots: list[Path], download: bool, cache: Path) -> AnyData:

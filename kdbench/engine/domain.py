@@ -17,7 +17,8 @@ from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
 from kdbench.engine.mixing import NUMBERS, Mixing
 from kdbench.engine.ranks import Ranks
 from kdbench.errors import UserError, counted
-from kdbench.recipe.specs import CellSpec, DataSpec, ProtocolSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import CellSpec, ProtocolSpec
 from kdbench.recipe.timeline import Timeline, batches_per_epoch, training_images
 
 

@@ -17,8 +17,10 @@ from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.files import cores
 from kdbench.models.points import any_gradient
+from kdbench.recipe.method_specs import StageSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
 from kdbench.recipe.planning import PlannedCell
-from kdbench.recipe.specs import CellSpec, DataSpec, ModelSpec, StageSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline, training_images
 from kdbench.record import finished_record
 

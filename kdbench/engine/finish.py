@@ -24,7 +24,8 @@ from kdbench.engine.teachers.files import TeacherFile
 from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import BEST, LOGITS, PACKAGE, RECORD, STUDENT, UNFINISHED, write_json
 from kdbench.models.probing import undisturbed
-from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, recorded
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import AugmentationSpec, CellSpec, recorded
 from kdbench.record import SCHEMA, Record, summary
 from kdbench.record_parts import Result
 from kdbench.version import __version__

@@ -16,7 +16,8 @@ from kdbench.engine.batch import MOST_STEPS, Batch, Sets
 from kdbench.engine.network import Network
 from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.terms import Values
-from kdbench.recipe.specs import CellSpec, SourceSpec
+from kdbench.recipe.method_specs import SourceSpec
+from kdbench.recipe.specs import CellSpec
 
 
 @dataclass(frozen=True)

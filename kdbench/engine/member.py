@@ -19,7 +19,7 @@ from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.source_of_ranks import source_on
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teachers.anchors import AnchorTeacher
-from kdbench.engine.teachers.teacher import PointValues, Teacher, own_teacher_stages
+from kdbench.engine.teachers.teacher import PointValues, Teacher
 from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
@@ -108,7 +108,7 @@ class Member:
     def teacher_uses(self, step: int) -> dict[str, list[str]]:
         """What this member will need of the shared teacher at a step: input set -> hook points."""
         name = self.timeline.spans[self.timeline.stage(step)].name
-        if name in own_teacher_stages(self.spec.method.stages):
+        if name in self.spec.method.own_teacher_stages:
             return {}
         return shared_teacher_points(self.modules.terms_of(name).values(), self.spec.method.stages[name])
 

@@ -13,7 +13,6 @@ from kdbench.engine.compute import Memory
 from kdbench.engine.device import peak_resident
 from kdbench.engine.domain import augmentation_of
 from kdbench.engine.stage import union
-from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import any_gradient
@@ -48,10 +47,10 @@ def memory_of(spec: CellSpec, device: torch.device, built: BuiltCell | None = No
     read = {(name, p) for term in every for name, points in term.points("teacher").items() for p in points}
     by_stage = costs_of(spec)
     costs, times = by_stage.values(), multiples(spec, by_stage)
-    learning = cell.teacher if any("teacher" in stage.trains for stage in spec.method.stages.values()) else None
+    learning = cell.teacher if spec.method.trains("teacher") else None
     if cell.teacher is not None and known is not None:
         model = cell.teacher.model
-        copy = _bytes(model) * bool(own_teacher_stages(spec.method.stages))
+        copy = _bytes(model) * bool(spec.method.own_teacher_stages)
         if made := max((cost.at_once for cost in costs), default=0):
             passing = _passing(model, known) * made
             if any(cost.student for cost in costs):

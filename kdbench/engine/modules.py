@@ -14,7 +14,7 @@ from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.predicting import answers
 from kdbench.engine.surroundings import Surroundings
-from kdbench.engine.teachers.teacher import OwnTeacher, StageTeacher, Teacher, own_teacher_of, own_teacher_stages
+from kdbench.engine.teachers.teacher import OwnTeacher, StageTeacher, Teacher, own_teacher_of
 from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError
 from kdbench.recipe.coded import TargetSpec
@@ -78,8 +78,7 @@ class CellModules:
     @property
     def trained_teacher(self) -> Network | None:
         """The cell's own teacher, where the method trains it."""
-        trains = any("teacher" in stage.trains for stage in self.spec.method.stages.values())
-        return self.own_teacher.network if trains and self.own_teacher else None
+        return self.own_teacher.network if self.own_teacher and self.spec.method.trains("teacher") else None
 
     @property
     def compiled(self) -> bool:
@@ -97,7 +96,7 @@ class CellModules:
 
     def teacher_of(self, stage: str) -> StageTeacher | None:
         """The teacher that a stage has."""
-        return self.own_teacher if stage in own_teacher_stages(self.spec.method.stages) else self.teacher
+        return self.own_teacher if stage in self.spec.method.own_teacher_stages else self.teacher
 
     def freeze_others(self, stage: str) -> None:
         """Let gradients go to what a stage trains, and to nothing else."""

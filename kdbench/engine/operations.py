@@ -10,7 +10,7 @@ import torch
 from kdbench.engine.batch import Batch
 from kdbench.engine.network import Network
 from kdbench.engine.targets import code_of, import_target
-from kdbench.recipe.specs import OperationSpec
+from kdbench.recipe.method_specs import OperationSpec
 
 
 @dataclass(frozen=True)

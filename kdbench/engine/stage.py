@@ -15,7 +15,7 @@ from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teachers.teacher import StageTeacher
 from kdbench.engine.terms import Term
-from kdbench.recipe.specs import StageSpec
+from kdbench.recipe.method_specs import StageSpec
 from kdbench.recipe.timeline import Span, Timeline
 from kdbench.schedules import Moment
 

@@ -34,7 +34,8 @@ from kdbench.engine.ranks import Ranks
 from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError
-from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import AugmentationSpec, CellSpec
 from kdbench.recipe.timeline import Timeline
 
 MOST_THREADS = 16

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from kdbench.data.streams import address
 from kdbench.engine.build import made
 from kdbench.engine.targets import code_of
-from kdbench.engine.teachers.teacher import own_teacher_stages
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.models.neighbours import batch_norm_before, classifier
 from kdbench.models.points import expand
 from kdbench.models.tails import Tail
-from kdbench.recipe.specs import CellSpec, ModuleSpec
+from kdbench.recipe.method_specs import ModuleSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import training_images
 from kdbench.signature import parameters
 from kdbench.told import TOLD, asked
@@ -51,7 +51,7 @@ class Surroundings:
 
     def network(self, name: str, stage: str) -> Extractor:
         """The "student", or the "teacher" as a stage has it; UserError where there is none."""
-        own = self.own_teacher if stage in own_teacher_stages(self.spec.method.stages) else None
+        own = self.own_teacher if stage in self.spec.method.own_teacher_stages else None
         found = self.student if name == "student" else own or self.teacher
         if found is None:
             raise UserError("it asks for a module of the teacher, and the cell has none")

@@ -18,7 +18,7 @@ from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError, counted
 from kdbench.models.places import Unordered
 from kdbench.recipe.coded import TargetSpec
-from kdbench.recipe.specs import TermSpec
+from kdbench.recipe.method_specs import TermSpec
 from kdbench.schedules import Moment, product
 from kdbench.signature import parameters
 from kdbench.told import asked

@@ -12,7 +12,8 @@ from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError, counted
 from kdbench.files import atomic, damaged_part, find_weights, home, sha256_of, weight_folders
-from kdbench.recipe.specs import DataSpec, ModelSpec, TeacherSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
+from kdbench.recipe.specs import TeacherSpec
 
 
 def locate(weights: Weights, download: bool) -> Path:

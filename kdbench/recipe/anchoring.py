@@ -2,7 +2,9 @@
 
 from kdbench.cards import Anchors, StageCard
 from kdbench.errors import UserError, counted
-from kdbench.recipe.specs import AnchorSpec, DataSpec, MethodSpec, StageSpec, TeacherSpec
+from kdbench.recipe.method_specs import AnchorSpec, MethodSpec, StageSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import TeacherSpec
 from kdbench.tree import Tree
 
 

@@ -10,10 +10,11 @@ from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
 from kdbench.recipe.loading import typed
-from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher, terms_of
+from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
 from kdbench.recipe.named import named_spec
 from kdbench.recipe.networks import TeacherCell, student_spec, teacher_spec
-from kdbench.recipe.specs import AugmentationSpec, CellSpec, DataSpec, ModelSpec, ProtocolSpec
+from kdbench.recipe.specs import AugmentationSpec, CellSpec, ProtocolSpec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry
 from kdbench.tree import Tree
@@ -121,7 +122,7 @@ def _check_mixed(spec: CellSpec, protocol: Tree, registry: Registry) -> None:
     mixed = {name: (part, "mix") for name, (part, chosen) in views.items() if chosen.mix is not None}
     if not mixed:
         return
-    for stage, name, term in terms_of(spec.method):
+    for stage, name, term in spec.method.named_terms:
         source = spec.method.stages[stage].source
         what = f"method '{spec.method.name}', stage '{stage}'"
         if source is not None:
@@ -155,7 +156,7 @@ def _check_average(spec: CellSpec, where: str) -> None:
 def _check_points(spec: CellSpec, method: Tree) -> None:
     """Hook points that a hooks card lacks are told now; derived ones are known only once the model is built."""
     teacher = spec.teacher
-    for stage, name, term in terms_of(spec.method):
+    for stage, name, term in spec.method.named_terms:
         what = f"method '{spec.method.name}', stage '{stage}', loss '{name}'"
         tree = method.at("stages", stage, "losses", name)
         where = tree.origin(next(((key,) for key in ("hook", "student", "teacher") if key in tree.data), ()))

@@ -8,8 +8,8 @@ from kdbench.errors import UserError, counted
 from kdbench.files import expanded, home
 from kdbench.image_cards import Normalization
 from kdbench.recipe.choices import Recipe
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.named import spec_of
-from kdbench.recipe.specs import DataSpec
 from kdbench.recipe.timeline import validation_images
 from kdbench.registry import Registry
 from kdbench.tree import Tree

@@ -6,8 +6,9 @@ from typing import Any
 from kdbench.cards import MethodCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.recipe.anchoring import with_anchors
+from kdbench.recipe.method_specs import MethodSpec, ModuleSpec, StageSpec
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.named import named_spec
-from kdbench.recipe.specs import DataSpec, MethodSpec, ModuleSpec, StageSpec, TermSpec
 from kdbench.recipe.stages import NAMED_KINDS, check_asked, stage_spec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry, written_out
@@ -176,14 +177,9 @@ def _applicable(over: Tree, stages: dict[str, Any], method: str, shared: bool) -
     return Tree(found, over.origins)
 
 
-def terms_of(method: MethodSpec) -> list[tuple[str, str, TermSpec]]:
-    """All loss terms with the names of their stage and of themselves."""
-    return [(at, name, term) for at, stage in method.stages.items() for name, term in stage.losses.items()]
-
-
 def check_target(method: MethodSpec, target: DataSpec | None, tree: Tree) -> None:
     """Raises UserError for a method that reads the target domain, where the recipe names none."""
-    for stage, name, term in terms_of(method):
+    for stage, name, term in method.named_terms:
         source = method.stages[stage].source
         if target is None and "target" in (term.input, term.against) and not (source and "target" in source.gives):
             what = f"the method '{method.name}' needs a target domain (loss '{name}' reads it)"

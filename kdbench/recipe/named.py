@@ -7,7 +7,8 @@ from pydantic import BaseModel
 
 from kdbench.errors import UserError, failure, shortened
 from kdbench.recipe.coded import TargetSpec
-from kdbench.recipe.specs import DataSpec, LossSpec, ModelSpec, OperationSpec, SourceSpec
+from kdbench.recipe.method_specs import LossSpec, OperationSpec, SourceSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 

@@ -12,9 +12,10 @@ from kdbench.names import own_name
 from kdbench.recipe.beside import origin_of
 from kdbench.recipe.choices import StudentChoice, TeacherChoice
 from kdbench.recipe.loading import find
+from kdbench.recipe.model_specs import ModelSpec, WeightsSpec
 from kdbench.recipe.named import named_spec
 from kdbench.recipe.several import several_teachers
-from kdbench.recipe.specs import CellSpec, ModelSpec, TeacherSpec, WeightsSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.registry import Registry
 from kdbench.signature import written
 from kdbench.tree import Tree

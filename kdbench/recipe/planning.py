@@ -14,8 +14,9 @@ from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
 from kdbench.recipe.datasets import check_parts, spec_of_card
 from kdbench.recipe.loading import load, typed
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.networks import teacher_spec
-from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry

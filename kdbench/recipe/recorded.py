@@ -13,10 +13,12 @@ from kdbench.cards import LossCard, Weights
 from kdbench.errors import UserError
 from kdbench.reading import fault
 from kdbench.recipe.coded import Spec, TargetSpec
+from kdbench.recipe.method_specs import LossSpec, ModuleSpec
+from kdbench.recipe.model_specs import DataSpec, ModelSpec, WeightsSpec
 from kdbench.recipe.named import repeated
 from kdbench.recipe.networks import weights_spec
 from kdbench.recipe.several import several_teachers
-from kdbench.recipe.specs import CellSpec, DataSpec, LossSpec, ModelSpec, ModuleSpec, TeacherSpec, WeightsSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 from kdbench.recipe.stages import NAMED_KINDS
 from kdbench.registry import Registry, singular
 from kdbench.signature import check_options

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from kdbench.recipe.specs import AnchorSpec
+from kdbench.recipe.method_specs import AnchorSpec
 
 # What says which checkpoints lie in a cell's folder `files.ROUTE`.
 INDEX = "index.json"

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from kdbench.errors import UserError
 from kdbench.image_cards import Normalization
-from kdbench.recipe.specs import ModelSpec, PartSpec, TeacherSpec
+from kdbench.recipe.model_specs import ModelSpec, PartSpec
+from kdbench.recipe.specs import TeacherSpec
 
 
 def several_teachers(members: Sequence[TeacherSpec], where: str) -> TeacherSpec:

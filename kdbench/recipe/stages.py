@@ -5,8 +5,8 @@ from typing import Any
 
 from kdbench.cards import StageCard, StageFields, TermCard, TermFields
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.method_specs import SourceSpec, StageSpec, TermSpec
 from kdbench.recipe.named import named_spec
-from kdbench.recipe.specs import SourceSpec, StageSpec, TermSpec
 from kdbench.registry import Registry
 from kdbench.schedules import share
 from kdbench.signature import parameters

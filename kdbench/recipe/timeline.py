@@ -7,7 +7,8 @@ from fractions import Fraction
 
 from kdbench.errors import UserError
 from kdbench.recipe.choices import MOST_EVALUATIONS
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import CellSpec
 
 # A budget may stand in anybody's record: what would take the memory of the machine to count is refused.
 MOST_STEPS = 10**9

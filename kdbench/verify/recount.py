@@ -20,7 +20,7 @@ from kdbench.engine.answers import BINS, FEWEST_CLASSES
 from kdbench.engine.datasets import load_data
 from kdbench.errors import UserError, counted
 from kdbench.files import LOGITS, STUDENT, home
-from kdbench.recipe.specs import DataSpec
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.record import Record
 
 

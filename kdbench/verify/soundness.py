@@ -7,7 +7,8 @@ from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline, planned_timeline, timeline
-from kdbench.record import Record, derived, summary
+from kdbench.record import Record, summary
+from kdbench.record_derived import derived
 
 
 def problems(record: Record, history: list[dict[str, Any]]) -> Iterator[str]:

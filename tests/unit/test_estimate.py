@@ -12,8 +12,8 @@ from kdbench.engine.build import build_model
 from kdbench.engine.domain import split
 from kdbench.engine.estimate import Estimate, Size
 from kdbench.engine.folders import teacher_folder
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import PlannedCell, plan
-from kdbench.recipe.specs import DataSpec
 from kdbench.recipe.timeline import training_images, validation_images
 from kdbench.registry import Registry
 

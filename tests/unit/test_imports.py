@@ -24,7 +24,7 @@ FLOORS = (
     ("methods",),
     ("engine.workers",),
     ("engine",),
-    ("record", "record_parts"),
+    ("record", "record_derived", "record_parts"),
     ("recipe",),
     ("registry", "cards", "image_cards", "published", "forms"),
     ("models",),

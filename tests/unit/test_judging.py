@@ -12,8 +12,8 @@ from torch import Tensor
 from kdbench.errors import UserError
 from kdbench.methods.deep_inversion.analysis import Judge, judged, pools_below
 from kdbench.methods.deep_inversion.made import MadeImages
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import plan
-from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 
 CPU = torch.device("cpu")

@@ -29,8 +29,9 @@ from kdbench.engine.program import Program
 from kdbench.engine.workers.messages import Failed
 from kdbench.engine.workers.worker import Worker
 from kdbench.errors import UserError
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import plan
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
 # Data functions, each with one thing wrong, or nothing.

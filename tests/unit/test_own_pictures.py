@@ -27,8 +27,8 @@ from kdbench.data.listing import centred, listing
 from kdbench.data.survey import survey
 from kdbench.engine.datasets import load_data
 from kdbench.errors import UserError
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import plan
-from kdbench.recipe.specs import DataSpec
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 

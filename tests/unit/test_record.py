@@ -16,7 +16,8 @@ from synthetic import make, plain_record, write
 from kdbench.errors import UserError
 from kdbench.files import TEACHERS, TRIALS
 from kdbench.recipe.planning import plan
-from kdbench.record import Record, derived, metrics, read_record, read_records, student_file, summary, unfinished
+from kdbench.record import Record, metrics, read_record, read_records, student_file, summary, unfinished
+from kdbench.record_derived import derived
 from kdbench.registry import Registry
 from kdbench.verify.soundness import problems
 

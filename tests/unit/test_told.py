@@ -28,8 +28,9 @@ from kdbench.engine.terms import _NUMBERS
 from kdbench.errors import UserError
 from kdbench.models.neighbours import batch_norm_before, classifier
 from kdbench.models.points import expand
+from kdbench.recipe.method_specs import ModuleSpec
 from kdbench.recipe.planning import plan
-from kdbench.recipe.specs import CellSpec, ModuleSpec
+from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 from kdbench.signature import check_options, parameters
 from kdbench.told import TOLD, inputs_of

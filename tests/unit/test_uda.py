@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from kdbench.engine.build import build_schedule
 from kdbench.losses import kd, kl_divergence, mmd
+from kdbench.recipe.method_specs import TermSpec
 from kdbench.recipe.planning import plan
-from kdbench.recipe.specs import TermSpec
 from kdbench.registry import Registry
 from kdbench.schedules import Moment
 

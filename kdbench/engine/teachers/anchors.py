@@ -15,7 +15,7 @@ from kdbench.errors import CellError, UserError
 from kdbench.files import ROUTE, disk_full, sha256_of, write_json
 from kdbench.reading import inside
 from kdbench.recipe import route
-from kdbench.recipe.specs import AnchorSpec
+from kdbench.recipe.method_specs import AnchorSpec
 
 
 @dataclass(frozen=True)

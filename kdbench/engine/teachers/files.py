@@ -28,7 +28,8 @@ from kdbench.files import ROUTE, atomic, sha256_of, write_json, write_summed
 from kdbench.forms import Percent
 from kdbench.reading import of_form, read_as, read_summed
 from kdbench.recipe.beside import origin_of
-from kdbench.recipe.specs import DataSpec, TeacherSpec, recorded
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import TeacherSpec, recorded
 from kdbench.record import finished_record, student_file
 
 logger = logging.getLogger("kdbench")

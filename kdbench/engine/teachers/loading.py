@@ -11,7 +11,8 @@ from kdbench.engine.compute import REFERENCE, Computing
 from kdbench.engine.network import Normalizer
 from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.weights import load_teacher_file
-from kdbench.recipe.specs import DataSpec, TeacherSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import TeacherSpec
 
 
 def load_teacher(

@@ -21,7 +21,7 @@ from kdbench.engine.ranks import Ranks
 from kdbench.engine.teachers.anchors import Route
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import place_of_gradient
-from kdbench.recipe.specs import CellSpec, StageSpec
+from kdbench.recipe.specs import CellSpec
 
 # Input set -> hook point -> value.
 PointValues = dict[str, dict[str, Tensor]]
@@ -149,22 +149,11 @@ def own_teacher_of(
     spec: CellSpec, teacher: Teacher | None, computing: Computing, device: torch.device, ranks: Ranks
 ) -> OwnTeacher | None:
     """The copy that a cell's stages need, with first values of its own where the teacher begins untrained."""
-    if teacher is None or spec.teacher is None or not own_teacher_stages(spec.method.stages):
+    if teacher is None or spec.teacher is None or not spec.method.own_teacher_stages:
         return None
     found = OwnTeacher(teacher, computing, device)
     ranks.synchronize(found.network.extractor, spec.teacher.knows(spec.data).image_shape)
     if spec.teacher.untrained:
         first = build_model(spec.teacher.model, spec.teacher.knows(spec.data), spec.seed, "init/teacher")
         found.model.load_state_dict(first.state_dict())
-    return found
-
-
-def own_teacher_stages(stages: Mapping[str, StageSpec]) -> set[str]:
-    """Stages whose teacher cannot be the shared one, converged, frozen, in eval mode: also all after one that trained
-    it."""
-    found, trained = set(), False
-    for name, stage in stages.items():
-        trained = trained or "teacher" in stage.trains
-        if trained or stage.modes.teacher == "train" or stage.anchor is not None:
-            found.add(name)
     return found

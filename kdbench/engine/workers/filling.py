@@ -11,8 +11,8 @@ from kdbench.engine.workers.finished import DataHere
 from kdbench.engine.workers.messages import Filled, FillLogits, TableFound
 from kdbench.engine.workers.session import Session, locked_run
 from kdbench.errors import UserError
+from kdbench.recipe.method_specs import TermSpec
 from kdbench.recipe.planning import Plan
-from kdbench.recipe.specs import TermSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.record import finished_record
 

@@ -14,9 +14,11 @@ from kdbench.engine.workers.messages import Failed, FingerprintRead, ReadFingerp
 from kdbench.engine.workers.pool import Pool
 from kdbench.errors import UserError, counted
 from kdbench.files import METRICS, PUBLISHED, RECORD, atomic, sha256_of, weight_files
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import Plan, PlannedCell
-from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
-from kdbench.record import DIGEST, Record, derived, finished_record, made_from, metrics, student_file
+from kdbench.recipe.specs import CellSpec, TeacherSpec
+from kdbench.record import DIGEST, Record, finished_record, made_from, metrics, student_file
+from kdbench.record_derived import derived
 
 
 class OtherTrials(Exception):

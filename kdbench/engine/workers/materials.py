@@ -19,7 +19,8 @@ from kdbench.engine.teachers.logit_files import table_at
 from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.workers.messages import Settings
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.specs import CellSpec, DataSpec, TeacherSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec
 
 
 class Materials:

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict
 
 from kdbench.engine.compute import Chosen, Computing, Memory, Steps
 from kdbench.errors import CellError, UserError
-from kdbench.recipe.specs import CellSpec, DataSpec
+from kdbench.recipe.model_specs import DataSpec
+from kdbench.recipe.specs import CellSpec
 
 M = TypeVar("M", bound="Message")
 

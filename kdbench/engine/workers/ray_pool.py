@@ -40,7 +40,7 @@ from kdbench.engine.workers.ray_sending import Sending, specs_of
 from kdbench.engine.workers.versions import versions
 from kdbench.errors import CellError, UserError, counted, first_line
 from kdbench.files import RECORD, UNFINISHED, atomic, expanded, files_of, sweep
-from kdbench.recipe.specs import DataSpec
+from kdbench.recipe.model_specs import DataSpec
 
 logger = logging.getLogger("kdbench")
 

@@ -13,8 +13,8 @@ from kdbench.engine.analysis import Analysis, AnalysisRow, PixelLogits
 from kdbench.engine.batch import at_once
 from kdbench.errors import UserError, counted
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import teacher_of_card
-from kdbench.recipe.specs import DataSpec
 
 
 @dataclass(frozen=True)
