@@ -203,13 +203,18 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if chosen is not None:
             check_transforms(chosen, spec.data)
     _check_single_images(spec, cell)
-    told = [cell.student.model, *([cell.teacher.model] if cell.teacher else []), *cell.modules.values()]
-    others = {parameter for module in told for parameter in module.parameters()}
+    networks = [cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
+    others = {parameter for network in networks for parameter in network.parameters()}
+    # What a module was told and holds is not its own.
+    of_modules: dict[str, list[nn.Parameter]] = {}
+    for name, module in cell.modules.items():
+        of_modules[name] = [parameter for parameter in module.parameters() if parameter not in others]
+        others.update(of_modules[name])
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
         trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
-        for module, of in spec.method.modules.items():
-            own = [*cell.modules[module].parameters()] if module in stage.trains else []
+        for key, of in spec.method.modules.items():
+            own = of_modules[key] if key in stage.trains else []
             if own and of.optimizer is not None:
                 check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
             trained += own

@@ -9,7 +9,7 @@ from kdbench.engine.terms import Term
 from kdbench.errors import UserError, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import place_of_gradient
-from kdbench.models.probing import IMAGES, dry_images, other_tensors, undisturbed
+from kdbench.models.probing import DRY, dry_images, other_tensors, undisturbed
 
 
 def check_gradients(term: Term, network: Extractor, side: str, image_shape: tuple[int, int, int]) -> None:
@@ -28,7 +28,7 @@ def check_gradients(term: Term, network: Extractor, side: str, image_shape: tupl
         return
     try:
         with undisturbed(network.model, training=trains), other_tensors(network.model, torch.clone):
-            images, labels = dry_images(network.model, image_shape), torch.zeros(IMAGES, dtype=torch.int64)
+            images, labels = dry_images(network.model, image_shape), torch.zeros(DRY, dtype=torch.int64)
             if trains:
                 with torch.enable_grad():
                     _differentiated(network, points, images, labels)

@@ -82,8 +82,8 @@ def _uncomputable(
         if option in said:
             return UserError(f"'{option}' of the loss '{term.name}' cannot be {given!r}: {error}")
     sides = ((layer.students, student if term.spec.of == "student" else teacher) for layer in term.layers)
-    own_shapes = ", ".join(f"{p} {shapes.get(p)}" for points, shapes in sides for p in points)
-    taught = ", ".join(f"{p} {teacher.get(p)}" for layer in term.layers for p in layer.teachers)
+    own_shapes = ", ".join(f"{p} {shapes[p]}" for points, shapes in sides for p in points)
+    taught = ", ".join(f"{p} {teacher[p]}" for layer in term.layers for p in layer.teachers)
     return UserError(
         f"{what} cannot be computed: {failure(error)}",
         hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "

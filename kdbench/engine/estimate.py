@@ -172,8 +172,7 @@ def _batch(spec: CellSpec) -> int:
 
 
 def _sets(stage: StageSpec, network: str) -> dict[str, bool]:
-    """Input sets on which a stage runs a network, and whether gradients are read there; the student's are at least one
-    where it trains."""
+    """Input sets on which a stage runs a network, and whether gradients are read there."""
     found: dict[str, bool] = {}
     for term in stage.losses.values():
         reads = []

@@ -16,8 +16,7 @@ from kdbench.engine.stage import union
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import any_gradient
-from kdbench.models.probing import IMAGES as DRY
-from kdbench.models.probing import UNSUITABLE, dry_run, watched
+from kdbench.models.probing import DRY, UNSUITABLE, dry_run, watched
 from kdbench.recipe.specs import CellSpec
 
 # Parameter, gradient, momentum.

@@ -115,16 +115,18 @@ def build_module(
 
 
 def said_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """What modules of a method say of themselves: name -> what a method `record` gives, for those that have one.
+    """What modules of a method say of themselves: name -> what their class's `record` gives, where it has one.
+
+    Numbers that are not finite are given as words: JSON has none.
 
     Raises:
         UserError: it fails, or gives no plain data.
     """
     found = {}
     for name, module in modules.items():
-        if callable(record := getattr(module, "record", None)):
+        if callable(record := getattr(type(module), "record", None)):
             with code_of(f"module '{name}': its 'record'"):
-                found[name] = json.loads(json.dumps(record(), allow_nan=False))
+                found[name] = json.loads(json.dumps(record(module)), parse_constant=str)
     return found
 
 
@@ -144,6 +146,14 @@ def _batch_norm(network: str) -> Callable[[Surroundings, str, Mapping[str, str]]
 
 
 def _tail(cell: Surroundings, stage: str, points: Mapping[str, str]) -> Tail:
+    stages = cell.spec.method.stages
+    for name, one in stages.items():
+        if one.begins is not None:
+            what = f"'{one.begins.name}' changes the student itself, which its 'student_tail' would not follow"
+            raise UserError(what, hint="choose a method without such an operation")
+        if stage in ("", name) and one.modes.student == "train":
+            what = f"'student_tail' is of a student in eval mode, and stage '{name}' trains in train mode"
+            raise UserError(what, hint="give the stage 'modes: {student: eval}'")
     (point,) = cell.points([points["teacher"]], "student")
     return Tail(cell.network("student", stage), point, cell.spec.networks["student"][1].image_shape)
 

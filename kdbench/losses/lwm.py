@@ -34,8 +34,10 @@ def attention_distillation(student: Sequence[Tensor], teacher: Sequence[Tensor])
         Scalar in [0, √(2 / (H·W))]. A map without a positive value stays zero.
 
     Raises:
-        ValueError: They are not one or two maps [N, C, H, W] of each network, or F has not the shape of G.
+        ValueError: They are not lists of one or two maps [N, C, H, W] of each network, or F has not the shape of G.
     """
+    if isinstance(student, Tensor) or isinstance(teacher, Tensor):
+        raise ValueError("attention_distillation takes lists of maps, as of 'hook: [layer2.gradient]'")
     if len(student) != len(teacher) or len(student) not in (1, 2):
         raise ValueError(
             "attention_distillation needs a gradient of each network, with or without its feature, not "

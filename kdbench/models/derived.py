@@ -4,8 +4,8 @@ Stages are those that a network declares itself (timm's `feature_info`). Where i
 found from a trace: among the children of the one module in which most of the changes of resolution happen, the last one
 at each resolution ends a stage. A network that keeps its resolution (a plain transformer) has one stage a block.
 Only modules can be hooked: where a network applies a ReLU as a function (torchvision's densenet121, after its last
-stage), the layer is what came before it, and there is no pre-activation. Of a
-transformer whose layers all keep a token for each patch of the image, these tokens are maps too.
+stage), the layer is what came before it, and there is no pre-activation. Of a transformer whose layers all keep a token
+for each patch of the image, these tokens are maps too.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kdbench.errors import UserError
 from kdbench.models.places import FIRST, LAST, Place, shapes_at, with_orders
-from kdbench.models.probing import IMAGES, UNSUITABLE, cannot_take, dry_run, logits_of, watched
+from kdbench.models.probing import DRY, UNSUITABLE, cannot_take, dry_run, logits_of, watched
 
 # A side at which networks made for ImageNet keep all their stages apart (2 pixels are left after a stride of 128).
 _SIDE = 256
@@ -169,7 +169,7 @@ def _patches(
     ends = {call.path: i for i, call in enumerate(calls)}
     begins = next(i for i, call in enumerate(calls) if f"{call.path}.".startswith(f"{layers[0]}."))
     convolutions = [
-        call.path for call in calls[:begins] if isinstance(call.module, nn.Conv2d) and len(call.output) == IMAGES
+        call.path for call in calls[:begins] if isinstance(call.module, nn.Conv2d) and len(call.output) == DRY
     ]
     outputs = [calls[ends[path]].output for path in layers]
     if not convolutions or not all(isinstance(output, Tensor) and output.ndim == 3 for output in outputs):

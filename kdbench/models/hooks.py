@@ -3,8 +3,8 @@
 `stem`, `layer1` … `layerN`, `layer1.preact` … `layerN.preact`, `pooled` and `logits` mean the same for every model;
 `layers` and `layers.preact` stand for all of them in order. `layerK` is the output of stage K. `layerK.preact` is the
 tensor that enters the layer's last ReLU, signs and all: losses on activation boundaries need it before the ReLU has
-taken the negative half away. `layerK.gradient` is the gradient of the label's logit with respect to the
-output of stage K.
+taken the negative half away. `layerK.gradient` is the gradient of the label's logit with respect to the output of stage
+K, `images.gradient` that with respect to the images. `layerK.patches` are a transformer's tokens as a map.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -20,13 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdbench.errors import UserError, did_you_mean
 from kdbench.models.derived import derived_places
 from kdbench.models.places import Place, Unordered, parse_place, unordered, with_orders
 from kdbench.models.points import IMAGES, LOGITS, existing, gradient_at, in_order, needed_for, place_of_gradient
-from kdbench.models.probing import IMAGES as DRY
 from kdbench.models.probing import (
+    DRY,
     UNSUITABLE,
     cannot_take,
     dry_call,
@@ -150,7 +151,9 @@ class Extractor:
         given = images if images.requires_grad or not gradients else images.detach().requires_grad_()
         run = _Pass(self, asked, behaviours=self._behaviours, stops=LOGITS not in needed, edges=bool(gradients))
         logits: object = None
-        with run.watching(), suppress(_Stop), torch.set_grad_enabled(again or bool(gradients)):
+        # Of attention, torch has second derivatives only where it is computed step by step.
+        attention = sdpa_kernel(SDPBackend.MATH) if gradients and again else nullcontext()
+        with run.watching(), suppress(_Stop), attention, torch.set_grad_enabled(again or bool(gradients)):
             # A copy, since a network may change its images in place.
             logits = self.model(given.clone() if gradients else given)
         values = {point: run.value(point) for point in asked}

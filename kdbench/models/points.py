@@ -23,15 +23,15 @@ P = TypeVar("P")
 LOGITS, LAST = "logits", "layers.last"
 IMAGES, _GRADIENT = "images", ".gradient"
 # What hook points of layers may be called after the layer, and why some networks have none.
-_TAILS = {
+_ENDINGS = {
     "preact": "{layer} does not end in a ReLU",
     "patches": "its layers do not keep a token for each patch of the image",
 }
 # Names that stand for all hook points of one form.
 POINT_GROUPS = {
-    group + tail: re.compile(rf"layer(\d+){re.escape(tail)}")
+    group + ending: re.compile(rf"layer(\d+){re.escape(ending)}")
     for group in ("layers", LAST)
-    for tail in ("", *(f".{tail}" for tail in _TAILS))
+    for ending in ("", *(f".{ending}" for ending in _ENDINGS))
 }
 # What to do where patches are missing.
 TRANSFORMERS = "transformers such as 'timm:deit_tiny_patch16_224' have patches"
@@ -39,8 +39,8 @@ TRANSFORMERS = "transformers such as 'timm:deit_tiny_patch16_224' have patches"
 
 def point_name(name: str) -> str:
     """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""
-    tails = "|".join(_TAILS)
-    layer = rf"layer[1-9]\d*(\.({tails}))?|last\.({tails})"
+    endings = "|".join(_ENDINGS)
+    layer = rf"layer[1-9]\d*(\.({endings}))?|last\.({endings})"
     if not re.fullmatch(rf"stem|{layer}|pooled|logits\.(class|distillation)", name):
         raise ValueError(
             "a hook point is called stem, layer1, layer1.preact, layer1.patches, …, last.preact, last.patches, pooled, "
@@ -98,6 +98,9 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
         if (place := place_of_gradient(name)) is not None:
             if place == LOGITS:
                 raise UserError(f"{whose} has no '{name}': it would be the same for all networks", hint=_has(known))
+            if numbered(place)[0]:
+                what = f"{whose} has no '{name}': several teachers have one gradient, that of their mean logits"
+                raise UserError(what, hint="leave the number out, or take one teacher")
             places = [place] if place == IMAGES else expand([place], known, model_name)
             result += map(gradient_at, places)
             continue
@@ -111,10 +114,9 @@ def expand(names: Iterable[str], available: Iterable[str], model_name: str | Non
             result.append(existing(name, known, whose))
             continue
         members = sorted((p for p in known if pattern.fullmatch(p)), key=lambda p: int(pattern.fullmatch(p)[1]))  # type: ignore[index]
-        tail = name.removeprefix(LAST).removeprefix("layers")
-        if tail:
-            for layer in expand([name.removesuffix(tail)], known, model_name):
-                existing(f"{layer}{tail}", known, whose)
+        if ending := name.removeprefix(LAST).removeprefix("layers"):
+            for layer in expand([name.removesuffix(ending)], known, model_name):
+                existing(f"{layer}{ending}", known, whose)
         if not members:
             raise UserError(f"{whose} has no hook points '{name}'", hint=_has(known))
         result += members[-1:] if ".last" in name else members
@@ -134,10 +136,10 @@ def existing(point: str, known: Sequence[str], whose: str) -> str:
     if point in known:
         return point
     layer, _, rest = point.partition(".")
-    if rest in _TAILS and (layer in known or rest == "patches"):
-        hint = f"{_has(known)}; a recipe can name another place under the model's 'hooks'"
-        hint += f"; {TRANSFORMERS}" if rest == "patches" else ""
-        raise UserError(f"{whose} has no '{point}': {_TAILS[rest].format(layer=layer)}", hint=hint)
+    if rest in _ENDINGS and (layer in known or rest == "patches"):
+        other = TRANSFORMERS if rest == "patches" else "a recipe can name another place under the model's 'hooks'"
+        hint = f"{_has(known)}; {other}"
+        raise UserError(f"{whose} has no '{point}': {_ENDINGS[rest].format(layer=layer)}", hint=hint)
     raise UserError(f"{whose} has no hook point '{point}'", hint=_has(known))
 
 

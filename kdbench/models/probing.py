@@ -16,7 +16,7 @@ UNSUITABLE = (
     *(ImportError, OSError, SystemExit),
 )
 # Images of a dry run: more than one, since batch norms in train mode refuse single pixels.
-IMAGES = 2
+DRY = 2
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def other_tensors(model: nn.Module, make: Callable[[Tensor], Tensor], parameters
             one.update(before)
 
 
-def dry_images(model: nn.Module, shape: tuple[int, ...], n: int = IMAGES) -> Tensor:
+def dry_images(model: nn.Module, shape: tuple[int, ...], n: int = DRY) -> Tensor:
     """Noise [n, *shape] in the network's type and on its device, always the same values."""
     values = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)

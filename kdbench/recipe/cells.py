@@ -10,6 +10,7 @@ from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
 from kdbench.recipe.loading import typed
+from kdbench.recipe.method_specs import SourceSpec, TermSpec
 from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher
 from kdbench.recipe.model_specs import DataSpec, ModelSpec
 from kdbench.recipe.named import named_spec
@@ -160,6 +161,7 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
         what = f"method '{spec.method.name}', stage '{stage}', loss '{name}'"
         tree = method.at("stages", stage, "losses", name)
         where = tree.origin(next(((key,) for key in ("hook", "student", "teacher") if key in tree.data), ()))
+        _check_gradients(term, spec.method.stages[stage].source, what, where)
         if {"student", "other"} & {*term.loss.inputs}:
             own = teacher.model if teacher is not None and term.of == "teacher" else spec.student
             for point in term.points("student"):
@@ -176,6 +178,19 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
                 where=where,
                 hint="it can teach its features, or logits through a connector: methods like at, hint, ab_transfer",
             )
+
+
+def _check_gradients(term: TermSpec, source: SourceSpec | None, what: str, where: str) -> None:
+    """Raises UserError for gradients on images without labels, and behind features: losses take them first."""
+    for points in (term.points("student"), term.points("teacher")):
+        gradients = [place_of_gradient(point) is not None for point in points]
+        if gradients != sorted(gradients, reverse=True):
+            hint = "name them first, as in [layer2.gradient, layer2]"
+            raise UserError(f"{what}: its gradients stand behind other hook points", where, hint)
+        unlabelled = {"target"} - {*(source.gives if source else [])}
+        if any(gradients) and (on := unlabelled & {term.input, term.against}):
+            whose = f"images of the input set '{on.pop()}' have no labels"
+            raise UserError(f"{what}: gradients are of the logit of an image's label, and {whose}", where)
 
 
 def _check_sizes(spec: CellSpec, where: str) -> None:

@@ -3,6 +3,7 @@ of a cell that reads them, counted and refused."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def test_names_stand_for_all_layers_or_for_the_images() -> None:
     }.items():
         with pytest.raises(UserError, match=f"has no .*{told}"):
             expand([wrong], known)
+    several = ["teacher1.layer1", "teacher2.layer1", "logits"]
+    with pytest.raises(UserError, match=r"has no 'teacher2.layer1.gradient': several teachers have one gradient"):
+        expand(["teacher2.layer1.gradient"], several)
 
 
 def test_gradients_are_those_of_a_closed_form_also_by_what_is_overwritten() -> None:
@@ -187,23 +191,23 @@ def test_a_record_says_why_nothing_was_compiled(tmp_path: Path) -> None:
     assert [[*network.graphs] for network in networks] == [[frozenset({"logits"})]] * 3
 
 
+# A loss on the images of another domain.
+ON_TARGET: dict[str, Any] = {"stages": {"classification": {"losses": {"lwm": {"input": "target"}}}}}
+
+
 def planned(student: Any = "wrn_10_1", **method: Any) -> Any:
     recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": student, "protocol": "digits"}
+    recipe |= {"target": "mnist_8"} if "stages" in method else {}
     return plan(recipe | {"method": method}, Registry()).cells[0].spec
 
 
 @pytest.mark.parametrize(
     ("student", "method", "told"),
     [
-        # torch's attention has no second derivative.
-        (
-            {
-                "name": "timm:vit_tiny_patch16_224",
-                "options": {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2},
-            },
-            {"name": "jacobian"},
-            "reads images.gradient of model 'timm:vit_tiny_patch16_224', of which torch has no gradient",
-        ),
+        ({"name": "wrn_10_1", "image_size": 16}, {"name": "jacobian"}, "student: images.gradient (1, 16, 16)"),
+        ("wrn_10_1", {"name": "lwm", "hook": ["layer2", "layer2.gradient"]}, "its gradients stand behind"),
+        ("wrn_10_1", {"name": "lwm", "hook": "layer2.gradient"}, "takes lists of maps"),
+        ("wrn_10_1", {"name": "lwm", **ON_TARGET}, "images of the input set 'target' have no labels"),
         ("wrn_10_1", {"name": "lwm", "hook": ["layer9.gradient"]}, "has no hook point 'layer9'"),
         ("wrn_10_1", {"name": "lwm", "hook": ["logits.gradient"]}, "has no 'logits.gradient'"),
     ],
@@ -211,7 +215,17 @@ def planned(student: Any = "wrn_10_1", **method: Any) -> Any:
 def test_what_cannot_be_is_told_before_training(student: Any, method: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as error:
         check_cell(planned(student, **method))
-    assert told in str(error.value)
+    assert told in f"{error.value} {error.value.hint}"
+
+
+def test_attention_is_differentiated_twice_where_it_is_computed_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    spec = planned({"name": "timm:vit_tiny_patch16_224", "options": options}, name="jacobian")
+    check_cell(spec)
+    # As a user's own layers may be: torch's other ways to compute attention have no second derivative.
+    monkeypatch.setattr("kdbench.models.hooks.sdpa_kernel", lambda way: nullcontext())
+    with pytest.raises(UserError, match="reads images.gradient of model 'timm:vit.*', of which torch has no gradient"):
+        check_cell(spec)
 
 
 def test_synchronized_batch_norms_are_refused() -> None:
@@ -222,6 +236,16 @@ def test_synchronized_batch_norms_are_refused() -> None:
         with pytest.raises(UserError, match="the loss '(jacobian|lwm)' reads gradients"):
             refuse(two_ranks.cell(method, still=False), 2, sync_batch_norm=True)
     refuse(two_ranks.cell("at", still=False), 2, sync_batch_norm=True)
+    # Those of a teacher that a term trains too.
+    spec = two_ranks.cell("lwm")
+    stage = spec.method.stages["classification"]
+    modes = stage.modes.model_copy(update={"teacher": "train"})
+    for detach in (True, False):
+        terms = {name: term.model_copy(update={"detach": detach}) for name, term in stage.losses.items()}
+        stages = {"classification": stage.model_copy(update={"losses": terms, "modes": modes})}
+        changed = spec.model_copy(update={"method": spec.method.model_copy(update={"stages": stages})})
+        with nullcontext() if detach else pytest.raises(UserError, match="the loss 'lwm' reads gradients"):
+            refuse(changed, 2, sync_batch_norm=True)
 
 
 def test_passes_back_to_the_images_are_counted() -> None:

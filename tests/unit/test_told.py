@@ -28,7 +28,7 @@ from kdbench.engine.terms import _NUMBERS
 from kdbench.errors import UserError
 from kdbench.models.neighbours import batch_norm_before, classifier
 from kdbench.models.points import expand
-from kdbench.recipe.method_specs import ModuleSpec
+from kdbench.recipe.method_specs import ModuleSpec, OperationSpec
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
@@ -513,6 +513,15 @@ def test_what_a_loss_or_module_was_told_trains_once_also_where_its_class_holds_i
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_module_that_only_holds_others_is_nothing_to_train(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("connectors: {whole: {target: 'own_losses:Whole'}}")
+    at = {"student": "layer3", "teacher": "layer3"}
+    modules = {"shift": {"name": "conv1x1_bn"} | at, "whole": {"name": "whole"} | at}
+    stage = {"trains": ["whole"], "losses": {"own": {"loss": "own_losses:shifted", "hook": "layer3"}}}
+    with pytest.raises(UserError, match="there is nothing to train"):
+        check_cell(spec_of(own(tmp_path, stage, modules=modules)))
+
+
 def test_a_module_before_the_one_that_it_needs_is_said(tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text("connectors: {whole: {target: 'own_losses:Whole'}}")
     at = {"student": "layer3", "teacher": "layer3"}
@@ -562,14 +571,36 @@ def test_a_bottleneck_takes_the_place_that_the_recipe_names() -> None:
         check_cell(wrong)
 
 
+def test_what_a_module_says_of_itself_is_plain() -> None:
+    def saying(record: Any) -> nn.Module:
+        return type("Own", (nn.Identity,), {"record": record})()
+
+    for record, why in ((lambda self: 1 / 0, "division by zero"), (lambda self: {"net": self}, "JSON")):
+        with pytest.raises(UserError, match=f"module 'own': its 'record'.*{why}"):
+            said_of({"silent": nn.Identity(), "own": saying(record)})
+    # What a user's module holds under this name is not what it says.
+    holding: Any = nn.Identity()
+    holding.record = nn.Conv2d(1, 1, 1)
+    far = saying(lambda self: {"far": float("inf")})
+    assert said_of({"holding": holding, "far": far}) == {"far": {"far": "Infinity"}}
+
+
 @pytest.mark.parametrize(
-    ("said", "why"), [(lambda: 1 / 0, "division by zero"), (lambda: {"far": float("inf")}, "JSON|not")]
+    ("changed", "told"),
+    [
+        ({"modes": {"student": "train"}}, "'student_tail' is of a student in eval mode"),
+        ({"begins": {"name": "reset_layer"}}, "'reset_layer' changes the student itself"),
+    ],
 )
-def test_what_a_module_says_of_itself_must_be_plain(said: Any, why: str) -> None:
-    module: Any = nn.Identity()
-    module.record = said
-    with pytest.raises(UserError, match=f"module 'own': its 'record'.*({why})"):
-        said_of({"silent": nn.Identity(), "own": module})
+def test_a_tail_is_of_a_student_that_stays_as_it_is(changed: dict[str, Any], told: str) -> None:
+    spec = cell({"name": "hnd", "stages": {"distillation": changed}} if "modes" in changed else "hnd")
+    if "begins" in changed:
+        stage = spec.method.stages["distillation"]
+        operation = OperationSpec(name="reset_layer", target="torch.nn:Identity", teacher=False)
+        stages = {"distillation": stage.model_copy(update={"begins": operation})}
+        spec = spec.model_copy(update={"method": spec.method.model_copy(update={"stages": stages})})
+    with pytest.raises(UserError, match=told):
+        check_cell(spec)
 
 
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:

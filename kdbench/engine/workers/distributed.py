@@ -139,7 +139,8 @@ def refuse(spec: CellSpec, ranks: int, sync_batch_norm: bool = False) -> None:
             )
         for loss, term in stage.losses.items() if sync_batch_norm else ():
             # torch has no second derivative of theirs (pytorch/pytorch#61222).
-            if getattr(stage.modes, term.of) == "train" and any_gradient(term.points("student")):
+            read = {term.of: term.points("student")} | ({} if term.detach else {"teacher": term.points("teacher")})
+            if any(getattr(stage.modes, of) == "train" and any_gradient(points) for of, points in read.items()):
                 raise UserError(
                     f"method '{method.name}', stage '{name}': the loss '{loss}' reads gradients, which torch cannot "
                     "differentiate through synchronized batch norms",
