@@ -214,7 +214,9 @@ def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
     point = point if place is None else place
     if model.hooks == "derived" or (numbered(point)[0] and numbered(point)[1] in POINT_GROUPS):
         return
-    if point not in (known := [*model.hooks, *POINT_GROUPS, "logits"]):
+    if point not in (*model.hooks, *POINT_GROUPS, "logits"):
+        groups = [group for group, member in POINT_GROUPS.items() if any(map(member.fullmatch, model.hooks))]
+        known = [*model.hooks, *groups, "logits"]
         raise UserError(
             f"{what}: '{model.name}' has no hook point '{point}'",
             where=where,
