@@ -16,6 +16,7 @@ from kdbench.engine.check_gradients import check_gradients
 from kdbench.engine.check_rates import check_optimizer, check_schedules
 from kdbench.engine.check_terms import check_term
 from kdbench.engine.compute import REFERENCE
+from kdbench.engine.freezing import owned
 from kdbench.engine.inputs import Cost, SourceContext, build_source
 from kdbench.engine.predicting import check_answers
 from kdbench.engine.streamed import check_transforms
@@ -203,18 +204,14 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         if chosen is not None:
             check_transforms(chosen, spec.data)
     _check_single_images(spec, cell)
-    networks = [cell.student.model, *([cell.teacher.model] if cell.teacher else [])]
-    others = {parameter for network in networks for parameter in network.parameters()}
-    # What a module was told and holds is not its own.
-    of_modules: dict[str, list[nn.Parameter]] = {}
-    for name, module in cell.modules.items():
-        of_modules[name] = [parameter for parameter in module.parameters() if parameter not in others]
-        others.update(of_modules[name])
+    networks = {"student": cell.student.model} | ({"teacher": cell.teacher.model} if cell.teacher else {})
+    owners = owned({**networks, **cell.modules})
+    others = {parameter for parameters in owners.values() for parameter in parameters}
     for name, terms in cell.terms.items():
         stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
         trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
         for key, of in spec.method.modules.items():
-            own = of_modules[key] if key in stage.trains else []
+            own = owners[key] if key in stage.trains else []
             if own and of.optimizer is not None:
                 check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
             trained += own

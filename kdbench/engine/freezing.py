@@ -1,6 +1,6 @@
 """Which parameters a stage trains: never those that the author of their module froze."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -23,3 +23,17 @@ def let_train(parameters: Sequence[nn.Parameter], trains: bool, like: Sequence[n
     """
     for parameter, noted in zip(parameters, like or parameters, strict=True):
         parameter.requires_grad_(trains and not getattr(noted, _CAME_FROZEN, False))
+
+
+def owned(modules: Mapping[str, nn.Module], known: Iterable[nn.Parameter] = ()) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the first of some modules that has them: what a later one was told and holds is not its own.
+
+    Args:
+        known: those that belong to none of them.
+    """
+    taken = {*known}
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in modules.items():
+        found[name] = [parameter for parameter in module.parameters() if parameter not in taken]
+        taken.update(found[name])
+    return found

@@ -9,7 +9,7 @@ from torch import nn
 from kdbench.engine.batches import Batches
 from kdbench.engine.build import build_extractor, build_student
 from kdbench.engine.compute import Computing
-from kdbench.engine.freezing import let_train, note_frozen
+from kdbench.engine.freezing import let_train, note_frozen, owned
 from kdbench.engine.network import Network, Normalizer, memory_format
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.predicting import answers
@@ -173,12 +173,8 @@ class CellModules:
         """Parameters by their owner: what a stage's `trains` names, or the stage whose terms they are of. Whoever was
         told of a module and holds it does not own it. And modules of the shared teacher that are held so."""
         shared = [*self.teacher.network.model.modules()] if self.teacher else []
-        known = {parameter for module in shared for parameter in module.parameters(recurse=False)}
-        own: dict[str, list[nn.Parameter]] = {}
+        known = [parameter for module in shared for parameter in module.parameters(recurse=False)]
         networks = {"student": self.student.model} | ({"teacher": self.own_teacher.model} if self.own_teacher else {})
         stages = {name: terms for name, terms in self.terms.items() if name.startswith("stage:")}
-        for owner, module in (networks | self.of_method | stages).items():
-            own[owner] = [parameter for parameter in module.parameters() if parameter not in known]
-            known.update(own[owner])
         held = {*self.terms.modules()}
-        return own, [module for module in shared if module in held]
+        return owned(networks | self.of_method | stages, known), [module for module in shared if module in held]
