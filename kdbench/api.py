@@ -117,7 +117,7 @@ def load_student(
     Raises:
         UserError: There is no finished cell, or its weights are missing or not those of its record.
     """
-    from kdbench.engine import trained
+    from kdbench.engine.networks import trained
     from kdbench.files import expanded
 
     return trained.load_student(expanded(folder, "load_student"), registries, weights)

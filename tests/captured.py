@@ -13,11 +13,11 @@ from standin import StandIn
 from tiny import CPU, images, networks_for, shortened, target_for, untrained_teacher
 from torch.nn import functional as F
 
-from kdbench.engine import capture
-from kdbench.engine.batches import Batches
-from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.computing import capture
+from kdbench.engine.computing.capture import CapturedProgram
+from kdbench.engine.computing.compute import REFERENCE, Computing
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member

@@ -292,7 +292,7 @@ def recipes(count: int, seed: int, found: Found) -> None:
             json.dumps(planned.recipe, default=str)
             assert all(len(cell.slug.encode()) < 240 for cell in planned.cells)
             if build:
-                from kdbench.engine.check import check_cell
+                from kdbench.engine.checks.cells import check_cell
 
                 check_cell(planned.cells[0].spec)
 

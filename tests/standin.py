@@ -105,7 +105,7 @@ class Watched(TorchDispatchMode):
 
 
 class StandIn:
-    """What does as `kdbench.engine.recorder.CudaRecorder`, without a GPU.
+    """What does as `kdbench.engine.computing.recorder.CudaRecorder`, without a GPU.
 
     Attributes:
         recorded: how many calls were recorded. replayed: how many replays there were.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kdbench.data.images import ImageData, canonical
 from kdbench.engine import checkpoint
-from kdbench.engine.batch import Sets
-from kdbench.engine.batches import Batches
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.data.batch import Sets
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
-from kdbench.engine.network import Normalizer
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.network import Normalizer
 from kdbench.engine.step import shared_part
 from kdbench.engine.step import train as train_member
 from kdbench.engine.teachers.anchors import Route

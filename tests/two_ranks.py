@@ -14,8 +14,8 @@ import torch
 from tiny import CPU, images, networks_for, shortened, target_for, untrained_teacher
 from torch import Tensor
 
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import ALONE, Ranks

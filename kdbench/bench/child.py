@@ -11,14 +11,14 @@ import torch
 
 from kdbench.bench.made_up import made_up
 from kdbench.bench.peers import plain_loop, torchdistill_loop
-from kdbench.engine import capture
-from kdbench.engine.batches import Batches
-from kdbench.engine.capture import program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.choosing import endless, enter_longest_stage
-from kdbench.engine.compute import Computing
-from kdbench.engine.device import use
-from kdbench.engine.domain import augmentation_of
+from kdbench.engine.computing import capture
+from kdbench.engine.computing.capture import program_of
+from kdbench.engine.computing.choosing import endless, enter_longest_stage
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.computing.device import use
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.data.domain import augmentation_of
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs
 from kdbench.engine.teachers.loading import untrained_teacher

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdbench.bench.lanes import Lane, Process
-from kdbench.engine.compute import Computing, Precision
+from kdbench.engine.computing.compute import Computing, Precision
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.specs import CellSpec

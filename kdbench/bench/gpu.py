@@ -14,7 +14,7 @@ from typing import Any
 
 from kdbench.bench.compare import Benchmark, LaneTimer, Machine, Measured, Taken, cells_of, peers_of
 from kdbench.bench.lanes import Lane, Process
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
 from kdbench.errors import CellError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.timeline import planned_timeline

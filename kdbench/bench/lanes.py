@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
 from kdbench.engine.workers.pool import ALLOCATOR
 from kdbench.errors import CellError
 

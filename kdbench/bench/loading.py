@@ -20,7 +20,7 @@ from kdbench.data.augment import Augmentation
 from kdbench.data.decoding import NUMBERS
 from kdbench.data.streams import uniform
 from kdbench.data.transforms import Transforms, rand_augment
-from kdbench.engine.streamed import Drawn, Making, StreamedSplit, decoded
+from kdbench.engine.data.streamed import Drawn, Making, StreamedSplit, decoded
 
 # As ImageNet's pictures are for the most part.
 WIDTH, HEIGHT, QUALITY = 500, 375, 95

@@ -5,10 +5,10 @@ import time
 import torch
 
 from kdbench.bench.compare import Machine
-from kdbench.engine.build import build_model
-from kdbench.engine.choosing import bfloat16_computes, compiler_works
-from kdbench.engine.compute import Precision
+from kdbench.engine.computing.choosing import bfloat16_computes, compiler_works
+from kdbench.engine.computing.compute import Precision
 from kdbench.engine.finish import machine, size_of
+from kdbench.engine.networks.build import build_model
 from kdbench.recipe.specs import CellSpec
 
 SIZE = {"cpu": 2048, "cuda": 8192}

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from kdbench.bench.made_up import made_up
-from kdbench.engine.build import build_model
+from kdbench.engine.networks.build import build_model
 from kdbench.errors import UserError
 from kdbench.recipe.specs import CellSpec
 

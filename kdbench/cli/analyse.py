@@ -58,7 +58,7 @@ def command(
     target, options = cards.card("analyses", name, "kdbench analyse").target, _checked(cards, name, given)
 
     from kdbench.engine.analysis import Analysis
-    from kdbench.engine.device import chosen_device
+    from kdbench.engine.computing.device import chosen_device
     from kdbench.engine.targets import import_target
 
     chosen = str(chosen_device(device, tell))

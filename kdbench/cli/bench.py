@@ -61,7 +61,7 @@ def command(
         _check_peers()
 
     from kdbench.bench.machine import machine_of
-    from kdbench.engine.device import chosen_device
+    from kdbench.engine.computing.device import chosen_device
 
     on = chosen_device(device, tell)
     threads = threads or cores()

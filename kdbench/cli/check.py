@@ -13,7 +13,7 @@ from rich.table import Table
 from kdbench.cli.console import page, plain_table, show
 from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
 from kdbench.cli.progress import clock
-from kdbench.engine.compute import Memory, plainest
+from kdbench.engine.computing.compute import Memory, plainest
 from kdbench.engine.scheduling import kind
 from kdbench.errors import UserError, counted
 from kdbench.recipe.method_specs import MethodSpec
@@ -27,7 +27,7 @@ from kdbench.tree import text
 if TYPE_CHECKING:
     import torch
 
-    from kdbench.engine.estimate import Estimate
+    from kdbench.engine.computing.estimate import Estimate
     from kdbench.verify.adopting import Left
 
 EXAMPLES = """
@@ -50,11 +50,11 @@ def command(
 
     import torch
 
-    from kdbench.engine.build import weight_notes
-    from kdbench.engine.check import Known, check_cell
-    from kdbench.engine.device import chosen_device
-    from kdbench.engine.estimate import Estimate
-    from kdbench.engine.memory import memory_of
+    from kdbench.engine.checks.cells import Known, check_cell
+    from kdbench.engine.computing.device import chosen_device
+    from kdbench.engine.computing.estimate import Estimate
+    from kdbench.engine.computing.memory import memory_of
+    from kdbench.engine.networks.build import weight_notes
     from kdbench.verify.adopting import left_of
 
     console = page()
@@ -169,7 +169,7 @@ def _terms(methods: Iterable[MethodSpec]) -> Table:
 
 
 def _print_heading(console: Console, planned: Plan, device: torch.device) -> None:
-    from kdbench.engine.choosing import possible
+    from kdbench.engine.computing.choosing import possible
 
     first = planned.cells[0].spec
     domains = " → ".join(part.name for part in first.domains)
@@ -197,8 +197,8 @@ def _print_needs(
     """
     import torch
 
-    from kdbench.engine.device import available_memory
-    from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, memory, workers
+    from kdbench.engine.computing.device import available_memory
+    from kdbench.engine.computing.estimate import GPU, GPU_RATE, Estimate, memory, workers
 
     device, cells = estimate.device, left.cells
     at_once = workers(device, len(cells))

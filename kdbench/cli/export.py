@@ -36,7 +36,7 @@ def command(
         raise UserError(
             "choose a form to export to", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME"
         )
-    from kdbench.engine.exporting import exported_student, to_hub, to_onnx, to_timm, to_torchscript
+    from kdbench.engine.networks.exporting import exported_student, to_hub, to_onnx, to_timm, to_torchscript
 
     student = exported_student(cell, registry or (), weights)
     folder = out or Path("export") / cell.resolve().name

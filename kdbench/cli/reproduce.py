@@ -147,7 +147,7 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 
-    from kdbench.engine.estimate import GPU, GPU_RATE, Estimate, workers
+    from kdbench.engine.computing.estimate import GPU, GPU_RATE, Estimate, workers
     from kdbench.verify.adopting import left_of
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()

@@ -80,7 +80,7 @@ def _hook_points(cards: Registry, name: str) -> list[str]:
         return []
     if hooks != "derived":
         return [*cards.card("hooks", hooks).points, LOGITS]
-    from kdbench.engine.build import build_extractor, build_model
+    from kdbench.engine.networks.build import build_extractor, build_model
 
     # They are found by running the network, on images that any of them takes.
     largest = max(cards.names("datasets"), key=lambda data: cards.card("datasets", data).image_size)

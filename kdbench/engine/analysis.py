@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdbench.engine.batch import at_most
-from kdbench.engine.datasets import load_data
-from kdbench.engine.device import use
+from kdbench.engine.computing.device import use
+from kdbench.engine.data.batch import at_most
+from kdbench.engine.data.datasets import load_data
+from kdbench.engine.data.streamed import split_for_testing
 from kdbench.engine.finish import git_state, machine
 from kdbench.engine.folders import teacher_folder
-from kdbench.engine.network import Network, Normalizer
+from kdbench.engine.networks.network import Network, Normalizer
+from kdbench.engine.networks.trained import load_student
+from kdbench.engine.networks.weights import locate
 from kdbench.engine.options import Options
-from kdbench.engine.streamed import split_for_testing
 from kdbench.engine.teachers.files import ALL_WEIGHTS, trained
 from kdbench.engine.teachers.loading import load_teacher
-from kdbench.engine.trained import load_student
-from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import home, no_formula, sha256_of, write_json, write_text
 from kdbench.recipe.model_specs import DataSpec

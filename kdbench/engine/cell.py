@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import LOST, Apart, is_lost

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.engine.averaging import Average
-from kdbench.engine.batch import Split, at_most
+from kdbench.engine.data.batch import Split, at_most
 from kdbench.engine.member import Member
 from kdbench.engine.metrics import Metrics
-from kdbench.engine.network import Network
+from kdbench.engine.networks.averaging import Average
+from kdbench.engine.networks.network import Network
 
 # Metrics need features of the teacher: they are measured on at most this many evenly spaced test images.
 PROBE_IMAGES = 2000

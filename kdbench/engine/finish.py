@@ -13,15 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdbench.data.pictures import AnyData, Pictures
 from kdbench.engine.answers import measured
-from kdbench.engine.batch import SECOND, TARGET
+from kdbench.engine.data.batch import SECOND, TARGET
 from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.log import Log
 from kdbench.engine.member import Member
-from kdbench.engine.predicting import Predictor
+from kdbench.engine.networks.predicting import Predictor
+from kdbench.engine.networks.weights import save_tensors, weights_of
 from kdbench.engine.surroundings import said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.files import TeacherFile
-from kdbench.engine.weights import save_tensors, weights_of
 from kdbench.files import BEST, LOGITS, PACKAGE, RECORD, STUDENT, UNFINISHED, write_json
 from kdbench.models.probing import undisturbed
 from kdbench.recipe.model_specs import DataSpec

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from kdbench.engine.batch import MOST_STEPS, Batch, Sets
-from kdbench.engine.network import Network
+from kdbench.engine.data.batch import MOST_STEPS, Batch, Sets
+from kdbench.engine.networks.network import Network
 from kdbench.engine.targets import code_of, import_target
 from kdbench.engine.terms import Values
 from kdbench.recipe.method_specs import SourceSpec

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batch import MOST_STEPS
 from kdbench.engine.cell import TrainingCell, time_of
+from kdbench.engine.data.batch import MOST_STEPS
 from kdbench.engine.evaluation import PARTS, scores
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teachers.anchors import keep_checkpoint

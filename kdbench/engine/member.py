@@ -7,20 +7,20 @@ from typing import Any
 import torch
 
 from kdbench.data.streams import address, seed_draws
-from kdbench.engine.batch import Batch, Sets
-from kdbench.engine.batches import Batches
-from kdbench.engine.compute import REFERENCE, Computing
+from kdbench.engine.computing.compute import REFERENCE, Computing
+from kdbench.engine.data.batch import Batch, Sets
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import Source, SourceContext, SourceFiles, SourceStep
 from kdbench.engine.log import Log
 from kdbench.engine.meter import Meter
 from kdbench.engine.modules import CellModules
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
+from kdbench.engine.networks.weights import weights_of
 from kdbench.engine.operations import OperationContext, build_operation
 from kdbench.engine.source_of_ranks import source_on
 from kdbench.engine.stage import Stage, asked_points, schedule_span_of, shared_teacher_points
 from kdbench.engine.teachers.anchors import AnchorTeacher
 from kdbench.engine.teachers.teacher import PointValues, Teacher
-from kdbench.engine.weights import weights_of
 from kdbench.errors import NOT_FINITE, CellError, UserError
 from kdbench.recipe import route
 from kdbench.recipe.specs import CellSpec

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdbench.engine.batches import Batches
-from kdbench.engine.build import build_extractor, build_student
-from kdbench.engine.compute import Computing
-from kdbench.engine.freezing import let_train, note_frozen, owned
-from kdbench.engine.network import Network, Normalizer, memory_format
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.networks.build import build_extractor, build_student
+from kdbench.engine.networks.freezing import let_train, note_frozen, owned
+from kdbench.engine.networks.network import Network, Normalizer, memory_format
+from kdbench.engine.networks.predicting import answers
 from kdbench.engine.optimizers import ScheduledOptimizer
-from kdbench.engine.predicting import answers
 from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.teachers.teacher import OwnTeacher, StageTeacher, Teacher, own_teacher_of
 from kdbench.engine.terms import Term, build_terms

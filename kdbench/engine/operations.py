@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kdbench.engine.batch import Batch
-from kdbench.engine.network import Network
+from kdbench.engine.data.batch import Batch
+from kdbench.engine.networks.network import Network
 from kdbench.engine.targets import code_of, import_target
 from kdbench.recipe.method_specs import OperationSpec
 

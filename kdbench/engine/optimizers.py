@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from kdbench.engine.build import build_schedule
+from kdbench.engine.networks.build import build_schedule
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError, shortened
 from kdbench.recipe.coded import TargetSpec

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdbench.engine.batch import MOST_STEPS, Sets
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell, time_of
+from kdbench.engine.data.batch import MOST_STEPS, Sets
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.stage import union

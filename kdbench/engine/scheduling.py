@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from kdbench.engine import compute
-from kdbench.engine.compute import Memory, program_bytes
+from kdbench.engine.computing import compute
+from kdbench.engine.computing.compute import Memory, program_bytes
 from kdbench.files import write_json
 from kdbench.forms import Strict
 from kdbench.reading import read_as

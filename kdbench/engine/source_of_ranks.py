@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdbench.engine.batch import Batch
-from kdbench.engine.batches import Batches
+from kdbench.engine.data.batch import Batch
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import Source, SourceContext, SourceStep, build_source
 from kdbench.errors import CellError, counted
 

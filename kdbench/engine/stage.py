@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.batch import StepTable
-from kdbench.engine.domain import place_of
+from kdbench.engine.data.batch import StepTable
+from kdbench.engine.data.domain import place_of
 from kdbench.engine.inputs import Source
 from kdbench.engine.optimizers import ScheduledOptimizer
 from kdbench.engine.teachers.teacher import StageTeacher

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine.batch import Sets
-from kdbench.engine.batches import Batches
+from kdbench.engine.data.batch import Sets
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.member import Member
-from kdbench.engine.network import autocast
+from kdbench.engine.networks.network import autocast
 from kdbench.engine.stage import Numbers, Turn, batch_norms, union
 from kdbench.engine.teachers.teacher import PointValues, Taught, Teacher
 from kdbench.errors import SharedChange

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
-from kdbench.engine.build import made
+from kdbench.engine.networks.build import made
 from kdbench.engine.targets import code_of
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor

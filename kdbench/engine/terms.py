@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address
-from kdbench.engine.batch import Sets
-from kdbench.engine.build import build_schedule, made
-from kdbench.engine.network import compiled, of_compiler
+from kdbench.engine.data.batch import Sets
+from kdbench.engine.networks.build import build_schedule, made
+from kdbench.engine.networks.network import compiled, of_compiler
 from kdbench.engine.surroundings import Shape, Surroundings
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError, counted

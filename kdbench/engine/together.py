@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address, seed_draws
-from kdbench.engine.averaging import Average
-from kdbench.engine.batch import Batch, Sets
+from kdbench.engine.data.batch import Batch, Sets
 from kdbench.engine.member import Member
-from kdbench.engine.network import autocast
+from kdbench.engine.networks.averaging import Average
+from kdbench.engine.networks.network import autocast
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import Ranks, replicated, statistics
 from kdbench.engine.source_of_ranks import sizes_of

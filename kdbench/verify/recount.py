@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdbench.engine.answers import BINS, FEWEST_CLASSES
-from kdbench.engine.datasets import load_data
+from kdbench.engine.data.datasets import load_data
 from kdbench.errors import UserError, counted
 from kdbench.files import LOGITS, STUDENT, home
 from kdbench.recipe.model_specs import DataSpec

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine import compute
-from kdbench.engine.compute import Chosen
+from kdbench.engine.computing import compute
+from kdbench.engine.computing.compute import Chosen
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import Begun, begin

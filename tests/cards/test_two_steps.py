@@ -12,8 +12,8 @@ from tiny import images, member_of, networks_for, shortened, target_for, train
 from torch import Tensor, nn
 
 from kdbench.cards import KINDS
-from kdbench.engine.check import Known, check_cell
-from kdbench.engine.memory import memory_of
+from kdbench.engine.checks.cells import Known, check_cell
+from kdbench.engine.computing.memory import memory_of
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan

@@ -15,7 +15,7 @@ from kdbench.bench.compare import Benchmark, LaneTimer, Machine, cells_of
 from kdbench.bench.gpu import Pair, bench_gpu, result_lines
 from kdbench.bench.lanes import Lane
 from kdbench.cli.bench import measured_plans
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
 from kdbench.recipe.planning import plan
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 import kdbench
-from kdbench.engine.build import build_model
+from kdbench.engine.networks.build import build_model
 from kdbench.errors import CellError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan

@@ -21,8 +21,8 @@ from conftest import Kdbench, Once
 from safetensors.torch import load_file
 
 import kdbench
-from kdbench.engine import exporting
-from kdbench.engine.exporting import Student, exported_student, model_card, to_onnx, to_timm, to_torchscript
+from kdbench.engine.networks import exporting
+from kdbench.engine.networks.exporting import Student, exported_student, model_card, to_onnx, to_timm, to_torchscript
 from kdbench.errors import UserError
 from kdbench.files import BEST
 from kdbench.record import read_record

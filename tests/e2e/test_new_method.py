@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Kdbench, filled
 from tiny import member_of, shortened, train
 
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.member import Member
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.planning import plan

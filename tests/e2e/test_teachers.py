@@ -9,7 +9,7 @@ import torch
 
 from kdbench.data.cifar import cifar10
 from kdbench.data.images import ImageData
-from kdbench.engine.streamed import split_for_testing
+from kdbench.engine.data.streamed import split_for_testing
 from kdbench.engine.teachers.files import given_weights, look, with_accuracy
 from kdbench.engine.teachers.loading import load_teacher
 from kdbench.recipe.planning import plan

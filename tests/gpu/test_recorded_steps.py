@@ -39,12 +39,12 @@ from captured import (
     with_dropout,
 )
 
-from kdbench.engine.capture import CapturedProgram
-from kdbench.engine.compute import Computing, program_bytes
-from kdbench.engine.device import gpus, use
-from kdbench.engine.memory import memory_of
+from kdbench.engine.computing.capture import CapturedProgram
+from kdbench.engine.computing.compute import Computing, program_bytes
+from kdbench.engine.computing.device import gpus, use
+from kdbench.engine.computing.memory import memory_of
+from kdbench.engine.computing.recorder import CudaRecorder
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.recorder import CudaRecorder
 from kdbench.recipe.planning import plan
 
 __all__ = ["short"]

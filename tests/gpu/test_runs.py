@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, Kdbench
 from kills import Strike, struck
 
-from kdbench.engine.device import gpus
+from kdbench.engine.computing.device import gpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpus(), reason="needs a GPU that torch can use")]
 WAYS = ("compute={precision: float32, layout: contiguous, compile: false}", "steps=120", "evaluations=8")

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from kdbench import losses
 from kdbench.data.streams import uniform
 from kdbench.engine import checkpoint
-from kdbench.engine.batch import SLICE, Batch
+from kdbench.engine.data.batch import SLICE, Batch
 from kdbench.engine.finish import streams
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
-from kdbench.engine.network import Normalizer
+from kdbench.engine.networks.network import Normalizer
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import CellError, UserError
 from kdbench.image_cards import Normalization
@@ -654,7 +654,7 @@ def test_the_protocol_is_the_scripts() -> None:
     assert (spec.protocol.epochs, spec.protocol.batch_size) == (80, 256)
     stage = spec.method.stages["classification"]
     assert stage.optimizer.options == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1.0e-4}
-    from kdbench.engine.build import build_schedule
+    from kdbench.engine.networks.build import build_schedule
 
     schedule = build_schedule(stage.schedule)
     rates = [round(schedule.factor((e - 1) / 80), 6) for e in range(1, 81)]
@@ -801,7 +801,7 @@ def test_where_the_authors_teachers_attacks_end(cifar10_root: Path, teacher_fold
     from safetensors.torch import load_file
 
     from kdbench.data.augment import normalize
-    from kdbench.engine.datasets import load_data
+    from kdbench.engine.data.datasets import load_data
     from kdbench.models.resnet_cifar import bss_resnet
 
     spec = plan({"data": "cifar10", "student": "bss_resnet8", "protocol": "bss_official", "method": "ce"}, REGISTRY)

@@ -28,8 +28,8 @@ from captured import (
 )
 from standin import Broken, StandIn
 
-from kdbench.engine.capture import CapturedProgram
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.computing.capture import CapturedProgram
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import SourceContext, SourceFiles, SourceStep
 from kdbench.engine.member import Member
 from kdbench.engine.teachers.loading import fingerprint

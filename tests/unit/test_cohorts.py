@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdbench.engine.compute import Memory
+from kdbench.engine.computing.compute import Memory
 from kdbench.engine.scheduling import Begun, Cells, CellState, Memories, balanced, begin, cohorts_of, joined, kind
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry

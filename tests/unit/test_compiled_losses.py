@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
-from kdbench.engine.network import compiled as compiled_call
+from kdbench.engine.networks.network import compiled as compiled_call
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.workers.training import way_of
 from kdbench.losses.ce import cross_entropy

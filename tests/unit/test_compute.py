@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import CPU, batches_for, images, networks_for, shortened, step, target_for, train, untrained_teacher
 
-from kdbench.engine import choosing, compute
-from kdbench.engine.batches import Batches
-from kdbench.engine.choosing import MeasuredWay, bfloat16_computes, choose, compiler_works
-from kdbench.engine.compute import REFERENCE, Chosen, Computing, Steps, candidates
+from kdbench.engine.computing import choosing, compute
+from kdbench.engine.computing.choosing import MeasuredWay, bfloat16_computes, choose, compiler_works
+from kdbench.engine.computing.compute import REFERENCE, Chosen, Computing, Steps, candidates
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.teachers.teacher import Teacher
@@ -130,7 +130,7 @@ def test_compiled_graphs_give_the_losses_and_gradients_of_the_reference(methods:
 @pytest.mark.slow
 def test_students_trained_in_bfloat16_are_as_good(tmp_path: Path) -> None:
     """Digits, two seeds: their test accuracies differ from plain ones by no more than seeds do among themselves."""
-    from kdbench.engine.datasets import load_data
+    from kdbench.engine.data.datasets import load_data
     from kdbench.engine.evaluation import scores
 
     differences, plain = [], []

@@ -16,9 +16,9 @@ from tiny import CPU, images, pick_up, shortened, teacher_for, train
 from torch import nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batch import Batch
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.data.batch import Batch
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceContext, SourceFiles
 from kdbench.engine.log import MetricsLog
@@ -624,8 +624,8 @@ def test_settings_that_make_no_sense_are_told() -> None:
 @pytest.mark.slow
 def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-32, trained by itself, on images from ResNet-20: chance is 10 %, and images are few and quickly made."""
+    from kdbench.engine.networks.weights import locate
     from kdbench.engine.teachers.loading import load_teacher
-    from kdbench.engine.weights import locate
 
     monkeypatch.setenv("KDBENCH_WEIGHTS", str(teacher_folder))
     teachers = []
@@ -651,7 +651,7 @@ def test_an_independent_network_recognizes_the_images(teacher_folder: Path, monk
 @pytest.mark.slow
 def test_kd_on_synthesized_digits_is_better_than_on_noise(tmp_path: Path) -> None:
     """A real teacher of the digits, trained here for a few steps; no student sees a real image."""
-    from kdbench.engine.datasets import load_data
+    from kdbench.engine.data.datasets import load_data
 
     def real(method: str | dict[str, Any], steps: int, **more: Any) -> CellSpec:
         return plan(RECIPE | more | {"method": method, "steps": steps, "compute": "reference"}, REGISTRY).cells[0].spec

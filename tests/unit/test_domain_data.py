@@ -16,7 +16,7 @@ from tiny import images
 from kdbench.cards import Weights
 from kdbench.data import domains, jpeg, mnist
 from kdbench.data.images import resized
-from kdbench.engine.build import build_model
+from kdbench.engine.networks.build import build_model
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan

@@ -12,12 +12,12 @@ from picture_files import write_pictures
 from tiny import CPU, batches_for, images, member_of, sets_at, shortened, step, train, untrained_teacher
 
 from kdbench.cards import DatasetCard
-from kdbench.engine.batches import Batches
-from kdbench.engine.datasets import load_data
+from kdbench.engine.computing.memory import memory_of
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.data.datasets import load_data
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import streams
 from kdbench.engine.member import Member
-from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
@@ -215,7 +215,7 @@ def test_the_shared_teacher_stays_while_the_cells_own_learns_and_is_measured() -
 def test_a_metric_compares_with_the_teacher_that_the_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """From which its loss learned, and of which the record has the accuracy. Every image counts alike, though they come
     in parts of 17 and 3."""
-    monkeypatch.setattr("kdbench.engine.batch.SLICE", {"cpu": 17})
+    monkeypatch.setattr("kdbench.engine.data.batch.SLICE", {"cpu": 17})
     boundary = {"loss": "activation_boundary", "hook": "layer3.preact", "connector": "conv1x1_bn", "weight": 1e-3}
     stage = {"trains": ["student", "teacher", "connectors"], "losses": {"boundary": boundary}}
     member, batches, teacher = member_of(cell({"name": "uda_kd", "stages": {"adaptation": stage}}, steps=4))

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.images import ImageData
-from kdbench.engine.build import build_model
-from kdbench.engine.resident import ResidentSplit
+from kdbench.engine.data.resident import ResidentSplit
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.weight_files import read_weights
 from kdbench.engine.teachers import files as teacher_files
 from kdbench.engine.teachers.files import TeacherFile, doubts, given_weights, look, with_accuracy
-from kdbench.engine.weight_files import read_weights
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan

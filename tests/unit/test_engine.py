@@ -15,8 +15,8 @@ import torch
 from tiny import CPU, changed_at, images, member_of, pick_up, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
@@ -259,7 +259,7 @@ def test_a_meter_gives_means_since_it_was_cleared_and_the_first_step_that_was_no
 def test_a_validation_part_is_measured_beside_the_test_part_or_in_its_place(
     tested_on: str, parts: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdbench.engine.batch.SLICE", {"cpu": 17})
+    monkeypatch.setattr("kdbench.engine.data.batch.SLICE", {"cpu": 17})
     data = {"name": "digits", "validation": 20, "tested_on": tested_on}
     spec = plan(RECIPE | {"method": "ce", "data": data}, REGISTRY).cells[0].spec
     member, batches, _ = member_of(spec, images(spec.data, per_class=4))
@@ -382,7 +382,7 @@ def test_teacher_and_student_each_get_their_own_normalization() -> None:
 
 
 def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
-    from kdbench.engine.check import check_cell
+    from kdbench.engine.checks.cells import check_cell
 
     method = {"name": "ab", "stages": {"boundaries": {"losses": {"boundary": {"connector": "conv1x1_bn"}}}}}
     spec = (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from synthetic import plain_record, write
 
-from kdbench.engine.build import build_model
-from kdbench.engine.domain import split
-from kdbench.engine.estimate import Estimate, Size
+from kdbench.engine.computing.estimate import Estimate, Size
+from kdbench.engine.data.domain import split
 from kdbench.engine.folders import teacher_folder
+from kdbench.engine.networks.build import build_model
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.timeline import training_images, validation_images

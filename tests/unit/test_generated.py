@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from kdbench.engine import checkpoint
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import UserError

@@ -15,10 +15,10 @@ from tensors import rand
 from torch import Tensor, nn
 
 from kdbench import losses
-from kdbench.engine.check import check_cell
-from kdbench.engine.compute import Computing
-from kdbench.engine.estimate import Estimate
-from kdbench.engine.memory import memory_of
+from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.computing.estimate import Estimate
+from kdbench.engine.computing.memory import memory_of
 from kdbench.engine.program import Program, make_graphs
 from kdbench.engine.workers.distributed import refuse
 from kdbench.engine.workers.training import way_of

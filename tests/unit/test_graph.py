@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import TRANSFORMER
 
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.compute import Computing
-from kdbench.engine.network import Network, Normalizer
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.network import Network, Normalizer
 from kdbench.image_cards import Normalization
 from kdbench.models.graph import Untraceable, traced
 from kdbench.models.hooks import Extractor

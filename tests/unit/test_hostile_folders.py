@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 
 import kdbench
 from kdbench.cli import main
-from kdbench.engine import compute
+from kdbench.engine.computing import compute
 from kdbench.engine.folders import teacher_folder
+from kdbench.engine.networks.weight_files import read_weights
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.teachers import files as teacher_files
 from kdbench.engine.teachers import logit_files
 from kdbench.engine.teachers.anchors import Route
-from kdbench.engine.weight_files import read_weights
 from kdbench.engine.workers import runner
 from kdbench.errors import UserError
 from kdbench.files import sha256_of

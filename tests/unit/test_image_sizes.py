@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import Resize
 
-from kdbench.engine.check import check_cell
-from kdbench.engine.estimate import Estimate
-from kdbench.engine.network import Normalizer
+from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.computing.estimate import Estimate
+from kdbench.engine.networks.network import Normalizer
 from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.teachers.logit_table import table_key
 from kdbench.errors import UserError

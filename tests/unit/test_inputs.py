@@ -10,7 +10,7 @@ import torch
 from tiny import CPU, member_of, shortened, step, train
 from torch.nn import functional as F
 
-from kdbench.engine.estimate import Estimate
+from kdbench.engine.computing.estimate import Estimate
 from kdbench.engine.member import Member
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
@@ -22,7 +22,7 @@ RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "stude
 
 SOURCE = '''
 import torch
-from kdbench.engine.batch import Batch
+from kdbench.engine.data.batch import Batch
 from kdbench.engine.inputs import Cost, Source
 
 class Mirrored(Source):

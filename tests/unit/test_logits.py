@@ -14,8 +14,8 @@ from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
-from kdbench.engine.batches import Batches
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.member import Member
 from kdbench.engine.teachers import logit_files, logit_table
 from kdbench.engine.teachers.logit_files import LogitTable, table_at

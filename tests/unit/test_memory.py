@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine import check
-from kdbench.engine.check import check_cell
-from kdbench.engine.compute import Memory, program_bytes
-from kdbench.engine.device import available_memory
-from kdbench.engine.estimate import Estimate
+from kdbench.engine.checks import cells
+from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.computing.compute import Memory, program_bytes
+from kdbench.engine.computing.device import available_memory
+from kdbench.engine.computing.estimate import Estimate
+from kdbench.engine.computing.memory import memory_of
 from kdbench.engine.inputs import Cost
-from kdbench.engine.memory import memory_of
 from kdbench.engine.scheduling import Cells, CellState, cohorts_of, fitting, kind
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.planning import plan
@@ -107,7 +107,7 @@ def test_free_memory_is_known_here() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the system counts it right: Linux only")
 def test_memory_of_the_process_that_started_one_is_not_its_own() -> None:
     """A notebook that holds gigabytes starts workers of megabytes."""
-    look = "from kdbench.engine.device import peak_resident; print(peak_resident())"
+    look = "from kdbench.engine.computing.device import peak_resident; print(peak_resident())"
     code = f"import subprocess, sys; held = b'x' * 400_000_000; subprocess.run([sys.executable, '-c', {look!r}])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 10**6 < int(done.stdout) < 2 * 10**8
@@ -119,13 +119,13 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from tiny import images, untrained_teacher, CPU
-from kdbench.engine.batches import Batches
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.memory import peak_memory
+from kdbench.engine.computing.memory import peak_memory
 from kdbench.recipe.specs import CellSpec
 from pathlib import Path
 specs = [CellSpec.model_validate(s) for s in json.loads(sys.stdin.read())]
@@ -152,7 +152,7 @@ print(json.dumps({"peak": peak_memory(CPU), "at": at, "failed": [s.failure for s
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc: Linux only")
 def test_a_cohort_stays_within_what_is_predicted_and_does_not_grow(tmp_path: Path) -> None:
     """CIFAR-sized images, a wide teacher, a process with the workers' allocator; the data set itself is a small one."""
-    from kdbench.engine.memory import memory_of
+    from kdbench.engine.computing.memory import memory_of
     from kdbench.engine.workers.pool import ALLOCATOR
 
     recipe = RECIPE | {"student": "resnet20", "compare": {"method": ["kd", "ab"]}, "seeds": 1}
@@ -197,7 +197,7 @@ def test_sets_with_several_images_for_each_of_the_batch_count_so(monkeypatch: py
 
 
 def test_banks_that_are_not_filled_hold_nothing_of_what_lay_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "LARGE", 10**6)
+    monkeypatch.setattr(cells, "LARGE", 10**6)
     # New memory is full of NaN then, as used memory may be.
     torch.use_deterministic_algorithms(True)
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdbench.engine.build import build_schedule
+from kdbench.engine.networks.build import build_schedule
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 

@@ -13,7 +13,7 @@ from test_deep_inversion import QUICK, files, member_in, pooled, prepared
 from tiny import CPU, images, pick_up, shortened, teacher_for, train
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import by_classes
 from kdbench.engine.inputs import SourceFiles

@@ -11,7 +11,7 @@ from captured import cell
 from tiny import member_of, train
 from torch import nn
 
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.optimizers import SGD, ScheduledOptimizer
 from kdbench.engine.step import losses_of, shared_part
 from kdbench.errors import UserError

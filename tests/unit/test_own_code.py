@@ -17,7 +17,7 @@ from captured import cohort_of, trained
 from conftest import ROOT
 from tiny import member_of, shortened, train
 
-from kdbench.engine.check import Known, check_cell
+from kdbench.engine.checks.cells import Known, check_cell
 from kdbench.engine.program import Program
 from kdbench.engine.workers import messages
 from kdbench.engine.workers.tasks import TaskRunner
@@ -272,7 +272,7 @@ def tempered(student: Tensor, teacher: Tensor, student_temp: float):
 """
 
 IN_PLACE = """
-from kdbench.engine.batch import Batch
+from kdbench.engine.data.batch import Batch
 from kdbench.engine.inputs import Source
 from torch import Tensor
 from torch.nn import functional as F

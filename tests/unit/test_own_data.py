@@ -17,11 +17,11 @@ from tiny import CPU, batches_for, member_of, shortened, train, untrained_teache
 
 from kdbench import cli
 from kdbench.data.pictures import Pictures
-from kdbench.engine.check import check_cell
-from kdbench.engine.choosing import _measure
-from kdbench.engine.compute import REFERENCE
-from kdbench.engine.datasets import load_data
-from kdbench.engine.domain import split
+from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.computing.choosing import _measure
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.data.datasets import load_data
+from kdbench.engine.data.domain import split
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.loop import TrainingLoop

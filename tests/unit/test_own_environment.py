@@ -27,10 +27,10 @@ from kdbench.cli.progress import clock
 from kdbench.cli.run import failure, started_by_torchrun
 from kdbench.engine import checkpoint
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.networks.weights import save_tensors
 from kdbench.engine.options import Options
 from kdbench.engine.teachers.anchors import keep_checkpoint
-from kdbench.engine.weights import save_tensors
 from kdbench.engine.workers.pool import worker_process
 from kdbench.engine.workers.runner import Outcome
 from kdbench.engine.workers.session import locked_run
@@ -382,7 +382,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 329024 vs 328912")
 
     monkeypatch.setattr("torch.save", failing)
-    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+    monkeypatch.setattr("kdbench.engine.networks.weights.save_file", failing)
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(full: None, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_a_file_that_is_larger_than_what_is_free_fills_the_disk(
     def failing(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("kdbench.engine.weights.save_file", failing)
+    monkeypatch.setattr("kdbench.engine.networks.weights.save_file", failing)
     with pytest.raises(OSError) as caught:
         save_tensors(tmp_path / "student.safetensors", {})
     assert str(disk_full(caught.value)).startswith(f"the disk is full: {tmp_path / 'student.safetensors'}")

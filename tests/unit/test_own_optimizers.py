@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.registry import Registry

@@ -25,7 +25,7 @@ from kdbench.data import folder, pictures
 from kdbench.data.decoding import picture
 from kdbench.data.listing import centred, listing
 from kdbench.data.survey import survey
-from kdbench.engine.datasets import load_data
+from kdbench.engine.data.datasets import load_data
 from kdbench.errors import UserError
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import plan

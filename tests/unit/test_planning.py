@@ -199,7 +199,7 @@ def test_what_cannot_be_is_told_before_anything_runs(change: str, message: str) 
     ],
 )
 def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: str) -> None:
-    from kdbench.engine.check import check_cell
+    from kdbench.engine.checks.cells import check_cell
 
     with pytest.raises(UserError, match=message):
         check_cell(one(change, method="ce"))
@@ -212,7 +212,7 @@ def test_what_only_torch_can_tell_is_told_by_trying_out(change: str, message: st
      ("no_such_name", "cannot be computed: NameError")],
 )  # fmt: skip
 def test_a_loss_that_is_no_loss_is_told_by_trying_out(body: str, message: str, tmp_path: Path) -> None:
-    from kdbench.engine.check import check_cell
+    from kdbench.engine.checks.cells import check_cell
 
     name = "loss_" + str(abs(hash(body)))
     (tmp_path / f"{name}.py").write_text(f"def far(student, teacher):\n    return {body}\n")

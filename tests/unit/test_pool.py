@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine import device as devices
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing import device as devices
+from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.workers import pool
 from kdbench.engine.workers.messages import (
     CellTask,

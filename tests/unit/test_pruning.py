@@ -14,11 +14,11 @@ from tiny import pick_up, teacher_for, train
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.build import build_model
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.finish import size_of
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.weights import start_from
 from kdbench.engine.teachers.loading import fingerprint
-from kdbench.engine.weights import start_from
 from kdbench.errors import UserError
 from kdbench.methods.pruning.filters import filters, importance, least_important, size_without, switch_off
 from kdbench.methods.pruning.operation import TaylorPruning

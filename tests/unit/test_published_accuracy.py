@@ -12,9 +12,9 @@ from picture_files import write_pictures
 from safetensors.torch import save_file
 
 from kdbench.data import pictures
-from kdbench.engine.build import build_model
-from kdbench.engine.network import Normalizer
-from kdbench.engine.streamed import StreamedSplit
+from kdbench.engine.data.streamed import StreamedSplit
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.network import Normalizer
 from kdbench.engine.teachers.files import TeacherFile, look, with_accuracy
 from kdbench.engine.teachers.loading import load_teacher
 from kdbench.errors import UserError

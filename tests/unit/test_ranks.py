@@ -24,10 +24,10 @@ from tiny import CPU, images, sets_at, untrained_teacher
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdbench.cli.run import started_by_torchrun
-from kdbench.engine.batches import Batches
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.member import Member
+from kdbench.engine.networks.build import build_extractor, build_model
 from kdbench.engine.ranks import ALONE, Ranks
 from kdbench.engine.workers import distributed
 from kdbench.engine.workers.distributed import device_here, join, refuse

@@ -17,7 +17,7 @@ from picture_files import write_pictures
 from kdbench.cli import with_address
 from kdbench.data.pictures import from_folders, load_listing, save_listing
 from kdbench.data.sent import SUFFIX
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.options import Cluster
 from kdbench.engine.teachers.logit_files import ABOUT, VALUES, table_at
 from kdbench.engine.workers.messages import CellTask, Failed, GivenData, TrainCells

@@ -16,14 +16,14 @@ from tiny import CPU, MadeUpRoute, images, member_of, shortened, step, teacher_f
 from torch import Tensor, nn
 
 from kdbench.engine import checkpoint
-from kdbench.engine.batch import SLICE
-from kdbench.engine.batches import Batches
 from kdbench.engine.cell import TrainingCell
+from kdbench.engine.data.batch import SLICE
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.data.resident import ResidentSplit
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.teachers.anchors import AnchorTeacher, Route
 from kdbench.engine.teachers.loading import fingerprint

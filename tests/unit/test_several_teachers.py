@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.networks.build import build_extractor, build_model
 from kdbench.errors import UserError
 from kdbench.recipe.loading import load, override
 from kdbench.recipe.planning import plan

@@ -12,8 +12,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from synthetic import plain_record, write
 
+from kdbench.engine.networks.weights import locate
 from kdbench.engine.teachers.loading import load_teacher
-from kdbench.engine.weights import locate
 from kdbench.errors import UserError
 from kdbench.files import SHARE
 from kdbench.recipe.planning import plan, teacher_of_card

@@ -23,14 +23,14 @@ from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, pic
 from kdbench.data.images import ImageData
 from kdbench.data.listing import centred, not_found
 from kdbench.data.streams import uniform
-from kdbench.engine.batch import SLICE, at_once
-from kdbench.engine.batches import Batches
-from kdbench.engine.datasets import load_data
+from kdbench.engine.data.batch import SLICE, at_once
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.data.datasets import load_data
+from kdbench.engine.data.resident import ResidentSplit
+from kdbench.engine.data.streamed import StreamedDomain, StreamedSplit, split_for_testing
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.resident import ResidentSplit
-from kdbench.engine.streamed import StreamedDomain, StreamedSplit, split_for_testing
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

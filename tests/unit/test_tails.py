@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdbench.engine.build import build_extractor, build_model
+from kdbench.engine.networks.build import build_extractor, build_model
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor

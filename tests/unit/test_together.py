@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from kdbench.api import load_student
 from kdbench.data.images import ImageData
-from kdbench.engine.build import build_model
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.networks.build import build_model
 from kdbench.engine.teachers import logit_table
 from kdbench.engine.teachers.logit_files import table_at
 from kdbench.engine.workers.finished import names

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from kdbench import losses
 from kdbench.data.transforms import Transforms
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.finish import size_of, streams
 from kdbench.engine.member import Member
-from kdbench.engine.predicting import Predictor
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.predicting import Predictor
 from kdbench.engine.surroundings import _BUILT, said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.loading import fingerprint

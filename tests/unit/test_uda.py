@@ -14,7 +14,7 @@ from tiny import member_of, step
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.engine.build import build_schedule
+from kdbench.engine.networks.build import build_schedule
 from kdbench.losses import kd, kl_divergence, mmd
 from kdbench.recipe.method_specs import TermSpec
 from kdbench.recipe.planning import plan

@@ -25,15 +25,15 @@ from kdbench.data.transforms import (
     random_erasing,
     trivial_augment,
 )
-from kdbench.engine.batches import Batches
-from kdbench.engine.datasets import load_data
+from kdbench.engine.data.batches import Batches
+from kdbench.engine.data.datasets import load_data
+from kdbench.engine.data.mixing import NUMBERS, Mixing, shares
+from kdbench.engine.data.resident import ResidentDomain
+from kdbench.engine.data.streamed import StreamedDomain, check_transforms
 from kdbench.engine.evaluation import evaluate, scores
 from kdbench.engine.finish import streams
 from kdbench.engine.member import Member
-from kdbench.engine.mixing import NUMBERS, Mixing, shares
 from kdbench.engine.ranks import Ranks
-from kdbench.engine.resident import ResidentDomain
-from kdbench.engine.streamed import StreamedDomain, check_transforms
 from kdbench.engine.targets import import_target
 from kdbench.errors import UserError
 from kdbench.image_cards import Mix

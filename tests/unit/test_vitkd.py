@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny import TRANSFORMER, TWO_HEADS, WIDER, member_of, shortened, train
 
-from kdbench.engine.check import check_cell
+from kdbench.engine.checks.cells import check_cell
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import CPU, images
 
-from kdbench.engine.build import build_model
-from kdbench.engine.compute import REFERENCE
+from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.inputs import SourceContext, SourceFiles, build_source
+from kdbench.engine.networks.build import build_model
 from kdbench.engine.teachers.files import all_weights, given_weights, with_accuracy
 from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.teachers.logit_table import table_key

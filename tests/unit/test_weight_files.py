@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from tiny import changed_at
 from torch import Tensor, nn
 
-from kdbench.engine.build import build_model, weight_notes
+from kdbench.engine.networks.build import build_model, weight_notes
+from kdbench.engine.networks.weights import load_file
 from kdbench.engine.teachers.loading import load_teacher
-from kdbench.engine.weights import load_file
 from kdbench.errors import UserError
 from kdbench.models.external import torchvision_model
 from kdbench.models.wrn import wide_resnet

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.batch import Split, at_most
-from kdbench.engine.weight_files import read_weights
-from kdbench.engine.weights import load_weights, save_tensors, weights_of
+from kdbench.engine.data.batch import Split, at_most
+from kdbench.engine.networks.weight_files import read_weights
+from kdbench.engine.networks.weights import load_weights, save_tensors, weights_of
 from kdbench.errors import CellError, UserError
 from kdbench.files import ROUTE, disk_full, sha256_of, write_json
 from kdbench.reading import inside

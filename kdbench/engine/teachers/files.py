@@ -15,14 +15,14 @@ from safetensors.torch import save
 
 from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.data.pictures import AnyData, Pictures
-from kdbench.engine.batch import Split
-from kdbench.engine.build import build_model
+from kdbench.engine.data.batch import Split
+from kdbench.engine.data.streamed import split_for_testing
 from kdbench.engine.folders import teacher_folder
-from kdbench.engine.streamed import split_for_testing
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.weights import load_teacher_file, locate
 from kdbench.engine.teachers.anchors import Route
 from kdbench.engine.teachers.loading import load_teacher
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.engine.weights import load_teacher_file, locate
 from kdbench.errors import CellError, UserError
 from kdbench.files import ROUTE, atomic, sha256_of, write_json, write_summed
 from kdbench.forms import Percent

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.network import Normalizer
+from kdbench.engine.computing.compute import REFERENCE, Computing
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.network import Normalizer
+from kdbench.engine.networks.weights import load_teacher_file
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.engine.weights import load_teacher_file
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.specs import TeacherSpec
 

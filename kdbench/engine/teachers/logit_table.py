@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.images import ImageData
-from kdbench.engine.domain import augmentation_of, split
-from kdbench.engine.network import autocast
+from kdbench.engine.data.domain import augmentation_of, split
+from kdbench.engine.networks.network import autocast
 from kdbench.engine.teachers.logit_files import VALUES, LogitTable, filling, note, read_table
 from kdbench.engine.teachers.teacher import Teacher
 from kdbench.errors import UserError

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kdbench.engine.batch import Batch, Sets
-from kdbench.engine.build import build_model
-from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.freezing import let_train, note_frozen
-from kdbench.engine.network import Network, Normalizer, autocast
+from kdbench.engine.computing.compute import REFERENCE, Computing
+from kdbench.engine.data.batch import Batch, Sets
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.freezing import let_train, note_frozen
+from kdbench.engine.networks.network import Network, Normalizer, autocast
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.teachers.anchors import Route
 from kdbench.models.hooks import Extractor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdbench.engine.device import gpus
+from kdbench.engine.computing.device import gpus
 from kdbench.engine.ranks import Ranks
 from kdbench.engine.workers.messages import Settings, Task, TrainCells, read_line
 from kdbench.engine.workers.versions import versions

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from kdbench.engine import compute
-from kdbench.engine.compute import plainest
+from kdbench.engine.computing import compute
+from kdbench.engine.computing.compute import plainest
 from kdbench.engine.folders import cell_states, teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, cohorts_of

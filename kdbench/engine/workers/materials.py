@@ -10,8 +10,8 @@ from torch import Tensor
 from kdbench.data.images import load_images
 from kdbench.data.pictures import AnyData, Pictures, load_listing
 from kdbench.data.sent import SUFFIX
-from kdbench.engine.compute import Computing
-from kdbench.engine.datasets import load_data
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.data.datasets import load_data
 from kdbench.engine.teachers import logit_table
 from kdbench.engine.teachers.files import TeacherFile, all_weights, given_weights, on_target, trained, with_accuracy
 from kdbench.engine.teachers.loading import load_teacher, untrained_teacher

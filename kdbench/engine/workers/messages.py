@@ -5,7 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from kdbench.engine.compute import Chosen, Computing, Memory, Steps
+from kdbench.engine.computing.compute import Chosen, Computing, Memory, Steps
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.specs import CellSpec

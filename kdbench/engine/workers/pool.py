@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine.device import available_memory
+from kdbench.engine.computing.device import available_memory
 from kdbench.engine.workers.messages import (
     Announcement,
     Done,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdbench.engine import compute
+from kdbench.engine.computing import compute
 from kdbench.engine.folders import cell_states
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.scheduling import CellState, begun

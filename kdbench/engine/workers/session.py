@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from kdbench.engine import compute, scheduling
-from kdbench.engine.compute import Computing, Steps, plainest
-from kdbench.engine.device import not_used
+from kdbench.engine import scheduling
+from kdbench.engine.computing import compute
+from kdbench.engine.computing.compute import Computing, Steps, plainest
+from kdbench.engine.computing.device import not_used
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.options import Listener, Options
 from kdbench.engine.workers import messages

@@ -9,14 +9,15 @@ import torch
 from kdbench.data.images import save_images
 from kdbench.data.pictures import Pictures, save_listing
 from kdbench.data.sent import SUFFIX
-from kdbench.engine.batches import Batches
-from kdbench.engine.build import weight_notes
-from kdbench.engine.check import Known, check_cell
-from kdbench.engine.choosing import NO_COMPILER, choose, compiler_works, possible
-from kdbench.engine.compute import REFERENCE, Computing
-from kdbench.engine.device import use
+from kdbench.engine.checks.cells import Known, check_cell
+from kdbench.engine.computing.choosing import NO_COMPILER, choose, compiler_works, possible
+from kdbench.engine.computing.compute import REFERENCE, Computing
+from kdbench.engine.computing.device import use
+from kdbench.engine.computing.memory import memory_of
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import SourceContext, SourceFiles
-from kdbench.engine.memory import memory_of
+from kdbench.engine.networks.build import weight_notes
+from kdbench.engine.networks.weights import locate
 from kdbench.engine.ranks import ALONE, Apart, Ranks
 from kdbench.engine.scheduling import kind
 from kdbench.engine.targets import import_target
@@ -24,7 +25,6 @@ from kdbench.engine.teachers import logit_table
 from kdbench.engine.teachers.loading import load_teacher, untrained_teacher
 from kdbench.engine.teachers.logit_files import table_at
 from kdbench.engine.teachers.teacher import Teacher
-from kdbench.engine.weights import locate
 from kdbench.engine.workers import messages
 from kdbench.engine.workers.distributed import join, note_on, refuse, send
 from kdbench.engine.workers.materials import Materials, taught_first

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from kdbench.data.pictures import AnyData
 from kdbench.engine import checkpoint
-from kdbench.engine.batches import Batches
-from kdbench.engine.capture import CapturedProgram, program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.choosing import NO_COMPILER, possible
+from kdbench.engine.computing.capture import CapturedProgram, program_of
+from kdbench.engine.computing.choosing import NO_COMPILER, possible
+from kdbench.engine.computing.memory import peak_memory
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import scores
 from kdbench.engine.finish import finish, machine
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.log import MetricsLog
 from kdbench.engine.loop import TrainingLoop
 from kdbench.engine.member import Member
-from kdbench.engine.memory import peak_memory
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
 from kdbench.engine.program import Cohort, Program
 from kdbench.engine.ranks import LOST, Ranks
 from kdbench.engine.scheduling import Begun, begin

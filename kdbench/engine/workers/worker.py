@@ -42,7 +42,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         import torch
 
-        from kdbench.engine.device import gpus, unusable_gpu
+        from kdbench.engine.computing.device import gpus, unusable_gpu
         from kdbench.engine.workers.tasks import TaskRunner
 
         free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus())]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, FinishedCell, PixelLogits
-from kdbench.engine.batch import at_once
+from kdbench.engine.data.batch import at_once
 from kdbench.errors import UserError, counted
 from kdbench.losses.bss import angle_similarity, magnitude_similarity
 from kdbench.methods.bss.attack import RATES, boundary_attack

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdbench.data.streams import uniform
-from kdbench.engine.batch import MOST_STEPS, Batch
+from kdbench.engine.data.batch import MOST_STEPS, Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.methods.bss.attack import again, asks, base_samples, boundary_attack, target_classes

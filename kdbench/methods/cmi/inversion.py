@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from kdbench.data.augment import Augmentation
 from kdbench.data.decoding import NUMBERS, crop_box
 from kdbench.data.streams import address, generator, permutation, seed_draws, uniform
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
 from kdbench.losses.cmi import BatchNormMeans, agreed_divergence, view_contrast
 from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.methods.cmi.views import Views

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.engine.batch import Batch
+from kdbench.engine.data.batch import Batch
 from kdbench.engine.inputs import Cost, SourceContext, SourceStep
 from kdbench.errors import UserError, counted
 from kdbench.losses.cmi import BatchNormMeans

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
 from kdbench.losses.dafl import activation_strength, class_balance, one_hot
 from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.losses.kl import kl_divergence

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from kdbench.data.streams import address, seed_draws, uniform
-from kdbench.engine.batch import Batch
+from kdbench.engine.computing.memory import Saved
+from kdbench.engine.data.batch import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
-from kdbench.engine.memory import Saved
 from kdbench.errors import UserError
 from kdbench.files import atomic
 from kdbench.losses.deep_inversion import BatchNormInputs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdbench.engine.analysis import Analysis, AnalysisRow, PixelLogits
-from kdbench.engine.batch import at_once
+from kdbench.engine.data.batch import at_once
 from kdbench.errors import UserError, counted
 from kdbench.methods.deep_inversion.made import POOL, MadeImages
 from kdbench.recipe.model_specs import DataSpec

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdbench.data.augment import Augmentation
 from kdbench.data.streams import generator, permutation
-from kdbench.engine.batch import Batch, Epoch
+from kdbench.engine.data.batch import Batch, Epoch
 from kdbench.engine.inputs import Source, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError
 from kdbench.methods.deep_inversion.inversion import Synthesized

@@ -2,7 +2,7 @@
 
 import torch
 
-from kdbench.engine.batch import Batch
+from kdbench.engine.data.batch import Batch
 from kdbench.engine.inputs import Cost, Source, SourceContext, SourceStep
 from kdbench.losses.sskd import TURNS
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from kdbench.data.augment import Augmentation
 from kdbench.data.splits import subset, validation
 from kdbench.data.streams import generator, permutation, uniform
-from kdbench.engine.batch import MOST_STEPS, SECOND, Batch, Split
-from kdbench.engine.mixing import NUMBERS, Mixing
+from kdbench.engine.data.batch import MOST_STEPS, SECOND, Batch, Split
+from kdbench.engine.data.mixing import NUMBERS, Mixing
 from kdbench.engine.ranks import Ranks
 from kdbench.errors import UserError, counted
 from kdbench.recipe.model_specs import DataSpec

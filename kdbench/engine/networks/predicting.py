@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from kdbench.engine.averaging import Average
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.network import Network
+from kdbench.engine.networks.averaging import Average
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.network import Network
 from kdbench.engine.surroundings import Surroundings
 from kdbench.engine.targets import code_of
 from kdbench.errors import UserError

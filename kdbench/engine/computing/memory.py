@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from kdbench.engine.batch import Batch, at_once
-from kdbench.engine.check import BuiltCell, build_cell, costs_of, multiples
-from kdbench.engine.compute import Memory
-from kdbench.engine.device import peak_resident
-from kdbench.engine.domain import augmentation_of
+from kdbench.engine.checks.cells import BuiltCell, build_cell, costs_of, multiples
+from kdbench.engine.computing.compute import Memory
+from kdbench.engine.computing.device import peak_resident
+from kdbench.engine.data.batch import Batch, at_once
+from kdbench.engine.data.domain import augmentation_of
 from kdbench.engine.stage import union
 from kdbench.engine.terms import Term
 from kdbench.models.hooks import Extractor

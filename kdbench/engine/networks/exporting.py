@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Template
 from torch import Tensor, nn
 
-from kdbench.engine.trained import load_student
+from kdbench.engine.networks.trained import load_student
 from kdbench.errors import UserError, counted, first_line
 from kdbench.files import RECORD, STUDENT, atomic, disk_full, sha256_of, write_json, write_text
 from kdbench.models.several import Part

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kdbench.engine.build import build_model
-from kdbench.engine.check import costs_of, multiples
-from kdbench.engine.choosing import times
-from kdbench.engine.compute import Memory
+from kdbench.engine.checks.cells import costs_of, multiples
+from kdbench.engine.computing.choosing import times
+from kdbench.engine.computing.compute import Memory
 from kdbench.engine.finish import size_of
 from kdbench.engine.folders import teacher_folder
 from kdbench.engine.inputs import Cost
+from kdbench.engine.networks.build import build_model
 from kdbench.engine.scheduling import CellState, balanced, bytes_of, cohorts_of
 from kdbench.files import cores
 from kdbench.models.points import any_gradient

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdbench.cards import Weights
+from kdbench.engine.networks.weight_files import State, at, fitting, networks
 from kdbench.engine.targets import code_of, import_target
-from kdbench.engine.weight_files import State, at, fitting, networks
 from kdbench.errors import UserError, counted
 from kdbench.files import atomic, damaged_part, find_weights, home, sha256_of, weight_folders
 from kdbench.recipe.model_specs import DataSpec, ModelSpec

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from kdbench.engine.batch import MOST_STEPS, Sets
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
+from kdbench.engine.computing.recorder import Call, CudaRecorder
+from kdbench.engine.data.batch import MOST_STEPS, Sets
 from kdbench.engine.evaluation import Measurement, evaluate
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program
-from kdbench.engine.recorder import Call, CudaRecorder
 from kdbench.engine.step import input_sets, sets_of, teacher_pass, train
 from kdbench.engine.teachers.teacher import PointValues
 from kdbench.errors import first_line

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdbench.engine.batch import Batch, Sets
+from kdbench.engine.data.batch import Batch, Sets
 from kdbench.engine.metrics import check_metrics
 from kdbench.engine.surroundings import Shape
 from kdbench.engine.terms import Term

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdbench.data.pictures import AnyData, Pictures
-from kdbench.engine.batch import MOST_STEPS, SECOND, TARGET, Batch, Sets, Split
-from kdbench.engine.domain import Domain
+from kdbench.engine.data.batch import MOST_STEPS, SECOND, TARGET, Batch, Sets, Split
+from kdbench.engine.data.domain import Domain
+from kdbench.engine.data.resident import ResidentDomain
+from kdbench.engine.data.streamed import StreamedDomain, split_for_testing
 from kdbench.engine.ranks import ALONE, Ranks
-from kdbench.engine.resident import ResidentDomain
-from kdbench.engine.streamed import StreamedDomain, split_for_testing
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdbench.data.images import ImageData
-from kdbench.engine.batch import MOST_STEPS, Batch, Epoch, at_once
-from kdbench.engine.domain import Domain, place_of, split
+from kdbench.engine.data.batch import MOST_STEPS, Batch, Epoch, at_once
+from kdbench.engine.data.domain import Domain, place_of, split
 from kdbench.engine.ranks import Ranks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import Timeline

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdbench.data.augment import normalize
-from kdbench.engine.compute import Computing
+from kdbench.engine.computing.compute import Computing
 from kdbench.errors import CellError, first_line
 from kdbench.image_cards import Normalization
 from kdbench.models.graph import Traced, Untraceable, traced

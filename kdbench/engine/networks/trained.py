@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from kdbench.engine.build import build_model
-from kdbench.engine.predicting import untrained
-from kdbench.engine.weights import load_file
+from kdbench.engine.networks.build import build_model
+from kdbench.engine.networks.predicting import untrained
+from kdbench.engine.networks.weights import load_file
 from kdbench.errors import UserError
 from kdbench.files import RECORD, meant
 from kdbench.recipe.recorded import cell_of, student_of

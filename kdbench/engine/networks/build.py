@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from kdbench.data.streams import address
+from kdbench.engine.networks.weights import load_file, load_teacher_file, locate, start_from, weight_file
 from kdbench.engine.targets import import_target, in_words
-from kdbench.engine.weights import load_file, load_teacher_file, locate, start_from, weight_file
 from kdbench.errors import ON_DEVICE, UserError, counted
 from kdbench.files import find_weights
 from kdbench.models.hooks import Extractor, places

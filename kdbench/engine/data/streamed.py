@@ -28,10 +28,10 @@ from kdbench.data.listing import centred
 from kdbench.data.pictures import AnyData, Pictures
 from kdbench.data.streams import uniform, words
 from kdbench.data.transforms import Transform, Transforms
-from kdbench.engine.batch import Batch, Split, at_once
-from kdbench.engine.domain import Domain, place_of, split
+from kdbench.engine.data.batch import Batch, Split, at_once
+from kdbench.engine.data.domain import Domain, place_of, split
+from kdbench.engine.data.resident import ResidentSplit
 from kdbench.engine.ranks import Ranks
-from kdbench.engine.resident import ResidentSplit
 from kdbench.engine.targets import code_of, import_target
 from kdbench.errors import UserError
 from kdbench.recipe.model_specs import DataSpec

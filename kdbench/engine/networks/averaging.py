@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kdbench.engine.network import Network
+from kdbench.engine.networks.network import Network
 from kdbench.models.hooks import Extractor
 
 

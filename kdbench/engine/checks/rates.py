@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import nn
 
-from kdbench.engine.build import build_schedule
+from kdbench.engine.networks.build import build_schedule
 from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separates
 from kdbench.engine.stage import moment_at, schedule_span_of
 from kdbench.errors import UserError, failure

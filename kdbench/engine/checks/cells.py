@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from kdbench.engine.build import build_extractor, build_model
-from kdbench.engine.check_gradients import check_gradients
-from kdbench.engine.check_rates import check_optimizer, check_schedules
-from kdbench.engine.check_terms import check_term
-from kdbench.engine.compute import REFERENCE
-from kdbench.engine.freezing import owned
+from kdbench.engine.checks.gradients import check_gradients
+from kdbench.engine.checks.rates import check_optimizer, check_schedules
+from kdbench.engine.checks.terms import check_term
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.data.streamed import check_transforms
 from kdbench.engine.inputs import Cost, SourceContext, build_source
-from kdbench.engine.predicting import check_answers
-from kdbench.engine.streamed import check_transforms
+from kdbench.engine.networks.build import build_extractor, build_model
+from kdbench.engine.networks.freezing import owned
+from kdbench.engine.networks.predicting import check_answers
+from kdbench.engine.networks.weights import check_start
 from kdbench.engine.surroundings import Shape, Surroundings, said_of
 from kdbench.engine.targets import import_target
 from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
-from kdbench.engine.weights import check_start
 from kdbench.errors import UserError, counted, first_line
 from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from kdbench.engine.batch import Sets
-from kdbench.engine.batches import Batches
-from kdbench.engine.capture import WARM, program_of
 from kdbench.engine.cell import TrainingCell
-from kdbench.engine.compute import Chosen, Computing, Steps, candidates
+from kdbench.engine.computing.capture import WARM, program_of
+from kdbench.engine.computing.compute import Chosen, Computing, Steps, candidates
+from kdbench.engine.data.batch import Sets
+from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import SourceFiles
 from kdbench.engine.member import Member
 from kdbench.engine.program import Cohort, Program, make_graphs

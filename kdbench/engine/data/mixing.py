@@ -8,7 +8,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kdbench.engine.batch import StepTable
+from kdbench.engine.data.batch import StepTable
 from kdbench.image_cards import Mix
 
 # Uniform numbers that a batch's mixing is made from: whether, which of both, how much, and where.

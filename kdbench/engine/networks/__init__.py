@@ -1,0 +1,1 @@
+"""Networks of specs: built, given weights, run with hooks, and exported."""
