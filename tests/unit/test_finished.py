@@ -287,6 +287,33 @@ def test_published_cells_are_taken_where_they_fit_and_left_where_they_do_not(tmp
     assert len(scene.finished.open) == 2 and "not taken, taught by another teacher" in scene.said[0]
 
 
+@pytest.mark.parametrize("why", ["made from other data", "taught by another teacher"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_copy_of_a_published_cell_is_given_up_where_it_does_not_fit_any_more(
+    tmp_path: Path, why: str, kept: bool
+) -> None:
+    """A run took it when there was nothing else; then a method was added, for which a teacher was trained here."""
+    scene = Scene(tmp_path, planned("seeds=2"), {"digits": OLD}, taken=True)
+    scene.finished.adopt(scene.runs / "results" / "run", scene.runs / "run")
+    copy = scene.cells[0].folder
+    if kept:
+        # Published from this very folder: its weights are nowhere else.
+        (copy / "student.safetensors").write_bytes(b"weights")
+    scene.pool.fingerprints["digits"] = NEW if "data" in why else OLD
+    if "teacher" in why:
+        scene.leave_teacher(b"other weights")
+    again = Finished(scene.cells, scene.finished.published, scene.runs, scene.said.append)
+    assert [cell.spec.seed for cell in again.open] == [1]
+    compare = again.compare_teachers if "teacher" in why else lambda: again.compare_data(scene.here)
+    if kept:
+        with pytest.raises(UserError, match=f"1 cell finished before was {why}"):
+            compare()
+        assert (copy / "record.json").is_file()
+    else:
+        compare()
+        assert len(again.open) == 2 and not copy.exists() and f"not taken, {why}" in scene.said[-1]
+
+
 def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwise(tmp_path: Path) -> None:
     folder = SHARE / "results" / "ab_wrn_30"
     if not folder.is_dir():

@@ -78,7 +78,8 @@ class Finished:
     """The cells of a run that need no training: those that lie in its folder, and those that published results hold.
 
     A cell of the folder that does not belong to the data or the teacher here is an error: whoever removed it or gave it
-    an average with others would lose something or tell something wrong. A published one is left where it is.
+    an average with others would lose something or tell something wrong. A published one is left where it is, and its
+    copy, which a run before took into the folder, is removed: nothing is lost by that.
 
     Args:
         cells: all of the run.
@@ -96,6 +97,11 @@ class Finished:
             for cell in cells
             if cell.id not in self.own and cell.cell.slug in published
         }
+        self.copies = {
+            cell.id: cell.folder
+            for cell in cells
+            if cell.id in self.own and _copied(self.own[cell.id], published.get(cell.cell.slug))
+        }
 
     @property
     def open(self) -> Cells:
@@ -105,10 +111,10 @@ class Finished:
 
     @property
     def recorded(self) -> list[tuple[CellState, Record]]:
-        """Cells that need no training, those of the folder first: they say what published ones must fit to."""
+        """Cells that need no training, those trained in the folder first: they say what published ones must fit to."""
         records = self.own | self.taken
         found = [(cell, records[cell.id]) for cell in self.cells if cell.id in records]
-        return sorted(found, key=lambda of: of[0].id not in self.own)
+        return sorted(found, key=lambda of: of[0].id not in self.own or of[0].id in self.copies)
 
     @property
     def teachers(self) -> list[Record]:
@@ -176,12 +182,17 @@ class Finished:
             )
 
     def _sort_out(self, what: str, reasons: Mapping[int, str]) -> None:
-        """Leave published cells for which there is a reason; raise UserError for those of the folder."""
+        """Leave published cells for which there is a reason, and remove copies of such; raise UserError for those that
+        were trained in the folder."""
         folders = {cell.id: str(cell.folder) for cell in self.cells}
         found = [number for number, why in reasons.items() if why]
-        left = [number for number in found if number in self.taken]
+        left = [number for number in found if number in self.taken or number in self.copies]
         for number in left:
-            del self.taken[number]
+            if number in self.copies:
+                shutil.rmtree(self.copies.pop(number))
+                del self.own[number]
+            else:
+                del self.taken[number]
         if left:
             self.say(f"{counted(len(left), 'cell')} of published results not taken, {what}: {reasons[left[0]]}")
         if own := [number for number in found if number in self.own]:
@@ -193,6 +204,13 @@ class Finished:
                 hint="nothing is averaged over both: give this run another folder (--runs DIR), bring back what it "
                 "was made from, or remove the folders of these cells, which are then trained again",
             )
+
+
+def _copied(record: Record, published: Record | None) -> bool:
+    """Whether a record was taken from published ones, which hold all that lies beside it."""
+    if published is None or (record.result, record.compute) != (published.result, published.compute):
+        return False
+    return len(weight_files(record.read_from)) <= len(weight_files(published.read_from))
 
 
 def names(plan: Plan, cell: PlannedCell) -> dict[str, Any]:
