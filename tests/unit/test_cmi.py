@@ -404,7 +404,7 @@ def test_impossible_options_are_told(options: dict[str, Any], why: str) -> None:
     spec = cell()
     place = SourceContext(spec, "distillation", CPU, teacher_for(spec).network)
     with pytest.raises(UserError, match=why):
-        InvertedImages.prepare(place, print, lambda: False, **{"images": 12, "every": 3} | options)
+        InvertedImages(place, **{"images": 12, "every": 3} | options)
 
 
 def test_a_cell_without_a_teacher_or_its_batch_norms_is_refused() -> None:

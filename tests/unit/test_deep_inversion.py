@@ -175,11 +175,11 @@ def test_no_hook_stays_however_it_ends() -> None:
     made(model, Inversion(iterations=2))
     assert hooks_of(model) == 0
 
-    def stop(n: int, terms: dict[str, torch.Tensor]) -> None:
+    def stop() -> bool:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made(model, Inversion(iterations=2), watch=stop)
+        made(model, Inversion(iterations=2), stopping=stop)
     assert hooks_of(model) == 0
     with pytest.raises(ValueError, match="no batch norm"):
         BatchNormInputs(nn.Linear(2, 2))
@@ -195,17 +195,12 @@ def made(model: nn.Module, settings: Inversion, n: int = 9, batch: int = 0, **mo
 def test_the_statistics_come_closer_and_the_classes_are_hit() -> None:
     model = network()
     before = fingerprint(model)
-    terms: list[dict[str, float]] = []
-
-    def watch(n: int, found: dict[str, torch.Tensor]) -> None:
-        terms.append({name: value.item() for name, value in found.items()})
-
-    result = made(model, Inversion(iterations=200, feature=0.3, jitter=1), watch=watch)
-    assert len(terms) == 200
-    assert result.terms["feature"] < 0.3 * terms[0]["feature"]
+    settings = Inversion(iterations=200, feature=0.3, jitter=1)
+    noise, result = made(model, replace(settings, iterations=0)), made(model, settings)
+    assert result.terms["feature"] < 0.3 * noise.terms["feature"]
     logits = model((result.images - MEAN) / STD)
     assert (logits.argmax(1) == result.labels).float().mean() > 0.5
-    assert result.terms["cross_entropy"] < 0.5 * terms[0]["cross_entropy"]
+    assert result.terms["cross_entropy"] < 0.5 * noise.terms["cross_entropy"]
     assert fingerprint(model) == before and all(p.grad is None for p in model.parameters())
     # What is reported are the terms of what is returned, unweighted, and their weighted sum.
     with BatchNormInputs(model) as norms:
@@ -231,15 +226,14 @@ def test_noise_and_deep_dream_are_settings() -> None:
 
 def test_the_best_iterate_is_kept_where_it_is_asked_for() -> None:
     model = network()
-    losses: list[float] = []
-    settings = Inversion(iterations=7, lr=10.0, feature=1.0, jitter=0, keep="best")
-    best = made(model, settings, watch=lambda n, found: losses.append(found["loss"].item()))
-    last = made(model, replace(settings, keep="last"))
-    # At such a rate the loss goes up and down: the two are different images.
+    settings = Inversion(iterations=7, lr=10.0, feature=1.0, jitter=0)
+    best = made(model, replace(settings, keep="best"))
+    # At such a rate the loss goes up and down: the best is neither the first nor the last.
+    iterates = [made(model, replace(settings, iterations=n)) for n in range(8)]
+    losses = [one.terms["loss"] for one in iterates[:7]]
     assert best.terms["loss"] == pytest.approx(min(losses), rel=1e-6) and min(losses) < losses[-1]
-    assert last.terms["loss"] != pytest.approx(best.terms["loss"], rel=1e-3)
-    again = made(model, replace(settings, iterations=losses.index(min(losses)), keep="last"))
-    assert torch.equal(again.images, best.images)
+    assert iterates[7].terms["loss"] != pytest.approx(best.terms["loss"], rel=1e-3)
+    assert torch.equal(iterates[losses.index(min(losses))].images, best.images)
 
 
 def test_a_batch_is_a_function_of_its_address() -> None:
@@ -382,9 +376,9 @@ def test_what_changed_on_disk_is_noticed(tmp_path: Path) -> None:
 def test_a_grid_shows_the_images() -> None:
     x = torch.zeros(9, 3, 4, 4)
     x[8, 0] = 2.0
-    picture = grid(x, zoom=1)
-    assert picture.size == (8 * 5 + 1, 2 * 5 + 1) and picture.getpixel((2, 7)) == (255, 0, 0)
-    assert grid(x[:, :1], zoom=3).size == (3 * 41, 3 * 11)
+    picture = grid(x)
+    assert picture.size == (2 * (8 * 5 + 1), 2 * (2 * 5 + 1)) and picture.getpixel((4, 14)) == (255, 0, 0)
+    assert grid(x[:, :1]).size == picture.size
 
 
 # --- training on it
