@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Kdbench
-from picture_files import moments
+from picture_files import moments, write_tiny_imagenet
 from PIL import Image
 from pydantic import ValidationError
 
@@ -134,18 +134,7 @@ def test_pictures_below_their_class_and_of_all_usual_kinds_are_read(load: Loader
 
 @BOTH
 def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
-    root = tmp_path / "tiny"
-    for c in ("n02", "n01"):
-        (root / "train" / c / "images").mkdir(parents=True)
-        (root / "train" / c / f"{c}_boxes.txt").write_text("0 0 1 1")
-        for i in range(3):
-            photo(i + 10 * int(c[2:])).save(root / "train" / c / "images" / f"{c}_{i}.JPEG")
-    for split in ("val", "test"):
-        (root / split / "images").mkdir(parents=True)
-        for i in range(4):
-            photo(100 + i).save(root / split / "images" / f"{split}_{i}.JPEG")
-    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in (2, 1, 3, 0)]
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    root = write_tiny_imagenet(tmp_path / "tiny", ["n01", "n02"])
     assert [file.name for file in listing(root).files["test"]["n01"]] == ["val_0.JPEG", "val_2.JPEG"]
     data = load(root)
     assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
