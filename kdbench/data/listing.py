@@ -12,7 +12,7 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,12 +153,24 @@ def _loose(folder: Path, root: Path) -> list[str]:
     return []
 
 
-def find_folder(roots: Iterable[Path], folder: str) -> Path:
-    """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
-    for root in (roots := list(roots)):
-        for place in (root / folder, *([root] if root.name == folder else [])):
-            if class_names(place):
+def find(roots: Iterable[Path], names: Collection[str], holds: Callable[[Path], bool]) -> Path | None:
+    """The first folder that holds what is wanted: one of these names below a root, or the root itself.
+
+    Args:
+        holds: called with a folder, says whether it is the wanted one.
+    """
+    for root in roots:
+        for place in (*(root / name for name in names), *([root] if root.name in names else [])):
+            if holds(place):
                 return place
+    return None
+
+
+def find_folder(roots: Sequence[Path], folder: str) -> Path:
+    """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
+    place = find(roots, [folder], lambda place: bool(class_names(place)))
+    if place is not None:
+        return place
     wanted = f"{folder}/{{train,test}}/<class>/* or {folder}/<class>/*"
     here = "\n  There is one in this folder: give '--data .'" if Path(folder).is_dir() else ""
     raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted) + here)
