@@ -351,7 +351,7 @@ def test_a_cell_without_a_teacher_or_its_batch_norms_is_refused() -> None:
     for name, module in list(teacher.network.model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             teacher.network.model.set_submodule(name, nn.Identity())
-    with pytest.raises(UserError, match="source: the network has no batch norm"):
+    with pytest.raises(UserError, match="'feature': the network has no batch norm"):
         GeneratedImages(context, feature=1.0)
     del teacher.network.extractor.places["pooled"]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="pooled"):

@@ -51,10 +51,13 @@ class GeneratedImages(Source):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(address(self.seed, self._stream(WEIGHTS)))
                 self.generator = Generator(self.settings, known.image_shape).to(device)
-            if self.settings.feature:
-                BatchNormInputs(self.teacher.model)
         except ValueError as error:
             raise UserError(f"stage '{context.stage}', source: {error}") from None
+        if self.settings.feature:
+            try:
+                BatchNormInputs(self.teacher.model)
+            except ValueError as error:
+                raise UserError(f"stage '{context.stage}', source, 'feature': {error}") from None
         if self.settings.activation:
             self.teacher.extractor.place("pooled")
         self.parameters = list(self.generator.parameters())
