@@ -5,7 +5,7 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 # Folders of code that is nobody's own: kdbench's, Python's, and installed packages.
@@ -63,6 +63,11 @@ def counted(number: float, thing: str, form: str = "") -> str:
     """'1 cell', '2 cells', '3 classes': a number, in this form, with the thing that it counts."""
     ending = "es" if thing.endswith(("s", "x", "tch")) else "s"
     return f"{number:{form}} {thing}{'' if number == 1 else ending}"
+
+
+def listed(words: Sequence[str], most: int) -> str:
+    """'a, b, …': so many of some words at most."""
+    return ", ".join(words[:most]) + (", …" if len(words) > most else "")
 
 
 def first_line(error: BaseException) -> str:
@@ -126,5 +131,4 @@ def did_you_mean(word: str, known: Iterable[str], own: str = "") -> str:
     near = near or difflib.get_close_matches(word[:100], known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
-    shown = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-    return (f"known: {shown}" if known else "nothing is known there") + (f"; {own}" if own else "")
+    return (f"known: {listed(known, 20)}" if known else "nothing is known there") + (f"; {own}" if own else "")

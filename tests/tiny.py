@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -156,17 +157,26 @@ def member_of(
     return Member(spec, batches, teacher, CPU, files=SourceFiles(folder=folder)), batches, teacher
 
 
-def pick_up(member: Member, folder: Path) -> None:
-    """It goes on from the checkpoint that lies there."""
-    state = checkpoint.load(folder, {}, member.state())
-    assert state is not None
-    member.load_state(state)
-
-
 def train(member: Member, batches: Batches, teacher: Teacher | None, steps: int) -> None:
     """Some steps of the training loop, one member alone."""
     for _ in range(steps):
         step(member, batches, teacher)
+
+
+def killed(
+    build: Callable[[], Member], batches: Batches, teacher: Teacher | None, folder: Path, at: int, beyond: int = 0
+) -> Member:
+    """A cell that was killed some steps beyond the checkpoint of a step, then built anew and trained to its end."""
+    first = build()
+    train(first, batches, teacher, at)
+    checkpoint.save(folder, {"key": {}, **first.state()})
+    train(first, batches, teacher, beyond)
+    second = build()
+    state = checkpoint.load(folder, {}, second.state())
+    assert state is not None
+    second.load_state(state)
+    train(second, batches, teacher, second.timeline.total - at)
+    return second
 
 
 def sets_at(batches: Batches, at: int, timeline: Timeline, names: list[str]) -> Sets:

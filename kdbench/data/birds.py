@@ -32,16 +32,12 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
         return from_folders(place, "cub200", cache, short_side)
     names, pictures, labels, split = (_table(place / name) for name in TABLES)
     if not pictures.keys() == labels.keys() == split.keys() or not set(labels.values()) <= names.keys():
-        raise UserError(
-            "its tables do not list the same pictures and classes", where=str(place), hint="unpack it again"
-        )
+        raise UserError("its tables do not list the same pictures and classes", str(place), "unpack it again")
     order = sorted(names, key=int)
     parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
     for number, name in pictures.items():
         if split[number] not in parts or ".." in name:
-            raise UserError(
-                f"picture {number} belongs to no split", where=str(place / TABLES[3]), hint="unpack it again"
-            )
+            raise UserError(f"picture {number} belongs to no split", str(place / TABLES[3]), "unpack it again")
         parts[split[number]].append((place / "images" / name, order.index(labels[number])))
     classes = [names[number] for number in order]
     return gather("cub200", classes, parts["1"], parts["0"], cache, short_side, "official split (train_test_split.txt)")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdbench.errors import UserError, counted
+from kdbench.errors import UserError, counted, listed
 
 # Whole numbers in which labels may come.
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,7 +52,7 @@ def check_labels(name: str, split: str, labels: Any, images: int, classes: int) 
 def check_taught(name: str, classes: Sequence[str], train: Tensor, test: Tensor) -> None:
     """Raises UserError for labels of test images that no training image has. Without any, something else is told."""
     if len(train) and (untaught := sorted({*test.unique().tolist()} - {*train.unique().tolist()})):
-        names = ", ".join(repr(classes[label]) for label in untaught[:3]) + (", …" if len(untaught) > 3 else "")
+        names = listed([repr(classes[label]) for label in untaught], 3)
         what = f"the data set '{name}' has test images of classes that have no training images: {names}"
         raise UserError(what, hint="no student could name these; is a class's label the same in both parts?")
 

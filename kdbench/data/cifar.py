@@ -19,7 +19,7 @@ from torch import Tensor
 from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached, canonical, checked
 from kdbench.data.listing import Listing, listing, not_found
-from kdbench.errors import UserError, counted
+from kdbench.errors import UserError, counted, listed
 from kdbench.files import workplace
 
 logger = logging.getLogger("kdbench")
@@ -163,14 +163,8 @@ def _check_listing(cifar: Cifar, found: Listing) -> None:
     again = "unpack the data set again"
     for split, total in cifar.counts.items():
         here, classes = str(found.root / split), found.files[split]
-        problems = []
-        for what, odd in (
-            ("missing", {*cifar.classes} - {*classes}),
-            ("not of this set", {*classes} - {*cifar.classes}),
-        ):
-            if odd:
-                problems.append(f"{what}: {', '.join(sorted(odd)[:10])}{', …' if len(odd) > 10 else ''}")
-        if problems:
+        odd = {"missing": {*cifar.classes} - {*classes}, "not of this set": {*classes} - {*cifar.classes}}
+        if problems := [f"{what}: {listed(sorted(names), 10)}" for what, names in odd.items() if names]:
             what = f"the class folders are not those of {cifar.name} ({'; '.join(problems)})"
             raise UserError(what, where=here, hint=f"{again}, all parts of it")
         each = total // len(cifar.classes)

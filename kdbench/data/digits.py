@@ -21,9 +21,8 @@ def load(roots: list[Path], download: bool, cache: Path) -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError(
-            "the digits come with scikit-learn, which is not installed", hint="pip install scikit-learn"
-        ) from None
+        what = "the digits come with scikit-learn, which is not installed"
+        raise UserError(what, hint="pip install scikit-learn") from None
     raw = load_digits()
     levels = torch.from_numpy(raw.images).unsqueeze(1)
     images = (levels * (255 / 16)).round().to(torch.uint8)

@@ -7,8 +7,8 @@ with labels, the target without) and all are its test part.
 from pathlib import Path
 from typing import Literal
 
-from kdbench.data.listing import SUFFIXES, class_folders, list_lines, not_found
-from kdbench.data.pictures import Pictures, find, gather
+from kdbench.data.listing import SUFFIXES, class_folders, find, list_lines, not_found
+from kdbench.data.pictures import Pictures, gather
 from kdbench.errors import UserError, counted
 
 _OFFICE = ("office31", "domain_adaptation_images", "Original_images", "office")

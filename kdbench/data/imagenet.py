@@ -11,7 +11,7 @@ import torch
 from kdbench.data.folder import read
 from kdbench.data.images import ImageData, cached
 from kdbench.data.listing import class_folders, class_names, find_folder, listing, picture_files
-from kdbench.errors import UserError, counted
+from kdbench.errors import UserError, counted, listed
 
 DEVKIT, TRUTH, META = "ILSVRC2012_devkit_t12", "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _DATA = f"{DEVKIT}/data"
@@ -35,12 +35,12 @@ def splits(root: Path, subset: bool) -> tuple[list[str], list[tuple[Path, int]],
     val = root / "val"
     tested = class_folders(val) if class_names(val) else flat(val, root)
     if missing := sorted(train.keys() ^ tested.keys()):
-        what = f"{counted(len(missing), 'class')} in only one of 'train' and 'val': {_some(missing)}"
+        what = f"{counted(len(missing), 'class')} in only one of 'train' and 'val': {listed(missing, 5)}"
         raise UserError(what, str(root), "unpack both archives again, or remove these folders")
     classes = sorted(train)
     for folder, by_class in ((root / "train", train), (val, tested)):
         if empty := [name for name in classes if not by_class[name]]:
-            raise UserError(f"no pictures of {_some(empty)}", where=str(folder), hint="unpack the archive again")
+            raise UserError(f"no pictures of {listed(empty, 5)}", where=str(folder), hint="unpack the archive again")
     train_files, val_files = (
         [(file, label) for label, name in enumerate(classes) for file in by_class[name]] for by_class in (train, tested)
     )
@@ -54,12 +54,12 @@ def checked(found: Iterable[str], subset: bool, where: Path) -> None:
     known = set(ImageNetInfo("imagenet-1k").label_names())
     names = set(found)
     if strange := sorted(names - known):
-        what = f"{counted(len(strange), 'class folder')} of no class of ImageNet-1k: {_some(strange)}"
+        what = f"{counted(len(strange), 'class folder')} of no class of ImageNet-1k: {listed(strange, 5)}"
         hint = "folders must be named by synsets, for example 'n01440764'; for other pictures write 'data: FOLDER'"
         raise UserError(what, str(where), hint)
     if not subset and (missing := sorted(known - names)):
         raise UserError(
-            f"{len(missing)} of ImageNet's 1,000 classes are missing: {_some(missing)}",
+            f"{len(missing)} of ImageNet's 1,000 classes are missing: {listed(missing, 5)}",
             where=str(where),
             hint="unpack all of them; of a subset make a card of your own: 'include: imagenet', its numbers of classes "
             "and pictures, and 'args: {folder: FOLDER, official: imagenet_subset}'",
@@ -76,11 +76,8 @@ def flat(val: Path, root: Path) -> dict[str, list[Path]]:
     names = [file.stem for file in files]
     if isinstance(of, list):
         if len(of) != len(files):
-            raise UserError(
-                f"{counted(len(files), 'validation picture')}, and classes of {len(of)}",
-                where=str(val),
-                hint="unpack it again",
-            )
+            what = f"{counted(len(files), 'validation picture')}, and classes of {len(of)}"
+            raise UserError(what, where=str(val), hint="unpack it again")
         of = dict(zip(names, of, strict=True))
     if unknown := [name for name in names if name not in of]:
         raise UserError(f"nothing says the class of '{unknown[0]}'", where=str(val), hint="unpack it again")
@@ -136,10 +133,6 @@ def tiny(roots: list[Path], download: bool, cache: Path, *, folder: str = "tiny-
     found = listing(find_folder(roots, folder)).complete()
     names = found.root / "wnids.txt"
     if names.is_file() and (other := sorted({*names.read_text().split()} ^ {*found.classes})):
-        what = f"{counted(len(other), 'class')} in only one of wnids.txt and 'train': {_some(other)}"
+        what = f"{counted(len(other), 'class')} in only one of wnids.txt and 'train': {listed(other, 5)}"
         raise UserError(what, str(names), "unpack the archive again")
     return cached(lambda: read(found, folder, 3), cache, folder, found.stamps, "3 channels")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if names[5:] else "")

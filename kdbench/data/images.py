@@ -61,17 +61,8 @@ def canonical(
         check_images(name, split, images)
         check_labels(name, split, labels, len(images), len(classes))
     check_taught(name, classes, train[1], test[1])
-    (train_images, train_labels), (test_images, test_labels) = _sorted(*train), _sorted(*test)
-    return ImageData(
-        name,
-        classes,
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
-        fingerprint(train_images, train_labels, test_images, test_labels),
-        origin,
-    )
+    parts = (*_sorted(*train), *_sorted(*test))
+    return ImageData(name, classes, *parts, fingerprint(*parts), origin)
 
 
 def with_fixed_split(

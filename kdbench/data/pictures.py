@@ -29,7 +29,7 @@ from torch import Tensor
 from kdbench.data import imagenet
 from kdbench.data.checks import check_classes, check_labels, check_taught
 from kdbench.data.images import ImageData
-from kdbench.data.listing import find_folder, held_out, in_folders, listing, not_found
+from kdbench.data.listing import find, find_folder, held_out, in_folders, listing, not_found
 from kdbench.data.sent import read_listing
 from kdbench.data.splits import validation
 from kdbench.data.sums import sums_of
@@ -180,19 +180,6 @@ def load_listing(file: Path) -> Pictures:
     """The data set of a listing whose pictures are all there."""
     found = read_listing(file)
     return Pictures.of(found.name, found.classes, found.short_side, found.train, found.test, found.origin)
-
-
-def find(roots: Iterable[Path], names: Iterable[str], holds: Callable[[Path], bool]) -> Path | None:
-    """The first folder that holds what is wanted: one of these names below a root, or the root itself.
-
-    Args:
-        holds: called with a folder, says whether it is the wanted one.
-    """
-    for root in roots:
-        for place in (*(root / name for name in names), *([root] if root.name in names else [])):
-            if holds(place):
-                return place
-    return None
 
 
 def official_or_folders(

@@ -33,11 +33,8 @@ def load(roots: list[Path], download: bool, cache: Path, *, short_side: int = 25
     named = [_listed(place / name) for name in LISTS]
     classes = sorted({name.partition("/")[0] for names in named for name in names})
     if len(classes) != _CLASSES:
-        raise UserError(
-            f"the lists name {counted(len(classes), 'class')} instead of {_CLASSES}",
-            where=str(place),
-            hint="get the lists again",
-        )
+        what = f"the lists name {counted(len(classes), 'class')} instead of {_CLASSES}"
+        raise UserError(what, where=str(place), hint="get the lists again")
     train, test = (
         [(place / "Images" / name, classes.index(name.partition("/")[0])) for name in names] for names in named
     )

@@ -42,9 +42,9 @@ def uniform(n: int, seed: int, stream: str, index: int = 0) -> np.ndarray:
     return (words(n, seed, stream, index) >> np.uint64(11)) * 2.0**-53
 
 
-def permutation(n: int, seed: int, stream: str, epoch: int = 0) -> Tensor:
+def permutation(n: int, seed: int, stream: str, index: int = 0) -> Tensor:
     """A uniform permutation of 0 … n - 1, int64 [n] on the CPU: the stable order of n random words."""
-    return torch.from_numpy(np.argsort(words(n, seed, stream, epoch), kind="stable"))
+    return torch.from_numpy(np.argsort(words(n, seed, stream, index), kind="stable"))
 
 
 def seed_draws(seed: int, device: torch.device) -> None:

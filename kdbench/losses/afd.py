@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import positive, shape
+from kdbench.losses.checks import Shape, positive, shape, two_maps
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -69,12 +69,9 @@ class AttendedChannels(nn.Module):
         ValueError: A feature is no map, or the factor is not positive.
     """
 
-    def __init__(
-        self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, factor: float = 1.0, eps: float = 1e-6
-    ) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, factor: float = 1.0, eps: float = 1e-6) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         positive(factor, "factor")
         own, channels = student_shape[0], teacher_shape[0]
         middle = max(1, int(channels * factor))

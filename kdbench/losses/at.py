@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one
+from kdbench.losses.checks import at_least_one, one_of
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -44,8 +44,7 @@ def attention_transfer(
     """
     student, teacher = maps_of_one_size(student, teacher.detach(), "attention_transfer")
     at_least_one(p, "p")
-    if form not in ("code", "paper"):
-        raise ValueError(f"form must be 'code' or 'paper', not {form!r}")
+    one_of(form, "form", "code", "paper")
     difference = _attention(student, p) - _attention(teacher, p)
     if form == "code":
         return difference.square().mean()

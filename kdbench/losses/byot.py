@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, positive, share
-
-Shape = tuple[int, ...]
+from kdbench.losses.checks import Shape, full, positive, share
 
 
 class BeYourOwnTeacher(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, positive, same_shape
+from kdbench.losses.checks import Shape, at_least_one, full, positive, same_shape
 from kdbench.losses.features import inner_products, same_batch
 
 
@@ -59,7 +59,7 @@ class NeighbourCongruence(nn.Module):
         ValueError: It is below 1.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, dim: int = 128) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, dim: int = 128) -> None:
         super().__init__()
         at_least_one(dim, "dim")
         self.student = nn.Linear(math.prod(student_shape), dim)

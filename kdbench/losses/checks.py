@@ -1,6 +1,11 @@
 """Checks and conversions that all losses share."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+# Of one sample, without the batch.
+Shape = tuple[int, ...]
 
 
 def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
@@ -68,6 +73,46 @@ def share(value: float | Tensor, name: str) -> None:
     """
     if not isinstance(value, Tensor) and not 0 <= value <= 1:
         raise ValueError(f"{name} must lie in [0, 1], not {value}")
+
+
+def one_of(value: str, name: str, *words: str) -> None:
+    """The same of an option that is one of some words.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if value not in words:
+        raise ValueError(f"{name} is {', '.join(map(repr, words[:-1]))} or {words[-1]!r}, not {value!r}")
+
+
+def two_maps(student_shape: Shape, teacher_shape: Shape) -> None:
+    """Check the features that a module is built for.
+
+    Raises:
+        ValueError: They are not maps (C, H, W).
+    """
+    if len(student_shape) != 3 or len(teacher_shape) != 3:
+        raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+
+
+def two_vectors(student_shape: Shape, teacher_shape: Shape) -> None:
+    """The same of pooled features.
+
+    Raises:
+        ValueError: They are not vectors (D,).
+    """
+    if len(student_shape) != 1 or len(teacher_shape) != 1:
+        raise ValueError(f"it takes vectors (D,), not {student_shape} and {teacher_shape}")
+
+
+def lists_of_maps(student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape]) -> None:
+    """The same of several layers of each network.
+
+    Raises:
+        ValueError: They are not lists of maps, with at least one each.
+    """
+    if not student_shapes or not teacher_shapes or {len(s) for s in (*student_shapes, *teacher_shapes)} != {3}:
+        raise ValueError(f"it takes lists of maps (C, H, W), not {student_shapes} and {teacher_shapes}")
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, positive, shape, share
+from kdbench.losses.checks import Shape, at_least_one, full, positive, shape, share
 from kdbench.losses.features import inner_products
 
 # Numbers that are drawn at once.
@@ -78,8 +78,8 @@ class ContrastiveRepresentation(nn.Module):
 
     def __init__(
         self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
+        student_shape: Shape,
+        teacher_shape: Shape,
         *,
         samples: int,
         dim: int = 128,
@@ -178,8 +178,8 @@ class ContrastiveDistillation(nn.Module):
 
     def __init__(
         self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
+        student_shape: Shape,
+        teacher_shape: Shape,
         *,
         training_labels: Tensor,
         negatives: int = 16384,

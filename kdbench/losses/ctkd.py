@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kdbench.losses.checks import full
+from kdbench.losses.checks import Shape, full
 from kdbench.losses.kl import kl_divergence
 from kdbench.losses.lskd import standardized
 
@@ -45,8 +45,8 @@ class CurriculumTemperature(nn.Module):
 
     def __init__(
         self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
+        student_shape: Shape,
+        teacher_shape: Shape,
         *,
         epochs: float = 10.0,
         least: float = 1.0,

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kdbench.losses.checks import full, logits_shape, positive, shape
+from kdbench.losses.checks import full, logits_shape, one_of, positive, shape
 
 # Probabilities lie in this range in the authors' form of the competition.
 CLAMPED = (0.01, 0.99)
@@ -232,6 +232,7 @@ def jensen_shannon(
     """
     logits_shape(student_logits, teacher_logits, "jensen_shannon")
     positive(temperature)
+    one_of(form, "form", "paper", "code")
     log_p = F.log_softmax(full(teacher_logits) / temperature, dim=1)
     log_q = F.log_softmax(full(student_logits) / temperature, dim=1)
     if form == "paper":
@@ -240,11 +241,9 @@ def jensen_shannon(
             F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
             + F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
         )
-    if form == "code":
-        m = (0.5 * (log_p.exp() + log_q.exp())).clamp(*CLAMPED)
-        p, q = log_p.exp().clamp(*CLAMPED), log_q.exp().clamp(*CLAMPED)
-        return 0.5 * (F.kl_div(p.log(), m, reduction="batchmean") + F.kl_div(q.log(), m, reduction="batchmean"))
-    raise ValueError(f"form must be 'paper' or 'code', not '{form}'")
+    m = (0.5 * (log_p.exp() + log_q.exp())).clamp(*CLAMPED)
+    p, q = log_p.exp().clamp(*CLAMPED), log_q.exp().clamp(*CLAMPED)
+    return 0.5 * (F.kl_div(p.log(), m, reduction="batchmean") + F.kl_div(q.log(), m, reduction="batchmean"))
 
 
 def competition(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full
+from kdbench.losses.checks import Shape, full, one_of
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -24,7 +24,7 @@ class Paraphraser(nn.Module):
         batch_norm: Whether a batch norm stands before each leaky ReLU.
     """
 
-    def __init__(self, teacher_shape: tuple[int, ...], *, rate: float = 0.5, batch_norm: bool = False) -> None:
+    def __init__(self, teacher_shape: Shape, *, rate: float = 0.5, batch_norm: bool = False) -> None:
         super().__init__()
         channels = teacher_shape[0]
         factors = _factors(channels, rate)
@@ -52,12 +52,7 @@ class Translator(nn.Module):
     """
 
     def __init__(
-        self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
-        *,
-        rate: float = 0.5,
-        batch_norm: bool = False,
+        self, student_shape: Shape, teacher_shape: Shape, *, rate: float = 0.5, batch_norm: bool = False
     ) -> None:
         super().__init__()
         channels = student_shape[0]
@@ -91,8 +86,7 @@ def factor_transfer(student: Tensor, teacher: Tensor, form: Literal["factors", "
     Raises:
         ValueError: A tensor is not [N, C, H, W], batch sizes or channels do not match, or there is no such form.
     """
-    if form not in ("factors", "attention"):
-        raise ValueError(f"form must be 'factors' or 'attention', not {form!r}")
+    one_of(form, "form", "factors", "attention")
     student, teacher = maps_of_one_size(student, teacher.detach(), "factor_transfer")
     if form == "attention":
         student, teacher = (factors.square().mean(dim=1) for factors in (student, teacher))

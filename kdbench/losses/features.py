@@ -38,10 +38,11 @@ def maps_of_one_size(student: Tensor, teacher: Tensor, loss: str) -> tuple[Tenso
             f"{loss} needs maps [N, C, H, W] of one batch: student {shape(student)}, teacher {shape(teacher)}"
         )
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return _pooled(full(student), size), _pooled(full(teacher), size)
+    return pooled(full(student), size), pooled(full(teacher), size)
 
 
-def _pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+def pooled(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map [N, C, H, W] average-pooled to a height and width."""
     return feature if feature.shape[2:] == size else F.adaptive_avg_pool2d(feature, size)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdbench.losses.checks import at_least_one, full, same_shape
+from kdbench.losses.checks import Shape, at_least_one, full, same_shape, two_maps
 
 
 class Bottleneck(nn.Module):
@@ -35,13 +35,10 @@ class Bottleneck(nn.Module):
         ValueError: Either is no map, the sizes have no such ratio, or there is no channel.
     """
 
-    def __init__(
-        self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], student_tail: Any, *, width: int = 12
-    ) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, student_tail: Any, *, width: int = 12) -> None:
         super().__init__()
         at_least_one(width, "width")
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         (inputs, *before), (outputs, *size) = student_shape, teacher_shape
         stride = before[0] // size[0]
         if stride < 1 or before != [stride * side for side in size]:

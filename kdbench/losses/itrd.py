@@ -6,7 +6,7 @@ Miles, Lopez Rodriguez, Mikolajczyk: Information Theoretic Representation Distil
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, positive, same_shape
+from kdbench.losses.checks import Shape, full, positive, same_shape, two_vectors
 from kdbench.losses.features import centred_units, inner_products, same_batch
 
 
@@ -105,16 +105,15 @@ class InformationTheoretic(nn.Module):
 
     def __init__(
         self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
+        student_shape: Shape,
+        teacher_shape: Shape,
         *,
         correlation: float = 2.0,
         mutual: float = 1.0,
         order: float = 1.5,
     ) -> None:
         super().__init__()
-        if len(student_shape) != 1 or len(teacher_shape) != 1:
-            raise ValueError(f"it takes vectors (D,), not {student_shape} and {teacher_shape}")
+        two_vectors(student_shape, teacher_shape)
         positive(order, "order")
         self.embedding = nn.Linear(student_shape[0], teacher_shape[0])
         self.correlation, self.mutual, self.order = correlation, mutual, order

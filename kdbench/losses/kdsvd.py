@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import shape
+from kdbench.losses.checks import one_of, shape
 from kdbench.losses.features import inner_products, maps_of_one_size
 
 Matrix = Literal["channels", "columns"]
@@ -45,8 +45,7 @@ def singular_vectors(
     Raises:
         ValueError: There are not as many maps, or they do not fit.
     """
-    if matrix not in ("channels", "columns"):
-        raise ValueError(f"matrix is 'channels' or 'columns', not {matrix!r}")
+    one_of(matrix, "matrix", "channels", "columns")
     if len(student) != len(teacher) or len(student) < 2:
         raise ValueError(
             f"singular_vectors needs as many maps of both networks, at least two: {len(student)}, {len(teacher)}"

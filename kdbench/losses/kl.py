@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, positive
+from kdbench.losses.checks import full, logits_shape, one_of, positive
 
 
 def kl_divergence(
@@ -40,8 +40,7 @@ def kl_divergence(
     """
     logits_shape(student_logits, teacher_logits, "kl_divergence")
     positive(temperature)
-    if kl_direction not in ("forward", "reversed"):
-        raise ValueError(f"kl_direction is 'forward' or 'reversed', not {kl_direction!r}")
+    one_of(kl_direction, "kl_direction", "forward", "reversed")
     log_student = F.log_softmax(full(student_logits) / temperature, dim=1)
     log_teacher = F.log_softmax(full(teacher_logits) / temperature, dim=1)
     pair = (log_student, log_teacher) if kl_direction == "forward" else (log_teacher, log_student)

@@ -6,7 +6,7 @@ Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation. ECCV 2022, arXi
 import torch
 from torch import Tensor, nn
 
-from kdbench.losses.checks import share
+from kdbench.losses.checks import Shape, share, two_maps
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -31,17 +31,14 @@ class MaskedGeneration(nn.Module):
         ValueError: A feature is no map, or λ is out of range.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, masked: float = 0.15) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, masked: float = 0.15) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         share(masked, "masked")
         own, channels = student_shape[0], teacher_shape[0]
         self.masked = masked
         self.align = nn.Identity() if own == channels else nn.Conv2d(own, channels, 1)
-        self.generation = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
+        self.generation = generation(channels)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter. Scalar, ≥ 0."""
@@ -50,3 +47,10 @@ class MaskedGeneration(nn.Module):
         kept = torch.rand(*aligned.shape[:2], 1, 1, device=aligned.device) >= self.masked
         generated = self.generation(aligned * kept)
         return (generated.to(teacher.dtype) - teacher).square().sum() / len(teacher)
+
+
+def generation(channels: int) -> nn.Sequential:
+    """What makes the teacher's map of a masked one: a 3×3 convolution, a ReLU and another 3×3 convolution."""
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+    )

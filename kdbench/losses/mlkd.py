@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, positive
+from kdbench.losses.checks import full, logits_shape, one_of, positive
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import divergences
@@ -85,8 +85,7 @@ def multi_level(
     """
     logits_shape(student_logits, teacher_logits, "multi_level")
     _check(temperatures)
-    if form not in ("code", "described"):
-        raise ValueError(f"form is 'code' or 'described', not {form!r}")
+    one_of(form, "form", "code", "described")
     student, teacher = full(student_logits), full(teacher_logits.detach())
     sure = F.softmax(teacher, dim=1)
     images, classes = (at_most_the_median(one, form) for one in (sure.amax(dim=1), sure.sum(dim=0)))

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdbench.losses.checks import at_least_one, full, positive, shape
+from kdbench.losses.checks import at_least_one, full, one_of, positive, shape
 
 
 def mmd(
@@ -49,8 +49,7 @@ def mmd(
         raise ValueError(f"mmd needs two batches [N, …] of one shape: {shape(student)} and {shape(other)}")
     positive(factor, "factor")
     at_least_one(kernels, "kernels")
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction is 'sum' or 'mean', not {reduction!r}")
+    one_of(reduction, "reduction", "sum", "mean")
     n = len(student)
     both = torch.cat([full(student).flatten(1), full(other).flatten(1)])
     # Differences, not ‖a‖² + ‖b‖² - 2ab: that loses the small distances, which the narrow kernels are about.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.losses.ce import cross_entropy
-from kdbench.losses.checks import at_least_one, full, shape
+from kdbench.losses.checks import Shape, at_least_one, full, shape, two_maps
 from kdbench.losses.kd import kd
 
 
@@ -33,10 +33,9 @@ class FeatureTransform(nn.Module):
         ValueError: A feature is no map, or N is below 1.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, number: int = 8) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, number: int = 8) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         at_least_one(number, "number")
         wide = number * teacher_shape[0]
         self.expansion, self.contraction = _pointwise(student_shape[0], wide), _pointwise(wide, student_shape[0])

@@ -5,7 +5,7 @@ Zhang, Lan, Dai, Zeng, Bai, Chang, Wei: Prime-Aware Adaptive Distillation. ECCV 
 
 from torch import Tensor, nn
 
-from kdbench.losses.checks import full, same_shape, shape
+from kdbench.losses.checks import Shape, full, same_shape, shape
 
 
 def adaptive_mse(student: Tensor, teacher: Tensor, log_variance: Tensor, eps: float = 1e-6) -> Tensor:
@@ -53,7 +53,7 @@ class PrimeAware(nn.Module):
         ValueError: They are not vectors of one width.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, eps: float = 1e-6) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, eps: float = 1e-6) -> None:
         super().__init__()
         if len(student_shape) != 1 or student_shape != teacher_shape:
             raise ValueError(f"it takes vectors of one width, not {student_shape} and {teacher_shape}")

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, same_shape, shape
+from kdbench.losses.checks import Shape, at_least_one, full, same_shape, shape
 
-Shape = tuple[int, ...]
 # Levels of the pyramid below the map itself.
 LEVELS = (4, 2, 1)
 WIDEST = 512

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, positive
+from kdbench.losses.checks import Shape, at_least_one, full, lists_of_maps, positive
 from kdbench.losses.features import inner_products, maps_of_one_size
 from kdbench.losses.simkd import with_norm
-
-Shape = tuple[int, ...]
 
 
 class SemanticCalibration(nn.Module):
@@ -51,8 +49,7 @@ class SemanticCalibration(nn.Module):
         factor: int = 4,
     ) -> None:
         super().__init__()
-        if not student_shapes or not teacher_shapes or {len(s) for s in (*student_shapes, *teacher_shapes)} != {3}:
-            raise ValueError(f"it takes lists of maps (C, H, W), not {student_shapes} and {teacher_shapes}")
+        lists_of_maps(student_shapes, teacher_shapes)
         positive(soft, "soft")
         at_least_one(factor, "factor")
         at_least_one(batch_size, "batch_size")

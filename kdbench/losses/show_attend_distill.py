@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, shape
+from kdbench.losses.checks import Shape, at_least_one, full, lists_of_maps, shape
 from kdbench.losses.features import inner_products
-
-Shape = tuple[int, ...]
 
 
 def matched_attention(student: Sequence[Tensor], teacher: Sequence[Tensor], shares: Tensor) -> Tensor:
@@ -103,8 +101,7 @@ class AttentionMatching(nn.Module):
         self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape], *, dim: int = 128, relu: bool = False
     ) -> None:
         super().__init__()
-        if not student_shapes or not teacher_shapes or {len(s) for s in (*student_shapes, *teacher_shapes)} != {3}:
-            raise ValueError(f"it takes lists of maps (C, H, W), not {student_shapes} and {teacher_shapes}")
+        lists_of_maps(student_shapes, teacher_shapes)
         at_least_one(dim, "dim")
         self.dim, self.relu = dim, relu
         self.queries = nn.ModuleList(_Rows(one[0], dim) for one in teacher_shapes)

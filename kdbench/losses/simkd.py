@@ -7,8 +7,8 @@ arXiv 2203.14001.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import same_shape
-from kdbench.losses.features import maps_of_one_size
+from kdbench.losses.checks import Shape, same_shape, two_maps
+from kdbench.losses.features import maps_of_one_size, pooled
 
 
 class Projector(nn.Module):
@@ -27,10 +27,9 @@ class Projector(nn.Module):
         ValueError: A feature is no map, or the factor is not between 1 and C'.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, factor: int = 2) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, factor: int = 2) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         inputs, outputs = student_shape[0], teacher_shape[0]
         if not 1 <= factor <= outputs:
             raise ValueError(f"factor must lie between 1 and the teacher's {outputs} channels, not {factor}")
@@ -44,9 +43,7 @@ class Projector(nn.Module):
 
     def forward(self, student: Tensor) -> Tensor:
         """Maps [N, C, H, W] as the teacher's, [N, C', min(H, H'), min(W, W')]."""
-        if student.shape[2:] != self.size:
-            student = F.adaptive_avg_pool2d(student, self.size)
-        projected: Tensor = self.layers(student)
+        projected: Tensor = self.layers(pooled(student, self.size))
         return projected
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, logits_shape, positive
+from kdbench.losses.checks import full, logits_shape, one_of, positive
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.mlkd import at_most_the_median
@@ -91,8 +91,7 @@ def skd(
         ValueError: The shapes are not one [N, K], there is no such form, or T or λ is not positive.
     """
     logits_shape(student_logits, teacher_logits, "skd")
-    if form not in ("code", "described"):
-        raise ValueError(f"form is 'code' or 'described', not {form!r}")
+    one_of(form, "form", "code", "described")
     instance = kd(student_logits, teacher_logits, temperature, scale=form == "code")
     direction = gram_direction(student_logits, teacher_logits, tikhonov, over_classes=form == "code")
     if form == "described":

@@ -5,7 +5,7 @@ Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distill
 
 from torch import Tensor, nn
 
-from kdbench.losses.checks import at_least_one, full, same_shape
+from kdbench.losses.checks import Shape, at_least_one, full, same_shape, two_vectors
 
 
 def log_power_sum(student: Tensor, teacher: Tensor, exponent: float = 4.0) -> Tensor:
@@ -48,17 +48,9 @@ class SimpleRecipe(nn.Module):
         ValueError: A feature is no vector, or α is below 1.
     """
 
-    def __init__(
-        self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
-        *,
-        exponent: float = 4.0,
-        eps: float = 1e-4,
-    ) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, exponent: float = 4.0, eps: float = 1e-4) -> None:
         super().__init__()
-        if len(student_shape) != 1 or len(teacher_shape) != 1:
-            raise ValueError(f"it takes vectors (D,), not {student_shape} and {teacher_shape}")
+        two_vectors(student_shape, teacher_shape)
         at_least_one(exponent, "exponent")
         self.projector = nn.Linear(student_shape[0], teacher_shape[0])
         self.student_norm, self.teacher_norm = (

@@ -8,7 +8,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full
+from kdbench.losses.checks import Shape, full
 
 
 class SoftmaxRegression(nn.Module):
@@ -31,7 +31,7 @@ class SoftmaxRegression(nn.Module):
         ValueError: The student's feature is neither a map nor a vector, or the teacher's is no vector.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, beta: float = 1.0) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, beta: float = 1.0) -> None:
         super().__init__()
         if len(student_shape) not in (1, 3) or len(teacher_shape) != 1:
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdbench.losses.ce import cross_entropy
-from kdbench.losses.checks import full, labelled_logits, logits_shape, positive, shape, share
+from kdbench.losses.checks import Shape, full, labelled_logits, logits_shape, positive, shape, share
 from kdbench.losses.features import inner_products
 from kdbench.losses.kd import kd
 from kdbench.losses.kl import divergences
@@ -153,12 +153,12 @@ def recognize_turned(teacher: Tensor, teacher_head: nn.Module) -> Tensor:
     return F.cross_entropy(similarities, _shown(similarities))
 
 
-def student_head(student_shape: tuple[int, ...]) -> nn.Module:
+def student_head(student_shape: Shape) -> nn.Module:
     """Two fully connected layers as wide as the student's feature, with a ReLU between them."""
     return teacher_head(student_shape)
 
 
-def teacher_head(teacher_shape: tuple[int, ...]) -> nn.Module:
+def teacher_head(teacher_shape: Shape) -> nn.Module:
     """The same of the teacher's feature."""
     width = math.prod(teacher_shape)
     return nn.Sequential(nn.Flatten(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, labelled_logits, share
+from kdbench.losses.checks import Shape, full, labelled_logits, one_of, share
 from kdbench.losses.dkd import other_logits
 
 # Keeps the probability of all other classes away from 0, as in the authors' code.
@@ -73,8 +73,7 @@ def customized_others(
         ValueError: The logits are not one [N, K] with K ≥ 2, the labels not [N] indices, or there is no such ranking.
     """
     labelled_logits(student_logits, weak_logits, labels, "customized_others")
-    if ranking not in ("logarithms", "probabilities"):
-        raise ValueError(f"ranking is 'logarithms' or 'probabilities', not {ranking!r}")
+    one_of(ranking, "ranking", "logarithms", "probabilities")
     student, weak = full(student_logits), full(weak_logits.detach())
     own = F.log_softmax(student.detach(), dim=1) if ranking == "logarithms" else F.softmax(student.detach(), dim=1)
     worth = _over_the_rest(F.softmax(weak, dim=1), labels) + _over_the_rest(own, labels)
@@ -113,7 +112,7 @@ class CustomizedSoftLabels(nn.Module):
 
     def __init__(
         self,
-        student_shapes: Sequence[tuple[int, ...]],
+        student_shapes: Sequence[Shape],
         *,
         alpha: float = 1.0,
         beta: float = 0.1,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import full, shape
+from kdbench.losses.checks import Shape, full, shape, two_maps
 from kdbench.losses.features import maps_of_one_size
 
 
@@ -70,16 +70,15 @@ class VariationalInformation(nn.Module):
 
     def __init__(
         self,
-        student_shape: tuple[int, ...],
-        teacher_shape: tuple[int, ...],
+        student_shape: Shape,
+        teacher_shape: Shape,
         *,
         variance: float = 5.0,
         eps: float = 1e-5,
         learned: bool = True,
     ) -> None:
         super().__init__()
-        if len(student_shape) != 3 or len(teacher_shape) != 3:
-            raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+        two_maps(student_shape, teacher_shape)
         if not variance > eps > 0:
             raise ValueError(f"the variance must be above eps, and eps positive, not {variance} and {eps}")
         channels = teacher_shape[0]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdbench.losses.checks import full, positive, same_shape, share
+from kdbench.losses.checks import Shape, full, positive, same_shape, share, two_maps
+from kdbench.losses.mgd import generation
 
 
 class PatchMimicking(nn.Module):
@@ -30,7 +31,7 @@ class PatchMimicking(nn.Module):
         ValueError: A feature is no map, the grids of patches differ, or one network has more layers.
     """
 
-    def __init__(self, student_shapes: Sequence[tuple[int, ...]], teacher_shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, student_shapes: Sequence[Shape], teacher_shapes: Sequence[Shape]) -> None:
         super().__init__()
         if len(student_shapes) != len(teacher_shapes):
             raise ValueError(f"it takes as many layers of both: student {student_shapes}, teacher {teacher_shapes}")
@@ -68,7 +69,7 @@ class PatchGeneration(nn.Module):
         ValueError: A feature is no map, the grids of patches differ, or λ is out of range.
     """
 
-    def __init__(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...], *, masked: float = 0.5) -> None:
+    def __init__(self, student_shape: Shape, teacher_shape: Shape, *, masked: float = 0.5) -> None:
         super().__init__()
         self.align = _aligned(student_shape, teacher_shape)
         positive(masked, "masked")
@@ -76,9 +77,7 @@ class PatchGeneration(nn.Module):
         channels = teacher_shape[0]
         self.masked = masked
         self.token = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.generation = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
+        self.generation = generation(channels)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of maps [N, *student_shape] and [N, *teacher_shape]; no gradient reaches the latter. Scalar, ≥ 0."""
@@ -98,9 +97,8 @@ def _difference(student: Tensor, teacher: Tensor, loss: str) -> Tensor:
     return full(student).to(taught.dtype) - taught
 
 
-def _aligned(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Module:
-    if len(student_shape) != 3 or len(teacher_shape) != 3:
-        raise ValueError(f"it takes maps (C, H, W), not {student_shape} and {teacher_shape}")
+def _aligned(student_shape: Shape, teacher_shape: Shape) -> nn.Module:
+    two_maps(student_shape, teacher_shape)
     (own, *grid), (channels, *taught) = student_shape, teacher_shape
     if grid != taught:
         raise ValueError(

@@ -87,6 +87,10 @@ class Extractor:
         self.model, self.places, self.model_name = model, dict(places), model_name
         self._behaviours: dict[str, _Behaviour] | None = None
 
+    def place(self, point: str) -> Place:
+        """Where a hook point is. UserError for one that the model has not."""
+        return self.places[existing(point, [*self.places], f"model '{self.model_name}'")]
+
     def shapes(self, image_shape: tuple[int, int, int]) -> PointShapes:
         """Shapes of all points and of `logits`, of one sample, by a dry forward of two images in eval mode.
 

@@ -8,7 +8,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
-from kdbench.models.points import existing
 from kdbench.models.probing import UNSUITABLE, dry_run, watched
 
 
@@ -18,8 +17,7 @@ def classifier(extractor: Extractor) -> nn.Module:
     Raises:
         UserError: the network's hook point `pooled` is not what such a module takes.
     """
-    existing("pooled", [*extractor.places], f"model '{extractor.model_name}'")
-    place = extractor.places["pooled"]
+    place = extractor.place("pooled")
     if place.side != "input":
         what = f"the classifier of model '{extractor.model_name}' is not known: its hook point 'pooled' is {place}"
         hint = "name the classifier's input in the recipe, under the model's 'hooks': 'pooled: input(PATH)'"
@@ -36,8 +34,7 @@ def batch_norm_before(extractor: Extractor, point: str, image_shape: tuple[int, 
     Raises:
         UserError: there is no batch norm before the point.
     """
-    existing(point, [*extractor.places], f"model '{extractor.model_name}'")
-    place, model = extractor.places[point], extractor.model
+    place, model = extractor.place(point), extractor.model
     module = model.get_submodule(place.path)
     if isinstance(module, _BatchNorm) and place.side == "output":
         return module

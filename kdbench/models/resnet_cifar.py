@@ -54,8 +54,8 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2 layers, n blocks in each stage.
         widths: channels of the stem and of the three stages.
-        init: how convolutions begin: a factor 2 over the fan-in, or over the fan-out.
-        init_linear: whether the classifier begins like the convolutions, else as torch's default.
+        init: how convolutions begin: a factor 2 over the fan-in, as the classifier then does too, or over the fan-out,
+            beside which the classifier begins as torch's default.
 
     Raises:
         UserError: there is no such depth.
@@ -69,7 +69,6 @@ class CifarResNet(nn.Module):
         channels: int,
         shortcut: Shortcut,
         init: Literal["fan_in", "fan_out"] = "fan_out",
-        init_linear: bool = False,
     ) -> None:
         super().__init__()
         blocks = blocks_per_stage("a ResNet", depth, outside=2)
@@ -81,7 +80,7 @@ class CifarResNet(nn.Module):
         self.layer3 = _stage(widths[2], widths[3], blocks, 2, shortcut)
         self.linear = nn.Linear(widths[3], classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) or (init_linear and isinstance(module, nn.Linear)):
+            if isinstance(module, nn.Conv2d) or (init == "fan_in" and isinstance(module, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ def resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32)
         image_size: any; the maps have 1, 1/2 and 1/4 of it (rounded up).
     """
     check_sizes("a ResNet", classes=classes, channels=channels, image_size=image_size)
-    return CifarResNet(depth, (16, 16, 32, 64), classes, channels, _padded_on_both_sides, "fan_in", init_linear=True)
+    return CifarResNet(depth, (16, 16, 32, 64), classes, channels, _padded_on_both_sides, "fan_in")
 
 
 def bss_resnet(depth: int, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from kdbench.errors import UserError, first_line
 from kdbench.models.graph import PointTracer
 from kdbench.models.hooks import Extractor
-from kdbench.models.places import FIRST, Place
-from kdbench.models.points import LOGITS, POINT_GROUPS, existing
+from kdbench.models.places import FIRST
+from kdbench.models.points import LOGITS, POINT_GROUPS
 from kdbench.models.probing import dry_images, undisturbed
 
 
@@ -28,7 +28,7 @@ class Tail:
     """
 
     def __init__(self, extractor: Extractor, point: str, image_shape: tuple[int, int, int]) -> None:
-        existing(point, [*extractor.places], f"model '{extractor.model_name}'")
+        extractor.place(point)  # UserError where there is none
         layers = [name for name in extractor.places if POINT_GROUPS["layers"].fullmatch(name)]
         try:
             self.at_layer = point in layers
@@ -97,8 +97,9 @@ def _graph(extractor: Extractor, point: str, points: list[str], image_shape: tup
     place, cut = extractor.places[point], tracer.raw[point]
     with graph.inserting_before(images):
         value = graph.placeholder("value")
-        if place.order not in (FIRST, None):
-            value = graph.call_method("permute", (value, *_back(place)))
+        if place.order is not None and place.order != FIRST:
+            # From [N, C, H, W] to what the network keeps.
+            value = graph.call_method("permute", (value, *((0, *place.order).index(axis) for axis in range(4))))
         if point in tracer.copied:
             value = graph.call_method("clone", (value,))
     cut.replace_all_uses_with(value)
@@ -110,10 +111,3 @@ def _graph(extractor: Extractor, point: str, points: list[str], image_shape: tup
         module.graph.erase_node(node)
     module.recompile()
     return module
-
-
-def _back(place: Place) -> tuple[int, ...]:
-    """The axes by which a map [N, C, H, W] becomes what the network keeps."""
-    assert place.order is not None
-    order = (0, *place.order)
-    return tuple(order.index(axis) for axis in range(4))

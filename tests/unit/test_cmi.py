@@ -17,11 +17,10 @@ from guarded import without
 from PIL import Image
 from tensors import rand
 from test_deep_inversion import hooks_of, network
-from tiny import CPU, images, pick_up, shortened, teacher_for, train
+from tiny import CPU, images, killed, shortened, teacher_for, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.engine import checkpoint
 from kdbench.engine.data.batches import Batches
 from kdbench.engine.inputs import SourceContext, SourceFiles, SourceStep
 from kdbench.engine.member import Member
@@ -323,13 +322,7 @@ def test_batches_are_added_before_the_first_step_and_every_so_many_and_a_resumed
     # Between the checkpoint and the kill it went on, so files of a later batch are there.
     for kill in (2, 3, 5):
         folder = tmp_path / f"killed{kill}"
-        first, batches = member_in(spec, teacher, folder)
-        train(first, batches, teacher, kill)
-        checkpoint.save(folder, {"key": {}, **first.state()})
-        train(first, batches, teacher, 2)
-        second, _ = member_in(spec, teacher, folder)
-        pick_up(second, folder)
-        train(second, batches, teacher, 8 - kill)
+        second = killed(lambda folder=folder: member_in(spec, teacher, folder)[0], batches, teacher, folder, kill, 2)
         assert outcome(second, folder) == expected, f"killed at step {kill}"
 
 
@@ -404,7 +397,7 @@ def test_impossible_options_are_told(options: dict[str, Any], why: str) -> None:
     spec = cell()
     place = SourceContext(spec, "distillation", CPU, teacher_for(spec).network)
     with pytest.raises(UserError, match=why):
-        InvertedImages.prepare(place, print, lambda: False, **{"images": 12, "every": 3} | options)
+        InvertedImages(place, **{"images": 12, "every": 3} | options)
 
 
 def test_a_cell_without_a_teacher_or_its_batch_norms_is_refused() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, changed_at, images, member_of, pick_up, sets_at, shortened, train, untrained_teacher
+from tiny import CPU, changed_at, images, killed, member_of, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
 from kdbench.engine.cell import TrainingCell
@@ -170,12 +170,7 @@ def test_state_goes_on_bit_identically(method: str, at: int, tmp_path: Path) -> 
     spec = cell({"name": method, "share": "50%"}, steps=8)
     whole, batches, teacher = member_of(spec)
     train(whole, batches, teacher, 8)
-    first, batches, teacher = member_of(spec)
-    train(first, batches, teacher, at)
-    checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    second, batches, teacher = member_of(spec)
-    pick_up(second, tmp_path)
-    train(second, batches, teacher, 8 - at)
+    second = killed(lambda: member_of(spec, teacher=teacher)[0], batches, teacher, tmp_path, at)
     assert same_state(second.student.model, whole.student.model)
     assert second.meter.result() == whole.meter.result()
 

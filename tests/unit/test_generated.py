@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 import torch
 from tensors import rand
-from tiny import CPU, member_of, pick_up, shortened, teacher_for, train
+from tiny import CPU, killed, member_of, shortened, teacher_for, train
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from kdbench.engine import checkpoint
 from kdbench.engine.inputs import SourceContext, SourceStep
 from kdbench.engine.member import Member
 from kdbench.engine.networks.network import Network
@@ -314,14 +313,9 @@ def test_a_resumed_cell_ends_bit_for_bit(method: str, tmp_path: Path) -> None:
     spec = cell(method, steps=14)
     first, batches, teacher = member_of(spec)
     train(first, batches, teacher, 14)
-    second, batches, teacher = member_of(spec)
-    train(second, batches, teacher, 8)
-    checkpoint.save(tmp_path, {"key": {}, **second.state()})
-    third, batches, teacher = member_of(spec)
-    pick_up(third, tmp_path)
-    train(third, batches, teacher, 6)
-    assert fingerprint(third.student.model) == fingerprint(first.student.model)
-    ends = [source_of(member) for member in (third, first)]
+    second = killed(lambda: member_of(spec, teacher=teacher)[0], batches, teacher, tmp_path, at=8)
+    assert fingerprint(second.student.model) == fingerprint(first.student.model)
+    ends = [source_of(member) for member in (second, first)]
     assert fingerprint(ends[0].generator) == fingerprint(ends[1].generator)
     assert ends[0].record() == ends[1].record()
     assert ends[0].record()["rounds"] == (14 if method == "dafl" else 2)
@@ -358,10 +352,10 @@ def test_a_cell_without_a_teacher_or_its_batch_norms_is_refused() -> None:
         if isinstance(module, nn.BatchNorm2d):
             teacher.network.model.set_submodule(name, nn.Identity())
     with pytest.raises(UserError, match="'feature': the network has no batch norm"):
-        GeneratedImages.prepare(context, lambda text: None, lambda: False, feature=1.0)
+        GeneratedImages(context, feature=1.0)
     del teacher.network.extractor.places["pooled"]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="pooled"):
-        GeneratedImages.prepare(context, lambda text: None, lambda: False, activation=1.0)
+        GeneratedImages(context, activation=1.0)
 
 
 def test_two_stages_draw_for_themselves_and_two_rounds_never_the_same() -> None:

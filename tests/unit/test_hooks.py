@@ -572,14 +572,6 @@ def test_runs_inside_runs_do_not_disturb_each_other() -> None:
     assert attached(model) == 0
 
 
-def test_two_extractors_share_a_network() -> None:
-    first = own("resnet20")
-    second = Extractor(first.model, {"x": Place("layer2.1.bn2", "output")}, "net")
-    first.model.eval()
-    a, b = first(images(), ["layer3"]), second(images(), ["x"])
-    assert a["layer3"].shape == (4, 64, 8, 8) and b["x"].shape == (4, 32, 16, 16)
-
-
 def test_a_copy_of_an_extractor_is_independent() -> None:
     first = own("resnet20")
     first.model.eval()

@@ -10,9 +10,8 @@ import pytest
 import torch
 from guarded import without
 from test_deep_inversion import QUICK, files, member_in, pooled, prepared
-from tiny import CPU, images, pick_up, shortened, teacher_for, train
+from tiny import CPU, images, killed, shortened, teacher_for, train
 
-from kdbench.engine import checkpoint
 from kdbench.engine.data.batches import Batches
 from kdbench.engine.evaluation import evaluate
 from kdbench.engine.finish import by_classes
@@ -119,12 +118,7 @@ def test_old_images_stand_beside_new_ones_and_it_resumes_bit_for_bit(tmp_path: P
     assert [list(sets) for sets in seen] == [["old_images"]] * 4
     assert {int(label) for sets in seen for label in sets["old_images"].labels} <= {0, 1, 2, 3, 4}
     assert {"ce", "keep", "old"} <= set(whole.meter.result())
-    first, _ = member_in(spec, teacher, tmp_path)
-    train(first, batches, teacher, 2)
-    checkpoint.save(tmp_path, {"key": {}, **first.state()})
-    second, _ = member_in(spec, teacher, tmp_path)
-    pick_up(second, tmp_path)
-    train(second, batches, teacher, 2)
+    second = killed(lambda: member_in(spec, teacher, tmp_path)[0], batches, teacher, tmp_path, at=2)
     assert fingerprint(second.student.model) == fingerprint(whole.student.model)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Kdbench
-from picture_files import moments
+from picture_files import moments, photo, write_tiny_imagenet
 from PIL import Image
 from pydantic import ValidationError
 
@@ -33,11 +33,6 @@ from kdbench.registry import Registry
 from kdbench.tree import Tree
 
 
-def photo(seed: int, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
 def write(root: Path, sizes: list[tuple[int, int]] | None = None, mode: str = "RGB", **splits: int) -> Path:
     """`root/<split>/{ant,bee}/*.png`; a split called "all" is the root itself."""
     number = 0
@@ -48,7 +43,7 @@ def write(root: Path, sizes: list[tuple[int, int]] | None = None, mode: str = "R
             for i in range(count):
                 number += 1
                 size = sizes[number % len(sizes)] if sizes else (32, 32)
-                photo(number, size, mode).save(place / f"{i}.png")
+                photo(*size, number).convert(mode).save(place / f"{i}.png")
     return root
 
 
@@ -124,9 +119,9 @@ def test_test_pictures_that_are_trained_on_are_told(tmp_path: Path) -> None:
 @BOTH
 def test_pictures_below_their_class_and_of_all_usual_kinds_are_read(load: Loader, tmp_path: Path) -> None:
     root = write(tmp_path / "x")
-    (root / "train" / "bee" / "more" / "yet").mkdir(parents=True)
+    (deep := root / "train" / "bee" / "more" / "yet").mkdir(parents=True)
     for i, kind in enumerate(("tif", "TIFF", "gif", "ppm", "jfif", "webp", "bmp", "jpeg")):
-        photo(100 + i).save(root / "train" / "bee" / "more" / "yet" / f"x.{kind}", "JPEG" if kind == "jfif" else None)
+        photo(32, 32, 100 + i).save(deep / f"x.{kind}", "JPEG" if kind == "jfif" else None)
     (root / "train" / "bee" / "notes.txt").write_text("no picture")
     (root / "train" / "bee" / ".hidden.png").write_text("none")
     assert counts(load(root)) == [[6, 14], [2, 2]]
@@ -134,18 +129,7 @@ def test_pictures_below_their_class_and_of_all_usual_kinds_are_read(load: Loader
 
 @BOTH
 def test_tiny_imagenet_as_it_is_unpacked(load: Loader, tmp_path: Path) -> None:
-    root = tmp_path / "tiny"
-    for c in ("n02", "n01"):
-        (root / "train" / c / "images").mkdir(parents=True)
-        (root / "train" / c / f"{c}_boxes.txt").write_text("0 0 1 1")
-        for i in range(3):
-            photo(i + 10 * int(c[2:])).save(root / "train" / c / "images" / f"{c}_{i}.JPEG")
-    for split in ("val", "test"):
-        (root / split / "images").mkdir(parents=True)
-        for i in range(4):
-            photo(100 + i).save(root / split / "images" / f"{split}_{i}.JPEG")
-    lines = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t0\t1\t1\n" for i in (2, 1, 3, 0)]
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    root = write_tiny_imagenet(tmp_path / "tiny", ["n01", "n02"])
     assert [file.name for file in listing(root).files["test"]["n01"]] == ["val_0.JPEG", "val_2.JPEG"]
     data = load(root)
     assert data.classes == ("n01", "n02") and counts(data) == [[3, 3], [2, 2]]
@@ -226,7 +210,7 @@ def put_damage(root: Path, what: str) -> Path:
     elif what == "no picture":
         file.write_text("hello")
     elif what == "cut short":
-        photo(1).save(file)
+        photo(32, 32, 1).save(file)
         os.truncate(file, 60)
     elif what == "16 bits":
         Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(file)
@@ -279,7 +263,7 @@ def test_a_layout_that_would_be_misread_is_told(folders: tuple[str, ...], said: 
     root = tmp_path / "pictures"
     for place in folders:
         (root / place).mkdir(parents=True)
-        photo(1).save(root / place / "1.png")
+        photo(32, 32, 1).save(root / place / "1.png")
     for read in (resident, streamed, lambda root: survey(root, tmp_path / "cache")):
         with pytest.raises(UserError, match=said) as error:
             read(root)
@@ -294,7 +278,7 @@ def test_of_few_pictures_in_one_piece_the_nearest_to_a_fifth_and_one_of_each_cla
     root = write(tmp_path / "x", all=each)
     (root / "__MACOSX").mkdir()
     (root / "ant" / "@eaDir").mkdir()
-    photo(1).save(root / "ant" / "@eaDir" / "thumbnail.png")
+    photo(32, 32, 1).save(root / "ant" / "@eaDir" / "thumbnail.png")
     assert counts(load(root)) == [train, test]
     assert survey(root, tmp_path / "cache").total == {"train": sum(train), "test": sum(test)}
 
@@ -308,7 +292,7 @@ def test_a_disk_is_no_folder_of_pictures(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_data_make_no_picture_damaged(tmp_path: Path) -> None:
     root = write(tmp_path / "x")
-    photo(50).save(root / "train" / "ant" / "exif.png", exif=b"Exif\0\0junk")
+    photo(32, 32, 50).save(root / "train" / "ant" / "exif.png", exif=b"Exif\0\0junk")
     seen = survey(root, tmp_path / "cache")
     assert (seen.total["train"], seen.turned) == (13, 0)
 
@@ -326,7 +310,7 @@ def test_a_class_of_another_spelling_is_told(load: Loader, tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 def test_damaged_pictures_of_every_kind_are_one_message(kind: str, tmp_path: Path) -> None:
     """Whatever a decoder raises: 60 damaged files of each kind give a picture or a message that names them."""
-    photo(1, (40, 30)).save(whole := tmp_path / f"whole.{kind}")
+    photo(40, 30, 1).save(whole := tmp_path / f"whole.{kind}")
     file, draw, failed = tmp_path / f"x.{kind}", random.Random(kind), 0
     for _ in range(60):
         content = bytearray(whole.read_bytes())
@@ -361,10 +345,10 @@ def test_the_survey_of_images_of_one_size_measures_what_the_loader_gives(tmp_pat
 
 def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path: Path) -> None:
     root = write(tmp_path / "x", sizes=[(96, 110), (130, 66), (300, 200)], all=10)
-    turned = photo(5, (80, 64))
+    turned = photo(80, 64, 5)
     turned.getexif()[0x0112] = 6
     turned.save(root / "bee" / "turned.jpg", exif=turned.getexif())
-    photo(6, (70, 90), "L").save(root / "bee" / "grey.png")
+    photo(70, 90, 6).convert("L").save(root / "bee" / "grey.png")
     seen = survey(root, tmp_path / "cache")
     card = seen.card("x")
     assert card["streamed"] and card["image_size"] == 96 and card["args"] == {"folder": "x", "short_side": 110}
@@ -401,7 +385,7 @@ def test_means_of_many_pictures_are_of_as_many_as_it_says_whoever_looks(
         assert seen.std == pytest.approx(pixels.std(axis=(0, 1, 2)), abs=1e-4)
     # A picture that stands for none is decoded where all are asked for, whatever was seen before.
     damaged = root / "train" / "ant" / "99.jpg"
-    photo(99).save(damaged)
+    photo(32, 32, 99).save(damaged)
     damaged.write_bytes(damaged.read_bytes()[:-100])
     survey(root, tmp_path / "cache")
     with pytest.raises(UserError, match="damaged"):
@@ -478,7 +462,7 @@ def test_rectangular_images_are_refused_with_the_reason_and_the_way(tmp_path: Pa
     for split in ("train", "test"):
         for number in range(2):
             (tmp_path / "wide" / split / f"c{number}").mkdir(parents=True)
-            photo(number + 7 * len(split), (48, 24)).save(tmp_path / "wide" / split / f"c{number}" / "1.png")
+            photo(48, 24, number + 7 * len(split)).save(tmp_path / "wide" / split / f"c{number}" / "1.png")
     said = {key: value for key, value in card.items() if key not in ("args", "title")}
     spec = DataSpec(name="wide", options=card["args"], image_size=24, **said)
     with pytest.raises(UserError, match="24×48 for 'image_size'") as error:

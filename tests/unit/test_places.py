@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from test_hooks import naive
 from timm.models.mambaout import MambaOut
 from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwin2
@@ -108,15 +109,6 @@ def own(model: nn.Module, hooks: dict[str, str], larger: Callable[[int], nn.Modu
     return Extractor(model.eval(), places(model, hooks, "net", IMAGE, larger), "net")
 
 
-def output_of(model: nn.Module, path: str, x: Tensor) -> Tensor:
-    kept = []
-    handle = model.get_submodule(path).register_forward_hook(lambda m, i, out: kept.append(out))
-    with torch.no_grad():
-        model(x)
-    handle.remove()
-    return kept[-1]
-
-
 @pytest.mark.parametrize("name", CHANNELS)
 def test_maps_of_libraries_networks_come_channels_first(name: str) -> None:
     extractor = derived(name, lambda size: tiny(name, size))
@@ -129,7 +121,7 @@ def test_maps_of_libraries_networks_come_channels_first(name: str) -> None:
     with torch.no_grad():
         values = extractor(images, layers)
     for layer in layers:
-        whole = output_of(extractor.model, extractor.places[layer].path, images)
+        whole = naive(extractor.model, extractor.places[layer].path, images)
         expected = whole if name in CHANNELS_FIRST else whole.permute(0, 3, 1, 2)
         assert torch.equal(values[layer], expected) and tuple(expected.shape[1:]) == shapes[layer]
 
@@ -140,7 +132,7 @@ def test_an_order_that_a_network_of_one_size_declares_is_taken(name: str) -> Non
     images = torch.randn(2, *IMAGE)
     with torch.no_grad():
         value = extractor(images, ["layer1"])["layer1"]
-    assert torch.equal(value, output_of(extractor.model, "layers.0", images).permute(0, 3, 1, 2))
+    assert torch.equal(value, naive(extractor.model, "layers.0", images).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -152,7 +144,7 @@ def test_a_map_whose_shape_tells_nothing(fixed: bool) -> None:
     )
     images = torch.randn(2, *IMAGE)
     values = extractor(images, ["layer1", "layer2", "stem"])
-    assert torch.equal(values["layer1"], output_of(model, "body", images).permute(0, 3, 1, 2))
+    assert torch.equal(values["layer1"], naive(model, "body", images).permute(0, 3, 1, 2))
     before = model.patches(images) + (model.position.permute(2, 0, 1) if fixed else 0.0)
     assert torch.equal(values["layer2"], before)
     assert torch.equal(values["stem"], model.patches(images))
@@ -160,7 +152,7 @@ def test_a_map_whose_shape_tells_nothing(fixed: bool) -> None:
     for point, value in zip(graph.points, graph.module(images), strict=True):
         assert torch.equal(value, values[point])
     teacher = torch.rand(2, 4, 8, 8)
-    by_hand = attention_transfer(output_of(model, "body", images).movedim(3, 1), teacher)
+    by_hand = attention_transfer(naive(model, "body", images).movedim(3, 1), teacher)
     assert torch.equal(attention_transfer(values["layer1"], teacher), by_hand)
 
 
@@ -208,9 +200,9 @@ def test_the_order_can_be_stated() -> None:
     extractor = unknown("channels_last(body)")
     images = torch.randn(2, *IMAGE)
     value = extractor(images, ["layer1"])["layer1"]
-    assert torch.equal(value, output_of(extractor.model, "body", images).permute(0, 3, 1, 2))
+    assert torch.equal(value, naive(extractor.model, "body", images).permute(0, 3, 1, 2))
     stated = unknown("channels_first(input(body))")
-    assert torch.equal(stated(images, ["layer1"])["layer1"], output_of(stated.model, "norm", images))
+    assert torch.equal(stated(images, ["layer1"])["layer1"], naive(stated.model, "norm", images))
 
 
 def test_a_stated_order_that_is_not_the_networks_is_said() -> None:

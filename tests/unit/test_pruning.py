@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from test_deep_inversion import QUICK, cell, member_in, pooled, prepared
-from tiny import pick_up, teacher_for, train
+from tiny import killed, teacher_for, train
 from torch import Tensor, nn
 
-from kdbench.engine import checkpoint
 from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.finish import size_of
 from kdbench.engine.networks.build import build_model
@@ -241,12 +240,9 @@ def test_a_pruned_student_resumes_bit_for_bit_with_its_filters_off(method: str, 
         folder.mkdir()
         if guarded:
             (folder / "shared").symlink_to(tmp_path / "shared")
-        first, _ = member_in(spec, teacher, folder, guarded)
-        train(first, batches, teacher, kill)
-        checkpoint.save(folder, {"key": {}, **first.state()})
-        second, again = member_in(spec, teacher, folder, guarded)
-        pick_up(second, folder)
-        train(second, again, teacher, 5 - kill)
+        second = killed(
+            lambda folder=folder: member_in(spec, teacher, folder, guarded)[0], batches, teacher, folder, kill
+        )
         assert fingerprint(second.student.model) == fingerprint(whole.student.model), f"killed at step {kill}"
         assert second.operations["finetuning"].record() == record
 

@@ -268,24 +268,6 @@ def test_cifar100_by_the_same_code(tmp_path):
     assert (first.classes[1], first.classes[47], first.classes[99]) == ("aquarium_fish", "maple_tree", "worm")
 
 
-def test_real_images_in_both_forms(tmp_path, cifar10_root):
-    """A few real images of every class, by link from the image folder and as batches."""
-    source = cifar10_root / "cifar10"
-    pixels_of: Splits = {}
-    for split, each in (("train", 10), ("test", 2)):
-        pixels, labels = [], []
-        for label, name in enumerate(SMALL.classes):
-            (tmp_path / "cifar10" / split / name).mkdir(parents=True)
-            for file in sorted((source / split / name).iterdir())[:each]:
-                (tmp_path / "cifar10" / split / name / file.name).symlink_to(file)
-                pixels.append(np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1))
-                labels.append(label)
-        pixels_of[split] = np.stack(pixels), np.array(labels)
-    write_batches(tmp_path / "b", SMALL, pixels_of)
-    cache = tmp_path / "cache"
-    assert same(load(SMALL, tmp_path, cache=cache), load(SMALL, tmp_path / "b", cache=cache))
-
-
 @pytest.mark.slow
 def test_real_cifar10_is_what_its_card_says(tmp_path, cifar10_root):
     source, card = cifar10_root / "cifar10", CARDS["cifar10"]

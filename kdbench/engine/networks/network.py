@@ -48,6 +48,10 @@ class Normalizer:
             return pixels
         return F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
 
+    def pixels(self, normalized: Tensor) -> Tensor:
+        """The inverse: pixel values on the scale of [0, 1], in the same size."""
+        return normalized * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+
 
 class Network:
     """An extractor, the normalization of its images, and the way it is computed.

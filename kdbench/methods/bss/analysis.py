@@ -314,21 +314,21 @@ def crossings(networks: Mapping[str, PixelLogits], student: Moves, attacked: Att
     # The first of an image's pairs is with the class that the teacher takes for most probable beside its own.
     for row in varied([image * attacked.targets for image in right], pairs.base.tolist())[:SHOWN]:
         classes = (int(pairs.base[row]), int(pairs.target[row]))
-        found.append(crossing(networks, "teacher", pairs.images[row], *classes, attacked.classes))
+        found.append(crossing(networks, pairs.images[row], *classes, attacked.classes))
     return found
 
 
 def crossing(
-    networks: Mapping[str, PixelLogits], of: str, image: Tensor, base: int, target: int, names: Sequence[str]
+    networks: Mapping[str, PixelLogits], image: Tensor, base: int, target: int, names: Sequence[str]
 ) -> Crossing:
-    """An image attacked on one network, and the two classes' logits of all networks on the line to its boundary.
+    """An image attacked on the teacher, and the two classes' logits of all networks on the line to its boundary.
 
     Args:
-        networks: whose logits are asked for; `of`: whose boundary it is.
+        networks: whose logits are asked for, the "teacher" among them.
         image: [C, H, W], pixel values on the scale of [0, 1].
     """
     both = torch.tensor([base, target], device=image.device)
-    ended = boundary_attack(networks[of], image[None], both[:1], both[1:], clamp=PIXELS).images[0]
+    ended = boundary_attack(networks["teacher"], image[None], both[:1], both[1:], clamp=PIXELS).images[0]
     at = torch.linspace(0.0, 1.5, 61, device=image.device)
     line = image + at.view(-1, 1, 1, 1) * (ended - image)
     with torch.no_grad():

@@ -35,11 +35,9 @@ def boundary_picture(crossings: Sequence[Crossing], file: str | Path) -> Path:
     Itself, its boundary sample, their difference enlarged, and each network's two scores on the straight line through
     both, where the teacher's meet at the boundary sample.
 
-    Raises:
-        ValueError: nothing to draw.
+    Args:
+        crossings: one at least.
     """
-    if not crossings:
-        raise ValueError("there is no image to draw")
     networks = list(crossings[0].scores)
     with style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg

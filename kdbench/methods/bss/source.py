@@ -79,13 +79,6 @@ class BoundarySamples(Source):
         self.draws = torch.zeros(shape, dtype=torch.float64, device=context.device)
         self.first, self.row = -len(self.draws), torch.zeros(1, dtype=torch.int64, device=context.device)
 
-    @classmethod
-    def prepare(
-        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
-    ) -> None:
-        """Nothing but to refuse options that make no sense, before anything trains."""
-        cls(context, **options)
-
     def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         """Draw for the coming steps."""
         if not self.first <= now.step < self.first + len(self.draws):
@@ -108,8 +101,8 @@ class BoundarySamples(Source):
         drawn = self.draws.index_select(0, self.row).squeeze(0)
         self.row.add_(1)
         target = target_classes(teacher[rows], base, drawn[rows])
-        normalizer = self.teacher.normalizer
-        found = boundary_attack(self._logits, normalizer(batch.images[rows]), base, target, **self.attack)
+        images = self.teacher.normalizer(batch.images[rows])
+        found = boundary_attack(self._logits, images, base, target, **self.attack)
         ends = [mask, mask & found.crossed, mask & found.arrived, mask & ~found.arrived & self.reject]
         self.steps.add_(1)
         self.counts.add_(torch.stack(ends).sum(dim=1))
@@ -117,9 +110,8 @@ class BoundarySamples(Source):
             accepted, mask = again(mask & found.arrived)
             rows, base = rows[accepted], base[accepted]
             found = found._replace(images=found.images[accepted])
-        pixels = found.images * normalizer.std.view(-1, 1, 1) + normalizer.mean.view(-1, 1, 1)
         index = batch.index[rows] if batch.index is not None else None
-        return {"boundary": Batch(pixels, base, index, mask=mask)}
+        return {"boundary": Batch(self.teacher.normalizer.pixels(found.images), base, index, mask=mask)}
 
     def cost(self, steps: int) -> Cost:
         """Every image of every attack with all its iterations: most cross the boundary sooner."""

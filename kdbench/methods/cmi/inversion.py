@@ -27,6 +27,7 @@ from kdbench.methods.cmi.views import Views
 from kdbench.methods.data_free.generator import Generator, GeneratorForm
 from kdbench.methods.deep_inversion.inversion import Synthesized, better
 from kdbench.methods.deep_inversion.made import halves
+from kdbench.methods.settings import above, at_least, two_betas
 
 # The terms that images are fitted by, each a setting: its weight.
 TERMS = ("feature", "cross_entropy", "adversarial", "contrast")
@@ -70,19 +71,12 @@ class ContrastiveInversion:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("head", 1), ("bank", 0), ("negatives", 0), ("padding", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least {least}")
-        for name in TERMS:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 0")
-        for name in ("lr", "contrast_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it lies above 0")
+        at_least(self, 1, "iterations", "head")
+        at_least(self, 0, "bank", "negatives", "padding", *TERMS)
+        above(self, 0, "lr", "contrast_temperature")
         if not 0 < self.area <= 1:
             raise ValueError(f"'area' cannot be {self.area}: it lies above 0 and is at most 1")
-        if len(self.betas) != 2:
-            raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.5, 0.999]")
+        two_betas(self)
         if not any(getattr(self, name) for name in TERMS):
             raise ValueError("all its weights are 0, so the images would be fitted to nothing")
         # Checked as a generator's.

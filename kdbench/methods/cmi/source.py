@@ -73,13 +73,6 @@ class InvertedImages(PooledImages):
             self.teacher.model(self.teacher.normalizer(dry))
             return means.features().shape[1]
 
-    @classmethod
-    def prepare(
-        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
-    ) -> None:
-        """Nothing but to refuse what cannot be, before anything trains."""
-        cls(context, **options)
-
     def first_images(self) -> tuple[Tensor, Tensor]:
         """None."""
         return torch.zeros((0, *self.image_shape)), torch.zeros(0, dtype=torch.int64)

@@ -15,6 +15,7 @@ from kdbench.engine.networks.network import Network
 from kdbench.losses.dafl import activation_strength, class_balance, one_hot
 from kdbench.losses.deep_inversion import BatchNormInputs
 from kdbench.losses.kl import kl_divergence
+from kdbench.methods.settings import above, at_least, two_betas
 
 # Values of images below and above this factor of the size are made by doubling it twice.
 GROWTH = 4
@@ -41,10 +42,8 @@ class GeneratorForm:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.latent < 1:
-            raise ValueError(f"'latent' cannot be {self.latent}: it is at least 1")
-        if not self.eps > 0:
-            raise ValueError(f"'eps' cannot be {self.eps}: it lies above 0")
+        at_least(self, 1, "latent")
+        above(self, 0, "eps")
         if len(self.widths) != 3 or min(self.widths) < 1:
             raise ValueError(f"'widths' are three numbers of channels, not {list(self.widths)}")
 
@@ -88,17 +87,11 @@ class Generation(GeneratorForm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("every", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 1")
-        for name in ("clip", *WEIGHTS):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 0")
-        for name, least in (("lr", 0), ("base", 1)):
-            if not getattr(self, name) > least:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it lies above {least}")
-        if len(self.betas) != 2:
-            raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.5, 0.999]")
+        at_least(self, 1, "every", "iterations")
+        at_least(self, 0, "clip", *WEIGHTS)
+        above(self, 0, "lr")
+        above(self, 1, "base")
+        two_betas(self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas cannot be {list(self.betas)}: both lie in [0, 1)")
         if not any(getattr(self, name) for name in WEIGHTS):

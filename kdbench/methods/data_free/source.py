@@ -53,6 +53,13 @@ class GeneratedImages(Source):
                 self.generator = Generator(self.settings, known.image_shape).to(device)
         except ValueError as error:
             raise UserError(f"stage '{context.stage}', source: {error}") from None
+        if self.settings.feature:
+            try:
+                BatchNormInputs(self.teacher.model)
+            except ValueError as error:
+                raise UserError(f"stage '{context.stage}', source, 'feature': {error}") from None
+        if self.settings.activation:
+            self.teacher.extractor.place("pooled")
         self.parameters = list(self.generator.parameters())
         # Beside the default, Adam's `foreach` and `fused` forms round differently.
         self.optimizer = torch.optim.Adam(
@@ -63,22 +70,6 @@ class GeneratedImages(Source):
         # Noise of the student's steps of a round, a row each, and the row of the coming step.
         self.rows = torch.zeros((self.settings.every, self.size, self.settings.latent), device=device)
         self.drawn, self.row = -1, torch.zeros(1, dtype=torch.int64, device=device)
-
-    @classmethod
-    def prepare(
-        cls, context: SourceContext, tell: Callable[[str], None], stopping: Callable[[], bool], **options: Any
-    ) -> None:
-        """Nothing but to refuse what cannot be, before anything trains."""
-        source = cls(context, **options)
-        if source.settings.feature:
-            try:
-                BatchNormInputs(source.teacher.model)
-            except ValueError as error:
-                raise UserError(f"stage '{context.stage}', source, 'feature': {error}") from None
-        if source.settings.activation and context.spec.teacher is not None:
-            shape = context.spec.teacher.knows(context.spec.data).image_shape
-            with torch.no_grad():
-                source.teacher(torch.zeros(1, *shape, device=context.device), ["pooled"])
 
     def ready(self, now: SourceStep, tell: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
         number, since = divmod(now.step - now.begin, self.settings.every)
@@ -150,10 +141,7 @@ class GeneratedImages(Source):
     def _pixels(self, model: nn.Module, noise: Tensor) -> Tensor:
         """Images of noise [N, latent], as pixel values on the scale of [0, 1]."""
         made: Tensor = model(noise)
-        if self.settings.output == "sigmoid":
-            return made
-        normalizer = self.teacher.normalizer
-        return made * normalizer.std.view(-1, 1, 1) + normalizer.mean.view(-1, 1, 1)
+        return made if self.settings.output == "sigmoid" else self.teacher.normalizer.pixels(made)
 
     def _picture(self) -> None:
         """Draw some of the last images into the cell's folder, made as the student's are."""

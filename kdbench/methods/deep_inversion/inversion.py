@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kdbench.data.streams import address, uniform
 from kdbench.losses.deep_inversion import BatchNormInputs, competition, l2_norm, total_variation
+from kdbench.methods.settings import above, at_least, two_betas
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,9 @@ class Inversion:
     keep: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "warmup", "tv", "l2", "feature", "competition", "first_layer", "jitter"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it is at least 0")
-        for name in ("lr", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"'{name}' cannot be {getattr(self, name)}: it lies above 0")
-        if len(self.betas) != 2:
-            raise ValueError(f"Adam has two betas, not {len(self.betas)}: write betas: [0.9, 0.999]")
+        at_least(self, 0, "iterations", "warmup", "tv", "l2", "feature", "competition", "first_layer", "jitter")
+        above(self, 0, "lr", "temperature")
+        two_betas(self)
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain data."""
@@ -127,7 +123,6 @@ def synthesize(
     std: Tensor,
     student: Callable[[Tensor], Tensor] | None = None,
     stopping: Callable[[], bool] = lambda: False,
-    watch: Callable[[int, dict[str, Tensor]], None] = lambda iteration, terms: None,
 ) -> Synthesized | None:
     """Images that a frozen network classifies as `labels`, and that its batch norms take for training images.
 
@@ -140,7 +135,6 @@ def synthesize(
         mean, std: of the teacher's normalization, [C], on the device.
         student: pixel values -> logits of the network that the competition is with; needed where it has a weight.
         stopping: asked before every iteration; True leaves without a result.
-        watch: is given every iteration's terms, on the device.
 
     Returns:
         the batch, or None when stopped.
@@ -163,7 +157,6 @@ def synthesize(
                 return None
             moved = torch.roll(x, (down, across), dims=(2, 3))
             terms = terms_of(moved.flip(3) if settings.flip and mirrored else moved)
-            watch(iteration, terms)
             if settings.keep == "best":
                 kept = better(kept, {"images": x, **terms})
             # Of the images alone: a student's own gradients are its training's.

@@ -27,7 +27,10 @@ from kdbench.reading import read_as, read_json
 
 # Images on a side of the picture.
 SIDE = 8
+# How many times as large as its pixels it is.
+ZOOM = 2
 POOL = "pool.json"
+_AGAIN = "remove its folder: the images are made again"
 
 
 class About(Open):
@@ -132,9 +135,9 @@ class MadeImages:
         """sha256 of batches: that of their own in hex, one a line, in their order."""
         return hashlib.sha256("".join(f"{self.about(batch).sha256}\n" for batch in batches).encode()).hexdigest()
 
-    def read(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, batch: int) -> tuple[Tensor, Tensor]:
         """Images, float16 [N, C, H, W], and labels, int64 [N], of a batch, as `read_all` gives them."""
-        images, labels, _ = self.read_all(batch, sha256)
+        images, labels, _ = self.read_all(batch)
         return images, labels
 
     def read_all(self, batch: int, sha256: str | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -177,19 +180,16 @@ class MadeImages:
                 grid(torch.stack(images)).save(temporary, format="PNG")
 
 
-_AGAIN = "remove its folder: the images are made again"
-
-
 def halves(images: Tensor) -> Tensor:
     """Pixel values as they are kept: float16, within 1/2000 of a value below 1, an eighth of a byte's step."""
     return images.detach().to(torch.float16)
 
 
-def grid(images: Tensor, zoom: int = 2) -> Image.Image:
+def grid(images: Tensor) -> Image.Image:
     """Images [N, C, H, W] of one or three channels on the scale of [0, 1], cut off outside, eight in a row."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     sheet = make_grid(images.float().clamp(0, 1), nrow=SIDE, padding=1, pad_value=1.0)
     picture = to_pil_image((sheet[: images.shape[1]] * 255).round().to(torch.uint8))
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)

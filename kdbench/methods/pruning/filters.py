@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from kdbench.models.probing import dry_call, dry_images, undisturbed, watched
 
@@ -49,14 +48,11 @@ def filters(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, st
 def _used_elsewhere(model: nn.Module, image_shape: tuple[int, int, int], norm: str, conv: str) -> bool:
     """Whether a convolution's output reaches the logits although its batch norm gives zeros: by a shortcut, say."""
 
-    def logits(value: float) -> Tensor:
-        def filled(_: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return torch.full_like(output, value)
+    def filled(value: float) -> Callable[..., Tensor]:
+        return lambda _, args, output: torch.full_like(output, value)
 
-        zeros = {norm: lambda _, args, output: torch.zeros_like(output)}
-        return _with_hooks(model, image_shape, {conv: filled, **zeros})
-
-    return not torch.equal(logits(0.0), logits(1.0))
+    logits = [_with_hooks(model, image_shape, {conv: filled(value), norm: filled(0.0)}) for value in (0.0, 1.0)]
+    return not torch.equal(*logits)
 
 
 def importance(norm: nn.Module) -> Tensor:
@@ -99,16 +95,12 @@ def least_important(scores: Mapping[str, Tensor], kept: Kept, share: float) -> d
     return result
 
 
-def switch_off(model: nn.Module, kept: Kept) -> list[RemovableHandle]:
+def switch_off(model: nn.Module, kept: Kept) -> None:
     """Zero scale and shift of what is not kept, and their gradients from now on.
 
     With zeros, no gradient and no momentum, optimizers leave them: weight decay of zero is zero. Only for an optimizer
     that begins now.
-
-    Returns:
-        handles that end this.
     """
-    handles = []
     for name, mask in kept.items():
         norm = model.get_submodule(name)
         for parameter in (norm.weight, norm.bias):
@@ -117,9 +109,8 @@ def switch_off(model: nn.Module, kept: Kept) -> list[RemovableHandle]:
             with torch.no_grad():
                 parameter.mul_(own)
             trained = parameter.requires_grad
-            handles.append(parameter.requires_grad_().register_hook(lambda gradient, own=own: gradient * own))
+            parameter.requires_grad_().register_hook(lambda gradient, own=own: gradient * own)
             parameter.requires_grad_(trained)
-    return handles
 
 
 def size_without(model: nn.Module, image_shape: tuple[int, int, int], kept: Kept) -> dict[str, float]:
