@@ -83,8 +83,9 @@ def test_a_graph_ends_at_the_last_point() -> None:
     assert traced(extractor("resnet20"), ["layer2", "layer2.preact"], False, SHAPE).last == "layer2"
 
 
-def test_what_cannot_be_traced_says_so_and_runs_with_hooks() -> None:
-    net = extractor(name := "timm:tf_efficientnetv2_b0")
+@pytest.mark.parametrize("name", ["timm:vgg11_bn", "timm:tf_efficientnetv2_b0"])
+def test_what_cannot_be_traced_says_so_and_runs_with_hooks(name: str) -> None:
+    net = extractor(name)
     with pytest.raises(Untraceable, match=name):
         traced(net, [LOGITS], True, SHAPE)
     network = Network(net, UNCHANGED, Computing(compile=True))

@@ -106,6 +106,11 @@ class TestActivationBoundary:
         assert losses.activation_boundary(1.01 * teacher.sign(), teacher) == 0
         assert losses.activation_boundary(0.99 * teacher.sign(), teacher) > 0
 
+    def test_half_precision_sums_in_float32(self):
+        student = torch.zeros(1, 5000, dtype=torch.bfloat16)
+        value = losses.activation_boundary(student, torch.ones_like(student))
+        assert value.dtype == torch.float32 and value.item() == 5000  # bfloat16 has no 5000
+
     @pytest.mark.parametrize("margin", [0.0, -1.0, math.nan])
     def test_impossible_margin(self, margin):
         with pytest.raises(ValueError, match="margin"):
@@ -203,6 +208,12 @@ class TestKD:
         limit = difference.square().sum(1).mean() / (2 * 10)
         assert losses.kd(student, teacher, temperature=1e4).item() == pytest.approx(limit.item(), rel=1e-3)
 
+    def test_finite_for_huge_logits(self):
+        student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+        value = losses.kd(student, torch.tensor([[-1e4, 1e4, 0.0]]), temperature=1.0)
+        value.backward()
+        assert value.item() == pytest.approx(2e4) and torch.isfinite(student.grad).all()
+
     @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
     def test_impossible_temperature(self, temperature):
         with pytest.raises(ValueError, match="temperature"):
@@ -273,10 +284,11 @@ class TestAttentionTransfer:
         value = losses.attention_transfer(student, teacher, p=3).item()
         assert losses.attention_transfer(-student.flip(1), teacher, p=3).item() == pytest.approx(value, rel=1e-12)
 
-    def test_zero_and_finite_gradient_at_equality(self):
+    @pytest.mark.parametrize("form", ["code", "paper"])
+    def test_zero_and_finite_gradient_at_equality(self, form):
         student, _ = pair(2, 3, 4, 4)
         student.requires_grad_()
-        value = losses.attention_transfer(student, student.detach().clone(), form="paper")
+        value = losses.attention_transfer(student, student.detach().clone(), form=form)
         value.backward()
         assert value == 0 and torch.isfinite(student.grad).all()
 
@@ -286,6 +298,12 @@ class TestAttentionTransfer:
         value = losses.attention_transfer(student, torch.ones(2, 3, 4, 4), form=form)
         value.backward()
         assert torch.isfinite(value) and torch.isfinite(student.grad).all()
+
+    @pytest.mark.parametrize(("student", "teacher"), [((2, 3, 4), (2, 3, 4)), ((2, 3, 4, 4), (3, 3, 4, 4))])
+    def test_wrong_shapes(self, student, teacher):
+        with pytest.raises(ValueError) as error:
+            losses.attention_transfer(torch.ones(student), torch.ones(teacher))
+        assert str(list(student)) in str(error.value) and str(list(teacher)) in str(error.value)
 
     @pytest.mark.parametrize("options", [{"p": 0.5}, {"form": "both"}])
     def test_impossible_options(self, options):
