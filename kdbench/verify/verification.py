@@ -17,7 +17,8 @@ from kdbench.errors import CellError, UserError, counted
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
 from kdbench.recipe.planning import Plan, identity_of, plan
 from kdbench.recipe.recorded import NotHere, cell_of
-from kdbench.recipe.specs import CellSpec, recorded
+from kdbench.recipe.specs import recorded
+from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
@@ -177,9 +178,8 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     """
     by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for name, record in folder.records.items():
-        spec = record.resolved
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[writer][name] = spec is not None and record.identity in spec.identities()
+        by_version[writer][name] = _is_recomputed(record)
     equal = 0
     for (version, commit), same in by_version.items():
         if not any(same.values()):
@@ -321,8 +321,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         for cell in today.cells
     }
     if list(by_slug) != cells:
-        specs = [record.resolved for record in folder.planned.values()]
-        ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
+        ours = any(map(_is_recomputed, folder.planned.values()))
         other = len(set(by_slug) - set(cells))
         yield Finding(
             "disagrees" if ours else "unchecked",
@@ -380,6 +379,6 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
     return {name: among.index(order or 0) for name, order in orders.items()}
 
 
-def _recomputed(spec: CellSpec, folder: Folder) -> bool:
-    ours = spec.identities()
-    return any(record.identity in ours for record in folder.planned.values())
+def _is_recomputed(record: Record) -> bool:
+    """Whether a record's identity is that of its resolved recipe, as this version computes it."""
+    return record.resolved is not None and record.identity in record.resolved.identities()
