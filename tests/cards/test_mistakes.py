@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from card_checks import check_card
+from shipped import REGISTRY
 
 from kdbench.cards import KINDS
 from kdbench.errors import UserError
@@ -20,7 +21,6 @@ from kdbench.recipe.planning import plan
 from kdbench.registry import Registry
 from kdbench.tree import Tree, walk
 
-REGISTRY = Registry()
 METHODS = REGISTRY.names("methods")
 RECIPE = """\
 data: {name: digits, per_class: 10}
