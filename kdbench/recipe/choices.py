@@ -87,9 +87,8 @@ class TeacherChoice(Strict):
     classes: int | None = Field(
         default=None,
         gt=0,
-        description="beside 'weights': number of classes that it was trained on, if not those of the data. "
-        "Its features "
-        "can then teach, its logits cannot",
+        description="beside 'weights': number of classes that it was trained on, if not those of the data. Its "
+        "features can then teach, its logits cannot",
     )
 
     @model_validator(mode="before")
@@ -260,9 +259,8 @@ class Recipe(Strict):
     )
     keep: Literal["best"] | None = Field(
         None,
-        description="also keep the weights of the best evaluation: best on the validation part if there is "
-        "one, else on "
-        "the test set",
+        description="also keep the weights of the best evaluation: best on the validation part if there is one, else "
+        "on the test set",
     )
 
     @model_validator(mode="after")

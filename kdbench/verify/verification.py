@@ -15,7 +15,7 @@ from kdbench.engine.workers.finished import names
 from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError, counted
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
-from kdbench.recipe.planning import Plan, identity_of, plan
+from kdbench.recipe.planning import Plan, PlannedCell, identity_of, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record
@@ -331,6 +331,14 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             "" if ours else check,
         )
         return
+    yield from _named_otherwise(folder, today, by_slug)
+    if folder.run.title != today.title:
+        yield Finding("disagrees", "its title is not that of its recipe", RUN)
+    yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+
+
+def _named_otherwise(folder: Folder, today: Plan, by_slug: dict[str, PlannedCell]) -> Iterator[Finding]:
+    """What records say of their cells' names and places that a plan of today says otherwise."""
     renamed: dict[str, None] = {}
     present = {slug: folder.records[slug] for slug in by_slug if slug in folder.records}
     # A cell may have been trained as part of a larger comparison: what counts is which cells come before which.
@@ -350,9 +358,6 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             else:
                 yield Finding("disagrees", f"cell.{key} is {in_record.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)
-    if folder.run.title != today.title:
-        yield Finding("disagrees", "its title is not that of its recipe", RUN)
-    yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
 
 
 def _as_run(today: Plan, folder: Folder) -> Plan:

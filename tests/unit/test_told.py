@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from captured import both, by_step, cell, short
 from PIL import Image
 from shipped import DIGITS, REGISTRY
@@ -127,8 +128,6 @@ def dropping_head(shift: nn.Module, teacher_classifier: nn.Module) -> nn.Module:
 
 def own(folder: Path, stage: dict[str, Any], **more: Any) -> Registry:
     """A registry with the losses above and a method `own` of one stage."""
-    import yaml
-
     (folder / "own_losses.py").write_text(OWN)
     method = {"title": "own", "stages": [{"name": "training", **stage}], **more}
     (folder / "own.yaml").write_text(yaml.safe_dump({"methods": {"own": method}}))
