@@ -81,9 +81,7 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
     given = tree.at("protocol")
     name = given.data.get("name")
     if not isinstance(name, str):
-        raise UserError(
-            "the recipe names no protocol", where=tree.origin(("protocol",)), hint="add 'protocol: ab_official'"
-        )
+        raise UserError("the recipe names no protocol", tree.origin(("protocol",)), "add 'protocol: ab_official'")
     merged = registry.tree("protocols", name, given.origin(("name",)))
     own = given.without("name")
     for budget in ("epochs", "steps"):
@@ -149,9 +147,7 @@ def _check_average(spec: CellSpec, where: str) -> None:
         (spec.route, "a route keeps the weights themselves, and 'ema' tests their average"),
     ):
         if problem:
-            raise UserError(
-                f"method '{spec.method.name}': {what}", where=where, hint="leave 'ema' out: 'protocol.ema=null'"
-            )
+            raise UserError(f"method '{spec.method.name}': {what}", where, "leave 'ema' out: 'protocol.ema=null'")
 
 
 def _check_points(spec: CellSpec, method: Tree) -> None:

@@ -132,9 +132,7 @@ def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[t
             where = method.origin(("pairs", index, key))
             if key not in ("teacher", "student") and key not in short:
                 hint = did_you_mean(key, short)
-                raise UserError(
-                    f"a pair sets the method's parameters, and '{key}' is not one of them", where=where, hint=hint
-                )
+                raise UserError(f"a pair sets the method's parameters, and '{key}' is not one of them", where, hint)
             if key in short and all(model in listed(pair[side]) for side, model in models.items()):
                 found |= dict.fromkeys(_paths(short[key]), Tree.of(value, where))
     return found
@@ -217,9 +215,7 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
                 f"method '{method}', stage '{name}': stages with 'extra_epochs' must come first", where, hint
             )
         if stage.extra and stage.share is not None:
-            raise UserError(
-                f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where=where
-            )
+            raise UserError(f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where)
     rest = [name for name, stage in stages.items() if stage.share is None and not stage.extra]
     if len(rest) > 1:
         hint = "only one stage may leave it out and take the rest"
